@@ -1,0 +1,1 @@
+"""The mathematics of denoising diffusion. Imports torch and the standard library only."""

@@ -1,0 +1,65 @@
+"""Random draws that belong to (seed, purpose, step, position in the global batch), never to a process.
+
+One process, or any number of them that share a global batch between them, draw the same numbers for the same
+sample. Positions are drawn in blocks, each from a generator seeded by its key, and a process generates only the
+blocks that its share touches.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 16
+
+
+class Draws(NamedTuple):
+    """The draws for positions start..start + count - 1 of the global batch of one step."""
+
+    seed: int
+    step: int
+    start: int
+    count: int
+    device: torch.device
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """(count, *shape) standard normal, float32."""
+        return self._blocks(purpose, lambda g: torch.randn(BLOCK, *shape, generator=g, device=self.device))
+
+    def uniform(self, purpose: str) -> Tensor:
+        """(count,) uniform in [0, 1), float32."""
+        return self._blocks(purpose, lambda g: torch.rand(BLOCK, generator=g, device=self.device))
+
+    def _blocks(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        first, stop = self.start // BLOCK, -(-(self.start + self.count) // BLOCK)
+        generator = torch.Generator(self.device)
+        blocks = [draw(generator.manual_seed(key(self.seed, purpose, self.step, b))) for b in range(first, stop)]
+        offset = self.start - first * BLOCK
+        return torch.cat(blocks)[offset : offset + self.count]
+
+
+class SampleNoise:
+    """Standard normal noise for images `indices`, each from a generator of its own: (seed, index).
+
+    So image k is the same whatever batch or process it is drawn in. Called with x (B, *data), gives the next
+    noise like x, float32 on x's device.
+    """
+
+    def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(key(seed, "sample", i)) for i in indices]
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) fresh noise."""
+        return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self.generators])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.draw(x.shape[1:]).to(x.dtype)
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit seed from the parts; unlike their sum, no two lists of parts share it but by chance."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

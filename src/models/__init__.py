@@ -1,0 +1,1 @@
+"""Networks: net(x (B, *data), time (B,)) -> (B, *data). They know no schedule, loss or sampler."""

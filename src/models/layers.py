@@ -1,0 +1,152 @@
+"""Building blocks of the networks: time embedding, residual block, attention, resampling."""
+
+import math
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TimeConditioning = Literal["add", "scale_shift"]
+Resample = Literal["up", "down"]
+M = TypeVar("M", bound=nn.Module)
+
+
+def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
+    """time (B,) in [0, 1] -> (B, dim): sines, then cosines, of scale * time at geometric frequencies.
+
+    Vaswani et al. 2017, sec. 3.5, laid out as in Ho et al. 2020. Always float32: in bfloat16 the steps 500 and
+    501 of 1000 would be one number.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=time.device) / max(half - 1, 1)
+    angle = scale * time.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """time (B,) in [0, 1] -> (B, dim): `width` sinusoidal features through a two-layer MLP."""
+
+    def __init__(self, width: int, dim: int, time_scale: float = 1000.0) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"the time embedding pairs sines with cosines, got width {width}: make model.width even")
+        self.width = width
+        self.time_scale = time_scale
+        self.linear1 = nn.Linear(width, dim)
+        self.linear2 = nn.Linear(dim, dim)
+
+    def forward(self, time: Tensor) -> Tensor:
+        sinusoids = sinusoidal_embedding(time, self.width, self.time_scale)
+        hidden: Tensor = F.silu(self.linear1(sinusoids.to(self.linear1.weight.dtype)))
+        out: Tensor = self.linear2(hidden)
+        return out
+
+
+class ResidualBlock(nn.Module):
+    """x (B, C_in, H, W), emb (B, E) -> (B, C_out, H', W'); BigGAN-style when `resample` is given.
+
+    GroupNorm, SiLU, convolution, twice, with the time embedding between the two (Ho et al. 2020, App. B), either
+    added or as scale and shift of the second norm; resampling inside the block as in Dhariwal & Nichol (2021).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        groups: int,
+        conditioning: TimeConditioning = "add",
+        dropout: float = 0.0,
+        resample: Resample | None = None,
+    ) -> None:
+        super().__init__()
+        self.conditioning: TimeConditioning = conditioning
+        self.resample: Resample | None = resample
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, out_channels * (2 if conditioning == "scale_shift" else 1))
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            x, h = resample(x, self.resample), resample(h, self.resample)
+        h = self.conv1(h)
+        emb = self.emb(F.silu(emb))[:, :, None, None]
+        if self.conditioning == "add":
+            h = self.norm2(h + emb)
+        else:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        h = self.conv2(self.dropout(F.silu(h)))
+        out: Tensor = self.shortcut(x) + h
+        return out
+
+
+class SelfAttention(nn.Module):
+    """Residual self-attention over the positions of x (B, C, H, W), with `heads` heads."""
+
+    def __init__(self, channels: int, groups: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        qkv = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, H W, C / heads)
+        out = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        return x + out.transpose(1, 2).view(b, c, height, width)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(resample(x, "up"))
+        return out
+
+
+def resample(x: Tensor, direction: Resample) -> Tensor:
+    """Twice the height and width by nearest neighbours, or half of them by averaging."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else F.avg_pool2d(x, 2)
+
+
+def fit_groups(width: int, most: int = 32, least_channels: int = 4) -> int:
+    """The number of GroupNorm groups for channels in multiples of `width`: 32 (Wu & He 2018) or the nearest below.
+
+    The largest divisor of `width` up to `most` that leaves each group `least_channels` channels, or 1.
+    """
+    allowed = [g for g in range(1, most + 1) if width % g == 0 and width // g >= least_channels]
+    return max(allowed, default=1)
+
+
+def zero_init(module: M) -> M:
+    """`module` with every parameter 0: the end of a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,153 @@
+"""The U-Net of DDPM and ADM (Ho et al. 2020, App. B; Dhariwal & Nichol 2021, sec. 3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.models.layers import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    TimeConditioning,
+    TimeEmbedding,
+    Upsample,
+    fit_groups,
+    zero_init,
+)
+
+
+class UNet(nn.Module):
+    """x (B, C, H, W), time (B,) in [0, 1] -> (B, C * outputs, H, W), for any H and W.
+
+    Level i has width * multipliers[i] channels at image_size / 2^i, with `blocks` residual blocks going down and
+    one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
+    self-attention, and so is the middle. Attention has `heads` heads, or heads of `head_channels` channels.
+    `resample_blocks` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
+    Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
+
+    With head_channels (or one head) it is weight for weight the diffusers library's `UNet2DModel`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        image_size: int,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (16,),
+        heads: int = 1,
+        head_channels: int | None = None,
+        conditioning: TimeConditioning = "add",
+        resample_blocks: bool = False,
+        dropout: float = 0.0,
+        outputs: int = 1,
+        time_scale: float = 1000.0,
+    ) -> None:
+        """Raises ValueError if attention is asked for at a resolution that no level has, or heads do not fit."""
+        super().__init__()
+        if min(channels, image_size, width, blocks, heads, *multipliers) < 1 or not multipliers:
+            raise ValueError(
+                "channels, image_size, width, blocks, heads and multipliers must be at least 1, got "
+                f"{channels}, {image_size}, {width}, {blocks}, {heads}, {list(multipliers)}: see conf/model"
+            )
+        widths = [width * m for m in multipliers]
+        sizes = [-(-image_size // 2**i) for i in range(len(widths))]
+        if unknown := set(attention) - set(sizes):
+            raise ValueError(
+                f"attention at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels have "
+                f"resolutions {sizes}; set model.attention to some of these"
+            )
+        self.factor = 2 ** (len(widths) - 1)
+        groups = fit_groups(width)
+        emb_dim = 4 * width
+
+        def residual(c_in: int, c_out: int) -> ResidualBlock:
+            return ResidualBlock(c_in, c_out, emb_dim, groups, conditioning, dropout)
+
+        def attend(c: int) -> SelfAttention:
+            n = heads if head_channels is None else c // head_channels
+            if n < 1 or c % n or (head_channels is not None and c % head_channels):
+                raise ValueError(
+                    f"{c} channels do not split into heads (heads={heads}, head_channels={head_channels}): "
+                    "choose a divisor for model.head_channels"
+                )
+            return SelfAttention(c, groups, n)
+
+        def layer(c_in: int, c_out: int, size: int) -> Layer:
+            return Layer(residual(c_in, c_out), attend(c_out) if size in attention else None)
+
+        self.time = TimeEmbedding(width, emb_dim, time_scale)
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+
+        self.down = nn.ModuleList()
+        skips = [width]
+        c = width
+        for i, (c_out, size) in enumerate(zip(widths, sizes, strict=True)):
+            for _ in range(blocks):
+                self.down.append(layer(c, c_out, size))
+                c = c_out
+                skips.append(c)
+            if i < len(widths) - 1:
+                shrink = ResidualBlock(c, c, emb_dim, groups, conditioning, dropout, "down") if resample_blocks else None
+                self.down.append(shrink or Downsample(c))
+                skips.append(c)
+
+        self.middle = nn.ModuleList([residual(c, c), attend(c), residual(c, c)])
+
+        self.up = nn.ModuleList()
+        for i, (c_out, size) in reversed(list(enumerate(zip(widths, sizes, strict=True)))):
+            for _ in range(blocks + 1):
+                self.up.append(layer(c + skips.pop(), c_out, size))
+                c = c_out
+            if i > 0:
+                grow = ResidualBlock(c, c, emb_dim, groups, conditioning, dropout, "up") if resample_blocks else None
+                self.up.append(grow or Upsample(c))
+
+        self.norm_out = nn.GroupNorm(groups, c)
+        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs, 3, padding=1))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        x = pad_to_multiple(x.to(self.conv_in.weight.dtype), self.factor)
+        emb = self.time(time)
+        h = self.conv_in(x)
+        skips = [h]
+        for module in self.down:
+            h = _apply(module, h, emb)
+            skips.append(h)
+        for module in self.middle:
+            h = _apply(module, h, emb)
+        for module in self.up:
+            if isinstance(module, Layer):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = _apply(module, h, emb)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out[..., :height, :width]
+
+
+class Layer(nn.Module):
+    """A residual block, and attention after it where the resolution has it."""
+
+    def __init__(self, residual: ResidualBlock, attention: SelfAttention | None) -> None:
+        super().__init__()
+        self.residual = residual
+        self.attention = attention
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h: Tensor = self.residual(x, emb)
+        return h if self.attention is None else self.attention(h)  # type: ignore[no-any-return]
+
+
+def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
+    """x (B, C, H, W) with its bottom and right edges repeated until `factor` divides H and W."""
+    bottom, right = (-x.shape[-2]) % factor, (-x.shape[-1]) % factor
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+
+def _apply(module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+    """Run a block, with the embedding if it takes one."""
+    takes_time = isinstance(module, Layer | ResidualBlock)
+    return module(h, emb) if takes_time else module(h)  # type: ignore[no-any-return]
