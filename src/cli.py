@@ -1,0 +1,229 @@
+"""Start a command: check what was typed before anything heavy is imported, then hand over to Hydra.
+
+Hydra refuses a misspelt `key=value` but lets `+key=value` and `++key=value` through, and does not suggest the key
+that was meant. Here every override is held against the configuration files first, in about a second.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run `task` with the configuration that the command line asks for. Exits with 2 if it asks for nonsense.
+
+    A UsageError from the task ends the process with one line; HYDRA_FULL_ERROR=1 shows where it comes from.
+    """
+    overrides, flags = split_arguments(sys.argv[1:])
+    try:
+        overrides = expand_resume(overrides)
+        sys.argv[1:] = [*flags, *overrides]
+        if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
+            check_overrides(config_name, overrides, multirun=bool({"-m", "--multirun"} & set(flags)))
+    except UsageError as error:
+        sys.exit(_say(error, code=2))
+
+    def guarded(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except UsageError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            sys.exit(_say(error, code=2))
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why and what to do instead, in one line."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Within this, nothing has been computed yet: what constructors and loaders refuse is for the user to mend."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError, InstantiationException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        raise UsageError(" ".join(str(cause).split())) from error
+
+
+def level_size(image_size: int, level: int) -> int:
+    """The resolution of level `level` of a U-Net, 0 being the image's own."""
+    return -(-int(image_size) // 2 ** int(level))
+
+
+def wandb_offline() -> bool:
+    """Whether W&B has no account to log to: no key in the environment or where `wandb login` leaves it."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return True
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    logged_in = netrc.is_file() and "wandb" in netrc.read_text(errors="ignore")
+    return not (os.environ.get("WANDB_API_KEY") or logged_in)
+
+
+OmegaConf.register_new_resolver("level_size", level_size, replace=True)
+OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and Hydra's own flags with the values that they take."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    valued = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
+    valued |= {"--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("-"):
+            flags.append(word)
+            if word in valued and rest and "=" not in rest[0]:
+                flags.append(rest.pop(0))
+        else:
+            overrides.append(word)
+    return overrides, flags
+
+
+def expand_resume(overrides: list[str]) -> list[str]:
+    """`resume=DIR` stands for the overrides of the run in DIR, what else is typed, and DIR as its run folder."""
+    folder = next((o.removeprefix("resume=") for o in overrides if o.startswith("resume=")), None)
+    if folder in (None, "", "null"):
+        return overrides
+    saved = Path(folder) / ".hydra" / "overrides.yaml"
+    if not saved.is_file():
+        raise UsageError(f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints")
+    before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
+    quoted = str(Path(folder).resolve()).replace("'", "\\'")
+    given = [o for o in overrides if o not in before and not o.startswith("hydra.run.dir=")]
+    return [*before, *given, f"hydra.run.dir='{quoted}'"]
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
+    """Raise UsageError for an override that names no group, option or key, with the nearest that exists."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UsageError(f"cannot read the override: {_first_line(error)} (overrides look like key=value)") from error
+    groups = config_groups()
+    chosen: list[str] = []
+    for override in parsed:
+        name = override.key_or_group
+        if name in groups and not override.is_delete():
+            for option in _options(override):
+                _check_option(name, option, groups[name])
+            chosen.append(_one_value(override))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        base = _compose(config_name, chosen)
+        for override in parsed:
+            if override.key_or_group not in groups:
+                _check_key(override, base, groups)
+            elif override.is_delete() and override.key_or_group in base:
+                raise UsageError(f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
+                                 f"{', '.join(groups[override.key_or_group])}")
+            if override.is_sweep_override() and not multirun:
+                raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value")
+        final = _compose(config_name, [_one_value(o) for o in parsed])
+    for name in flatten(final):
+        parent, _, last = name.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
+            raise UsageError(f"{name} has no default: add {name}=...")
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Every config group and its options, from the folders of conf/."""
+    folders = {f.parent for f in CONF.rglob("*.yaml") if f.parent != CONF}
+    return {str(d.relative_to(CONF)): sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in sorted(folders)}
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean x?" for the known word nearest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_option(group: str, option: str, options: Sequence[str]) -> None:
+    if option not in (*options, "null"):
+        hint = nearest(option, options).replace("?", "? The")
+        raise UsageError(f"unknown {group} '{option}'{hint or ': the'} choices are {', '.join(options)}")
+
+
+def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
+    key = override.key_or_group
+    parts = key.split(".")
+    if parts[0].split("/")[0] == "hydra":
+        return
+    node: Any = base
+    for depth, part in enumerate(parts):
+        if isinstance(node, DictConfig) and part in node.keys():  # keys() also names what is still to be given
+            node = node._get_node(part)
+            if isinstance(node, DictConfig) or depth == len(parts) - 1:
+                continue
+        # A `+` may give a third-party class an argument that its YAML does not list, or a free dictionary a key;
+        # the YAMLs of our own classes list every argument.
+        target = str(OmegaConf.select(node, "_target_", default="")) if isinstance(node, DictConfig) else "src."
+        if override.is_add() or override.is_force_add():
+            if depth > 0 and not target.startswith("src."):
+                return
+        known = [*flatten(base), *groups]
+        local = [k for k in known if k.startswith(".".join(parts[:depth]) + ".")] if depth else known
+        hint = nearest(key, local) or nearest(key, known)
+        if not hint and isinstance(node, DictConfig) and depth:
+            hint = f": {'.'.join(parts[:depth])} has {', '.join(str(k) for k in node)}"
+        raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
+
+
+def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted names of all keys."""
+    names: list[str] = []
+    for name in cfg:
+        names.append(f"{prefix}{name}")
+        child = cfg._get_node(name)
+        if isinstance(child, DictConfig):
+            names += flatten(child, f"{prefix}{name}.")
+    return names
+
+
+def _options(override: Override) -> list[str]:
+    """The option or options that an override of a group names, one by one."""
+    if override.is_sweep_override():
+        values = [str(v) for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
+    else:
+        values = [override.get_value_element_as_str()]
+    return [part.strip().strip("'\"") for v in values for part in v.strip("[]").split(",") if part.strip()]
+
+
+def _one_value(override: Override) -> str:
+    """The override itself, or with the first of its values if it is a sweep."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
+    return f"{prefix}{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_first_line(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _say(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

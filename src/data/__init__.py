@@ -1,0 +1,1 @@
+"""Datasets and LightningDataModules. They know neither the mathematics nor the networks."""

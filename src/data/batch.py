@@ -1,0 +1,249 @@
+"""The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple, Protocol, TypedDict
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from src.draws import Draws, key
+
+
+class Batch(TypedDict):
+    """x (B, *data) and the position of its first sample in the global batch (or in the validation set)."""
+
+    x: Tensor
+    start: int
+
+
+class Places(NamedTuple):
+    """What a sampler asks of a dataset: the samples `indices`, the first at position `start`."""
+
+    start: int
+    indices: list[int]
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """The samples as (N, *data)."""
+        ...
+
+
+class BatchDataset(torch.utils.data.Dataset[Batch]):
+    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, places: Places) -> Batch:
+        return {"x": self.source.fetch(places.indices), "start": places.start}
+
+
+class TrainingStream(Sampler[Places]):
+    """The batches of a whole run: step k takes samples k B .. (k + 1) B - 1 of one shuffled epoch after another.
+
+    A pure function of (seed, step), cut first into `accumulate` micro-batches and these over `world` processes,
+    so that neither changes what the optimizer sees. `first_step` is where a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        first_step: int = 0,
+    ) -> None:
+        if batch_size > len(indices):
+            raise ValueError(
+                f"data.batch_size {batch_size} is larger than the training data ({len(indices)} samples): lower it"
+            )
+        if batch_size % (accumulate * world):
+            raise ValueError(
+                f"data.batch_size {batch_size} is the global batch, and does not split over {world} processes with "
+                f"{accumulate} accumulated batches each: make it a multiple of {accumulate * world}"
+            )
+        self.indices = torch.as_tensor(indices)
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.seed = seed
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world = world
+        self.first_step = first_step
+
+    def __len__(self) -> int:
+        return self.num_steps * self.accumulate
+
+    def __iter__(self) -> Iterator[Places]:
+        micro = self.batch_size // (self.accumulate * self.world)
+        for step in range(self.first_step, self.num_steps):
+            batch = self.batch(step)
+            for part in range(self.accumulate):
+                start = (part * self.world + self.rank) * micro
+                yield Places(start, batch[start : start + micro])
+
+    def batch(self, step: int) -> list[int]:
+        """The dataset indices of the global batch of `step`."""
+        epoch, offset = divmod(step * self.batch_size, len(self.indices))
+        taken = self._epoch(epoch)[offset : offset + self.batch_size]
+        if len(taken) < self.batch_size:
+            taken = torch.cat([taken, self._epoch(epoch + 1)[: self.batch_size - len(taken)]])
+        return taken.tolist()  # type: ignore[no-any-return]
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one stream lives as long as its run
+    def _epoch(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+
+class ValidationStream(Sampler[Places]):
+    """All `indices` once and in order, batch by batch, dealt out over `world` processes."""
+
+    def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, world: int = 1) -> None:
+        self.indices = list(indices)
+        self.batch_size = batch_size
+        self.starts = range(rank * batch_size, len(indices), world * batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Places]:
+        for start in self.starts:
+            yield Places(start, self.indices[start : start + self.batch_size])
+
+
+class StreamDataModule(L.LightningDataModule):
+    """Training and validation batches from one source, split by seed. Subclasses say what the source is.
+
+    `batch_size` is what the optimizer sees per step, whatever the number of devices and accumulation.
+    `val_fraction` of the samples are held out; which ones depends on `split_seed` and never on the run's seed.
+    """
+
+    def __init__(self, batch_size: int, val_fraction: float, split_seed: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0 or not 0 < val_fraction < 1:
+            raise ValueError(
+                "needs data.batch_size >= 1, data.num_workers >= 0 and data.val_fraction in (0, 1), got "
+                f"{batch_size}, {num_workers}, {val_fraction}"
+            )
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.seed = seed
+        self.num_workers = num_workers
+        self.source: Source | None = None
+        self.train_indices: list[int] = []
+        self.val_indices: list[int] = []
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample as the network sees it, known before any data are."""
+        raise TypeError(f"{type(self).__name__} gives no shape")
+
+    def load(self) -> Source:
+        """Open the source; called once on every process."""
+        raise TypeError(f"{type(self).__name__} loads nothing")
+
+    def to_model(self, x: Tensor) -> Tensor:
+        """Samples as the source has them -> float32 as the network sees them."""
+        return x
+
+    def to_display(self, x: Tensor) -> Tensor:
+        """Samples as the network gives them -> what pictures and files show."""
+        return x
+
+    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+        """Random changes to training samples (B, *data), already as the network sees them."""
+        return x
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.source is not None:
+            return
+        source = self.load()
+        num_val = round(self.val_fraction * len(source))
+        if not 0 < num_val < len(source):
+            raise ValueError(
+                f"{len(source)} samples do not split into training and validation at data.val_fraction="
+                f"{self.val_fraction}: use more data or another fraction"
+            )
+        if self.batch_size > len(source) - num_val:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} is larger than the training data ({len(source) - num_val} "
+                "samples): lower it"
+            )
+        generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
+        order = torch.randperm(len(source), generator=generator).tolist()
+        self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        trainer = self._trainer()
+        stream = TrainingStream(
+            self.train_indices,
+            self.batch_size,
+            trainer.max_steps,
+            self.seed,
+            trainer.accumulate_grad_batches,
+            trainer.global_rank,
+            trainer.world_size,
+            first_step=trainer.global_step,
+        )
+        return self._loader(stream)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        trainer = self._trainer()
+        micro = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
+        return self._loader(ValidationStream(self.val_indices, micro, trainer.global_rank, trainer.world_size))
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        x = self.to_model(batch["x"])
+        trainer = self._trainer()
+        if trainer.training:
+            x = self.augment(x, Draws(self.seed, trainer.global_step, batch["start"], len(x), x.device))
+        return {"x": x, "start": batch["start"]}
+
+    def examples(self, count: int) -> Tensor:
+        """The first `count` held-out samples, as the network sees them: (N, *data)."""
+        self.setup()
+        return self.to_model(self._source().fetch(self.val_indices[:count]))
+
+    def _loader(self, stream: Sampler[Places]) -> DataLoader[Batch]:
+        return DataLoader(
+            BatchDataset(self._source()),
+            sampler=stream,
+            batch_size=None,  # the stream's items are batches already
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _source(self) -> Source:
+        if self.source is None:
+            raise RuntimeError("call setup() first")
+        return self.source
+
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("loaders exist only inside a Trainer: they depend on its devices and steps")
+        return self.trainer
+
+
+def to_signed(x: Tensor, levels: int = 256) -> Tensor:
+    """Integers 0..levels - 1 -> float32 in [-1, 1]."""
+    return x.float() * (2 / (levels - 1)) - 1
+
+
+def to_uint8(x: Tensor, levels: int = 256) -> Tensor:
+    """Floats in [-1, 1] (clipped) -> the nearest of `levels` values, as uint8 0..255 for showing and saving."""
+    index = ((x.float().clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
+    return (index * (255 / (levels - 1))).round().to(torch.uint8)

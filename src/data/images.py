@@ -1,0 +1,201 @@
+"""One datamodule for images, and the sources it draws on: embedded digits, torchvision's sets, own folders."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from src.data.batch import Source, StreamDataModule, to_signed, to_uint8
+from src.draws import Draws
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+
+
+class OpenImages(Protocol):
+    """Opens a source of images (N, channels, image_size, image_size) uint8 from `root`."""
+
+    def __call__(self, root: str | None, image_size: int, channels: int, download: bool) -> Source: ...
+
+
+class ImageDataModule(StreamDataModule):
+    """Images of `channels` x `image_size` x `image_size`, uint8 until they are on the device, then in [-1, 1].
+
+    `source` opens them from `root`; `levels` is the number of values a pixel can take (256 for 8 bits); `flip`
+    mirrors half of the training images left to right.
+    """
+
+    def __init__(
+        self,
+        source: OpenImages,
+        root: str | None,
+        channels: int,
+        image_size: int,
+        levels: int = 256,
+        flip: bool = False,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, split_seed, seed, num_workers)
+        if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
+            raise ValueError(
+                "needs data.channels 1 or 3, data.image_size >= 1 and data.levels in [2, 256], got "
+                f"{channels}, {image_size}, {levels}"
+            )
+        self.open = source
+        self.root = root
+        self.channels = channels
+        self.image_size = image_size
+        self.levels = levels
+        self.flip = flip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, self.image_size, self.image_size)
+
+    def prepare_data(self) -> None:
+        self.open(self.root, self.image_size, self.channels, download=True)
+
+    def load(self) -> Source:
+        return self.open(self.root, self.image_size, self.channels, download=False)
+
+    def to_model(self, x: Tensor) -> Tensor:
+        return to_signed(x, self.levels)
+
+    def to_display(self, x: Tensor) -> Tensor:
+        return to_uint8(x, self.levels)
+
+    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+        if not self.flip:
+            return x
+        mirrored = draws.uniform("flip") < 0.5
+        return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+
+
+class ImageArray:
+    """Images in memory, (N, C, H, W) uint8."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self.images[torch.as_tensor(indices)]
+
+
+class ImageFiles:
+    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode."""
+
+    def __init__(self, open_image: Callable[[int], Image.Image], count: int, image_size: int, channels: int) -> None:
+        self.open_image = open_image
+        self.count = count
+        self.image_size = image_size
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return self.count
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([fit_image(self.open_image(i), self.image_size, self.channels) for i in indices])
+
+
+def digits(root: str | None, image_size: int, channels: int, download: bool) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8, pixel values 0..16: installed with it, nothing to download."""
+    from sklearn.datasets import load_digits
+
+    _require(image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1")
+    return ImageArray(torch.from_numpy(load_digits().images.astype(np.uint8))[:, None])
+
+
+def torchvision_images(
+    root: str | None, image_size: int, channels: int, download: bool, *, dataset: Callable[..., Any]
+) -> Source:
+    """A torchvision dataset, `dataset(root=..., download=...)`: in memory where it holds arrays, else decoded lazily.
+
+    Raises ValueError, naming the folder, if the files are not there and cannot be downloaded.
+    """
+    name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
+    try:
+        opened = dataset(root=root, download=download)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{name} is not in {Path(root or '.').resolve()} and could not be downloaded ({reason}): connect to the network, "
+            "put the dataset's original files there, or set data.root to where they are"
+        ) from error
+    data = getattr(opened, "data", None)
+    if data is None:
+        return ImageFiles(lambda i: opened[i][0], len(opened), image_size, channels)
+    images = torch.as_tensor(data)
+    if images.ndim == 3:
+        images = images[:, None]  # (N, H, W)
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)  # (N, H, W, 3)
+    if images.shape[-2:] != (image_size, image_size):
+        images = TF.resize(images, [image_size, image_size], antialias=True)
+    if images.shape[1] != channels:
+        images = TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1)
+    return ImageArray(images.contiguous())
+
+
+def folder(root: str | None, image_size: int, channels: int, download: bool) -> Source:
+    """Every image file under `root`, however nested, sorted by path. All are checked when it is first opened.
+
+    Raises FileNotFoundError if there is no such folder, ValueError if it holds no images or unreadable ones.
+    """
+    path = Path(root or "")
+    if root is None or not path.is_dir():
+        raise FileNotFoundError(f"no folder {path.resolve()}: set data.root to the folder that holds your images")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and not f.name.startswith("."))
+    if not files:
+        raise ValueError(
+            f"no images under {path.resolve()} (looked for {' '.join(sorted(EXTENSIONS))}): set data.root to the "
+            "folder that holds your images"
+        )
+    if download:  # asked once, before training: the moment to look at every file
+        unreadable = [str(f.relative_to(path)) for f in files if not _is_readable(f)]
+        if unreadable:
+            shown = ", ".join(unreadable[:5]) + (f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
+            raise ValueError(f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them")
+    return ImageFiles(lambda i: Image.open(files[i]), len(files), image_size, channels)
+
+
+def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
+    """Turn upright, flatten onto white, take the central square and resize it: (channels, size, size) uint8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow clips 16 bits to 8
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    pixels = np.array(image).reshape(image_size, image_size, channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the whole file decodes: a truncated one fails only when its pixels are read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

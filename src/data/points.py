@@ -1,0 +1,137 @@
+"""Points in a plane: distributions to learn in a minute, one of them with exact density and score.
+
+Each distribution is a callable (n, generator) -> (n, 2) float32, centred and of about unit variance.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from src.data.batch import Source, StreamDataModule
+from src.draws import key
+
+Distribution = Callable[[int, torch.Generator], Tensor]
+
+
+class PointsDataModule(StreamDataModule):
+    """`num_samples` points (N, 2) drawn once from `source` with the split's seed, a part of them held out."""
+
+    def __init__(
+        self,
+        source: Distribution,
+        num_samples: int = 20_000,
+        batch_size: int = 512,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, split_seed, seed, num_workers)
+        if num_samples < 2:
+            raise ValueError(f"data.num_samples must be at least 2, got {num_samples}: 20000 is usual")
+        self.distribution = source
+        self.num_samples = num_samples
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2,)
+
+    def load(self) -> Source:
+        generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
+        return Points(self.distribution(self.num_samples, generator))
+
+
+class Points:
+    """Points in memory, (N, D) float32."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self.points[torch.as_tensor(indices)]
+
+
+def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
+    """Two interleaved half circles (scikit-learn's make_moons), centred and scaled by 1.5; `noise` before scaling."""
+    angle = math.pi * torch.rand(n, generator=generator)
+    upper = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(upper, angle.cos(), 1 - angle.cos())
+    y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
+    points = torch.stack([x - 0.5, y - 0.25], dim=1) + noise * torch.randn(n, 2, generator=generator)
+    return 1.5 * points
+
+
+def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
+    """A spiral of one and a half turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
+    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5
+    return points + noise * torch.randn(n, 2, generator=generator)
+
+
+def rings(n: int, generator: torch.Generator, count: int = 3, noise: float = 0.03) -> Tensor:
+    """`count` concentric circles of equal weight, the outermost of radius 2."""
+    angle = 2 * math.pi * torch.rand(n, generator=generator)
+    radius = 2 * torch.randint(1, count + 1, (n,), generator=generator) / count
+    points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return points + noise * torch.randn(n, 2, generator=generator)
+
+
+def checkerboard(n: int, generator: torch.Generator, cells: int = 4) -> Tensor:
+    """Uniform on the dark squares of a `cells` x `cells` board over [-2, 2]^2; `cells` is even."""
+    if cells < 2 or cells % 2:
+        raise ValueError(f"a checkerboard needs an even number of cells, got {cells}: set data.source.cells=4")
+    row = torch.randint(cells, (n,), generator=generator)
+    column = 2 * torch.randint(cells // 2, (n,), generator=generator) + row % 2
+    corner = torch.stack([column, row], dim=1)
+    return 4 * (corner + torch.rand(n, 2, generator=generator)) / cells - 2
+
+
+class GaussianMixture:
+    """Isotropic Gaussians with exact density and score: weights (K,), means (K, D), deviations (K,).
+
+    Noising keeps it a mixture (`noised`), so the ideal denoiser is known at every level.
+    """
+
+    def __init__(self, weights: Sequence[float], means: Sequence[Sequence[float]], deviations: Sequence[float]) -> None:
+        if not len(weights) == len(means) == len(deviations):
+            raise ValueError(
+                f"a mixture needs one weight, mean and deviation each, got {len(weights)}, {len(means)}, "
+                f"{len(deviations)}: see conf/data/mixture.yaml"
+            )
+        if min(weights) <= 0 or min(deviations) <= 0:
+            raise ValueError(f"weights and deviations must be positive, got {list(weights)} and {list(deviations)}")
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights /= self.weights.sum()
+        self.means = torch.tensor(means, dtype=torch.float64)
+        self.deviations = torch.tensor(deviations, dtype=torch.float64)
+
+    def __call__(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, D) float32 samples."""
+        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return (self.means[component] + self.deviations[component, None] * noise).float()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Natural logarithm of the density at x (N, D), as (N,) float64."""
+        return self._joint(x).logsumexp(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        """The gradient of `log_prob` at x (N, D), as (N, D) float64."""
+        pull = (self.means - x.double()[:, None]) / self.deviations.square()[:, None]  # (N, K, D)
+        return (self._joint(x).softmax(1)[..., None] * pull).sum(1)
+
+    def noised(self, alpha: float, sigma: float) -> "GaussianMixture":
+        """The distribution of alpha x + sigma eps: E[x | x_t] = (x_t + sigma^2 score(x_t)) / alpha (Tweedie)."""
+        deviations = (alpha**2 * self.deviations.square() + sigma**2).sqrt()
+        return GaussianMixture(self.weights.tolist(), (alpha * self.means).tolist(), deviations.tolist())
+
+    def _joint(self, x: Tensor) -> Tensor:
+        """log of weight times density of each component at x (N, D): (N, K)."""
+        distance = (x.double()[:, None] - self.means).square().sum(2) / self.deviations.square()
+        volume = self.means.shape[1] * (self.deviations.log() + math.log(2 * math.pi) / 2)
+        return self.weights.log() - volume - distance / 2

@@ -1,0 +1,176 @@
+"""Pictures: grids, film strips, scatter plots and curves, as Pillow images. Matplotlib is imported when used."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GAP = 2
+
+
+def draw(samples: Tensor, real: Tensor | None = None) -> Image.Image:
+    """Samples as a person wants to see them: images uint8 (N, C, H, W) as a grid, points (N, D) as a scatter plot.
+
+    With `real` data of the same kind, they stand to the right of the grid, or lie under the points.
+    """
+    if samples.ndim == 2:
+        return scatter(samples, real)
+    picture = grid(samples)
+    if real is None:
+        return picture
+    return side_by_side([picture, grid(real)], gap=max(8, picture.height // 24))
+
+
+def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Image:
+    """uint8 images (N, C, H, W), C = 1 or 3, in rows; tiny ones are enlarged by a whole factor to about `cell`."""
+    count, channels, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    scale = max(1, round(cell / max(height, width)))
+    canvas = np.full((rows * (height * scale + GAP) + GAP, columns * (width * scale + GAP) + GAP, 3), 255, np.uint8)
+    pixels = images.expand(-1, 3, -1, -1) if channels == 1 else images
+    enlarged = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).cpu().numpy()
+    for k, image in enumerate(enlarged):
+        top = GAP + k // columns * (height * scale + GAP)
+        left = GAP + k % columns * (width * scale + GAP)
+        canvas[top : top + height * scale, left : left + width * scale] = image
+    return Image.fromarray(canvas)
+
+
+def side_by_side(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
+    """Pictures in one row on white, `gap` pixels apart."""
+    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, max(p.height for p in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        canvas.paste(picture, (left, 0))
+        left += picture.width + gap
+    return canvas
+
+
+def film_strip(frames: Sequence[Tensor], count: int = 12) -> Image.Image:
+    """Up to `count` of the frames, each uint8 (N, C, H, W) or points (N, 2), left to right: a row per sample."""
+    chosen = [frames[i] for i in evenly(len(frames), count)]
+    if chosen[0].ndim == 2:
+        extent = _extent(chosen[-1])
+        return side_by_side([scatter(frame, extent=extent, size=2.0) for frame in chosen], gap=0)
+    strip = torch.stack(chosen, dim=1)  # (N, frames, C, H, W)
+    return grid(strip.flatten(0, 1), columns=len(chosen))
+
+
+def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
+    """An animation of up to `count` of the frames that rests on the last one."""
+    chosen = [frames[i] for i in evenly(len(frames), count)]
+    if chosen[0].ndim == 2:
+        extent = _extent(chosen[-1])
+        pictures = [scatter(frame, extent=extent, size=4.0) for frame in chosen]
+    else:
+        pictures = [grid(frame) for frame in chosen]
+    durations = [60] * (len(pictures) - 1) + [2000]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def scatter(
+    points: Tensor, real: Tensor | None = None, extent: float | None = None, size: float = 5.0
+) -> Image.Image:
+    """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms."""
+    figure, axes = _figure(size, size)
+    layers = [(real, "0.75", "data")] if real is not None else []
+    for cloud, color, label in [*layers, (points, "tab:blue", "samples")]:
+        xy = cloud.float().cpu().numpy()
+        if xy.shape[1] == 1:
+            axes.hist(xy[:, 0], bins=60, density=True, color=color, alpha=0.7, label=label)
+        else:
+            axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
+    if points.shape[1] > 1:
+        bound = extent or _extent(points if real is None else real)
+        axes.set(xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[])
+    if real is not None:
+        axes.legend(loc="upper right")
+    return _render(figure)
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, title: str) -> Image.Image:
+    """One panel per name, each (xs, ys); logarithmic where all values are positive and span a decade."""
+    figure, axes = _figure(7.0, 2.6 * len(series), rows=len(series))
+    for panel, (name, (xs, ys)) in zip(np.atleast_1d(axes), series.items(), strict=True):
+        panel.plot(xs, ys, linewidth=1.2, marker="o" if len(xs) < 30 else "", markersize=3)
+        panel.set(ylabel=name, xlabel=xlabel)
+        panel.grid(alpha=0.3)
+        if min(ys) > 0 and max(ys) > 10 * min(ys):
+            panel.set_yscale("log")
+    figure.suptitle(title)
+    return _render(figure)
+
+
+def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
+    """beta, alpha_bar and log-SNR over t / T for each name: (betas, alpha, sigma), all (T,)."""
+    figure, (left, middle, right) = _figure(13.0, 4.2, columns=3)
+    for k, (name, (betas, alpha, sigma)) in enumerate(schedules.items()):
+        u = (np.arange(len(betas)) + 1) / len(betas)
+        style = {"label": name, "color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--", "linewidth": 1.3}
+        left.semilogy(u, betas, **style)
+        middle.plot(u, alpha.square(), **style)
+        right.plot(u, 2 * (alpha.log() - sigma.log()), **style)
+    for axes, title in ((left, "beta"), (middle, "alpha_bar"), (right, "log-SNR")):
+        axes.set(title=title, xlabel="t / T")
+        axes.grid(alpha=0.3)
+    right.set_ylim(-15, 15)
+    middle.legend(fontsize=8)
+    return _render(figure)
+
+
+def labelled_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
+    """Rows of uint8 images (N, C, H, W), each with its name on the left."""
+    strip = grid(torch.cat(list(rows)), columns=len(rows[0]))
+    canvas = Image.new("RGB", (strip.width + 140, strip.height), "white")
+    canvas.paste(strip, (140, 0))
+    pen = ImageDraw.Draw(canvas)
+    height = (strip.height - GAP) / len(rows)
+    for k, label in enumerate(labels):
+        pen.text((6, GAP + (k + 0.5) * height), label, fill="black", anchor="lm", font_size=15)
+    return canvas
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """A CSV log (a column "step", one column per metric, empty where not logged) as name -> (steps, values)."""
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    steps, values = series.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(float(value))
+    return series
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """Up to `count` indices spread over 0..length - 1, both ends among them."""
+    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
+
+
+def _extent(points: Tensor) -> float:
+    return 1.15 * float(points.abs().quantile(0.999)) if points.numel() < 10_000_000 else 3.0
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def _render(figure: "Figure") -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

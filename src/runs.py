@@ -1,0 +1,364 @@
+"""Build a run from its configuration, and open it again from its folder: the only code that reads run folders.
+
+A checkpoint holds the resolved configuration (`hyper_parameters`) and both sets of weights, so that a run folder,
+or one checkpoint alone, is all that a later command needs. What is heavy is imported only when it is built.
+"""
+
+import difflib
+import inspect
+import json
+import logging
+import os
+import pickle
+import types
+import typing
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+if TYPE_CHECKING:
+    import lightning as L
+    import torch
+    from lightning.pytorch.loggers import Logger
+    from torch import Tensor
+
+    from src.data.batch import StreamDataModule
+    from src.module import DiffusionModule, Sampler
+
+GRID_SETTINGS = ("steps", "spacing")
+"""What a sampler's YAML holds beside the arguments of its function."""
+
+
+class Run(NamedTuple):
+    """A run that is ready to train."""
+
+    directory: Path
+    module: "DiffusionModule"
+    data: "StreamDataModule"
+    trainer: "L.Trainer"
+    resume_from: Path | None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.directory / "checkpoints" / "last.ckpt"
+
+
+class OpenedRun(NamedTuple):
+    """A trained run: its module with the weights in place, and its data, not loaded yet."""
+
+    config: DictConfig
+    checkpoint: Path
+    module: "DiffusionModule"
+    data: "StreamDataModule"
+
+
+def build(cfg: DictConfig) -> Run:
+    """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
+    inline_betas(cfg)
+    check_arguments(cfg)
+    quiet_libraries()
+    import lightning as L
+
+    directory = Path(cfg.run_dir)
+    L.seed_everything(cfg.seed, verbose=False)
+    data = instantiate(cfg.data)
+    module = build_module(cfg, data.shape)
+    module.hparams.update(OmegaConf.to_container(cfg, resolve=True))
+    warn_of_schedule(module)
+    if cfg.compile:
+        module.net.compile()
+    trainer = build_trainer(cfg, directory)
+    resume_from = None
+    if cfg.resume is not None:
+        resume_from = find_checkpoint(cfg.resume, None)
+        check_fit(read_checkpoint(resume_from), module, resume_from)
+    elif (directory / "checkpoints").exists():
+        raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
+    return Run(directory, module, data, trainer, resume_from)
+
+
+def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
+    """The LightningModule for samples of `shape`, with freshly initialised weights."""
+    import torch
+
+    from src.diffusion import schedules
+    from src.diffusion.noise import NoiseSchedule
+    from src.models.mlp import MLP
+    from src.module import DiffusionModule
+
+    if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
+        raise ValueError(f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger")
+    betas = instantiate(cfg.schedule)
+    if cfg.snr_shift != 1:
+        betas = schedules.snr_shift(betas, cfg.snr_shift)
+    if cfg.zero_terminal_snr:
+        betas = schedules.zero_terminal_snr(betas)
+    schedule = NoiseSchedule(betas)
+    net = instantiate(cfg.model)
+    module = DiffusionModule(
+        net=net,
+        schedule=schedule,
+        process=instantiate(cfg.process, decoder_log_variance=schedule.decoder_log_variance),
+        objective=instantiate(cfg.objective),
+        sampler=build_sampler(cfg.sampler),
+        shape=shape,
+        seed=cfg.seed,
+        optimizer=instantiate(cfg.optimizer),
+        lr_scheduler=instantiate(cfg.lr_scheduler),
+    )
+    if len(shape) == 3:
+        net.to(memory_format=torch.channels_last)
+    return module
+
+
+def build_sampler(cfg: DictConfig) -> "Sampler":
+    """A sampler from its YAML: the function's own arguments, and the grid that it walks."""
+    from src.module import Sampler
+
+    walk = instantiate({str(k): v for k, v in cfg.items() if k not in GRID_SETTINGS})
+    return Sampler(walk, cfg.steps, cfg.spacing)
+
+
+def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
+    """Lightning's Trainer with the configured callbacks and loggers."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    if cfg.trainer.max_steps < 1:
+        raise ValueError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}: training is counted in steps")
+    loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items()]
+    accumulate = cfg.trainer.accumulate_grad_batches
+    every = min(cfg.validate_every, cfg.trainer.max_steps)
+    if every < 1:
+        raise ValueError(f"validate_every must be at least 1 step, got {every}")
+    try:
+        trainer: L.Trainer = instantiate(
+            cfg.trainer,
+            callbacks=[instantiate(node) for node in (cfg.callbacks or {}).values()],
+            logger=loggers or False,
+            default_root_dir=str(directory),
+            val_check_interval=every * accumulate,  # Lightning counts batches
+        )
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, MisconfigurationException | RuntimeError):
+            raise
+        raise ValueError(
+            f"{_sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
+            f"trainer.precision={cfg.trainer.precision} on this machine)"
+        ) from error
+    return trainer
+
+
+def build_logger(name: str, node: DictConfig) -> "Logger":
+    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online."""
+    try:
+        logger: Logger = instantiate(node)
+        if name == "wandb":
+            logger.experiment  # noqa: B018 - starts the W&B run, the step that can fail
+    except ModuleNotFoundError as error:
+        raise ValueError(f"logger={name} needs a package that is not installed ({error}): pip install {name}") from error
+    except Exception as error:
+        if name != "wandb" or node.offline:
+            raise
+        warnings.warn(f"W&B could not start online ({_sentence(error)}): this run is logged offline", stacklevel=2)
+        logger = instantiate(node, offline=True)
+    return logger
+
+
+def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
+    """The checkpoint that `run=` (its last, else its best) or `ckpt=` means. Raises FileNotFoundError."""
+    if (run is None) == (ckpt is None):
+        raise ValueError("give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint)")
+    if ckpt is not None:
+        path = Path(ckpt)
+        if not path.is_file():
+            raise FileNotFoundError(f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt file, run= a run folder")
+        return path
+    folder = Path(str(run))
+    if not folder.is_dir():
+        close = difflib.get_close_matches(folder.name, [f.name for f in folder.parent.glob("*/")], n=1)
+        near = f"; did you mean {folder.parent / close[0]}?" if close else ""
+        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs lie under outputs/train'}")
+    for name in ("last.ckpt", "best.ckpt"):
+        if (path := folder / "checkpoints" / name).is_file():
+            return path
+    raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/last.ckpt: is it a run folder that has trained?")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The contents of a checkpoint of this project; nothing but tensors and plain values is unpickled."""
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (damaged, or not made by src.train): use another one"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project: it holds no configuration beside its weights")
+    return checkpoint
+
+
+def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> OpenedRun:
+    """A trained run from its folder or from one checkpoint, with the averaged weights (or the raw ones).
+
+    Raises FileNotFoundError or ValueError if there is no such run or it cannot be read.
+    """
+    path = find_checkpoint(run, ckpt)
+    quiet_libraries()
+    checkpoint = read_checkpoint(path)
+    config = OmegaConf.create(checkpoint["hyper_parameters"])
+    assert isinstance(config, DictConfig)
+    data = instantiate(config.data)
+    module = build_module(config, data.shape)
+    check_fit(checkpoint, module, path)
+    module.load_state_dict(checkpoint["state_dict" if ema else "current_model_state"])
+    return OpenedRun(config, path, module.eval(), data)
+
+
+def check_fit(checkpoint: dict[str, Any], module: "DiffusionModule", path: Path) -> None:
+    """Raise ValueError, naming the first difference, if the checkpoint holds another network's weights."""
+    theirs: dict[str, Tensor] = checkpoint["state_dict"]
+    ours = module.state_dict()
+    for name in [*ours, *theirs]:
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{path} holds another network: {name} is {shapes[0]} there and {shapes[1]} here; use the settings "
+                "that it was trained with, or start a new run"
+            )
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device of that name, or for "auto" the best there is. Raises ValueError if it does not exist."""
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={name} does not exist here ({_sentence(error)}): use device=auto or cpu") from error
+    return device
+
+
+def inline_betas(cfg: DictConfig) -> None:
+    """Replace the file name that `schedule=custom` may give by the numbers in it, so that the run needs no file."""
+    betas = OmegaConf.select(cfg, "schedule.betas")
+    if not isinstance(betas, str):
+        return
+    import numpy as np
+
+    path = Path(betas)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
+    try:
+        table = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv") from error
+    cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
+
+
+def warn_of_schedule(module: "DiffusionModule") -> None:
+    """Say so if the schedule's last step is not noise: samples start from pure noise, which it never saw."""
+    left = module.schedule.terminal_alpha_bar
+    if left > 0.01:
+        warnings.warn(
+            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts where "
+            "training never was; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
+            stacklevel=2,
+        )
+
+
+def check_arguments(cfg: DictConfig, name: str = "") -> None:
+    """Hold every `_target_` against its signature: unknown arguments, and values of another type than declared."""
+    if "_target_" in cfg:
+        target = get_method(cfg._target_)
+        signature = inspect.signature(target)
+        hints = _hints(target)
+        open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+        for key in cfg:
+            if str(key).startswith("_") or key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers"):
+                continue
+            dotted = f"{name}.{key}"
+            if key not in signature.parameters and not open_ended:
+                known = [k for k in signature.parameters if k not in ("self", "args")]
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
+                raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
+            try:
+                value = cfg[key]
+            except InterpolationKeyError as error:
+                raise ValueError(
+                    f"{dotted} asks for a setting that the rest of the configuration lacks ({_sentence(error)}): "
+                    "choose a model that fits the data, model=mlp for points, model=unet_* for images"
+                ) from error
+            if isinstance(value, DictConfig) or str(cfg._target_).startswith("lightning."):
+                continue
+            if key in hints and not _matches(value, hints[key]):
+                raise ValueError(f"{dotted}={value} is of the wrong type: it must be {_describe(hints[key])}")
+    for key in cfg:
+        if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
+            check_arguments(node, f"{name}.{key}".lstrip("."))
+
+
+def quiet_libraries() -> None:
+    """Silence what Lightning says of itself: each line twice under Hydra, and advertisements among them."""
+    import lightning  # noqa: F401 - sets the levels that are changed below
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """`values` as indented JSON, replacing the file at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError):
+        return {}
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether a configured value can be what the annotation says; annotations beyond plain values always match."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, option) for option in args)
+    if origin is Literal:
+        return value in args
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, typing.Sequence) and args:  # type: ignore[arg-type]
+        return isinstance(value, ListConfig | list | tuple) and all(_matches(v, args[0]) for v in value)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
+    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
+
+
+def _sentence(error: BaseException) -> str:
+    """The first sentence of an error, without its final stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")

@@ -1,0 +1,64 @@
+"""Draw samples from a trained run: `python -m src.sample run=outputs/train/... n=64 sampler=ddim sampler.steps=50`."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from src.cli import launch, usage_errors
+
+
+def sample(cfg: DictConfig) -> Path:
+    """Write `n` samples of the run as PNGs, a grid and `samples.npz` (and a GIF of the first) into the output folder.
+
+    Sample k depends on (seed, k) alone: not on `n`, `batch_size` or how many devices there are.
+    """
+    from src import runs
+
+    with usage_errors():
+        runs.find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
+        if min(cfg.n, cfg.batch_size) < 1:
+            raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
+        runs.check_arguments(cfg.sampler, "sampler")
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
+        sampler = runs.build_sampler(cfg.sampler)
+        opened.module.check_sampler(sampler)
+        device = runs.pick_device(cfg.device)
+
+    import numpy as np
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from src import plots
+
+    folder = Path(cfg.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    module, show = opened.module.to(device), opened.data.to_display
+    parts = []
+    with tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling") as bar:
+        for start in range(0, cfg.n, cfg.batch_size):
+            indices = range(start, min(start + cfg.batch_size, cfg.n))
+            film = []
+            for step, x in enumerate(module.sample(indices, cfg.seed, sampler)):
+                bar.update(len(indices) if step else 0)
+                if cfg.gif and start == 0:
+                    film.append(show(x[:8] if x.ndim == 4 else x).cpu())
+            if film:
+                plots.save_gif(film, folder / "film.gif")
+            parts.append(show(x).cpu())
+    samples = torch.cat(parts)
+    if samples.ndim == 4:
+        for k, image in enumerate(samples.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
+        # Channels last, as FID tools expect it: (N, H, W, C) uint8.
+        np.savez_compressed(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
+    else:
+        np.savez_compressed(folder / "samples.npz", samples.numpy())
+    plots.draw(samples[:256] if samples.ndim == 4 else samples).save(folder / "grid.png")
+    print(f"{cfg.n} samples of {opened.checkpoint} by {cfg.sampler._target_.rpartition('.')[2]} with {cfg.sampler.steps} steps")
+    print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
+    return folder
+
+
+if __name__ == "__main__":
+    launch("sample", sample)

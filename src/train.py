@@ -1,0 +1,104 @@
+"""Train a diffusion model: `python -m src.train schedule=cosine data=digits trainer.devices=4`."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from src.cli import launch, usage_errors
+
+if TYPE_CHECKING:
+    from src.runs import Run
+
+
+def train(cfg: DictConfig) -> dict[str, float]:
+    """Train as configured, then leave pictures, curves and `metrics.json` in the run folder. Returns the metrics."""
+    from src import runs
+
+    with usage_errors():
+        run = runs.build(cfg)
+        if run.resume_from is None:
+            run.data.prepare_data()
+            run.data.setup()
+    announce(run)
+    start = time.perf_counter()
+    try:
+        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from and str(run.resume_from))
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C; `CleanStop` has saved
+        raise SystemExit(130) from say_how_to_go_on(run, stop)
+    seconds = time.perf_counter() - start
+    run.trainer.save_checkpoint(run.last_checkpoint)
+    validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)[0]
+    steps = run.trainer.global_step
+    metrics = {
+        **{name: float(value) for name, value in validation.items()},
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in run.module.net.parameters()),
+    }
+    if run.trainer.is_global_zero:
+        leave_pictures(run, cfg.seed)
+        runs.write_json(run.directory / "metrics.json", metrics)
+        print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics['val/loss']:.4g}. Look at:")
+        for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
+            if (path := run.directory / name).exists():
+                print(f"  {relative(path)}")
+        print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
+    return metrics
+
+
+def announce(run: "Run") -> None:
+    """One line on what is about to be trained, and where it goes."""
+    if run.trainer.is_global_zero:
+        net = run.module.net
+        count = sum(p.numel() for p in net.parameters())
+        print(
+            f"Training {type(net).__name__} ({count / 1e6:.2f} M parameters) on {len(run.data.train_indices) or 'the'} "
+            f"samples of shape {run.module.shape}, {run.trainer.max_steps} steps of {run.data.batch_size}, "
+            f"on {run.trainer.num_devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}",
+            flush=True,
+        )
+
+
+def leave_pictures(run: "Run", seed: int) -> None:
+    """The final grid beside held-out data, the film of a few samples as strip and GIF, and the loss curves."""
+    from src import plots
+
+    folder = run.directory / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    show = run.data.to_display
+    images = len(run.module.shape) == 3
+    *_, final = run.module.sample(range(64 if images else 2000), seed)
+    plots.draw(show(final), show(run.data.examples(len(final)))).save(folder / "final.png")
+    film = [show(x) for x in run.module.sample(range(8 if images else 2000), seed)]
+    plots.film_strip(film).save(folder / "film.png")
+    plots.save_gif(film, folder / "film.gif")
+    series: dict[str, tuple[list[float], list[float]]] = {}
+    for log in sorted((run.directory / "logs").glob("version_*/metrics.csv")):
+        for name, (steps, values) in plots.read_metrics(log).items():
+            kept = series.setdefault(name, ([], []))
+            kept[0].extend(steps)
+            kept[1].extend(values)
+    wanted = {name: series[name] for name in ("train/loss", "val/loss", "train/grad_norm") if name in series}
+    if wanted:
+        plots.curves(wanted, "step", run.directory.name).save(run.directory / "curves.png")
+
+
+def say_how_to_go_on(run: "Run", stop: SystemExit) -> SystemExit:
+    if run.trainer.is_global_zero:
+        if run.last_checkpoint.exists():
+            where = relative(run.directory)
+            print(f"\nStopped at step {run.trainer.global_step}, saved. Go on with: python -m src.train resume={where}")
+        else:
+            print("\nStopped before the first step: nothing to save.")
+    return stop
+
+
+def relative(path: Path) -> Path:
+    """`path` as seen from here, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    launch("train", train)
