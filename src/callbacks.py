@@ -49,7 +49,8 @@ class EMA(WeightAveraging):
             return
         assert self._average_model is not None
         average, current = list(self._average_model.module.parameters()), list(pl_module.parameters())
-        get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))(average, current, None)
+        decay = min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(average, current, None)  # type: ignore[no-untyped-call]
         self._latest_update_step = step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,9 +67,7 @@ class EMA(WeightAveraging):
         if self._swapped and trainer.state.fn == TrainerFn.FITTING:
             self._swap_models(pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._swapped:
             raw, average = checkpoint["state_dict"], checkpoint["current_model_state"]
@@ -123,10 +122,11 @@ class CleanStop(L.Callback):
         self._asked = False
         self._previous = signal.signal(signal.SIGINT, self._ask)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._asked:
+        # The start of the next batch: only here has Lightning logged and counted the last one.
+        if self._asked and batch_idx % trainer.accumulate_grad_batches == 0:
             trainer.save_checkpoint(self.path)
             raise KeyboardInterrupt
 

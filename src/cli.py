@@ -63,7 +63,8 @@ def usage_errors() -> Iterator[None]:
 
 def level_size(image_size: int, level: int) -> int:
     """The resolution of level `level` of a U-Net, 0 being the image's own."""
-    return -(-int(image_size) // 2 ** int(level))
+    size: int = -(-image_size // 2**level)
+    return size
 
 
 def wandb_offline() -> bool:
@@ -104,7 +105,9 @@ def expand_resume(overrides: list[str]) -> list[str]:
         return overrides
     saved = Path(folder) / ".hydra" / "overrides.yaml"
     if not saved.is_file():
-        raise UsageError(f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints")
+        raise UsageError(
+            f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints"
+        )
     before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
     quoted = str(Path(folder).resolve()).replace("'", "\\'")
     given = [o for o in overrides if o not in before and not o.startswith("hydra.run.dir=")]
@@ -131,10 +134,14 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             if override.key_or_group not in groups:
                 _check_key(override, base, groups)
             elif override.is_delete() and override.key_or_group in base:
-                raise UsageError(f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
-                                 f"{', '.join(groups[override.key_or_group])}")
+                raise UsageError(
+                    f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
+                    f"{', '.join(groups[override.key_or_group])}"
+                )
             if override.is_sweep_override() and not multirun:
-                raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value")
+                raise UsageError(
+                    f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
+                )
         final = _compose(config_name, [_one_value(o) for o in parsed])
     for name in flatten(final):
         parent, _, last = name.rpartition(".")
@@ -149,7 +156,7 @@ def config_groups() -> dict[str, list[str]]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean x?" for the known word nearest to `word`, or nothing."""
+    """A question after the known word nearest to `word`, to end an error with; empty if none is near."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -174,9 +181,9 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         # A `+` may give a third-party class an argument that its YAML does not list, or a free dictionary a key;
         # the YAMLs of our own classes list every argument.
         target = str(OmegaConf.select(node, "_target_", default="")) if isinstance(node, DictConfig) else "src."
-        if override.is_add() or override.is_force_add():
-            if depth > 0 and not target.startswith("src."):
-                return
+        adds = override.is_add() or override.is_force_add()
+        if adds and depth > 0 and not target.startswith("src."):
+            return
         known = [*flatten(base), *groups]
         local = [k for k in known if k.startswith(".".join(parts[:depth]) + ".")] if depth else known
         hint = nearest(key, local) or nearest(key, known)
@@ -188,11 +195,12 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
 def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
     """The dotted names of all keys."""
     names: list[str] = []
-    for name in cfg:
-        names.append(f"{prefix}{name}")
-        child = cfg._get_node(name)
+    for key in cfg:
+        name = f"{prefix}{key!s}"
+        names.append(name)
+        child = cfg._get_node(key)
         if isinstance(child, DictConfig):
-            names += flatten(child, f"{prefix}{name}.")
+            names += flatten(child, f"{name}.")
     return names
 
 

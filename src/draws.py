@@ -7,7 +7,7 @@ blocks that its share touches.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 BLOCK = 16
 
 
-class Draws(NamedTuple):
+@dataclass(frozen=True)
+class Draws:
     """The draws for positions start..start + count - 1 of the global batch of one step."""
 
     seed: int

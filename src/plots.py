@@ -79,9 +79,7 @@ def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def scatter(
-    points: Tensor, real: Tensor | None = None, extent: float | None = None, size: float = 5.0
-) -> Image.Image:
+def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = None, size: float = 5.0) -> Image.Image:
     """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms."""
     figure, axes = _figure(size, size)
     layers = [(real, "0.75", "data")] if real is not None else []

@@ -13,6 +13,7 @@ import pickle
 import types
 import typing
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
 
@@ -67,7 +68,7 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data)
     module = build_module(cfg, data.shape)
-    module.hparams.update(OmegaConf.to_container(cfg, resolve=True))
+    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     warn_of_schedule(module)
     if cfg.compile:
         module.net.compile()
@@ -91,7 +92,12 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
     from src.module import DiffusionModule
 
     if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
-        raise ValueError(f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger")
+        raise ValueError(
+            f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger"
+        )
+    if str(cfg.trainer.precision).startswith("16") and "fused" in cfg.optimizer:
+        # The fused step unscales fp16 gradients itself, too late for clipping.
+        cfg.optimizer.fused = False
     betas = instantiate(cfg.schedule)
     if cfg.snr_shift != 1:
         betas = schedules.snr_shift(betas, cfg.snr_shift)
@@ -128,7 +134,13 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     if cfg.trainer.max_steps < 1:
-        raise ValueError(f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}: training is counted in steps")
+        raise ValueError(
+            f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}: training is counted in steps"
+        )
+    if cfg.trainer.max_epochs not in (-1, None):
+        raise ValueError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: training is counted in steps; set trainer.max_steps"
+        )
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items()]
     accumulate = cfg.trainer.accumulate_grad_batches
     every = min(cfg.validate_every, cfg.trainer.max_steps)
@@ -158,9 +170,11 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
     try:
         logger: Logger = instantiate(node)
         if name == "wandb":
-            logger.experiment  # noqa: B018 - starts the W&B run, the step that can fail
+            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
     except ModuleNotFoundError as error:
-        raise ValueError(f"logger={name} needs a package that is not installed ({error}): pip install {name}") from error
+        raise ValueError(
+            f"logger={name} needs a package that is not installed ({error}): pip install {name}"
+        ) from error
     except Exception as error:
         if name != "wandb" or node.offline:
             raise
@@ -249,6 +263,13 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
+def plain(cfg: DictConfig) -> dict[Any, Any]:
+    """The configuration as nested plain values, every interpolation resolved."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return container
+
+
 def inline_betas(cfg: DictConfig) -> None:
     """Replace the file name that `schedule=custom` may give by the numbers in it, so that the run needs no file."""
     betas = OmegaConf.select(cfg, "schedule.betas")
@@ -262,7 +283,9 @@ def inline_betas(cfg: DictConfig) -> None:
     try:
         table = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
     except ValueError as error:
-        raise ValueError(f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv") from error
+        raise ValueError(
+            f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv"
+        ) from error
     cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
 
 
@@ -284,13 +307,14 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
         signature = inspect.signature(target)
         hints = _hints(target)
         open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
-        for key in cfg:
-            if str(key).startswith("_") or key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers"):
+        for key in map(str, cfg):
+            of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers")
+            if key.startswith("_") or of_grid:
                 continue
             dotted = f"{name}.{key}"
             if key not in signature.parameters and not open_ended:
                 known = [k for k in signature.parameters if k not in ("self", "args")]
-                close = difflib.get_close_matches(str(key), known, n=1)
+                close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
                 raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
             try:
@@ -304,7 +328,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 continue
             if key in hints and not _matches(value, hints[key]):
                 raise ValueError(f"{dotted}={value} is of the wrong type: it must be {_describe(hints[key])}")
-    for key in cfg:
+    for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))
 
@@ -316,6 +340,8 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The stream of batches starts at the step where the checkpoint left it.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
 
@@ -347,7 +373,7 @@ def _matches(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, typing.Sequence) and args:  # type: ignore[arg-type]
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence) and args:
         return isinstance(value, ListConfig | list | tuple) and all(_matches(v, args[0]) for v in value)
     return True
 

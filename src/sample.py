@@ -55,7 +55,10 @@ def sample(cfg: DictConfig) -> Path:
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
     plots.draw(samples[:256] if samples.ndim == 4 else samples).save(folder / "grid.png")
-    print(f"{cfg.n} samples of {opened.checkpoint} by {cfg.sampler._target_.rpartition('.')[2]} with {cfg.sampler.steps} steps")
+    print(
+        f"{cfg.n} samples of {opened.checkpoint} by {cfg.sampler._target_.rpartition('.')[2]}, "
+        f"{cfg.sampler.steps} steps"
+    )
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
 

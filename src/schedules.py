@@ -8,12 +8,14 @@ from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_erro
 
 
 def show_schedules(cfg: DictConfig) -> Path:
-    """Print a table of the chosen schedules; write it, plots of beta, alpha_bar and log-SNR, and strips of noised data."""
+    """Print a table of the chosen schedules; write it, plots of their course, and a strip of noised data for each."""
     available = [name for name in config_groups()["schedule"] if name != "custom"]
     names = list(cfg.names) if cfg.names is not None else available
     for name in names:
         if name not in available:
-            raise UsageError(f"unknown schedule '{name}'{nearest(name, available) or ': choose from ' + ', '.join(available)}")
+            raise UsageError(
+                f"unknown schedule '{name}'{nearest(name, available) or ': choose from ' + ', '.join(available)}"
+            )
 
     import torch
     from hydra.utils import instantiate

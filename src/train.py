@@ -18,7 +18,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     with usage_errors():
         run = runs.build(cfg)
-        if run.resume_from is None:
+        if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()
             run.data.setup()
     announce(run)
@@ -80,9 +80,11 @@ def leave_pictures(run: "Run", seed: int) -> None:
             kept = series.setdefault(name, ([], []))
             kept[0].extend(steps)
             kept[1].extend(values)
-    wanted = {name: series[name] for name in ("train/loss", "val/loss", "train/grad_norm") if name in series}
-    if wanted:
-        plots.curves(wanted, "step", run.directory.name).save(run.directory / "curves.png")
+    names = [name for name in ("train/loss", "val/loss", "train/grad_norm") if name in series]
+    if names:
+        plots.curves({name: series[name] for name in names}, "step", run.directory.name).save(
+            run.directory / "curves.png"
+        )
 
 
 def say_how_to_go_on(run: "Run", stop: SystemExit) -> SystemExit:

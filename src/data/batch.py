@@ -99,7 +99,7 @@ class TrainingStream(Sampler[Places]):
         taken = self._epoch(epoch)[offset : offset + self.batch_size]
         if len(taken) < self.batch_size:
             taken = torch.cat([taken, self._epoch(epoch + 1)[: self.batch_size - len(taken)]])
-        return taken.tolist()  # type: ignore[no-any-return]
+        return taken.tolist()
 
     @lru_cache(maxsize=2)  # noqa: B019 - one stream lives as long as its run
     def _epoch(self, epoch: int) -> Tensor:

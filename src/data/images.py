@@ -1,6 +1,8 @@
 """One datamodule for images, and the sources it draws on: embedded digits, torchvision's sets, own folders."""
 
+import pickle
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -112,7 +114,9 @@ def digits(root: str | None, image_size: int, channels: int, download: bool) -> 
     """scikit-learn's 1,797 handwritten digits, 8x8, pixel values 0..16: installed with it, nothing to download."""
     from sklearn.datasets import load_digits
 
-    _require(image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1")
+    _require(
+        image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1"
+    )
     return ImageArray(torch.from_numpy(load_digits().images.astype(np.uint8))[:, None])
 
 
@@ -126,11 +130,12 @@ def torchvision_images(
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
     try:
         opened = dataset(root=root, download=download)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
+        # Not there and no network, or there but broken off: torchvision has no one error for either.
+        reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
         raise ValueError(
-            f"{name} is not in {Path(root or '.').resolve()} and could not be downloaded ({reason}): connect to the network, "
-            "put the dataset's original files there, or set data.root to where they are"
+            f"{name} is not (or not whole) in {Path(root or '.').resolve()} and could not be downloaded ({reason}): "
+            "connect to the network, put the dataset's original files there, or set data.root to where they are"
         ) from error
     data = getattr(opened, "data", None)
     if data is None:
@@ -155,24 +160,29 @@ def folder(root: str | None, image_size: int, channels: int, download: bool) -> 
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(f"no folder {path.resolve()}: set data.root to the folder that holds your images")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and not f.name.startswith("."))
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:
         raise ValueError(
             f"no images under {path.resolve()} (looked for {' '.join(sorted(EXTENSIONS))}): set data.root to the "
             "folder that holds your images"
         )
     if download:  # asked once, before training: the moment to look at every file
-        unreadable = [str(f.relative_to(path)) for f in files if not _is_readable(f)]
+        with ThreadPoolExecutor() as pool:  # decoding releases the interpreter
+            readable = list(pool.map(_is_readable, files))
+        unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]
         if unreadable:
             shown = ", ".join(unreadable[:5]) + (f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
-            raise ValueError(f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them")
+            raise ValueError(
+                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them"
+            )
     return ImageFiles(lambda i: Image.open(files[i]), len(files), image_size, channels)
 
 
 def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     """Turn upright, flatten onto white, take the central square and resize it: (channels, size, size) uint8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":  # Pillow clips 16 bits to 8
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.getextrema()[1] > 255):
+        # 16-bit grey; Pillow's own conversion clips it to white.
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -186,11 +196,16 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def _is_visible_file(path: Path, root: Path) -> bool:
+    """Whether it is a file, and neither it nor a folder that it is in (below `root`) is hidden."""
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 def _is_readable(path: Path) -> bool:
-    """Whether the whole file decodes: a truncated one fails only when its pixels are read."""
+    """Whether the whole file goes through `fit_image`: a truncated one fails only when its pixels are read."""
     try:
         with Image.open(path) as image:
-            image.load()
+            fit_image(image, 8, 3)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
     return True

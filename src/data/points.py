@@ -67,9 +67,10 @@ def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
 
 
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
-    """A spiral of one and a half turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5."""
+    """A spiral of one and a half turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5, then centred."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
-    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5
+    centre = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # the mean of (r cos r, r sin r) over r
+    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5 - centre
     return points + noise * torch.randn(n, 2, generator=generator)
 
 

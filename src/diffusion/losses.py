@@ -71,8 +71,7 @@ def min_snr(process: GaussianDiffusion, t: Level, gamma: float = 5.0) -> Tensor:
 
 def uniform_timesteps(u: Tensor, num_steps: int) -> Tensor:
     """u (B,) uniform in [0, 1) -> indices t (B,) uniform over {0..T-1}."""
-    # In float32 u T may round up to T.
-    return (u * num_steps).long().clamp(max=num_steps - 1)
+    return (u * num_steps).long()
 
 
 def _mean_over_data(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class NoiseSchedule(nn.Module):
     def __init__(self, betas: Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         betas = betas.double()
-        if not (0 < betas.min() and betas.max() <= 1):
+        if not (betas.min() > 0 and betas.max() <= 1):
             raise ValueError(
                 f"betas must lie in (0, 1], got [{betas.min():.4g}, {betas.max():.4g}]: change the schedule's ends"
             )
@@ -62,8 +62,8 @@ class NoiseSchedule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseSchedule":
         # The tables follow the network to its device, but not to a lower precision.
-        moved: Any = super()._apply(lambda table: table.to(fn(table).device), recurse)
-        return moved  # type: ignore[no-any-return]
+        super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def terminal_alpha_bar(self) -> float:
@@ -93,7 +93,8 @@ class NoiseSchedule(nn.Module):
             case "trailing":
                 rows = self.num_steps * (1 - count / steps) - 1
             case "leading":
-                rows = self.num_steps / steps * (steps - 1 - count)
+                # More steps than rows would overshoot the noisiest.
+                rows = min(self.num_steps / steps, last / max(steps - 1, 1)) * (steps - 1 - count)
             case "linspace":
                 rows = last * (1 - count / max(steps - 1, 1))
             case "karras":
@@ -124,7 +125,8 @@ class NoiseSchedule(nn.Module):
         target = (high**bend + fraction * (low**bend - high**bend)).pow(KARRAS_RHO).atan()
         above = torch.searchsorted(angle, target).clamp(1, self.num_steps)
         start, stop = angle[above - 1], angle[above]
-        return (above - 2 + (target - start) / (stop - start)).clamp(0, self.num_steps - 1)
+        rows: Tensor = above - 2 + (target - start) / (stop - start)
+        return rows.clamp(0, self.num_steps - 1)
 
     def _polar(self) -> tuple[Tensor, Tensor]:
         """Angle and norm of (alpha, sigma), float64 on the CPU, clean data first, then rows 0..T-1: (T + 1,)."""

@@ -54,10 +54,11 @@ def sigmoid_jabri(
     """alpha_bar a sigmoid of u between `start` and `end`, temperature `tau` (Jabri et al., 2212.11972, alg. 1)."""
     if not start < end or tau <= 0:
         raise ValueError(f"needs start < end and tau > 0, got {start}, {end}, {tau}: change schedule.start or .tau")
-    first, last = (1 / (1 + math.exp(-edge / tau)) for edge in (start, end))
+    first, last = torch.tensor([start, end], dtype=torch.float64).div(tau).sigmoid()
 
     def alpha_bar(u: Tensor) -> Tensor:
-        return (last - torch.sigmoid((u * (end - start) + start) / tau)) / (last - first)
+        fall: Tensor = (last - torch.sigmoid((u * (end - start) + start) / tau)) / (last - first)
+        return fall
 
     return from_alpha_bar(alpha_bar, num_steps, max_beta)
 
@@ -90,9 +91,7 @@ def exponential(num_steps: int, rate: float = 12.0, max_beta: float = 0.999) -> 
     return from_alpha_bar(lambda u: torch.exp(-rate * u), num_steps, max_beta)
 
 
-def laplace(
-    num_steps: int, mu: float = 0.0, scale: float = 0.5, power: float = 0.5, max_beta: float = 0.999
-) -> Tensor:
+def laplace(num_steps: int, mu: float = 0.0, scale: float = 0.5, power: float = 0.5, max_beta: float = 0.999) -> Tensor:
     """log-SNR Laplace-distributed over uniform u (Hang et al., 2407.03297, tab. 1): most steps near SNR = 1.
 
     lambda(u) = mu - scale sgn(1/2 - u) log(1 - 2 |u - 1/2|), alpha_bar = sigmoid(lambda)^power. The paper's
@@ -153,7 +152,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 def check_betas(betas: Tensor) -> Tensor:
     """`betas`, if they all lie strictly inside (0, 1). Raises ValueError otherwise."""
     low, high = betas.min().item(), betas.max().item()
-    if not (0 < low and high < 1):  # also catches NaN
+    if not (low > 0 and high < 1):  # also catches NaN
         raise ValueError(
             f"betas must lie strictly inside (0, 1), got [{low:.4g}, {high:.4g}]: change the schedule's parameters"
         )

@@ -103,7 +103,7 @@ class SelfAttention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
         qkv = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, H W, C / heads)
-        out = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
 
 

@@ -57,8 +57,8 @@ class UNet(nn.Module):
         sizes = [-(-image_size // 2**i) for i in range(len(widths))]
         if unknown := set(attention) - set(sizes):
             raise ValueError(
-                f"attention at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels have "
-                f"resolutions {sizes}; set model.attention to some of these"
+                f"attention at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels "
+                f"have resolutions {sizes}; set model.attention to some of these"
             )
         self.factor = 2 ** (len(widths) - 1)
         groups = fit_groups(width)
@@ -91,7 +91,9 @@ class UNet(nn.Module):
                 c = c_out
                 skips.append(c)
             if i < len(widths) - 1:
-                shrink = ResidualBlock(c, c, emb_dim, groups, conditioning, dropout, "down") if resample_blocks else None
+                shrink = (
+                    ResidualBlock(c, c, emb_dim, groups, conditioning, dropout, "down") if resample_blocks else None
+                )
                 self.down.append(shrink or Downsample(c))
                 skips.append(c)
 
@@ -138,7 +140,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h: Tensor = self.residual(x, emb)
-        return h if self.attention is None else self.attention(h)  # type: ignore[no-any-return]
+        return h if self.attention is None else self.attention(h)
 
 
 def pad_to_multiple(x: Tensor, factor: int) -> Tensor:

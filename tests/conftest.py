@@ -1,0 +1,61 @@
+"""What the tests share: configurations composed as on the command line, and one small trained run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from src.cli import CONF
+
+# Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
+torch.set_num_threads(1)
+
+TINY = [
+    "model.width=8",
+    "model.blocks=1",
+    "model.head_channels=8",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "callbacks.samples.count=4",
+    "sampler.steps=3",
+    "callbacks.progress.refresh_rate=0",
+]
+"""A network that trains in milliseconds a step."""
+
+
+def compose(config_name: str, *overrides: str) -> DictConfig:
+    """The configuration of a command, as Hydra gives it."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose(config_name, list(overrides))
+
+
+def train_tiny(folder: Path, *overrides: str) -> dict[str, float]:
+    """Run `src.train` in this process on the digits, with a tiny network, into `folder`."""
+    from src.train import train
+
+    settings = [*TINY, "trainer.max_steps=6", "validate_every=3", "checkpoint_every=100", f"run_dir='{folder}'"]
+    return train(compose("train", *settings, *overrides))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    train_tiny(folder)
+    return folder
+
+
+@pytest.fixture()
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to open a connection fails as it does on a machine without network."""
+    import socket
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("Network is unreachable")
+
+    refusal: Callable[..., None] = refuse
+    monkeypatch.setattr(socket.socket, "connect", refusal)
+    monkeypatch.setattr(socket, "getaddrinfo", refusal)

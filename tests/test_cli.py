@@ -1,0 +1,114 @@
+"""What is typed wrongly gets one line with the remedy, before anything heavy is imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from src.cli import UsageError, check_overrides, config_groups, expand_resume, split_arguments
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("schedule=cosin", ["unknown schedule 'cosin'", "did you mean cosine?", "linear", "sigmoid_jabri"]),
+        ("schedule=zzz", ["unknown schedule 'zzz'", "choices are", "cosine"]),
+        ("logger=[csv,wandbb]", ["unknown logger 'wandbb'", "wandb"]),
+        ("shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("+shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("++shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("~shedule", ["'shedule'", "did you mean schedule?"]),
+        ("schedule.num_stps=10", ["did you mean schedule.num_steps?"]),
+        ("+schedule.num_stps=10", ["did you mean schedule.num_steps?"]),
+        ("++optimiser.lr=1", ["'optimiser.lr'", "did you mean optimizer.lr?"]),
+        ("trainer.max_step=3", ["did you mean trainer.max_steps?"]),
+        ("~schedule", ["leaves no schedule", "cosine"]),
+        ("schedule=linear,cosine", ["sweep", "-m"]),
+        ("seed=[", ["cannot read"]),
+        ("data=folder", ["data.root has no default", "data.root=..."]),
+    ],
+)
+def test_misspelt_overrides_name_what_was_meant(override, fragments):
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule=linear", "schedule.num_steps=100", "trainer.devices=4"],
+        ["+trainer.limit_train_batches=3"],
+        ["++trainer.limit_val_batches=3", "logger=[csv,wandb]"],
+        ["data=folder", "data.root=some/where"],
+        ["hydra.run.dir=x", "hydra/job_logging=none"],
+        ["~callbacks.every"],
+        ["logger=none"],
+    ],
+)
+def test_what_is_right_passes(overrides):
+    check_overrides("train", overrides)
+
+
+def test_sweeps_are_checked_value_by_value():
+    check_overrides("train", ["schedule=linear,cosine", "seed=range(0,3)"], multirun=True)
+    with pytest.raises(UsageError, match="unknown schedule 'cosin'"):
+        check_overrides("train", ["schedule=linear,cosin"], multirun=True)
+
+
+def test_flags_are_told_from_overrides():
+    words = ["-m", "schedule=linear", "--cfg", "job", "--package", "model", "seed=1"]
+    assert split_arguments(words) == (["schedule=linear", "seed=1"], ["-m", "--cfg", "job", "--package", "model"])
+
+
+def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- schedule=linear\n- resume=old\n- seed=3\n")
+    expanded = expand_resume([f"resume={tmp_path}", "trainer.max_steps=9"])
+    assert expanded == [
+        "schedule=linear",
+        "seed=3",
+        f"resume={tmp_path}",
+        "trainer.max_steps=9",
+        f"hydra.run.dir='{tmp_path}'",
+    ]
+    with pytest.raises(UsageError, match="no run to resume"):
+        expand_resume([f"resume={tmp_path / 'nowhere'}"])
+
+
+def test_groups_leave_out_what_is_shared():
+    groups = config_groups()
+    assert {"schedule", "model", "data", "sampler", "trainer", "logger"} <= groups.keys()
+    assert "_points" not in groups["data"]
+
+
+def test_commands_import_nothing_heavy_to_read_the_command_line():
+    heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
+    code = f"import sys, src.train, src.sample, src.schedules; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fragment"),
+    [
+        (["src.train", "+shedule=cosine"], 2, "did you mean schedule?"),
+        (["src.train", "--help"], 0, "schedule: constant, cosine"),
+        (["src.train", "--cfg", "job", "--package", "schedule"], 0, "num_steps: 1000"),
+        (["src.sample", "run=outputs/no/such/run"], 2, "no run folder"),
+        (["src.sample"], 2, "give run=FOLDER"),
+        (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
+    ],
+)
+def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):
+    command = [sys.executable, "-m", *words, *([f"hydra.run.dir={tmp_path}"] if code else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == code
+    assert fragment in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if code:
+        assert len(done.stderr.strip().splitlines()) == 1

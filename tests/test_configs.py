@@ -1,0 +1,108 @@
+"""Configurations are code: each YAML composes, fits its target's signature, and names every argument of it."""
+
+import inspect
+
+import pytest
+import torch
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.cli import config_groups
+from src.runs import GRID_SETTINGS, build_module, build_sampler, check_arguments
+from tests.conftest import compose
+
+# Choices that need more than themselves to be complete.
+ALSO = {
+    ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
+    ("data", "folder"): ["data.root=x"],
+}
+CHOICES = [(group, option) for group, options in config_groups().items() for option in options]
+# Arguments that the program gives and no configuration should.
+GIVEN = {
+    "decoder_log_variance",  # GaussianDiffusion, from the schedule
+    *("process", "denoise", "x0", "t", "eps"),  # objectives and weightings
+    *("predict", "x", "grid", "noise"),  # samplers
+    *("n", "generator"),  # distributions of points
+    *("optimizer", "num_steps"),  # learning-rate schedules
+    "download",
+}
+
+
+def chosen(group: str, option: str) -> DictConfig:
+    return compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+
+
+def targets(cfg: DictConfig) -> list[DictConfig]:
+    """Every node with a `_target_`."""
+    found = [cfg] if "_target_" in cfg else []
+    for key in cfg:
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            found += targets(node)
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_choice_composes_and_fits_its_target(group, option):
+    cfg = chosen(group, option)
+    check_arguments(cfg)
+    for node in targets(cfg):
+        if not str(node._target_).startswith("src."):
+            continue
+        signature = inspect.signature(get_method(node._target_))
+        # A partial of a data source has root, image_size and channels from its datamodule.
+        elsewhere = {"root", "image_size", "channels"} if str(node._target_).startswith("src.data") else set()
+        listed = {str(k) for k in node if not str(k).startswith("_")} - set(GRID_SETTINGS)
+        missing = set(signature.parameters) - listed - GIVEN - elsewhere
+        if "num_steps" in signature.parameters and "schedules" in node._target_:
+            missing |= {"num_steps"} - listed
+        assert not missing, f"{node._target_} has arguments that its YAML does not show: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [c for c in CHOICES if c[0] not in ("data", "model", "trainer", "logger")]
+)
+def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
+    cfg = compose(
+        "train", f"{group}={option}", "run_dir=runs/x", "model.width=8", "model.blocks=1", "model.head_channels=8",
+        *ALSO.get((group, option), []),
+    )  # fmt: skip
+    module = build_module(cfg, (1, 8, 8))
+    loss = module._loss({"x": torch.zeros(4, 1, 8, 8), "start": 0}, step=0)["loss"]
+    assert loss.shape == (4,) and loss.isfinite().all()
+    sampler = build_sampler(cfg.sampler)._replace(steps=2)
+    *_, x = module.sample(range(3), seed=0, sampler=sampler)
+    assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("option", config_groups()["data"])
+def test_every_dataset_goes_with_its_default_network(option):
+    cfg = chosen("data", option)
+    data = instantiate(cfg.data)
+    net = instantiate(cfg.model)
+    out = net(torch.zeros(2, *data.shape), torch.zeros(2))
+    assert out.shape == (2, *data.shape)
+
+
+@pytest.mark.parametrize("option", config_groups()["model"])
+def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(option):
+    node = OmegaConf.load(f"conf/model/{option}.yaml") if False else chosen("model", option)
+    if option == "mlp":
+        node = compose("train", "data=points", "run_dir=runs/x")
+    with torch.device("meta"):
+        net = instantiate(node.model)
+    assert sum(p.numel() for p in net.parameters()) > 0
+    assert node.trainer.max_steps >= node.validate_every
+    assert 0 < node.optimizer.lr < 0.01
+
+
+@pytest.mark.parametrize("option", config_groups()["trainer"])
+def test_trainer_presets_differ_only_where_they_say(option):
+    default, preset = (compose("train", f"trainer={o}", "run_dir=runs/x").trainer for o in ("default", option))
+    differing = {k for k in preset if preset[k] != default[k]}
+    assert differing <= {"accelerator", "devices", "strategy", "precision"}
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "schedules"])
+def test_commands_compose_by_themselves(command):
+    assert compose(command).hydra is None if "hydra" in compose(command) else True

@@ -1,0 +1,274 @@
+"""Noise levels: tables against a chain folded in plain floats, and grids against the diffusers library."""
+
+import math
+from functools import cache, partial
+from itertools import pairwise
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+from torch.testing import assert_close
+
+from src.diffusion import schedules
+from src.diffusion.noise import NoiseSchedule
+from src.diffusion.process import GaussianDiffusion
+
+SCHEDULES = {
+    "linear": schedules.linear,
+    "quadratic": schedules.quadratic,
+    "scaled_linear": partial(schedules.quadratic, beta_start=0.00085, beta_end=0.012),
+    "cosine": schedules.cosine,
+    "sigmoid_jabri": schedules.sigmoid_jabri,
+    "sigmoid_geodiff": schedules.sigmoid_geodiff,
+    "constant": schedules.constant,
+    "inverse": schedules.inverse,
+    "exponential": schedules.exponential,
+    "laplace": schedules.laplace,
+    "zero_terminal": lambda num_steps: schedules.zero_terminal_snr(schedules.linear(num_steps)),
+    "shifted_zero_terminal": lambda num_steps: schedules.zero_terminal_snr(
+        schedules.snr_shift(schedules.cosine(num_steps), 0.5)
+    ),
+}
+SPACINGS = ["trailing", "leading", "linspace", "karras"]
+STEPS = [1, 2, 7, 50, 999, 1000, 1500]
+SHAPES = [(4,), (4, 2), (4, 3, 5), (4, 3, 8, 8)]
+
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+every_spacing = pytest.mark.parametrize("spacing", SPACINGS)
+
+
+@cache
+def schedule(name, num_steps=1000, dtype=torch.float64):
+    return NoiseSchedule(SCHEDULES[name](num_steps), dtype=dtype)
+
+
+def fold(betas):
+    """Mean and variance of x_t for x_0 = 1, by single steps x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
+    means, variances, mean, variance = [], [], 1.0, 0.0
+    for beta in betas.tolist():
+        mean, variance = mean * math.sqrt(1 - beta), variance * (1 - beta) + beta
+        means.append(mean)
+        variances.append(variance)
+    return torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64)
+
+
+def columns(grid):
+    return (torch.stack(values) for values in zip(*grid, strict=True))
+
+
+def rows_of(grid, num_steps):
+    """Positions on the table's axis, noisiest first, without the last one (clean data)."""
+    return [level.time.item() * num_steps - 1 for level in grid[:-1]]
+
+
+def diffusers_timesteps(steps, spacing):
+    scheduler = DDIMScheduler(1000, timestep_spacing=spacing, steps_offset=0)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.float32, 1.2e-7)])
+@pytest.mark.parametrize("num_steps", [10, 1000])
+@every_schedule
+def test_tables_are_the_chain_of_single_steps(name, num_steps, dtype, rtol):
+    """alpha and sigma to the rounding of T products, or of float32: both keep their digits at both ends."""
+    levels = schedule(name, num_steps, dtype)
+    mean, variance = fold(SCHEDULES[name](num_steps))
+    assert_close(levels.alpha[:-1].double(), mean, rtol=rtol, atol=0)
+    assert_close(levels.sigma[:-1].double(), variance.sqrt(), rtol=rtol, atol=0)
+    assert_close(levels.time[:-1].double() * num_steps, torch.arange(1.0, num_steps + 1).double(), rtol=rtol, atol=0)
+    assert_close(levels.terminal_alpha_bar, mean[-1].item() ** 2, rtol=2 * rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_schedule
+def test_index_minus_one_is_clean_data(name, dtype):
+    """Looked up like any other row; T + 1 rows in all."""
+    levels = schedule(name, dtype=dtype)
+    clean = levels.level(torch.tensor([-1]), torch.zeros(1, 2))
+    assert [field.tolist() for field in clean] == [[[1.0]], [[0.0]], [[0.0]]]
+    assert all(len(table) == 1001 and table.dtype == dtype for table in levels.buffers())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_level_broadcasts_against_data_of_any_rank(shape):
+    """(B,) indices give (B, 1, ..., 1): sample i is scaled by row t_i."""
+    levels = schedule("linear")
+    t = torch.tensor([999, 0, -1, 500])
+    data = torch.ones(shape)
+    level = levels.level(t, data)
+    for field, table in zip(level, (levels.alpha, levels.sigma, levels.time), strict=True):
+        assert field.shape == (4, *[1] * (len(shape) - 1))
+        product = data * field
+        assert product.shape == shape
+        for i, row in enumerate(t.tolist()):
+            assert (product[i] == table[row]).all()
+
+
+@every_schedule
+def test_snr_is_the_ratio_of_folded_powers(name):
+    """SNR = mean^2 / variance of the folded chain, infinite for clean data."""
+    levels = schedule(name)
+    mean, variance = fold(SCHEDULES[name](1000))
+    snr = levels.level(torch.arange(-1, 1000), torch.zeros(1001)).snr
+    assert_close(snr[1:], mean.square() / variance, rtol=1e-11, atol=0)
+    assert snr[0] == math.inf
+
+
+def test_tables_are_in_no_checkpoint():
+    """A state_dict holds weights, never derived numbers; nor do they count as parameters."""
+    levels = NoiseSchedule(schedules.linear(10))
+    assert not levels.state_dict()
+    assert not list(levels.parameters())
+    assert list(nn.ModuleDict({"net": nn.Linear(1, 1), "levels": levels}).state_dict()) == ["net.weight", "net.bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_precision_changes_pass_the_tables_by(dtype):
+    """Neither `.to(dtype)` on the schedule nor on a module around it rounds the tables."""
+    levels = NoiseSchedule(schedules.linear(100))
+    before = [table.clone() for table in levels.buffers()]
+    around = nn.ModuleDict({"net": nn.Linear(1, 1), "levels": levels}).to(dtype)
+    assert around["net"].weight.dtype == dtype
+    levels.to(dtype)
+    levels.half()
+    assert all(
+        torch.equal(old, new) and new.dtype == torch.float32 for old, new in zip(before, levels.buffers(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_device_changes_move_the_tables(dtype):
+    """To the device of the network, alone or together with a change of precision."""
+    levels = NoiseSchedule(schedules.linear(100)).to("meta", dtype)
+    assert all(table.is_meta and table.dtype == torch.float32 for table in levels.buffers())
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, 1.1, float("nan")])
+def test_betas_out_of_range(bad):
+    """Zero, negative, above 1 and NaN are refused; exactly 1 is pure noise, and allowed."""
+    betas = schedules.linear(10)
+    betas[5] = bad
+    with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\].*change the schedule"):
+        NoiseSchedule(betas)
+
+
+@every_schedule
+def test_decoder_log_variance_is_the_posterior_at_one(name):
+    """log of beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1), in plain floats and by the process."""
+    betas, levels = SCHEDULES[name](1000), schedule(name)
+    _, variance = fold(betas[:2])
+    assert levels.decoder_log_variance == pytest.approx(math.log(betas[1] * variance[0] / variance[1]), abs=1e-12)
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    t, s = (levels.level(torch.tensor([row]), x) for row in (1, 0))
+    posterior = GaussianDiffusion().posterior(x, x, t, s)
+    assert levels.decoder_log_variance == pytest.approx(posterior.log_variance.item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@every_spacing
+@every_schedule
+def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
+    """steps + 1 finite scalar levels, time falling and SNR rising strictly, within the table, clean data last."""
+    levels = schedule(name, dtype=torch.float32)
+    grid = levels.grid(steps, spacing)
+    assert len(grid) == steps + 1
+    assert all(field.shape == () and field.dtype == torch.float32 for level in grid for field in level)
+    alpha, sigma, time = columns(grid)
+    snr = alpha.square() / sigma.square()
+    assert alpha.isfinite().all() and sigma.isfinite().all() and snr[:-1].isfinite().all()
+    assert (time.diff() < 0).all()
+    assert (snr.diff() > 0).all()
+    assert [field.item() for field in grid[-1]] == [1.0, 0.0, 0.0]
+    assert time[0] <= 1
+    assert alpha.min() >= 0
+    assert alpha[0] >= levels.alpha[-2] * (1 - 1e-6)  # a rounding
+    assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-15), (torch.float32, 2e-7, 1e-15)])
+@pytest.mark.parametrize("steps", [1, 2, 8, 50, 250, 1000])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@every_schedule
+def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps, dtype, rtol, atol):
+    """The levels are the rows that diffusers visits. rtol: an angle's rounding over the smallest alpha (1e-5)."""
+    levels = schedule(name, dtype=dtype)
+    rows = diffusers_timesteps(steps, spacing)
+    alpha, sigma, time = columns(levels.grid(steps, spacing))
+    for field, table in ((alpha, levels.alpha), (sigma, levels.sigma), (time, levels.time)):
+        assert_close(field[:-1], table[rows], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 28, 38, 112, 334, 1000])
+def test_linspace_grid_equals_diffusers(steps):
+    """Where (T - 1) / (steps - 1) is whole."""
+    expected = diffusers_timesteps(steps, "linspace")
+    assert rows_of(schedule("linear").grid(steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", [10, 100, 1000])
+@pytest.mark.parametrize("steps", [3, 7, 30, 999, 1500])
+def test_strides_are_equal(num_steps, steps):
+    """trailing: from T - 1 to clean; linspace: from T - 1 to 0; leading: down to 0 by T / steps, if that is >= 1."""
+    levels = schedule("cosine", num_steps)
+    trailing = [*rows_of(levels.grid(steps, "trailing"), num_steps), -1]
+    linspace = rows_of(levels.grid(steps, "linspace"), num_steps)
+    leading = rows_of(levels.grid(steps, "leading"), num_steps) if steps <= num_steps else [0]
+    assert trailing[0] == linspace[0] == num_steps - 1
+    assert linspace[-1] == pytest.approx(0, abs=1e-9)
+    assert leading[-1] == pytest.approx(0, abs=1e-9)
+    for rows, stride in (
+        (trailing, num_steps / steps),
+        (linspace, (num_steps - 1) / (steps - 1)),
+        (leading, num_steps / steps),
+    ):
+        assert [a - b for a, b in pairwise(rows)] == pytest.approx([stride] * (len(rows) - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_noisiest_row_is_not_skipped(steps):
+    """Trailing and linspace begin at T - 1, even with one step."""
+    levels = schedule("linear")
+    for spacing in ("trailing", "linspace"):
+        assert_close(levels.grid(steps, spacing)[0].alpha, levels.alpha[-2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50, 999])
+@every_schedule
+def test_karras_is_uniform_in_the_seventh_root(name, steps):
+    """(sigma / alpha)^(1/7) falls evenly from min(80, noisiest row) to row 0 (EDM eq. 5)."""
+    levels = schedule(name)
+    alpha, sigma, _ = columns(levels.grid(steps, "karras"))
+    ratio = (sigma / alpha)[:-1]
+    high = min(levels.sigma[-2] / levels.alpha[-2] if levels.alpha[-2] > 0 else math.inf, 80.0)
+    low = levels.sigma[0] / levels.alpha[0]
+    expected = [(high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(steps)]
+    assert_close(ratio, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_levels_between_rows(spacing):
+    """A level at a fractional row lies at that fraction of the angle atan(sigma / alpha) between its neighbours."""
+    levels = schedule("cosine", 100)
+    angles = [math.atan2(s, a) for a, s in zip(levels.alpha.tolist(), levels.sigma.tolist(), strict=True)]
+    grid = levels.grid(37, spacing)
+    for level, row in zip(grid[:-1], rows_of(grid, 100), strict=True):
+        below = min(math.floor(row), 98)  # -1 is clean data
+        expected = angles[below] + (row - below) * (angles[below + 1] - angles[below])
+        assert math.atan2(level.sigma, level.alpha) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("spacing", ["quadratic", "Trailing", ""])
+def test_unknown_spacing(spacing):
+    """The error names the value, the choices and the option."""
+    with pytest.raises(ValueError, match=f"unknown spacing '{spacing}'.*trailing, leading.*sampler.spacing"):
+        schedule("linear").grid(10, spacing)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+@every_spacing
+def test_too_few_steps(spacing, steps):
+    """The error names the value and the option."""
+    with pytest.raises(ValueError, match=f"at least 1 step, got {steps}: raise sampler.steps"):
+        schedule("linear").grid(steps, spacing)

@@ -1,0 +1,339 @@
+"""Runs from end to end: training, its traces, resuming, opening again, sampling."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from src import runs
+from tests.conftest import TINY, compose, train_tiny
+
+
+def losses(folder: Path, name: str = "train/loss") -> list[str]:
+    """The logged values as they were written, so that equality is equality of bits."""
+    values = []
+    for log in sorted((folder / "logs").glob("version_*/metrics.csv")):
+        with log.open(newline="") as file:
+            values += [row[name] for row in csv.DictReader(file) if row.get(name)]
+    return values
+
+
+def weights(folder: Path, key: str = "state_dict") -> dict[str, torch.Tensor]:
+    return runs.read_checkpoint(folder / "checkpoints" / "last.ckpt")[key]
+
+
+def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def sample(tmp_path: Path, *overrides: str) -> np.ndarray:
+    """Run `src.sample` in this process; its `samples.npz`."""
+    from src.sample import sample as command
+
+    folder = command(compose("sample", f"run_dir='{tmp_path}'", "device=cpu", "sampler.steps=3", *overrides))
+    return np.load(folder / "samples.npz")["arr_0"]
+
+
+def test_a_run_leaves_everything_to_look_at(trained):
+    for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
+        assert (trained / name).stat().st_size > 0
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert [p.name for p in sorted((trained / "samples").glob("step_*.png"))] == ["step_000003.png", "step_000006.png"]
+    with Image.open(trained / "samples" / "film.gif") as film:
+        assert film.n_frames == 4  # noise and one frame per step
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert metrics["parameters"] == sum(w.numel() for w in weights(trained).values())
+    assert 0 < metrics["val/loss"] < 10
+    assert len(losses(trained)) == 6
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(trained, tmp_path):
+    train_tiny(tmp_path / "again")
+    train_tiny(tmp_path / "other", "seed=1")
+    assert losses(tmp_path / "again") == losses(trained)
+    assert losses(tmp_path / "again", "val/loss") == losses(trained, "val/loss")
+    assert_equal_bits(weights(tmp_path / "again"), weights(trained))
+    assert losses(tmp_path / "other")[0] != losses(trained)[0]
+
+
+def test_accumulated_batches_train_the_same_model(trained, tmp_path):
+    """The draws belong to the place in the global batch, so only the order of summation differs."""
+    train_tiny(tmp_path / "run", "trainer.accumulate_grad_batches=4")
+    whole, parts = weights(trained), weights(tmp_path / "run")
+    for name in whole:
+        # Adam divides by the root of tiny second moments in the first steps, so rounding is magnified there.
+        assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    step = runs_until(monkeypatch, stop_after=2)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(folder)
+    assert stop.value.code == 130
+    said = capsys.readouterr().out
+    assert f"Stopped at step {step}" in said
+    assert re.search(rf"python -m src\.train resume=\S*{folder.name}", said)
+    monkeypatch.undo()
+    train_tiny(folder, f"resume='{folder}'")
+    assert losses(folder) == losses(trained)
+    for key in ("state_dict", "current_model_state"):
+        assert_equal_bits(weights(folder, key), weights(trained, key))
+
+
+def runs_until(monkeypatch: pytest.MonkeyPatch, stop_after: int) -> int:
+    """Press Ctrl-C while step number `stop_after` is being computed."""
+    from src.module import DiffusionModule
+
+    original = DiffusionModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == stop_after - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    return stop_after
+
+
+def test_a_finished_folder_is_not_trained_over(trained):
+    from src.cli import UsageError
+
+    with pytest.raises(UsageError, match="already holds a run"):
+        train_tiny(trained)
+
+
+def test_ema_is_the_recursion_over_the_weights_of_each_step(tmp_path, monkeypatch):
+    from src.callbacks import EMA
+
+    history: list[torch.Tensor] = []
+    original = EMA.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        history.append(pl_module.net.conv_in.weight.detach().double().clone())
+        original(self, trainer, pl_module, *rest)
+
+    started: list[torch.Tensor] = []
+    monkeypatch.setattr(EMA, "on_train_batch_end", on_train_batch_end)
+    monkeypatch.setattr(
+        EMA, "on_train_start", lambda self, trainer, m: started.append(m.net.conv_in.weight.detach().double().clone())
+    )
+    train_tiny(tmp_path / "run")
+    expected = started[0]
+    for n, current in enumerate(history, start=1):
+        decay = min(0.995, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * current
+    saved = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert_close(saved["state_dict"]["net.conv_in.weight"].double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(saved["current_model_state"]["net.conv_in.weight"].double(), history[-1])
+
+
+def test_a_checkpoint_saved_in_validation_has_both_weights_in_their_places(tmp_path, monkeypatch):
+    """`best.ckpt` is written while the averaged weights stand in for the raw ones."""
+    train_tiny(tmp_path / "run", "trainer.max_steps=3")
+    best = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    last = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for key in ("state_dict", "current_model_state"):
+        assert_equal_bits(best[key], last[key])
+    assert not torch.equal(*(best[k]["net.conv_in.weight"] for k in ("state_dict", "current_model_state")))
+
+
+def test_two_validations_of_the_same_weights_agree(trained):
+    opened = runs.open_run(str(trained))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_steps=1)
+    first, second = (trainer.validate(opened.module, datamodule=opened.data, verbose=False)[0] for _ in range(2))
+    assert first == second
+    written = json.loads((trained / "metrics.json").read_text())
+    assert first["val/loss"] == pytest.approx(written["val/loss"], rel=1e-6)
+
+
+def test_a_run_opens_from_its_folder_or_one_checkpoint_with_the_averaged_weights(trained, tmp_path):
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes())
+    by_folder, by_file = runs.open_run(str(trained)), runs.open_run(None, str(alone))
+    raw = runs.open_run(str(trained), ema=False)
+    assert_equal_bits(by_folder.module.state_dict(), by_file.module.state_dict())
+    assert_equal_bits(by_folder.module.state_dict(), weights(trained))
+    assert_equal_bits(raw.module.state_dict(), weights(trained, "current_model_state"))
+
+
+def test_sample_k_depends_on_the_seed_and_k_alone(trained, tmp_path):
+    for sampler in ("ddim", "ancestral"):
+        whole = sample(tmp_path / f"{sampler}-a", f"run='{trained}'", "n=5", f"sampler={sampler}")
+        parts = sample(tmp_path / f"{sampler}-b", f"run='{trained}'", "n=3", "batch_size=2", f"sampler={sampler}")
+        other = sample(tmp_path / f"{sampler}-c", f"run='{trained}'", "n=3", "seed=1", f"sampler={sampler}")
+        assert whole.shape == (5, 8, 8, 1) and whole.dtype == np.uint8
+        # A batch of another size may round differently, by one of the digits' 17 levels at most.
+        assert np.abs(whole[:3].astype(int) - parts.astype(int)).max() <= 16
+        assert (whole[:3] == parts).mean() > 0.99
+        assert (whole[:3] != other).any()
+
+
+def test_sampling_writes_every_image_a_grid_and_a_film(trained, tmp_path):
+    samples = sample(tmp_path, f"run='{trained}'", "n=3", "gif=true")
+    for k in range(3):
+        assert np.array_equal(np.array(Image.open(tmp_path / f"{k:05d}.png")), samples[k, :, :, 0])
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 4
+    assert Image.open(tmp_path / "grid.png").width > 3 * 8
+
+
+def test_raw_weights_are_another_model(trained, tmp_path):
+    averaged = sample(tmp_path / "a", f"run='{trained}'", "n=4")
+    raw = sample(tmp_path / "b", f"run='{trained}'", "n=4", "ema=false")
+    assert (averaged != raw).any()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "foreign"])
+def test_what_is_no_checkpoint_is_refused_with_a_sentence(trained, tmp_path, damage):
+    path = tmp_path / "bad.ckpt"
+    if damage == "truncated":
+        path.write_bytes((trained / "checkpoints" / "last.ckpt").read_bytes()[:2000])
+    elif damage == "pickle":
+        torch.save({"state_dict": {}, "hyper_parameters": os.system}, path)
+    else:
+        torch.save({"weights": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="checkpoint"):
+        runs.open_run(None, str(path))
+
+
+def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
+    from src.cli import UsageError
+
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match=r"another network: net\.\S+ is \(.*\) there and \(.*\) here"):
+        train_tiny(tmp_path / "run", f"resume='{trained}'", "model.width=16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.num_steps=5"], "num_steps must lie in"),
+        (["schedule.num_steps=abc"], "schedule.num_steps=abc is of the wrong type: it must be int"),
+        (["process.prediction=noise"], "one of eps, x0, v"),
+        (["data.batch_size=2000"], "larger than the training data"),
+        (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "make it a multiple of 2"),
+        (["model.attention=[5]"], "attention at [5] does not occur"),
+        (["model=mlp", "~model.blocks", "++model.blocks=1"], "choose model=unet_tiny"),
+        (["zero_terminal_snr=true", "process.prediction=eps"], "zero SNR x_T is the noise itself"),
+        (["sampler.eta=2"], "eta must lie in [0, 1]"),
+        (["sampler.steps=0"], "at least 1 step"),
+        (["sampler.spacing=even"], "trailing, leading, linspace, karras"),
+        (["weighting.gamma=-1"], "gamma must be positive"),
+        (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
+        (["optimizer.lr=-1"], "Invalid learning rate"),
+        (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
+        (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
+        (["trainer.max_epochs=3"], "set trainer.max_steps"),
+        (["callbacks.ema.decay=1.5"], "must lie in [0, 1)"),
+        (["schedule=custom", "schedule.betas=nowhere.csv"], "no file"),
+        (["data=mnist", "data.root={tmp}"], "put the dataset's original files there"),
+        (["data=folder", "data.root={tmp}"], "no images under"),
+        (["data=folder", "data.root={tmp}/nowhere"], "set data.root to the folder"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_any_work(overrides, message, tmp_path, no_network):
+    from src.cli import UsageError
+
+    given = [o.replace("{tmp}", str(tmp_path)) for o in overrides]
+    tiny = [] if any(o.startswith("model=") for o in given) else None
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        if tiny is None:
+            train_tiny(tmp_path / "run", *given)
+        else:
+            from src.train import train
+
+            train(compose("train", "model=mlp", f"run_dir='{tmp_path / 'run'}'"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_custom_betas_from_a_file_are_kept_in_the_run(tmp_path):
+    betas = np.linspace(1e-3, 0.3, 20)
+    np.savetxt(tmp_path / "betas.csv", betas)
+    np.save(tmp_path / "betas.npy", betas)
+    for name in ("betas.csv", "betas.npy"):
+        folder = tmp_path / name.replace(".", "-")
+        train_tiny(folder, "schedule=custom", f"schedule.betas='{tmp_path / name}'", "trainer.max_steps=1")
+        (tmp_path / name).unlink()
+        schedule = runs.open_run(str(folder)).module.schedule
+        expected = torch.from_numpy(np.cumprod(1 - betas)).sqrt().float()
+        assert_close(schedule.alpha[:-1], expected, rtol=1e-6, atol=0)
+
+
+def test_a_schedule_that_keeps_signal_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="does not reach noise"):
+        train_tiny(tmp_path / "run", "schedule=quadratic", "schedule.num_steps=100", "trainer.max_steps=1")
+
+
+def test_every_logger_takes_the_run_offline(tmp_path, no_network, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    train_tiny(tmp_path / "run", "logger=[csv,tensorboard,wandb]", "trainer.max_steps=3")
+    assert losses(tmp_path / "run")
+    assert list((tmp_path / "run").glob("tensorboard/version_0/events.*"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*.png"))
+
+
+def test_no_logger_leaves_pictures_all_the_same(tmp_path):
+    train_tiny(tmp_path / "run", "logger=none", "trainer.max_steps=2")
+    assert (tmp_path / "run" / "samples" / "final.png").exists()
+    assert not (tmp_path / "run" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
+def test_precisions_train_to_finite_losses_close_to_float32(trained, tmp_path, precision):
+    train_tiny(tmp_path / "run", f"trainer.precision={precision}")
+    ours, full = (np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained))
+    # bfloat16 keeps 8 bits: the loss of six steps agrees to a few per cent.
+    np.testing.assert_allclose(ours, full, rtol=0.1)
+    schedule = runs.open_run(str(tmp_path / "run")).module.schedule
+    assert schedule.alpha.dtype == torch.float32
+
+
+def test_points_are_learned(tmp_path):
+    """The loss of v-prediction starts near E|v|^2 = 1 and falls well below as the two moons appear."""
+    from src.train import train
+
+    cfg = compose(
+        "train", "data=points", "model.width=32", "model.blocks=2", "data.num_samples=2000", "trainer.max_steps=300",
+        "validate_every=300", "callbacks.samples.count=100", "callbacks.progress.refresh_rate=0", "sampler.steps=5",
+        "trainer.accelerator=cpu", f"run_dir='{tmp_path / 'run'}'",
+    )  # fmt: skip
+    metrics = train(cfg)
+    values = [float(v) for v in losses(tmp_path / "run")]
+    assert values[0] > 0.8
+    assert metrics["val/mse"] < 0.6
+    assert Image.open(tmp_path / "run" / "samples" / "final.png").size[0] > 100
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(trained, tmp_path):
+    """`trainer.devices=2` with DDP over gloo, typed as a user types it: one folder, the same weights."""
+    folder = tmp_path / "run"
+    settings = [*TINY, "trainer.max_steps=6", "validate_every=3", "checkpoint_every=100", "trainer.devices=2"]
+    command = [sys.executable, "-m", "src.train", *settings, f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    one, two = weights(trained), weights(folder)
+    for name in one:
+        assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    # Validation is dealt out over both, and its mean is over all samples.
+    metrics = [json.loads((f / "metrics.json").read_text())["val/loss"] for f in (trained, folder)]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-3)
