@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.data.batch import StreamDataModule
@@ -48,7 +49,8 @@ class EMA(WeightAveraging):
         if step <= self._latest_update_step:  # an accumulated batch, not a step
             return
         assert self._average_model is not None
-        average, current = list(self._average_model.module.parameters()), list(pl_module.parameters())
+        average = list(self._average_model.module.parameters())
+        current = [p.to(a.dtype) for p, a in zip(pl_module.parameters(), average, strict=True)]
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(average, current, None)  # type: ignore[no-untyped-call]
         self._latest_update_step = step
@@ -102,12 +104,16 @@ class SampleGrid(L.Callback):
         picture = draw(data.to_display(last), data.to_display(data.examples(self.count)))
         self.directory.mkdir(parents=True, exist_ok=True)
         picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [picture], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                pixels = np.asarray(picture)
-                logger.experiment.add_image("samples", pixels, trainer.global_step, dataformats="HWC")
+        log_picture(trainer, "samples", picture)
+
+
+def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
+    """Give a picture to every logger that shows pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
 class CleanStop(L.Callback):

@@ -83,6 +83,7 @@ class DiffusionModule(L.LightningModule):
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
         self.check_sampler(sampler)
+        self.check_objective()
         self.val_loss = MeanMetric()
         self.val_mse = MeanMetric()
 
@@ -113,13 +114,15 @@ class DiffusionModule(L.LightningModule):
         return self.objective(self.process, self.denoise, x0, self.schedule.level(t, x0), eps)
 
     def configure_optimizers(self) -> Any:
-        if self.make_optimizer is None:
+        optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def prepare_optimizer(self, num_steps: int) -> tuple[Optimizer, LambdaLR]:
+        """The optimizer of the network's weights and its learning-rate schedule over `num_steps`."""
+        if self.make_optimizer is None or self.make_lr_scheduler is None:
             raise RuntimeError("this module was built without an optimizer: it can sample but not train")
         optimizer = self.make_optimizer(self.net.parameters())
-        if self.make_lr_scheduler is None:
-            return optimizer
-        scheduler = self.make_lr_scheduler(optimizer, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -127,6 +130,13 @@ class DiffusionModule(L.LightningModule):
         """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones."""
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def check_objective(self) -> None:
+        """Evaluate the objective on zeros, so that settings which it refuses are refused before any work."""
+        x = torch.zeros(1, *self.shape)
+        level = self.schedule.level(torch.zeros(1, dtype=torch.long), x)
+        self.objective(self.process, lambda x, _: x, x, level, x)
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros, so that settings which the sampler refuses are refused before any work."""

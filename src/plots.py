@@ -97,16 +97,26 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = N
     return _render(figure)
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str, title: str) -> Image.Image:
-    """One panel per name, each (xs, ys); logarithmic where all values are positive and span a decade."""
-    figure, axes = _figure(7.0, 2.6 * len(series), rows=len(series))
-    for panel, (name, (xs, ys)) in zip(np.atleast_1d(axes), series.items(), strict=True):
-        panel.plot(xs, ys, linewidth=1.2, marker="o" if len(xs) < 30 else "", markersize=3)
-        panel.set(ylabel=name, xlabel=xlabel)
+def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
+    """Loss and gradient norm over the steps, from the CSV logs of a run and its resumptions; None if there are none."""
+    names = ("train/loss", "val/loss", "train/grad_norm")
+    series: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+    for log in logs:
+        with log.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, (steps, values) in series.items():
+                    if row.get(name):
+                        steps.append(float(row["step"]))
+                        values.append(float(row[name]))
+    shown = {name: xy for name, xy in series.items() if xy[0]}
+    if not shown:
+        return None
+    figure, panels = _figure(7.0, 2.4 * len(shown), rows=len(shown))
+    for panel, (name, (steps, values)) in zip(np.atleast_1d(panels), shown.items(), strict=True):
+        panel.plot(steps, values, linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)
+        panel.set(ylabel=name, yscale="log")
         panel.grid(alpha=0.3)
-        if min(ys) > 0 and max(ys) > 10 * min(ys):
-            panel.set_yscale("log")
-    figure.suptitle(title)
+    panel.set_xlabel("step")
     return _render(figure)
 
 
@@ -137,19 +147,6 @@ def labelled_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
     for k, label in enumerate(labels):
         pen.text((6, GAP + (k + 0.5) * height), label, fill="black", anchor="lm", font_size=15)
     return canvas
-
-
-def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """A CSV log (a column "step", one column per metric, empty where not logged) as name -> (steps, values)."""
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    steps, values = series.setdefault(name, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(float(value))
-    return series
 
 
 def evenly(length: int, count: int) -> list[int]:

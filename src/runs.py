@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import types
 import typing
 import warnings
@@ -71,8 +72,12 @@ def build(cfg: DictConfig) -> Run:
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     warn_of_schedule(module)
     if cfg.compile:
+        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+            raise ValueError("compile=true needs a C++ compiler and there is none: install g++, or leave it out")
         module.net.compile()
     trainer = build_trainer(cfg, directory)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dict(module.hparams))
     resume_from = None
     if cfg.resume is not None:
         resume_from = find_checkpoint(cfg.resume, None)
@@ -116,6 +121,8 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
         optimizer=instantiate(cfg.optimizer),
         lr_scheduler=instantiate(cfg.lr_scheduler),
     )
+    # Made once for nothing, so that values which they refuse are refused now.
+    module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
@@ -344,6 +351,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+
+
+def close(run: Run) -> None:
+    """End what would otherwise live on into the next run of the same process."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    if any(isinstance(logger, WandbLogger) for logger in run.trainer.loggers):
+        import wandb
+
+        wandb.finish()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()
             run.data.setup()
+            run.data.stream(run.trainer)
     announce(run)
     start = time.perf_counter()
     try:
@@ -45,6 +46,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
         print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
+    runs.close(run)
     return metrics
 
 
@@ -64,27 +66,23 @@ def announce(run: "Run") -> None:
 def leave_pictures(run: "Run", seed: int) -> None:
     """The final grid beside held-out data, the film of a few samples as strip and GIF, and the loss curves."""
     from src import plots
+    from src.callbacks import log_picture
 
-    folder = run.directory / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
     show = run.data.to_display
-    images = len(run.module.shape) == 3
-    *_, final = run.module.sample(range(64 if images else 2000), seed)
-    plots.draw(show(final), show(run.data.examples(len(final)))).save(folder / "final.png")
-    film = [show(x) for x in run.module.sample(range(8 if images else 2000), seed)]
-    plots.film_strip(film).save(folder / "film.png")
-    plots.save_gif(film, folder / "film.gif")
-    series: dict[str, tuple[list[float], list[float]]] = {}
-    for log in sorted((run.directory / "logs").glob("version_*/metrics.csv")):
-        for name, (steps, values) in plots.read_metrics(log).items():
-            kept = series.setdefault(name, ([], []))
-            kept[0].extend(steps)
-            kept[1].extend(values)
-    names = [name for name in ("train/loss", "val/loss", "train/grad_norm") if name in series]
-    if names:
-        plots.curves({name: series[name] for name in names}, "step", run.directory.name).save(
-            run.directory / "curves.png"
-        )
+    is_images = len(run.module.shape) == 3
+    *_, final = run.module.sample(range(64 if is_images else 2000), seed)
+    film = [show(x) for x in run.module.sample(range(8 if is_images else 2000), seed)]
+    pictures = {
+        "samples/final": plots.draw(show(final), show(run.data.examples(len(final)))),
+        "samples/film": plots.film_strip(film),
+    }
+    if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
+        pictures["curves"] = curves
+    (run.directory / "samples").mkdir(parents=True, exist_ok=True)
+    plots.save_gif(film, run.directory / "samples" / "film.gif")
+    for name, picture in pictures.items():
+        picture.save(run.directory / f"{name}.png")
+        log_picture(run.trainer, name, picture)
 
 
 def say_how_to_go_on(run: "Run", stop: SystemExit) -> SystemExit:

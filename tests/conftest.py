@@ -1,6 +1,5 @@
 """What the tests share: configurations composed as on the command line, and one small trained run."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -17,6 +16,7 @@ TINY = [
     "model.width=8",
     "model.blocks=1",
     "model.head_channels=8",
+    "process.prediction=v",  # whose samples show the network's output even before it has learned anything
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
     "callbacks.samples.count=4",
@@ -48,14 +48,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to open a connection fails as it does on a machine without network."""
     import socket
 
+    connect = socket.socket.connect
+
+    def local_only(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and not str(address).startswith("('127."):
+            raise OSError("Network is unreachable")
+        connect(self, address)  # type: ignore[arg-type]
+
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("Network is unreachable")
 
-    refusal: Callable[..., None] = refuse
-    monkeypatch.setattr(socket.socket, "connect", refusal)
-    monkeypatch.setattr(socket, "getaddrinfo", refusal)
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -215,9 +215,9 @@ def test_data_too_few_to_split_or_fill_a_batch_raise():
     with pytest.raises(ValueError, match=r"1 samples do not split.*val_fraction=0\.25"):
         NumbersModule(num=1).setup()
     data = NumbersModule(num=40, batch_size=31)
+    data.setup()
     with pytest.raises(ValueError, match=r"data\.batch_size 31 is larger than the training data \(30 samples\)"):
-        data.setup()
-    assert data.source is None
+        data.stream(stub())
 
 
 def test_use_outside_a_trainer_or_before_setup_raises():

@@ -83,6 +83,7 @@ class TrainingStream(Sampler[Places]):
         self.first_step = first_step
 
     def __len__(self) -> int:
+        """The batches of the whole run, also when it was resumed: Lightning counts on from where it stopped."""
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[Places]:
@@ -177,18 +178,13 @@ class StreamDataModule(L.LightningDataModule):
                 f"{len(source)} samples do not split into training and validation at data.val_fraction="
                 f"{self.val_fraction}: use more data or another fraction"
             )
-        if self.batch_size > len(source) - num_val:
-            raise ValueError(
-                f"data.batch_size {self.batch_size} is larger than the training data ({len(source) - num_val} "
-                "samples): lower it"
-            )
         generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
         order = torch.randperm(len(source), generator=generator).tolist()
         self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        trainer = self._trainer()
-        stream = TrainingStream(
+    def stream(self, trainer: L.Trainer) -> TrainingStream:
+        """The training batches of this process. Raises ValueError if the global batch does not split up."""
+        return TrainingStream(
             self.train_indices,
             self.batch_size,
             trainer.max_steps,
@@ -198,7 +194,9 @@ class StreamDataModule(L.LightningDataModule):
             trainer.world_size,
             first_step=trainer.global_step,
         )
-        return self._loader(stream)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.stream(self._trainer()))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self._trainer()
