@@ -1,6 +1,7 @@
 """What happens around training: weight averaging, pictures at each validation, and a clean stop on Ctrl-C."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,7 +127,8 @@ class CleanStop(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._asked = False
-        self._previous = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is threading.main_thread():  # the only one that may listen to signals
+            self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -186,7 +186,7 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         if name != "wandb" or node.offline:
             raise
         warnings.warn(f"W&B could not start online ({_sentence(error)}): this run is logged offline", stacklevel=2)
-        logger = instantiate(node, offline=True)
+        logger = instantiate(node, offline=True, mode="offline")
     return logger
 
 
