@@ -5,22 +5,19 @@ or one checkpoint alone, is all that a later command needs. What is heavy is imp
 """
 
 import difflib
-import inspect
 import json
 import logging
 import os
 import pickle
 import shutil
-import types
-import typing
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra.utils import get_class, get_method, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.arguments import GRID_SETTINGS, check_arguments
 
 if TYPE_CHECKING:
     import lightning as L
@@ -30,9 +27,6 @@ if TYPE_CHECKING:
 
     from src.data.batch import StreamDataModule
     from src.module import DiffusionModule, Sampler
-
-GRID_SETTINGS = ("steps", "spacing")
-"""What a sampler's YAML holds beside the arguments of its function."""
 
 
 class Run(NamedTuple):
@@ -307,39 +301,6 @@ def warn_of_schedule(module: "DiffusionModule") -> None:
         )
 
 
-def check_arguments(cfg: DictConfig, name: str = "") -> None:
-    """Hold every `_target_` against its signature: unknown arguments, and values of another type than declared."""
-    if "_target_" in cfg:
-        target = get_method(cfg._target_)
-        signature = inspect.signature(target)
-        hints = _hints(target)
-        open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
-        for key in map(str, cfg):
-            of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers")
-            if key.startswith("_") or of_grid:
-                continue
-            dotted = f"{name}.{key}"
-            if key not in signature.parameters and not open_ended:
-                known = [k for k in signature.parameters if k not in ("self", "args")]
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
-                raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
-            try:
-                value = cfg[key]
-            except InterpolationKeyError as error:
-                raise ValueError(
-                    f"{dotted} asks for a setting that the rest of the configuration lacks ({_sentence(error)}): "
-                    "choose a model that fits the data, model=mlp for points, model=unet_* for images"
-                ) from error
-            if isinstance(value, DictConfig) or str(cfg._target_).startswith("lightning."):
-                continue
-            if key in hints and not _matches(value, hints[key]):
-                raise ValueError(f"{dotted}={value} is of the wrong type: it must be {_describe(hints[key])}")
-    for key in map(str, cfg):
-        if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
-            check_arguments(node, f"{name}.{key}".lstrip("."))
-
-
 def quiet_libraries() -> None:
     """Silence what Lightning says of itself: each line twice under Hydra, and advertisements among them."""
     import lightning  # noqa: F401 - sets the levels that are changed below
@@ -368,37 +329,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n")
     os.replace(temporary, path)
-
-
-def _hints(target: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except (NameError, TypeError):
-        return {}
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether a configured value can be what the annotation says; annotations beyond plain values always match."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_matches(value, option) for option in args)
-    if origin is Literal:
-        return value in args
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str, type(None)):
-        return isinstance(value, hint)
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence) and args:
-        return isinstance(value, ListConfig | list | tuple) and all(_matches(v, args[0]) for v in value)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
-    return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")
 
 
 def _sentence(error: BaseException) -> str:

@@ -13,12 +13,13 @@ def sample(cfg: DictConfig) -> Path:
     Sample k depends on (seed, k) alone: not on `n`, `batch_size` or how many devices there are.
     """
     from src import runs
+    from src.arguments import check_arguments
 
     with usage_errors():
         runs.find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
-        runs.check_arguments(cfg.sampler, "sampler")
+        check_arguments(cfg.sampler, "sampler")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
         sampler = runs.build_sampler(cfg.sampler)
         opened.module.check_sampler(sampler)

@@ -20,7 +20,8 @@ def show_schedules(cfg: DictConfig) -> Path:
     import torch
     from hydra.utils import instantiate
 
-    from src import plots, runs
+    from src import plots
+    from src.arguments import check_arguments
     from src.diffusion import schedules
     from src.diffusion.noise import NoiseSchedule
     from src.draws import Draws
@@ -36,7 +37,7 @@ def show_schedules(cfg: DictConfig) -> Path:
             if cfg.zero_terminal_snr:
                 betas = schedules.zero_terminal_snr(betas)
             tables[name] = NoiseSchedule(betas, dtype=torch.float64), betas
-        runs.check_arguments(cfg.data, "data")
+        check_arguments(cfg.data, "data")
         data = instantiate(cfg.data)
         data.prepare_data()
         image = data.examples(1)

@@ -7,8 +7,9 @@ import torch
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from src.arguments import GRID_SETTINGS, check_arguments
 from src.cli import config_groups
-from src.runs import GRID_SETTINGS, build_module, build_sampler, check_arguments
+from src.runs import build_module, build_sampler
 from tests.conftest import compose
 
 # Choices that need more than themselves to be complete.
