@@ -24,6 +24,8 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
         open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
         for key in map(str, cfg):
             of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers")
+            if key == "steps" and of_grid and not _matches(cfg[key], int):
+                raise ValueError(f"{name}.steps={cfg[key]} is of the wrong type: it must be int")
             if key.startswith("_") or of_grid:
                 continue
             dotted = f"{name}.{key}"

@@ -51,14 +51,27 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says why and what to do instead, in one line."""
 
 
+USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, InstantiationException, OmegaConfBaseException)
+
+
 @contextmanager
 def usage_errors() -> Iterator[None]:
     """Within this, nothing has been computed yet: what constructors and loaders refuse is for the user to mend."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError, InstantiationException, OmegaConfBaseException) as error:
+    except (
+        ValueError,
+        TypeError,
+        OSError,
+        ModuleNotFoundError,
+        InstantiationException,
+        OmegaConfBaseException,
+    ) as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        raise UsageError(" ".join(str(cause).split())) from error
+        what = " ".join(str(cause).split())
+        if isinstance(cause, TypeError):
+            what = f"a setting has a value of the wrong type ({what}); HYDRA_FULL_ERROR=1 shows which"
+        raise UsageError(what) from error
 
 
 def level_size(image_size: int, level: int) -> int:
@@ -162,7 +175,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _check_option(group: str, option: str, options: Sequence[str]) -> None:
-    if option not in (*options, "null"):
+    if option not in options:
         hint = nearest(option, options).replace("?", "? The")
         raise UsageError(f"unknown {group} '{option}'{hint or ': the'} choices are {', '.join(options)}")
 

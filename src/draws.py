@@ -27,11 +27,13 @@ class Draws:
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(count, *shape) standard normal, float32."""
-        return self._blocks(purpose, lambda g: torch.randn(BLOCK, *shape, generator=g, device=self.device))
+        return self._blocks(
+            purpose, lambda g: torch.randn(BLOCK, *shape, generator=g, device=self.device, dtype=torch.float32)
+        )
 
     def uniform(self, purpose: str) -> Tensor:
         """(count,) uniform in [0, 1), float32."""
-        return self._blocks(purpose, lambda g: torch.rand(BLOCK, generator=g, device=self.device))
+        return self._blocks(purpose, lambda g: torch.rand(BLOCK, generator=g, device=g.device, dtype=torch.float32))
 
     def _blocks(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         first, stop = self.start // BLOCK, -(-(self.start + self.count) // BLOCK)
@@ -49,15 +51,21 @@ class SampleNoise:
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self.device = device
         self.generators = [torch.Generator(device).manual_seed(key(seed, "sample", i)) for i in indices]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape) fresh noise."""
-        return torch.stack([torch.randn(*shape, generator=g, device=self.device) for g in self.generators])
+        return torch.stack(
+            [torch.randn(*shape, generator=g, device=self.device, dtype=torch.float32) for g in self.generators]
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.draw(x.shape[1:]).to(x.dtype)
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator, count: int = 1) -> Tensor:
+    """(count, *shape) in float32, also where the default is a lower precision."""
+    return torch.randn(count, *shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def key(*parts: int | str) -> int:

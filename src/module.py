@@ -130,7 +130,6 @@ class DiffusionModule(L.LightningModule):
         """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones."""
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def check_objective(self) -> None:
         """Evaluate the objective on zeros, so that settings which it refuses are refused before any work."""

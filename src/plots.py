@@ -155,7 +155,7 @@ def evenly(length: int, count: int) -> list[int]:
 
 
 def _extent(points: Tensor) -> float:
-    return 1.15 * float(points.abs().quantile(0.999)) if points.numel() < 10_000_000 else 3.0
+    return 1.15 * float(points.abs().quantile(0.999))
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:

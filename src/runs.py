@@ -115,11 +115,30 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
         optimizer=instantiate(cfg.optimizer),
         lr_scheduler=instantiate(cfg.lr_scheduler),
     )
+    check_network(net, shape)
     # Made once for nothing, so that values which they refuse are refused now.
     module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
+
+
+def check_network(net: "torch.nn.Module", shape: tuple[int, ...]) -> None:
+    """Raise ValueError if the network does not give back what it is given: run once, on tensors without contents."""
+    import copy
+
+    import torch
+
+    hollow = copy.deepcopy(net).to("meta")
+    try:
+        with torch.no_grad():
+            got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta")).shape[1:])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the network does not take data of shape {shape} ({_sentence(error)}): see model.*"
+        ) from error
+    if got != shape:
+        raise ValueError(f"the network makes {got} of data of shape {shape}: model.* must keep the shape")
 
 
 def build_sampler(cfg: DictConfig) -> "Sampler":
@@ -133,6 +152,7 @@ def build_sampler(cfg: DictConfig) -> "Sampler":
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Lightning's Trainer with the configured callbacks and loggers."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import LearningRateMonitor
 
     if cfg.trainer.max_steps < 1:
         raise ValueError(
@@ -144,13 +164,22 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         )
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items()]
     accumulate = cfg.trainer.accumulate_grad_batches
+    clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"
+    if (clip is not None and clip <= 0) or algorithm != "norm":
+        raise ValueError(
+            f"gradients are clipped by their norm to trainer.gradient_clip_val > 0, got {clip} by {algorithm}: "
+            "1.0 is usual, null clips nothing"
+        )
+    callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    if loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
     every = min(cfg.validate_every, cfg.trainer.max_steps)
     if every < 1:
         raise ValueError(f"validate_every must be at least 1 step, got {every}")
     try:
         trainer: L.Trainer = instantiate(
             cfg.trainer,
-            callbacks=[instantiate(node) for node in (cfg.callbacks or {}).values()],
+            callbacks=callbacks,
             logger=loggers or False,
             default_root_dir=str(directory),
             val_check_interval=every * accumulate,  # Lightning counts batches
@@ -232,7 +261,11 @@ def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> Open
     data = instantiate(config.data)
     module = build_module(config, data.shape)
     check_fit(checkpoint, module, path)
-    module.load_state_dict(checkpoint["state_dict" if ema else "current_model_state"])
+    if "current_model_state" not in checkpoint and ema:
+        raise ValueError(f"{path} holds no averaged weights (it was trained without callbacks.ema): add ema=false")
+    module.load_state_dict(
+        checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
+    )
     return OpenedRun(config, path, module.eval(), data)
 
 

@@ -10,7 +10,7 @@ from src.cli import launch, usage_errors
 def sample(cfg: DictConfig) -> Path:
     """Write `n` samples of the run as PNGs, a grid and `samples.npz` (and a GIF of the first) into the output folder.
 
-    Sample k depends on (seed, k) alone: not on `n`, `batch_size` or how many devices there are.
+    Sample k depends on (seed, k) alone: not on `n` or `batch_size`. (A GPU draws other noise than a CPU.)
     """
     from src import runs
     from src.arguments import check_arguments

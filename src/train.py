@@ -26,8 +26,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     start = time.perf_counter()
     try:
         run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from and str(run.resume_from))
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C; `CleanStop` has saved
-        raise SystemExit(130) from say_how_to_go_on(run, stop)
+    except SystemExit as stop:  # Lightning's answer to Ctrl-C, before which `CleanStop` saves, and to SIGTERM
+        say_how_to_go_on(run)
+        raise SystemExit(130 if stop.code else 143) from stop
     seconds = time.perf_counter() - start
     run.trainer.save_checkpoint(run.last_checkpoint)
     validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)[0]
@@ -70,8 +71,10 @@ def leave_pictures(run: "Run", seed: int) -> None:
 
     show = run.data.to_display
     is_images = len(run.module.shape) == 3
-    *_, final = run.module.sample(range(64 if is_images else 2000), seed)
-    film = [show(x) for x in run.module.sample(range(8 if is_images else 2000), seed)]
+    run.module.to(run.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    film = []
+    for final in run.module.sample(range(64 if is_images else 2000), seed):
+        film.append(show(final[:8] if is_images else final).cpu())
     pictures = {
         "samples/final": plots.draw(show(final), show(run.data.examples(len(final)))),
         "samples/film": plots.film_strip(film),
@@ -85,14 +88,17 @@ def leave_pictures(run: "Run", seed: int) -> None:
         log_picture(run.trainer, name, picture)
 
 
-def say_how_to_go_on(run: "Run", stop: SystemExit) -> SystemExit:
-    if run.trainer.is_global_zero:
-        if run.last_checkpoint.exists():
-            where = relative(run.directory)
-            print(f"\nStopped at step {run.trainer.global_step}, saved. Go on with: python -m src.train resume={where}")
-        else:
-            print("\nStopped before the first step: nothing to save.")
-    return stop
+def say_how_to_go_on(run: "Run") -> None:
+    """After an interruption: at which step the last checkpoint stands, and the command that goes on from it."""
+    from src import runs
+
+    if not run.trainer.is_global_zero:
+        return
+    if not run.last_checkpoint.exists():
+        print(f"\nStopped at step {run.trainer.global_step}: nothing was saved yet.")
+        return
+    saved = runs.read_checkpoint(run.last_checkpoint)["global_step"]
+    print(f"\nStopped, saved at step {saved}. Go on with: python -m src.train resume={relative(run.directory)}")
 
 
 def relative(path: Path) -> Path:

@@ -86,7 +86,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path, mon
         train_tiny(folder)
     assert stop.value.code == 130
     said = capsys.readouterr().out
-    assert f"Stopped at step {step}" in said
+    assert f"saved at step {step}" in said
     assert re.search(rf"python -m src\.train resume=\S*{folder.name}", said)
     monkeypatch.undo()
     train_tiny(folder, f"resume='{folder}'")
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "make it a multiple of 2"),
         (["model.attention=[5]"], "attention at [5] does not occur"),
         (["zero_terminal_snr=true", "process.prediction=eps"], "zero SNR x_T is the noise itself"),
-        (["sampler.eta=2"], "eta must lie in [0, 1]"),
+        (["sampler=ddim", "sampler.eta=2"], "eta must lie in [0, 1]"),
         (["sampler.steps=0"], "at least 1 step"),
         (["sampler.spacing=even"], "trailing, leading, linspace or karras"),
         (["weighting.gamma=-1"], "gamma must be positive"),

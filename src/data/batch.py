@@ -64,6 +64,8 @@ class TrainingStream(Sampler[Places]):
         world: int = 1,
         first_step: int = 0,
     ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
         if batch_size > len(indices):
             raise ValueError(
                 f"data.batch_size {batch_size} is larger than the training data ({len(indices)} samples): lower it"
@@ -183,7 +185,12 @@ class StreamDataModule(L.LightningDataModule):
         self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
 
     def stream(self, trainer: L.Trainer) -> TrainingStream:
-        """The training batches of this process. Raises ValueError if the global batch does not split up."""
+        """The training batches of this process. Raises ValueError if the data do not go round the processes."""
+        if len(self.val_indices) < trainer.world_size:
+            raise ValueError(
+                f"{len(self.val_indices)} held-out samples do not go round {trainer.world_size} processes: raise "
+                "data.val_fraction"
+            )
         return TrainingStream(
             self.train_indices,
             self.batch_size,
@@ -201,6 +208,7 @@ class StreamDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self._trainer()
         micro = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
+        micro = min(micro, -(-len(self.val_indices) // trainer.world_size))  # something for every process
         return self._loader(ValidationStream(self.val_indices, micro, trainer.global_rank, trainer.world_size))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

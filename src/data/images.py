@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,7 @@ class ImageDataModule(StreamDataModule):
                 "needs data.channels 1 or 3, data.image_size >= 1 and data.levels in [2, 256], got "
                 f"{channels}, {image_size}, {levels}"
             )
+        self._prepared = False
         self.open = source
         self.root = root
         self.channels = channels
@@ -63,6 +65,9 @@ class ImageDataModule(StreamDataModule):
         return (self.channels, self.image_size, self.image_size)
 
     def prepare_data(self) -> None:
+        if self._prepared:  # Lightning asks again at each fit and validate
+            return
+        self._prepared = True
         self.open(self.root, self.image_size, self.channels, download=True)
 
     def load(self) -> Source:
@@ -139,7 +144,7 @@ def torchvision_images(
         ) from error
     data = getattr(opened, "data", None)
     if data is None:
-        return ImageFiles(lambda i: opened[i][0], len(opened), image_size, channels)
+        return ImageFiles(partial(_first_of, opened), len(opened), image_size, channels)
     images = torch.as_tensor(data)
     if images.ndim == 3:
         images = images[:, None]  # (N, H, W)
@@ -175,7 +180,7 @@ def folder(root: str | None, image_size: int, channels: int, download: bool) -> 
             raise ValueError(
                 f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them"
             )
-    return ImageFiles(lambda i: Image.open(files[i]), len(files), image_size, channels)
+    return ImageFiles(partial(_open_file, files), len(files), image_size, channels)
 
 
 def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
@@ -194,6 +199,16 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = np.array(image).reshape(image_size, image_size, channels)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _open_file(files: Sequence[Path], i: int) -> Image.Image:
+    return Image.open(files[i])
+
+
+def _first_of(dataset: Any, i: int) -> Image.Image:
+    """The image of a torchvision dataset's pair of image and label."""
+    image: Image.Image = dataset[i][0]
+    return image
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:

@@ -1,6 +1,7 @@
 """Points in a plane: distributions to learn in a minute, one of them with exact density and score.
 
-Each distribution is a callable (n, generator) -> (n, 2) float32, centred and of about unit variance.
+Each distribution is a callable (n, generator) -> (n, 2) float32, centred, its deviation on each axis
+between 0.5 and 1.6.
 """
 
 import math

@@ -36,6 +36,8 @@ def simple(
     squared error and multiply the others as they stand. Returns per-sample terms, each (B,): "loss" is to be
     minimised, "mse" is the plain squared error of the target.
     """
+    if huber_delta <= 0:
+        raise ValueError(f"huber_delta must be positive, got {huber_delta}: 1 is usual (objective.huber_delta)")
     out = denoise(process.add_noise(x0, t, eps), t)
     target = process.target(x0, t, eps)
     mse = _mean_over_data(F.mse_loss(out, target, reduction="none"))

@@ -81,7 +81,7 @@ class NoiseSchedule(nn.Module):
         Lin et al. (2305.08891, tab. 2), `karras` is uniform in (sigma / alpha)^(1/7) (EDM, 2206.00364, eq. 5),
         starting at 80 or at the schedule's noisiest row, whichever is less.
         - trailing: T - 1 down to clean in equal strides (never skips the noisiest row);
-        - leading: multiples of T / steps from 0 up, which never reach T - 1;
+        - leading: multiples of T / steps from 0 up, which do not reach T - 1 for fewer than T steps;
         - linspace: from T - 1 to 0 inclusive.
         Levels between rows are interpolated in the angle atan(sigma / alpha), finite even at zero SNR.
         """
