@@ -27,9 +27,7 @@ class Draws:
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(count, *shape) standard normal, float32."""
-        return self._blocks(
-            purpose, lambda g: torch.randn(BLOCK, *shape, generator=g, device=self.device, dtype=torch.float32)
-        )
+        return self._blocks(purpose, lambda g: _randn(shape, g, BLOCK))
 
     def uniform(self, purpose: str) -> Tensor:
         """(count,) uniform in [0, 1), float32."""
@@ -55,9 +53,7 @@ class SampleNoise:
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape) fresh noise."""
-        return torch.stack(
-            [torch.randn(*shape, generator=g, device=self.device, dtype=torch.float32) for g in self.generators]
-        )
+        return torch.cat([_randn(shape, g) for g in self.generators])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.draw(x.shape[1:]).to(x.dtype)
