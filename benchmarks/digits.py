@@ -46,7 +46,7 @@ class Reference:
     """The digits of one split, (N, 64) in 0..16, and the classifier trained on its training part."""
 
     def __init__(self, train: Sequence[int], held_out: Sequence[int]) -> None:
-        images = digits(None, 8, 1, download=False).fetch(range(len(train) + len(held_out)))
+        images = digits(None, 8, 1).fetch(range(len(train) + len(held_out)))
         x, labels = images.flatten(1).double().numpy(), load_digits().target
         self.train, self.held_out = x[list(train)], x[list(held_out)]
         self.classifier = MLPClassifier((128, 64), max_iter=300, random_state=0)

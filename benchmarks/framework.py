@@ -35,7 +35,7 @@ WORKLOADS = {"unet_small": ["model=unet_small", *RANDOM_IMAGES], "unet_tiny": ["
 """The model and its data: random 32x32 colour images, or the digits with their own settings."""
 
 
-def random_images(root: str | None, image_size: int, channels: int, download: bool) -> Source:
+def random_images(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
     """512 images of uniform noise in memory: what they show does not change the time that they take."""
     generator = torch.Generator().manual_seed(0)
     size = (512, channels, image_size, image_size)

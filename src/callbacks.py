@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.data.batch import StreamDataModule
@@ -36,11 +38,16 @@ class EMA(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay = decay
         self._swapped = False
+        self._average: Sequence[Tensor] = []
+        self._current: Sequence[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            assert self._average_model is not None
             self._swapped = False
+            # Finding them anew costs milliseconds.
+            self._average, self._current = (tuple(m.parameters()) for m in (self._average_model.module, pl_module))
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -49,11 +56,9 @@ class EMA(WeightAveraging):
         step = trainer.global_step
         if step <= self._latest_update_step:  # an accumulated batch, not a step
             return
-        assert self._average_model is not None
-        average = list(self._average_model.module.parameters())
-        current = [p.to(a.dtype) for p, a in zip(pl_module.parameters(), average, strict=True)]
+        current = [p.to(a.dtype) for p, a in zip(self._current, self._average, strict=True)]
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(average, current, None)  # type: ignore[no-untyped-call]
+        get_ema_multi_avg_fn(decay)(self._average, current, None)  # type: ignore[no-untyped-call]
         self._latest_update_step = step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -118,10 +123,16 @@ def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
 
 
 class CleanStop(L.Callback):
-    """On Ctrl-C: finish the step, save `path`, then stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C: finish the step, save `path`, then stop. A second Ctrl-C stops at once.
 
-    def __init__(self, path: str) -> None:
+    Several processes agree first, every `every` steps, since the signal may have reached only one of them.
+    """
+
+    def __init__(self, path: str, every: int = 10) -> None:
+        if every < 1:
+            raise ValueError(f"callbacks.stop.every must be at least 1 step, got {every}")
         self.path = path
+        self.every = every
         self._asked = False
         self._previous: Any = None
 
@@ -133,10 +144,16 @@ class CleanStop(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The start of the next batch: only here has Lightning logged and counted the last one.
-        if self._asked and batch_idx % trainer.accumulate_grad_batches == 0:
+        # The start of the next step: only here has Lightning logged and counted the last one.
+        step, part = divmod(batch_idx, trainer.accumulate_grad_batches)
+        if part == 0 and self._agreed(trainer, step):
             trainer.save_checkpoint(self.path)
             raise KeyboardInterrupt
+
+    def _agreed(self, trainer: L.Trainer, step: int) -> bool:
+        if trainer.world_size == 1:
+            return self._asked
+        return step % self.every == 0 and trainer.strategy.reduce_boolean_decision(self._asked, all=False)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._previous is not None:

@@ -6,9 +6,13 @@ that was meant. Here every override is held against the configuration files firs
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +63,7 @@ def usage_errors() -> Iterator[None]:
     """Within this, nothing has been computed yet: what constructors and loaders refuse is for the user to mend."""
     try:
         yield
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        ModuleNotFoundError,
-        InstantiationException,
-        OmegaConfBaseException,
-    ) as error:
+    except USER_ERRORS as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
         what = " ".join(str(cause).split())
         if isinstance(cause, TypeError):
@@ -89,6 +86,21 @@ def wandb_offline() -> bool:
     return not (os.environ.get("WANDB_API_KEY") or logged_in)
 
 
+@cache
+def fresh_folder(parent: str) -> str:
+    """A new folder under `parent` named after the time; of runs that start in the same second each has its own."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in count(1):
+        path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return str(path)
+    raise AssertionError
+
+
+OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
 OmegaConf.register_new_resolver("level_size", level_size, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
 
@@ -156,6 +168,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
                     f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
                 )
         final = _compose(config_name, [_one_value(o) for o in parsed])
+    for override in parsed:
+        if override.key_or_group not in groups and not override.is_delete():
+            _check_type(override.key_or_group, base, final)
     for name in flatten(final):
         parent, _, last = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
@@ -205,6 +220,31 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
 
 
+def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
+    """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing."""
+    default, value = _raw(base, name), _raw(final, name)
+    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
+        return
+    for kind, fits, rule in (
+        (bool, bool, "true or false"),
+        (int, int, "a whole number"),
+        (float, (int, float), "a number"),
+        (list, list, "a list"),
+    ):
+        if isinstance(default, kind):
+            if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
+                raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}, such as {default}")
+            return
+
+
+def _raw(cfg: DictConfig, name: str) -> Any:
+    """The value at a dotted name, interpolations as they stand; None if there is none."""
+    value: Any = OmegaConf.to_container(cfg, resolve=False)
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
     """The dotted names of all keys."""
     names: list[str] = []
@@ -238,7 +278,10 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         return hydra.compose(config_name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_first_line(error)) from error
+        line = _first_line(error)
+        if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
+            line = f"{match[1]} is not for this command: it also chooses a {match[2]}, which src.{config_name} has not"
+        raise UsageError(line) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -82,6 +82,7 @@ class DiffusionModule(L.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
+        self.weights = tuple(net.parameters())  # finding them anew costs a millisecond
         self.check_sampler(sampler)
         self.check_objective()
         self.val_loss = MeanMetric()
@@ -128,14 +129,14 @@ class DiffusionModule(L.LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones."""
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.weights, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
 
-    def check_objective(self) -> None:
-        """Evaluate the objective on zeros, so that settings which it refuses are refused before any work."""
+    def check_objective(self) -> dict[str, Tensor]:
+        """The terms (1,) at the noisiest level for a wrong output, so that settings are refused before any work."""
         x = torch.zeros(1, *self.shape)
-        level = self.schedule.level(torch.zeros(1, dtype=torch.long), x)
-        self.objective(self.process, lambda x, _: x, x, level, x)
+        level = self.schedule.level(torch.tensor([self.schedule.num_steps - 1]), x)
+        return self.objective(self.process, lambda x, _: torch.ones_like(x), x, level, x)
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros, so that settings which the sampler refuses are refused before any work."""

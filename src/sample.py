@@ -19,9 +19,10 @@ def sample(cfg: DictConfig) -> Path:
         runs.find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
-        check_arguments(cfg.sampler, "sampler")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
-        sampler = runs.build_sampler(cfg.sampler)
+        settings = runs.sampler_settings(cfg.sampler, opened.config.sampler)
+        check_arguments(settings, "sampler")
+        sampler = runs.build_sampler(settings)
         opened.module.check_sampler(sampler)
         device = runs.pick_device(cfg.device)
 
@@ -56,10 +57,7 @@ def sample(cfg: DictConfig) -> Path:
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
     plots.draw(samples[:256] if samples.ndim == 4 else samples).save(folder / "grid.png")
-    print(
-        f"{cfg.n} samples of {opened.checkpoint} by {cfg.sampler._target_.rpartition('.')[2]}, "
-        f"{cfg.sampler.steps} steps"
-    )
+    print(f"{cfg.n} samples of {opened.checkpoint} by {settings._target_.rpartition('.')[2]}, {sampler.steps} steps")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
 

@@ -10,7 +10,9 @@ from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_erro
 def show_schedules(cfg: DictConfig) -> Path:
     """Print a table of the chosen schedules; write it, plots of their course, and a strip of noised data for each."""
     available = [name for name in config_groups()["schedule"] if name != "custom"]
-    names = list(cfg.names) if cfg.names is not None else available
+    names = available if cfg.names is None else [cfg.names] if isinstance(cfg.names, str) else list(cfg.names)
+    if not names or cfg.frames < 2:
+        raise UsageError(f"needs at least one of names and two frames, got names={names} frames={cfg.frames}")
     for name in names:
         if name not in available:
             raise UsageError(

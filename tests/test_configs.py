@@ -25,7 +25,7 @@ GIVEN = {
     *("predict", "x", "grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
-    "download",
+    "prepare",
 }
 
 

@@ -68,7 +68,7 @@ def fetch_all(data: ImageDataModule) -> Tensor:
 
 def only(path: Path, size: int, channels: int = 3) -> Tensor:
     """The one image under `path`, (C, size, size) uint8, as a run would read it."""
-    source = folder(str(path), size, channels, download=True)
+    source = folder(str(path), size, channels, prepare=True)
     assert len(source) == 1
     (x,) = source.fetch([0])
     assert x.dtype == torch.uint8
@@ -85,7 +85,7 @@ def test_digits_are_scikit_learns():
     """1,797 of 8x8 with 17 levels, as uint8, pixel for pixel those of load_digits."""
     from sklearn.datasets import load_digits
 
-    source = digits(None, 8, 1, download=False)
+    source = digits(None, 8, 1)
     assert len(source) == 1797
     x = source.fetch(range(1797))
     assert x.shape == (1797, 1, 8, 8)
@@ -97,7 +97,7 @@ def test_digits_are_scikit_learns():
 @pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
 def test_digits_of_another_shape_raise(size, channels):
     with pytest.raises(ValueError, match=r"data\.image_size=8 data\.channels=1"):
-        digits(None, size, channels, download=False)
+        digits(None, size, channels)
 
 
 def test_digits_module_reaches_both_ends_of_the_range():
@@ -141,7 +141,7 @@ def test_folders_are_searched_however_deep_and_in_order_of_path(tmp_path):
         Image.fromarray(np.full((6, 6), level, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_text("nor this")
-    source = folder(str(tmp_path), 6, 1, download=True)
+    source = folder(str(tmp_path), 6, 1, prepare=True)
     assert len(source) == len(names)
     found = source.fetch(range(len(names)))
     assert within(found, (10 + 40 * torch.arange(len(names)))[:, None, None, None], 1)
@@ -314,17 +314,17 @@ def test_missing_folder_raises(tmp_path):
     (tmp_path / "file.png").write_bytes(b"")
     for path in (tmp_path / "nowhere", tmp_path / "file.png"):
         with pytest.raises(FileNotFoundError) as error:
-            folder(str(path), 8, 3, download=True)
+            folder(str(path), 8, 3, prepare=True)
         assert str(path) in str(error.value)
         assert "data.root" in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"data\.root"):
-        folder(None, 8, 3, download=True)
+        folder(None, 8, 3, prepare=True)
 
 
 def test_empty_folder_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(ValueError, match=r"no images under") as error:
-        folder(str(tmp_path), 8, 3, download=True)
+        folder(str(tmp_path), 8, 3, prepare=True)
     for part in (str(tmp_path), ".png", ".jpg", "data.root"):
         assert part in str(error.value)
 
@@ -374,7 +374,7 @@ def test_what_passes_the_check_can_be_fetched(tmp_path, suffix):
     """A picture whose EXIF data are garbage is read without them, or named before training; it never fails later."""
     Image.fromarray(np.full((8, 8), 90, dtype=np.uint8)).save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0garbage garbage")
     try:
-        source = folder(str(tmp_path), 8, 1, download=True)
+        source = folder(str(tmp_path), 8, 1, prepare=True)
     except ValueError as error:
         assert f"a.{suffix}" in str(error)  # noqa: PT017 - either answer will do
     else:
@@ -393,7 +393,7 @@ def test_many_unreadable_files_are_counted(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("no")
     with pytest.raises(ValueError, match=r"8 of 8 images .*0\.png, 1\.png.* and 3 more"):
-        folder(str(tmp_path), 8, 3, download=True)
+        folder(str(tmp_path), 8, 3, prepare=True)
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -553,7 +553,7 @@ def halves(num: int) -> Tensor:
 def picture_module(images: Tensor, **settings) -> ImageDataModule:
     """A datamodule over pictures in memory."""
     shape = {"root": None, "channels": images.shape[1], "image_size": images.shape[2]}
-    return ImageDataModule(lambda root, image_size, channels, download: ImageArray(images), **shape, **settings)
+    return ImageDataModule(lambda root, image_size, channels, prepare=False: ImageArray(images), **shape, **settings)
 
 
 def in_training(data: ImageDataModule, training: bool = True, step: int = 0) -> ImageDataModule:

@@ -33,12 +33,8 @@ class NumbersModule(StreamDataModule):
     """A datamodule of `num` numbers, which adds 1 on the device and negates them as its augmentation."""
 
     def __init__(self, num=40, batch_size=8, val_fraction=0.25, split_seed=0, seed=0):
-        super().__init__(batch_size, val_fraction, split_seed, seed, num_workers=0)
-        self.num = num
+        super().__init__(lambda: Numbers(num), (1,), batch_size, val_fraction, split_seed, seed, num_workers=0)
         self.seen = []
-
-    def load(self):
-        return Numbers(self.num)
 
     def to_model(self, x):
         return x + 1

@@ -1,6 +1,6 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol, TypedDict
 
@@ -127,19 +127,31 @@ class ValidationStream(Sampler[Places]):
 
 
 class StreamDataModule(L.LightningDataModule):
-    """Training and validation batches from one source, split by seed. Subclasses say what the source is.
+    """Training and validation batches from the source that `open_source` opens, split by seed.
 
-    `batch_size` is what the optimizer sees per step, whatever the number of devices and accumulation.
-    `val_fraction` of the samples are held out; which ones depends on `split_seed` and never on the run's seed.
+    `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
+    optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
+    held out; which ones depends on `split_seed` and never on the run's seed.
     """
 
-    def __init__(self, batch_size: int, val_fraction: float, split_seed: int, seed: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        open_source: Callable[[], Source],
+        shape: tuple[int, ...],
+        batch_size: int,
+        val_fraction: float,
+        split_seed: int,
+        seed: int,
+        num_workers: int,
+    ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0 or not 0 < val_fraction < 1:
             raise ValueError(
                 "needs data.batch_size >= 1, data.num_workers >= 0 and data.val_fraction in (0, 1), got "
                 f"{batch_size}, {num_workers}, {val_fraction}"
             )
+        self.open_source = open_source
+        self.shape = shape
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.split_seed = split_seed
@@ -148,15 +160,6 @@ class StreamDataModule(L.LightningDataModule):
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one sample as the network sees it, known before any data are."""
-        raise TypeError(f"{type(self).__name__} gives no shape")
-
-    def load(self) -> Source:
-        """Open the source; called once on every process."""
-        raise TypeError(f"{type(self).__name__} loads nothing")
 
     def to_model(self, x: Tensor) -> Tensor:
         """Samples as the source has them -> float32 as the network sees them."""
@@ -173,7 +176,7 @@ class StreamDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.source is not None:
             return
-        source = self.load()
+        source = self.open_source()
         num_val = round(self.val_fraction * len(source))
         if not 0 < num_val < len(source):
             raise ValueError(

@@ -20,9 +20,13 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 
 
 class OpenImages(Protocol):
-    """Opens a source of images (N, channels, image_size, image_size) uint8 from `root`."""
+    """Opens a source of images (N, channels, image_size, image_size) uint8 from `root`.
 
-    def __call__(self, root: str | None, image_size: int, channels: int, download: bool) -> Source: ...
+    With `prepare`, asked once on each machine before training, it first sees to it that the files are there and
+    whole: downloads them or looks at each.
+    """
+
+    def __call__(self, root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source: ...
 
 
 class ImageDataModule(StreamDataModule):
@@ -46,32 +50,30 @@ class ImageDataModule(StreamDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, split_seed, seed, num_workers)
+        super().__init__(
+            partial(source, root, image_size, channels),
+            (channels, image_size, image_size),
+            batch_size,
+            val_fraction,
+            split_seed,
+            seed,
+            num_workers,
+        )
         if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
             raise ValueError(
                 "needs data.channels 1 or 3, data.image_size >= 1 and data.levels in [2, 256], got "
                 f"{channels}, {image_size}, {levels}"
             )
+        self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
-        self.open = source
-        self.root = root
-        self.channels = channels
-        self.image_size = image_size
         self.levels = levels
         self.flip = flip
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.channels, self.image_size, self.image_size)
 
     def prepare_data(self) -> None:
         if self._prepared:  # Lightning asks again at each fit and validate
             return
         self._prepared = True
-        self.open(self.root, self.image_size, self.channels, download=True)
-
-    def load(self) -> Source:
-        return self.open(self.root, self.image_size, self.channels, download=False)
+        self._prepare()
 
     def to_model(self, x: Tensor) -> Tensor:
         return to_signed(x, self.levels)
@@ -115,7 +117,7 @@ class ImageFiles:
         return torch.stack([fit_image(self.open_image(i), self.image_size, self.channels) for i in indices])
 
 
-def digits(root: str | None, image_size: int, channels: int, download: bool) -> Source:
+def digits(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
     """scikit-learn's 1,797 handwritten digits, 8x8, pixel values 0..16: installed with it, nothing to download."""
     from sklearn.datasets import load_digits
 
@@ -126,7 +128,7 @@ def digits(root: str | None, image_size: int, channels: int, download: bool) -> 
 
 
 def torchvision_images(
-    root: str | None, image_size: int, channels: int, download: bool, *, dataset: Callable[..., Any]
+    root: str | None, image_size: int, channels: int, prepare: bool = False, *, dataset: Callable[..., Any]
 ) -> Source:
     """A torchvision dataset, `dataset(root=..., download=...)`: in memory where it holds arrays, else decoded lazily.
 
@@ -134,7 +136,7 @@ def torchvision_images(
     """
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
     try:
-        opened = dataset(root=root, download=download)
+        opened = dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
         # Not there and no network, or there but broken off: torchvision has no one error for either.
         reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
@@ -157,8 +159,8 @@ def torchvision_images(
     return ImageArray(images.contiguous())
 
 
-def folder(root: str | None, image_size: int, channels: int, download: bool) -> Source:
-    """Every image file under `root`, however nested, sorted by path. All are checked when it is first opened.
+def folder(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
+    """Every image file under `root`, however nested, sorted by path. `prepare` looks at all of them.
 
     Raises FileNotFoundError if there is no such folder, ValueError if it holds no images or unreadable ones.
     """
@@ -171,7 +173,7 @@ def folder(root: str | None, image_size: int, channels: int, download: bool) -> 
             f"no images under {path.resolve()} (looked for {' '.join(sorted(EXTENSIONS))}): set data.root to the "
             "folder that holds your images"
         )
-    if download:  # asked once, before training: the moment to look at every file
+    if prepare:
         with ThreadPoolExecutor() as pool:  # decoding releases the interpreter
             readable = list(pool.map(_is_readable, files))
         unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]

@@ -29,17 +29,13 @@ class PointsDataModule(StreamDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size, val_fraction, split_seed, seed, num_workers)
+        super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers)
         if num_samples < 2:
             raise ValueError(f"data.num_samples must be at least 2, got {num_samples}: 20000 is usual")
         self.distribution = source
         self.num_samples = num_samples
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (2,)
-
-    def load(self) -> Source:
+    def _draw(self) -> Source:
         generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
         return Points(self.distribution(self.num_samples, generator))
 

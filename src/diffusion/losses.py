@@ -59,7 +59,7 @@ def uniform(process: GaussianDiffusion, t: Level) -> Tensor:
 
 
 def min_snr(process: GaussianDiffusion, t: Level, gamma: float = 5.0) -> Tensor:
-    """min(SNR, gamma) on the squared error of x_0 (Hang et al., 2303.09556, eq. 7), in the target's units.
+    """min(SNR, gamma) on the squared error of x_0 (Hang et al., 2303.09556, Min-SNR-gamma), in the target's units.
 
     So one prediction has the same loss whether it is expressed as eps, x0 or v. Finite even at zero SNR.
     """

@@ -125,7 +125,7 @@ def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_steps: int, max_be
 
 
 def snr_shift(betas: Tensor, factor: float) -> Tensor:
-    """Multiply the SNR of every step by factor^2 (Hoogeboom et al., 2301.11093, eq. 4; factor = 64 / image size).
+    """Multiply the SNR of every step by factor^2 (Hoogeboom et al., 2301.11093; factor = 64 / image size).
 
     A larger image keeps more of its content under the same noise, since neighbouring pixels agree; shifting the
     schedule down restores the noise that its coarse structure sees. betas (T,) -> (T,).
