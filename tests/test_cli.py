@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from src.cli import UsageError, check_overrides, config_groups, expand_resume, split_arguments
+from src.cli import UsageError, check_overrides, config_groups, expand_resume, fresh_folder, split_arguments
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,13 @@ from src.cli import UsageError, check_overrides, config_groups, expand_resume, s
         ("schedule=linear,cosine", ["sweep", "-m"]),
         ("seed=[", ["cannot read"]),
         ("data=folder", ["data.root has no default", "data.root=..."]),
+        ("validate_every=abc", ["validate_every=abc", "a whole number, such as 500"]),
+        ("trainer.max_steps=1.5", ["trainer.max_steps=1.5", "a whole number"]),
+        ("seed=true", ["seed=True", "a whole number"]),
+        ("seed=null", ["seed=None", "a whole number"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
+        ("compile=5", ["compile=5", "true or false"]),
+        ("model.multipliers=2", ["model.multipliers=2", "a list"]),
     ],
 )
 def test_misspelt_overrides_name_what_was_meant(override, fragments):
@@ -48,6 +56,8 @@ def test_misspelt_overrides_name_what_was_meant(override, fragments):
         ["hydra.run.dir=x", "hydra/job_logging=none"],
         ["~callbacks.every"],
         ["logger=none"],
+        ["optimizer.lr=1", "process.clip=null", "model.head_channels=null", "trainer.devices=[0,1]"],
+        ["model.width=${data.batch_size}", "trainer.max_time='00:01:00:00'"],
     ],
 )
 def test_what_is_right_passes(overrides):
@@ -80,6 +90,12 @@ def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
         expand_resume([f"resume={tmp_path / 'nowhere'}"])
 
 
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = [fresh_folder.__wrapped__(str(tmp_path / "train")) for _ in range(5)]
+    assert len({Path(f) for f in folders if Path(f).is_dir()}) == 5
+    assert fresh_folder(str(tmp_path / "other")) == fresh_folder(str(tmp_path / "other"))
+
+
 def test_groups_leave_out_what_is_shared():
     groups = config_groups()
     assert {"schedule", "model", "data", "sampler", "trainer", "logger"} <= groups.keys()
@@ -102,6 +118,8 @@ def test_commands_import_nothing_heavy_to_read_the_command_line():
         (["src.sample", "run=outputs/no/such/run"], 2, "no run folder"),
         (["src.sample"], 2, "give run=FOLDER"),
         (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
+        (["src.schedules", "names=[]"], 2, "at least one of names"),
+        (["src.schedules", "data=points"], 2, "data/_points is not for this command"),
     ],
 )
 def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):

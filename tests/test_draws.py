@@ -141,3 +141,15 @@ def test_keys_of_parts_that_read_alike_differ():
     assert all(0 <= k < 2**63 for k in keys)
     assert len({key(seed, "t", step, block) for seed in range(8) for step in range(64) for block in range(8)}) == 4096
     assert key(2, "order", 0) == key(2, "order", 0)
+
+
+def test_noise_is_float32_whatever_the_default():
+    """Under `trainer.precision=bf16-true` the default is bfloat16, in which 1 in 400 draws of t would be 1.0."""
+    before = draws().normal("eps", (3,)), draws().uniform("t"), SampleNoise(0, [1], CPU).draw((3,))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        after = draws().normal("eps", (3,)), draws().uniform("t"), SampleNoise(0, [1], CPU).draw((3,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(before, after, strict=True):
+        assert y.dtype == torch.float32 and same(x, y)

@@ -381,6 +381,13 @@ def test_what_passes_the_check_can_be_fetched(tmp_path, suffix):
         assert within(source.fetch([0]), 90, 1)
 
 
+def test_sources_reach_worker_processes_that_are_spawned(tmp_path):
+    """Where processes are not forked, a source travels to them pickled."""
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
+    source = folder(str(tmp_path), 8, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(source)).fetch([0]), source.fetch([0]))
+
+
 def test_folders_named_like_images_are_searched(tmp_path):
     """Every image file under the root: a folder called holiday.png is no file, but may hold some."""
     (tmp_path / "holiday.png").mkdir()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -192,6 +193,16 @@ def test_sampling_writes_every_image_a_grid_and_a_film(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
+def test_samples_are_drawn_as_the_run_was_told_unless_told_otherwise(trained, tmp_path):
+    """The run's own sampler is ancestral in 3 steps; settings alone change it, a choice replaces it."""
+    own = sample(tmp_path / "a", f"run='{trained}'", "n=4", "sampler.steps=null")
+    said = sample(tmp_path / "b", f"run='{trained}'", "n=4", "sampler=ancestral", "sampler.steps=3")
+    longer = sample(tmp_path / "c", f"run='{trained}'", "n=4", "sampler.steps=4")
+    other = sample(tmp_path / "d", f"run='{trained}'", "n=4", "sampler=ddim")
+    assert (own == said).all()
+    assert (own != longer).any() and (own != other).any()
+
+
 def test_raw_weights_are_another_model(trained, tmp_path):
     averaged = sample(tmp_path / "a", f"run='{trained}'", "n=4")
     raw = sample(tmp_path / "b", f"run='{trained}'", "n=4", "ema=false")
@@ -283,6 +294,11 @@ def test_a_schedule_that_keeps_signal_says_so(tmp_path):
         train_tiny(tmp_path / "run", "schedule=quadratic", "schedule.num_steps=100", "trainer.max_steps=1")
 
 
+def test_a_weighting_that_leaves_the_last_step_out_says_so(tmp_path):
+    with pytest.warns(UserWarning, match="no weight at all"):
+        train_tiny(tmp_path / "run", "zero_terminal_snr=true", "trainer.max_steps=1")
+
+
 def test_every_logger_takes_the_run_offline(tmp_path, no_network, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -335,15 +351,35 @@ def test_points_are_learned_nearly_as_well_as_can_be(tmp_path):
     assert Image.open(tmp_path / "run" / "samples" / "final.png").size[0] > 100
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_same_model_as_one(trained, tmp_path):
-    """`trainer.devices=2` with DDP over gloo, typed as a user types it: one folder, the same weights."""
-    folder = tmp_path / "run"
-    settings = [*TINY, "trainer.max_steps=6", "validate_every=3", "checkpoint_every=100", "trainer.devices=2"]
+def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`trainer.devices=2` with DDP over gloo, typed as a user types it."""
+    settings = [*TINY, "validate_every=3", "checkpoint_every=1000", "trainer.devices=2", *overrides]
     command = [sys.executable, "-m", "src.train", *settings, f"hydra.run.dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
+    with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as process:
+        log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
+        deadline = time.monotonic() + 300
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said[-3000:]
+    step = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert step > 0 and f"saved at step {step}" in said
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(trained, tmp_path):
+    """One folder, the same weights."""
+    folder = tmp_path / "run"
+    with start_two_processes(folder, "trainer.max_steps=6") as process:
+        said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-3000:]
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     one, two = weights(trained), weights(folder)
     for name in one:

@@ -265,3 +265,21 @@ def test_examples_are_held_out_samples_without_a_trainer():
     data = NumbersModule()
     assert (data.examples(3).flatten() - 1).tolist() == data.val_indices[:3]
     assert len(data.examples(1000)) == len(data.val_indices)
+
+
+def test_few_held_out_samples_go_round_the_processes():
+    """No process is left without a batch, and no sample is seen twice."""
+    data = NumbersModule(num=40, val_fraction=0.125)
+    data.setup()
+    for world in (1, 2, 4, 5):
+        sizes, seen = [], []
+        for rank in range(world):
+            data.trainer = stub(world_size=world, global_rank=rank)
+            batches = list(data.val_dataloader())
+            sizes.append(len(batches))
+            seen += [x.item() for batch in batches for x in batch["x"].flatten()]
+        assert min(sizes) >= 1
+        assert sorted(seen) == sorted(float(i) for i in data.val_indices)
+    data.trainer = stub(world_size=6)
+    with pytest.raises(ValueError, match="do not go round 6 processes"):
+        data.train_dataloader()

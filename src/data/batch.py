@@ -211,7 +211,7 @@ class StreamDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self._trainer()
         micro = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
-        micro = min(micro, -(-len(self.val_indices) // trainer.world_size))  # something for every process
+        micro = min(micro, max(1, len(self.val_indices) // trainer.world_size))  # something for every process
         return self._loader(ValidationStream(self.val_indices, micro, trainer.global_rank, trainer.world_size))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
