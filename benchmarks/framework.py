@@ -20,8 +20,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src import runs
 from src.cli import CONF  # also registers the resolvers that the configuration needs
-from src.data.batch import Source
-from src.data.images import ImageArray
+from src.data.batch import InMemory, Source
 from src.module import DiffusionModule
 
 RANDOM_IMAGES = [
@@ -39,7 +38,7 @@ def random_images(root: str | None, image_size: int, channels: int, prepare: boo
     """512 images of uniform noise in memory: what they show does not change the time that they take."""
     generator = torch.Generator().manual_seed(0)
     size = (512, channels, image_size, image_size)
-    return ImageArray(torch.randint(256, size, dtype=torch.uint8, generator=generator))
+    return InMemory(torch.randint(256, size, dtype=torch.uint8, generator=generator))
 
 
 class Clock(NamedTuple):

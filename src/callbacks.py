@@ -128,7 +128,7 @@ class CleanStop(L.Callback):
     Several processes agree first, every `every` steps, since the signal may have reached only one of them.
     """
 
-    def __init__(self, path: str, every: int = 10) -> None:
+    def __init__(self, path: str, every: int = 100) -> None:
         if every < 1:
             raise ValueError(f"callbacks.stop.every must be at least 1 step, got {every}")
         self.path = path

@@ -11,15 +11,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,6 +47,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
+                raise
             sys.exit(_say(error, code=2))
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
@@ -55,7 +58,7 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says why and what to do instead, in one line."""
 
 
-USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, InstantiationException, OmegaConfBaseException)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationException, OmegaConfBaseException)
 
 
 @contextmanager
@@ -86,9 +89,14 @@ def wandb_offline() -> bool:
     return not (os.environ.get("WANDB_API_KEY") or logged_in)
 
 
-@cache
 def fresh_folder(parent: str) -> str:
-    """A new folder under `parent` named after the time; of runs that start in the same second each has its own."""
+    """A new folder under `parent` named after the time; of runs that start in the same second each has its own.
+
+    Asked again, also by the processes that this one starts, the same: the environment remembers.
+    """
+    memory = f"FRESH_FOLDER_{Path(parent).resolve()}"
+    if memory in os.environ:
+        return os.environ[memory]
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in count(1):
         path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
@@ -96,6 +104,7 @@ def fresh_folder(parent: str) -> str:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        os.environ[memory] = str(path)
         return str(path)
     raise AssertionError
 
@@ -135,8 +144,8 @@ def expand_resume(overrides: list[str]) -> list[str]:
         )
     before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
     quoted = str(Path(folder).resolve()).replace("'", "\\'")
-    given = [o for o in overrides if o not in before and not o.startswith("hydra.run.dir=")]
-    return [*before, *given, f"hydra.run.dir='{quoted}'"]
+    given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+    return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{quoted}'"]
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:

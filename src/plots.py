@@ -155,7 +155,8 @@ def evenly(length: int, count: int) -> list[int]:
 
 
 def _extent(points: Tensor) -> float:
-    return 1.15 * float(points.abs().quantile(0.999))
+    finite = points[points.isfinite().all(1)]
+    return 1.15 * float(finite.abs().quantile(0.999)) if len(finite) else 1.0
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:

@@ -14,6 +14,7 @@ import pickle
 import shutil
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,10 @@ class OpenedRun(NamedTuple):
 def build(cfg: DictConfig) -> Run:
     """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
     inline_betas(cfg)
+    if cfg.data.get("num_samples") and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
+        )
     check_arguments(cfg)
     quiet_libraries()
     import lightning as L
@@ -80,15 +85,20 @@ def build(cfg: DictConfig) -> Run:
     resume_from = None
     if cfg.resume is not None:
         resume_from = find_checkpoint(cfg.resume, None)
-        check_fit(read_checkpoint(resume_from), module, resume_from)
+        saved = read_checkpoint(resume_from)
+        check_fit(saved, module, resume_from)
+        check_accumulation(saved, cfg)
     elif (directory / "checkpoints").exists():
         raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     return Run(directory, module, data, trainer, resume_from)
 
 
-def make(node: DictConfig, **given: Any) -> Any:
-    """What a node describes. Partials come without Hydra's wrapper, which goes through all modules at each call."""
-    return _unwrapped(instantiate(node, **given))
+def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
+    """What a node describes, with arguments that only the program knows.
+
+    Partials come without Hydra's wrapper, which goes through all loaded modules at each call.
+    """
+    return _unwrapped(instantiate(node, **(given or {})))
 
 
 def _unwrapped(made: Any) -> Any:
@@ -110,8 +120,9 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
         raise ValueError(
             f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger"
         )
-    if str(cfg.trainer.precision).startswith("16") and "fused" in cfg.optimizer:
+    if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
         # The fused step unscales fp16 gradients itself, too late for clipping.
+        warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
         cfg.optimizer.fused = False
     betas = make(cfg.schedule)
     if cfg.snr_shift != 1:
@@ -123,7 +134,7 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
     module = DiffusionModule(
         net=net,
         schedule=schedule,
-        process=make(cfg.process, decoder_log_variance=schedule.decoder_log_variance),
+        process=make(cfg.process, {"decoder_log_variance": schedule.decoder_log_variance}),
         objective=make(cfg.objective),
         sampler=build_sampler(cfg.sampler),
         shape=shape,
@@ -227,11 +238,12 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         logger: Logger = instantiate(node)
         if name == "wandb":
             _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"logger={name} needs a package that is not installed ({error}): pip install {name}"
-        ) from error
     except Exception as error:
+        if isinstance(error.__cause__ or error, ImportError):
+            raise ValueError(
+                f"logger={name} needs a package that is not installed ({_sentence(error.__cause__ or error)}): "
+                f"pip install {name}"
+            ) from error
         if name != "wandb" or node.offline:
             raise
         warnings.warn(f"W&B could not start online ({_sentence(error)}): this run is logged offline", stacklevel=2)
@@ -308,6 +320,16 @@ def check_fit(checkpoint: dict[str, Any], module: "DiffusionModule", path: Path)
             )
 
 
+def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
+    """Raise ValueError if batches were cut otherwise: Lightning's count of them would lie across the steps."""
+    before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
+    now = cfg.trainer.accumulate_grad_batches
+    if before != now:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it, or start a new run"
+        )
+
+
 def pick_device(name: str) -> "torch.device":
     """The device of that name, or for "auto" the best there is. Raises ValueError if it does not exist."""
     import torch
@@ -331,8 +353,11 @@ def plain(cfg: DictConfig) -> dict[Any, Any]:
 
 
 def inline_betas(cfg: DictConfig) -> None:
-    """Replace the file name that `schedule=custom` may give by the numbers in it, so that the run needs no file."""
+    """Replace the file name that `schedule=custom` may give by the numbers in it, or those that a resumed run had."""
     betas = OmegaConf.select(cfg, "schedule.betas")
+    if isinstance(betas, str) and cfg.resume is not None:
+        saved = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
+        cfg.schedule.betas = betas = OmegaConf.select(OmegaConf.create(saved), "schedule.betas")
     if not isinstance(betas, str):
         return
     import numpy as np

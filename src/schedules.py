@@ -62,7 +62,7 @@ def show_schedules(cfg: DictConfig) -> Path:
         folder / "schedules.png"
     )
     # The same noise under every schedule: a row each, from clean data to the last step.
-    eps = Draws(0, 0, 0, 1, image.device).normal("eps", image.shape[1:])
+    eps = Draws(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
     shown = [-1, *plots.evenly(cfg.num_steps, cfg.frames - 1)]
     rows = [
         torch.cat([schedule.alpha[t].float() * image + schedule.sigma[t].float() * eps for t in shown])

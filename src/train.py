@@ -1,5 +1,6 @@
 """Train a diffusion model: `python -m src.train schedule=cosine data=digits trainer.devices=4`."""
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,18 +32,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise SystemExit(130 if stop.code else 143) from stop
     seconds = time.perf_counter() - start
     run.trainer.save_checkpoint(run.last_checkpoint)
-    validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)[0]
+    validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     steps = run.trainer.global_step
     metrics = {
-        **{name: float(value) for name, value in validation.items()},
+        **{name: float(value) for result in validation for name, value in result.items()},
         "steps": steps,
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
     if run.trainer.is_global_zero:
-        leave_pictures(run, cfg.seed)
         runs.write_json(run.directory / "metrics.json", metrics)
-        print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics['val/loss']:.4g}. Look at:")
+        leave_pictures(run, cfg.seed)
+        print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
         for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")

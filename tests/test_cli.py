@@ -1,5 +1,6 @@
 """What is typed wrongly gets one line with the remedy, before anything heavy is imported."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,14 +87,21 @@ def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
         "trainer.max_steps=9",
         f"hydra.run.dir='{tmp_path}'",
     ]
+    # What is typed again comes last, where it counts.
+    again = expand_resume([f"resume={tmp_path}", "schedule=linear"])
+    assert again == ["seed=3", f"resume={tmp_path}", "schedule=linear", f"hydra.run.dir='{tmp_path}'"]
     with pytest.raises(UsageError, match="no run to resume"):
         expand_resume([f"resume={tmp_path / 'nowhere'}"])
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
-    folders = [fresh_folder.__wrapped__(str(tmp_path / "train")) for _ in range(5)]
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    folders = []
+    for _ in range(5):
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # another process
+        folders.append(fresh_folder(str(tmp_path / "train")))
+        assert fresh_folder(str(tmp_path / "train")) == folders[-1]
+        monkeypatch.undo()
     assert len({Path(f) for f in folders if Path(f).is_dir()}) == 5
-    assert fresh_folder(str(tmp_path / "other")) == fresh_folder(str(tmp_path / "other"))
 
 
 def test_groups_leave_out_what_is_shared():

@@ -21,7 +21,8 @@ from torch.testing import assert_close
 from torchvision.datasets import utils as torchvision_utils
 
 from src.cli import CONF
-from src.data.images import ImageArray, ImageDataModule, digits, fit_image, folder
+from src.data.batch import InMemory
+from src.data.images import ImageDataModule, digits, fit_image, folder
 
 ORIENTATION = 0x0112
 
@@ -560,12 +561,18 @@ def halves(num: int) -> Tensor:
 def picture_module(images: Tensor, **settings) -> ImageDataModule:
     """A datamodule over pictures in memory."""
     shape = {"root": None, "channels": images.shape[1], "image_size": images.shape[2]}
-    return ImageDataModule(lambda root, image_size, channels, prepare=False: ImageArray(images), **shape, **settings)
+    return ImageDataModule(lambda root, image_size, channels, prepare=False: InMemory(images), **shape, **settings)
 
 
 def in_training(data: ImageDataModule, training: bool = True, step: int = 0) -> ImageDataModule:
     data.trainer = SimpleNamespace(
-        training=training, global_step=step, max_steps=3, accumulate_grad_batches=1, global_rank=0, world_size=1
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        training=training,
+        global_step=step,
+        max_steps=3,
+        accumulate_grad_batches=1,
+        global_rank=0,
+        world_size=1,
     )
     return data
 

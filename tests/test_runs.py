@@ -144,9 +144,15 @@ def test_ema_is_the_recursion_over_the_weights_of_each_step(tmp_path, monkeypatc
 
 
 def test_a_checkpoint_saved_in_validation_has_both_weights_in_their_places(tmp_path, monkeypatch):
-    """`best.ckpt` is written while the averaged weights stand in for the raw ones."""
-    train_tiny(tmp_path / "run", "trainer.max_steps=3")
-    best = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    """As a signal or an error in validation has it: while the averaged weights stand in for the raw ones."""
+    from src.callbacks import SampleGrid
+
+    def save(self, trainer, *_):
+        trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    monkeypatch.setattr(SampleGrid, "on_validation_batch_end", save)
+    train_tiny(tmp_path / "run", "trainer.max_steps=3", "~callbacks.best")
+    best = runs.read_checkpoint(tmp_path / "within.ckpt")
     last = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     for key in ("state_dict", "current_model_state"):
         assert_equal_bits(best[key], last[key])
@@ -274,6 +280,19 @@ def test_networks_and_data_of_different_kinds_are_told_apart(tmp_path):
         cfg = compose("train", *choice.split(), f"run_dir='{tmp_path}'")
         with pytest.raises(UsageError, match=remedy):
             train(cfg)
+
+
+def test_batches_that_are_cut_otherwise_are_not_resumed(trained, tmp_path):
+    from src.cli import UsageError
+
+    with pytest.raises(UsageError, match="cannot resume a run that had 1"):
+        train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.accumulate_grad_batches=2")
+
+
+def test_nothing_to_validate_on_is_no_failure(tmp_path):
+    metrics = train_tiny(tmp_path / "run", "+trainer.limit_val_batches=0", "trainer.max_steps=1")
+    assert metrics["steps"] == 1 and "val/loss" not in metrics
+    assert (tmp_path / "run" / "samples" / "final.png").exists()
 
 
 def test_custom_betas_from_a_file_are_kept_in_the_run(tmp_path):

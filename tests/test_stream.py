@@ -47,6 +47,7 @@ class NumbersModule(StreamDataModule):
 def stub(**settings):
     """What the datamodule reads of a Trainer."""
     defaults = {"max_steps": 5, "global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
+    defaults["strategy"] = SimpleNamespace(root_device=torch.device("cpu"))
     return SimpleNamespace(**{**defaults, "training": True, **settings})
 
 

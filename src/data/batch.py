@@ -36,6 +36,19 @@ class Source(Protocol):
         ...
 
 
+class InMemory:
+    """Samples (N, *data) in one tensor."""
+
+    def __init__(self, samples: Tensor) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self.samples[torch.as_tensor(indices)]
+
+
 class BatchDataset(torch.utils.data.Dataset[Batch]):
     """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory."""
 
@@ -232,7 +245,7 @@ class StreamDataModule(L.LightningDataModule):
             sampler=stream,
             batch_size=None,  # the stream's items are batches already
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._trainer().strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
         )
 

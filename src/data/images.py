@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.batch import Source, StreamDataModule, to_signed, to_uint8
+from src.data.batch import InMemory, Source, StreamDataModule, to_signed, to_uint8
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -88,19 +88,6 @@ class ImageDataModule(StreamDataModule):
         return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
-class ImageArray:
-    """Images in memory, (N, C, H, W) uint8."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fetch(self, indices: Sequence[int]) -> Tensor:
-        return self.images[torch.as_tensor(indices)]
-
-
 class ImageFiles:
     """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode."""
 
@@ -124,7 +111,7 @@ def digits(root: str | None, image_size: int, channels: int, prepare: bool = Fal
     _require(
         image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1"
     )
-    return ImageArray(torch.from_numpy(load_digits().images.astype(np.uint8))[:, None])
+    return InMemory(torch.from_numpy(load_digits().images.astype(np.uint8))[:, None])
 
 
 def torchvision_images(
@@ -156,7 +143,7 @@ def torchvision_images(
         images = TF.resize(images, [image_size, image_size], antialias=True)
     if images.shape[1] != channels:
         images = TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1)
-    return ImageArray(images.contiguous())
+    return InMemory(images.contiguous())
 
 
 def folder(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:

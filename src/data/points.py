@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from src.data.batch import Source, StreamDataModule
+from src.data.batch import InMemory, Source, StreamDataModule
 from src.draws import key
 
 Distribution = Callable[[int, torch.Generator], Tensor]
@@ -37,20 +37,7 @@ class PointsDataModule(StreamDataModule):
 
     def _draw(self) -> Source:
         generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
-        return Points(self.distribution(self.num_samples, generator))
-
-
-class Points:
-    """Points in memory, (N, D) float32."""
-
-    def __init__(self, points: Tensor) -> None:
-        self.points = points
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def fetch(self, indices: Sequence[int]) -> Tensor:
-        return self.points[torch.as_tensor(indices)]
+        return InMemory(self.distribution(self.num_samples, generator))
 
 
 def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:

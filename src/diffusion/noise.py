@@ -68,7 +68,7 @@ class NoiseSchedule(nn.Module):
     @property
     def terminal_alpha_bar(self) -> float:
         """alpha_bar at the noisiest row: what is left of the data's variance at the end of the chain."""
-        return self.alpha[-2].double().square().item()
+        return self.alpha[-2].cpu().double().square().item()
 
     def level(self, t: Tensor, like: Tensor) -> Level:
         """The levels of indices t (B,), integers in [-1, T - 1], as (B, 1, ..., 1) against `like` (B, *data)."""
@@ -130,7 +130,7 @@ class NoiseSchedule(nn.Module):
 
     def _polar(self) -> tuple[Tensor, Tensor]:
         """Angle and norm of (alpha, sigma), float64 on the CPU, clean data first, then rows 0..T-1: (T + 1,)."""
-        alpha, sigma = (table.double().cpu().roll(1) for table in (self.alpha, self.sigma))
+        alpha, sigma = (table.cpu().double().roll(1) for table in (self.alpha, self.sigma))
         return torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
 
 

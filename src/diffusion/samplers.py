@@ -20,7 +20,7 @@ Noise = Callable[[Tensor], Tensor]
 
 
 def ancestral(
-    process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Sequence[Level], *, noise: Noise = torch.randn_like
+    process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Sequence[Level], *, noise: Noise
 ) -> Iterator[Tensor]:
     """Sample the reverse chain x_s ~ p(x_s | x_t) link by link (Ho et al. 2020, alg. 2), for any strides."""
     for t, s in pairwise(grid):
@@ -37,7 +37,7 @@ def ddim(
     grid: Sequence[Level],
     *,
     eta: float = 0.0,
-    noise: Noise = torch.randn_like,
+    noise: Noise,
 ) -> Iterator[Tensor]:
     """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, ancestral sampling for eta = 1.
 
