@@ -45,7 +45,7 @@ clean: ## remove the environment and caches (outputs/ stays)
 
 # The environment is made again whenever the lock changes. uv is used if it is there, and else brought by pip.
 $(STAMP): requirements.lock
-	@[ -n "$(PYTHON)" ] || { echo "error: no Python found: install Python 3.11 or newer, or give PYTHON=/path/to/python3.11"; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "error: no Python $(PYTHON) found: install Python 3.11 or newer, or give PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: Python %d.%d is too old: install 3.11 or newer, or give PYTHON=/path/to/python3.11" % v[:2])'
 	@$(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(free < $(NEEDED_GB) and "error: %.1f GB free here, the environment needs $(NEEDED_GB) GB: make room" % free)'
 	@echo "Making the environment in $(VENV) (once; a few minutes at most) ..."

@@ -38,13 +38,14 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 value = cfg[key]
             except InterpolationKeyError as error:
                 raise ValueError(
-                    f"{dotted} asks for a setting that the rest of the configuration lacks ({error}): "
+                    f"{dotted} asks for {str(error).split("'")[1]}, which the configuration lacks: leave it in, and "
                     "choose a model that fits the data, model=mlp for points, model=unet_* for images"
                 ) from error
-            if isinstance(value, DictConfig) or str(cfg._target_).startswith("lightning."):
+            if isinstance(value, DictConfig):
                 continue
             if key in hints and not _matches(value, hints[key]):
-                raise ValueError(f"{dotted}={value} is of the wrong type: it must be {_describe(hints[key])}")
+                shown = "null" if value is None else value
+                raise ValueError(f"{dotted}={shown} is of the wrong type: it must be {_describe(hints[key])}")
     for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))
@@ -76,6 +77,11 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(a) for a in typing.get_args(hint))
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args)
+    if hint is type(None):
+        return "null"
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

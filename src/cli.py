@@ -226,6 +226,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         hint = nearest(key, local) or nearest(key, known)
         if not hint and isinstance(node, DictConfig) and depth:
             hint = f": {'.'.join(parts[:depth])} has {', '.join(str(k) for k in node)}"
+        hint = hint or "; --cfg job prints all that there are"
         raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
 
 

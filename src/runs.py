@@ -64,6 +64,8 @@ def build(cfg: DictConfig) -> Run:
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
     check_arguments(cfg)
+    if not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2^32), got {cfg.seed}: 0 is usual")
     quiet_libraries()
     import lightning as L
 
