@@ -37,8 +37,9 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
             try:
                 value = cfg[key]
             except InterpolationKeyError as error:
+                absent = str(error).split("'")[1]
                 raise ValueError(
-                    f"{dotted} asks for {str(error).split("'")[1]}, which the configuration lacks: leave it in, and "
+                    f"{dotted} asks for {absent}, which the configuration lacks: leave it in, and "
                     "choose a model that fits the data, model=mlp for points, model=unet_* for images"
                 ) from error
             if isinstance(value, DictConfig):
