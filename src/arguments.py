@@ -30,7 +30,10 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 continue
             dotted = f"{name}.{key}"
             if key not in signature.parameters and not open_ended:
-                known = [k for k in signature.parameters if k not in ("self", "args")]
+                # What has no default is given by the program, in functions of ours.
+                ours = str(cfg._target_).startswith("src.")
+                known = [k for k, p in signature.parameters.items() if p.default is not p.empty or not ours]
+                known += GRID_SETTINGS if str(cfg._target_).startswith("src.diffusion.samplers") else ()
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
                 raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")

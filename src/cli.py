@@ -7,6 +7,7 @@ that was meant. Here every override is held against the configuration files firs
 import difflib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+FRESH = "FRESH_FOLDER_"
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -35,6 +37,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     overrides, flags = split_arguments(sys.argv[1:])
     try:
         overrides = expand_resume(overrides)
+        check_unused(overrides)
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun=bool({"-m", "--multirun"} & set(flags)))
@@ -47,11 +50,19 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
+            remove_traces(Path(HydraConfig.get().runtime.output_dir))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove the output folder of a refused command, if this process made it and nothing but Hydra wrote into it."""
+    made = {Path(path).resolve() for name, path in os.environ.items() if name.startswith(FRESH)}
+    if folder.resolve() in made and {f.name for f in folder.iterdir() if f.suffix != ".log"} <= {".hydra"}:
+        shutil.rmtree(folder)
 
 
 class UsageError(Exception):
@@ -94,7 +105,7 @@ def fresh_folder(parent: str) -> str:
 
     Asked again, also by the processes that this one starts, the same: the environment remembers.
     """
-    memory = f"FRESH_FOLDER_{Path(parent).resolve()}"
+    memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
         return os.environ[memory]
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -148,6 +159,13 @@ def expand_resume(overrides: list[str]) -> list[str]:
     return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{quoted}'"]
 
 
+def check_unused(overrides: Sequence[str]) -> None:
+    """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
+    given = [o.removeprefix("hydra.run.dir=").strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
+    if given and not any(o.startswith("resume=") for o in overrides) and (Path(given[-1]) / "checkpoints").exists():
+        raise UsageError(f"{given[-1]} already holds a run: go on with resume={given[-1]}, or choose another folder")
+
+
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
     """Raise UsageError for an override that names no group, option or key, with the nearest that exists."""
     try:
@@ -158,6 +176,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     chosen: list[str] = []
     for override in parsed:
         name = override.key_or_group
+        if name in groups and override.is_add() and not override.is_force_add():
+            raise UsageError(f"{override.input_line}: {name} is chosen already, drop the +")
         if name in groups and not override.is_delete():
             for option in _options(override):
                 _check_option(name, option, groups[name])
@@ -243,7 +263,8 @@ def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}, such as {default}")
+                example = "" if "${" in str(default) else f", such as {default}"
+                raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}{example}")
             return
 
 
@@ -290,7 +311,8 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         line = _first_line(error)
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
-            line = f"{match[1]} is not for this command: it also chooses a {match[2]}, which src.{config_name} has not"
+            what = match[1].replace("/_", "=").replace("/", "=")
+            line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
         raise UsageError(line) from error
 
 

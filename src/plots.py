@@ -27,7 +27,8 @@ def draw(samples: Tensor, real: Tensor | None = None) -> Image.Image:
     picture = grid(samples)
     if real is None:
         return picture
-    return side_by_side([picture, grid(real)], gap=max(8, picture.height // 24))
+    pair = [captioned(picture, "drawn"), captioned(grid(real), "real, held out")]
+    return side_by_side(pair, gap=max(8, picture.height // 24))
 
 
 def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Image:
@@ -44,6 +45,14 @@ def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Im
         left = GAP + k % columns * (width * scale + GAP)
         canvas[top : top + height * scale, left : left + width * scale] = image
     return Image.fromarray(canvas)
+
+
+def captioned(picture: Image.Image, text: str) -> Image.Image:
+    """The picture with a line of text over it."""
+    canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
+    canvas.paste(picture, (0, 22))
+    ImageDraw.Draw(canvas).text((GAP, 11), text, fill="black", anchor="lm", font_size=15)
+    return canvas
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int) -> Image.Image:
@@ -93,7 +102,7 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = N
         bound = extent or _extent(points if real is None else real)
         axes.set(xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[])
     if real is not None:
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper right", markerscale=4)
     return _render(figure)
 
 
@@ -133,7 +142,7 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
         axes.set(title=title, xlabel="t / T")
         axes.grid(alpha=0.3)
     right.set_ylim(-15, 15)
-    middle.legend(fontsize=8)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return _render(figure)
 
 

@@ -9,6 +9,7 @@ import difflib
 import functools
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -64,6 +65,8 @@ def build(cfg: DictConfig) -> Run:
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
     check_arguments(cfg)
+    if cfg.optimizer.get("lr", 1) <= 0:
+        raise ValueError(f"optimizer.lr must be positive, got {cfg.optimizer.lr}: 1e-3 is usual")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed must lie in [0, 2^32), got {cfg.seed}: 0 is usual")
     quiet_libraries()
@@ -192,9 +195,9 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    if cfg.trainer.max_steps < 1:
+    if not 1 <= cfg.trainer.max_steps <= 10**9:
         raise ValueError(
-            f"trainer.max_steps must be at least 1, got {cfg.trainer.max_steps}: training is counted in steps"
+            f"trainer.max_steps must lie in [1, 10^9], got {cfg.trainer.max_steps}: training is counted in steps"
         )
     if cfg.trainer.max_epochs not in (-1, None):
         raise ValueError(
@@ -263,6 +266,8 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
             raise FileNotFoundError(f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt file, run= a run folder")
         return path
     folder = Path(str(run))
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file, and a run is a folder: use ckpt={folder} for one checkpoint")
     if not folder.is_dir():
         close = difflib.get_close_matches(folder.name, [f.name for f in folder.parent.glob("*/")], n=1)
         near = f"; did you mean {folder.parent / close[0]}?" if close else ""
@@ -409,6 +414,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # The stream of batches starts at the step where the checkpoint left it.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
@@ -428,7 +434,9 @@ def close(run: Run) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """`values` as indented JSON, replacing the file at once."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    # JSON knows no NaN.
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    temporary.write_text(json.dumps(known, indent=2) + "\n")
     os.replace(temporary, path)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.cli import launch, usage_errors
+from src.cli import UsageError, launch, usage_errors
 
 if TYPE_CHECKING:
     from src.runs import Run
@@ -49,6 +49,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 print(f"  {relative(path)}")
         print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
     runs.close(run)
+    if not math.isfinite(metrics.get("val/loss", 0)):
+        raise UsageError(f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr})")
     return metrics
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import UsageError, check_overrides, config_groups, expand_resume, fresh_folder, split_arguments
+from src.cli import (
+    CONF,
+    UsageError,
+    check_overrides,
+    check_unused,
+    config_groups,
+    expand_resume,
+    fresh_folder,
+    split_arguments,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +44,7 @@ from src.cli import UsageError, check_overrides, config_groups, expand_resume, f
         ("optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
         ("compile=5", ["compile=5", "true or false"]),
         ("model.multipliers=2", ["model.multipliers=2", "a list"]),
+        ("+schedule=linear", ["drop the +"]),
     ],
 )
 def test_misspelt_overrides_name_what_was_meant(override, fragments):
@@ -94,6 +104,23 @@ def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
         expand_resume([f"resume={tmp_path / 'nowhere'}"])
 
 
+def test_a_run_that_exists_keeps_what_it_was_told(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UsageError, match="already holds a run"):
+        check_unused(["seed=1", f"hydra.run.dir='{tmp_path}'"])
+    check_unused([f"resume={tmp_path}", f"hydra.run.dir='{tmp_path}'"])
+    check_unused([f"hydra.run.dir={tmp_path / 'new'}"])
+
+
+def test_refused_commands_leave_no_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "src.schedules", "names=[]"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert not list((tmp_path / "outputs" / "schedules").iterdir())
+
+
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     folders = []
     for _ in range(5):
@@ -127,7 +154,11 @@ def test_commands_import_nothing_heavy_to_read_the_command_line():
         (["src.sample"], 2, "give run=FOLDER"),
         (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
         (["src.schedules", "names=[]"], 2, "at least one of names"),
-        (["src.schedules", "data=points"], 2, "data/_points is not for this command"),
+        (
+            ["src.schedules", "data=points"],
+            2,
+            "data=points is not for src.schedules, which has no model",
+        ),
     ],
 )
 def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):

@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["sampler.spacing=even"], "trailing, leading, linspace or karras"),
         (["weighting.gamma=-1"], "gamma must be positive"),
         (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
-        (["optimizer.lr=-1"], "Invalid learning rate"),
+        (["optimizer.lr=-1"], "optimizer.lr must be positive, got -1"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
         (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
         (["trainer.max_epochs=3"], "set trainer.max_steps"),
@@ -287,6 +287,14 @@ def test_batches_that_are_cut_otherwise_are_not_resumed(trained, tmp_path):
 
     with pytest.raises(UsageError, match="cannot resume a run that had 1"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.accumulate_grad_batches=2")
+
+
+def test_a_run_that_diverged_says_so(tmp_path):
+    from src.cli import UsageError
+
+    with pytest.raises(UsageError, match=r"diverged.*lower optimizer.lr"):
+        train_tiny(tmp_path / "run", "optimizer.lr=1e30")
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val/loss"] is None
 
 
 def test_nothing_to_validate_on_is_no_failure(tmp_path):

@@ -194,7 +194,7 @@ class StreamDataModule(L.LightningDataModule):
         if not 0 < num_val < len(source):
             raise ValueError(
                 f"{len(source)} samples do not split into training and validation at data.val_fraction="
-                f"{self.val_fraction}: use more data or another fraction"
+                f"{self.val_fraction}: use more data, or a fraction such as 0.2"
             )
         generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
         order = torch.randperm(len(source), generator=generator).tolist()
@@ -204,8 +204,8 @@ class StreamDataModule(L.LightningDataModule):
         """The training batches of this process. Raises ValueError if the data do not go round the processes."""
         if len(self.val_indices) < trainer.world_size:
             raise ValueError(
-                f"{len(self.val_indices)} held-out samples do not go round {trainer.world_size} processes: raise "
-                "data.val_fraction"
+                f"{len(self.val_indices)} held-out samples do not go round {trainer.world_size} processes: lower "
+                "trainer.devices, or raise data.val_fraction"
             )
         return TrainingStream(
             self.train_indices,
