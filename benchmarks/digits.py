@@ -13,19 +13,20 @@ Everything is measured against the run's own held-out digits, which the network 
 
 import argparse
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 from src import runs
+from src.cli import CONF
 from src.data.images import digits
-from src.diffusion.samplers import ddim
 from src.module import Sampler
 
 Array = NDArray[np.float64]
@@ -94,9 +95,17 @@ def nearest(x: Array, train: Array) -> float:
     return distances.min(1).values.median().item()
 
 
-def draw(opened: runs.OpenedRun, n: int, seed: int, steps: int, eta: float) -> Array:
-    """Samples 0..n - 1 of a run by DDIM, as (n, 64) whole numbers in 0..16."""
-    sampler = Sampler(partial(ddim, eta=eta), steps, opened.module.sampler.spacing)
+def chosen(name: str, steps: int, eta: float | None) -> Sampler:
+    """The sampler of that YAML, in so many steps."""
+    cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
+    assert isinstance(cfg, DictConfig)
+    if eta is not None:
+        cfg.eta = eta
+    return runs.build_sampler(cfg)._replace(steps=steps)
+
+
+def draw(opened: runs.OpenedRun, n: int, seed: int, sampler: Sampler) -> Array:
+    """Samples 0..n - 1 of a run, as (n, 64) whole numbers in 0..16."""
     parts = []
     for start in range(0, n, 256):
         *_, x = opened.module.sample(range(start, min(start + 256, n)), seed, sampler)
@@ -120,11 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, under outputs/train")
     parser.add_argument("--n", type=int, default=1000, help="samples per run and seed")
-    parser.add_argument("--steps", type=int, default=50, help="of DDIM")
-    parser.add_argument("--eta", type=float, default=0.0)
+    parser.add_argument("--sampler", default="ddim", help="a file under conf/sampler")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--eta", type=float, help="for samplers that have it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
-    last = None
+    last, sampler = None, chosen(args.sampler, args.steps, args.eta)
     for folder in args.runs:
         opened = runs.open_run(folder)
         if opened.config.data.source._target_ != "src.data.images.digits":
@@ -134,12 +144,14 @@ def main() -> None:
         if real is not last:
             last, few = real, real.train[: args.n]
             print(
-                f"\n{args.n} samples, DDIM with {args.steps} steps and eta {args.eta:g}, seeds {args.seeds}; classifier"
+                f"\n{args.n} samples, {args.sampler} with {args.steps} steps"
+                + (f" and eta {args.eta:g}" if args.eta is not None else "")
+                + f", seeds {args.seeds}; classifier"
             )
             print(f"right on {real.accuracy:.1%} of {len(real.held_out)} held-out digits\n\n{HEADER}")
             print(row("held-out digits", [real.quality(real.held_out)]))
             print(row(f"{len(few)} training digits (floor)", [real.quality(few)]))
-        qualities = [real.quality(draw(opened, args.n, seed, args.steps, args.eta)) for seed in args.seeds]
+        qualities = [real.quality(draw(opened, args.n, seed, sampler)) for seed in args.seeds]
         print(row(folder, qualities), flush=True)
 
 

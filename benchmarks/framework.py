@@ -123,7 +123,8 @@ class TakeTurns(L.Callback):
         x0, eps = torch.rand(2, 16, *module.shape, device=module.device) * 2 - 1
         t = torch.arange(16, device=module.device) * 60
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-            terms = module.objective(module.process, module.denoise, x0, module.schedule.level(t, x0), eps)
+            link = module.schedule.link((t + 0.5) / module.schedule.num_steps, x0)
+            terms = module.objective(module.process, module.denoise, x0, link, eps)
             torch.testing.assert_close(self.loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
         self.loop.net.load_state_dict(own)
 

@@ -14,6 +14,8 @@ from omegaconf.errors import InterpolationKeyError
 GRID_SETTINGS = ("steps", "spacing")
 """What a sampler's YAML holds beside the arguments of its function: the grid that it walks."""
 
+SAMPLERS = ("src.diffusion.samplers", "src.diffusers_bridge")
+
 
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
     """Hold every `_target_` against its signature: unknown arguments, and values of another type than declared."""
@@ -23,7 +25,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
         hints = _hints(target)
         open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
         for key in map(str, cfg):
-            of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith("src.diffusion.samplers")
+            of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith(SAMPLERS)
             if key == "steps" and of_grid and not _matches(cfg[key], int):
                 raise ValueError(f"{name}.steps={cfg[key]} is of the wrong type: it must be int")
             if key.startswith("_") or of_grid:

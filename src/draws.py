@@ -33,6 +33,11 @@ class Draws:
         """(count,) uniform in [0, 1), float32."""
         return self._blocks(purpose, lambda g: torch.rand(BLOCK, generator=g, device=g.device, dtype=torch.float32))
 
+    def shared(self, purpose: str) -> Tensor:
+        """() uniform in [0, 1), float32, the same for all positions of the step."""
+        generator = torch.Generator(self.device).manual_seed(key(self.seed, purpose, self.step, "shared"))
+        return torch.rand((), generator=generator, device=self.device, dtype=torch.float32)
+
     def _blocks(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         first, stop = self.start // BLOCK, -(-(self.start + self.count) // BLOCK)
         generator = torch.Generator(self.device)

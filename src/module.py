@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import lightning as L
 import torch
@@ -12,10 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from src.data.batch import Batch
-from src.diffusion.losses import Denoise, uniform_timesteps
-from src.diffusion.noise import Level, NoiseSchedule, Spacing
+from src.diffusion.likelihood import Predict
+from src.diffusion.losses import Denoise
+from src.diffusion.noise import Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
 from src.diffusion.process import GaussianDiffusion
-from src.diffusion.samplers import Noise, Predict, predictor
+from src.diffusion.samplers import Noise, predictor
+from src.diffusion.timesteps import Importance, Timesteps, stratified
 from src.draws import Draws, SampleNoise
 
 VALIDATION = -1
@@ -26,7 +28,7 @@ class Objective(Protocol):
     """Per-sample terms, each (B,), "loss" among them."""
 
     def __call__(
-        self, process: GaussianDiffusion, denoise: Denoise, x0: Tensor, t: Level, eps: Tensor
+        self, process: GaussianDiffusion, denoise: Denoise, x0: Tensor, link: Link, eps: Tensor
     ) -> dict[str, Tensor]: ...
 
 
@@ -34,7 +36,7 @@ class Walk(Protocol):
     """A sampler of `src.diffusion.samplers` with its own settings bound."""
 
     def __call__(
-        self, process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Sequence[Level], *, noise: Noise
+        self, process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
     ) -> Iterator[Tensor]: ...
 
 
@@ -50,15 +52,18 @@ class DiffusionModule(L.LightningModule):
     """Trains `net` to predict the process's target at random levels of the schedule, and samples from it.
 
     `shape` is that of one sample; `optimizer` takes parameters, `lr_scheduler` an optimizer and the number of
-    steps. Raises ValueError for a schedule with zero terminal SNR and eps-prediction.
+    steps. A schedule that has parameters is trained too, to the least variance of the bound, which in continuous
+    time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.2). Raises ValueError for settings that
+    contradict each other, such as a schedule with zero terminal SNR and eps-prediction.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        schedule: NoiseSchedule,
+        schedule: Schedule,
         process: GaussianDiffusion,
         objective: Objective,
+        timesteps: Timesteps,
         sampler: Sampler,
         shape: Sequence[int],
         seed: int = 0,
@@ -66,7 +71,7 @@ class DiffusionModule(L.LightningModule):
         lr_scheduler: Callable[[Optimizer, int], LambdaLR] | None = None,
     ) -> None:
         super().__init__()
-        if process.prediction == "eps" and schedule.terminal_alpha_bar == 0:
+        if process.prediction == "eps" and terminal_alpha_bar(schedule) == 0:
             raise ValueError(
                 "zero_terminal_snr cannot go with process.prediction=eps: at zero SNR x_T is the noise itself, so "
                 "predicting it teaches nothing and x_0 = (x_T - sigma eps) / alpha divides by 0; use v or x0"
@@ -75,6 +80,7 @@ class DiffusionModule(L.LightningModule):
         self.schedule = schedule
         self.process = process
         self.objective = objective
+        self.timesteps = timesteps
         self.sampler = sampler
         self.shape = tuple(shape)
         self.seed = seed
@@ -82,37 +88,83 @@ class DiffusionModule(L.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
-        self.weights = tuple(net.parameters())  # finding them anew costs a millisecond
+        self.weights = tuple(self.parameters())  # finding them anew costs a millisecond
         self.check_sampler(sampler)
-        self.check_objective()
-        self.val_loss = MeanMetric()
-        self.val_mse = MeanMetric()
+        self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
+        self._seen: list[tuple[Tensor, Tensor]] = []
 
     def denoise(self, x: Tensor, t: Level) -> Tensor:
         """The network's output for x (B, *data) at a level, in float32 whatever the precision."""
-        x = x.contiguous(memory_format=self.memory_format)
-        out: Tensor = self.net(x, t.time.flatten().expand(len(x)))
+        scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
+        # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
+        time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
+        out: Tensor = self.net(scaled, time)
         return out.float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self._loss(batch, self.global_step)["loss"].mean()
+        v, terms = self._train_terms(batch, self.global_step)
+        if isinstance(self.timesteps, Importance):
+            gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
+            self._seen.append((gathered[0].flatten(), gathered[1].flatten()))
+        for name in terms.keys() - {"loss", "unweighted"}:
+            self.log(f"train/{name}", terms[name].mean())
+        loss = terms["loss"].mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        terms = self._loss(batch, VALIDATION)
-        self.val_loss.update(terms["loss"])
-        self.val_mse.update(terms["mse"])
-        self.log("val/loss", self.val_loss, prog_bar=True, on_step=False, on_epoch=True)
-        self.log("val/mse", self.val_mse, on_step=False, on_epoch=True)
+    def _train_terms(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
+        x0, draws = self._draws(batch, step)
+        v, weight = self.timesteps(draws.uniform("t"), draws.shared("t"), self._place(batch))
+        link = self.schedule.link(v, x0)
+        losses: list[Tensor] = []
+        self._seek_least_variance(link, losses)
+        terms = self._terms(x0, link, draws)
+        losses.append(terms["loss"].detach())
+        weighted = {name: weight * (values if name == "loss" else values.detach()) for name, values in terms.items()}
+        return v, {**weighted, "unweighted": losses[0]}
 
-    def _loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """The objective's terms at random levels; the draws belong to the step and the place in the batch."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if isinstance(self.timesteps, Importance) and self._seen:
+            self.timesteps.update(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+            self._seen.clear()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        x0, draws = self._draws(batch, VALIDATION)
+        v, _ = stratified(draws.uniform("t"), draws.shared("t"), self._place(batch))
+        for name, values in self._terms(x0, self.schedule.link(v, x0), draws).items():
+            metric = cast(MeanMetric, self.validation[name])
+            metric.update(values)
+            self.log(f"val/{name}", metric, prog_bar=name == "loss", on_step=False, on_epoch=True)
+
+    def _draws(self, batch: Batch, step: int) -> tuple[Tensor, Draws]:
+        """The data, and the draws that belong to the step and to their places in the batch."""
         x0 = batch["x"]
-        draws = Draws(self.seed, step, batch["start"], len(x0), x0.device)
-        t = uniform_timesteps(draws.uniform("t"), self.schedule.num_steps)
+        return x0, Draws(self.seed, step, batch["start"], len(x0), x0.device)
+
+    def _place(self, batch: Batch) -> Tensor:
+        """The samples' places in the global batch, in [0, 1)."""
+        x0 = batch["x"]
+        # float32 also where the default is a lower precision
+        return (batch["start"] + torch.arange(len(x0), device=x0.device, dtype=torch.float32)) / batch["total"]
+
+    def _terms(self, x0: Tensor, link: Link, draws: Draws) -> dict[str, Tensor]:
         eps = draws.normal("eps", x0.shape[1:])
-        return self.objective(self.process, self.denoise, x0, self.schedule.level(t, x0), eps)
+        return self.objective(self.process, self.denoise, x0, link, eps)
+
+    def _seek_least_variance(self, link: Link, losses: list[Tensor]) -> None:
+        """Have a schedule with parameters descend the mean square of the losses (B,), which are not known yet.
+
+        The square's gradient is 2 loss times that of the loss, so both need one backward pass only.
+        """
+
+        def scaled(gradient: Tensor) -> Tensor:
+            return 2 * losses[0].view_as(gradient) * gradient
+
+        for field in (*link.t, *link.s):
+            if field.requires_grad:
+                field.register_hook(scaled)  # type: ignore[no-untyped-call]
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)
@@ -122,7 +174,7 @@ class DiffusionModule(L.LightningModule):
         """The optimizer of the network's weights and its learning-rate schedule over `num_steps`."""
         if self.make_optimizer is None or self.make_lr_scheduler is None:
             raise RuntimeError("this module was built without an optimizer: it can sample but not train")
-        optimizer = self.make_optimizer(self.net.parameters())
+        optimizer = self.make_optimizer(self.parameters())
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def configure_gradient_clipping(
@@ -135,14 +187,19 @@ class DiffusionModule(L.LightningModule):
     def check_objective(self) -> dict[str, Tensor]:
         """The terms (1,) at the noisiest level for a wrong output, so that settings are refused before any work."""
         x = torch.zeros(1, *self.shape)
-        level = self.schedule.level(torch.tensor([self.schedule.num_steps - 1]), x)
-        return self.objective(self.process, lambda x, _: torch.ones_like(x), x, level, x)
+        link = self.schedule.link(torch.ones(1) - 2**-24, x)
+        wrong = torch.ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
+        terms = self.objective(self.process, lambda x, _: wrong, x, link, x)
+        if any(field.requires_grad for field in link.t) and terms.get("vlb") is not terms["loss"]:
+            raise ValueError("a learned schedule is trained by the bound: choose objective=vlb, or another schedule")
+        return terms
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros, so that settings which the sampler refuses are refused before any work."""
-        grid = self.schedule.grid(sampler.steps, sampler.spacing)
-        x = torch.zeros(1, *self.shape, device=grid[0].sigma.device)
-        next(sampler.walk(self.process, predictor(self.process, lambda x, _: x), x, grid, noise=torch.zeros_like))
+        grid = make_grid(self.schedule, sampler.steps, sampler.spacing)
+        x = torch.zeros(1, *self.shape, device=self.device)
+        wrong = x.new_ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
+        next(sampler.walk(self.process, predictor(self.process, lambda x, _: wrong), x, grid, noise=torch.zeros_like))
 
     @torch.no_grad()
     def sample(self, indices: Sequence[int], seed: int, sampler: Sampler | None = None) -> Iterator[Tensor]:
@@ -155,8 +212,8 @@ class DiffusionModule(L.LightningModule):
         self.eval()
         try:
             noise = SampleNoise(seed, indices, self.device)
-            grid = self.schedule.grid(steps, spacing)
-            x = grid[0].sigma * noise.draw(self.shape)
+            grid = make_grid(self.schedule, steps, spacing)
+            x = grid[0].norm * noise.draw(self.shape)
             yield x
             yield from walk(self.process, predictor(self.process, self.denoise), x, grid, noise=noise)
         finally:

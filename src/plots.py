@@ -146,6 +146,39 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
     return _render(figure)
 
 
+def bound_curves(links: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
+    """The bound's terms (T,) over t, as in Nichol & Dhariwal 2021, fig. 2, and the error of eps over log-SNR (T,)."""
+    figure, (left, right) = _figure(10.0, 4.0, columns=2)
+    seen = ~links.isnan()
+    t = torch.arange(len(links))[seen] + 1
+    marker = "" if seen.all() else "."
+    left.loglog(t, links[seen].clamp(min=1e-12), linewidth=1.2, marker=marker)
+    left.set(title="terms of the bound", xlabel="t", ylabel="bits/dim")
+    left.set_ylim(bottom=1e-7 * float(links[seen].max().clamp(min=1e-5)))
+    right.semilogy(log_snr[seen], mse[seen], linewidth=1.2, marker=marker)
+    right.set(title="squared error of eps", xlabel="log-SNR")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _render(figure)
+
+
+def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[float]]], chance: float) -> Image.Image:
+    """Errors over network evaluations: (evaluations, distance to the flow if any, distance of the moments) by name."""
+    figure, (left, right) = _figure(11.0, 4.4, columns=2)
+    for k, (name, (evaluations, flow, moments)) in enumerate(results.items()):
+        style = {"label": name, "color": f"C{k}", "marker": "o", "markersize": 3, "linewidth": 1.3}
+        if flow:
+            left.loglog(evaluations, flow, **style)
+        right.loglog(evaluations, moments, **style)
+    right.axhline(chance, color="0.6", linestyle="--", linewidth=1, label="chance")
+    left.set(title="distance to the exact flow", xlabel="network evaluations")
+    right.set(title="distance of mean and covariance", xlabel="network evaluations")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    return _render(figure)
+
+
 def labelled_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
     """Rows of uint8 images (N, C, H, W), each with its name on the left."""
     strip = grid(torch.cat(list(rows)), columns=len(rows[0]))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from src.data.batch import StreamDataModule
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
     from src.module import DiffusionModule, Sampler
 
 
@@ -75,7 +76,7 @@ def build(cfg: DictConfig) -> Run:
     directory = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
-    module = build_module(cfg, data.shape)
+    module = build_module(cfg, data.shape, data.levels)
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     warn_of_schedule(module)
     if cfg.compile:
@@ -112,12 +113,11 @@ def _unwrapped(made: Any) -> Any:
     return functools.partial(made.func, *made.args, **{k: _unwrapped(v) for k, v in made.keywords.items()})
 
 
-def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
-    """The LightningModule for samples of `shape`, with freshly initialised weights."""
+def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) -> "DiffusionModule":
+    """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights."""
     import torch
 
-    from src.diffusion import schedules
-    from src.diffusion.noise import NoiseSchedule
+    from src.diffusion.process import decoder_log_variance
     from src.models.mlp import MLP
     from src.module import DiffusionModule
 
@@ -129,25 +129,22 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
         # The fused step unscales fp16 gradients itself, too late for clipping.
         warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
         cfg.optimizer.fused = False
-    betas = make(cfg.schedule)
-    if cfg.snr_shift != 1:
-        betas = schedules.snr_shift(betas, cfg.snr_shift)
-    if cfg.zero_terminal_snr:
-        betas = schedules.zero_terminal_snr(betas)
-    schedule = NoiseSchedule(betas)
-    net = make(cfg.model)
+    schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
+    process = make(cfg.process, {"decoder_log_variance": decoder_log_variance(schedule), "levels": levels})
+    net = make(cfg.model, {"outputs": process.outputs})
     module = DiffusionModule(
         net=net,
         schedule=schedule,
-        process=make(cfg.process, {"decoder_log_variance": schedule.decoder_log_variance}),
+        process=process,
         objective=make(cfg.objective),
+        timesteps=make(cfg.timesteps),
         sampler=build_sampler(cfg.sampler),
         shape=shape,
         seed=cfg.seed,
         optimizer=make(cfg.optimizer),
         lr_scheduler=make(cfg.lr_scheduler),
     )
-    check_network(net, shape)
+    check_network(net, shape, process.outputs)
     # Made once for nothing, so that values which they refuse are refused now.
     module.prepare_optimizer(1)
     if len(shape) == 3:
@@ -155,8 +152,31 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...]) -> "DiffusionModule":
     return module
 
 
-def check_network(net: "torch.nn.Module", shape: tuple[int, ...]) -> None:
-    """Raise ValueError if the network does not give back what it is given: run once, on tensors without contents."""
+def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
+    """A schedule from its YAML, betas with the transforms that were asked for. Raises ValueError if they do not fit."""
+    from torch import Tensor
+
+    from src.diffusion import schedules
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
+
+    made = make(cfg)
+    if not isinstance(made, Tensor):
+        assert isinstance(made, ContinuousSchedule)
+        if snr_shift != 1 or zero_terminal_snr:
+            raise ValueError(
+                f"snr_shift={snr_shift} and zero_terminal_snr={zero_terminal_snr} are for tables of betas: with a "
+                "continuous schedule, change the ends of its curve (schedule.curve)"
+            )
+        return made
+    if snr_shift != 1:
+        made = schedules.snr_shift(made, snr_shift)
+    if zero_terminal_snr:
+        made = schedules.zero_terminal_snr(made)
+    return NoiseSchedule(made)
+
+
+def check_network(net: "torch.nn.Module", shape: tuple[int, ...], outputs: int) -> None:
+    """Raise ValueError if the network does not give what it should: run once, on tensors without contents."""
     import copy
 
     import torch
@@ -169,7 +189,7 @@ def check_network(net: "torch.nn.Module", shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"the network does not take data of shape {shape} ({_sentence(error)}): see model.*"
         ) from error
-    if got != shape:
+    if got != (outputs * shape[0], *shape[1:]):
         raise ValueError(f"the network makes {got} of data of shape {shape}: model.* must keep the shape")
 
 
@@ -304,7 +324,7 @@ def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> Open
     config = OmegaConf.create(checkpoint["hyper_parameters"])
     assert isinstance(config, DictConfig)
     data = make(config.data)
-    module = build_module(config, data.shape)
+    module = build_module(config, data.shape, data.levels)
     check_fit(checkpoint, module, path)
     if "current_model_state" not in checkpoint and ema:
         raise ValueError(f"{path} holds no averaged weights (it was trained without callbacks.ema): add ema=false")
@@ -383,7 +403,9 @@ def inline_betas(cfg: DictConfig) -> None:
 
 def warn_of_schedule(module: "DiffusionModule") -> None:
     """Say so if the last step, where sampling starts, is not noise, or has no weight in training."""
-    left = module.schedule.terminal_alpha_bar
+    from src.diffusion.noise import terminal_alpha_bar
+
+    left = terminal_alpha_bar(module.schedule)
     if left > 0.01:
         warnings.warn(
             f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts where "
@@ -391,7 +413,7 @@ def warn_of_schedule(module: "DiffusionModule") -> None:
             stacklevel=2,
         )
     terms = module.check_objective()
-    if terms["loss"].item() == 0 < terms["mse"].item():
+    if terms["loss"].item() < 1e-12 * terms["mse"].item():
         warnings.warn(
             "the weighting gives the schedule's last step, where sampling starts, no weight at all: use "
             "weighting=uniform (min-SNR is 0 at zero SNR)",

@@ -1,10 +1,16 @@
 """Compare noise schedules: `python -m src.schedules` or `... names=[linear,cosine] num_steps=1000`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.diffusion.noise import Level
 
 
 def show_schedules(cfg: DictConfig) -> Path:
@@ -24,33 +30,34 @@ def show_schedules(cfg: DictConfig) -> Path:
 
     from src import plots
     from src.arguments import check_arguments
-    from src.diffusion import schedules
-    from src.diffusion.noise import NoiseSchedule
+    from src.diffusion.noise import Level, terminal_alpha_bar
     from src.draws import Draws
+    from src.runs import build_schedule
 
     tables = {}
     with usage_errors():
         for name in names:
             node = OmegaConf.load(CONF / "schedule" / f"{name}.yaml")
+            assert isinstance(node, DictConfig)
+            node = node.get("schedule", node)  # some bring more than a schedule
             node.num_steps = cfg.num_steps
-            betas = instantiate(node)
-            if cfg.snr_shift != 1:
-                betas = schedules.snr_shift(betas, cfg.snr_shift)
-            if cfg.zero_terminal_snr:
-                betas = schedules.zero_terminal_snr(betas)
-            tables[name] = NoiseSchedule(betas, dtype=torch.float64), betas
+            tables[name] = build_schedule(node, cfg.snr_shift, cfg.zero_terminal_snr)
         check_arguments(cfg.data, "data")
         data = instantiate(cfg.data)
         data.prepare_data()
         image = data.examples(1)
 
-    lines = [f"{'schedule':<16}{'beta_1':>11}{'beta_T':>11}{'alpha_bar_T':>13}{'log-SNR from':>14}{'to':>9}"]
-    for name, (schedule, betas) in tables.items():
-        log_snr = 2 * (schedule.alpha[:-1].log() - schedule.sigma[:-1].log())
+    lines = [f"{'schedule':<18}{'beta_1':>11}{'beta_T':>11}{'alpha_bar_T':>13}{'log-SNR from':>14}{'to':>9}"]
+    curves = {}
+    for name, schedule in tables.items():
+        rows = [schedule.row(t) for t in range(-1, cfg.num_steps)]
+        alpha, sigma, _ = Level(*(torch.stack(field) for field in zip(*rows, strict=True)))
+        betas, log_snr = 1 - (alpha[1:] / alpha[:-1]).square(), 2 * (alpha.log() - sigma.log())[1:]
+        curves[name] = betas, alpha[1:], sigma[1:]
+        left = terminal_alpha_bar(schedule)
         lines.append(
-            f"{name:<16}{betas[0].item():>11.3g}{betas[-1].item():>11.3g}{schedule.terminal_alpha_bar:>13.3g}"
-            f"{log_snr[0].item():>14.2f}{log_snr[-1].item():>9.2f}"
-            + ("  does not reach noise" if schedule.terminal_alpha_bar > 0.01 else "")
+            f"{name:<18}{betas[0].item():>11.3g}{betas[-1].item():>11.3g}{left:>13.3g}"
+            f"{log_snr[0].item():>14.2f}{log_snr[-1].item():>9.2f}" + ("  does not reach noise" if left > 0.01 else "")
         )
     table = "\n".join(lines)
     print(table)
@@ -58,19 +65,19 @@ def show_schedules(cfg: DictConfig) -> Path:
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "schedules.txt").write_text(table + "\n")
-    plots.schedule_curves({n: (b, s.alpha[:-1], s.sigma[:-1]) for n, (s, b) in tables.items()}).save(
-        folder / "schedules.png"
-    )
+    plots.schedule_curves(curves).save(folder / "schedules.png")
     # The same noise under every schedule: a row each, from clean data to the last step.
     eps = Draws(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
     shown = [-1, *plots.evenly(cfg.num_steps, cfg.frames - 1)]
-    rows = [
-        torch.cat([schedule.alpha[t].float() * image + schedule.sigma[t].float() * eps for t in shown])
-        for schedule, _ in tables.values()
-    ]
-    plots.labelled_rows([data.to_display(row) for row in rows], list(tables)).save(folder / "noising.png")
+    strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
+    plots.labelled_rows([data.to_display(row) for row in strips], list(tables)).save(folder / "noising.png")
     print(f"Look at {folder / 'schedules.png'} and {folder / 'noising.png'}")
     return folder
+
+
+def _noised(image: "Tensor", eps: "Tensor", t: "Level") -> "Tensor":
+    """The noised image, at the same contrast where the variance grows."""
+    return (t.alpha * image + t.sigma * eps) / t.norm.clamp(min=1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from src.cli import CONF
+from src.diffusion.noise import Level, NoiseSchedule, per_sample
 
 # Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
 torch.set_num_threads(1)
@@ -38,6 +39,11 @@ def train_tiny(folder: Path, *overrides: str) -> dict[str, float]:
 
     settings = [*TINY, "trainer.max_steps=6", "validate_every=3", "checkpoint_every=100", f"run_dir='{folder}'"]
     return train(compose("train", *settings, *overrides))
+
+
+def exact_level(schedule: NoiseSchedule, t: torch.Tensor, like: torch.Tensor) -> Level:
+    """`schedule.level` in float64."""
+    return Level(*(per_sample(table[t], like) for table in schedule.rows))
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,13 @@ ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
     ("data", "folder"): ["data.root=x"],
 }
-CHOICES = [(group, option) for group, options in config_groups().items() for option in options]
+CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
 # Arguments that the program gives and no configuration should.
 GIVEN = {
-    "decoder_log_variance",  # GaussianDiffusion, from the schedule
-    *("process", "denoise", "x0", "t", "eps"),  # objectives and weightings
+    *("decoder_log_variance", "levels"),  # GaussianDiffusion, from the schedule and the data
+    "outputs",  # networks, from the process
+    *("process", "denoise", "x0", "link", "t", "eps"),  # objectives and weightings
+    *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
     *("predict", "x", "grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
@@ -68,9 +70,12 @@ def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
         "train", f"{group}={option}", "run_dir=runs/x", "model.width=8", "model.blocks=1", "model.head_channels=8",
         *ALSO.get((group, option), []),
     )  # fmt: skip
-    module = build_module(cfg, (1, 8, 8))
-    loss = module._loss({"x": torch.zeros(4, 1, 8, 8), "start": 0}, step=0)["loss"]
-    assert loss.shape == (4,) and loss.isfinite().all()
+    module = build_module(cfg, (1, 8, 8), levels=17)
+    _, terms = module._train_terms({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, step=0)
+    terms["loss"].mean().backward()
+    assert terms["loss"].isfinite().all() and all(
+        p.grad is None or p.grad.isfinite().all() for p in module.parameters()
+    )
     sampler = build_sampler(cfg.sampler)._replace(steps=2)
     *_, x = module.sample(range(3), seed=0, sampler=sampler)
     assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
@@ -104,6 +109,13 @@ def test_trainer_presets_differ_only_where_they_say(option):
     assert differing <= {"accelerator", "devices", "strategy", "precision"}
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "schedules"])
+@pytest.mark.parametrize("option", config_groups()["analytic"])
+def test_analytic_data_are_built(option):
+    cfg = compose("evaluate", f"analytic={option}", "run_dir=runs/x").analytic
+    check_arguments(cfg, "analytic")
+    assert not cfg or instantiate(cfg)(3, torch.Generator()).shape == (3, 2)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate"])
 def test_commands_compose_by_themselves(command):
     assert {"run_dir", "seed"} <= set(compose(command))

@@ -73,6 +73,25 @@ def test_each_part_of_the_key_matters():
     assert len(vectors.unique(dim=0)) == 8 * BLOCK
 
 
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (32, 32), (1000, 7)])
+def test_shared_draws_are_the_same_at_all_positions(start, count):
+    """One number a step, whichever part of the batch asks, and another for each seed, step and purpose."""
+    shared = draws(start, count).shared("t")
+    assert shared.shape == () and shared.dtype == torch.float32
+    assert same(shared, draws().shared("t"))
+    others = [draws(seed=4).shared("t"), draws(step=6).shared("t"), draws().shared("eps")]
+    assert all(other != shared for other in others)
+    assert shared not in draws(0, 1024).uniform("t")
+
+
+def test_shared_draws_are_uniform_over_the_steps():
+    """Kolmogorov's distance; 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
+    n = 2000
+    v = torch.stack([draws(step=step).shared("t") for step in range(n)]).double().sort().values
+    assert v.min() >= 0 and v.max() < 1
+    assert (v - (torch.arange(n) + 0.5) / n).abs().max() < 2 / math.sqrt(n)
+
+
 @pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1])
 def test_counts_and_types(count):
     """(count, *shape) float32 from any start."""
@@ -145,10 +164,15 @@ def test_keys_of_parts_that_read_alike_differ():
 
 def test_noise_is_float32_whatever_the_default():
     """Under `trainer.precision=bf16-true` the default is bfloat16, in which 1 in 400 draws of t would be 1.0."""
-    before = draws().normal("eps", (3,)), draws().uniform("t"), SampleNoise(0, [1], CPU).draw((3,))
+    before = draws().normal("eps", (3,)), draws().uniform("t"), draws().shared("t"), SampleNoise(0, [1], CPU).draw((3,))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        after = draws().normal("eps", (3,)), draws().uniform("t"), SampleNoise(0, [1], CPU).draw((3,))
+        after = (
+            draws().normal("eps", (3,)),
+            draws().uniform("t"),
+            draws().shared("t"),
+            SampleNoise(0, [1], CPU).draw((3,)),
+        )
     finally:
         torch.set_default_dtype(torch.float32)
     for x, y in zip(before, after, strict=True):

@@ -1,25 +1,74 @@
-"""Losses against numpy, min-SNR across predictions, timesteps by counting."""
+"""Objectives and weightings against their papers' formulas, Bayes' rule and a second implementation of the KL."""
 
+import inspect
 import math
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
+from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from src.diffusion import losses
-from src.diffusion.noise import Level
+from src.diffusion import curves, losses, schedules
+from src.diffusion.noise import CLEAN, ContinuousSchedule, Level, Link, NoiseSchedule
 from src.diffusion.process import GaussianDiffusion
 
-PREDICTIONS = ["eps", "x0", "v"]
+TARGETS = ["eps", "x0", "v", "edm", "velocity"]
+VARIANCES = ["fixed_small", "fixed_large", "learned_range", "learned"]
+LEARNED = ["learned_range", "learned"]
 SHAPES = [(5, 2), (5, 3, 4, 4)]
+SIGMA_DATA = 0.7
+STEPS = 100
+
+# The papers' own weights, on the squared error of x_0 or of eps, by SNR = alpha^2 / sigma^2. k, gamma and bias are
+# not the defaults, so that they are seen to be used.
+PAPERS = {
+    "snr": (losses.snr, "eps", lambda snr: 1),
+    "truncated_snr": (losses.truncated_snr, "x0", lambda snr: max(snr, 1)),
+    "min_snr": (losses.min_snr, "x0", lambda snr: min(snr, 5)),
+    "min_snr_1": (partial(losses.min_snr, gamma=1.0), "x0", lambda snr: min(snr, 1)),
+    "p2": (losses.p2, "eps", lambda snr: 1 / (1 + snr)),
+    "p2_bent": (partial(losses.p2, k=2.0, gamma=0.5), "eps", lambda snr: 1 / math.sqrt(2 + snr)),
+    "sigmoid": (losses.sigmoid, "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 1))),
+    "sigmoid_low": (partial(losses.sigmoid, bias=-3.0), "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 3))),
+    # (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, EDM's sigma being 1 / sqrt(SNR).
+    "edm": (losses.edm, "x0", lambda snr: (1 / snr + SIGMA_DATA**2) / (SIGMA_DATA**2 / snr)),
+}
+WEIGHTINGS = {name: weighting for name, (weighting, _, _) in PAPERS.items()}
+
+TABLES = {
+    name: schedule(1000)
+    for name, schedule in inspect.getmembers(schedules, inspect.isfunction)
+    if not name.startswith("_") and next(iter(inspect.signature(schedule).parameters)) == "num_steps"
+} | {
+    "custom": schedules.custom([1e-4, *[0.01] * 20, 0.5]),
+    "linear_10": schedules.linear(10),
+    "cosine_10000": schedules.cosine(10_000),
+    "shifted": schedules.snr_shift(schedules.cosine(1000), 0.25),
+}
+CURVES = {
+    "cosine": curves.cosine,
+    "linear": curves.linear,
+    "exploding": curves.exploding,
+    "rectified_flow": curves.rectified_flow,
+}
+SCHEDULES = {
+    "table_linear": NoiseSchedule(schedules.linear(STEPS)),
+    "table_cosine": NoiseSchedule(schedules.cosine(STEPS)),
+} | {name: ContinuousSchedule(curve, STEPS) for name, curve in CURVES.items()}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+every_target = pytest.mark.parametrize("prediction", TARGETS)
+every_variance = pytest.mark.parametrize("variance", VARIANCES)
+every_learned = pytest.mark.parametrize("variance", LEARNED)
+every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
-def normal(shape, seed):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def normal(shape, seed, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def per_sample_levels(pairs, shape):
@@ -34,22 +83,51 @@ def five_levels(shape):
     return per_sample_levels([(0.999, math.sqrt(1 - 0.999**2)), (0.8, 0.6), (0.6, 0.8), (0.3, 0.7), (1.0, 3.0)], shape)
 
 
-def expressing(prediction, x0_hat):
-    """A network whose output, in the units of `prediction`, means x0_hat whatever x_t is."""
+def to_clean(t):
+    """The link from clean data to t, for objectives that ask only for t."""
+    return Link(t, CLEAN, STEPS)
+
+
+def five_links(schedule, shape):
+    """The cleanest link of the chain, which ends at clean data, and four others, in float64.
+
+    Not the noisiest, at which rectified flow has no x_0 left.
+    """
+    places = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
+    return Link(*(stacked([schedule.row(k - back) for k in places], shape) for back in (0, 1)), STEPS)
+
+
+def stacked(levels, shape):
+    return Level(*(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True)))
+
+
+def process_of(prediction, variance="fixed_small", **settings):
+    return GaussianDiffusion(prediction, variance, sigma_data=SIGMA_DATA, **settings)
+
+
+def expressing(prediction, x0_hat, mix=None):
+    """A network whose output, in the units of `prediction`, means x0_hat whatever x_t is; and `mix`, if given."""
 
     def denoise(x_t, t):
         eps_hat = (x_t - t.alpha * x0_hat) / t.sigma
-        return {"eps": eps_hat, "x0": x0_hat, "v": t.alpha * eps_hat - t.sigma * x0_hat}[prediction]
+        # EDM tab. 1 in its own variables: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
+        ratio = t.sigma / t.alpha
+        deviation = (ratio**2 + SIGMA_DATA**2).sqrt()
+        c_skip, c_out = SIGMA_DATA**2 / deviation**2, ratio * SIGMA_DATA / deviation
+        out = {
+            "eps": eps_hat,
+            "x0": x0_hat,
+            "v": t.alpha * eps_hat - t.sigma * x0_hat,
+            "edm": (x0_hat - c_skip * x_t / t.alpha) / c_out,
+            "velocity": eps_hat - x0_hat,
+        }[prediction]
+        return out if mix is None else torch.cat([out, mix], 1)
 
     return denoise
 
 
-def min_snr_loss(prediction, x0_hat, x0, t, eps, gamma=5.0):
-    def weighting(process, level):
-        return losses.min_snr(process, level, gamma)
-
-    process = GaussianDiffusion(prediction)
-    return losses.simple(process, expressing(prediction, x0_hat), x0, t, eps, weighting=weighting)["loss"]
+def per_sample_mean(x):
+    return torch.stack([sample.mean() for sample in x])
 
 
 def error_in_numpy(difference, error, delta):
@@ -64,124 +142,437 @@ def error_in_numpy(difference, error, delta):
     return np.array([sample.mean() for sample in values])
 
 
+# simple
+
+
 @pytest.mark.parametrize(("error", "delta"), [("l2", 1.0), ("l1", 1.0), ("huber", 1.0), ("huber", 0.1)])
 @every_shape
-@every_prediction
+@every_target
 def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta):
     """Per sample, against numpy; the network sees x_t = alpha x_0 + sigma eps and the level."""
-    process = GaussianDiffusion(prediction)
     x0, eps, t = normal(shape, 0), normal(shape, 1), five_levels(shape)
 
     def denoise(x_t, level):
         return torch.sin(3 * x_t) + level.time
 
-    terms = losses.simple(process, denoise, x0, t, eps, weighting=losses.uniform, error=error, huber_delta=delta)
+    terms = losses.simple(
+        process_of(prediction),
+        denoise,
+        x0,
+        to_clean(t),
+        eps,
+        weighting=losses.uniform,
+        error=error,
+        huber_delta=delta,
+    )
     a, s, u = (field.numpy() for field in t)
-    x, e = x0.numpy(), eps.numpy()
-    target = {"eps": e, "x0": x, "v": a * e - s * x}[prediction]
+    x, e, d = x0.numpy(), eps.numpy(), SIGMA_DATA
+    target = {
+        "eps": e,
+        "x0": x,
+        "v": a * e - s * x,
+        # EDM eq. 8, (y - c_skip (y + n)) / c_out, with y = x_0 and n = sigma / alpha eps.
+        "edm": (x - d**2 / ((s / a) ** 2 + d**2) * (x + s / a * e)) * np.sqrt((s / a) ** 2 + d**2) / (s / a * d),
+        "velocity": e - x,
+    }[prediction]
     difference = np.sin(3 * (a * x + s * e)) + u - target
-    assert_close(terms["loss"].numpy(), error_in_numpy(difference, error, delta), rtol=1e-12, atol=0)
-    assert_close(terms["mse"].numpy(), error_in_numpy(difference, "l2", delta), rtol=1e-12, atol=0)
+    assert_close(terms["loss"].numpy(), error_in_numpy(difference, error, delta), rtol=1e-11, atol=0)
+    assert_close(terms["mse"].numpy(), error_in_numpy(difference, "l2", delta), rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("error", ["l2", "l1", "huber"])
 @every_shape
-@every_prediction
+@every_target
 def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
     """Each sample's loss times its own weight; "mse" stays unweighted."""
-    process = GaussianDiffusion(prediction)
-    x0, eps, t = normal(shape, 2), normal(shape, 3), five_levels(shape)
-
-    def denoise(x_t, level):
-        return x_t.tanh()
+    x0, eps, link = normal(shape, 2), normal(shape, 3), to_clean(five_levels(shape))
 
     def weighting(process, level):
         return 2 + level.time
 
-    plain = losses.simple(process, denoise, x0, t, eps, weighting=losses.uniform, error=error)
-    weighted = losses.simple(process, denoise, x0, t, eps, weighting=weighting, error=error)
+    measure = partial(losses.simple, process_of(prediction), lambda x_t, _: x_t.tanh(), x0, link, eps, error=error)
+    plain, weighted = measure(weighting=losses.uniform), measure(weighting=weighting)
     factors = torch.tensor([2, 2.25, 2.5, 2.75, 3], dtype=torch.float64)
     assert_close(weighted["loss"], plain["loss"] * factors, rtol=1e-12, atol=0)
     assert_close(weighted["mse"], plain["mse"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 5.0, 1000.0])
 @every_shape
-@every_prediction
-def test_min_snr_is_the_same_under_every_prediction(prediction, shape, gamma):
-    """min(SNR, gamma) times the squared error of x_0, in whichever units the network speaks."""
-    x0, eps, x0_hat, t = normal(shape, 4), normal(shape, 5), normal(shape, 6), five_levels(shape)
-    snr = (t.alpha / t.sigma).flatten() ** 2
-    expected = snr.clamp(max=gamma) * torch.stack([sample.square().mean() for sample in x0_hat - x0])
-    assert_close(min_snr_loss(prediction, x0_hat, x0, t, eps, gamma), expected, rtol=1e-9, atol=0)
+@every_learned
+@every_target
+def test_simple_ignores_a_learned_variance(prediction, variance, shape):
+    """The loss is that of the first half of the output by itself, and nothing flows back to the second."""
+    x0, eps, link, half = normal(shape, 4), normal(shape, 5), to_clean(five_levels(shape)), normal(shape, 6)
+    alone = losses.simple(process_of(prediction), lambda *_: half, x0, link, eps, weighting=losses.snr)
+    mix = (100 * normal(shape, 7)).requires_grad_()
+    both = losses.simple(
+        process_of(prediction, variance), lambda *_: torch.cat([half, mix], 1), x0, link, eps, weighting=losses.snr
+    )
+    assert both.keys() == alone.keys() == {"loss", "mse"}
+    assert_close(both, alone, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(both["loss"].sum(), mix)
+    assert_close(gradient, torch.zeros_like(mix), rtol=0, atol=0)
 
 
-@every_prediction
-def test_min_snr_at_zero_snr(prediction):
-    """At pure noise x_0 has weight 0 however it is expressed; the weights themselves are finite (1 for eps)."""
+@pytest.mark.parametrize("objective", ["simple", "vlb", "hybrid"])
+def test_network_is_asked_once(objective):
+    """One evaluation a step, at x_t and the noisier end of the link: it is what a step costs."""
+    shape = (5, 2)
+    x0, eps, link = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
+    asked = []
+
+    def denoise(x_t, t):
+        asked.append((x_t, t))
+        return torch.cat([x_t, x_t], 1)
+
+    settings = {} if objective == "vlb" else {"weighting": losses.uniform}
+    getattr(losses, objective)(process_of("eps", "learned"), denoise, x0, link, eps, **settings)
+    ((x_t, t),) = asked
+    assert t is link.t
+    assert_close(x_t, link.t.alpha * x0 + link.t.sigma * eps, rtol=1e-15, atol=0)
+
+
+def test_unknown_error():
+    """The error names the value, the choices and the option."""
+    x, link = normal((5, 2), 10), to_clean(five_levels((5, 2)))
+    with pytest.raises(ValueError, match=r"unknown error 'l3': objective.error is l2, l1 or huber"):
+        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, link, x, weighting=losses.uniform, error="l3")
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0])
+def test_huber_delta_must_be_positive(delta):
+    x, link = normal((5, 2), 10), to_clean(five_levels((5, 2)))
+    with pytest.raises(ValueError, match=rf"huber_delta must be positive, got {delta}: 1 is usual"):
+        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, link, x, weighting=losses.uniform, huber_delta=delta)
+
+
+# Weightings
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_weighting_is_its_papers_formula(name):
+    """In the units in which the paper states it."""
+    weighting, units, formula = PAPERS[name]
+    t = five_levels((5, 2))
+    snrs = [(a / s) ** 2 for a, s in zip(t.alpha.flatten().tolist(), t.sigma.flatten().tolist(), strict=True)]
+    expected = torch.tensor([formula(snr) for snr in snrs], dtype=torch.float64).view(5, 1)
+    assert_close(weighting(process_of(units), t), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "formula"),
+    [
+        # Salimans & Ho 2022, sec. 4.
+        (losses.snr, lambda snr: snr / (snr + 1)),
+        (losses.truncated_snr, lambda snr: max(snr, 1) / (snr + 1)),
+        # Hang et al., 2303.09556, sec. 3.4.
+        (losses.min_snr, lambda snr: min(snr, 5) / (snr + 1)),
+    ],
+    ids=["snr", "truncated_snr", "min_snr"],
+)
+def test_weights_on_v(weighting, formula):
+    """Where alpha^2 + sigma^2 = 1 the squared error of v is SNR + 1 times that of x_0."""
+    alphas = [0.01, 0.5, 0.7, 0.8, 0.95, 0.999]
+    t = per_sample_levels([(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas], (6, 2))
+    expected = [formula(alpha**2 / (1 - alpha**2)) for alpha in alphas]
+    weight = weighting(process_of("v"), t).flatten()
+    assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_edm_weight_is_one_on_its_own_target():
+    """lambda(sigma) c_out(sigma)^2 = 1 (Karras et al. 2022, tab. 1)."""
+    weight = losses.edm(process_of("edm"), five_levels((5, 2)))
+    assert_close(weight, torch.ones_like(weight), rtol=1e-12, atol=0)
+
+
+@every_target
+def test_uniform_weighs_the_target_as_it_is(prediction):
+    t = five_levels((5, 2))
+    assert_close(losses.uniform(process_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
+
+
+@every_shape
+@every_target
+@pytest.mark.parametrize("name", PAPERS)
+def test_one_prediction_has_one_loss(name, prediction, shape):
+    """The paper's weight times the squared error of x_0 or eps, in whichever units the network speaks."""
+    weighting, units, formula = PAPERS[name]
+    x0, eps, x0_hat, t = normal(shape, 11), normal(shape, 12), normal(shape, 13), five_levels(shape)
+    loss = losses.simple(
+        process_of(prediction), expressing(prediction, x0_hat), x0, to_clean(t), eps, weighting=weighting
+    )["loss"]
+    snrs = (t.alpha / t.sigma).square().flatten()
+    # alpha (x_0 - x0_hat) = -sigma (eps - eps_hat): the two squared errors differ by the SNR.
+    error = per_sample_mean((x0_hat - x0).square()) * (snrs if units == "eps" else 1)
+    expected = torch.tensor([formula(snr) for snr in snrs.tolist()], dtype=torch.float64) * error
+    assert_close(loss, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True], ids=["", "zero_terminal"])
+@pytest.mark.parametrize("name", TABLES)
+def test_weights_are_finite_at_every_row(name, zero_terminal):
+    """In float32, as training sees them, for every target; positive too, except where x_0 has no weight left."""
+    betas = schedules.zero_terminal_snr(TABLES[name]) if zero_terminal else TABLES[name]
+    schedule = NoiseSchedule(betas)
+    every_row = torch.arange(len(betas))
+    t = schedule.level(every_row, every_row)
+    assert t.alpha.dtype == torch.float32
+    assert (t.alpha[-1] == 0) == zero_terminal
+    check_weights(t)
+
+
+@pytest.mark.parametrize("curve", [*CURVES.values(), curves.Learned()], ids=[*CURVES, "learned"])
+def test_weights_are_finite_along_every_curve(curve):
+    """In float32, ends included."""
+    u = torch.linspace(0, 1, 1001)
+    with torch.no_grad():
+        check_weights(Level(*curve(u), u))
+
+
+def check_weights(t):
+    for prediction in TARGETS:
+        for name, weighting in WEIGHTINGS.items():
+            weight = weighting(process_of(prediction), t)
+            assert weight.dtype == torch.float32
+            assert weight.shape == t.alpha.shape
+            assert weight.isfinite().all(), (name, prediction)
+            assert (weight > 0).all(), (name, prediction)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
+@pytest.mark.parametrize("name", PAPERS)
+def test_loss_at_zero_snr(name, prediction):
+    """At pure noise the error of x_0 keeps the weight that the formula tends to: 1, 1 / sigma_data^2 or none."""
+    weighting = WEIGHTINGS[name]
     shape = (2, 3)
+    x0, x0_hat = normal(shape, 14), normal(shape, 15)
     t = per_sample_levels([(0.0, 1.0), (0.0, 3.0)], shape)
-    weight = losses.min_snr(GaussianDiffusion(prediction), t)
-    assert_close(weight, torch.full_like(weight, 1.0 if prediction == "eps" else 0.0), rtol=0, atol=0)
-    loss = min_snr_loss(prediction, normal(shape, 7), normal(shape, 8), t, normal(shape, 9))
-    assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-30)
+    # At alpha = 0 each of these targets is a multiple of x_0, plus eps for the velocity.
+    out = {"x0": 1, "v": -t.sigma, "edm": 1 / SIGMA_DATA, "velocity": -1}[prediction] * x0_hat
+    eps = normal(shape, 16)
+    out = out + eps if prediction == "velocity" else out
+    loss = losses.simple(process_of(prediction), lambda *_: out, x0, to_clean(t), eps, weighting=weighting)["loss"]
+    limit = {"truncated_snr": 1.0, "edm": 1 / SIGMA_DATA**2}.get(name, 0.0)
+    # An SNR of 1e-20 stands in for 0.
+    assert_close(loss, limit * per_sample_mean((x0_hat - x0).square()), rtol=1e-9, atol=1e-18)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@every_prediction
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_min_snr_at_extreme_levels(prediction, dtype):
     """Finite and positive up to SNR = 1e12; there it is gamma over the gain (1, SNR, or SNR + 2 + 1 / SNR)."""
     sigmas = torch.tensor([1e-6, 1e-4, 1e-2], dtype=dtype)
     t = Level((1 - sigmas.double() ** 2).sqrt().to(dtype), sigmas, sigmas)
-    weight = losses.min_snr(GaussianDiffusion(prediction), t)
+    weight = losses.min_snr(process_of(prediction), t)
     snr = (1 - sigmas.double() ** 2) / sigmas.double() ** 2
     gain = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction]
     assert weight.dtype == dtype
     assert_close(weight.double(), 5 / gain, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
     faint = Level(sigmas, torch.ones_like(sigmas), sigmas)
-    assert losses.min_snr(GaussianDiffusion(prediction), faint).isfinite().all()
+    assert losses.min_snr(process_of(prediction), faint).isfinite().all()
 
 
-@pytest.mark.parametrize("gamma", [0.0, -5.0])
-@every_prediction
-def test_gamma_must_be_positive(prediction, gamma):
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (partial(losses.min_snr, gamma=0.0), "gamma must be positive, got 0.0: 5 is usual .weighting.gamma"),
+        (partial(losses.min_snr, gamma=-5.0), "gamma must be positive, got -5.0: 5 is usual .weighting.gamma"),
+        (partial(losses.p2, k=0.0), "needs k > 0 and gamma >= 0, got 0.0 and 1.0: 1 and 1 are usual"),
+        (partial(losses.p2, gamma=-1.0), "needs k > 0 and gamma >= 0, got 1.0 and -1.0: 1 and 1 are usual"),
+    ],
+)
+def test_parameters_out_of_range(weighting, message):
     """The error names the value, a usual one and the option."""
-    with pytest.raises(ValueError, match=f"gamma must be positive, got {gamma}: 5 is usual .weighting.gamma"):
-        losses.min_snr(GaussianDiffusion(prediction), five_levels((5, 2)), gamma)
+    with pytest.raises(ValueError, match=message):
+        weighting(GaussianDiffusion(), five_levels((5, 2)))
 
 
-def test_unknown_error():
-    """The error names the value, the choices and the option."""
-    x = normal((5, 2), 10)
-    with pytest.raises(ValueError, match=r"unknown error 'l3': objective.error is l2, l1 or huber"):
-        losses.simple(
-            GaussianDiffusion(), lambda x_t, t: x_t, x, five_levels((5, 2)), x, weighting=losses.uniform, error="l3"
-        )
+# vlb and hybrid
 
 
-@pytest.mark.parametrize("num_steps", [10, 11, 1000, 10_000])
-def test_timesteps_hit_every_index(num_steps):
-    """The middles of T equal parts of [0, 1) give each index once, in order."""
-    u = (torch.arange(num_steps, dtype=torch.float64) + 0.5) / num_steps
-    t = losses.uniform_timesteps(u, num_steps)
-    assert t.dtype == torch.int64
-    assert t.tolist() == list(range(num_steps))
-    assert losses.uniform_timesteps(u.float(), num_steps).tolist() == list(range(num_steps))
+def on_grid(shape, seed, levels=17):
+    """Data with values from -1 to 1 in equal steps, the ends included."""
+    index = torch.randint(levels, shape, generator=torch.Generator().manual_seed(seed))
+    index.view(-1)[:2] = torch.tensor([0, levels - 1])
+    return -1 + 2 * index.double() / (levels - 1)
 
 
-@pytest.mark.parametrize("num_steps", [10, 11, 1000, 10_000])
-def test_timesteps_stay_in_range(num_steps):
-    """The ends of [0, 1) in float32, 0 and 1 - 2^-24, are the first and the last index."""
-    t = losses.uniform_timesteps(torch.tensor([0.0, 1 - 2.0**-24]), num_steps)
-    assert t.tolist() == [0, num_steps - 1]
+def bayes(x0, x_t, t, s):
+    """Mean and variance of q(x_s | x_t, x_0), adding the precisions of q(x_s | x_0) and q(x_t | x_s); the latter's."""
+    step = t.alpha / s.alpha
+    added = t.sigma**2 - step**2 * s.sigma**2
+    variance = 1 / (1 / s.sigma**2 + step**2 / added)
+    return variance * (s.alpha * x0 / s.sigma**2 + step * x_t / added), variance, added
 
 
-@pytest.mark.parametrize("num_steps", [10, 1000])
-def test_timesteps_are_uniform(num_steps):
-    """Chi-square of 200 000 draws: mean T - 1, standard deviation sqrt(2 (T - 1)); 4 of these on a fixed seed."""
-    draws = 200_000
-    u = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(losses.uniform_timesteps(u, num_steps), minlength=num_steps).double()
-    expected = draws / num_steps
-    chi_square = ((counts - expected) ** 2 / expected).sum().item()
-    assert abs(chi_square - (num_steps - 1)) < 4 * math.sqrt(2 * (num_steps - 1))
+def reverse_variance(variance, small, large, mix):
+    """DDPM sec. 3.2, and Nichol & Dhariwal 2021, eq. 15 with v = (mix + 1) / 2."""
+    return {
+        "fixed_small": small,
+        "fixed_large": large,
+        "learned_range": torch.exp((mix + 1) / 2 * torch.log(large) + (1 - mix) / 2 * torch.log(small)),
+        "learned": small * torch.exp(mix),
+    }[variance]
+
+
+@pytest.mark.parametrize("levels", [None, 17], ids=["density", "bins"])
+@every_shape
+@every_variance
+@every_target
+@every_schedule
+def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
+    """T times the KL between Bayes' posterior and the model's Gaussian, by torch.distributions, in bits/dim.
+
+    For the cleanest link, the decoder: scipy's density, or its probability of the bin. Small variances are
+    differences of sigmas near each other, which costs five digits of the sixteen.
+    """
+    process = process_of(prediction, variance, decoder_log_variance=-4.0, levels=levels)
+    x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
+    x0_hat = x0 + 0.2 * normal(shape, 20)
+    link = five_links(schedule, shape)
+    network = expressing(prediction, x0_hat, mix if variance in LEARNED else None)
+    terms = losses.vlb(process, network, x0, link, eps)
+
+    x_t = link.t.alpha * x0 + link.t.sigma * eps
+    mean, small, added = bayes(x0, x_t, link.t, link.s)
+    mean_hat, _, _ = bayes(x0_hat, x_t, link.t, link.s)
+    model = reverse_variance(variance, small, added, mix).expand(shape)
+    nats = torch.empty(shape, dtype=torch.float64)
+    deviation = small.sqrt().expand(shape)
+    nats[1:] = kl_divergence(Normal(mean[1:], deviation[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
+    clean = torch.tensor(-4.0, dtype=torch.float64).exp()
+    # Both fixed variances are the borrowed one there; learned_range reaches up to that of q(x_t | x_0).
+    large = clean if variance == "fixed_large" else link.t.sigma[0] ** 2
+    clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
+    nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
+    expected = STEPS * per_sample_mean(nats) / math.log(2)
+    assert_close(terms["loss"], expected, rtol=1e-9, atol=1e-9)
+    assert_close(terms["vlb"], terms["loss"], rtol=0, atol=0)
+    plain = losses.simple(process, network, x0, link, eps, weighting=losses.uniform)
+    assert_close(terms["mse"], plain["mse"], rtol=0, atol=0)
+
+
+def decoder_in_scipy(x, mean, deviation, levels):
+    x, mean, deviation = x.numpy(), mean.numpy(), deviation.numpy()
+    if levels is None:
+        return torch.from_numpy(norm.logpdf(x, mean, deviation))
+    half = 1 / (levels - 1)
+    lower = np.where(x == -1, -np.inf, (x - half - mean) / deviation)
+    upper = np.where(x == 1, np.inf, (x + half - mean) / deviation)
+    # Of the tails on the side on which they are small, in logarithms.
+    lower, upper = np.where(lower + upper > 0, [-upper, -lower], [lower, upper])
+    return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
+
+
+@pytest.mark.parametrize("levels", [None, 17], ids=["density", "bins"])
+@every_shape
+@every_schedule
+def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
+    """A batch with and without clean ends has the terms of each sample by itself."""
+    process = process_of("v", "learned_range", decoder_log_variance=-4.0, levels=levels)
+    x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
+    x0_hat = x0 + 0.2 * normal(shape, 24)
+    link = five_links(schedule, shape)
+    together = losses.vlb(process, expressing("v", x0_hat, mix), x0, link, eps)["loss"]
+    for i in range(len(x0)):
+        t, s = (Level(*(field[i : i + 1] for field in level)) for level in (link.t, link.s))
+        only = slice(i, i + 1)
+        network = expressing("v", x0_hat[only], mix[only])
+        alone = losses.vlb(process, network, x0[only], Link(t, s, STEPS), eps[only])["loss"]
+        assert_close(together[only], alone, rtol=1e-14, atol=0)
+
+
+@every_shape
+@every_variance
+@every_target
+@every_schedule
+def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
+    """In float32 at the links that training draws, the cleanest ones beside others, with an untrained network."""
+    x0, eps = normal(shape, 25, torch.float32).clamp(-1, 1), normal(shape, 26, torch.float32)
+    link = schedule.link(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, 1 - 2**-24]), x0)
+    assert (link.s.sigma == 0).flatten().tolist() == [True, True, False, False, False]
+    for levels, clip in product([None, 256], [None, 1.0]):
+        process = process_of(prediction, variance, levels=levels, clip=clip)
+        out = torch.cat([normal(shape, 27, torch.float32)] * process.outputs, 1).requires_grad_()
+        loss = losses.vlb(process, lambda *_, out=out: out, x0, link, eps)["loss"]
+        assert loss.isfinite().all()
+        (gradient,) = torch.autograd.grad(loss.sum(), out)
+        assert gradient.isfinite().all()
+
+
+@every_variance
+@every_target
+def test_gradient_on_a_learned_schedule_is_finite(prediction, variance):
+    """Also beside links to clean data, whose variance 0 has a logarithm without a derivative."""
+    schedule = ContinuousSchedule(curves.Learned(width=8), STEPS)
+    x0, eps = normal((5, 2), 25, torch.float32), normal((5, 2), 26, torch.float32)
+    link = schedule.link(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, 1 - 2**-24]), x0)
+    process = process_of(prediction, variance)
+    loss = losses.vlb(process, lambda x_t, _: torch.cat([x_t] * process.outputs, 1), x0, link, eps)["loss"]
+    gradients = torch.autograd.grad(loss.sum(), list(schedule.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@every_learned
+@pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
+def test_bound_at_zero_snr(prediction, variance):
+    """Finite with finite gradients at each link of a table that ends in pure noise, for all targets but eps."""
+    schedule = NoiseSchedule(schedules.zero_terminal_snr(schedules.cosine(STEPS)))
+    shape = (STEPS, 2)
+    x0, eps = normal(shape, 28, torch.float32), normal(shape, 29, torch.float32)
+    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    assert link.t.alpha[-1] == 0
+    out = normal((STEPS, 4), 30, torch.float32).requires_grad_()
+    process = process_of(prediction, variance)
+    terms = losses.hybrid(process, lambda *_: out, x0, link, eps, weighting=losses.min_snr)
+    assert all(term.isfinite().all() for term in terms.values())
+    (gradient,) = torch.autograd.grad(terms["loss"].sum(), out)
+    assert gradient.isfinite().all()
+
+
+@every_shape
+@every_learned
+@every_target
+@every_schedule
+def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction, variance, shape):
+    """simple's gradient on the mean's half of the output, `vlb_weight` times vlb's on the other (iDDPM eq. 16)."""
+    process = process_of(prediction, variance, decoder_log_variance=-4.0)
+    x0, eps, link = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
+    out = torch.cat([normal(shape, 33), normal(shape, 34).tanh()], 1).requires_grad_()
+
+    def terms_and_gradients(objective, **settings):
+        terms = objective(process, lambda *_: out, x0, link, eps, **settings)
+        (gradient,) = torch.autograd.grad(terms["loss"].sum(), out)
+        return terms, *gradient.chunk(2, 1)
+
+    simple, simple_mean, _ = terms_and_gradients(losses.simple, weighting=losses.min_snr, error="huber")
+    vlb, vlb_mean, vlb_mix = terms_and_gradients(losses.vlb)
+    hybrid, mean, mix = terms_and_gradients(losses.hybrid, weighting=losses.min_snr, error="huber", vlb_weight=0.01)
+    assert (vlb_mean != 0).all()
+    assert (vlb_mix != 0).all()
+    # The same operations in the same order, but for the factor.
+    assert_close(mean, simple_mean, rtol=0, atol=0)
+    # Of this, parts that differ by orders of magnitude cancel.
+    assert_close(mix, 0.01 * vlb_mix, rtol=1e-9, atol=1e-15)
+    assert_close(hybrid["loss"], simple["loss"] + 0.01 * vlb["loss"], rtol=1e-12, atol=0)
+    assert_close(hybrid["vlb"], vlb["loss"], rtol=0, atol=0)
+    assert_close(hybrid["mse"], simple["mse"], rtol=0, atol=0)
+
+
+def test_vlb_weight_is_a_thousandth():
+    """As in iDDPM, sec. 3.1."""
+    shape = (5, 2)
+    x0, eps, link = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
+    out = normal((5, 4), 37)
+    arguments = process_of("eps", "learned_range"), lambda *_: out, x0, link, eps
+    hybrid = losses.hybrid(*arguments, weighting=losses.uniform)["loss"]
+    simple = losses.simple(*arguments, weighting=losses.uniform)["loss"]
+    assert_close(hybrid, simple + losses.vlb(*arguments)["loss"] / 1000, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_hybrid_needs_a_learned_variance(variance):
+    """The error names the value and the remedy."""
+    x, link = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
+    with pytest.raises(ValueError, match=rf"process.variance={variance} is fixed: set process.variance=learned_range"):
+        losses.hybrid(process_of("eps", variance), lambda x_t, _: x_t, x, link, x, weighting=losses.uniform)

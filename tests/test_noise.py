@@ -11,8 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from src.diffusion import schedules
-from src.diffusion.noise import NoiseSchedule
-from src.diffusion.process import GaussianDiffusion
+from src.diffusion.noise import CLEAN, NoiseSchedule, make_grid, terminal_alpha_bar
+from src.diffusion.process import GaussianDiffusion, decoder_log_variance
+from tests.conftest import exact_level
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -30,7 +31,7 @@ SCHEDULES = {
         schedules.snr_shift(schedules.cosine(num_steps), 0.5)
     ),
 }
-SPACINGS = ["trailing", "leading", "linspace", "karras"]
+SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 STEPS = [1, 2, 7, 50, 999, 1000, 1500]
 SHAPES = [(4,), (4, 2), (4, 3, 5), (4, 3, 8, 8)]
 
@@ -39,8 +40,8 @@ every_spacing = pytest.mark.parametrize("spacing", SPACINGS)
 
 
 @cache
-def schedule(name, num_steps=1000, dtype=torch.float64):
-    return NoiseSchedule(SCHEDULES[name](num_steps), dtype=dtype)
+def schedule(name, num_steps=1000):
+    return NoiseSchedule(SCHEDULES[name](num_steps))
 
 
 def fold(betas):
@@ -68,27 +69,56 @@ def diffusers_timesteps(steps, spacing):
     return scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-11), (torch.float32, 1.2e-7)])
 @pytest.mark.parametrize("num_steps", [10, 1000])
 @every_schedule
-def test_tables_are_the_chain_of_single_steps(name, num_steps, dtype, rtol):
+def test_tables_are_the_chain_of_single_steps(name, num_steps):
     """alpha and sigma to the rounding of T products, or of float32: both keep their digits at both ends."""
-    levels = schedule(name, num_steps, dtype)
+    levels = schedule(name, num_steps)
     mean, variance = fold(SCHEDULES[name](num_steps))
-    assert_close(levels.alpha[:-1].double(), mean, rtol=rtol, atol=0)
-    assert_close(levels.sigma[:-1].double(), variance.sqrt(), rtol=rtol, atol=0)
-    assert_close(levels.time[:-1].double() * num_steps, torch.arange(1.0, num_steps + 1).double(), rtol=rtol, atol=0)
-    assert_close(levels.terminal_alpha_bar, mean[-1].item() ** 2, rtol=2 * rtol, atol=0)
+    for (alpha, sigma, time), rtol in ((levels.rows, 1e-11), ((levels.alpha, levels.sigma, levels.time), 1.2e-7)):
+        assert_close(alpha[:-1].double(), mean, rtol=rtol, atol=0)
+        assert_close(sigma[:-1].double(), variance.sqrt(), rtol=rtol, atol=0)
+        assert_close(time[:-1].double() * num_steps, torch.arange(1.0, num_steps + 1).double(), rtol=rtol, atol=0)
+    assert_close(terminal_alpha_bar(levels), mean[-1].item() ** 2, rtol=2e-11, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_schedule
-def test_index_minus_one_is_clean_data(name, dtype):
+def test_index_minus_one_is_clean_data(name):
     """Looked up like any other row; T + 1 rows in all."""
-    levels = schedule(name, dtype=dtype)
+    levels = schedule(name)
     clean = levels.level(torch.tensor([-1]), torch.zeros(1, 2))
     assert [field.tolist() for field in clean] == [[[1.0]], [[0.0]], [[0.0]]]
-    assert all(len(table) == 1001 and table.dtype == dtype for table in levels.buffers())
+    assert levels.row(-1) == CLEAN
+    assert all(len(table) == 1001 and table.dtype == torch.float32 for table in levels.buffers())
+    assert all(len(table) == 1001 and table.dtype == torch.float64 for table in levels.rows)
+
+
+@every_schedule
+def test_scalar_rows_and_positions_on_the_curve_are_one(name):
+    """Row t lies at (t + 1) / T, and its angle leads back there. The angle rounds to 1e-16 over an alpha of 1e-5."""
+    levels = schedule(name)
+    for t in (0, 1, 17, 500, 998, 999):
+        row = levels.row(t)
+        (there,) = levels.at(torch.tensor([(t + 1) / 1000], dtype=torch.float64))
+        for a, b in zip(row, there, strict=True):
+            assert a.dtype == b.dtype == torch.float64 and a.shape == b.shape == ()
+            assert_close(a, b, rtol=1e-9, atol=1e-15)
+        angle = torch.atan2(row.sigma, row.alpha)[None]
+        assert levels.position(angle).item() == pytest.approx((t + 1) / 1000, abs=1e-9)
+
+
+@every_schedule
+def test_links_are_all_as_likely_and_join_neighbours(name):
+    """A lattice of v falls on each of the T links as often; s is the row below t, clean data for the first."""
+    levels = schedule(name)
+    v = (torch.arange(4000) + 0.5) / 4000
+    t, s, links = levels.link(v, torch.zeros(4000, 2))
+    assert links == 1000
+    rows = torch.arange(1000).repeat_interleave(4)
+    for field, table in zip(t, (levels.alpha, levels.sigma, levels.time), strict=True):
+        assert torch.equal(field[:, 0], table[rows])
+    for field, table in zip(s, (levels.alpha, levels.sigma, levels.time), strict=True):
+        assert torch.equal(field[:, 0], table[rows - 1])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -111,7 +141,7 @@ def test_snr_is_the_ratio_of_folded_powers(name):
     """SNR = mean^2 / variance of the folded chain, infinite for clean data."""
     levels = schedule(name)
     mean, variance = fold(SCHEDULES[name](1000))
-    snr = levels.level(torch.arange(-1, 1000), torch.zeros(1001)).snr
+    snr = exact_level(levels, torch.arange(-1, 1000), torch.zeros(1001)).snr
     assert_close(snr[1:], mean.square() / variance, rtol=1e-11, atol=0)
     assert snr[0] == math.inf
 
@@ -159,11 +189,11 @@ def test_decoder_log_variance_is_the_posterior_at_one(name):
     """log of beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1), in plain floats and by the process."""
     betas, levels = SCHEDULES[name](1000), schedule(name)
     _, variance = fold(betas[:2])
-    assert levels.decoder_log_variance == pytest.approx(math.log(betas[1] * variance[0] / variance[1]), abs=1e-12)
+    assert decoder_log_variance(levels) == pytest.approx(math.log(betas[1] * variance[0] / variance[1]), abs=1e-12)
     x = torch.zeros(1, 2, dtype=torch.float64)
-    t, s = (levels.level(torch.tensor([row]), x) for row in (1, 0))
+    t, s = levels.row(1), levels.row(0)
     posterior = GaussianDiffusion().posterior(x, x, t, s)
-    assert levels.decoder_log_variance == pytest.approx(posterior.log_variance.item(), abs=1e-9)
+    assert decoder_log_variance(levels) == pytest.approx(posterior.log_variance.item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -171,10 +201,10 @@ def test_decoder_log_variance_is_the_posterior_at_one(name):
 @every_schedule
 def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
     """steps + 1 finite scalar levels, time falling and SNR rising strictly, within the table, clean data last."""
-    levels = schedule(name, dtype=torch.float32)
-    grid = levels.grid(steps, spacing)
+    levels = schedule(name)
+    grid = make_grid(levels, steps, spacing)
     assert len(grid) == steps + 1
-    assert all(field.shape == () and field.dtype == torch.float32 for level in grid for field in level)
+    assert all(field.shape == () and field.dtype == torch.float64 for level in grid for field in level)
     alpha, sigma, time = columns(grid)
     snr = alpha.square() / sigma.square()
     assert alpha.isfinite().all() and sigma.isfinite().all() and snr[:-1].isfinite().all()
@@ -183,28 +213,27 @@ def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
     assert [field.item() for field in grid[-1]] == [1.0, 0.0, 0.0]
     assert time[0] <= 1
     assert alpha.min() >= 0
-    assert alpha[0] >= levels.alpha[-2] * (1 - 1e-6)  # a rounding
-    assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-6, atol=0)
+    assert alpha[0] >= levels.rows.alpha[-2] * (1 - 1e-9)  # a rounding
+    assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float64, 1e-9, 1e-15), (torch.float32, 2e-7, 1e-15)])
 @pytest.mark.parametrize("steps", [1, 2, 8, 50, 250, 1000])
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 @every_schedule
-def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps, dtype, rtol, atol):
+def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
     """The levels are the rows that diffusers visits. rtol: an angle's rounding over the smallest alpha (1e-5)."""
-    levels = schedule(name, dtype=dtype)
+    levels = schedule(name)
     rows = diffusers_timesteps(steps, spacing)
-    alpha, sigma, time = columns(levels.grid(steps, spacing))
-    for field, table in ((alpha, levels.alpha), (sigma, levels.sigma), (time, levels.time)):
-        assert_close(field[:-1], table[rows], rtol=rtol, atol=atol)
+    alpha, sigma, time = columns(make_grid(levels, steps, spacing))
+    for field, table in zip((alpha, sigma, time), levels.rows, strict=True):
+        assert_close(field[:-1], table[rows], rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 10, 28, 38, 112, 334, 1000])
 def test_linspace_grid_equals_diffusers(steps):
     """Where (T - 1) / (steps - 1) is whole."""
     expected = diffusers_timesteps(steps, "linspace")
-    assert rows_of(schedule("linear").grid(steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
+    assert rows_of(make_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [10, 100, 1000])
@@ -212,9 +241,9 @@ def test_linspace_grid_equals_diffusers(steps):
 def test_strides_are_equal(num_steps, steps):
     """trailing: from T - 1 to clean; linspace: from T - 1 to 0; leading: down to 0 by T / steps, if that is >= 1."""
     levels = schedule("cosine", num_steps)
-    trailing = [*rows_of(levels.grid(steps, "trailing"), num_steps), -1]
-    linspace = rows_of(levels.grid(steps, "linspace"), num_steps)
-    leading = rows_of(levels.grid(steps, "leading"), num_steps) if steps <= num_steps else [0]
+    trailing = [*rows_of(make_grid(levels, steps, "trailing"), num_steps), -1]
+    linspace = rows_of(make_grid(levels, steps, "linspace"), num_steps)
+    leading = rows_of(make_grid(levels, steps, "leading"), num_steps) if steps <= num_steps else [0]
     assert trailing[0] == linspace[0] == num_steps - 1
     assert linspace[-1] == pytest.approx(0, abs=1e-9)
     assert leading[-1] == pytest.approx(0, abs=1e-9)
@@ -231,7 +260,7 @@ def test_noisiest_row_is_not_skipped(steps):
     """Trailing and linspace begin at T - 1, even with one step."""
     levels = schedule("linear")
     for spacing in ("trailing", "linspace"):
-        assert_close(levels.grid(steps, spacing)[0].alpha, levels.alpha[-2], rtol=1e-12, atol=0)
+        assert_close(make_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("steps", [2, 7, 50, 999])
@@ -239,20 +268,33 @@ def test_noisiest_row_is_not_skipped(steps):
 def test_karras_is_uniform_in_the_seventh_root(name, steps):
     """(sigma / alpha)^(1/7) falls evenly from min(80, noisiest row) to row 0 (EDM eq. 5)."""
     levels = schedule(name)
-    alpha, sigma, _ = columns(levels.grid(steps, "karras"))
+    alpha, sigma, _ = columns(make_grid(levels, steps, "karras"))
     ratio = (sigma / alpha)[:-1]
-    high = min(levels.sigma[-2] / levels.alpha[-2] if levels.alpha[-2] > 0 else math.inf, 80.0)
-    low = levels.sigma[0] / levels.alpha[0]
+    high = min(levels.rows.sigma[-2] / levels.rows.alpha[-2] if levels.rows.alpha[-2] > 0 else math.inf, 80.0)
+    low = levels.rows.sigma[0] / levels.rows.alpha[0]
     expected = [(high ** (1 / 7) + i / (steps - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(steps)]
     assert_close(ratio, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 50, 999])
+@every_schedule
+def test_log_snr_is_uniform_in_its_logarithm(name, steps):
+    """From the log-SNR at sigma / alpha = 80, or at the noisiest row, to that of row 0, in equal steps."""
+    levels = schedule(name)
+    alpha, sigma, _ = columns(make_grid(levels, steps, "log_snr"))
+    first, last = (alpha / sigma)[0].item(), (alpha / sigma)[-2].item()
+    assert first == pytest.approx(max(1 / 80, (levels.rows.alpha[-2] / levels.rows.sigma[-2]).item()), rel=1e-9)
+    assert last == pytest.approx((levels.rows.alpha[0] / levels.rows.sigma[0]).item(), rel=1e-9)
+    strides = (alpha / sigma)[:-1].log().diff().tolist()
+    assert strides == pytest.approx([math.log(last / first) / (steps - 1)] * (steps - 1))
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_levels_between_rows(spacing):
     """A level at a fractional row lies at that fraction of the angle atan(sigma / alpha) between its neighbours."""
     levels = schedule("cosine", 100)
-    angles = [math.atan2(s, a) for a, s in zip(levels.alpha.tolist(), levels.sigma.tolist(), strict=True)]
-    grid = levels.grid(37, spacing)
+    angles = [math.atan2(s, a) for a, s in zip(levels.rows.alpha.tolist(), levels.rows.sigma.tolist(), strict=True)]
+    grid = make_grid(levels, 37, spacing)
     for level, row in zip(grid[:-1], rows_of(grid, 100), strict=True):
         below = min(math.floor(row), 98)  # -1 is clean data
         expected = angles[below] + (row - below) * (angles[below + 1] - angles[below])
@@ -263,7 +305,7 @@ def test_levels_between_rows(spacing):
 def test_unknown_spacing(spacing):
     """The error names the value, the choices and the option."""
     with pytest.raises(ValueError, match=f"unknown spacing '{spacing}'.*trailing, leading.*sampler.spacing"):
-        schedule("linear").grid(10, spacing)
+        make_grid(schedule("linear"), 10, spacing)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
@@ -271,4 +313,4 @@ def test_unknown_spacing(spacing):
 def test_too_few_steps(spacing, steps):
     """The error names the value and the option."""
     with pytest.raises(ValueError, match=f"at least 1 step, got {steps}: raise sampler.steps"):
-        schedule("linear").grid(steps, spacing)
+        make_grid(schedule("linear"), steps, spacing)

@@ -8,16 +8,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from scipy.integrate import trapezoid
-from scipy.stats import kstest, multivariate_normal
+from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
 from src.cli import CONF
-from src.data.points import GaussianMixture, PointsDataModule, checkerboard, moons, rings, swiss_roll
+from src.data.points import PointsDataModule, checkerboard, moons, rings, swiss_roll
 
-PLANE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [0.3, 0.5, 0.8])
-LINE = GaussianMixture([1, 3], [[-1], [0.7]], [0.2, 0.5])
 PRESETS = ["points", "swiss_roll", "rings", "checkerboard", "mixture"]
 
 
@@ -28,12 +25,6 @@ def seeded(seed: int = 0) -> torch.Generator:
 def configured(name: str):
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return instantiate(compose("train", overrides=[f"data={name}"]).data)
-
-
-def density(mixture: GaussianMixture, x: np.ndarray) -> np.ndarray:
-    """The mixture's density at x (N, D), term by term from scipy."""
-    terms = zip(mixture.weights.tolist(), mixture.means.numpy(), mixture.deviations.tolist(), strict=True)
-    return sum(w * multivariate_normal(m, s**2 * np.eye(len(m))).pdf(x) for w, m, s in terms)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,7 +39,7 @@ def test_presets_give_centred_points_of_about_unit_size(name):
     assert points.std(0).max() < 1.6
 
 
-@pytest.mark.parametrize("draw", [moons, swiss_roll, rings, checkerboard, PLANE])
+@pytest.mark.parametrize("draw", [moons, swiss_roll, rings, checkerboard])
 def test_points_belong_to_the_generator(draw):
     """The same seed gives the same points, another seed others, and torch's own stream is left alone."""
     torch.manual_seed(0)
@@ -142,122 +133,10 @@ def test_swiss_roll_has_radius_equal_to_angle():
     assert abs(moved.square().mean() - 1) < 5 * math.sqrt(2 / 8000)
 
 
-def test_mixture_density_is_the_sum_of_its_gaussians():
-    """log_prob against scipy's normal densities, weighted and summed."""
-    x = 2 * torch.randn(200, 2, generator=seeded(), dtype=torch.float64)
-    assert_close(PLANE.log_prob(x).numpy(), np.log(density(PLANE, x.numpy())), rtol=1e-10, atol=1e-10)
-
-
-def test_mixture_density_integrates_to_one():
-    """The sum over a grid: for smooth densities that vanish at its ends the trapezoid rule is all but exact."""
-    axis = torch.linspace(-6, 6, 301, dtype=torch.float64)
-    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).view(-1, 2)
-    total = PLANE.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
-    assert float(total) == pytest.approx(1, abs=1e-6)
-
-
-@pytest.mark.parametrize("mixture", [PLANE, LINE, PLANE.noised(0.4, 0.9)], ids=["plane", "line", "noised"])
-def test_mixture_score_is_the_gradient_of_the_log_density(mixture):
-    x = 2 * torch.randn(100, mixture.means.shape[1], generator=seeded(), dtype=torch.float64)
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(mixture.log_prob(x).sum(), x)
-    assert_close(mixture.score(x.detach()), gradient, rtol=1e-9, atol=1e-9)
-
-
-def test_far_points_have_finite_density_and_score():
-    """Where every Gaussian underflows, logarithms still hold: the nearest component rules."""
-    far = torch.tensor([[1000.0, 0.0]], dtype=torch.float64)
-    assert PLANE.log_prob(far).isfinite().all()
-    widest = (-1 - 1000) / 0.8**2  # the nearest, counted in deviations
-    assert PLANE.score(far)[0, 0] == pytest.approx(widest, rel=1e-9)
-
-
-def test_mixture_samples_have_its_mean_and_covariance():
-    """Mean sum w m; covariance sum w (s^2 I + m m^T) - mean mean^T; within 5 standard errors of n draws."""
-    n = 40_000
-    w, m, s = (t.numpy() for t in (PLANE.weights, PLANE.means, PLANE.deviations))
-    mean = w @ m
-    covariance = sum(w[k] * (s[k] ** 2 * np.eye(2) + np.outer(m[k], m[k])) for k in range(3)) - np.outer(mean, mean)
-    x = PLANE(n, seeded())
-    assert x.dtype == torch.float32
-    found = x.double().numpy()
-    assert (np.abs(found.mean(0) - mean) < 5 * np.sqrt(np.diag(covariance) / n)).all()
-    centred = found - mean
-    products = centred[:, :, None] * centred[:, None]
-    assert (np.abs(products.mean(0) - covariance) < 5 * products.std(0) / math.sqrt(n)).all()
-
-
-def test_mixture_samples_follow_its_density():
-    """Samples of the line against the cumulative density, integrated numerically."""
-    axis = np.linspace(-5, 5, 4001)
-    cumulative = np.cumsum(density(LINE, axis[:, None])) * (axis[1] - axis[0])
-    x = LINE(4000, seeded()).double().numpy()[:, 0]
-    assert kstest(x, lambda q: np.interp(q, axis, cumulative)).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(("alpha", "sigma"), [(1.0, 0.0), (0.9, 0.3), (0.3, 0.95), (0.0, 1.0), (1.0, 5.0)])
-def test_noised_mixture_is_the_convolution(alpha, sigma):
-    """p_t(y) = integral of p(x) N(y; alpha x, sigma^2) dx, by the trapezoid rule; alpha^2 + sigma^2 need not be 1."""
-    y = torch.linspace(-3, 3, 41, dtype=torch.float64)[:, None]
-    expected = density(LINE, y.numpy())
-    if sigma > 0:
-        x = np.linspace(-6, 6, 6001)
-        kernel = np.exp(-((y.numpy() - alpha * x) ** 2) / (2 * sigma**2)) / math.sqrt(2 * math.pi * sigma**2)
-        expected = trapezoid(kernel * density(LINE, x[:, None]), x, axis=1)
-    assert_close(LINE.noised(alpha, sigma).log_prob(y).exp().numpy(), expected, rtol=1e-7, atol=1e-10)
-
-
-def test_noised_samples_are_noised_data():
-    """alpha x + sigma eps of samples x has the noised mixture's mean and covariance, within 5 standard errors."""
-    n, alpha, sigma = 40_000, 0.6, 0.8
-    x_t = alpha * PLANE(n, seeded()).double() + sigma * torch.randn(n, 2, generator=seeded(1), dtype=torch.float64)
-    other = PLANE.noised(alpha, sigma)(n, seeded(2)).double()
-    spread = torch.cat([x_t, other]).std(0)
-    assert ((x_t.mean(0) - other.mean(0)).abs() < 5 * spread * math.sqrt(2 / n)).all()
-    products = [a[:, 0] * a[:, 1] for a in (x_t, other)]
-    assert abs(products[0].mean() - products[1].mean()) < 5 * math.sqrt(sum(float(p.var()) for p in products) / n)
-    squares = [a.square() for a in (x_t, other)]
-    error = ((squares[0].var(0) + squares[1].var(0)) / n).sqrt()
-    assert ((squares[0].mean(0) - squares[1].mean(0)).abs() < 5 * error).all()
-
-
-@pytest.mark.parametrize(("alpha", "sigma"), [(0.99, 0.1), (0.6, 0.8), (0.1, 0.99), (1.0, 3.0)])
-def test_tweedie_gives_the_posterior_mean(alpha, sigma):
-    """(y + sigma^2 score) / alpha is E[x | y], integrated over x by the trapezoid rule."""
-    y = torch.linspace(-2, 2, 21, dtype=torch.float64)[:, None]
-    x = np.linspace(-6, 6, 12_001)
-    weight = np.exp(-((y.numpy() - alpha * x) ** 2) / (2 * sigma**2)) * density(LINE, x[:, None])
-    expected = trapezoid(x * weight, x, axis=1) / trapezoid(weight, x, axis=1)
-    tweedie = (y + sigma**2 * LINE.noised(alpha, sigma).score(y)) / alpha
-    assert_close(tweedie[:, 0].numpy(), expected, rtol=1e-6, atol=1e-8)
-
-
-def test_weights_are_normalised():
-    """Weights count relative to each other."""
-    x = torch.randn(9, 1, generator=seeded())
-    scaled = GaussianMixture([10, 30], LINE.means.tolist(), LINE.deviations.tolist())
-    assert_close(scaled.log_prob(x), LINE.log_prob(x))
-    assert float(LINE.weights.sum()) == pytest.approx(1)
-
-
 @pytest.mark.parametrize("cells", [0, 1, 3, -2])
 def test_odd_checkerboards_raise(cells):
     with pytest.raises(ValueError, match=rf"even number of cells, got {cells}"):
         checkerboard(4, seeded(), cells=cells)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([1], [[0, 0], [1, 1]], [1, 1]), "one weight, mean and deviation each, got 1, 2, 2"),
-        (([1, 1], [[0, 0], [1, 1]], [1]), "one weight, mean and deviation each, got 2, 2, 1"),
-        (([1, 0], [[0, 0], [1, 1]], [1, 1]), "must be positive"),
-        (([1, 1], [[0, 0], [1, 1]], [1, -0.5]), "must be positive"),
-    ],
-)
-def test_impossible_mixtures_raise(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        GaussianMixture(*arguments)
 
 
 def test_module_draws_its_points_with_the_split_seed():

@@ -4,6 +4,7 @@ import math
 from functools import cache
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -11,9 +12,10 @@ from torch.testing import assert_close
 
 from src.diffusion import schedules
 from src.diffusion.noise import Level, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.process import GaussianDiffusion, Prediction, decoder_log_variance, snr_ratio
+from tests.conftest import exact_level
 
-PREDICTIONS = ["eps", "x0", "v"]
+PREDICTIONS = ["eps", "x0", "v", "edm", "velocity"]
 VARIANCES = ["fixed_small", "fixed_large"]
 SHAPES = [(3, 2), (3, 4, 5), (3, 2, 4, 4)]
 NAMES_IN_DIFFUSERS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -55,7 +57,7 @@ every_pair = pytest.mark.parametrize(("t", "s"), PAIRS.values(), ids=PAIRS.keys(
 
 @cache
 def table():
-    return schedules.linear(1000), NoiseSchedule(schedules.linear(1000), dtype=torch.float64)
+    return schedules.linear(1000), NoiseSchedule(schedules.linear(1000))
 
 
 def variance_by_step(process, s, t):
@@ -90,13 +92,61 @@ def test_target_inverts_interpret(prediction, shape, t):
 @every_level
 @every_prediction
 def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
-    """Targets in plain floats: eps, x_0, alpha eps - sigma x_0."""
+    """Targets in plain floats: eps, x_0, alpha eps - sigma x_0, EDM's F, eps - x_0."""
     process = GaussianDiffusion(prediction)
     alpha, sigma = t.alpha.item(), t.sigma.item()
-    expected = {"eps": -1.25, "x0": 0.5, "v": alpha * -1.25 - sigma * 0.5}[prediction]
+    # EDM's preconditioning (tab. 1) in x / alpha, whose noise is kappa = sigma / alpha; sigma_data = 0.5.
+    kappa, noised = sigma / alpha, 0.5 + sigma / alpha * -1.25
+    c_skip, c_out = 0.25 / (kappa**2 + 0.25), kappa * 0.5 / math.sqrt(kappa**2 + 0.25)
+    expected = {
+        "eps": -1.25,
+        "x0": 0.5,
+        "v": alpha * -1.25 - sigma * 0.5,
+        "edm": (0.5 - c_skip * noised) / c_out,
+        "velocity": -1.25 - 0.5,
+    }[prediction]
     x0, eps = (torch.tensor([[value]], dtype=torch.float64) for value in (0.5, -1.25))
-    assert process.target(x0, t, eps).item() == pytest.approx(expected, rel=1e-14)
+    assert process.target(x0, t, eps).item() == pytest.approx(expected, rel=1e-9)
     assert process.add_noise(x0, t, eps).item() == pytest.approx(alpha * 0.5 - sigma * 1.25, rel=1e-14)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 2.0])
+@pytest.mark.parametrize("sigma", [0.002, 0.5, 1.0, 80.0])
+@every_shape
+def test_edm_output_is_preconditioned(shape, sigma, sigma_data):
+    """At alpha = 1: D(x) = c_skip x + c_out F(c_in x), with the coefficients of Karras et al. 2022, tab. 1."""
+    process = GaussianDiffusion("edm", sigma_data=sigma_data)
+    x_t, out, t = normal(shape, 36), normal(shape, 37), level(1.0, sigma)
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * sigma_data / math.sqrt(sigma_data**2 + sigma**2)
+    c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
+    pred = process.interpret(out, x_t, t)
+    assert_close(pred.x0, c_skip * x_t + c_out * out, rtol=1e-12, atol=1e-12)
+    assert_close(process.target(pred.x0, t, pred.eps), out, rtol=1e-10, atol=1e-10)
+    assert_close(process.scale_input(x_t, t), c_in * x_t, rtol=1e-12, atol=0)
+    assert process.target_gain(t).item() == pytest.approx(1 / c_out**2, rel=1e-12)
+
+
+@every_shape
+@every_prediction
+def test_levels_of_each_sample_its_own(prediction, shape):
+    """Levels (B, 1, ..., 1): the batch is what its samples are alone, at scalar levels."""
+    process = GaussianDiffusion(prediction)
+    levels = [TABLE[1], FLOW[2], EDM[0]]
+    together = Level(*(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True)))
+    x0, eps, out = normal(shape, 38), normal(shape, 39), normal(shape, 40)
+    target, pred, gain = (
+        process.target(x0, together, eps),
+        process.interpret(out, x0, together),
+        process.target_gain(together),
+    )
+    assert gain.shape == together.alpha.shape
+    for i, t in enumerate(levels):
+        alone = process.interpret(out[i : i + 1], x0[i : i + 1], t)
+        assert_close(target[i], process.target(x0[i], t, eps[i]), rtol=1e-12, atol=1e-14)
+        assert_close(pred.x0[i], alone.x0[0], rtol=1e-12, atol=1e-14)
+        assert_close(pred.eps[i], alone.eps[0], rtol=1e-12, atol=1e-14)
+        assert_close(gain[i].squeeze(), process.target_gain(t), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("clip", [0.5, 1.0])
@@ -126,6 +176,39 @@ def test_target_gain_is_the_ratio_of_squared_errors(prediction, t):
     assert_close(process.target_gain(t), ratio, rtol=1e-9, atol=0)
 
 
+@every_level
+@every_prediction
+def test_target_gain_is_a_squared_slope(prediction, t):
+    """d target / d x_0 by autograd, where eps follows from x_0 and a fixed x_t."""
+    process = GaussianDiffusion(prediction, sigma_data=0.8)
+    x_t = torch.tensor(0.3, dtype=torch.float64)
+    x0 = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(process.target(x0, t, (x_t - t.alpha * x0) / t.sigma), x0)
+    assert_close(process.target_gain(t), slope.square(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_prediction
+def test_pure_noise_is_no_special_case(prediction, dtype):
+    """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0), as x_t tells nothing."""
+    process = GaussianDiffusion(prediction)
+    noise = Level(*torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
+    s = Level(*torch.tensor([0.6, 0.8, 0.5], dtype=dtype))
+    x0, eps = normal((3, 2), 41).to(dtype), normal((3, 2), 42).to(dtype)
+    gain = process.target_gain(noise)
+    assert gain.isfinite() and gain > 0
+    x_t = process.add_noise(x0, noise, eps)
+    assert_close(x_t, eps, rtol=0, atol=0)
+    assert process.target(x0, noise, eps).isfinite().all()
+    if prediction != "eps":
+        pred = process.interpret(process.target(x0, noise, eps), x_t, noise)
+        assert_close(pred.x0, x0, rtol=1e-5, atol=1e-6)
+        assert_close(pred.eps, eps, rtol=1e-5, atol=1e-6)
+    mean, log_variance = process.posterior(x0, x_t, noise, s)
+    assert_close(mean, 0.6 * x0, rtol=1e-6, atol=1e-7)
+    assert log_variance.item() == pytest.approx(math.log(0.64), rel=1e-5)
+
+
 @every_pair
 @every_shape
 def test_posterior_is_bayes_rule(shape, t, s):
@@ -148,7 +231,7 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
     betas, levels = table()
     x0, x_t = normal(shape, 11), normal(shape, 12)
     rows = [row, 1000 - row, 3]
-    t, s = (levels.level(torch.tensor([i - shift for i in rows]), x0) for shift in (0, 1))
+    t, s = (exact_level(levels, torch.tensor([i - shift for i in rows]), x0) for shift in (0, 1))
     mean, log_variance = GaussianDiffusion().posterior(x0, x_t, t, s)
     for i, index in enumerate(rows):
         beta = betas[index].item()
@@ -167,10 +250,10 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
 def test_reverse_step_to_clean_data(variance, shape, row):
     """For s clean the mean is x_0 itself; the log-variance is the posterior's at t = 1, whichever is chosen."""
     _, levels = table()
-    process = GaussianDiffusion(variance=variance, decoder_log_variance=levels.decoder_log_variance)
+    process = GaussianDiffusion(variance=variance, decoder_log_variance=decoder_log_variance(levels))
     x0, x_t = normal(shape, 13), normal(shape, 14)
-    t, clean = (levels.level(torch.full((3,), index), x0) for index in (row, -1))
-    at_one = process.posterior(x0, x_t, *(levels.level(torch.full((3,), index), x0) for index in (1, 0)))
+    t, clean = (exact_level(levels, torch.full((3,), index), x0) for index in (row, -1))
+    at_one = process.posterior(x0, x_t, *(exact_level(levels, torch.full((3,), index), x0) for index in (1, 0)))
     for gaussian in (process.posterior(x0, x_t, t, clean), process.reverse(Prediction(x0, x_t), x_t, t, clean)):
         assert_close(gaussian.mean, x0, rtol=0, atol=0)
         assert_close(gaussian.log_variance, at_one.log_variance, rtol=1e-12, atol=0)
@@ -183,13 +266,114 @@ def test_reverse_variances_of_neighbours(variance, row):
     betas, levels = table()
     process = GaussianDiffusion(variance=variance)
     x_t, pred = normal((3, 2), 15), Prediction(normal((3, 2), 16), normal((3, 2), 17))
-    t, s = (levels.level(torch.full((3,), index), x_t) for index in (row, row - 1))
+    t, s = (exact_level(levels, torch.full((3,), index), x_t) for index in (row, row - 1))
     mean, log_variance = process.reverse(pred, x_t, t, s)
     bar_s = math.prod(1 - b for b in betas[:row].tolist())
     beta = betas[row].item()
     ratio = (1 - bar_s) / (1 - bar_s * (1 - beta)) if variance == "fixed_small" else 1
     assert_close(log_variance, torch.full((3, 1), math.log(ratio * beta), dtype=torch.float64), rtol=0, atol=1e-9)
     assert_close(mean, process.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("row", [0, 1, 10, 999])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_learned_range_is_iddpm_eq_15(prediction, row):
+    """log variance = f log beta + (1 - f) log beta_tilde with f = (mix + 1) / 2, from the betas in plain floats.
+
+    The network gives twice the channels; at t = 0 beta_tilde is replaced by its value at t = 1, beta is not.
+    """
+    betas, levels = table()
+    process = GaussianDiffusion(prediction, "learned_range", decoder_log_variance=decoder_log_variance(levels))
+    assert process.outputs == 2
+    x_t, out, mix = normal((3, 2), 28), normal((3, 2), 29), normal((3, 2), 30)
+    t, s = levels.row(row), levels.row(row - 1)
+    pred = process.interpret(torch.cat([out, mix], dim=1), x_t, t)
+    plain = GaussianDiffusion(prediction).interpret(out, x_t, t)
+    assert_close(pred.x0, plain.x0, rtol=0, atol=0)
+    mean, log_variance = process.reverse(pred, x_t, t, s)
+    at = max(row, 1)
+    bar_s = math.prod(1 - b for b in betas[:at].tolist())
+    tilde = (1 - bar_s) / (1 - bar_s * (1 - betas[at].item())) * betas[at].item()
+    fraction = (mix + 1) / 2
+    expected = fraction * math.log(betas[row].item()) + (1 - fraction) * math.log(tilde)
+    assert_close(log_variance, expected, rtol=0, atol=1e-9)
+    assert_close(mean, process.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
+
+
+@every_pair
+def test_learned_range_ends_at_the_fixed_variances(t, s):
+    """mix = -1 is fixed_small, +1 is log sigma_t^2 (1 - r), the variance of the link in plain floats."""
+    x_t, x0 = normal((3, 2), 43), normal((3, 2), 44)
+    process = GaussianDiffusion(variance="learned_range")
+    low, high = (process.reverse(Prediction(x0, x_t, torch.full((3, 2), m)), x_t, t, s) for m in (-1.0, 1.0))
+    small = GaussianDiffusion().posterior(x0, x_t, t, s)
+    link = t.sigma.item() ** 2 - (t.alpha / s.alpha).item() ** 2 * s.sigma.item() ** 2
+    assert_close(low.log_variance, small.log_variance.expand(3, 2), rtol=0, atol=1e-12)
+    assert_close(high.log_variance, torch.full((3, 2), math.log(link), dtype=torch.float64), rtol=0, atol=1e-10)
+    assert_close(low.mean, small.mean, rtol=0, atol=0)
+    assert_close(high.mean, small.mean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variance", [*VARIANCES, "learned_range", "learned"])
+@every_shape
+def test_outputs_for_each_of_the_datas_numbers(shape, variance):
+    """Twice as many if the variance is learned: first those of the target, then mix, along the channels."""
+    process = GaussianDiffusion("x0", variance)
+    parts = [normal(shape, 45 + i) for i in range(process.outputs)]
+    pred = process.interpret(torch.cat(parts, dim=1), normal(shape, 47), TABLE[1])
+    assert_close(pred.x0, parts[0], rtol=0, atol=0)
+    if variance in VARIANCES:
+        assert process.outputs == 1 and pred.mix is None
+    else:
+        assert process.outputs == 2
+        assert_close(pred.mix, parts[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("variance", ["learned_range", "learned"])
+def test_learned_variances_have_gradients_also_at_clean_data(variance):
+    """In a float32 batch whose first sample's s is clean: each output's gradient is finite and none of mix's is 0."""
+    _, levels = table()
+    process = GaussianDiffusion("eps", variance, decoder_log_variance=decoder_log_variance(levels))
+    x_t = normal((3, 2), 48).float()
+    t, s = (levels.level(torch.tensor([0, 1, 999]) - shift, x_t) for shift in (0, 1))
+    out = normal((3, 4), 49).float().requires_grad_()
+    mean, log_variance = process.reverse(process.interpret(out, x_t, t), x_t, t, s)
+    (gradient,) = torch.autograd.grad((mean.square() + log_variance.square()).sum(), out)
+    assert gradient.isfinite().all()
+    assert (gradient[:, 2:] != 0).all()
+
+
+@every_pair
+def test_learned_variance_is_relative_to_the_posteriors(t, s):
+    """log variance = that of fixed_small + mix."""
+    process = GaussianDiffusion(variance="learned")
+    x_t, mix = normal((3, 2), 31), normal((3, 2), 32)
+    pred = process.interpret(torch.cat([normal((3, 2), 33), mix], dim=1), x_t, t)
+    small = GaussianDiffusion().reverse(Prediction(pred.x0, pred.eps), x_t, t, s).log_variance
+    assert_close(process.reverse(pred, x_t, t, s).log_variance, small + mix, rtol=0, atol=1e-12)
+
+
+@every_level
+def test_scaled_input_of_data_as_expected_has_unit_variance(t):
+    """EDM's c_in; the other targets take x_t as it is."""
+    process = GaussianDiffusion("edm", sigma_data=0.7)
+    variance = (t.alpha * 0.7) ** 2 + t.sigma**2
+    x_t = normal((3, 2), 34)
+    assert_close(process.scale_input(x_t, t), x_t / variance.sqrt(), rtol=1e-12, atol=0)
+    assert process.scale_input(x_t, t).shape == x_t.shape
+    assert GaussianDiffusion("v").scale_input(x_t, t) is x_t
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.9])
+def test_dynamic_clip_scales_down_what_exceeds(quantile):
+    """Imagen: clip at the quantile of |x_0| of each sample if it exceeds the bound, then divide by it."""
+    x0 = normal((3, 4, 5), 35) * torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)[:, None, None]
+    t = level(0.8, 0.6)
+    pred = GaussianDiffusion("x0", clip=1.0, dynamic_clip=quantile).interpret(x0, x0, t)
+    for sample, clipped in zip(x0.numpy(), pred.x0.numpy(), strict=True):
+        bound = max(np.quantile(np.abs(sample), quantile), 1.0)
+        np.testing.assert_allclose(clipped, np.clip(sample, -bound, bound) / bound, rtol=1e-12)
+    assert_close(t.alpha * pred.x0 + t.sigma * pred.eps, x0, rtol=0, atol=1e-12)
 
 
 @every_pair
@@ -221,7 +405,7 @@ def test_step_between_neighbours_is_ddpm_eq_2(row):
     """sqrt(1 - beta) x + sqrt(beta) eps, also from clean data (row 0)."""
     betas, levels = table()
     x, eps = normal((3, 2), 23), normal((3, 2), 24)
-    s, t = (levels.level(torch.full((3,), index), x) for index in (row - 1, row))
+    s, t = (exact_level(levels, torch.full((3,), index), x) for index in (row - 1, row))
     beta = betas[row].item()
     expected = math.sqrt(1 - beta) * x + math.sqrt(beta) * eps
     assert_close(GaussianDiffusion().step(x, s, t, eps), expected, rtol=0, atol=1e-10)
@@ -236,7 +420,7 @@ def test_snr_ratio(t, s):
 
 @pytest.mark.parametrize("row", [0, 1, 2, 50, 500, 999])
 @every_shape
-@every_prediction
+@pytest.mark.parametrize("prediction", NAMES_IN_DIFFUSERS)
 def test_reverse_step_equals_diffusers(prediction, shape, row):
     """One ancestral step of the same network output with the same noise; the library on float64 tables.
 
@@ -251,7 +435,7 @@ def test_reverse_step_equals_diffusers(prediction, shape, row):
     expected = scheduler.step(out, row, x_t, generator=torch.Generator().manual_seed(27)).prev_sample
 
     process = GaussianDiffusion(prediction)
-    t, s = (levels.level(torch.full((3,), index), x_t) for index in (row, row - 1))
+    t, s = (exact_level(levels, torch.full((3,), index), x_t) for index in (row, row - 1))
     mean, log_variance = process.reverse(process.interpret(out, x_t, t), x_t, t, s)
     noise = normal(shape, 27) if row > 0 else torch.zeros_like(mean)
     assert_close(mean + torch.exp(log_variance / 2) * noise, expected, rtol=1e-9, atol=1e-9)
@@ -261,7 +445,10 @@ def test_reverse_step_equals_diffusers(prediction, shape, row):
     ("arguments", "message"),
     [
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'.*process.prediction.*eps"),
-        ({"variance": "learned"}, "unknown variance 'learned'.*process.variance.*fixed_small"),
+        ({"variance": "small"}, "unknown variance 'small'.*process.variance.*fixed_small"),
+        ({"dynamic_clip": 0.99}, "dynamic_clip is a quantile.*needs clip"),
+        ({"dynamic_clip": 1.5, "clip": 1.0}, "dynamic_clip is a quantile.*got 1.5"),
+        ({"sigma_data": 0.0}, "sigma_data must be positive, got 0.0"),
         ({"clip": 0.0}, "clip must be positive, got 0.0"),
         ({"clip": -1.0}, "clip must be positive, got -1.0"),
     ],

@@ -96,6 +96,24 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path, mon
         assert_equal_bits(weights(folder, key), weights(trained, key))
 
 
+def test_importance_sampling_resumes_and_does_not_depend_on_how_the_batch_is_cut(tmp_path, monkeypatch):
+    """What was seen of the losses is in the checkpoint, in the order of the global batch."""
+    settings = ["objective=vlb", "process.variance=learned_range", "timesteps=importance", "timesteps.bins=4"]
+    whole, cut, stopped = (tmp_path / name for name in ("whole", "cut", "stopped"))
+    train_tiny(whole, *settings)
+    assert (weights(whole, "current_model_state")["timesteps.seen"].sum() == 6 * 64).all()
+    train_tiny(cut, *settings, "trainer.accumulate_grad_batches=4")
+    for name, value in weights(whole, "current_model_state").items():
+        assert_close(weights(cut, "current_model_state")[name], value, rtol=1e-2, atol=1e-3)
+    runs_until(monkeypatch, stop_after=3)
+    with pytest.raises(SystemExit):
+        train_tiny(stopped, *settings)
+    monkeypatch.undo()
+    train_tiny(stopped, *settings, f"resume='{stopped}'")
+    assert losses(stopped) == losses(whole)
+    assert_equal_bits(weights(stopped, "current_model_state"), weights(whole, "current_model_state"))
+
+
 def runs_until(monkeypatch: pytest.MonkeyPatch, stop_after: int) -> int:
     """Press Ctrl-C while step number `stop_after` is being computed."""
     from src.module import DiffusionModule
@@ -248,7 +266,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["zero_terminal_snr=true", "process.prediction=eps"], "zero SNR x_T is the noise itself"),
         (["sampler=ddim", "sampler.eta=2"], "eta must lie in [0, 1]"),
         (["sampler.steps=0"], "at least 1 step"),
-        (["sampler.spacing=even"], "trailing, leading, linspace or karras"),
+        (["sampler.spacing=even"], "trailing, leading, linspace, karras or log_snr"),
         (["weighting.gamma=-1"], "gamma must be positive"),
         (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
         (["optimizer.lr=-1"], "optimizer.lr must be positive, got -1"),

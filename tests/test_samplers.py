@@ -1,35 +1,48 @@
-"""Samplers against each other, against diffusers, and on Gaussian data, for which the ideal denoiser is known."""
+"""Samplers against the papers' formulas, against diffusers, and on data whose ideal denoiser is known."""
 
 import math
 from functools import cache, partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch.testing import assert_close
 
-from src.diffusion import samplers, schedules
-from src.diffusion.noise import NoiseSchedule
+from src.data.analytic import GaussianMixture
+from src.diffusion import curves, samplers, schedules
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
 from src.diffusion.process import GaussianDiffusion, Prediction
 
 PREDICTIONS = ["eps", "x0", "v"]
-SPACINGS = ["trailing", "leading", "linspace", "karras"]
+SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 SHAPES = [(3, 2), (2, 3, 4, 4)]
 NAMES_IN_DIFFUSERS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+CHURN = {"churn": 3.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.007}
 SAMPLERS = {
     "ancestral": samplers.ancestral,
     "ddim": samplers.ddim,
     "ddim_half": partial(samplers.ddim, eta=0.5),
     "ddim_one": partial(samplers.ddim, eta=1.0),
+    "dpmpp_2m": samplers.dpmpp_2m,
+    "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
+    "dpmpp_2m_sde_half": partial(samplers.dpmpp_2m_sde, eta=0.5),
+    "heun": samplers.heun,
+    "heun_churn": partial(samplers.heun, **CHURN),
 }
-BETAS = {
-    "linear": schedules.linear,
-    "cosine": schedules.cosine,
-    "zero_terminal": lambda num_steps: schedules.zero_terminal_snr(schedules.linear(num_steps)),
+DETERMINISTIC = {"ddim", "dpmpp_2m", "heun"}
+SCHEDULES = {
+    "linear": lambda: NoiseSchedule(schedules.linear(1000)),
+    "linear_50": lambda: NoiseSchedule(schedules.linear(50)),
+    "cosine": lambda: NoiseSchedule(schedules.cosine(1000)),
+    "zero_terminal": lambda: NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(1000))),
+    "rectified_flow": lambda: ContinuousSchedule(curves.rectified_flow),
+    "exploding": lambda: ContinuousSchedule(curves.exploding),
 }
 # Data N(MEAN, STD^2), narrower than the noise.
 MEAN, STD = 0.7, 0.5
+MIXTURE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [0.3, 0.5, 0.8])
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -38,8 +51,8 @@ every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
 @cache
-def schedule(name="linear", num_steps=1000):
-    return NoiseSchedule(BETAS[name](num_steps), dtype=torch.float64)
+def schedule(name="linear"):
+    return SCHEDULES[name]()
 
 
 def normal(shape, seed):
@@ -63,6 +76,30 @@ def ideal(x, t):
     return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
+def ideal_for_mixture(x, t):
+    """The mixture's, which is not linear in x."""
+    x0 = MIXTURE.denoise(x, t.alpha.item(), t.sigma.item())
+    return Prediction(x0, (x - t.alpha * x0) / t.sigma)
+
+
+def run(sampler, predict, x, grid, noise=torch.zeros_like, process=None):
+    return list(sampler(process or GaussianDiffusion(), predict, x, grid, noise=noise))
+
+
+def marginal(level):
+    """Mean and variance of x_t for the Gaussian data."""
+    return level.alpha.item() * MEAN, (level.alpha.item() * STD) ** 2 + level.sigma.item() ** 2
+
+
+def flow(x, t, s):
+    """Where the probability flow of the Gaussian data leads x_t: to as many deviations from the mean as it had."""
+    (mean_t, variance_t), (mean_s, variance_s) = marginal(t), marginal(s)
+    return mean_s + math.sqrt(variance_s / variance_t) * (x - mean_t)
+
+
+# On Gaussian data: every sampler is affine in x and in its noises.
+
+
 def moments(sampler, process, grid, mean, variance):
     """Mean and variance after each step of a sampler that is affine in x and in its noises, exactly.
 
@@ -77,34 +114,296 @@ def moments(sampler, process, grid, mean, variance):
         yield offset + slope * mean, slope**2 * variance + noises.square().sum().item()
 
 
-def affine_recursion(name, variance_kind, grid, mean, variance):
-    """The same in scalars: x_s = (a x_t + b) + noise, by Bayes' rule (ancestral) or DDIM eq. 12 and 16."""
-    levels = [(level.alpha.item(), level.sigma.item()) for level in grid]
-    eta = {"ancestral": None, "ddim": 0.0, "ddim_half": 0.5, "ddim_one": 1.0}[name]
-    for (alpha, sigma), (alpha_s, sigma_s) in pairwise(levels):
-        k = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
-        x0_slope, x0_offset = k, (1 - k * alpha) * MEAN
-        if sigma_s == 0:
-            slope, offset, noise = x0_slope, x0_offset, 0.0
-        elif eta is None:
-            scale = alpha / alpha_s
-            link = sigma**2 - scale**2 * sigma_s**2
-            precision = scale**2 / link + 1 / sigma_s**2
-            slope = (scale / link + alpha_s / sigma_s**2 * x0_slope) / precision
-            offset = alpha_s / sigma_s**2 * x0_offset / precision
-            noise = 1 / precision if variance_kind == "fixed_small" else link
+def affine_step(name, variance_kind, ratio_t, ratio_s, scale, before, highest, steps):
+    """One step in the variance-exploding coordinate z = x / alpha, r = sigma / alpha, in plain floats.
+
+    Maps (z, D) with D the prediction of x_0 one step earlier to (z', D'), as matrix, offset and the noise's factor.
+    `scale` is alpha_t / alpha_s, on which fixed_large depends; `before` the ratio one step earlier.
+    """
+
+    def denoiser(ratio):
+        gain = STD**2 / (STD**2 + ratio**2)
+        return gain, (1 - gain) * MEAN
+
+    gain, offset = denoiser(ratio_t)
+    predicted = np.array([gain, 0.0]), offset
+    last = ratio_s == 0
+    if name == "ancestral":
+        # Bayes' rule: z ~ N(z_s, ratio_t^2 - ratio_s^2), z_s ~ N(D, ratio_s^2).
+        share = (ratio_s / ratio_t) ** 2
+        small = ratio_s**2 * (1 - share)
+        row, b = np.array([share, 0]) + (1 - share) * predicted[0], (1 - share) * predicted[1]
+        large = (ratio_t**2 - ratio_s**2) * scale**2
+        noise = 0.0 if last else math.sqrt(small if variance_kind == "fixed_small" else large)
+    elif name.startswith("ddim"):
+        eta = {"ddim": 0.0, "ddim_half": 0.5, "ddim_one": 1.0}[name]
+        # k-diffusion's get_ancestral_step.
+        up = eta * ratio_s * math.sqrt(ratio_t**2 - ratio_s**2) / ratio_t
+        down = math.sqrt(ratio_s**2 - up**2)
+        row = np.array([1.0, 0]) * (down / ratio_t) + (1 - down / ratio_t) * predicted[0]
+        b, noise = (1 - down / ratio_t) * predicted[1], up
+    elif name.startswith("dpmpp"):
+        eta = {"dpmpp_2m": 0.0, "dpmpp_2m_sde": 1.0, "dpmpp_2m_sde_half": 0.5}[name]
+        shrink = (ratio_s / ratio_t) ** (1 + eta)
+        extra = 0.0 if last or before is None else math.log(ratio_t / ratio_s) / math.log(before / ratio_t) / 2
+        mixed = (1 + extra) * predicted[0] - extra * np.array([0, 1.0]), (1 + extra) * predicted[1]
+        row, b = np.array([shrink, 0]) + (1 - shrink) * mixed[0], (1 - shrink) * mixed[1]
+        noise = ratio_s * math.sqrt(1 - (ratio_s / ratio_t) ** (2 * eta)) if eta else 0.0
+    else:
+        hat, added = ratio_t, 0.0
+        if name == "heun_churn" and CHURN["churn_min"] <= ratio_t <= CHURN["churn_max"]:
+            hat = min(ratio_t * (1 + min(CHURN["churn"] / steps, math.sqrt(2) - 1)), highest)
+            added = CHURN["churn_noise"] * math.sqrt(hat**2 - ratio_t**2)
+        gain, offset = denoiser(hat)
+        slope, constant = (1 - gain) / hat, -offset / hat
+        step = ratio_s - hat
+        if last:
+            a, b = 1 + step * slope, step * constant
         else:
-            noise = (eta * sigma_s / sigma) ** 2 * (1 - (alpha / alpha_s) ** 2)
-            direction = math.sqrt(sigma_s**2 - noise)
-            slope = alpha_s * x0_slope + direction * (1 - alpha * x0_slope) / sigma
-            offset = alpha_s * x0_offset - direction * alpha * x0_offset / sigma
-        mean, variance = slope * mean + offset, slope**2 * variance + noise
-        yield mean, variance
+            gain_s, offset_s = denoiser(ratio_s)
+            slope_s, constant_s = (1 - gain_s) / ratio_s, -offset_s / ratio_s
+            a = 1 + step / 2 * (slope + slope_s * (1 + step * slope))
+            b = step / 2 * (constant + slope_s * step * constant + constant_s)
+        row, noise = np.array([a, 0.0]), a * added
+    return np.array([row, predicted[0]]), np.array([b, predicted[1]]), noise
 
 
-def marginal(level):
-    """Mean and variance of x_t for the Gaussian data."""
-    return level.alpha.item() * MEAN, (level.alpha.item() * STD) ** 2 + level.sigma.item() ** 2
+def affine_recursion(name, variance_kind, grid, mean, variance):
+    """Mean and variance of x after each step, by propagating those of (z, D)."""
+    levels = [(level.alpha.item(), level.sigma.item() / level.alpha.item()) for level in grid]
+    (highest,) = grid.schedule.at(torch.ones(1, dtype=torch.float64))
+    alpha = levels[0][0]
+    mu, cov, before = np.array([mean / alpha, 0]), np.diag([variance / alpha**2, 0]), None
+    for (alpha_t, ratio_t), (alpha_s, ratio_s) in pairwise(levels):
+        matrix, offset, noise = affine_step(
+            name, variance_kind, ratio_t, ratio_s, alpha_t / alpha_s, before, highest.ratio.item(), len(grid) - 1
+        )
+        mu, cov = matrix @ mu + offset, matrix @ cov @ matrix.T + np.diag([noise**2, 0])
+        before = ratio_t
+        yield alpha_s * mu[0], alpha_s**2 * cov[0, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "log_snr"])
+@every_sampler
+def test_gaussian_moments_follow_the_affine_recursion(name, spacing, steps):
+    """Mean and standard deviation after each step, with the ideal denoiser, to 1e-10."""
+    for variance_kind in ["fixed_small", "fixed_large"] if name == "ancestral" else ["fixed_small"]:
+        process = GaussianDiffusion(variance=variance_kind)
+        for levels in ("linear", "cosine", "exploding"):
+            grid = make_grid(schedule(levels), steps, spacing)
+            start = (-1.3, 2.0) if spacing == "karras" else marginal(grid[0])
+            ours = moments(SAMPLERS[name], process, grid, *start)
+            scalars = affine_recursion(name, variance_kind, grid, *start)
+            for (our_mean, our_variance), (scalar_mean, scalar_variance) in zip(ours, scalars, strict=True):
+                assert our_mean == pytest.approx(scalar_mean, rel=1e-10, abs=1e-10)
+                assert math.sqrt(our_variance) == pytest.approx(math.sqrt(scalar_variance), rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
+@pytest.mark.parametrize("levels", ["cosine", "linear", "rectified_flow"])
+def test_order_of_the_error(levels, name, order):
+    """The distance to the exact flow at the cleanest level falls with this power of the step in log-SNR."""
+
+    def error(steps):
+        grid = make_grid(schedule(levels), steps, "log_snr")
+        x = normal((100, 2), 1) * grid[0].norm
+        out = run(SAMPLERS[name], ideal, x, grid)[-2]
+        return (out - flow(x, grid[0], grid[-2])).square().mean().sqrt().item()
+
+    assert math.log(error(40) / error(160)) / math.log(4) == pytest.approx(order, abs=0.15)
+
+
+@every_sampler
+def test_gaussian_data_come_out(name):
+    """From the marginal of the first level, the discretisation is all that is left: 8 times the steps leave a fifth.
+
+    Churn must add unit noise for that; EDM's 1.007 is a correction for networks.
+    """
+    sampler = partial(SAMPLERS[name], churn_noise=1.0) if name == "heun_churn" else SAMPLERS[name]
+
+    def errors(steps):
+        grid = make_grid(schedule(), steps, "log_snr")
+        *_, (mean, variance) = moments(sampler, GaussianDiffusion(), grid, *marginal(grid[0]))
+        return abs(mean - MEAN), abs(math.sqrt(variance) - STD)
+
+    for few, many in zip(errors(50), errors(400), strict=True):
+        assert many < 0.02 * STD
+        assert many < few / 5 + 1e-4
+
+
+# Against the papers' own coordinates.
+
+
+def exploding(grid):
+    """sigma / alpha of the grid, as plain floats, and the prediction of x_0 in that coordinate from `nonlinear`."""
+    return [level.sigma.item() / level.alpha.item() for level in grid]
+
+
+def denoise(z, ratio):
+    """An arbitrary smooth D(z; sigma)."""
+    return torch.tanh(z / math.sqrt(1 + ratio**2) + 0.3 * math.sin(3 * ratio))
+
+
+def predict_by_denoise(x, t):
+    x0 = denoise(x / t.alpha, (t.sigma / t.alpha).item())
+    return Prediction(x0, (x - t.alpha * x0) / t.sigma)
+
+
+def compare(sampler, formula, levels, spacing="karras", steps=12):
+    """Every value of the sampler, as z = x / alpha, with that of a published loop over sigmas."""
+    grid = make_grid(schedule(levels), steps, spacing)
+    x = normal((5, 2), 2) * grid[0].norm
+    ours = run(sampler, predict_by_denoise, x, grid, noise=seeded_noise(3))
+    theirs = formula(x / grid[0].alpha, exploding(grid), seeded_noise(3))
+    for out, z, level in zip(ours, theirs, grid[1:], strict=True):
+        assert_close(out / level.alpha, z, rtol=1e-9, atol=1e-9)
+
+
+every_coordinate = pytest.mark.parametrize("levels", ["linear", "cosine", "rectified_flow", "exploding"])
+
+
+@every_coordinate
+def test_dpmpp_2m_is_k_diffusions(levels):
+    """sample_dpmpp_2m: t = -log sigma, from the last two denoised."""
+
+    def formula(z, sigmas, _):
+        old = None
+        for i in range(len(sigmas) - 1):
+            denoised = denoise(z, sigmas[i])
+            if sigmas[i + 1] == 0:
+                z = denoised
+            else:
+                t, t_next = -math.log(sigmas[i]), -math.log(sigmas[i + 1])
+                h, both = t_next - t, denoised
+                if old is not None:
+                    r = (t + math.log(sigmas[i - 1])) / h
+                    both = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * old
+                z = math.exp(-t_next) / math.exp(-t) * z - math.expm1(-h) * both
+            old = denoised
+            yield z
+
+    compare(samplers.dpmpp_2m, formula, levels)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@every_coordinate
+def test_dpmpp_2m_sde_is_k_diffusions(levels, eta):
+    """sample_dpmpp_2m_sde, solver_type midpoint."""
+
+    def formula(z, sigmas, noise):
+        old = h_last = None
+        for sigma, sigma_next in pairwise(sigmas):
+            denoised = denoise(z, sigma)
+            if sigma_next == 0:
+                z, h = denoised, None
+            else:
+                h = math.log(sigma) - math.log(sigma_next)
+                eta_h = eta * h
+                z = sigma_next / sigma * math.exp(-eta_h) * z - math.expm1(-h - eta_h) * denoised
+                if old is not None:
+                    z = z - 0.5 * math.expm1(-h - eta_h) * (h / h_last) * (denoised - old)
+                if eta:
+                    z = z + noise(z) * sigma_next * math.sqrt(-math.expm1(-2 * eta_h))
+            old, h_last = denoised, h
+            yield z
+
+    compare(partial(samplers.dpmpp_2m_sde, eta=eta), formula, levels)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@every_coordinate
+def test_euler_ancestral_is_k_diffusions(levels, eta):
+    """sample_euler_ancestral with get_ancestral_step's sigma_up and sigma_down is DDIM."""
+
+    def formula(z, sigmas, noise):
+        for sigma, sigma_next in pairwise(sigmas):
+            up = min(sigma_next, eta * (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5)
+            down = (sigma_next**2 - up**2) ** 0.5
+            z = z + (z - denoise(z, sigma)) / sigma * (down - sigma)
+            if sigma_next > 0:
+                z = z + noise(z) * up
+            yield z
+
+    compare(partial(samplers.ddim, eta=eta), formula, levels)
+
+
+@pytest.mark.parametrize("settings", [{}, CHURN, {"churn": 100.0, "churn_max": 50.0}], ids=["plain", "churn", "most"])
+@every_coordinate
+def test_heun_is_edms_algorithm_2(levels, settings):
+    """Karras et al. 2022, alg. 2, gamma = min(S_churn / N, sqrt(2) - 1) within [S_min, S_max]."""
+
+    def formula(z, sigmas, noise):
+        steps = len(sigmas) - 1
+        for sigma, sigma_next in pairwise(sigmas):
+            gamma = 0.0
+            if settings and settings.get("churn_min", 0) <= sigma <= settings["churn_max"]:
+                gamma = min(settings["churn"] / steps, math.sqrt(2) - 1)
+            hat = sigma + gamma * sigma
+            if gamma > 0:
+                z = z + math.sqrt(hat**2 - sigma**2) * settings.get("churn_noise", 1) * noise(z)
+            d = (z - denoise(z, hat)) / hat
+            ahead = z + (sigma_next - hat) * d
+            if sigma_next != 0:
+                d_ahead = (ahead - denoise(ahead, sigma_next)) / sigma_next
+                ahead = z + (sigma_next - hat) * (d / 2 + d_ahead / 2)
+            z = ahead
+            yield z
+
+    compare(partial(samplers.heun, **settings), formula, levels)
+
+
+def test_churn_raises_the_noise_of_the_steps_in_its_range():
+    """The levels that are predicted from: (1 + gamma) sigma within [S_min, S_max], else the grid's own."""
+    grid = make_grid(schedule("exploding"), 20, "karras")
+    for churn, gamma in ((2.0, 0.1), (1e3, math.sqrt(2) - 1)):
+        seen = []
+
+        def predict(x, t, seen=seen):
+            seen.append(t.ratio.item())
+            return predict_by_denoise(x, t)
+
+        run(partial(samplers.heun, churn=churn, churn_min=0.1, churn_max=20.0), predict, normal((3, 2), 4), grid)
+        expected = [r * (1 + gamma) if 0.1 <= r <= 20 else r for r in exploding(grid)[:-1]]
+        # Each step but the last also predicts at its end.
+        assert seen[::2] == pytest.approx(expected, rel=1e-9)
+
+
+@every_coordinate
+def test_inversion_is_eulers_method_from_data_to_noise(levels):
+    """z' = z + (sigma' - sigma) eps; eps of the first step, from clean data, is that of its end."""
+    grid, data = make_grid(schedule(levels), 12, "karras"), normal((5, 2), 20)
+    z, last = data, 0.0
+    for out, level in zip(run(samplers.ddim_inversion, predict_by_denoise, data, grid), grid[-2::-1], strict=True):
+        ratio = level.sigma.item() / level.alpha.item()
+        if last == 0:
+            z = z + predict_by_denoise(data, level).eps * ratio
+        else:
+            z = z + (z - denoise(z, last)) / last * (ratio - last)
+        last = ratio
+        assert_close(out / level.alpha, z, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("levels", ["cosine", "rectified_flow"])
+def test_inversion_leads_to_noise_and_ddim_back_to_the_data(levels):
+    """On a mixture, whose flow is not linear: what is left shrinks with the number of steps."""
+    data = MIXTURE(200, torch.Generator().manual_seed(5)).double()
+
+    def error(steps):
+        grid = make_grid(schedule(levels), steps, "log_snr")
+        noised = run(samplers.ddim_inversion, ideal_for_mixture, data, grid)
+        assert len(noised) == steps
+        back = run(samplers.ddim, ideal_for_mixture, noised[-1], grid)[-1]
+        return (back - data).square().mean().sqrt().item(), noised[-1] / grid[0].norm
+
+    (few, _), (many, noise) = error(40), error(160)
+    assert many < few / 3
+    assert many < 0.05
+    assert noise.mean(0).abs().max() < 0.2
+    assert noise.std(0) == pytest.approx([1, 1], abs=0.15)
+
+
+# Against each other and for any data.
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
@@ -113,14 +412,128 @@ def marginal(level):
 @every_prediction
 def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip):
     """The same noises give the same values all along, for any strides, clipped or not."""
-    for name in ["linear", "cosine"] if prediction == "eps" else BETAS:
+    for name in ["linear", "cosine", "rectified_flow"] + ["zero_terminal"] * (prediction != "eps"):
+        if name == "rectified_flow" and prediction == "eps" and spacing in ("trailing", "linspace"):
+            continue  # from pure noise
         process = GaussianDiffusion(prediction, clip=clip)
         predict = samplers.predictor(process, nonlinear)
-        grid, x = schedule(name).grid(steps, spacing), normal((3, 2), 0)
-        ours = samplers.ancestral(process, predict, x, grid, noise=seeded_noise(1))
-        other = samplers.ddim(process, predict, x, grid, eta=1.0, noise=seeded_noise(1))
-        for a, b in zip(ours, other, strict=True):
-            assert_close(a, b, rtol=1e-10, atol=1e-10)
+        grid, x = make_grid(schedule(name), steps, spacing), normal((3, 2), 0)
+        ours = run(samplers.ancestral, predict, x, grid, seeded_noise(1), process)
+        other = run(partial(samplers.ddim, eta=1.0), predict, x, grid, seeded_noise(1))
+        assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("dpmpp_2m", "ddim"), ("dpmpp_2m_sde", "ancestral")])
+def test_two_steps_of_dpmpp_are_of_first_order(name, limit):
+    """The first for want of a second prediction, the last since log-SNR is infinite there."""
+    grid, x = make_grid(schedule("cosine"), 2), normal((3, 2), 6)
+    ours, theirs = (run(SAMPLERS[n], predict_by_denoise, x, grid, seeded_noise(7)) for n in (name, limit))
+    assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@every_shape
+@every_sampler
+def test_a_value_for_every_step(name, shape, steps):
+    """Exactly `steps` values of the data's shape; the start is left alone; the last is a predicted x_0."""
+    process = GaussianDiffusion("v")
+    predictions = []
+
+    def predict(x, t):
+        predictions.append(samplers.predictor(process, nonlinear)(x, t))
+        return predictions[-1]
+
+    grid, x = make_grid(schedule(), steps), normal(shape, 7)
+    start = x.clone()
+    values = run(SAMPLERS[name], predict, x, grid, seeded_noise(8), process)
+    assert len(values) == steps
+    assert all(value.shape == shape and value.dtype == torch.float64 for value in values)
+    assert torch.equal(x, start)
+    assert_close(values[-1], predictions[-1].x0, rtol=1e-12, atol=1e-12)
+
+
+@every_shape
+@every_sampler
+def test_float32_stays_float32(name, shape):
+    """The levels' float64 does not promote the data."""
+    x = normal(shape, 9).float()
+    for levels in ("cosine", "rectified_flow"):
+        values = run(SAMPLERS[name], predict_by_denoise, x, make_grid(schedule(levels), 5, "karras"), seeded_noise(1))
+        assert {value.dtype for value in values} == {torch.float32}
+
+
+@pytest.mark.parametrize("churn_max", [50.0, math.inf])
+@pytest.mark.parametrize("levels", ["zero_terminal", "rectified_flow"])
+@every_sampler
+def test_first_step_from_pure_noise_is_finite(name, levels, churn_max):
+    """At alpha = 0, where sigma / alpha is infinite, and after it."""
+    sampler = partial(SAMPLERS[name], churn_max=churn_max) if name == "heun_churn" else SAMPLERS[name]
+    for steps in (1, 2, 9):
+        grid = make_grid(schedule(levels), steps)
+        assert grid[0].alpha < 1e-16
+        for dtype in (torch.float32, torch.float64):
+            process = GaussianDiffusion("v")
+            values = run(
+                sampler, samplers.predictor(process, nonlinear), normal((3, 2), 10).to(dtype), grid, seeded_noise(2)
+            )
+            assert all(value.isfinite().all() and value.abs().max() < 30 for value in values)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@every_sampler
+def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
+    """None at all for those without; churn draws where it raises; the same noises give the same sample."""
+    process, grid, x = GaussianDiffusion("x0"), make_grid(schedule(), steps), normal((3, 2), 9)
+    calls = []
+
+    def counting(like):
+        calls.append(like.shape)
+        return torch.ones_like(like)
+
+    predict = samplers.predictor(process, nonlinear)
+    first, second = (run(SAMPLERS[name], predict, x, grid, counting, process) for _ in "12")
+    churned = sum(CHURN["churn_min"] <= r <= CHURN["churn_max"] for r in exploding(grid)[:-1])
+    draws = 0 if name in DETERMINISTIC else churned if name == "heun_churn" else steps - 1
+    assert calls == [(3, 2)] * (2 * draws)
+    assert_close(first, second, rtol=0, atol=0)
+
+
+@every_shape
+@every_prediction
+def test_predictor_gives_the_output_its_meaning(prediction, shape):
+    """The network is called once, on x and its level; target(x_0, eps) is its output."""
+    process, x, t = GaussianDiffusion(prediction), normal(shape, 10), make_grid(schedule(), 7)[2]
+    calls = []
+
+    def network(*arguments):
+        calls.append(arguments)
+        return nonlinear(*arguments)
+
+    pred = samplers.predictor(process, network)(x, t)
+    assert calls == [(x, t)]
+    assert_close(process.target(pred.x0, t, pred.eps), nonlinear(x, t), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        *((partial(samplers.ddim, eta=e), rf"eta must lie in \[0, 1\], got {e}.*sampler.eta") for e in (-0.1, 1.1)),
+        (partial(samplers.ddim, eta=math.nan), r"eta must lie in \[0, 1\], got nan"),
+        (partial(samplers.dpmpp_2m_sde, eta=-1.0), r"eta must not be negative, got -1.0.*sampler.eta"),
+        (partial(samplers.heun, churn=-1.0), "churn and churn_noise must not be negative, got -1.0 and 1.0"),
+    ],
+)
+def test_settings_out_of_range(sampler, message):
+    """The error names the value, the range and the option."""
+    with pytest.raises(ValueError, match=message):
+        run(sampler, ideal, normal((3, 2), 11), make_grid(schedule(), 7))
+
+
+# Against the diffusers library, where its convention is the standard one.
+
+
+def row(levels, t):
+    return levels.row(int(t))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
@@ -144,12 +557,11 @@ def test_ddim_equals_diffusers(prediction, shape, steps, eta):
     scheduler.set_timesteps(steps)
     process = GaussianDiffusion(prediction)
     x, theirs = normal(shape, 2), seeded_noise(3)
-    grid = levels.grid(steps, "trailing")
-    ours = samplers.ddim(process, samplers.predictor(process, nonlinear), x, grid, eta=eta, noise=seeded_noise(3))
-    for row, value in zip(scheduler.timesteps.tolist(), ours, strict=True):
-        t = levels.level(torch.tensor([row]), x)
+    predict = samplers.predictor(process, nonlinear)
+    ours = run(partial(samplers.ddim, eta=eta), predict, x, make_grid(levels, steps), seeded_noise(3))
+    for t, value in zip(scheduler.timesteps.tolist(), ours, strict=True):
         noise = theirs(x) if eta > 0 else None
-        x = scheduler.step(nonlinear(x, t), row, x, eta=eta, variance_noise=noise).prev_sample
+        x = scheduler.step(nonlinear(x, row(levels, t)), t, x, eta=eta, variance_noise=noise).prev_sample
         assert_close(value, x, rtol=1e-8, atol=1e-8)
 
 
@@ -157,124 +569,160 @@ def test_ddim_equals_diffusers(prediction, shape, steps, eta):
 @every_prediction
 def test_ancestral_equals_diffusers(prediction, shape):
     """All T = 50 steps with the same generator, the library on float64 tables; it draws no last noise either."""
-    levels = schedule(num_steps=50)
+    levels = schedule("linear_50")
     scheduler = DDPMScheduler(
         50, prediction_type=NAMES_IN_DIFFUSERS[prediction], variance_type="fixed_small", clip_sample=False
     )
     scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(50), 0)
     process = GaussianDiffusion(prediction)
     x, generator = normal(shape, 4), torch.Generator().manual_seed(5)
-    ours = samplers.ancestral(
-        process, samplers.predictor(process, nonlinear), x, levels.grid(50), noise=seeded_noise(5)
-    )
-    for row, value in zip(range(49, -1, -1), ours, strict=True):
-        t = levels.level(torch.tensor([row]), x)
-        x = scheduler.step(nonlinear(x, t), row, x, generator=generator).prev_sample
+    predict = samplers.predictor(process, nonlinear)
+    ours = run(samplers.ancestral, predict, x, make_grid(levels, 50), seeded_noise(5), process)
+    for t, value in zip(range(49, -1, -1), ours, strict=True):
+        x = scheduler.step(nonlinear(x, row(levels, t)), t, x, generator=generator).prev_sample
         assert_close(value, x, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(("mean", "variance"), [(0.0, 1.0), (-1.3, 2.0)])
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@pytest.mark.parametrize("variance_kind", ["fixed_small", "fixed_large"])
-@every_spacing
-@every_sampler
-def test_gaussian_moments_follow_the_scalar_recursion(name, spacing, variance_kind, steps, mean, variance):
-    """Mean and standard deviation after each step, from any start, with the ideal denoiser."""
-    process = GaussianDiffusion(variance=variance_kind)
-    for betas in ("linear", "cosine"):
-        grid = schedule(betas).grid(steps, spacing)
-        ours = moments(SAMPLERS[name], process, grid, mean, variance)
-        scalars = affine_recursion(name, variance_kind, grid, mean, variance)
-        for (our_mean, our_variance), (scalar_mean, scalar_variance) in zip(ours, scalars, strict=True):
-            assert our_mean == pytest.approx(scalar_mean, rel=1e-10, abs=1e-10)
-            assert math.sqrt(our_variance) == pytest.approx(math.sqrt(scalar_variance), rel=1e-10, abs=1e-10)
+def at_rows(levels, steps):
+    """The scheduler's timesteps are the rows of our trailing grid, for a number of steps that divides T."""
+    grid = make_grid(levels, steps)
+    return grid, [round(level.time.item() * 1000) - 1 for level in grid[:-1]]
 
 
-@pytest.mark.parametrize("variance_kind", ["fixed_small", "fixed_large"])
-@every_sampler
-def test_gaussian_data_come_out(name, variance_kind):
-    """From the marginal of the first level, the discretisation is all that is left, and it is of first order.
-
-    10 times the steps leave about a tenth of the error; at 1000 it is below 1 % of the data's spread.
-    """
-    process = GaussianDiffusion(variance=variance_kind)
-
-    def errors(steps):
-        grid = schedule().grid(steps)
-        *_, (mean, variance) = moments(SAMPLERS[name], process, grid, *marginal(grid[0]))
-        return abs(mean - MEAN), abs(math.sqrt(variance) - STD)
-
-    for few, many in zip(errors(100), errors(1000), strict=True):
-        assert many < 0.01 * STD
-        assert many < few / 5 + 1e-9
-
-
-@every_shape
-def test_ddim_is_the_flow_of_gaussian_data(shape):
-    """Many steps with eta = 0 carry each x_t to the x_0 at the same number of standard deviations."""
-    process, grid = GaussianDiffusion(), schedule().grid(1000)
-    mean, variance = marginal(grid[0])
-    x = normal(shape, 6)
-    *_, out = samplers.ddim(process, ideal, x, grid, noise=torch.randn_like)
-    assert_close(out, MEAN + STD * (x - mean) / math.sqrt(variance), rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7, 50])
-@every_shape
-@every_sampler
-def test_a_value_for_every_step(name, shape, steps):
-    """Exactly `steps` values of the data's shape; the start is left alone; the last is the predicted x_0."""
-    process = GaussianDiffusion("v")
-    predict = samplers.predictor(process, nonlinear)
-    grid, x = schedule().grid(steps), normal(shape, 7)
-    start = x.clone()
-    values = [x, *SAMPLERS[name](process, predict, x, grid, noise=seeded_noise(8))]
-    assert len(values) == steps + 1
-    assert all(value.shape == shape and value.dtype == torch.float64 for value in values)
-    assert torch.equal(x, start)
-    assert_close(values[-1], predict(values[-2], grid[-2]).x0, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 7])
-@every_sampler
-def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
-    """None at all without eta; the same noises give the same sample."""
-    process, grid, x = GaussianDiffusion("x0"), schedule().grid(steps), normal((3, 2), 9)
-    calls = []
-
-    def counting(like):
-        calls.append(like.shape)
-        return torch.ones_like(like)
-
-    first, second = (
-        list(SAMPLERS[name](process, samplers.predictor(process, nonlinear), x, grid, noise=counting)) for _ in "12"
-    )
-    assert calls == [(3, 2)] * (0 if name == "ddim" else 2 * (steps - 1))
-    assert_close(first, second, rtol=0, atol=0)
-
-
-@every_shape
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize("steps", [2, 10, 50])
 @every_prediction
-def test_predictor_gives_the_output_its_meaning(prediction, shape):
-    """The network is called once, on x and its level; target(x_0, eps) is its output."""
-    process, x, t = GaussianDiffusion(prediction), normal(shape, 10), schedule().grid(7)[2]
-    calls = []
+def test_dpmpp_2m_equals_diffusers(prediction, steps, algorithm):
+    """DPM-Solver++ of order 2 on the same levels; the library's sigmas are float32."""
+    levels = schedule()
+    scheduler = DPMSolverMultistepScheduler(
+        1000,
+        prediction_type=NAMES_IN_DIFFUSERS[prediction],
+        algorithm_type=algorithm,
+        solver_order=2,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+        lower_order_final=steps < 3,
+    )
+    scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(1000), 0)
+    scheduler.set_timesteps(steps)
+    grid, rows = at_rows(levels, steps)
+    assert scheduler.timesteps.tolist() == rows
+    process, x, theirs = GaussianDiffusion(prediction), normal((3, 2), 12), seeded_noise(13)
+    sampler = samplers.dpmpp_2m if algorithm == "dpmsolver++" else samplers.dpmpp_2m_sde
+    # What is clean at the end gets no noise from the library either.
+    ours = run(sampler, samplers.predictor(process, nonlinear), x, grid, seeded_noise(13))
+    for t, value in zip(rows, ours, strict=True):
+        noise = theirs(x) if algorithm.startswith("sde") else None
+        x = scheduler.step(nonlinear(x, row(levels, t)), t, x, variance_noise=noise).prev_sample.double()
+        assert_close(value, x, rtol=1e-4, atol=1e-4)
 
-    def denoise(*arguments):
-        calls.append(arguments)
-        return nonlinear(*arguments)
 
-    pred = samplers.predictor(process, denoise)(x, t)
-    assert calls == [(x, t)]
-    assert_close(process.target(pred.x0, t, pred.eps), nonlinear(x, t), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
+def test_heun_equals_diffusers(steps):
+    """In the library's coordinate x / alpha; its sigmas are float32. Its values alternate with Euler's."""
+    levels = schedule()
+    scheduler = HeunDiscreteScheduler(1000, prediction_type="sample", timestep_spacing="trailing")
+    scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(1000), 0)
+    scheduler.set_timesteps(steps)
+    grid, _ = at_rows(levels, steps)
+    z = normal((3, 2), 14) / grid[0].alpha
+    ours = run(samplers.heun, samplers.predictor(GaussianDiffusion("x0"), nonlinear), z * grid[0].alpha, grid)
+    theirs = []
+    for t in scheduler.timesteps:
+        level = row(levels, t)
+        z = scheduler.step(nonlinear(z * level.alpha, level), t, z).prev_sample
+        theirs.append(z)
+    for value, z, level in zip(ours, theirs[1::2] + theirs[-1:], grid[1:], strict=True):
+        assert_close(value, z * level.alpha, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
-def test_eta_out_of_range(eta):
-    """The error names the value, the range and the option."""
-    with pytest.raises(ValueError, match=rf"eta must lie in \[0, 1\], got {eta}.*sampler.eta"):
-        next(
-            samplers.ddim(
-                GaussianDiffusion(), ideal, normal((3, 2), 11), schedule().grid(7), eta=eta, noise=seeded_noise(0)
-            )
-        )
+# Where its convention is not the standard one: which is right, and why.
+
+
+def test_clipped_prediction_explains_x_t():
+    """Clip x_0 and derive eps from it anew.
+
+    DDIM's eq. 12 takes x_t apart into a predicted x_0 and a direction that points to x_t, alpha x_0 + sigma eps = x_t;
+    with the raw eps beside the clipped x_0, the library's default, the two belong to different x_t.
+    """
+    levels, x = schedule(), 3 * normal((4, 2), 15)
+    process = GaussianDiffusion("eps", clip=1.0)
+    grid = make_grid(levels, 10)
+    t = grid[4]
+    pred = samplers.predictor(process, nonlinear)(x, t)
+    assert pred.x0.abs().max() == 1
+    assert_close(t.alpha * pred.x0 + t.sigma * pred.eps, x, rtol=1e-12, atol=1e-12)
+
+    scheduler = DDIMScheduler(1000, clip_sample=True, timestep_spacing="trailing", set_alpha_to_one=True)
+    scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(1000), 0)
+    scheduler.set_timesteps(10)
+    out, time = nonlinear(x, t), int(scheduler.timesteps[4])
+    (ours,) = run(samplers.ddim, samplers.predictor(process, nonlinear), x, grid[4:6])
+    standard = scheduler.step(out, time, x, use_clipped_model_output=True).prev_sample
+    default = scheduler.step(out, time, x).prev_sample
+    assert_close(ours, standard, rtol=1e-8, atol=1e-8)
+    s, clipped = grid[5], (pred.eps - out).abs() > 1e-6
+    assert_close(default - ours, s.sigma * (out - pred.eps), rtol=1e-6, atol=1e-8)
+    assert (default - ours)[clipped].abs().min() > 1e-6
+
+
+def test_leading_grids_never_see_pure_noise():
+    """Lin et al. (2305.08891, sec. 3.3): samplers start from pure noise, so the first level must be the noisiest.
+
+    The library's default spacing starts 10 of 1000 steps at row 900. There x_t still holds some of the data, which
+    pure noise lacks: with a terminal SNR of 0 the exact denoiser then gets the mean wrong, and right from `trailing`.
+    """
+    scheduler = DDIMScheduler(1000)
+    assert scheduler.config.timestep_spacing == "leading"
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.max() == 900
+
+    def mean(spacing):
+        grid = make_grid(schedule("zero_terminal"), 10, spacing)
+        *_, (mean, _) = moments(samplers.ddim, GaussianDiffusion(), grid, 0.0, 1.0)
+        return mean
+
+    assert mean("trailing") == pytest.approx(MEAN, abs=1e-6)
+    assert abs(mean("leading") - MEAN) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["learned", "fixed_large_log"])
+def test_learned_variances_are_logarithms(kind):
+    """Nichol & Dhariwal (2021, sec. 3.1): what is learned is log-variance, and exp(. / 2) of it the deviation.
+
+    The library takes the square root of the number, as if it were the variance: NaN wherever a log-variance is
+    negative, which is everywhere.
+    """
+    scheduler = DDPMScheduler(1000, variance_type=kind, prediction_type="sample", clip_sample=False)
+    x, mix = normal((3, 2), 16), -normal((3, 2), 17).abs()
+    out = torch.cat([x, mix], 1) if kind == "learned" else x
+    assert scheduler.step(out, 500, x).prev_sample.isnan().all()
+
+    process = GaussianDiffusion("x0", variance="learned" if kind == "learned" else "fixed_large")
+    t, s = schedule().row(500), schedule().row(499)
+    _, log_variance = process.reverse(process.interpret(out, x, t), x, t, s)
+    bounds = (1 - (t.alpha / s.alpha) ** 2).log()  # log beta
+    posterior = bounds + 2 * (s.sigma / t.sigma).log()
+    expected = posterior + mix if kind == "learned" else bounds
+    assert_close(log_variance, expected.expand_as(log_variance), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_learned_variance_is_the_second_half_of_the_channels(channels):
+    """Nichol & Dhariwal (2021, sec. 3.1): a number for each of the data's, so 2 C channels.
+
+    The library's DPM-Solver++ keeps the first 3 channels whatever C, which for C = 1 are prediction and variance both.
+    """
+    scheduler = DPMSolverMultistepScheduler(1000, variance_type="learned_range", timestep_spacing="trailing")
+    scheduler.set_timesteps(10)
+    x, out = normal((2, channels, 4, 4), 18), normal((2, 2 * channels, 4, 4), 19)
+    theirs = scheduler.step(out, scheduler.timesteps[0], x).prev_sample
+    process = GaussianDiffusion("eps", variance="learned_range")
+    grid = make_grid(schedule(), 10)
+    ours = run(samplers.dpmpp_2m, samplers.predictor(process, lambda x, _: out), x, grid)[0]
+    assert ours.shape == x.shape
+    if channels == 3:
+        assert_close(ours, theirs.double(), rtol=1e-4, atol=1e-4)
+    else:
+        assert theirs.shape == (2, 2, 4, 4)

@@ -62,6 +62,7 @@ def test_ranks_and_accumulation_share_the_same_global_batches(world, accumulate)
     whole = stream()
     ranks = [list(stream(rank=r, world=world, accumulate=accumulate)) for r in range(world)]
     assert [len(places) for places in ranks] == [7 * accumulate] * world
+    assert {p.total for places in ranks for p in places} == {8}  # the global batch, however it is cut
     for step in range(7):
         mine = [p for places in ranks for p in places[step * accumulate : (step + 1) * accumulate]]
         mine.sort(key=lambda p: p.start)
@@ -131,7 +132,8 @@ def test_validation_covers_everything_once(world, batch_size):
         s = ValidationStream(indices, batch_size, rank, world)
         places = list(s)
         assert len(places) == len(s)
-        for start, part in places:
+        for start, total, part in places:
+            assert total == NUM
             assert 0 < len(part) <= batch_size
             for offset, index in enumerate(part):
                 assert start + offset not in found
@@ -140,8 +142,8 @@ def test_validation_covers_everything_once(world, batch_size):
 
 
 def test_dataset_fetches_whole_batches():
-    batch = BatchDataset(Numbers(9))[Places(4, [2, 8, 5])]
-    assert batch["start"] == 4
+    batch = BatchDataset(Numbers(9))[Places(4, 20, [2, 8, 5])]
+    assert (batch["start"], batch["total"]) == (4, 20)
     assert batch["x"].flatten().tolist() == [2, 8, 5]
 
 
@@ -236,8 +238,10 @@ def test_loaders_follow_the_trainer(accumulate):
         data.trainer = stub(global_rank=rank, world_size=2, accumulate_grad_batches=accumulate, global_step=2)
         for i, batch in enumerate(data.train_dataloader()):
             step = 2 + i // accumulate
+            assert batch["total"] == 8
             trained.setdefault(step, {})[batch["start"]] = batch["x"].flatten().int().tolist()
         for batch in data.val_dataloader():
+            assert batch["total"] == len(data.val_indices)
             held_out.update({batch["start"] + j: int(v) for j, v in enumerate(batch["x"])})
     alone = TrainingStream(data.train_indices, 8, 5, seed=5)
     assert sorted(trained) == [2, 3, 4]
@@ -250,14 +254,14 @@ def test_only_training_batches_are_augmented():
     """After the transfer samples are as the network sees them; draws carry the seed, step and position."""
     data = NumbersModule(seed=6)
     data.setup()
-    batch = {"x": torch.ones(4, 1), "start": 12}
+    batch = {"x": torch.ones(4, 1), "start": 12, "total": 16}
     data.trainer = stub(training=False)
     assert data.on_after_batch_transfer(batch, 0)["x"].unique().tolist() == [2]
     assert data.seen == []
     data.trainer = stub(global_step=9)
     out = data.on_after_batch_transfer(batch, 0)
     assert out["x"].unique().tolist() == [-2]
-    assert out["start"] == 12
+    assert (out["start"], out["total"]) == (12, 16)
     assert data.seen == [Draws(6, 9, 12, 4, batch["x"].device)]
 
 

@@ -13,16 +13,18 @@ from src.draws import Draws, key
 
 
 class Batch(TypedDict):
-    """x (B, *data) and the position of its first sample in the global batch (or in the validation set)."""
+    """x (B, *data), and the position of its first sample among the `total` of the global batch (or validation set)."""
 
     x: Tensor
     start: int
+    total: int
 
 
 class Places(NamedTuple):
-    """What a sampler asks of a dataset: the samples `indices`, the first at position `start`."""
+    """What a sampler asks of a dataset: the samples `indices`, the first at position `start` of `total`."""
 
     start: int
+    total: int
     indices: list[int]
 
 
@@ -56,7 +58,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self.source = source
 
     def __getitem__(self, places: Places) -> Batch:
-        return {"x": self.source.fetch(places.indices), "start": places.start}
+        return {"x": self.source.fetch(places.indices), "start": places.start, "total": places.total}
 
 
 class TrainingStream(Sampler[Places]):
@@ -107,7 +109,7 @@ class TrainingStream(Sampler[Places]):
             batch = self.batch(step)
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * micro
-                yield Places(start, batch[start : start + micro])
+                yield Places(start, self.batch_size, batch[start : start + micro])
 
     def batch(self, step: int) -> list[int]:
         """The dataset indices of the global batch of `step`."""
@@ -136,7 +138,7 @@ class ValidationStream(Sampler[Places]):
 
     def __iter__(self) -> Iterator[Places]:
         for start in self.starts:
-            yield Places(start, self.indices[start : start + self.batch_size])
+            yield Places(start, len(self.indices), self.indices[start : start + self.batch_size])
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -144,8 +146,11 @@ class StreamDataModule(L.LightningDataModule):
 
     `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
     optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
-    held out; which ones depends on `split_seed` and never on the run's seed.
+    held out; which ones depends on `split_seed` and never on the run's seed. `levels` is the number of values that
+    the data can take, evenly over [-1, 1]; None if they are continuous.
     """
+
+    levels: int | None = None
 
     def __init__(
         self,
@@ -232,7 +237,7 @@ class StreamDataModule(L.LightningDataModule):
         trainer = self._trainer()
         if trainer.training:
             x = self.augment(x, Draws(self.seed, trainer.global_step, batch["start"], len(x), x.device))
-        return {"x": x, "start": batch["start"]}
+        return {**batch, "x": x}
 
     def examples(self, count: int) -> Tensor:
         """The first `count` held-out samples, as the network sees them: (N, *data)."""

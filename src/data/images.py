@@ -66,7 +66,7 @@ class ImageDataModule(StreamDataModule):
             )
         self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
-        self.levels = levels
+        self.levels = self.pixel_levels = levels
         self.flip = flip
 
     def prepare_data(self) -> None:
@@ -76,10 +76,10 @@ class ImageDataModule(StreamDataModule):
         self._prepare()
 
     def to_model(self, x: Tensor) -> Tensor:
-        return to_signed(x, self.levels)
+        return to_signed(x, self.pixel_levels)
 
     def to_display(self, x: Tensor) -> Tensor:
-        return to_uint8(x, self.levels)
+        return to_uint8(x, self.pixel_levels)
 
     def augment(self, x: Tensor, draws: Draws) -> Tensor:
         if not self.flip:

@@ -1,11 +1,11 @@
-"""Points in a plane: distributions to learn in a minute, one of them with exact density and score.
+"""Points in a plane: distributions to learn in a minute; `analytic` has one whose density is known exactly.
 
 Each distribution is a callable (n, generator) -> (n, 2) float32, centred, its deviation on each axis
 between 0.5 and 1.6.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -74,49 +74,3 @@ def checkerboard(n: int, generator: torch.Generator, cells: int = 4) -> Tensor:
     column = 2 * torch.randint(cells // 2, (n,), generator=generator) + row % 2
     corner = torch.stack([column, row], dim=1)
     return 4 * (corner + torch.rand(n, 2, generator=generator)) / cells - 2
-
-
-class GaussianMixture:
-    """Isotropic Gaussians with exact density and score: weights (K,), means (K, D), deviations (K,).
-
-    Noising keeps it a mixture (`noised`), so the ideal denoiser is known at every level.
-    """
-
-    def __init__(self, weights: Sequence[float], means: Sequence[Sequence[float]], deviations: Sequence[float]) -> None:
-        if not len(weights) == len(means) == len(deviations):
-            raise ValueError(
-                f"a mixture needs one weight, mean and deviation each, got {len(weights)}, {len(means)}, "
-                f"{len(deviations)}: see conf/data/mixture.yaml"
-            )
-        if min(weights) <= 0 or min(deviations) <= 0:
-            raise ValueError(f"weights and deviations must be positive, got {list(weights)} and {list(deviations)}")
-        self.weights = torch.tensor(weights, dtype=torch.float64)
-        self.weights /= self.weights.sum()
-        self.means = torch.tensor(means, dtype=torch.float64)
-        self.deviations = torch.tensor(deviations, dtype=torch.float64)
-
-    def __call__(self, n: int, generator: torch.Generator) -> Tensor:
-        """(n, D) float32 samples."""
-        component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return (self.means[component] + self.deviations[component, None] * noise).float()
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Natural logarithm of the density at x (N, D), as (N,) float64."""
-        return self._joint(x).logsumexp(1)
-
-    def score(self, x: Tensor) -> Tensor:
-        """The gradient of `log_prob` at x (N, D), as (N, D) float64."""
-        pull = (self.means - x.double()[:, None]) / self.deviations.square()[:, None]  # (N, K, D)
-        return (self._joint(x).softmax(1)[..., None] * pull).sum(1)
-
-    def noised(self, alpha: float, sigma: float) -> "GaussianMixture":
-        """The distribution of alpha x + sigma eps: E[x | x_t] = (x_t + sigma^2 score(x_t)) / alpha (Tweedie)."""
-        deviations = (alpha**2 * self.deviations.square() + sigma**2).sqrt()
-        return GaussianMixture(self.weights.tolist(), (alpha * self.means).tolist(), deviations.tolist())
-
-    def _joint(self, x: Tensor) -> Tensor:
-        """log of weight times density of each component at x (N, D): (N, K)."""
-        distance = (x.double()[:, None] - self.means).square().sum(2) / self.deviations.square()
-        volume = self.means.shape[1] * (self.deviations.log() + math.log(2 * math.pi) / 2)
-        return self.weights.log() - volume - distance / 2

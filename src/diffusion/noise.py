@@ -1,23 +1,29 @@
-"""Noise levels, the currency of every formula, and the schedule that issues them."""
+"""Noise levels, the currency of every formula, and the two kinds of schedule that issue them.
+
+A schedule is a curve u in [0, 1] -> (alpha, sigma), from clean data to noise. `NoiseSchedule` runs through the rows
+of a table of betas and trains on these; `ContinuousSchedule` is given as functions and trains on all of it. Both
+cut the curve into `num_steps` links, and whoever asks gets levels, links or grids and need not know which it is.
+"""
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-Spacing = Literal["trailing", "leading", "linspace", "karras"]
+Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
 
 # EDM's noisiest level and the bend of its grid (Karras et al. 2022, tab. 1).
-KARRAS_MAX_RATIO = 80.0
+MAX_RATIO = 80.0
 KARRAS_RHO = 7.0
 
 
 class Level(NamedTuple):
     """x = alpha x_0 + sigma eps. Fields are scalars, or (B, 1, ..., 1) to broadcast against data (B, *data).
 
-    `time` in [0, 1] is what a network sees: (t + 1) / T for row t of a table, 0 for clean data.
+    `time` in [0, 1] is what a network sees: (t + 1) / T for row t of a table, 0 for clean data. Scalars are float64
+    on the CPU, which neither promote data nor wait for a device.
     """
 
     alpha: Tensor
@@ -29,19 +35,119 @@ class Level(NamedTuple):
         """alpha^2 / sigma^2, in the fields' shape; infinite for clean data."""
         return (self.alpha / self.sigma).square()
 
+    @property
+    def ratio(self) -> Tensor:
+        """sigma / alpha, EDM's sigma: infinite for pure noise."""
+        return self.sigma / self.alpha
+
+    @property
+    def norm(self) -> Tensor:
+        """sqrt(alpha^2 + sigma^2): the deviation of noised data whose own deviation is 1."""
+        return torch.hypot(self.alpha, self.sigma)
+
+
+class Link(NamedTuple):
+    """One of the `links` links of the chain, from level s to the noisier level t."""
+
+    t: Level
+    s: Level
+    links: int
+
+
+class Schedule(Protocol):
+    """What a schedule issues. `first` is the position of its cleanest level that is not clean data."""
+
+    num_steps: int
+    first: float
+
+    def row(self, t: int) -> Level:
+        """The noisier end of link t in [0, num_steps - 1], or clean data for -1, as scalars."""
+        ...
+
+    def link(self, v: Tensor, like: Tensor) -> Link:
+        """Links drawn by v (B,) in [0, 1), uniformly if v is uniform, as (B, 1, ..., 1) against `like` (B, *data)."""
+        ...
+
+    def at(self, u: Tensor) -> list[Level]:
+        """Scalar levels at positions u (N,) float64 in [0, 1]."""
+        ...
+
+    def position(self, angle: Tensor) -> Tensor:
+        """The positions (N,) at which atan(sigma / alpha) takes these values (N,), float64."""
+        ...
+
+
+class Grid(tuple[Level, ...]):
+    """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
+
+    schedule: Schedule
+
+    def __new__(cls, levels: Iterable[Level], schedule: Schedule) -> "Grid":
+        grid = super().__new__(cls, levels)
+        grid.schedule = schedule
+        return grid
+
+    def at_ratio(self, ratio: Tensor) -> Level:
+        """The level at which sigma / alpha is `ratio`, a scalar."""
+        (level,) = self.schedule.at(self.schedule.position(ratio.double().atan()[None]))
+        return level
+
+
+CLEAN = Level(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+
+
+def make_grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Grid:
+    """`steps` + 1 levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
+
+    The first three names are those of Lin et al. (2305.08891, tab. 2), for positions on the curve:
+    - trailing: from the noisiest down to clean in equal strides (never skips the noisiest row);
+    - leading: multiples of 1 / steps up from the first row, which do not reach the last one;
+    - linspace: from the last row to the first inclusive;
+    - karras: uniform in (sigma / alpha)^(1/7) (EDM, 2206.00364, eq. 5), and
+    - log_snr: uniform in log-SNR (Lu et al. 2022, DPM-Solver), both from 80, or from the noisiest level if that is
+      less, to the first row.
+    """
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, got {steps}: raise sampler.steps")
+    count = torch.arange(steps, dtype=torch.float64)
+    fraction = count / max(steps - 1, 1)
+    first = schedule.first
+    match spacing:
+        case "trailing":
+            u = 1 - count / steps
+        case "leading":
+            # More steps than rows would overshoot the noisiest.
+            u = first + min(1 / steps, (1 - first) / max(steps - 1, 1)) * (steps - 1 - count)
+        case "linspace":
+            u = 1 - (1 - first) * fraction
+        case "karras" | "log_snr":
+            noisiest, cleanest = schedule.at(torch.tensor([1.0, first], dtype=torch.float64))
+            high, low = min(noisiest.ratio.item(), MAX_RATIO), cleanest.ratio.item()
+            if spacing == "karras":
+                bend = 1 / KARRAS_RHO
+                ratio = (high**bend + fraction * (low**bend - high**bend)).pow(KARRAS_RHO)
+            else:
+                ratio = torch.exp(math.log(high) + fraction * (math.log(low) - math.log(high)))
+            u = schedule.position(ratio.atan()).clamp(first, 1)
+        case _:
+            raise ValueError(
+                f"unknown spacing {spacing!r}: choose trailing, leading, linspace, karras or log_snr (sampler.spacing)"
+            )
+    return Grid([*schedule.at(u), CLEAN], schedule)
+
 
 class NoiseSchedule(nn.Module):
     """The T levels of a chain with betas (T,) in (0, 1], and clean data as last row, so that index -1 is x_0.
 
-    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) (Ho et al. 2020, eq. 4). Derived in float64, kept in
-    `dtype` in buffers that no checkpoint stores and no change of precision touches.
+    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) (Ho et al. 2020, eq. 4). Derived in float64; kept so on the
+    CPU, and in float32 in buffers that no checkpoint stores and no change of precision touches.
     """
 
     alpha: Tensor
     sigma: Tensor
     time: Tensor
 
-    def __init__(self, betas: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, betas: Tensor) -> None:
         super().__init__()
         betas = betas.double()
         if not (betas.min() > 0 and betas.max() <= 1):
@@ -49,91 +155,102 @@ class NoiseSchedule(nn.Module):
                 f"betas must lie in (0, 1], got [{betas.min():.4g}, {betas.max():.4g}]: change the schedule's ends"
             )
         self.num_steps = len(betas)
+        self.first = 1 / self.num_steps
+        self.betas = betas
         # log1p and expm1: 1 - alpha_bar, taken plainly, loses the digits of the first steps.
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
-        alpha = torch.exp(log_alpha_bar / 2)
-        variance = -torch.expm1(log_alpha_bar)
+        alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
         time = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
-        for name, rows, clean in (("alpha", alpha, 1.0), ("sigma", variance.sqrt(), 0.0), ("time", time, 0.0)):
-            table = torch.cat([rows, torch.tensor([clean], dtype=torch.float64)])
-            self.register_buffer(name, table.to(dtype), persistent=False)
-        # Posterior variance at t = 1 (DDPM eq. 7); the decoder p(x_0 | x_1) borrows it, since its own is 0.
-        self.decoder_log_variance = math.log(betas[1] * variance[0] / variance[1])
+        rows = [torch.cat([table, clean[None]]) for table, clean in zip((alpha, sigma, time), CLEAN, strict=True)]
+        self.rows = Level(*rows)
+        for name, table in zip(Level._fields, rows, strict=True):
+            self.register_buffer(name, table.float(), persistent=False)
+        # Clean data first here, so that the angle rises with the position.
+        self._angle = torch.atan2(rows[1], rows[0]).roll(1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseSchedule":
         # The tables follow the network to its device, but not to a lower precision.
         super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    @property
-    def terminal_alpha_bar(self) -> float:
-        """alpha_bar at the noisiest row: what is left of the data's variance at the end of the chain."""
-        return self.alpha[-2].cpu().double().square().item()
+    def row(self, t: int) -> Level:
+        return Level(*(table[t] for table in self.rows))
 
     def level(self, t: Tensor, like: Tensor) -> Level:
         """The levels of indices t (B,), integers in [-1, T - 1], as (B, 1, ..., 1) against `like` (B, *data)."""
-        return Level(*(per_sample(table, t, like) for table in (self.alpha, self.sigma, self.time)))
+        return Level(*(per_sample(table[t], like) for table in (self.alpha, self.sigma, self.time)))
 
-    def grid(self, steps: int, spacing: Spacing = "trailing") -> list[Level]:
-        """`steps` + 1 scalar levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
+    def link(self, v: Tensor, like: Tensor) -> Link:
+        t = (v * self.num_steps).long()
+        return Link(self.level(t, like), self.level(t - 1, like), self.num_steps)
 
-        Positions on the axis of rows, where T - 1 is the noisiest and -1 is clean data; the names are those of
-        Lin et al. (2305.08891, tab. 2), `karras` is uniform in (sigma / alpha)^(1/7) (EDM, 2206.00364, eq. 5),
-        starting at 80 or at the schedule's noisiest row, whichever is less.
-        - trailing: T - 1 down to clean in equal strides (never skips the noisiest row);
-        - leading: multiples of T / steps from 0 up, which do not reach T - 1 for fewer than T steps;
-        - linspace: from T - 1 to 0 inclusive.
-        Levels between rows are interpolated in the angle atan(sigma / alpha), finite even at zero SNR.
-        """
-        if steps < 1:
-            raise ValueError(f"a sampler needs at least 1 step, got {steps}: raise sampler.steps")
-        count = torch.arange(steps, dtype=torch.float64)
-        last = self.num_steps - 1
-        match spacing:
-            case "trailing":
-                rows = self.num_steps * (1 - count / steps) - 1
-            case "leading":
-                # More steps than rows would overshoot the noisiest.
-                rows = min(self.num_steps / steps, last / max(steps - 1, 1)) * (steps - 1 - count)
-            case "linspace":
-                rows = last * (1 - count / max(steps - 1, 1))
-            case "karras":
-                rows = self._karras_rows(count / max(steps - 1, 1))
-            case _:
-                raise ValueError(
-                    f"unknown spacing {spacing!r}: choose trailing, leading, linspace or karras (sampler.spacing)"
-                )
-        return [*self._between(rows), Level(self.alpha[-1], self.sigma[-1], self.time[-1])]
+    def at(self, u: Tensor) -> list[Level]:
+        """Between rows, interpolated in the angle atan(sigma / alpha), finite even at zero SNR."""
+        place = u * self.num_steps
+        below = place.floor().clamp(max=self.num_steps - 1).long()
+        angle = torch.lerp(self._angle[below], self._angle[below + 1], place - below)
+        return [Level(*level) for level in zip(angle.cos(), angle.sin(), u, strict=True)]
 
-    def _between(self, rows: Tensor) -> list[Level]:
-        """Levels at fractional positions in [-1, T - 1], interpolated in angle and norm of (alpha, sigma)."""
-        angle, norm = self._polar()
-        below = rows.floor().clamp(max=self.num_steps - 2)
-        weight = rows - below
-        index = below.long() + 1  # the tables of _polar begin with clean data
-        theta = torch.lerp(angle[index], angle[index + 1], weight)
-        radius = torch.lerp(norm[index], norm[index + 1], weight)
-        tables = radius * theta.cos(), radius * theta.sin(), (rows + 1) / self.num_steps
-        return [Level(*level) for level in zip(*(table.to(self.alpha) for table in tables), strict=True)]
-
-    def _karras_rows(self, fraction: Tensor) -> Tensor:
-        """Rows at which sigma / alpha takes the values of EDM eq. 5, for fraction 0 (noisiest) to 1 (row 0)."""
-        angle, _ = self._polar()
-        high = min(math.tan(angle[-1].item()), KARRAS_MAX_RATIO) if angle[-1] < math.pi / 2 else KARRAS_MAX_RATIO
-        low = math.tan(angle[1].item())
-        bend = 1 / KARRAS_RHO
-        target = (high**bend + fraction * (low**bend - high**bend)).pow(KARRAS_RHO).atan()
-        above = torch.searchsorted(angle, target).clamp(1, self.num_steps)
-        start, stop = angle[above - 1], angle[above]
-        rows: Tensor = above - 2 + (target - start) / (stop - start)
-        return rows.clamp(0, self.num_steps - 1)
-
-    def _polar(self) -> tuple[Tensor, Tensor]:
-        """Angle and norm of (alpha, sigma), float64 on the CPU, clean data first, then rows 0..T-1: (T + 1,)."""
-        alpha, sigma = (table.cpu().double().roll(1) for table in (self.alpha, self.sigma))
-        return torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
+    def position(self, angle: Tensor) -> Tensor:
+        above = torch.searchsorted(self._angle, angle).clamp(1, self.num_steps)
+        start, stop = self._angle[above - 1], self._angle[above]
+        place: Tensor = above - 1 + (angle - start) / (stop - start)
+        return (place / self.num_steps).clamp(0, 1)
 
 
-def per_sample(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """table[t] as (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
-    return table[t].view(-1, *[1] * (like.ndim - 1))
+Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""u in [0, 1], of any shape and precision -> (alpha, sigma); see `curves`."""
+
+
+class ContinuousSchedule(nn.Module):
+    """Levels anywhere on a curve (Kingma et al. 2021, VDM), its time being u; `num_steps` links for the bound.
+
+    The curve's start is nearly clean; beyond it lies clean data, where the last link of every chain ends.
+    """
+
+    def __init__(self, curve: Curve, num_steps: int = 1000) -> None:
+        super().__init__()
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be at least 2, got {num_steps}: 1000 is usual (schedule.num_steps)")
+        self.curve = curve
+        self.num_steps = num_steps
+        self.first = 0.0
+
+    def row(self, t: int) -> Level:
+        return CLEAN if t == -1 else self.at(torch.tensor([(t + 1) / self.num_steps], dtype=torch.float64))[0]
+
+    def link(self, v: Tensor, like: Tensor) -> Link:
+        below = v - 1 / self.num_steps
+        s = self._level(below.clamp(min=0))
+        clean = [torch.where(below > 0, x, c.to(x)) for x, c in zip(s, CLEAN, strict=True)]
+        t, s = (Level(*(per_sample(x, like) for x in level)) for level in (self._level(v), clean))
+        return Link(t, s, self.num_steps)
+
+    @torch.no_grad()
+    def at(self, u: Tensor) -> list[Level]:
+        return [Level(*level) for level in zip(*self._level(u), strict=True)]
+
+    @torch.no_grad()
+    def position(self, angle: Tensor) -> Tensor:
+        """By bisection, which the curve's being monotone is enough for."""
+        low, high = torch.zeros_like(angle), torch.ones_like(angle)
+        for _ in range(60):
+            middle = (low + high) / 2
+            alpha, sigma, _ = self._level(middle)
+            above = torch.atan2(sigma, alpha) > angle
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
+
+    def _level(self, u: Tensor) -> Level:
+        return Level(*self.curve(u), u)
+
+
+def terminal_alpha_bar(schedule: Schedule) -> float:
+    """The share of the data's variance that is left at the noisiest level: alpha^2 / (alpha^2 + sigma^2)."""
+    noisiest = schedule.row(schedule.num_steps - 1)
+    return (noisiest.alpha / noisiest.norm).square().item()
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
+    return values.view(-1, *[1] * (like.ndim - 1))

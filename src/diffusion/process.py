@@ -6,22 +6,32 @@ sigma_t^2 (1 - r); q(x_s | x_t, x_0) has mean sqrt(r) (sigma_s / sigma_t) x_t + 
 sigma_s^2 (1 - r). Clean data (sigma_s = 0, r = 0) and pure noise (alpha_t = 0, r = 0) need no special case.
 """
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from src.diffusion.noise import Level
+from src.diffusion.noise import Level, Schedule
 
-Target = Literal["eps", "x0", "v"]
-Variance = Literal["fixed_small", "fixed_large"]
+Target = Literal["eps", "x0", "v", "edm", "velocity"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
+
+# Below this an SNR counts as zero; weights relative to it stay finite in float32.
+TINY_SNR = 1e-20
+# Below this a variance counts as zero.
+TINY_VARIANCE = 1e-36
 
 
 class Prediction(NamedTuple):
-    """What a network's output means: the clean data and the noise that it saw in x_t, each (B, *data)."""
+    """What a network's output means: the clean data and the noise that it saw in x_t, each (B, *data).
+
+    `mix` (B, *data) is what it says of the reverse step's variance, if that is learned.
+    """
 
     x0: Tensor
     eps: Tensor
+    mix: Tensor | None = None
 
 
 class Gaussian(NamedTuple):
@@ -34,9 +44,12 @@ class Gaussian(NamedTuple):
 class GaussianDiffusion(nn.Module):
     """Formulas over data (B, *data) of any rank; t and s are `Level`s, s the cleaner one.
 
-    `prediction` is what the network puts out, `variance` that of the reverse step, `clip` bounds the predicted
-    |x_0| (None: no bound). `decoder_log_variance` stands in for log 0 where s is clean data: pass
-    `NoiseSchedule.decoder_log_variance`, the posterior's value at t = 1.
+    `prediction` is what the network puts out: eps, x0, v, EDM's preconditioned output for data of deviation
+    `sigma_data`, or the flow's velocity. `variance` is that of the reverse step. `clip` bounds the predicted |x_0|
+    (None: no bound); with `dynamic_clip`, a quantile in (0, 1), only to scale down what exceeds it (Saharia et al.
+    2022, Imagen, sec. 2.3). `decoder_log_variance` stands in for log 0 where s is clean data: see the function of
+    that name. `levels` is the number of values that the data can take, evenly over [-1, 1]; None if they are
+    continuous.
     """
 
     def __init__(
@@ -44,7 +57,10 @@ class GaussianDiffusion(nn.Module):
         prediction: Target = "eps",
         variance: Variance = "fixed_small",
         clip: float | None = None,
+        dynamic_clip: float | None = None,
+        sigma_data: float = 0.5,
         decoder_log_variance: float = -20.0,
+        levels: int | None = None,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Target):
@@ -53,10 +69,22 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"unknown variance {variance!r}: process.variance is one of {get_args(Variance)}")
         if clip is not None and clip <= 0:
             raise ValueError(f"clip must be positive, got {clip}: 1.0 for images in [-1, 1], null for no bound")
+        if dynamic_clip is not None and (clip is None or not 0 < dynamic_clip < 1):
+            raise ValueError(
+                f"dynamic_clip is a quantile in (0, 1) and needs clip, got {dynamic_clip} and clip {clip}: "
+                "process.clip=1.0 process.dynamic_clip=0.995 is usual"
+            )
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}: 0.5 for images (process.sigma_data)")
         self.prediction: Target = prediction
         self.variance: Variance = variance
         self.clip = clip
+        self.dynamic_clip = dynamic_clip
+        self.sigma_data = sigma_data
         self.decoder_log_variance = decoder_log_variance
+        self.levels = levels
+        self.outputs = 2 if variance in ("learned_range", "learned") else 1
+        """How many numbers the network gives for each of the data's."""
 
     def step(self, x_s: Tensor, s: Level, t: Level, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_s): one link of the chain (DDPM eq. 2), or a longer one. (B, *data)."""
@@ -65,6 +93,10 @@ class GaussianDiffusion(nn.Module):
     def add_noise(self, x0: Tensor, t: Level, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), the whole chain at once (DDPM eq. 4). (B, *data)."""
         return t.alpha * x0 + t.sigma * eps
+
+    def scale_input(self, x_t: Tensor, t: Level) -> Tensor:
+        """x_t as the network wants it: of unit variance for EDM's preconditioning (tab. 1, c_in), else as it is."""
+        return x_t / self._deviation(t) if self.prediction == "edm" else x_t
 
     def target(self, x0: Tensor, t: Level, eps: Tensor) -> Tensor:
         """What the network should put out for x_t = alpha x_0 + sigma eps. (B, *data)."""
@@ -75,12 +107,20 @@ class GaussianDiffusion(nn.Module):
                 return x0
             case "v":  # Salimans & Ho 2022, App. D
                 return t.alpha * eps - t.sigma * x0
+            case "edm":  # Karras et al. 2022, eq. 8, for any alpha
+                d = self.sigma_data
+                return (t.sigma / d * x0 - t.alpha * d * eps) / self._deviation(t)
+            case "velocity":  # Liu et al. 2022, eq. 1, from data to noise
+                return eps - x0
 
     def interpret(self, out: Tensor, x_t: Tensor, t: Level) -> Prediction:
-        """The inverse of `target`: the network's output (B, *data) at x_t as x_0 and eps.
+        """The inverse of `target`: the network's output (B, outputs * C, *rest) at x_t as x_0, eps and mix.
 
         If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds.
         """
+        mix = None
+        if self.outputs == 2:
+            out, mix = out.chunk(2, dim=1)
         match self.prediction:
             case "eps":
                 x0, eps = (x_t - t.sigma * out) / t.alpha, out
@@ -89,50 +129,90 @@ class GaussianDiffusion(nn.Module):
             case "v":  # invert the rotation-and-scaling [[alpha, sigma], [-sigma, alpha]]
                 norm = t.alpha.square() + t.sigma.square()
                 x0, eps = (t.alpha * x_t - t.sigma * out) / norm, (t.sigma * x_t + t.alpha * out) / norm
+            case "edm":
+                d, deviation = self.sigma_data, self._deviation(t)
+                x0 = (t.alpha * d**2 / deviation * x_t + t.sigma * d * out) / deviation
+                eps = (t.sigma / deviation * x_t - t.alpha * d * out) / deviation
+            case "velocity":
+                x0, eps = (x_t - t.sigma * out) / (t.alpha + t.sigma), (x_t + t.alpha * out) / (t.alpha + t.sigma)
         if self.clip is not None:
-            x0 = x0.clamp(-self.clip, self.clip)
+            x0 = self._clipped(x0, self.clip)
             eps = (x_t - t.alpha * x0) / t.sigma
-        return Prediction(x0, eps)
+        return Prediction(x0, eps, mix)
 
     def target_gain(self, t: Level) -> Tensor:
         """|d target / d x_0|^2 at fixed x_t: squared error of the target = gain * squared error of x_0.
 
-        In the level's shape: 1 for x0, SNR for eps, (alpha^2 + sigma^2)^2 / sigma^2 for v.
+        In the level's shape, and positive also at zero SNR.
         """
         match self.prediction:
             case "eps":
-                return t.snr
+                return t.snr.clamp(min=TINY_SNR)
             case "x0":
                 return torch.ones_like(t.alpha)
             case "v":
                 return ((t.alpha.square() + t.sigma.square()) / t.sigma).square()
+            case "edm":  # 1 / c_out^2
+                return (self._deviation(t) / (t.sigma * self.sigma_data)).square()
+            case "velocity":
+                return ((t.alpha + t.sigma) / t.sigma).square()
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Level, s: Level) -> Gaussian:
         """q(x_s | x_t, x_0) for s cleaner than t (Kingma et al. 2021, App. A; DDPM eq. 6-7 for neighbours).
 
         For clean s the variance is 0, and its logarithm is replaced by `decoder_log_variance`.
         """
-        r = snr_ratio(t, s)
-        mean = r.sqrt() * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
+        root = _root_snr_ratio(t, s)
+        r = root.square()
+        mean = root * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
         return Gaussian(mean, self._log_variance(s.sigma.square() * (1 - r), s))
 
     def reverse(self, pred: Prediction, x_t: Tensor, t: Level, s: Level) -> Gaussian:
         """p(x_s | x_t), the model's reverse step: the posterior at the predicted x_0, with the chosen variance.
 
-        fixed_small is the posterior's own variance, fixed_large that of q(x_t | x_s) (beta_t for neighbours):
-        the optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2).
+        fixed_small is the posterior's own variance, fixed_large that of q(x_t | x_s) (beta_t for neighbours): the
+        optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2). learned_range interpolates
+        their logarithms (Nichol & Dhariwal 2021, eq. 15), mix in [-1, 1] from the first to the second; learned
+        is the first times exp(mix), free of bounds, and meaningful for any stride.
         """
-        mean, log_variance = self.posterior(pred.x0, x_t, t, s)
+        mean, small = self.posterior(pred.x0, x_t, t, s)
+        large = t.sigma.square() * (1 - snr_ratio(t, s))
         match self.variance:
             case "fixed_small":
-                return Gaussian(mean, log_variance)
+                return Gaussian(mean, small)
             case "fixed_large":
-                return Gaussian(mean, self._log_variance(t.sigma.square() * (1 - snr_ratio(t, s)), s))
+                return Gaussian(mean, self._log_variance(large, s))
+        assert pred.mix is not None
+        if self.variance == "learned":
+            return Gaussian(mean, small + pred.mix)
+        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.log() - small))
+
+    def _deviation(self, t: Level) -> Tensor:
+        """The deviation of x_t for data of deviation `sigma_data`."""
+        return torch.hypot(t.alpha * self.sigma_data, t.sigma)
+
+    def _clipped(self, x0: Tensor, clip: float) -> Tensor:
+        if self.dynamic_clip is None:
+            return x0.clamp(-clip, clip)
+        largest = torch.quantile(x0.abs().flatten(1), self.dynamic_clip, dim=1).clamp(min=clip)
+        largest = largest.view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-largest, largest) * (clip / largest)
 
     def _log_variance(self, variance: Tensor, s: Level) -> Tensor:
-        return torch.where(s.sigma > 0, variance.log(), self.decoder_log_variance)
+        # Clamped, since the derivative of log 0 would be NaN also where it is not chosen.
+        return torch.where(s.sigma > 0, variance.clamp(min=TINY_VARIANCE).log(), self.decoder_log_variance)
 
 
 def snr_ratio(t: Level, s: Level) -> Tensor:
     """r = SNR_t / SNR_s in [0, 1], for t noisier than s; 0 if s is clean data or t pure noise."""
-    return (t.alpha * s.sigma / (s.alpha * t.sigma)).square()
+    return _root_snr_ratio(t, s).square()
+
+
+def _root_snr_ratio(t: Level, s: Level) -> Tensor:
+    return t.alpha * s.sigma / (s.alpha * t.sigma)
+
+
+def decoder_log_variance(schedule: Schedule) -> float:
+    """The posterior's log-variance at t = 1 (DDPM eq. 7), which p(x_0 | x_1) borrows since its own is that of 0."""
+    t, s = schedule.row(1), schedule.row(0)
+    return math.log((s.sigma.square() * (1 - snr_ratio(t, s))).item())

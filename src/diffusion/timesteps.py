@@ -1,0 +1,113 @@
+"""Which noise levels training sees: v in [0, 1), small for clean, and the weight that makes up for the choice.
+
+`timesteps(own, shared, place)` gives (v, weight), each (B,), from uniform draws: `own` (B,) one a sample, `shared` ()
+one a step, and `place` (B,), the samples' places in the global batch divided by its size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+Warp = Callable[[Tensor], Tensor]
+"""v (B,) uniform in [0, 1) -> v (B,) of another distribution, which then is part of the objective's weighting."""
+
+
+class Timesteps(Protocol):
+    """Draws levels; see the module's docstring."""
+
+    def __call__(self, own: Tensor, shared: Tensor, place: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def uniform(own: Tensor, shared: Tensor, place: Tensor, *, warp: Warp | None = None) -> tuple[Tensor, Tensor]:
+    """Independent and uniform (Ho et al. 2020, alg. 1), or warped."""
+    return (own if warp is None else warp(own)), torch.ones_like(own)
+
+
+def stratified(own: Tensor, shared: Tensor, place: Tensor, *, warp: Warp | None = None) -> tuple[Tensor, Tensor]:
+    """Evenly spaced over the global batch, all shifted by one draw (Kingma et al. 2021, VDM, app. I.1).
+
+    Each v by itself is uniform, and their mean over the batch has far less variance.
+    """
+    return uniform((shared + place) % 1, shared, place, warp=warp)
+
+
+class Importance(nn.Module):
+    """v in proportion to the root of the loss's second moment in each of `bins` (Nichol & Dhariwal 2021, sec. 3.3).
+
+    The moments are those of the last `history` losses of a bin; until each bin has that many, and for a share
+    `floor` of the draws ever after, v is uniform. The weight keeps the mean of the loss unbiased. What was seen is
+    in the checkpoint.
+    """
+
+    seen: Tensor
+    losses: Tensor
+
+    def __init__(self, bins: int = 100, history: int = 10, floor: float = 0.01) -> None:
+        super().__init__()
+        if bins < 1 or history < 1 or not 0 < floor <= 1:
+            raise ValueError(
+                f"needs bins >= 1, history >= 1 and floor in (0, 1], got {bins}, {history}, {floor}: 100, 10 and 0.01 "
+                "are usual (timesteps)"
+            )
+        self.bins = bins
+        self.history = history
+        self.floor = floor
+        self.register_buffer("seen", torch.zeros(bins, dtype=torch.long))
+        self.register_buffer("losses", torch.zeros(bins, history))
+
+    def probabilities(self) -> Tensor:
+        """That of each bin, (bins,)."""
+        moments = self.losses.float().square().mean(1).sqrt()
+        uniform = torch.full_like(moments, 1 / self.bins)
+        by_loss = moments / moments.sum().clamp(min=torch.finfo(moments.dtype).tiny)
+        # No branch: that would wait for the device.
+        ready = (self.seen >= self.history).all() & (moments.sum() > 0)
+        return torch.where(ready, self.floor * uniform + (1 - self.floor) * by_loss, uniform)
+
+    def forward(self, own: Tensor, shared: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.probabilities()
+        edges = p.double().cumsum(0)
+        edges = edges / edges[-1]
+        chosen = torch.searchsorted(edges, own.double(), right=True).clamp(max=self.bins - 1)
+        start = torch.where(chosen > 0, edges[chosen - 1], 0.0)
+        within = ((own - start) / (edges[chosen] - start)).clamp(0, 1 - 2**-24)
+        v = ((chosen + within) / self.bins).clamp(max=1 - 2**-24).float()
+        return v, 1 / (p[chosen] * self.bins)
+
+    @torch.no_grad()
+    def update(self, v: Tensor, losses: Tensor) -> None:
+        """Remember the losses (N,) at v (N,), of the whole global batch and in its order, all finite ones."""
+        v, losses = v[losses.isfinite()], losses[losses.isfinite()]
+        chosen, order = (v * self.bins).long().clamp(max=self.bins - 1).sort(stable=True)
+        # The number of each among those of its bin; of more than fit, the last ones stay.
+        number = torch.arange(len(chosen), device=chosen.device) - torch.searchsorted(chosen, chosen)
+        added = torch.bincount(chosen, minlength=self.bins)
+        kept = number >= added[chosen] - self.history
+        slot = (self.seen[chosen] + number) % self.history
+        self.losses[chosen[kept], slot[kept]] = losses[order][kept].to(self.losses)
+        self.seen += added
+
+
+def logit_normal(v: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:
+    """The logit of v is normal: most steps in the middle (Esser et al., 2403.03206, sec. 3.1)."""
+    _check_deviation(deviation)
+    logit: Tensor = mean + deviation * torch.special.ndtri(v)
+    return torch.sigmoid(logit).clamp(max=1 - 2**-24)
+
+
+def log_normal(
+    v: Tensor, mean: float = -1.2, deviation: float = 1.2, sigma_min: float = 0.002, sigma_max: float = 80.0
+) -> Tensor:
+    """log sigma is normal on the curve `exploding` with the same ends (Karras et al. 2022, EDM, tab. 1)."""
+    _check_deviation(deviation)
+    log_sigma: Tensor = mean + deviation * torch.special.ndtri(v)
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    return ((log_sigma - low) / (high - low)).clamp(0, 1 - 2**-24)
+
+
+def _check_deviation(deviation: float) -> None:
+    if deviation <= 0:
+        raise ValueError(f"deviation must be positive, got {deviation}: 1 is usual (timesteps.warp.deviation)")

@@ -1,0 +1,198 @@
+"""Schedules in continuous time against their log-SNR, or their levels, as formulas in plain floats."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.diffusion import curves
+
+U = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]
+
+
+def floats(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def log_snr(curve, u):
+    alpha, sigma = curve(floats(u) if isinstance(u, list) else u)
+    return 2 * (alpha.log() - sigma.log())
+
+
+def learned(seed, **settings):
+    """A curve far from the line where it starts: weights of any sign and slopes of any size."""
+    curve = curves.Learned(**settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight, size in ((curve.line, 2), (curve.heights, 3), (curve.centres, 1), (curve.slopes, 20)):
+            weight.copy_(size * torch.randn(weight.shape, generator=generator))
+    return curve
+
+
+CURVES = {
+    "cosine": curves.cosine,
+    "cosine_narrow": partial(curves.cosine, max_log_snr=3.0, min_log_snr=-7.0),
+    "linear": curves.linear,
+    "linear_narrow": partial(curves.linear, max_log_snr=13.3, min_log_snr=-5.0),
+    "exploding": curves.exploding,
+    "exploding_narrow": partial(curves.exploding, sigma_min=0.02, sigma_max=3.0),
+    "rectified_flow": curves.rectified_flow,
+    "rectified_flow_late": partial(curves.rectified_flow, start=0.01),
+    "learned": curves.Learned(),
+    "learned_random": learned(0),
+}
+every_curve = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
+preserving = pytest.mark.parametrize("name", ["cosine", "cosine_narrow", "linear", "linear_narrow", "learned_random"])
+every_end = pytest.mark.parametrize(("high", "low"), [(15.0, -15.0), (13.3, -5.0), (2.0, 1.0), (-1.0, -4.0)])
+
+
+@every_end
+def test_linear_log_snr_is_linear(high, low):
+    """lambda = high + (low - high) u; the sigmoids keep 1e-12 of it."""
+    expected = [high + (low - high) * u for u in U]
+    assert_close(log_snr(partial(curves.linear, max_log_snr=high, min_log_snr=low), U), floats(expected))
+
+
+@every_end
+def test_cosine_log_snr_is_hoogebooms(high, low):
+    """lambda = -2 log tan(a u + b), b = atan(e^(-high/2)), a + b = atan(e^(-low/2)) (2301.11093, app. A)."""
+    b = math.atan(math.exp(-high / 2))
+    a = math.atan(math.exp(-low / 2)) - b
+    expected = [-2 * math.log(math.tan(a * u + b)) for u in U]
+    assert_close(log_snr(partial(curves.cosine, max_log_snr=high, min_log_snr=low), U), floats(expected))
+
+
+def test_cosine_without_ends_is_the_quarter_circle():
+    """With ends far out, alpha = cos(pi u / 2) and sigma = sin(pi u / 2)."""
+    alpha, sigma = curves.cosine(floats(U), 60.0, -60.0)
+    angle = math.pi / 2 * floats(U)
+    assert_close(alpha, angle.cos(), rtol=0, atol=1e-12)
+    assert_close(sigma, angle.sin(), rtol=0, atol=1e-12)
+
+
+@preserving
+def test_variance_is_preserved(name):
+    alpha, sigma = CURVES[name](floats(U))
+    assert_close(alpha.square() + sigma.square(), torch.ones(len(U), dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.002, 80.0), (0.01, 50.0), (1.0, 1.5)])
+def test_exploding_is_geometric(low, high):
+    """alpha = 1; equal strides of u multiply sigma by equal factors, from the one end to the other."""
+    alpha, sigma = curves.exploding(torch.linspace(0, 1, 41, dtype=torch.float64), low, high)
+    assert (alpha == 1).all()
+    expected = [low]
+    for _ in range(40):
+        expected.append(expected[-1] * (high / low) ** (1 / 40))
+    assert_close(sigma, floats(expected), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.02, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rectified_flow_is_straight(dtype, start):
+    """alpha + sigma = 1, sigma even from `start` to exactly 1, so that the noisiest level is pure noise."""
+    u = torch.linspace(0, 1, 17, dtype=dtype)
+    alpha, sigma = curves.rectified_flow(u, start)
+    eps = torch.finfo(dtype).eps
+    assert_close(alpha + sigma, torch.ones_like(u), rtol=0, atol=eps)
+    assert_close(sigma.double(), floats([start + (1 - start) * i / 16 for i in range(17)]), rtol=2 * eps, atol=0)
+    assert alpha[-1] == 0 and sigma[-1] == 1
+    assert alpha.min() >= 0
+
+
+@every_curve
+def test_noise_rises_strictly(curve):
+    """sigma / alpha, and with it the angle by which positions are found."""
+    with torch.no_grad():
+        alpha, sigma = curve(torch.linspace(0, 1, 2001, dtype=torch.float64))
+    assert (torch.atan2(sigma, alpha).diff() > 0).all()
+    assert sigma[0] > 0 and alpha.min() >= 0
+
+
+@every_curve
+def test_any_shape_and_precision(curve):
+    """Both results like u; in float32 they are those of float64 up to its rounding, of log-SNRs up to 15 or of 1."""
+    u = torch.rand(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact, rounded = curve(u), curve(u.float())
+    for a, b in zip(exact, rounded, strict=True):
+        assert a.shape == b.shape == u.shape
+        assert a.dtype == torch.float64 and b.dtype == torch.float32
+        assert_close(b.double(), a, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        (scalar, _), (first, _) = curve(u[1, 2, 0]), curve(u[1])
+    assert scalar.shape == () and first.shape == (4, 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("high", "low"), [(10.0, -10.0), (13.3, -5.0)])
+def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
+    """For any parameters; its own arithmetic is in float32, 1e-6 of the range."""
+    curve = learned(seed, max_log_snr=high, min_log_snr=low, width=32)
+    with torch.no_grad():
+        values = log_snr(curve, torch.linspace(0, 1, 4001, dtype=torch.float64))
+    assert (values.diff() <= 1e-6 * (high - low)).all()
+    assert values[0].item() == pytest.approx(high, abs=1e-5 * (high - low))
+    assert values[-1].item() == pytest.approx(low, abs=1e-5 * (high - low))
+
+
+def test_learned_starts_out_nearly_linear():
+    """Within a tenth of its range of the line between its ends."""
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    with torch.no_grad():
+        values = log_snr(curves.Learned(10.0, -10.0), u)
+    assert_close(values, 10 - 20 * u, rtol=0, atol=2.0)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_learned_is_differentiable(seed):
+    """Along every parameter, and along u, as differences in float64 say."""
+    curve = learned(seed, width=6).double()
+    u = floats([0.1, 0.45, 0.8]).requires_grad_()
+    parameters = list(curve.parameters())
+
+    def sigmas(u, *_):
+        return curve(u)[1]
+
+    assert torch.autograd.gradcheck(sigmas, (u, *parameters))
+    gradients = torch.autograd.grad(curve(u)[1].sum(), parameters)
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_learned_keeps_its_digits_in_a_low_precision():
+    """Under `trainer.precision=bf16-true` its weights are rounded, but of 1000 levels no two coincide or swap."""
+    curve = curves.Learned().bfloat16()
+    with torch.no_grad():
+        values = log_snr(curve, torch.linspace(0, 1, 1001))
+    assert (values.diff() < 0).all()
+    assert_close(values[[0, -1]], torch.tensor([10.0, -10.0]), rtol=1e-4, atol=0)
+
+
+def test_learned_moves_between_its_ends_only():
+    """No parameter has any influence on the ends."""
+    curve = learned(3, width=6).double()
+    for u in (0.0, 1.0):
+        alpha, _ = curve(floats([u]))
+        for gradient in torch.autograd.grad(alpha.sum(), list(curve.parameters())):
+            assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
+@pytest.mark.parametrize(("high", "low"), [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
+def test_ends_in_the_wrong_order(curve, high, low):
+    with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve"):
+        curve(floats([0.5]), high, low)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
+def test_exploding_out_of_range(low, high):
+    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}"):
+        curves.exploding(floats([0.5]), low, high)
+
+
+@pytest.mark.parametrize("start", [0.0, -0.1, 1.0])
+def test_rectified_flow_out_of_range(start):
+    with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4"):
+        curves.rectified_flow(floats([0.5]), start)

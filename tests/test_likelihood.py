@@ -1,0 +1,433 @@
+"""Likelihood against scipy's integrals and distributions, and the bound where its exact value is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import binom, norm
+from torch.distributions import Normal, kl_divergence
+from torch.testing import assert_close
+
+from src.diffusion import curves, losses, schedules
+from src.diffusion.likelihood import (
+    decoder_log_prob,
+    discrete_kl,
+    discretized_gaussian_log_prob,
+    flow_slope,
+    gaussian_kl,
+    gaussian_log_prob,
+    link_bits,
+    log_ndtr,
+    prior_bits,
+)
+from src.diffusion.noise import ContinuousSchedule, Level, Link, NoiseSchedule
+from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
+
+TARGETS = ["eps", "x0", "v", "edm", "velocity"]
+SHAPES = [(3, 2), (3, 2, 4, 4)]
+STEPS = 50
+# 100 worms by the number of their teeth, 0 to 10.
+WORMS = [2, 3, 5, 14, 16, 15, 12, 8, 10, 8, 7]
+
+TABLES = {
+    "linear": NoiseSchedule(schedules.linear(STEPS)),
+    "linear_1000": NoiseSchedule(schedules.linear(1000)),
+    "cosine": NoiseSchedule(schedules.cosine(STEPS)),
+}
+ZERO_TERMINAL = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(STEPS)))
+CURVES = {
+    f"continuous_{curve.__name__}": ContinuousSchedule(curve, STEPS)
+    for curve in (curves.cosine, curves.linear, curves.exploding, curves.rectified_flow)
+}
+# eps does not determine x_0 at zero SNR, where rectified flow ends too.
+CHAINS = {
+    f"{name}-{target}": (schedule, target)
+    for name, schedule in {**TABLES, **CURVES, "zero_terminal": ZERO_TERMINAL}.items()
+    for target in TARGETS
+    if not (name in ("zero_terminal", "continuous_rectified_flow") and target == "eps")
+}
+
+every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_levels = pytest.mark.parametrize("levels", [2, 17, 256])
+
+
+def normal(shape, seed):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def scalar(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def gaussian(mean, deviation):
+    return Gaussian(scalar(mean), scalar(deviation).log() * 2)
+
+
+# Divergences and densities
+
+
+@pytest.mark.parametrize("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)], ids=str)
+@pytest.mark.parametrize("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)], ids=str)
+def test_gaussian_kl_is_its_integral(p, q):
+    """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
+    (mean, deviation), (other_mean, other_deviation) = p, q
+
+    def integrand(x):
+        return norm.pdf(x, mean, deviation) * (
+            norm.logpdf(x, mean, deviation) - norm.logpdf(x, other_mean, other_deviation)
+        )
+
+    integral, _ = quad(integrand, mean - 12 * deviation, mean + 12 * deviation, epsabs=1e-12, epsrel=1e-12, limit=200)
+    assert_close(gaussian_kl(gaussian(*p), gaussian(*q)), scalar(integral), rtol=1e-9, atol=1e-12)
+
+
+@every_shape
+def test_gaussian_kl_element_by_element(shape):
+    """Against torch.distributions; the log-variance may be one for all. Zero for equals, positive else."""
+    p = Gaussian(normal(shape, 0), normal(shape, 1))
+    q = Gaussian(normal(shape, 2), scalar(0.3))
+    expected = kl_divergence(Normal(p.mean, (p.log_variance / 2).exp()), Normal(q.mean, math.exp(0.15)))
+    assert_close(gaussian_kl(p, q), expected, rtol=1e-10, atol=0)
+    assert (gaussian_kl(p, q) > 0).all()
+    assert_close(gaussian_kl(p, p), torch.zeros(shape, dtype=torch.float64), rtol=0, atol=0)
+
+
+def test_discrete_kl_on_the_worked_example():
+    """100 worms: the theory's figures, of which the second is 0.42735 rounded up, and the sums written out."""
+    counts = scalar(WORMS)
+    binomial = torch.from_numpy(binom.pmf(np.arange(11), 10, 0.544))
+    to_uniform, to_binomial = discrete_kl(counts, torch.ones(11)).item(), discrete_kl(counts, binomial).item()
+    assert abs(to_uniform - 0.1367) < 5e-5
+    assert abs(to_binomial - 0.4274) < 6e-5
+    shares = [count / 100 for count in WORMS]
+    assert math.isclose(to_uniform, sum(p * math.log(p * 11) for p in shares), rel_tol=1e-6)
+    by_hand = sum(p * math.log(p / (math.comb(10, k) * 0.544**k * 0.456 ** (10 - k))) for k, p in enumerate(shares))
+    assert math.isclose(to_binomial, by_hand, rel_tol=1e-12)
+    assert discrete_kl(counts, counts / 100).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_discrete_kl_where_something_is_missing():
+    """0 log 0 is 0, also against 0; what q cannot produce is infinitely surprising."""
+    p, q = scalar([0.5, 0.5, 0, 0]), scalar([0.25, 0.25, 0.5, 0])
+    assert_close(discrete_kl(p, q), scalar(math.log(2)), rtol=1e-15, atol=0)
+    assert discrete_kl(q, p).item() == math.inf
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
+def test_gaussian_log_prob_integrates_to_one(mean, deviation):
+    q = gaussian(mean, deviation)
+    total, _ = quad(
+        lambda x: math.exp(gaussian_log_prob(scalar(x), q)), mean - 12 * deviation, mean + 12 * deviation, epsrel=1e-10
+    )
+    assert abs(total - 1) < 1e-9
+
+
+# The decoder
+
+
+def values(levels):
+    return torch.linspace(-1, 1, levels, dtype=torch.float64)
+
+
+MEANS = [-30.0, -1.5, -1.0, -0.99, -0.3, 0.0, 1 / 255, 0.5, 1.0, 1.001, 3.0]
+DEVIATIONS = [1e-3, 1e-2, 0.1, 0.5, 1.0, 20.0]
+
+
+def bins_by_scipy(x, mean, deviation, levels):
+    """Differences of tails, taken on the side on which they are small."""
+    half = 1 / (levels - 1)
+    lower = np.where(np.isclose(x, -1), -np.inf, (x - half - mean) / deviation)
+    upper = np.where(np.isclose(x, 1), np.inf, (x + half - mean) / deviation)
+    return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+@every_levels
+def test_bins_sum_to_one(levels, deviation, dtype):
+    """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
+    means = torch.tensor(MEANS, dtype=dtype)[:, None]
+    q = Gaussian(means, torch.tensor(deviation, dtype=dtype).log() * 2)
+    total = discretized_gaussian_log_prob(values(levels).to(dtype), q, levels).exp().sum(1)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("deviation", DEVIATIONS)
+@pytest.mark.parametrize("mean", MEANS)
+@every_levels
+def test_bins_are_differences_of_the_normal_distribution(levels, mean, deviation):
+    """Against scipy, as far as its probabilities do not underflow."""
+    x = values(levels)
+    ours = discretized_gaussian_log_prob(x, gaussian(mean, deviation), levels).numpy()
+    theirs = bins_by_scipy(x.numpy(), mean, deviation, levels)
+    seen = theirs > 1e-290
+    assert seen.any() or abs(mean) > 1
+    np.testing.assert_allclose(ours[seen], np.log(theirs[seen]), rtol=1e-9, atol=1e-11)
+    assert (ours[~seen] < math.log(1e-289)).all()
+
+
+@every_levels
+def test_outer_bins_are_open(levels):
+    """-1 and 1 take all the mass beyond them."""
+    half = 1 / (levels - 1)
+    first, last = values(levels)[[0, -1]]
+    for mean, deviation in [(-5.0, 1.0), (5.0, 0.1), (0.3, 2.0)]:
+        q = gaussian(mean, deviation)
+        below, above = (discretized_gaussian_log_prob(x, q, levels) for x in (first, last))
+        assert_close(below, scalar(norm.logcdf(-1 + half, mean, deviation)), rtol=1e-10, atol=1e-14)
+        assert_close(above, scalar(norm.logsf(1 - half, mean, deviation)), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
+@every_levels
+def test_far_tails_stay_finite(levels, distance, dtype):
+    """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
+    for deviation in (1e-4, 1e-2, 1.0):
+        for side in (-1, 1):
+            x = values(levels).to(dtype)
+            mean = (x + side * distance * deviation).requires_grad_()
+            log_variance = torch.full_like(x, 2 * math.log(deviation)).requires_grad_()
+            log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), levels)
+            assert log_prob.isfinite().all()
+            assert (log_prob <= 0).all()
+            pull, widen = torch.autograd.grad(log_prob.sum(), (mean, log_variance))
+            assert pull.isfinite().all()
+            assert widen.isfinite().all()
+            if distance >= 5 and distance * deviation > 4 / (levels - 1):
+                # Beyond the edge of an inner bin: nearer is likelier, and so is wider.
+                assert (side * pull[1:-1] < 0).all()
+                assert (widen[1:-1] > 0).all()
+                # And by how much, whatever the precision: log p falls with the square of the distance to the edge,
+                # but for a little at 5 deviations; float32 rounds that edge by 1e-7.
+                edge = distance * deviation - 1 / (levels - 1)
+                assert_close(
+                    -side * pull[1:-1].double(),
+                    torch.full_like(x, edge / deviation**2).double()[1:-1],
+                    rtol=0.1,
+                    atol=0,
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_ndtr_keeps_its_digits(dtype):
+    """Against scipy, and its gradient against Mills' ratio as a continued fraction, to 1e6 deviations.
+
+    Where torch's own gradient in float32 is noise.
+    """
+    x = torch.cat([-torch.logspace(6, -2, 200), torch.linspace(0, 12, 50)]).to(dtype).requires_grad_()
+    log_prob = log_ndtr(x)
+    (slope,) = torch.autograd.grad(log_prob.sum(), x)
+    at = x.detach().double()
+    # In float32 the rounding of x^2 / 2, 72 at most on the right, is an error relative to what it is the exponent of.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert_close(log_prob.double(), torch.from_numpy(norm.logcdf(at.numpy())), rtol=tolerance, atol=0)
+    far = at < -5
+    fraction = -at[far]
+    for k in range(60, 0, -1):  # density / tail = x + 1 / (x + 2 / (x + 3 / ...))
+        fraction = -at[far] + k / fraction
+    assert_close(slope[far].double(), fraction, rtol=tolerance, atol=0)
+    near = at[~far].numpy()
+    assert_close(slope[~far].double(), torch.from_numpy(norm.pdf(near) / norm.cdf(near)), rtol=tolerance, atol=0)
+
+
+@every_shape
+def test_decoder_is_that_of_the_data(shape):
+    """A bin if the process knows a number of levels, else a density."""
+    x = normal(shape, 3).sign()
+    q = Gaussian(0.8 * x, scalar(-3.0))
+    bins = discretized_gaussian_log_prob(x, q, 17)
+    assert_close(decoder_log_prob(GaussianDiffusion(levels=17), x, q), bins, rtol=0, atol=0)
+    density = torch.from_numpy(norm.logpdf(x.numpy(), q.mean.numpy(), math.exp(-1.5)))
+    assert_close(decoder_log_prob(GaussianDiffusion(), x, q), density, rtol=1e-12, atol=0)
+
+
+# The bound
+
+
+@pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
+@every_shape
+def test_prior_is_the_kl_at_the_noisiest_level(shape, schedule):
+    """Between N(alpha x_0, sigma^2) and N(0, alpha^2 + sigma^2), the latter N(0, 1) for tables."""
+    x0 = normal(shape, 4)
+    alpha, sigma, _ = schedule.row(schedule.num_steps - 1)
+    spread = 1.0 if schedule in TABLES.values() else math.hypot(alpha, sigma)
+    nats = kl_divergence(Normal(alpha * x0, sigma), Normal(torch.zeros_like(x0), spread))
+    expected = torch.stack([sample.mean() for sample in nats]) / math.log(2)
+    # What cancels is of order 1.
+    assert_close(prior_bits(schedule, x0), expected, rtol=1e-9, atol=1e-15)
+
+
+@every_shape
+def test_prior_at_zero_snr(shape):
+    """Pure noise knows nothing of the data."""
+    assert_close(prior_bits(ZERO_TERMINAL, normal(shape, 5)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+class GaussianData:
+    """N(m, s^2 I) in D dimensions, and the whole chain over it, in float64.
+
+    Batches are (T, D, N): the T links by the dimensions by the N points over which means are taken. Those have x_0 =
+    m +- s and eps = +-1 in every combination of signs: the mean over them is the expectation of any quadratic
+    function (Gauss-Hermite with two nodes), and all terms of the bound are quadratic in x_0 and eps.
+    """
+
+    def __init__(self, m, s, schedule):
+        self.m, self.s = scalar(m)[:, None], s
+        rows = [schedule.row(k) for k in range(-1, schedule.num_steps)]
+        clean_to_noise = Level(*(torch.stack(field).view(-1, 1, 1) for field in zip(*rows, strict=True)))
+        t, s_ = (Level(*(field[part] for field in clean_to_noise)) for part in (slice(1, None), slice(-1)))
+        self.link = Link(t, s_, schedule.num_steps)
+        signs = torch.cartesian_prod(*[scalar([-1.0, 1.0])] * (2 * len(m))).T
+        self.x0, self.eps = self.m + s * signs[: len(m)], signs[len(m) :]
+        self.x_t = t.alpha * self.x0 + t.sigma * self.eps
+
+    def entropy(self):
+        """In nats per dimension."""
+        return 0.5 * math.log(2 * math.pi * math.e * self.s**2)
+
+    def variance(self, t):
+        """That of x_t."""
+        return t.alpha**2 * self.s**2 + t.sigma**2
+
+    def reverse_variance(self):
+        """That of q(x_s | x_t), (T, 1, 1): V_s V_{t|s} / V_t, by Bayes' rule for x_s and x_t = a x_s + noise."""
+        t, s, _ = self.link
+        added = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
+        return self.variance(s) * added / self.variance(t)
+
+    def ideal_output(self, process, mix=None):
+        """What the best network puts out: the target at E[x_0 | x_t] and E[eps | x_t]."""
+        t = self.link.t
+        centred = (self.x_t - t.alpha * self.m) / self.variance(t)
+        mean = process.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
+        return mean if mix is None else torch.cat([mean, mix.expand(mean.shape)], 1)
+
+    def optimal(self, target, decoder_log_variance=-20.0):
+        """The process, and the output, with which p(x_s | x_t) is q(x_s | x_t)."""
+        process = GaussianDiffusion(target, "learned", decoder_log_variance=decoder_log_variance)
+        fixed = GaussianDiffusion(target, "fixed_small", decoder_log_variance=decoder_log_variance)
+        mix = self.reverse_variance().log() - self.small(fixed)
+        return process, self.ideal_output(process, mix)
+
+    def small(self, process):
+        """The log-variance of the model's fixed step, (T, 1, 1)."""
+        return process.reverse(Prediction(self.x_t, self.x_t), self.x_t, self.link.t, self.link.s).log_variance
+
+    def terms(self, process, out):
+        """Each link's term, (T,) in nats per dimension."""
+        pred = process.interpret(out, self.x_t, self.link.t)
+        return link_bits(process, pred, self.x0.expand_as(self.x_t), self.x_t, self.link) * math.log(2)
+
+
+DATA = [([0.4], 0.5), ([0.4, -1.0, 2.0], 1.7)]
+every_data = pytest.mark.parametrize(("m", "s"), DATA, ids=["1d", "3d"])
+
+
+@every_data
+@pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
+def test_bound_is_exact_on_gaussian_data(schedule, target, m, s):
+    """With the optimal reverse step, all terms together are the entropy + KL(q(x_T) || p(x_T)), for any T.
+
+    Since then p(x_0 ... x_T) = q(x_0 ... x_T) p(x_T) / q(x_T).
+    """
+    data = GaussianData(m, s, schedule)
+    terms = data.terms(*data.optimal(target))
+    prior = prior_bits(schedule, data.x0.T).mean() * math.log(2)
+    noisiest = schedule.row(schedule.num_steps - 1)
+    mean, variance = noisiest.alpha * data.m, data.variance(noisiest)
+    spread = noisiest.alpha**2 + noisiest.sigma**2
+    gap = 0.5 * (variance / spread + mean**2 / spread - 1 - (variance / spread).log()).mean()
+    assert_close(terms.sum() + prior, data.entropy() + gap, rtol=0, atol=1e-6)
+
+
+@every_data
+@pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
+def test_bound_is_exact_link_by_link(schedule, m, s):
+    """Each link is worth the information that x_t lacks about x_0 and x_s has: half the log of a ratio of variances.
+
+    I(x_0; x_s) - I(x_0; x_t), I(x_0; x_t) = log(V_t / sigma_t^2) / 2; the decoder the entropy that x_1 leaves.
+    """
+    data = GaussianData(m, s, schedule)
+    terms = data.terms(*data.optimal("v"))
+    information = 0.5 * (data.variance(data.link.t) / data.link.t.sigma**2).log().flatten()
+    assert_close(terms[1:], information[:-1] - information[1:], rtol=0, atol=1e-9)
+    assert_close(terms[0], data.entropy() - information[0], rtol=0, atol=1e-9)
+
+
+@every_data
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
+def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
+    """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""
+    data = GaussianData(m, s, schedule)
+    best = data.terms(*data.optimal(target, decoder_log_variance=-4.0))
+    process = GaussianDiffusion(target, variance, decoder_log_variance=-4.0)
+    terms = data.terms(process, data.ideal_output(process))
+    t, cleaner, _ = data.link
+    added = (t.sigma**2 - (t.alpha / cleaner.alpha) ** 2 * cleaner.sigma**2)[1:]
+    small = 1 / (1 / cleaner.sigma[1:] ** 2 + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
+    chosen = torch.cat([scalar([-4.0]).exp(), (small if variance == "fixed_small" else added).flatten()])
+    ratio = data.reverse_variance().flatten() / chosen
+    excess = 0.5 * (ratio - 1 - ratio.log())
+    # The decoder's ratio, of two arbitrary variances, may be large.
+    assert_close(terms - best, excess, rtol=1e-7, atol=1e-9)
+    assert (terms - best > -1e-12).all()
+    assert terms.sum() > best.sum() + 1e-3
+
+
+def test_fixed_variances_bracket_the_optimal_one():
+    """fixed_small is the best for data that are a point, fixed_large for N(0, I) (DDPM sec. 3.2): then no gap."""
+    schedule = TABLES["linear"]
+    for s, variance in ((1e-8, "fixed_small"), (1.0, "fixed_large")):
+        data = GaussianData([0.0], s, schedule)
+        process = GaussianDiffusion("v", variance)
+        fixed = data.terms(process, data.ideal_output(process))
+        assert_close(fixed[1:], data.terms(*data.optimal("v"))[1:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_objective_estimates_the_bound(name):
+    """The mean of `vlb` over the links, drawn as in training in float32, is the sum of the exact terms."""
+    schedule = TABLES[name]
+    data = GaussianData([0.4], 0.5, schedule)
+    process, out = data.optimal("v")
+    exact = data.terms(process, out).sum() / math.log(2)
+    x0, eps = data.x0.expand_as(data.x_t).float(), data.eps.expand_as(data.x_t).float()
+    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    bits = losses.vlb(process, lambda *_: out.float(), x0, link, eps)["vlb"].mean()
+    # Rounding of float32 on terms that sum to about 1, the first of which has variance 1e-4.
+    assert_close(bits.double(), exact, rtol=0, atol=1e-3)
+
+
+# The flow
+
+
+@every_data
+@pytest.mark.parametrize("schedule", [TABLES["linear"], *CURVES.values()], ids=["linear", *CURVES])
+def test_flow_of_gaussian_data(schedule, m, s):
+    """z = cos(angle) m + root(V) n for a constant n, V = cos^2 s^2 + sin^2: its derivative, and D times V' / 2V.
+
+    The Jacobian is a multiple of the identity, for which a probe of signs gives the trace exactly.
+    """
+    data_mean = scalar(m)
+    for u in (0.02, 0.3, 0.9):
+        (level,) = schedule.at(scalar([u]))
+        angle = torch.atan2(level.sigma, level.alpha)
+        variance = angle.cos() ** 2 * s**2 + angle.sin() ** 2
+        rise = angle.sin() * angle.cos() * (1 - s**2) / variance  # V' / 2V
+
+        def predict(x, t):
+            noised = t.alpha**2 * s**2 + t.sigma**2
+            centred = (x - t.alpha * data_mean) / noised
+            return Prediction(data_mean + t.alpha * s**2 * centred, t.sigma * centred)
+
+        z, probe = normal((4, len(m)), 6), normal((4, len(m)), 7).sign()
+        slope, divergence = flow_slope(predict, z, angle, level, probe)
+        expected = -angle.sin() * data_mean + rise * (z - angle.cos() * data_mean)
+        assert_close(slope, expected, rtol=1e-9, atol=1e-12)
+        assert_close(divergence, (len(m) * rise).expand(4), rtol=1e-9, atol=1e-12)
+        assert not slope.requires_grad
