@@ -415,8 +415,7 @@ def reverse_variance(variance, small, large, mix):
     }[variance]
 
 
-@pytest.mark.parametrize("levels", [None, 17], ids=["density", "bins"])
-@every_shape
+@pytest.mark.parametrize(("shape", "levels"), [((5, 2), None), ((5, 3, 4, 4), 17)], ids=["points", "images"])
 @every_variance
 @every_target
 @every_schedule

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
-from src.diffusion import schedules
-from src.diffusion.noise import CLEAN, NoiseSchedule, make_grid, terminal_alpha_bar
+from src.diffusion import curves, schedules
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
 from src.diffusion.process import GaussianDiffusion, decoder_log_variance
 from tests.conftest import exact_level
 
@@ -31,17 +31,43 @@ SCHEDULES = {
         schedules.snr_shift(schedules.cosine(num_steps), 0.5)
     ),
 }
+CURVES = {
+    "cosine": curves.cosine,
+    "linear": curves.linear,
+    "linear_vdm": partial(curves.linear, max_log_snr=13.3, min_log_snr=-5.0),
+    "exploding": curves.exploding,
+    "rectified_flow": curves.rectified_flow,
+    "learned": curves.Learned(),
+}
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 STEPS = [1, 2, 7, 50, 999, 1000, 1500]
 SHAPES = [(4,), (4, 2), (4, 3, 5), (4, 3, 8, 8)]
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+every_curve = pytest.mark.parametrize("name", CURVES)
 every_spacing = pytest.mark.parametrize("spacing", SPACINGS)
 
 
 @cache
 def schedule(name, num_steps=1000):
     return NoiseSchedule(SCHEDULES[name](num_steps))
+
+
+@cache
+def continuous(name, num_steps=1000):
+    return ContinuousSchedule(CURVES[name], num_steps)
+
+
+def on_curve(name, u):
+    """(alpha, sigma) at u, a float, by the curve itself."""
+    with torch.no_grad():
+        alpha, sigma = CURVES[name](torch.tensor(u, dtype=torch.float64))
+    return alpha.item(), sigma.item()
+
+
+def rounding(name):
+    """Of levels on a curve: what is learned computes its log-SNR, up to 10, in float32."""
+    return 1e-5 if name == "learned" else 1e-14
 
 
 def fold(betas):
@@ -314,3 +340,177 @@ def test_too_few_steps(spacing, steps):
     """The error names the value and the option."""
     with pytest.raises(ValueError, match=f"at least 1 step, got {steps}: raise sampler.steps"):
         make_grid(schedule("linear"), steps, spacing)
+
+
+@every_schedule
+def test_at_inverts_position_on_tables(name):
+    """Anywhere from clean data to the noisiest row; angles of 1e-2 and less keep 1e-16 of pi / 2."""
+    levels = schedule(name)
+    u = torch.cat([torch.rand(200, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0.0, 1.0])])
+    angles = torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels.at(u)])
+    assert_close(levels.position(angles), u, rtol=0, atol=1e-9)
+
+
+@every_curve
+def test_at_inverts_position_on_curves(name):
+    """Where a curve is given in float64; one that is learned computes in float32."""
+    levels = continuous(name)
+    u = torch.cat([torch.rand(200, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0.0, 1.0])])
+    angles = torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels.at(u)])
+    assert_close(levels.position(angles), u, rtol=0, atol=1e-5 if name == "learned" else 1e-12)
+
+
+@every_curve
+def test_levels_of_curves_are_the_curves(name):
+    """at() and row() give what the curve itself does, as scalars in float64 whose time is u; clean data at -1."""
+    levels = continuous(name)
+    assert levels.row(-1) == CLEAN
+    for t in (0, 1, 500, 999):
+        u = (t + 1) / 1000
+        (there,) = levels.at(torch.tensor([u], dtype=torch.float64))
+        for level in (levels.row(t), there):
+            assert all(f.shape == () and f.dtype == torch.float64 and not f.requires_grad for f in level)
+            assert [f.item() for f in level] == pytest.approx([*on_curve(name, u), u], rel=rounding(name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_steps", [2, 10, 1000])
+@every_curve
+def test_links_of_curves(name, num_steps, shape):
+    """t lies at v, s 1 / num_steps below, or is clean data where that is below 0; float32 against data of any rank."""
+    v = torch.tensor([0.0, 0.3 / num_steps, 1.5 / num_steps, 1 - 2**-24])
+    t, s, links = continuous(name, num_steps).link(v, torch.zeros(shape))
+    assert links == num_steps
+    assert all(f.shape == (4, *[1] * (len(shape) - 1)) and f.dtype == torch.float32 for level in (t, s) for f in level)
+    for i, place in enumerate(v.tolist()):
+        # rtol and atol: float32's rounding of log-SNRs up to 15, and of an angle.
+        expected = [*on_curve(name, place), place]
+        assert [f[i].item() for f in t] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        below = place - 1 / num_steps
+        expected = [*on_curve(name, below), below] if below > 0 else [1.0, 0.0, 0.0]
+        assert [f[i].item() for f in s] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        if below <= 0:
+            assert [f[i].item() for f in s] == expected
+
+
+@every_curve
+def test_links_of_curves_go_towards_clean_data(name):
+    """In float32 too each link's s is cleaner than its t, which the reverse step's variance divides by."""
+    t, s, _ = continuous(name).link(torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.zeros(5000))
+    assert (s.snr > t.snr).all()
+    assert (s.time < t.time).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 100])
+@every_spacing
+@every_curve
+def test_grid_of_a_curve(name, spacing, steps):
+    """steps + 1 levels of the curve, from its noisiest to clean data, SNR rising strictly."""
+    levels = continuous(name)
+    grid = make_grid(levels, steps, spacing)
+    assert len(grid) == steps + 1
+    assert grid.schedule is levels
+    alpha, sigma, time = columns(grid)
+    assert alpha.dtype == sigma.dtype == time.dtype == torch.float64
+    assert alpha.isfinite().all() and sigma.isfinite().all()
+    assert (torch.atan2(sigma, alpha).diff() < 0).all()
+    assert [field.item() for field in grid[-1]] == [1.0, 0.0, 0.0]
+    for level in grid[:-1]:
+        expected = on_curve(name, level.time.item())
+        assert [level.alpha.item(), level.sigma.item()] == pytest.approx(expected, rel=rounding(name))
+
+    time = time[:-1]
+    fraction = [i / max(steps - 1, 1) for i in range(steps)]
+    match spacing:
+        case "trailing":
+            assert time.tolist() == pytest.approx([1 - i / steps for i in range(steps)], abs=1e-15)
+        case "leading":
+            assert time.tolist() == pytest.approx([(steps - 1 - i) / steps for i in range(steps)], abs=1e-15)
+        case "linspace":
+            assert time.tolist() == pytest.approx([1 - f for f in fraction], abs=1e-15)
+        case _:
+            noisy, clean = on_curve(name, 1.0), on_curve(name, 0.0)
+            high = min(noisy[1] / noisy[0] if noisy[0] > 0 else math.inf, 80.0)
+            low = clean[1] / clean[0]
+            roots = [(1 - f) * high ** (1 / 7) + f * low ** (1 / 7) for f in fraction]
+            logs = [(1 - f) * math.log(high) + f * math.log(low) for f in fraction]
+            expected = [root**7 for root in roots] if spacing == "karras" else [math.exp(log) for log in logs]
+            # A position's rounding moves pure noise by more; what is learned is in float32.
+            rtol = 1e-4 if name == "learned" else 1e-9
+            assert (sigma / alpha)[:-1].tolist() == pytest.approx(expected, rel=rtol)
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.7, 1.0, 40.0])
+@pytest.mark.parametrize(
+    "levels",
+    [*map(schedule, ("linear", "zero_terminal")), *map(continuous, ("cosine", "exploding", "rectified_flow"))],
+    ids=["linear", "zero_terminal", "cosine", "exploding", "rectified_flow"],
+)
+def test_level_at_a_ratio(levels, ratio):
+    """sigma / alpha is what was asked for, on tables and curves, by scalars of any precision."""
+    for dtype, rtol in ((torch.float32, 1e-7), (torch.float64, 1e-9)):
+        level = make_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
+        assert level.ratio.item() == pytest.approx(ratio, rel=rtol)
+        assert level.norm.item() == pytest.approx(math.sqrt(level.alpha**2 + level.sigma**2), rel=1e-14)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "linear_vdm"])
+def test_a_table_of_a_curve_is_the_curve(name):
+    """Betas from its alpha_bar: the rows are the levels at (t + 1) / T, relative to that at 0, where tables are clean.
+
+    Betas of 1e-6 keep 10 digits, and as many their sum in sigma^2. Between the rows, and for the way back from
+    angles, the table is the curve up to its interpolation and the noise at 0 of up to e^-5.
+    """
+    betas = schedules.from_alpha_bar(lambda u: CURVES[name](u)[0].square(), 1000, max_beta=0.99999)
+    table, curve = NoiseSchedule(betas), continuous(name)
+    clean = curve.at(torch.zeros(1, dtype=torch.float64))[0].alpha.item()
+    for t in (0, 1, 10, 500, 998, 999):
+        alpha = on_curve(name, (t + 1) / 1000)[0] / clean
+        assert table.row(t).alpha.item() == pytest.approx(alpha, rel=1e-9)
+        assert table.row(t).sigma.item() == pytest.approx(math.sqrt(1 - alpha**2), rel=1e-6)
+    noise = on_curve(name, 0.0)[1] ** 2
+    u = torch.linspace(0.2, 1, 77, dtype=torch.float64)
+    for a, b in zip(table.at(u), curve.at(u), strict=True):
+        angle, expected = torch.atan2(a.sigma, a.alpha).item(), torch.atan2(b.sigma, b.alpha).item()
+        # cos(angle) = cos(expected) / cos(angle at 0); the links' bend is second order in 1 / T.
+        assert angle == pytest.approx(expected, abs=2e-5 + noise / math.tan(expected))
+    positions = torch.linspace(0.2, 1.3, 50, dtype=torch.float64)
+    assert_close(table.position(positions), curve.position(positions), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("levels", [schedule("zero_terminal"), continuous("rectified_flow")], ids=["table", "flow"])
+def test_zero_terminal_snr_is_finite(levels):
+    """alpha = 0 and sigma = 1 exactly at the last row; every grid, link and way back from an angle stays finite."""
+    last = levels.row(levels.num_steps - 1)
+    assert (last.alpha, last.sigma, last.time) == (0, 1, 1)
+    assert last.snr == 0 and last.ratio == math.inf and last.norm == 1
+    assert terminal_alpha_bar(levels) == 0
+    assert math.isfinite(decoder_log_variance(levels))
+    for spacing in SPACINGS:
+        for level in make_grid(levels, 10, spacing):
+            assert all(field.isfinite() for field in level)
+    t, s, _ = levels.link(torch.tensor([0.0, 0.5, 1 - 2**-24]), torch.zeros(3))
+    assert all(field.isfinite().all() for field in (*t, *s))
+    assert levels.position(torch.tensor([math.pi / 2], dtype=torch.float64)).item() == pytest.approx(1, abs=1e-9)
+
+
+@every_curve
+def test_what_is_left_of_the_data_at_the_noisiest_level(name):
+    """alpha^2 / (alpha^2 + sigma^2), also where that sum is not 1."""
+    alpha, sigma = on_curve(name, 1.0)
+    expected = alpha**2 / (alpha**2 + sigma**2)
+    assert terminal_alpha_bar(continuous(name)) == pytest.approx(expected, rel=1e-12)
+
+
+@every_curve
+def test_decoder_log_variance_of_curves(name):
+    """The posterior's at the first two of num_steps levels, in plain floats: sigma_s^2 (1 - SNR_t / SNR_s)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = on_curve(name, 0.02), on_curve(name, 0.01)
+    expected = sigma_s**2 - (alpha_t * sigma_s**2 / (alpha_s * sigma_t)) ** 2
+    assert decoder_log_variance(continuous(name, 100)) == pytest.approx(math.log(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("num_steps", [1, 0, -5])
+def test_too_few_links(num_steps):
+    with pytest.raises(ValueError, match=f"num_steps must be at least 2, got {num_steps}: 1000 is usual"):
+        ContinuousSchedule(curves.cosine, num_steps)

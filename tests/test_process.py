@@ -190,7 +190,7 @@ def test_target_gain_is_a_squared_slope(prediction, t):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_prediction
 def test_pure_noise_is_no_special_case(prediction, dtype):
-    """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0), as x_t tells nothing."""
+    """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0)."""
     process = GaussianDiffusion(prediction)
     noise = Level(*torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
     s = Level(*torch.tensor([0.6, 0.8, 0.5], dtype=dtype))
@@ -305,7 +305,7 @@ def test_learned_range_ends_at_the_fixed_variances(t, s):
     """mix = -1 is fixed_small, +1 is log sigma_t^2 (1 - r), the variance of the link in plain floats."""
     x_t, x0 = normal((3, 2), 43), normal((3, 2), 44)
     process = GaussianDiffusion(variance="learned_range")
-    low, high = (process.reverse(Prediction(x0, x_t, torch.full((3, 2), m)), x_t, t, s) for m in (-1.0, 1.0))
+    low, high = (process.reverse(Prediction(x0, x_t, m * torch.ones_like(x0)), x_t, t, s) for m in (-1, 1))
     small = GaussianDiffusion().posterior(x0, x_t, t, s)
     link = t.sigma.item() ** 2 - (t.alpha / s.alpha).item() ** 2 * s.sigma.item() ** 2
     assert_close(low.log_variance, small.log_variance.expand(3, 2), rtol=0, atol=1e-12)
