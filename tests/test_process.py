@@ -10,8 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
-from src.diffusion import schedules
-from src.diffusion.noise import Level, NoiseSchedule
+from src.diffusion import curves, schedules
+from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
 from src.diffusion.process import GaussianDiffusion, Prediction, decoder_log_variance, snr_ratio
 from tests.conftest import exact_level
 
@@ -341,6 +341,21 @@ def test_learned_variances_have_gradients_also_at_clean_data(variance):
     (gradient,) = torch.autograd.grad((mean.square() + log_variance.square()).sum(), out)
     assert gradient.isfinite().all()
     assert (gradient[:, 2:] != 0).all()
+
+
+@every_prediction
+def test_learned_levels_have_gradients_also_at_clean_data(prediction):
+    """In a float32 batch whose first sample's s is clean the curve's gradients are finite, through every formula."""
+    curve = curves.Learned(width=8)
+    x0, eps, out = (normal((3, 2), 50 + i).float() for i in range(3))
+    t, s, _ = ContinuousSchedule(curve, 100).link(torch.tensor([0.004, 0.3, 0.95]), x0)
+    assert s.sigma[0] == 0
+    process = GaussianDiffusion(prediction, "fixed_large")
+    x_t = process.add_noise(x0, t, eps)
+    pred = process.interpret(out, process.scale_input(x_t, t), t)
+    terms = (*process.posterior(x0, x_t, t, s), *process.reverse(pred, x_t, t, s), process.target(x0, t, eps))
+    gradients = torch.autograd.grad(sum(term.sum() for term in (*terms, process.target_gain(t))), curve.parameters())
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
 @every_pair
