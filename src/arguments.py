@@ -4,7 +4,7 @@ import difflib
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union
 
 from hydra.utils import get_method
@@ -71,6 +71,8 @@ def _matches(value: Any, hint: Any) -> bool:
         return any(_matches(value, option) for option in args)
     if origin is Literal:
         return value in args
+    if origin is Callable:  # given by a node with a _target_, which is checked by itself
+        return False
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:

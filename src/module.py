@@ -73,7 +73,8 @@ class DiffusionModule(L.LightningModule):
         super().__init__()
         if process.prediction == "eps" and terminal_alpha_bar(schedule) == 0:
             raise ValueError(
-                "zero_terminal_snr cannot go with process.prediction=eps: at zero SNR x_T is the noise itself, so "
+                "a schedule that ends in pure noise (zero_terminal_snr, rectified_flow) cannot go with "
+                "process.prediction=eps: at zero SNR x_T is the noise itself, so "
                 "predicting it teaches nothing and x_0 = (x_T - sigma eps) / alpha divides by 0; use v or x0"
             )
         self.net = net

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves
+from src.diffusion.noise import CLEAN, ContinuousSchedule, make_grid
 
 U = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]
 
@@ -129,13 +130,16 @@ def test_any_shape_and_precision(curve):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("high", "low"), [(10.0, -10.0), (13.3, -5.0)])
 def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
-    """For any parameters; its own arithmetic is in float32, 1e-6 of the range."""
+    """For any parameters: strictly in float64; in float32 up to its rounding, 1e-6 of the range."""
     curve = learned(seed, max_log_snr=high, min_log_snr=low, width=32)
+    u = torch.linspace(0, 1, 4001, dtype=torch.float64)
     with torch.no_grad():
-        values = log_snr(curve, torch.linspace(0, 1, 4001, dtype=torch.float64))
-    assert (values.diff() <= 1e-6 * (high - low)).all()
-    assert values[0].item() == pytest.approx(high, abs=1e-5 * (high - low))
-    assert values[-1].item() == pytest.approx(low, abs=1e-5 * (high - low))
+        rounded, exact = log_snr(curve, u), log_snr(curve.double(), u)
+    assert (exact.diff() < 0).all()
+    assert (rounded.diff() <= 1e-6 * (high - low)).all()
+    for values, share in ((exact, 1e-12), (rounded, 1e-5)):
+        assert values[0].item() == pytest.approx(high, abs=share * (high - low))
+        assert values[-1].item() == pytest.approx(low, abs=share * (high - low))
 
 
 def test_learned_starts_out_nearly_linear():
@@ -179,20 +183,74 @@ def test_learned_moves_between_its_ends_only():
             assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
 
 
+def angles(levels):
+    """atan(sigma / alpha) of these levels, which is finite for pure noise too."""
+    return torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels])
+
+
+@every_curve
+def test_positions_on_a_schedule_are_found_again(curve):
+    """at(position(angle)) has that angle, also where a curve that has learned is nearly flat or computes in float32."""
+    schedule = ContinuousSchedule(curve, 100)
+    noisiest, cleanest = angles(schedule.at(floats([1.0, 0.0])))
+    wanted = cleanest + (noisiest - cleanest) * torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    assert_close(angles(schedule.at(schedule.position(wanted))), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_steps", [2, 10, 1000])
+@every_curve
+def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
+    """t lies at v and s at v - 1 / num_steps, strictly cleaner, clean data where that is below 0."""
+    v = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    t, s, links = ContinuousSchedule(curve, num_steps).link(v, torch.zeros(2000, 1, 1))
+    assert links == num_steps
+    assert all(field.shape == (2000, 1, 1) and field.dtype == torch.float64 for field in (*t, *s))
+    assert torch.equal(t.time.flatten(), v)
+    clean = v < 1 / num_steps
+    for level, place in ((t, v), (s, v - 1 / num_steps)):
+        kept = slice(None) if level is t else ~clean
+        for field, expected in zip(level, (*curve(place[kept]), place[kept]), strict=True):
+            assert_close(field.flatten()[kept], expected, rtol=1e-14, atol=0)
+    assert all((field.flatten()[clean] == value).all() for field, value in zip(s, CLEAN, strict=True))
+    assert (torch.atan2(s.sigma, s.alpha) < torch.atan2(t.sigma, t.alpha)).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 30])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
+@every_curve
+def test_grids_walk_down_to_clean_data(curve, spacing, steps):
+    """Finite and strictly cleaner at each step, within the curve, from its noisiest level if the spacing reaches it."""
+    schedule = ContinuousSchedule(curve)
+    grid = make_grid(schedule, steps, spacing)
+    (noisiest,) = schedule.at(floats([1.0]))
+    assert len(grid) == steps + 1 and grid[-1] == CLEAN
+    assert all(field.isfinite() for level in grid for field in level)
+    assert (angles(grid).diff() < 0).all()
+    assert angles(grid)[0] <= angles([noisiest])[0]
+    if spacing in ("trailing", "linspace"):
+        assert grid[0] == noisiest
+    elif spacing != "leading":
+        # rtol: a position's rounding, of a log-SNR in float32 where the curve is learned.
+        assert grid[0].ratio.item() == pytest.approx(min(noisiest.ratio.item(), 80), rel=1e-4)
+
+
 @pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
 @pytest.mark.parametrize(("high", "low"), [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
 def test_ends_in_the_wrong_order(curve, high, low):
-    with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve"):
+    with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve") as error:
         curve(floats([0.5]), high, low)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
 def test_exploding_out_of_range(low, high):
-    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}"):
+    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
         curves.exploding(floats([0.5]), low, high)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("start", [0.0, -0.1, 1.0])
 def test_rectified_flow_out_of_range(start):
-    with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4"):
+    with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4") as error:
         curves.rectified_flow(floats([0.5]), start)
+    assert "\n" not in str(error.value)

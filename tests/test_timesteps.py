@@ -182,10 +182,19 @@ def test_log_normal_moments():
 
 
 @pytest.mark.parametrize("warp", [log_normal, logit_normal])
-@pytest.mark.parametrize("deviation", [0.0, -1.0])
+@pytest.mark.parametrize("deviation", [0.0, -1.0, math.nan])
 def test_deviation_out_of_range(warp, deviation):
-    with pytest.raises(ValueError, match=f"deviation must be positive, got {deviation}: 1 is usual"):
+    with pytest.raises(ValueError, match=f"deviation must be positive, got {deviation}: 1 is usual") as error:
         warp(lattice(4), deviation=deviation)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002), (math.nan, 80.0)])
+def test_log_normal_ends_out_of_range(low, high):
+    """Those that `exploding` refuses; in the wrong order they would turn the levels round."""
+    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
+        log_normal(lattice(4), sigma_min=low, sigma_max=high)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -325,5 +334,8 @@ def test_update_takes_no_part_in_gradients():
 def test_importance_settings_out_of_range(wrong):
     settings = {"bins": 100, "history": 10, "floor": 0.01, **wrong}
     values = ", ".join(str(value) for value in settings.values())
-    with pytest.raises(ValueError, match=rf"bins >= 1, history >= 1 and floor in \(0, 1\], got {values}: 100, 10"):
+    with pytest.raises(
+        ValueError, match=rf"bins >= 1, history >= 1 and floor in \(0, 1\], got {values}: 100, 10"
+    ) as error:
         Importance(**wrong)
+    assert "\n" not in str(error.value)

@@ -103,11 +103,16 @@ def log_normal(
 ) -> Tensor:
     """log sigma is normal on the curve `exploding` with the same ends (Karras et al. 2022, EDM, tab. 1)."""
     _check_deviation(deviation)
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f"needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}: take the ends of the "
+            "curve, EDM has 0.002 and 80 (timesteps.warp)"
+        )
     log_sigma: Tensor = mean + deviation * torch.special.ndtri(v)
     low, high = math.log(sigma_min), math.log(sigma_max)
     return ((log_sigma - low) / (high - low)).clamp(0, 1 - 2**-24)
 
 
 def _check_deviation(deviation: float) -> None:
-    if deviation <= 0:
+    if not deviation > 0:
         raise ValueError(f"deviation must be positive, got {deviation}: 1 is usual (timesteps.warp.deviation)")
