@@ -94,7 +94,7 @@ def bound_of(opened: "OpenedRun", count: int, cfg: DictConfig) -> "Bound":
     for k, start in enumerate(starts):
         x = held_out(opened, start, min(start + cfg.batch_size, count)).to(opened.module.device)
         show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(starts)}")
-        parts.append(bound(opened.module, x, cfg.seed + start, cfg.links, show))
+        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, start))
     if len(parts) == 1:
         return parts[0]
     weights = torch.tensor([len(part.total) for part in parts], dtype=torch.float64)[:, None]

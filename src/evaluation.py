@@ -33,10 +33,12 @@ class Bound(NamedTuple):
 
 
 @torch.no_grad()
-def bound(module: DiffusionModule, x: Tensor, seed: int, links: int | None, progress: Progress) -> Bound:
+def bound(
+    module: DiffusionModule, x: Tensor, seed: int, links: int | None, progress: Progress, start: int = 0
+) -> Bound:
     """The bound of x (N, *data), over all T links or estimated from `links` of them, stratified, for each sample.
 
-    The noise of link t belongs to (seed, t, the sample's place), whatever the batch.
+    The noise of link t belongs to (seed, t, the sample's place), the first being `start`, whatever the batch.
     """
     schedule, process = module.schedule, module.process
     steps = schedule.num_steps
@@ -44,12 +46,13 @@ def bound(module: DiffusionModule, x: Tensor, seed: int, links: int | None, prog
     sums, errors, counts = torch.zeros(3, steps, dtype=torch.float64)
     total = torch.zeros(len(x), dtype=torch.float64)
     for k in progress(range(steps if links is None else links)):
-        draws = Draws(seed, k, 0, len(x), x.device)
+        draws = Draws(seed, k, start, len(x), x.device)
         if links is None:
             rows = torch.full((len(x),), k)
             link = Link(schedule.row(k), schedule.row(k - 1), steps)
         else:
-            v = (k + draws.uniform("link")) / links  # in the k-th of so many equal parts of the chain
+            # In the k-th of so many equal parts of the chain; below 1 also after rounding.
+            v = ((k + draws.uniform("link")) / links).clamp(max=1 - 2**-24)
             rows = (v * steps).long().cpu()
             link = schedule.link(v, x)
         x_t = process.add_noise(x, link.t, draws.normal("eps", x.shape[1:]))

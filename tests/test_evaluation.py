@@ -81,6 +81,9 @@ def test_bound_depends_on_the_seed_alone():
     first, again, other = (bound(module, x, s, None, lambda it: it).total for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    # Nor on the batch: each sample's noise is its own.
+    rest = bound(module, x[5:], 0, None, lambda it: it, start=5).total
+    assert_close(rest, first[5:], rtol=1e-5, atol=1e-6)
 
 
 def test_flow_likelihood_of_the_ideal_network_is_the_density():
