@@ -109,6 +109,15 @@ def test_trainer_presets_differ_only_where_they_say(option):
     assert differing <= {"accelerator", "devices", "strategy", "precision"}
 
 
+@pytest.mark.parametrize("data", ["digits", "points"])
+def test_schedules_bring_their_own_target_whatever_the_data(data):
+    for schedule, prediction in (("edm_lognormal", "edm"), ("rectified_flow", "velocity")):
+        cfg = compose("train", f"data={data}", f"schedule={schedule}", "run_dir=runs/x")
+        assert cfg.process.prediction == prediction
+        assert cfg.timesteps.warp is not None
+    assert cfg.weighting._target_.endswith("uniform")
+
+
 @pytest.mark.parametrize("option", config_groups()["analytic"])
 def test_analytic_data_are_built(option):
     cfg = compose("evaluate", f"analytic={option}", "run_dir=runs/x").analytic
