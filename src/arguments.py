@@ -38,6 +38,8 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 known += GRID_SETTINGS if str(cfg._target_).startswith("src.diffusion.samplers") else ()
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
+                if cfg[key] is not None:  # perhaps brought along by another choice
+                    hint += f"; ~{dotted} leaves it out"
                 raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
             try:
                 value = cfg[key]
@@ -92,4 +94,6 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in args)
     if hint is type(None):
         return "null"
+    if origin is Callable:
+        return "a function, by its _target_"
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

@@ -128,7 +128,7 @@ def _scheduler_class(name: str) -> Any:
     if name not in names:
         # Compared without the ending that they all have in common.
         usable = {known.removesuffix("Scheduler"): known for known in names if _walks_betas(library, known)}
-        stems = difflib.get_close_matches(name.removesuffix("Scheduler"), usable, n=3, cutoff=0.4)
+        stems = difflib.get_close_matches(name.removesuffix("Scheduler"), usable, n=3, cutoff=0.5)
         close = " or ".join(usable[stem] for stem in stems)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(usable.values())}"
         raise ValueError(f"the diffusers library has no scheduler {name!r}: {hint} (sampler.scheduler)")

@@ -95,12 +95,8 @@ def bound_of(opened: "OpenedRun", count: int, cfg: DictConfig) -> "Bound":
         x = held_out(opened, start, min(start + cfg.batch_size, count)).to(opened.module.device)
         show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(starts)}")
         parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, start))
-    if len(parts) == 1:
-        return parts[0]
-    weights = torch.tensor([len(part.total) for part in parts], dtype=torch.float64)[:, None]
-    tables = [torch.stack([getattr(part, name) for part in parts]) for name in ("links", "mse")]
-    links, mse = ((x.nan_to_num() * weights).sum(0) / (weights * ~x.isnan()).sum(0) for x in tables)
-    return Bound(torch.cat([p.prior for p in parts]), links, mse, torch.cat([p.total for p in parts]))
+    prior, total, *sums = zip(*parts, strict=True)
+    return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 
 
 def held_out(opened: "OpenedRun", start: int, stop: int) -> "torch.Tensor":
@@ -112,7 +108,7 @@ def held_out(opened: "OpenedRun", start: int, stop: int) -> "torch.Tensor":
 
 def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Every sampler, with the exact denoiser of a distribution that is known, against the exact answer."""
-    names = config_groups()["schedule"]
+    names = [name for name in config_groups()["schedule"] if name != "custom"]  # which needs betas
     if cfg.analytic_schedule not in names:
         hint = nearest(cfg.analytic_schedule, names) or f": choose from {', '.join(names)}"
         raise UsageError(f"unknown analytic_schedule '{cfg.analytic_schedule}'{hint}")
@@ -166,7 +162,7 @@ def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 def standard_error(values: "torch.Tensor") -> float:
     """Of the mean of values (N,); NaN for a single one."""
-    return values.std().item() / math.sqrt(len(values))
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def progress(items: Iterable[int], label: str) -> Iterable[int]:

@@ -20,16 +20,28 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 
 class Bound(NamedTuple):
-    """The variational bound of N samples in bits/dim, and its terms over the chain."""
+    """The variational bound of N samples in bits/dim, and sums of its terms over the samples that drew each link."""
 
     prior: Tensor
     """(N,) what the noisiest level still tells of the data."""
-    links: Tensor
-    """(T,) the mean of each link's term over the samples that drew it, the decoder first; NaN where none did."""
-    mse: Tensor
-    """(T,) the squared error of eps at each link's noisier level, likewise."""
     total: Tensor
     """(N,) the bound of each sample."""
+    counts: Tensor
+    """(T,) how often each link was drawn, the decoder's first."""
+    link_sums: Tensor
+    """(T,) of each link's term."""
+    mse_sums: Tensor
+    """(T,) of the squared error of eps at each link's noisier level."""
+
+    @property
+    def links(self) -> Tensor:
+        """(T,) the mean of each link's term; NaN where none was drawn."""
+        return self.link_sums / self.counts
+
+    @property
+    def mse(self) -> Tensor:
+        """(T,) the mean squared error of eps, likewise."""
+        return self.mse_sums / self.counts
 
 
 @torch.no_grad()
@@ -38,13 +50,19 @@ def bound(
 ) -> Bound:
     """The bound of x (N, *data), over all T links or estimated from `links` of them, stratified, for each sample.
 
-    The noise of link t belongs to (seed, t, the sample's place), the first being `start`, whatever the batch.
+    The noise of link t belongs to (seed, t, the sample's place), the first being `start`, whatever the batch. In
+    continuous time the estimate's chains end anywhere on the last stride, and the prior's term is taken there.
     """
     schedule, process = module.schedule, module.process
     steps = schedule.num_steps
-    prior = prior_bits(schedule, x)
+    if links is None:
+        end = schedule.row(steps - 1)
+    else:
+        last = Draws(seed, links, start, len(x), x.device).uniform("link")
+        end = schedule.link(((steps - 1 + last) / steps).clamp(max=1 - 2**-24), x).t
+    prior = prior_bits(end, x).double().cpu()
     sums, errors, counts = torch.zeros(3, steps, dtype=torch.float64)
-    total = torch.zeros(len(x), dtype=torch.float64)
+    total = prior.clone()
     for k in progress(range(steps if links is None else links)):
         draws = Draws(seed, k, start, len(x), x.device)
         if links is None:
@@ -63,7 +81,7 @@ def bound(
         total += bits * (steps / (links or steps))
         for table, values in ((sums, bits), (errors, mse), (counts, torch.ones_like(bits))):
             table.index_add_(0, rows, values)
-    return Bound(prior.cpu(), sums / counts, errors / counts, total + prior.double().cpu())
+    return Bound(prior, total, counts, sums, errors)
 
 
 def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float) -> Tensor:

@@ -51,7 +51,7 @@ class Sampler(NamedTuple):
 class DiffusionModule(L.LightningModule):
     """Trains `net` to predict the process's target at random levels of the schedule, and samples from it.
 
-    `shape` is that of one sample; `optimizer` takes parameters, `lr_scheduler` an optimizer and the number of
+    `shape` is that of one sample; `optimizer` takes groups of parameters, `lr_scheduler` an optimizer and the number of
     steps. A schedule that has parameters is trained too, to the least variance of the bound, which in continuous
     time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.2). Raises ValueError for settings that
     contradict each other, such as a schedule with zero terminal SNR and eps-prediction.
@@ -67,7 +67,7 @@ class DiffusionModule(L.LightningModule):
         sampler: Sampler,
         shape: Sequence[int],
         seed: int = 0,
-        optimizer: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer, int], LambdaLR] | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +89,10 @@ class DiffusionModule(L.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
-        self.weights = tuple(self.parameters())  # finding them anew costs a millisecond
+        # Finding them anew costs a millisecond.
+        curve = {id(p) for p in schedule.parameters()} if isinstance(schedule, nn.Module) else set()
+        self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
+        self.curve_weights = tuple(p for p in self.parameters() if id(p) in curve)
         self.check_sampler(sampler)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -175,14 +178,23 @@ class DiffusionModule(L.LightningModule):
         """The optimizer of the network's weights and its learning-rate schedule over `num_steps`."""
         if self.make_optimizer is None or self.make_lr_scheduler is None:
             raise RuntimeError("this module was built without an optimizer: it can sample but not train")
-        optimizer = self.make_optimizer(self.parameters())
+        groups: list[dict[str, Any]] = [{"params": list(self.weights)}]
+        if self.curve_weights:
+            # Decay would pull the curve to where its parameters are 0, which is no better a curve.
+            groups.append({"params": list(self.curve_weights), "weight_decay": 0.0})
+        optimizer = self.make_optimizer(groups)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones."""
+        """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones.
+
+        A learned curve is clipped by itself: it descends something else, whose gradients have another size.
+        """
         norm = nn.utils.clip_grad_norm_(self.weights, gradient_clip_val or math.inf)
+        if self.curve_weights:
+            nn.utils.clip_grad_norm_(self.curve_weights, gradient_clip_val or math.inf)
         self.log("train/grad_norm", norm)
 
     def check_objective(self) -> dict[str, Tensor]:

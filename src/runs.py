@@ -117,7 +117,6 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) ->
     """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights."""
     import torch
 
-    from src.diffusion.process import decoder_log_variance
     from src.models.mlp import MLP
     from src.module import DiffusionModule
 
@@ -130,7 +129,7 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) ->
         warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
         cfg.optimizer.fused = False
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
-    process = make(cfg.process, {"decoder_log_variance": decoder_log_variance(schedule), "levels": levels})
+    process = make(cfg.process, {"decoder_scale": schedule.decoder_scale, "levels": levels})
     net = make(cfg.model, {"outputs": process.outputs})
     module = DiffusionModule(
         net=net,
@@ -162,10 +161,11 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
     made = make(cfg)
     if not isinstance(made, Tensor):
         assert isinstance(made, ContinuousSchedule)
-        if snr_shift != 1 or zero_terminal_snr:
+        asked = {f"snr_shift={snr_shift}": snr_shift != 1, "zero_terminal_snr=true": zero_terminal_snr}
+        if any(asked.values()):
             raise ValueError(
-                f"snr_shift={snr_shift} and zero_terminal_snr={zero_terminal_snr} are for tables of betas: with a "
-                "continuous schedule, change the ends of its curve (schedule.curve)"
+                f"{' '.join(k for k, v in asked.items() if v)} is for tables of betas: with a continuous schedule, "
+                "change the ends of its curve (schedule.curve)"
             )
         return made
     if snr_shift != 1:

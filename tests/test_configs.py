@@ -20,7 +20,7 @@ ALSO = {
 CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
 # Arguments that the program gives and no configuration should.
 GIVEN = {
-    *("decoder_log_variance", "levels"),  # GaussianDiffusion, from the schedule and the data
+    *("decoder_scale", "levels"),  # GaussianDiffusion, from the schedule and the data
     "outputs",  # networks, from the process
     *("process", "denoise", "x0", "link", "t", "eps"),  # objectives and weightings
     *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps

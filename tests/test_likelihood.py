@@ -258,13 +258,14 @@ def test_prior_is_the_kl_at_the_noisiest_level(shape, schedule):
     nats = kl_divergence(Normal(alpha * x0, sigma), Normal(torch.zeros_like(x0), spread))
     expected = torch.stack([sample.mean() for sample in nats]) / math.log(2)
     # What cancels is of order 1.
-    assert_close(prior_bits(schedule, x0), expected, rtol=1e-9, atol=1e-15)
+    assert_close(prior_bits(schedule.row(schedule.num_steps - 1), x0), expected, rtol=1e-9, atol=1e-15)
 
 
 @every_shape
 def test_prior_at_zero_snr(shape):
     """Pure noise knows nothing of the data."""
-    assert_close(prior_bits(ZERO_TERMINAL, normal(shape, 5)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
+    noisiest = ZERO_TERMINAL.row(ZERO_TERMINAL.num_steps - 1)
+    assert_close(prior_bits(noisiest, normal(shape, 5)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 class GaussianData:
@@ -306,10 +307,10 @@ class GaussianData:
         mean = process.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
         return mean if mix is None else torch.cat([mean, mix.expand(mean.shape)], 1)
 
-    def optimal(self, target, decoder_log_variance=-20.0):
+    def optimal(self, target, decoder_scale=1.0):
         """The process, and the output, with which p(x_s | x_t) is q(x_s | x_t)."""
-        process = GaussianDiffusion(target, "learned", decoder_log_variance=decoder_log_variance)
-        fixed = GaussianDiffusion(target, "fixed_small", decoder_log_variance=decoder_log_variance)
+        process = GaussianDiffusion(target, "learned", decoder_scale=decoder_scale)
+        fixed = GaussianDiffusion(target, "fixed_small", decoder_scale=decoder_scale)
         mix = self.reverse_variance().log() - self.small(fixed)
         return process, self.ideal_output(process, mix)
 
@@ -336,8 +337,8 @@ def test_bound_is_exact_on_gaussian_data(schedule, target, m, s):
     """
     data = GaussianData(m, s, schedule)
     terms = data.terms(*data.optimal(target))
-    prior = prior_bits(schedule, data.x0.T).mean() * math.log(2)
     noisiest = schedule.row(schedule.num_steps - 1)
+    prior = prior_bits(noisiest, data.x0.T).mean() * math.log(2)
     mean, variance = noisiest.alpha * data.m, data.variance(noisiest)
     spread = noisiest.alpha**2 + noisiest.sigma**2
     gap = 0.5 * (variance / spread + mean**2 / spread - 1 - (variance / spread).log()).mean()
@@ -364,13 +365,17 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
 def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
     """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""
     data = GaussianData(m, s, schedule)
-    best = data.terms(*data.optimal(target, decoder_log_variance=-4.0))
-    process = GaussianDiffusion(target, variance, decoder_log_variance=-4.0)
+    best = data.terms(*data.optimal(target, decoder_scale=0.3))
+    process = GaussianDiffusion(target, variance, decoder_scale=0.3)
     terms = data.terms(process, data.ideal_output(process))
     t, cleaner, _ = data.link
     added = (t.sigma**2 - (t.alpha / cleaner.alpha) ** 2 * cleaner.sigma**2)[1:]
     small = 1 / (1 / cleaner.sigma[1:] ** 2 + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
-    chosen = torch.cat([scalar([-4.0]).exp(), (small if variance == "fixed_small" else added).flatten()])
+    # That of x_s given x_t for data of unit variance.
+    prior = cleaner.alpha[1:] ** 2 + cleaner.sigma[1:] ** 2
+    large = 1 / (1 / prior + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
+    decoder = 0.3 * (t.sigma[0] / t.alpha[0]) ** 2
+    chosen = torch.cat([decoder.flatten(), (small if variance == "fixed_small" else large).flatten()])
     ratio = data.reverse_variance().flatten() / chosen
     excess = 0.5 * (ratio - 1 - ratio.log())
     # The decoder's ratio, of two arbitrary variances, may be large.
@@ -379,14 +384,28 @@ def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s)
     assert terms.sum() > best.sum() + 1e-3
 
 
-def test_fixed_variances_bracket_the_optimal_one():
+@pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
+def test_fixed_variances_bracket_the_optimal_one(schedule):
     """fixed_small is the best for data that are a point, fixed_large for N(0, I) (DDPM sec. 3.2): then no gap."""
-    schedule = TABLES["linear"]
     for s, variance in ((1e-8, "fixed_small"), (1.0, "fixed_large")):
         data = GaussianData([0.0], s, schedule)
         process = GaussianDiffusion("v", variance)
         fixed = data.terms(process, data.ideal_output(process))
         assert_close(fixed[1:], data.terms(*data.optimal("v"))[1:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
+def test_decoder_of_points_costs_little(schedule):
+    """With the ideal mean it costs 0.15 nats at most, which its variance's half, the tables' convention, is worth.
+
+    Of x_0 given x_1 alone the variance is (sigma / alpha)^2, the ideal one for data that are diffuse beside it.
+    """
+    data = GaussianData([0.4], 1.7, schedule)
+    process = GaussianDiffusion("v", "fixed_small", decoder_scale=schedule.decoder_scale)
+    excess = (data.terms(process, data.ideal_output(process)) - data.terms(*data.optimal("v")))[0]
+    scale = schedule.decoder_scale
+    assert excess.item() == pytest.approx(0.5 * (1 / scale - 1 + math.log(scale)), abs=2e-2)
+    assert -1e-9 < excess < 0.15
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])

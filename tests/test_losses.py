@@ -425,7 +425,7 @@ def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
     For the cleanest link, the decoder: scipy's density, or its probability of the bin. Small variances are
     differences of sigmas near each other, which costs five digits of the sixteen.
     """
-    process = process_of(prediction, variance, decoder_log_variance=-4.0, levels=levels)
+    process = process_of(prediction, variance, decoder_scale=0.3, levels=levels)
     x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 20)
     link = five_links(schedule, shape)
@@ -435,13 +435,14 @@ def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
     x_t = link.t.alpha * x0 + link.t.sigma * eps
     mean, small, added = bayes(x0, x_t, link.t, link.s)
     mean_hat, _, _ = bayes(x0_hat, x_t, link.t, link.s)
-    model = reverse_variance(variance, small, added, mix).expand(shape)
+    large = 1 / (1 / (link.s.alpha**2 + link.s.sigma**2) + (link.t.alpha / link.s.alpha) ** 2 / added)
+    model = reverse_variance(variance, small, large, mix).expand(shape)
     nats = torch.empty(shape, dtype=torch.float64)
     deviation = small.sqrt().expand(shape)
     nats[1:] = kl_divergence(Normal(mean[1:], deviation[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
-    clean = torch.tensor(-4.0, dtype=torch.float64).exp()
-    # Both fixed variances are the borrowed one there; learned_range reaches up to that of q(x_t | x_0).
-    large = clean if variance == "fixed_large" else link.t.sigma[0] ** 2
+    clean = 0.3 * (link.t.sigma[0] / link.t.alpha[0]) ** 2
+    # Both fixed variances are the decoder's there; learned_range reaches up to that for x_0 ~ N(0, 1).
+    large = clean if variance == "fixed_large" else 1 / (1 + (link.t.alpha[0] / link.t.sigma[0]) ** 2)
     clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
     nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
     expected = STEPS * per_sample_mean(nats) / math.log(2)
@@ -468,7 +469,7 @@ def decoder_in_scipy(x, mean, deviation, levels):
 @every_schedule
 def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
     """A batch with and without clean ends has the terms of each sample by itself."""
-    process = process_of("v", "learned_range", decoder_log_variance=-4.0, levels=levels)
+    process = process_of("v", "learned_range", decoder_scale=0.3, levels=levels)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 24)
     link = five_links(schedule, shape)
@@ -535,7 +536,7 @@ def test_bound_at_zero_snr(prediction, variance):
 @every_schedule
 def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction, variance, shape):
     """simple's gradient on the mean's half of the output, `vlb_weight` times vlb's on the other (iDDPM eq. 16)."""
-    process = process_of(prediction, variance, decoder_log_variance=-4.0)
+    process = process_of(prediction, variance, decoder_scale=0.3)
     x0, eps, link = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
     out = torch.cat([normal(shape, 33), normal(shape, 34).tanh()], 1).requires_grad_()
 
@@ -556,6 +557,20 @@ def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction,
     assert_close(hybrid["loss"], simple["loss"] + 0.01 * vlb["loss"], rtol=1e-12, atol=0)
     assert_close(hybrid["vlb"], vlb["loss"], rtol=0, atol=0)
     assert_close(hybrid["mse"], simple["mse"], rtol=0, atol=0)
+
+
+def test_outputs_beyond_the_clip_learn_from_the_bound():
+    """Each element has a gradient, the same as without a clip, also where the predicted x_0 lies beyond it."""
+    shape = (5, 2)
+    x0, eps, link = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
+    gradients = []
+    for clip in (None, 0.1):
+        out = normal((5, 4), 41).requires_grad_()
+        process = process_of("eps", "learned_range", clip=clip)
+        loss = losses.vlb(process, lambda *_, out=out: out, x0, link, eps)["loss"]
+        gradients += torch.autograd.grad(loss.sum(), out)
+    assert (gradients[0] != 0).all()
+    assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
 def test_vlb_weight_is_a_thousandth():

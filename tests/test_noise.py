@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
 from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
-from src.diffusion.process import GaussianDiffusion, decoder_log_variance
+from src.diffusion.process import GaussianDiffusion
 from tests.conftest import exact_level
 
 SCHEDULES = {
@@ -211,15 +211,17 @@ def test_betas_out_of_range(bad):
 
 
 @every_schedule
-def test_decoder_log_variance_is_the_posterior_at_one(name):
-    """log of beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1), in plain floats and by the process."""
+def test_decoder_has_the_posteriors_variance_at_one(name):
+    """beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1), in plain floats and by the process."""
     betas, levels = SCHEDULES[name](1000), schedule(name)
     _, variance = fold(betas[:2])
-    assert decoder_log_variance(levels) == pytest.approx(math.log(betas[1] * variance[0] / variance[1]), abs=1e-12)
+    expected = (betas[1] * variance[0] / variance[1]).item()
+    assert levels.decoder_scale * levels.row(0).ratio.item() ** 2 == pytest.approx(expected, rel=1e-9)
     x = torch.zeros(1, 2, dtype=torch.float64)
     t, s = levels.row(1), levels.row(0)
-    posterior = GaussianDiffusion().posterior(x, x, t, s)
-    assert decoder_log_variance(levels) == pytest.approx(posterior.log_variance.item(), abs=1e-9)
+    process = GaussianDiffusion(decoder_scale=levels.decoder_scale)
+    decoder, posterior = process.posterior(x, x, s, CLEAN), process.posterior(x, x, t, s)
+    assert decoder.log_variance.item() == pytest.approx(posterior.log_variance.item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -485,7 +487,7 @@ def test_zero_terminal_snr_is_finite(levels):
     assert (last.alpha, last.sigma, last.time) == (0, 1, 1)
     assert last.snr == 0 and last.ratio == math.inf and last.norm == 1
     assert terminal_alpha_bar(levels) == 0
-    assert math.isfinite(decoder_log_variance(levels))
+    assert math.isfinite(levels.decoder_scale)
     for spacing in SPACINGS:
         for level in make_grid(levels, 10, spacing):
             assert all(field.isfinite() for field in level)
@@ -503,11 +505,15 @@ def test_what_is_left_of_the_data_at_the_noisiest_level(name):
 
 
 @every_curve
-def test_decoder_log_variance_of_curves(name):
-    """The posterior's at the first two of num_steps levels, in plain floats: sigma_s^2 (1 - SNR_t / SNR_s)."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = on_curve(name, 0.02), on_curve(name, 0.01)
-    expected = sigma_s**2 - (alpha_t * sigma_s**2 / (alpha_s * sigma_t)) ** 2
-    assert decoder_log_variance(continuous(name, 100)) == pytest.approx(math.log(expected), abs=1e-9)
+def test_decoder_of_curves(name):
+    """The variance of x_0 given x_t alone, sigma^2 / alpha^2, wherever on the curve the last link begins."""
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    process = GaussianDiffusion(decoder_scale=continuous(name).decoder_scale)
+    for u in (0.0, 0.004, 0.01):
+        alpha, sigma = on_curve(name, u)
+        (t,) = continuous(name).at(torch.tensor([u], dtype=torch.float64))
+        decoder = process.posterior(x, x, t, CLEAN)
+        assert decoder.log_variance.item() == pytest.approx(2 * math.log(sigma / alpha), abs=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [1, 0, -5])

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
 from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion, Prediction, decoder_log_variance, snr_ratio
+from src.diffusion.process import GaussianDiffusion, Prediction, snr_ratio
 from tests.conftest import exact_level
 
 PREDICTIONS = ["eps", "x0", "v", "edm", "velocity"]
@@ -248,15 +248,16 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
 @every_shape
 @every_variance
 def test_reverse_step_to_clean_data(variance, shape, row):
-    """For s clean the mean is x_0 itself; the log-variance is the posterior's at t = 1, whichever is chosen."""
+    """For s clean the mean is x_0 itself; the variance grows from the posterior's at t = 1 as (sigma / alpha)^2."""
     _, levels = table()
-    process = GaussianDiffusion(variance=variance, decoder_log_variance=decoder_log_variance(levels))
+    process = GaussianDiffusion(variance=variance, decoder_scale=levels.decoder_scale)
     x0, x_t = normal(shape, 13), normal(shape, 14)
     t, clean = (exact_level(levels, torch.full((3,), index), x0) for index in (row, -1))
-    at_one = process.posterior(x0, x_t, *(exact_level(levels, torch.full((3,), index), x0) for index in (1, 0)))
+    one, first = (exact_level(levels, torch.full((3,), index), x0) for index in (1, 0))
+    expected = process.posterior(x0, x_t, one, first).log_variance + (first.snr / t.snr).log()
     for gaussian in (process.posterior(x0, x_t, t, clean), process.reverse(Prediction(x0, x_t), x_t, t, clean)):
         assert_close(gaussian.mean, x0, rtol=0, atol=0)
-        assert_close(gaussian.log_variance, at_one.log_variance, rtol=1e-12, atol=0)
+        assert_close(gaussian.log_variance, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("row", [1, 2, 10, 500, 999])
@@ -283,7 +284,7 @@ def test_learned_range_is_iddpm_eq_15(prediction, row):
     The network gives twice the channels; at t = 0 beta_tilde is replaced by its value at t = 1, beta is not.
     """
     betas, levels = table()
-    process = GaussianDiffusion(prediction, "learned_range", decoder_log_variance=decoder_log_variance(levels))
+    process = GaussianDiffusion(prediction, "learned_range", decoder_scale=levels.decoder_scale)
     assert process.outputs == 2
     x_t, out, mix = normal((3, 2), 28), normal((3, 2), 29), normal((3, 2), 30)
     t, s = levels.row(row), levels.row(row - 1)
@@ -302,14 +303,15 @@ def test_learned_range_is_iddpm_eq_15(prediction, row):
 
 @every_pair
 def test_learned_range_ends_at_the_fixed_variances(t, s):
-    """mix = -1 is fixed_small, +1 is log sigma_t^2 (1 - r), the variance of the link in plain floats."""
+    """mix = -1 is fixed_small, +1 the variance of x_s given x_t for x_0 ~ N(0, 1), in plain floats."""
     x_t, x0 = normal((3, 2), 43), normal((3, 2), 44)
     process = GaussianDiffusion(variance="learned_range")
     low, high = (process.reverse(Prediction(x0, x_t, m * torch.ones_like(x0)), x_t, t, s) for m in (-1, 1))
     small = GaussianDiffusion().posterior(x0, x_t, t, s)
-    link = t.sigma.item() ** 2 - (t.alpha / s.alpha).item() ** 2 * s.sigma.item() ** 2
+    added = t.sigma.item() ** 2 - (t.alpha / s.alpha).item() ** 2 * s.sigma.item() ** 2
+    large = 1 / (1 / (s.alpha.item() ** 2 + s.sigma.item() ** 2) + (t.alpha / s.alpha).item() ** 2 / added)
     assert_close(low.log_variance, small.log_variance.expand(3, 2), rtol=0, atol=1e-12)
-    assert_close(high.log_variance, torch.full((3, 2), math.log(link), dtype=torch.float64), rtol=0, atol=1e-10)
+    assert_close(high.log_variance, torch.full((3, 2), math.log(large), dtype=torch.float64), rtol=0, atol=1e-10)
     assert_close(low.mean, small.mean, rtol=0, atol=0)
     assert_close(high.mean, small.mean, rtol=0, atol=0)
 
@@ -333,7 +335,7 @@ def test_outputs_for_each_of_the_datas_numbers(shape, variance):
 def test_learned_variances_have_gradients_also_at_clean_data(variance):
     """In a float32 batch whose first sample's s is clean: each output's gradient is finite and none of mix's is 0."""
     _, levels = table()
-    process = GaussianDiffusion("eps", variance, decoder_log_variance=decoder_log_variance(levels))
+    process = GaussianDiffusion("eps", variance, decoder_scale=levels.decoder_scale)
     x_t = normal((3, 2), 48).float()
     t, s = (levels.level(torch.tensor([0, 1, 999]) - shift, x_t) for shift in (0, 1))
     out = normal((3, 4), 49).float().requires_grad_()
@@ -392,12 +394,19 @@ def test_dynamic_clip_scales_down_what_exceeds(quantile):
 
 
 @every_pair
-def test_fixed_large_is_the_variance_of_the_link(t, s):
-    """Between any levels fixed_large is Var(x_t | x_s) = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2."""
+def test_fixed_large_is_the_variance_for_unit_gaussian_data(t, s):
+    """Var(x_s | x_t) if x_0 ~ N(0, 1), by the precisions of x_s and of x_t given x_s.
+
+    Where alpha^2 + sigma^2 = 1 this is Var(x_t | x_s) = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 itself.
+    """
     x_t, pred = normal((3, 2), 18), Prediction(normal((3, 2), 19), normal((3, 2), 20))
     log_variance = GaussianDiffusion(variance="fixed_large").reverse(pred, x_t, t, s).log_variance
-    expected = t.sigma.square() - (t.alpha / s.alpha).square() * s.sigma.square()
+    added = t.sigma.square() - (t.alpha / s.alpha).square() * s.sigma.square()
+    prior = s.alpha.square() + s.sigma.square()
+    expected = 1 / (1 / prior + (t.alpha / s.alpha).square() / added)
     assert_close(log_variance, expected.log(), rtol=0, atol=1e-10)
+    if math.isclose(prior, 1) and math.isclose(t.alpha.square() + t.sigma.square(), 1):
+        assert_close(log_variance, added.log(), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("levels", [TABLE, FLOW, EDM], ids=["table", "flow", "edm"])

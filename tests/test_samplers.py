@@ -114,11 +114,11 @@ def moments(sampler, process, grid, mean, variance):
         yield offset + slope * mean, slope**2 * variance + noises.square().sum().item()
 
 
-def affine_step(name, variance_kind, ratio_t, ratio_s, scale, before, highest, steps):
+def affine_step(name, variance_kind, ratio_t, ratio_s, before, highest, steps):
     """One step in the variance-exploding coordinate z = x / alpha, r = sigma / alpha, in plain floats.
 
     Maps (z, D) with D the prediction of x_0 one step earlier to (z', D'), as matrix, offset and the noise's factor.
-    `scale` is alpha_t / alpha_s, on which fixed_large depends; `before` the ratio one step earlier.
+    `before` is the ratio one step earlier.
     """
 
     def denoiser(ratio):
@@ -133,7 +133,7 @@ def affine_step(name, variance_kind, ratio_t, ratio_s, scale, before, highest, s
         share = (ratio_s / ratio_t) ** 2
         small = ratio_s**2 * (1 - share)
         row, b = np.array([share, 0]) + (1 - share) * predicted[0], (1 - share) * predicted[1]
-        large = (ratio_t**2 - ratio_s**2) * scale**2
+        large = 1 / (1 / (1 + ratio_s**2) + 1 / (ratio_t**2 - ratio_s**2))  # if x_0 ~ N(0, 1)
         noise = 0.0 if last else math.sqrt(small if variance_kind == "fixed_small" else large)
     elif name.startswith("ddim"):
         eta = {"ddim": 0.0, "ddim_half": 0.5, "ddim_one": 1.0}[name]
@@ -174,9 +174,9 @@ def affine_recursion(name, variance_kind, grid, mean, variance):
     (highest,) = grid.schedule.at(torch.ones(1, dtype=torch.float64))
     alpha = levels[0][0]
     mu, cov, before = np.array([mean / alpha, 0]), np.diag([variance / alpha**2, 0]), None
-    for (alpha_t, ratio_t), (alpha_s, ratio_s) in pairwise(levels):
+    for (_, ratio_t), (alpha_s, ratio_s) in pairwise(levels):
         matrix, offset, noise = affine_step(
-            name, variance_kind, ratio_t, ratio_s, alpha_t / alpha_s, before, highest.ratio.item(), len(grid) - 1
+            name, variance_kind, ratio_t, ratio_s, before, highest.ratio.item(), len(grid) - 1
         )
         mu, cov = matrix @ mu + offset, matrix @ cov @ matrix.T + np.diag([noise**2, 0])
         before = ratio_t

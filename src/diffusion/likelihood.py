@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from src.diffusion.noise import Level, Link, Schedule
+from src.diffusion.noise import Level, Link
 from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
 
 Predict = Callable[[Tensor, Level], Prediction]
@@ -87,9 +87,11 @@ def link_bits(process: GaussianDiffusion, pred: Prediction, x0: Tensor, x_t: Ten
     return in_bits(kl)
 
 
-def prior_bits(schedule: Schedule, x0: Tensor) -> Tensor:
-    """KL(q(x_T | x_0) || p(x_T)), (B,) in bits/dim; p(x_T) = N(0, alpha_T^2 + sigma_T^2), N(0, 1) for tables."""
-    t = schedule.row(schedule.num_steps - 1)
+def prior_bits(t: Level, x0: Tensor) -> Tensor:
+    """KL(q(x_t | x_0) || p(x_t)), (B,) in bits/dim, at the chain's noisiest level.
+
+    p(x_t) = N(0, alpha^2 + sigma^2), which is N(0, 1) for tables.
+    """
     p = Gaussian(torch.zeros_like(x0), prior_variance(t).log())
     return in_bits(gaussian_kl(Gaussian(t.alpha * x0, t.sigma.square().log()), p))
 

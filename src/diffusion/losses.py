@@ -45,11 +45,13 @@ def simple(
 def vlb(process: GaussianDiffusion, denoise: Denoise, x0: Tensor, link: Link, eps: Tensor) -> dict[str, Tensor]:
     """The variational bound (Ho et al. 2020, eq. 5) in bits/dim, estimated from one of its links.
 
-    Without the prior's term, which no network changes. Terms as in `simple`, and "vlb", here the same as "loss".
+    Without the prior's term, which no network changes, and without clipping, beyond which outputs would learn nothing.
+    Terms as in `simple`, and "vlb", here the same as "loss".
     """
     x_t = process.add_noise(x0, link.t, eps)
     out = denoise(x_t, link.t)
-    bits = link.links * link_bits(process, process.interpret(out, x_t, link.t), x0, x_t, link)
+    pred = process.interpret(out, x_t, link.t, clipped=False)
+    bits = link.links * link_bits(process, pred, x0, x_t, link)
     return {**_simple(process, out, x0, link, eps, uniform), "loss": bits, "vlb": bits}
 
 
@@ -76,7 +78,7 @@ def hybrid(
         )
     x_t = process.add_noise(x0, link.t, eps)
     out = denoise(x_t, link.t)
-    pred = process.interpret(out, x_t, link.t)
+    pred = process.interpret(out, x_t, link.t, clipped=False)
     frozen = Prediction(pred.x0.detach(), pred.eps.detach(), pred.mix)
     bits = link.links * link_bits(process, frozen, x0, x_t, link)
     terms = _simple(process, out, x0, link, eps, weighting, error, huber_delta)

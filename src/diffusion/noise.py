@@ -55,10 +55,15 @@ class Link(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What a schedule issues. `first` is the position of its cleanest level that is not clean data."""
+    """What a schedule issues.
+
+    `first` is the position of its cleanest level that is not clean data. `decoder_scale` is the variance of the
+    decoder p(x_0 | x_t) in units of (sigma / alpha)^2, that of x_0 given x_t alone.
+    """
 
     num_steps: int
     first: float
+    decoder_scale: float
 
     def row(self, t: int) -> Level:
         """The noisier end of link t in [0, num_steps - 1], or clean data for -1, as scalars."""
@@ -156,6 +161,10 @@ class NoiseSchedule(nn.Module):
             )
         self.num_steps = len(betas)
         self.first = 1 / self.num_steps
+        # The posterior's variance at t = 2 stands in for that at t = 1, which is 0 (Ho et al. 2020, sec. 3.2, as in
+        # their code): (1 - alpha_bar_1) / (1 - alpha_bar_2) beta_2.
+        b1, b2 = betas[0].item(), betas[min(1, len(betas) - 1)].item()
+        self.decoder_scale = (1 - b1) * b2 / (b1 + b2 - b1 * b2)
         self.betas = betas
         # log1p and expm1: 1 - alpha_bar, taken plainly, loses the digits of the first steps.
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
@@ -212,6 +221,7 @@ class ContinuousSchedule(nn.Module):
         super().__init__()
         if num_steps < 2:
             raise ValueError(f"num_steps must be at least 2, got {num_steps}: 1000 is usual (schedule.num_steps)")
+        self.decoder_scale = 1.0
         self.curve = curve
         self.num_steps = num_steps
         self.first = 0.0

@@ -6,13 +6,12 @@ sigma_t^2 (1 - r); q(x_s | x_t, x_0) has mean sqrt(r) (sigma_s / sigma_t) x_t + 
 sigma_s^2 (1 - r). Clean data (sigma_s = 0, r = 0) and pure noise (alpha_t = 0, r = 0) need no special case.
 """
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from src.diffusion.noise import Level, Schedule
+from src.diffusion.noise import Level
 
 Target = Literal["eps", "x0", "v", "edm", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
@@ -47,9 +46,9 @@ class GaussianDiffusion(nn.Module):
     `prediction` is what the network puts out: eps, x0, v, EDM's preconditioned output for data of deviation
     `sigma_data`, or the flow's velocity. `variance` is that of the reverse step. `clip` bounds the predicted |x_0|
     (None: no bound); with `dynamic_clip`, a quantile in (0, 1), only to scale down what exceeds it (Saharia et al.
-    2022, Imagen, sec. 2.3). `decoder_log_variance` stands in for log 0 where s is clean data: see the function of
-    that name. `levels` is the number of values that the data can take, evenly over [-1, 1]; None if they are
-    continuous.
+    2022, Imagen, sec. 2.3). Where s is clean data, and the posterior's variance 0, the reverse step's is the
+    schedule's `decoder_scale` times (sigma_t / alpha_t)^2. `levels` is the number of values that the data can take,
+    evenly over [-1, 1]; None if they are continuous.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class GaussianDiffusion(nn.Module):
         clip: float | None = None,
         dynamic_clip: float | None = None,
         sigma_data: float = 0.5,
-        decoder_log_variance: float = -20.0,
+        decoder_scale: float = 1.0,
         levels: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class GaussianDiffusion(nn.Module):
         self.clip = clip
         self.dynamic_clip = dynamic_clip
         self.sigma_data = sigma_data
-        self.decoder_log_variance = decoder_log_variance
+        self.decoder_scale = decoder_scale
         self.levels = levels
         self.outputs = 2 if variance in ("learned_range", "learned") else 1
         """How many numbers the network gives for each of the data's."""
@@ -113,10 +112,11 @@ class GaussianDiffusion(nn.Module):
             case "velocity":  # Liu et al. 2022, eq. 1, from data to noise
                 return eps - x0
 
-    def interpret(self, out: Tensor, x_t: Tensor, t: Level) -> Prediction:
+    def interpret(self, out: Tensor, x_t: Tensor, t: Level, *, clipped: bool = True) -> Prediction:
         """The inverse of `target`: the network's output (B, outputs * C, *rest) at x_t as x_0, eps and mix.
 
-        If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds.
+        If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds. Objectives
+        ask for it not `clipped`, since what is beyond the bound would learn nothing.
         """
         mix = None
         if self.outputs == 2:
@@ -135,7 +135,7 @@ class GaussianDiffusion(nn.Module):
                 eps = (t.sigma / deviation * x_t - t.alpha * d * out) / deviation
             case "velocity":
                 x0, eps = (x_t - t.sigma * out) / (t.alpha + t.sigma), (x_t + t.alpha * out) / (t.alpha + t.sigma)
-        if self.clip is not None:
+        if clipped and self.clip is not None:
             x0 = self._clipped(x0, self.clip)
             eps = (x_t - t.alpha * x0) / t.sigma
         return Prediction(x0, eps, mix)
@@ -160,28 +160,29 @@ class GaussianDiffusion(nn.Module):
     def posterior(self, x0: Tensor, x_t: Tensor, t: Level, s: Level) -> Gaussian:
         """q(x_s | x_t, x_0) for s cleaner than t (Kingma et al. 2021, App. A; DDPM eq. 6-7 for neighbours).
 
-        For clean s the variance is 0, and its logarithm is replaced by `decoder_log_variance`.
+        For clean s the variance is 0, and what is given is the logarithm of the decoder's.
         """
         root = _root_snr_ratio(t, s)
         r = root.square()
         mean = root * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
-        return Gaussian(mean, self._log_variance(s.sigma.square() * (1 - r), s))
+        return Gaussian(mean, self._log_variance(s.sigma.square() * (1 - r), t, s))
 
     def reverse(self, pred: Prediction, x_t: Tensor, t: Level, s: Level) -> Gaussian:
         """p(x_s | x_t), the model's reverse step: the posterior at the predicted x_0, with the chosen variance.
 
-        fixed_small is the posterior's own variance, fixed_large that of q(x_t | x_s) (beta_t for neighbours): the
-        optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2). learned_range interpolates
-        their logarithms (Nichol & Dhariwal 2021, eq. 15), mix in [-1, 1] from the first to the second; learned
-        is the first times exp(mix), free of bounds, and meaningful for any stride.
+        fixed_small and fixed_large are the optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2):
+        the posterior's own variance, and q(x_t | x_s)'s, brought from the scale of t to that of s (beta_t for
+        neighbours in a table). learned_range interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15), mix in
+        [-1, 1] from the first to the second; learned is the first times exp(mix), free of bounds, and meaningful for
+        any stride.
         """
         mean, small = self.posterior(pred.x0, x_t, t, s)
-        large = t.sigma.square() * (1 - snr_ratio(t, s))
+        large = (t.sigma * s.norm / t.norm).square() * (1 - snr_ratio(t, s))
         match self.variance:
             case "fixed_small":
                 return Gaussian(mean, small)
             case "fixed_large":
-                return Gaussian(mean, self._log_variance(large, s))
+                return Gaussian(mean, self._log_variance(large, t, s))
         assert pred.mix is not None
         if self.variance == "learned":
             return Gaussian(mean, small + pred.mix)
@@ -198,9 +199,10 @@ class GaussianDiffusion(nn.Module):
         largest = largest.view(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-largest, largest) * (clip / largest)
 
-    def _log_variance(self, variance: Tensor, s: Level) -> Tensor:
+    def _log_variance(self, variance: Tensor, t: Level, s: Level) -> Tensor:
+        variance = torch.where(s.sigma > 0, variance, self.decoder_scale * t.ratio.square())
         # Clamped, since the derivative of log 0 would be NaN also where it is not chosen.
-        return torch.where(s.sigma > 0, variance.clamp(min=TINY_VARIANCE).log(), self.decoder_log_variance)
+        return variance.clamp(min=TINY_VARIANCE).log()
 
 
 def snr_ratio(t: Level, s: Level) -> Tensor:
@@ -210,9 +212,3 @@ def snr_ratio(t: Level, s: Level) -> Tensor:
 
 def _root_snr_ratio(t: Level, s: Level) -> Tensor:
     return t.alpha * s.sigma / (s.alpha * t.sigma)
-
-
-def decoder_log_variance(schedule: Schedule) -> float:
-    """The posterior's log-variance at t = 1 (DDPM eq. 7), which p(x_0 | x_1) borrows since its own is that of 0."""
-    t, s = schedule.row(1), schedule.row(0)
-    return math.log((s.sigma.square() * (1 - snr_ratio(t, s))).item())

@@ -69,12 +69,12 @@ class Importance(nn.Module):
 
     def forward(self, own: Tensor, shared: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         p = self.probabilities()
-        edges = p.double().cumsum(0)
+        edges = p.cumsum(0)
         edges = edges / edges[-1]
-        chosen = torch.searchsorted(edges, own.double(), right=True).clamp(max=self.bins - 1)
+        chosen = torch.searchsorted(edges, own, right=True).clamp(max=self.bins - 1)
         start = torch.where(chosen > 0, edges[chosen - 1], 0.0)
         within = ((own - start) / (edges[chosen] - start)).clamp(0, 1 - 2**-24)
-        v = ((chosen + within) / self.bins).clamp(max=1 - 2**-24).float()
+        v = ((chosen + within) / self.bins).clamp(max=1 - 2**-24)
         return v, 1 / (p[chosen] * self.bins)
 
     @torch.no_grad()
