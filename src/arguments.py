@@ -39,7 +39,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
                 if cfg[key] is not None:  # perhaps brought along by another choice
-                    hint += f"; ~{dotted} leaves it out"
+                    hint += f"; if you did not give it, another choice brought it along, and ~{dotted} leaves it out"
                 raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
             try:
                 value = cfg[key]

@@ -1,8 +1,13 @@
-"""What happens around training: weight averaging, pictures at each validation, and a clean stop on Ctrl-C."""
+"""What happens around training: weight averaging, pictures at each validation, checkpoints, a clean stop on signals."""
 
+import io
+import os
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,6 +15,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,6 +27,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from src.data.batch import StreamDataModule
 from src.module import DiffusionModule
 from src.plots import draw
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
 class EMA(WeightAveraging):
@@ -123,23 +131,28 @@ def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
 
 
 class CleanStop(L.Callback):
-    """On Ctrl-C: finish the step, save `path`, then stop. A second Ctrl-C stops at once.
+    """On Ctrl-C, SIGTERM or SIGUSR1 (SLURM's warning): finish the step, save `path`, then stop.
 
-    Several processes agree first, every `every` steps, since the signal may have reached only one of them.
+    `signal` is the one that it was, 0 if none. A second Ctrl-C stops at once. Several processes agree first, since the
+    signal may have reached only one of them: about every `seconds`, at a step that all of them count alike.
     """
 
-    def __init__(self, path: str, every: int = 100) -> None:
-        if every < 1:
-            raise ValueError(f"callbacks.stop.every must be at least 1 step, got {every}")
+    def __init__(self, path: str, seconds: float = 5.0) -> None:
+        if seconds <= 0:
+            raise ValueError(f"callbacks.stop.seconds must be positive, got {seconds}: 5 is usual")
         self.path = path
-        self.every = every
-        self._asked = False
-        self._previous: Any = None
+        self.seconds = seconds
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+        self._next_step = 0
+        self._last: tuple[int, float] | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._asked = False
+    # Lightning listens to signals of its own, from before this hook until after `on_exception`.
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signal, self._next_step, self._last = 0, 0, None
         if threading.current_thread() is threading.main_thread():  # the only one that may listen to signals
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._ask)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -151,16 +164,67 @@ class CleanStop(L.Callback):
             raise KeyboardInterrupt
 
     def _agreed(self, trainer: L.Trainer, step: int) -> bool:
-        if trainer.world_size == 1:
-            return self._asked
-        return step % self.every == 0 and trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        if trainer.world_size > 1 and step >= self._next_step:
+            now = time.perf_counter()
+            count, since = (step - self._last[0], now - self._last[1]) if self._last else (1, self.seconds)
+            # The largest of each: any process's signal, and the slowest one's seconds a step.
+            mine = torch.tensor([[self.signal, since / max(count, 1)]], device=trainer.strategy.root_device)
+            largest = trainer.strategy.all_gather(mine).flatten(0, -2).amax(0)
+            self.signal = int(largest[0])
+            self._last = step, now
+            self._next_step = step + max(1, int(self.seconds / largest[1].item()))
+            return self.signal != 0
+        return trainer.world_size == 1 and self.signal != 0
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+        self._previous.clear()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = True
+        self.signal = number
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that replace the one before only when they are on the disk in whole.
+
+    Where they cannot be written (a full disk), says so and lets the run go on; what lies there stays until one can.
+    """
+
+    def __init__(self) -> None:
+        self._failed = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        contents = io.BytesIO()
+        torch.save(checkpoint, contents)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(contents.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            self._failed = False
+        except OSError as error:
+            self._failed = True
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            warnings.warn(
+                f"{path} could not be written ({error.strerror or error}): the run goes on, and what was saved before "
+                "stays; make room",
+                stacklevel=2,
+            )
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if not self._failed:
+            super().remove_checkpoint(path)

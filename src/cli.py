@@ -144,25 +144,59 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def expand_resume(overrides: list[str]) -> list[str]:
-    """`resume=DIR` stands for the overrides of the run in DIR, what else is typed, and DIR as its run folder."""
-    folder = next((o.removeprefix("resume=") for o in overrides if o.startswith("resume=")), None)
+    """`resume=DIR` stands for the overrides of the run in DIR, what else is typed, and DIR as its run folder.
+
+    `resume=auto` is the unfinished run that was started with just what is typed, and nothing if there is none.
+    """
+    folder = next((_unquoted(o.removeprefix("resume=")) for o in overrides if o.startswith("resume=")), None)
     if folder in (None, "", "null"):
         return overrides
+    if folder == "auto":
+        overrides = [o for o in overrides if not o.startswith("resume=")]
+        if (folder := unfinished_run(overrides)) is None:
+            return overrides
+        overrides = [*overrides, f"resume='{_quoted(folder)}'"]
     saved = Path(folder) / ".hydra" / "overrides.yaml"
     if not saved.is_file():
         raise UsageError(
             f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints"
         )
     before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
-    quoted = str(Path(folder).resolve()).replace("'", "\\'")
     given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
-    return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{quoted}'"]
+    return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{_quoted(folder)}'"]
+
+
+def unfinished_run(overrides: Sequence[str]) -> str | None:
+    """The folder named by hydra.run.dir, else the newest under outputs/train that had these overrides and no end.
+
+    None if it holds no checkpoint, so that there is nothing to go on from.
+    """
+    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
+    folders = [Path(given[-1])] if given else sorted(Path("outputs/train").glob("*/"), reverse=True)
+    for folder in folders:
+        saved = folder / ".hydra" / "overrides.yaml"
+        if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
+            continue
+        before = {str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")}
+        if given or (before == set(overrides) and not (folder / "metrics.json").exists()):
+            return str(folder)
+    return None
+
+
+def _quoted(folder: str) -> str:
+    """As it may stand between single quotes."""
+    return str(Path(folder).resolve()).replace("'", "\\'")
+
+
+def _unquoted(value: str) -> str:
+    return value.strip("'\"").replace("\\'", "'")
 
 
 def check_unused(overrides: Sequence[str]) -> None:
     """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
-    given = [o.removeprefix("hydra.run.dir=").strip("'\"") for o in overrides if o.startswith("hydra.run.dir=")]
-    if given and not any(o.startswith("resume=") for o in overrides) and (Path(given[-1]) / "checkpoints").exists():
+    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
+    resumes = any(o.startswith("resume=") for o in overrides)
+    if given and not resumes and any((Path(given[-1]) / "checkpoints").glob("*.ckpt")):
         raise UsageError(f"{given[-1]} already holds a run: go on with resume={given[-1]}, or choose another folder")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.checkpoints import find_checkpoint
 from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_errors
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src import runs
 
     with usage_errors():
-        runs.find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
+        find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         for name in ("n", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
@@ -58,8 +59,8 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
     }
-    if cfg.links is None:
-        metrics |= {"decoder": result.links[0].item(), "divergences": result.links[1:].sum().item()}
+    metrics["decoder"] = result.links[0].item()
+    metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if cfg.ode:
         parts = []
         for start in progress(range(0, count, cfg.batch_size), "Flow"):
@@ -71,14 +72,14 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     rows = [module.schedule.row(t) for t in range(module.schedule.num_steps)]
     log_snr = torch.stack([row.snr.log() for row in rows])
     plots.bound_curves(result.links, result.mse, log_snr).save(folder / "bound.png")
+    steps = module.schedule.num_steps
+    how = "at most" if cfg.links is None else f"by an estimate from {cfg.links} of {steps} links"
     print(
-        f"{count} held-out samples of {opened.checkpoint}: at most {metrics['bits_per_dim']:.4f} +- "
-        f"{metrics['standard_error']:.4f} bits/dim (prior {metrics['prior']:.4f}"
-        + (f", decoder {metrics['decoder']:.4f}" if "decoder" in metrics else "")
-        + ")"
+        f"{count} held-out samples of {opened.checkpoint}: {how} {with_error(result.total)} bits/dim "
+        f"(prior {metrics['prior']:.4f}, decoder {metrics['decoder']:.4f})"
     )
     if cfg.ode:
-        print(f"by the flow {metrics['flow_bits_per_dim']:.4f} +- {metrics['flow_standard_error']:.4f} bits/dim")
+        print(f"by the flow {with_error(flow)} bits/dim")
     print(f"Look at {folder / 'bound.png'}")
     return metrics
 
@@ -163,6 +164,12 @@ def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def standard_error(values: "torch.Tensor") -> float:
     """Of the mean of values (N,); NaN for a single one."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def with_error(values: "torch.Tensor") -> str:
+    """The mean of values (N,) and its standard error, as they are shown."""
+    error = standard_error(values)
+    return f"{values.mean().item():.4f}" + (" (one sample)" if math.isnan(error) else f" +- {error:.4f}")
 
 
 def progress(items: Iterable[int], label: str) -> Iterable[int]:

@@ -48,7 +48,10 @@ class Bound(NamedTuple):
 def bound(
     module: DiffusionModule, x: Tensor, seed: int, links: int | None, progress: Progress, start: int = 0
 ) -> Bound:
-    """The bound of x (N, *data), over all T links or estimated from `links` of them, stratified, for each sample.
+    """The bound of x (N, *data), over all T links, or estimated for each sample from the decoder's and `links` others.
+
+    These are drawn one from each of so many equal parts of the chain. The decoder's term, far larger than the others
+    and of another kind, would be most of an estimate's error.
 
     The noise of link t belongs to (seed, t, the sample's place), the first being `start`, whatever the batch. In
     continuous time the estimate's chains end anywhere on the last stride, and the prior's term is taken there.
@@ -58,19 +61,22 @@ def bound(
     if links is None:
         end = schedule.row(steps - 1)
     else:
-        last = Draws(seed, links, start, len(x), x.device).uniform("link")
+        last = Draws(seed, links + 1, start, len(x), x.device).uniform("link")
         end = schedule.link(((steps - 1 + last) / steps).clamp(max=1 - 2**-24), x).t
     prior = prior_bits(end, x).double().cpu()
     sums, errors, counts = torch.zeros(3, steps, dtype=torch.float64)
     total = prior.clone()
-    for k in progress(range(steps if links is None else links)):
+    for k in progress(range(steps if links is None else links + 1)):
+        weight = 1.0 if links is None or k == 0 else (steps - 1) / links
         draws = Draws(seed, k, start, len(x), x.device)
         if links is None:
             rows = torch.full((len(x),), k)
             link = Link(schedule.row(k), schedule.row(k - 1), steps)
         else:
-            # In the k-th of so many equal parts of the chain; below 1 also after rounding.
-            v = ((k + draws.uniform("link")) / links).clamp(max=1 - 2**-24)
+            place = draws.uniform("link")
+            if k > 0:
+                place = 1 + (k - 1 + place) * weight
+            v = (place / steps).clamp(max=1 - 2**-24)  # below 1 also after rounding
             rows = (v * steps).long().cpu()
             link = schedule.link(v, x)
         x_t = process.add_noise(x, link.t, draws.normal("eps", x.shape[1:]))
@@ -78,7 +84,7 @@ def bound(
         bits = link_bits(process, pred, x, x_t, link).double().cpu()
         # The error of eps is SNR times that of x_0.
         mse = (link.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).double().cpu()
-        total += bits * (steps / (links or steps))
+        total += bits * weight
         for table, values in ((sums, bits), (errors, mse), (counts, torch.ones_like(bits))):
             table.index_add_(0, rows, values)
     return Bound(prior, total, counts, sums, errors)

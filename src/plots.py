@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,9 +153,13 @@ def bound_curves(links: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
     seen = ~links.isnan()
     t = torch.arange(len(links))[seen] + 1
     marker = "" if seen.all() else "."
-    left.loglog(t, links[seen].clamp(min=1e-12), linewidth=1.2, marker=marker)
+    terms = links[seen]
+    left.loglog(t, torch.where(terms > 0, terms, math.nan), linewidth=1.2, marker=marker)
+    if (terms < 0).any():  # the decoder's where the data have a density
+        left.loglog(t[terms < 0], -terms[terms < 0], "v", color="C3", markersize=4, label="less than 0: its size")
+        left.legend(fontsize=8)
     left.set(title="terms of the bound", xlabel="t", ylabel="bits/dim")
-    left.set_ylim(bottom=1e-7 * float(links[seen].max().clamp(min=1e-5)))
+    left.set_ylim(bottom=1e-7 * float(terms.abs().max().clamp(min=1e-5)))
     right.semilogy(log_snr[seen], mse[seen], linewidth=1.2, marker=marker)
     right.set(title="squared error of eps", xlabel="log-SNR")
     for axes in (left, right):

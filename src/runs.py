@@ -1,18 +1,16 @@
-"""Build a run from its configuration, and open it again from its folder: the only code that reads run folders.
+"""Build a run from its configuration, and open it again from its folder: with `checkpoints`, all that reads those.
 
-A checkpoint holds the resolved configuration (`hyper_parameters`) and both sets of weights, so that a run folder,
-or one checkpoint alone, is all that a later command needs. What is heavy is imported only when it is built.
+A run folder, or one checkpoint alone, is all that a later command needs. What is heavy is imported only when built.
 """
 
 import ctypes
-import difflib
 import functools
 import json
 import logging
 import math
 import os
-import pickle
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Mapping
@@ -23,12 +21,12 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.arguments import GRID_SETTINGS, check_arguments
+from src.checkpoints import changed_settings, check_accumulation, check_fit, find_checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
     import torch
     from lightning.pytorch.loggers import Logger
-    from torch import Tensor
 
     from src.data.batch import StreamDataModule
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
@@ -47,6 +45,14 @@ class Run(NamedTuple):
     @property
     def last_checkpoint(self) -> Path:
         return self.directory / "checkpoints" / "last.ckpt"
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that ended training; that of Ctrl-C if no callback was there to say."""
+        from src.callbacks import CleanStop
+
+        asked = [c.signal for c in self.trainer.callbacks if isinstance(c, CleanStop)]  # type: ignore[attr-defined]
+        return max(asked, default=0) or signal.SIGINT
 
 
 class OpenedRun(NamedTuple):
@@ -94,7 +100,9 @@ def build(cfg: DictConfig) -> Run:
         saved = read_checkpoint(resume_from)
         check_fit(saved, module, resume_from)
         check_accumulation(saved, cfg)
-    elif (directory / "checkpoints").exists():
+        for line in changed_settings(saved["hyper_parameters"], module.hparams):
+            warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
+    elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     return Run(directory, module, data, trainer, resume_from)
 
@@ -215,6 +223,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
 
+    from src.callbacks import WholeCheckpoints
+
     if not 1 <= cfg.trainer.max_steps <= 10**9:
         raise ValueError(
             f"trainer.max_steps must lie in [1, 10^9], got {cfg.trainer.max_steps}: training is counted in steps"
@@ -243,6 +253,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             cfg.trainer,
             callbacks=callbacks,
             logger=loggers or False,
+            plugins=[WholeCheckpoints()],
             default_root_dir=str(directory),
             val_check_interval=every * accumulate,  # Lightning counts batches
         )
@@ -276,43 +287,6 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
     return logger
 
 
-def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
-    """The checkpoint that `run=` (its last, else its best) or `ckpt=` means. Raises FileNotFoundError."""
-    if (run is None) == (ckpt is None):
-        raise ValueError("give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint)")
-    if ckpt is not None:
-        path = Path(ckpt)
-        if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt file, run= a run folder")
-        return path
-    folder = Path(str(run))
-    if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file, and a run is a folder: use ckpt={folder} for one checkpoint")
-    if not folder.is_dir():
-        close = difflib.get_close_matches(folder.name, [f.name for f in folder.parent.glob("*/")], n=1)
-        near = f"; did you mean {folder.parent / close[0]}?" if close else ""
-        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs lie under outputs/train'}")
-    for name in ("last.ckpt", "best.ckpt"):
-        if (path := folder / "checkpoints" / name).is_file():
-            return path
-    raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/last.ckpt: is it a run folder that has trained?")
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint of this project; nothing but tensors and plain values is unpickled."""
-    import torch
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint (damaged, or not made by src.train): use another one"
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: it holds no configuration beside its weights")
-    return checkpoint
-
-
 def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> OpenedRun:
     """A trained run from its folder or from one checkpoint, with the averaged weights (or the raw ones).
 
@@ -332,29 +306,6 @@ def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> Open
         checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
     )
     return OpenedRun(config, path, module.eval(), data)
-
-
-def check_fit(checkpoint: dict[str, Any], module: "DiffusionModule", path: Path) -> None:
-    """Raise ValueError, naming the first difference, if the checkpoint holds another network's weights."""
-    theirs: dict[str, Tensor] = checkpoint["state_dict"]
-    ours = module.state_dict()
-    for name in [*ours, *theirs]:
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{path} holds another network: {name} is {shapes[0]} there and {shapes[1]} here; use the settings "
-                "that it was trained with, or start a new run"
-            )
-
-
-def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if batches were cut otherwise: Lightning's count of them would lie across the steps."""
-    before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
-    now = cfg.trainer.accumulate_grad_batches
-    if before != now:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it, or start a new run"
-        )
 
 
 def pick_device(name: str) -> "torch.device":

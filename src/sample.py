@@ -4,6 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from src.checkpoints import find_checkpoint
 from src.cli import launch, usage_errors
 
 
@@ -16,7 +17,7 @@ def sample(cfg: DictConfig) -> Path:
     from src.arguments import check_arguments
 
     with usage_errors():
-        runs.find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
+        find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
@@ -57,7 +58,9 @@ def sample(cfg: DictConfig) -> Path:
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
     plots.draw(samples[:256] if samples.ndim == 4 else samples).save(folder / "grid.png")
-    print(f"{cfg.n} samples of {opened.checkpoint} by {settings._target_.rpartition('.')[2]}, {sampler.steps} steps")
+    name = str(settings._target_).rpartition(".")[2]
+    own = [f"{k!s} {v}" for k, v in settings.items() if not str(k).startswith("_") and v is not None]
+    print(f"{cfg.n} samples of {opened.checkpoint} by {name}, {', '.join(own)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from src.checkpoints import read_checkpoint
 from src.cli import UsageError, launch, usage_errors
 
 if TYPE_CHECKING:
@@ -27,9 +28,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     start = time.perf_counter()
     try:
         run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from and str(run.resume_from))
-    except SystemExit as stop:  # Lightning's answer to Ctrl-C, before which `CleanStop` saves, and to SIGTERM
+    except SystemExit as stop:  # Lightning's answer to what `CleanStop` raises after it has saved
         say_how_to_go_on(run)
-        raise SystemExit(130 if stop.code else 143) from stop
+        raise SystemExit(128 + run.stop_signal) from stop
     seconds = time.perf_counter() - start
     run.trainer.save_checkpoint(run.last_checkpoint)
     validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
@@ -93,14 +94,12 @@ def leave_pictures(run: "Run", seed: int) -> None:
 
 def say_how_to_go_on(run: "Run") -> None:
     """After an interruption: at which step the last checkpoint stands, and the command that goes on from it."""
-    from src import runs
-
     if not run.trainer.is_global_zero:
         return
     if not run.last_checkpoint.exists():
         print(f"\nStopped at step {run.trainer.global_step}: nothing was saved yet.")
         return
-    saved = runs.read_checkpoint(run.last_checkpoint)["global_step"]
+    saved = read_checkpoint(run.last_checkpoint)["global_step"]
     print(f"\nStopped, saved at step {saved}. Go on with: python -m src.train resume={relative(run.directory)}")
 
 

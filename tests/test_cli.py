@@ -1,5 +1,6 @@
 """What is typed wrongly gets one line with the remedy, before anything heavy is imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -106,10 +107,48 @@ def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
 
 def test_a_run_that_exists_keeps_what_it_was_told(tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    check_unused([f"hydra.run.dir='{tmp_path}'"])  # nothing was saved, so nothing is lost
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UsageError, match="already holds a run"):
         check_unused(["seed=1", f"hydra.run.dir='{tmp_path}'"])
     check_unused([f"resume={tmp_path}", f"hydra.run.dir='{tmp_path}'"])
     check_unused([f"hydra.run.dir={tmp_path / 'new'}"])
+
+
+def started(folder, *overrides, saved=True, ended=False):
+    """What a run leaves of itself, as far as going on with it is concerned."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)))
+    (folder / "checkpoints").mkdir()
+    if saved:
+        (folder / "checkpoints" / "last.ckpt").touch()
+    if ended:
+        (folder / "metrics.json").touch()
+    return folder
+
+
+def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_path, monkeypatch):
+    """The newest of those; it names the folder, so that other processes need not search."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "outputs" / "train"
+    typed = ["seed=1", "data=points"]
+    started(runs / "2026-01-01", *typed)
+    wanted = started(runs / "2026-01-02", "data=points", "seed=1", "resume='/elsewhere'")
+    started(runs / "2026-01-03", *typed, saved=False)
+    started(runs / "2026-01-04", *typed, ended=True)
+    started(runs / "2026-01-05", "seed=2", "data=points")
+    expanded = expand_resume([*typed, "resume=auto"])
+    assert {f"resume='{wanted}'", f"hydra.run.dir='{wanted}'", *typed} == set(expanded)
+    assert expand_resume(["seed=3", "resume=auto"]) == ["seed=3"]
+
+
+def test_resume_auto_in_a_given_folder(tmp_path):
+    """Whatever else is typed; a new run if nothing was saved there."""
+    new, old = tmp_path / "new", started(tmp_path / "it's old", "seed=1")
+    assert expand_resume(["resume=auto", f"hydra.run.dir={new}"]) == [f"hydra.run.dir={new}"]
+    quoted = str(old).replace("'", "\\'")
+    expanded = expand_resume(["resume=auto", "trainer.max_steps=9", f"hydra.run.dir={old}"])
+    assert expanded == ["seed=1", "trainer.max_steps=9", f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
 
 
 def test_refused_commands_leave_no_folder(tmp_path):

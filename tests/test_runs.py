@@ -18,6 +18,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from src import runs
+from src.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
 
 
@@ -31,7 +32,7 @@ def losses(folder: Path, name: str = "train/loss") -> list[str]:
 
 
 def weights(folder: Path, key: str = "state_dict") -> dict[str, torch.Tensor]:
-    return runs.read_checkpoint(folder / "checkpoints" / "last.ckpt")[key]
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")[key]
 
 
 def assert_equal_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -80,12 +81,14 @@ def test_accumulated_batches_train_the_same_model(trained, tmp_path):
         assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-4)
 
 
-def test_ctrl_c_saves_and_the_run_goes_on_to_the_same_end(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_run_saves_and_goes_on_to_the_same_end(trained, tmp_path, monkeypatch, capsys, number):
+    """On Ctrl-C, kill and SLURM's warning; the exit status is the shell's for the signal."""
     folder = tmp_path / "run"
-    step = runs_until(monkeypatch, stop_after=2)
+    step = runs_until(monkeypatch, stop_after=2, number=number)
     with pytest.raises(SystemExit) as stop:
         train_tiny(folder)
-    assert stop.value.code == 130
+    assert stop.value.code == 128 + number
     said = capsys.readouterr().out
     assert f"saved at step {step}" in said
     assert re.search(rf"python -m src\.train resume=\S*{folder.name}", said)
@@ -114,15 +117,15 @@ def test_importance_sampling_resumes_and_does_not_depend_on_how_the_batch_is_cut
     assert_equal_bits(weights(stopped, "current_model_state"), weights(whole, "current_model_state"))
 
 
-def runs_until(monkeypatch: pytest.MonkeyPatch, stop_after: int) -> int:
-    """Press Ctrl-C while step number `stop_after` is being computed."""
+def runs_until(monkeypatch: pytest.MonkeyPatch, stop_after: int, number: int = signal.SIGINT) -> int:
+    """Send a signal, Ctrl-C's, while step number `stop_after` is being computed."""
     from src.module import DiffusionModule
 
     original = DiffusionModule.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == stop_after - 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(DiffusionModule, "training_step", training_step)
@@ -156,7 +159,7 @@ def test_ema_is_the_recursion_over_the_weights_of_each_step(tmp_path, monkeypatc
     for n, current in enumerate(history, start=1):
         decay = min(0.995, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * current
-    saved = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert_close(saved["state_dict"]["net.conv_in.weight"].double(), expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(saved["current_model_state"]["net.conv_in.weight"].double(), history[-1])
 
@@ -170,8 +173,8 @@ def test_a_checkpoint_saved_in_validation_has_both_weights_in_their_places(tmp_p
 
     monkeypatch.setattr(SampleGrid, "on_validation_batch_end", save)
     train_tiny(tmp_path / "run", "trainer.max_steps=3", "~callbacks.best")
-    best = runs.read_checkpoint(tmp_path / "within.ckpt")
-    last = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    best = read_checkpoint(tmp_path / "within.ckpt")
+    last = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     for key in ("state_dict", "current_model_state"):
         assert_equal_bits(best[key], last[key])
     assert not torch.equal(*(best[k]["net.conv_in.weight"] for k in ("state_dict", "current_model_state")))
@@ -414,7 +417,7 @@ def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
         process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said[-3000:]
-    step = runs.read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    step = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
     assert step > 0 and f"saved at step {step}" in said
 
 

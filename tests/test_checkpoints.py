@@ -1,0 +1,94 @@
+"""Checkpoints that are damaged, cannot be written, or belong to other settings."""
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+
+from src.callbacks import WholeCheckpoints
+from src.checkpoints import by_age, changed_settings, find_checkpoint, is_whole
+from src.cli import UsageError
+from tests.conftest import train_tiny
+
+
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_single_flipped_bit_is_seen(trained, tmp_path, damage, part):
+    """Anywhere in what the archive holds: of the bytes at and after this part of it, one that is data."""
+    contents = bytearray((trained / "checkpoints" / "last.ckpt").read_bytes())
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(contents)
+    assert is_whole(path)
+    at = int(part * len(contents))
+    if damage == "truncate":
+        path.write_bytes(contents[:at])
+    else:
+        original, loaded = bytes(contents), torch.load(path, weights_only=True)
+        for place in range(at, at + 2000):  # some bytes are padding, which no tensor is made of
+            contents[place] ^= 1
+            path.write_bytes(contents)
+            if not is_whole(path):
+                break
+            # What passes must be what was saved.
+            again = torch.load(path, weights_only=True)
+            assert all(torch.equal(again["state_dict"][k], v) for k, v in loaded["state_dict"].items())
+            contents[:] = original
+    assert not is_whole(path)
+
+
+def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
+    """A damaged one is passed over with a message; with none left, a sentence."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    last, best = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt"
+    os.utime(best, ns=(0, last.stat().st_mtime_ns - 10**9))
+    assert by_age(run) == [last, best]
+    assert find_checkpoint(str(run), None) == last
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged and passed over"):
+        assert find_checkpoint(str(run), None) == best
+    best.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        find_checkpoint(str(run), None)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):
+    """Nothing half written stays, nothing older is removed; it writes again as soon as it can."""
+    writer, path, older = WholeCheckpoints(), tmp_path / "last.ckpt", tmp_path / "step_1.ckpt"
+    for place in (path, older):
+        writer.save_checkpoint({"step": 1}, place)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written \(No space left on device\).*goes on"):
+        writer.save_checkpoint({"step": 2}, path)
+    writer.remove_checkpoint(older)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "step_1.ckpt"]
+    assert torch.load(path) == {"step": 1}
+    monkeypatch.undo()
+    writer.save_checkpoint({"step": 3}, path)
+    writer.remove_checkpoint(older)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(path) == {"step": 3}
+
+
+def test_changed_settings_are_told_but_for_paths():
+    before = {"run_dir": "/a", "trainer": {"max_steps": 6}, "seed": 1, "stop": {"path": "/a/last.ckpt"}, "resume": None}
+    now = {"run_dir": "/b", "trainer": {"max_steps": 9}, "seed": 1, "stop": {"path": "/b/last.ckpt"}, "resume": "/a"}
+    assert changed_settings(before, now) == ["trainer.max_steps: 6 -> 9"]
+
+
+@pytest.mark.parametrize("other", ["schedule=linear", "process.prediction=x0", "zero_terminal_snr=true"])
+def test_another_model_is_not_resumed(trained, tmp_path, other):
+    with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
+        train_tiny(tmp_path / "run", f"resume='{trained}'", other)
+
+
+def test_a_longer_run_says_what_changed(trained, tmp_path):
+    with pytest.warns(UserWarning, match=r"another setting: trainer\.max_steps: 6 -> 7"):
+        metrics = train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.max_steps=7")
+    assert metrics["steps"] == 7
