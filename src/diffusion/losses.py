@@ -69,6 +69,7 @@ def hybrid(
 ) -> dict[str, Tensor]:
     """simple + `vlb_weight` times the bound, from which only the variance learns (Nichol & Dhariwal 2021, eq. 16).
 
+    The mean, which does not learn here, is clipped as in sampling, so that the variance is that of what is sampled.
     Terms as in `vlb`. Raises ValueError if the variance is not learned, since then the bound would teach nothing.
     """
     if process.outputs == 1:
@@ -78,7 +79,7 @@ def hybrid(
         )
     x_t = process.add_noise(x0, link.t, eps)
     out = denoise(x_t, link.t)
-    pred = process.interpret(out, x_t, link.t, clipped=False)
+    pred = process.interpret(out, x_t, link.t)
     frozen = Prediction(pred.x0.detach(), pred.eps.detach(), pred.mix)
     bits = link.links * link_bits(process, frozen, x0, x_t, link)
     terms = _simple(process, out, x0, link, eps, weighting, error, huber_delta)

@@ -115,8 +115,8 @@ class GaussianDiffusion(nn.Module):
     def interpret(self, out: Tensor, x_t: Tensor, t: Level, *, clipped: bool = True) -> Prediction:
         """The inverse of `target`: the network's output (B, outputs * C, *rest) at x_t as x_0, eps and mix.
 
-        If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds. Objectives
-        ask for it not `clipped`, since what is beyond the bound would learn nothing.
+        If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds. `vlb`
+        asks for it not `clipped`, since what is beyond the bound would learn nothing.
         """
         mix = None
         if self.outputs == 2:
