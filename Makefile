@@ -9,7 +9,7 @@ NEEDED_GB := 8
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint types format unit schedules lock clean
+.PHONY: help install train test test-faults lint types format unit schedules lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ types: $(STAMP) ## mypy, strict on the mathematics, networks and data
 
 unit: $(STAMP) ## the tests; ARGS="-k posterior" for some of them
 	@$(RUN) -m pytest $(ARGS)
+
+test-faults: $(STAMP) ## kill a run twenty times and compare how it ends
+	@FAULT_KILLS=20 $(RUN) -m pytest tests/test_faults.py
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff check --fix-only . && $(VENV)/bin/ruff format .

@@ -65,7 +65,7 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         parts = []
         for start in progress(range(0, count, cfg.batch_size), "Flow"):
             x = held_out(opened, start, min(start + cfg.batch_size, count)).to(device)
-            parts.append(flow_bits(module, x, cfg.seed + start, cfg.ode_tolerance))
+            parts.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, start))
         flow = torch.cat(parts)
         metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -90,11 +90,12 @@ def bound(
     return Bound(prior, total, counts, sums, errors)
 
 
-def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float) -> Tensor:
+def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float, start: int = 0) -> Tensor:
     """Minus the log-likelihood of x (N, *data) by the probability flow, (N,) in bits/dim (Song et al. 2021, sec. 4.3).
 
     Data with levels are dequantised by uniform noise, which bounds their likelihood from below. From the cleanest
-    level to the noisiest by an adaptive Runge-Kutta solver of order 5.
+    level to the noisiest by an adaptive Runge-Kutta solver of order 5. Noise belongs to the seed and the sample's
+    place, the first being `start`.
     """
     from scipy.integrate import solve_ivp
 
@@ -103,15 +104,15 @@ def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float) -
     # Without clipping, whose kinks the solver would have to step around.
     process = GaussianDiffusion(own.prediction, own.variance, sigma_data=own.sigma_data)
     predict = predictor(process, module.denoise)
-    draws = Draws(seed, 0, 0, len(x), x.device)
+    draws = Draws(seed, 0, start, len(x), x.device)
     bin_width = 1.0 if levels is None else 2 / (levels - 1)
     if levels is not None:
         uniform = torch.special.ndtr(draws.normal("dequantise", x.shape[1:]))
         x = x + bin_width * (uniform - 0.5)
     probe = torch.sign(draws.normal("probe", x.shape[1:]))
     ends = schedule.at(torch.tensor([max(schedule.first, 1e-3), 1.0], dtype=torch.float64))
-    start, stop = (math.atan2(t.sigma.item(), t.alpha.item()) for t in ends)
-    stop = min(stop, math.pi / 2 - 1e-4)
+    low, high = (math.atan2(t.sigma.item(), t.alpha.item()) for t in ends)
+    high = min(high, math.pi / 2 - 1e-4)
 
     def slope(angle: float, state: Any) -> Any:
         at = torch.tensor(angle, dtype=torch.float64)
@@ -121,13 +122,13 @@ def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float) -
         return torch.cat([dz.flatten(), divergence]).double().cpu().numpy()
 
     # What little noise the first level has is not added: its z is cos(angle) x.
-    state = torch.cat([(math.cos(start) * x).flatten(), x.new_zeros(len(x))]).double().cpu().numpy()
-    solved = solve_ivp(slope, (start, stop), state, method="RK45", rtol=tolerance, atol=tolerance)
+    state = torch.cat([(math.cos(low) * x).flatten(), x.new_zeros(len(x))]).double().cpu().numpy()
+    solved = solve_ivp(slope, (low, high), state, method="RK45", rtol=tolerance, atol=tolerance)
     end = torch.from_numpy(solved.y[:, -1])
     z, gained = end[: x.numel()].view(x.shape), end[x.numel() :]
     log_prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
     dims = x[0].numel()
-    log_prob = log_prior + gained + dims * (math.log(math.cos(start)) + math.log(bin_width))
+    log_prob = log_prior + gained + dims * (math.log(math.cos(low)) + math.log(bin_width))
     bits: Tensor = -log_prob / (dims * math.log(2))
     return bits
 

@@ -573,6 +573,20 @@ def test_outputs_beyond_the_clip_learn_from_the_bound():
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
+def test_hybrids_variance_learns_beside_the_clipped_mean():
+    """Its bound is that of the clipped prediction, and the mean still learns where it is clipped."""
+    shape = (5, 2)
+    x0, eps, link = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
+    out = torch.cat([3 * normal(shape, 44), normal(shape, 45).tanh()], 1).requires_grad_()
+    process = process_of("x0", "learned_range", clip=0.1)
+    hybrid = losses.hybrid(process, lambda *_: out, x0, link, eps, weighting=losses.uniform)
+    clipped = torch.cat([out[:, :2].clamp(-0.1, 0.1), out[:, 2:]], 1)
+    unclipped = process_of("x0", "learned_range")
+    assert_close(hybrid["vlb"], losses.vlb(unclipped, lambda *_: clipped, x0, link, eps)["vlb"], rtol=1e-9, atol=0)
+    (gradient,) = torch.autograd.grad(hybrid["loss"].sum(), out)
+    assert (gradient != 0).all()
+
+
 def test_vlb_weight_is_a_thousandth():
     """As in iDDPM, sec. 3.1."""
     shape = (5, 2)

@@ -339,3 +339,15 @@ def test_importance_settings_out_of_range(wrong):
     ) as error:
         Importance(**wrong)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_importance_survives_huge_losses(dtype):
+    """Whose square overflows, or which the history cannot hold: probabilities stay finite and sum to 1."""
+    importance = Importance(bins=4, history=2).to(dtype)
+    v = torch.tensor([0.1, 0.3, 0.6, 0.9]).repeat(2)
+    importance.update(v, torch.tensor([1e20, 1.0, 1.0, 1.0]).repeat(2))
+    importance.update(v, torch.tensor([1e4, 1.0, 1.0, 1.0]).repeat(2))
+    p = importance.probabilities()
+    assert p.isfinite().all()
+    assert p.sum().item() == pytest.approx(1, abs=1e-3)

@@ -64,8 +64,7 @@ class Learned(nn.Module):
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         # At least float32, in whatever precision the weights are: neighbouring levels differ by little.
         x = u.to(self.line.device, torch.promote_types(self.line.dtype, torch.float32))
-        ends = x.new_tensor([0.0, 1.0])
-        start, stop = self._rise(ends)
+        start, stop = self._rise(x.new_zeros(())), self._rise(x.new_ones(()))
         fraction = (self._rise(x) - start) / (stop - start)
         log_snr = self.max_log_snr + (self.min_log_snr - self.max_log_snr) * fraction
         return variance_preserving(log_snr.to(u))

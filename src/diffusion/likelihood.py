@@ -92,13 +92,8 @@ def prior_bits(t: Level, x0: Tensor) -> Tensor:
 
     p(x_t) = N(0, alpha^2 + sigma^2), which is N(0, 1) for tables.
     """
-    p = Gaussian(torch.zeros_like(x0), prior_variance(t).log())
+    p = Gaussian(torch.zeros_like(x0), t.norm.square().log())
     return in_bits(gaussian_kl(Gaussian(t.alpha * x0, t.sigma.square().log()), p))
-
-
-def prior_variance(t: Level) -> Tensor:
-    """The variance of the prior at the noisiest level, that of noised data of unit variance."""
-    return t.norm.square()
 
 
 def in_bits(nats: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def hybrid(
 ) -> dict[str, Tensor]:
     """simple + `vlb_weight` times the bound, from which only the variance learns (Nichol & Dhariwal 2021, eq. 16).
 
-    The mean, which does not learn here, is clipped as in sampling, so that the variance is that of what is sampled.
+    The mean, which does not learn from it, is clipped as in sampling, so that the variance is that of what is sampled.
     Terms as in `vlb`. Raises ValueError if the variance is not learned, since then the bound would teach nothing.
     """
     if process.outputs == 1:

@@ -173,8 +173,8 @@ class GaussianDiffusion(nn.Module):
         fixed_small and fixed_large are the optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2):
         the posterior's own variance, and q(x_t | x_s)'s, brought from the scale of t to that of s (beta_t for
         neighbours in a table). learned_range interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15), mix in
-        [-1, 1] from the first to the second; learned is the first times exp(mix), free of bounds, and meaningful for
-        any stride.
+        [-1, 1] from the first to the second, which for clean s nearly coincide in continuous time; learned is the
+        first times exp(mix), free of bounds, and meaningful for any stride.
         """
         mean, small = self.posterior(pred.x0, x_t, t, s)
         large = (t.sigma * s.norm / t.norm).square() * (1 - snr_ratio(t, s))

@@ -60,7 +60,9 @@ class Importance(nn.Module):
 
     def probabilities(self) -> Tensor:
         """That of each bin, (bins,)."""
-        moments = self.losses.float().square().mean(1).sqrt()
+        losses = self.losses.float()
+        # Relative to the largest, since the square of a large loss would overflow.
+        moments = (losses / losses.abs().max().clamp(min=1e-30)).square().mean(1).sqrt()
         uniform = torch.full_like(moments, 1 / self.bins)
         by_loss = moments / moments.sum().clamp(min=torch.finfo(moments.dtype).tiny)
         # No branch: that would wait for the device.
@@ -80,6 +82,7 @@ class Importance(nn.Module):
     @torch.no_grad()
     def update(self, v: Tensor, losses: Tensor) -> None:
         """Remember the losses (N,) at v (N,), of the whole global batch and in its order, all finite ones."""
+        losses = losses.to(self.losses)  # in whose precision they must be finite
         v, losses = v[losses.isfinite()], losses[losses.isfinite()]
         chosen, order = (v * self.bins).long().clamp(max=self.bins - 1).sort(stable=True)
         # The number of each among those of its bin; of more than fit, the last ones stay.
@@ -87,7 +90,7 @@ class Importance(nn.Module):
         added = torch.bincount(chosen, minlength=self.bins)
         kept = number >= added[chosen] - self.history
         slot = (self.seen[chosen] + number) % self.history
-        self.losses[chosen[kept], slot[kept]] = losses[order][kept].to(self.losses)
+        self.losses[chosen[kept], slot[kept]] = losses[order][kept]
         self.seen += added
 
 
