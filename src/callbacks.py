@@ -1,97 +1,293 @@
-"""What happens around training: weight averaging, pictures at each validation, checkpoints, a clean stop on signals."""
+"""What happens around training: weight averaging, steps that are not finite, pictures, checkpoints, a clean stop."""
 
 import io
+import json
+import math
 import os
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.data.batch import StreamDataModule
 from src.module import DiffusionModule
 from src.plots import draw
+from src.sharding import load_state, local, share, whole
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
-class EMA(WeightAveraging):
+class EMA(L.Callback):
     """Exponential moving average of the weights, decay min(decay, (1 + n) / (10 + n)) after n steps.
 
     Validation, samples and the checkpoint's `state_dict` are the average's; the raw weights lie beside it as
-    `current_model_state`. Mends Lightning's callback in three places: no device synchronisation in a step and one
-    fused update (its counter is a tensor that is compared each time), buffers are left alone, and a checkpoint
-    has the two sets of weights in their places also when it is saved during validation or after training.
+    `current_model_state`. The average is float32 in every precision, of sharded weights each process's share, and
+    costs one fused update a step.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}: 0.999 is usual")
-        super().__init__(use_buffers=False)
         self.decay = decay
-        self._swapped = False
-        self._average: Sequence[Tensor] = []
-        self._current: Sequence[Tensor] = []
+        self._names: list[str] = []
+        self._weights: list[nn.Parameter] = []
+        self._average: list[Tensor] = []
+        self._raw: list[Tensor] | None = None
+        """The weights that the average stands in for, while it does."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            assert self._average_model is not None
-            self._swapped = False
-            # Finding them anew costs milliseconds.
-            self._average, self._current = (tuple(m.parameters()) for m in (self._average_model.module, pl_module))
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Finding them anew at each step costs milliseconds.
+        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))  # type: ignore[assignment]
+        saved = self._average or [local(w) for w in self._weights]
+        self._average = [
+            a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
+        ]
+        self._raw = None
+        self._step = trainer.global_step
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step <= self._latest_update_step:  # an accumulated batch, not a step
+        if step <= self._step:  # an accumulated batch, not a step
             return
-        current = [p.to(a.dtype) for p, a in zip(self._current, self._average, strict=True)]
         decay = min(self.decay, (1 + step) / (10 + step))
+        current = [w.float() for w in self._local()]
         get_ema_multi_avg_fn(decay)(self._average, current, None)  # type: ignore[no-untyped-call]
-        self._latest_update_step = step
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the average moves with steps, not with epochs."""
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._swap_models(pl_module)
+        self._step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average_model is not None and not self._swapped:
-            self._swap_models(pl_module)
+        if self._average and self._raw is None:
+            self._stand_in()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._swapped and trainer.state.fn == TrainerFn.FITTING:
-            self._swap_models(pl_module)
+        if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._give_back()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stand_in()
+
+    @torch.no_grad()
+    def _stand_in(self) -> None:
+        self._raw = [w.clone() for w in self._local()]
+        torch._foreach_copy_(self._local(), self._average)
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        assert self._raw is not None
+        torch._foreach_copy_(self._local(), self._raw)
+        self._raw = None
+
+    def _local(self) -> list[Tensor]:
+        return [local(w) for w in self._weights]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self._swapped:
-            raw, average = checkpoint["state_dict"], checkpoint["current_model_state"]
-            checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
+        state = checkpoint["state_dict"]
+        for key, values in (("current_model_state", self._raw), ("state_dict", self._average)):
+            weights = {
+                n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
+            }
+            checkpoint[key] = state | weights if state else state  # of sharded weights only the first process has any
 
-    def _swap_models(self, pl_module: L.LightningModule) -> None:
-        super()._swap_models(pl_module)
-        self._swapped = not self._swapped
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint:
+            self.restore(pl_module, checkpoint)
+
+    def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take average and weights from a checkpoint, whose average the module holds already."""
+        state = checkpoint.get("state_dict")
+        named = list(pl_module.named_parameters())
+        saved = [share(state[n], w) if state else local(w).detach().clone() for n, w in named]
+        if self._weights:
+            torch._foreach_copy_(self._average, saved)
+        else:
+            self._average = saved
+        load_state(pl_module, checkpoint["current_model_state"])
+
+
+class Step(NamedTuple):
+    """What is needed to tell what was wrong with a step; tensors stay on the device until they are asked for."""
+
+    number: int
+    norm: Tensor
+    v: Tensor
+    losses: Tensor
+
+
+class NonFiniteGuard(L.Callback):
+    """Tells of the steps that were skipped, loss or gradient not being finite, and turns back after too many.
+
+    Each goes to `directory`/nonfinite.jsonl: the samples, where on the chain they were, their losses and the norm.
+    After `patience` of them in a row, weights, average and optimizer go back to the last whole checkpoint from before,
+    with the learning rate times `factor`; the data go on, so that what led there is not met again (as Chowdhery et al.
+    2022, PaLM, sec. 5.1). After `rewinds` times training ends, with a `diagnosis`. It looks at what has happened
+    every `trainer.log_every_n_steps`, so that no step waits for the device.
+    """
+
+    def __init__(self, directory: str, patience: int = 20, rewinds: int = 3, factor: float = 0.5) -> None:
+        if patience < 1 or rewinds < 0 or not 0 < factor <= 1:
+            raise ValueError(
+                f"callbacks.guard needs patience >= 1, rewinds >= 0 and factor in (0, 1], got {patience}, {rewinds}, "
+                f"{factor}: 20, 3 and 0.5 are usual"
+            )
+        self.directory = Path(directory)
+        self.patience = patience
+        self.rewinds = rewinds
+        self.factor = factor
+        self.record = self.directory / "nonfinite.jsonl"
+        self.diagnosis = ""
+        self._blame = ""
+        self._steps: list[Step] = []
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._in_a_row: list[int] = []
+        self._turned_back_to: list[int] = []
+        self._limit: int | None = None
+        """Of the steps whose checkpoints may be turned back to; None while all goes well."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        self._parts.append((outputs["v"], outputs["losses"]))
+        if len(self._parts) < trainer.accumulate_grad_batches:
+            return
+        v, losses = (torch.stack(part) for part in zip(*self._parts, strict=True))
+        self._parts.clear()
+        self._steps.append(Step(trainer.global_step - 1, pl_module.grad_norm, v, losses))
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._look(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        self._look(trainer, pl_module, turn_back=False)
+        checkpoint["skipped"] = ([*self._in_a_row], [*self._turned_back_to], self._limit)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if saved := checkpoint.get("skipped"):
+            self._in_a_row, self._turned_back_to, self._limit = saved
+
+    def _look(self, trainer: L.Trainer, module: DiffusionModule, turn_back: bool = True) -> None:
+        """At the steps since the last time, for which the device is waited for once."""
+        norms = torch.stack([step.norm for step in self._steps]).tolist() if self._steps else []
+        skipped = [step for step, norm in zip(self._steps, norms, strict=True) if not math.isfinite(norm)]
+        overflows = []
+        for step, norm in zip(self._steps, norms, strict=True):
+            if math.isfinite(norm):
+                self._in_a_row.clear()
+                self._limit = None
+            elif self._write(trainer, module, step, norm):
+                overflows.append(step.number)
+            else:
+                self._in_a_row.append(step.number)
+                self._limit = step.number if self._limit is None else self._limit
+        self._steps.clear()
+        if skipped and trainer.is_global_zero:
+            why = "the gradient overflowed in fp16" if overflows else "loss or gradient was not finite"
+            numbers = ", ".join(str(step.number) for step in skipped)
+            warnings.warn(f"skipped step {numbers}: {why}; see {self.record}", stacklevel=2)
+        if turn_back and len(self._in_a_row) >= self.patience:
+            self._turn_back(trainer, module)
+
+    def _write(self, trainer: L.Trainer, module: DiffusionModule, step: Step, norm: float) -> bool:
+        """Write a skipped step down; whether it is only the scaled gradient of fp16 that was too large."""
+        # (processes, parts, samples): a process's parts lie apart in the global batch.
+        v, losses = (
+            trainer.strategy.all_gather(part).view(-1, *part.shape).transpose(0, 1).flatten().tolist()
+            for part in (step.v, step.losses)
+        )
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        samples = data.stream(trainer).batch(step.number)
+        wrong = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler else 0.0
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        if not wrong:
+            self._blame = "the losses were finite and their gradient was not"
+        elif len(wrong) == len(samples):
+            self._blame = "the loss of every sample was not finite: the weights have diverged"
+        else:
+            self._blame = f"the loss was not finite for samples {wrong} of the data alone: look at those"
+        if trainer.is_global_zero:
+            line = {
+                "step": step.number,
+                "grad_norm": norm,
+                "lr": rate,
+                "fp16_scale": scale or None,
+                "samples": samples,
+                "t": [int(place * module.schedule.num_steps) for place in v],
+                "v": v,
+                "losses": losses,
+            }
+            with self.record.open("a") as file:
+                # JSON knows no NaN.
+                file.write(json.dumps(line).replace("NaN", '"nan"').replace("Infinity", '"inf"') + "\n")
+        return scale >= 1 and not wrong
+
+    def _turn_back(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+        """To the last checkpoint from before the skipped steps; if that has just been tried, to the one before it."""
+        first, last = self._in_a_row[0], self._in_a_row[-1]
+        path, step = trainer.strategy.broadcast(self._good_checkpoint() if trainer.is_global_zero else (None, 0))
+        if path is None or len(self._turned_back_to) >= self.rewinds:
+            tried = (
+                f"and going back to steps {self._turned_back_to} did not help"
+                if self._turned_back_to
+                else ("and no checkpoint from before is to be had")
+            )
+            self.diagnosis = (
+                f"no step from {first} to {last} had a finite gradient, {tried}; {self._blame} (see {self.record}): "
+                f"lower optimizer.lr (it was {trainer.optimizers[0].param_groups[0]['lr']:.3g}), or use "
+                "trainer.precision=32-true"
+            )
+            trainer.should_stop = True
+            return
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+        trainer.strategy.load_model_state_dict(checkpoint)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMA):
+                callback.restore(module, checkpoint)
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            assert isinstance(scheduler, LambdaLR)
+            scheduler.base_lrs = [self.factor * rate for rate in scheduler.base_lrs]
+            groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, rate, part in groups:
+                group["lr"] = rate * part(scheduler.last_epoch)
+        self._turned_back_to.append(step)
+        self._in_a_row.clear()
+        self._limit = step - 1
+        if trainer.is_global_zero:
+            warnings.warn(
+                f"no step from {first} to {last} had a finite gradient: the weights go back to those of step {step}, "
+                f"and the learning rate falls to {self.factor:g} of what it was; {self._blame}",
+                stacklevel=2,
+            )
+
+    def _good_checkpoint(self) -> tuple[Path | None, int]:
+        for path in by_age(self.directory):
+            if is_whole(path) and self._limit is not None:
+                step = read_checkpoint(path)["global_step"]
+                if step <= self._limit:
+                    return path, step
+        return None, 0
 
 
 class SampleGrid(L.Callback):

@@ -19,6 +19,7 @@ from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
 from src.draws import Draws, SampleNoise
+from src.sharding import shard, total_norm
 
 VALIDATION = -1
 """The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
@@ -96,6 +97,8 @@ class DiffusionModule(L.LightningModule):
         self.check_sampler(sampler)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self.grad_norm = torch.zeros(())
+        """Of the last step, before clipping; not finite if the step was skipped."""
 
     def denoise(self, x: Tensor, t: Level) -> Tensor:
         """The network's output for x (B, *data) at a level, in float32 whatever the precision."""
@@ -105,7 +108,12 @@ class DiffusionModule(L.LightningModule):
         out: Tensor = self.net(scaled, time)
         return out.float()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def configure_model(self) -> None:
+        """Shard the network where the strategy asks for that."""
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         v, terms = self._train_terms(batch, self.global_step)
         if isinstance(self.timesteps, Importance):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
@@ -114,7 +122,9 @@ class DiffusionModule(L.LightningModule):
             self.log(f"train/{name}", terms[name].mean())
         loss = terms["loss"].mean()
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        # A loss that is not finite makes the gradient so, in which all processes share: none of them takes the step.
+        passed_on = loss * torch.where(loss.isfinite(), 1.0, math.nan)
+        return {"loss": passed_on, "v": v, "losses": terms["unweighted"]}
 
     def _train_terms(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
@@ -188,14 +198,18 @@ class DiffusionModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by total norm, and log it. Lightning's own way refuses fused optimizers, which are the fast ones.
+        """Clip by total norm, log it, and take no step where it is not finite.
 
-        A learned curve is clipped by itself: it descends something else, whose gradients have another size.
+        Lightning's own clipping refuses fused optimizers, which are the fast ones. A learned curve is clipped by
+        itself: it descends something else, whose gradients have another size.
         """
-        norm = nn.utils.clip_grad_norm_(self.weights, gradient_clip_val or math.inf)
-        if self.curve_weights:
-            nn.utils.clip_grad_norm_(self.curve_weights, gradient_clip_val or math.inf)
+        limit = gradient_clip_val or math.inf
+        norm = total_norm(nn.utils.clip_grad_norm_(self.weights, limit))
         self.log("train/grad_norm", norm)
+        if self.curve_weights:
+            norm = norm + nn.utils.clip_grad_norm_(self.curve_weights, limit)
+        self.grad_norm = norm.detach()
+        skip_unless(norm.isfinite(), optimizer)
 
     def check_objective(self) -> dict[str, Tensor]:
         """The terms (1,) at the noisiest level for a wrong output, so that settings are refused before any work."""
@@ -231,6 +245,15 @@ class DiffusionModule(L.LightningModule):
             yield from walk(self.process, predictor(self.process, self.denoise), x, grid, noise=noise)
         finally:
             self.train(training)
+
+
+def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:
+    """Have the optimizer's next step change nothing, neither weights nor its own state, unless `fine` ()."""
+    if optimizer.defaults.get("fused"):
+        # The kernel looks at it on the device, for which nothing waits.
+        cast(Any, optimizer).found_inf = (~fine).float()
+    elif not fine:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def warmup(

@@ -54,6 +54,14 @@ class Run(NamedTuple):
         asked = [c.signal for c in self.trainer.callbacks if isinstance(c, CleanStop)]  # type: ignore[attr-defined]
         return max(asked, default=0) or signal.SIGINT
 
+    @property
+    def diagnosis(self) -> str:
+        """Why training was given up; empty if it was not."""
+        from src.callbacks import NonFiniteGuard
+
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return "".join(c.diagnosis for c in callbacks if isinstance(c, NonFiniteGuard))
+
 
 class OpenedRun(NamedTuple):
     """A trained run: its module with the weights in place, and its data, not loaded yet."""

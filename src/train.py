@@ -32,6 +32,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
         say_how_to_go_on(run)
         raise SystemExit(128 + run.stop_signal) from stop
     seconds = time.perf_counter() - start
+    if run.diagnosis:
+        runs.close(run)
+        raise UsageError(run.diagnosis)
     run.trainer.save_checkpoint(run.last_checkpoint)
     validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     steps = run.trainer.global_step

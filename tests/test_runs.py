@@ -140,7 +140,7 @@ def test_a_finished_folder_is_not_trained_over(trained):
 
 
 def test_ema_is_the_recursion_over_the_weights_of_each_step(tmp_path, monkeypatch):
-    from src.callbacks import EMA
+    from src.callbacks import EMA, SampleGrid
 
     history: list[torch.Tensor] = []
     original = EMA.on_train_batch_end
@@ -152,7 +152,9 @@ def test_ema_is_the_recursion_over_the_weights_of_each_step(tmp_path, monkeypatc
     started: list[torch.Tensor] = []
     monkeypatch.setattr(EMA, "on_train_batch_end", on_train_batch_end)
     monkeypatch.setattr(
-        EMA, "on_train_start", lambda self, trainer, m: started.append(m.net.conv_in.weight.detach().double().clone())
+        SampleGrid,
+        "on_train_start",
+        lambda self, trainer, m: started.append(m.net.conv_in.weight.detach().double().clone()),
     )
     train_tiny(tmp_path / "run")
     expected = started[0]
