@@ -19,7 +19,6 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -54,7 +53,7 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Finding them anew at each step costs milliseconds.
-        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))  # type: ignore[assignment]
+        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
         saved = self._average or [local(w) for w in self._weights]
         self._average = [
             a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
@@ -303,14 +302,14 @@ class SampleGrid(L.Callback):
         self.count = count
         self.seed = seed
 
-    @rank_zero_only
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
-        samples = pl_module.sample(range(self.count), self.seed)
-        *_, last = samples
+        *_, last = pl_module.sample_together(self.count, self.seed)
+        if not trainer.is_global_zero:
+            return
         picture = draw(data.to_display(last), data.to_display(data.examples(self.count)))
         self.directory.mkdir(parents=True, exist_ok=True)
         picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

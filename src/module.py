@@ -246,6 +246,16 @@ class DiffusionModule(L.LightningModule):
         finally:
             self.train(training)
 
+    def sample_together(self, count: int, seed: int) -> Iterator[Tensor]:
+        """Yield samples 0..count - 1 as `sample` does, (count, *data), drawn by all processes, each a share of them.
+
+        Every process must take part, and gets all samples.
+        """
+        share = -(-count // self.trainer.world_size)  # the same everywhere: sharded weights need all for every step
+        first = self.trainer.global_rank * share
+        for x in self.sample(range(first, first + share), seed):
+            yield self.trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
+
 
 def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:
     """Have the optimizer's next step change nothing, neither weights nor its own state, unless `fine` ()."""

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -241,7 +242,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         raise ValueError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: training is counted in steps; set trainer.max_steps"
         )
-    loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items()]
+    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items()]
     accumulate = cfg.trainer.accumulate_grad_batches
     clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"
     if (clip is not None and clip <= 0) or algorithm != "norm":
@@ -276,9 +277,11 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     return trainer
 
 
-def build_logger(name: str, node: DictConfig) -> "Logger":
-    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online."""
+def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
+    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
     try:
+        if name == "wandb" and node.id is None:
+            node.id = wandb_id(directory)
         logger: Logger = instantiate(node)
         if name == "wandb":
             _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
@@ -293,6 +296,20 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         warnings.warn(f"W&B could not start online ({_sentence(error)}): this run is logged offline", stacklevel=2)
         logger = instantiate(node, offline=True, mode="offline")
     return logger
+
+
+def wandb_id(directory: Path) -> str:
+    """The name that W&B knows the run in `directory` by: made up when it starts, read there when it goes on."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    path = directory / "wandb_id.txt"
+    if path.is_file():
+        return path.read_text().strip()
+    name = secrets.token_hex(4)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # the only process that logs
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n")
+    return name
 
 
 def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> OpenedRun:

@@ -11,6 +11,8 @@ from src.checkpoints import read_checkpoint
 from src.cli import UsageError, launch, usage_errors
 
 if TYPE_CHECKING:
+    import torch
+
     from src.runs import Run
 
 
@@ -44,9 +46,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
+    film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:
         runs.write_json(run.directory / "metrics.json", metrics)
-        leave_pictures(run, cfg.seed)
+        leave_pictures(run, film)
         print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
         for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
             if (path := run.directory / name).exists():
@@ -71,19 +74,25 @@ def announce(run: "Run") -> None:
         )
 
 
-def leave_pictures(run: "Run", seed: int) -> None:
+def draw_film(run: "Run", seed: int) -> "list[torch.Tensor]":
+    """What is shown of samples from noise to data: the first few at each step, and at last all. All processes draw."""
+    show = run.data.to_display
+    count, shown = (64, 8) if len(run.module.shape) == 3 else (2000, 2000)
+    run.module.to(run.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    film = []
+    for x in run.module.sample_together(count, seed):
+        film.append(show(x[:shown]).cpu())
+    return [*film, show(x).cpu()]
+
+
+def leave_pictures(run: "Run", film: "list[torch.Tensor]") -> None:
     """The final grid beside held-out data, the film of a few samples as strip and GIF, and the loss curves."""
     from src import plots
     from src.callbacks import log_picture
 
-    show = run.data.to_display
-    is_images = len(run.module.shape) == 3
-    run.module.to(run.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    film = []
-    for final in run.module.sample(range(64 if is_images else 2000), seed):
-        film.append(show(final[:8] if is_images else final).cpu())
+    *film, final = film
     pictures = {
-        "samples/final": plots.draw(show(final), show(run.data.examples(len(final)))),
+        "samples/final": plots.draw(final, run.data.to_display(run.data.examples(len(final)))),
         "samples/film": plots.film_strip(film),
     }
     if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
