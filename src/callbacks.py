@@ -1,14 +1,11 @@
 """What happens around training: weight averaging, steps that are not finite, pictures, checkpoints, a clean stop."""
 
-import io
 import json
 import math
-import os
 import signal
 import threading
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -16,7 +13,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
@@ -26,6 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.data.batch import StreamDataModule
+from src.disk import without_room_go_on
 from src.module import DiffusionModule
 from src.plots import draw
 from src.sharding import load_state, local, share, whole
@@ -235,7 +232,7 @@ class NonFiniteGuard(L.Callback):
                 "v": v,
                 "losses": losses,
             }
-            with self.record.open("a") as file:
+            with without_room_go_on(self.record), self.record.open("a") as file:
                 # JSON knows no NaN.
                 file.write(json.dumps(line).replace("NaN", '"nan"').replace("Infinity", '"inf"') + "\n")
         return scale >= 1 and not wrong
@@ -311,8 +308,9 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         picture = draw(data.to_display(last), data.to_display(data.examples(self.count)))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
+        with without_room_go_on(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
         log_picture(trainer, "samples", picture)
 
 
@@ -386,40 +384,3 @@ class CleanStop(L.Callback):
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that replace the one before only when they are on the disk in whole.
-
-    Where they cannot be written (a full disk), says so and lets the run go on; what lies there stays until one can.
-    """
-
-    def __init__(self) -> None:
-        self._failed = False
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        contents = io.BytesIO()
-        torch.save(checkpoint, contents)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(contents.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            self._failed = False
-        except OSError as error:
-            self._failed = True
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
-            warnings.warn(
-                f"{path} could not be written ({error.strerror or error}): the run goes on, and what was saved before "
-                "stays; make room",
-                stacklevel=2,
-            )
-
-    def remove_checkpoint(self, path: Any) -> None:
-        if not self._failed:
-            super().remove_checkpoint(path)

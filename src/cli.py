@@ -38,6 +38,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     try:
         overrides = expand_resume(overrides)
         check_unused(overrides)
+        if rank() > 0:  # the first process writes down what was asked for, and the log
+            overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun=bool({"-m", "--multirun"} & set(flags)))
@@ -108,6 +110,19 @@ def fresh_folder(parent: str) -> str:
     memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
         return os.environ[memory]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ[memory] = _agreed_folder(parent)
+        return os.environ[memory]
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        # Its processes know no more of each other yet than the job that they belong to.
+        name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
+        os.environ[memory] = str(Path(parent) / name)
+        return os.environ[memory]
+    os.environ[memory] = _made_folder(parent)
+    return os.environ[memory]
+
+
+def _made_folder(parent: str) -> str:
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in count(1):
         path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
@@ -115,9 +130,26 @@ def fresh_folder(parent: str) -> str:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
-        os.environ[memory] = str(path)
         return str(path)
     raise AssertionError
+
+
+def _agreed_folder(parent: str) -> str:
+    """The folder that the first process of `torchrun` makes, which tells the others through the store they share."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0)
+    name = f"folder of {parent}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if rank() == 0:
+        store.set(name, _made_folder(parent))
+    return str(store.get(name).decode())
+
+
+def rank() -> int:
+    """This process's number among those of the run: as torchrun, SLURM or Lightning's launcher says."""
+    names = ["RANK", *(["SLURM_PROCID"] if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else []), "LOCAL_RANK"]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,18 @@ class Run(NamedTuple):
     @property
     def last_checkpoint(self) -> Path:
         return self.directory / "checkpoints" / "last.ckpt"
+
+    def save(self) -> None:
+        """Save the last checkpoint, however long it takes until there is room for it."""
+        from src.disk import WholeCheckpoints
+
+        while True:
+            self.trainer.save_checkpoint(self.last_checkpoint)
+            written = self.trainer.strategy.checkpoint_io
+            failed = isinstance(written, WholeCheckpoints) and written.failed
+            if not self.trainer.strategy.broadcast(failed):
+                return
+            time.sleep(10)
 
     @property
     def stop_signal(self) -> int:
@@ -232,7 +245,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
 
-    from src.callbacks import WholeCheckpoints
+    from src.disk import WholeCheckpoints
 
     if not 1 <= cfg.trainer.max_steps <= 10**9:
         raise ValueError(

@@ -37,7 +37,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     if run.diagnosis:
         runs.close(run)
         raise UsageError(run.diagnosis)
-    run.trainer.save_checkpoint(run.last_checkpoint)
+    run.save()
     validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     steps = run.trainer.global_step
     metrics = {

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from src.callbacks import WholeCheckpoints
 from src.checkpoints import by_age, changed_settings, find_checkpoint, is_whole
 from src.cli import UsageError
+from src.disk import WholeCheckpoints
 from tests.conftest import train_tiny
 
 

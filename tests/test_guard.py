@@ -131,7 +131,9 @@ def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch)
     """It goes back once to each checkpoint, newest first, and what was good stays on the disk."""
     poison(monkeypatch, range(5, 100))
     with pytest.raises(UsageError) as error:
-        train_tiny(tmp_path, "trainer.max_steps=40", "checkpoint_every=2", "callbacks.guard.patience=3")
+        train_tiny(
+            tmp_path, "trainer.max_steps=40", "checkpoint_every=2", "callbacks.guard.patience=3", "keep_checkpoints=-1"
+        )
     said = str(error.value)
     assert "had a finite gradient, and going back to steps [4, 2] did not help" in said
     assert "the loss of every sample was not finite" in said and "lower optimizer.lr" in said and "\n" not in said

@@ -421,19 +421,3 @@ def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
     assert process.returncode == 130, said[-3000:]
     step = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
     assert step > 0 and f"saved at step {step}" in said
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_model_as_one(trained, tmp_path):
-    """One folder, the same weights."""
-    folder = tmp_path / "run"
-    with start_two_processes(folder, "trainer.max_steps=6") as process:
-        said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-3000:]
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    one, two = weights(trained), weights(folder)
-    for name in one:
-        assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
-    # Validation is dealt out over both, and its mean is over all samples.
-    metrics = [json.loads((f / "metrics.json").read_text())["val/loss"] for f in (trained, folder)]
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-3)

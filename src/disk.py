@@ -1,0 +1,87 @@
+"""What is written while a run lasts, on a disk that may be full: nothing whole is lost, and the run goes on."""
+
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import loggers
+from lightning.pytorch.utilities import rank_zero_only
+
+
+@contextmanager
+def without_room_go_on(path: Path) -> Iterator[None]:
+    """Say so, and go on, where what is done within cannot be written to `path`."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"{path} could not be written ({error.strerror or error}): the run goes on, and what was saved before "
+            "stays; make room",
+            stacklevel=3,
+        )
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that replace the one before only when they are on the disk in whole.
+
+    `failed` says whether the last one could not be written; until one can, nothing older is removed.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        contents = io.BytesIO()
+        torch.save(checkpoint, contents)
+        partial = path.with_name(f"{path.name}.partial")
+        self.failed = True
+        with without_room_go_on(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("wb") as file:
+                    file.write(contents.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+                self.failed = False
+            finally:
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if not self.failed:
+            super().remove_checkpoint(path)
+
+
+class CSVLogger(loggers.CSVLogger):
+    """Lightning's; rows that cannot be written are kept, and written when there is room again."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        writer = self.experiment
+        path = Path(writer.metrics_file_path)
+        beside = path.with_suffix(".before")
+        keys, size = [*writer.metrics_keys], path.stat().st_size if path.exists() else 0
+        with without_room_go_on(path):
+            try:
+                if path.exists() and not all(row.keys() <= set(keys) for row in writer.metrics):
+                    shutil.copyfile(path, beside)  # a new column has the whole file written anew
+                super().save()
+            except OSError:
+                if beside.exists() and beside.stat().st_size == size:
+                    os.replace(beside, path)
+                elif path.exists():
+                    os.truncate(path, size)
+                writer.metrics_keys = keys
+                raise
+            finally:
+                with suppress(OSError):
+                    beside.unlink(missing_ok=True)

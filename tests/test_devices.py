@@ -1,0 +1,98 @@
+"""Several processes train, validate and sample as one does; real ones, with gloo on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.testing import assert_close
+
+from tests.conftest import TINY, train_tiny
+from tests.test_runs import weights
+
+SETTINGS = [
+    "trainer.max_steps=20",
+    "validate_every=10",
+    "lr_scheduler.warmup_steps=0",  # so that the weights move far
+    "timesteps=importance",
+    "timesteps.bins=4",
+    "callbacks.samples.count=5",
+]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+
+def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides]
+    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
+
+
+def torchrun_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *start, "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides]
+    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
+
+
+def only_run(cwd: Path) -> Path:
+    """The one folder that was made, which holds one log and nothing of the other processes."""
+    (run,) = (cwd / "outputs" / "train").iterdir()
+    assert [p.name for p in cwd.iterdir()] == ["outputs"] and [p.name for p in (cwd / "outputs").iterdir()] == ["train"]
+    assert [p.name for p in run.glob("*.log")] == ["train.log"]
+    assert [p.name for p in (run / "logs").iterdir()] == ["version_0"]
+    assert (run / ".hydra" / "overrides.yaml").is_file()
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train_tiny(folder, *SETTINGS)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [lightning_starts, torchrun_starts])
+def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, start):
+    """Weights, average, what importance sampling has seen, validation, and the samples: only rounding may differ."""
+    processes = 2 if start is lightning_starts else 4
+    done = start(processes, *SETTINGS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = only_run(tmp_path)
+    for key in ("state_dict", "current_model_state"):
+        ours, theirs = weights(run, key), weights(alone, key)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for picture in ("samples/final.png", "samples/step_000010.png", "samples/film.png"):
+        ours, theirs = (np.asarray(Image.open(folder / picture)).astype(int) for folder in (run, alone))
+        # The digits have 17 levels: one of them apart at most, and hardly anywhere.
+        assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture
+
+
+@pytest.mark.slow
+def test_a_nan_on_one_process_of_two_has_both_skip_the_step(tmp_path):
+    """Told by the weights that each process begins its steps with."""
+    fault = ["+callbacks.fault._target_=tests.faults.Poison", "+callbacks.fault.rank=1", "+callbacks.fault.step=3"]
+    done = lightning_starts(
+        2, "trainer.max_steps=6", *fault, "+callbacks.watch._target_=tests.faults.Watch", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    told: dict[tuple[int, int], str] = {}
+    for rank, step, total in re.findall(r"rank (\d) step (\d) weights (\S+)", done.stdout):
+        told[int(rank), int(step)] = total
+    assert len(told) == 12 and "nan" not in told.values()
+    assert all(told[0, step] == told[1, step] for step in range(6))
+    assert [told[0, step + 1] == told[0, step] for step in range(5)] == [False, False, False, True, False]
+    (row,) = [json.loads(line) for line in (only_run(tmp_path) / "nonfinite.jsonl").read_text().splitlines()]
+    assert row["step"] == 3
+    # The second process has the second half of the batch.
+    assert [place for place, loss in enumerate(row["losses"]) if loss == "nan"] == [32]
