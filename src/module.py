@@ -90,10 +90,7 @@ class DiffusionModule(L.LightningModule):
         self.make_lr_scheduler = lr_scheduler
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
-        # Finding them anew costs a millisecond.
-        curve = {id(p) for p in schedule.parameters()} if isinstance(schedule, nn.Module) else set()
-        self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
-        self.curve_weights = tuple(p for p in self.parameters() if id(p) in curve)
+        self._find_weights()
         self.check_sampler(sampler)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -112,6 +109,13 @@ class DiffusionModule(L.LightningModule):
         """Shard the network where the strategy asks for that."""
         if self.device_mesh is not None:
             shard(self.net, self.device_mesh["data_parallel"])
+            self._find_weights()
+
+    def _find_weights(self) -> None:
+        """Those of the network, and of a curve that learns: finding them anew at each step costs a millisecond."""
+        curve = {id(p) for p in self.schedule.parameters()} if isinstance(self.schedule, nn.Module) else set()
+        self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
+        self.curve_weights = tuple(p for p in self.parameters() if id(p) in curve)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         v, terms = self._train_terms(batch, self.global_step)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -16,6 +17,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(net, FSDPModule):
         return
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
     for child in net.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
@@ -55,3 +57,17 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy whole weights and buffers, of the module's own names and shapes, into a module that may be sharded."""
     for name, target in module.state_dict().items():
         local(target).copy_(share(state[name], target))
+
+
+class FullySharded(ModelParallelStrategy):
+    """Lightning's model-parallel strategy with all processes on the data axis, and checkpoints in one file.
+
+    They are those of an unsharded run, put together on the first process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()

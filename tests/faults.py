@@ -32,6 +32,18 @@ class Die(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Stop(L.Callback):
+    """At this step one process is asked to end."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank = rank
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class KillWorker(L.Callback):
     """At this step a process that loads data is gone."""
 

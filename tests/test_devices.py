@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
+from src.checkpoints import read_checkpoint
+from src.runs import open_run
 from tests.conftest import TINY, train_tiny
 from tests.test_runs import weights
 
@@ -76,6 +78,27 @@ def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, sta
         ours, theirs = (np.asarray(Image.open(folder / picture)).astype(int) for folder in (run, alone))
         # The digits have 17 levels: one of them apart at most, and hardly anywhere.
         assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path):
+    """FSDP2 on two processes, of which one is asked to end on its way: the checkpoint is that of any run."""
+    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", *SETTINGS]
+    stop = ["+callbacks.fault._target_=tests.faults.Stop", "+callbacks.fault.rank=1", "+callbacks.fault.step=12"]
+    done = lightning_starts(2, *sharded, *stop, "callbacks.stop.seconds=0.001", cwd=tmp_path)
+    assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
+    run = next((tmp_path / "outputs" / "train").iterdir())
+    step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert 12 < step < 20 and f"saved at step {step}" in done.stdout
+    done = lightning_starts(2, f"resume={run}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    for key in ("state_dict", "current_model_state"):
+        ours, theirs = weights(run, key), weights(alone, key)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    opened = open_run(str(run))
+    assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
