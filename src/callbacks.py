@@ -49,14 +49,17 @@ class EMA(L.Callback):
         """The weights that the average stands in for, while it does."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Finding them anew at each step costs milliseconds.
-        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
+        self._find(pl_module)
         saved = self._average or [local(w) for w in self._weights]
         self._average = [
             a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
         ]
         self._raw = None
         self._step = trainer.global_step
+
+    def _find(self, pl_module: L.LightningModule) -> None:
+        """The weights, once: finding them anew at each step costs milliseconds."""
+        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -71,7 +74,7 @@ class EMA(L.Callback):
         self._step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average and self._raw is None:
+        if self._average and self._raw is None:  # else it does already, or nothing was trained
             self._stand_in()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -97,6 +100,7 @@ class EMA(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
+        assert self._names, "saved before training"
         for key, values in (("current_model_state", self._raw), ("state_dict", self._average)):
             weights = {
                 n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
@@ -109,13 +113,12 @@ class EMA(L.Callback):
 
     def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take average and weights from a checkpoint, whose average the module holds already."""
+        self._find(pl_module)
         state = checkpoint.get("state_dict")
-        named = list(pl_module.named_parameters())
-        saved = [share(state[n], w) if state else local(w).detach().clone() for n, w in named]
-        if self._weights:
-            torch._foreach_copy_(self._average, saved)
-        else:
-            self._average = saved
+        saved = [
+            share(state[n], w) if state else local(w).clone() for n, w in zip(self._names, self._weights, strict=True)
+        ]
+        self._average = [value.detach().to(torch.float32) for value in saved]
         load_state(pl_module, checkpoint["current_model_state"])
 
 

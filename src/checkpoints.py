@@ -6,6 +6,7 @@ configuration (`hyper_parameters`) and both sets of weights. Torch is imported o
 
 import difflib
 import functools
+import json
 import pickle
 import warnings
 import zipfile
@@ -104,6 +105,24 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         raise ValueError(
             f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it, or start a new run"
         )
+
+
+def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
+
+    Raises ValueError if another job has been in its folder.
+    """
+    folder = Path(cfg.run_dir)
+    cfg.resume = str(folder) if any((folder / "checkpoints").glob("*.ckpt")) else None
+    if cfg.resume is None:
+        return None
+    before = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
+    if changed := changed_settings(before, settings):
+        raise ValueError(
+            f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
+        )
+    finished = folder / "metrics.json"
+    return json.loads(finished.read_text()) if finished.is_file() else None
 
 
 OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr")

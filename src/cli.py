@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 FRESH = "FRESH_FOLDER_"
@@ -36,19 +36,23 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """
     overrides, flags = split_arguments(sys.argv[1:])
     try:
-        overrides = expand_resume(overrides)
+        multirun = bool({"-m", "--multirun"} & set(flags))
+        overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
         check_unused(overrides)
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
-            check_overrides(config_name, overrides, multirun=bool({"-m", "--multirun"} & set(flags)))
+            check_overrides(config_name, overrides, multirun)
     except UsageError as error:
         sys.exit(_say(error, code=2))
 
     def guarded(cfg: DictConfig) -> Any:
         try:
-            return task(cfg)
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                return task(cfg)
+            with as_a_single_run():
+                return task(cfg)
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -58,6 +62,31 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             sys.exit(_say(error, code=2))
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+@contextmanager
+def as_a_single_run() -> Iterator[None]:
+    """A job of a sweep as if it had been started by itself, for the processes that it starts are told what it was told.
+
+    What it leaves behind of them is taken away, so that the next job starts its own.
+    """
+    hydra_config: Any = HydraConfig.get()
+    with read_write(hydra_config), read_write(hydra_config.run):
+        hydra_config.run.dir = hydra_config.runtime.output_dir
+    arguments, environment = sys.argv, dict(os.environ)
+    sys.argv = [arguments[0], *hydra_config.overrides.task]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        if "torch" in sys.modules:
+            from torch import distributed
+
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 def remove_traces(folder: Path) -> None:
@@ -196,6 +225,24 @@ def expand_resume(overrides: list[str]) -> list[str]:
     before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
     given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
     return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{_quoted(folder)}'"]
+
+
+def expand_sweep(overrides: list[str]) -> list[str]:
+    """Of a sweep, `resume=auto` stands for the folder of the newest one that was started with what is typed.
+
+    Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.take_up`).
+    """
+    if not any(o.startswith("resume=") for o in overrides):
+        return overrides
+    if "resume=auto" not in overrides:
+        raise UsageError("a sweep goes on by resume=auto, with hydra.sweep.dir=... if it is not the newest of its kind")
+    if any(o.startswith("hydra.sweep.dir=") for o in overrides):
+        return overrides
+    for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
+        before = {str(o) for o in OmegaConf.load(saved).hydra.overrides.task}
+        if before | {"resume=auto"} == set(overrides):
+            return [*overrides, f"hydra.sweep.dir='{_quoted(str(saved.parent))}'"]
+    return overrides
 
 
 def unfinished_run(overrides: Sequence[str]) -> str | None:

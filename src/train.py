@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.checkpoints import read_checkpoint
+from src.checkpoints import read_checkpoint, take_up
 from src.cli import UsageError, launch, usage_errors
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from src import runs
 
     with usage_errors():
+        if cfg.resume == "auto" and (metrics := take_up(cfg, runs.plain(cfg))):
+            print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
+            return metrics
         run = runs.build(cfg)
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()

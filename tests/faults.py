@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -33,14 +34,17 @@ class Die(L.Callback):
 
 
 class Stop(L.Callback):
-    """At this step one process is asked to end."""
+    """At this step one process is asked to end, the first time only: it leaves a file `once`."""
 
-    def __init__(self, rank: int, step: int) -> None:
+    def __init__(self, rank: int, step: int, once: str) -> None:
         self.rank = rank
         self.step = step
+        self.once = Path(once)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+        asked = trainer.global_rank == self.rank and trainer.global_step == self.step
+        if asked and not self.once.exists():
+            self.once.touch()
             os.kill(os.getpid(), signal.SIGTERM)
 
 

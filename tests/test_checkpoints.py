@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, cannot be written, or belong to other settings."""
 
 import errno
+import json
 import os
 import shutil
 
@@ -86,6 +87,20 @@ def test_changed_settings_are_told_but_for_paths():
 def test_another_model_is_not_resumed(trained, tmp_path, other):
     with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", other)
+
+
+def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tmp_path, capsys):
+    """Finished: its metrics are returned. Begun: it resumes. Another job's folder: refused."""
+    run = tmp_path / "0"
+    shutil.copytree(trained, run)
+    metrics = train_tiny(run, "resume=auto")
+    assert metrics == json.loads((trained / "metrics.json").read_text())
+    assert f"{run} is finished: skipped" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"is of another job \(seed: 0 -> 1\)"):
+        train_tiny(run, "resume=auto", "seed=1")
+    (run / "metrics.json").unlink()
+    assert train_tiny(run, "resume=auto")["steps"] == 6
+    assert train_tiny(tmp_path / "1", "resume=auto")["steps"] == 6
 
 
 def test_a_longer_run_says_what_changed(trained, tmp_path):

@@ -42,6 +42,12 @@ def torchrun_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.C
     return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
 
 
+def stop_at(step: int, folder: Path) -> list[str]:
+    """Have the second process asked to end at this step, once."""
+    fault = {"_target_": "tests.faults.Stop", "rank": 1, "step": step, "once": folder / "once"}
+    return [*(f"+callbacks.fault.{key}={value}" for key, value in fault.items()), "callbacks.stop.seconds=0.001"]
+
+
 def only_run(cwd: Path) -> Path:
     """The one folder that was made, which holds one log and nothing of the other processes."""
     (run,) = (cwd / "outputs" / "train").iterdir()
@@ -81,11 +87,10 @@ def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, sta
 
 
 @pytest.mark.slow
-def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path):
+def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_path_factory):
     """FSDP2 on two processes, of which one is asked to end on its way: the checkpoint is that of any run."""
     sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", *SETTINGS]
-    stop = ["+callbacks.fault._target_=tests.faults.Stop", "+callbacks.fault.rank=1", "+callbacks.fault.step=12"]
-    done = lightning_starts(2, *sharded, *stop, "callbacks.stop.seconds=0.001", cwd=tmp_path)
+    done = lightning_starts(2, *sharded, *stop_at(12, tmp_path_factory.mktemp("once")), cwd=tmp_path)
     assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
     run = next((tmp_path / "outputs" / "train").iterdir())
     step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
@@ -99,6 +104,26 @@ def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path)
             assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     opened = open_run(str(run))
     assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_devices_goes_on_where_it_stopped(tmp_path, tmp_path_factory):
+    """The first job is stopped, the command given again: it ends with the folders of two jobs and no other."""
+    command = ["-m", "seed=0,1", "trainer.max_steps=8", "validate_every=4", "checkpoint_every=100", "resume=auto"]
+    command += stop_at(4, tmp_path_factory.mktemp("once"))
+    for status in (143, 0):
+        done = lightning_starts(2, *command, cwd=tmp_path)
+        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["sweeps"]
+    assert sorted(p.name for p in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
+    for seed in (0, 1):
+        assert [p.name for p in (sweep / str(seed)).glob("*.log")] == ["train.log"]
+        train_tiny(tmp_path / f"alone{seed}", f"seed={seed}", "trainer.max_steps=8", "validate_every=4")
+        ours, theirs = weights(sweep / str(seed)), weights(tmp_path / f"alone{seed}")
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
