@@ -201,6 +201,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self._failed = False
+        self._folders: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -215,6 +216,7 @@ class WholeCheckpoints(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(partial, path)
             self._failed = False
+            self._folders.add(path.parent.resolve())
         except OSError as error:
             self._failed = True
             with suppress(OSError):
@@ -226,5 +228,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             )
 
     def remove_checkpoint(self, path: Any) -> None:
-        if not self._failed:
-            super().remove_checkpoint(path)
+        path = Path(path)
+        # A resumed checkpoint says which older ones may go: believed of those beside what was written here.
+        if not self._failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
+            path.unlink(missing_ok=True)
