@@ -123,7 +123,8 @@ def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
 
     Partials come without Hydra's wrapper, which goes through all loaded modules at each call.
     """
-    return _unwrapped(instantiate(node, **(given or {})))
+    # Plain lists: an optimizer that keeps another kind has it in the checkpoint, which then is not read.
+    return _unwrapped(instantiate(node, _convert_="all", **(given or {})))
 
 
 def _unwrapped(made: Any) -> Any:
