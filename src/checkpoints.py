@@ -124,11 +124,11 @@ def _read_exported(path: Path) -> dict[str, Any]:
 
 def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, config: Mapping[str, Any]) -> None:
     """One file that is all that a later command needs, in a format that holds nothing but tensors and text."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # One entry, since of several the order is chance, and equal models are to be equal files.
     about = json.dumps({"weights": "averaged" if averaged else "raw", "config": config})
-    save_file({name: value.contiguous() for name, value in weights.items()}, path, {"model": about})
+    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}, {"model": about}))
 
 
 def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":

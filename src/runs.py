@@ -379,7 +379,7 @@ def inline_betas(cfg: DictConfig) -> None:
             with path.open() as lines:  # given the name, numpy would unpack an archive
                 table = np.loadtxt(lines, delimiter=",")
         cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
-    except (TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv"
         ) from error
