@@ -109,13 +109,15 @@ TRAPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("trap", TRAPS)
-def test_a_booby_trapped_configuration_builds_nothing(trained, tmp_path, canary, trap):
+@pytest.mark.parametrize(
+    ("command", "trap"), [*zip(COMMANDS * 9, TRAPS, strict=False), ("evaluate", "os.system"), ("export", "os.system")]
+)
+def test_a_booby_trapped_configuration_builds_nothing(trained, tmp_path, canary, command, trap):
+    """Each by one of the commands, which open runs in the same way, and one by all of them."""
     setting, make = TRAPS[trap]
     path = tampered(trained, tmp_path / "a.ckpt", setting, make(str(canary)))
-    for command in COMMANDS:
-        said = refused(command, tmp_path / "out", f"ckpt='{path}'")
-        assert setting in said and "trust=true" in said and "\x1b" not in said
+    said = refused(command, tmp_path / "out", f"ckpt='{path}'")
+    assert setting in said and "trust=true" in said and "\x1b" not in said
     assert not canary.exists()
 
 
@@ -457,11 +459,11 @@ def test_a_booby_trapped_shared_model_is_refused(trained, tmp_path, canary, trap
             config["data"]["root"] = f"${{fresh_folder:{canary}}}"
         case "laughs":
             config["model"]["extra"] = [0] * MAX_VALUES
-    text = {"no json": "{", "header": "[" * 10**6}.get(trap) or json.dumps(whole)
+    text = "[" * 10**6 if trap == "no json" else json.dumps(whole)
     with safe_open(path, "pt") as file:
         save_file({name: file.get_tensor(name) for name in file.keys()}, path, {"model": text})
     if trap == "header":  # a length that is more than the file has
         path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
-    for command in COMMANDS:
+    for command in COMMANDS if trap == "target" else ["sample"]:
         assert path.name in refused(command, tmp_path / "out", f"ckpt='{path}'")
     assert not canary.exists()
