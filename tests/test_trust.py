@@ -1,4 +1,4 @@
-"""What strangers send: every trap here would leave a file behind, and none does. What is sent to them in turn."""
+"""What strangers send is refused and leaves no file behind; some traps are shown to be live. What is sent in turn."""
 
 import importlib
 import inspect
