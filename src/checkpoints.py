@@ -1,13 +1,13 @@
 """Checkpoints on disk: written whole or not at all, verified before they are believed, and found again.
 
 A checkpoint is the zip archive that torch makes, which holds a CRC-32 of each of its parts. It holds the resolved
-configuration (`hyper_parameters`) and both sets of weights. Torch is imported only where one is read.
+configuration (`hyper_parameters`) and both sets of weights. An exported model is a safetensors file with one set of
+weights, and as metadata what others need of the configuration. Torch is imported only where one is read.
 """
 
 import difflib
 import functools
 import json
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
+
+from src.trust import check_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +27,15 @@ if TYPE_CHECKING:
 def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     """The checkpoint that `run=` (the newest whole one in the folder) or `ckpt=` means. Raises FileNotFoundError."""
     if (run is None) == (ckpt is None):
-        raise ValueError("give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint)")
+        raise ValueError(
+            "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
+        )
     if ckpt is not None:
         path = Path(ckpt)
         if not path.is_file():
-            raise FileNotFoundError(f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt file, run= a run folder")
+            raise FileNotFoundError(
+                f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder"
+            )
         return path
     folder = Path(str(run))
     if folder.is_file():
@@ -52,7 +58,7 @@ def by_age(folder: Path) -> list[Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether every part of the archive has the checksum that was written with it."""
+    """Whether every part of the archive is stored as it is and has the checksum that was written with it."""
     stat = path.stat()
     return _is_whole(path, stat.st_mtime_ns, stat.st_size)
 
@@ -62,31 +68,105 @@ def _is_whole(path: Path, written: int, size: int) -> bool:
     """As of a time and size, so that a large file is read through once only."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
+            parts = archive.infolist()
+            # Torch compresses nothing: so what is read is bounded by the size of the file.
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+            return stored and sum(part.file_size for part in parts) <= size and archive.testzip() is None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
         return False
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint of this project; nothing but tensors and plain values is unpickled."""
+    """The contents of a checkpoint or exported model of this project; nothing but tensors and plain values is read."""
     import torch
 
-    if not is_whole(path):
+    if path.suffix == ".safetensors":
+        checkpoint = _read_exported(path)
+    elif not is_whole(path):
         raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not made by src.train): use another one")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of this project: it holds more than tensors and plain values, and is not opened"
-        ) from error
+    else:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a stranger's bytes lead to
+            raise ValueError(
+                f"{path} is no checkpoint of this project: it holds more than tensors and plain values, and is not "
+                "opened"
+            ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it holds no configuration beside its weights")
+    settings = checkpoint["hyper_parameters"]
+    check_plain(settings, path)
+    absent = [name for name in BUILT if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))]
+    if absent:
+        raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(absent)}")
+    for key in ("state_dict", "current_model_state"):
+        for name, value in dict(checkpoint.get(key) or {}).items():
+            if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
+                raise ValueError(f"{path} is not a checkpoint of this project: not all of its {key} are weights")
     return checkpoint
 
 
-def check_fit(checkpoint: dict[str, Any], module: "DiffusionModule", path: Path) -> None:
-    """Raise ValueError, naming the first difference, if the checkpoint holds another network's weights."""
-    theirs: dict[str, Tensor] = checkpoint["state_dict"]
+def _read_exported(path: Path) -> dict[str, Any]:
+    """As a checkpoint has it: one set of weights, "averaged" if these are the averaged ones, and the configuration."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["model"])
+            return {
+                "state_dict": {name: file.get_tensor(name) for name in file.keys()},
+                "hyper_parameters": about["config"],
+                "averaged": about["weights"] == "averaged",
+            }
+    except Exception as error:  # whatever a stranger's bytes lead to
+        raise ValueError(f"{path} cannot be read as a model that src.export wrote: use another one") from error
+
+
+def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, config: Mapping[str, Any]) -> None:
+    """One file that is all that a later command needs, in a format that holds nothing but tensors and text."""
+    from safetensors.torch import save
+
+    # One entry, since of several the order is chance, and equal models are to be equal files.
+    about = json.dumps({"weights": "averaged" if averaged else "raw", "config": config})
+    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}, {"model": about}))
+
+
+def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":
+    """The averaged weights or the raw ones. Raises ValueError if the file does not hold these."""
+    exported = checkpoint.get("averaged")
+    if ema and not exported and "current_model_state" not in checkpoint:
+        raise ValueError(
+            f"{path} holds no averaged weights (trained without callbacks.ema, or exported with ema=false): add "
+            "ema=false"
+        )
+    if exported and not ema:
+        raise ValueError(f"{path} holds the averaged weights alone: leave ema=false out, or export it with ema=false")
+    weights: dict[str, Tensor] = checkpoint["state_dict"]
+    return weights if ema else checkpoint.get("current_model_state", weights)
+
+
+def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What others need to use the model, and the names of the settings in it that became null.
+
+    These are the data's root and what could be a path: they would tell of the machine that it was trained on.
+    """
+    left_out: list[str] = []
+
+    def cleared(node: Any, name: str) -> Any:
+        if isinstance(node, dict):
+            return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
+        if isinstance(node, list):
+            return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
+        if isinstance(node, str) and (name == "data.root" or "/" in node or "\\" in node):
+            left_out.append(name)
+            return None
+        return node
+
+    return {name: cleared(settings[name], name) for name in SHARED}, left_out
+
+
+def check_fit(theirs: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
+    """Raise ValueError, naming the first difference, if these weights, from the file `path`, are another network's."""
     ours = module.state_dict()
     for name in [*ours, *theirs]:
         shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
@@ -125,6 +205,12 @@ def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | No
     return json.loads(finished.read_text()) if finished.is_file() else None
 
 
+BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
+"""Settings from which a trained model is built again."""
+
+SHARED = (*BUILT, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
+"""Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
+
 OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr")
 """Settings that a resumed run must keep: with others the weights would mean something else."""
 
@@ -134,8 +220,9 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
     Raises ValueError if it is one of the model.
     """
-    old, new = _flat(before, str(before["run_dir"])), _flat(now, str(now["run_dir"]))
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ("resume", "run_dir")]
+    old, new = _flat(before, str(before.get("run_dir"))), _flat(now, str(now["run_dir"]))
+    how = "resume", "run_dir", "trust"
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
         if name.split(".")[0] in OF_THE_MODEL:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,8 +26,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from src.trust import CONF as CONF
+
 FRESH = "FRESH_FOLDER_"
-CONF = Path(__file__).resolve().parents[1] / "conf"
+HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
+"""Overrides that say how a run goes on, not what it is."""
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -36,6 +40,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
     """
     overrides, flags = split_arguments(sys.argv[1:])
     try:
+        if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
+            raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
         multirun = bool({"-m", "--multirun"} & set(flags))
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
         check_unused(overrides)
@@ -217,12 +223,13 @@ def expand_resume(overrides: list[str]) -> list[str]:
         if (folder := unfinished_run(overrides)) is None:
             return overrides
         overrides = [*overrides, f"resume='{_quoted(folder)}'"]
-    saved = Path(folder) / ".hydra" / "overrides.yaml"
-    if not saved.is_file():
+    if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
         raise UsageError(
             f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints"
         )
-    before = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")]
+    before = saved_overrides(Path(folder))
+    if not any(o.lower() == "trust=true" for o in overrides):
+        check_saved(Path(folder), before)
     given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
     return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{_quoted(folder)}'"]
 
@@ -256,10 +263,48 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
         saved = folder / ".hydra" / "overrides.yaml"
         if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
             continue
-        before = {str(o) for o in OmegaConf.load(saved) if not str(o).startswith("resume=")}
-        if given or (before == set(overrides) and not (folder / "metrics.json").exists()):
+        typed = {o for o in overrides if not HOW.match(o)}
+        if given or (set(saved_overrides(folder)) == typed and not (folder / "metrics.json").exists()):
             return str(folder)
     return None
+
+
+def saved_overrides(folder: Path) -> list[str]:
+    """What was typed for the run in `folder`, but for what it resumed and whether that was trusted."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        lines = yaml.safe_load(path.read_text())  # as it stands: OmegaConf would look up what is in ${...}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read ({_first_line(error)}): start a new run") from error
+    if not (isinstance(lines, list) and all(isinstance(line, str) and line.isprintable() for line in lines)):
+        raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
+    return [line for line in lines if not HOW.match(line)]
+
+
+def check_saved(folder: Path, overrides: Sequence[str]) -> None:
+    """Raise UsageError if going on with the run could do more than train in its folder, since it may be a stranger's.
+
+    What is built is held against conf/ when it is known (`runs.build`).
+    """
+    remedy = f": add trust=true if you started {folder} yourself, else start a new run"
+    for line in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([line])
+        except HydraException as error:
+            raise UsageError(f"{folder} was started with {line!r:.100}, which is no override{remedy}") from error
+        key, value = override.key_or_group, line.partition("=")[2]
+        if re.match(r"hydra\b|run_dir\b", key) or override.package is not None:
+            what = "says how and where to start"
+        elif "${" in value:
+            what = "would be looked up"
+        elif key not in ("data.root", "schedule.betas") and re.search(r"[/\\]|\.\.", value):
+            what = "may be a path to write to"
+        else:
+            continue
+        raise UsageError(f"{folder} was started with {line!r:.100}, which {what}{remedy}")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{path} leads out of the run's folder{remedy}")
 
 
 def _quoted(folder: str) -> str:

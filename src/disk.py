@@ -36,6 +36,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.failed = False
+        self._folders: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -52,13 +53,16 @@ class WholeCheckpoints(TorchCheckpointIO):
                     os.fsync(file.fileno())
                 os.replace(partial, path)
                 self.failed = False
+                self._folders.add(path.parent.resolve())
             finally:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
 
     def remove_checkpoint(self, path: Any) -> None:
-        if not self.failed:
-            super().remove_checkpoint(path)
+        path = Path(path)
+        # A resumed checkpoint says which older ones may go: believed of those beside what was written here.
+        if not self.failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
+            path.unlink(missing_ok=True)
 
 
 class CSVLogger(loggers.CSVLogger):

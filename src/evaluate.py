@@ -38,7 +38,7 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for name in ("n", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root)
         device = runs.pick_device(cfg.device)
         opened.data.prepare_data()
         opened.data.setup()

@@ -23,7 +23,16 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.arguments import GRID_SETTINGS, check_arguments
-from src.checkpoints import changed_settings, check_accumulation, check_fit, find_checkpoint, read_checkpoint
+from src.checkpoints import (
+    BUILT,
+    changed_settings,
+    check_accumulation,
+    check_fit,
+    find_checkpoint,
+    read_checkpoint,
+    weights_of,
+)
+from src.trust import check_targets, check_texts, known_targets
 
 if TYPE_CHECKING:
     import lightning as L
@@ -88,6 +97,8 @@ class OpenedRun(NamedTuple):
 
 def build(cfg: DictConfig) -> Run:
     """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
+    if cfg.resume is not None and not cfg.trust:
+        check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
     inline_betas(cfg)
     if cfg.data.get("num_samples") and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
@@ -120,7 +131,7 @@ def build(cfg: DictConfig) -> Run:
     if cfg.resume is not None:
         resume_from = find_checkpoint(cfg.resume, None)
         saved = read_checkpoint(resume_from)
-        check_fit(saved, module, resume_from)
+        check_fit(saved["state_dict"], module, resume_from)
         check_accumulation(saved, cfg)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
@@ -134,7 +145,8 @@ def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
 
     Partials come without Hydra's wrapper, which goes through all loaded modules at each call.
     """
-    return _unwrapped(instantiate(node, **(given or {})))
+    # Plain lists: an optimizer that keeps another kind has it in the checkpoint, which then is not read.
+    return _unwrapped(instantiate(node, _convert_="all", **(given or {})))
 
 
 def _unwrapped(made: Any) -> Any:
@@ -144,7 +156,10 @@ def _unwrapped(made: Any) -> Any:
 
 
 def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) -> "DiffusionModule":
-    """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights."""
+    """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights.
+
+    Without an optimizer in the configuration it can sample but not train.
+    """
     import torch
 
     from src.models.mlp import MLP
@@ -154,7 +169,8 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) ->
         raise ValueError(
             f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger"
         )
-    if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
+    trains = "optimizer" in cfg
+    if trains and str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
         # The fused step unscales fp16 gradients itself, too late for clipping.
         warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
         cfg.optimizer.fused = False
@@ -170,12 +186,12 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) ->
         sampler=build_sampler(cfg.sampler),
         shape=shape,
         seed=cfg.seed,
-        optimizer=make(cfg.optimizer),
-        lr_scheduler=make(cfg.lr_scheduler),
+        optimizer=make(cfg.optimizer) if trains else None,
+        lr_scheduler=make(cfg.lr_scheduler) if trains else None,
     )
     check_network(net, shape, process.outputs)
-    # Made once for nothing, so that values which they refuse are refused now.
-    module.prepare_optimizer(1)
+    if trains:  # made once for nothing, so that values which they refuse are refused now
+        module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
@@ -325,24 +341,37 @@ def wandb_id(directory: Path) -> str:
     return name
 
 
-def open_run(run: str | None, ckpt: str | None = None, ema: bool = True) -> OpenedRun:
-    """A trained run from its folder or from one checkpoint, with the averaged weights (or the raw ones).
+def open_run(
+    run: str | None, ckpt: str | None = None, ema: bool = True, trust: bool = False, data_root: str | None = None
+) -> OpenedRun:
+    """A trained run from its folder or from one file, with the averaged weights (or the raw ones).
 
-    Raises FileNotFoundError or ValueError if there is no such run or it cannot be read.
+    The data lie in `data_root`, or where they lay. Of what the file names, only what conf/ has is built, unless with
+    `trust`. Raises FileNotFoundError or ValueError if there is no such run or it cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()
     checkpoint = read_checkpoint(path)
-    config = OmegaConf.create(checkpoint["hyper_parameters"])
+    settings = checkpoint["hyper_parameters"]
+    if not trust:
+        check_texts(settings, path)
+        check_targets({name: settings[name] for name in BUILT}, known_targets(), path)
+    config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
-    data = make(config.data)
-    module = build_module(config, data.shape, data.levels)
-    check_fit(checkpoint, module, path)
-    if "current_model_state" not in checkpoint and ema:
-        raise ValueError(f"{path} holds no averaged weights (it was trained without callbacks.ema): add ema=false")
-    module.load_state_dict(
-        checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
-    )
+    if data_root is not None:
+        if "root" not in config.data:
+            raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
+        config.data.root = data_root
+    built = OmegaConf.masked_copy(config, [*BUILT, "seed", "snr_shift", "zero_terminal_snr"])
+    check_arguments(built)
+    try:
+        data = make(config.data)
+        module = build_module(built, data.shape, data.levels)
+        weights = weights_of(checkpoint, ema, path)
+        check_fit(weights, module, path)
+        module.load_state_dict(weights)
+    except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
+        raise ValueError(f"{path} describes no model of this project ({_sentence(error)}): use another one") from error
     return OpenedRun(config, path, module.eval(), data)
 
 
@@ -361,9 +390,9 @@ def pick_device(name: str) -> "torch.device":
     return device
 
 
-def plain(cfg: DictConfig) -> dict[Any, Any]:
-    """The configuration as nested plain values, every interpolation resolved."""
-    container = OmegaConf.to_container(cfg, resolve=True)
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
+    """The configuration as nested plain values, every interpolation resolved or as it stands."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return container
 
@@ -373,7 +402,7 @@ def inline_betas(cfg: DictConfig) -> None:
     betas = OmegaConf.select(cfg, "schedule.betas")
     if isinstance(betas, str) and cfg.resume is not None:
         saved = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
-        cfg.schedule.betas = betas = OmegaConf.select(OmegaConf.create(saved), "schedule.betas")
+        cfg.schedule.betas = betas = [float(beta) for beta in saved["schedule"].get("betas") or []]
     if not isinstance(betas, str):
         return
     import numpy as np
@@ -382,12 +411,16 @@ def inline_betas(cfg: DictConfig) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
-        table = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.loadtxt(path, delimiter=",")
-    except ValueError as error:
+        if path.suffix == ".npy":
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # unpickles nothing, and is no larger than the file
+        else:
+            with path.open() as lines:  # given the name, numpy would unpack an archive
+                table = np.loadtxt(lines, delimiter=",")
+        cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv"
         ) from error
-    cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
 
 
 def warn_of_schedule(module: "DiffusionModule") -> None:

@@ -20,7 +20,7 @@ def sample(cfg: DictConfig) -> Path:
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema)
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         settings = runs.sampler_settings(cfg.sampler, opened.config.sampler)
         check_arguments(settings, "sampler")
         sampler = runs.build_sampler(settings)

@@ -32,7 +32,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     announce(run)
     start = time.perf_counter()
     try:
-        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from and str(run.resume_from))
+        resume_from = run.resume_from and str(run.resume_from)
+        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to what `CleanStop` raises after it has saved
         say_how_to_go_on(run)
         raise SystemExit(128 + run.stop_signal) from stop

@@ -178,7 +178,8 @@ def test_groups_leave_out_what_is_shared():
 
 def test_commands_import_nothing_heavy_to_read_the_command_line():
     heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
-    code = f"import sys, src.train, src.sample, src.schedules; print([m for m in {heavy} if m in sys.modules])"
+    commands = "src.train, src.sample, src.evaluate, src.export, src.schedules"
+    code = f"import sys, {commands}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

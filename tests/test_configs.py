@@ -81,6 +81,15 @@ def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
 
 
+def test_every_optimizer_has_plain_values_to_save():
+    """Adam copies its betas, NAdam keeps what it is given, which goes into the checkpoint."""
+    cfg = compose(
+        "train", "optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "run_dir=runs/x", "model.width=8"
+    )
+    optimizer, _ = build_module(cfg, (1, 8, 8), levels=17).prepare_optimizer(1)
+    assert all(type(group["betas"]) is list for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("option", config_groups()["data"])
 def test_every_dataset_goes_with_its_default_network(option):
     cfg = chosen("data", option)

@@ -195,6 +195,8 @@ def test_continuous_schedules_have_no_betas():
         ("IPNDMScheduler", "does not lead from noise to data"),
         ("RePaintScheduler", "does not lead from noise to data"),
         ("SchedulerMixin", "no scheduler"),
+        ("utils", "no scheduler"),
+        ("schedulers.DDIMScheduler", "no scheduler"),
         ("?", "no scheduler .*: choose one of .*UniPCMultistepScheduler"),
     ],
 )

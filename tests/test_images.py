@@ -22,7 +22,7 @@ from torchvision.datasets import utils as torchvision_utils
 
 from src.cli import CONF
 from src.data.batch import InMemory
-from src.data.images import ImageDataModule, digits, fit_image, folder
+from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
 
 ORIENTATION = 0x0112
 
@@ -320,6 +320,14 @@ def test_missing_folder_raises(tmp_path):
         assert "data.root" in str(error.value)
     with pytest.raises(FileNotFoundError, match=r"data\.root"):
         folder(None, 8, 3, prepare=True)
+
+
+def test_a_dataset_without_a_folder_asks_for_one():
+    """A model that was shared does not say where its data lay."""
+    from torchvision.datasets import MNIST
+
+    with pytest.raises(ValueError, match=r"set data\.root to the folder where MNIST lies"):
+        torchvision_images(None, 28, 1, prepare=True, dataset=MNIST)
 
 
 def test_empty_folder_raises(tmp_path):

@@ -122,6 +122,7 @@ def torchvision_images(
     Raises ValueError, naming the folder, if the files are not there and cannot be downloaded.
     """
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
+    _require(root is not None, f"set data.root to the folder where {name} lies, or is to be downloaded to")
     try:
         opened = dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
@@ -153,7 +154,9 @@ def folder(root: str | None, image_size: int, channels: int, prepare: bool = Fal
     """
     path = Path(root or "")
     if root is None or not path.is_dir():
-        raise FileNotFoundError(f"no folder {path.resolve()}: set data.root to the folder that holds your images")
+        raise FileNotFoundError(
+            f"no folder {root and path.resolve()}: set data.root to the folder that holds your images"
+        )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:
         raise ValueError(

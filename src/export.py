@@ -1,0 +1,30 @@
+"""Write a trained model as one file to share: `python -m src.export run=outputs/train/...`."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from src.checkpoints import find_checkpoint, shareable, write_exported
+from src.cli import launch, usage_errors
+
+
+def export(cfg: DictConfig) -> Path:
+    """Write `model.safetensors` into the output folder: the weights, and what others need of the configuration."""
+    from src import runs
+
+    with usage_errors():
+        find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
+    config, left_out = shareable(runs.plain(opened.config))
+    path = Path(cfg.run_dir) / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_exported(path, opened.module.state_dict(), cfg.ema, config)
+    print(f"{opened.checkpoint} as one file to share: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if left_out:
+        print(f"Left out, since it would tell of this machine: {', '.join(left_out)}")
+    print(f"Who has it types: python -m src.sample ckpt={path.name} n=64")
+    return path
+
+
+if __name__ == "__main__":
+    launch("export", export)

@@ -1,0 +1,69 @@
+"""What a configuration that came in a file may ask for, since the file may be a stranger's.
+
+Hydra finds anything behind a dotted name, `src.cli.os.system` too, and calls it. So a name is believed only if it is,
+in full, one that the project's own YAMLs have; and a text is only a text: no `${...}`, which OmegaConf would look up.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
+from typing import Any
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+NAMED = re.compile(r"""_target_: *["']?(\w+(?:\.\w+)+)""")
+OF_TRAINING = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")
+"""Groups of conf/ from which a run that is only opened builds nothing."""
+OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
+"""Of torch.optim, all as good as the one that conf/ names."""
+PLAIN = (dict, list, str, int, float, bool, type(None))
+MAX_DEPTH, MAX_VALUES = 32, 100_000
+"""A configuration has about 200 values, and as many more as its schedule has betas, at most 10,000."""
+
+
+@functools.cache
+def known_targets(training: bool = False) -> frozenset[str]:
+    """The full names that files under conf/ give as `_target_`; with `training` also those that only training needs."""
+    files = (f for f in CONF.rglob("*.yaml") if training or f.parent.name not in OF_TRAINING)
+    named = {name for f in files for name in NAMED.findall(f.read_text())}
+    return frozenset(named | {f"torch.optim.{name}" for name in OPTIMIZERS} if training else named)
+
+
+def check_plain(settings: Any, source: object) -> None:
+    """Raise ValueError if there is more in `settings`, at any depth, than an ordinary number of plain values."""
+    for count, (name, value) in enumerate(_nodes(settings)):
+        if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
+            raise ValueError(f"{source} is no configuration of this project: it is larger or deeper than any")
+        if type(value) not in PLAIN:
+            raise ValueError(f"{source} is no configuration of this project: {name} is a {type(value).__name__}")
+        if isinstance(value, dict) and not all(isinstance(key, str) and key and key.isprintable() for key in value):
+            raise ValueError(f"{source} is no configuration of this project: {name} has keys that are no names")
+
+
+def check_texts(settings: Mapping[str, Any], source: object) -> None:
+    """Raise ValueError if a text in nested plain values would be looked up by OmegaConf, or not be shown as it is."""
+    for name, value in _nodes(settings):
+        if isinstance(value, str) and ("${" in value or not value.isprintable()):
+            raise ValueError(f"{source} asks for {name}={value!r:.80}, which is no plain text{_remedy(source)}")
+
+
+def check_targets(settings: Mapping[Any, Any], known: Set[str], source: object) -> None:
+    """Raise ValueError if something else than `known` is named in nested plain values, or is called out of sight."""
+    for name, value in _nodes(settings):
+        key = name.rpartition(".")[2]
+        if key == "_target_" and not (isinstance(value, str) and value in known):
+            raise ValueError(f"{source} asks for {name}={value!r:.80}, which no file under conf/ has{_remedy(source)}")
+        if key in ("_args_", "_convert_", "_recursive_"):
+            raise ValueError(f"{source} asks for {name}, which no file under conf/ has{_remedy(source)}")
+
+
+def _remedy(source: object) -> str:
+    return f": nothing was built; if you know what it does, or made {source} yourself, add trust=true"
+
+
+def _nodes(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in nested plain ones, itself included, by its dotted name; containers before what they hold."""
+    yield name, node
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _nodes(value, f"{name}.{key}".lstrip("."))
