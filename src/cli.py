@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -47,6 +49,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         check_unused(overrides)
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
+            end_with_parent()
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun)
@@ -187,6 +190,18 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
+def end_with_parent(seconds: float = 5.0) -> None:
+    """Have this process end when the one that started it is gone, which it might wait for in vain for half an hour."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
 OmegaConf.register_new_resolver("level_size", level_size, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
@@ -246,8 +261,9 @@ def expand_sweep(overrides: list[str]) -> list[str]:
     if any(o.startswith("hydra.sweep.dir=") for o in overrides):
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
-        before = {str(o) for o in OmegaConf.load(saved).hydra.overrides.task}
-        if before | {"resume=auto"} == set(overrides):
+        # Not by OmegaConf, which would look `${...}` up.
+        before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]["task"]
+        if {o for o in before if not HOW.match(o)} == {o for o in overrides if not HOW.match(o)}:
             return [*overrides, f"hydra.sweep.dir='{_quoted(str(saved.parent))}'"]
     return overrides
 

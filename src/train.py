@@ -37,6 +37,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
     except SystemExit as stop:  # Lightning's answer to what `CleanStop` raises after it has saved
         say_how_to_go_on(run)
         raise SystemExit(128 + run.stop_signal) from stop
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UsageError(
+            f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: lower "
+            f"data.num_workers ({cfg.data.num_workers} now) and go on with resume={relative(run.directory)}"
+        ) from error
     seconds = time.perf_counter() - start
     if run.diagnosis:
         runs.close(run)

@@ -1,6 +1,7 @@
 """Faults that a run does to itself, put into it as callbacks: `+callbacks.fault._target_=tests.faults.Poison`."""
 
 import math
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -21,44 +22,33 @@ class Poison(L.Callback):
             batch["x"][0] = math.nan
 
 
-class Die(L.Callback):
-    """At this step one process is gone, as if for lack of memory."""
-
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank = rank
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == self.rank and trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 class Stop(L.Callback):
-    """At this step one process is asked to end, the first time only: it leaves a file `once`."""
+    """At this step one process gets a signal, the first time only: it leaves a file `once`."""
 
-    def __init__(self, rank: int, step: int, once: str) -> None:
+    def __init__(self, rank: int, step: int, once: str, number: int = signal.SIGTERM) -> None:
         self.rank = rank
         self.step = step
         self.once = Path(once)
+        self.number = number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         asked = trainer.global_rank == self.rank and trainer.global_step == self.step
         if asked and not self.once.exists():
             self.once.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class KillWorker(L.Callback):
-    """At this step a process that loads data is gone."""
+    """At this step a process that loads data is gone, the first time only."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, once: str) -> None:
         self.step = step
+        self.once = Path(once)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            workers = trainer.fit_loop._data_fetcher.combined_loader.iterators
-            for iterator in workers if isinstance(workers, list) else workers.iterators:
-                os.kill(iterator._workers[0].pid, signal.SIGKILL)
+        if trainer.global_step == self.step and not self.once.exists():
+            self.once.touch()
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
 class Watch(L.Callback):

@@ -45,7 +45,11 @@ def torchrun_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.C
 def stop_at(step: int, folder: Path) -> list[str]:
     """Have the second process asked to end at this step, once."""
     fault = {"_target_": "tests.faults.Stop", "rank": 1, "step": step, "once": folder / "once"}
-    return [*(f"+callbacks.fault.{key}={value}" for key, value in fault.items()), "callbacks.stop.seconds=0.001"]
+    return [
+        *(f"+callbacks.fault.{key}={value}" for key, value in fault.items()),
+        "callbacks.stop.seconds=0.001",
+        "trust=true",
+    ]
 
 
 def only_run(cwd: Path) -> Path:

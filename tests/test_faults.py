@@ -5,17 +5,22 @@ One kill by default; `make test-faults` does twenty.
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from torch.testing import assert_close
 
-from src.checkpoints import read_checkpoint
-from tests.conftest import TINY
+from src.checkpoints import is_whole, read_checkpoint
+from tests.conftest import TINY, train_tiny
+from tests.test_runs import assert_equal_bits, losses
 
 KILLS = int(os.environ.get("FAULT_KILLS", "1"))
 STEPS = 60 * (KILLS + 1)
@@ -50,8 +55,97 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
         process.kill()
         assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: raise the number of steps"
     assert start(folder).wait(600) == 0, (tmp_path / "killed.log").read_text()[-3000:]
-    ours, theirs = (read_checkpoint(tmp_path / n / "checkpoints" / "last.ckpt") for n in ("killed", "undisturbed"))
-    assert ours["global_step"] == theirs["global_step"] == STEPS
-    for key in ("state_dict", "current_model_state"):
-        assert all(torch.equal(value, theirs[key][name]) for name, value in ours[key].items())
+    assert_same_end(folder, tmp_path / "undisturbed")
+    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == STEPS
     assert not list((folder / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
+    """No file may grow beyond 20 kB for a while, as on a disk without room: checkpoints and the log do not fit."""
+    settings = [*TINY, "trainer.max_steps=600", "validate_every=300", "checkpoint_every=50", "keep_checkpoints=2"]
+    folder = tmp_path / "run"
+    command = [sys.executable, "-u", "-m", "src.train", *settings, f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as run:
+        until(lambda: any((folder / "checkpoints").glob("*.ckpt")), run)
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        assert run.stdout
+        said = next(line for line in run.stdout if "could not be written" in line)
+        assert "the run goes on" in said and "make room" in said
+        assert all(is_whole(path) for path in (folder / "checkpoints").glob("*.ckpt"))
+        resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        rest, _ = run.communicate(timeout=400)
+    assert run.returncode == 0, rest[-3000:]
+    train_tiny(tmp_path / "undisturbed", *settings)
+    assert_same_end(folder, tmp_path / "undisturbed")
+    assert losses(folder) == losses(tmp_path / "undisturbed")
+    assert len(list((folder / "checkpoints").glob("step_*.ckpt"))) == 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path):
+    settings = [*TINY, "trainer.max_steps=60", "validate_every=40", "checkpoint_every=10", "data.num_workers=2"]
+    fault = ["+callbacks.fault._target_=tests.faults.KillWorker", "+callbacks.fault.step=33"]
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "src.train", *settings, *fault, f"+callbacks.fault.once={tmp_path}/once"]
+    command += [f"hydra.run.dir={folder}", "resume=auto", "trust=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first, second = (
+        subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400) for _ in "12"
+    )
+    assert first.returncode == 2 and "Traceback" not in first.stderr, first.stderr[-3000:]
+    assert "a process that loads data died" in first.stderr and "data.num_workers" in first.stderr
+    assert second.returncode == 0, second.stderr[-3000:]
+    train_tiny(tmp_path / "undisturbed", *settings)
+    assert_same_end(folder, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_path, rank):
+    settings = [*TINY, "trainer.max_steps=40", "validate_every=100", "checkpoint_every=10", "trainer.devices=2"]
+    fault = {"_target_": "tests.faults.Stop", "rank": rank, "step": 23, "once": tmp_path / "once", "number": 9}
+    settings += [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "src.train", *settings, f"hydra.run.dir={folder}", "resume=auto", "trust=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        until(lambda: (tmp_path / "once").exists(), run)
+        run.wait(60)
+        until(lambda: not processes_marked(tmp_path), None, seconds=60)
+        assert run.returncode != 0
+        assert subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=400).returncode == 0
+    train_tiny(tmp_path / "alone", *TINY, *settings[len(TINY) : len(TINY) + 3])
+    for key in ("state_dict", "current_model_state"):
+        ours, theirs = (read_checkpoint(f / "checkpoints" / "last.ckpt")[key] for f in (folder, tmp_path / "alone"))
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def processes_marked(mark: Path) -> list[str]:
+    """The processes that live and were started with MARK in their environment."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"MARK={mark}\0".encode() in (entry / "environ").read_bytes():
+                found.append(entry.name)
+    return found
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None, seconds: float = 300) -> None:
+    """Wait for something that a run does, or that happens after it."""
+    end = time.monotonic() + seconds
+    while not condition():
+        time.sleep(0.02)
+        assert process is None or process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Two runs ended with the same bits."""
+    ours, theirs = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (a, b))
+    assert ours["global_step"] == theirs["global_step"]
+    for key in ("state_dict", "current_model_state"):
+        assert_equal_bits(ours[key], theirs[key])
