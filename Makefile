@@ -28,10 +28,10 @@ types: $(STAMP) ## mypy, strict on the mathematics, networks and data
 	@$(VENV)/bin/mypy
 
 unit: $(STAMP) ## the tests; ARGS="-k posterior" for some of them
-	@$(RUN) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
 
-test-faults: $(STAMP) ## kill a run twenty times and compare how it ends
-	@FAULT_KILLS=20 $(RUN) -m pytest tests/test_faults.py
+test-faults: $(STAMP) ## what may befall a run, for 20 minutes: twenty kills, a full disk, dead processes
+	@FAULT_KILLS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest -m '' tests/test_faults.py
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff check --fix-only . && $(VENV)/bin/ruff format .

@@ -83,7 +83,7 @@ def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
     assert len(list((folder / "checkpoints").glob("step_*.ckpt"))) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path):
     settings = [*TINY, "trainer.max_steps=60", "validate_every=40", "checkpoint_every=10", "data.num_workers=2"]
     fault = ["+callbacks.fault._target_=tests.faults.KillWorker", "+callbacks.fault.step=33"]
@@ -101,7 +101,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path
     assert_same_end(folder, tmp_path / "undisturbed")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_path, rank):
     settings = [*TINY, "trainer.max_steps=40", "validate_every=100", "checkpoint_every=10", "trainer.devices=2"]
