@@ -54,7 +54,7 @@ class DiffusionModule(L.LightningModule):
 
     `shape` is that of one sample; `optimizer` takes groups of parameters, `lr_scheduler` an optimizer and the number of
     steps. A schedule that has parameters is trained too, to the least variance of the bound, which in continuous
-    time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.2). Raises ValueError for settings that
+    time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.1; the variance: 5.3). Raises ValueError for settings that
     contradict each other, such as a schedule with zero terminal SNR and eps-prediction.
     """
 
