@@ -53,8 +53,8 @@ class DiffusionModule(L.LightningModule):
     """Trains `net` to predict the process's target at random levels of the schedule, and samples from it.
 
     `shape` is that of one sample; `optimizer` takes groups of parameters, `lr_scheduler` an optimizer and the number of
-    steps. A schedule that has parameters is trained too, to the least variance of the bound, which in continuous
-    time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.1; the variance: 5.3). Raises ValueError for settings that
+    steps. A schedule that has parameters is trained too, to the least variance of the bound, whose mean in continuous
+    time does not depend on its shape (Kingma et al. 2021, VDM, sec. 5.1 and 5.3). Raises ValueError for settings that
     contradict each other, such as a schedule with zero terminal SNR and eps-prediction.
     """
 
