@@ -66,7 +66,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
-    """Run `task` as one job of a sweep, on its share of the devices. The result is what `optimize` names of it, if set."""
+    """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimize` names, if any."""
     settings = HydraConfig.get()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
@@ -281,9 +281,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
                     f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
                 )
         final = _compose(config_name, [_one_value(o) for o in parsed])
-    if not multirun and any(o.key_or_group == "sweep" and o.value() for o in parsed):
-        if not any(o.key_or_group == "resume" for o in parsed):
-            raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
+    names = {o.key_or_group for o in parsed if o.value() is not None}
+    if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
+        raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
     for override in parsed:
         if override.key_or_group not in groups and not override.is_delete():
             _check_type(override.key_or_group, base, final)
@@ -402,7 +402,7 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
             what = match[1].replace("/_", "=").replace("/", "=")
             line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
-        elif match := re.search(r"Could not find '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
+        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
             line = _missing_plugin(match[1], match[2])
         elif "Could not override 'hydra." in line:
             line += " Settings of a launcher or sweeper need it chosen; --cfg hydra prints all that there are"
