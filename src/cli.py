@@ -20,19 +20,23 @@ from typing import Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from src import sweeps
 from src.trust import CONF as CONF
 
 FRESH = "FRESH_FOLDER_"
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that say how a run goes on, not what it is."""
+PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
+"""Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -58,10 +62,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
     def guarded(cfg: DictConfig) -> Any:
         try:
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
-                return task(cfg)
-            with as_a_single_run():
-                return task(cfg)
+            return sweep_job(task, cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -96,6 +97,16 @@ def as_a_single_run() -> Iterator[None]:
 
             if distributed.is_available() and distributed.is_initialized():
                 distributed.destroy_process_group()
+
+
+def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+    """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimize` names, if any."""
+    settings = HydraConfig.get()
+    if settings.launcher._target_.endswith(".JoblibLauncher"):
+        sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
+    with as_a_single_run():
+        result = task(cfg)
+    return result[cfg.optimize] if cfg.get("optimize") else result
 
 
 def remove_traces(folder: Path) -> None:
@@ -203,7 +214,9 @@ def end_with_parent(seconds: float = 5.0) -> None:
 
 
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
+OmegaConf.register_new_resolver("gpus_per_job", lambda: min(1, len(sweeps.gpus())), replace=True)
 OmegaConf.register_new_resolver("level_size", level_size, replace=True)
+OmegaConf.register_new_resolver("parallel_jobs", sweeps.parallel_jobs, replace=True)
 OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
 
 
@@ -366,11 +379,16 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
                     f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
                     f"{', '.join(groups[override.key_or_group])}"
                 )
+            if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in parsed}:
+                raise UsageError(f"{override.input_line} has no values to go through: add hydra/sweeper=search")
             if override.is_sweep_override() and not multirun:
                 raise UsageError(
                     f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
                 )
         final = _compose(config_name, [_one_value(o) for o in parsed])
+    names = {o.key_or_group for o in parsed if o.value() is not None}
+    if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
+        raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
     for override in parsed:
         if override.key_or_group not in groups and not override.is_delete():
             _check_type(override.key_or_group, base, final)
@@ -381,8 +399,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 
 def config_groups() -> dict[str, list[str]]:
-    """Every config group and its options, from the folders of conf/."""
-    folders = {f.parent for f in CONF.rglob("*.yaml") if f.parent != CONF}
+    """Every config group of ours and its options, from the folders of conf/; Hydra's own are its affair."""
+    folders = {f.parent for f in CONF.rglob("*.yaml") if f.parent not in (CONF, *(CONF / "hydra").iterdir())}
     return {str(d.relative_to(CONF)): sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in sorted(folders)}
 
 
@@ -476,7 +494,9 @@ def _one_value(override: Override) -> str:
     if not override.is_sweep_override():
         return str(override.input_line)
     prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
-    return f"{prefix}{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
+    value = override.value()
+    first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
+    return f"{prefix}{override.key_or_group}={first}"
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -487,7 +507,21 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
             what = match[1].replace("/_", "=").replace("/", "=")
             line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
+        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
+            line = _missing_plugin(match[1], match[2])
+        elif "Could not override 'hydra." in line:
+            line += " Settings of a launcher or sweeper need it chosen; --cfg hydra prints all that there are"
         raise UsageError(line) from error
+
+
+def _missing_plugin(group: str, name: str) -> str:
+    """What to say if a launcher or sweeper of that name is not there."""
+    if name in PLUGINS:
+        extra = name.split("_")[0]
+        return f"{group}: {name} comes with the extra {extra}, which is not installed: pip install -e '.[{extra}]'"
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    hint = nearest(name, known).replace("?", "? The")
+    return f"unknown {group} '{name}'{hint or ': the'} choices are {', '.join(known)}"
 
 
 def _first_line(error: BaseException) -> str:

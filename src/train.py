@@ -25,6 +25,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics
         run = runs.build(cfg)
+        if cfg.optimize not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
+            raise ValueError(f"optimize={cfg.optimize} is no metric of this run: choose one of {', '.join(known)}")
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()
             run.data.setup()
