@@ -119,7 +119,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ("resume", "run_dir")]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
-        if name.split(".")[0] in OF_THE_MODEL:
+        if name.split(".")[0] in OF_THE_MODEL and name != "model.checkpointing":  # which changes no figure
             raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
     return lines
 
