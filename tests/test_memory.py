@@ -1,10 +1,16 @@
 """Memory: what is kept for the backward pass, what a step needs, and what happens where it does not fit."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from src.memory import estimate
 from src.models.unet import UNet
+
+CPU = torch.device("cpu")
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
 def network(checkpointing: bool, resample_blocks: bool = False) -> UNet:
@@ -52,3 +58,48 @@ def test_checkpointing_is_for_training_alone(monkeypatch):
     monkeypatch.setattr("src.models.unet.checkpoint", lambda *_, **__: pytest.fail("sampling recomputes"))
     with torch.no_grad():
         network(True)(torch.zeros(1, 1, 8, 8), torch.zeros(1))
+
+
+def measured(net: nn.Module, shape: tuple[int, ...], batch: int) -> int:
+    """The most bytes that the allocator had given out at once in a step, gradients and moments being there before."""
+    optimizer = ADAMW(net.parameters())
+    x, time = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last), torch.rand(batch)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (net(x, time) - x).square().mean().backward()
+        optimizer.step()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    return peak + sum(t.nbytes for t in [*net.parameters(), *(p.grad for p in net.parameters()), *state])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_is_what_the_allocator_gives_out(checkpointing):
+    net = UNet(
+        channels=1, image_size=16, width=32, multipliers=(1, 2), blocks=1, attention=(8,), checkpointing=checkpointing
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    told = estimate(net, (1, 16, 16), 16, CPU, "32-true", ADAMW, average=False)
+    assert told.activations > 2 * told.weights or checkpointing
+    assert sum(told) == pytest.approx(measured(net, (1, 16, 16), 16), rel=0.1)
+
+
+def test_estimate_has_every_part():
+    """Adam keeps two moments for each weight; the average is float32; half precision halves what is kept."""
+    net = network(False)
+    size = sum(p.nbytes for p in net.parameters())
+    whole = estimate(net, (1, 8, 8), 64, CPU, "32-true", ADAMW)
+    assert whole[:4] == (size, size, 2 * size, size)
+    half = estimate(net, (1, 8, 8), 64, CPU, "bf16-true", ADAMW, shards=2)
+    assert half[:4] == (size // 4, size // 4, size // 2, size // 2)
+    assert half.activations == pytest.approx(whole.activations / 2, rel=0.1)
+    mixed = estimate(net, (1, 8, 8), 64, CPU, "bf16-mixed", ADAMW, buckets=True)
+    assert mixed[:4] == (size, 2 * size, 2 * size, size) and mixed.activations < 0.75 * whole.activations
+    sampling = estimate(net, (1, 8, 8), 64, CPU, "32-true", None)
+    assert sampling[:4] == (size, 0, 0, 0) and sampling.activations < whole.activations / 3
+    assert next(net.parameters()).device == CPU and not any(p.grad is not None for p in net.parameters())
