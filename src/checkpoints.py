@@ -102,7 +102,8 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
     now = cfg.trainer.accumulate_grad_batches
     if before != now:
         raise ValueError(
-            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it, or start a new run"
+            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it "
+            "(data.micro_batch sets it too), or start a new run"
         )
 
 

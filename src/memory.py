@@ -1,6 +1,7 @@
 """Memory: what a training step needs, told without running one, and the largest micro-batch for which there is room."""
 
 import copy
+import gc
 import logging
 import os
 import weakref
@@ -9,12 +10,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from src.data.batch import StreamDataModule
+from src.module import DiffusionModule
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +79,9 @@ def _peak(
 ) -> int:
     """The most bytes that are alive at once in a pass through a `net` without contents, its weights' aside."""
     with FakeTensorMode(), torch.set_grad_enabled(train):
-        net._apply(lambda p: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device))
+        net._apply(  # type: ignore[no-untyped-call]
+            lambda p: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device)
+        )
         for p in net.parameters() if train else ():
             p.grad = torch.empty_like(p)
         last = torch.channels_last if len(shape) == 3 else torch.contiguous_format
@@ -83,14 +93,15 @@ def _peak(
                 out = net(x, time)
             if train:
                 out.float().square().mean().backward()
-    return live.peak + _size(x)
+    peak: int = live.peak
+    return peak + _size(x)
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that operations make, from when they are made until nothing refers to them."""
 
     def __init__(self, lasting: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in lasting)
 
@@ -151,5 +162,79 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, of a device or of the machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    signs = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+    signs = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"]
+    signs.append("could not create a primitive")  # oneDNN, on a CPU
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def divisors(n: int) -> list[int]:
+    """Of n >= 1, the largest first."""
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def accumulate(trainer: L.Trainer, batches: int) -> None:
+    """Have the optimizer step after so many batches, and validation come after as many steps as before."""
+    trainer.val_check_interval = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * batches
+    trainer.accumulate_grad_batches = batches
+
+
+class MicroBatch(L.Callback):
+    """Finds the largest micro-batch with which a training step fits on every process's device, and accumulates it.
+
+    Only here, after the strategy's set-up and before its loaders, do processes know of each other.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
+        share = data.batch_size // trainer.world_size
+        found = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
+        device = trainer.strategy.root_device
+        found = int(trainer.strategy.all_gather(torch.tensor(found, device=device)).min())
+        if not found:
+            raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
+        accumulate(trainer, share // found)
+        pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // found  # which a resumed run keeps
+        if trainer.is_global_zero:
+            log.info(f"data.micro_batch=auto: {found} samples fit, {share // found} times a step on each process")
+
+
+def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
+    """Whether two training steps on a copy of the module fit on this process's device: the first makes the moments.
+
+    Beside the copy lie what the average and DDP's buckets need, and a reserve of 3% of a device of its own memory.
+    """
+    device = trainer.strategy.root_device
+    try:
+        with isolate_rng():
+            _step_twice(module, trainer, micro_batch, device)
+        fit = True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fit = False
+    gc.collect()  # modules refer to themselves
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    return fit
+
+
+def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, device: torch.device) -> None:
+    precision = trainer.precision_plugin
+    trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
+    precision.convert_module(trial)
+    trial._find_weights()
+    copies = 2 if trainer.world_size > 1 else 1
+    beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
+    if device.type != "cpu":
+        beside.append(torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device))
+    optimizer, _ = trial.prepare_optimizer(1)
+    x = torch.zeros(micro_batch, *trial.shape, device=device)
+    for _ in range(2):
+        with precision.train_step_context():
+            _, terms = trial._train_terms({"x": x, "start": 0, "total": micro_batch}, 0)
+        terms["loss"].mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()  # gradients stay, as they do from one step to the next
+    del beside

@@ -1,13 +1,23 @@
 """Memory: what is kept for the backward pass, what a step needs, and what happens where it does not fit."""
 
 import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from src.checkpoints import read_checkpoint
+from src.cli import UsageError
 from src.memory import estimate
 from src.models.unet import UNet
+from tests.conftest import train_tiny
+from tests.test_devices import environment
+from tests.test_runs import assert_equal_bits, weights
 
 CPU = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
@@ -103,3 +113,94 @@ def test_estimate_has_every_part():
     sampling = estimate(net, (1, 8, 8), 64, CPU, "32-true", None)
     assert sampling[:4] == (size, 0, 0, 0) and sampling.activations < whole.activations / 3
     assert next(net.parameters()).device == CPU and not any(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["data.micro_batch=24"], r"micro_batch=24 does not divide the 64 samples .* choose 16 or 32"),
+        (["data.micro_batch=65"], r"micro_batch must lie in \[1, data.batch_size = 64\], got 65"),
+        (["data.micro_batch=16", "trainer.accumulate_grad_batches=2"], "makes .* 4, given as 2: leave one"),
+        (["data.micro_batch=auto", "trainer.accumulate_grad_batches=2"], "given as 2: leave one"),
+        (["data.micro_batch=most"], "must be int or one of auto or null"),
+        (["data.micro_batch=auto", "trainer=fsdp", "trainer.accelerator=cpu"], "sharded weights do not allow"),
+    ],
+)
+def test_impossible_micro_batches_are_refused(tmp_path, settings, rule):
+    with pytest.raises(UsageError, match=rule):
+        train_tiny(tmp_path / "run", *settings)
+
+
+def test_micro_batches_are_accumulated_and_kept_by_a_resumed_run(tmp_path):
+    """As trainer.accumulate_grad_batches does, to the bit; auto's trial leaves no trace in dropout's draws."""
+    settings = ["model.dropout=0.3", "trainer.max_steps=4", "validate_every=2", "logger=none"]
+    folders = {}
+    for name in ("data.micro_batch=16", "trainer.accumulate_grad_batches=4", "data.micro_batch=auto", "seed=0"):
+        folders[name] = tmp_path / name.replace("=", "_")
+        train_tiny(folders[name], *settings, name)
+    by_hand, by_size, auto, plain = (
+        weights(folders[name])
+        for name in ("trainer.accumulate_grad_batches=4", "data.micro_batch=16", "data.micro_batch=auto", "seed=0")
+    )
+    assert_equal_bits(by_hand, by_size)
+    assert_equal_bits(auto, plain)
+    resumed = folders["data.micro_batch=16"]
+    train_tiny(resumed, *settings, "data.micro_batch=auto", f"resume='{resumed}'", "trainer.max_steps=6")
+    saved = read_checkpoint(resumed / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 6 and saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 4
+    with pytest.raises(UsageError, match="cannot resume a run that had 4"):
+        train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'")
+
+
+NARROW = """
+import json, re, resource, sys, torch
+from pathlib import Path
+from src.checkpoints import read_checkpoint
+from src.cli import UsageError
+from src.train import train
+from src.sample import sample
+import src.runs, src.memory, src.plots, src.callbacks, src.data.images, src.models.unet
+from tests.conftest import compose
+
+def said(work):
+    try:
+        work()
+    except UsageError as error:
+        return str(error)
+
+def run(folder, *settings):
+    plain = ["trainer.accelerator=cpu", "trainer.max_steps=2", "validate_every=2", "sampler.steps=2", "logger=none"]
+    quiet = ["callbacks.progress.refresh_rate=0", "data.batch_size=1024", "~callbacks.samples"]
+    train(compose("train", *plain, *quiet, f"run_dir='{folder}'", *settings))
+
+here = Path(sys.argv[1])
+torch.ones(1, requires_grad=True).sum().backward()  # whose threads take room once and for all
+used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
+whole = said(lambda: run(here / "whole"))
+found = said(lambda: run(here / "auto", "data.micro_batch=auto"))
+batches = read_checkpoint(here / "auto" / "checkpoints" / "last.ckpt")["hyper_parameters"]["trainer"]
+many = ["sampler.steps=2", "n=9000", "batch_size=9000", "device=cpu"]
+drawn = said(lambda: sample(compose("sample", f"run='{here / 'auto'}'", f"run_dir='{here / 'drawn'}'", *many)))
+print(json.dumps([whole, found, batches["accumulate_grad_batches"], drawn]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set from what Linux tells")
+def test_what_does_not_fit_says_what_to_set_and_auto_finds_what_does(tmp_path):
+    """In a process that may have 400 MiB more than it has when all is imported, where allocations really fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, str(tmp_path)], env=environment(), text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    whole, found, batches, drawn = json.loads(done.stdout.splitlines()[-1])
+    assert "\n" not in whole and re.match(
+        r"out of memory at data\.micro_batch 1024 .* on cpu, which has [\d.]+ GiB; a training step needs about 0\.\d+ "
+        r"GiB \(weights .*, gradients .*, moments .*, average .*, activations .*\): set data\.micro_batch=auto, then "
+        r"model\.checkpointing=true, then trainer\.precision=bf16-mixed$",
+        whole,
+    ), whole
+    assert found is None
+    assert 1 < batches < 64 and 1024 % batches == 0
+    assert re.match(r"out of memory at batch_size 9000 on cpu, .* needs about .*: set batch_size=4500 or less$", drawn)
