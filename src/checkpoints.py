@@ -183,7 +183,8 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
     now = cfg.trainer.accumulate_grad_batches
     if before != now:
         raise ValueError(
-            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it, or start a new run"
+            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it "
+            "(data.micro_batch sets it too), or start a new run"
         )
 
 
@@ -225,7 +226,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
-        if name.split(".")[0] in OF_THE_MODEL:
+        if name.split(".")[0] in OF_THE_MODEL and name != "model.checkpointing":  # which changes no figure
             raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
     return lines
 

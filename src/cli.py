@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -134,6 +135,20 @@ def usage_errors() -> Iterator[None]:
         if isinstance(cause, TypeError):
             what = f"a setting has a value of the wrong type ({what}); HYDRA_FULL_ERROR=1 shows which"
         raise UsageError(what) from error
+
+
+@contextmanager
+def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
+    """Within this, running out of memory ends in one line, that of `explain`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        from src.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what took the room
+        raise UsageError(explain()) from error
 
 
 def level_size(image_size: int, level: int) -> int:

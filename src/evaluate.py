@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
-from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_errors
+from src.cli import CONF, UsageError, config_groups, launch, memory_errors, nearest, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,11 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src import plots
     from src.evaluation import flow_bits
 
-    module = opened.module.to(device)
     count = min(cfg.n or len(opened.data.val_indices), len(opened.data.val_indices))
-    result = bound_of(opened, count, cfg)
+    room = functools.partial(memory_errors, lambda: runs.out_of_memory_at(opened, min(cfg.batch_size, count), device))
+    with room():
+        module = opened.module.to(device)
+        result = bound_of(opened, count, cfg)
     metrics: dict[str, Any] = {
         "checkpoint": str(opened.checkpoint),
         "samples": count,
@@ -64,8 +66,9 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     if cfg.ode:
         parts = []
         for start in progress(range(0, count, cfg.batch_size), "Flow"):
-            x = held_out(opened, start, min(start + cfg.batch_size, count)).to(device)
-            parts.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, start))
+            with room():
+                x = held_out(opened, start, min(start + cfg.batch_size, count)).to(device)
+                parts.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, start))
         flow = torch.cat(parts)
         metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
     folder.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,6 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
     module = build_module(cfg, data.shape, data.levels)
-    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     warn_of_schedule(module)
     if cfg.compile:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -125,12 +124,14 @@ def build(cfg: DictConfig) -> Run:
     trainer = build_trainer(cfg, directory)
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
+    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
+    saved = read_checkpoint(resume_from) if resume_from else None
+    settle_micro_batch(cfg, trainer, saved)
+    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(module.hparams))
-    resume_from = None
-    if cfg.resume is not None:
-        resume_from = find_checkpoint(cfg.resume, None)
-        saved = read_checkpoint(resume_from)
+    if saved is not None:
+        assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
         check_accumulation(saved, cfg)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
@@ -262,6 +263,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.disk import WholeCheckpoints
+    from src.memory import MicroBatch
 
     if not 1 <= cfg.trainer.max_steps <= 10**9:
         raise ValueError(
@@ -280,6 +282,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             "1.0 is usual, null clips nothing"
         )
     callbacks = [make(node) for node in (cfg.callbacks or {}).values()]
+    if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
+        callbacks.append(MicroBatch())
     if loggers:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     for name in ("validate_every", "checkpoint_every", "trainer.log_every_n_steps"):
@@ -304,6 +308,120 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             f"trainer.precision={cfg.trainer.precision} on this machine)"
         ) from error
     return trainer
+
+
+def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:
+    """`data.micro_batch` as `trainer.accumulate_grad_batches`; auto takes that of the checkpoint `saved`, if resumed.
+
+    Without a checkpoint auto is left to the callback `MicroBatch`. Raises ValueError for contradictions.
+    """
+    from src.memory import accumulate, divisors
+    from src.sharding import FullySharded
+
+    micro, given = cfg.data.get("micro_batch"), cfg.trainer.accumulate_grad_batches
+    share, rest = divmod(cfg.data.batch_size, trainer.world_size)
+    if micro is None or rest:  # TrainingStream refuses the rest
+        return
+    if micro == "auto":
+        if isinstance(trainer.strategy, FullySharded):
+            raise ValueError(
+                "data.micro_batch=auto tries a step on each device alone, which sharded weights do not allow: give a "
+                "number, such as data.micro_batch=1, and double it while it fits"
+            )
+        if given != 1:
+            raise ValueError(
+                f"data.micro_batch=auto finds trainer.accumulate_grad_batches, given as {given}: leave one of them out"
+            )
+        if saved is None:
+            return
+        batches = saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
+    else:
+        if share % micro:
+            fitting = divisors(share)
+            near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
+            raise ValueError(
+                f"data.micro_batch={micro} does not divide the {share} samples of a step on each of "
+                f"{trainer.world_size} processes (data.batch_size={cfg.data.batch_size}): choose "
+                f"{' or '.join(map(str, near))}"
+            )
+        batches = share // micro
+        if given not in (1, batches):
+            raise ValueError(
+                f"data.micro_batch={micro} makes trainer.accumulate_grad_batches {batches}, given as {given}: "
+                "leave one of them out"
+            )
+    accumulate(trainer, batches)
+    cfg.trainer.accumulate_grad_batches = batches
+
+
+def out_of_memory(cfg: DictConfig, run: Run) -> str:
+    """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from src.memory import estimate
+    from src.sharding import FullySharded
+
+    trainer = run.trainer
+    micro = cfg.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
+    try:
+        needs = "about " + str(
+            estimate(
+                hollow_network(cfg, run.module.process.outputs),
+                run.module.shape,
+                micro,
+                trainer.strategy.root_device,
+                str(trainer.precision),
+                run.module.make_optimizer,
+                "ema" in (cfg.callbacks or {}),
+                trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
+                isinstance(trainer.strategy, DDPStrategy),
+            )
+        )
+    except (RuntimeError, MemoryError):  # a process under a limit may not even start the backward pass's threads
+        needs = "more than is left to estimate it with"
+    saved = run.last_checkpoint.exists()
+    remedies = {
+        "data.micro_batch=auto": micro > 1 and not saved and not isinstance(trainer.strategy, FullySharded),
+        "model.checkpointing=true": cfg.model.get("checkpointing") is False,
+        "trainer.precision=bf16-mixed": str(trainer.precision) in ("32-true", "64-true"),
+    }
+    settings = [setting for setting, helps in remedies.items() if helps]
+    advice = ", then ".join(settings) if settings else "a smaller model, or one dealt out by trainer=fsdp"
+    again = f"; saved: go on with python -m src.train resume={run.directory} {' '.join(settings)}" if saved else ""
+    return (
+        f"out of memory at data.micro_batch {micro} (samples per device and forward pass) on "
+        f"{having(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"
+    )
+
+
+def out_of_memory_at(opened: OpenedRun, batch_size: int, device: "torch.device") -> str:
+    """One line for sampling or evaluation that ran out of memory."""
+    from src.memory import estimate
+
+    net = hollow_network(opened.config, opened.module.process.outputs)
+    needs = estimate(net, opened.module.shape, batch_size, device, "32-true", None)
+    advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
+    return (
+        f"out of memory at batch_size {batch_size} on {having(device)}; a pass through the network needs about "
+        f"{needs}: {advice}"
+    )
+
+
+def hollow_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
+    """The network without weights, laid out as it is trained."""
+    import torch
+
+    with torch.device("meta"):
+        net: torch.nn.Module = make(cfg.model, {"outputs": outputs})
+    return net.to(memory_format=torch.channels_last)  # of images; points' weights have no such layout
+
+
+def having(device: "torch.device") -> str:
+    """A device and the memory that it has."""
+    from src.memory import device_memory, gib
+
+    size = device_memory(device)
+    return f"{device}, which has {gib(size)} GiB" if size else str(device)
 
 
 def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":

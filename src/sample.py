@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.checkpoints import find_checkpoint
-from src.cli import launch, usage_errors
+from src.cli import launch, memory_errors, usage_errors
 
 
 def sample(cfg: DictConfig) -> Path:
@@ -36,11 +36,15 @@ def sample(cfg: DictConfig) -> Path:
 
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    module, show = opened.module.to(device), opened.data.to_display
     parts = []
-    with tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling") as bar:
-        for start in range(0, cfg.n, cfg.batch_size):
-            indices = range(start, min(start + cfg.batch_size, cfg.n))
+    batch_size = min(cfg.batch_size, cfg.n)
+    with (
+        memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, device)),
+        tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling") as bar,
+    ):
+        module, show = opened.module.to(device), opened.data.to_display
+        for start in range(0, cfg.n, batch_size):
+            indices = range(start, min(start + batch_size, cfg.n))
             film = []
             for step, x in enumerate(module.sample(indices, cfg.seed, sampler)):
                 bar.update(len(indices) if step else 0)

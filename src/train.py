@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.checkpoints import read_checkpoint, take_up
-from src.cli import UsageError, launch, usage_errors
+from src.cli import UsageError, launch, memory_errors, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     start = time.perf_counter()
     try:
         resume_from = run.resume_from and str(run.resume_from)
-        run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
+        with memory_errors(lambda: runs.out_of_memory(cfg, run)):
+            run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to what `CleanStop` raises after it has saved
         say_how_to_go_on(run)
         raise SystemExit(128 + run.stop_signal) from stop

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol, TypedDict
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import lightning as L
 import torch
@@ -147,7 +147,8 @@ class StreamDataModule(L.LightningDataModule):
     `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
     optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
     held out; which ones depends on `split_seed` and never on the run's seed. `levels` is the number of values that
-    the data can take, evenly over [-1, 1]; None if they are continuous.
+    the data can take, evenly over [-1, 1]; None if they are continuous. `micro_batch`, the samples in one forward pass
+    on one device, is for what builds the Trainer: here it only has to be possible.
     """
 
     levels: int | None = None
@@ -161,8 +162,13 @@ class StreamDataModule(L.LightningDataModule):
         split_seed: int,
         seed: int,
         num_workers: int,
+        micro_batch: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(micro_batch, int) and not 1 <= micro_batch <= batch_size:
+            raise ValueError(
+                f"data.micro_batch must lie in [1, data.batch_size = {batch_size}], got {micro_batch}: auto finds one"
+            )
         if batch_size < 1 or num_workers < 0 or not 0 < val_fraction < 1:
             raise ValueError(
                 "needs data.batch_size >= 1, data.num_workers >= 0 and data.val_fraction in (0, 1), got "

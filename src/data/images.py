@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ class ImageDataModule(StreamDataModule):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        micro_batch: int | Literal["auto"] | None = None,
     ) -> None:
         super().__init__(
             partial(source, root, image_size, channels),
@@ -58,6 +59,7 @@ class ImageDataModule(StreamDataModule):
             split_seed,
             seed,
             num_workers,
+            micro_batch,
         )
         if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
             raise ValueError(

@@ -6,6 +6,7 @@ between 0.5 and 1.6.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ class PointsDataModule(StreamDataModule):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
+        micro_batch: int | Literal["auto"] | None = None,
     ) -> None:
-        super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers)
+        super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers, micro_batch)
         if num_samples < 2:
             raise ValueError(f"data.num_samples must be at least 2, got {num_samples}: 20000 is usual")
         self.distribution = source

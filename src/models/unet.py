@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from src.models.layers import (
     Downsample,
@@ -26,6 +27,8 @@ class UNet(nn.Module):
     self-attention, and so is the middle. Attention has `heads` heads, or heads of `head_channels` channels.
     `resample_blocks` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
     Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
+    `checkpointing` keeps only what goes into each block, and computes its inside again in the backward pass (Chen et
+    al. 2016, arXiv 1604.06174).
 
     With head_channels (or one head) it is weight for weight the diffusers library's `UNet2DModel`.
     """
@@ -45,6 +48,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,
         outputs: int = 1,
         time_scale: float = 1000.0,
+        checkpointing: bool = False,
     ) -> None:
         """Raises ValueError if attention is asked for at a resolution that no level has, or heads do not fit."""
         super().__init__()
@@ -61,6 +65,7 @@ class UNet(nn.Module):
                 f"have resolutions {sizes}; set model.attention to some of these"
             )
         self.factor = 2 ** (len(widths) - 1)
+        self.checkpointing = checkpointing
         groups = fit_groups(width)
         emb_dim = 4 * width
 
@@ -118,16 +123,21 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for module in self.down:
-            h = _apply(module, h, emb)
+            h = self._run(module, h, emb)
             skips.append(h)
         for module in self.middle:
-            h = _apply(module, h, emb)
+            h = self._run(module, h, emb)
         for module in self.up:
-            if isinstance(module, Layer):
-                h = torch.cat([h, skips.pop()], dim=1)
-            h = _apply(module, h, emb)
+            h = self._run(module, h, emb, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         return out[..., :height, :width]
+
+    def _run(self, module: nn.Module, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Run a block; with checkpointing, the inside of those that are more than one convolution is let go."""
+        if self.checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):
+            out: Tensor = checkpoint(_apply, module, h, emb, skip, use_reentrant=False)
+            return out
+        return _apply(module, h, emb, skip)
 
 
 class Layer(nn.Module):
@@ -149,7 +159,8 @@ def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
-def _apply(module: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
-    """Run a block, with the embedding if it takes one."""
+def _apply(module: nn.Module, h: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
+    """Run a block, on its input and the skip connection's if there is one, with the embedding if it takes one."""
+    h = h if skip is None else torch.cat([h, skip], dim=1)
     takes_time = isinstance(module, Layer | ResidualBlock)
     return module(h, emb) if takes_time else module(h)  # type: ignore[no-any-return]

@@ -1,0 +1,240 @@
+"""Memory: what a training step needs, told without running one, and the largest micro-batch for which there is room."""
+
+import copy
+import gc
+import logging
+import os
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from src.data.batch import StreamDataModule
+from src.module import DiffusionModule
+
+log = logging.getLogger(__name__)
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+
+
+class Estimate(NamedTuple):
+    """Bytes on one device at the peak of a step; `activations` are all that comes and goes within it."""
+
+    weights: int
+    gradients: int
+    moments: int
+    average: int
+    activations: int
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gib(n)}" for name, n in self._asdict().items() if n)
+        return f"{gib(sum(self))} GiB ({parts})"
+
+
+def estimate(
+    net: nn.Module,
+    shape: Sequence[int],
+    micro_batch: int,
+    device: torch.device,
+    precision: str,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None,
+    average: bool = True,
+    shards: int = 1,
+    buckets: bool = False,
+) -> Estimate:
+    """What `net` needs for `micro_batch` samples of `shape`, from one pass on tensors without contents.
+
+    `precision` is one of Lightning's. Without an optimizer it is a forward pass alone, as for sampling. Gradients
+    count as alive throughout, as they are from one step to the next; `buckets` are DDP's copy of them, and of
+    `shards` of the weights (FSDP) one lies here. What libraries allocate for themselves is not in it, and a compiled
+    network is taken for what it was.
+    """
+    bits, _, mode = precision.partition("-")
+    hollow = copy.deepcopy(net).to("meta")
+    if mode == "true":
+        hollow.to(DTYPES[bits])
+    activations = _peak(hollow, shape, micro_batch, device, DTYPES[bits] if mode == "mixed" else None, bool(optimizer))
+    weights = sum(_size(p) for p in hollow.parameters()) // shards
+    if optimizer is None:
+        return Estimate(weights, 0, 0, 0, activations)
+    average_size = 4 * sum(p.numel() for p in hollow.parameters()) // shards if average else 0
+    moments = round(weights * _moments(optimizer))
+    return Estimate(weights, weights * (2 if buckets else 1), moments, average_size, activations)
+
+
+def _peak(
+    net: nn.Module, shape: Sequence[int], batch: int, device: torch.device, autocast: torch.dtype | None, train: bool
+) -> int:
+    """The most bytes that are alive at once in a pass through a `net` without contents, its weights' aside."""
+    with FakeTensorMode(), torch.set_grad_enabled(train):
+        net._apply(  # type: ignore[no-untyped-call]
+            lambda p: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device)
+        )
+        for p in net.parameters() if train else ():
+            p.grad = torch.empty_like(p)
+        last = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+        x = torch.empty(batch, *shape, device=device, memory_format=last)
+        time = torch.empty(batch, device=device)
+        lasting = [*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()]
+        with _Live(lasting) as live:
+            with torch.autocast(device.type, autocast) if autocast else nullcontext():
+                out = net(x, time)
+            if train:
+                out.float().square().mean().backward()
+    peak: int = live.peak
+    return peak + _size(x)
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of storages that operations make, from when they are made until nothing refers to them."""
+
+    def __init__(self, lasting: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0
+        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in lasting)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self.alive += storage.nbytes()
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return made
+
+    def _freed(self, size: int) -> None:
+        self.alive -= size
+
+
+def _moments(make: Callable[[list[dict[str, Any]]], Optimizer]) -> float:
+    """Bytes of an optimizer's state for each byte of weights: told by a step of it on a small weight."""
+    weight = nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = make([{"params": [weight]}])
+    optimizer.step()
+    state = [v for v in optimizer.state[weight].values() if isinstance(v, Tensor) and v.ndim]  # not the count of steps
+    return sum(map(_size, state)) / _size(weight)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, to three significant digits."""
+    return f"{size / 2**30:.3g}"
+
+
+def device_memory(device: torch.device) -> int | None:
+    """The bytes that a device has, on a CPU those that this process may have; None if it does not tell."""
+    if device.type in ("cuda", "xpu"):
+        total: int = torch.get_device_module(device).mem_get_info(device)[1]
+        return total
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    import resource
+
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    group = Path("/sys/fs/cgroup/memory.max")
+    if group.is_file() and (limit := group.read_text().strip()).isdecimal():
+        limits.append(int(limit))
+    return min(limit for limit in limits if limit > 0)  # -1 is no limit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, of a device or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"]
+    signs.append("could not create a primitive")  # oneDNN, on a CPU
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def divisors(n: int) -> list[int]:
+    """Of n >= 1, the largest first."""
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def accumulate(trainer: L.Trainer, batches: int) -> None:
+    """Have the optimizer step after so many batches, and validation come after as many steps as before."""
+    trainer.val_check_interval = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * batches
+    trainer.accumulate_grad_batches = batches
+
+
+class MicroBatch(L.Callback):
+    """Finds the largest micro-batch with which a training step fits on every process's device, and accumulates it.
+
+    Only here, after the strategy's set-up and before its loaders, do processes know of each other.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
+        share = data.batch_size // trainer.world_size
+        found = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
+        device = trainer.strategy.root_device
+        found = int(trainer.strategy.all_gather(torch.tensor(found, device=device)).min())
+        if not found:
+            raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
+        accumulate(trainer, share // found)
+        pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // found  # which a resumed run keeps
+        if trainer.is_global_zero:
+            log.info(f"data.micro_batch=auto: {found} samples fit, {share // found} times a step on each process")
+
+
+def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
+    """Whether two training steps on a copy of the module fit on this process's device: the first makes the moments.
+
+    Beside the copy lie what the average and DDP's buckets need, and a reserve of 3% of a device of its own memory.
+    """
+    device = trainer.strategy.root_device
+    try:
+        with isolate_rng():
+            _step_twice(module, trainer, micro_batch, device)
+        fit = True
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fit = False
+    gc.collect()  # modules refer to themselves
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+    return fit
+
+
+def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, device: torch.device) -> None:
+    precision = trainer.precision_plugin
+    trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
+    precision.convert_module(trial)
+    trial._find_weights()
+    copies = 2 if trainer.world_size > 1 else 1
+    beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
+    if device.type != "cpu":
+        beside.append(torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device))
+    optimizer, _ = trial.prepare_optimizer(1)
+    x = torch.zeros(micro_batch, *trial.shape, device=device)
+    for _ in range(2):
+        with precision.train_step_context():
+            _, terms = trial._train_terms({"x": x, "start": 0, "total": micro_batch}, 0)
+        terms["loss"].mean().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()  # gradients stay, as they do from one step to the next
+    del beside
