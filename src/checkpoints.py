@@ -1,6 +1,6 @@
 """Checkpoints on disk: written whole or not at all, verified before they are believed, and found again.
 
-A checkpoint is the zip archive that torch makes, which holds a CRC-32 of each of its parts. It holds the resolved
+A checkpoint is the zip archive that torch makes, with a CRC-32 of the whole file as its comment. It holds the resolved
 configuration (`hyper_parameters`) and both sets of weights. An exported model is a safetensors file with one set of
 weights, and as metadata what others need of the configuration. Torch is imported only where one is read.
 """
@@ -10,9 +10,10 @@ import functools
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -57,8 +58,18 @@ def by_age(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True)
 
 
+SEAL = 8
+"""Bytes of a checkpoint's comment, with which it ends: the CRC-32 of all that stands before, in hexadecimal."""
+
+
+def sealed(archive: memoryview) -> Iterator[bytes | memoryview]:
+    """A zip archive without a comment, as it ends now, and its seal as comment: the parts of what is to be written."""
+    body, length = archive[:-2], SEAL.to_bytes(2, "little")  # an archive ends with the length of its comment, 0 here
+    yield from (body, length, f"{zlib.crc32(length, zlib.crc32(body)):0{SEAL}x}".encode())
+
+
 def is_whole(path: Path) -> bool:
-    """Whether every part of the archive is stored as it is and has the checksum that was written with it."""
+    """Whether a checkpoint is what was written: by its seal, or if it has none, by the CRC-32 of each of its parts."""
     stat = path.stat()
     return _is_whole(path, stat.st_mtime_ns, stat.st_size)
 
@@ -67,13 +78,26 @@ def is_whole(path: Path) -> bool:
 def _is_whole(path: Path, written: int, size: int) -> bool:
     """As of a time and size, so that a large file is read through once only."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             # Torch compresses nothing: so what is read is bounded by the size of the file.
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-            return stored and sum(part.file_size for part in parts) <= size and archive.testzip() is None
+            if not stored or sum(part.file_size for part in parts) > size:
+                return False
+            if archive.comment:
+                return archive.comment == f"{_checksum(file, size - SEAL):0{SEAL}x}".encode()
+            return archive.testzip() is None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
         return False
+
+
+def _checksum(file: IO[bytes], size: int) -> int:
+    """CRC-32 of the first `size` bytes."""
+    file.seek(0)
+    total = 0
+    for start in range(0, size, 2**24):
+        total = zlib.crc32(file.read(min(2**24, size - start)), total)
+    return total
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
+from src.checkpoints import sealed
+
 
 @contextmanager
 def without_room_go_on(path: Path) -> Iterator[None]:
@@ -48,7 +50,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with partial.open("wb") as file:
-                    file.write(contents.getbuffer())
+                    file.writelines(sealed(contents.getbuffer()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -14,33 +15,41 @@ from src.disk import WholeCheckpoints
 from tests.conftest import train_tiny
 
 
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_single_flipped_bit_is_seen(trained, tmp_path, damage, part):
-    """Anywhere in what the archive holds: of the bytes at and after this part of it, one that is data."""
-    contents = bytearray((trained / "checkpoints" / "last.ckpt").read_bytes())
-    path = tmp_path / "a.ckpt"
-    path.write_bytes(contents)
+def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):
+    """In tensors, padding, the archive's directory or the seal: at 200 seeded places, and at each of the last 200."""
+    original = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    path, chance = tmp_path / "a.ckpt", random.Random(0)
+    path.write_bytes(original)
     assert is_whole(path)
-    at, is_seen = int(part * len(contents)), False
-    if damage == "truncate":
-        path.write_bytes(contents[:at])
-    else:
-        original, loaded = bytes(contents), torch.load(path, weights_only=True)
-        for place in range(at, at + 2000):  # some bytes are padding, which no tensor is made of
-            contents[place] ^= 1
-            path.write_bytes(contents)
-            if not is_whole(path):
-                break
-            # What passes must be what was saved.
-            try:
-                again = torch.load(path, weights_only=True)
-            except RuntimeError:  # in the archive's directory, which torch's own reader refuses
-                is_seen = True
-                break
-            assert all(torch.equal(again["state_dict"][k], v) for k, v in loaded["state_dict"].items())
-            contents[:] = original
-    assert is_seen or not is_whole(path)
+    whole = torch.load(path, weights_only=True)["state_dict"]
+    for place in [*chance.sample(range(len(original)), 200), *range(len(original) - 200, len(original))]:
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        if is_whole(path):  # the length of the comment became 0, and all else is what was saved
+            assert place == len(original) - 10
+            again = torch.load(path, weights_only=True)["state_dict"]
+            assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9, 0.99999])
+def test_a_file_that_was_cut_short_is_seen(trained, tmp_path, part):
+    contents = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(contents[: int(part * len(contents))])
+    assert not is_whole(path)
+
+
+def test_a_checkpoint_without_a_seal_is_held_against_its_parts(trained, tmp_path):
+    """As torch writes it, and as older ones are."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"weights": torch.arange(1000.0)}, path)
+    assert is_whole(path)
+    contents = bytearray(path.read_bytes())
+    at = contents.index(torch.arange(1000.0).numpy().tobytes())
+    contents[at + 500] ^= 4
+    path.write_bytes(contents)
+    assert not is_whole(path)
 
 
 def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):

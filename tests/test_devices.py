@@ -99,7 +99,7 @@ def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path,
     run = next((tmp_path / "outputs" / "train").iterdir())
     step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
     assert 12 < step < 20 and f"saved at step {step}" in done.stdout
-    done = lightning_starts(2, f"resume={run}", cwd=tmp_path)
+    done = lightning_starts(2, f"resume={run}", "trust=true", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     for key in ("state_dict", "current_model_state"):
         ours, theirs = weights(run, key), weights(alone, key)
