@@ -1,13 +1,9 @@
-"""What happens around training: weight averaging, steps that are not finite, pictures, checkpoints, a clean stop."""
+"""What happens around training: weight averaging, steps that are not finite, pictures."""
 
 import json
 import math
-import signal
-import threading
-import time
 import warnings
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -26,8 +22,7 @@ from src.disk import without_room_go_on
 from src.module import DiffusionModule
 from src.plots import draw
 from src.sharding import load_state, local, share, whole
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+from src.stopping import answer_signals
 
 
 class EMA(L.Callback):
@@ -307,7 +302,8 @@ class SampleGrid(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
-        *_, last = pl_module.sample_together(self.count, self.seed)
+        for last in pl_module.sample_together(self.count, self.seed):  # noqa: B007 - the others are on the way to it
+            answer_signals(trainer)
         if not trainer.is_global_zero:
             return
         picture = draw(data.to_display(last), data.to_display(data.examples(self.count)))
@@ -324,66 +320,3 @@ def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
             logger.log_image(name, [picture])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
-
-
-class CleanStop(L.Callback):
-    """On Ctrl-C, SIGTERM or SIGUSR1 (SLURM's warning): finish the step, save `path`, then stop.
-
-    `signal` is the one that it was, 0 if none. A second Ctrl-C stops at once. Several processes agree first, since the
-    signal may have reached only one of them: about every `seconds`, at a step that all of them count alike.
-    """
-
-    def __init__(self, path: str, seconds: float = 5.0) -> None:
-        if seconds <= 0:
-            raise ValueError(f"callbacks.stop.seconds must be positive, got {seconds}: 5 is usual")
-        self.path = path
-        self.seconds = seconds
-        self.signal = 0
-        self._previous: dict[int, Any] = {}
-        self._next_step = 0
-        self._last: tuple[int, float] | None = None
-
-    # Lightning listens to signals of its own, from before this hook until after `on_exception`.
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signal, self._next_step, self._last = 0, 0, None
-        if threading.current_thread() is threading.main_thread():  # the only one that may listen to signals
-            for number in STOP_SIGNALS:
-                self._previous[number] = signal.signal(number, self._ask)
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        # The start of the next step: only here has Lightning logged and counted the last one.
-        step, part = divmod(batch_idx, trainer.accumulate_grad_batches)
-        if part == 0 and self._agreed(trainer, step):
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
-
-    def _agreed(self, trainer: L.Trainer, step: int) -> bool:
-        if trainer.world_size > 1 and step >= self._next_step:
-            now = time.perf_counter()
-            count, since = (step - self._last[0], now - self._last[1]) if self._last else (1, self.seconds)
-            # The largest of each: any process's signal, and the slowest one's seconds a step.
-            mine = torch.tensor([[self.signal, since / max(count, 1)]], device=trainer.strategy.root_device)
-            largest = trainer.strategy.all_gather(mine).flatten(0, -2).amax(0)
-            self.signal = int(largest[0])
-            self._last = step, now
-            self._next_step = step + max(1, int(self.seconds / largest[1].item()))
-            return self.signal != 0
-        return trainer.world_size == 1 and self.signal != 0
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, previous in self._previous.items():
-            signal.signal(number, previous)
-        self._previous.clear()
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number

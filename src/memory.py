@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
@@ -21,8 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from src.data.batch import StreamDataModule
 from src.module import DiffusionModule
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -204,12 +202,11 @@ class MicroBatch(L.Callback):
 def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
     """Whether two training steps on a copy of the module fit on this process's device: the first makes the moments.
 
-    Beside the copy lie what the average and DDP's buckets need, and a reserve of 3% of a device of its own memory.
+    Beside the copy lie what the average and DDP's buckets need, and a reserve of 3% of the device's memory.
     """
     device = trainer.strategy.root_device
     try:
-        with isolate_rng():
-            _step_twice(module, trainer, micro_batch, device)
+        _step_twice(module, trainer, micro_batch, device)
         fit = True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -228,8 +225,9 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
     trial._find_weights()
     copies = 2 if trainer.world_size > 1 else 1
     beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
-    if device.type != "cpu":
-        beside.append(torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device))
+    room = max(1, (device_memory(device) or 0) * 3 // 100)
+    # On a CPU by the system itself: what libraries put their code into does not come from what was freed.
+    reserve = mmap.mmap(-1, room) if device.type == "cpu" else torch.empty(room, dtype=torch.uint8, device=device)
     optimizer, _ = trial.prepare_optimizer(1)
     x = torch.zeros(micro_batch, *trial.shape, device=device)
     for _ in range(2):
@@ -237,4 +235,4 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
             _, terms = trial._train_terms({"x": x, "start": 0, "total": micro_batch}, 0)
         terms["loss"].mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()  # gradients stay, as they do from one step to the next
-    del beside
+    del beside, reserve

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,7 +19,7 @@ from src.diffusion.noise import Grid, Level, Link, Schedule, Spacing, make_grid,
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
-from src.draws import Draws, SampleNoise
+from src.draws import Draws, SampleNoise, key
 from src.sharding import shard, total_norm
 
 VALIDATION = -1
@@ -94,6 +95,8 @@ class DiffusionModule(L.LightningModule):
         self.check_sampler(sampler)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self.validated = 0
+        """The step at which the last validation ended."""
         self.grad_norm = torch.zeros(())
         """Of the last step, before clipping; not finite if the step was skipped."""
 
@@ -117,7 +120,30 @@ class DiffusionModule(L.LightningModule):
         self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
         self.curve_weights = tuple(p for p in self.parameters() if id(p) in curve)
 
+    def on_train_start(self) -> None:
+        """Make up for a validation in which the run was stopped or killed, and which Lightning takes for done."""
+        trainer = self.trainer
+        every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches
+        if self.validated < self.global_step and self.global_step % every == 0:
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation.restarting = False  # from its first batch
+            trainer.validating = True
+            validation.run()
+            trainer.training = True
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.validated = self.global_step
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["validated"] = self.validated
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.validated = checkpoint.get("validated", checkpoint["global_step"])
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        # What networks draw, their dropout, belongs to the step too: so a resumed run draws it as if it went on.
+        torch.manual_seed(key(self.seed, "network", self.global_step, batch["start"]))
         v, terms = self._train_terms(batch, self.global_step)
         if isinstance(self.timesteps, Importance):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
@@ -233,20 +259,27 @@ class DiffusionModule(L.LightningModule):
         next(sampler.walk(self.process, predictor(self.process, lambda x, _: wrong), x, grid, noise=torch.zeros_like))
 
     @torch.no_grad()
-    def sample(self, indices: Sequence[int], seed: int, sampler: Sampler | None = None) -> Iterator[Tensor]:
+    def sample(
+        self, indices: Sequence[int], seed: int, sampler: Sampler | None = None, at_once: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield samples `indices` at every level from pure noise to data, each (N, *data) float32.
 
-        Sample k depends on (seed, k) alone, not on what it is drawn together with.
+        Sample k depends on (seed, k) alone, not on what it is drawn together with. The network sees at most `at_once`
+        of them together.
         """
         walk, steps, spacing = sampler or self.sampler
         training = self.training
         self.eval()
+
+        def denoise(x: Tensor, t: Level) -> Tensor:
+            return torch.cat([self.denoise(part, t) for part in torch.split(x, at_once or len(x))])
+
         try:
             noise = SampleNoise(seed, indices, self.device)
             grid = make_grid(self.schedule, steps, spacing)
             x = grid[0].norm * noise.draw(self.shape)
             yield x
-            yield from walk(self.process, predictor(self.process, self.denoise), x, grid, noise=noise)
+            yield from walk(self.process, predictor(self.process, denoise), x, grid, noise=noise)
         finally:
             self.train(training)
 
@@ -255,10 +288,12 @@ class DiffusionModule(L.LightningModule):
 
         Every process must take part, and gets all samples.
         """
-        share = -(-count // self.trainer.world_size)  # the same everywhere: sharded weights need all for every step
-        first = self.trainer.global_rank * share
-        for x in self.sample(range(first, first + share), seed):
-            yield self.trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
+        trainer = self.trainer
+        share = -(-count // trainer.world_size)  # the same everywhere: sharded weights need all for every step
+        first = trainer.global_rank * share
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for x in self.sample(range(first, first + share), seed, at_once=data.at_once(trainer)):
+            yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
 
 
 def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:

@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -71,11 +70,11 @@ class Run(NamedTuple):
 
     @property
     def stop_signal(self) -> int:
-        """The signal that ended training; that of Ctrl-C if no callback was there to say."""
-        from src.callbacks import CleanStop
+        """The signal that ended training; 0 if no callback was there to say."""
+        from src.stopping import CleanStop
 
         asked = [c.signal for c in self.trainer.callbacks if isinstance(c, CleanStop)]  # type: ignore[attr-defined]
-        return max(asked, default=0) or signal.SIGINT
+        return max(asked, default=0)
 
     @property
     def diagnosis(self) -> str:

@@ -1,6 +1,7 @@
 """Train a diffusion model: `python -m src.train schedule=cosine data=digits trainer.devices=4`."""
 
 import math
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,14 +33,15 @@ def train(cfg: DictConfig) -> dict[str, float]:
             run.data.setup()
             run.data.stream(run.trainer)
     announce(run)
-    start = time.perf_counter()
+    from src.stopping import Interruption, heard_by
+
+    interruption = Interruption()
     try:
-        resume_from = run.resume_from and str(run.resume_from)
-        with memory_errors(lambda: runs.out_of_memory(cfg, run)):
-            run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
-    except SystemExit as stop:  # Lightning's answer to what `CleanStop` raises after it has saved
+        with memory_errors(lambda: runs.out_of_memory(cfg, run)), heard_by(interruption):
+            metrics = fit(cfg, run)
+    except (KeyboardInterrupt, SystemExit) as stop:  # the latter is Lightning's answer to what `CleanStop` raises
         say_how_to_go_on(run)
-        raise SystemExit(128 + run.stop_signal) from stop
+        raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -47,31 +49,42 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: lower "
             f"data.num_workers ({cfg.data.num_workers} now) and go on with resume={relative(run.directory)}"
         ) from error
+    finally:
+        runs.close(run)
+    if not math.isfinite(metrics.get("val/loss", 0)):
+        raise UsageError(f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr})")
+    return metrics
+
+
+def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
+    """Train, save, validate, and leave what there is to look at. Raises UsageError if training was given up."""
+    from src import runs
+
+    start = time.perf_counter()
+    resume_from = run.resume_from and str(run.resume_from)
+    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
     seconds = time.perf_counter() - start
     if run.diagnosis:
-        runs.close(run)
         raise UsageError(run.diagnosis)
     run.save()
-    validation = run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     steps = run.trainer.global_step
+    if run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics:
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     metrics = {
-        **{name: float(value) for result in validation for name, value in result.items()},
+        **{name: float(x) for name, x in run.trainer.callback_metrics.items() if name.startswith("val/")},
         "steps": steps,
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
     film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:
-        runs.write_json(run.directory / "metrics.json", metrics)
         leave_pictures(run, film)
+        runs.write_json(run.directory / "metrics.json", metrics)  # last, since it says that the run is finished
         print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
         for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
         print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
-    runs.close(run)
-    if not math.isfinite(metrics.get("val/loss", 0)):
-        raise UsageError(f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr})")
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import lightning as L
@@ -126,19 +127,24 @@ class TrainingStream(Sampler[Places]):
 
 
 class ValidationStream(Sampler[Places]):
-    """All `indices` once and in order, batch by batch, dealt out over `world` processes."""
+    """All `indices` once and in order, in batches of `batch_size` to less than twice that, dealt out over `world`.
+
+    Every process has as many batches as every other, of which sharded weights are gathered together.
+    """
 
     def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.indices = list(indices)
-        self.batch_size = batch_size
-        self.starts = range(rank * batch_size, len(indices), world * batch_size)
+        rounds = max(1, len(self.indices) // (world * batch_size))
+        count = rounds * world
+        edges = [k * len(self.indices) // count for k in range(count + 1)]
+        self.spans = list(pairwise(edges))[rank::world]
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.spans)
 
     def __iter__(self) -> Iterator[Places]:
-        for start in self.starts:
-            yield Places(start, len(self.indices), self.indices[start : start + self.batch_size])
+        for start, stop in self.spans:
+            yield Places(start, len(self.indices), self.indices[start:stop])
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -234,9 +240,12 @@ class StreamDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self._trainer()
-        micro = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
-        micro = min(micro, max(1, len(self.val_indices) // trainer.world_size))  # something for every process
-        return self._loader(ValidationStream(self.val_indices, micro, trainer.global_rank, trainer.world_size))
+        size = self.at_once(trainer)
+        return self._loader(ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size))
+
+    def at_once(self, trainer: L.Trainer) -> int:
+        """The samples in one forward pass of one process in training, for which its device has room."""
+        return max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         x = self.to_model(batch["x"])

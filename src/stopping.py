@@ -1,0 +1,122 @@
+"""How a run ends before its time: on Ctrl-C, SIGTERM or SIGUSR1 (SLURM's warning), saved and without a traceback."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
+@contextmanager
+def heard_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within this, a signal to stop calls `handler`."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may listen to signals
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+
+
+class Interruption:
+    """As a handler, ends what is going on at once, and remembers the signal's `number`."""
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        raise KeyboardInterrupt
+
+
+class CleanStop(L.Callback):
+    """On a signal: finish the step of training, validation or sampling at hand, save `path`, then stop.
+
+    `signal` is the one that it was, 0 if none. A second Ctrl-C stops at once. Several processes agree first, since the
+    signal may have reached only one of them: about every `seconds`, at a turn that all of them count alike.
+    """
+
+    def __init__(self, path: str, seconds: float = 5.0) -> None:
+        if seconds <= 0:
+            raise ValueError(f"callbacks.stop.seconds must be positive, got {seconds}: 5 is usual")
+        self.path = path
+        self.seconds = seconds
+        self.signal = 0
+        self._listening = ExitStack()
+        self._turn = self._next_turn = 0
+        self._last: tuple[int, float] | None = None
+
+    # Lightning listens to signals of its own, from before this hook until after `on_exception`.
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signal, self._last = 0, None
+        self._turn = self._next_turn = 0
+        self._listening.enter_context(heard_by(self._ask))
+        # Which has every step wait for the device, to tell all processes of a SIGTERM.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # The start of the next step: only here has Lightning logged and counted the last one.
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.look(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._next_turn, self._last = 0, None  # other turns take other times
+
+    on_validation_end = on_validation_start
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.look(trainer)
+
+    def look(self, trainer: L.Trainer) -> None:
+        """Save and stop, if a signal asked for it. All processes must take this turn."""
+        if self._agreed(trainer):
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def _agreed(self, trainer: L.Trainer) -> bool:
+        turn = self._turn
+        self._turn += 1
+        if trainer.world_size > 1 and turn >= self._next_turn:
+            now = time.perf_counter()
+            count, since = (turn - self._last[0], now - self._last[1]) if self._last else (1, self.seconds)
+            # The largest of each: any process's signal, and the slowest one's seconds a turn.
+            mine = torch.tensor([[self.signal, since / max(count, 1)]], device=trainer.strategy.root_device)
+            largest = trainer.strategy.all_gather(mine).flatten(0, -2).amax(0)
+            self.signal = int(largest[0])
+            self._last = turn, now
+            self._next_turn = turn + max(1, int(self.seconds / largest[1].item()))
+            return self.signal != 0
+        return trainer.world_size == 1 and self.signal != 0
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listening.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._listening.close()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def answer_signals(trainer: L.Trainer) -> None:
+    """For what takes long within a hook: a turn of every `CleanStop` of the trainer."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CleanStop):
+            callback.look(trainer)
