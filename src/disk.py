@@ -48,17 +48,24 @@ class WholeCheckpoints(TorchCheckpointIO):
         self.failed = True
         with without_room_go_on(path):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                self._enter(path.parent)
                 with partial.open("wb") as file:
                     file.writelines(sealed(contents.getbuffer()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
                 self.failed = False
-                self._folders.add(path.parent.resolve())
             finally:
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
+
+    def _enter(self, folder: Path) -> None:
+        """Before the first checkpoint in a folder: make it, and remove what a killed process was writing there."""
+        if folder.resolve() not in self._folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folders.add(folder.resolve())
+            for partial in folder.glob("*.ckpt.partial"):
+                partial.unlink(missing_ok=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         path = Path(path)

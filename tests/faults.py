@@ -5,9 +5,12 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from threading import Timer
 
 import lightning as L
 import torch
+
+from src.data.batch import TrainingStream
 
 
 class Poison(L.Callback):
@@ -58,3 +61,69 @@ class Watch(L.Callback):
         total = torch.stack([p.double().sum() for p in pl_module.parameters()]).sum()
         line = f"rank {trainer.global_rank} step {trainer.global_step} weights {total.item()!r}\n"
         os.write(1, line.encode())  # in one piece, beside other processes
+
+
+class Kill(L.Callback):
+    """SIGKILL some seconds after the n-th time that the run enters a phase, as KILL="phase n seconds" says.
+
+    Each entering and leaving of that phase is noted in the file `KILL_NOTES`, so that its last line tells whether the
+    run died within it.
+    """
+
+    PHASES = ("step", "epoch's end", "save", "validation", "sampling")
+
+    def __init__(self) -> None:
+        self.phase, self.left, self.seconds = "", 0, 0.0
+        if "KILL" in os.environ:
+            self.phase, number, seconds = os.environ["KILL"].rsplit(" ", 2)
+            self.left, self.seconds = int(number), float(seconds)
+            self.notes = Path(os.environ["KILL_NOTES"])
+
+    def setup(self, trainer, pl_module, stage):
+        saver, sample = trainer.strategy.checkpoint_io, pl_module.sample_together
+        save = saver.save_checkpoint
+
+        def save_checkpoint(*args, **kwargs):
+            self.enter("save")
+            save(*args, **kwargs)
+            self.leave("save")
+
+        def sample_together(*args, **kwargs):
+            self.enter("sampling")
+            yield from sample(*args, **kwargs)
+            self.leave("sampling")
+
+        saver.save_checkpoint, pl_module.sample_together = save_checkpoint, sample_together
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        stream: TrainingStream = trainer.train_dataloader.sampler
+        self.step = "step" if spans_one_epoch(stream, trainer.global_step) else "epoch's end"
+        self.enter(self.step)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.leave(self.step)
+
+    def on_validation_start(self, trainer, pl_module):
+        self.enter("validation")
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.leave("validation")
+
+    def enter(self, phase: str) -> None:
+        if phase == self.phase:
+            self.left -= 1
+            self.notes.write_text(f"within {phase}")
+            if self.left == 0:
+                timer = Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL))
+                timer.daemon = True
+                timer.start()
+
+    def leave(self, phase: str) -> None:
+        if phase == self.phase:
+            self.notes.write_text(f"after {phase}")
+
+
+def spans_one_epoch(stream: TrainingStream, step: int) -> bool:
+    """Whether the batch of `step` has no sample of the next epoch."""
+    count = len(stream.indices)
+    return step * stream.batch_size // count == ((step + 1) * stream.batch_size - 1) // count
