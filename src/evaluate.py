@@ -2,20 +2,23 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
-from src.cli import CONF, UsageError, config_groups, launch, memory_errors, nearest, usage_errors
+from src.cli import CONF, UsageError, config_groups, launch, memory_errors, nearest, rank, usage_errors
 
 if TYPE_CHECKING:
     import torch
 
     from src.evaluation import Bound
+    from src.processes import Processes
     from src.runs import OpenedRun
+
+T = TypeVar("T")
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -24,8 +27,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     metrics = compare(cfg, folder) if cfg.analytic else likelihood(cfg, folder)
     from src.runs import write_json
 
-    write_json(folder / "metrics.json", metrics)
-    print(f"All figures: {folder / 'metrics.json'}")
+    if rank() == 0:
+        write_json(folder / "metrics.json", metrics)
+        print(f"All figures: {folder / 'metrics.json'}")
     return metrics
 
 
@@ -39,8 +43,12 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root)
-        device = runs.pick_device(cfg.device)
-        opened.data.prepare_data()
+        if rank() == 0:  # the others come after it
+            opened.data.prepare_data()
+            opened.data.setup()
+        from src.processes import start_processes
+
+        processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
 
     import torch
@@ -49,10 +57,15 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from src.evaluation import flow_bits
 
     count = min(cfg.n or len(opened.data.val_indices), len(opened.data.val_indices))
-    room = functools.partial(memory_errors, lambda: runs.out_of_memory_at(opened, min(cfg.batch_size, count), device))
-    with room():
-        module = opened.module.to(device)
-        result = bound_of(opened, count, cfg)
+    batch_size = min(cfg.batch_size, -(-count // processes.count))
+    with memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, processes.device)):
+        module = opened.module.to(processes.device)
+        batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        result = bound_of(opened, batches, cfg, processes)
+        flows = []
+        for batch in progress(processes.share(batches), "Flow", processes.rank) if cfg.ode else ():
+            x = held_out(opened, batch).to(processes.device)
+            flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start))
     metrics: dict[str, Any] = {
         "checkpoint": str(opened.checkpoint),
         "samples": count,
@@ -64,13 +77,10 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metrics["decoder"] = result.links[0].item()
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if cfg.ode:
-        parts = []
-        for start in progress(range(0, count, cfg.batch_size), "Flow"):
-            with room():
-                x = held_out(opened, start, min(start + cfg.batch_size, count)).to(device)
-                parts.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, start))
-        flow = torch.cat(parts)
+        flow = torch.cat(processes.gather_in_turn(flows))
         metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
+    if processes.rank > 0:
+        return metrics
     folder.mkdir(parents=True, exist_ok=True)
     rows = [module.schedule.row(t) for t in range(module.schedule.num_steps)]
     log_snr = torch.stack([row.snr.log() for row in rows])
@@ -87,27 +97,27 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return metrics
 
 
-def bound_of(opened: "OpenedRun", count: int, cfg: DictConfig) -> "Bound":
-    """The bound of the first `count` held-out samples, batch by batch."""
+def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, processes: "Processes") -> "Bound":
+    """The bound of held-out samples, batch by batch, each process a share of these."""
     import torch
 
     from src.evaluation import Bound, bound
 
     parts = []
-    starts = range(0, count, cfg.batch_size)
-    for k, start in enumerate(starts):
-        x = held_out(opened, start, min(start + cfg.batch_size, count)).to(opened.module.device)
-        show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(starts)}")
-        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, start))
-    prior, total, *sums = zip(*parts, strict=True)
+    mine = processes.share(batches)
+    for k, batch in enumerate(mine):
+        x = held_out(opened, batch).to(opened.module.device)
+        show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(mine)}", rank=processes.rank)
+        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, batch.start))
+    prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 
 
-def held_out(opened: "OpenedRun", start: int, stop: int) -> "torch.Tensor":
-    """Held-out samples start..stop - 1 as the network sees them."""
+def held_out(opened: "OpenedRun", places: range) -> "torch.Tensor":
+    """Held-out samples of these places as the network sees them."""
     data = opened.data
     assert data.source is not None
-    return data.to_model(data.source.fetch(data.val_indices[start:stop]))
+    return data.to_model(data.source.fetch(data.val_indices[places.start : places.stop]))
 
 
 def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -175,11 +185,11 @@ def with_error(values: "torch.Tensor") -> str:
     return f"{values.mean().item():.4f}" + (" (one sample)" if math.isnan(error) else f" +- {error:.4f}")
 
 
-def progress(items: Iterable[int], label: str) -> Iterable[int]:
-    """The items behind a progress bar."""
+def progress(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
+    """The items behind a progress bar, which the first process shows."""
     from tqdm import tqdm
 
-    bar: Iterable[int] = tqdm(items, desc=label)
+    bar: Iterable[T] = tqdm(items, desc=label, disable=rank > 0)
     return bar
 
 

@@ -11,7 +11,7 @@ from src.cli import launch, memory_errors, usage_errors
 def sample(cfg: DictConfig) -> Path:
     """Write `n` samples of the run as PNGs, a grid and `samples.npz` (and a GIF of the first) into the output folder.
 
-    Sample k depends on (seed, k) alone: not on `n` or `batch_size`. (A GPU draws other noise than a CPU.)
+    Sample k depends on (seed, k) alone: not on `n`, `batch_size` or `devices`. (A GPU draws other noise than a CPU.)
     """
     from src import runs
     from src.arguments import check_arguments
@@ -25,7 +25,9 @@ def sample(cfg: DictConfig) -> Path:
         check_arguments(settings, "sampler")
         sampler = runs.build_sampler(settings)
         opened.module.check_sampler(sampler)
-        device = runs.pick_device(cfg.device)
+        from src.processes import start_processes
+
+        processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
 
     import numpy as np
     import torch
@@ -36,23 +38,29 @@ def sample(cfg: DictConfig) -> Path:
 
     folder = Path(cfg.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    batch_size = min(cfg.batch_size, cfg.n)
+    batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
+    batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
+    parts: list[torch.Tensor] = []
     with (
-        memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, device)),
-        tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling") as bar,
+        memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, processes.device)),
+        tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
-        module, show = opened.module.to(device), opened.data.to_display
-        for start in range(0, cfg.n, batch_size):
-            indices = range(start, min(start + batch_size, cfg.n))
-            film = []
-            for step, x in enumerate(module.sample(indices, cfg.seed, sampler)):
-                bar.update(len(indices) if step else 0)
-                if cfg.gif and start == 0:
-                    film.append(show(x[:8] if x.ndim == 4 else x).cpu())
-            if film:
-                plots.save_gif(film, folder / "film.gif")
-            parts.append(show(x).cpu())
+        module, show = opened.module.to(processes.device), opened.data.to_display
+        for first in range(0, len(batches), processes.count):
+            turn = batches[first : first + processes.count]  # a batch for each process; at last perhaps not for all
+            drawn = None
+            for indices in processes.share(turn):
+                film = []
+                for step, x in enumerate(module.sample(indices, cfg.seed, sampler)):
+                    bar.update(sum(map(len, turn)) if step else 0)
+                    if cfg.gif and indices.start == 0:
+                        film.append(show(x[:8] if x.ndim == 4 else x).cpu())
+                if film:
+                    plots.save_gif(film, folder / "film.gif")
+                drawn = show(x).cpu()
+            parts += [part for part in processes.gather(drawn) if part is not None]
+    if processes.rank > 0:
+        return folder
     samples = torch.cat(parts)
     if samples.ndim == 4:
         for k, image in enumerate(samples.permute(0, 2, 3, 1).numpy()):

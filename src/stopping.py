@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -36,7 +36,15 @@ class Interruption:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        let_children_end()
         raise KeyboardInterrupt
+
+
+def let_children_end() -> None:
+    """Have Lightning no longer watch the processes that this one started: when one ends it would kill this one."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            cast(Any, thread)._child_processes.clear()
 
 
 class CleanStop(L.Callback):
@@ -86,6 +94,7 @@ class CleanStop(L.Callback):
         """Save and stop, if a signal asked for it. All processes must take this turn."""
         if self._agreed(trainer):
             trainer.save_checkpoint(self.path)
+            let_children_end()
             raise KeyboardInterrupt
 
     def _agreed(self, trainer: L.Trainer) -> bool:

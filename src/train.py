@@ -33,7 +33,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             run.data.setup()
             run.data.stream(run.trainer)
     announce(run)
-    from src.stopping import Interruption, heard_by
+    from src.stopping import Interruption, heard_by, let_children_end
 
     interruption = Interruption()
     try:
@@ -50,6 +50,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             f"data.num_workers ({cfg.data.num_workers} now) and go on with resume={relative(run.directory)}"
         ) from error
     finally:
+        let_children_end()
         runs.close(run)
     if not math.isfinite(metrics.get("val/loss", 0)):
         raise UsageError(f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr})")

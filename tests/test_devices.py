@@ -13,8 +13,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from src.checkpoints import read_checkpoint
+from src.cli import UsageError
 from src.runs import open_run
-from tests.conftest import TINY, train_tiny
+from tests.conftest import TINY, compose, train_tiny
 from tests.test_runs import weights
 
 SETTINGS = [
@@ -31,15 +32,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
-def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides]
+def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return python("-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides, cwd=cwd)
 
 
 def torchrun_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *start, "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides]
-    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
+    return python(*torchrun(processes), "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides, cwd=cwd)
 
 
 def stop_at(step: int, folder: Path) -> list[str]:
@@ -148,3 +155,61 @@ def test_a_nan_on_one_process_of_two_has_both_skip_the_step(tmp_path):
     assert row["step"] == 3
     # The second process has the second half of the batch.
     assert [place for place, loss in enumerate(row["losses"]) if loss == "nan"] == [32]
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_drawn_by_three_processes(trained, tmp_path):
+    """Seven in batches of two: in the second turn one process has a single sample to draw, and two have none."""
+    asked = ["-m", "src.sample", f"run={trained}", "n=7", "batch_size=2", "device=cpu", "sampler.steps=3"]
+    done = python(*torchrun(3), *asked, "devices=3", "gif=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("7 samples of") == 1
+    (folder,) = (tmp_path / "outputs" / "sample").iterdir()
+    assert {p.suffix for p in folder.iterdir()} == {".png", ".npz", ".gif", ".log", ""}
+    assert len(list(folder.glob("0000?.png"))) == 7 and len(list(folder.glob("*.log"))) == 1
+    ours, alone = (np.load(f)["arr_0"].astype(int) for f in (folder / "samples.npz", drawn_alone(trained, tmp_path)))
+    assert ours.shape == alone.shape and np.abs(ours - alone).max() <= 16 and (ours == alone).mean() > 0.99
+
+
+def drawn_alone(run: Path, tmp_path: Path) -> Path:
+    from src.sample import sample
+
+    settings = [f"run='{run}'", "n=7", "device=cpu", "sampler.steps=3", f"run_dir='{tmp_path / 'alone'}'"]
+    return sample(compose("sample", *settings)) / "samples.npz"
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_likelihood_that_one_finds(trained, tmp_path):
+    from src.evaluate import evaluate
+
+    asked = [f"run='{trained}'", "n=30", "batch_size=8", "links=5", "ode=true", "ode_tolerance=1e-2", "device=cpu"]
+    done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("30 held-out samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
+    alone = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'alone'}'"))
+    assert json.loads((folder / "metrics.json").read_text()) == {
+        name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for name, value in alone.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["devices=0"], "must be at least 1, got 0 and 1"),
+        (["devices=2", "device=cpu:0"], "device=cpu:0 is one device, devices=2 asks for several"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(trained, tmp_path, settings, rule):
+    from src.sample import sample
+
+    with pytest.raises(UsageError, match=rule):
+        sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'", *settings))
+
+
+def test_more_processes_than_devices_are_refused(trained, tmp_path, monkeypatch):
+    from src.sample import sample
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="4 processes were started for devices=1 num_nodes=1: give devices=4"):
+        sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'"))
