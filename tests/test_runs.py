@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -364,14 +365,101 @@ def test_no_logger_leaves_pictures_all_the_same(tmp_path):
     assert not (tmp_path / "run" / "curves.png").exists()
 
 
+def allow_fp16(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """On a CPU, where Lightning would take bfloat16 in its place."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+    from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    def plugin(self):
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+    monkeypatch.setattr(_AcceleratorConnector, "_check_and_init_precision", plugin)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
-def test_precisions_train_to_finite_losses_close_to_float32(trained, tmp_path, precision):
+def test_tables_sinusoids_losses_and_average_are_float32_in_every_precision(trained, tmp_path, monkeypatch, precision):
+    """While the network computes in a lower one; its losses stay close to those of float32."""
+    from src.callbacks import EMA
+    from src.models import layers
+    from src.module import DiffusionModule
+
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def look(owner, name, tensors):
+        original = getattr(owner, name)
+
+        def looked_at(*args, **kwargs):
+            out = original(*args, **kwargs)
+            for tensor in tensors(args[0], args, out):
+                seen.setdefault(name, set()).add(tensor.dtype)
+            return out
+
+        monkeypatch.setattr(owner, name, looked_at)
+
+    look(layers, "sinusoidal_embedding", lambda time, _, out: [time, out])
+    look(DiffusionModule, "_terms", lambda module, args, out: [*module.schedule.level(torch.tensor([3]), args[1])])
+    look(DiffusionModule, "training_step", lambda module, _, out: [out["loss"], out["losses"], out["v"]])
+    look(EMA, "on_train_batch_end", lambda ema, *_: ema._average)
+    look(layers.ResidualBlock, "forward", lambda _, __, out: [out])
+    if precision == "16-mixed":
+        allow_fp16(monkeypatch, 2.0**10)
     train_tiny(tmp_path / "run", f"trainer.precision={precision}")
+    within = seen.pop("forward")
+    assert (torch.float16 if precision == "16-mixed" else torch.bfloat16) in within
+    assert len(seen) == 4 and all(dtypes == {torch.float32} for dtypes in seen.values()), seen
     ours, full = (np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained))
     # bfloat16 keeps 8 bits: the loss of six steps agrees to a few per cent.
     np.testing.assert_allclose(ours, full, rtol=0.1)
-    schedule = runs.open_run(str(tmp_path / "run")).module.schedule
-    assert schedule.alpha.dtype == torch.float32
+
+
+def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp_path, monkeypatch):
+    """Traced, though not translated to machine code, which takes a minute; it goes on uncompiled."""
+    compiled = []
+
+    def compile_quickly(self):
+        compiled.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    monkeypatch.setattr(runs.shutil, "which", lambda name: name)
+    runs_until(monkeypatch, stop_after=3)
+    with pytest.raises(SystemExit):
+        train_tiny(tmp_path / "run", "compile=true")
+    assert len(compiled) == 1
+    monkeypatch.undo()
+    assert weights(tmp_path / "run").keys() == weights(trained).keys()
+    with pytest.warns(UserWarning, match="another setting: compile: True -> False"):
+        train_tiny(tmp_path / "run", f"resume='{tmp_path / 'run'}'")
+    np.testing.assert_allclose(*(np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained)), rtol=1e-4)
+
+
+def test_a_step_that_overflows_in_fp16_is_skipped_and_said(tmp_path, monkeypatch):
+    """The scale starts at 2^40, which no gradient survives: it halves at each step, and no step counts as one of 20."""
+    allow_fp16(monkeypatch, 2.0**40)
+    with pytest.warns(UserWarning, match="skipped step 0: the gradient overflowed in fp16"):
+        train_tiny(tmp_path / "run", "trainer.precision=16-mixed", "callbacks.guard.patience=2")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(6)]
+    assert [math.log2(row["fp16_scale"]) for row in rows] == pytest.approx([40 - k for k in range(1, 7)], abs=1)
+    start, end = (weights(tmp_path / "run", key) for key in ("state_dict", "current_model_state"))
+    assert_equal_bits(start, end)  # the average of weights that never moved
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch, no_network):
+    """The name is made up once; both parts, offline here, are of one run that `wandb sync` puts together."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    folder = tmp_path / "run"
+    runs_until(monkeypatch, stop_after=3)
+    with pytest.raises(SystemExit):
+        train_tiny(folder, "logger=wandb")
+    name = (folder / "wandb_id.txt").read_text().strip()
+    monkeypatch.undo()
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    train_tiny(folder, "logger=wandb", f"resume='{folder}'")
+    assert (folder / "wandb_id.txt").read_text().strip() == name
+    parts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2 and all(part.name.endswith(f"-{name}") for part in parts)
 
 
 def test_points_are_learned_nearly_as_well_as_can_be(tmp_path):

@@ -125,20 +125,22 @@ def test_batch_that_does_not_split_raises(world, accumulate):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 23, 30])
 def test_validation_covers_everything_once(world, batch_size):
-    """Over all ranks each index comes once, at the position it has in the list; lengths are what is yielded."""
+    """Over all ranks each index comes once, at the position it has in the list, and all have as many batches."""
     indices = torch.randperm(NUM, generator=torch.Generator().manual_seed(0)).tolist()
-    found = {}
+    found, lengths = {}, set()
     for rank in range(world):
         s = ValidationStream(indices, batch_size, rank, world)
         places = list(s)
         assert len(places) == len(s)
+        lengths.add(len(s))
         for start, total, part in places:
             assert total == NUM
-            assert 0 < len(part) <= batch_size
+            assert min(batch_size, NUM // world) <= len(part) <= 2 * batch_size
             for offset, index in enumerate(part):
                 assert start + offset not in found
                 found[start + offset] = index
     assert [found[i] for i in range(NUM)] == indices
+    assert len(lengths) == 1
 
 
 def test_dataset_fetches_whole_batches():

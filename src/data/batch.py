@@ -127,7 +127,7 @@ class TrainingStream(Sampler[Places]):
 
 
 class ValidationStream(Sampler[Places]):
-    """All `indices` once and in order, in batches of `batch_size` to less than twice that, dealt out over `world`.
+    """All `indices` once and in order, in batches of `batch_size` to twice that, dealt out over `world`.
 
     Every process has as many batches as every other, of which sharded weights are gathered together.
     """
