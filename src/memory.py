@@ -188,8 +188,10 @@ class MicroBatch(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
         share = data.batch_size // trainer.world_size
-        found = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
         device = trainer.strategy.root_device
+        reserve = _reserve(device)  # before the trials, since on a CPU what they take is kept for tensors
+        found = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
+        del reserve
         found = int(trainer.strategy.all_gather(torch.tensor(found, device=device)).min())
         if not found:
             raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
@@ -202,7 +204,7 @@ class MicroBatch(L.Callback):
 def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
     """Whether two training steps on a copy of the module fit on this process's device: the first makes the moments.
 
-    Beside the copy lie what the average and DDP's buckets need, and a reserve of 3% of the device's memory.
+    Beside the copy lies what the average and DDP's buckets need.
     """
     device = trainer.strategy.root_device
     try:
@@ -218,6 +220,16 @@ def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
     return fit
 
 
+def _reserve(device: torch.device) -> object:
+    """Room for what libraries take for themselves: 3% of a device of its own memory, 64 MiB on a CPU."""
+    if device.type != "cpu":
+        return torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
+    try:
+        return mmap.mmap(-1, 2**26)  # where compiled kernels go
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+
+
 def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, device: torch.device) -> None:
     precision = trainer.precision_plugin
     trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
@@ -225,9 +237,6 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
     trial._find_weights()
     copies = 2 if trainer.world_size > 1 else 1
     beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
-    room = max(1, (device_memory(device) or 0) * 3 // 100)
-    # On a CPU by the system itself: what libraries put their code into does not come from what was freed.
-    reserve = mmap.mmap(-1, room) if device.type == "cpu" else torch.empty(room, dtype=torch.uint8, device=device)
     optimizer, _ = trial.prepare_optimizer(1)
     x = torch.zeros(micro_batch, *trial.shape, device=device)
     for _ in range(2):
@@ -235,4 +244,4 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
             _, terms = trial._train_terms({"x": x, "start": 0, "total": micro_batch}, 0)
         terms["loss"].mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()  # gradients stay, as they do from one step to the next
-    del beside, reserve
+    del beside

@@ -223,6 +223,7 @@ class DiffusionModule(L.LightningModule):
             # Decay would pull the curve to where its parameters are 0, which is no better a curve.
             groups.append({"params": list(self.curve_weights), "weight_decay": 0.0})
         optimizer = self.make_optimizer(groups)
+        optimizer.register_load_state_dict_pre_hook(keep_own_kernels)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def configure_gradient_clipping(
@@ -294,6 +295,13 @@ class DiffusionModule(L.LightningModule):
         data = trainer.datamodule  # type: ignore[attr-defined]
         for x in self.sample(range(first, first + share), seed, at_once=data.at_once(trainer)):
             yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
+
+
+def keep_own_kernels(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Have a state that is loaded say the optimizer's own way of computing: another precision may have had another."""
+    own = {name: optimizer.defaults[name] for name in ("foreach", "fused") if name in optimizer.defaults}
+    for group in state["param_groups"]:
+        group.update(own)
 
 
 def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:

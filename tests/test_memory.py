@@ -177,8 +177,8 @@ here = Path(sys.argv[1])
 torch.ones(1, requires_grad=True).sum().backward()  # whose threads take room once and for all
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
-whole = said(lambda: run(here / "whole"))
 found = said(lambda: run(here / "auto", "data.micro_batch=auto"))
+whole = said(lambda: run(here / "whole"))
 batches = read_checkpoint(here / "auto" / "checkpoints" / "last.ckpt")["hyper_parameters"]["trainer"]
 many = ["sampler.steps=2", "n=9000", "batch_size=9000", "device=cpu"]
 drawn = said(lambda: sample(compose("sample", f"run='{here / 'auto'}'", f"run_dir='{here / 'drawn'}'", *many)))

@@ -412,6 +412,19 @@ def test_tables_sinusoids_losses_and_average_are_float32_in_every_precision(trai
     np.testing.assert_allclose(ours, full, rtol=0.1)
 
 
+def test_a_run_goes_on_in_another_precision(trained, tmp_path, monkeypatch):
+    """From fp16, whose optimizer is not fused, to float32, whose is, and back."""
+    folder = tmp_path / "run"
+    allow_fp16(monkeypatch, 2.0**10)
+    train_tiny(folder, "trainer.precision=16-mixed", "trainer.max_steps=2")
+    monkeypatch.undo()
+    train_tiny(folder, f"resume='{folder}'", "trainer.max_steps=4")
+    allow_fp16(monkeypatch, 2.0**10)
+    train_tiny(folder, f"resume='{folder}'", "trainer.precision=16-mixed", "trainer.max_steps=6")
+    ours, full = (np.array(losses(f), dtype=float) for f in (folder, trained))
+    np.testing.assert_allclose(ours, full, rtol=0.1)
+
+
 def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp_path, monkeypatch):
     """Traced, though not translated to machine code, which takes a minute; it goes on uncompiled."""
     compiled = []

@@ -130,7 +130,8 @@ class UNet(nn.Module):
         for module in self.up:
             h = self._run(module, h, emb, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        return out[..., :height, :width]
+        # A view of all of it, which sharded networks warn of, is spared where nothing was padded.
+        return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
     def _run(self, module: nn.Module, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """Run a block; with checkpointing, the inside of those that are more than one convolution is let go."""
