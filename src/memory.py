@@ -1,10 +1,12 @@
 """Memory: what a training step needs, told without running one, and the largest micro-batch for which there is room."""
 
 import copy
+import ctypes
 import gc
 import logging
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -156,6 +158,14 @@ def device_memory(device: torch.device) -> int | None:
     return min(limit for limit in limits if limit > 0)  # -1 is no limit
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """Have glibc keep what is freed on a CPU: given back, each step faults it in again, 2 to 4% of the time."""
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**30)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, of a device or of the machine."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -189,9 +199,10 @@ class MicroBatch(L.Callback):
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
-        reserve = _reserve(device)  # before the trials, since on a CPU what they take is kept for tensors
+        reserve = _reserve(device)
         found = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
         del reserve
+        keep_freed_memory(device)  # only now: what a trial was given must go back
         found = int(trainer.strategy.all_gather(torch.tensor(found, device=device)).min())
         if not found:
             raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")

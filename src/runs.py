@@ -3,7 +3,6 @@
 A run folder, or one checkpoint alone, is all that a later command needs. What is heavy is imported only when built.
 """
 
-import ctypes
 import functools
 import json
 import logging
@@ -11,7 +10,6 @@ import math
 import os
 import secrets
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -121,8 +119,10 @@ def build(cfg: DictConfig) -> Run:
             raise ValueError("compile=true needs a C++ compiler and there is none: install g++, or leave it out")
         module.net.compile()
     trainer = build_trainer(cfg, directory)
-    if trainer.strategy.root_device.type == "cpu":
-        keep_freed_memory()
+    from src.memory import MicroBatch, keep_freed_memory
+
+    if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        keep_freed_memory(trainer.strategy.root_device)
     resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
     saved = read_checkpoint(resume_from) if resume_from else None
     settle_micro_batch(cfg, trainer, saved)
@@ -558,14 +558,6 @@ def warn_of_schedule(module: "DiffusionModule") -> None:
             "weighting=uniform (min-SNR is 0 at zero SNR)",
             stacklevel=2,
         )
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: given back, each step on a CPU faults it in again, 2 to 4% of the time."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
 
 
 def quiet_libraries() -> None:
