@@ -308,10 +308,11 @@ def isolated(work: Callable[[], Figures], log: Path, seconds: float) -> Figures 
         answer = receive.recv() if receive.poll(seconds) else f"no end after {seconds:.0f} s"
     except EOFError:
         answer = "the process died"
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
     assert isinstance(answer, dict | str)
     return answer
 
@@ -444,7 +445,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--rows", nargs="+", default=[], metavar="NAME", help="of the first column; default: all")
-    parser.add_argument("--budget", type=float, default=470, help="seconds, after which no row begins or goes on")
+    parser.add_argument("--budget", type=float, default=450, help="seconds, after which no row begins or goes on")
     parser.add_argument("--folder", type=Path, help="for tables, figures and logs; default: outputs/gpu_check/<time>")
     parser.add_argument("--devices", type=int, help="default: all; with 2 or more, runs on 2 and on as many as can")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -29,7 +29,8 @@ def test_every_kind_of_row_runs_on_a_cpu(tmp_path):
     assert (tmp_path / "out" / "table.md").read_text() == done.stdout
     assert not list((tmp_path / "out").glob("runs_*"))  # nothing large is left
 
-    cells = {row[1]: row[2:-1] for row in (line.split(" | ") for line in table(done.stdout))}
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = {name: others for name, *others in lines}
     assert list(cells)[:4] == ["run", REFERENCE, "32-true", "bf16-mixed"]
     for name in (REFERENCE, "32-true", "bf16-mixed"):
         loss, apart, skipped, speed, share, peak, estimate, ratio, within = cells[name]
@@ -47,10 +48,6 @@ def test_every_kind_of_row_runs_on_a_cpu(tmp_path):
     assert figures["wrong"] == [] and figures["machine"]["matmul"] > 0
     assert list(figures["rows"]) == [REFERENCE, "32-true", *CHOSEN]
     assert figures["rows"]["bf16-mixed"]["losses"] != figures["rows"]["32-true"]["losses"]
-
-
-def table(text: str) -> list[str]:
-    return [f" {line[:-1]} | " for line in text.splitlines() if line.startswith("| ")]
 
 
 def training(**changes):
