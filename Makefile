@@ -9,7 +9,7 @@ NEEDED_GB := 8
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults lint types format unit schedules lock clean
+.PHONY: help install train test test-faults lint types format unit schedules gpu-check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ format: $(STAMP) ## rewrite the code in the project's style
 
 schedules: $(STAMP) ## compare the noise schedules: a table and plots
 	@$(RUN) -m src.schedules $(ARGS)
+
+gpu-check: $(STAMP) ## what CI cannot run, on a GPU, in under 8 minutes: a table of precisions, memory, resuming
+	@$(RUN) -m benchmarks.gpu_check $(ARGS)
 
 lock: $(STAMP) ## resolve requirements.lock anew from pyproject.toml
 	@$$(command -v uv || echo $(VENV)/bin/uv) pip compile pyproject.toml --all-extras --universal --python-version 3.11 \

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from src.data.batch import StreamDataModule
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
+    from src.memory import Estimate
     from src.module import DiffusionModule, Sampler
 
 
@@ -353,29 +354,40 @@ def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, A
     cfg.trainer.accumulate_grad_batches = batches
 
 
-def out_of_memory(cfg: DictConfig, run: Run) -> str:
-    """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
+def step_memory(cfg: DictConfig, run: Run) -> "Estimate":
+    """What a training step needs on each device, told without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.memory import estimate
     from src.sharding import FullySharded
 
     trainer = run.trainer
-    micro = cfg.data.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
+    return estimate(
+        hollow_network(cfg, run.module.process.outputs),
+        run.module.shape,
+        micro_batch(cfg, run),
+        trainer.strategy.root_device,
+        str(trainer.precision),
+        run.module.make_optimizer,
+        "ema" in (cfg.callbacks or {}),
+        trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
+        isinstance(trainer.strategy, DDPStrategy),
+    )
+
+
+def micro_batch(cfg: DictConfig, run: Run) -> int:
+    """Samples in one forward pass on one device."""
+    size: int = cfg.data.batch_size // (run.trainer.world_size * run.trainer.accumulate_grad_batches)
+    return size
+
+
+def out_of_memory(cfg: DictConfig, run: Run) -> str:
+    """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
+    from src.sharding import FullySharded
+
+    trainer, micro = run.trainer, micro_batch(cfg, run)
     try:
-        needs = "about " + str(
-            estimate(
-                hollow_network(cfg, run.module.process.outputs),
-                run.module.shape,
-                micro,
-                trainer.strategy.root_device,
-                str(trainer.precision),
-                run.module.make_optimizer,
-                "ema" in (cfg.callbacks or {}),
-                trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
-                isinstance(trainer.strategy, DDPStrategy),
-            )
-        )
+        needs = f"about {step_memory(cfg, run)}"
     except (RuntimeError, MemoryError):  # a process under a limit may not even start the backward pass's threads
         needs = "more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
