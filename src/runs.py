@@ -365,7 +365,7 @@ def step_memory(cfg: DictConfig, run: Run) -> "Estimate":
     return estimate(
         hollow_network(cfg, run.module.process.outputs),
         run.module.shape,
-        micro_batch(cfg, run),
+        run.data.at_once(trainer),
         trainer.strategy.root_device,
         str(trainer.precision),
         run.module.make_optimizer,
@@ -375,17 +375,11 @@ def step_memory(cfg: DictConfig, run: Run) -> "Estimate":
     )
 
 
-def micro_batch(cfg: DictConfig, run: Run) -> int:
-    """Samples in one forward pass on one device."""
-    size: int = cfg.data.batch_size // (run.trainer.world_size * run.trainer.accumulate_grad_batches)
-    return size
-
-
 def out_of_memory(cfg: DictConfig, run: Run) -> str:
     """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
     from src.sharding import FullySharded
 
-    trainer, micro = run.trainer, micro_batch(cfg, run)
+    trainer, micro = run.trainer, run.data.at_once(run.trainer)
     try:
         needs = f"about {step_memory(cfg, run)}"
     except (RuntimeError, MemoryError):  # a process under a limit may not even start the backward pass's threads
