@@ -55,6 +55,24 @@ def test_every_launcher_runs_the_jobs_as_they_run_alone(launcher, alone, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "submitit_local"])
+def test_a_job_in_a_worker_starts_its_other_processes_as_the_command_would(launcher, alone, tmp_path):
+    done = sweep(tmp_path / "jobs", f"hydra/launcher={launcher}", "seed=0", "trainer.devices=2")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    check_one_job(tmp_path, alone[0])
+
+
+def check_one_job(cwd: Path, loss: float) -> None:
+    """That several processes trained one model in one folder, with one log, and left nothing else."""
+    assert [f.name for f in cwd.iterdir() if f.name != "bin"] == ["jobs"]
+    assert {f.name for f in (cwd / "jobs").iterdir() if not f.name.startswith(".")} == {"0", "multirun.yaml"}
+    run = cwd / "jobs" / "0"
+    assert [f.name for f in run.glob("*.log")] == ["train.log"]
+    assert [f.name for f in (run / "logs").iterdir()] == ["version_0"]
+    assert val_loss(run) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_search_names_the_best_and_goes_on_after_a_job_that_is_refused(tmp_path):
     folder = tmp_path / "jobs"
     settings = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1"]
