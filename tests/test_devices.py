@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
+from src.callbacks import CleanStop
 from src.checkpoints import read_checkpoint
+from src.module import DiffusionModule
 from src.runs import open_run
 from tests.conftest import TINY, train_tiny
 from tests.test_runs import weights
@@ -148,3 +151,27 @@ def test_a_nan_on_one_process_of_two_has_both_skip_the_step(tmp_path):
     assert row["step"] == 3
     # The second process has the second half of the batch.
     assert [place for place, loss in enumerate(row["losses"]) if loss == "nan"] == [32]
+
+
+def test_on_slurm_a_run_answers_its_warning_by_itself_and_only_in_training(tmp_path, monkeypatch):
+    """Lightning would save elsewhere and requeue the job, also when it has none of ours to give way to."""
+    places = ("PROCID", "LOCALID", "NODEID")
+    for name, value in {
+        "JOB_ID": 7,
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "NNODES": 1,
+        **dict.fromkeys(places, 0),
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    heard = []
+    monkeypatch.setattr(
+        DiffusionModule,
+        "on_validation_start",
+        lambda self: heard.append(signal.getsignal(signal.SIGUSR1)),
+        raising=False,
+    )
+    train_tiny(tmp_path / "run", "trainer.max_steps=2", "validate_every=2")
+    in_training, at_the_end = heard
+    assert getattr(in_training, "__self__", None).__class__ is CleanStop
+    assert at_the_end == signal.SIG_DFL
