@@ -259,9 +259,9 @@ def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
 
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Lightning's Trainer with the configured callbacks and loggers."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from src.disk import WholeCheckpoints
     from src.memory import MicroBatch
