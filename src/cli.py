@@ -5,6 +5,7 @@ that was meant. Here every override is held against the configuration files firs
 """
 
 import difflib
+import logging
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.machinery import ModuleSpec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ from omegaconf.errors import OmegaConfBaseException
 from src import sweeps
 from src.trust import CONF as CONF
 
+Program = tuple[ModuleSpec | None, str]
+"""The command that was typed: what `python -m` found, and the file."""
 FRESH = "FRESH_FOLDER_"
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that say how a run goes on, not what it is."""
@@ -55,17 +59,18 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         check_unused(overrides)
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-            warnings.simplefilter("ignore")  # the first process says them
-            end_with_parent()
+            follow()
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun)
     except UsageError as error:
         sys.exit(_say(error, code=2))
 
+    program = sys.modules["__main__"].__spec__, sys.argv[0]
+
     def guarded(cfg: DictConfig) -> Any:
         try:
-            return sweep_job(task, cfg) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
+            return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -78,7 +83,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
 
 
 @contextmanager
-def as_a_single_run() -> Iterator[None]:
+def as_a_single_run(program: Program) -> Iterator[None]:
     """A job of a sweep as if it had been started by itself, for the processes that it starts are told what it was told.
 
     What it leaves behind of them is taken away, so that the next job starts its own.
@@ -86,12 +91,13 @@ def as_a_single_run() -> Iterator[None]:
     hydra_config: Any = HydraConfig.get()
     with read_write(hydra_config), read_write(hydra_config.run):
         hydra_config.run.dir = hydra_config.runtime.output_dir
-    arguments, environment = sys.argv, dict(os.environ)
-    sys.argv = [arguments[0], *hydra_config.overrides.task]
+    main = sys.modules["__main__"]  # which in a launcher's worker is the launcher's own
+    arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
+    main.__spec__, sys.argv = program[0], [program[1], *hydra_config.overrides.task]
     try:
         yield
     finally:
-        sys.argv = arguments
+        main.__spec__, sys.argv = spec, arguments
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -102,12 +108,15 @@ def as_a_single_run() -> Iterator[None]:
                 distributed.destroy_process_group()
 
 
-def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig) -> Any:
+def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program) -> Any:
     """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimize` names, if any."""
     settings = HydraConfig.get()
+    if rank() > 0:  # of the tasks of a SLURM job, to whom Hydra has given the log too
+        close_log()
+        follow()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
-    with as_a_single_run():
+    with as_a_single_run(program):
         result = task(cfg)
     return result[cfg.optimize] if cfg.get("optimize") else result
 
@@ -216,6 +225,20 @@ def rank() -> int:
     """This process's number among those of the run: as torchrun, SLURM or Lightning's launcher says."""
     names = ["RANK", *(["SLURM_PROCID"] if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else []), "LOCAL_RANK"]
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def close_log() -> None:
+    """Leave the log to the first process."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def follow() -> None:
+    """Be one of the processes that leave it to the first to warn, and do not outlive it."""
+    warnings.simplefilter("ignore")
+    end_with_parent()
 
 
 def end_with_parent(seconds: float = 5.0) -> None:

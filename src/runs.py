@@ -259,6 +259,7 @@ def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
 
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Lightning's Trainer with the configured callbacks and loggers."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
 
@@ -307,6 +308,10 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             f"{_sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
             f"trainer.precision={cfg.trainer.precision} on this machine)"
         ) from error
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # Else SIGUSR1 before and after training saves a checkpoint that is none of the run's, and requeues the job.
+        environment.auto_requeue = False
     return trainer
 
 

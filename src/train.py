@@ -94,10 +94,11 @@ def announce(run: "Run") -> None:
     if run.trainer.is_global_zero:
         net = run.module.net
         count = sum(p.numel() for p in net.parameters())
+        devices = run.trainer.num_devices * run.trainer.num_nodes
         print(
             f"Training {type(net).__name__} ({count / 1e6:.2f} M parameters) on {len(run.data.train_indices) or 'the'} "
             f"samples of shape {run.module.shape}, {run.trainer.max_steps} steps of {run.data.batch_size}, "
-            f"on {run.trainer.num_devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}",
+            f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}",
             flush=True,
         )
 

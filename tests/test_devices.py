@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch.testing import assert_close
 
 from src.checkpoints import read_checkpoint
 from src.cli import UsageError
+from src.module import DiffusionModule
 from src.runs import open_run
+from src.stopping import CleanStop, Interruption
 from tests.conftest import TINY, compose, train_tiny
 from tests.test_runs import weights
 
@@ -213,3 +216,27 @@ def test_more_processes_than_devices_are_refused(trained, tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="4 processes were started for devices=1 num_nodes=1: give devices=4"):
         sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'"))
+
+
+def test_on_slurm_a_run_answers_its_warning_by_itself(tmp_path, monkeypatch):
+    """Lightning would save elsewhere and requeue the job, also when it has none of ours to give way to."""
+    places = ("PROCID", "LOCALID", "NODEID")
+    for name, value in {
+        "JOB_ID": 7,
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "NNODES": 1,
+        **dict.fromkeys(places, 0),
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    heard = []
+    monkeypatch.setattr(
+        DiffusionModule,
+        "on_validation_start",
+        lambda self: heard.append(signal.getsignal(signal.SIGUSR1)),
+        raising=False,
+    )
+    train_tiny(tmp_path / "run", "trainer.max_steps=3", "validate_every=2")
+    in_training, at_the_end = heard
+    assert isinstance(getattr(in_training, "__self__", None), CleanStop)
+    assert isinstance(at_the_end, Interruption)

@@ -55,6 +55,24 @@ def test_every_launcher_runs_the_jobs_as_they_run_alone(launcher, alone, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "submitit_local"])
+def test_a_job_in_a_worker_starts_its_other_processes_as_the_command_would(launcher, alone, tmp_path):
+    done = sweep(tmp_path / "jobs", f"hydra/launcher={launcher}", "seed=0", "trainer.devices=2")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    check_one_job(tmp_path, alone[0])
+
+
+def check_one_job(cwd: Path, loss: float) -> None:
+    """That several processes trained one model in one folder, with one log, and left nothing else."""
+    assert [f.name for f in cwd.iterdir() if f.name != "bin"] == ["jobs"]
+    assert {f.name for f in (cwd / "jobs").iterdir() if not f.name.startswith(".")} == {"0", "multirun.yaml"}
+    run = cwd / "jobs" / "0"
+    assert [f.name for f in run.glob("*.log")] == ["train.log"]
+    assert [f.name for f in (run / "logs").iterdir()] == ["version_0"]
+    assert val_loss(run) == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_search_names_the_best_and_goes_on_after_a_job_that_is_refused(tmp_path):
     folder = tmp_path / "jobs"
     settings = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1"]
@@ -76,15 +94,39 @@ def test_a_search_names_the_best_and_goes_on_after_a_job_that_is_refused(tmp_pat
     assert "Traceback" not in done.stderr
 
 
+def programs(folder: Path, **scripts: str) -> str:
+    """A PATH on which shell scripts stand for programs."""
+    folder.mkdir()
+    for name, body in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_slurm_job_train_one_model(alone, tmp_path):
+    """Scripts stand for SLURM: they set the variables that it sets, and start what it starts."""
+    job = str(os.getpid())  # which chooses the port
+    known = f"SLURM_JOB_ID={job} SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NODEID=0 SLURM_NODELIST=localhost"
+    path = programs(
+        tmp_path / "bin",
+        sbatch=f"cp $1 $0.script; {known} bash $0.script &> $0.log & echo Submitted batch job {job}",
+        srun="while [[ $1 == --* ]]; do case $1 in --unbuffered) shift ;; *) shift 2 ;; esac; done\n"
+        f'for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "${{@//%j/{job}}}" & done; wait',
+        sacct="exit 1",
+    )
+    settings = ["hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "trainer.devices=2", "seed=0"]
+    done = sweep(tmp_path / "jobs", *settings, PATH=path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    check_one_job(tmp_path, alone[0])
+    assert (tmp_path / "jobs" / "0" / "train.log").read_text().count("Job completed successfully") == 1
+
+
 def test_what_is_asked_of_slurm(tmp_path):
     """Up to `sbatch`, which here takes the script to pieces: a run answers SIGUSR1, and not submitit's SIGUSR2."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, body in {"srun": "exit 1", "sbatch": f"cp $1 '{tmp_path}/script'; exit 1"}.items():
-        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
-        (programs / name).chmod(0o755)
+    path = programs(tmp_path / "bin", srun="exit 1", sbatch=f"cp $1 '{tmp_path}/script'; exit 1")
     settings = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.signal_delay_s=60"]
-    done = sweep(tmp_path / "jobs", *settings, "seed=0,1", PATH=f"{programs}:{os.environ['PATH']}")
+    done = sweep(tmp_path / "jobs", *settings, "seed=0,1", PATH=path)
     assert done.returncode != 0
     asked = {line.removeprefix("#SBATCH --") for line in (tmp_path / "script").read_text().splitlines()}
     assert {"time=1440", "gpus-per-node=1", "cpus-per-task=8", "ntasks-per-node=1", "partition=gpu"} <= asked
