@@ -79,7 +79,10 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
                 raise
             sys.exit(_say(error, code=2))
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    except KeyboardInterrupt:  # before there was anything to save
+        sys.exit(130)
 
 
 @contextmanager
