@@ -30,8 +30,8 @@ types: $(STAMP) ## mypy, strict on the mathematics, networks and data
 unit: $(STAMP) ## the tests; ARGS="-k posterior" for some of them
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 $(ARGS)
 
-test-faults: $(STAMP) ## what may befall a run, for 20 minutes: twenty kills, a full disk, dead processes
-	@FAULT_KILLS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest -m '' tests/test_faults.py
+test-faults: $(STAMP) ## what may befall a run, for 20 minutes: twenty kills, a full disk, dead processes, NaNs
+	@FAULT_KILLS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m '' tests/test_faults.py tests/test_devices.py
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff check --fix-only . && $(VENV)/bin/ruff format .

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import lightning as L
@@ -44,10 +44,14 @@ class TakeTurns(L.Callback):
             (guard,) = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
             if is_guarded:
                 self._blind.enter_context(patch.object(guard, "on_train_batch_end", lambda *_: None))
-                # Nor is the norm looked at.
-                self._blind.enter_context(patch("src.module.skip_unless", lambda *_: None))
+                # Nor does the optimizer's step look whether the norm is finite.
+                self._blind.enter_context(patch("src.module.skip_unless", take_every_step))
             else:
                 self._blind.close()
+
+
+def take_every_step(fine: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    cast(Any, optimizer).found_inf = None
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,8 @@ class EMA(L.Callback):
                 n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
             }
             checkpoint[key] = state | weights if state else state  # of sharded weights only the first process has any
+        # The same tensors once more: what loads sharded weights takes `state_dict` away, in their precision.
+        checkpoint["average"] = checkpoint["state_dict"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint:
@@ -109,7 +112,7 @@ class EMA(L.Callback):
     def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take average and weights from a checkpoint, whose average the module holds already."""
         self._find(pl_module)
-        state = checkpoint.get("state_dict")
+        state = checkpoint.get("average", checkpoint.get("state_dict"))
         saved = [
             share(state[n], w) if state else local(w).clone() for n, w in zip(self._names, self._weights, strict=True)
         ]
@@ -124,6 +127,9 @@ class Step(NamedTuple):
     norm: Tensor
     v: Tensor
     losses: Tensor
+    rate: float
+    scale: float
+    """Of the loss, in fp16; else 0."""
 
 
 class NonFiniteGuard(L.Callback):
@@ -156,6 +162,14 @@ class NonFiniteGuard(L.Callback):
         self._limit: int | None = None
         """Of the steps whose checkpoints may be turned back to; None while all goes well."""
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._parts:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._scale = scaler.get_scale() if scaler else 0.0  # for which a step in fp16 waits anyway
+            self._rate = trainer.optimizers[0].param_groups[0]["lr"]
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -165,7 +179,8 @@ class NonFiniteGuard(L.Callback):
             return
         v, losses = (torch.stack(part) for part in zip(*self._parts, strict=True))
         self._parts.clear()
-        self._steps.append(Step(trainer.global_step - 1, pl_module.grad_norm, v, losses))
+        step = Step(trainer.global_step - 1, pl_module.grad_norm, v, losses, self._rate, self._scale)
+        self._steps.append(step)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._look(trainer, pl_module)
 
@@ -181,22 +196,20 @@ class NonFiniteGuard(L.Callback):
     def _look(self, trainer: L.Trainer, module: DiffusionModule, turn_back: bool = True) -> None:
         """At the steps since the last time, for which the device is waited for once."""
         norms = torch.stack([step.norm for step in self._steps]).tolist() if self._steps else []
-        skipped = [step for step, norm in zip(self._steps, norms, strict=True) if not math.isfinite(norm)]
-        overflows = []
+        skipped: dict[str, list[int]] = {}
         for step, norm in zip(self._steps, norms, strict=True):
             if math.isfinite(norm):
                 self._in_a_row.clear()
                 self._limit = None
             elif self._write(trainer, module, step, norm):
-                overflows.append(step.number)
+                skipped.setdefault("the gradient overflowed in fp16", []).append(step.number)
             else:
+                skipped.setdefault("loss or gradient was not finite", []).append(step.number)
                 self._in_a_row.append(step.number)
                 self._limit = step.number if self._limit is None else self._limit
         self._steps.clear()
-        if skipped and trainer.is_global_zero:
-            why = "the gradient overflowed in fp16" if overflows else "loss or gradient was not finite"
-            numbers = ", ".join(str(step.number) for step in skipped)
-            warnings.warn(f"skipped step {numbers}: {why}; see {self.record}", stacklevel=2)
+        for why, steps in skipped.items() if trainer.is_global_zero else ():
+            warnings.warn(f"skipped step {', '.join(map(str, steps))}: {why}; see {self.record}", stacklevel=2)
         if turn_back and len(self._in_a_row) >= self.patience:
             self._turn_back(trainer, module)
 
@@ -210,9 +223,6 @@ class NonFiniteGuard(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         samples = data.stream(trainer).batch(step.number)
         wrong = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        scale = scaler.get_scale() if scaler else 0.0
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         if not wrong:
             self._blame = "the losses were finite and their gradient was not"
         elif len(wrong) == len(samples):
@@ -223,8 +233,8 @@ class NonFiniteGuard(L.Callback):
             line = {
                 "step": step.number,
                 "grad_norm": norm,
-                "lr": rate,
-                "fp16_scale": scale or None,
+                "lr": step.rate,
+                "fp16_scale": step.scale or None,
                 "samples": samples,
                 "t": [int(place * module.schedule.num_steps) for place in v],
                 "v": v,
@@ -232,8 +242,8 @@ class NonFiniteGuard(L.Callback):
             }
             with without_room_go_on(self.record), self.record.open("a") as file:
                 # JSON knows no NaN.
-                file.write(json.dumps(line).replace("NaN", '"nan"').replace("Infinity", '"inf"') + "\n")
-        return scale >= 1 and not wrong
+                file.write(re.sub(r"NaN|-?Infinity", lambda m: f'"{float(m[0])}"', json.dumps(line)) + "\n")
+        return step.scale >= 1 and not wrong
 
     def _turn_back(self, trainer: L.Trainer, module: DiffusionModule) -> None:
         """To the last checkpoint from before the skipped steps; if that has just been tried, to the one before it."""

@@ -186,7 +186,7 @@ def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return None
         return node
 
-    return {name: cleared(settings[name], name) for name in SHARED}, left_out
+    return {name: cleared(settings[name], name) for name in SHARED if name in settings}, left_out
 
 
 def check_fit(theirs: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
@@ -227,7 +227,9 @@ def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | No
             f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
         )
     finished = folder / "metrics.json"
-    return json.loads(finished.read_text()) if finished.is_file() else None
+    metrics: dict[str, Any] | None = json.loads(finished.read_text()) if finished.is_file() else None
+    diverged = metrics is not None and metrics.get("val/loss", 0.0) is None  # it ends once more as it did
+    return None if diverged else metrics
 
 
 BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
@@ -236,7 +238,7 @@ BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "samp
 SHARED = (*BUILT, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
 
-OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr")
+OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "data.levels")
 """Settings that a resumed run must keep: with others the weights would mean something else."""
 
 
@@ -250,7 +252,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
-        if name.split(".")[0] in OF_THE_MODEL and name != "model.checkpointing":  # which changes no figure
+        if {name, name.split(".")[0]} & set(OF_THE_MODEL) and name != "model.checkpointing":  # which changes no figure
             raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
     return lines
 

@@ -41,6 +41,9 @@ Program = tuple[ModuleSpec | None, str]
 FRESH = "FRESH_FOLDER_"
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that say how a run goes on, not what it is."""
+CHOICE = re.compile(r"\w*|\[[\w,]*\]")
+"""Of files under conf/, by their names."""
+NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
 
@@ -74,7 +77,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            remove_traces(Path(HydraConfig.get().runtime.output_dir))
+            if rank() == 0:
+                remove_traces(Path(HydraConfig.get().runtime.output_dir))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
@@ -127,7 +131,7 @@ def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Progr
 def remove_traces(folder: Path) -> None:
     """Remove the output folder of a refused command, if this process made it and nothing but Hydra wrote into it."""
     made = {Path(path).resolve() for name, path in os.environ.items() if name.startswith(FRESH)}
-    if folder.resolve() in made and {f.name for f in folder.iterdir() if f.suffix != ".log"} <= {".hydra"}:
+    if folder.resolve() in made and {f.name for f in folder.iterdir() if f.suffix != ".log"} <= {".hydra", ".lock"}:
         shutil.rmtree(folder)
 
 
@@ -191,7 +195,7 @@ def fresh_folder(parent: str) -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ[memory] = _agreed_folder(parent)
         return os.environ[memory]
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+    if slurm_tasks() > 1:
         # Its processes know no more of each other yet than the job that they belong to.
         name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
         os.environ[memory] = str(Path(parent) / name)
@@ -224,9 +228,14 @@ def _agreed_folder(parent: str) -> str:
     return str(store.get(name).decode())
 
 
+def slurm_tasks() -> int:
+    """The processes of the step that this one is of; 1 also within a job's script, which srun did not start."""
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+
+
 def rank() -> int:
     """This process's number among those of the run: as torchrun, SLURM or Lightning's launcher says."""
-    names = ["RANK", *(["SLURM_PROCID"] if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else []), "LOCAL_RANK"]
+    names = ["RANK", *(["SLURM_PROCID"] if slurm_tasks() > 1 else []), "LOCAL_RANK"]
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
@@ -317,10 +326,17 @@ def expand_sweep(overrides: list[str]) -> list[str]:
     if any(o.startswith("hydra.sweep.dir=") for o in overrides):
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
-        # Not by OmegaConf, which would look `${...}` up.
-        before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]["task"]
-        if {o for o in before if not HOW.match(o)} == {o for o in overrides if not HOW.match(o)}:
-            return [*overrides, f"hydra.sweep.dir='{_quoted(str(saved.parent))}'"]
+        try:
+            # Not by OmegaConf, which would look `${...}` up.
+            before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
+            typed = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # of a sweep that died as it began
+            continue
+        of_place = "hydra.sweep.dir="
+        if {o for o in typed if not (HOW.match(o) or o.startswith(of_place))} == {
+            o for o in overrides if not HOW.match(o)
+        }:
+            return [*overrides, f"{of_place}'{_quoted(str(saved.parent))}'"]
     return overrides
 
 
@@ -369,6 +385,10 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             what = "says how and where to start"
         elif "${" in value:
             what = "would be looked up"
+        elif re.match(r"(callbacks|logger)\b", key) and not (NUMBER_OR_SWITCH if "." in key else CHOICE).fullmatch(
+            value
+        ):
+            what = "may say where to write, or to whom"
         elif key not in ("data.root", "schedule.betas") and re.search(r"[/\\]|\.\.", value):
             what = "may be a path to write to"
         else:
@@ -572,5 +592,5 @@ def _first_line(error: BaseException) -> str:
 
 
 def _say(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
     return code

@@ -3,8 +3,9 @@
 import io
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ def without_room_go_on(path: Path) -> Iterator[None]:
             "stays; make room",
             stacklevel=3,
         )
+
+
+def when_there_is_room(write: Callable[[], object], path: Path) -> None:
+    """Have something written to `path`, however long it takes until there is room for it."""
+    done = False
+    while not done:
+        with without_room_go_on(path):
+            write()
+            done = True
+        time.sleep(0 if done else 10)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -24,6 +24,8 @@ T = TypeVar("T")
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json` and plots into the output folder; returns the metrics."""
     folder = Path(cfg.run_dir)
+    if cfg.analytic and rank() > 0:
+        return {}
     metrics = compare(cfg, folder) if cfg.analytic else likelihood(cfg, folder)
     from src.runs import write_json
 

@@ -15,7 +15,7 @@ def export(cfg: DictConfig) -> Path:
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
-    config, left_out = shareable(runs.plain(opened.config))
+        config, left_out = shareable(runs.plain(opened.config))
     path = Path(cfg.run_dir) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_exported(path, opened.module.state_dict(), cfg.ema, config)

@@ -121,8 +121,16 @@ class DiffusionModule(L.LightningModule):
         self.curve_weights = tuple(p for p in self.parameters() if id(p) in curve)
 
     def on_train_start(self) -> None:
-        """Make up for a validation in which the run was stopped or killed, and which Lightning takes for done."""
+        """Make up for a validation in which the run was stopped or killed, and which Lightning takes for done.
+
+        Raises RuntimeError if the processes do not start at the same step.
+        """
         trainer = self.trainer
+        starts = cast(Tensor, self.all_gather(torch.tensor(self.global_step, device=self.device))).flatten().tolist()
+        if len({*starts}) > 1:
+            raise RuntimeError(
+                f"the processes start at steps {starts}: all must see the run's folder, with the same checkpoints in it"
+            )
         every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches
         if self.validated < self.global_step and self.global_step % every == 0:
             validation = trainer.fit_loop.epoch_loop.val_loop

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from src.cli import slurm_tasks
+
 T = TypeVar("T")
 _nothing: Any = object()
 
@@ -47,8 +49,7 @@ def start_processes(device: torch.device, devices: int, num_nodes: int) -> Proce
     if min(devices, num_nodes) < 1:
         raise ValueError(f"devices and num_nodes must be at least 1, got {devices} and {num_nodes}")
     count = devices * num_nodes
-    outside = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_NTASKS"
-    running = int(os.environ.get(outside, "1"))
+    running = int(os.environ.get("WORLD_SIZE", slurm_tasks()))
     if running not in (1, count):
         raise ValueError(
             f"{running} processes were started for devices={devices} num_nodes={num_nodes}: give devices="

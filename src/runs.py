@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -119,26 +119,61 @@ def build(cfg: DictConfig) -> Run:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
             raise ValueError("compile=true needs a C++ compiler and there is none: install g++, or leave it out")
         module.net.compile()
+    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
+    saved = read_checkpoint(resume_from) if resume_from else None
+    if saved is not None:  # what cannot be resumed is refused before loggers write
+        assert resume_from is not None
+        check_fit(saved["state_dict"], module, resume_from)
+        changed_settings(saved["hyper_parameters"], plain(cfg))
+    elif any((directory / "checkpoints").glob("*.ckpt")):
+        raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     trainer = build_trainer(cfg, directory)
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         keep_freed_memory(trainer.strategy.root_device)
-    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
-    saved = read_checkpoint(resume_from) if resume_from else None
+    from src.sharding import FullySharded
+
+    if isinstance(trainer.strategy, FullySharded) and module.curve_weights:
+        raise ValueError("trainer=fsdp deals out the network alone, and a learned schedule learns too: use trainer=ddp")
     settle_micro_batch(cfg, trainer, saved)
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
-    for logger in trainer.loggers:
-        logger.log_hyperparams(dict(module.hparams))
     if saved is not None:
-        assert resume_from is not None
-        check_fit(saved["state_dict"], module, resume_from)
         check_accumulation(saved, cfg)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
-    elif any((directory / "checkpoints").glob("*.ckpt")):
-        raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
+    if trainer.is_global_zero:
+        hold(directory)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(dict(module.hparams))
     return Run(directory, module, data, trainer, resume_from)
+
+
+_held: dict[Path, IO[str]] = {}
+
+
+def hold(directory: Path) -> None:
+    """Keep a run's folder for this process until it ends. Raises ValueError if another trains there."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if before := _held.pop(directory.resolve(), None):
+        before.close()
+    file = (directory / ".lock").open("w")
+    for _ in range(30):  # seconds: one that was stopped may still be on its way out
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which processes that load data do not inherit
+        except BlockingIOError:
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return
+        else:
+            _held[directory.resolve()] = file
+            return
+    file.close()
+    raise ValueError(f"another process trains in {directory}: wait for it or stop it, or choose another run_dir")
 
 
 def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
@@ -590,6 +625,8 @@ def close(run: Run) -> None:
     """End what would otherwise live on into the next run of the same process."""
     from lightning.pytorch.loggers import WandbLogger
 
+    if held := _held.pop(run.directory.resolve(), None):
+        held.close()
     if any(isinstance(logger, WandbLogger) for logger in run.trainer.loggers):
         import wandb
 

@@ -58,7 +58,9 @@ def sample(cfg: DictConfig) -> Path:
                 if film:
                     plots.save_gif(film, folder / "film.gif")
                 drawn = show(x).cpu()
-            parts += [part for part in processes.gather(drawn) if part is not None]
+            gathered = processes.gather(drawn)
+            if processes.rank == 0:  # who writes them
+                parts += [part for part in gathered if part is not None]
     if processes.rank > 0:
         return folder
     samples = torch.cat(parts)

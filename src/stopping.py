@@ -106,13 +106,16 @@ class CleanStop(L.Callback):
             # The largest of each: any process's signal, and the slowest one's seconds a turn.
             mine = torch.tensor([[self.signal, since / max(count, 1)]], device=trainer.strategy.root_device)
             largest = trainer.strategy.all_gather(mine).flatten(0, -2).amax(0)
-            self.signal = int(largest[0])
             self._last = turn, now
             self._next_turn = turn + max(1, int(self.seconds / largest[1].item()))
-            return self.signal != 0
+            agreed = int(largest[0])
+            self.signal = agreed or self.signal  # one that came meanwhile is for the next time
+            return agreed != 0
         return trainer.world_size == 1 and self.signal != 0
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._next_turn = 0
+        self.look(trainer)
         self._listening.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.checkpoints import read_checkpoint, take_up
-from src.cli import UsageError, launch, memory_errors, usage_errors
+from src.cli import UsageError, launch, memory_errors, rank, usage_errors
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     with usage_errors():
         if cfg.resume == "auto" and (metrics := take_up(cfg, runs.plain(cfg))):
-            print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
+            if rank() == 0:
+                print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics
         run = runs.build(cfg)
         if cfg.optimize not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
@@ -39,7 +40,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
     try:
         with memory_errors(lambda: runs.out_of_memory(cfg, run)), heard_by(interruption):
             metrics = fit(cfg, run)
-    except (KeyboardInterrupt, SystemExit) as stop:  # the latter is Lightning's answer to what `CleanStop` raises
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code not in (
+            1,
+            None,
+        ):  # which is Lightning's answer to what `CleanStop` raises
+            raise
         say_how_to_go_on(run)
         raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
     except RuntimeError as error:
@@ -79,8 +85,12 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     }
     film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:
-        leave_pictures(run, film)
-        runs.write_json(run.directory / "metrics.json", metrics)  # last, since it says that the run is finished
+        from src.disk import when_there_is_room, without_room_go_on
+
+        with without_room_go_on(run.directory / "samples"):
+            leave_pictures(run, film)
+        finished = run.directory / "metrics.json"  # last, since it says that the run is finished
+        when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
         print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
         for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
             if (path := run.directory / name).exists():

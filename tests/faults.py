@@ -11,17 +11,18 @@ import lightning as L
 import torch
 
 from src.data.batch import TrainingStream
+from src.sharding import local
 
 
 class Poison(L.Callback):
-    """At this step the data of one process hold a NaN."""
+    """At these steps the data of one process hold a NaN."""
 
-    def __init__(self, rank: int, step: int) -> None:
+    def __init__(self, rank: int, steps: list[int]) -> None:
         self.rank = rank
-        self.step = step
+        self.steps = steps
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+        if trainer.global_rank == self.rank and trainer.global_step in self.steps:
             batch["x"][0] = math.nan
 
 
@@ -58,7 +59,7 @@ class Watch(L.Callback):
     """Prints what the weights come to as each step begins, the same bits as the same text."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        total = torch.stack([p.double().sum() for p in pl_module.parameters()]).sum()
+        total = torch.stack([local(p).double().sum() for p in pl_module.parameters()]).sum()
         line = f"rank {trainer.global_rank} step {trainer.global_step} weights {total.item()!r}\n"
         os.write(1, line.encode())  # in one piece, beside other processes
 

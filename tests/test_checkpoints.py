@@ -63,6 +63,8 @@ def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=r"last\.ckpt is damaged and passed over"):
         assert find_checkpoint(str(run), None) == best
+    last.unlink()
+    assert find_checkpoint(str(run), None) == best
     best.write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileNotFoundError, match="holds no checkpoints"):
         find_checkpoint(str(run), None)
@@ -96,7 +98,9 @@ def test_changed_settings_are_told_but_for_paths():
     assert changed_settings(before, now) == ["trainer.max_steps: 6 -> 9"]
 
 
-@pytest.mark.parametrize("other", ["schedule=linear", "process.prediction=x0", "zero_terminal_snr=true"])
+@pytest.mark.parametrize(
+    "other", ["schedule=linear", "process.prediction=x0", "zero_terminal_snr=true", "data.levels=256"]
+)
 def test_another_model_is_not_resumed(trained, tmp_path, other):
     with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", other)
@@ -111,6 +115,9 @@ def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tm
     assert f"{run} is finished: skipped" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"is of another job \(seed: 0 -> 1\)"):
         train_tiny(run, "resume=auto", "seed=1")
+    metrics["val/loss"] = None  # of one that diverged, which is not passed over in silence
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert train_tiny(run, "resume=auto")["val/loss"] is not None
     (run / "metrics.json").unlink()
     assert train_tiny(run, "resume=auto")["steps"] == 6
     assert train_tiny(tmp_path / "1", "resume=auto")["steps"] == 6

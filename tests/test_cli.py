@@ -15,7 +15,10 @@ from src.cli import (
     check_unused,
     config_groups,
     expand_resume,
+    expand_sweep,
     fresh_folder,
+    rank,
+    slurm_tasks,
     split_arguments,
 )
 
@@ -125,6 +128,32 @@ def started(folder, *overrides, saved=True, ended=False):
     if ended:
         (folder / "metrics.json").touch()
     return folder
+
+
+def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
+    """Its launcher too, which Hydra files apart; folders of sweeps that died as they began are passed over."""
+    monkeypatch.chdir(tmp_path)
+    typed = ["seed=0,1", "hydra/launcher=local", "resume=auto"]
+    for name, task, hydra in (("1", ["seed=0,1"], ["hydra/launcher=local"]), ("2", ["seed=0,1"], [])):
+        folder = tmp_path / "outputs" / "sweeps" / name
+        folder.mkdir(parents=True)
+        overrides = {"task": [*task, "resume=auto"], "hydra": [*hydra, "hydra.mode=MULTIRUN"]}
+        (folder / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": overrides}}))
+    for name, text in (("3", ""), ("4", "hydra: ["), ("5", "hydra: {}")):
+        (tmp_path / "outputs" / "sweeps" / name).mkdir()
+        (tmp_path / "outputs" / "sweeps" / name / "multirun.yaml").write_text(text)
+    assert expand_sweep(typed)[-1].endswith("outputs/sweeps/1'")
+    assert expand_sweep(["seed=0,1", "resume=auto"])[-1].endswith("outputs/sweeps/2'")
+    assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
+
+
+def test_a_script_of_slurm_is_one_process_until_srun_starts_several(monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert (slurm_tasks(), rank()) == (1, 0)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert (slurm_tasks(), rank()) == (8, 3)
 
 
 def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_path, monkeypatch):

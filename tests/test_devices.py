@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +50,23 @@ def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.
     return python("-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides, cwd=cwd)
 
 
-def torchrun_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return python(*torchrun(processes), "-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides, cwd=cwd)
+def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Half of them each, by two torchruns that meet at a port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    each = processes // 2
+    start = ["--nnodes", "2", "--nproc-per-node", str(each), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    settings = [*TINY, "trainer.num_nodes=2", f"trainer.devices={each}", *overrides]
+    with ThreadPoolExecutor() as nodes:
+        first, second = nodes.map(
+            lambda rank: python(
+                "-m", "torch.distributed.run", *start, "--node-rank", str(rank), "-m", "src.train", *settings, cwd=cwd
+            ),
+            range(2),
+        )
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-3000:]
+    return first
 
 
 def stop_at(step: int, folder: Path) -> list[str]:
@@ -80,18 +97,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [lightning_starts, torchrun_starts])
+@pytest.mark.parametrize("start", [lightning_starts, two_nodes_start])
 def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, start):
     """Weights, average, what importance sampling has seen, validation, and the samples: only rounding may differ."""
     processes = 2 if start is lightning_starts else 4
     done = start(processes, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     run = only_run(tmp_path)
-    for key in ("state_dict", "current_model_state"):
-        ours, theirs = weights(run, key), weights(alone, key)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert_close_weights(run, alone)
     losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for picture in ("samples/final.png", "samples/step_000010.png", "samples/film.png"):
@@ -100,64 +113,98 @@ def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, sta
         assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture
 
 
+SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+
+
 @pytest.mark.slow
-def test_sharded_weights_train_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_path_factory):
-    """FSDP2 on two processes, of which one is asked to end on its way: the checkpoint is that of any run."""
-    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", *SETTINGS]
-    done = lightning_starts(2, *sharded, *stop_at(12, tmp_path_factory.mktemp("once")), cwd=tmp_path)
-    assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
-    run = next((tmp_path / "outputs" / "train").iterdir())
-    step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
-    assert 12 < step < 20 and f"saved at step {step}" in done.stdout
-    done = lightning_starts(2, f"resume={run}", "trust=true", cwd=tmp_path)
+def test_sharded_weights_train_as_whole_ones_do(alone, tmp_path):
+    """FSDP2 on two processes: the checkpoint is that of any run."""
+    done = lightning_starts(2, *SHARDED, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    for key in ("state_dict", "current_model_state"):
-        ours, theirs = weights(run, key), weights(alone, key)
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    run = only_run(tmp_path)
+    assert_close_weights(run, alone)
     opened = open_run(str(run))
     assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.faults
+def test_sharded_weights_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_path_factory):
+    """One of two processes is asked to end on its way."""
+    done = lightning_starts(2, *SHARDED, *SETTINGS, *stop_at(12, tmp_path_factory.mktemp("once")), cwd=tmp_path)
+    assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
+    run = only_run(tmp_path)
+    step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert 12 < step < 20 and f"saved at step {step}" in done.stdout
+    done = lightning_starts(2, f"resume={run}", "trust=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_close_weights(run, alone)
+
+
 @pytest.mark.slow
-def test_a_sweep_on_two_devices_goes_on_where_it_stopped(tmp_path, tmp_path_factory):
-    """The first job is stopped, the command given again: it ends with the folders of two jobs and no other."""
-    command = ["-m", "seed=0,1", "trainer.max_steps=8", "validate_every=4", "checkpoint_every=100", "resume=auto"]
-    command += stop_at(4, tmp_path_factory.mktemp("once"))
+def test_a_sweep_on_two_devices_leaves_two_folders_and_no_other(tmp_path):
+    done = lightning_starts(2, "-m", "seed=0,1", *OF_SWEEP, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    check_sweep(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_sweep_on_two_devices_goes_on_where_it_stopped(tmp_path, tmp_path_factory, launcher):
+    """The first job is stopped, the command given again."""
+    command = ["-m", "seed=0,1", *OF_SWEEP, "resume=auto", *stop_at(4, tmp_path_factory.mktemp("once"))]
+    command += [] if launcher == "basic" else ["hydra/launcher=local", "hydra.launcher.n_jobs=1"]
     for status in (143, 0):
         done = lightning_starts(2, *command, cwd=tmp_path)
         assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
-    assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
-    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
-    assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["sweeps"]
-    assert sorted(p.name for p in sweep.iterdir()) == ["0", "1", "multirun.yaml"]
+    check_sweep(tmp_path)
+
+
+OF_SWEEP = ["trainer.max_steps=8", "validate_every=4", "checkpoint_every=100"]
+
+
+def check_sweep(cwd: Path) -> None:
+    """Of the seeds 0 and 1: in the end their weights are those of single runs."""
+    assert [p.name for p in cwd.iterdir()] == ["outputs"]
+    (sweep,) = (cwd / "outputs" / "sweeps").iterdir()
+    assert [p.name for p in (cwd / "outputs").iterdir()] == ["sweeps"]
+    assert sorted(p.name for p in sweep.iterdir() if p.name[0] != ".") == ["0", "1", "multirun.yaml"]
     for seed in (0, 1):
         assert [p.name for p in (sweep / str(seed)).glob("*.log")] == ["train.log"]
-        train_tiny(tmp_path / f"alone{seed}", f"seed={seed}", "trainer.max_steps=8", "validate_every=4")
-        ours, theirs = weights(sweep / str(seed)), weights(tmp_path / f"alone{seed}")
+        train_tiny(cwd / f"alone{seed}", f"seed={seed}", "trainer.max_steps=8", "validate_every=4")
+        assert_close_weights(sweep / str(seed), cwd / f"alone{seed}")
+
+
+def assert_close_weights(run: Path, other: Path) -> None:
+    for key in ("state_dict", "current_model_state"):
+        ours, theirs = weights(run, key), weights(other, key)
+        assert ours.keys() == theirs.keys()
         for name in ours:
             assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.slow
-def test_a_nan_on_one_process_of_two_has_both_skip_the_step(tmp_path):
-    """Told by the weights that each process begins its steps with."""
-    fault = ["+callbacks.fault._target_=tests.faults.Poison", "+callbacks.fault.rank=1", "+callbacks.fault.step=3"]
-    done = lightning_starts(
-        2, "trainer.max_steps=6", *fault, "+callbacks.watch._target_=tests.faults.Watch", cwd=tmp_path
-    )
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.faults)]
+)
+def test_after_nans_on_one_process_of_two_both_go_back(tmp_path, sharded):
+    """Told by the weights that each process begins its steps with: as long as step 3's loss is not finite they stay."""
+    fault = {"_target_": "tests.faults.Poison", "rank": 1, "steps": "[3,4]"}
+    settings = [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
+    settings += ["+callbacks.watch._target_=tests.faults.Watch", "trainer.max_steps=7", "validate_every=100"]
+    settings += ["checkpoint_every=2", "callbacks.guard.patience=2", *(SHARDED if sharded else [])]
+    done = lightning_starts(2, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     told: dict[tuple[int, int], str] = {}
     for rank, step, total in re.findall(r"rank (\d) step (\d) weights (\S+)", done.stdout):
         told[int(rank), int(step)] = total
-    assert len(told) == 12 and "nan" not in told.values()
-    assert all(told[0, step] == told[1, step] for step in range(6))
-    assert [told[0, step + 1] == told[0, step] for step in range(5)] == [False, False, False, True, False]
-    (row,) = [json.loads(line) for line in (only_run(tmp_path) / "nonfinite.jsonl").read_text().splitlines()]
-    assert row["step"] == 3
+    assert len(told) == 14 and "nan" not in told.values()
+    assert sharded or all(told[0, step] == told[1, step] for step in range(7))
+    for rank in (0, 1):
+        # Steps 3 and 4 are skipped; step 5 begins as step 2 did, whose checkpoint is the last from before.
+        assert told[rank, 3] == told[rank, 4] != told[rank, 2] == told[rank, 5] != told[rank, 6]
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "nonfinite.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4]
     # The second process has the second half of the batch.
-    assert [place for place, loss in enumerate(row["losses"]) if loss == "nan"] == [32]
+    assert [place for place, loss in enumerate(rows[0]["losses"]) if loss == "nan"] == [32]
 
 
 @pytest.mark.slow
@@ -185,7 +232,7 @@ def drawn_alone(run: Path, tmp_path: Path) -> Path:
 def test_two_processes_find_the_likelihood_that_one_finds(trained, tmp_path):
     from src.evaluate import evaluate
 
-    asked = [f"run='{trained}'", "n=30", "batch_size=8", "links=5", "ode=true", "ode_tolerance=1e-2", "device=cpu"]
+    asked = [f"run='{trained}'", "n=30", "batch_size=8", "links=5", "device=cpu"]
     done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("30 held-out samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]

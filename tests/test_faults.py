@@ -67,7 +67,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
 @pytest.mark.slow
 def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
     """No file may grow beyond 20 kB for a while, as on a disk without room: checkpoints and the log do not fit."""
-    settings = [*TINY, "trainer.max_steps=600", "validate_every=300", "checkpoint_every=50", "keep_checkpoints=2"]
+    settings = [*TINY, "trainer.max_steps=300", "validate_every=150", "checkpoint_every=25", "keep_checkpoints=2"]
     folder = tmp_path / "run"
     command = [sys.executable, "-u", "-m", "src.train", *settings, f"hydra.run.dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -3,12 +3,18 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from src.checkpoints import read_checkpoint
+from src.cli import CONF, UsageError
 from src.module import DiffusionModule
+from src.stopping import CleanStop
 from tests.conftest import train_tiny
 from tests.test_runs import assert_equal_bits, losses, weights
 
@@ -120,3 +126,59 @@ def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeyp
     train_tiny(tmp_path / "run", "data.micro_batch=8", "trainer.max_steps=1", "callbacks.samples.count=20")
     assert max(seen) < 16 and seen.count(4) == 3  # validation has up to twice as many, 20 samples go 8, 8 and 4
     assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)
+
+
+def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(tmp_path):
+    """Here at the very moment at which this process tells the others that it has none."""
+    stop = CleanStop(str(tmp_path / "last.ckpt"))
+    ours = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    arrives = [signal.SIGTERM]
+
+    def all_gather(mine):
+        told = torch.stack([mine, torch.zeros_like(mine)])
+        for number in arrives:
+            stop._ask(number, None)
+        arrives.clear()
+        return told
+
+    ours.strategy.all_gather = all_gather
+    assert not stop._agreed(ours)
+    stop._next_turn = 0
+    assert stop._agreed(ours) and stop.signal == signal.SIGTERM
+
+
+def test_a_signal_in_the_last_step_is_answered(trained, tmp_path, monkeypatch, capsys):
+    """No step comes after it; all is saved, and the pictures are left for later."""
+    from tests.test_runs import runs_until
+
+    folder = tmp_path / "run"
+    runs_until(monkeypatch, stop_after=6, number=signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        train_tiny(folder, "validate_every=4")
+    assert stop.value.code == 143 and "saved at step 6" in capsys.readouterr().out
+    assert not (folder / "metrics.json").exists()
+    monkeypatch.undo()
+    assert train_tiny(folder, "validate_every=4", f"resume='{folder}'")["steps"] == 6
+    for key in ("state_dict", "current_model_state"):
+        assert_equal_bits(weights(folder, key), weights(trained, key))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
+    """The lock is the process's: it goes with it, however that ends."""
+    code = f"import sys; from pathlib import Path; from src import runs; runs.hold(Path({str(tmp_path / 'run')!r}));"
+    code += "print('held', flush=True); sys.stdin.read()"
+    environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", lambda _: None)
+            with pytest.raises(UsageError, match=r"another process trains in .*run: wait for it or stop it"):
+                train_tiny(tmp_path / "run")
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+    assert train_tiny(tmp_path / "run", "trainer.max_steps=1")["steps"] == 1

@@ -97,6 +97,12 @@ TRAPS = {
         "model",
         lambda c: {"_target_": "torch.hub.load", "repo_or_dir": c, "model": "net", "source": "local"},
     ),
+    "a download for an objective": (
+        "objective", lambda c: {"_target_": "torchvision.datasets.MNIST", "root": c, "download": True}
+    ),
+    "a dataset at once": ("data.source", lambda c: {"_target_": "torchvision.datasets.MNIST", "root": c}),
+    "data in another place": ("model", lambda c: {"_target_": "src.data.images.digits", "_partial_": True}),
+    "a download before it is asked for": ("data.source.prepare", lambda _: True),
     "an optimizer for a network": ("model", lambda _: {"_target_": "torch.optim.AdamW", "params": []}),
     "a logger for a network": ("model", lambda c: {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": c}),
     "beside a known name": ("model._target_", lambda _: "src.models.unet.UNet.__init__"),
@@ -220,10 +226,12 @@ def test_nonsense_is_refused_with_a_sentence(trained, tmp_path, setting, value):
 def test_what_is_known_is_what_the_yamls_name():
     """All of them, found by reading them as YAML; each a class or function of the package that its name begins with."""
     found = {name for file in CONF.rglob("*.yaml") for name in targets(OmegaConf.load(file))}
-    optimizers = {name for name in known_targets(training=True) if name.startswith("torch.optim.")}
-    assert known_targets(training=True) == found | optimizers
-    assert {name.split(".")[0] for name in known_targets()} == {"src", "torchvision"}
-    for name in known_targets(training=True):
+    known = {target.name for target in known_targets(training=True)}
+    optimizers = {name for name in known if name.startswith("torch.optim.")}
+    assert known == found | optimizers
+    assert {target.name.split(".")[0] for target in known_targets()} == {"src", "torchvision"}
+    assert all(target.partial for target in known_targets() if target.name.startswith("torchvision"))
+    for name in known:
         module, _, last = name.rpartition(".")
         target = getattr(importlib.import_module(module), last)
         assert inspect.isclass(target) or inspect.isfunction(target)
@@ -262,6 +270,13 @@ def run_folder(trained: Path, folder: Path, *overrides: str) -> Path:
         "run_dir={tmp}/elsewhere",
         "callbacks.stop.path={tmp}/last.ckpt",
         "callbacks.best.filename=..",
+        "callbacks.stop.path=README.md",
+        "callbacks.samples.directory=docs",
+        "callbacks.guard.directory=.git",
+        "callbacks={stop:{path:notes}}",
+        "logger.csv.save_dir=src",
+        "logger.wandb.entity=somebody",
+        "logger={wandb:{entity:somebody}}",
         "+callbacks.best.filename='a\\b'",
         "seed=${oc.env:HOME}",
         "schedule.betas=${fresh_folder:{canary}}",
@@ -286,6 +301,12 @@ def test_traps_among_what_was_typed_are_refused_before_hydra_sees_them(trained, 
 def test_what_people_type_is_resumed(trained, tmp_path):
     """Trust is not among it: a run cannot vouch for itself."""
     typed = ["data=folder", "data.root=/my/images", "optimizer._target_=torch.optim.SGD", "~callbacks.every"]
+    typed += [
+        "callbacks.ema.decay=0.99",
+        "callbacks.guard.rewinds=1e1",
+        "logger=[csv,wandb]",
+        "logger.wandb.offline=true",
+    ]
     typed += ["+trainer.limit_val_batches=3", "trainer.max_time='00:01:00:00'", "schedule.betas=some/betas.npy"]
     folder = run_folder(trained, tmp_path / "run", *typed, "trust=true", "++trust=true", "resume=/elsewhere")
     assert expand_resume([f"resume={folder}"])[:-2] == typed
