@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
-from src import runs
-from src.cli import CONF
+from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.images import digits
 from src.module import Sampler
+from src.trust import CONF
 
 Array = NDArray[np.float64]
 HEADER = "| digits | Fréchet, pixels | Fréchet, features | sure | novelty | classes 0-9, % |\n|---|---|---|---|---|---|"

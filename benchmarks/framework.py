@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from src import runs
-from src.cli import CONF  # also registers the resolvers that the configuration needs
+from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.batch import InMemory, Source
 from src.module import DiffusionModule
+from src.trust import CONF
 
 RANDOM_IMAGES = [
     "data.source._target_=benchmarks.framework.random_images",

@@ -34,9 +34,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.framework import RANDOM_IMAGES, now
 from src import runs
 from src.checkpoints import read_checkpoint
-from src.cli import CONF, end_with_parent, fresh_folder
 from src.memory import gib
 from src.module import DiffusionModule
+from src.ranks import end_with_parent, fresh_folder
+from src.trust import CONF
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAKS = {

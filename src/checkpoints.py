@@ -212,26 +212,6 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
-def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
-
-    Raises ValueError if another job has been in its folder.
-    """
-    folder = Path(cfg.run_dir)
-    cfg.resume = str(folder) if any((folder / "checkpoints").glob("*.ckpt")) else None
-    if cfg.resume is None:
-        return None
-    before = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
-    if changed := changed_settings(before, settings):
-        raise ValueError(
-            f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
-        )
-    finished = folder / "metrics.json"
-    metrics: dict[str, Any] | None = json.loads(finished.read_text()) if finished.is_file() else None
-    diverged = metrics is not None and metrics.get("val/loss", 0.0) is None  # it ends once more as it did
-    return None if diverged else metrics
-
-
 BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
 """Settings from which a trained model is built again."""
 

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
-from src.cli import CONF, UsageError, config_groups, launch, memory_errors, nearest, rank, usage_errors
+from src.cli import launch
+from src.errors import UsageError, memory_errors, usage_errors
+from src.overrides import config_groups, nearest
+from src.ranks import rank
+from src.trust import CONF
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.checkpoints import find_checkpoint, shareable, write_exported
-from src.cli import launch, usage_errors
+from src.cli import launch
+from src.errors import usage_errors
 
 
 def export(cfg: DictConfig) -> Path:

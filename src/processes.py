@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from src.cli import slurm_tasks
+from src.ranks import slurm_tasks
 
 T = TypeVar("T")
 _nothing: Any = object()

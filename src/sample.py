@@ -5,7 +5,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.checkpoints import find_checkpoint
-from src.cli import launch, memory_errors, usage_errors
+from src.cli import launch
+from src.errors import memory_errors, usage_errors
 
 
 def sample(cfg: DictConfig) -> Path:

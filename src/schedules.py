@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.cli import CONF, UsageError, config_groups, launch, nearest, usage_errors
+from src.cli import launch
+from src.errors import UsageError, usage_errors
+from src.overrides import config_groups, nearest
+from src.trust import CONF
 
 if TYPE_CHECKING:
     from torch import Tensor

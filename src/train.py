@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.checkpoints import read_checkpoint, take_up
-from src.cli import UsageError, launch, memory_errors, rank, usage_errors
+from src.checkpoints import read_checkpoint
+from src.cli import launch
+from src.errors import UsageError, memory_errors, usage_errors
+from src.ranks import rank
+from src.resuming import take_up
 
 if TYPE_CHECKING:
     import torch

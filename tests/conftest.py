@@ -7,8 +7,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from src.cli import CONF
+from src import resolvers  # noqa: F401 - conf/ needs what it registers
 from src.diffusion.noise import Level, NoiseSchedule, per_sample
+from src.trust import CONF
 
 # Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
 torch.set_num_threads(1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from src.checkpoints import by_age, changed_settings, find_checkpoint, is_whole
-from src.cli import UsageError
 from src.disk import WholeCheckpoints
+from src.errors import UsageError
 from tests.conftest import train_tiny
 
 

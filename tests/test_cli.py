@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import (
-    CONF,
-    UsageError,
-    check_overrides,
-    check_unused,
-    config_groups,
-    expand_resume,
-    expand_sweep,
-    fresh_folder,
-    rank,
-    slurm_tasks,
-    split_arguments,
-)
+from src.errors import UsageError
+from src.overrides import check_overrides, config_groups, split_arguments
+from src.ranks import fresh_folder, rank, slurm_tasks
+from src.resuming import check_unused, expand_resume, expand_sweep
+from src.trust import CONF
 
 
 @pytest.mark.parametrize(

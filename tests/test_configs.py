@@ -8,7 +8,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 
 from src.arguments import GRID_SETTINGS, check_arguments
-from src.cli import config_groups
+from src.overrides import config_groups
 from src.runs import build_module, build_sampler
 from tests.conftest import compose
 

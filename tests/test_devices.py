@@ -16,7 +16,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from src.checkpoints import read_checkpoint
-from src.cli import UsageError
+from src.errors import UsageError
 from src.module import DiffusionModule
 from src.runs import open_run
 from src.stopping import CleanStop, Interruption

@@ -188,7 +188,7 @@ def test_evaluate_compares_samplers(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_a_sentence(overrides, message, tmp_path):
-    from src.cli import UsageError
+    from src.errors import UsageError
     from src.evaluate import evaluate
 
     with pytest.raises(UsageError, match=message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.checkpoints import read_checkpoint
-from src.cli import UsageError
+from src.errors import UsageError
 from src.module import DiffusionModule, skip_unless
 from tests.conftest import train_tiny
 

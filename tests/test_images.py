@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.datasets import utils as torchvision_utils
 
-from src.cli import CONF
 from src.data.batch import InMemory
 from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
+from src.trust import CONF
 
 ORIENTATION = 0x0112
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src.checkpoints import read_checkpoint
-from src.cli import UsageError
+from src.errors import UsageError
 from src.memory import estimate
 from src.models.unet import UNet
 from tests.conftest import train_tiny
@@ -156,7 +156,7 @@ NARROW = """
 import json, re, resource, sys, torch
 from pathlib import Path
 from src.checkpoints import read_checkpoint
-from src.cli import UsageError
+from src.errors import UsageError
 from src.train import train
 from src.sample import sample
 import src.runs, src.memory, src.plots, src.callbacks, src.data.images, src.models.unet

@@ -11,7 +11,6 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from src.cli import CONF
 from src.models.layers import (
     Downsample,
     ResidualBlock,
@@ -22,6 +21,7 @@ from src.models.layers import (
 )
 from src.models.mlp import MLP
 from src.models.unet import Layer, UNet, pad_to_multiple
+from src.trust import CONF
 
 TINY = {"channels": 1, "image_size": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,)}
 

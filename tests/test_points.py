@@ -12,8 +12,8 @@ from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.cli import CONF
 from src.data.points import PointsDataModule, checkerboard, moons, rings, swiss_roll
+from src.trust import CONF
 
 PRESETS = ["points", "swiss_roll", "rings", "checkerboard", "mixture"]
 

@@ -134,7 +134,7 @@ def runs_until(monkeypatch: pytest.MonkeyPatch, stop_after: int, number: int = s
 
 
 def test_a_finished_folder_is_not_trained_over(trained):
-    from src.cli import UsageError
+    from src.errors import UsageError
 
     with pytest.raises(UsageError, match="already holds a run"):
         train_tiny(trained)
@@ -253,7 +253,7 @@ def test_what_is_no_checkpoint_is_refused_with_a_sentence(trained, tmp_path, dam
 
 
 def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
-    from src.cli import UsageError
+    from src.errors import UsageError
 
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match=r"another network: net\.\S+ is \(.*\) there and \(.*\) here"):
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_work(overrides, message, tmp_path, no_network):
-    from src.cli import UsageError
+    from src.errors import UsageError
 
     given = [o.replace("{tmp}", str(tmp_path)) for o in overrides]
     with pytest.raises(UsageError, match=re.escape(message)) as error:
@@ -297,7 +297,7 @@ def test_settings_that_cannot_work_are_refused_before_any_work(overrides, messag
 
 
 def test_networks_and_data_of_different_kinds_are_told_apart(tmp_path):
-    from src.cli import UsageError
+    from src.errors import UsageError
     from src.train import train
 
     for choice, remedy in (("model=mlp", "choose model=unet_tiny"), ("data=points model=unet_tiny", "model=mlp")):
@@ -307,14 +307,14 @@ def test_networks_and_data_of_different_kinds_are_told_apart(tmp_path):
 
 
 def test_batches_that_are_cut_otherwise_are_not_resumed(trained, tmp_path):
-    from src.cli import UsageError
+    from src.errors import UsageError
 
     with pytest.raises(UsageError, match="cannot resume a run that had 1"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.accumulate_grad_batches=2")
 
 
 def test_a_run_that_diverged_says_so(tmp_path):
-    from src.cli import UsageError
+    from src.errors import UsageError
 
     with pytest.raises(UsageError, match=r"diverged.*lower optimizer.lr"):
         train_tiny(tmp_path / "run", "optimizer.lr=1e30")

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from src.checkpoints import read_checkpoint
-from src.cli import CONF, UsageError
+from src.errors import UsageError
 from src.module import DiffusionModule
 from src.stopping import CleanStop
+from src.trust import CONF
 from tests.conftest import train_tiny
 from tests.test_runs import assert_equal_bits, losses, weights
 

@@ -12,8 +12,10 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from src.cli import CONF, UsageError, check_overrides
+from src.errors import UsageError
+from src.overrides import check_overrides
 from src.sweeps import share
+from src.trust import CONF
 from tests.conftest import TINY, train_tiny
 
 SEEDS = (0, 1)

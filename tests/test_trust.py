@@ -22,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from src import runs
-from src.cli import CONF, UsageError, expand_resume
-from src.trust import MAX_VALUES, check_plain, known_targets
+from src.errors import UsageError
+from src.resuming import expand_resume
+from src.trust import CONF, MAX_VALUES, check_plain, known_targets
 from tests.conftest import compose, train_tiny
 
 

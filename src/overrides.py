@@ -1,0 +1,213 @@
+"""What was typed, held against the configuration files before anything heavy is imported, in about a second.
+
+Hydra refuses a misspelt `key=value` but lets `+key=value` and `++key=value` through, and does not suggest the key
+that was meant.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.errors import UsageError, first_line
+from src.trust import CONF
+
+PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
+"""Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides, and Hydra's own flags with the values that they take."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    valued = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
+    valued |= {"--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word.startswith("-"):
+            flags.append(word)
+            if word in valued and rest and "=" not in rest[0]:
+                flags.append(rest.pop(0))
+        else:
+            overrides.append(word)
+    return overrides, flags
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
+    """Raise UsageError for an override that names no group, option or key, with the nearest that exists."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UsageError(f"cannot read the override: {first_line(error)} (overrides look like key=value)") from error
+    groups = config_groups()
+    chosen: list[str] = []
+    for override in parsed:
+        name = override.key_or_group
+        if name in groups and override.is_add() and not override.is_force_add():
+            raise UsageError(f"{override.input_line}: {name} is chosen already, drop the +")
+        if name in groups and not override.is_delete():
+            for option in _options(override):
+                _check_option(name, option, groups[name])
+            chosen.append(_one_value(override))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        base = _compose(config_name, chosen)
+        for override in parsed:
+            if override.key_or_group not in groups:
+                _check_key(override, base, groups)
+            elif override.is_delete() and override.key_or_group in base:
+                raise UsageError(
+                    f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
+                    f"{', '.join(groups[override.key_or_group])}"
+                )
+            if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in parsed}:
+                raise UsageError(f"{override.input_line} has no values to go through: add hydra/sweeper=search")
+            if override.is_sweep_override() and not multirun:
+                raise UsageError(
+                    f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
+                )
+        final = _compose(config_name, [_one_value(o) for o in parsed])
+    names = {o.key_or_group for o in parsed if o.value() is not None}
+    if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
+        raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
+    for override in parsed:
+        if override.key_or_group not in groups and not override.is_delete():
+            _check_type(override.key_or_group, base, final)
+    for name in flatten(final):
+        parent, _, last = name.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
+            raise UsageError(f"{name} has no default: add {name}=...")
+
+
+def config_groups() -> dict[str, list[str]]:
+    """Every config group of ours and its options, from the folders of conf/; Hydra's own are its affair."""
+    folders = {f.parent for f in CONF.rglob("*.yaml") if f.parent not in (CONF, *(CONF / "hydra").iterdir())}
+    return {str(d.relative_to(CONF)): sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in sorted(folders)}
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A question after the known word nearest to `word`, to end an error with; empty if none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_option(group: str, option: str, options: Sequence[str]) -> None:
+    if option not in options:
+        hint = nearest(option, options).replace("?", "? The")
+        raise UsageError(f"unknown {group} '{option}'{hint or ': the'} choices are {', '.join(options)}")
+
+
+def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
+    key = override.key_or_group
+    parts = key.split(".")
+    if parts[0].split("/")[0] == "hydra":
+        return
+    node: Any = base
+    for depth, part in enumerate(parts):
+        if isinstance(node, DictConfig) and part in node.keys():  # keys() also names what is still to be given
+            node = node._get_node(part)
+            if isinstance(node, DictConfig) or depth == len(parts) - 1:
+                continue
+        # A `+` may give a third-party class an argument that its YAML does not list, or a free dictionary a key;
+        # the YAMLs of our own classes list every argument.
+        target = str(OmegaConf.select(node, "_target_", default="")) if isinstance(node, DictConfig) else "src."
+        adds = override.is_add() or override.is_force_add()
+        if adds and depth > 0 and not target.startswith("src."):
+            return
+        known = [*flatten(base), *groups]
+        local = [k for k in known if k.startswith(".".join(parts[:depth]) + ".")] if depth else known
+        hint = nearest(key, local) or nearest(key, known)
+        if not hint and isinstance(node, DictConfig) and depth:
+            hint = f": {'.'.join(parts[:depth])} has {', '.join(str(k) for k in node)}"
+        hint = hint or "; --cfg job prints all that there are"
+        raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
+
+
+def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
+    """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing."""
+    default, value = _raw(base, name), _raw(final, name)
+    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
+        return
+    for kind, fits, rule in (
+        (bool, bool, "true or false"),
+        (int, int, "a whole number"),
+        (float, (int, float), "a number"),
+        (list, list, "a list"),
+    ):
+        if isinstance(default, kind):
+            if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
+                example = "" if "${" in str(default) else f", such as {default}"
+                raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}{example}")
+            return
+
+
+def _raw(cfg: DictConfig, name: str) -> Any:
+    """The value at a dotted name, interpolations as they stand; None if there is none."""
+    value: Any = OmegaConf.to_container(cfg, resolve=False)
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted names of all keys."""
+    names: list[str] = []
+    for key in cfg:
+        name = f"{prefix}{key!s}"
+        names.append(name)
+        child = cfg._get_node(key)
+        if isinstance(child, DictConfig):
+            names += flatten(child, f"{name}.")
+    return names
+
+
+def _options(override: Override) -> list[str]:
+    """The option or options that an override of a group names, one by one."""
+    if override.is_sweep_override():
+        values = [str(v) for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
+    else:
+        values = [override.get_value_element_as_str()]
+    return [part.strip().strip("'\"") for v in values for part in v.strip("[]").split(",") if part.strip()]
+
+
+def _one_value(override: Override) -> str:
+    """The override itself, or with the first of its values if it is a sweep."""
+    if not override.is_sweep_override():
+        return str(override.input_line)
+    prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
+    value = override.value()
+    first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
+    return f"{prefix}{override.key_or_group}={first}"
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return hydra.compose(config_name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        line = first_line(error)
+        if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
+            what = match[1].replace("/_", "=").replace("/", "=")
+            line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
+        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
+            line = _missing_plugin(match[1], match[2])
+        elif "Could not override 'hydra." in line:
+            line += " Settings of a launcher or sweeper need it chosen; --cfg hydra prints all that there are"
+        raise UsageError(line) from error
+
+
+def _missing_plugin(group: str, name: str) -> str:
+    """What to say if a launcher or sweeper of that name is not there."""
+    if name in PLUGINS:
+        extra = name.split("_")[0]
+        return f"{group}: {name} comes with the extra {extra}, which is not installed: pip install -e '.[{extra}]'"
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    hint = nearest(name, known).replace("?", "? The")
+    return f"unknown {group} '{name}'{hint or ': the'} choices are {', '.join(known)}"

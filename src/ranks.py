@@ -1,0 +1,93 @@
+"""Which of a run's processes this one is, and the folder that all of them agree on. Torch is not imported for one."""
+
+import logging
+import os
+import threading
+import time
+import warnings
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+FRESH = "FRESH_FOLDER_"
+
+
+def fresh_folder(parent: str) -> str:
+    """A new folder under `parent` named after the time; of runs that start in the same second each has its own.
+
+    Asked again, also by the processes that this one starts, the same: the environment remembers.
+    """
+    memory = f"{FRESH}{Path(parent).resolve()}"
+    if memory in os.environ:
+        return os.environ[memory]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ[memory] = _agreed_folder(parent)
+        return os.environ[memory]
+    if slurm_tasks() > 1:
+        # Its processes know no more of each other yet than the job that they belong to.
+        name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
+        os.environ[memory] = str(Path(parent) / name)
+        return os.environ[memory]
+    os.environ[memory] = _made_folder(parent)
+    return os.environ[memory]
+
+
+def _made_folder(parent: str) -> str:
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in count(1):
+        path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return str(path)
+    raise AssertionError
+
+
+def _agreed_folder(parent: str) -> str:
+    """The folder that the first process of `torchrun` makes, which tells the others through the store they share."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0)
+    name = f"folder of {parent}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if rank() == 0:
+        store.set(name, _made_folder(parent))
+    return str(store.get(name).decode())
+
+
+def slurm_tasks() -> int:
+    """The processes of the step that this one is of; 1 also within a job's script, which srun did not start."""
+    return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
+
+
+def rank() -> int:
+    """This process's number among those of the run: as torchrun, SLURM or Lightning's launcher says."""
+    names = ["RANK", *(["SLURM_PROCID"] if slurm_tasks() > 1 else []), "LOCAL_RANK"]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def close_log() -> None:
+    """Leave the log to the first process."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def follow() -> None:
+    """Be one of the processes that leave it to the first to warn, and do not outlive it."""
+    warnings.simplefilter("ignore")
+    end_with_parent()
+
+
+def end_with_parent(seconds: float = 5.0) -> None:
+    """Have this process end when the one that started it is gone, which it might wait for in vain for half an hour."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(seconds)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,167 @@
+"""`resume=...`: the run or sweep that it means, what was typed for it, and whether that can be believed."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from src.checkpoints import changed_settings, find_checkpoint, read_checkpoint
+from src.errors import UsageError, first_line
+
+HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
+"""Overrides that say how a run goes on, not what it is."""
+CHOICE = re.compile(r"\w*|\[[\w,]*\]")
+"""Of files under conf/, by their names."""
+NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
+
+
+def expand_resume(overrides: list[str]) -> list[str]:
+    """`resume=DIR` stands for the overrides of the run in DIR, what else is typed, and DIR as its run folder.
+
+    `resume=auto` is the unfinished run that was started with just what is typed, and nothing if there is none.
+    """
+    folder = next((_unquoted(o.removeprefix("resume=")) for o in overrides if o.startswith("resume=")), None)
+    if folder in (None, "", "null"):
+        return overrides
+    if folder == "auto":
+        overrides = [o for o in overrides if not o.startswith("resume=")]
+        if (folder := unfinished_run(overrides)) is None:
+            return overrides
+        overrides = [*overrides, f"resume='{_quoted(folder)}'"]
+    if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
+        raise UsageError(
+            f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints"
+        )
+    before = saved_overrides(Path(folder))
+    if not any(o.lower() == "trust=true" for o in overrides):
+        check_saved(Path(folder), before)
+    given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+    return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{_quoted(folder)}'"]
+
+
+def expand_sweep(overrides: list[str]) -> list[str]:
+    """Of a sweep, `resume=auto` stands for the folder of the newest one that was started with what is typed.
+
+    Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.take_up`).
+    """
+    if not any(o.startswith("resume=") for o in overrides):
+        return overrides
+    if "resume=auto" not in overrides:
+        raise UsageError("a sweep goes on by resume=auto, with hydra.sweep.dir=... if it is not the newest of its kind")
+    if any(o.startswith("hydra.sweep.dir=") for o in overrides):
+        return overrides
+    for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
+        try:
+            # Not by OmegaConf, which would look `${...}` up.
+            before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
+            typed = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # of a sweep that died as it began
+            continue
+        of_place = "hydra.sweep.dir="
+        if {o for o in typed if not (HOW.match(o) or o.startswith(of_place))} == {
+            o for o in overrides if not HOW.match(o)
+        }:
+            return [*overrides, f"{of_place}'{_quoted(str(saved.parent))}'"]
+    return overrides
+
+
+def unfinished_run(overrides: Sequence[str]) -> str | None:
+    """The folder named by hydra.run.dir, else the newest under outputs/train that had these overrides and no end.
+
+    None if it holds no checkpoint, so that there is nothing to go on from.
+    """
+    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
+    folders = [Path(given[-1])] if given else sorted(Path("outputs/train").glob("*/"), reverse=True)
+    for folder in folders:
+        saved = folder / ".hydra" / "overrides.yaml"
+        if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
+            continue
+        typed = {o for o in overrides if not HOW.match(o)}
+        if given or (set(saved_overrides(folder)) == typed and not (folder / "metrics.json").exists()):
+            return str(folder)
+    return None
+
+
+def saved_overrides(folder: Path) -> list[str]:
+    """What was typed for the run in `folder`, but for what it resumed and whether that was trusted."""
+    path = folder / ".hydra" / "overrides.yaml"
+    try:
+        lines = yaml.safe_load(path.read_text())  # as it stands: OmegaConf would look up what is in ${...}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read ({first_line(error)}): start a new run") from error
+    if not (isinstance(lines, list) and all(isinstance(line, str) and line.isprintable() for line in lines)):
+        raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
+    return [line for line in lines if not HOW.match(line)]
+
+
+def check_saved(folder: Path, overrides: Sequence[str]) -> None:
+    """Raise UsageError if going on with the run could do more than train in its folder, since it may be a stranger's.
+
+    What is built is held against conf/ when it is known (`runs.build`).
+    """
+    remedy = f": add trust=true if you started {folder} yourself, else start a new run"
+    for line in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([line])
+        except HydraException as error:
+            raise UsageError(f"{folder} was started with {line!r:.100}, which is no override{remedy}") from error
+        key, value = override.key_or_group, line.partition("=")[2]
+        if re.match(r"hydra\b|run_dir\b", key) or override.package is not None:
+            what = "says how and where to start"
+        elif "${" in value:
+            what = "would be looked up"
+        elif re.match(r"(callbacks|logger)\b", key) and not (NUMBER_OR_SWITCH if "." in key else CHOICE).fullmatch(
+            value
+        ):
+            what = "may say where to write, or to whom"
+        elif key not in ("data.root", "schedule.betas") and re.search(r"[/\\]|\.\.", value):
+            what = "may be a path to write to"
+        else:
+            continue
+        raise UsageError(f"{folder} was started with {line!r:.100}, which {what}{remedy}")
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{path} leads out of the run's folder{remedy}")
+
+
+def _quoted(folder: str) -> str:
+    """As it may stand between single quotes."""
+    return str(Path(folder).resolve()).replace("'", "\\'")
+
+
+def _unquoted(value: str) -> str:
+    return value.strip("'\"").replace("\\'", "'")
+
+
+def check_unused(overrides: Sequence[str]) -> None:
+    """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
+    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
+    resumes = any(o.startswith("resume=") for o in overrides)
+    if given and not resumes and any((Path(given[-1]) / "checkpoints").glob("*.ckpt")):
+        raise UsageError(f"{given[-1]} already holds a run: go on with resume={given[-1]}, or choose another folder")
+
+
+def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
+
+    Raises ValueError if another job has been in its folder.
+    """
+    folder = Path(cfg.run_dir)
+    cfg.resume = str(folder) if any((folder / "checkpoints").glob("*.ckpt")) else None
+    if cfg.resume is None:
+        return None
+    before = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
+    if changed := changed_settings(before, settings):
+        raise ValueError(
+            f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
+        )
+    finished = folder / "metrics.json"
+    metrics: dict[str, Any] | None = json.loads(finished.read_text()) if finished.is_file() else None
+    diverged = metrics is not None and metrics.get("val/loss", 0.0) is None  # it ends once more as it did
+    return None if diverged else metrics
