@@ -1,0 +1,44 @@
+"""What is kept of a stream of features, which batches and processes fill in any order: memory does not grow with n."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from src.metrics.features import Features
+from src.metrics.frechet import Moments
+
+
+class Collected(NamedTuple):
+    """Moments of all samples that came by, and features of those with the lowest numbers, in order."""
+
+    moments: Moments
+    numbers: Tensor  # (M,) int64, ascending
+    features: Tensor  # (M, F) float64
+    probabilities: Tensor | None  # (M, K) float64
+
+    @classmethod
+    def of(cls, batch: Features, start: int, limit: int) -> "Collected":
+        """Of samples number `start`, `start` + 1, ...: at most `limit` are kept, here and after each merge."""
+        numbers = torch.arange(start, start + len(batch.features))
+        return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
+
+    def merge(self, other: "Collected", limit: int) -> "Collected":
+        """Of both; but for rounding of the moments the same whatever came first."""
+        probabilities = None
+        if self.probabilities is not None and other.probabilities is not None:
+            probabilities = torch.cat([self.probabilities, other.probabilities])
+        return Collected(
+            self.moments.merge(other.moments),
+            torch.cat([self.numbers, other.numbers]),
+            torch.cat([self.features, other.features]),
+            probabilities,
+        )._first(limit)
+
+    def _first(self, limit: int) -> "Collected":
+        if limit < 2:
+            raise ValueError(f"at least 2 samples must be kept, got {limit}: 10000 is usual")
+        order = self.numbers.argsort()[:limit]
+        places = order.to(self.features.device)
+        probabilities = None if self.probabilities is None else self.probabilities[places]
+        return Collected(self.moments, self.numbers[order], self.features[places], probabilities)
