@@ -1,11 +1,15 @@
 """What is kept of a stream of features, which batches and processes fill in any order: memory does not grow with n."""
 
+from collections.abc import Callable, Iterable
+from functools import reduce
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from src.metrics.features import Features
+from src.metrics.cache import Tensors, cached, digest
+from src.metrics.features import Extractor, Features
 from src.metrics.frechet import Moments
 
 
@@ -42,3 +46,32 @@ class Collected(NamedTuple):
         places = order.to(self.features.device)
         probabilities = None if self.probabilities is None else self.probabilities[places]
         return Collected(self.moments, self.numbers[order], self.features[places], probabilities)
+
+
+Batches = Iterable[tuple[int, Tensor]]
+"""The number of the first image of each batch, and its images (B, C, H, W) uint8."""
+
+
+def collect(extractor: Extractor, batches: Batches, limit: int) -> Collected:
+    """The features of all images, batch by batch, of which `limit` are kept."""
+    parts = (Collected.of(extractor(images), start, limit) for start, images in batches)
+    return reduce(lambda whole, part: whole.merge(part, limit), parts)
+
+
+def collect_once(
+    folder: Path, data: str, extractor: Extractor, batches: Callable[[], Batches], limit: int
+) -> Collected:
+    """As `collect`, but read from `folder` if the same was collected before; for real images.
+
+    `data` stands for the images: of many, `digest(*(digest(images) for _, images in batches()))` streams too.
+    """
+
+    def compute() -> Tensors:
+        whole = collect(extractor, batches(), limit)
+        named = {**whole.moments._asdict(), **whole._asdict()}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    key = f"{extractor.name}-{digest(data, extractor.fingerprint, limit)}"
+    found = cached(folder, key, compute)
+    moments = Moments(*(found[name] for name in Moments._fields))
+    return Collected(moments, found["numbers"], found["features"], found.get("probabilities"))

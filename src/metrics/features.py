@@ -5,6 +5,7 @@ An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels, on the device
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -79,7 +80,12 @@ class Inception:
             )
         # torch-fidelity unpickles whatever it is given, so it is given only what is written here.
         safe = io.BytesIO()
-        torch.save(torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), safe)
+        try:
+            torch.save(torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), safe)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than weights, and is not loaded: download {INCEPTION} again"
+            ) from error
         safe.seek(0)
         net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], safe)
         self.net = net.to(device)
