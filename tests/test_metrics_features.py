@@ -242,6 +242,9 @@ def test_what_is_collected_depends_neither_on_batches_nor_on_processes():
     assert_close(whole.features, x[:120])
     with pytest.raises(ValueError, match="at least 2"):
         Collected.of(Features(x), 0, 1)
+    x[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="1 of 250 samples"):
+        Collected.of(Features(x), 0, 10)
 
 
 def test_real_images_are_seen_by_an_extractor_once(digits, classifier, tmp_path):

@@ -23,7 +23,15 @@ class Collected(NamedTuple):
 
     @classmethod
     def of(cls, batch: Features, start: int, limit: int) -> "Collected":
-        """Of samples number `start`, `start` + 1, ...: at most `limit` are kept, here and after each merge."""
+        """Of samples number `start`, `start` + 1, ...: at most `limit` are kept, here and after each merge.
+
+        Raises ValueError for features that are not finite, of which no figure could be made.
+        """
+        if spoilt := int((~batch.features.isfinite().all(1)).sum()):
+            raise ValueError(
+                f"{spoilt} of {len(batch.features)} samples from number {start} on have features that are not finite: "
+                "look at the samples, or choose another extractor"
+            )
         numbers = torch.arange(start, start + len(batch.features))
         return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
 

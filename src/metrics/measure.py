@@ -22,7 +22,7 @@ def image_figures(
 ) -> dict[str, Figure]:
     """Fréchet and kernel distance, precision, recall, density, coverage; with probabilities also those of classes.
 
-    Only over `inception` are they called fid, kid and inception_score; else fd, kd and class_score, and every name
+    Over `inception` alone are they called fid, kid and inception_score; else fd, kd and class_score, and every name
     has the extractor in it: `fd_classifier_1k`. Classes are compared with those that the extractor sees in the
     reference, so that its mistakes cancel.
     """
