@@ -172,7 +172,7 @@ def test_sliced_wasserstein_in_one_dimension_is_the_best_assignment(n, m):
 def test_sliced_wasserstein_of_a_shift_is_its_share_of_a_direction():
     """Along a random direction of D dimensions a shift s has the mean square |s|^2 / D."""
     shift = torch.tensor([3.0, 0, 0, 4, 0, 0], dtype=torch.float64)
-    assert sliced_wasserstein(X + shift, X, seed=0, directions=20_000).value == pytest.approx(5 / 6**0.5, rel=0.02)
+    assert sliced_wasserstein(X + shift, X, seed=0, directions=4000).value == pytest.approx(5 / 6**0.5, rel=0.05)
     assert sliced_wasserstein(X, X, seed=0).value == 0
 
 
@@ -306,7 +306,7 @@ def test_intervals_cover_what_the_metric_is_on_average_as_often_as_they_say(metr
     sets = [torch.randn(50, 2, generator=generator, dtype=torch.float64) for _ in range(200)]
     statistics = [STATISTICS[metric](x, reference) for x in sets]
     truth = np.mean([statistic.value for statistic in statistics])
-    figures = [statistic.figure(seed, replicates=60, level=0.9) for seed, statistic in enumerate(statistics)]
+    figures = [statistic.figure(seed, replicates=40, level=0.9) for seed, statistic in enumerate(statistics)]
     covered = np.mean([figure.low <= truth <= figure.high for figure in figures])
     assert covered > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 200)
     assert covered < 0.9 + 4 * math.sqrt(0.9 * 0.1 / 200) or metric in ("coverage", "recall")  # which are cautious
