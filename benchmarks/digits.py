@@ -14,22 +14,25 @@ Everything is measured against the run's own held-out digits, which the network 
 import argparse
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from sklearn.datasets import load_digits
-from sklearn.neural_network import MLPClassifier
+from torch import Tensor
 
 from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.images import digits
+from src.metrics.classes import class_counts
+from src.metrics.classifier import train_classifier
+from src.metrics.frechet import Moments, frechet_distance
+from src.metrics.memorisation import memorisation
 from src.module import Sampler
 from src.trust import CONF
 
-Array = NDArray[np.float64]
+CACHE = Path("outputs/cache")
 HEADER = "| digits | Fréchet, pixels | Fréchet, features | sure | novelty | classes 0-9, % |\n|---|---|---|---|---|---|"
 
 
@@ -40,59 +43,43 @@ class Quality(NamedTuple):
     features: float
     sure: float
     novelty: float
-    classes: Array  # (10,) shares
+    classes: Tensor  # (10,) shares
 
 
 class Reference:
-    """The digits of one split, (N, 64) in 0..16, and the classifier trained on its training part."""
+    """The digits of one split, (N, 1, 8, 8) uint8, and the classifier trained on its training part."""
 
     def __init__(self, train: Sequence[int], held_out: Sequence[int]) -> None:
-        images = digits(None, 8, 1).fetch(range(len(train) + len(held_out)))
-        x, labels = images.flatten(1).double().numpy(), load_digits().target
-        self.train, self.held_out = x[list(train)], x[list(held_out)]
-        self.classifier = MLPClassifier((128, 64), max_iter=300, random_state=0)
-        self.classifier.fit(self.train, labels[list(train)])
-        self.accuracy = float(self.classifier.score(self.held_out, labels[list(held_out)]))
+        images = shown(digits(None, 8, 1).fetch(range(len(train) + len(held_out))))
+        labels = torch.from_numpy(load_digits().target)
+        self.train, self.held_out = images[list(train)], images[list(held_out)]
+        tested = self.held_out, labels[list(held_out)]
+        self.classifier = train_classifier(self.train, labels[list(train)], tested, CACHE)
 
-    def features(self, x: Array) -> Array:
-        """The classifier's last hidden layer: (N, 64) -> (N, 64)."""
-        for weight, bias in zip(self.classifier.coefs_[:-1], self.classifier.intercepts_[:-1], strict=True):
-            x = np.maximum(x @ weight + bias, 0)
-        return x
-
-    def quality(self, x: Array) -> Quality:
-        """The figures of digits x (N, 64) against the held-out ones."""
-        p = self.classifier.predict_proba(x)
+    def quality(self, images: Tensor) -> Quality:
+        """The figures of digits (N, 1, 8, 8) uint8 against the held-out ones."""
+        x, real, train = (pixels(each) for each in (images, self.held_out, self.train))
+        features, p = self.classifier(images)
         return Quality(
-            pixels=frechet(x, self.held_out),
-            features=frechet(self.features(x), self.features(self.held_out)),
-            sure=float((p.max(1) > 0.9).mean()),
-            novelty=nearest(x, self.train) / nearest(self.held_out, self.train),
-            classes=np.bincount(p.argmax(1), minlength=10) / len(x),
+            pixels=frechet_distance(Moments.of(x), Moments.of(real)),
+            features=frechet_distance(Moments.of(features), Moments.of(self.classifier(self.held_out).features)),
+            sure=(p.max(1).values > 0.9).double().mean().item(),
+            novelty=memorisation(x, real, train).ratio.value,
+            classes=class_counts(p.argmax(1), 10) / len(x),
         )
 
 
 reference = cache(Reference)
 
 
-def frechet(a: Array, b: Array) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for the moments of a (N, D) and b (M, D)."""
-    c1, c2 = np.cov(a.T), np.cov(b.T)
-    # The eigenvalues of C1 C2 are the squared singular values of C1^(1/2) C2^(1/2), which are never complex.
-    cross = np.linalg.svd(root(c1) @ root(c2), compute_uv=False).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c1 + c2) - 2 * cross)
+def shown(levels: Tensor) -> Tensor:
+    """Grey levels 0..16 as uint8 0..255."""
+    return (levels.double() * 255 / 16).round().to(torch.uint8)
 
 
-def root(c: Array) -> Array:
-    """The square root of a covariance (D, D)."""
-    values, vectors = np.linalg.eigh(c)
-    return np.asarray((vectors * np.sqrt(values.clip(min=0))) @ vectors.T)
-
-
-def nearest(x: Array, train: Array) -> float:
-    """The median distance from x (N, D) to the nearest of train (M, D)."""
-    distances = torch.cdist(torch.from_numpy(x), torch.from_numpy(train), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.min(1).values.median().item()
+def pixels(images: Tensor) -> Tensor:
+    """uint8 0..255 (N, 1, 8, 8) as whole numbers in 0..16 (N, 64)."""
+    return (images.flatten(1).double() * 16 / 255).round()
 
 
 def chosen(name: str, steps: int, eta: float | None) -> Sampler:
@@ -104,13 +91,13 @@ def chosen(name: str, steps: int, eta: float | None) -> Sampler:
     return runs.build_sampler(cfg)._replace(steps=steps)
 
 
-def draw(opened: runs.OpenedRun, n: int, seed: int, sampler: Sampler) -> Array:
-    """Samples 0..n - 1 of a run, as (n, 64) whole numbers in 0..16."""
+def draw(opened: runs.OpenedRun, n: int, seed: int, sampler: Sampler) -> Tensor:
+    """Samples 0..n - 1 of a run, as (n, 1, 8, 8) uint8."""
     parts = []
     for start in range(0, n, 256):
         *_, x = opened.module.sample(range(start, min(start + 256, n)), seed, sampler)
-        parts.append(opened.data.to_display(x).flatten(1))
-    return (torch.cat(parts).double() * 16 / 255).round().numpy()
+        parts.append(opened.data.to_display(x))
+    return torch.cat(parts)
 
 
 def row(name: str, qualities: Sequence[Quality]) -> str:
@@ -120,7 +107,7 @@ def row(name: str, qualities: Sequence[Quality]) -> str:
         f"{mean(c):.{places}f}" + (f" ± {stdev(c):.{places}f}" if len(c) > 1 else "")
         for c, places in zip(columns, (1, 2, 3, 3), strict=True)
     ]
-    share = np.mean([q.classes for q in qualities], axis=0)
+    share = torch.stack([q.classes for q in qualities]).mean(0)
     return f"| {name} | {' | '.join(cells)} | {' '.join(f'{100 * s:.0f}' for s in share)} |"
 
 
@@ -148,7 +135,7 @@ def main() -> None:
                 + (f" and eta {args.eta:g}" if args.eta is not None else "")
                 + f", seeds {args.seeds}; classifier"
             )
-            print(f"right on {real.accuracy:.1%} of {len(real.held_out)} held-out digits\n\n{HEADER}")
+            print(f"right on {real.classifier.accuracy:.1%} of {len(real.held_out)} held-out digits\n\n{HEADER}")
             print(row("held-out digits", [real.quality(real.held_out)]))
             print(row(f"{len(few)} training digits (floor)", [real.quality(few)]))
         qualities = [real.quality(draw(opened, args.n, seed, sampler)) for seed in args.seeds]

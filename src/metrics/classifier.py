@@ -1,0 +1,102 @@
+"""Features without a download: a small classifier, trained once on the data's own labels."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.metrics.cache import Tensors, cached, digest
+from src.metrics.features import Features, check_images
+
+
+class Classifier:
+    """The last hidden layer (N, F) of a classifier and its probabilities (N, K); `accuracy` is on held-out images."""
+
+    name = "classifier"
+
+    def __init__(self, net: "Net", accuracy: float, fingerprint: str) -> None:
+        self.net = net.eval()
+        self.accuracy = accuracy
+        self.fingerprint = fingerprint
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        hidden = self.net.hidden(check_images(images))
+        return Features(hidden.double(), self.net.head(hidden).double().softmax(1))
+
+
+class Net(nn.Module):
+    """uint8 images (N, C, H, W) of about `size` -> logits (N, K): convolutions down to 4x4, one hidden layer."""
+
+    def __init__(self, channels: int, size: int, classes: int, width: int = 32, features: int = 64) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        while size > 4:
+            layers += [nn.Conv2d(width, min(2 * width, 128), 3, stride=2, padding=1), nn.ReLU()]
+            size, width = (size + 1) // 2, min(2 * width, 128)
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.hidden_layer = nn.Linear(16 * width, features)
+        self.head = nn.Linear(features, classes)
+
+    def hidden(self, images: Tensor) -> Tensor:
+        return F.relu(self.hidden_layer(self.body(images.float() / 127.5 - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(images))
+        return logits
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    held_out: tuple[Tensor, Tensor],
+    cache: Path,
+    epochs: int = 20,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Classifier:
+    """Train on images (N, C, H, W) uint8 with labels (N,) 0..K-1, or read what such a training gave from `cache`.
+
+    AdamW with a learning rate that falls linearly to 0. `held_out` are images and labels for `accuracy`.
+    Raises ValueError for labels that do not fit the images, or of one class only.
+    """
+    check_images(images)
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    if len(labels) != len(images) or classes < 2 or labels.min() < 0:
+        raise ValueError(
+            f"a classifier needs a label from 0 on for each image and two classes, got {len(labels)} labels up to "
+            f"{classes - 1} for {len(images)} images: use other features for data without labels"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        net = Net(images.shape[1], max(images.shape[2:]), classes)
+    description = (str(net), epochs, batch_size, lr, seed, images, labels, *held_out)
+    fingerprint = digest(*description)
+
+    def compute() -> Tensors:
+        fit(net.to(device), images.to(device), labels.to(device), epochs, batch_size, lr, seed)
+        with torch.no_grad():
+            guesses = torch.cat([net(part.to(device)).argmax(1) for part in torch.split(held_out[0], 1024)])
+        return {**net.state_dict(), "accuracy": (guesses.cpu() == held_out[1].cpu()).double().mean()}
+
+    weights = cached(cache, f"classifier-{fingerprint}", compute)
+    accuracy = weights.pop("accuracy").item()
+    net.load_state_dict(weights)
+    return Classifier(net.to(device), accuracy, fingerprint)
+
+
+def fit(net: Net, images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, seed: int) -> None:
+    """Train `net` on images in an order drawn with `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    steps = epochs * -(-len(images) // batch_size)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(images), generator=generator).to(images.device), batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(net(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            falling.step()

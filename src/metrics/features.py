@@ -1,0 +1,163 @@
+"""Extractors of features: pixels, the FID network, DINOv2; `classifier` has the one that is trained here.
+
+An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels, on the device where it is.
+"""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.metrics.cache import digest
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"
+
+
+class Features(NamedTuple):
+    """Features (N, F) float64, and class probabilities (N, K) float64 where the extractor has classes."""
+
+    features: Tensor
+    probabilities: Tensor | None = None
+
+
+class Extractor(Protocol):
+    """`fingerprint` stands for all that its features depend on, besides the images."""
+
+    name: str
+    fingerprint: str
+
+    def __call__(self, images: Tensor) -> Features:
+        """Of images (N, C, H, W) uint8."""
+        ...
+
+
+class Pixels:
+    """The pixels themselves, 0..255: for small images, and for finding copies."""
+
+    name = fingerprint = "pixels"
+
+    def __call__(self, images: Tensor) -> Features:
+        return Features(check_images(images).flatten(1).double())
+
+
+class Inception:
+    """The network of FID, KID and the Inception score (Szegedy et al. 2015), as torch-fidelity has it: F = 2048.
+
+    It resizes as the original does, so that figures compare with published ones. `weights` is the file `INCEPTION`;
+    without a path it is looked for in torch's own folder of downloads, and downloaded to there if need be. Its sha256
+    must begin with `sha256`. Raises ValueError if it is not to be had, is another file, or torch-fidelity is missing.
+    """
+
+    name = "inception"
+
+    def __init__(
+        self, weights: Path | None = None, device: torch.device | str = "cpu", sha256: str = INCEPTION_SHA256
+    ) -> None:
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+        except ImportError as error:
+            raise ValueError(
+                "the inception features need torch-fidelity, which is not installed: pip install torch-fidelity, or "
+                "choose the classifier's features"
+            ) from error
+        path = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+        if weights is None and not path.exists():
+            _download(fidelity.URL_INCEPTION_V3, path)
+        try:
+            contents = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"no file {path} ({error.strerror}): put {INCEPTION} there, or give its path") from error
+        self.fingerprint = hashlib.sha256(contents).hexdigest()
+        if not self.fingerprint.startswith(sha256):
+            raise ValueError(
+                f"{path} has the sha256 {self.fingerprint[:8]}..., {INCEPTION} has {sha256}...: download it again"
+            )
+        # torch-fidelity unpickles whatever it is given, so it is given only what is written here.
+        safe = io.BytesIO()
+        try:
+            torch.save(torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), safe)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than weights, and is not loaded: download {INCEPTION} again"
+            ) from error
+        safe.seek(0)
+        net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], safe)
+        self.net = net.to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        features, logits = self.net(to_rgb(images))
+        return Features(features.double(), logits.double().softmax(1))
+
+
+class DinoV2:
+    """The class token of DINOv2 (Oquab et al. 2023), which ranks images more as people do (Stein et al. 2023).
+
+    `model` is a local folder or the name of a model for the transformers library, whose safetensors file is read.
+    Images are resized to `size` x `size` without cropping. Raises ValueError if it is not to be had.
+    """
+
+    name = "dinov2"
+
+    def __init__(
+        self, model: str = "facebook/dinov2-large", device: torch.device | str = "cpu", size: int = 224
+    ) -> None:
+        try:
+            from transformers import AutoModel
+        except ImportError as error:
+            raise ValueError(
+                "the dinov2 features need transformers, which is not installed: pip install transformers, or choose "
+                "the classifier's features"
+            ) from error
+        try:
+            net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"no model {model} on this machine, and none downloaded ({reason}): give the folder with its "
+                "config.json and model.safetensors"
+            ) from error
+        self.net = net.to(device).eval()
+        self.size = size
+        self.fingerprint = digest(size, *(part for item in net.state_dict().items() for part in item))
+        self._mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
+        self._deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        x = to_rgb(images).float() / 255
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        tokens = self.net((x - self._mean) / self._deviation).last_hidden_state
+        return Features(tokens[:, 0].double())
+
+
+def check_images(images: Tensor) -> Tensor:
+    """The images. Raises ValueError unless they are uint8 (N, 1 or 3, H, W)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"features are of uint8 images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}: use to_display"
+        )
+    return images
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) uint8 as (N, 3, H, W), gray ones repeated."""
+    return check_images(images).expand(-1, 3, -1, -1)
+
+
+def _download(url: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not there and could not be downloaded ({reason}): put the file {INCEPTION} there, give its "
+            "path, or choose the classifier's features"
+        ) from error
