@@ -42,8 +42,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return {s: train_tiny(folder / str(s), "trainer.max_steps=2", f"seed={s}")["val/loss"] for s in SEEDS}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["local", "ray_local"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("local", marks=pytest.mark.slow), pytest.param("ray_local", marks=pytest.mark.faults)]
+)
 def test_launchers_run_the_jobs_as_they_run_alone(launcher, alone, tmp_path):
     folder = tmp_path / "jobs"
     done = sweep(folder, f"hydra/launcher={launcher}", "seed=" + ",".join(map(str, SEEDS)))
@@ -105,7 +106,7 @@ def programs(folder: Path, **scripts: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_tasks_of_a_slurm_job_train_one_model(alone, tmp_path):
     """Scripts stand for SLURM: they set the variables that it sets, and start what it starts."""
     job = str(os.getpid())  # which chooses the port
