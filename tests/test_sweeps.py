@@ -115,7 +115,7 @@ def test_the_tasks_of_a_slurm_job_train_one_model(alone, tmp_path):
         tmp_path / "bin",
         sbatch=f"cp $1 $0.script; {known} bash $0.script &> $0.log & echo Submitted batch job {job}",
         srun="while [[ $1 == --* ]]; do case $1 in --unbuffered) shift ;; *) shift 2 ;; esac; done\n"
-        f'for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "${{@//%j/{job}}}" & done; wait',
+        f'for task in 0 1; do SLURM_STEP_ID=0 SLURM_PROCID=$task SLURM_LOCALID=$task "${{@//%j/{job}}}" & done; wait',
         sacct="exit 1",
     )
     settings = ["hydra/launcher=slurm", "hydra.launcher.tasks_per_node=2", "trainer.devices=2", "seed=0"]
