@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -18,7 +19,7 @@ from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first reg
 from src.errors import UsageError
 from src.overrides import check_overrides, split_arguments
 from src.ranks import FRESH, close_log, follow, rank
-from src.resuming import check_unused, expand_resume, expand_sweep
+from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
 Program = tuple[ModuleSpec | None, str]
@@ -43,9 +44,11 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun)
+            check_writable(overrides)
     except UsageError as error:
         sys.exit(_say(error, code=2))
 
+    warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # not where in the code
     program = sys.modules["__main__"].__spec__, sys.argv[0]
 
     def guarded(cfg: DictConfig) -> Any:

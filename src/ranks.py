@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -9,6 +10,7 @@ from datetime import datetime
 from itertools import count
 from pathlib import Path
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 FRESH = "FRESH_FOLDER_"
 
 
@@ -78,6 +80,10 @@ def close_log() -> None:
 def follow() -> None:
     """Be one of the processes that leave it to the first to warn, and do not outlive it."""
     warnings.simplefilter("ignore")
+    if "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
+        # Started by the first process, which is killed when this one ends before it has understood a signal.
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 

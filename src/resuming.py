@@ -139,6 +139,19 @@ def _unquoted(value: str) -> str:
     return value.strip("'\"").replace("\\'", "'")
 
 
+def check_writable(overrides: Sequence[str]) -> None:
+    """Make the folder that is named for the run. Raises UsageError if it cannot be made."""
+    for override in overrides:
+        name, _, folder = override.partition("=")
+        if name in ("hydra.run.dir", "hydra.sweep.dir"):
+            try:
+                Path(_unquoted(folder)).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"{override}: the folder cannot be made ({error.strerror}): choose one that can be written to"
+                ) from error
+
+
 def check_unused(overrides: Sequence[str]) -> None:
     """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
     given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]

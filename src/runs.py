@@ -65,6 +65,12 @@ class Run(NamedTuple):
             failed = isinstance(written, WholeCheckpoints) and written.failed
             if not self.trainer.strategy.broadcast(failed):
                 return
+            if self.trainer.is_global_zero:
+                warnings.warn(
+                    f"training is over and waits for room at {self.directory}: make some, or stop it; what the last "
+                    "whole checkpoint has stays",
+                    stacklevel=2,
+                )
             time.sleep(10)
 
     @property
@@ -309,6 +315,9 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         raise ValueError(
             f"trainer.max_epochs={cfg.trainer.max_epochs}: training is counted in steps; set trainer.max_steps"
         )
+    devices = cfg.trainer.devices
+    if isinstance(devices, int) and devices < 1 and devices != -1:
+        raise ValueError(f"trainer.devices must be at least 1, or auto for all that there are, got {devices}")
     loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items()]
     accumulate = cfg.trainer.accumulate_grad_batches
     clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"

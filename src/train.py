@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.checkpoints import read_checkpoint
+from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
 from src.ranks import rank
@@ -150,11 +150,12 @@ def say_how_to_go_on(run: "Run") -> None:
     """After an interruption: at which step the last checkpoint stands, and the command that goes on from it."""
     if not run.trainer.is_global_zero:
         return
-    if not run.last_checkpoint.exists():
+    saved = next((path for path in by_age(run.directory) if is_whole(path)), None)
+    if saved is None:
         print(f"\nStopped at step {run.trainer.global_step}: nothing was saved yet.")
         return
-    saved = read_checkpoint(run.last_checkpoint)["global_step"]
-    print(f"\nStopped, saved at step {saved}. Go on with: python -m src.train resume={relative(run.directory)}")
+    step = read_checkpoint(saved)["global_step"]
+    print(f"\nStopped, saved at step {step}. Go on with: python -m src.train resume={relative(run.directory)}")
 
 
 def relative(path: Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 from src.errors import UsageError
 from src.overrides import check_overrides, config_groups, split_arguments
 from src.ranks import fresh_folder, rank, slurm_tasks
-from src.resuming import check_unused, expand_resume, expand_sweep
+from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
 
@@ -137,6 +137,15 @@ def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
     assert expand_sweep(typed)[-1].endswith("outputs/sweeps/1'")
     assert expand_sweep(["seed=0,1", "resume=auto"])[-1].endswith("outputs/sweeps/2'")
     assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
+
+
+def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("hydra.run.dir", "hydra.sweep.dir"):
+        with pytest.raises(UsageError, match=r"cannot be made \(Not a directory\): choose one"):
+            check_writable(["seed=1", f"{name}='{tmp_path / 'file' / 'run'}'"])
+    check_writable([f"hydra.run.dir={tmp_path / 'a' / 'b'}"])
+    assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_a_script_of_slurm_is_one_process_until_srun_starts_several(monkeypatch):

@@ -277,6 +277,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
         (["optimizer.lr=-1"], "optimizer.lr must be positive, got -1"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
+        (["trainer.devices=0"], "trainer.devices must be at least 1, or auto"),
         (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
         (["trainer.max_epochs=3"], "set trainer.max_steps"),
         (["callbacks.ema.decay=1.5"], "must lie in [0, 1)"),
