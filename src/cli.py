@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, read_write
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
 from src.overrides import check_overrides, split_arguments
-from src.ranks import FRESH, close_log, follow, rank
+from src.ranks import FRESH, close_log, follow, is_orphan, rank
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -62,6 +63,12 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
+        except Exception:
+            for _ in range(100 if rank() > 0 else 0):
+                if is_orphan():
+                    os._exit(1)  # that the connection to the first process broke is no news
+                time.sleep(0.1)
+            raise
 
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()

@@ -87,12 +87,20 @@ def follow() -> None:
     end_with_parent()
 
 
+_watched: set[int] = set()
+
+
+def is_orphan() -> bool:
+    """Whether the process that started this one, and with which it is to end, is gone."""
+    return bool(_watched) and os.getppid() not in _watched
+
+
 def end_with_parent(seconds: float = 5.0) -> None:
     """Have this process end when the one that started it is gone, which it might wait for in vain for half an hour."""
-    parent = os.getppid()
+    _watched.add(os.getppid())
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while not is_orphan():
             time.sleep(seconds)
         os._exit(1)
 
