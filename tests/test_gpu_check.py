@@ -17,7 +17,7 @@ CHOSEN = ["bf16-mixed", "sampling", "16-mixed, made to overflow", "32-true to bf
 """The least that has a number for every column, and a line of each kind."""
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_every_kind_of_row_runs_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--folder", str(tmp_path / "out")]
     done = subprocess.run(
