@@ -44,10 +44,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         with memory_errors(lambda: runs.out_of_memory(cfg, run)), heard_by(interruption):
             metrics = fit(cfg, run)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code not in (
-            1,
-            None,
-        ):  # which is Lightning's answer to what `CleanStop` raises
+        # Lightning's answer to what `CleanStop` raises is to exit with 1.
+        if isinstance(stop, SystemExit) and stop.code not in (1, None):
             raise
         say_how_to_go_on(run)
         raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
