@@ -160,10 +160,16 @@ def device_memory(device: torch.device) -> int | None:
 
 def keep_freed_memory(device: torch.device) -> None:
     """Have glibc keep what is freed on a CPU: given back, each step faults it in again, 2 to 4% of the time."""
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    if device.type == "cpu":
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
+        _c_library_call("mallopt", trim_threshold, 2**31 - 1)
+        _c_library_call("mallopt", mmap_threshold, 2**30)
+
+
+def _c_library_call(name: str, *arguments: int) -> None:
+    """A call to Linux's C library, if it has a function of this name (glibc has what is asked of it here)."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
+        getattr(library, name)(*arguments)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -226,7 +232,9 @@ def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
             raise
         fit = False
     gc.collect()  # modules refer to themselves
-    if device.type != "cpu":
+    if device.type == "cpu":
+        _c_library_call("malloc_trim", 0)  # else the next trial, a smaller one, finds no room where this one failed
+    else:
         torch.get_device_module(device).empty_cache()
     return fit
 

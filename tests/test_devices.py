@@ -96,8 +96,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [lightning_starts, two_nodes_start])
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(lightning_starts, marks=pytest.mark.slow, id="lightning_starts"),
+        pytest.param(two_nodes_start, marks=pytest.mark.faults, id="two_nodes_start"),
+    ],
+)
 def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, start):
     """Weights, average, what importance sampling has seen, validation, and the samples: only rounding may differ."""
     processes = 2 if start is lightning_starts else 4
@@ -140,7 +145,7 @@ def test_sharded_weights_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_p
     assert_close_weights(run, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_sweep_on_two_devices_leaves_two_folders_and_no_other(tmp_path):
     done = lightning_starts(2, "-m", "seed=0,1", *OF_SWEEP, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -152,6 +152,24 @@ def test_micro_batches_are_accumulated_and_kept_by_a_resumed_run(tmp_path):
         train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'")
 
 
+@pytest.mark.parametrize(("room", "found"), [(1000, 64), (40, 32), (1, 1)])
+def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, monkeypatch, room, found):
+    """With a network that takes no more than `room` samples at once."""
+    forward = UNet.forward
+
+    def narrow(net: UNet, x: Tensor, *rest: Tensor) -> Tensor:
+        if len(x) > room:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(net, x, *rest)
+
+    monkeypatch.setattr(UNet, "forward", narrow)
+    # Samples and validation are no larger than what was found.
+    settings = ["data.micro_batch=auto", "trainer.max_steps=1", "validate_every=1", "logger=none"]
+    train_tiny(tmp_path / "run", *settings)
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 64 // found
+
+
 NARROW = """
 import json, re, resource, sys, torch
 from pathlib import Path
@@ -186,7 +204,7 @@ print(json.dumps([whole, found, batches["accumulate_grad_batches"], drawn]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set from what Linux tells")
 def test_what_does_not_fit_says_what_to_set_and_auto_finds_what_does(tmp_path):
     """In a process that may have 400 MiB more than it has when all is imported, where allocations really fail."""

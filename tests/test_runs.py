@@ -511,7 +511,7 @@ def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
     with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as process:
         log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"

@@ -57,7 +57,7 @@ def test_launchers_run_the_jobs_as_they_run_alone(launcher, alone, tmp_path):
         assert val_loss(run) == pytest.approx(alone[seed], rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_job_in_a_worker_starts_its_other_processes_as_the_command_would(alone, tmp_path):
     """Under submitit_local; joblib's worker does the same in the tests of several devices."""
     done = sweep(tmp_path / "jobs", "hydra/launcher=submitit_local", "seed=0", "trainer.devices=2")
