@@ -93,6 +93,9 @@ def test_digits_are_scikit_learns():
     assert x.dtype == torch.uint8
     assert x.unique().tolist() == list(range(17))
     assert_close(x.flatten(1).numpy(), load_digits().data, rtol=0, atol=0, check_dtype=False)
+    assert source.labels is not None
+    assert source.labels.numbers.tolist() == load_digits().target.tolist()
+    assert source.labels.names == list("0123456789")
 
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
@@ -147,6 +150,20 @@ def test_folders_are_searched_however_deep_and_in_order_of_path(tmp_path):
     found = source.fetch(range(len(names)))
     assert within(found, (10 + 40 * torch.arange(len(names)))[:, None, None, None], 1)
     assert_close(source.fetch([4, 1]), found[[4, 1]], rtol=0, atol=0)
+    assert source.labels is None  # some lie in no folder of the root
+
+
+def test_images_are_of_the_kind_of_the_folder_that_they_lie_in(tmp_path):
+    """However deep below it; of one folder alone nothing is told."""
+    for name in ("dogs/old/a.png", "cats/b.png", "dogs/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6)).save(tmp_path / name)
+    labels = folder(str(tmp_path), 6, 1).labels
+    assert labels is not None
+    assert [labels.names[k] for k in labels.numbers] == ["cats", "dogs", "dogs"]
+    assert folder(str(tmp_path / "dogs"), 6, 1).labels is None
+    (tmp_path / "cats" / "b.png").unlink()
+    assert folder(str(tmp_path), 6, 1).labels is None
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
@@ -412,6 +429,11 @@ def test_many_unreadable_files_are_counted(tmp_path):
         folder(str(tmp_path), 8, 3, prepare=True)
 
 
+def labels_of(data: ImageDataModule) -> list[int]:
+    assert data.source is not None and data.source.labels is not None
+    return data.source.labels.numbers.tolist()
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """LeCun's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, the bytes."""
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
@@ -423,15 +445,18 @@ def write_mnist(root: Path, name: str, images: np.ndarray) -> None:
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
         write_idx(raw / f"{part}-images-idx3-ubyte", images if part == "train" else images[:1])
-        write_idx(raw / f"{part}-labels-idx1-ubyte", np.zeros(len(images) if part == "train" else 1, dtype=np.uint8))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images) if part == "train" else 1, dtype=np.uint8))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
 def test_mnist_files(tmp_path, name, kind):
-    """IDX files in <root>/<name>/raw come out in order and unchanged."""
+    """IDX files in <root>/<name>/raw come out in order and unchanged, with their labels and what these stand for."""
     images = noise(10, 28, 28)
     write_mnist(tmp_path, kind, images)
-    found = fetch_all(configured(name, f"data.root={tmp_path}", "data.batch_size=2"))
+    data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == list(range(10))
+    assert data.source.labels.names[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
     assert found.dtype == torch.uint8
     assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
 
@@ -471,17 +496,20 @@ def write_cifar(root: Path, name: str, images: np.ndarray) -> None:
         parts = {"train": rows, "test": rows[:1]}
     base.mkdir()
     for file, part in parts.items():
-        (base / file).write_bytes(pickle.dumps({"data": part, label: [0] * len(part)}))
-    (base / meta[0]).write_bytes(pickle.dumps({meta[1]: ["thing"]}))
+        (base / file).write_bytes(pickle.dumps({"data": part, label: [i % 2 for i in range(len(part))]}))
+    (base / meta[0]).write_bytes(pickle.dumps({meta[1]: ["thing", "being"]}))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.usefixtures("any_checksum")
 def test_cifar_files(tmp_path, name):
-    """Pickled batches come out in order, as (N, 3, 32, 32)."""
+    """Pickled batches come out in order, as (N, 3, 32, 32), with their labels."""
     images = noise(10, 32, 32, 3)
     write_cifar(tmp_path, name, images)
-    found = fetch_all(configured(name, f"data.root={tmp_path}", "data.batch_size=2"))
+    data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == [0, 1] * 5
+    assert data.source.labels.names == ["thing", "being"]
     assert found.dtype == torch.uint8
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 
@@ -506,7 +534,9 @@ def test_svhn_files(tmp_path):
     images = noise(60, 32, 32, 3)
     labels = np.arange(60, dtype=np.uint8)[:, None] % 10 + 1
     savemat(tmp_path / "train_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": labels})
-    found = fetch_all(configured("svhn", f"data.root={tmp_path}", "data.batch_size=2"))
+    data = configured("svhn", f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == (labels[:, 0] % 10).tolist()  # the file calls 0 ten
     assert found.dtype == torch.uint8
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 

@@ -29,8 +29,17 @@ class Places(NamedTuple):
     indices: list[int]
 
 
+class Labels(NamedTuple):
+    """What kind each sample of a source is: `numbers` (N,) int64, which count through `names`."""
+
+    numbers: Tensor
+    names: Sequence[str]
+
+
 class Source(Protocol):
-    """Where samples come from."""
+    """Where samples come from, and of what kind they are if that is known."""
+
+    labels: Labels | None
 
     def __len__(self) -> int: ...
 
@@ -42,8 +51,9 @@ class Source(Protocol):
 class InMemory:
     """Samples (N, *data) in one tensor."""
 
-    def __init__(self, samples: Tensor) -> None:
+    def __init__(self, samples: Tensor, labels: Labels | None = None) -> None:
         self.samples = samples
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.batch import InMemory, Source, StreamDataModule, to_signed, to_uint8
+from src.data.batch import InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -93,11 +93,19 @@ class ImageDataModule(StreamDataModule):
 class ImageFiles:
     """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode."""
 
-    def __init__(self, open_image: Callable[[int], Image.Image], count: int, image_size: int, channels: int) -> None:
+    def __init__(
+        self,
+        open_image: Callable[[int], Image.Image],
+        count: int,
+        image_size: int,
+        channels: int,
+        labels: Labels | None = None,
+    ) -> None:
         self.open_image = open_image
         self.count = count
         self.image_size = image_size
         self.channels = channels
+        self.labels = labels
 
     def __len__(self) -> int:
         return self.count
@@ -113,7 +121,9 @@ def digits(root: str | None, image_size: int, channels: int, prepare: bool = Fal
     _require(
         image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1"
     )
-    return InMemory(torch.from_numpy(load_digits().images.astype(np.uint8))[:, None])
+    loaded = load_digits()
+    labels = Labels(torch.from_numpy(loaded.target).long(), [str(name) for name in loaded.target_names])
+    return InMemory(torch.from_numpy(loaded.images.astype(np.uint8))[:, None], labels)
 
 
 def torchvision_images(
@@ -134,9 +144,10 @@ def torchvision_images(
             f"{name} is not (or not whole) in {Path(root or '.').resolve()} and could not be downloaded ({reason}): "
             "connect to the network, put the dataset's original files there, or set data.root to where they are"
         ) from error
+    labels = _labels_of(opened)
     data = getattr(opened, "data", None)
     if data is None:
-        return ImageFiles(partial(_first_of, opened), len(opened), image_size, channels)
+        return ImageFiles(partial(_first_of, opened), len(opened), image_size, channels, labels)
     images = torch.as_tensor(data)
     if images.ndim == 3:
         images = images[:, None]  # (N, H, W)
@@ -146,11 +157,13 @@ def torchvision_images(
         images = TF.resize(images, [image_size, image_size], antialias=True)
     if images.shape[1] != channels:
         images = TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1)
-    return InMemory(images.contiguous())
+    return InMemory(images.contiguous(), labels)
 
 
 def folder(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
     """Every image file under `root`, however nested, sorted by path. `prepare` looks at all of them.
+
+    If all of them lie in two or more folders of `root`, these are their kinds.
 
     Raises FileNotFoundError if there is no such folder, ValueError if it holds no images or unreadable ones.
     """
@@ -174,7 +187,13 @@ def folder(root: str | None, image_size: int, channels: int, prepare: bool = Fal
             raise ValueError(
                 f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them"
             )
-    return ImageFiles(partial(_open_file, files), len(files), image_size, channels)
+    kinds = [f.relative_to(path).parts for f in files]
+    names = sorted({parts[0] for parts in kinds if len(parts) > 1})
+    labels = None
+    if len(names) > 1 and all(len(parts) > 1 for parts in kinds):
+        places = {name: k for k, name in enumerate(names)}
+        labels = Labels(torch.tensor([places[parts[0]] for parts in kinds]), names)
+    return ImageFiles(partial(_open_file, files), len(files), image_size, channels, labels)
 
 
 def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
@@ -197,6 +216,16 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
 
 def _open_file(files: Sequence[Path], i: int) -> Image.Image:
     return Image.open(files[i])
+
+
+def _labels_of(dataset: Any) -> Labels | None:
+    """Of a torchvision dataset, which calls them `targets`, or `labels`; None where they are no classes."""
+    numbers = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if numbers is None:
+        return None
+    numbers = torch.as_tensor(numbers).long()
+    names = getattr(dataset, "classes", None) or range(int(numbers.max()) + 1)
+    return Labels(numbers, [str(name) for name in names])
 
 
 def _first_of(dataset: Any, i: int) -> Image.Image:
