@@ -31,7 +31,7 @@ unit: $(STAMP) ## the tests; ARGS="-k posterior" for some of them
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-faults: $(STAMP) ## what may befall a run, for half an hour: twenty kills, a full disk, dead processes, NaNs, every launcher
-	@FAULT_KILLS=20 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'faults or slow'
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'faults or slow'
 
 format: $(STAMP) ## rewrite the code in the project's style
 	@$(VENV)/bin/ruff check --fix-only . && $(VENV)/bin/ruff format .

@@ -73,7 +73,8 @@ class EMA(L.Callback):
         if self._average and self._raw is None:  # else it does already, or nothing was trained
             self._stand_in()
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    # After `on_validation_epoch_end`, in which others draw samples by the average.
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
             self._give_back()
 
@@ -297,7 +298,7 @@ class NonFiniteGuard(L.Callback):
 class SampleGrid(L.Callback):
     """At each validation, `count` samples from the same noise, next to held-out data, into `directory` and the loggers.
 
-    Must stand before `EMA` in the list of callbacks, so that it samples while the averaged weights are in place.
+    They are the averaged weights'.
     """
 
     def __init__(self, directory: str, count: int = 64, seed: int = 0) -> None:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, read_write
 
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
-from src.overrides import check_overrides, split_arguments
+from src.overrides import check_overrides, split_arguments, take_together
 from src.ranks import FRESH, close_log, follow, is_orphan, rank
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
@@ -27,9 +27,10 @@ Program = tuple[ModuleSpec | None, str]
 """The command that was typed: what `python -m` found, and the file."""
 
 
-def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
+def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | None = None) -> None:
     """Run `task` with the configuration that the command line asks for. Exits with 2 if it asks for nonsense.
 
+    Several values of the group `together` are no sweep, but all for one task (`overrides.take_together`).
     A UsageError from the task ends the process with one line; HYDRA_FULL_ERROR=1 shows where it comes from.
     """
     overrides, flags = split_arguments(sys.argv[1:])
@@ -39,6 +40,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any]) -> None:
         multirun = bool({"-m", "--multirun"} & set(flags))
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
         check_unused(overrides)
+        if together and not multirun:
+            overrides = take_together(config_name, overrides, together)
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
             follow()

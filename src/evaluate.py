@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,13 +13,17 @@ from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
 from src.overrides import config_groups, nearest
 from src.ranks import rank
+from src.tables import duration, markdown
 from src.trust import CONF
 
 if TYPE_CHECKING:
     import torch
 
     from src.evaluation import Bound
+    from src.metrics.figures import Figure
+    from src.module import Sampler
     from src.processes import Processes
+    from src.quality import Drawn, Measured, Yardstick
     from src.runs import OpenedRun
 
 T = TypeVar("T")
@@ -30,7 +34,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.run_dir)
     if cfg.analytic and rank() > 0:
         return {}
-    metrics = compare(cfg, folder) if cfg.analytic else likelihood(cfg, folder)
+    metrics = against_the_exact(cfg, folder) if cfg.analytic else of_run(cfg, folder)
     from src.runs import write_json
 
     if rank() == 0:
@@ -39,16 +43,26 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     return metrics
 
 
-def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """The variational bound of held-out data in bits/dim, its terms, and the flow's likelihood if asked for."""
+def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """The likelihood that a run gives held-out data, and the quality of its samples: a table, plots and pictures."""
     from src import runs
+    from src.arguments import check_arguments
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        for name in ("n", "links", "batch_size"):
+        for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
+        if not (cfg.likelihood or cfg.quality):
+            raise ValueError("likelihood=false quality=false leaves nothing to evaluate: leave one of them out")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root)
+        samplers = {}
+        own = opened.config.sampler
+        for asked in cfg.samplers or [None]:
+            settings = runs.named_sampler(asked, own) if asked else runs.sampler_settings(cfg.sampler, own)
+            check_arguments(settings, "sampler")
+            samplers[sampler_name(settings)] = runs.build_sampler(settings)
+            opened.module.check_sampler(samplers[sampler_name(settings)])
         if rank() == 0:  # the others come after it
             opened.data.prepare_data()
             opened.data.setup()
@@ -56,25 +70,52 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
+    if processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    with memory_errors(lambda: runs.out_of_memory_at(opened, cfg.batch_size, processes.device)):
+        opened.module.to(processes.device)
+        metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
+        if cfg.likelihood:
+            metrics |= likelihood(cfg, folder, opened, processes)
+        if cfg.quality:
+            metrics |= quality(cfg, folder, opened, samplers, processes)
+    if processes.rank == 0:
+        text = markdown(metrics)
+        (folder / "table.md").write_text(text)
+        print(f"\n{text}\nLook at:")
+        for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
+            print(f"  {path}")
+    return metrics
 
+
+def sampler_name(settings: DictConfig) -> str:
+    """What a sampler is called in tables: `ddim 20`, with its settings where they are not the usual ones."""
+    name = str(settings._target_).rpartition(".")[2]
+    file = CONF / "sampler" / f"{name}.yaml"
+    usual = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    others = {str(k): v for k, v in settings.items() if k != "steps" and not str(k).startswith("_")}
+    unusual = [f"{k} {v}" for k, v in others.items() if v is not None and v != OmegaConf.select(usual, k)]
+    return " ".join([name, str(settings.steps), *unusual])
+
+
+def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "Processes") -> dict[str, Any]:
+    """The variational bound of held-out data in bits/dim, its terms, and the flow's likelihood if asked for."""
     import torch
 
     from src import plots
     from src.evaluation import flow_bits
 
-    count = min(cfg.n or len(opened.data.val_indices), len(opened.data.val_indices))
+    module = opened.module
+    count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
     batch_size = min(cfg.batch_size, -(-count // processes.count))
-    with memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, processes.device)):
-        module = opened.module.to(processes.device)
-        batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-        result = bound_of(opened, batches, cfg, processes)
-        flows = []
-        for batch in progress(processes.share(batches), "Flow", processes.rank) if cfg.ode else ():
-            x = held_out(opened, batch).to(processes.device)
-            flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start))
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    result = bound_of(opened, batches, cfg, processes)
+    flows = []
+    for batch in progress(processes.share(batches), "Flow", processes.rank) if cfg.ode else ():
+        x = held_out(opened, batch).to(processes.device)
+        flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start))
     metrics: dict[str, Any] = {
-        "checkpoint": str(opened.checkpoint),
-        "samples": count,
+        "held_out": count,
         "links": cfg.links or module.schedule.num_steps,
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
@@ -87,7 +128,6 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
     if processes.rank > 0:
         return metrics
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [module.schedule.row(t) for t in range(module.schedule.num_steps)]
     log_snr = torch.stack([row.snr.log() for row in rows])
     plots.bound_curves(result.links, result.mse, log_snr).save(folder / "bound.png")
@@ -99,8 +139,116 @@ def likelihood(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     )
     if cfg.ode:
         print(f"by the flow {with_error(flow)} bits/dim")
-    print(f"Look at {folder / 'bound.png'}")
     return metrics
+
+
+def quality(
+    cfg: DictConfig, folder: Path, opened: "OpenedRun", samplers: Mapping[str, "Sampler"], processes: "Processes"
+) -> dict[str, Any]:
+    """The figures of samples by every sampler, beside the floor, with plots and pictures."""
+    from tqdm import tqdm
+
+    from src.quality import Settings, Yardstick, seconds_of_call
+
+    settings = Settings(
+        list(cfg.features) if cfg.features else None,
+        cfg.n,
+        cfg.seed,
+        cfg.batch_size,
+        cfg.keep,
+        cfg.near,
+        Path(cfg.cache),
+        cfg.inception_weights and Path(cfg.inception_weights),
+        cfg.dinov2_model,
+    )
+    with usage_errors():
+        yardstick = Yardstick(opened.data, settings, processes)
+    module = opened.module
+    calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
+    size = min(cfg.batch_size, cfg.n)
+    if processes.rank == 0:
+        turns = -(-cfg.n // (size * processes.count))
+        seconds = seconds_of_call(module, size) * turns * sum(calls.values())
+        print(
+            f"Drawing {cfg.n} samples by {', '.join(f'{name} ({n} network calls)' for name, n in calls.items())}: "
+            f"about {duration(seconds)} on {processes.count} x {processes.device.type}",
+            flush=True,
+        )
+    drawn = {}
+    bar = tqdm(total=cfg.n * sum(calls.values()), unit="call", unit_scale=True, desc="Samples", disable=rank() > 0)
+    with bar:
+        for name, sampler in samplers.items():
+            drawn[name] = yardstick.draw(module, sampler, functools.partial(advance, bar, calls[name]))
+    measured = yardstick.measure(list(drawn.values()), lambda it: progress(it, "Nearest", processes.rank))
+    if processes.rank > 0:
+        return {}
+    floor = yardstick.floor()
+    metrics = {
+        "n": cfg.n,
+        "floor": {name: figure._asdict() for name, figure in floor.items()},
+        "samplers": {
+            name: {
+                "calls_per_image": d.calls,
+                "seconds_per_image": d.seconds,
+                "figures": {key: figure._asdict() for key, figure in m.figures.items()},
+            }
+            for (name, d), m in zip(drawn.items(), measured, strict=True)
+        },
+    }
+    leave_pictures(folder, yardstick, samplers, drawn, measured, floor)
+    return metrics
+
+
+SHOWN = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
+"""The figures whose course over the cost is drawn, of the first features that were asked for."""
+
+
+def leave_pictures(
+    folder: Path,
+    yardstick: "Yardstick",
+    samplers: Mapping[str, "Sampler"],
+    drawn: Mapping[str, "Drawn"],
+    measured: "Sequence[Measured]",
+    floor: Mapping[str, "Figure"],
+) -> None:
+    """Samples of each sampler from the same noise, their nearest training samples, classes, quality against cost."""
+    from src import plots
+
+    data = yardstick.data
+    shown = 12
+    real = data.to_display(data.examples(shown))
+    if real.ndim == 4:
+        rows = [*(d.first[:shown] for d in drawn.values()), real]
+        if all(len(row) == len(rows[0]) for row in rows):
+            plots.labelled_rows(rows, [*drawn, "real, held out"]).save(folder / "samples.png")
+        first, nearest = next(iter(drawn.values())).first, measured[0].neighbours
+        closest = nearest.distances.argsort()[:shown]
+        pairs = [first[closest], yardstick.training_samples(nearest.numbers[closest])]
+        plots.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
+    else:
+        held_out_points = data.to_display(data.examples(2000))
+        clouds = [plots.captioned(plots.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
+        plots.side_by_side(clouds, gap=8).save(folder / "samples.png")
+    classes = {"held-out data": yardstick.held_out} | {name: d.collected for name, d in drawn.items()}
+    seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
+    if seen and data.source and data.source.labels:
+        names = data.source.labels.names
+        shares = {
+            name: p.argmax(1).bincount(minlength=len(names)) / len(p) for name, p in seen.items() if p is not None
+        }
+        plots.class_shares(names, shares).save(folder / "classes.png")
+    if len(drawn) > 1:
+        titles = [name for name in floor if name.startswith(SHOWN)][:3]
+        curves: dict[str, list[tuple[int, list[Figure]]]] = {}
+        for (name, d), m in zip(drawn.items(), measured, strict=True):
+            steps = f" {samplers[name].steps}"
+            curves.setdefault(name.replace(steps, "", 1), []).append((d.calls, [m.figures[t] for t in titles]))
+        plots.quality_against_cost(titles, curves, [floor[t] for t in titles]).save(folder / "quality.png")
+
+
+def advance(bar: Any, calls: int, samples: int) -> None:
+    """Move a bar of network calls on by so many samples."""
+    bar.update(calls * samples)
 
 
 def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, processes: "Processes") -> "Bound":
@@ -126,7 +274,7 @@ def held_out(opened: "OpenedRun", places: range) -> "torch.Tensor":
     return data.to_model(data.source.fetch(data.val_indices[places.start : places.stop]))
 
 
-def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Every sampler, with the exact denoiser of a distribution that is known, against the exact answer."""
     names = [name for name in config_groups()["schedule"] if name != "custom"]  # which needs betas
     if cfg.analytic_schedule not in names:
@@ -200,4 +348,4 @@ def progress(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
 
 
 if __name__ == "__main__":
-    launch("evaluate", evaluate)
+    launch("evaluate", evaluate, together="sampler")

@@ -262,10 +262,26 @@ class DiffusionModule(L.LightningModule):
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros, so that settings which the sampler refuses are refused before any work."""
+        next(self._hollow_walk(sampler, []))
+
+    def network_calls(self, sampler: Sampler) -> int:
+        """How often the network is called for each sample: counted on a walk without it."""
+        calls: list[Level] = []
+        for _ in self._hollow_walk(sampler, calls):
+            pass
+        return len(calls)
+
+    def _hollow_walk(self, sampler: Sampler, calls: list[Level]) -> Iterator[Tensor]:
+        """From zeros, with ones for the network's outputs; `calls` is told the levels that it is asked for."""
         grid = make_grid(self.schedule, sampler.steps, sampler.spacing)
         x = torch.zeros(1, *self.shape, device=self.device)
         wrong = x.new_ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
-        next(sampler.walk(self.process, predictor(self.process, lambda x, _: wrong), x, grid, noise=torch.zeros_like))
+
+        def denoise(x: Tensor, t: Level) -> Tensor:
+            calls.append(t)
+            return wrong
+
+        return sampler.walk(self.process, predictor(self.process, denoise), x, grid, noise=torch.zeros_like)
 
     @torch.no_grad()
     def sample(

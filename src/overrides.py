@@ -5,6 +5,7 @@ that was meant.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -85,6 +86,33 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
         parent, _, last = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
             raise UsageError(f"{name} has no default: add {name}=...")
+
+
+def take_together(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
+    """Several values of `group` and its settings are taken together, all combinations, as the list `<group>s`.
+
+    `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`; each is checked as if it
+    stood alone. Raises UsageError for values that do not end, such as intervals.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:  # which check_overrides will say
+        return list(overrides)
+    own = [o for o in parsed if o.key_or_group.split(".")[0] == group]
+    if not any(o.is_sweep_override() for o in own):
+        return list(overrides)
+    rest = [str(o.input_line) for o in parsed if o not in own]
+    if any(o.key_or_group == f"{group}s" for o in parsed):
+        raise UsageError(f"{group}=... and {group}s=... say the same: give one of them")
+    if wrong := [o for o in own if o.is_sweep_override() and not (o.is_choice_sweep() or o.is_range_sweep())]:
+        raise UsageError(f"{wrong[0].input_line} has no values to go through: give them one by one, as in 10,20,50")
+    values = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in own]
+    names = [o.key_or_group for o in own]
+    combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
+    for combination in combinations:
+        check_overrides(config_name, [*rest, *(f"{name}={value}" for name, value in combination.items())])
+    items = [",".join(f"{name.removeprefix(f'{group}.')}:{value}" for name, value in c.items()) for c in combinations]
+    return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
 def config_groups() -> dict[str, list[str]]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GAP = 2
+Interval = tuple[float, float, float]
+"""A value and the interval about it, such as a `metrics.figures.Figure`."""
 
 
 def draw(samples: Tensor, real: Tensor | None = None) -> Image.Image:
@@ -181,6 +183,46 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
+    return _render(figure)
+
+
+def quality_against_cost(
+    titles: Sequence[str], curves: Mapping[str, Sequence[tuple[int, Sequence[Interval]]]], floor: Sequence[Interval]
+) -> Image.Image:
+    """A panel for each of the titled metrics: its figures over network calls for a sample, a line for each sampler.
+
+    `curves` has for each name the calls, and the figure of each metric; so has `floor`, what real data come to.
+    """
+    figure, panels = _figure(5.4 * len(titles), 4.2, columns=len(titles))
+    for place, (axes, title) in enumerate(zip(np.atleast_1d(panels), titles, strict=True)):
+        for name, points in curves.items():
+            calls, found = zip(*sorted((calls, tuple(figures[place])) for calls, figures in points), strict=True)
+            value, low, high = np.array(found).T
+            # A bootstrap interval may leave the value out.
+            error = np.maximum(0, [value - low, high - value])
+            axes.errorbar(calls, value, error, label=name, marker="o", markersize=4, linewidth=1.3, capsize=2)
+        value, low, high = floor[place]
+        axes.axhline(value, color="0.5", linestyle="--", linewidth=1, label="real data (floor)")
+        axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
+        ticks = sorted({calls for points in curves.values() for calls, _ in points})
+        axes.set(title=title, xlabel="network calls for a sample", xscale="log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    np.atleast_1d(panels)[-1].legend(fontsize=8)
+    return _render(figure)
+
+
+def class_shares(names: Sequence[str], shares: Mapping[str, Tensor]) -> Image.Image:
+    """How often each class is seen: for each label the shares (K,) of the named classes, as bars side by side."""
+    figure, axes = _figure(max(6.0, 0.16 * len(names) * (len(shares) + 1)), 3.6)
+    width = 0.8 / len(shares)
+    for k, (label, share) in enumerate(shares.items()):
+        place = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
+        axes.bar(place, 100 * share, width, label=label, color="0.7" if k == 0 else f"C{k - 1}")
+    axes.set(ylabel="% of samples", xticks=np.arange(len(names)))
+    axes.set_xticklabels(names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.legend(fontsize=8)
     return _render(figure)
 
 

@@ -29,7 +29,8 @@ from src.checkpoints import (
     read_checkpoint,
     weights_of,
 )
-from src.trust import check_targets, check_texts, known_targets
+from src.overrides import config_groups, nearest
+from src.trust import CONF, check_targets, check_texts, known_targets
 
 if TYPE_CHECKING:
     import lightning as L
@@ -291,9 +292,25 @@ def build_sampler(cfg: DictConfig) -> "Sampler":
 
 def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
     """The sampler that was asked for; without a choice, the run's own with what was given beside it."""
-    if asked._target_ is not None:
+    if asked.get("_target_") is not None:
         return asked
     merged = OmegaConf.merge(of_run, {k: v for k, v in asked.items() if v is not None})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def named_sampler(settings: Mapping[str, Any], of_run: DictConfig) -> DictConfig:
+    """The file under conf/sampler that `sampler` among the settings names, or the run's own, with the others.
+
+    Raises ValueError if there is no such file.
+    """
+    others = {k: v for k, v in settings.items() if k != "sampler"}
+    if "sampler" not in settings:
+        return sampler_settings(OmegaConf.create(others), of_run)
+    name, known = str(settings["sampler"]), config_groups()["sampler"]
+    if name not in known:
+        raise ValueError(f"unknown sampler '{name}'{nearest(name, known) or f': choose from {known}'}")
+    merged = OmegaConf.merge(OmegaConf.load(CONF / "sampler" / f"{name}.yaml"), others)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -645,10 +662,17 @@ def close(run: Run) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """`values` as indented JSON, replacing the file at once."""
     temporary = path.with_suffix(".tmp")
-    # JSON knows no NaN.
-    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    temporary.write_text(json.dumps(known, indent=2) + "\n")
+    temporary.write_text(json.dumps(_of_json(values), indent=2) + "\n")
     os.replace(temporary, path)
+
+
+def _of_json(value: Any) -> Any:
+    """A value without NaN and infinities, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {k: _of_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_of_json(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sentence(error: BaseException) -> str:

@@ -78,8 +78,9 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     steps = run.trainer.global_step
     if run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics:
         run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    known = run.trainer.callback_metrics.items()
     metrics = {
-        **{name: float(x) for name, x in run.trainer.callback_metrics.items() if name.startswith("val/")},
+        **{name: float(x) for name, x in known if name.startswith(("val/", "quality/"))},
         "steps": steps,
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),

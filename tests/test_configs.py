@@ -7,7 +7,7 @@ import torch
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 
-from src.arguments import GRID_SETTINGS, check_arguments
+from src.arguments import check_arguments
 from src.overrides import config_groups
 from src.runs import build_module, build_sampler
 from tests.conftest import compose
@@ -55,7 +55,7 @@ def test_every_choice_composes_and_fits_its_target(group, option):
         signature = inspect.signature(get_method(node._target_))
         # A partial of a data source has root, image_size and channels from its datamodule.
         elsewhere = {"root", "image_size", "channels"} if str(node._target_).startswith("src.data") else set()
-        listed = {str(k) for k in node if not str(k).startswith("_")} - set(GRID_SETTINGS)
+        listed = {str(k) for k in node if not str(k).startswith("_")}
         missing = set(signature.parameters) - listed - GIVEN - elsewhere
         if "num_steps" in signature.parameters and "schedules" in node._target_:
             missing |= {"num_steps"} - listed

@@ -148,19 +148,20 @@ def test_evaluate_reports_on_a_run(tmp_path, monkeypatch):
 
     train_tiny(tmp_path / "run", "schedule.num_steps=20", "objective=hybrid", "trainer.max_steps=3")
     run = f"run='{tmp_path / 'run'}'"
-    metrics = evaluate(compose("evaluate", run, "device=cpu", "n=40", f"run_dir='{tmp_path / 'a'}'"))
-    assert metrics["samples"] == 40 and metrics["links"] == 20
+    alone = [run, "device=cpu", "quality=false"]
+    metrics = evaluate(compose("evaluate", *alone, "held_out=40", f"run_dir='{tmp_path / 'a'}'"))
+    assert metrics["held_out"] == 40 and metrics["links"] == 20
     parts = metrics["prior"] + metrics["decoder"] + metrics["divergences"]
     assert metrics["bits_per_dim"] == pytest.approx(parts, rel=1e-6)
     assert metrics["standard_error"] > 0
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bits_per_dim"] == metrics["bits_per_dim"]
     assert (tmp_path / "a" / "bound.png").stat().st_size > 1000
-    in_batches = [evaluate(compose("evaluate", run, "device=cpu", "n=5", "links=7", f"batch_size={size}",
+    in_batches = [evaluate(compose("evaluate", *alone, "held_out=5", "links=7", f"batch_size={size}",
                                    f"run_dir='{tmp_path / str(size)}'")) for size in (2, 5)]  # fmt: skip
     assert in_batches[0]["bits_per_dim"] == pytest.approx(in_batches[1]["bits_per_dim"], rel=1e-5)
     with_flow = evaluate(
         compose(
-            "evaluate", run, "device=cpu", "n=8", "links=5", "ode=true", "ode_tolerance=1e-2",
+            "evaluate", *alone, "held_out=8", "links=5", "ode=true", "ode_tolerance=1e-2",
             f"run_dir='{tmp_path / 'b'}'",
         )
     )  # fmt: skip

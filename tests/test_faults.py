@@ -1,6 +1,6 @@
 """Faults done to real processes: a run that was killed goes on, and ends as if it had not been.
 
-One kill by default; `make test-faults` does twenty.
+FAULT_KILLS=1 kills once instead of twenty times.
 """
 
 import os
@@ -23,7 +23,7 @@ from src.checkpoints import is_whole, read_checkpoint
 from tests.conftest import TINY, train_tiny
 from tests.test_runs import assert_equal_bits, losses
 
-KILLS = int(os.environ.get("FAULT_KILLS", "1"))
+KILLS = int(os.environ.get("FAULT_KILLS", "20"))
 SETTINGS = [
     *TINY,
     "model.dropout=0.2",
@@ -37,7 +37,7 @@ DURATIONS = {"step": 0.02, "epoch's end": 0.02, "save": 0.04, "validation": 0.05
 """About as many seconds as each phase takes here."""
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     """SIGKILL at seeded random moments: in a save, a validation, a step, among samples, between epochs; and again."""
     chance, folder, died = random.Random(0), tmp_path / "killed", Counter[str]()
@@ -64,7 +64,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     assert names[0] == names[1]
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
     """No file may grow beyond 20 kB for a while, as on a disk without room: checkpoints and the log do not fit."""
     settings = [*TINY, "trainer.max_steps=300", "validate_every=150", "checkpoint_every=25", "keep_checkpoints=2"]

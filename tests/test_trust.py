@@ -46,7 +46,9 @@ def canary(tmp_path: Path) -> Path:
 def run_command(name: str, folder: Path, *overrides: str) -> Path:
     """`src.sample`, `src.evaluate` or `src.export` in this process, with little to do; its output folder."""
     module = importlib.import_module(f"src.{name}")
-    few = {"sample": ["n=2", "sampler.steps=2"], "evaluate": ["n=2", "links=2"], "export": []}[name]
+    few = {"sample": ["n=2", "sampler.steps=2"], "evaluate": ["held_out=2", "links=2", "quality=false"], "export": []}[
+        name
+    ]
     device = [] if name == "export" else ["device=cpu"]
     getattr(module, name)(compose(name, f"run_dir='{folder}'", *few, *device, *overrides))
     return folder
@@ -466,7 +468,7 @@ def test_a_shared_model_tells_of_nobody(tmp_path, monkeypatch):
         json.loads((run_command("evaluate", tmp_path / name, *given) / "metrics.json").read_text())
         for name, given in (("a", [f"ckpt='{path}'", f"data.root='{images}'"]), ("b", [f"run='{folder}'"]))
     ]
-    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"] and figures[0]["samples"] == 2
+    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"] and figures[0]["held_out"] == 2
 
 
 @pytest.mark.parametrize("trap", ["target", "text", "laughs", "header", "no json"])

@@ -47,8 +47,18 @@ class Collected(NamedTuple):
             probabilities,
         )._first(limit)
 
-    def _first(self, limit: int) -> "Collected":
-        if limit < 2:
+    def to(self, device: torch.device | str) -> "Collected":
+        """The same on another device; numbers stay on the CPU."""
+        probabilities = None if self.probabilities is None else self.probabilities.to(device)
+        moments = Moments(*(part.to(device) for part in self.moments))
+        return Collected(moments, self.numbers, self.features.to(device), probabilities)
+
+    def below(self, number: int) -> "Collected":
+        """Without the features of samples from `number` on, which no set of `number` samples would keep."""
+        return self._first(int((self.numbers < number).sum()), least=0)
+
+    def _first(self, limit: int, least: int = 2) -> "Collected":
+        if limit < least:
             raise ValueError(f"at least 2 samples must be kept, got {limit}: 10000 is usual")
         order = self.numbers.argsort()[:limit]
         places = order.to(self.features.device)

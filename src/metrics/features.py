@@ -32,7 +32,7 @@ class Extractor(Protocol):
     name: str
     fingerprint: str
 
-    def __call__(self, images: Tensor) -> Features:
+    def __call__(self, images: Tensor, /) -> Features:
         """Of images (N, C, H, W) uint8."""
         ...
 
@@ -44,6 +44,15 @@ class Pixels:
 
     def __call__(self, images: Tensor) -> Features:
         return Features(check_images(images).flatten(1).double())
+
+
+class Values:
+    """The values themselves, of points and tables of measurements (N, D)."""
+
+    name = fingerprint = "values"
+
+    def __call__(self, samples: Tensor) -> Features:
+        return Features(samples.flatten(1).double())
 
 
 class Inception:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from src.metrics.figures import Statistic, mean_of, median_of
-from src.metrics.neighbours import nearest
+from src.metrics.neighbours import Nearest, nearest
 
 
 class Memorisation(NamedTuple):
@@ -17,6 +17,29 @@ class Memorisation(NamedTuple):
     neighbours: Tensor  # (N,) which that is
     threshold: float  # up to which a sample counts as a copy
 
+    @classmethod
+    def of(cls, found: Nearest, usual: Tensor, quantile: float = 0.05) -> "Memorisation":
+        """Of samples whose nearest training samples were found, `usual` (M,) being held-out data's distances to theirs.
+
+        Raises ValueError where held-out data are copies themselves.
+        """
+        if not 0 < quantile < 1:
+            raise ValueError(f"the quantile of held-out data must lie in (0, 1), got {quantile}: 0.05 is usual")
+        threshold = usual.quantile(quantile).item()
+        middle = median_of(usual).value
+        if middle == 0:
+            raise ValueError(
+                "half of the held-out data are copies of training data, of which nothing can be told: remove duplicates"
+            )
+        medians = median_of(found.distances)
+        return cls(
+            ratio=Statistic(len(found.distances), lambda counts: medians.of(counts) / middle),
+            copies=mean_of(found.distances <= threshold),
+            distances=found.distances,
+            neighbours=found.numbers,
+            threshold=threshold,
+        )
+
 
 def memorisation(samples: Tensor, held_out: Tensor, train: Tensor, quantile: float = 0.05) -> Memorisation:
     """Of samples (N, F), held-out (M, F) and training data (K, F) in one feature space, such as flattened pixels.
@@ -24,21 +47,4 @@ def memorisation(samples: Tensor, held_out: Tensor, train: Tensor, quantile: flo
     The distances to the nearest training sample, against those of data that were not trained on (as in the test of
     Meehan et al. 2020, 2004.05675, without its cells). Raises ValueError where held-out data are copies themselves.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"the quantile of held-out data must lie in (0, 1), got {quantile}: 0.05 is usual")
-    usual = nearest(held_out, train)[0]
-    found, neighbours = nearest(samples, train)
-    threshold = usual.quantile(quantile).item()
-    middle = median_of(usual).value
-    if middle == 0:
-        raise ValueError(
-            "half of the held-out data are copies of training data, of which nothing can be told: remove duplicates"
-        )
-    medians = median_of(found)
-    return Memorisation(
-        ratio=Statistic(len(found), lambda counts: medians.of(counts) / middle),
-        copies=mean_of(found <= threshold),
-        distances=found,
-        neighbours=neighbours,
-        threshold=threshold,
-    )
+    return Memorisation.of(nearest(samples, train), nearest(held_out, train).distances, quantile)

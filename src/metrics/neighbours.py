@@ -32,12 +32,25 @@ def distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of x (N, F) its distance (N,) to the nearest of y (M, F), and which that is (N,)."""
+class Nearest(NamedTuple):
+    """For each of N samples the distance (N,) to the nearest of some others, and the number (N,) of that one."""
+
+    distances: Tensor
+    numbers: Tensor
+
+    def or_nearer(self, other: "Nearest") -> "Nearest":
+        """The nearest among more others; of several as near, the one with the lowest number."""
+        same = other.distances == self.distances
+        take = (other.distances < self.distances) | (same & (other.numbers < self.numbers))
+        return Nearest(*(torch.where(take, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
+
+
+def nearest(x: Tensor, y: Tensor) -> Nearest:
+    """For each of x (N, F) the nearest of y (M, F), which have the numbers 0..M - 1."""
     if len(y) == 0:
         raise ValueError("there is nothing to be near to: the reference has no samples; raise n")
     parts = [distances(x[rows], y).min(1) for rows in chunks(len(x), len(y))]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    return Nearest(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
 
 
 def radii(x: Tensor, k: int) -> Tensor:

@@ -1,0 +1,370 @@
+"""How good a run's samples are: drawn by all processes, seen by extractors, held against held-out data and the floor.
+
+The floor is what real data come to: as many training samples as were drawn, against the same held-out data.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from src.data.batch import StreamDataModule
+from src.draws import key
+from src.metrics.cache import digest
+from src.metrics.classifier import train_classifier
+from src.metrics.collected import Collected, collect_once
+from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
+from src.metrics.figures import Figure
+from src.metrics.measure import image_figures, memorisation_figures, point_figures
+from src.metrics.memorisation import Memorisation
+from src.metrics.neighbours import Nearest, nearest
+from src.module import DiffusionModule, Sampler
+from src.processes import Processes
+from src.stopping import answer_signals
+
+log = logging.getLogger(__name__)
+
+FEATURES = ("classifier", "pixels", "inception", "dinov2")
+"""What images can be seen by."""
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""Passes its argument on, and shows how far it has come."""
+CLASSIFIER_TRAINS_ON = 20_000
+"""Images at most, and a quarter as many to test it, since they are held in memory."""
+
+
+class Settings(NamedTuple):
+    """How samples are measured."""
+
+    features: Sequence[str] | None = None
+    """Of images, any of `FEATURES`; None for the classifier where there are labels, else pixels. Points have theirs."""
+    n: int = 1000
+    """Samples to draw."""
+    seed: int = 0
+    """Of the samples' noise, the floor's choice of training samples, and the bootstrap."""
+    batch_size: int = 256
+    keep: int = 10_000
+    """Of which all figures but the Fréchet distance are: what needs pairs of samples."""
+    near: int = 1000
+    """Samples, and held-out ones, that are compared with the training data one by one."""
+    cache: Path = Path("outputs/cache")
+    inception_weights: Path | None = None
+    dinov2_model: str = "facebook/dinov2-large"
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        for name in ("n", "batch_size", "keep", "near"):
+            least = 1 if name == "batch_size" else 10
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if unknown := [name for name in self.features or () if name not in FEATURES]:
+            raise ValueError(f"unknown features {', '.join(unknown)}: choose from {', '.join(FEATURES)}")
+
+
+class Drawn(NamedTuple):
+    """What is kept of the samples that one sampler drew."""
+
+    collected: dict[str, Collected]
+    """By the extractors' names."""
+    first: Tensor
+    """(M, *data) the first of them, as files show them."""
+    calls: int
+    """Of the network for each sample."""
+    seconds: float
+    """Of one device for each sample."""
+
+
+class Measured(NamedTuple):
+    """The figures of one sampler's samples, and the training sample that is nearest to each of the first."""
+
+    figures: dict[str, Figure]
+    neighbours: Nearest
+    """(M,) by places in the training data, in pixels or in the points' space."""
+
+
+class Yardstick:
+    """The data of a run, as measurements see them. Every process needs one, and must take part in each call.
+
+    Raises ValueError for features that are not to be had.
+    """
+
+    def __init__(self, data: StreamDataModule, settings: Settings, processes: Processes) -> None:
+        settings.check()
+        data.setup()
+        self.data = data
+        self.settings = settings
+        self.processes = processes
+        # Apple's GPUs know no float64.
+        self.device = torch.device("cpu") if processes.device.type == "mps" else processes.device
+        if processes.rank == 0:  # what is downloaded or trained, the others find
+            self.extractors = self._open()
+        processes.gather(None)
+        if processes.rank > 0:
+            self.extractors = self._open()
+        own: Extractor = Pixels() if len(data.shape) == 3 else Values()
+        self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
+        """Where copies are looked for: always in the data's own space, too."""
+        self.held_out = self._collect(data.val_indices)
+        chosen = torch.Generator().manual_seed(key(settings.seed, "floor"))
+        order = torch.randperm(len(data.train_indices), generator=chosen)[: settings.n].tolist()
+        self._floor = self._collect([data.train_indices[k] for k in order])
+
+    def draw(
+        self,
+        module: DiffusionModule,
+        sampler: Sampler,
+        progress: Callable[[int], object],
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Drawn:
+        """`settings.n` samples, each process a share of them. `progress` is told how many more have been drawn.
+
+        Sample k is the one that `src.sample` draws with the same seed. `on_step` is called at every level.
+        """
+        n, keep, count = self.settings.n, self.settings.keep, self.processes.count
+        size = min(self.settings.batch_size, n)
+        # As many batches for each process, of which sharded weights are gathered together; what is too much is dropped.
+        turns = -(-n // (size * count))
+        collected: dict[str, Collected] = {}
+        first: list[Tensor] = []
+        seconds = 0.0
+        for turn in range(turns):
+            start = (turn * count + self.processes.rank) * size
+            began = time.perf_counter()
+            for x in module.sample(range(start, start + size), self.settings.seed, sampler):  # noqa: B007
+                on_step()
+            shown = self.data.to_display(x)[: max(0, n - start)].to(self.device)
+            _wait_for(self.processes.device)
+            seconds += time.perf_counter() - began
+            if len(shown):
+                for extractor in self.extractors:
+                    part = Collected.of(extractor(shown), start, keep).to("cpu")
+                    before = collected.get(extractor.name)
+                    collected[extractor.name] = before.merge(part, keep) if before else part
+            first.append(shown[: max(0, self.settings.near - start)].cpu())
+            progress(min(size * count, n - turn * count * size))
+        return Drawn(
+            {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
+            torch.cat(self.processes.gather_in_turn(first)),
+            module.network_calls(sampler),
+            sum(self.processes.gather(seconds)) / (turns * count * size),
+        )
+
+    def floor(self) -> dict[str, Figure]:
+        """The figures of training data, as many as are drawn or as there are."""
+        return self._figures(self._floor) if self.processes.rank == 0 else {}
+
+    def measure(self, drawn: Sequence[Drawn], progress: Progress) -> list[Measured]:
+        """The figures of each; of processes beyond the first nothing. `progress` shows the way through the data."""
+        count = min(self.settings.near, len(self.data.val_indices))
+        groups = [self._shown(self.data.val_indices[:count]), *(d.first for d in drawn)]
+        found = self._nearest(torch.cat(groups), progress)
+        if self.processes.rank > 0:
+            return []
+        parts = {
+            name: [
+                Nearest(*part)
+                for part in zip(*(torch.split(x, [len(g) for g in groups]) for x in each), strict=True)
+            ]
+            for name, each in found.items()
+        }  # fmt: skip
+        results = []
+        for k, each in enumerate(drawn):
+            figures = self._figures(each.collected)
+            for name, (usual, *of_samples) in parts.items():
+                memory = Memorisation.of(of_samples[k], usual.distances)
+                figures |= memorisation_figures(name, memory, self.settings.seed)
+            own = next(iter(parts.values()))
+            results.append(Measured(figures, own[1 + k]))
+        return results
+
+    def training_samples(self, places: Tensor) -> Tensor:
+        """Those at some places in the training data (M,), as files show them."""
+        return self._shown([self.data.train_indices[k] for k in places.tolist()])
+
+    def _open(self) -> list[Extractor]:
+        device, settings = self.device, self.settings
+        if len(self.data.shape) != 3:
+            if settings.features:
+                raise ValueError(f"features={list(settings.features)} are of images, the data are points: leave it out")
+            return [Values()]
+        assert self.data.source is not None
+        names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
+        opened: list[Extractor] = []
+        for name in dict.fromkeys(names):
+            match name:
+                case "pixels":
+                    opened.append(Pixels())
+                case "classifier":
+                    opened.append(self._classifier())
+                case "inception":
+                    opened.append(Inception(settings.inception_weights, device))
+                case "dinov2":
+                    opened.append(DinoV2(settings.dinov2_model, device))
+        return opened
+
+    def _classifier(self) -> Extractor:
+        assert self.data.source is not None
+        labels = self.data.source.labels
+        if labels is None:
+            raise ValueError(
+                "features=[classifier] needs labels, and the data have none: put the images of each kind into a folder "
+                "of its own, or use pixels, inception or dinov2"
+            )
+        train = self.data.train_indices[:CLASSIFIER_TRAINS_ON]
+        held_out = self.data.val_indices[: CLASSIFIER_TRAINS_ON // 4]
+        tested = self._shown(held_out), labels.numbers[held_out]
+        return train_classifier(
+            self._shown(train), labels.numbers[train], tested, self.settings.cache, device=self.device
+        )
+
+    def _shown(self, indices: Sequence[int]) -> Tensor:
+        """Samples of the source as files show them."""
+        assert self.data.source is not None
+        return self.data.to_display(self.data.to_model(self.data.source.fetch(indices)))
+
+    def _batches(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """This process's share of samples of the source, on its device, with the place of each batch's first."""
+        size = self.settings.batch_size
+        for start in self.processes.share(range(0, len(indices), size)):
+            yield start, self._shown(indices[start : start + size]).to(self.device)
+
+    def _collect(self, indices: Sequence[int]) -> dict[str, Collected]:
+        """What the extractors see in samples of the source; each process caches its share."""
+        parts: dict[str, Collected | None] = {e.name: None for e in self.extractors}
+        if self.processes.rank * self.settings.batch_size < len(indices):
+            data = digest(*(part for start, x in self._batches(indices) for part in (start, x)))
+            for each in self.extractors:
+                found = collect_once(
+                    self.settings.cache, data, each, lambda: self._batches(indices), self.settings.keep
+                )
+                parts[each.name] = found.to("cpu")
+        return {name: self._merge(part) for name, part in parts.items()}
+
+    def _merge(self, part: Collected | None) -> Collected:
+        """What every process collected, of which those that came late to it have nothing."""
+        if part is not None:  # what others have more of is not sent
+            part = part.below(self.settings.keep)
+        parts = [p for p in self.processes.gather(part) if p is not None]
+        return reduce(lambda whole, each: whole.merge(each, self.settings.keep), parts)
+
+    def _figures(self, samples: dict[str, Collected]) -> dict[str, Figure]:
+        figures: dict[str, Figure] = {}
+        for name, of_cpu in samples.items():
+            each, reference = of_cpu.to(self.device), self.held_out[name].to(self.device)
+            if name == "values":
+                figures |= point_figures(each.features, reference.features, self.settings.seed)
+            else:
+                figures |= image_figures(name, each, reference, self.settings.seed)
+        return figures
+
+    def _nearest(self, samples: Tensor, progress: Progress) -> dict[str, Nearest]:
+        """The nearest training samples of some (N, *data), by the spaces' names; each process looks at a share."""
+        size, device = self.settings.batch_size, self.device
+        queries = {
+            name: torch.cat([space(part.to(device)).features for part in torch.split(samples, size)])
+            for name, space in self.spaces.items()
+        }
+        found = {
+            name: Nearest(x.new_full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device))
+            for name, x in queries.items()
+        }
+        batches = self._batches(self.data.train_indices)
+        for _ in progress(self.processes.share(range(0, len(self.data.train_indices), size))):
+            start, shown = next(batches)
+            for name, space in self.spaces.items():
+                here = nearest(queries[name], space(shown).features)
+                found[name] = found[name].or_nearer(Nearest(here.distances, here.numbers + start))
+        whole = {}
+        for name, own in found.items():
+            whole[name] = reduce(Nearest.or_nearer, self.processes.gather(Nearest(*(x.cpu() for x in own))))
+        return whole
+
+
+def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
+    """What one call of the network takes for so many samples: the second of two, on zeros."""
+    x = torch.zeros(batch_size, *module.shape, device=module.device)
+    level = module.schedule.row(module.schedule.num_steps // 2)
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        for _ in range(2):
+            _wait_for(module.device)
+            began = time.perf_counter()
+            module.denoise(x, level)
+            _wait_for(module.device)
+    module.train(training)
+    return time.perf_counter() - began
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+class Quality(L.Callback):
+    """Measures samples at every `every`-th validation and logs their figures as `quality/<name>`; off by default.
+
+    What it will cost is said when training starts. The samples are the averaged weights', by the run's own sampler or
+    one with so many `steps`, drawn by all processes.
+    """
+
+    def __init__(
+        self,
+        features: Sequence[str] | None = None,
+        n: int = 1000,
+        every: int = 1,
+        steps: int | None = None,
+        seed: int = 0,
+        cache: str = "outputs/cache",
+        inception_weights: str | None = None,
+        dinov2_model: str = "facebook/dinov2-large",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"callbacks.quality.every must be at least 1 validation, got {every}")
+        weights = inception_weights and Path(inception_weights)
+        self.settings = Settings(
+            features, n, seed, cache=Path(cache), inception_weights=weights or None, dinov2_model=dinov2_model
+        )
+        self.settings.check()
+        self.every = every
+        self.steps = steps
+        self._yardstick: Yardstick | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
+        settings = self.settings._replace(batch_size=min(data.at_once(trainer), self.settings.batch_size))
+        self._yardstick = Yardstick(data, settings, processes)
+        calls = pl_module.network_calls(self._sampler(pl_module))
+        size = min(settings.batch_size, settings.n)
+        seconds = seconds_of_call(pl_module, size) * calls * -(-settings.n // (size * processes.count))
+        if trainer.is_global_zero:
+            log.info(
+                f"at every {f'{self.every} validations' if self.every > 1 else 'validation'} {settings.n} samples are "
+                f"measured ({calls} network calls each), about {seconds:.0f} s each time"
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or self._yardstick is None:  # a validation that is made up for
+            return
+        assert isinstance(pl_module, DiffusionModule)
+        every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * self.every
+        if trainer.global_step % every and trainer.global_step < trainer.max_steps:
+            return
+        drawn = self._yardstick.draw(
+            pl_module, self._sampler(pl_module), lambda _: None, lambda: answer_signals(trainer)
+        )
+        measured = self._yardstick.measure([drawn], lambda batches: batches)
+        figures = {name: figure.value for each in measured for name, figure in each.figures.items()}
+        for name, value in trainer.strategy.broadcast(figures).items():
+            pl_module.log(f"quality/{name}", value)
+
+    def _sampler(self, module: DiffusionModule) -> Sampler:
+        return module.sampler if self.steps is None else module.sampler._replace(steps=self.steps)

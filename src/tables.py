@@ -1,0 +1,55 @@
+"""Figures as tables that people read."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """All figures in one table: a row for each, a column for each sampler, and one for the floor."""
+    samplers: Mapping[str, Any] = metrics.get("samplers", {})
+    columns = [*samplers] or ["the model"]
+    rows = []
+    if "bits_per_dim" in metrics:
+        error = metrics["standard_error"]
+        bits = f"{metrics['bits_per_dim']:.4f} ± {error:.4f}" if not math.isnan(error) else "one sample"
+        rows.append([f"bits/dim of {metrics['held_out']} held-out", *[bits] * len(columns), ""])
+    floor: Mapping[str, Any] = metrics.get("floor", {})
+    names = {name: None for each in samplers.values() for name in each["figures"]}
+    for name in names:
+        cells = [interval(each["figures"][name]) for each in samplers.values()]
+        same = name.rpartition("_")[0]
+        real = next((figure for key, figure in floor.items() if key.rpartition("_")[0] == same), None)
+        rows.append([name, *cells, interval(real) if real else USUAL.get(name.split("_")[0], "")])
+    if samplers:
+        rows.append(["network calls/sample", *(str(each["calls_per_image"]) for each in samplers.values()), ""])
+        rows.append(["seconds/sample", *(f"{each['seconds_per_image']:.2g}" for each in samplers.values()), ""])
+    header = ["", *columns, "real data (floor)" if samplers else ""]
+    lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+    note = (
+        "\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against held-out data; the "
+        "floor is training data against them, as many as were drawn or as there are. `nearest_ratio` is the median "
+        "distance to the nearest training sample over that of held-out data, `copies` the share of samples nearer to "
+        "one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
+    )
+    return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
+
+
+USUAL = {"nearest": "1", "copies": "0.05"}
+"""What the figures of memorisation are for data that were not trained on."""
+
+
+def interval(figure: Mapping[str, float]) -> str:
+    """A figure and its interval, to as many digits as tell something."""
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 3
+    shown = [f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high)]  # + 0.0 takes the sign off -0
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def duration(seconds: float) -> str:
+    """A time to one or two digits, in the unit that fits it."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} seconds"
