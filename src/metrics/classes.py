@@ -7,7 +7,7 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.metrics.figures import Statistic
+from src.metrics.figures import SHARE, Statistic
 
 
 class ChiSquare(NamedTuple):
@@ -57,7 +57,7 @@ def total_variation(labels: Tensor, reference: Tensor) -> Statistic:
         counts = counts.to(one_hot)
         return ((counts @ one_hot / counts.sum(1, keepdim=True)) - expected).abs().sum(1) / 2
 
-    return Statistic(len(labels), of)
+    return Statistic(len(labels), of, SHARE)
 
 
 def chi_square(counts: Tensor, reference: Tensor) -> ChiSquare:

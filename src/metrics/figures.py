@@ -1,5 +1,6 @@
 """What a metric gives: a figure with its interval, under a name that says of how many samples it is."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -31,6 +32,8 @@ class Statistic:
 
     n: int
     of: Callable[[Tensor], Tensor]
+    within: tuple[float, float] = (-math.inf, math.inf)
+    """Where the metric can lie; so does its interval."""
 
     @property
     def value(self) -> float:
@@ -57,18 +60,23 @@ class Statistic:
         value, *_ = values = self.of(counts).double().cpu()
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
         low, high = values[1:].quantile(tails) + (value - values[1:].mean())
-        return Figure(value.item(), low.item(), high.item())
+        return Figure(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
 
 
-def linear(value: Tensor, slope: Tensor) -> Statistic:
+SHARE = (0.0, 1.0)
+"""Where a share of something lies."""
+
+
+def linear(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
     """A metric () that changes by slope (N,) for each further time that a sample is taken."""
-    return Statistic(len(slope), lambda counts: value + (counts.to(slope) - 1) @ slope)
+    return Statistic(len(slope), lambda counts: value + (counts.to(slope) - 1) @ slope, within)
 
 
 def mean_of(scores: Tensor) -> Statistic:
-    """The mean of the samples' scores (N,)."""
+    """The mean of the samples' scores (N,); of true and false the share that is true."""
+    within = SHARE if scores.dtype == torch.bool else (-math.inf, math.inf)
     scores = scores.double()
-    return linear(scores.mean(), scores / len(scores))
+    return linear(scores.mean(), scores / len(scores), within)
 
 
 def median_of(scores: Tensor) -> Statistic:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.figures import Statistic, linear, mean_of
+from src.metrics.figures import SHARE, Statistic, linear, mean_of
 
 CHUNK = 2**23
 """The numbers that one chunk of a distance matrix holds: 64 MB."""
@@ -79,7 +79,7 @@ def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
         for rows in parts:
             times += (distances(samples[rows], real) <= ball(rows)).sum(0)
         alone = torch.cat([((distances(samples[rows], real) <= ball(rows)) & (times == 1)).sum(1) for rows in parts])
-        return linear((times > 0).double().mean(), alone.double() / len(real))
+        return linear((times > 0).double().mean(), alone.double() / len(real), SHARE)
 
     return Manifolds(
         precision=mean_of(hits > 0),
