@@ -264,6 +264,20 @@ def test_the_digits_and_the_moons_are_the_defaults_by_name():
         assert by_name == compose("train", *same, "run_dir=runs/x")
 
 
+def test_the_moons_have_the_bits_that_their_recipe_says():
+    """Of the held-out points, under the density of two half circles with noise, summed over the angle."""
+    data = make(recipe("moons").data)
+    data.setup()
+    angle = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000 * math.pi
+    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], dim=1)
+    circles, deviation = 1.5 * torch.cat([upper, -upper]), 1.5 * 0.05  # the lower one is the upper one turned
+    squares = torch.cdist(data.examples(len(data.val_indices)).double(), circles).square()
+    log_p = (-squares / (2 * deviation**2)).logsumexp(1) - math.log(len(circles) * 2 * math.pi * deviation**2)
+    exact = re.search(r"exact density gives ([\d.]+)", statements("moons")["figure"])
+    assert exact
+    assert (-log_p / math.log(2) / 2).mean().item() == pytest.approx(float(exact[1]), abs=1e-4)
+
+
 def test_a_recipe_wins_over_schedule_and_model_and_the_command_line_over_it():
     """`schedule=edm_lognormal` and `model=unet_ddpm` set the weighting, the target, the rate and the length too."""
     cfg = recipe("cifar10_edm")
