@@ -16,6 +16,8 @@ from tests.conftest import compose
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
     ("data", "folder"): ["data.root=x"],
+    ("experiment", "folder_64"): ["data.root=x"],
+    ("experiment", "folder_256"): ["data.root=x"],
 }
 CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
 # Arguments that the program gives and no configuration should.
@@ -63,7 +65,7 @@ def test_every_choice_composes_and_fits_its_target(group, option):
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [c for c in CHOICES if c[0] not in ("data", "model", "trainer", "logger")]
+    ("group", "option"), [c for c in CHOICES if c[0] not in ("data", "experiment", "model", "trainer", "logger")]
 )
 def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     cfg = compose(
