@@ -151,7 +151,7 @@ def quality(
     from src.quality import Settings, Yardstick, seconds_of_call
 
     settings = Settings(
-        list(cfg.features) if cfg.features else None,
+        [cfg.features] if isinstance(cfg.features, str) else cfg.features and list(cfg.features),
         cfg.n,
         cfg.seed,
         cfg.batch_size,

@@ -179,7 +179,7 @@ def test_in_training_it_is_the_average_that_is_measured(tmp_path, cache):
         (["features=[inceptoin]"], "unknown features inceptoin: choose from classifier"),
         (["n=5"], "n must be at least 10, got 5"),
         (["likelihood=false", "quality=false"], "nothing to evaluate"),
-        (["features=[inception]", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
+        (["features=inception", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
         (["samplers=[{sampler:ddim,setps:3}]"], "unknown setting 'sampler.setps'"),
         (["samplers=[{sampler:dimm}]"], "did you mean ddim"),
     ],
