@@ -157,6 +157,7 @@ def quality(
         cfg.batch_size,
         cfg.keep,
         cfg.near,
+        cfg.against,
         Path(cfg.cache),
         cfg.inception_weights and Path(cfg.inception_weights),
         cfg.dinov2_model,
@@ -185,6 +186,7 @@ def quality(
     floor = yardstick.floor()
     metrics = {
         "n": cfg.n,
+        "against": cfg.against,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
         "samplers": {
             name: {
@@ -229,7 +231,7 @@ def leave_pictures(
         held_out_points = data.to_display(data.examples(2000))
         clouds = [plots.captioned(plots.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
         plots.side_by_side(clouds, gap=8).save(folder / "samples.png")
-    classes = {"held-out data": yardstick.held_out} | {name: d.collected for name, d in drawn.items()}
+    classes = {"real data": yardstick.reference} | {name: d.collected for name, d in drawn.items()}
     seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
     if seen and data.source and data.source.labels:
         names = data.source.labels.names

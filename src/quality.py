@@ -1,6 +1,7 @@
 """How good a run's samples are: drawn by all processes, seen by extractors, held against held-out data and the floor.
 
-The floor is what real data come to: as many training samples as were drawn, against the same held-out data.
+The floor is what real data come to: as many training samples as were drawn, against the same held-out data. (Or all
+of it the other way round, which is how most papers have it.)
 """
 
 import logging
@@ -53,6 +54,8 @@ class Settings(NamedTuple):
     """Of which all figures but the Fréchet distance are: what needs pairs of samples."""
     near: int = 1000
     """Samples, and held-out ones, that are compared with the training data one by one."""
+    against: str = "held_out"
+    """Or "train", as most papers do; the floor is then of held-out data against these."""
     cache: Path = Path("outputs/cache")
     inception_weights: Path | None = None
     dinov2_model: str = "facebook/dinov2-large"
@@ -63,6 +66,8 @@ class Settings(NamedTuple):
             least = 1 if name == "batch_size" else 10
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.against not in ("held_out", "train"):
+            raise ValueError(f"samples are measured against held_out or train, got against={self.against}")
         if unknown := [name for name in self.features or () if name not in FEATURES]:
             raise ValueError(f"unknown features {', '.join(unknown)}: choose from {', '.join(FEATURES)}")
 
@@ -110,10 +115,13 @@ class Yardstick:
         own: Extractor = Pixels() if len(data.shape) == 3 else Values()
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Where copies are looked for: always in the data's own space, too."""
-        self.held_out = self._collect(data.val_indices)
+        reference, others = data.val_indices, data.train_indices
+        if settings.against == "train":
+            reference, others = others, reference
+        self.reference = self._collect(reference)
         chosen = torch.Generator().manual_seed(key(settings.seed, "floor"))
-        order = torch.randperm(len(data.train_indices), generator=chosen)[: settings.n].tolist()
-        self._floor = self._collect([data.train_indices[k] for k in order])
+        order = torch.randperm(len(others), generator=chosen)[: settings.n].tolist()
+        self._floor = self._collect([others[k] for k in order])
 
     def draw(
         self,
@@ -156,7 +164,7 @@ class Yardstick:
         )
 
     def floor(self) -> dict[str, Figure]:
-        """The figures of training data, as many as are drawn or as there are."""
+        """The figures of real data that are not the reference, as many as are drawn or as there are."""
         return self._figures(self._floor) if self.processes.rank == 0 else {}
 
     def measure(self, drawn: Sequence[Drawn], progress: Progress) -> list[Measured]:
@@ -256,7 +264,7 @@ class Yardstick:
     def _figures(self, samples: dict[str, Collected]) -> dict[str, Figure]:
         figures: dict[str, Figure] = {}
         for name, of_cpu in samples.items():
-            each, reference = of_cpu.to(self.device), self.held_out[name].to(self.device)
+            each, reference = of_cpu.to(self.device), self.reference[name].to(self.device)
             if name == "values":
                 figures |= point_figures(each.features, reference.features, self.settings.seed)
             else:

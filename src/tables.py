@@ -26,9 +26,12 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         rows.append(["seconds/sample", *(f"{each['seconds_per_image']:.2g}" for each in samplers.values()), ""])
     header = ["", *columns, "real data (floor)" if samplers else ""]
     lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+    reference, others = "held-out", "training"
+    if metrics.get("against") == "train":
+        reference, others = others, reference
     note = (
-        "\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against held-out data; the "
-        "floor is training data against them, as many as were drawn or as there are. `nearest_ratio` is the median "
+        f"\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against {reference} data; "
+        f"the floor is {others} data against them, as many as were drawn or as there are. `nearest_ratio` is the median "
         "distance to the nearest training sample over that of held-out data, `copies` the share of samples nearer to "
         "one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
     )

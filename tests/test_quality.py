@@ -124,6 +124,18 @@ def test_copies_are_caught_by_memorisation_and_by_nothing_else(trained, cache):
     assert torch.equal(yardstick.training_samples(measured.neighbours.numbers), copies)
 
 
+def test_against_the_training_data_copies_look_like_the_data(trained, cache):
+    """Whose own distance to themselves is 0; the floor is then held-out data."""
+    data = runs.open_run(str(trained)).data
+    yardstick = Yardstick(data, Settings(["pixels"], n=2000, against="train", cache=cache), ALONE)
+    everything = data.to_display(data.to_model(data.source.fetch(data.train_indices)))
+    (pixels,) = yardstick.extractors
+    copies = Drawn({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
+    (measured,) = yardstick.measure([copies], lambda it: it)
+    assert measured.figures["fd_pixels_1438"].value == pytest.approx(0, abs=1e-4)
+    assert f"fd_pixels_{len(data.val_indices)}" in yardstick.floor()
+
+
 def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
     """All are in the Fréchet distance, the first few in the rest; and these are the same ones."""
     opened = runs.open_run(str(trained))
@@ -177,6 +189,7 @@ def test_in_training_it_is_the_average_that_is_measured(tmp_path, cache):
     ("overrides", "rule"),
     [
         (["features=[inceptoin]"], "unknown features inceptoin: choose from classifier"),
+        (["against=test"], "held_out or train, got against=test"),
         (["n=5"], "n must be at least 10, got 5"),
         (["likelihood=false", "quality=false"], "nothing to evaluate"),
         (["features=inception", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
