@@ -32,8 +32,8 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     note = (
         f"\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against {reference} data; "
         f"the floor is {others} data against them, as many as were drawn or as there are. `nearest_ratio` is the "
-        "median distance to the nearest training sample over that of held-out data, `copies` the share of samples nearer to "
-        "one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
+        "median distance to the nearest training sample over that of held-out data, `copies` the share of samples "
+        "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
     )
     return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
 
