@@ -4,9 +4,11 @@ What W&B and TensorBoard show, both are given, under one name and at one step.
 """
 
 import json
+import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,21 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
     """A table whose cells may be pictures. Only W&B has such."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_metrics({name: wandb_table(columns, rows)}, trainer.global_step)
+            with kept_in_its_folder(logger.experiment):
+                logger.log_metrics({name: wandb_table(columns, rows)}, trainer.global_step)
+
+
+@contextmanager
+def kept_in_its_folder(run: Any) -> Iterator[None]:
+    """Have what W&B lays aside to send later, such as a table's pictures, lie in an offline run, not in the home."""
+    if not run.offline or "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(Path(run.dir).parent)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
 
 
 def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
@@ -102,9 +118,9 @@ def log_model(trainer: L.Trainer, path: Path, metadata: Mapping[str, Any]) -> No
             import wandb
 
             artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata=dict(metadata))
-            # Mutable files are copied below the user's home, where a run that moves on leaves them behind.
-            artifact.add_file(str(path.resolve()), policy="immutable")
-            logger.experiment.log_artifact(artifact, aliases=["best"])
+            artifact.add_file(str(path.resolve()), policy="immutable")  # which copies nothing
+            with kept_in_its_folder(logger.experiment):
+                logger.experiment.log_artifact(artifact, aliases=["best"])
 
 
 def log_comparison(
@@ -132,7 +148,8 @@ def log_comparison(
         mode="offline" if offline else "online",
         reinit="create_new",
     ) as run:
-        run.log({"comparison": wandb_table(columns, [[row.get(name) for name in columns] for row in rows])})
+        with kept_in_its_folder(run):
+            run.log({"comparison": wandb_table(columns, [[row.get(name) for name in columns] for row in rows])})
         return str(run.id)
 
 

@@ -153,10 +153,10 @@ def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> Non
         among = min(among, len(run.data.train_indices))
         pictures["samples/neighbours"] = plots.neighbours(final[:neighbours], show(near), distances, among)
         rows = [
-            [k, plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), distance]
+            [k, plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), distance, among]
             for k, distance in enumerate(distances.tolist())
         ]
-        log_table(run.trainer, "samples/table", ["index", "drawn", f"nearest of {among}", "rms_difference"], rows)
+        log_table(run.trainer, "samples/table", ["index", "drawn", "nearest", "rms_difference", "among"], rows)
     if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
     (run.directory / "samples").mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,8 @@ from src.module import DiffusionModule
 from src.provenance import code_version, environment
 from src.stopping import answer_signals
 
-MAX_LOG_SNR = 20.0
-"""Where the bins of `LossByNoise` end at the latest: sigma / alpha is e^10 there, or e^-10."""
+MAX_LOG_SNR = 15.0
+"""Where the bins of `LossByNoise` end at the latest: sigma / alpha is 1800 there, or its inverse."""
 
 
 class Beginning(L.Callback):
@@ -81,8 +81,9 @@ def schedule_picture(schedule: Schedule) -> Any:
 class Speed(L.Callback):
     """Every `trainer.log_every_n_steps` steps: how fast the steps since the last time were, and the memory in use.
 
-    `speed/samples_per_second` counts those of the global batch; validation is not in it, saving is. Nothing waits for
-    the device: it has just been waited for, by what was logged the time before.
+    `speed/samples_per_second` counts those of the global batch; validation is not in it, saving is. `memory/gib` is the
+    first process's: of a GPU the most so far, of a CPU what it holds now. Nothing waits for the device, which runs at
+    most one such span behind.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,13 +106,13 @@ class Speed(L.Callback):
         values = {
             "speed/steps_per_second": rate,
             "speed/samples_per_second": rate * trainer.datamodule.batch_size,  # type: ignore[attr-defined]
-            f"memory/{'resident' if device.type == 'cpu' else 'peak'}_gib": used_memory(device) / 2**30,
+            "memory/gib": used_memory(device) / 2**30,
         }
         pl_module.log_dict(values, rank_zero_only=True)
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes: of a GPU the most that the allocator has had in use so far, of a CPU what the process holds now."""
+    """Bytes: of a GPU the most that tensors have taken so far, of a CPU what the process holds now."""
     if device.type in ("cuda", "xpu"):
         return int(torch.get_device_module(device).max_memory_allocated(device))
     if device.type == "mps":
@@ -130,7 +131,7 @@ class LossByNoise(L.Callback):
 
     Of all samples of all processes since the last time, with the objective's weighting and without that of
     `timesteps`. Into `directory`/loss_by_noise.csv, and as a heat-map to loggers that show pictures. The bins run from
-    the schedule's noisiest level to its cleanest, as they are when training starts, within +-20; what lies beyond is in
+    the schedule's noisiest level to its cleanest, as they are when training starts, within +-15; what lies beyond is in
     the outermost. Steps only hand their losses over: they are sorted into bins on the device, which is waited for at
     validations and when a checkpoint is saved.
     """
@@ -208,14 +209,13 @@ class LossByNoise(L.Callback):
             if show_pictures(trainer):
                 log_picture(trainer, "loss_by_noise", plots.loss_by_noise(self.path))
 
-    def _lines(self, row: tuple[int, list[float], list[float]]) -> list[tuple[int, float, float, int]]:
-        """Of bins that had samples: the step, the bin's centre, the mean and the number of samples."""
+    def _lines(self, row: tuple[int, list[float], list[float]]) -> list[tuple[int, float, float | None, int]]:
+        """Of each bin: the step, the bin's centre, the mean (none without samples) and the number of samples."""
         step, sums, counts = row
         width = (self._high - self._low) / self.bins
         return [
-            (step, round(self._low + (k + 0.5) * width, 6), sums[k] / counts[k], int(counts[k]))
+            (step, round(self._low + (k + 0.5) * width, 6), sums[k] / counts[k] if counts[k] else None, int(counts[k]))
             for k in range(self.bins)
-            if counts[k]
         ]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -229,7 +229,7 @@ class LossByNoise(L.Callback):
 
 
 def log_snr_range(schedule: Schedule) -> tuple[float, float]:
-    """The log-SNR of the noisiest level and of the cleanest that is not clean data, within +-20."""
+    """The log-SNR of the noisiest level and of the cleanest that is not clean data, within +-15."""
     noisiest, cleanest = schedule.at(torch.tensor([1.0, schedule.first], dtype=torch.float64))
     low, high = (max(-MAX_LOG_SNR, min(MAX_LOG_SNR, t.snr.log().item())) for t in (noisiest, cleanest))
     return low, high
