@@ -240,7 +240,7 @@ class BitsPerDim(L.Callback):
 
     Of the first `samples` of them, from the decoder's term and `links` others each: so many passes of the network more
     (2560 by default, about a validation's on 2560 samples). At every validation, or only at the `end` of training.
-    Must stand before `EMA`, as `SampleGrid` must. Processes take equal shares, for which a few samples may be left out.
+    Processes take equal shares, for which a few samples may be left out.
     """
 
     def __init__(self, samples: int = 512, links: int = 4, every_validation: bool = False, seed: int = 0) -> None:

@@ -201,6 +201,11 @@ def test_a_run_that_goes_on_goes_on_with_its_history(tmp_path, monkeypatch):
     assert whole == cut and len(whole.splitlines()) == 1 + 2 * 20
     starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [0, 4]
+    whole, cut = (sorted(f.name for f in (tmp_path / name / "samples").iterdir()) for name in ("whole", "cut"))
+    assert whole == cut
+    logs = [sorted((tmp_path / name / "logs").glob("*/metrics.csv")) for name in ("whole", "cut")]
+    whole, cut = ([row["step"] for log in of_run for row in csv.DictReader(log.open())] for of_run in logs)
+    assert whole == cut
 
 
 def test_the_nearest_training_sample_of_a_copy_is_itself(trained):
@@ -260,9 +265,11 @@ def test_every_panel_of_the_dashboard_shows_what_a_run_has_logged(offline):
             names = [getattr(panel, "x", None), getattr(panel, "table_name", None)]
             wanted |= {n for n in [*names, *getattr(panel, "y", []), *getattr(panel, "media_keys", [])] if n}
     assert len(wanted) > 15 and wanted <= logged
-    for made in (dashboard.workspace("me", "p", "n"), dashboard.report("me", "p", "n")):
-        sent = made._to_model().model_dump_json()
-        assert all(f'"{key}"' in sent for key in wanted - {"samples/table"})
+    sent = dashboard.workspace("me", "p", "n")._to_model().model_dump_json()
+    assert all(f'"{key}"' in sent for key in wanted - {"samples/table"})
+    # What is sent of a report is known only with an account.
+    shown = [panel for block in dashboard.report("me", "p", "n").blocks for panel in getattr(block, "panels", [])]
+    assert [type(panel) for panel in shown] == [type(panel) for part in dashboard.sections().values() for panel in part]
 
 
 def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_network, tmp_path):

@@ -5,6 +5,7 @@ W&B has no reader of it for others, but `wandb sync` reads just this.
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,13 @@ class Offline(NamedTuple):
 def read_offline(folder: Path) -> Offline:
     """The only offline run below a folder."""
     (path,) = folder.rglob("offline-run-*/run-*.wandb")
-    records = [*frames(path.read_bytes())]
+    for _ in range(300):  # W&B's own process writes on for a moment when `finish` has returned
+        records = [*frames(path.read_bytes())]
+        if records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError(f"{path} has no end")
     runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]
     updates = [*runs[-1].config.update, *(u for r in records for u in r.config.update)]
     config: dict[str, Any] = {}
@@ -67,6 +74,8 @@ def frames(data: bytes) -> Iterator[Record]:
             continue
         checksum, length, kind = struct.unpack("<IHB", data[place : place + 7])
         body = data[place + 7 : place + 7 + length]
+        if len(body) < length:  # being written
+            return
         assert zlib.crc32(bytes([kind]) + body) == checksum, f"the frame at {place} is damaged"
         place += 7 + length
         parts.append(body)
