@@ -149,6 +149,8 @@ class LossByNoise(L.Callback):
         self._left: tuple[list[float], list[float]] | None = None
         """Sums and counts since the last validation, of a checkpoint."""
         self._ends: tuple[float, float] | None = None
+        self._totals: Tensor | None = None
+        """(2, bins) sums and counts of this process's samples since the last validation, once training has started."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
@@ -156,6 +158,7 @@ class LossByNoise(L.Callback):
         self._totals = torch.zeros(2, self.bins, device=pl_module.device)
         if self._left and trainer.is_global_zero:
             self._totals += torch.tensor(self._left, device=pl_module.device)
+        self._left = None
         self._pending.clear()
 
     def on_train_batch_end(
@@ -169,7 +172,7 @@ class LossByNoise(L.Callback):
     def _sort(self, module: L.LightningModule) -> None:
         """What is pending into its bins."""
         assert isinstance(module, DiffusionModule)
-        if not self._pending:
+        if not self._pending or self._totals is None:
             return
         v, losses = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
@@ -182,6 +185,8 @@ class LossByNoise(L.Callback):
 
     def _gathered(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[list[float], list[float]]:
         """Sums and counts over all processes."""
+        if self._totals is None:  # resumed when there was nothing left to train
+            return self._left or ([0.0] * self.bins, [0.0] * self.bins)
         self._sort(module)
         sums, counts = trainer.strategy.all_gather(self._totals).view(-1, 2, self.bins).sum(0).tolist()
         return sums, counts
@@ -195,7 +200,8 @@ class LossByNoise(L.Callback):
 
     def _flush(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         sums, counts = self._gathered(trainer, module)
-        self._totals.zero_()
+        if self._totals is not None:
+            self._totals.zero_()
         if not any(counts):  # a validation that is made up for
             return
         self._history.append((trainer.global_step, sums, counts))
