@@ -160,7 +160,7 @@ def loss_by_noise(log: Path) -> Image.Image:
     for k, shade in zip(chosen, ("0.75", "0.45", "black")[-len(chosen) :], strict=True):
         label = f"steps {int(steps[k - 1]) if k else 0} to {int(steps[k])}"
         right.semilogx(table[:, k], levels, color=shade, marker=".", linewidth=1.3, label=label)
-    right.set(title="at first, halfway and last", xlabel="training loss", xlim=(0.5 * low, 2 * high))
+    right.set(title="its profile over training", xlabel="training loss", xlim=(0.5 * low, 2 * high))
     right.set(ylim=(edges[0], edges[-1]), ylabel="log-SNR")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
