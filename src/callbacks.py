@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -20,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.data.batch import StreamDataModule
 from src.disk import without_room_go_on
+from src.loggers import log_picture
 from src.module import DiffusionModule
 from src.plots import draw
 from src.sharding import load_state, local, share, whole
@@ -322,12 +320,3 @@ class SampleGrid(L.Callback):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
         log_picture(trainer, "samples", picture)
-
-
-def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
-    """Give a picture to every logger that shows pictures."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture])
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")

@@ -44,3 +44,9 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def sentence(error: BaseException) -> str:
+    """The first sentence of an error, without its final stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0].rstrip(".")

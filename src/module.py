@@ -220,7 +220,7 @@ class DiffusionModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
     def prepare_optimizer(self, num_steps: int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of the network's weights and its learning-rate schedule over `num_steps`."""

@@ -132,6 +132,58 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
     return _render(figure)
 
 
+def loss_by_noise(log: Path) -> Image.Image:
+    """From the table of `LossByNoise`: the loss over steps and log-SNR as a heat-map, and its profile at some steps."""
+    from matplotlib.colors import LogNorm
+
+    with log.open(newline="") as file:
+        rows = [[float(row[name] or "nan") for name in ("step", "log_snr", "loss")] for row in csv.DictReader(file)]
+    steps, levels = (sorted({row[k] for row in rows}) for k in (0, 1))
+    table = np.full((len(levels), len(steps)), np.nan)
+    for step, level, loss in rows:
+        table[levels.index(level), steps.index(step)] = loss if loss > 0 else np.nan  # the decoder's term may be less
+    half = (levels[1] - levels[0]) / 2 if len(levels) > 1 else 0.5
+    edges = [levels[0] - half, *(level + half for level in levels)]
+    seen = table[np.isfinite(table)]
+    high = float(seen.max()) if len(seen) else 1.0
+    # Weightings take the loss of pure noise towards 0: of many decades those that matter.
+    low = max(float(seen.min()) if len(seen) else 0.1, 1e-4 * high)
+    figure, (left, right) = _figure(10.0, 4.2, columns=2)
+    colors = LogNorm(0.999 * low, 1.001 * high, clip=True)
+    left.set_facecolor("0.85")
+    mesh = left.pcolormesh([0.0, *steps], edges, table, norm=colors, cmap="viridis")
+    figure.colorbar(mesh, ax=left)
+    left.set(
+        title="training loss by level of noise (grey: no samples)", xlabel="step", ylabel="log-SNR (0: half noise)"
+    )
+    chosen = evenly(len(steps), 3)
+    for k, shade in zip(chosen, ("0.75", "0.45", "black")[-len(chosen) :], strict=True):
+        label = f"steps {int(steps[k - 1]) if k else 0} to {int(steps[k])}"
+        right.semilogx(table[:, k], levels, color=shade, marker=".", linewidth=1.3, label=label)
+    right.set(title="its profile over training", xlabel="training loss", xlim=(0.5 * low, 2 * high))
+    right.set(ylim=(edges[0], edges[-1]), ylabel="log-SNR")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    return _render(figure)
+
+
+def neighbours(samples: Tensor, nearest: Tensor, distances: Tensor, among: int) -> Image.Image:
+    """Samples over the training samples nearest to them, both uint8 (N, C, H, W), by their distance (N,)."""
+    order = distances.argsort()
+    picture = labelled_rows([samples[order], nearest[order]], ["drawn", "nearest"])
+    canvas = Image.new("RGB", (picture.width, picture.height + 46), "white")
+    canvas.paste(picture, (0, 24))
+    pen = ImageDraw.Draw(canvas)
+    title = f"Drawn samples and the nearest of {among:,} training samples, the nearest first"
+    pen.text((6, 12), title, fill="black", anchor="lm", font_size=15)
+    pen.text((6, picture.height + 35), "RMS difference", fill="black", anchor="lm", font_size=15)
+    width = (picture.width - 140 - GAP) / len(order)
+    for k, distance in enumerate(distances[order].tolist()):
+        place = (140 + GAP + (k + 0.5) * width, picture.height + 35)
+        pen.text(place, f"{distance:.2f}", fill="black", anchor="mm", font_size=13)
+    return canvas
+
+
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
     """beta, alpha_bar and log-SNR over t / T for each name: (betas, alpha, sigma), all (T,)."""
     figure, (left, middle, right) = _figure(13.0, 4.2, columns=3)

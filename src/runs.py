@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import shutil
 import time
 import warnings
@@ -29,13 +28,13 @@ from src.checkpoints import (
     read_checkpoint,
     weights_of,
 )
+from src.errors import sentence
 from src.overrides import config_groups, nearest
 from src.trust import CONF, check_targets, check_texts, known_targets
 
 if TYPE_CHECKING:
     import lightning as L
     import torch
-    from lightning.pytorch.loggers import Logger
 
     from src.data.batch import StreamDataModule
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
@@ -275,9 +274,7 @@ def check_network(net: "torch.nn.Module", shape: tuple[int, ...], outputs: int) 
         with torch.no_grad():
             got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta")).shape[1:])
     except RuntimeError as error:
-        raise ValueError(
-            f"the network does not take data of shape {shape} ({_sentence(error)}): see model.*"
-        ) from error
+        raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
     if got != (outputs * shape[0], *shape[1:]):
         raise ValueError(f"the network makes {got} of data of shape {shape}: model.* must keep the shape")
 
@@ -322,6 +319,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.pytorch.callbacks import LearningRateMonitor
 
     from src.disk import WholeCheckpoints
+    from src.loggers import build_logger
     from src.memory import MicroBatch
 
     if not 1 <= cfg.trainer.max_steps <= 10**9:
@@ -366,7 +364,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         if not isinstance(cause, MisconfigurationException | RuntimeError):
             raise
         raise ValueError(
-            f"{_sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
+            f"{sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
             f"trainer.precision={cfg.trainer.precision} on this machine)"
         ) from error
     environment = trainer._accelerator_connector.cluster_environment
@@ -495,41 +493,6 @@ def having(device: "torch.device") -> str:
     return f"{device}, which has {gib(size)} GiB" if size else str(device)
 
 
-def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
-    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
-    try:
-        if name == "wandb" and node.id is None:
-            node.id = wandb_id(directory)
-        logger: Logger = instantiate(node)
-        if name == "wandb":
-            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
-    except Exception as error:
-        if isinstance(error.__cause__ or error, ImportError):
-            raise ValueError(
-                f"logger={name} needs a package that is not installed ({_sentence(error.__cause__ or error)}): "
-                f"pip install {name}"
-            ) from error
-        if name != "wandb" or node.offline:
-            raise
-        warnings.warn(f"W&B could not start online ({_sentence(error)}): this run is logged offline", stacklevel=2)
-        logger = instantiate(node, offline=True, mode="offline")
-    return logger
-
-
-def wandb_id(directory: Path) -> str:
-    """The name that W&B knows the run in `directory` by: made up when it starts, read there when it goes on."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    path = directory / "wandb_id.txt"
-    if path.is_file():
-        return path.read_text().strip()
-    name = secrets.token_hex(4)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # the only process that logs
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{name}\n")
-    return name
-
-
 def open_run(
     run: str | None, ckpt: str | None = None, ema: bool = True, trust: bool = False, data_root: str | None = None
 ) -> OpenedRun:
@@ -560,7 +523,7 @@ def open_run(
         check_fit(weights, module, path)
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
-        raise ValueError(f"{path} describes no model of this project ({_sentence(error)}): use another one") from error
+        raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     return OpenedRun(config, path, module.eval(), data)
 
 
@@ -575,7 +538,7 @@ def pick_device(name: str) -> "torch.device":
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name} does not exist here ({_sentence(error)}): use device=auto or cpu") from error
+        raise ValueError(f"device={name} does not exist here ({sentence(error)}): use device=auto or cpu") from error
     return device
 
 
@@ -608,7 +571,7 @@ def inline_betas(cfg: DictConfig) -> None:
         cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a table of numbers ({_sentence(error)}): one beta per step, .npy or .csv"
+            f"{path} is not a table of numbers ({sentence(error)}): one beta per step, .npy or .csv"
         ) from error
 
 
@@ -649,14 +612,11 @@ def quiet_libraries() -> None:
 
 def close(run: Run) -> None:
     """End what would otherwise live on into the next run of the same process."""
-    from lightning.pytorch.loggers import WandbLogger
+    from src.loggers import finish
 
     if held := _held.pop(run.directory.resolve(), None):
         held.close()
-    if any(isinstance(logger, WandbLogger) for logger in run.trainer.loggers):
-        import wandb
-
-        wandb.finish()
+    finish(run.trainer)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -673,9 +633,3 @@ def _of_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_of_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sentence(error: BaseException) -> str:
-    """The first sentence of an error, without its final stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.split(". ")[0].rstrip(".")

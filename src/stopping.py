@@ -76,8 +76,10 @@ class CleanStop(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # The start of the next step: only here has Lightning logged and counted the last one.
-        if batch_idx % trainer.accumulate_grad_batches == 0:
-            self.look(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed(trainer):
+            if trainer.global_step > 0:
+                _count_as_at_the_end_of_a_step(trainer)
+            self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._next_turn, self._last = 0, None  # other turns take other times
@@ -93,9 +95,12 @@ class CleanStop(L.Callback):
     def look(self, trainer: L.Trainer) -> None:
         """Save and stop, if a signal asked for it. All processes must take this turn."""
         if self._agreed(trainer):
-            trainer.save_checkpoint(self.path)
-            let_children_end()
-            raise KeyboardInterrupt
+            self._save_and_stop(trainer)
+
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        let_children_end()
+        raise KeyboardInterrupt
 
     def _agreed(self, trainer: L.Trainer) -> bool:
         turn = self._turn
@@ -125,6 +130,19 @@ class CleanStop(L.Callback):
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+
+
+def _count_as_at_the_end_of_a_step(trainer: L.Trainer) -> None:
+    """Have Lightning count as where it saves checkpoints by itself, so that a resumed run counts on from there.
+
+    It counts the batch that is not begun as begun: a resumed run would validate one too early, and log one step off.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    counts: list[Any] = [loop.batch_progress.total, loop.batch_progress.current]
+    for count in counts:
+        count.ready = count.started
+        count.completed -= 1
+    loop._batches_that_stepped -= 1
 
 
 def answer_signals(trainer: L.Trainer) -> None:

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -90,15 +90,25 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         from src.disk import when_there_is_room, without_room_go_on
 
         with without_room_go_on(run.directory / "samples"):
-            leave_pictures(run, film)
+            leave_pictures(run, film, cfg.neighbours.samples, cfg.neighbours.among)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
         when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
         print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
-        for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
+        pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbours.png")]
+        for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
         print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
     return metrics
+
+
+class Film(NamedTuple):
+    """What is drawn at the end of training."""
+
+    frames: "list[torch.Tensor]"
+    """The first few samples at each step, as they are shown."""
+    final: "torch.Tensor"
+    """All samples, as the network gives them."""
 
 
 def announce(run: "Run") -> None:
@@ -115,34 +125,47 @@ def announce(run: "Run") -> None:
         )
 
 
-def draw_film(run: "Run", seed: int) -> "list[torch.Tensor]":
-    """What is shown of samples from noise to data: the first few at each step, and at last all. All processes draw."""
+def draw_film(run: "Run", seed: int) -> "Film":
+    """Samples from noise to data. All processes draw."""
     show = run.data.to_display
     count, shown = (64, 8) if len(run.module.shape) == 3 else (2000, 2000)
     run.module.to(run.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    film = []
+    frames = []
     for x in run.module.sample_together(count, seed):
-        film.append(show(x[:shown]).cpu())
-    return [*film, show(x).cpu()]
+        frames.append(show(x[:shown]).cpu())
+    return Film(frames, x.cpu())
 
 
-def leave_pictures(run: "Run", film: "list[torch.Tensor]") -> None:
-    """The final grid beside held-out data, the film of a few samples as strip and GIF, and the loss curves."""
+def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> None:
+    """The final grid beside held-out data, the film of a few samples as strip and GIF, neighbours and the curves."""
     from src import plots
-    from src.callbacks import log_picture
+    from src.loggers import log_picture, log_table
+    from src.watching import nearest_training
 
-    *film, final = film
+    show = run.data.to_display
+    final = show(film.final)
     pictures = {
-        "samples/final": plots.draw(final, run.data.to_display(run.data.examples(len(final)))),
-        "samples/film": plots.film_strip(film),
+        "samples/final": plots.draw(final, show(run.data.examples(len(final)))),
+        "samples/film": plots.film_strip(film.frames),
     }
+    if len(run.module.shape) == 3 and neighbours and among:
+        near, distances = nearest_training(run.data, film.final[:neighbours], among)
+        among = min(among, len(run.data.train_indices))
+        pictures["samples/neighbours"] = plots.neighbours(final[:neighbours], show(near), distances, among)
+        rows = [
+            [k, plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), distance, among]
+            for k, distance in enumerate(distances.tolist())
+        ]
+        log_table(run.trainer, "samples/table", ["index", "drawn", "nearest", "rms_difference", "among"], rows)
     if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
     (run.directory / "samples").mkdir(parents=True, exist_ok=True)
-    plots.save_gif(film, run.directory / "samples" / "film.gif")
+    plots.save_gif(film.frames, run.directory / "samples" / "film.gif")
     for name, picture in pictures.items():
         picture.save(run.directory / f"{name}.png")
         log_picture(run.trainer, name, picture)
+    if (table := run.directory / "loss_by_noise.csv").exists():  # loggers have the picture already
+        plots.loss_by_noise(table).save(table.with_suffix(".png"))
 
 
 def say_how_to_go_on(run: "Run") -> None:

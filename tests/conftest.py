@@ -57,6 +57,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_network(monkeypatch)
+
+
+def cut_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to open a connection fails as it does on a machine without network."""
     import socket
 

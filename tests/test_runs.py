@@ -351,15 +351,6 @@ def test_a_weighting_that_leaves_the_last_step_out_says_so(tmp_path):
         train_tiny(tmp_path / "run", "zero_terminal_snr=true", "trainer.max_steps=1")
 
 
-def test_every_logger_takes_the_run_offline(tmp_path, no_network, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    train_tiny(tmp_path / "run", "logger=[csv,tensorboard,wandb]", "trainer.max_steps=3")
-    assert losses(tmp_path / "run")
-    assert list((tmp_path / "run").glob("tensorboard/version_0/events.*"))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*.png"))
-
-
 def test_no_logger_leaves_pictures_all_the_same(tmp_path):
     train_tiny(tmp_path / "run", "logger=none", "trainer.max_steps=2")
     assert (tmp_path / "run" / "samples" / "final.png").exists()

@@ -1,0 +1,164 @@
+"""Loggers, and what is shown by those that show more than numbers: pictures, tables, texts and models.
+
+What W&B and TensorBoard show, both are given, under one name and at one step.
+"""
+
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+from PIL import Image
+
+from src.errors import sentence
+
+Cell = str | float | int | bool | Image.Image | None
+
+
+def build_logger(name: str, node: DictConfig, directory: Path) -> Logger:
+    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
+    try:
+        if name == "wandb" and node.id is None:
+            node.id = wandb_id(directory)
+        logger: Logger = instantiate(node)
+        if name == "wandb":
+            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
+    except Exception as error:
+        if isinstance(error.__cause__ or error, ImportError):
+            raise ValueError(
+                f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
+                f"pip install {name}"
+            ) from error
+        if name != "wandb" or node.offline:
+            raise
+        warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
+        logger = instantiate(node, offline=True, mode="offline")
+    return logger
+
+
+def wandb_id(directory: Path) -> str:
+    """The name that W&B knows the run in `directory` by: made up when it starts, read there when it goes on."""
+    path = directory / "wandb_id.txt"
+    if path.is_file():
+        return path.read_text().strip()
+    name = secrets.token_hex(4)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # the only process that logs
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n")
+    return name
+
+
+def show_pictures(trainer: L.Trainer) -> bool:
+    """Whether any logger does."""
+    return any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers)
+
+
+def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
+    """Give a picture to every logger that shows pictures, as of this step."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture], trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+
+
+def log_values(trainer: L.Trainer, name: str, values: Mapping[str, Any]) -> None:
+    """Plain values that describe the run: W&B's configuration under `name`, TensorBoard's text of that name."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update({name: dict(values)}, allow_val_change=True)
+        elif isinstance(logger, TensorBoardLogger):
+            text = json.dumps(values, indent=2, default=str)
+            # Indented text is code in Markdown, and keeps its lines.
+            logger.experiment.add_text(name, "\t" + text.replace("\n", "\n\t"), trainer.global_step)
+
+
+def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+    """A table whose cells may be pictures. Only W&B has such."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            with kept_in_its_folder(logger.experiment):
+                logger.log_metrics({name: wandb_table(columns, rows)}, trainer.global_step)
+
+
+@contextmanager
+def kept_in_its_folder(run: Any) -> Iterator[None]:
+    """Have what W&B lays aside to send later, such as a table's pictures, lie in an offline run, not in the home."""
+    if not run.offline or "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(Path(run.dir).parent)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
+
+
+def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
+    import wandb
+
+    data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+    return wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)
+
+
+def log_model(trainer: L.Trainer, path: Path, metadata: Mapping[str, Any]) -> None:
+    """A file as W&B's artifact of the run's model, "best" by alias. Of offline runs the file stays where it is."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata=dict(metadata))
+            artifact.add_file(str(path.resolve()), policy="immutable")  # which copies nothing
+            with kept_in_its_folder(logger.experiment):
+                logger.experiment.log_artifact(artifact, aliases=["best"])
+
+
+def log_comparison(
+    rows: Sequence[Mapping[str, Cell]],
+    project: str,
+    group: str,
+    directory: Path,
+    entity: str | None = None,
+    offline: bool = True,
+) -> str:
+    """Runs of a sweep as one table, `comparison`, of a W&B run of its own in the sweep's group; returns its id.
+
+    Each row maps columns to values; what a row lacks is left empty. Offline the run lies in `directory`/wandb.
+    """
+    import wandb
+
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with wandb.init(
+        project=project,
+        entity=entity,
+        group=group,
+        job_type="comparison",
+        name=f"{group} compared",
+        dir=directory,
+        mode="offline" if offline else "online",
+        reinit="create_new",
+    ) as run:
+        with kept_in_its_folder(run):
+            run.log({"comparison": wandb_table(columns, [[row.get(name) for name in columns] for row in rows])})
+        return str(run.id)
+
+
+def finish(trainer: L.Trainer) -> None:
+    """Have the loggers of a run write what they still hold, and end W&B's run, which else would be the next one's."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.close()
+        elif isinstance(logger, WandbLogger):
+            import wandb
+
+            wandb.finish()
