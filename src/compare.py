@@ -7,7 +7,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,17 +26,14 @@ from src.trust import CONF
 if TYPE_CHECKING:
     import torch
 
+    from src.measuring import Measurements
     from src.module import Sampler
     from src.processes import Processes
     from src.quality import Yardstick
     from src.runs import OpenedRun
 
-SHOWN_IMAGES, SHOWN_POINTS = 16, 1000
-MEASURING = ("compare", "evaluation", "quality", "module", "draws")
+MEASURING = ("measuring", "evaluation", "quality", "module", "draws")
 """Files of src, beside diffusion, models, data and metrics, on which it depends what is measured."""
-
-Measurements = dict[str, "torch.Tensor"]
-"""`figure/<name>`, `floor/<name>` (3,): a value and its interval; `cost/<name>` (); `samples`, `real`; `error`."""
 
 
 class Found(NamedTuple):
@@ -83,10 +80,15 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
 
 
 def write_report(
-    found: Sequence[Found], measured: Sequence[Measurements], notes: list[str], cfg: DictConfig, processes: "Processes"
+    found: Sequence[Found],
+    measured: Sequence["Measurements"],
+    notes: list[str],
+    cfg: DictConfig,
+    processes: "Processes",
 ) -> dict[str, Any]:
     """Put together what is known of the runs, write it into the output folder and say where. Returns all figures."""
     from src import plots, report, runs
+    from src.measuring import floors_of, with_figures
 
     records = [with_figures(run.record, each) for run, each in zip(found, measured, strict=True)]
     of_record = {id(record): (run, each) for record, run, each in zip(records, found, measured, strict=True)}
@@ -110,7 +112,7 @@ def write_report(
         seen=seen,
         real=measured[0]["real"],
         notes=notes,
-        how=how_measured(cfg, measured[0], processes),
+        how=how_measured(cfg, by),
     )
     folder = Path(cfg.run_dir)
     path = report.write(folder, page)
@@ -252,13 +254,14 @@ def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
 
 def measure_all(
     found: Sequence[Found], samplers: Sequence["Sampler"], first: "OpenedRun", cfg: DictConfig, processes: "Processes"
-) -> list[Measurements]:
+) -> list["Measurements"]:
     """What is measured of each run, in their order; of processes beyond the first nothing.
 
     What is in the cache is read; each process measures a share of the other runs.
     """
     from tqdm import tqdm
 
+    from src.measuring import measured
     from src.metrics.cache import cached
     from src.quality import Settings, Yardstick
 
@@ -280,7 +283,7 @@ def measure_all(
     )
 
     @functools.cache
-    def yardstick() -> tuple["Yardstick", Measurements]:
+    def yardstick() -> tuple["Yardstick", "Measurements"]:
         """With the figures of real data."""
         import torch
 
@@ -300,11 +303,13 @@ def measure_all(
         announce(len(found), len(missing), samplers[missing[0]], bound, first, cfg, processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
 
-    def measure(k: int) -> Measurements:
-        def compute() -> Measurements:
+    def measure(k: int) -> "Measurements":
+        def compute() -> "Measurements":
             run = first if k == 0 else opened_run(found[k], cfg)
             run.module.to(processes.device)
-            return measured(run, samplers[k], *yardstick(), cfg, bar.update)
+            tools, floor = yardstick()
+            held_out, links, size = cfg.held_out, cfg.links, cfg.batch_size
+            return floor | measured(run.module, samplers[k], tools, held_out, links, size, cfg.seed, bar.update)
 
         bar.set_postfix_str(found[k].folder.name)
         return cached(folder, keys[k], compute)
@@ -344,76 +349,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
-def measured(
-    run: "OpenedRun",
-    sampler: "Sampler",
-    yardstick: "Yardstick",
-    floor: Measurements,
-    cfg: DictConfig,
-    advance: Callable[[int], object],
-) -> Measurements:
-    """The figures of a run's samples and of its bound, its first samples, and its error over log-SNR."""
-    import torch
-
-    from src.evaluation import bound, error_by_log_snr
-    from src.report import SPECTRUM
-
-    module, data = run.module, yardstick.data
-    steps = sampler.steps
-    drawn = yardstick.draw(module, sampler, lambda samples: advance(samples * steps))
-    (samples,) = yardstick.measure([drawn], lambda it: it)
-    found: Measurements = {f"figure/{name}": torch.tensor(figure) for name, figure in samples.figures.items()}
-    found |= floor
-    found["cost/calls_per_image"] = torch.tensor(drawn.calls)
-    found["cost/seconds_per_image"] = torch.tensor(drawn.seconds)
-    shown = SHOWN_IMAGES if drawn.first.ndim == 4 else SHOWN_POINTS
-    found["samples"] = drawn.first[:shown]
-    found["real"] = data.to_display(data.examples(shown))
-
-    count = min(cfg.held_out or len(data.val_indices), len(data.val_indices))
-    totals, parts = [], []
-    assert data.source is not None
-    for start in range(0, count, cfg.batch_size):
-        places = data.val_indices[start : min(start + cfg.batch_size, count)]
-        x = data.to_model(data.source.fetch(places)).to(module.device)
-
-        def show(links: Any, size: int = len(x)) -> Any:
-            for link in links:
-                yield link
-                advance(size)
-
-        part = bound(module, x, cfg.seed, cfg.links, show, start)
-        totals.append(part.total)
-        parts.append(part)
-    total = torch.cat(totals)
-    error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.zeros(())
-    found["figure/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])
-    found["error"] = error_by_log_snr(parts, module.schedule, torch.from_numpy(SPECTRUM))
-    return found
-
-
-def with_figures(record: Record, measurements: Measurements) -> Record:
-    """A run's record with what was measured of it."""
-    from dataclasses import replace
-
-    figures = {k.removeprefix("figure/"): v.tolist() for k, v in measurements.items() if k.startswith("figure/")}
-    costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}
-    return replace(
-        record,
-        values={**{name: value for name, (value, _, _) in figures.items()}, **record.values},
-        intervals={name: (low, high) for name, (_, low, high) in figures.items()},
-        costs={**record.costs, **costs},
-    )
-
-
-def floors_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
-    """What real data come to, by metrics of samples; the number of them, with which names end, may differ."""
-    floors = {k.removeprefix("floor/"): v.tolist() for k, v in measurements.items() if k.startswith("floor/")}
-    names = [k.removeprefix("figure/") for k in measurements if k.startswith("figure/")]
-    stems = {name.rpartition("_")[0]: floor for name, floor in floors.items()}
-    return {name: tuple(stems[name.rpartition("_")[0]]) for name in names if name.rpartition("_")[0] in stems}
-
-
 def measurement_key(run: Found, cfg: DictConfig, code: str, device: str) -> str:
     """Stands for all that measurements of a run depend on: its weights, how they are measured, and by which code."""
     import torch
@@ -439,7 +374,7 @@ def code_digest() -> str:
     ).hexdigest()
 
 
-def how_measured(cfg: DictConfig, measurements: Measurements, processes: "Processes") -> dict[str, str]:
+def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
     """What someone else would need to measure it again."""
     import torch
 

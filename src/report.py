@@ -372,7 +372,7 @@ def pictures(report: Report) -> dict[str, tuple[bytes, bytes]]:
     """Every plot as PNG by its name, for light pages and for dark ones."""
     drawn = {}
     for ranking in shown_metrics(report):
-        if any(ranking.summaries):
+        if len({x for group in report.groups for x in group.values(ranking.metric)}) > 1:
             height = 0.9 + 0.26 * len(report.groups)
             paint = _dots(report, ranking)
             drawn[f"metric_{file_name(ranking.metric)}"] = both(paint, 5.2, height)
