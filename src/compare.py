@@ -112,7 +112,7 @@ def write_report(
         seen=seen,
         real=measured[0]["real"],
         notes=notes,
-        how=how_measured(cfg, by),
+        how=how_measured(cfg, processes),
     )
     folder = Path(cfg.run_dir)
     path = report.write(folder, page)
@@ -326,6 +326,7 @@ def announce(
 ) -> None:
     """One line on what is about to be measured, and how long it will take."""
     from src.quality import seconds_of_call
+    from src.tables import duration
 
     if processes.rank > 0:
         return
@@ -339,14 +340,6 @@ def announce(
         f"data; about {duration(seconds)} on {processes.count} x {processes.device.type}",
         flush=True,
     )
-
-
-def duration(seconds: float) -> str:
-    """A time to one or two digits, in the unit that fits it."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} seconds"
 
 
 def measurement_key(run: Found, cfg: DictConfig, code: str, device: str) -> str:

@@ -12,6 +12,7 @@ from src.evaluation import bound, error_by_log_snr
 from src.module import DiffusionModule, Sampler
 from src.quality import Yardstick
 from src.report import SPECTRUM
+from src.tables import USUAL
 
 SHOWN_IMAGES, SHOWN_POINTS = 16, 1000
 
@@ -76,8 +77,11 @@ def with_figures(record: Record, measurements: Measurements) -> Record:
 
 
 def floors_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
-    """What real data come to, by metrics of samples; the number of them, with which names end, may differ."""
+    """What real data come to, by metrics of samples; the number of the floor's, with which names end, may differ."""
     floors = {k.removeprefix("floor/"): v.tolist() for k, v in measurements.items() if k.startswith("floor/")}
     stems = {name.rpartition("_")[0]: tuple(floor) for name, floor in floors.items()}
     names = [k.removeprefix("figure/") for k in measurements if k.startswith("figure/")]
-    return {name: stems[name.rpartition("_")[0]] for name in names if name.rpartition("_")[0] in stems}
+    usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
+    return {name: (value, value, value) for name, value in usual.items()} | {
+        name: stems[name.rpartition("_")[0]] for name in names if name.rpartition("_")[0] in stems
+    }
