@@ -206,17 +206,14 @@ def grouped(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    """What a group is called: the values of the settings that tell it from others, with names if there are several."""
+    """What a group is called: the values of what tells it from others, with names where they are numbers."""
     if not settings:
         return "all runs"
-    if len(settings) == 1:
-        (name,) = settings
-        value = text(settings[name])
-        return value if isinstance(settings[name], str) else f"{name.rpartition('.')[2]} {value}"
-    return ", ".join(
-        text(value) if isinstance(value, str) else f"{name.rpartition('.')[2]} {text(value)}"
-        for name, value in settings.items()
-    )
+    parts = []
+    for name, value in settings.items():
+        shown = text(value).rpartition(".")[2] if name.endswith("_target_") else text(value)
+        parts.append(shown if isinstance(value, str) else f"{name.rpartition('.')[2]} {shown}")
+    return ", ".join(parts)
 
 
 def text(value: Any) -> str:
@@ -291,7 +288,7 @@ def ranked(groups: Sequence[Group], metric: str) -> Ranking:
     if direction is None:
         why = "neither more nor less of it is better"
     elif metric.startswith("val/") and (names := differing_in(groups, OF_LOSS)):
-        why = f"it measures something else where {', '.join(names)} differ{'s' if len(names) == 1 else ''}"
+        why = f"it measures something else where {listed(names)} differ{'s' if len(names) == 1 else ''}"
     elif len({_mean(summaries[k]) for k in there}) == 1 and len(there) > 1:
         why = "it is the same in all groups"
     if why or len(there) < 2:
