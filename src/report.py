@@ -463,19 +463,24 @@ def _spectra(report: Report, relative: bool) -> "Callable[[Axes], None]":
             there = np.isfinite(means).all(0) if relative else np.ones(len(centres), bool)
             for k, each in enumerate(errors):
                 line = np.where(there, means[k] / usual, np.nan)
-                axes.plot(centres, line, linewidth=1.4, label=report.groups[k].label, **_style(k))
+                style = {"linewidth": 1.4, "marker": ".", "markersize": 3, **_style(k)}  # a bin may stand alone
+                axes.plot(centres, line, label=report.groups[k].label, **style)
                 low, high = (np.where(there, _nan(end, each) / usual, np.nan) for end in (np.min, np.max))
                 axes.fill_between(centres, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
-        if relative:
-            axes.axhline(1, color="0.5", linewidth=0.8)
+        drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
+        narrow = relative and len(drawn) > 0 and drawn.max() < 3 * drawn.min()
         axes.set(
-            yscale="log",
+            yscale="linear" if narrow else "log",
             xlabel="log-SNR: noise on the left, clean data on the right",
             ylabel="error over the groups' geometric mean" if relative else "mean squared error of ε",
         )
         axes.grid(alpha=0.35, linewidth=0.6)
-        axes.yaxis.set_major_formatter(_plain)
         if relative:
+            axes.axhline(1, color="0.5", linewidth=0.8)
+        if not narrow:
+            axes.yaxis.set_major_formatter(_plain)
+        if relative and not narrow:
             axes.yaxis.set_minor_formatter(_plain)
 
     return paint

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
-from src import measuring
+from src import measuring, report
 from src.after_sweep import CompareRuns
 from src.compare import compare, run_folders, survey, with_runs
 from src.comparison import Record, Summary, grouped, headline, holm, ranked, welch, with_spread, without_repeats
@@ -336,6 +336,7 @@ def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monke
     calls = []
     real = measuring.measured
     monkeypatch.setattr(measuring, "measured", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(report, "pictures", lambda _: {})  # which take the most time
     again = compared(sweep, tmp_path / "again")
     assert not calls and again["groups"] == results["groups"]
     other = compared(sweep, tmp_path / "other", "links=3")
