@@ -32,7 +32,9 @@ class CompareRuns(Callback):
             return
         sweep = Path(config.hydra.sweep.dir)
         quoted = str(sweep).replace("\\", "\\\\").replace("'", "\\'")
-        devices = self.devices or min(8, len(gpus()) or len(os.sched_getaffinity(0)))
+        jobs = sum(folder.name.isdecimal() for folder in sweep.iterdir())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = self.devices or max(1, min(8, jobs, len(gpus()) or cores))
         command = [sys.executable, "-m", "src.compare", f"runs=['{quoted}']", f"hydra.run.dir='{quoted}/comparison'"]
         environment = {
             **os.environ,

@@ -467,21 +467,14 @@ def _spectra(report: Report, relative: bool) -> "Callable[[Axes], None]":
                 axes.plot(centres, line, label=report.groups[k].label, **style)
                 low, high = (np.where(there, _nan(end, each) / usual, np.nan) for end in (np.min, np.max))
                 axes.fill_between(centres, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
-        drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-        drawn = drawn[np.isfinite(drawn) & (drawn > 0)]
-        narrow = relative and len(drawn) > 0 and drawn.max() < 3 * drawn.min()
         axes.set(
-            yscale="linear" if narrow else "log",
             xlabel="log-SNR: noise on the left, clean data on the right",
             ylabel="error over the groups' geometric mean" if relative else "mean squared error of ε",
         )
         axes.grid(alpha=0.35, linewidth=0.6)
+        _scale(axes)
         if relative:
             axes.axhline(1, color="0.5", linewidth=0.8)
-        if not narrow:
-            axes.yaxis.set_major_formatter(_plain)
-        if relative and not narrow:
-            axes.yaxis.set_minor_formatter(_plain)
 
     return paint
 
@@ -491,6 +484,17 @@ def _nan(of: Callable[..., Any], values: np.ndarray) -> np.ndarray:
     masked = np.ma.masked_invalid(values)
     result: np.ndarray = np.ma.filled(of(masked, axis=0).astype(float), np.nan)
     return result
+
+
+def _scale(axes: "Axes") -> None:
+    """A logarithmic axis where the lines span it, with numbers as people write them."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) and drawn.min() > 0 and drawn.max() > 3 * drawn.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(_plain)
+        if drawn.max() < 100 * drawn.min():
+            axes.yaxis.set_minor_formatter(_plain)
 
 
 def _plain(value: float, _: float) -> str:
@@ -518,9 +522,9 @@ def _training(report: Report, name: str, smooth: bool) -> "Callable[[Axes], None
             if not smooth and len(logged) > 1:
                 low, high = _nan(np.min, values), _nan(np.max, values)
                 axes.fill_between(steps, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
-        positive = all(y > 0 for line in axes.lines for y in np.asarray(line.get_ydata(), float) if np.isfinite(y))
-        axes.set(xlabel="step", ylabel=name, yscale="log" if positive else "linear")
+        axes.set(xlabel="step", ylabel=name)
         axes.grid(alpha=0.35, linewidth=0.6, which="both")
+        _scale(axes)
 
     return paint
 

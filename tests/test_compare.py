@@ -3,7 +3,10 @@
 import csv
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,7 +25,7 @@ from src.compare import compare, run_folders, survey, with_runs
 from src.comparison import Record, Summary, grouped, headline, holm, ranked, welch, with_spread, without_repeats
 from src.errors import UsageError
 from src.trust import CONF, known_targets
-from tests.conftest import compose, train_tiny
+from tests.conftest import TINY, compose, train_tiny
 
 SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
 QUICK = ["n=24", "near=24", "held_out=16", "links=2", "sampler.steps=3", "features=[pixels]", "device=cpu"]
@@ -385,3 +388,24 @@ def test_the_callback_of_sweeps_is_built_and_is_none_that_a_run_may_ask_for():
     node = OmegaConf.load(CONF / "hydra" / "callbacks" / "compare.yaml").compare
     assert isinstance(instantiate(node), CompareRuns)
     assert not any("after_sweep" in target.name for target in known_targets(training=True))
+
+
+@pytest.mark.faults
+def test_a_sweep_ends_with_its_comparison_also_when_it_goes_on(tmp_path):
+    """By the launcher of the preset, in real processes; the second time nothing is trained or measured again."""
+    folder = tmp_path / "jobs"
+    few = "hydra.callbacks.compare.overrides=" + json.dumps([*QUICK, f"cache='{tmp_path}/cache'"]).replace(" ", "")
+    command = [sys.executable, "-m", "src.train", "-m", *TINY, "sweep=schedules", "schedule=cosine,linear", "seed=0,1"]
+    command += ["trainer.max_steps=4", "validate_every=2", few, f"hydra.sweep.dir='{folder}'"]
+    env = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
+    for again in ([], ["resume=auto"]):
+        shutil.rmtree(folder / "comparison", ignore_errors=True)
+        done = subprocess.run(
+            [*command, *again], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=500
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert str(folder / "comparison" / "comparison.html") in done.stdout
+        assert ("Measuring 4 runs" in done.stdout) == (not again)
+        results = json.loads((folder / "comparison" / "comparison.json").read_text())
+        assert [row["group"] for row in results["groups"]] == list(SCHEDULES) and not results["left_out"]
+        assert results["runs"][0]["schedule"] == "cosine"
