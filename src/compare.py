@@ -271,15 +271,16 @@ def measure_all(
     # As the first process saw it, before any wrote.
     missing = processes.gather([k for k, key in enumerate(keys) if not (folder / f"{key}.safetensors").is_file()])[0]
     settings = Settings(
-        list(cfg.features) if cfg.features else None,
-        cfg.n,
-        cfg.seed,
-        cfg.batch_size,
-        cfg.keep,
-        cfg.near,
-        folder,
-        cfg.inception_weights and Path(cfg.inception_weights),
-        cfg.dinov2_model,
+        features=list(cfg.features) if cfg.features else None,
+        n=cfg.n,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        keep=cfg.keep,
+        near=cfg.near,
+        against=cfg.against,
+        cache=folder,
+        inception_weights=cfg.inception_weights and Path(cfg.inception_weights),
+        dinov2_model=cfg.dinov2_model,
     )
 
     @functools.cache
@@ -348,8 +349,8 @@ def measurement_key(run: Found, cfg: DictConfig, code: str, device: str) -> str:
 
     with run.checkpoint.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    names = ("n", "features", "inception_weights", "dinov2_model", "keep", "near", "held_out", "links", "batch_size")
-    asked = {name: cfg[name] for name in (*names, "seed", "ema")}
+    names = ["n", "features", "inception_weights", "dinov2_model", "against", "keep", "near", "held_out", "links"]
+    asked = {name: cfg[name] for name in (*names, "batch_size", "seed", "ema")}
     sampler = OmegaConf.to_container(sampler_settings(run, cfg))
     root = cfg.data.root or run.record.settings.get("data.root")
     how = [weights, asked, sampler, root, code, device, torch.__version__]
@@ -378,7 +379,7 @@ def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
         "samples": f"{cfg.n} of each run, from the noise of seed {cfg.seed}",
         "sampler": ", ".join([name, *(f"{k} {v}" for k, v in chosen.items())]),
         "weights": "averaged" if cfg.ema else "raw",
-        "reference": "held-out data, which no run has seen",
+        "reference": "training data" if cfg.against == "train" else "held-out data, which no run has seen",
         "bits/dim": f"the variational bound of {cfg.held_out or 'all'} held-out samples by {links}",
         "device": f"{processes.count} x {device_name(processes.device)}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
