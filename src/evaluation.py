@@ -90,6 +90,19 @@ def bound(
     return Bound(prior, total, counts, sums, errors)
 
 
+def error_by_log_snr(parts: Sequence[Bound], schedule: Schedule, edges: Tensor) -> Tensor:
+    """(B - 1,) the mean squared error of eps in each bin of log-SNR between the `edges` (B,); NaN where none fell."""
+    rows = torch.stack([schedule.row(t).snr.double().cpu() for t in range(schedule.num_steps)]).log()
+    places = torch.bucketize(rows, edges.to(rows)) - 1
+    inside = (places >= 0) & (places < len(edges) - 1)
+    sums, counts = torch.zeros(2, len(edges) - 1, dtype=torch.float64)
+    for part in parts:
+        sums.index_add_(0, places[inside], part.mse_sums[inside])
+        counts.index_add_(0, places[inside], part.counts[inside])
+    means: Tensor = sums / counts
+    return means
+
+
 def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float, start: int = 0) -> Tensor:
     """Minus the log-likelihood of x (N, *data) by the probability flow, (N,) in bits/dim (Song et al. 2021, sec. 4.3).
 

@@ -109,9 +109,8 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = N
     return _render(figure)
 
 
-def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
-    """Loss and gradient norm over the steps, from the CSV logs of a run and its resumptions; None if there are none."""
-    names = ("train/loss", "val/loss", "train/grad_norm")
+def read_logs(logs: Sequence[Path], names: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of what was logged by these names, from the CSV logs of a run and its resumptions."""
     series: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for log in logs:
         with log.open(newline="") as file:
@@ -120,7 +119,12 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
                     if row.get(name):
                         steps.append(float(row["step"]))
                         values.append(float(row[name]))
-    shown = {name: xy for name, xy in series.items() if xy[0]}
+    return {name: xy for name, xy in series.items() if xy[0]}
+
+
+def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
+    """Loss and gradient norm over the steps, from the CSV logs of a run and its resumptions; None if there are none."""
+    shown = read_logs(logs, ("train/loss", "val/loss", "train/grad_norm"))
     if not shown:
         return None
     figure, panels = _figure(7.0, 2.4 * len(shown), rows=len(shown))

@@ -36,6 +36,8 @@ def known_targets(training: bool = False) -> frozenset[Target]:
     found = {Target("optimizer", f"torch.optim.{name}", True) for name in OPTIMIZERS if training}
     for file in CONF.rglob("*.yaml"):
         text, group = file.read_text(), file.parent.name
+        if CONF / "hydra" in file.parents:  # of how Hydra works, not of a run
+            continue
         if training or group not in OF_TRAINING:
             top = "" if file.parent == CONF or "@package _global_" in text else group
             found |= set(_targets(yaml.safe_load(text), top))

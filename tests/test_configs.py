@@ -136,6 +136,6 @@ def test_analytic_data_are_built(option):
     assert not cfg or instantiate(cfg)(3, torch.Generator()).shape == (3, 2)
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate", "compare"])
 def test_commands_compose_by_themselves(command):
     assert {"run_dir", "seed"} <= set(compose(command))

@@ -1,0 +1,49 @@
+"""What a sweep does by itself when its last job is done: `hydra/callbacks=compare`."""
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from src.ranks import rank
+from src.sweeps import gpus
+from src.trust import CONF
+
+
+class CompareRuns(Callback):
+    """Compares the runs of the sweep by `src.compare`, into the folder comparison/ of the sweep.
+
+    In a process of its own, since Hydra cannot be entered twice. If it fails, the sweep does not: a warning says so.
+    """
+
+    def __init__(self, devices: int | None = None, overrides: Sequence[str] = ()) -> None:
+        self.devices = devices
+        self.overrides = list(map(str, overrides))  # plain, since launchers send it to other processes
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called once, where the sweep was started."""
+        if rank() > 0:
+            return
+        sweep = Path(config.hydra.sweep.dir)
+        quoted = str(sweep).replace("\\", "\\\\").replace("'", "\\'")
+        jobs = sum(folder.name.isdecimal() for folder in sweep.iterdir())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        devices = self.devices or max(1, min(8, jobs, len(gpus()) or cores))
+        command = [sys.executable, "-m", "src.compare", f"runs=['{quoted}']", f"hydra.run.dir='{quoted}/comparison'"]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
+        }
+        done = subprocess.run([*command, f"devices={devices}", *self.overrides], env=environment, check=False)
+        if done.returncode:
+            warnings.warn(
+                f"the jobs of the sweep are done, but comparing them failed (status {done.returncode}, see above): try "
+                f"again with python -m src.compare {sweep}",
+                stacklevel=2,
+            )
