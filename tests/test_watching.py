@@ -47,7 +47,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
             patch.delenv(name, raising=False)
         train_tiny(folder, "logger=[csv,tensorboard,wandb]", "seed=3", f"trainer.max_steps={STEPS}",
-                   "callbacks.bits_per_dim.every_validation=true", "neighbours.samples=16")  # fmt: skip
+                   "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.samples=512",
+                   "neighbours.samples=16")  # fmt: skip
     assert not (sweep / "home").exists() or not [*(sweep / "home").rglob("staging/*")]
     return folder
 
