@@ -17,7 +17,7 @@ from src.trust import CONF
 
 
 class CompareRuns(Callback):
-    """Compares the runs of the sweep by `src.compare`, into the folder comparison/ of the sweep.
+    """Compares the runs of the sweep by `src.compare`, into the folder comparison/ of the sweep; W&B's runs also there.
 
     In a process of its own, since Hydra cannot be entered twice. If it fails, the sweep does not: a warning says so.
     """
@@ -40,6 +40,8 @@ class CompareRuns(Callback):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
         }
+        if any(sweep.glob("*/wandb_id.txt")):  # that runs which W&B logs leave
+            command.append("wandb=true")
         done = subprocess.run([*command, f"devices={devices}", *self.overrides], env=environment, check=False)
         if done.returncode:
             warnings.warn(

@@ -5,9 +5,8 @@ import hashlib
 import json
 import math
 import platform
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +19,11 @@ from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, w
 from src.errors import UsageError, memory_errors, usage_errors
 from src.overrides import split_arguments
 from src.ranks import rank
+from src.resolvers import wandb_offline
 from src.resuming import saved_overrides
 from src.trust import CONF
 
 if TYPE_CHECKING:
-    import torch
-
     from src.measuring import Measurements
     from src.module import Sampler
     from src.processes import Processes
@@ -60,6 +58,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "finish what was left out"
             )
         check_data(found, cfg.data.root is None)
+        if cfg.wandb:
+            wandb_of(found)
         for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
@@ -121,6 +121,13 @@ def write_report(
     print(f"\n{results['headline']}\nLook at:")
     for name in (path.name, "comparison.md", "runs.csv", "groups.csv", "comparison.json"):
         print(f"  {folder / name}")
+    if cfg.wandb:
+        from src.loggers import log_comparison
+
+        where = wandb_of(found)
+        in_group = where.get("group") or folder.resolve().parent.name
+        log_comparison(results["runs"], where["project"], in_group, folder, where.get("entity"), wandb_offline())
+        print(f"The runs are a table in the W&B project {where['project']}, group {in_group}")
     return results
 
 
@@ -261,6 +268,7 @@ def measure_all(
     """
     from tqdm import tqdm
 
+    from src import runs
     from src.measuring import measured
     from src.metrics.cache import cached
     from src.quality import Settings, Yardstick
@@ -271,7 +279,7 @@ def measure_all(
     # As the first process saw it, before any wrote.
     missing = processes.gather([k for k, key in enumerate(keys) if not (folder / f"{key}.safetensors").is_file()])[0]
     settings = Settings(
-        features=list(cfg.features) if cfg.features else None,
+        features=runs.names_of(cfg.features),
         n=cfg.n,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
@@ -372,6 +380,8 @@ def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
     """What someone else would need to measure it again."""
     import torch
 
+    from src.provenance import code_version, device_name
+
     chosen = {k: v for k, v in cfg.sampler.items() if v is not None and not str(k).startswith("_")}
     name = "each run's own" if cfg.sampler._target_ is None else str(cfg.sampler._target_).rpartition(".")[2]
     links = "all links" if cfg.links is None else f"{cfg.links} links and the decoder's, drawn for each sample"
@@ -383,27 +393,23 @@ def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
         "bits/dim": f"the variational bound of {cfg.held_out or 'all'} held-out samples by {links}",
         "device": f"{processes.count} x {device_name(processes.device)}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "code": commit(),
+        "code": commit_of(code_version()),
     }
 
 
-def device_name(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def commit() -> str:
-    """The commit of the project that measured, and whether files have changed since; "no git" if there is none."""
-    git = ["git", "-C", str(CONF.parent)]
-    try:
-        head, changed = (
-            subprocess.run([*git, *rest], capture_output=True, text=True, check=True).stdout.strip()
-            for rest in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
+def commit_of(code: Mapping[str, Any]) -> str:
+    """Which commit it is, and whether files have changed since."""
+    if code["commit"] is None:
         return "no git"
-    return f"commit {head}{', with changes' if changed else ''}"
+    return f"commit {code['commit'][:12]}{', with changes' if code['dirty'] else ''}"
+
+
+def wandb_of(found: Sequence[Found]) -> dict[str, Any]:
+    """Where the first of the runs that was logged by W&B is. Raises ValueError if none was."""
+    for run in found:
+        if settings := (run.settings.get("logger") or {}).get("wandb"):
+            return dict(settings)
+    raise ValueError("wandb=true logs the tables where the runs are, and none of them was logged by W&B: leave it out")
 
 
 if __name__ == "__main__":

@@ -148,10 +148,11 @@ def quality(
     """The figures of samples by every sampler, beside the floor, with plots and pictures."""
     from tqdm import tqdm
 
+    from src import runs
     from src.quality import Settings, Yardstick, seconds_of_call
 
     settings = Settings(
-        [cfg.features] if isinstance(cfg.features, str) else cfg.features and list(cfg.features),
+        runs.names_of(cfg.features),
         cfg.n,
         cfg.seed,
         cfg.batch_size,

@@ -296,6 +296,11 @@ def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
     return merged
 
 
+def names_of(given: Any) -> list[str] | None:
+    """One name or a list of them as a list; None for none."""
+    return [given] if isinstance(given, str) else list(given) if given else None
+
+
 def named_sampler(settings: Mapping[str, Any], of_run: DictConfig) -> DictConfig:
     """The file under conf/sampler that `sampler` among the settings names, or the run's own, with the others.
 

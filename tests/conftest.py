@@ -22,8 +22,8 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
     "callbacks.samples.count=4",
-    "callbacks.bits_per_dim.samples=4",
-    "neighbours.samples=2",
+    "callbacks.bits_per_dim.samples=3",
+    "neighbours.samples=3",
     "sampler.steps=3",
     "callbacks.progress.refresh_rate=0",
 ]

@@ -27,6 +27,7 @@ from src.comparison import Record, Summary, grouped, headline, holm, ranked, wel
 from src.errors import UsageError
 from src.trust import CONF, known_targets
 from tests.conftest import TINY, compose, train_tiny
+from tests.wandb_file import read_offline
 
 SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
 QUICK = ["n=24", "near=24", "held_out=16", "links=2", "sampler.steps=3", "features=[pixels]", "device=cpu"]
@@ -345,6 +346,24 @@ def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monke
     assert not calls and again["groups"] == results["groups"]
     other = compared(sweep, tmp_path / "other", "links=3")
     assert len(calls) == 4 and other["runs"][0]["bits_per_dim"] != results["runs"][0]["bits_per_dim"]
+
+
+def test_the_runs_are_a_table_where_wandb_has_them(results, sweep, tmp_path, monkeypatch):
+    """The figures of runs.csv, in the project and the group of the first run that W&B logged."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UsageError, match="none of them was logged by W&B"):
+        compared(sweep, tmp_path, "wandb=true")
+    logged = {"project": "of-runs", "group": "of-two"}
+    monkeypatch.setattr("src.compare.wandb_of", lambda found: logged)
+    compared(sweep, tmp_path, "wandb=true")
+    offline = read_offline(tmp_path)
+    assert (offline.run.project, offline.run.run_group) == ("of-runs", "of-two")
+    table = json.loads((offline.directory / "files" / offline.values("comparison")[0]["path"]).read_text())
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    column = table["columns"].index("fd_pixels_24")
+    assert [row[column] for row in table["data"]] == [pytest.approx(float(row["fd_pixels_24"])) for row in rows]
 
 
 def test_a_damaged_checkpoint_and_a_diverged_run_are_left_out(sweep, tmp_path):

@@ -243,10 +243,11 @@ def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
     (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
     alone = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'alone'}'"))
     together = json.loads((folder / "metrics.json").read_text())
-    sampler, alone_sampler = together["samplers"]["ancestral 2"], alone["samplers"]["ancestral 2"]
-    for name, figure in [*alone.pop("floor").items(), *alone_sampler["figures"].items()]:
-        ours = together["floor"].get(name) if name not in sampler["figures"] else sampler["figures"][name]
-        assert ours == pytest.approx(figure, rel=1e-5, abs=1e-6), name
+    for found, expected in (
+        (together["floor"], alone.pop("floor")),
+        (together["samplers"]["ancestral 2"]["figures"], alone["samplers"]["ancestral 2"]["figures"]),
+    ):
+        assert found == {name: pytest.approx(figure, rel=1e-5, abs=1e-6) for name, figure in expected.items()}
     assert {n: v for n, v in together.items() if n not in ("floor", "samplers")} == {
         name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
         for name, value in alone.items()
