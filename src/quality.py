@@ -18,6 +18,7 @@ from torch import Tensor
 
 from src.data.batch import StreamDataModule
 from src.draws import key
+from src.errors import usage_errors
 from src.metrics.cache import digest
 from src.metrics.classifier import train_classifier
 from src.metrics.collected import Collected, collect_once
@@ -349,7 +350,8 @@ class Quality(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
         settings = self.settings._replace(batch_size=min(data.at_once(trainer), self.settings.batch_size))
-        self._yardstick = Yardstick(data, settings, processes)
+        with usage_errors():  # such as weights that are not to be had
+            self._yardstick = Yardstick(data, settings, processes)
         calls = pl_module.network_calls(self._sampler(pl_module))
         size = min(settings.batch_size, settings.n)
         seconds = seconds_of_call(pl_module, size) * calls * -(-settings.n // (size * processes.count))

@@ -185,6 +185,13 @@ def test_in_training_it_is_the_average_that_is_measured(tmp_path, cache):
     assert raw["samplers"]["ancestral 2"]["figures"][name]["value"] != pytest.approx(logged[name], rel=1e-3)
 
 
+def test_in_training_what_cannot_be_measured_is_refused_before_the_first_step(tmp_path, cache):
+    quality = ["callbacks=[default,quality]", "callbacks.quality.features=[inception]"]
+    with pytest.raises(UsageError, match=r"no file nowhere\.pth"):
+        train_tiny(tmp_path / "run", *quality, "callbacks.quality.inception_weights=nowhere.pth")
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
