@@ -275,7 +275,8 @@ def measure_all(
 
     folder = Path(cfg.cache)
     code = code_digest()
-    keys = [measurement_key(run, cfg, code, processes.device.type) for run in found]
+    data = data_digest(first)
+    keys = [measurement_key(run, cfg, data, code, processes.device.type) for run in found]
     # As the first process saw it, before any wrote.
     missing = processes.gather([k for k, key in enumerate(keys) if not (folder / f"{key}.safetensors").is_file()])[0]
     settings = Settings(
@@ -301,6 +302,10 @@ def measure_all(
         return made, {f"floor/{name}": torch.tensor(figure) for name, figure in made.floor().items()}
 
     mine = processes.share(missing)
+    if cfg.sampler._target_ is not None:  # a run's own sampler was tried when it was trained
+        with usage_errors():
+            for k in mine:
+                opened_run(found[k], cfg).module.check_sampler(samplers[k])
     total = 0
     if missing:
         if processes.rank == 0:  # what is downloaded or trained, the others find
@@ -351,7 +356,18 @@ def announce(
     )
 
 
-def measurement_key(run: Found, cfg: DictConfig, code: str, device: str) -> str:
+def data_digest(opened: "OpenedRun") -> str:
+    """Of the held-out data, and of how many there are in all."""
+    from src.metrics.cache import digest
+
+    opened.data.setup()
+    source, places = opened.data.source, opened.data.val_indices
+    assert source is not None
+    parts = (digest(source.fetch(places[start : start + 256])) for start in range(0, len(places), 256))
+    return digest(len(source), *parts)
+
+
+def measurement_key(run: Found, cfg: DictConfig, data: str, code: str, device: str) -> str:
     """Stands for all that measurements of a run depend on: its weights, how they are measured, and by which code."""
     import torch
 
@@ -361,7 +377,7 @@ def measurement_key(run: Found, cfg: DictConfig, code: str, device: str) -> str:
     asked = {name: cfg[name] for name in (*names, "batch_size", "seed", "ema")}
     sampler = OmegaConf.to_container(sampler_settings(run, cfg))
     root = cfg.data.root or run.record.settings.get("data.root")
-    how = [weights, asked, sampler, root, code, device, torch.__version__]
+    how = [weights, asked, sampler, root, data, code, device, torch.__version__]
     return "compare-" + hashlib.sha256(repr(how).encode()).hexdigest()[:32]
 
 

@@ -15,8 +15,11 @@ LEVEL = 0.05
 """Of the tests: how often one or more of a family of pairs that do not differ would be called real."""
 OF_WORK = (
     *("run_dir", "resume", "trust", "optimize", "keep_checkpoints", "checkpoint_every", "validate_every"),
-    *("data.num_workers", "data.root", "trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.num_nodes"),
-    *("logger", "callbacks.progress", "callbacks.samples", "callbacks.best", "callbacks.every", "callbacks.stop"),
+    *("data.num_workers", "data.micro_batch", "data.root", "neighbours", "logger"),
+    *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
+    *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *(f"callbacks.{name}" for name in ("progress", "samples", "best", "every", "stop", "quality", "bits_per_dim")),
+    *(f"callbacks.{name}" for name in ("beginning", "speed", "loss_by_noise", "artifact")),
 )
 """Settings, or nodes of them, that say how and where a run works, not what it learns."""
 OF_LOSS = ("schedule", "objective", "timesteps", "process", "snr_shift", "zero_terminal_snr")
@@ -287,7 +290,7 @@ def ranked(groups: Sequence[Group], metric: str) -> Ranking:
     direction, why = direction_of(metric), ""
     if direction is None:
         why = "neither more nor less of it is better"
-    elif metric.startswith("val/") and (names := differing_in(groups, OF_LOSS)):
+    elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, OF_LOSS)):
         why = f"it measures something else where {listed(names)} differ{'s' if len(names) == 1 else ''}"
     elif len({_mean(summaries[k]) for k in there}) == 1 and len(there) > 1:
         why = "it is the same in all groups"

@@ -13,7 +13,7 @@ from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
 from src.overrides import config_groups, nearest
 from src.ranks import rank
-from src.tables import duration, markdown
+from src.tables import duration, markdown, stem
 from src.trust import CONF
 
 if TYPE_CHECKING:
@@ -178,14 +178,14 @@ def quality(
         )
     drawn = {}
     bar = tqdm(total=cfg.n * sum(calls.values()), unit="call", unit_scale=True, desc="Samples", disable=rank() > 0)
-    with bar:
+    with bar, usage_errors():
         for name, sampler in samplers.items():
             drawn[name] = yardstick.draw(module, sampler, functools.partial(advance, bar, calls[name]))
+    floor = yardstick.floor()
     measured = yardstick.measure(list(drawn.values()), lambda it: progress(it, "Nearest", processes.rank))
     if processes.rank > 0:
         return {}
-    floor = yardstick.floor()
-    metrics = {
+    metrics: dict[str, Any] = {
         "n": cfg.n,
         "against": cfg.against,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
@@ -198,6 +198,8 @@ def quality(
             for (name, d), m in zip(drawn.items(), measured, strict=True)
         },
     }
+    if yardstick.accuracy is not None:
+        metrics["classifier_accuracy"] = yardstick.accuracy
     leave_pictures(folder, yardstick, samplers, drawn, measured, floor)
     return metrics
 
@@ -222,8 +224,8 @@ def leave_pictures(
     real = data.to_display(data.examples(shown))
     if real.ndim == 4:
         rows = [*(d.first[:shown] for d in drawn.values()), real]
-        if all(len(row) == len(rows[0]) for row in rows):
-            plots.labelled_rows(rows, [*drawn, "real, held out"]).save(folder / "samples.png")
+        count = min(map(len, rows))
+        plots.labelled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
         first, nearest = next(iter(drawn.values())).first, measured[0].neighbours
         closest = nearest.distances.argsort()[:shown]
         pairs = [first[closest], yardstick.training_samples(nearest.numbers[closest])]
@@ -241,12 +243,14 @@ def leave_pictures(
         }
         plots.class_shares(names, shares).save(folder / "classes.png")
     if len(drawn) > 1:
-        titles = [name for name in floor if name.startswith(SHOWN)][:3]
+        floors = {stem(name): figure for name, figure in floor.items()}  # of as many, or of as many as there are
+        titles = [name for name in measured[0].figures if name.startswith(SHOWN) and stem(name) in floors][:3]
         curves: dict[str, list[tuple[int, list[Figure]]]] = {}
         for (name, d), m in zip(drawn.items(), measured, strict=True):
             steps = f" {samplers[name].steps}"
             curves.setdefault(name.replace(steps, "", 1), []).append((d.calls, [m.figures[t] for t in titles]))
-        plots.quality_against_cost(titles, curves, [floor[t] for t in titles]).save(folder / "quality.png")
+        picture = plots.quality_against_cost(titles, curves, [floors[stem(title)] for title in titles])
+        picture.save(folder / "quality.png")
 
 
 def advance(bar: Any, calls: int, samples: int) -> None:

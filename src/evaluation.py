@@ -17,6 +17,8 @@ from src.module import DiffusionModule, Sampler
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 """Passes its argument on, and shows how far it has come."""
+SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)
+"""Edges of the bins of log-SNR over which an error is shown."""
 
 
 class Bound(NamedTuple):
@@ -63,7 +65,7 @@ def bound(
     else:
         last = Draws(seed, links + 1, start, len(x), x.device).uniform("link")
         end = schedule.link(((steps - 1 + last) / steps).clamp(max=1 - 2**-24), x).t
-    prior = prior_bits(end, x).double().cpu()
+    prior = prior_bits(end, x).cpu().double()
     sums, errors, counts = torch.zeros(3, steps, dtype=torch.float64)
     total = prior.clone()
     for k in progress(range(steps if links is None else links + 1)):
@@ -81,9 +83,9 @@ def bound(
             link = schedule.link(v, x)
         x_t = process.add_noise(x, link.t, draws.normal("eps", x.shape[1:]))
         pred = process.interpret(module.denoise(x_t, link.t), x_t, link.t)
-        bits = link_bits(process, pred, x, x_t, link).double().cpu()
+        bits = link_bits(process, pred, x, x_t, link).cpu().double()
         # The error of eps is SNR times that of x_0.
-        mse = (link.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).double().cpu()
+        mse = (link.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).cpu().double()
         total += bits * weight
         for table, values in ((sums, bits), (errors, mse), (counts, torch.ones_like(bits))):
             table.index_add_(0, rows, values)

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from src.comparison import Record
-from src.evaluation import bound, error_by_log_snr
+from src.evaluation import SPECTRUM, bound, error_by_log_snr
 from src.module import DiffusionModule, Sampler
 from src.quality import Yardstick
-from src.report import SPECTRUM
-from src.tables import USUAL
+from src.tables import USUAL, stem
 
 SHOWN_IMAGES, SHOWN_POINTS = 16, 1000
 
@@ -60,7 +59,7 @@ def measured(
     total = torch.cat([part.total for part in parts])
     error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.full((), math.nan)
     found["figure/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])
-    found["error"] = error_by_log_snr(parts, module.schedule, torch.from_numpy(SPECTRUM))
+    found["error"] = error_by_log_snr(parts, module.schedule, SPECTRUM)
     return found
 
 
@@ -79,9 +78,9 @@ def with_figures(record: Record, measurements: Measurements) -> Record:
 def floors_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
     """What real data come to, by metrics of samples; the number of the floor's, with which names end, may differ."""
     floors = {k.removeprefix("floor/"): v.tolist() for k, v in measurements.items() if k.startswith("floor/")}
-    stems = {name.rpartition("_")[0]: tuple(floor) for name, floor in floors.items()}
+    stems = {stem(name): tuple(floor) for name, floor in floors.items()}
     names = [k.removeprefix("figure/") for k in measurements if k.startswith("figure/")]
     usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
     return {name: (value, value, value) for name, value in usual.items()} | {
-        name: stems[name.rpartition("_")[0]] for name in names if name.rpartition("_")[0] in stems
+        name: stems[stem(name)] for name in names if stem(name) in stems
     }

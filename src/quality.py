@@ -5,7 +5,9 @@ of it the other way round, which is how most papers have it.)
 """
 
 import logging
+import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -20,7 +22,7 @@ from src.data.batch import StreamDataModule
 from src.draws import key
 from src.errors import usage_errors
 from src.metrics.cache import digest
-from src.metrics.classifier import train_classifier
+from src.metrics.classifier import Classifier, train_classifier
 from src.metrics.collected import Collected, collect_once
 from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
 from src.metrics.figures import Figure
@@ -37,6 +39,10 @@ FEATURES = ("classifier", "pixels", "inception", "dinov2")
 """What images can be seen by."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
 """Passes its argument on, and shows how far it has come."""
+FEWEST = 6
+"""Of real data, whose balls reach to the fifth neighbour."""
+MOST_PIXELS = 4096
+"""Of an image whose pixels are features: their covariance has the square of it."""
 CLASSIFIER_TRAINS_ON = 20_000
 """Images at most, and a quarter as many to test it, since they are held in memory."""
 
@@ -103,6 +109,11 @@ class Yardstick:
     def __init__(self, data: StreamDataModule, settings: Settings, processes: Processes) -> None:
         settings.check()
         data.setup()
+        if (least := min(len(data.val_indices), len(data.train_indices))) < FEWEST:
+            raise ValueError(
+                f"samples are measured against at least {FEWEST} held-out and {FEWEST} training samples, of one kind "
+                f"there are {least}: use more data, or another data.val_fraction when training"
+            )
         self.data = data
         self.settings = settings
         self.processes = processes
@@ -116,13 +127,10 @@ class Yardstick:
         own: Extractor = Pixels() if len(data.shape) == 3 else Values()
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Where copies are looked for: always in the data's own space, too."""
-        reference, others = data.val_indices, data.train_indices
+        reference, self._others = data.val_indices, data.train_indices
         if settings.against == "train":
-            reference, others = others, reference
+            reference, self._others = self._others, reference
         self.reference = self._collect(reference)
-        chosen = torch.Generator().manual_seed(key(settings.seed, "floor"))
-        order = torch.randperm(len(others), generator=chosen)[: settings.n].tolist()
-        self._floor = self._collect([others[k] for k in order])
 
     def draw(
         self,
@@ -133,7 +141,8 @@ class Yardstick:
     ) -> Drawn:
         """`settings.n` samples, each process a share of them. `progress` is told how many more have been drawn.
 
-        Sample k is the one that `src.sample` draws with the same seed. `on_step` is called at every level.
+        Sample k is the one that `src.sample` draws with the same seed. `on_step` is called at every level. Raises
+        ValueError, in all processes, if any sample is not finite.
         """
         n, keep, count = self.settings.n, self.settings.keep, self.processes.count
         size = min(self.settings.batch_size, n)
@@ -141,13 +150,17 @@ class Yardstick:
         turns = -(-n // (size * count))
         collected: dict[str, Collected] = {}
         first: list[Tensor] = []
-        seconds = 0.0
+        seconds, spoilt = 0.0, 0
         for turn in range(turns):
             start = (turn * count + self.processes.rank) * size
             began = time.perf_counter()
             for x in module.sample(range(start, start + size), self.settings.seed, sampler):  # noqa: B007
                 on_step()
-            shown = self.data.to_display(x)[: max(0, n - start)].to(self.device)
+            x = x[: max(0, n - start)]
+            finite = x.isfinite().flatten(1).all(1)
+            spoilt += int((~finite).sum())
+            # Those that are not are told of below, by all processes together.
+            shown = self.data.to_display(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
             _wait_for(self.processes.device)
             seconds += time.perf_counter() - began
             if len(shown):
@@ -157,6 +170,10 @@ class Yardstick:
                     collected[extractor.name] = before.merge(part, keep) if before else part
             first.append(shown[: max(0, self.settings.near - start)].cpu())
             progress(min(size * count, n - turn * count * size))
+        if spoilt := sum(self.processes.gather(spoilt)):
+            raise ValueError(
+                f"{spoilt} of {n} samples are not finite: the model has diverged, or wants another sampler or more steps"
+            )
         return Drawn(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
             torch.cat(self.processes.gather_in_turn(first)),
@@ -164,9 +181,20 @@ class Yardstick:
             sum(self.processes.gather(seconds)) / (turns * count * size),
         )
 
+    @property
+    def accuracy(self) -> float | None:
+        """Of the classifier on held-out images; None without one."""
+        return next((e.accuracy for e in self.extractors if isinstance(e, Classifier)), None)
+
     def floor(self) -> dict[str, Figure]:
-        """The figures of real data that are not the reference, as many as are drawn or as there are."""
-        return self._figures(self._floor) if self.processes.rank == 0 else {}
+        """The figures of real data that are not the reference, as many as are drawn or as there are.
+
+        Of processes beyond the first nothing.
+        """
+        chosen = torch.Generator().manual_seed(key(self.settings.seed, "floor"))
+        order = torch.randperm(len(self._others), generator=chosen)[: self.settings.n].tolist()
+        collected = self._collect([self._others[k] for k in order])
+        return self._figures(collected) if self.processes.rank == 0 else {}
 
     def measure(self, drawn: Sequence[Drawn], progress: Progress) -> list[Measured]:
         """The figures of each; of processes beyond the first nothing. `progress` shows the way through the data."""
@@ -186,8 +214,12 @@ class Yardstick:
         for k, each in enumerate(drawn):
             figures = self._figures(each.collected)
             for name, (usual, *of_samples) in parts.items():
-                memory = Memorisation.of(of_samples[k], usual.distances)
-                figures |= memorisation_figures(name, memory, self.settings.seed)
+                try:
+                    memory = Memorisation.of(of_samples[k], usual.distances)
+                except ValueError as error:
+                    warnings.warn(f"copies are not looked for in {name}: {error}", stacklevel=2)
+                else:
+                    figures |= memorisation_figures(name, memory, self.settings.seed)
             own = next(iter(parts.values()))
             results.append(Measured(figures, own[1 + k]))
         return results
@@ -208,6 +240,11 @@ class Yardstick:
         for name in dict.fromkeys(names):
             match name:
                 case "pixels":
+                    if (numbers := math.prod(self.data.shape)) > MOST_PIXELS:
+                        raise ValueError(
+                            f"pixels are features of images of up to {MOST_PIXELS} numbers, these have {numbers}: use "
+                            "features=[inception] or [dinov2], or put the images of each kind into a folder of its own"
+                        )
                     opened.append(Pixels())
                 case "classifier":
                     opened.append(self._classifier())
@@ -228,9 +265,16 @@ class Yardstick:
         train = self.data.train_indices[:CLASSIFIER_TRAINS_ON]
         held_out = self.data.val_indices[: CLASSIFIER_TRAINS_ON // 4]
         tested = self._shown(held_out), labels.numbers[held_out]
-        return train_classifier(
+        made = train_classifier(
             self._shown(train), labels.numbers[train], tested, self.settings.cache, device=self.device
         )
+        if made.accuracy < 0.1 + 1 / len(labels.names) and self.processes.rank == 0:
+            warnings.warn(
+                f"the classifier is right on {made.accuracy:.0%} of held-out images, little more than chance, so its "
+                "features tell little: choose others by features=...",
+                stacklevel=2,
+            )
+        return made
 
     def _shown(self, indices: Sequence[int]) -> Tensor:
         """Samples of the source as files show them."""
@@ -279,16 +323,12 @@ class Yardstick:
             name: torch.cat([space(part.to(device)).features for part in torch.split(samples, size)])
             for name, space in self.spaces.items()
         }
-        found = {
-            name: Nearest(x.new_full((len(x),), torch.inf), torch.zeros(len(x), dtype=torch.int64, device=x.device))
-            for name, x in queries.items()
-        }
+        found = {name: Nearest.none(x) for name, x in queries.items()}
         batches = self._batches(self.data.train_indices)
         for _ in progress(self.processes.share(range(0, len(self.data.train_indices), size))):
             start, shown = next(batches)
             for name, space in self.spaces.items():
-                here = nearest(queries[name], space(shown).features)
-                found[name] = found[name].or_nearer(Nearest(here.distances, here.numbers + start))
+                found[name] = found[name].or_nearer(nearest(queries[name], space(shown).features, start))
         whole = {}
         for name, own in found.items():
             whole[name] = reduce(Nearest.or_nearer, self.processes.gather(Nearest(*(x.cpu() for x in own))))
@@ -312,8 +352,10 @@ def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
 
 
 class Quality(L.Callback):
@@ -362,15 +404,24 @@ class Quality(L.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING or self._yardstick is None:  # a validation that is made up for
+        if self._yardstick is None:  # a validation that is made up for, or nothing was left to train
             return
         assert isinstance(pl_module, DiffusionModule)
+        fitting = trainer.state.fn == TrainerFn.FITTING
         every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * self.every
-        if trainer.global_step % every and trainer.global_step < trainer.max_steps:
+        if fitting and trainer.global_step % every and trainer.global_step < trainer.max_steps:
             return
-        drawn = self._yardstick.draw(
-            pl_module, self._sampler(pl_module), lambda _: None, lambda: answer_signals(trainer)
-        )
+        try:
+            drawn = self._yardstick.draw(
+                pl_module,
+                self._sampler(pl_module),
+                lambda _: None,
+                lambda: answer_signals(trainer) if fitting else None,
+            )
+        except ValueError as error:
+            if trainer.is_global_zero:
+                warnings.warn(f"not measured: {error}", stacklevel=2)
+            return
         measured = self._yardstick.measure([drawn], lambda batches: batches)
         figures = {name: figure.value for each in measured for name, figure in each.figures.items()}
         for name, value in trainer.strategy.broadcast(figures).items():

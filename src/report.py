@@ -27,6 +27,7 @@ from src.comparison import (
     text,
     with_spread,
 )
+from src.evaluation import SPECTRUM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,8 +69,6 @@ COSTS = {
     "calls_per_image": "network calls per sample",
     "seconds_per_image": "drawing, s per sample",
 }
-SPECTRUM = np.arange(-20.0, 21.0)
-"""Edges of the bins of log-SNR over which the error is shown."""
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Steps and values of what was logged, by its name."""
@@ -452,7 +451,7 @@ def _dots(report: Report, ranking: Ranking) -> "Callable[[Axes], None]":
 
 def _spectra(report: Report, relative: bool) -> "Callable[[Axes], None]":
     """The error of eps over log-SNR, a line for each group and a band from its least to its greatest seed."""
-    centres = (SPECTRUM[:-1] + SPECTRUM[1:]) / 2
+    centres = ((SPECTRUM[:-1] + SPECTRUM[1:]) / 2).numpy()
     errors = [np.stack([seen.error for seen in runs]) for runs in report.seen]
 
     def paint(axes: "Axes") -> None:

@@ -18,8 +18,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     names = {name: None for each in samplers.values() for name in each["figures"]}
     for name in names:
         cells = [interval(each["figures"][name]) for each in samplers.values()]
-        same = name.rpartition("_")[0]
-        real = next((figure for key, figure in floor.items() if key.rpartition("_")[0] == same), None)
+        real = next((figure for key, figure in floor.items() if stem(key) == stem(name)), None)
         rows.append([name, *cells, interval(real) if real else USUAL.get(name.split("_")[0], "")])
     if samplers:
         rows.append(["network calls/sample", *(str(each["calls_per_image"]) for each in samplers.values()), ""])
@@ -29,17 +28,23 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     reference, others = "held-out", "training"
     if metrics.get("against") == "train":
         reference, others = others, reference
+    right = metrics.get("classifier_accuracy")
     note = (
         f"\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against {reference} data; "
         f"the floor is {others} data against them, as many as were drawn or as there are. `nearest_ratio` is the "
         "median distance to the nearest training sample over that of held-out data, `copies` the share of samples "
         "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
-    )
+    ) + (f"The classifier is right on {right:.1%} of held-out images.\n" if right is not None else "")
     return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
 
 
 USUAL = {"nearest": "1", "copies": "0.05"}
 """What the figures of memorisation are for data that were not trained on."""
+
+
+def stem(named: str) -> str:
+    """A figure's name without the number of samples: `fid` of `fid_10k`."""
+    return named.rpartition("_")[0]
 
 
 def interval(figure: Mapping[str, float]) -> str:

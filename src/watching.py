@@ -23,7 +23,7 @@ from src.diffusion.noise import Schedule
 from src.disk import without_room_go_on
 from src.evaluation import bound
 from src.loggers import log_model, log_picture, log_values, show_pictures
-from src.metrics.neighbours import nearest
+from src.metrics.neighbours import Nearest, nearest
 from src.module import DiffusionModule
 from src.provenance import code_version, environment
 from src.stopping import answer_signals
@@ -322,13 +322,10 @@ def nearest_training(data: StreamDataModule, samples: Tensor, limit: int) -> tup
     """
     assert data.source is not None
     flat = samples.flatten(1).cpu()
-    distances = torch.full((len(flat),), math.inf, dtype=torch.float64)
-    neighbours = torch.zeros_like(samples, device="cpu")
+    found = Nearest.none(flat)
     indices: Sequence[int] = data.train_indices[:limit]
     for start in range(0, len(indices), 1024):
         some = data.to_model(data.source.fetch(indices[start : start + 1024])).cpu()
-        found, which = nearest(flat, some.flatten(1))
-        nearer = found < distances
-        distances = torch.where(nearer, found, distances)
-        neighbours[nearer] = some[which[nearer]].to(neighbours)
-    return neighbours, distances / math.sqrt(flat.shape[1])
+        found = found.or_nearer(nearest(flat, some.flatten(1), start))
+    neighbours = data.to_model(data.source.fetch([indices[k] for k in found.numbers.tolist()])).cpu()
+    return neighbours, found.distances / math.sqrt(flat.shape[1])

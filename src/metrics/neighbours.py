@@ -38,6 +38,12 @@ class Nearest(NamedTuple):
     distances: Tensor
     numbers: Tensor
 
+    @classmethod
+    def none(cls, x: Tensor) -> "Nearest":
+        """Of x (N, F) among nothing yet: infinitely far."""
+        numbers = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return cls(torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device), numbers)
+
     def or_nearer(self, other: "Nearest") -> "Nearest":
         """The nearest among more others; of several as near, the one with the lowest number."""
         same = other.distances == self.distances
@@ -45,12 +51,12 @@ class Nearest(NamedTuple):
         return Nearest(*(torch.where(take, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
 
 
-def nearest(x: Tensor, y: Tensor) -> Nearest:
-    """For each of x (N, F) the nearest of y (M, F), which have the numbers 0..M - 1."""
+def nearest(x: Tensor, y: Tensor, first: int = 0) -> Nearest:
+    """For each of x (N, F) the nearest of y (M, F), which are numbered from `first` on."""
     if len(y) == 0:
         raise ValueError("there is nothing to be near to: the reference has no samples; raise n")
     parts = [distances(x[rows], y).min(1) for rows in chunks(len(x), len(y))]
-    return Nearest(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+    return Nearest(torch.cat([p.values for p in parts]), first + torch.cat([p.indices for p in parts]))
 
 
 def radii(x: Tensor, k: int) -> Tensor:
