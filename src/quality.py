@@ -172,7 +172,7 @@ class Yardstick:
             progress(min(size * count, n - turn * count * size))
         if spoilt := sum(self.processes.gather(spoilt)):
             raise ValueError(
-                f"{spoilt} of {n} samples are not finite: the model has diverged, or wants another sampler or more steps"
+                f"{spoilt} of {n} samples are not finite: the model has diverged, or wants another sampler"
             )
         return Drawn(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},

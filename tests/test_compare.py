@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,7 +24,18 @@ from scipy import stats
 from src import measuring, report
 from src.after_sweep import CompareRuns
 from src.compare import compare, run_folders, survey, with_runs
-from src.comparison import Record, Summary, grouped, headline, holm, ranked, welch, with_spread, without_repeats
+from src.comparison import (
+    OF_WORK,
+    Record,
+    Summary,
+    grouped,
+    headline,
+    holm,
+    ranked,
+    welch,
+    with_spread,
+    without_repeats,
+)
 from src.errors import UsageError
 from src.trust import CONF, known_targets
 from tests.conftest import TINY, compose, train_tiny
@@ -60,6 +72,12 @@ def test_runs_that_differ_in_seed_folder_and_how_they_work_are_one_group():
     ]
     (group,), implied = grouped(runs)
     assert [r.seed for r in group.records] == [0, 1, 2] and not implied and group.settings == {}
+
+
+def test_of_callbacks_only_those_that_change_the_weights_tell_groups_apart():
+    files = [yaml.safe_load((CONF / "callbacks" / f"{name}.yaml").read_text()) for name in ("default", "quality")]
+    names = {f"callbacks.{name}" for file in files for name in file}
+    assert names - {*OF_WORK} == {"callbacks.ema", "callbacks.guard"}
 
 
 def test_a_seed_elsewhere_that_is_not_the_runs_own_tells_groups_apart():
@@ -179,6 +197,15 @@ def test_the_loss_is_ranked_only_where_it_measures_the_same():
     ranking = ranked(other, "val/loss")
     assert ranking.best is None and "something else where schedule differs" in ranking.why
     assert ranked(other, "fd_pixels_1k").best == 0
+
+
+def test_the_bound_measures_the_same_under_every_schedule():
+    runs = [record(k, 0.0, schedule__num_steps=steps) for steps in (10, 20) for k in (0, 1)]
+    values = {"val/bits_per_dim": (1.0, 1.1, 2.0, 2.1), "val/loss": (1.0, 1.1, 2.0, 2.1)}
+    runs = [replace(run, values={name: x[k] for name, x in values.items()}) for k, run in enumerate(runs)]
+    groups, _ = grouped(runs)
+    assert ranked(groups, "val/bits_per_dim").best == 0
+    assert ranked(groups, "val/loss").best is None
 
 
 def test_a_figure_that_is_not_finite_is_not_counted():

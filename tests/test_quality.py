@@ -136,6 +136,40 @@ def test_against_the_training_data_copies_look_like_the_data(trained, cache):
     assert f"fd_pixels_{len(data.val_indices)}" in yardstick.floor()
 
 
+def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path):
+    """Of held-out digits, when samples are measured against the training data, there are 359."""
+    several = ["samplers=[{sampler:ddim,steps:2},{sampler:ddim,steps:3}]", "features=pixels", "against=train", "n=400"]
+    folder = tmp_path / "out"
+    metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
+    assert "fd_pixels_359" in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
+    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| fd_pixels")]
+    assert row.split("|")[-2].strip() == interval(metrics["floor"]["fd_pixels_359"])
+    assert (folder / "quality.png").stat().st_size > 1000
+
+
+def test_samples_that_are_not_finite_are_told_of(trained, cache):
+    opened = runs.open_run(str(trained))
+
+    def diverge(process, predict, x, grid, *, noise):
+        yield torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 8 == 0, torch.nan, x)
+
+    yardstick = Yardstick(opened.data, Settings(["pixels"], n=24, batch_size=16, cache=cache), ALONE)
+    with pytest.raises(ValueError, match="3 of 24 samples are not finite"):
+        yardstick.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
+
+
+def test_too_few_real_samples_and_too_many_pixels_are_refused(trained, cache, monkeypatch):
+    data = runs.open_run(str(trained)).data
+    data.setup()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "val_indices", data.val_indices[:5])
+        with pytest.raises(ValueError, match=r"at least 6 held-out .* there are 5"):
+            Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+    monkeypatch.setattr("src.quality.MOST_PIXELS", 63)
+    with pytest.raises(ValueError, match="up to 63 numbers, these have 64"):
+        Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+
+
 def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
     """All are in the Fréchet distance, the first few in the rest; and these are the same ones."""
     opened = runs.open_run(str(trained))
@@ -172,7 +206,7 @@ def test_in_training_it_is_the_average_that_is_measured(tmp_path, cache):
     measured = ["callbacks=[default,quality]", f"callbacks.quality.cache='{cache}'", f"callbacks.quality.n={N}"]
     measured += ["callbacks.quality.steps=2", "callbacks.quality.features=[pixels]"]
     run = tmp_path / "run"
-    metrics = train_tiny(run, *measured, "optimizer.lr=0.01")
+    metrics = train_tiny(run, *measured, "optimizer.lr=0.01", "trainer.max_steps=7")  # the last is no third step
     asked = [f"run='{run}'", f"cache='{cache}'", f"n={N}", "batch_size=64", "likelihood=false", "device=cpu"]
     asked += ["sampler.steps=2", "features=[pixels]"]
     after, raw = (
