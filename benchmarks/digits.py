@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
+from src import building, resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.images import digits
 from src.metrics.classes import class_counts
 from src.metrics.classifier import train_classifier
@@ -88,7 +88,7 @@ def chosen(name: str, steps: int, eta: float | None) -> Sampler:
     assert isinstance(cfg, DictConfig)
     if eta is not None:
         cfg.eta = eta
-    return runs.build_sampler(cfg)._replace(steps=steps)
+    return building.build_sampler(cfg)._replace(steps=steps)
 
 
 def draw(opened: runs.OpenedRun, n: int, seed: int, sampler: Sampler) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.framework import RANDOM_IMAGES, now
-from src import runs
+from src import building, out_of_memory, runs
 from src.checkpoints import read_checkpoint
 from src.memory import gib
 from src.module import DiffusionModule
@@ -207,10 +207,10 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
         return figures
     return figures | {
         "images_per_second": cfg.data.batch_size / statistics.median(watch.seconds),
-        "flops_per_image": flops(runs.hollow_network(cfg, run.module.process.outputs), run.module.shape),
+        "flops_per_image": flops(building.hollow_network(cfg, run.module.process.outputs), run.module.shape),
         "devices": run.trainer.world_size,
         "peak": statistics.median(watch.peaks) if watch.peaks else None,
-        "estimate": sum(runs.step_memory(cfg, run)),
+        "estimate": sum(out_of_memory.step_memory(cfg, run)),
     }
 
 
@@ -226,7 +226,9 @@ def sample(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
     """Open a run as `src.sample` does and draw by DDIM, as it does in float32, and within autocast."""
     opened = runs.open_run(str(run_folder(folder, row.source)), trust=True)
     module = opened.module.to(device)
-    sampler = runs.build_sampler(compose("sample", ["sampler=ddim", f"sampler.steps={scale.sampling_steps}"]).sampler)
+    sampler = building.build_sampler(
+        compose("sample", ["sampler=ddim", f"sampler.steps={scale.sampling_steps}"]).sampler
+    )
     speeds, apart = {}, {}
     for name, autocast in (("float32", False), ("bf16 autocast", True)):
         images = []

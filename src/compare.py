@@ -63,7 +63,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
-        from src import runs
+        from src import out_of_memory, runs
         from src.processes import start_processes
 
         first = opened_run(found[0], cfg)
@@ -72,7 +72,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         if rank() == 0:
             first.data.prepare_data()
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
-    with memory_errors(lambda: runs.out_of_memory_at(first, cfg.batch_size, processes.device)):
+    with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)):
         measured = measure_all(found, samplers, first, cfg, processes)
     if processes.rank > 0:
         return {}
@@ -241,14 +241,14 @@ def opened_run(run: Found, cfg: DictConfig) -> "OpenedRun":
 
 def sampler_settings(run: Found, cfg: DictConfig) -> DictConfig:
     """The sampler that is asked for, or the run's own."""
-    from src import runs
+    from src import building
 
-    return runs.sampler_settings(cfg.sampler, OmegaConf.create(run.settings["sampler"]))
+    return building.sampler_settings(cfg.sampler, OmegaConf.create(run.settings["sampler"]))
 
 
 def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
     """The same, built."""
-    from src import runs
+    from src import building
     from src.arguments import check_arguments
     from src.trust import check_targets, known_targets
 
@@ -256,7 +256,7 @@ def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
         check_targets({"sampler": run.settings["sampler"]}, known_targets(), run.checkpoint)
     settings = sampler_settings(run, cfg)
     check_arguments(settings, "sampler")
-    return runs.build_sampler(settings)
+    return building.build_sampler(settings)
 
 
 def measure_all(
@@ -268,7 +268,7 @@ def measure_all(
     """
     from tqdm import tqdm
 
-    from src import runs
+    from src import building
     from src.measuring import measured
     from src.metrics.cache import cached
     from src.quality import Settings, Yardstick
@@ -280,7 +280,7 @@ def measure_all(
     # As the first process saw it, before any wrote.
     missing = processes.gather([k for k, key in enumerate(keys) if not (folder / f"{key}.safetensors").is_file()])[0]
     settings = Settings(
-        features=runs.names_of(cfg.features),
+        features=building.names_of(cfg.features),
         n=cfg.n,
         seed=cfg.seed,
         batch_size=cfg.batch_size,

@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The likelihood that a run gives held-out data, and the quality of its samples: a table, plots and pictures."""
-    from src import runs
+    from src import building, out_of_memory, runs
     from src.arguments import check_arguments
 
     with usage_errors():
@@ -59,9 +59,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         samplers = {}
         own = opened.config.sampler
         for asked in cfg.samplers or [None]:
-            settings = runs.named_sampler(asked, own) if asked else runs.sampler_settings(cfg.sampler, own)
+            settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
             check_arguments(settings, "sampler")
-            samplers[sampler_name(settings)] = runs.build_sampler(settings)
+            samplers[sampler_name(settings)] = building.build_sampler(settings)
             opened.module.check_sampler(samplers[sampler_name(settings)])
         if rank() == 0:  # the others come after it
             opened.data.prepare_data()
@@ -72,7 +72,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         opened.data.setup()
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    with memory_errors(lambda: runs.out_of_memory_at(opened, cfg.batch_size, processes.device)):
+    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         if cfg.likelihood:
@@ -148,11 +148,11 @@ def quality(
     """The figures of samples by every sampler, beside the floor, with plots and pictures."""
     from tqdm import tqdm
 
-    from src import runs
+    from src import building
     from src.quality import Settings, Yardstick, seconds_of_call
 
     settings = Settings(
-        runs.names_of(cfg.features),
+        building.names_of(cfg.features),
         cfg.n,
         cfg.seed,
         cfg.batch_size,
@@ -288,7 +288,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         hint = nearest(cfg.analytic_schedule, names) or f": choose from {', '.join(names)}"
         raise UsageError(f"unknown analytic_schedule '{cfg.analytic_schedule}'{hint}")
 
-    from src import plots, runs
+    from src import building, plots
     from src.arguments import check_arguments
 
     with usage_errors():
@@ -298,17 +298,17 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 f"{cfg.analytic_samples}"
             )
         check_arguments(cfg.analytic, "analytic")
-        data = runs.make(cfg.analytic)
+        data = building.make(cfg.analytic)
         node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
         assert isinstance(node, DictConfig)
-        schedule = runs.build_schedule(node.get("schedule", node), 1.0, False)
+        schedule = building.build_schedule(node.get("schedule", node), 1.0, False)
         samplers = {}
         for name in config_groups()["sampler"]:
             if name == "diffusers":
                 continue
             settings = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
             assert isinstance(settings, DictConfig)
-            samplers[name] = runs.build_sampler(settings)._replace(spacing="log_snr")
+            samplers[name] = building.build_sampler(settings)._replace(spacing="log_snr")
 
     from src.evaluation import compare_samplers
 

@@ -11,12 +11,12 @@ from src.errors import usage_errors
 
 def export(cfg: DictConfig) -> Path:
     """Write `model.safetensors` into the output folder: the weights, and what others need of the configuration."""
-    from src import runs
+    from src import building, runs
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
-        config, left_out = shareable(runs.plain(opened.config))
+        config, left_out = shareable(building.plain(opened.config))
     path = Path(cfg.run_dir) / "model.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_exported(path, opened.module.state_dict(), cfg.ema, config)

@@ -6,7 +6,6 @@ What W&B and TensorBoard show, both are given, under one name and at one step.
 import json
 import os
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,36 +13,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
 from PIL import Image
 
-from src.errors import sentence
-
 Cell = str | float | int | bool | Image.Image | None
-
-
-def build_logger(name: str, node: DictConfig, directory: Path) -> Logger:
-    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
-    try:
-        if name == "wandb" and node.id is None:
-            node.id = wandb_id(directory)
-        logger: Logger = instantiate(node)
-        if name == "wandb":
-            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
-    except Exception as error:
-        if isinstance(error.__cause__ or error, ImportError):
-            raise ValueError(
-                f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
-                f"pip install {name}"
-            ) from error
-        if name != "wandb" or node.offline:
-            raise
-        warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
-        logger = instantiate(node, offline=True, mode="offline")
-    return logger
 
 
 def wandb_id(directory: Path) -> str:

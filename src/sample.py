@@ -14,7 +14,7 @@ def sample(cfg: DictConfig) -> Path:
 
     Sample k depends on (seed, k) alone: not on `n`, `batch_size` or `devices`. (A GPU draws other noise than a CPU.)
     """
-    from src import runs
+    from src import building, out_of_memory, runs
     from src.arguments import check_arguments
 
     with usage_errors():
@@ -22,9 +22,9 @@ def sample(cfg: DictConfig) -> Path:
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
-        settings = runs.sampler_settings(cfg.sampler, opened.config.sampler)
+        settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
         check_arguments(settings, "sampler")
-        sampler = runs.build_sampler(settings)
+        sampler = building.build_sampler(settings)
         opened.module.check_sampler(sampler)
         from src.processes import start_processes
 
@@ -43,7 +43,7 @@ def sample(cfg: DictConfig) -> Path:
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
     parts: list[torch.Tensor] = []
     with (
-        memory_errors(lambda: runs.out_of_memory_at(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
         module, show = opened.module.to(processes.device), opened.data.to_display

@@ -33,9 +33,9 @@ def show_schedules(cfg: DictConfig) -> Path:
 
     from src import plots
     from src.arguments import check_arguments
+    from src.building import build_schedule
     from src.diffusion.noise import Level, terminal_alpha_bar
     from src.draws import Draws
-    from src.runs import build_schedule
 
     tables = {}
     with usage_errors():

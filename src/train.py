@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train as configured, then leave pictures, curves and `metrics.json` in the run folder. Returns the metrics."""
-    from src import runs
+    from src import building, out_of_memory, runs
 
     with usage_errors():
-        if cfg.resume == "auto" and (metrics := take_up(cfg, runs.plain(cfg))):
+        if cfg.resume == "auto" and (metrics := take_up(cfg, building.plain(cfg))):
             if rank() == 0:
                 print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics
@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     interruption = Interruption()
     try:
-        with memory_errors(lambda: runs.out_of_memory(cfg, run)), heard_by(interruption):
+        with memory_errors(lambda: out_of_memory.while_training(cfg, run)), heard_by(interruption):
             metrics = fit(cfg, run)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning's answer to what `CleanStop` raises is to exit with 1.

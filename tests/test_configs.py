@@ -8,8 +8,8 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 
 from src.arguments import check_arguments
+from src.building import build_module, build_sampler
 from src.overrides import config_groups
-from src.runs import build_module, build_sampler
 from tests.conftest import compose
 
 # Choices that need more than themselves to be complete.

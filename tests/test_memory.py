@@ -177,7 +177,7 @@ from src.checkpoints import read_checkpoint
 from src.errors import UsageError
 from src.train import train
 from src.sample import sample
-import src.runs, src.memory, src.plots, src.callbacks, src.data.images, src.models.unet
+import src.runs, src.memory, src.out_of_memory, src.plots, src.callbacks, src.data.images, src.models.unet
 from tests.conftest import compose
 
 def said(work):

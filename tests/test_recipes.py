@@ -13,13 +13,14 @@ from PIL import Image
 from torch.testing import assert_close
 from torchvision.datasets import utils as torchvision_utils
 
+from src.building import build_module, build_sampler, build_schedule, hollow_network, make
 from src.checkpoints import read_checkpoint
 from src.diffusion.noise import make_grid
 from src.diffusion.process import Prediction
 from src.errors import UsageError
 from src.overrides import check_overrides, config_groups
 from src.resuming import check_saved, saved_overrides
-from src.runs import build, build_module, build_sampler, build_schedule, close, hollow_network, make
+from src.runs import build, close
 from src.trust import CONF
 from tests.conftest import compose
 from tests.test_images import noise, write_cifar, write_mnist

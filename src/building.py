@@ -1,0 +1,365 @@
+"""The parts of a run, each from its piece of the configuration. What is heavy is imported only when built."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.arguments import GRID_SETTINGS
+from src.checkpoints import find_checkpoint, read_checkpoint
+from src.errors import sentence
+from src.overrides import config_groups, nearest
+from src.trust import CONF
+
+if TYPE_CHECKING:
+    import lightning as L
+    import torch
+    from lightning.pytorch.loggers import Logger
+
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
+    from src.module import DiffusionModule, Sampler
+
+
+def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) -> "DiffusionModule":
+    """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights.
+
+    Without an optimizer in the configuration it can sample but not train.
+    """
+    import torch
+
+    from src.models.mlp import MLP
+    from src.module import DiffusionModule
+
+    if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
+        raise ValueError(
+            f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger"
+        )
+    trains = "optimizer" in cfg
+    if trains and str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
+        # The fused step unscales fp16 gradients itself, too late for clipping.
+        warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
+        cfg.optimizer.fused = False
+    schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
+    process = make(cfg.process, {"decoder_scale": schedule.decoder_scale, "levels": levels})
+    net = make(cfg.model, {"outputs": process.outputs})
+    module = DiffusionModule(
+        net=net,
+        schedule=schedule,
+        process=process,
+        objective=make(cfg.objective),
+        timesteps=make(cfg.timesteps),
+        sampler=build_sampler(cfg.sampler),
+        shape=shape,
+        seed=cfg.seed,
+        optimizer=make(cfg.optimizer) if trains else None,
+        lr_scheduler=make(cfg.lr_scheduler) if trains else None,
+    )
+    check_network(net, shape, process.outputs)
+    if trains:  # made once for nothing, so that values which they refuse are refused now
+        module.prepare_optimizer(1)
+    if len(shape) == 3:
+        net.to(memory_format=torch.channels_last)
+    return module
+
+
+def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
+    """A schedule from its YAML, betas with the transforms that were asked for. Raises ValueError if they do not fit."""
+    from torch import Tensor
+
+    from src.diffusion import schedules
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
+
+    made = make(cfg)
+    if not isinstance(made, Tensor):
+        assert isinstance(made, ContinuousSchedule)
+        asked = {f"snr_shift={snr_shift}": snr_shift != 1, "zero_terminal_snr=true": zero_terminal_snr}
+        if any(asked.values()):
+            raise ValueError(
+                f"{' '.join(k for k, v in asked.items() if v)} is for tables of betas: with a continuous schedule, "
+                "change the ends of its curve (schedule.curve)"
+            )
+        return made
+    if snr_shift != 1:
+        made = schedules.snr_shift(made, snr_shift)
+    if zero_terminal_snr:
+        made = schedules.zero_terminal_snr(made)
+    return NoiseSchedule(made)
+
+
+def build_sampler(cfg: DictConfig) -> "Sampler":
+    """A sampler from its YAML: the function's own arguments, and the grid that it walks."""
+    from src.module import Sampler
+
+    walk = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
+    return Sampler(walk, cfg.steps, cfg.spacing)
+
+
+def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
+    """The sampler that was asked for; without a choice, the run's own with what was given beside it."""
+    if asked.get("_target_") is not None:
+        return asked
+    merged = OmegaConf.merge(of_run, {k: v for k, v in asked.items() if v is not None})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def named_sampler(settings: Mapping[str, Any], of_run: DictConfig) -> DictConfig:
+    """The file under conf/sampler that `sampler` among the settings names, or the run's own, with the others.
+
+    Raises ValueError if there is no such file.
+    """
+    others = {k: v for k, v in settings.items() if k != "sampler"}
+    if "sampler" not in settings:
+        return sampler_settings(OmegaConf.create(others), of_run)
+    name, known = str(settings["sampler"]), config_groups()["sampler"]
+    if name not in known:
+        raise ValueError(f"unknown sampler '{name}'{nearest(name, known) or f': choose from {known}'}")
+    merged = OmegaConf.merge(OmegaConf.load(CONF / "sampler" / f"{name}.yaml"), others)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def names_of(given: Any) -> list[str] | None:
+    """One name or a list of them as a list; None for none."""
+    return [given] if isinstance(given, str) else list(given) if given else None
+
+
+def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
+    """Lightning's Trainer with the configured callbacks and loggers."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import LearningRateMonitor
+
+    from src.disk import WholeCheckpoints
+    from src.memory import MicroBatch
+
+    if not 1 <= cfg.trainer.max_steps <= 10**9:
+        raise ValueError(
+            f"trainer.max_steps must lie in [1, 10^9], got {cfg.trainer.max_steps}: training is counted in steps"
+        )
+    if cfg.trainer.max_epochs not in (-1, None):
+        raise ValueError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs}: training is counted in steps; set trainer.max_steps"
+        )
+    devices = cfg.trainer.devices
+    if isinstance(devices, int) and devices < 1 and devices != -1:
+        raise ValueError(f"trainer.devices must be at least 1, or auto for all that there are, got {devices}")
+    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items()]
+    accumulate = cfg.trainer.accumulate_grad_batches
+    clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"
+    if (clip is not None and clip <= 0) or algorithm != "norm":
+        raise ValueError(
+            f"gradients are clipped by their norm to trainer.gradient_clip_val > 0, got {clip} by {algorithm}: "
+            "1.0 is usual, null clips nothing"
+        )
+    callbacks = [make(node) for node in (cfg.callbacks or {}).values()]
+    if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
+        callbacks.append(MicroBatch())
+    if loggers:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    for name in ("validate_every", "checkpoint_every", "trainer.log_every_n_steps"):
+        if (steps := OmegaConf.select(cfg, name)) < 1:
+            raise ValueError(f"{name} must be at least 1 step, got {steps}")
+    every = min(cfg.validate_every, cfg.trainer.max_steps)
+    try:
+        trainer: L.Trainer = instantiate(
+            cfg.trainer,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[WholeCheckpoints()],
+            default_root_dir=str(directory),
+            val_check_interval=every * accumulate,  # Lightning counts batches
+        )
+    except Exception as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, MisconfigurationException | RuntimeError):
+            raise
+        raise ValueError(
+            f"{sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
+            f"trainer.precision={cfg.trainer.precision} on this machine)"
+        ) from error
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # Else SIGUSR1 before and after training saves a checkpoint that is none of the run's, and requeues the job.
+        environment.auto_requeue = False
+    return trainer
+
+
+def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
+    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
+    from src.loggers import wandb_id
+
+    try:
+        if name == "wandb" and node.id is None:
+            node.id = wandb_id(directory)
+        logger: Logger = instantiate(node)
+        if name == "wandb":
+            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
+    except Exception as error:
+        if isinstance(error.__cause__ or error, ImportError):
+            raise ValueError(
+                f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
+                f"pip install {name}"
+            ) from error
+        if name != "wandb" or node.offline:
+            raise
+        warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
+        logger = instantiate(node, offline=True, mode="offline")
+    return logger
+
+
+def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:
+    """`data.micro_batch` as `trainer.accumulate_grad_batches`; auto takes that of the checkpoint `saved`, if resumed.
+
+    Without a checkpoint auto is left to the callback `MicroBatch`. Raises ValueError for contradictions.
+    """
+    from src.memory import accumulate, divisors
+    from src.sharding import FullySharded
+
+    micro, given = cfg.data.get("micro_batch"), cfg.trainer.accumulate_grad_batches
+    share, rest = divmod(cfg.data.batch_size, trainer.world_size)
+    if micro is None or rest:  # TrainingStream refuses the rest
+        return
+    if micro == "auto":
+        if isinstance(trainer.strategy, FullySharded):
+            raise ValueError(
+                "data.micro_batch=auto tries a step on each device alone, which sharded weights do not allow: give a "
+                "number, such as data.micro_batch=1, and double it while it fits"
+            )
+        if given != 1:
+            raise ValueError(
+                f"data.micro_batch=auto finds trainer.accumulate_grad_batches, given as {given}: leave one of them out"
+            )
+        if saved is None:
+            return
+        batches = saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
+    else:
+        if share % micro:
+            fitting = divisors(share)
+            near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
+            raise ValueError(
+                f"data.micro_batch={micro} does not divide the {share} samples of a step on each of "
+                f"{trainer.world_size} processes (data.batch_size={cfg.data.batch_size}): choose "
+                f"{' or '.join(map(str, near))}"
+            )
+        batches = share // micro
+        if given not in (1, batches):
+            raise ValueError(
+                f"data.micro_batch={micro} makes trainer.accumulate_grad_batches {batches}, given as {given}: "
+                "leave one of them out"
+            )
+    accumulate(trainer, batches)
+    cfg.trainer.accumulate_grad_batches = batches
+
+
+def inline_betas(cfg: DictConfig) -> None:
+    """Replace the file name that `schedule=custom` may give by the numbers in it, or those that a resumed run had."""
+    betas = OmegaConf.select(cfg, "schedule.betas")
+    if isinstance(betas, str) and cfg.resume is not None:
+        saved = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
+        cfg.schedule.betas = betas = [float(beta) for beta in saved["schedule"].get("betas") or []]
+    if not isinstance(betas, str):
+        return
+    import numpy as np
+
+    path = Path(betas)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
+    try:
+        if path.suffix == ".npy":
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # unpickles nothing, and is no larger than the file
+        else:
+            with path.open() as lines:  # given the name, numpy would unpack an archive
+                table = np.loadtxt(lines, delimiter=",")
+        cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a table of numbers ({sentence(error)}): one beta per step, .npy or .csv"
+        ) from error
+
+
+def check_network(net: "torch.nn.Module", shape: tuple[int, ...], outputs: int) -> None:
+    """Raise ValueError if the network does not give what it should: run once, on tensors without contents."""
+    import copy
+
+    import torch
+
+    hollow = copy.deepcopy(net).to("meta")
+    try:
+        with torch.no_grad():
+            got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta")).shape[1:])
+    except RuntimeError as error:
+        raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
+    if got != (outputs * shape[0], *shape[1:]):
+        raise ValueError(f"the network makes {got} of data of shape {shape}: model.* must keep the shape")
+
+
+def warn_of_schedule(module: "DiffusionModule") -> None:
+    """Say so if the last step, where sampling starts, is not noise, or has no weight in training."""
+    from src.diffusion.noise import terminal_alpha_bar
+
+    left = terminal_alpha_bar(module.schedule)
+    if left > 0.01:
+        warnings.warn(
+            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts where "
+            "training never was; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
+            stacklevel=2,
+        )
+    terms = module.check_objective()
+    if terms["loss"].item() < 1e-12 * terms["mse"].item():
+        warnings.warn(
+            "the weighting gives the schedule's last step, where sampling starts, no weight at all: use "
+            "weighting=uniform (min-SNR is 0 at zero SNR)",
+            stacklevel=2,
+        )
+
+
+def hollow_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
+    """The network without weights, laid out as it is trained."""
+    import torch
+
+    with torch.device("meta"):
+        net: torch.nn.Module = make(cfg.model, {"outputs": outputs})
+    return net.to(memory_format=torch.channels_last)  # of images; points' weights have no such layout
+
+
+def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
+    """What a node describes, with arguments that only the program knows.
+
+    Partials come without Hydra's wrapper, which goes through all loaded modules at each call.
+    """
+    # Plain lists: an optimizer that keeps another kind has it in the checkpoint, which then is not read.
+    return _unwrapped(instantiate(node, _convert_="all", **(given or {})))
+
+
+def _unwrapped(made: Any) -> Any:
+    if not isinstance(made, functools.partial):
+        return made
+    return functools.partial(made.func, *made.args, **{k: _unwrapped(v) for k, v in made.keywords.items()})
+
+
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
+    """The configuration as nested plain values, every interpolation resolved or as it stands."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
+    assert isinstance(container, dict)
+    return container
+
+
+def quiet_libraries() -> None:
+    """Silence what Lightning says of itself: each line twice under Hydra, and advertisements among them."""
+    import lightning  # noqa: F401 - sets the levels that are changed below
+
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # The stream of batches starts at the step where the checkpoint left it.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*functional.all_gather is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
