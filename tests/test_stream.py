@@ -19,7 +19,7 @@ NUM = 23
 class Numbers:
     """Samples 0..num - 1, each a vector that holds its own index."""
 
-    labels = None
+    labels = given = captions = None
 
     def __init__(self, num: int) -> None:
         self.num = num

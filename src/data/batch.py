@@ -36,10 +36,19 @@ class Labels(NamedTuple):
     names: Sequence[str]
 
 
+class Given(NamedTuple):
+    """What was measured beside each sample of a source: `values` (N, K) float32 of so many `names`."""
+
+    values: Tensor
+    names: Sequence[str]
+
+
 class Source(Protocol):
-    """Where samples come from, and of what kind they are if that is known."""
+    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each."""
 
     labels: Labels | None
+    given: Given | None
+    captions: Sequence[Sequence[str]] | None
 
     def __len__(self) -> int: ...
 
@@ -51,9 +60,17 @@ class Source(Protocol):
 class InMemory:
     """Samples (N, *data) in one tensor."""
 
-    def __init__(self, samples: Tensor, labels: Labels | None = None) -> None:
+    def __init__(
+        self,
+        samples: Tensor,
+        labels: Labels | None = None,
+        given: Given | None = None,
+        captions: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         self.samples = samples
         self.labels = labels
+        self.given = given
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.samples)

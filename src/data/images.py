@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.batch import InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
+from src.data.batch import Given, InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -100,12 +100,15 @@ class ImageFiles:
         image_size: int,
         channels: int,
         labels: Labels | None = None,
+        captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.open_image = open_image
         self.count = count
         self.image_size = image_size
         self.channels = channels
         self.labels = labels
+        self.given: Given | None = None
+        self.captions = captions
 
     def __len__(self) -> int:
         return self.count
