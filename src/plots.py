@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,14 +20,27 @@ Interval = tuple[float, float, float]
 """A value and the interval about it, such as a `metrics.figures.Figure`."""
 
 
-def draw(samples: Tensor, real: Tensor | None = None) -> Image.Image:
+MOST_ROWS = 16
+"""Of samples that were asked to be different things: beyond so many they are not told apart."""
+
+
+def draw(samples: Tensor, real: Tensor | None = None, titles: Sequence[str] | None = None) -> Image.Image:
     """Samples as a person wants to see them: images uint8 (N, C, H, W) as a grid, points (N, D) as a scatter plot.
 
-    With `real` data of the same kind, they stand to the right of the grid, or lie under the points.
+    With `real` data of the same kind, they stand to the right of the grid, or lie under the points. Of samples that
+    were asked to be what their `titles` say, each thing has a row, or a plot, of its own.
     """
+    groups: dict[str, list[int]] = {}
+    for k, title in enumerate(titles or ()):
+        groups.setdefault(title, []).append(k)
+    apart = 0 < len(groups) <= MOST_ROWS
     if samples.ndim == 2:
-        return scatter(samples, real)
-    picture = grid(samples)
+        if not apart:
+            return scatter(samples, real)
+        extent = _extent(samples if real is None else torch.cat([samples, real]))
+        plots = [captioned(scatter(samples[places], real, extent), title) for title, places in groups.items()]
+        return side_by_side(plots, gap=8)
+    picture = rows([samples[places] for places in groups.values()], list(groups)) if apart else grid(samples)
     if real is None:
         return picture
     pair = [captioned(picture, "drawn"), captioned(grid(real), "real, held out")]
@@ -48,6 +61,21 @@ def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Im
         left = GAP + k % columns * (width * scale + GAP)
         canvas[top : top + height * scale, left : left + width * scale] = image
     return Image.fromarray(canvas)
+
+
+def rows(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
+    """A row for each group of uint8 images (N, C, H, W), with its title under it."""
+    columns = max(map(len, groups))
+    strips = [grid(group, columns=columns) for group in groups]
+    font = ImageFont.load_default(14)
+    width = max(*(strip.width for strip in strips), *(math.ceil(font.getlength(title)) + 2 * GAP for title in titles))
+    canvas = Image.new("RGB", (width, sum(strip.height + 18 for strip in strips)), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for strip, title in zip(strips, titles, strict=True):
+        canvas.paste(strip, (0, top))
+        top += strip.height + 18
+        pen.text((GAP, top - 10), title, fill="black", anchor="lm", font=font)
+    return canvas
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:

@@ -43,6 +43,13 @@ class Condition(Protocol):
     def found_in(source: Source) -> Mapping[str, Any]: ...
 
 
+def shown(condition: Condition | None, source: Source, indices: Sequence[int]) -> Tensor | None:
+    """What samples of a source show, as the network takes it (N, ...); None without a condition."""
+    if condition is None:
+        return None
+    return condition([condition.of(source, index, 0) for index in indices])
+
+
 class Classes:
     """Kinds by name or number -> (N,) int64. Nothing is the number after the last, so that it is no class."""
 

@@ -107,6 +107,32 @@ class SelfAttention(nn.Module):
         return x + out.transpose(1, 2).view(b, c, height, width)
 
 
+class CrossAttention(nn.Module):
+    """Residual attention from the positions of x (B, C, H, W) to tokens (B, L, token_width), with `heads` heads.
+
+    `mask` (B, L) bool says which tokens are there, at least one of each sample's; without one, all are.
+    """
+
+    def __init__(self, channels: int, groups: int, heads: int, token_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.query = nn.Linear(channels, channels)
+        self.kv = nn.Linear(token_width, 2 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, c, height, width = x.shape
+        query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
+        query = query.view(b, -1, self.heads, c // self.heads).transpose(1, 2)
+        kv = self.kv(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        there = None if mask is None else mask[:, None, None]  # for all heads and positions
+        key, value = kv.unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=there)  # (B, heads, H W, C / heads)
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        return x + out.transpose(1, 2).view(b, c, height, width)
+
+
 class Downsample(nn.Module):
     """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution."""
 
