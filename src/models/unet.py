@@ -24,11 +24,12 @@ from src.models.layers import (
 class UNet(nn.Module):
     """x (B, C, H, W), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, C * outputs, H, W), for any H and W.
 
-    Level i has width * multipliers[i] channels at image_size / 2^i, with `blocks` residual blocks going down and
+    Level i has width * multipliers[i] channels at image_size / (patch 2^i), with `blocks` residual blocks going down and
     one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
     self-attention, and so is the middle. Attention has `heads` heads, or heads of `head_channels` channels.
     `resample_blocks` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
-    Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
+    `patch` x `patch` pixels are one position of level 0, which for small networks holds most of the work (Hoogeboom et
+    al. 2023, arXiv 2301.11093, sec. 3.3, have it for large images). Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
     `condition`, given the width of the time embedding, makes the network for conditions: its vector joins the time
     embedding, and its tokens, if it has any, are attended to wherever there is self-attention (Rombach et al. 2022).
     `checkpointing` keeps only what goes into each block, and computes its inside again in the backward pass (Chen et
@@ -54,22 +55,24 @@ class UNet(nn.Module):
         time_scale: float = 1000.0,
         checkpointing: bool = False,
         condition: Callable[[int], Embedding] | None = None,
+        patch: int = 1,
     ) -> None:
         """Raises ValueError if attention is asked for at a resolution that no level has, or heads do not fit."""
         super().__init__()
-        if min(channels, image_size, width, blocks, heads, *multipliers) < 1 or not multipliers:
+        if min(channels, image_size, width, blocks, heads, patch, *multipliers) < 1 or not multipliers:
             raise ValueError(
-                "channels, image_size, width, blocks, heads and multipliers must be at least 1, got "
-                f"{channels}, {image_size}, {width}, {blocks}, {heads}, {list(multipliers)}: see conf/model"
+                "channels, image_size, width, blocks, heads, patch and multipliers must be at least 1, got "
+                f"{channels}, {image_size}, {width}, {blocks}, {heads}, {patch}, {list(multipliers)}: see conf/model"
             )
         widths = [width * m for m in multipliers]
-        sizes = [-(-image_size // 2**i) for i in range(len(widths))]
+        sizes = [-(-image_size // (patch * 2**i)) for i in range(len(widths))]
         if unknown := set(attention) - set(sizes):
             raise ValueError(
                 f"attention at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels "
                 f"have resolutions {sizes}; set model.attention to some of these"
             )
-        self.factor = 2 ** (len(widths) - 1)
+        self.patch = patch
+        self.factor = patch * 2 ** (len(widths) - 1)
         self.checkpointing = checkpointing
         groups = fit_groups(width)
         emb_dim = 4 * width
@@ -100,7 +103,7 @@ class UNet(nn.Module):
             return Layer(residual(c_in, c_out), attend(c_out), look_up(c_out))
 
         self.time = TimeEmbedding(width, emb_dim, time_scale)
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch**2, width, 3, padding=1)
 
         self.down = nn.ModuleList()
         skips = [width]
@@ -131,7 +134,7 @@ class UNet(nn.Module):
                 self.up.append(grow or Upsample(c))
 
         self.norm_out = nn.GroupNorm(groups, c)
-        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs * patch**2, 3, padding=1))
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
@@ -141,7 +144,7 @@ class UNet(nn.Module):
             assert cond is not None
             vector, tokens, mask = self.condition(cond)
             context = Embedded(context.vector + vector, tokens, mask)
-        h = self.conv_in(x)
+        h = self.conv_in(x if self.patch == 1 else F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for module in self.down:
             h = self._run(module, h, context)
@@ -151,6 +154,7 @@ class UNet(nn.Module):
         for module in self.up:
             h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out = out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
         # A view of all of it, which sharded networks warn of, is spared where nothing was padded.
         return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
