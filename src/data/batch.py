@@ -1,7 +1,7 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
+import getpass
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -318,7 +318,7 @@ class StreamDataModule(L.LightningDataModule):
         from filelock import FileLock
 
         name = hashlib.blake2b(repr(self.open_source).encode(), digest_size=8).hexdigest()
-        with FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{os.getuid()}-{name}.lock"):
+        with FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{getpass.getuser()}-{name}.lock"):
             self.prepare_data()
         self.setup()
 
