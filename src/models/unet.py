@@ -24,12 +24,13 @@ from src.models.layers import (
 class UNet(nn.Module):
     """x (B, C, H, W), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, C * outputs, H, W), for any H and W.
 
-    Level i has width * multipliers[i] channels at image_size / (patch 2^i), with `blocks` residual blocks going down and
-    one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
+    Level i has width * multipliers[i] channels at image_size / (patch 2^i), with `blocks` residual blocks going down
+    and one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
     self-attention, and so is the middle. Attention has `heads` heads, or heads of `head_channels` channels.
     `resample_blocks` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
     `patch` x `patch` pixels are one position of level 0, which for small networks holds most of the work (Hoogeboom et
-    al. 2023, arXiv 2301.11093, sec. 3.3, have it for large images). Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
+    al. 2023, arXiv 2301.11093, sec. 3.3, have it for large images). Sizes that the levels do not divide are padded by
+    repeating the edge, and the output is cropped back.
     `condition`, given the width of the time embedding, makes the network for conditions: its vector joins the time
     embedding, and its tokens, if it has any, are attended to wherever there is self-attention (Rombach et al. 2022).
     `checkpointing` keeps only what goes into each block, and computes its inside again in the backward pass (Chen et
