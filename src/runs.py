@@ -26,6 +26,7 @@ from src.building import (
     plain,
     quiet_libraries,
     settle_condition,
+    settle_data,
     settle_micro_batch,
     warn_of_schedule,
 )
@@ -129,6 +130,7 @@ def build(cfg: DictConfig) -> Run:
     directory = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
+    settle_data(cfg, data)
     settle_condition(cfg, data)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
