@@ -84,14 +84,17 @@ class TableDataModule(StreamDataModule):
         if self.path is None:
             raise FileNotFoundError("no table: set data.path to a CSV file with a row of names first")
         table = read_table(Path(self.path), "data.path")
-        uses = {"data.columns": self.columns or [], "data.given": self.given, "data.label": [self.label]}
+        uses = {
+            "data.columns": self.columns or [],
+            "data.given": self.given,
+            "data.label": [] if self.label is None else [self.label],
+        }
         used: dict[str, str] = {}
         for setting, names in uses.items():
             for name in names:
-                if name is None:
-                    continue
                 if name not in table.names:
-                    raise ValueError(f"{setting} names {name!r}, no column of {table.path}: {nearest(name, table.names)}")
+                    hint = nearest(name, table.names)
+                    raise ValueError(f"{setting} names {name!r}, no column of {table.path}: {hint}")
                 if name in used:
                     where = f"both {used[name]} and {setting}" if used[name] != setting else f"{setting} twice"
                     raise ValueError(f"{name!r} is in {where}: leave one of them out")
@@ -120,8 +123,8 @@ def _numbers(table: Table, names: Sequence[str], setting: str) -> Tensor:
         for cell, line in zip(cells, table.lines, strict=True):
             if not _is_number(cell):
                 raise ValueError(
-                    f"{table.path}, line {line}: column {name!r} is {cell!r:.40}, which is no finite number; fill it in, "
-                    f"remove the row, or leave the column out of {setting}"
+                    f"{table.path}, line {line}: column {name!r} is {cell!r:.40}, which is no finite number; fill it "
+                    f"in, remove the row, or leave the column out of {setting}"
                 )
         values = [float(cell) for cell in cells]
         if min(values) == max(values):
