@@ -211,6 +211,8 @@ class StreamDataModule(L.LightningDataModule):
     """
 
     levels: int | None = None
+    deviation: Tensor | None = None
+    """(D,) of samples in units of their own, as `to_display` gives them, by which figures make them comparable."""
     condition: "Condition | None" = None
 
     def __init__(

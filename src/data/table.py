@@ -56,7 +56,7 @@ class TableDataModule(StreamDataModule):
         shape = (len(self.columns),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, micro_batch)
         self.mean = torch.tensor(mean, dtype=torch.float64)
-        self.deviation = torch.tensor(deviation, dtype=torch.float64)
+        self.deviation: Tensor = torch.tensor(deviation, dtype=torch.float64)
 
     @property
     def found(self) -> Mapping[str, Any]:
