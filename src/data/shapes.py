@@ -104,7 +104,7 @@ class Placed(NamedTuple):
     """N scenes with everything that is left to chance, in shares of the picture's side; y goes downwards."""
 
     shape: Tensor
-    """(N, 2) int64 in the order of `ATTRIBUTES`, -1 for no second object."""
+    """(N, 2) int64 in the order of `ATTRIBUTES`; -1 for no second object, of which all else means nothing."""
     centre: Tensor
     """(N, 2, 2): x and y of the middle of each object's box."""
     radius: Tensor
