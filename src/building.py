@@ -92,6 +92,16 @@ def conditioning_of(condition: "Condition", drop: float) -> "Conditioning":
     return Conditioning(condition([None]), condition(condition.examples or [None]), drop)
 
 
+def settle_data(cfg: DictConfig, data: "StreamDataModule") -> None:
+    """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
+    from src.models.mlp import MLP
+
+    check_texts(dict(data.found), "the data")
+    cfg.data.update(data.found)
+    if len(data.shape) == 1 and get_class(cfg.model._target_) is MLP:
+        cfg.model.features = data.shape[0]
+
+
 def settle_condition(cfg: DictConfig, data: "StreamDataModule") -> None:
     """What only the data tell of conditions, such as the names of classes, as settings; a resumed run has them.
 

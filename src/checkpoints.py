@@ -172,7 +172,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
 def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What others need to use the model, and the names of the settings in it that became null.
 
-    These are the data's root and what could be a path: they would tell of the machine that it was trained on.
+    These are where the data lie and what could be a path: they would tell of the machine that it was trained on.
     """
     left_out: list[str] = []
 
@@ -181,8 +181,8 @@ def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
-        told = name.startswith(("conditioning.encode.names", "conditioning.encode.examples"))
-        if isinstance(node, str) and not told and (name == "data.root" or "/" in node or "\\" in node):
+        told = name.startswith(("conditioning.encode.names", "conditioning.encode.examples", "data.columns"))
+        if isinstance(node, str) and not told and (name in OF_FILES or "/" in node or "\\" in node):
             left_out.append(name)
             return None
         return node
@@ -213,6 +213,9 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
+OF_FILES = ("data.root", "data.path", "data.source.labels")
+"""Settings that name files which are read, never written."""
+
 BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
 """Settings from which a trained model is built again."""
 
@@ -222,7 +225,10 @@ ASKED = ("conditioning", "guidance")
 SHARED = (*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
 
-OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "data.levels", "conditioning")
+OF_THE_MODEL = (
+    *("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "conditioning"),
+    *("data.levels", "data.columns", "data.mean", "data.deviation"),
+)
 """Settings that a resumed run must keep: with others the weights would mean something else."""
 
 FREE = ("model.checkpointing", "conditioning.drop", "conditioning.encode.cache", "conditioning.encode.model")

@@ -125,7 +125,7 @@ class Yardstick:
         processes.gather(None)
         if processes.rank > 0:
             self.extractors = self._open()
-        own: Extractor = Pixels() if len(data.shape) == 3 else Values()
+        own: Extractor = Pixels() if len(data.shape) == 3 else Values(data.deviation)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Where copies are looked for: always in the data's own space, too."""
         reference, self._others = data.val_indices, data.train_indices
@@ -239,7 +239,7 @@ class Yardstick:
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={list(settings.features)} are of images, the data are points: leave it out")
-            return [Values()]
+            return [Values(self.data.deviation)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
         opened: list[Extractor] = []

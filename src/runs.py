@@ -26,6 +26,7 @@ from src.building import (
     plain,
     quiet_libraries,
     settle_condition,
+    settle_data,
     settle_micro_batch,
     warn_of_schedule,
 )
@@ -114,7 +115,7 @@ def build(cfg: DictConfig) -> Run:
     if cfg.resume is not None and not cfg.trust:
         check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
     inline_betas(cfg)
-    if cfg.data.get("num_samples") and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+    if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
@@ -129,6 +130,7 @@ def build(cfg: DictConfig) -> Run:
     directory = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
+    settle_data(cfg, data)
     settle_condition(cfg, data)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
@@ -212,9 +214,10 @@ def open_run(
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
     if data_root is not None:
-        if "root" not in config.data:
+        setting = "path" if "path" in config.data else "root"  # a table is one file
+        if setting not in config.data:
             raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
-        config.data.root = data_root
+        config.data[setting] = data_root
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:

@@ -3,11 +3,11 @@
 import getpass
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import lightning as L
 import torch
@@ -211,6 +211,8 @@ class StreamDataModule(L.LightningDataModule):
     """
 
     levels: int | None = None
+    deviation: Tensor | None = None
+    """(D,) of samples in units of their own, as `to_display` gives them, by which figures make them comparable."""
     condition: "Condition | None" = None
 
     def __init__(
@@ -244,6 +246,11 @@ class StreamDataModule(L.LightningDataModule):
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
+
+    @property
+    def found(self) -> Mapping[str, Any]:
+        """Settings of its own that only the data tell, for the run's configuration, so that it needs no data later."""
+        return {}
 
     def to_model(self, x: Tensor) -> Tensor:
         """Samples as the source has them -> float32 as the network sees them."""

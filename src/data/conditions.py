@@ -74,7 +74,7 @@ class Classes:
         if source.labels is None:
             raise ValueError(
                 "conditioning=class needs data with classes, and these have none: put the images of each class into a "
-                "folder of its own under data.root, or name their classes in a file (data.labels=classes.csv)"
+                "folder of its own under data.root, or name their classes in a file (data.source.labels=classes.csv)"
             )
         return {"names": list(source.labels.names)}
 
