@@ -1,4 +1,4 @@
-"""Building blocks of the networks: time embedding, residual block, attention, resampling."""
+"""Building blocks of the networks: time embedding, residual block, self- and cross-attention, resampling."""
 
 import math
 from typing import Literal, TypeVar
@@ -103,6 +103,31 @@ class SelfAttention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
         qkv = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, H W, C / heads)
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        return x + out.transpose(1, 2).view(b, c, height, width)
+
+
+class CrossAttention(nn.Module):
+    """Residual attention from the positions of x (B, C, H, W) to tokens (B, L, token_width), with `heads` heads.
+
+    `mask` (B, L) bool says which tokens are there, at least one of each sample's; without one, all are.
+    """
+
+    def __init__(self, channels: int, groups: int, heads: int, token_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
+        self.query = nn.Linear(channels, channels)
+        self.kv = nn.Linear(token_width, 2 * channels)
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, c, height, width = x.shape
+        query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
+        query = query.view(b, -1, self.heads, c // self.heads).transpose(1, 2)
+        keys, values = self.kv(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        there = None if mask is None else mask[:, None, None]  # for all heads and positions
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=there)  # (B, heads, H W, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
 
