@@ -18,8 +18,8 @@ class Condition(Protocol):
     """What is asked for -> what the network takes.
 
     `examples` are some that one could ask for, to draw pictures of. `found_in` are the settings of its constructor that
-    only the data tell, made once when a run starts and kept in its configuration; it raises ValueError for data that
-    have no such conditions.
+    only the data tell, made once when a run starts and kept in its configuration; `settings` are the others, and
+    those of the former that were given. It raises ValueError for data that have no such conditions.
     """
 
     examples: Sequence[Any]
@@ -40,7 +40,7 @@ class Condition(Protocol):
         ...
 
     @staticmethod
-    def found_in(source: Source) -> Mapping[str, Any]: ...
+    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 def shown(condition: Condition | None, source: Source, indices: Sequence[int]) -> Tensor | None:
@@ -70,7 +70,7 @@ class Classes:
         return "no class" if asked is None else self.names[self._number(asked)]
 
     @staticmethod
-    def found_in(source: Source) -> Mapping[str, Any]:
+    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         if source.labels is None:
             raise ValueError(
                 "conditioning=class needs data with classes, and these have none: put the images of each class into a "
@@ -121,7 +121,7 @@ class Measurements:
         return ", ".join(f"{name} {value:.3g}" for name, value in zip(self.names, self._row(asked), strict=True))
 
     @staticmethod
-    def found_in(source: Source) -> Mapping[str, Any]:
+    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         if source.given is None:
             raise ValueError(
                 "conditioning=measured needs data with measured values to go by, and these have none: name columns of "

@@ -3,6 +3,7 @@
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -55,4 +56,95 @@ class MeasuredEmbedding(nn.Module):
     def forward(self, cond: Tensor) -> Embedded:
         missing = cond.isnan().any(1, keepdim=True)
         values = cond.masked_fill(missing, 0).to(self.linear1.weight.dtype)
-        return Embedded(torch.where(missing, self.nothing, self.linear2(nn.functional.silu(self.linear1(values)))))
+        return Embedded(torch.where(missing, self.nothing, self.linear2(F.silu(self.linear1(values)))))
+
+
+class TextTransformer(nn.Module):
+    """Token ids (B, L) -> what a transformer encoder, trained along, makes of each, and a vector for all of them.
+
+    L <= `length` and ids < `vocabulary`; id 0 is padding, which nothing attends to, and the first id is never padding.
+    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the mean over tokens, made `dim` long.
+    """
+
+    def __init__(
+        self, dim: int, vocabulary: int, length: int, width: int = 128, layers: int = 2, heads: int = 4
+    ) -> None:
+        super().__init__()
+        if layers < 1 or heads < 1 or width % heads:
+            raise ValueError(
+                f"the text's transformer needs layers >= 1 and a width that heads divide, got layers={layers}, "
+                f"width={width}, heads={heads}: change conditioning.embed"
+            )
+        self.token_width = width
+        self.table = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(length, width))
+        for weight in (self.table.weight, self.positions):
+            nn.init.normal_(weight, std=0.02)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.vector = nn.Linear(width, dim)
+
+    def forward(self, cond: Tensor) -> Embedded:
+        mask = _there(cond != 0)
+        tokens = self.table(cond) + self.positions[: cond.shape[1]]
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        tokens = self.norm(tokens)
+        return Embedded(self.vector(_mean(tokens, mask)), tokens, mask)
+
+
+class TextProjection(nn.Module):
+    """What a frozen encoder made of texts, (B, L, features) -> tokens `width` wide, and a vector for all of them.
+
+    Rows of zeros are padding, which nothing attends to; the first row is never padding. Each row is normalised, since
+    encoders differ in scale; the vector is the mean over tokens, made `dim` long.
+    """
+
+    def __init__(self, dim: int, features: int | None, width: int = 256) -> None:
+        super().__init__()
+        if features is None:
+            raise ValueError("conditioning=pretrained needs features, the width of the encoder, found as a run starts")
+        self.token_width = width
+        self.norm1 = nn.LayerNorm(features)
+        self.linear = nn.Linear(features, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.vector = nn.Linear(width, dim)
+
+    def forward(self, cond: Tensor) -> Embedded:
+        mask = _there(cond.any(2))
+        tokens = self.norm2(self.linear(self.norm1(cond.to(self.linear.weight.dtype))))
+        return Embedded(self.vector(_mean(tokens, mask)), tokens, mask)
+
+
+class _Block(nn.Module):
+    """Self-attention among the tokens (B, L, width) that are there, then an MLP of each, both residual."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, 4 * width)
+        self.linear2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        b, length, width = x.shape
+        query, keys, values = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # (B, heads, L, width / heads)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, None, None])
+        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
+        out: Tensor = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+        return out
+
+
+def _there(mask: Tensor) -> Tensor:
+    """`mask` (B, L) with the first token of each sample there whatever it is: attention to nothing would be NaN."""
+    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
+
+
+def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens (B, L, width) that are there, as (B, width)."""
+    weights = mask.to(tokens.dtype)[:, :, None]
+    return (tokens * weights).sum(1) / weights.sum(1)

@@ -1,4 +1,4 @@
-"""Building blocks of the networks: time embedding, residual block, attention, resampling."""
+"""Building blocks of the networks: time embedding, residual block, self- and cross-attention, resampling."""
 
 import math
 from typing import Literal, TypeVar
@@ -125,10 +125,9 @@ class CrossAttention(nn.Module):
         b, c, height, width = x.shape
         query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
         query = query.view(b, -1, self.heads, c // self.heads).transpose(1, 2)
-        kv = self.kv(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        keys, values = self.kv(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         there = None if mask is None else mask[:, None, None]  # for all heads and positions
-        key, value = kv.unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=there)  # (B, heads, H W, C / heads)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=there)  # (B, heads, H W, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
 
