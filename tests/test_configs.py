@@ -26,7 +26,7 @@ CHOICES = [(group, option) for group, options in config_groups().items() for opt
 # Arguments that the program gives and no configuration should.
 GIVEN = {
     *("decoder_scale", "levels"),  # GaussianDiffusion, from the schedule and the data
-    "outputs",  # networks, from the process
+    *("outputs", "condition", "dim"),  # networks, from the process and the conditions
     *("process", "denoise", "x0", "link", "t", "eps"),  # objectives and weightings
     *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
     *("predict", "x", "grid", "noise"),  # samplers
