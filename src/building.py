@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,21 +15,27 @@ from src.arguments import GRID_SETTINGS
 from src.checkpoints import find_checkpoint, read_checkpoint
 from src.errors import sentence
 from src.overrides import config_groups, nearest
-from src.trust import CONF
+from src.trust import CONF, check_texts
 
 if TYPE_CHECKING:
     import lightning as L
     import torch
     from lightning.pytorch.loggers import Logger
 
+    from src.data.batch import StreamDataModule
+    from src.data.conditions import Condition
+    from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
-    from src.module import DiffusionModule, Sampler
+    from src.module import Conditioning, DiffusionModule, Sampler
 
 
-def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) -> "DiffusionModule":
+def build_module(
+    cfg: DictConfig, shape: tuple[int, ...], levels: int | None, condition: "Condition | None" = None
+) -> "DiffusionModule":
     """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights.
 
-    Without an optimizer in the configuration it can sample but not train.
+    `condition` is what `build_condition` made of the configuration. Without an optimizer in it the module can sample
+    but not train.
     """
     import torch
 
@@ -46,25 +53,68 @@ def build_module(cfg: DictConfig, shape: tuple[int, ...], levels: int | None) ->
         cfg.optimizer.fused = False
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     process = make(cfg.process, {"decoder_scale": schedule.decoder_scale, "levels": levels})
-    net = make(cfg.model, {"outputs": process.outputs})
+    net = make(cfg.model, {"outputs": process.outputs, **condition_network(cfg)})
+    conditioning = None if condition is None else conditioning_of(condition, cfg.conditioning.drop)
     module = DiffusionModule(
         net=net,
         schedule=schedule,
         process=process,
         objective=make(cfg.objective),
         timesteps=make(cfg.timesteps),
-        sampler=build_sampler(cfg.sampler),
+        sampler=build_sampler(cfg.sampler, cfg.get("guidance")),
         shape=shape,
         seed=cfg.seed,
         optimizer=make(cfg.optimizer) if trains else None,
         lr_scheduler=make(cfg.lr_scheduler) if trains else None,
+        conditioning=conditioning,
     )
-    check_network(net, shape, process.outputs)
+    check_network(net, shape, process.outputs, conditioning)
     if trains:  # made once for nothing, so that values which they refuse are refused now
         module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
+
+
+def build_condition(cfg: DictConfig) -> "Condition | None":
+    """What turns what is asked for into what the network takes; None for a network that takes no conditions."""
+    return None if cfg.get("conditioning") is None else make(cfg.conditioning.encode)
+
+
+def condition_network(cfg: DictConfig) -> dict[str, Any]:
+    """The argument of a network's constructor that makes it take conditions, if it is to."""
+    return {} if cfg.get("conditioning") is None else {"condition": make(cfg.conditioning.embed)}
+
+
+def conditioning_of(condition: "Condition", drop: float) -> "Conditioning":
+    from src.module import Conditioning
+
+    return Conditioning(condition([None]), condition(condition.examples or [None]), drop)
+
+
+def settle_data(cfg: DictConfig, data: "StreamDataModule") -> None:
+    """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
+    from src.models.mlp import MLP
+
+    check_texts(dict(data.found), "the data")
+    cfg.data.update(data.found)
+    if len(data.shape) == 1 and get_class(cfg.model._target_) is MLP:
+        cfg.model.features = data.shape[0]
+
+
+def settle_condition(cfg: DictConfig, data: "StreamDataModule") -> None:
+    """What only the data tell of conditions, such as the names of classes, as settings; a resumed run has them.
+
+    Raises ValueError if the data have no such conditions.
+    """
+    if cfg.get("conditioning") is None or cfg.resume is not None:
+        return
+    data.prepare_together()
+    assert data.source is not None
+    node = cfg.conditioning.encode
+    found = dict(get_class(node._target_).found_in(data.source, plain(node)))  # type: ignore[attr-defined]
+    check_texts(found, "the data")
+    node.update(found)
 
 
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
@@ -91,12 +141,29 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
     return NoiseSchedule(made)
 
 
-def build_sampler(cfg: DictConfig) -> "Sampler":
-    """A sampler from its YAML: the function's own arguments, and the grid that it walks."""
+def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampler":
+    """A sampler from its YAML: the function's own arguments, the grid that it walks, and what guides it."""
     from src.module import Sampler
 
     walk = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
-    return Sampler(walk, cfg.steps, cfg.spacing)
+    return Sampler(walk, cfg.steps, cfg.spacing, build_guidance(guidance))
+
+
+def build_guidance(cfg: DictConfig | None) -> "Guidance":
+    """Guidance from its settings, without the weaker model, which `runs.weaker_model` opens."""
+    from src.diffusion.guidance import Guidance
+
+    if cfg is None:
+        return Guidance()
+    for name in ("scale", "rescale"):
+        if not isinstance(cfg[name], int | float):
+            raise ValueError(f"guidance.{name}={cfg[name]} is of the wrong type: it must be a number")
+    ends = [0.0, math.inf] if cfg.interval is None else list(cfg.interval)
+    if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
+        raise ValueError(f"guidance.interval must be two levels of noise sigma / alpha, got {ends}: such as [0.2, 5]")
+    made = Guidance(float(cfg.scale), (float(ends[0]), float(ends[1])), float(cfg.rescale))
+    made.check()
+    return made
 
 
 def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
@@ -283,7 +350,9 @@ def inline_betas(cfg: DictConfig) -> None:
         ) from error
 
 
-def check_network(net: "torch.nn.Module", shape: tuple[int, ...], outputs: int) -> None:
+def check_network(
+    net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "Conditioning | None" = None
+) -> None:
     """Raise ValueError if the network does not give what it should: run once, on tensors without contents."""
     import copy
 
@@ -292,7 +361,8 @@ def check_network(net: "torch.nn.Module", shape: tuple[int, ...], outputs: int) 
     hollow = copy.deepcopy(net).to("meta")
     try:
         with torch.no_grad():
-            got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta")).shape[1:])
+            cond = () if conditioning is None else (conditioning.null.to("meta"),)
+            got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), *cond).shape[1:])
     except RuntimeError as error:
         raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
     if got != (outputs * shape[0], *shape[1:]):
@@ -324,7 +394,7 @@ def hollow_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
     import torch
 
     with torch.device("meta"):
-        net: torch.nn.Module = make(cfg.model, {"outputs": outputs})
+        net: torch.nn.Module = make(cfg.model, {"outputs": outputs, **condition_network(cfg)})
     return net.to(memory_format=torch.channels_last)  # of images; points' weights have no such layout
 
 

@@ -315,7 +315,8 @@ class SampleGrid(L.Callback):
             answer_signals(trainer)
         if not trainer.is_global_zero:
             return
-        picture = draw(data.to_display(last), data.to_display(data.examples(self.count)))
+        real = data.to_display(data.examples(self.count))
+        picture = draw(data.to_display(last), real, data.titles(self.count))
         with without_room_go_on(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

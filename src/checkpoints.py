@@ -172,7 +172,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
 def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What others need to use the model, and the names of the settings in it that became null.
 
-    These are the data's root and what could be a path: they would tell of the machine that it was trained on.
+    These are where the data lie and what could be a path: they would tell of the machine that it was trained on.
     """
     left_out: list[str] = []
 
@@ -181,7 +181,8 @@ def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
-        if isinstance(node, str) and (name == "data.root" or "/" in node or "\\" in node):
+        told = name.startswith(("conditioning.encode.names", "conditioning.encode.examples", "data.columns"))
+        if isinstance(node, str) and not told and (name in OF_FILES or "/" in node or "\\" in node):
             left_out.append(name)
             return None
         return node
@@ -212,14 +213,26 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
+OF_FILES = ("data.root", "data.path", "data.source.labels")
+"""Settings that name files which are read, never written."""
+
 BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
 """Settings from which a trained model is built again."""
 
-SHARED = (*BUILT, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
+ASKED = ("conditioning", "guidance")
+"""Likewise, of a model that takes conditions."""
+
+SHARED = (*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
 
-OF_THE_MODEL = ("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "data.levels")
+OF_THE_MODEL = (
+    *("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "conditioning"),
+    *("data.levels", "data.columns", "data.mean", "data.deviation"),
+)
 """Settings that a resumed run must keep: with others the weights would mean something else."""
+
+FREE = ("model.checkpointing", "conditioning.drop", "conditioning.encode.cache", "conditioning.encode.model")
+"""But for these, which change no weight's meaning."""
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -232,7 +245,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
-        if {name, name.split(".")[0]} & set(OF_THE_MODEL) and name != "model.checkpointing":  # which changes no figure
+        if {name, name.split(".")[0]} & set(OF_THE_MODEL) and name not in FREE:
             raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
     return lines
 

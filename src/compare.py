@@ -256,7 +256,7 @@ def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
         check_targets({"sampler": run.settings["sampler"]}, known_targets(), run.checkpoint)
     settings = sampler_settings(run, cfg)
     check_arguments(settings, "sampler")
-    return building.build_sampler(settings)
+    return building.build_sampler(settings, run.settings.get("guidance") and OmegaConf.create(run.settings["guidance"]))
 
 
 def measure_all(
@@ -323,7 +323,8 @@ def measure_all(
             run.module.to(processes.device)
             tools, floor = yardstick()
             held_out, links, size = cfg.held_out, cfg.links, cfg.batch_size
-            return floor | measured(run.module, samplers[k], tools, held_out, links, size, cfg.seed, bar.update)
+            own = run.data.condition
+            return floor | measured(run.module, samplers[k], tools, held_out, links, size, cfg.seed, bar.update, own)
 
         bar.set_postfix_str(found[k].folder.name)
         return cached(folder, keys[k], compute)

@@ -24,7 +24,10 @@ OF_WORK = (
 """Settings, or nodes of them, that say how and where a run works, not what it learns."""
 OF_LOSS = ("schedule", "objective", "timesteps", "process", "snr_shift", "zero_terminal_snr")
 """Settings with which the loss measures something else."""
-OF_DATA = ("_target_", "source", "root", "image_size", "channels", "levels", "val_fraction", "split_seed")
+OF_DATA = (
+    *("_target_", "source", "root", "image_size", "channels", "levels", "val_fraction", "split_seed"),
+    *("columns", "mean", "deviation"),  # of a table, wherever it lies
+)
 """Settings of the data with which figures measure something else; of a generated distribution all are."""
 LOWER = (
     *("bits_per_dim", "fid", "fd_", "kid", "kd_", "class_variation", "sliced_wasserstein", "energy_distance", "mmd"),

@@ -46,7 +46,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The likelihood that a run gives held-out data, and the quality of its samples: a table, plots and pictures."""
     from src import building, out_of_memory, runs
-    from src.arguments import check_arguments
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
@@ -60,9 +59,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         own = opened.config.sampler
         for asked in cfg.samplers or [None]:
             settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
-            check_arguments(settings, "sampler")
-            samplers[sampler_name(settings)] = building.build_sampler(settings)
-            opened.module.check_sampler(samplers[sampler_name(settings)])
+            samplers[sampler_name(settings)] = runs.sampler_of(opened, settings, cfg.guidance)
         if rank() == 0:  # the others come after it
             opened.data.prepare_data()
             opened.data.setup()
@@ -113,7 +110,7 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     flows = []
     for batch in progress(processes.share(batches), "Flow", processes.rank) if cfg.ode else ():
         x = held_out(opened, batch).to(processes.device)
-        flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start))
+        flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start, conditions(opened, batch)))
     metrics: dict[str, Any] = {
         "held_out": count,
         "links": cfg.links or module.schedule.num_steps,
@@ -180,7 +177,9 @@ def quality(
     bar = tqdm(total=cfg.n * sum(calls.values()), unit="call", unit_scale=True, desc="Samples", disable=rank() > 0)
     with bar, usage_errors():
         for name, sampler in samplers.items():
-            drawn[name] = yardstick.draw(module, sampler, functools.partial(advance, bar, calls[name]))
+            drawn[name] = yardstick.draw(
+                module, sampler, functools.partial(advance, bar, calls[name]), condition=opened.data.condition
+            )
     floor = yardstick.floor()
     measured = yardstick.measure(list(drawn.values()), lambda it: progress(it, "Nearest", processes.rank))
     if processes.rank > 0:
@@ -269,7 +268,7 @@ def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, pro
     for k, batch in enumerate(mine):
         x = held_out(opened, batch).to(opened.module.device)
         show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(mine)}", rank=processes.rank)
-        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, batch.start))
+        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, batch.start, conditions(opened, batch)))
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 
@@ -279,6 +278,16 @@ def held_out(opened: "OpenedRun", places: range) -> "torch.Tensor":
     data = opened.data
     assert data.source is not None
     return data.to_model(data.source.fetch(data.val_indices[places.start : places.stop]))
+
+
+def conditions(opened: "OpenedRun", places: range) -> "torch.Tensor | None":
+    """What held-out samples show, of a run that takes conditions, on its device."""
+    from src.data.conditions import shown
+
+    data = opened.data
+    assert data.source is not None
+    cond = shown(data.condition, data.source, data.val_indices[places.start : places.stop])
+    return None if cond is None else cond.to(opened.module.device)
 
 
 def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,17 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def bound(
-    module: DiffusionModule, x: Tensor, seed: int, links: int | None, progress: Progress, start: int = 0
+    module: DiffusionModule,
+    x: Tensor,
+    seed: int,
+    links: int | None,
+    progress: Progress,
+    start: int = 0,
+    cond: Tensor | None = None,
 ) -> Bound:
     """The bound of x (N, *data), over all T links, or estimated for each sample from the decoder's and `links` others.
+
+    With `cond` (N, ...) it is that of the data given these conditions.
 
     These are drawn one from each of so many equal parts of the chain. The decoder's term, far larger than the others
     and of another kind, would be most of an estimate's error.
@@ -82,7 +91,7 @@ def bound(
             rows = (v * steps).long().cpu()
             link = schedule.link(v, x)
         x_t = process.add_noise(x, link.t, draws.normal("eps", x.shape[1:]))
-        pred = process.interpret(module.denoise(x_t, link.t), x_t, link.t)
+        pred = process.interpret(module.denoise(x_t, link.t, cond), x_t, link.t)
         bits = link_bits(process, pred, x, x_t, link).cpu().double()
         # The error of eps is SNR times that of x_0.
         mse = (link.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).cpu().double()
@@ -105,7 +114,9 @@ def error_by_log_snr(parts: Sequence[Bound], schedule: Schedule, edges: Tensor) 
     return means
 
 
-def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float, start: int = 0) -> Tensor:
+def flow_bits(
+    module: DiffusionModule, x: Tensor, seed: int, tolerance: float, start: int = 0, cond: Tensor | None = None
+) -> Tensor:
     """Minus the log-likelihood of x (N, *data) by the probability flow, (N,) in bits/dim (Song et al. 2021, sec. 4.3).
 
     Data with levels are dequantised by uniform noise, which bounds their likelihood from below. From the cleanest
@@ -118,7 +129,7 @@ def flow_bits(module: DiffusionModule, x: Tensor, seed: int, tolerance: float, s
     own = module.process
     # Without clipping, whose kinks the solver would have to step around.
     process = GaussianDiffusion(own.prediction, own.variance, sigma_data=own.sigma_data)
-    predict = predictor(process, module.denoise)
+    predict = predictor(process, partial(module.denoise, cond=cond))
     draws = Draws(seed, 0, start, len(x), x.device)
     bin_width = 1.0 if levels is None else 2 / (levels - 1)
     if levels is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from src.comparison import Record
+from src.data.conditions import Condition, shown
 from src.evaluation import SPECTRUM, bound, error_by_log_snr
 from src.module import DiffusionModule, Sampler
 from src.quality import Yardstick
@@ -28,20 +29,22 @@ def measured(
     batch_size: int,
     seed: int,
     advance: Callable[[int], object],
+    condition: Condition | None = None,
 ) -> Measurements:
     """The figures of a model's samples, the first of them, and the bound and error over log-SNR of `held_out` data.
 
-    `advance` is told how many more samples have gone a step of the sampler, or a link of the bound.
+    `condition` is the model's, if it takes any. `advance` is told how many more samples have gone a step of the
+    sampler, or a link of the bound.
     """
     data = yardstick.data
-    drawn = yardstick.draw(module, sampler, lambda samples: advance(samples * sampler.steps))
+    drawn = yardstick.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
     (samples,) = yardstick.measure([drawn], lambda it: it)
     found = {f"figure/{name}": torch.tensor(figure) for name, figure in samples.figures.items()}
     found["cost/calls_per_image"] = torch.tensor(drawn.calls)
     found["cost/seconds_per_image"] = torch.tensor(drawn.seconds)
-    shown = SHOWN_IMAGES if drawn.first.ndim == 4 else SHOWN_POINTS
-    found["samples"] = drawn.first[:shown]
-    found["real"] = data.to_display(data.examples(shown))
+    some = SHOWN_IMAGES if drawn.first.ndim == 4 else SHOWN_POINTS
+    found["samples"] = drawn.first[:some]
+    found["real"] = data.to_display(data.examples(some))
 
     count = min(held_out or len(data.val_indices), len(data.val_indices))
     parts = []
@@ -50,12 +53,15 @@ def measured(
         places = data.val_indices[start : min(start + batch_size, count)]
         x = data.to_model(data.source.fetch(places)).to(module.device)
 
+        cond = shown(condition, data.source, places)
+        cond = None if cond is None else cond.to(module.device)
+
         def show(each: Iterable[int], size: int = len(x)) -> Iterator[int]:
             for link in each:
                 yield link
                 advance(size)
 
-        parts.append(bound(module, x, seed, links, show, start))
+        parts.append(bound(module, x, seed, links, show, start, cond))
     total = torch.cat([part.total for part in parts])
     error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.full((), math.nan)
     found["figure/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])

@@ -53,19 +53,22 @@ def estimate(
     average: bool = True,
     shards: int = 1,
     buckets: bool = False,
+    null: Tensor | None = None,
 ) -> Estimate:
     """What `net` needs for `micro_batch` samples of `shape`, from one pass on tensors without contents.
 
     `precision` is one of Lightning's. Without an optimizer it is a forward pass alone, as for sampling. Gradients
     count as alive throughout, as they are from one step to the next; `buckets` are DDP's copy of them, and of
-    `shards` of the weights (FSDP) one lies here. What libraries allocate for themselves is not in it, and a compiled
-    network is taken for what it was.
+    `shards` of the weights (FSDP) one lies here. A network that takes conditions is given some like `null` (1, ...).
+    What libraries allocate for themselves is not in it, and a compiled network is taken for what it was.
     """
     bits, _, mode = precision.partition("-")
     hollow = copy.deepcopy(net).to("meta")
     if mode == "true":
         hollow.to(DTYPES[bits])
-    activations = _peak(hollow, shape, micro_batch, device, DTYPES[bits] if mode == "mixed" else None, bool(optimizer))
+    activations = _peak(
+        hollow, shape, micro_batch, device, DTYPES[bits] if mode == "mixed" else None, bool(optimizer), null
+    )
     weights = sum(_size(p) for p in hollow.parameters()) // shards
     if optimizer is None:
         return Estimate(weights, 0, 0, 0, activations)
@@ -75,7 +78,13 @@ def estimate(
 
 
 def _peak(
-    net: nn.Module, shape: Sequence[int], batch: int, device: torch.device, autocast: torch.dtype | None, train: bool
+    net: nn.Module,
+    shape: Sequence[int],
+    batch: int,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    train: bool,
+    null: Tensor | None,
 ) -> int:
     """The most bytes that are alive at once in a pass through a `net` without contents, its weights' aside."""
     with FakeTensorMode(), torch.set_grad_enabled(train):
@@ -87,10 +96,11 @@ def _peak(
         last = torch.channels_last if len(shape) == 3 else torch.contiguous_format
         x = torch.empty(batch, *shape, device=device, memory_format=last)
         time = torch.empty(batch, device=device)
+        cond = () if null is None else (torch.empty(batch, *null.shape[1:], device=device, dtype=null.dtype),)
         lasting = [*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()]
         with _Live(lasting) as live:
             with torch.autocast(device.type, autocast) if autocast else nullcontext():
-                out = net(x, time)
+                out = net(x, time, *cond)
             if train:
                 out.float().square().mean().backward()
     peak: int = live.peak

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import lightning as L
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from src.data.batch import Batch
+from src.data.batch import VALIDATION, Batch
+from src.diffusion.guidance import Guidance, guided
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
 from src.diffusion.noise import Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
@@ -21,9 +23,6 @@ from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
 from src.draws import Draws, SampleNoise, key
 from src.sharding import shard, total_norm
-
-VALIDATION = -1
-"""The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
 
 
 class Objective(Protocol):
@@ -43,11 +42,23 @@ class Walk(Protocol):
 
 
 class Sampler(NamedTuple):
-    """How to sample: the walk, and the grid of levels that it takes."""
+    """How to sample: the walk, the grid of levels that it takes, and what guides it."""
 
     walk: Walk
     steps: int
     spacing: Spacing
+    guidance: Guidance = Guidance()
+
+
+class Conditioning(NamedTuple):
+    """What a network that takes conditions may be asked for, as it takes them."""
+
+    null: Tensor
+    """(1, ...) nothing."""
+    examples: Tensor
+    """(N, ...) what samples show if no one says what they should: sample k example k mod N."""
+    drop: float
+    """The share of training samples, each by itself, of which the network is told nothing."""
 
 
 class DiffusionModule(L.LightningModule):
@@ -71,8 +82,13 @@ class DiffusionModule(L.LightningModule):
         seed: int = 0,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer, int], LambdaLR] | None = None,
+        conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__()
+        if conditioning is not None and not 0 <= conditioning.drop < 1:
+            raise ValueError(
+                f"conditioning.drop must lie in [0, 1), got {conditioning.drop}: 0.1 is usual, 0 allows no guidance"
+            )
         if process.prediction == "eps" and terminal_alpha_bar(schedule) == 0:
             raise ValueError(
                 "a schedule that ends in pure noise (zero_terminal_snr, rectified_flow) cannot go with "
@@ -89,6 +105,9 @@ class DiffusionModule(L.LightningModule):
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        self.drop = conditioning.drop if conditioning else 0.0
+        self.register_buffer("null", conditioning and conditioning.null, persistent=False)
+        self.register_buffer("examples", conditioning and conditioning.examples, persistent=False)
         # Convolutions run fastest with channels last, here and on a GPU.
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
         self._find_weights()
@@ -100,12 +119,21 @@ class DiffusionModule(L.LightningModule):
         self.grad_norm = torch.zeros(())
         """Of the last step, before clipping; not finite if the step was skipped."""
 
-    def denoise(self, x: Tensor, t: Level) -> Tensor:
-        """The network's output for x (B, *data) at a level, in float32 whatever the precision."""
+    null: Tensor | None
+    examples: Tensor | None
+
+    def denoise(self, x: Tensor, t: Level, cond: Tensor | None = None) -> Tensor:
+        """The network's output for x (B, *data) at a level, in float32 whatever the precision.
+
+        A network that takes conditions is asked for `cond` (B, ...); None asks for nothing.
+        """
         scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
-        out: Tensor = self.net(scaled, time)
+        if self.null is None:
+            out: Tensor = self.net(scaled, time)
+        else:
+            out = self.net(scaled, time, self.null.expand(len(x), *self.null.shape[1:]) if cond is None else cond)
         return out.float()
 
     def configure_model(self) -> None:
@@ -171,7 +199,7 @@ class DiffusionModule(L.LightningModule):
         link = self.schedule.link(v, x0)
         losses: list[Tensor] = []
         self._seek_least_variance(link, losses)
-        terms = self._terms(x0, link, draws)
+        terms = self._terms(x0, link, draws, self._asked(batch, draws, self.drop))
         losses.append(terms["loss"].detach())
         weighted = {name: weight * (values if name == "loss" else values.detach()) for name, values in terms.items()}
         return v, {**weighted, "unweighted": losses[0]}
@@ -185,7 +213,7 @@ class DiffusionModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         x0, draws = self._draws(batch, VALIDATION)
         v, _ = stratified(draws.uniform("t"), draws.shared("t"), self._place(batch))
-        for name, values in self._terms(x0, self.schedule.link(v, x0), draws).items():
+        for name, values in self._terms(x0, self.schedule.link(v, x0), draws, self._asked(batch)).items():
             metric = cast(MeanMetric, self.validation[name])
             metric.update(values)
             self.log(f"val/{name}", metric, prog_bar=name == "loss", on_step=False, on_epoch=True)
@@ -201,9 +229,20 @@ class DiffusionModule(L.LightningModule):
         # float32 also where the default is a lower precision
         return (batch["start"] + torch.arange(len(x0), device=x0.device, dtype=torch.float32)) / batch["total"]
 
-    def _terms(self, x0: Tensor, link: Link, draws: Draws) -> dict[str, Tensor]:
+    def _asked(self, batch: Batch, draws: Draws | None = None, drop: float = 0.0) -> Tensor | None:
+        """What the samples are asked to be, or nothing for a share `drop` of them."""
+        if self.null is None:
+            return None
+        cond = batch["cond"]
+        if draws is None or not drop:
+            return cond
+        dropped = draws.uniform("drop") < drop
+        return torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), self.null, cond)
+
+    def _terms(self, x0: Tensor, link: Link, draws: Draws, cond: Tensor | None) -> dict[str, Tensor]:
         eps = draws.normal("eps", x0.shape[1:])
-        return self.objective(self.process, self.denoise, x0, link, eps)
+        denoise = self.denoise if cond is None else partial(self.denoise, cond=cond)
+        return self.objective(self.process, denoise, x0, link, eps)
 
     def _seek_least_variance(self, link: Link, losses: list[Tensor]) -> None:
         """Have a schedule with parameters descend the mean square of the losses (B,), which are not known yet.
@@ -265,7 +304,7 @@ class DiffusionModule(L.LightningModule):
         next(self._hollow_walk(sampler, []))
 
     def network_calls(self, sampler: Sampler) -> int:
-        """How often the network is called for each sample: counted on a walk without it."""
+        """How often a network is called for each sample: counted on a walk without it."""
         calls: list[Level] = []
         for _ in self._hollow_walk(sampler, calls):
             pass
@@ -273,38 +312,64 @@ class DiffusionModule(L.LightningModule):
 
     def _hollow_walk(self, sampler: Sampler, calls: list[Level]) -> Iterator[Tensor]:
         """From zeros, with ones for the network's outputs; `calls` is told the levels that it is asked for."""
+        guidance = sampler.guidance
+        guidance.check()
+        if guidance.scale != 1 and self.null is None and guidance.weak is None:
+            raise ValueError(
+                f"guidance.scale={guidance.scale:g} needs a run that was trained with conditions (conditioning=class, "
+                "...), or a weaker model to lead away from (guidance.weak=RUN)"
+            )
+        if guidance.scale != 1 and guidance.weak is None and self.drop == 0:
+            raise ValueError(
+                f"guidance.scale={guidance.scale:g} leads away from the model that is told nothing, as this one never "
+                "was: train with conditioning.drop=0.1, or give a weaker model (guidance.weak=RUN)"
+            )
         grid = make_grid(self.schedule, sampler.steps, sampler.spacing)
         x = torch.zeros(1, *self.shape, device=self.device)
         wrong = x.new_ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
 
-        def denoise(x: Tensor, t: Level) -> Tensor:
-            calls.append(t)
-            return wrong
+        def denoise(x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
+            calls.extend([t] * len(x))
+            return wrong.expand(len(x), *wrong.shape[1:])
 
-        return sampler.walk(self.process, predictor(self.process, denoise), x, grid, noise=torch.zeros_like)
+        hollow = guidance._replace(weak=guidance.weak and denoise)
+        predict = predictor(self.process, guided(denoise, self.null, self.null, hollow, self.shape[0]))
+        return sampler.walk(self.process, predict, x, grid, noise=torch.zeros_like)
 
     @torch.no_grad()
     def sample(
-        self, indices: Sequence[int], seed: int, sampler: Sampler | None = None, at_once: int | None = None
+        self,
+        indices: Sequence[int],
+        seed: int,
+        sampler: Sampler | None = None,
+        at_once: int | None = None,
+        cond: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield samples `indices` at every level from pure noise to data, each (N, *data) float32.
 
-        Sample k depends on (seed, k) alone, not on what it is drawn together with. The network sees at most `at_once`
-        of them together.
+        Sample k depends on (seed, k) and what it is asked to be alone, not on what it is drawn together with. They are
+        asked to be `cond` (N, ...), or else the examples by turns. The network sees at most `at_once` of them together.
         """
-        walk, steps, spacing = sampler or self.sampler
+        walk, steps, spacing, guidance = sampler or self.sampler
+        if cond is None and self.examples is not None:
+            cond = self.examples[[k % len(self.examples) for k in indices]]
+        cond = None if cond is None else cond.to(self.device)
         training = self.training
         self.eval()
 
-        def denoise(x: Tensor, t: Level) -> Tensor:
-            return torch.cat([self.denoise(part, t) for part in torch.split(x, at_once or len(x))])
+        def denoise(x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
+            size = at_once or len(x)
+            parts = torch.split(x, size)
+            conds = [None] * len(parts) if cond is None else torch.split(cond, size)
+            return torch.cat([self.denoise(part, t, c) for part, c in zip(parts, conds, strict=True)])
 
         try:
+            predict = predictor(self.process, guided(denoise, cond, self.null, guidance, self.shape[0]))
             noise = SampleNoise(seed, indices, self.device)
             grid = make_grid(self.schedule, steps, spacing)
             x = grid[0].norm * noise.draw(self.shape)
             yield x
-            yield from walk(self.process, predictor(self.process, denoise), x, grid, noise=noise)
+            yield from walk(self.process, predict, x, grid, noise=noise)
         finally:
             self.train(training)
 

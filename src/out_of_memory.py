@@ -31,6 +31,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
         "ema" in (cfg.callbacks or {}),
         trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
         isinstance(trainer.strategy, DDPStrategy),
+        run.module.null,
     )
 
 
@@ -63,7 +64,7 @@ def at_batch_size(opened: "OpenedRun", batch_size: int, device: "torch.device") 
     from src.memory import estimate
 
     net = hollow_network(opened.config, opened.module.process.outputs)
-    needs = estimate(net, opened.module.shape, batch_size, device, "32-true", None)
+    needs = estimate(net, opened.module.shape, batch_size, device, "32-true", None, null=opened.module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
     return (
         f"out of memory at batch_size {batch_size} on {having(device)}; a pass through the network needs about "

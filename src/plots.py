@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -18,16 +18,32 @@ if TYPE_CHECKING:
 GAP = 2
 Interval = tuple[float, float, float]
 """A value and the interval about it, such as a `metrics.figures.Figure`."""
+Extent = tuple[tuple[float, float], tuple[float, float]]
+"""The ends of a plot's two axes."""
+
+MOST_ROWS = 16
+"""Of samples that were asked to be different things: beyond so many they are not told apart."""
 
 
-def draw(samples: Tensor, real: Tensor | None = None) -> Image.Image:
-    """Samples as a person wants to see them: images uint8 (N, C, H, W) as a grid, points (N, D) as a scatter plot.
+def draw(samples: Tensor, real: Tensor | None = None, titles: Sequence[str] | None = None) -> Image.Image:
+    """Samples as a person wants to see them: images uint8 (N, C, H, W) as a grid, points (N, 2) as a scatter plot.
 
-    With `real` data of the same kind, they stand to the right of the grid, or lie under the points.
+    Of one number each there is a histogram, of three or more `pairs`, of which the first four are shown. With `real`
+    data of the same kind, they stand to the right of the grid, or lie under the points. Of samples that were asked to
+    be what their `titles` say, each thing has a row, or a plot of the first two numbers, of its own.
     """
+    groups: dict[str, list[int]] = {}
+    for k, title in enumerate(titles or ()):
+        groups.setdefault(title, []).append(k)
+    apart = 0 < len(groups) <= MOST_ROWS
     if samples.ndim == 2:
-        return scatter(samples, real)
-    picture = grid(samples)
+        if not apart:
+            return pairs(samples, real) if samples.shape[1] > 2 else scatter(samples, real)
+        both = samples if real is None else torch.cat([samples, real])
+        extent = extent_of(both) if both.shape[1] > 1 else None
+        plots = [captioned(scatter(samples[places], real, extent), title) for title, places in groups.items()]
+        return side_by_side(plots, gap=8)
+    picture = rows([samples[places] for places in groups.values()], list(groups)) if apart else grid(samples)
     if real is None:
         return picture
     pair = [captioned(picture, "drawn"), captioned(grid(real), "real, held out")]
@@ -48,6 +64,21 @@ def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Im
         left = GAP + k % columns * (width * scale + GAP)
         canvas[top : top + height * scale, left : left + width * scale] = image
     return Image.fromarray(canvas)
+
+
+def rows(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
+    """A row for each group of uint8 images (N, C, H, W), with its title under it."""
+    columns = max(map(len, groups))
+    strips = [grid(group, columns=columns) for group in groups]
+    font = ImageFont.load_default(14)
+    width = max(*(strip.width for strip in strips), *(math.ceil(font.getlength(title)) + 2 * GAP for title in titles))
+    canvas = Image.new("RGB", (width, sum(strip.height + 18 for strip in strips)), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for strip, title in zip(strips, titles, strict=True):
+        canvas.paste(strip, (0, top))
+        top += strip.height + 18
+        pen.text((GAP, top - 10), title, fill="black", anchor="lm", font=font)
+    return canvas
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
@@ -73,7 +104,7 @@ def film_strip(frames: Sequence[Tensor], count: int = 12) -> Image.Image:
     """Up to `count` of the frames, each uint8 (N, C, H, W) or points (N, 2), left to right: a row per sample."""
     chosen = [frames[i] for i in evenly(len(frames), count)]
     if chosen[0].ndim == 2:
-        extent = _extent(chosen[-1])
+        extent = extent_of(chosen[-1]) if chosen[-1].shape[1] > 1 else None
         return side_by_side([scatter(frame, extent=extent, size=2.0) for frame in chosen], gap=0)
     strip = torch.stack(chosen, dim=1)  # (N, frames, C, H, W)
     return grid(strip.flatten(0, 1), columns=len(chosen))
@@ -83,7 +114,7 @@ def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
     """An animation of up to `count` of the frames that rests on the last one."""
     chosen = [frames[i] for i in evenly(len(frames), count)]
     if chosen[0].ndim == 2:
-        extent = _extent(chosen[-1])
+        extent = extent_of(chosen[-1]) if chosen[-1].shape[1] > 1 else None
         pictures = [scatter(frame, extent=extent, size=4.0) for frame in chosen]
     else:
         pictures = [grid(frame) for frame in chosen]
@@ -91,8 +122,12 @@ def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = None, size: float = 5.0) -> Image.Image:
-    """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms."""
+def scatter(points: Tensor, real: Tensor | None = None, extent: Extent | None = None, size: float = 5.0) -> Image.Image:
+    """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms.
+
+    Without an `extent` the axes are those of `extent_of` the data, or the points. Only where they differ do they have
+    numbers.
+    """
     figure, axes = _figure(size, size)
     layers = [(real, "0.75", "data")] if real is not None else []
     for cloud, color, label in [*layers, (points, "tab:blue", "samples")]:
@@ -102,10 +137,41 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: float | None = N
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
     if points.shape[1] > 1:
-        bound = extent or _extent(points if real is None else real)
-        axes.set(xlim=(-bound, bound), ylim=(-bound, bound), aspect="equal", xticks=[], yticks=[])
+        across, up = extent or extent_of(points if real is None else real)
+        axes.set(xlim=across, ylim=up)
+        if across == up:
+            axes.set(aspect="equal", xticks=[], yticks=[])
     if real is not None:
         axes.legend(loc="upper right", markerscale=4)
+    return _render(figure)
+
+
+def pairs(points: Tensor, real: Tensor | None = None, most: int = 4) -> Image.Image:
+    """Points (N, D), D > 1: each two of the first `most` features as a scatter plot, each by itself as a histogram."""
+    count = min(points.shape[1], most)
+    figure, panels = _figure(2.4 * count, 2.4 * count, rows=count, columns=count)
+    layers = [(real, "0.75")] if real is not None else []
+    clouds = [(cloud.float().cpu(), color) for cloud, color in [*layers, (points, "tab:blue")]]
+    shown = clouds[0][0]
+    for row in range(count):
+        for column in range(count):
+            axes = panels[row][column]
+            if column > row:
+                axes.set_axis_off()
+                continue
+            across, up = extent_of(shown[:, [column, row]], alike=False)
+            for cloud, color in clouds:
+                if row == column:
+                    axes.hist(cloud[:, row], bins=40, range=across, density=True, color=color, alpha=0.7)
+                else:
+                    axes.scatter(cloud[:, column], cloud[:, row], s=3, color=color, alpha=0.6, linewidths=0)
+                    axes.set_ylim(up)
+            axes.set_xlim(across)
+            axes.tick_params(labelsize=7)
+            if row == count - 1:
+                axes.set_xlabel(f"column {column + 1}", fontsize=8)
+            if column == 0 and row:
+                axes.set_ylabel(f"column {row + 1}", fontsize=8)
     return _render(figure)
 
 
@@ -299,9 +365,21 @@ def evenly(length: int, count: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
 
 
-def _extent(points: Tensor) -> float:
-    finite = points[points.isfinite().all(1)]
-    return 1.15 * float(finite.abs().quantile(0.999)) if len(finite) else 1.0
+def extent_of(points: Tensor, alike: bool = True) -> Extent:
+    """Where nearly all points (N, D >= 2) lie in the first two features.
+
+    For points about 0 that are about as far spread to either side, a square about 0, if the axes are to be `alike`.
+    """
+    seen = points[points.isfinite().all(1), :2].float()
+    if not len(seen):
+        return (-1.0, 1.0), (-1.0, 1.0)
+    bound = 1.15 * float(seen.abs().quantile(0.999))
+    low, high = seen.quantile(torch.tensor([0.001, 0.999], device=seen.device), dim=0)
+    if alike and float((high - low).min()) > bound / 2:
+        return (-bound, bound), (-bound, bound)
+    room = torch.where(high > low, 0.08 * (high - low), 1)
+    (left, bottom), (right, top) = (low - room).tolist(), (high + room).tolist()
+    return (left, right), (bottom, top)
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.data.batch import StreamDataModule
+from src.data.conditions import Condition, shown
 from src.draws import key
 from src.errors import usage_errors
 from src.metrics.cache import digest
@@ -124,7 +125,7 @@ class Yardstick:
         processes.gather(None)
         if processes.rank > 0:
             self.extractors = self._open()
-        own: Extractor = Pixels() if len(data.shape) == 3 else Values()
+        own: Extractor = Pixels() if len(data.shape) == 3 else Values(data.deviation)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Where copies are looked for: always in the data's own space, too."""
         reference, self._others = data.val_indices, data.train_indices
@@ -138,12 +139,15 @@ class Yardstick:
         sampler: Sampler,
         progress: Callable[[int], object],
         on_step: Callable[[], object] = lambda: None,
+        condition: Condition | None = None,
     ) -> Drawn:
         """`settings.n` samples, each process a share of them. `progress` is told how many more have been drawn.
 
-        Sample k is the one that `src.sample` draws with the same seed. `on_step` is called at every level. Raises
-        ValueError, in all processes, if any sample is not finite.
+        Sample k is the one that `src.sample` draws with the same seed, asked to be, by the module's `condition`, what
+        some training sample shows. `on_step` is called at every level. Raises ValueError, in all processes, if any
+        sample is not finite.
         """
+        assert self.data.source is not None
         n, keep, count = self.settings.n, self.settings.keep, self.processes.count
         size = min(self.settings.batch_size, n)
         # As many batches for each process, of which sharded weights are gathered together; what is too much is dropped.
@@ -154,21 +158,23 @@ class Yardstick:
         for turn in range(turns):
             start = (turn * count + self.processes.rank) * size
             began = time.perf_counter()
-            for x in module.sample(range(start, start + size), self.settings.seed, sampler):  # noqa: B007
+            numbers = range(start, start + size)
+            cond = shown(condition, self.data.source, self.data.training_places(numbers, self.settings.seed))
+            for x in module.sample(numbers, self.settings.seed, sampler, cond=cond):  # noqa: B007
                 on_step()
             x = x[: max(0, n - start)]
             finite = x.isfinite().flatten(1).all(1)
             spoilt += int((~finite).sum())
             # Those that are not are told of below, by all processes together.
-            shown = self.data.to_display(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
+            display = self.data.to_display(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
             _wait_for(self.processes.device)
             seconds += time.perf_counter() - began
-            if len(shown):
+            if len(display):
                 for extractor in self.extractors:
-                    part = Collected.of(extractor(shown), start, keep).to("cpu")
+                    part = Collected.of(extractor(display), start, keep).to("cpu")
                     before = collected.get(extractor.name)
                     collected[extractor.name] = before.merge(part, keep) if before else part
-            first.append(shown[: max(0, self.settings.near - start)].cpu())
+            first.append(display[: max(0, self.settings.near - start)].cpu())
             progress(min(size * count, n - turn * count * size))
         if spoilt := sum(self.processes.gather(spoilt)):
             raise ValueError(
@@ -233,7 +239,7 @@ class Yardstick:
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={list(settings.features)} are of images, the data are points: leave it out")
-            return [Values()]
+            return [Values(self.data.deviation)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
         opened: list[Extractor] = []
@@ -407,6 +413,7 @@ class Quality(L.Callback):
         if self._yardstick is None:  # a validation that is made up for, or nothing was left to train
             return
         assert isinstance(pl_module, DiffusionModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING
         every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * self.every
         if fitting and trainer.global_step % every and trainer.global_step < trainer.max_steps:
@@ -417,6 +424,7 @@ class Quality(L.Callback):
                 self._sampler(pl_module),
                 lambda _: None,
                 lambda: answer_signals(trainer) if fitting else None,
+                data.condition,
             )
         except ValueError as error:
             if trainer.is_global_zero:

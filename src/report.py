@@ -559,9 +559,9 @@ def _samples(report: Report) -> bytes | None:
     return png(plots.side_by_side(clouds, gap=8))
 
 
-def _extent(report: Report) -> float | None:
+def _extent(report: Report) -> plots.Extent | None:
     """So that all clouds of points are seen at one scale; None for histograms of numbers."""
-    return 1.15 * float(report.real.abs().max()) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
+    return plots.extent_of(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
 
 
 def png(picture: Image.Image) -> bytes:

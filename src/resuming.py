@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from src.checkpoints import changed_settings, find_checkpoint, read_checkpoint
+from src.checkpoints import OF_FILES, changed_settings, find_checkpoint, read_checkpoint
 from src.errors import UsageError, first_line
 
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
@@ -120,7 +120,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             value
         ):
             what = "may say where to write, or to whom"
-        elif key not in ("data.root", "schedule.betas") and re.search(r"[/\\]|\.\.", value):
+        elif key not in (*OF_FILES, "schedule.betas") and re.search(r"[/\\]|\.\.", value):
             what = "may be a path to write to"
         else:
             continue

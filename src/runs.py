@@ -17,16 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.arguments import check_arguments
 from src.building import (
+    build_condition,
     build_module,
+    build_sampler,
     build_trainer,
     inline_betas,
     make,
     plain,
     quiet_libraries,
+    settle_condition,
+    settle_data,
     settle_micro_batch,
     warn_of_schedule,
 )
 from src.checkpoints import (
+    ASKED,
     BUILT,
     changed_settings,
     check_accumulation,
@@ -43,7 +48,9 @@ if TYPE_CHECKING:
     import torch
 
     from src.data.batch import StreamDataModule
-    from src.module import DiffusionModule
+    from src.diffusion.guidance import Conditional
+    from src.diffusion.noise import Level
+    from src.module import DiffusionModule, Sampler
 
 
 class Run(NamedTuple):
@@ -108,7 +115,7 @@ def build(cfg: DictConfig) -> Run:
     if cfg.resume is not None and not cfg.trust:
         check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
     inline_betas(cfg)
-    if cfg.data.get("num_samples") and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+    if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
@@ -123,7 +130,10 @@ def build(cfg: DictConfig) -> Run:
     directory = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
-    module = build_module(cfg, data.shape, data.levels)
+    settle_data(cfg, data)
+    settle_condition(cfg, data)
+    data.condition = build_condition(cfg)
+    module = build_module(cfg, data.shape, data.levels, data.condition)
     warn_of_schedule(module)
     if cfg.compile:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -200,24 +210,66 @@ def open_run(
     settings = checkpoint["hyper_parameters"]
     if not trust:
         check_texts(settings, path)
-        check_targets({name: settings[name] for name in BUILT}, known_targets(), path)
+        check_targets({name: settings.get(name) for name in (*BUILT, "conditioning")}, known_targets(), path)
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
     if data_root is not None:
-        if "root" not in config.data:
+        setting = "path" if "path" in config.data else "root"  # a table is one file
+        if setting not in config.data:
             raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
-        config.data.root = data_root
-    built = OmegaConf.masked_copy(config, [*BUILT, "seed", "snr_shift", "zero_terminal_snr"])
+        config.data[setting] = data_root
+    built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
         data = make(config.data)
-        module = build_module(built, data.shape, data.levels)
+        data.condition = build_condition(built)
+        module = build_module(built, data.shape, data.levels, data.condition)
         weights = weights_of(checkpoint, ema, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     return OpenedRun(config, path, module.eval(), data)
+
+
+def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":
+    """A sampler by its settings and those of its guidance, for which null means what the run was trained with."""
+    own = OmegaConf.create({"scale": 1.0, "interval": None, "rescale": 0.0})
+    asked = {k: v for k, v in guidance.items() if v is not None and k != "weak"}
+    merged = OmegaConf.merge(own, opened.config.get("guidance") or {}, asked)
+    assert isinstance(merged, DictConfig)
+    check_arguments(settings, "sampler")
+    sampler = build_sampler(settings, merged)
+    if guidance.weak is not None:
+        sampler = sampler._replace(guidance=sampler.guidance._replace(weak=weaker_model(opened, guidance.weak)))
+    opened.module.check_sampler(sampler)
+    return sampler
+
+
+def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
+    """The network to lead away from: that of another run's folder, or of another checkpoint.
+
+    Raises ValueError if its output means something else than the run's, or it is asked in another way.
+    """
+    path = Path(where)
+    weak = open_run(None if path.is_file() else where, where if path.is_file() else None)
+    mine, theirs = opened.config, weak.config
+    for name in ("process.prediction", "process.variance", "conditioning.encode", "schedule", "snr_shift"):
+        own, other = (OmegaConf.select(config, name) for config in (mine, theirs))
+        if own != other:
+            raise ValueError(
+                f"guidance.weak={where} has {name} {other}, the run {own}: its outputs mean something else; choose an "
+                "earlier checkpoint, or a smaller network that was trained with the same"
+            )
+    if weak.module.shape != opened.module.shape:
+        raise ValueError(
+            f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}"
+        )
+
+    def denoise(x: "torch.Tensor", t: "Level", cond: "torch.Tensor | None") -> "torch.Tensor":
+        return weak.module.to(x.device).denoise(x, t, cond)
+
+    return denoise
 
 
 def pick_device(name: str) -> "torch.device":

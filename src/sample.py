@@ -1,21 +1,26 @@
 """Draw samples from a trained run: `python -m src.sample run=outputs/train/... n=64 sampler=ddim sampler.steps=50`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
 
+if TYPE_CHECKING:
+    from src.data.conditions import Condition
+
 
 def sample(cfg: DictConfig) -> Path:
     """Write `n` samples of the run as PNGs, a grid and `samples.npz` (and a GIF of the first) into the output folder.
 
-    Sample k depends on (seed, k) alone: not on `n`, `batch_size` or `devices`. (A GPU draws other noise than a CPU.)
+    Sample k depends on (seed, k) and what it is asked to be alone: not on `n`, `batch_size` or `devices`. (A GPU draws
+    other noise than a CPU.) What is asked for, in `cond`, is spread evenly over the samples.
     """
     from src import building, out_of_memory, runs
-    from src.arguments import check_arguments
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
@@ -23,9 +28,13 @@ def sample(cfg: DictConfig) -> Path:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
-        check_arguments(settings, "sampler")
-        sampler = building.build_sampler(settings)
-        opened.module.check_sampler(sampler)
+        sampler = runs.sampler_of(opened, settings, cfg.guidance)
+        condition = opened.data.condition
+        things = wanted(condition, cfg.cond, cfg.negative)
+        asked = [things[k * len(things) // cfg.n] for k in range(cfg.n)] if things else []
+        cond = condition(asked) if condition else None
+        if condition and cfg.negative is not None:
+            opened.module.null = condition([cfg.negative])
         from src.processes import start_processes
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
@@ -42,6 +51,10 @@ def sample(cfg: DictConfig) -> Path:
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
     parts: list[torch.Tensor] = []
+
+    def cond_of(indices: range) -> torch.Tensor | None:
+        return None if cond is None else cond[indices.start : indices.stop]
+
     with (
         memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
@@ -52,7 +65,7 @@ def sample(cfg: DictConfig) -> Path:
             drawn = None
             for indices in processes.share(turn):
                 film = []
-                for step, x in enumerate(module.sample(indices, cfg.seed, sampler)):
+                for step, x in enumerate(module.sample(indices, cfg.seed, sampler, cond=cond_of(indices))):
                     bar.update(sum(map(len, turn)) if step else 0)
                     if cfg.gif and indices.start == 0:
                         film.append(show(x[:8] if x.ndim == 4 else x).cpu())
@@ -72,12 +85,50 @@ def sample(cfg: DictConfig) -> Path:
         np.savez_compressed(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
-    plots.draw(samples[:256] if samples.ndim == 4 else samples).save(folder / "grid.png")
+    shown = samples[:256] if samples.ndim == 4 else samples
+    titles = [condition.title(each) for each in asked] if condition else []
+    plots.draw(shown, titles=titles[: len(shown)]).save(folder / "grid.png")
+    if titles:
+        (folder / "asked.txt").write_text("".join(f"{title}\n" for title in titles))
     name = str(settings._target_).rpartition(".")[2]
     own = [f"{k!s} {v}" for k, v in settings.items() if not str(k).startswith("_") and v is not None]
+    own += [f"guidance {sampler.guidance.scale:g}"] if sampler.guidance.scale != 1 else []
     print(f"{cfg.n} samples of {opened.checkpoint} by {name}, {', '.join(own)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
+
+
+def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[Any]:
+    """What is asked for by `cond`: one thing, a list of them, or a file with one on each line; without it, examples.
+
+    Raises ValueError if there is nothing that the run could be asked for.
+    """
+    if condition is None:
+        for name, value in (("cond", cond), ("negative", negative)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value} asks for something of a run that takes no conditions: leave it out, or train one "
+                    "with conditioning=class or conditioning=text"
+                )
+        return []
+    if cond is None:
+        return condition.examples or [None]
+    if isinstance(cond, str) and cond.endswith(".txt"):
+        path = Path(cond)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path.resolve()}: cond=FILE.txt has what is asked for, one on each line")
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty: write what is asked for into it, one on each line")
+        return lines
+    things = (
+        [OmegaConf.to_container(x) if isinstance(x, ListConfig) else x for x in cond]
+        if isinstance(cond, ListConfig)
+        else [cond]
+    )
+    if not things:
+        raise ValueError("cond=[] asks for nothing: name what to draw, or leave it out")
+    return things
 
 
 if __name__ == "__main__":

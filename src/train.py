@@ -143,9 +143,9 @@ def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> Non
     from src.watching import nearest_training
 
     show = run.data.to_display
-    final = show(film.final)
+    final, titles = show(film.final), run.data.titles(len(film.final))
     pictures = {
-        "samples/final": plots.draw(final, show(run.data.examples(len(final)))),
+        "samples/final": plots.draw(final, show(run.data.examples(len(final))), titles),
         "samples/film": plots.film_strip(film.frames),
     }
     if len(run.module.shape) == 3 and neighbours and among:
@@ -153,10 +153,11 @@ def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> Non
         among = min(among, len(run.data.train_indices))
         pictures["samples/neighbours"] = plots.neighbours(final[:neighbours], show(near), distances, among)
         rows = [
-            [k, plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), distance, among]
-            for k, distance in enumerate(distances.tolist())
+            [k, titles[k] if titles else "", plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), d, among]
+            for k, d in enumerate(distances.tolist())
         ]
-        log_table(run.trainer, "samples/table", ["index", "drawn", "nearest", "rms_difference", "among"], rows)
+        columns = ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
+        log_table(run.trainer, "samples/table", columns, rows)
     if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
     (run.directory / "samples").mkdir(parents=True, exist_ok=True)

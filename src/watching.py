@@ -19,6 +19,7 @@ from torch import Tensor
 from src import plots
 from src.checkpoints import read_checkpoint, shareable, weights_of, write_exported
 from src.data.batch import StreamDataModule
+from src.data.conditions import shown
 from src.diffusion.noise import Schedule
 from src.disk import without_room_go_on
 from src.evaluation import bound
@@ -267,11 +268,14 @@ class BitsPerDim(L.Callback):
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
         x = data.examples(max(self.samples, trainer.world_size))
+        assert data.source is not None
+        cond = shown(data.condition, data.source, data.val_indices[: len(x)])
         share = len(x) // trainer.world_size
         first = trainer.global_rank * share
         batches = []
         for start, part in enumerate_parts(x[first : first + share], data.at_once(trainer), first):
-            got = bound(pl_module, part.to(pl_module.device), self.seed, self.links, lambda turns: turns, start)
+            asked = None if cond is None else cond[start : start + len(part)].to(pl_module.device)
+            got = bound(pl_module, part.to(pl_module.device), self.seed, self.links, lambda turns: turns, start, asked)
             batches.append(got.total.mean() * len(part) / share)
             if trainer.state.fn == TrainerFn.FITTING:
                 answer_signals(trainer)

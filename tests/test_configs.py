@@ -1,6 +1,7 @@
 """Configurations are code: each YAML composes, fits its target's signature, and names every argument of it."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from tests.conftest import compose
 # Choices that need more than themselves to be complete.
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
+    ("data", "captions"): ["data.root=x"],
     ("data", "folder"): ["data.root=x"],
+    ("data", "table"): [f"data.path='{Path(__file__).with_name('measurements.csv')}'", "data.columns=[height,weight]"],
     ("experiment", "folder_64"): ["data.root=x"],
     ("experiment", "folder_256"): ["data.root=x"],
 }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.datasets import utils as torchvision_utils
 
-from src.data.batch import InMemory
+from src.data.batch import InMemory, Source
 from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
 from src.trust import CONF
 
@@ -164,6 +164,55 @@ def test_images_are_of_the_kind_of_the_folder_that_they_lie_in(tmp_path):
     assert folder(str(tmp_path / "dogs"), 6, 1).labels is None
     (tmp_path / "cats" / "b.png").unlink()
     assert folder(str(tmp_path), 6, 1).labels is None
+
+
+def labelled(path: Path, contents: str, name: str = "classes.csv") -> Source:
+    """Four images in two folders, and a CSV file that says of which kind they are."""
+    for image in ("dogs/a.png", "dogs/b.png", "cats/c.png", "cats/d.png"):
+        (path / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6)).save(path / image)
+    (path / name).write_text(contents)
+    return folder(str(path), 6, 1, labels=name)
+
+
+@pytest.mark.parametrize("column", ["file", "file_name"])
+def test_a_csv_file_says_of_which_kind_images_are(tmp_path, column):
+    """Whatever folders they lie in and whatever order the rows have; whole numbers are in their order."""
+    rows = ["cats/d.png,10", "dogs/a.png,9", "cats/c.png,9", f"{tmp_path}/dogs/b.png,10"]
+    labels = labelled(tmp_path, "\n".join([f"{column},label", *rows])).labels
+    assert labels is not None
+    assert [labels.names[k] for k in labels.numbers] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
+    assert labels.names == ["9", "10"]
+    data = configured("folder", f"data.root='{tmp_path}'", "data.source.labels=classes.csv", "data.val_fraction=0.25")
+    data.setup()
+    assert labels_of(data) == labels.numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y"], "has no label for 1 of 4 images under .* (cats/d.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "names 1 files .* (e.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,"], "line 5: the label is empty"),
+        (
+            ["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "dogs/a.png,y"],
+            "dogs/a.png the labels x and",
+        ),
+        ([], "has 1 rows"),
+    ],
+)
+def test_a_csv_file_that_does_not_fit_the_images_is_refused(tmp_path, rows, told):
+    with pytest.raises(ValueError) as error:
+        labelled(tmp_path, "\n".join(["file,label", *rows]))
+    assert all(part in str(error.value) for part in [str(tmp_path / "classes.csv"), *told.split(" .* ")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_file_of_labels_that_is_not_there_or_is_another_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one column named label, and has file, kind.*data\.source\.labels"):
+        labelled(tmp_path, "file,kind\ndogs/a.png,x")
+    with pytest.raises(FileNotFoundError, match=r"other\.csv: set data\.source\.labels to a CSV file"):
+        folder(str(tmp_path), 6, 1, labels="other.csv")
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])

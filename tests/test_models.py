@@ -170,6 +170,7 @@ def diffusers_twin(settings: dict) -> nn.Module:
         norm_num_groups=groups,
         attn_norm_num_groups=groups,
         norm_eps=1e-5,
+        num_class_embeds=settings.get("classes"),
         resnet_time_scale_shift="scale_shift" if settings.get("conditioning") == "scale_shift" else "default",
     ).eval()
 
@@ -213,6 +214,8 @@ def copy_weights(ours: UNet, theirs: nn.Module) -> None:
 
     put("time_embedding.linear_1", ours.time.linear1)
     put("time_embedding.linear_2", ours.time.linear2)
+    if ours.condition is not None:
+        put("class_embedding", ours.condition.table)
     put("conv_in", ours.conv_in)
     put_path("down", ours.down, "downsamplers")
     put_residual("mid_block.resnets.0", ours.middle[0])

@@ -22,6 +22,11 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def points_of(drawn) -> Tensor:
+    """Without their kinds."""
+    return drawn[0] if isinstance(drawn, tuple) else drawn
+
+
 def configured(name: str):
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return instantiate(compose("train", overrides=[f"data={name}"]).data)
@@ -30,7 +35,7 @@ def configured(name: str):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_give_centred_points_of_about_unit_size(name):
     """(n, 2) float32, finite, each axis centred and of a deviation that pure noise can cover."""
-    points = configured(name).distribution(4000, seeded())
+    points = points_of(configured(name).distribution(4000, seeded()))
     assert points.shape == (4000, 2)
     assert points.dtype == torch.float32
     assert points.isfinite().all()
@@ -45,20 +50,24 @@ def test_points_belong_to_the_generator(draw):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    points = draw(50, seeded(1))
+    points = points_of(draw(50, seeded(1)))
     assert_close(torch.rand(3), expected, rtol=0, atol=0)
-    assert_close(draw(50, seeded(1)), points, rtol=0, atol=0)
-    assert (draw(50, seeded(2)) != points).any(1).all()
+    assert_close(points_of(draw(50, seeded(1))), points, rtol=0, atol=0)
+    assert (points_of(draw(50, seeded(2))) != points).any(1).all()
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_rings_have_equally_spaced_radii(count):
     """Without noise every radius is 2 k / count, each as often as the others, at angles that are uniform."""
     n = 6000
-    x = rings(n, seeded(), count=count, noise=0.0).double()
+    points, labels = rings(n, seeded(), count=count, noise=0.0)
+    x = points.double()
     number = x.norm(dim=1) * count / 2
     nearest = number.round()
     assert_close(number, nearest, rtol=0, atol=1e-5)
+    assert torch.equal(labels.numbers, nearest.long() - 1)  # from the innermost outwards
+    names = {1: ["ring 1"], 3: ["inner", "middle", "outer"]}
+    assert labels.names == names.get(count, [f"ring {k}" for k in range(1, count + 1)])
     shares = torch.bincount(nearest.long(), minlength=count + 1)[1:] / n
     assert len(shares) == count
     assert (shares - 1 / count).abs().max() < 5 * math.sqrt(1 / count / n)
@@ -99,11 +108,13 @@ def distance_to_moons(points: np.ndarray) -> np.ndarray:
 def test_moons_lie_on_two_half_circles():
     """Without noise on them exactly, with it 1.5 noise away; half of the points on each."""
     n = 4000
-    clean = moons(n, seeded(), noise=0.0).double().numpy()
+    points, labels = moons(n, seeded(), noise=0.0)
+    clean = points.double().numpy()
     assert distance_to_moons(clean).max() < 1e-5
     on_upper = np.abs(np.hypot(clean[:, 0] / 1.5 + 0.5, clean[:, 1] / 1.5 + 0.25) - 1) < 1e-5
     assert abs(on_upper.mean() - 0.5) < 5 * math.sqrt(0.25 / n)
-    noisy = moons(n, seeded(), noise=0.05).double().numpy()
+    assert [labels.names[k] for k in labels.numbers] == np.where(on_upper, "upper", "lower").tolist()
+    noisy = moons(n, seeded(), noise=0.05)[0].double().numpy()
     away = distance_to_moons(noisy)
     assert away.max() < 1.5 * 0.05 * 5
     # one Gaussian coordinate, across the arc: its second moment is the noise's (curvature adds a part in 400)
@@ -156,6 +167,25 @@ def test_module_draws_its_points_with_the_split_seed():
     assert first.val_indices == same.val_indices
     assert (points(first) != points(other)).any(1).all()
     assert len(set(map(tuple, points(first).tolist()))) == 200
+
+
+def test_a_mixture_knows_the_component_of_each_point():
+    """Each point is likelier, by far, of its own component than chance would have it; the others have no kinds."""
+    data = configured("mixture")
+    data.setup()
+    points, labels = data.source.fetch(range(20_000)), data.source.labels
+    assert labels.names == [f"component {k}" for k in range(1, 6)]
+    mixture = data.distribution
+    for k in range(5):
+        own = points[labels.numbers == k].double()
+        assert abs(len(own) / 20_000 - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 20_000)
+        standing = ((own - mixture.means[k]) / mixture.deviations[k]).flatten()
+        assert kstest(standing.numpy(), "norm").pvalue > 1e-3
+    assert_close(mixture(9, seeded()), mixture.draw(9, seeded())[0], rtol=0, atol=0)
+    for name in ("swiss_roll", "checkerboard"):
+        other = configured(name)
+        other.setup()
+        assert other.source.labels is None
 
 
 @pytest.mark.parametrize("num", [1, 0, -5])

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.data.batch import Labels
+
 
 class GaussianMixture:
     """Weights (K,), means (K, D) and deviations, (K,) or along each axis (K, D); one component is a Gaussian.
@@ -40,9 +42,14 @@ class GaussianMixture:
         self.deviations = (spread if spread.ndim == 2 else spread[:, None]).expand_as(self.means)
 
     def __call__(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.draw(n, generator)[0]
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Labels]:
+        """(n, D) float32 samples, and the component that each is of."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        return (self.means[component] + self.deviations[component] * noise).float()
+        points = (self.means[component] + self.deviations[component] * noise).float()
+        return points, Labels(component, [f"component {k + 1}" for k in range(len(self.means))])
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Natural logarithm of the density at x (N, D), as (N,)."""

@@ -1,9 +1,13 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
-from collections.abc import Callable, Iterator, Sequence
+import getpass
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import lightning as L
 import torch
@@ -12,21 +16,32 @@ from torch.utils.data import DataLoader, Sampler
 
 from src.draws import Draws, key
 
+if TYPE_CHECKING:
+    from src.data.conditions import Condition
+
+VALIDATION = -1
+"""The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
+
 
 class Batch(TypedDict):
-    """x (B, *data), and the position of its first sample among the `total` of the global batch (or validation set)."""
+    """x (B, *data), and the position of its first sample among the `total` of the global batch (or validation set).
+
+    `cond` (B, ...) is what each is asked to be, where the network is told.
+    """
 
     x: Tensor
     start: int
     total: int
+    cond: NotRequired[Tensor]
 
 
 class Places(NamedTuple):
-    """What a sampler asks of a dataset: the samples `indices`, the first at position `start` of `total`."""
+    """What a sampler asks of a dataset: the samples `indices`, the first at position `start` of `total` of a step."""
 
     start: int
     total: int
     indices: list[int]
+    step: int = VALIDATION
 
 
 class Labels(NamedTuple):
@@ -82,11 +97,21 @@ class InMemory:
 class BatchDataset(torch.utils.data.Dataset[Batch]):
     """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, condition: "Condition | None" = None, seed: int = 0) -> None:
         self.source = source
+        self.condition = condition
+        self.seed = seed
 
     def __getitem__(self, places: Places) -> Batch:
-        return {"x": self.source.fetch(places.indices), "start": places.start, "total": places.total}
+        batch: Batch = {"x": self.source.fetch(places.indices), "start": places.start, "total": places.total}
+        if self.condition is not None:
+            asked = [
+                # Which of several captions is random, and belongs to the step and the position as all randomness does.
+                self.condition.of(self.source, index, key(self.seed, "caption", places.step, places.start + k))
+                for k, index in enumerate(places.indices)
+            ]
+            batch["cond"] = self.condition(asked)
+        return batch
 
 
 class TrainingStream(Sampler[Places]):
@@ -137,7 +162,7 @@ class TrainingStream(Sampler[Places]):
             batch = self.batch(step)
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * micro
-                yield Places(start, self.batch_size, batch[start : start + micro])
+                yield Places(start, self.batch_size, batch[start : start + micro], step)
 
     def batch(self, step: int) -> list[int]:
         """The dataset indices of the global batch of `step`."""
@@ -181,10 +206,14 @@ class StreamDataModule(L.LightningDataModule):
     optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
     held out; which ones depends on `split_seed` and never on the run's seed. `levels` is the number of values that
     the data can take, evenly over [-1, 1]; None if they are continuous. `micro_batch`, the samples in one forward pass
-    on one device, is for what builds the Trainer: here it only has to be possible.
+    on one device, is for what builds the Trainer: here it only has to be possible. With a `condition` batches say what
+    each sample is asked to be.
     """
 
     levels: int | None = None
+    deviation: Tensor | None = None
+    """(D,) of samples in units of their own, as `to_display` gives them, by which figures make them comparable."""
+    condition: "Condition | None" = None
 
     def __init__(
         self,
@@ -217,6 +246,11 @@ class StreamDataModule(L.LightningDataModule):
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
+
+    @property
+    def found(self) -> Mapping[str, Any]:
+        """Settings of its own that only the data tell, for the run's configuration, so that it needs no data later."""
+        return {}
 
     def to_model(self, x: Tensor) -> Tensor:
         """Samples as the source has them -> float32 as the network sees them."""
@@ -286,9 +320,29 @@ class StreamDataModule(L.LightningDataModule):
         self.setup()
         return self.to_model(self._source().fetch(self.val_indices[:count]))
 
+    def prepare_together(self) -> None:
+        """Prepare and open the data before processes know of each other, one after another on each machine."""
+        from filelock import FileLock
+
+        name = hashlib.blake2b(repr(self.open_source).encode(), digest_size=8).hexdigest()
+        with FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{getpass.getuser()}-{name}.lock"):
+            self.prepare_data()
+        self.setup()
+
+    def titles(self, count: int) -> list[str] | None:
+        """What the first samples show that are drawn when no one says what they should; None without a condition."""
+        if self.condition is None:
+            return None
+        examples = self.condition.examples or [None]
+        return [self.condition.title(examples[k % len(examples)]) for k in range(count)]
+
+    def training_places(self, numbers: Sequence[int], seed: int) -> list[int]:
+        """For samples to draw, number k among them, any training sample that they are to be like, by (seed, k)."""
+        return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in numbers]
+
     def _loader(self, stream: Sampler[Places]) -> DataLoader[Batch]:
         return DataLoader(
-            BatchDataset(self._source()),
+            BatchDataset(self._source(), self.condition, self.seed),
             sampler=stream,
             batch_size=None,  # the stream's items are batches already
             num_workers=self.num_workers,

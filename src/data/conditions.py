@@ -43,6 +43,13 @@ class Condition(Protocol):
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
+def shown(condition: Condition | None, source: Source, indices: Sequence[int]) -> Tensor | None:
+    """What samples of a source show, as the network takes it (N, ...); None without a condition."""
+    if condition is None:
+        return None
+    return condition([condition.of(source, index, 0) for index in indices])
+
+
 class Classes:
     """Kinds by name or number -> (N,) int64. Nothing is the number after the last, so that it is no class."""
 
@@ -67,7 +74,7 @@ class Classes:
         if source.labels is None:
             raise ValueError(
                 "conditioning=class needs data with classes, and these have none: put the images of each class into a "
-                "folder of its own under data.root, or name their classes in a file (data.labels=classes.csv)"
+                "folder of its own under data.root, or name their classes in a file (data.source.labels=classes.csv)"
             )
         return {"names": list(source.labels.names)}
 

@@ -1,7 +1,8 @@
 """One datamodule for images, and the sources it draws on: embedded digits, torchvision's sets, own folders."""
 
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.batch import Given, InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
+from src.data.csv_files import kinds, read_table, some
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -163,13 +165,24 @@ def torchvision_images(
     return InMemory(images.contiguous(), labels)
 
 
-def folder(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
+def folder(
+    root: str | None, image_size: int, channels: int, prepare: bool = False, *, labels: str | None = None
+) -> Source:
     """Every image file under `root`, however nested, sorted by path. `prepare` looks at all of them.
 
-    If all of them lie in two or more folders of `root`, these are their kinds.
+    Their kinds are what the CSV file `labels` (absolute, or relative to `root`) says, in the columns `file` (or
+    `file_name`) and `label`; without one, the folders of `root` that they lie in, if all lie in two or more of these.
 
-    Raises FileNotFoundError if there is no such folder, ValueError if it holds no images or unreadable ones.
+    Raises FileNotFoundError if there is no such folder or file, ValueError if it holds no images or unreadable ones, or
+    if the CSV file does not give each image its kind.
     """
+    path, files = find_images(root, prepare)
+    found = folder_kinds(path, files) if labels is None else _kinds_in(path / labels, path, files)
+    return ImageFiles(partial(open_file, files), len(files), image_size, channels, found)
+
+
+def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
+    """`root` as a path, and every image file under it. Raises as `folder` does."""
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(
@@ -186,17 +199,52 @@ def folder(root: str | None, image_size: int, channels: int, prepare: bool = Fal
             readable = list(pool.map(_is_readable, files))
         unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]
         if unreadable:
-            shown = ", ".join(unreadable[:5]) + (f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else "")
             raise ValueError(
-                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({shown}): remove them"
+                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)}): remove "
+                "them"
             )
-    kinds = [f.relative_to(path).parts for f in files]
-    names = sorted({parts[0] for parts in kinds if len(parts) > 1})
-    labels = None
-    if len(names) > 1 and all(len(parts) > 1 for parts in kinds):
-        places = {name: k for k, name in enumerate(names)}
-        labels = Labels(torch.tensor([places[parts[0]] for parts in kinds]), names)
-    return ImageFiles(partial(_open_file, files), len(files), image_size, channels, labels)
+    return path, files
+
+
+def open_file(files: Sequence[Path], i: int) -> Image.Image:
+    """Image number i of the files."""
+    return Image.open(files[i])
+
+
+def folder_kinds(path: Path, files: Sequence[Path]) -> Labels | None:
+    """The folders of `path` that the files lie in, as their kinds; None unless all lie in two or more of these."""
+    parts = [f.relative_to(path).parts for f in files]
+    if all(len(each) > 1 for each in parts) and len({each[0] for each in parts}) > 1:
+        return kinds(each[0] for each in parts)
+    return None
+
+
+def by_image(
+    said: Iterable[tuple[str, str]], path: Path, files: Sequence[Path], source: Path, what: str
+) -> list[list[str]]:
+    """What the file `source` says of each image, from its pairs of file name (relative to `path`) and text.
+
+    Raises ValueError if it names images that are not there, or says nothing of some; `what` it says is for the message.
+    """
+    found: dict[str, list[str]] = {os.path.abspath(f): [] for f in files}
+    unknown = []
+    for name, text in said:
+        place = os.path.abspath(path / name)
+        if place in found:
+            found[place].append(text)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{source} names {len(unknown)} files that are no images under {path} ({some(unknown)}): remove these "
+            "rows, or give file names relative to data.root"
+        )
+    if missing := [str(f.relative_to(path)) for f, texts in zip(files, found.values(), strict=True) if not texts]:
+        raise ValueError(
+            f"{source} has no {what} for {len(missing)} of {len(files)} images under {path} ({some(missing)}): add "
+            "rows, or remove these images"
+        )
+    return list(found.values())
 
 
 def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
@@ -217,8 +265,20 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _open_file(files: Sequence[Path], i: int) -> Image.Image:
-    return Image.open(files[i])
+def _kinds_in(source: Path, path: Path, files: Sequence[Path]) -> Labels:
+    """What a CSV file says of which kind each image is."""
+    table = read_table(source, "data.source.labels")
+    names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
+    labels = table.column(table.one_of(("label",), "data.source.labels"))
+    if "" in labels:
+        raise ValueError(f"{source}, line {table.lines[labels.index('')]}: the label is empty; fill it in")
+    each = by_image(zip(names, labels, strict=True), path, files, source, "label")
+    for file, said in zip(files, each, strict=True):
+        if len(set(said)) > 1:
+            raise ValueError(
+                f"{source} gives {file.relative_to(path)} the labels {' and '.join(sorted(set(said)))}: keep one"
+            )
+    return kinds(said[0] for said in each)
 
 
 def _labels_of(dataset: Any) -> Labels | None:

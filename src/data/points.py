@@ -1,7 +1,7 @@
 """Points in a plane: distributions to learn in a minute; `analytic` has one whose density is known exactly.
 
 Each distribution is a callable (n, generator) -> (n, 2) float32, centred, its deviation on each axis
-between 0.5 and 1.6.
+between 0.5 and 1.6. Where the points are of several kinds, these come with them.
 """
 
 import math
@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.data.batch import InMemory, Source, StreamDataModule
+from src.data.analytic import GaussianMixture
+from src.data.batch import InMemory, Labels, Source, StreamDataModule
 from src.draws import key
 
-Distribution = Callable[[int, torch.Generator], Tensor]
+Distribution = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Labels]]
 
 
 class PointsDataModule(StreamDataModule):
@@ -39,17 +40,23 @@ class PointsDataModule(StreamDataModule):
 
     def _draw(self) -> Source:
         generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
-        return InMemory(self.distribution(self.num_samples, generator))
+        # A mixture called gives points alone, as all that asks what is known of it needs them.
+        draw = self.distribution.draw if isinstance(self.distribution, GaussianMixture) else self.distribution
+        drawn = draw(self.num_samples, generator)
+        return InMemory(*drawn) if isinstance(drawn, tuple) else InMemory(drawn)
 
 
-def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
-    """Two interleaved half circles (scikit-learn's make_moons), centred and scaled by 1.5; `noise` before scaling."""
+def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> tuple[Tensor, Labels]:
+    """Two interleaved half circles (scikit-learn's make_moons), centred and scaled by 1.5; `noise` before scaling.
+
+    A point's kind is its half circle.
+    """
     angle = math.pi * torch.rand(n, generator=generator)
     upper = torch.rand(n, generator=generator) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
     points = torch.stack([x - 0.5, y - 0.25], dim=1) + noise * torch.randn(n, 2, generator=generator)
-    return 1.5 * points
+    return 1.5 * points, Labels((~upper).long(), ["upper", "lower"])
 
 
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
@@ -60,12 +67,13 @@ def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tenso
     return points + noise * torch.randn(n, 2, generator=generator)
 
 
-def rings(n: int, generator: torch.Generator, count: int = 3, noise: float = 0.03) -> Tensor:
-    """`count` concentric circles of equal weight, the outermost of radius 2."""
+def rings(n: int, generator: torch.Generator, count: int = 3, noise: float = 0.03) -> tuple[Tensor, Labels]:
+    """`count` concentric circles of equal weight, the outermost of radius 2. A point's kind is its circle."""
     angle = 2 * math.pi * torch.rand(n, generator=generator)
-    radius = 2 * torch.randint(1, count + 1, (n,), generator=generator) / count
-    points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return points + noise * torch.randn(n, 2, generator=generator)
+    ring = torch.randint(1, count + 1, (n,), generator=generator)
+    points = (2 * ring / count)[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    names = ["inner", "middle", "outer"] if count == 3 else [f"ring {k + 1}" for k in range(count)]
+    return points + noise * torch.randn(n, 2, generator=generator), Labels(ring - 1, names)
 
 
 def checkerboard(n: int, generator: torch.Generator, cells: int = 4) -> Tensor:

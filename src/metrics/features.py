@@ -47,12 +47,17 @@ class Pixels:
 
 
 class Values:
-    """The values themselves, of points and tables of measurements (N, D)."""
+    """The values themselves, of points and tables of measurements (N, D), divided by `scale` (D,) if that is given."""
 
-    name = fingerprint = "values"
+    name = "values"
+
+    def __init__(self, scale: Tensor | None = None) -> None:
+        self.scale = scale
+        self.fingerprint = self.name if scale is None else f"{self.name} over {scale.tolist()}"
 
     def __call__(self, samples: Tensor) -> Features:
-        return Features(samples.flatten(1).double())
+        values = samples.flatten(1).double()
+        return Features(values if self.scale is None else values / self.scale.to(values))
 
 
 class Inception:

@@ -1,19 +1,30 @@
 """A residual MLP for points in a plane and vectors of measurements."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.conditioning import Embedding
 from src.models.layers import TimeEmbedding, zero_init
 
 
 class MLP(nn.Module):
-    """x (B, D), time (B,) in [0, 1] -> (B, D * outputs): `blocks` residual blocks of `width` features.
+    """x (B, D), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, D * outputs), by `blocks` residual blocks.
 
-    Each block is LayerNorm, the time embedding as scale and shift, SiLU and two linear layers, the last starting at 0.
+    Each block, of `width` features, is LayerNorm, the time embedding as scale and shift, SiLU and two linear layers,
+    the last starting at 0. `condition`, given the width of the time embedding, makes the network for conditions, whose
+    vector joins that; tokens, if it has any, are not looked at.
     """
 
     def __init__(
-        self, features: int, width: int = 128, blocks: int = 4, outputs: int = 1, time_scale: float = 1000.0
+        self,
+        features: int,
+        width: int = 128,
+        blocks: int = 4,
+        outputs: int = 1,
+        time_scale: float = 1000.0,
+        condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
         if min(features, width, blocks, outputs) < 1:
@@ -21,13 +32,17 @@ class MLP(nn.Module):
                 f"features, width, blocks and outputs must be at least 1, got {features}, {width}, {blocks}, {outputs}"
             )
         self.time = TimeEmbedding(width, 2 * width, time_scale)
+        self.condition = None if condition is None else condition(2 * width)
         self.linear_in = nn.Linear(features, width)
         self.blocks = nn.ModuleList([MLPBlock(width, 2 * width) for _ in range(blocks)])
         self.norm_out = nn.LayerNorm(width)
         self.linear_out = zero_init(nn.Linear(width, features * outputs))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         emb = self.time(time)
+        if self.condition is not None:
+            assert cond is not None
+            emb = emb + self.condition(cond).vector
         h = self.linear_in(x.to(self.linear_in.weight.dtype))
         for block in self.blocks:
             h = block(h, emb)

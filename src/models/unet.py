@@ -1,13 +1,15 @@
 """The U-Net of DDPM and ADM (Ho et al. 2020, App. B; Dhariwal & Nichol 2021, sec. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from src.models.conditioning import Embedded, Embedding
 from src.models.layers import (
+    CrossAttention,
     Downsample,
     ResidualBlock,
     SelfAttention,
@@ -20,13 +22,17 @@ from src.models.layers import (
 
 
 class UNet(nn.Module):
-    """x (B, C, H, W), time (B,) in [0, 1] -> (B, C * outputs, H, W), for any H and W.
+    """x (B, C, H, W), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, C * outputs, H, W), for any H and W.
 
-    Level i has width * multipliers[i] channels at image_size / 2^i, with `blocks` residual blocks going down and
-    one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
+    Level i has width * multipliers[i] channels at image_size / (patch 2^i), with `blocks` residual blocks going down
+    and one more coming up; those at a resolution in `attention` (in pixels, at `image_size`) are followed by
     self-attention, and so is the middle. Attention has `heads` heads, or heads of `head_channels` channels.
     `resample_blocks` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
-    Sizes that the levels do not divide are padded by repeating the edge, and the output is cropped back.
+    `patch` x `patch` pixels are one position of level 0, which for small networks holds most of the work (Hoogeboom et
+    al. 2023, arXiv 2301.11093, sec. 3.3, have it for large images). Sizes that the levels do not divide are padded by
+    repeating the edge, and the output is cropped back.
+    `condition`, given the width of the time embedding, makes the network for conditions: its vector joins the time
+    embedding, and its tokens, if it has any, are attended to wherever there is self-attention (Rombach et al. 2022).
     `checkpointing` keeps only what goes into each block, and computes its inside again in the backward pass (Chen et
     al. 2016, arXiv 1604.06174).
 
@@ -49,43 +55,56 @@ class UNet(nn.Module):
         outputs: int = 1,
         time_scale: float = 1000.0,
         checkpointing: bool = False,
+        condition: Callable[[int], Embedding] | None = None,
+        patch: int = 1,
     ) -> None:
         """Raises ValueError if attention is asked for at a resolution that no level has, or heads do not fit."""
         super().__init__()
-        if min(channels, image_size, width, blocks, heads, *multipliers) < 1 or not multipliers:
+        if min(channels, image_size, width, blocks, heads, patch, *multipliers) < 1 or not multipliers:
             raise ValueError(
-                "channels, image_size, width, blocks, heads and multipliers must be at least 1, got "
-                f"{channels}, {image_size}, {width}, {blocks}, {heads}, {list(multipliers)}: see conf/model"
+                "channels, image_size, width, blocks, heads, patch and multipliers must be at least 1, got "
+                f"{channels}, {image_size}, {width}, {blocks}, {heads}, {patch}, {list(multipliers)}: see conf/model"
             )
         widths = [width * m for m in multipliers]
-        sizes = [-(-image_size // 2**i) for i in range(len(widths))]
+        sizes = [-(-image_size // (patch * 2**i)) for i in range(len(widths))]
         if unknown := set(attention) - set(sizes):
             raise ValueError(
                 f"attention at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels "
                 f"have resolutions {sizes}; set model.attention to some of these"
             )
-        self.factor = 2 ** (len(widths) - 1)
+        self.patch = patch
+        self.factor = patch * 2 ** (len(widths) - 1)
         self.checkpointing = checkpointing
         groups = fit_groups(width)
         emb_dim = 4 * width
+        self.condition = None if condition is None else condition(emb_dim)
+        token_width = None if self.condition is None else self.condition.token_width
 
         def residual(c_in: int, c_out: int) -> ResidualBlock:
             return ResidualBlock(c_in, c_out, emb_dim, groups, conditioning, dropout)
 
-        def attend(c: int) -> SelfAttention:
+        def heads_of(c: int) -> int:
             n = heads if head_channels is None else c // head_channels
             if n < 1 or c % n or (head_channels is not None and c % head_channels):
                 raise ValueError(
                     f"{c} channels do not split into heads (heads={heads}, head_channels={head_channels}): "
                     "choose a divisor for model.head_channels"
                 )
-            return SelfAttention(c, groups, n)
+            return n
+
+        def attend(c: int) -> SelfAttention:
+            return SelfAttention(c, groups, heads_of(c))
+
+        def look_up(c: int) -> CrossAttention | None:
+            return None if token_width is None else CrossAttention(c, groups, heads_of(c), token_width)
 
         def layer(c_in: int, c_out: int, size: int) -> Layer:
-            return Layer(residual(c_in, c_out), attend(c_out) if size in attention else None)
+            if size not in attention:
+                return Layer(residual(c_in, c_out), None)
+            return Layer(residual(c_in, c_out), attend(c_out), look_up(c_out))
 
         self.time = TimeEmbedding(width, emb_dim, time_scale)
-        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch**2, width, 3, padding=1)
 
         self.down = nn.ModuleList()
         skips = [width]
@@ -102,7 +121,9 @@ class UNet(nn.Module):
                 self.down.append(shrink or Downsample(c))
                 skips.append(c)
 
-        self.middle = nn.ModuleList([residual(c, c), attend(c), residual(c, c)])
+        looking = look_up(c)
+        middle = [residual(c, c), attend(c), *([] if looking is None else [looking]), residual(c, c)]
+        self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
         for i, (c_out, size) in reversed(list(enumerate(zip(widths, sizes, strict=True)))):
@@ -114,44 +135,53 @@ class UNet(nn.Module):
                 self.up.append(grow or Upsample(c))
 
         self.norm_out = nn.GroupNorm(groups, c)
-        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs * patch**2, 3, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
         x = pad_to_multiple(x.to(self.conv_in.weight.dtype), self.factor)
-        emb = self.time(time)
-        h = self.conv_in(x)
+        context = Embedded(self.time(time))
+        if self.condition is not None:
+            assert cond is not None
+            vector, tokens, mask = self.condition(cond)
+            context = Embedded(context.vector + vector, tokens, mask)
+        h = self.conv_in(x if self.patch == 1 else F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for module in self.down:
-            h = self._run(module, h, emb)
+            h = self._run(module, h, context)
             skips.append(h)
         for module in self.middle:
-            h = self._run(module, h, emb)
+            h = self._run(module, h, context)
         for module in self.up:
-            h = self._run(module, h, emb, skips.pop() if isinstance(module, Layer) else None)
+            h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out = out if self.patch == 1 else F.pixel_shuffle(out, self.patch)
         # A view of all of it, which sharded networks warn of, is spared where nothing was padded.
         return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
-    def _run(self, module: nn.Module, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
         """Run a block; with checkpointing, the inside of those that are more than one convolution is let go."""
         if self.checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):
-            out: Tensor = checkpoint(_apply, module, h, emb, skip, use_reentrant=False)
+            out: Tensor = checkpoint(_apply, module, h, context, skip, use_reentrant=False)
             return out
-        return _apply(module, h, emb, skip)
+        return _apply(module, h, context, skip)
 
 
 class Layer(nn.Module):
-    """A residual block, and attention after it where the resolution has it."""
+    """A residual block, and attention after it where the resolution has it, to tokens too where there are any."""
 
-    def __init__(self, residual: ResidualBlock, attention: SelfAttention | None) -> None:
+    def __init__(
+        self, residual: ResidualBlock, attention: SelfAttention | None, cross: CrossAttention | None = None
+    ) -> None:
         super().__init__()
         self.residual = residual
         self.attention = attention
+        self.cross = cross
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h: Tensor = self.residual(x, emb)
-        return h if self.attention is None else self.attention(h)
+    def forward(self, x: Tensor, context: Embedded) -> Tensor:
+        h: Tensor = self.residual(x, context.vector)
+        h = h if self.attention is None else self.attention(h)
+        return h if self.cross is None else self.cross(h, context.tokens, context.mask)
 
 
 def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
@@ -160,8 +190,16 @@ def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
-def _apply(module: nn.Module, h: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
-    """Run a block, on its input and the skip connection's if there is one, with the embedding if it takes one."""
+def _apply(module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None) -> Tensor:
+    """Run a block, on its input and the skip connection's if there is one, with what it takes of the context."""
     h = h if skip is None else torch.cat([h, skip], dim=1)
-    takes_time = isinstance(module, Layer | ResidualBlock)
-    return module(h, emb) if takes_time else module(h)  # type: ignore[no-any-return]
+    match module:
+        case Layer():
+            out: Tensor = module(h, context)
+        case ResidualBlock():
+            out = module(h, context.vector)
+        case CrossAttention():
+            out = module(h, context.tokens, context.mask)
+        case _:
+            out = module(h)
+    return out

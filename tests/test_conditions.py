@@ -1,0 +1,253 @@
+"""Conditions: what is asked for, how it reaches the network, and how often it is dropped."""
+
+import math
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.checkpoints import read_checkpoint
+from src.data.batch import BatchDataset, Given, InMemory, Labels, Places
+from src.data.conditions import Classes, Measurements
+from src.draws import Draws
+from src.models.conditioning import ClassEmbedding, MeasuredEmbedding
+from src.models.unet import UNet
+from tests.conftest import compose, train_tiny
+from tests.test_models import TINY, copy_weights, diffusers_twin, normal, randomise
+
+LABELLED = InMemory(torch.zeros(4, 1, 2, 2), Labels(torch.tensor([2, 0, 1, 2]), ["cat", "dog", "7"]))
+
+
+def test_classes_by_name_and_number_and_nothing_is_none_of_them():
+    classes = Classes(**Classes.found_in(LABELLED, {}))
+    assert classes([0, "dog", 2, "7", "1", None]).tolist() == [0, 1, 2, 2, 1, 3]
+    assert [classes.title(x) for x in (0, "7", None)] == ["cat", "7", "no class"]
+    assert [classes.of(LABELLED, k, 5) for k in range(4)] == [2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("catt", "did you mean cat"), (3, "there are 3, 0 to 2: cat, dog, 7"), (-1, "0 to 2"), (True, "unknown class")],
+)
+def test_unknown_classes_are_refused_with_the_near_ones(asked, told):
+    with pytest.raises(ValueError, match=told):
+        Classes(["cat", "dog", "7"])([asked])
+
+
+def test_measurements_have_mean_0_and_deviation_1_and_nothing_is_no_number():
+    values = torch.tensor([[10.0, 1.0], [20.0, 1.5], [60.0, 0.5]])
+    source = InMemory(torch.zeros(3, 2), given=Given(values, ["kelvin", "bar"]))
+    made = Measurements(**Measurements.found_in(source, {}))
+    rows = made([made.of(source, k, 0) for k in range(3)])
+    assert_close(rows.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
+    assert_close(rows.square().mean(0), torch.ones(2))
+    assert made([None]).isnan().all()
+    assert made.title([20.0, 0.5]) == "kelvin 20, bar 0.5"
+    with pytest.raises(ValueError, match="no value of kelvin, bar: give 2 numbers"):
+        made([20.0])
+    with pytest.raises(ValueError, match="bar, which is the same everywhere"):
+        Measurements.found_in(InMemory(torch.zeros(3, 2), given=Given(torch.ones(3, 1), ["bar"])), {})
+
+
+@torch.no_grad()
+def test_a_class_joins_the_time_as_in_diffusers():
+    """UNet2DModel with num_class_embeds: the class's vector is added to the time's."""
+    ours = randomise(UNet(**TINY, condition=partial(ClassEmbedding, classes=3))).eval()
+    theirs = diffusers_twin({**TINY, "classes": 4})
+    copy_weights(ours, theirs)
+    x, time, cond = normal(4, 1, 8, 8), torch.tensor([0.1, 0.3, 0.5, 0.9]), torch.tensor([0, 1, 2, 3])
+    out = ours(x, time, cond)
+    assert_close(out, theirs(x, 1000 * time, class_labels=cond).sample, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(out[:1], ours(x[:1], time[:1], cond[1:2]))
+
+
+def test_nothing_measured_is_told_from_every_value():
+    net = MeasuredEmbedding(8, 2)
+    cond = torch.tensor([[0.0, 1.0], [math.nan, math.nan]], requires_grad=False)
+    vectors = net(cond).vector
+    assert_close(vectors[1], net.nothing)
+    vectors.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_one_of_several_captions_is_drawn_by_step_and_position():
+    """Not by process or batch; and all of them come up."""
+
+    class Texts:
+        examples = ()
+
+        def __call__(self, asked):
+            return torch.tensor(asked)
+
+        def of(self, source, index, choice):
+            return choice % 3
+
+    dataset = BatchDataset(LABELLED, Texts(), seed=1)
+    whole = dataset[Places(0, 4, [0, 1, 2, 3], step=7)]["cond"].tolist()
+    parts = [dataset[Places(k, 4, [k], step=7)]["cond"].item() for k in range(4)]
+    assert whole == parts
+    drawn = torch.stack([dataset[Places(0, 4, [0, 1, 2, 3], step=s)]["cond"] for s in range(300)])
+    shares = torch.bincount(drawn.flatten(), minlength=3) / drawn.numel()
+    assert_close(shares, torch.full((3,), 1 / 3), atol=0.05, rtol=0)
+
+
+class Told(torch.nn.Module):
+    """A network that keeps what it was told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.told = []
+
+    def forward(self, x, time, cond):
+        self.told.append(cond.clone())
+        return x * self.weight
+
+
+def module_of(net, drop):
+    from src.diffusion import losses, samplers, schedules
+    from src.diffusion.noise import NoiseSchedule
+    from src.diffusion.process import GaussianDiffusion
+    from src.diffusion.timesteps import uniform
+    from src.module import Conditioning, DiffusionModule, Sampler
+
+    return DiffusionModule(
+        net,
+        NoiseSchedule(schedules.cosine(100)),
+        GaussianDiffusion("x0"),
+        partial(losses.simple, weighting=losses.uniform),
+        uniform,
+        Sampler(samplers.ddim, 2, "trailing"),
+        shape=(2,),
+        conditioning=Conditioning(torch.tensor([5]), torch.arange(5), drop),
+    )
+
+
+def test_conditions_are_dropped_sample_by_sample_in_training_alone():
+    """p = 0.1 of 10,000 samples, within 4 deviations of the binomial; which ones belongs to step and position."""
+    net = Told()
+    module = module_of(net, 0.1)
+
+    def batch(start, size):
+        return {"x": torch.zeros(size, 2), "start": start, "total": 100, "cond": torch.arange(start, start + size) % 5}
+
+    for step in range(100):
+        module._train_terms(batch(0, 100), step)
+    told = torch.stack(net.told)
+    dropped = told == 5
+    assert abs(dropped.sum().item() - 1000) < 4 * math.sqrt(10_000 * 0.1 * 0.9)
+    per_batch = dropped.sum(1)
+    assert 0 < per_batch.min() < per_batch.max() < 100  # per sample, not per batch
+    # About as scattered as independent draws are.
+    assert per_batch.double().var().item() == pytest.approx(9, rel=0.6)
+    assert torch.equal(told[~dropped], (torch.arange(100) % 5).expand(100, 100)[~dropped])
+
+    net.told.clear()
+    for start in range(0, 100, 25):  # four processes
+        module._train_terms(batch(start, 25), 3)
+    assert torch.equal(torch.cat(net.told), told[3])
+
+    net.told.clear()
+    module.log = lambda *args, **kwargs: None
+    module.validation_step(batch(0, 100), 0)
+    assert torch.equal(net.told[0], torch.arange(100) % 5)
+    assert Draws(0, 3, 0, 4, torch.device("cpu")).uniform("drop").shape == (4,)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A run of six steps on the digits that is told their classes."""
+    folder = tmp_path_factory.mktemp("conditions") / "run"
+    train_tiny(folder, "conditioning=class", "guidance.scale=2")
+    return folder
+
+
+def draw(folder, tmp_path, *overrides):
+    from src.sample import sample
+
+    return sample(compose("sample", f"run='{folder}'", f"run_dir='{tmp_path}'", "device=cpu", "n=6", *overrides))
+
+
+def test_a_run_keeps_the_names_and_draws_what_is_asked_for(told, tmp_path):
+    import numpy as np
+
+    settings = read_checkpoint(told / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    assert settings["conditioning"]["encode"]["names"] == [str(k) for k in range(10)]
+    assert settings["conditioning"]["embed"]["classes"] == 10
+    weights = read_checkpoint(told / "checkpoints" / "last.ckpt")["state_dict"]
+    assert weights["net.condition.table.weight"].shape[0] == 11
+    folder = draw(told, tmp_path, "cond=[0,'7',3]")
+    assert (folder / "asked.txt").read_text().split() == ["0", "0", "7", "7", "3", "3"]
+    samples = np.load(folder / "samples.npz")["arr_0"]
+    again = np.load(draw(told, tmp_path / "b", "cond=[0,7,4]", "batch_size=2") / "samples.npz")["arr_0"]
+    assert (samples[:4] == again[:4]).all()
+    assert (samples[4:] != again[4:]).any()
+
+
+def test_scales_one_and_zero_are_the_conditional_and_the_unconditional_samples(told, tmp_path):
+    import numpy as np
+
+    def at(name, *overrides):
+        return np.load(draw(told, tmp_path / name, *overrides) / "samples.npz")["arr_0"]
+
+    nothing = at("nothing", "cond=[null]", "guidance.scale=1")
+    assert (at("zero", "cond=[3]", "guidance.scale=0") == nothing).all()
+    assert (at("one", "cond=[3]", "guidance.scale=1") != nothing).any()
+    assert (at("own", "cond=[3]") == at("two", "cond=[3]", "guidance.scale=2")).all()  # the run's own
+    assert (at("file", f"cond='{write(tmp_path / 'asked.txt', '3')}'") == at("named", "cond=[3]")).all()
+    # An interval that nothing lies in is no guidance.
+    far = "guidance.interval=[1e6,1e7]"
+    assert (at("far", "cond=[3]", "guidance.scale=9", far) == at("plain", "cond=[3]", "guidance.scale=1")).all()
+    # The model itself as the weaker one: nothing to lead away from, but for rounding.
+    self_led = at("self", "cond=[3]", "guidance.scale=3", f"guidance.weak='{told}'").astype(int)
+    assert abs(self_led - at("plain2", "cond=[3]", "guidance.scale=1")).max() <= 16  # a grey level
+    assert (at("negative", "cond=[3]", "negative=5") != at("positive", "cond=[3]")).any()
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "status"),
+    [
+        (["cond=[fish]"], "unknown class 'fish': there are 10"),
+        (["cond=[11]"], "unknown class '11'"),
+        (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
+        (["cond=[]"], r"cond=\[\] asks for nothing"),
+        (["guidance.scale=-2"], "guidance.scale must be at least 0"),
+        (["guidance.interval=[1]"], "two levels of noise"),
+        (["guidance.scale=much"], "must be a number"),
+    ],
+)
+def test_wrong_wishes_are_one_line(told, tmp_path, overrides, status):
+    with pytest.raises((ValueError, FileNotFoundError, SystemExit), match=status):
+        draw(told, tmp_path, *overrides)
+
+
+def test_a_run_without_conditions_says_that_it_takes_none(trained, tmp_path):
+    for override in ("cond=[3]", "negative=3"):
+        with pytest.raises((ValueError, SystemExit), match="a run that takes no conditions: leave it out, or train"):
+            draw(trained, tmp_path, override)
+    with pytest.raises((ValueError, SystemExit), match=re.escape("guidance.scale=2 needs a run that was trained with")):
+        draw(trained, tmp_path, "guidance.scale=2")
+
+
+def test_an_exported_model_can_be_asked_too(told, tmp_path):
+    import numpy as np
+
+    from src.export import export
+
+    export(compose("export", f"run='{told}'", f"run_dir='{tmp_path / 'export'}'"))
+    (file,) = (tmp_path / "export").rglob("*.safetensors")
+    from src.sample import sample
+
+    of_file = sample(
+        compose("sample", f"ckpt='{file}'", f"run_dir='{tmp_path / 'a'}'", "device=cpu", "n=4", "cond=[2]")
+    )
+    of_run = draw(told, tmp_path / "b", "cond=[2]", "n=4")
+    assert (np.load(of_file / "samples.npz")["arr_0"] == np.load(of_run / "samples.npz")["arr_0"]).all()

@@ -1,0 +1,173 @@
+"""Guidance against its formulas, against diffusers' rescaling, and through every sampler."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.diffusion import samplers, schedules
+from src.diffusion.guidance import Guidance, guided
+from src.diffusion.noise import NoiseSchedule, make_grid
+from src.diffusion.process import GaussianDiffusion
+
+SCHEDULE = NoiseSchedule(schedules.cosine(1000))
+NULL = torch.tensor([9])
+
+
+class Network:
+    """Another function of x for each condition, which counts the samples that it is asked for."""
+
+    def __init__(self, outputs: int = 1, factor: float = 1.0) -> None:
+        self.outputs = outputs
+        self.factor = factor
+        self.calls = 0
+        self.batches = 0
+
+    def __call__(self, x, t, cond):
+        self.calls += len(x)
+        self.batches += 1
+        bias = 0.3 * cond.to(x).view(-1, *[1] * (x.ndim - 1)) - 1
+        return self.factor * torch.cat([torch.tanh((k + 1) * x + bias) for k in range(self.outputs)], dim=1)
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def level(ratio):
+    """The level of the schedule at which sigma / alpha is `ratio`."""
+    return SCHEDULE.at(SCHEDULE.position(torch.tensor([math.atan(ratio)], dtype=torch.float64)))[0]
+
+
+X, COND = normal(3, 2, 4, 4), torch.tensor([0, 2, 5])
+T = level(1.0)
+
+
+def test_scale_one_is_the_conditional_model_and_one_call():
+    network = Network()
+    out = guided(network, COND, NULL, Guidance(1.0, rescale=0.5), 2)(X, T)
+    assert network.calls == len(X)
+    assert torch.equal(out, Network()(X, T, COND))
+
+
+def test_scale_zero_is_the_unconditional_model_and_one_call():
+    network = Network()
+    out = guided(network, COND, NULL, Guidance(0.0), 2)(X, T)
+    assert network.calls == len(X)
+    assert torch.equal(out, Network()(X, T, NULL.expand(3)))
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm", "velocity"])
+def test_guiding_the_output_is_guiding_eps(prediction):
+    """Ho & Salimans 2022, eq. 6 with 1 + w = scale, whatever the network predicts."""
+    process, network = GaussianDiffusion(prediction), Network()
+    out = guided(network, COND, NULL, Guidance(3.0), 2)(X, T)
+    asked, nothing = (process.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
+    got = process.interpret(out, X, T)
+    assert_close(got.eps, 3 * asked.eps - 2 * nothing.eps, rtol=1e-9, atol=1e-9)
+    assert_close(got.x0, 3 * asked.x0 - 2 * nothing.x0, rtol=1e-9, atol=1e-9)
+
+
+def test_both_are_asked_in_one_batch():
+    network = Network()
+    guided(network, COND, NULL, Guidance(2.0), 2)(X, T)
+    assert (network.batches, network.calls) == (1, 2 * len(X))
+
+
+def test_a_learned_variance_stays_the_conditional_one():
+    network = Network(outputs=2)
+    out = guided(network, COND, NULL, Guidance(4.0), 2)(X, T)
+    assert torch.equal(out[:, 2:], network(X, T, COND)[:, 2:])
+    assert not torch.equal(out[:, :2], network(X, T, COND)[:, :2])
+
+
+@pytest.mark.parametrize(("ratio", "acts"), [(0.1, False), (0.5, False), (0.6, True), (2.0, True), (2.1, False)])
+def test_it_acts_within_the_interval_of_noise_alone(ratio, acts):
+    """(0.5, 2] of sigma / alpha; elsewhere it costs one call and is the conditional model."""
+    network = Network()
+    t = level(ratio)
+    ratio_there = (t.sigma / t.alpha).item()
+    assert ratio_there == pytest.approx(ratio, rel=1e-6)
+    interval = (0.5000001, 2.0000001)  # but for the rounding of the schedule
+    out = guided(network, COND, NULL, Guidance(3.0, interval), 2)(X, t)
+    assert network.calls == len(X) * (2 if acts else 1)
+    assert torch.equal(out, Network()(X, t, COND)) is not acts
+
+
+def test_it_acts_at_pure_noise_where_the_interval_is_open():
+    t = T._replace(alpha=torch.zeros((), dtype=torch.float64))
+    assert Guidance(2.0).acts(t)
+    assert not Guidance(2.0, (0.1, 50.0)).acts(t)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_rescaling_is_that_of_diffusers(share):
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    network = Network()
+    asked, nothing = network(X, T, COND), network(X, T, NULL.expand(3))
+    expected = rescale_noise_cfg(nothing + 5 * (asked - nothing), asked, guidance_rescale=share)
+    assert_close(guided(network, COND, NULL, Guidance(5.0, rescale=share), 2)(X, T), expected)
+
+
+def test_a_weaker_model_is_led_away_from_with_the_same_asked():
+    """Karras et al. 2024 (arXiv 2406.02507), eq. 2: also where there are no conditions."""
+    network, weak = Network(), Network(factor=0.5)
+    out = guided(network, COND, NULL, Guidance(2.5, weak=weak), 2)(X, T)
+    assert_close(out, 0.5 * network(X, T, COND) + 2.5 * 0.5 * network(X, T, COND))
+    assert (weak.calls, weak.batches) == (len(X), 1)
+
+    def bare(x, t, cond):
+        assert cond is None
+        return torch.tanh(x)
+
+    def weaker(x, t, cond):
+        return bare(x, t, cond) / 3
+
+    assert_close(guided(bare, None, None, Guidance(2.0, weak=weaker), 2)(X, T), (2 - 1 / 3) * torch.tanh(X))
+
+
+SAMPLERS = {
+    "ancestral": samplers.ancestral,
+    "ddim": samplers.ddim,
+    "dpmpp_2m": samplers.dpmpp_2m,
+    "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
+    "heun": partial(samplers.heun, churn=2.0, churn_min=0.05, churn_max=50.0, churn_noise=1.0),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, prediction):
+    process, network, grid = GaussianDiffusion(prediction), Network(), make_grid(SCHEDULE, 6, "trailing")
+
+    def combined(x, t):
+        asked, nothing = network(x, t, COND), network(x, t, NULL.expand(3))
+        return nothing + 2 * (asked - nothing)
+
+    ends = []
+    for denoise in (guided(network, COND, NULL, Guidance(2.0), 2), combined):
+        generator = torch.Generator().manual_seed(1)
+
+        def noise(x, generator=generator):
+            return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+        *_, end = SAMPLERS[name](process, samplers.predictor(process, denoise), X, grid, noise=noise)
+        ends.append(end)
+    assert_close(*ends, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (Guidance(-1.0), "guidance.scale must be at least 0, got -1"),
+        (Guidance(math.nan), "guidance.scale"),
+        (Guidance(2.0, (3.0, 1.0)), "two rising levels"),
+        (Guidance(2.0, rescale=1.5), "guidance.rescale must lie in"),
+    ],
+)
+def test_what_is_no_guidance_is_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        wrong.check()

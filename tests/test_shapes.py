@@ -1,0 +1,358 @@
+"""Shapes: captions lead back to their scenes, pictures show what was said, and what is held out is never seen."""
+
+import math
+import pickle
+from collections import Counter
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from matplotlib.path import Path as Outline
+from torch import Tensor
+from torch.testing import assert_close
+
+from src.data.shapes import (
+    ATTRIBUTES,
+    COLOUR_JITTER,
+    COLOURS,
+    GAP,
+    PLACES,
+    RELATIONS,
+    WORDINGS,
+    Object,
+    Placed,
+    Scene,
+    Shapes,
+    caption,
+    paint,
+    parse,
+    place,
+    render,
+    shapes,
+    wordings,
+)
+from tests.conftest import compose
+
+HELD_OUT = [{"shape": "circle", "colour": "blue"}, {"colour": "red", "background": "white"}]
+SHAPES, SIZES = ATTRIBUTES["shape"], ATTRIBUTES["size"]
+
+
+def all_scenes(count: int) -> list[Scene]:
+    """Written out once more: every scene of so many objects."""
+    looks = [Object(a, b, c) for a in SHAPES for b in ATTRIBUTES["colour"] for c in SIZES]
+    if count == 1:
+        alone = [look._replace(position=p) for look in looks for p in ATTRIBUTES["position"]]
+        return [Scene((each,), b) for each in alone for b in ATTRIBUTES["background"]]
+    pairs = [(a, b) for a in looks for b in looks if a.colour != b.colour]
+    return [Scene(pair, b, r) for pair in pairs for b in ATTRIBUTES["background"] for r in RELATIONS]
+
+
+ONE, TWO = all_scenes(1), all_scenes(2)
+
+
+def values(scene: Scene) -> set[tuple[str, str]]:
+    said = {(name, value) for each in scene.objects for name, value in each._asdict().items() if value is not None}
+    return said | {("background", scene.background)} | ({("relation", scene.relation)} if scene.relation else set())
+
+
+def forbidden(scene: Scene) -> bool:
+    """Whether it is held out by `HELD_OUT`, in words of its own."""
+    blue_circle = any(each.shape == "circle" and each.colour == "blue" for each in scene.objects)
+    return blue_circle or (scene.background == "white" and any(each.colour == "red" for each in scene.objects))
+
+
+def test_captions_lead_back_to_their_scene_and_to_no_other():
+    """All scenes in all wordings: each text is said of one scene alone, which it gives back."""
+    told: dict[str, Scene] = {}
+    for scene in ONE + TWO:
+        texts = wordings(scene)
+        assert texts == [caption(scene, k) for k in range(WORDINGS)]
+        assert len(set(texts)) == WORDINGS >= 3
+        told.update(dict.fromkeys(texts, scene))
+    assert len(told) == WORDINGS * (len(ONE) + len(TWO))
+    assert len(ONE) == 4 * 6 * 2 * 5 * 3 and len(TWO) == 48 * 40 * 3 * 4
+    assert all(parse(text) == told[text] for text in list(told)[::7])
+
+
+def test_captions_read_as_people_write_them():
+    small, large = Object("circle", "red", "small", "top left"), Object("square", "blue", "large")
+    assert caption(Scene((small,), "black")) == "a small red circle at the top left on a black background"
+    two = Scene((small._replace(position=None), large), "grey", "left of")
+    assert caption(two) == "a small red circle left of a large blue square on a grey background"
+    assert parse("  A small red circle left of a large\nblue square on a GRAY background. ") == two
+    assert parse("large blue square, center, white background").objects[0].position == "centre"
+    assert parse("a small red circle above a small red circle on a black background").relation == "above"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a small pimk circle in the centre on a black background", "'pimk' is none of its words"),
+        ("a small red squar in the centre on a black background", "did you mean square"),
+        ("a small red circle", "its words are known"),
+        ("a small red circle left of a large blue square", "its words are known"),
+        ("", "its words are known"),
+        ("a small red circle on a black background (a.*)", "none of its words"),
+    ],
+)
+def test_other_texts_are_refused_in_one_line(text, told):
+    with pytest.raises(ValueError, match=told) as error:
+        parse(text)
+    assert "\n" not in str(error.value)
+    assert "write it like 'a small red circle at the top left on a black background'" in str(error.value)
+
+
+def placed_alike(scenes: list[Scene]) -> Placed:
+    return place(scenes, range(len(scenes)))
+
+
+@pytest.fixture(scope="module")
+def placed_one() -> Placed:
+    return placed_alike(ONE * 4)
+
+
+@pytest.fixture(scope="module")
+def placed_two() -> Placed:
+    return placed_alike(TWO)
+
+
+def test_objects_lie_where_they_should_and_in_the_picture(placed_one):
+    """Alone: nearer to their own position than to any other's, by at least a tenth of the side."""
+    centre, half = placed_one.centre[:, 0], placed_one.half[:, 0]
+    assert (centre - half).min() >= 0 and (centre + half).max() <= 1
+    names = list(PLACES)
+    assert names == list(ATTRIBUTES["position"])
+    away = (centre[:, None] - torch.tensor(list(PLACES.values()))).norm(dim=2)  # (N, 5)
+    own = torch.tensor([names.index(scene.objects[0].position or "") for scene in ONE * 4])
+    nearest, second = away.topk(2, largest=False).values.unbind(1)
+    assert torch.equal(away.argmin(1), own)
+    assert (second - nearest).min() > 0.1
+    assert (placed_one.shape[:, 1] == -1).all()
+    assert centre.std(0).min() > 0.1 and nearest.std() > 0.01
+
+
+def test_two_objects_lie_as_their_relation_says_and_do_not_touch(placed_two):
+    """The relation holds for middles, and by much more than the other direction; boxes are a gap apart."""
+    centre, half = placed_two.centre, placed_two.half
+    assert (centre - half).min() >= 0 and (centre + half).max() <= 1
+    right, down = (centre[:, 1] - centre[:, 0]).unbind(1)
+    wanted = {"left of": right, "right of": -right, "above": down, "below": -down}
+    other = {"left of": down, "right of": down, "above": right, "below": right}
+    along = torch.stack([wanted[scene.relation][k] for k, scene in enumerate(TWO)])
+    across = torch.stack([other[scene.relation][k] for k, scene in enumerate(TWO)])
+    assert (along > 2.5 * across.abs()).all()
+    apart = ((centre[:, 0] - centre[:, 1]).abs() - half.sum(1)).max(1).values
+    assert apart.min() > GAP - 1e-9
+    assert along.std() > 0.03 and across.std() > 0.01
+
+
+def test_sizes_and_colours_are_never_doubtful(placed_one, placed_two):
+    """Every small object has less area than any large one; each colour is nearest to its own of all nine."""
+    for placed, scenes in ((placed_one, ONE * 4), (placed_two, TWO)):
+        large = torch.tensor([[each.size == "large" for each in scene.objects] for scene in scenes])
+        radius = placed.radius[:, : large.shape[1]]
+        assert (radius[large].min() / radius[~large].max()).square() > 1.5
+        assert radius[large].std() > 0.005 and radius[~large].std() > 0.005
+        names = list(COLOURS)
+        table = torch.tensor(list(COLOURS.values()), dtype=torch.float64)
+        for k in range(large.shape[1]):
+            own = torch.tensor([names.index(scene.objects[k].colour) for scene in scenes])
+            assert torch.equal(torch.cdist(placed.colour[:, k], table).argmin(1), own)
+            assert (placed.colour[:, k] - table[own]).abs().max() > 0.9 * COLOUR_JITTER
+        own = torch.tensor([names.index(scene.background) for scene in scenes])
+        assert torch.equal(torch.cdist(placed.background, table).argmin(1), own)
+    for a, b in combinations(COLOURS, 2):
+        assert math.dist(COLOURS[a], COLOURS[b]) > 4 * COLOUR_JITTER * math.sqrt(3)
+
+
+def corners(shape: str, area: float) -> np.ndarray:
+    """The outline (K, 2) of a shape of this area about its centroid, y downwards."""
+    if shape == "circle":
+        angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+        return math.sqrt(area / np.pi) * np.stack([np.cos(angle), np.sin(angle)], 1)
+    if shape == "square":
+        side = math.sqrt(area)
+        return side / 2 * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]])
+    if shape == "triangle":
+        side = math.sqrt(4 * area / math.sqrt(3))
+        height = side * math.sqrt(3) / 2
+        return np.array([[0, -2 * height / 3], [side / 2, height / 3], [-side / 2, height / 3]])
+    arm = math.sqrt(area / 5)  # five squares
+    quarter = np.array([[1, -3], [1, -1], [3, -1]]) * arm / 2
+    turned = [quarter @ np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), k) for k in range(4)]
+    return np.concatenate(turned)
+
+
+def coverage(outline: np.ndarray, size: int, fine: int = 8) -> np.ndarray:
+    """The share of each of size x size pixels that lies within an outline given in shares of the side."""
+    ticks = (np.arange(size * fine) + 0.5) / (size * fine)
+    x, y = np.meshgrid(ticks, ticks)
+    inside = Outline(outline).contains_points(np.stack([x.ravel(), y.ravel()], 1)).reshape(size, fine, size, fine)
+    return inside.mean((1, 3))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [32, 96])
+def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
+    """Each pixel has the share of the object's colour that the object covers, counted on a finer grid."""
+    scenes = [s for s in ONE if s.objects[0].shape == shape][::17]
+    placed = placed_alike(scenes)
+    white = placed._replace(colour=torch.full_like(placed.colour, 255), background=torch.zeros_like(placed.background))
+    found = paint(white, size).double() / 255
+    assert torch.equal(found[:, 0], found[:, 2])
+    for k in range(len(scenes)):
+        outline = corners(shape, math.pi * float(placed.radius[k, 0]) ** 2)
+        middle = (outline.max(0) + outline.min(0)) / 2
+        expected = coverage(outline - middle + placed.centre[k, 0].numpy(), size)
+        error = np.abs(found[k, 0].numpy() - expected)
+        assert error.max() < 0.3  # at corners, where the distance to the outline says less
+        assert found[k, 0].mean() == pytest.approx(expected.mean(), rel=0.03)
+
+
+def mask_of(picture: Tensor) -> np.ndarray:
+    """How much of each pixel (3, S, S) is of another colour than the background, the corner's, in [0, 1]."""
+    flat = picture.double().flatten(1)
+    away = flat - flat[:, :1]
+    farthest = away[:, away.norm(dim=0).argmax()]
+    return (farthest @ away / farthest.square().sum()).clamp(0, 1).view(picture.shape[1:]).numpy()
+
+
+def test_what_was_said_is_read_off_the_pictures_at_32_pixels():
+    """Shape by the outline of that area at that centroid that fits best, size by area, colours and position."""
+    scenes = ONE[::3]
+    pictures = render(scenes, 32, [7 + k for k in range(len(scenes))])
+    assert pictures.dtype == torch.uint8 and pictures.shape == (len(scenes), 3, 32, 32)
+    ticks = (np.arange(32) + 0.5) / 32
+    table = torch.tensor(list(COLOURS.values())).double()
+    for scene, picture in zip(scenes, pictures, strict=True):
+        mask, one = mask_of(picture), scene.objects[0]
+        area, centroid = mask.mean(), np.array([(mask.sum(0) * ticks).sum(), (mask.sum(1) * ticks).sum()]) / mask.sum()
+        misfit = {name: np.abs(mask - coverage(corners(name, area) + centroid, 32, 4)).sum() for name in SHAPES}
+        ordered = sorted(misfit, key=lambda name: misfit[name])
+        assert ordered[0] == one.shape
+        assert misfit[ordered[1]] > 1.2 * misfit[one.shape]
+        assert (area > math.pi * 0.128**2) == (one.size == "large")
+        nearest = min(PLACES, key=lambda name: math.dist(PLACES[name], centroid))
+        assert nearest == one.position
+        inside = picture[:, torch.from_numpy(mask > 0.95)].double().mean(1)
+        assert list(COLOURS)[int((table - inside).norm(dim=1).argmin())] == one.colour
+        assert list(COLOURS)[int((table - picture[:, 0, 0].double()).norm(dim=1).argmin())] == scene.background
+
+
+def test_larger_pictures_show_the_same():
+    """Averaged over blocks of 4 x 4 a picture of 128 is that of 32, but for how edges are softened."""
+    scenes = (ONE + TWO)[::500]
+    small, large = (render(scenes, size, range(len(scenes))).double() for size in (32, 128))
+    assert (torch.nn.functional.avg_pool2d(large, 4) - small).abs().mean() < 0.5
+
+
+def test_a_sample_depends_on_seed_and_number_alone():
+    """Not on its batch, on how many there are, or on torch's own generator, which is left alone."""
+    source = Shapes(num_samples=100, held_out=HELD_OUT, seed=3)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    x = source.fetch([5, 70, 5])
+    assert_close(torch.rand(2), expected, rtol=0, atol=0)
+    assert torch.equal(x[0], x[2]) and not torch.equal(x[0], x[1])
+    more = Shapes(num_samples=1000, held_out=HELD_OUT, seed=3)
+    assert torch.equal(more.fetch([70]), x[1:2])
+    assert more.scenes[70] == source.scenes[70]
+    assert torch.equal(pickle.loads(pickle.dumps(source)).fetch([5]), x[:1])
+    assert not torch.equal(Shapes(num_samples=100, held_out=HELD_OUT, seed=4).fetch([5]), x[:1])
+    one = place([ONE[0], TWO[0]], [8, 9]), place([TWO[0]], [9])
+    assert_close(one[0].centre[1:], one[1].centre, rtol=0, atol=0)
+    assert x.shape == (3, 3, 32, 32) and x.dtype == torch.uint8
+    with pytest.raises(ValueError, match=r"a seed of its own, got 1 for 2"):
+        render([ONE[0], ONE[1]], 32, [1])
+
+
+def test_captions_are_those_of_the_pictures_scenes():
+    """Made when asked for; numbers count from either end."""
+    source = Shapes(num_samples=50)
+    assert source.captions is not None
+    assert len(source) == len(source.captions) == len(source.scenes) == 50
+    assert source.labels is None and source.given is None
+    for k in (0, 17, 49):
+        assert source.captions[k] == wordings(source.scenes[k])
+        assert parse(source.captions[k][2]) == source.scenes[k]
+    assert source.captions[-1] == source.captions[49]
+    assert source.scenes[3:5] == [source.scenes[3], source.scenes[4]]
+    assert len(list(source.scenes)) == 50
+    with pytest.raises(IndexError):
+        source.captions[50]
+
+
+@pytest.mark.parametrize(("objects", "share"), [(1, 0.0), (2, 1.0), ("both", 0.5)])
+def test_held_out_combinations_are_never_seen_and_all_else_is_seen_alike(objects, share):
+    """Neither in training nor validation, which are cut from these; every single attribute still comes."""
+    n = 6000
+    source = Shapes(num_samples=n, objects=objects, held_out=HELD_OUT)
+    scenes = list(source.scenes)
+    assert not any(map(forbidden, scenes)) and not any(map(source.is_held_out, scenes))
+    two = sum(len(scene.objects) == 2 for scene in scenes) / n
+    assert abs(two - share) < 5 * math.sqrt(0.25 / n)
+    counts = Counter(value for scene in scenes for value in values(scene))
+    names = [name for name in ATTRIBUTES if name != "position" or objects != 2]
+    assert all(counts[name, value] > 200 for name in names for value in ATTRIBUTES[name])
+    everything = (ONE if objects in (1, "both") else []) + (TWO if objects in (2, "both") else [])
+    assert [source.is_held_out(scene) for scene in everything] == list(map(forbidden, everything))
+
+
+@pytest.mark.parametrize("objects", [1, 2, "both"])
+def test_scenes_to_evaluate_by_are_balanced(objects):
+    """Of each kind, seen and held out, by a seed; no value of an attribute is much more frequent than its others."""
+    source = Shapes(num_samples=10, objects=objects, held_out=HELD_OUT[:1])
+    seen, held_out = source.seen_scenes(120, seed=1), source.held_out_scenes(120, seed=1)
+    assert not any(map(forbidden, seen)) and all(map(forbidden, held_out))
+    assert seen == source.seen_scenes(120, seed=1) != source.seen_scenes(120, seed=2)
+    if objects == "both":
+        assert sum(len(scene.objects) for scene in seen) == 180
+    counts = Counter(value for scene in seen for value in values(scene))
+    for name, options in {**ATTRIBUTES, "relation": RELATIONS}.items():
+        found = [counts[name, option] for option in options if counts[name, option]]
+        assert not found or (len(found) == len(options) and max(found) - min(found) <= 0.2 * max(found))
+    assert {value for scene in held_out for value in values(scene)} >= {("size", "small"), ("background", "grey")}
+
+
+def test_without_anything_held_out_there_is_nothing_to_ask_for():
+    with pytest.raises(ValueError, match=r"no scenes are held out: set data\.source\.held_out"):
+        Shapes(num_samples=10).held_out_scenes(3, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"held_out": [{"color": "red"}]}, r"the attribute 'color': did you mean colour\?"),
+        ({"held_out": [{"colour": "rad"}]}, r"the colour 'rad': did you mean red\?"),
+        ({"held_out": [{"size": "huge"}]}, "there are small, large"),
+        ({"held_out": [{}]}, "is empty"),
+        ({"held_out": [{"shape": "cross"}]}, "leaves no scene with shape cross"),
+        ({"held_out": [{"shape": s, "colour": "red"} for s in SHAPES]}, "leaves no scene with colour red"),
+        ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
+        ({"objects": 3}, "must be 1, 2 or both, got 3"),
+        ({"image_size": 31}, "from 32x32 pixels on, got data.image_size=31"),
+        ({"channels": 1}, "got data.channels=1: set data.channels=3"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(settings, told):
+    with pytest.raises(ValueError, match=told) as error:
+        shapes(None, **{"image_size": 32, "channels": 3, **settings})
+    assert "\n" not in str(error.value)
+
+
+def test_the_preset_holds_out_six_pairs_and_splits():
+    """Each of the six colours with one shape, every shape among them; larger pictures by one setting."""
+    data = instantiate(compose("train", "data=shapes", "data.image_size=48", "data.source.num_samples=500").data)
+    data.setup()
+    source = data.source
+    assert isinstance(source, Shapes)
+    assert {mapping["colour"] for mapping in source.held_out} == set(ATTRIBUTES["colour"])
+    assert {mapping["shape"] for mapping in source.held_out} == set(SHAPES)
+    assert all(set(mapping) == {"shape", "colour"} for mapping in source.held_out)
+    assert not data.flip  # which would make lies of left and right
+    x = data.examples(4)
+    assert x.shape == (4, *data.shape) == (4, 3, 48, 48)
+    assert -1 <= x.min() < x.max() <= 1
