@@ -203,7 +203,8 @@ def test_examples_are_different_and_from_all_over():
     examples = opened(vocabulary=300).examples
     assert len(set(examples)) == 8
     assert sum(colour in " ".join(examples) for colour in COLOURS) >= 3
-    assert opened([["one"]] * 50 + [["two"]], vocabulary=300).examples == ["one", "two"]
+    odd = [["one"]] * 50 + [["t\x07wo", "o  ne", "${two}"], ["two"]]
+    assert opened(odd, vocabulary=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
 
 
 def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
@@ -584,10 +585,9 @@ def test_configurations_show_every_setting_and_fit_together(name, tmp_path):
         assert not missing
     if name == "pretrained":
         encode.model, encode.cache, encode.device = str(tmp_path / "model"), str(tmp_path / "cache"), "cpu"
-    settings = {key: value for key, value in encode.items() if key != "_target_"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*reads the captions")
-        encode.update(get_method(encode._target_).found_in(captioned(), settings))
+        encode.update(get_method(encode._target_).found_in(captioned(), OmegaConf.to_container(encode)))
     condition, net = instantiate(encode), instantiate(embed)(dim=24)
     vector, tokens, mask = net(condition([None, *condition.examples]))
     assert vector.shape == (9, 24)

@@ -69,11 +69,9 @@ class Tokens:
         self._warned = False
 
     def __call__(self, asked: Sequence[str | None]) -> Tensor:
-        ids = torch.full((len(asked), self.length), PADDING)
-        for row, each in zip(ids, asked, strict=True):
-            tokens = self._tokens(each)
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids
+        rows = [self._tokens(each) for each in asked]
+        padded = [row + [PADDING] * (self.length - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).view(-1, self.length)
 
     def of(self, source: Source, index: int, choice: int) -> str:
         return _caption_of(source, index, choice)
@@ -160,7 +158,8 @@ class Pretrained:
             "fingerprint": _fingerprint(folder),
         }
         found["examples"] = list(settings.get("examples") or _distinct(_sample(captions)))
-        Pretrained(**{**settings, **found}).prepare(captions)
+        given = {name: settings[name] for name in ("model", "length", "cache", "device") if name in settings}
+        Pretrained(**given, **found).prepare(captions)
         return found
 
     def prepare(self, captions: Sequence[Sequence[str]]) -> None:
@@ -268,7 +267,8 @@ def _sample(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _distinct(texts: Sequence[str], most: int = 8) -> list[str]:
-    different = list(dict.fromkeys(texts))
+    """Some of different texts, evenly apart, as a configuration can have them: in it "${" begins a reference."""
+    different = [text for text in dict.fromkeys(map(_clean, texts)) if text.isprintable() and "${" not in text]
     return [different[i] for i in _spread(len(different), most)]
 
 
@@ -320,7 +320,7 @@ def _train(texts: Sequence[str], vocabulary: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_normal, texts), trainer)
-    # In a configuration "${" would begin a reference to another setting.
+    # As a configuration can have it, in which "${" begins a reference to another setting.
     return json.dumps(json.loads(tokenizer.to_str()), separators=(",", ":")).replace("$", "\\u0024")
 
 
