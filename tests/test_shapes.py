@@ -57,10 +57,15 @@ def values(scene: Scene) -> set[tuple[str, str]]:
     return said | {("background", scene.background)} | ({("relation", scene.relation)} if scene.relation else set())
 
 
+def has_blue_circle(scene: Scene) -> bool:
+    return any(each.shape == "circle" and each.colour == "blue" for each in scene.objects)
+
+
 def forbidden(scene: Scene) -> bool:
-    """Whether it is held out by `HELD_OUT`, in words of its own."""
-    blue_circle = any(each.shape == "circle" and each.colour == "blue" for each in scene.objects)
-    return blue_circle or (scene.background == "white" and any(each.colour == "red" for each in scene.objects))
+    """Whether it is held out by `HELD_OUT`, written out once more."""
+    return has_blue_circle(scene) or (
+        scene.background == "white" and any(each.colour == "red" for each in scene.objects)
+    )
 
 
 def test_captions_lead_back_to_their_scene_and_to_no_other():
@@ -170,7 +175,7 @@ def test_sizes_and_colours_are_never_doubtful(placed_one, placed_two):
 def corners(shape: str, area: float) -> np.ndarray:
     """The outline (K, 2) of a shape of this area about its centroid, y downwards."""
     if shape == "circle":
-        angle = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+        angle = np.linspace(0, 2 * np.pi, 90, endpoint=False)
         return math.sqrt(area / np.pi) * np.stack([np.cos(angle), np.sin(angle)], 1)
     if shape == "square":
         side = math.sqrt(area)
@@ -197,7 +202,7 @@ def coverage(outline: np.ndarray, size: int, fine: int = 8) -> np.ndarray:
 @pytest.mark.parametrize("size", [32, 96])
 def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
     """Each pixel has the share of the object's colour that the object covers, counted on a finer grid."""
-    scenes = [s for s in ONE if s.objects[0].shape == shape][::17]
+    scenes = [s for s in ONE if s.objects[0].shape == shape][:: 17 * size // 32]
     placed = placed_alike(scenes)
     white = placed._replace(colour=torch.full_like(placed.colour, 255), background=torch.zeros_like(placed.background))
     found = paint(white, size).double() / 255
@@ -207,8 +212,9 @@ def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
         middle = (outline.max(0) + outline.min(0)) / 2
         expected = coverage(outline - middle + placed.centre[k, 0].numpy(), size)
         error = np.abs(found[k, 0].numpy() - expected)
-        assert error.max() < 0.3  # at corners, where the distance to the outline says less
-        assert found[k, 0].mean() == pytest.approx(expected.mean(), rel=0.03)
+        assert error.max() < 0.4  # at pointed corners, where the distance to the outline says less
+        assert error.sum() < 0.1 * expected.sum()
+        assert found[k, 0].mean() == pytest.approx(expected.mean(), rel=0.05)
 
 
 def mask_of(picture: Tensor) -> np.ndarray:
@@ -306,7 +312,7 @@ def test_scenes_to_evaluate_by_are_balanced(objects):
     """Of each kind, seen and held out, by a seed; no value of an attribute is much more frequent than its others."""
     source = Shapes(num_samples=10, objects=objects, held_out=HELD_OUT[:1])
     seen, held_out = source.seen_scenes(120, seed=1), source.held_out_scenes(120, seed=1)
-    assert not any(map(forbidden, seen)) and all(map(forbidden, held_out))
+    assert not any(map(has_blue_circle, seen)) and all(map(has_blue_circle, held_out))
     assert seen == source.seen_scenes(120, seed=1) != source.seen_scenes(120, seed=2)
     if objects == "both":
         assert sum(len(scene.objects) for scene in seen) == 180
