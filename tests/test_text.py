@@ -3,6 +3,7 @@
 import ast
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 import warnings
@@ -202,7 +203,8 @@ def test_examples_are_different_and_from_all_over():
     examples = opened(vocabulary=300).examples
     assert len(set(examples)) == 8
     assert sum(colour in " ".join(examples) for colour in COLOURS) >= 3
-    assert opened([["one"]] * 50 + [["two"]], vocabulary=300).examples == ["one", "two"]
+    odd = [["one"]] * 50 + [["t\x07wo", "o  ne", "${two}"], ["two"]]
+    assert opened(odd, vocabulary=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
 
 
 def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
@@ -230,7 +232,7 @@ def test_data_without_texts_say_so(kind):
     [
         ({"tokenizer": None}, "as a run starts"),
         ({"tokenizer": "{"}, "is no JSON of the tokenizers library"),
-        ({"vocabulary": 300}, "has 400 ids.*is 300: raise it"),
+        ({"vocabulary": 300}, "has 322 ids.*is 300: raise it"),
         ({"length": 2}, "at least 3"),
     ],
 )
@@ -479,7 +481,7 @@ def test_the_next_run_reads_no_caption_again(tmp_path, monkeypatch):
 
 def test_texts_that_are_longer_than_the_encoder_reads_are_cut(tmp_path):
     part = make("clip text", tmp_path / "model")
-    with pytest.warns(UserWarning, match=r"a text of 11 tokens is cut to 4 .*conditioning\.encode\.length"):
+    with pytest.warns(UserWarning, match=r"a text of 12 tokens is cut to 4 .*conditioning\.encode\.length"):
         settings = encoder(tmp_path / "model", tmp_path / "cache", length=4)
     found = Pretrained(**settings)([CAPTIONS[0][2]])
     ids = [1, *(4 + WORDS.index(word) for word in CAPTIONS[0][2].split()[:2]), 2]
@@ -525,8 +527,7 @@ def spoil_weights(folder):
 
 
 def set_kind(folder, kind):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
 
 
 @pytest.mark.parametrize(
@@ -537,7 +538,12 @@ def set_kind(folder, kind):
         (lambda folder: (folder / "model.safetensors").rename(folder / "x.bin"), "it has no model.safetensors;"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "it has no tokenizer.json;"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer .* cannot be opened"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), "cannot be opened"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), "holds no weights that can be read"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 9000), "holds no weights that can be read"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+            "names no files",
+        ),
         (spoil_weights, "lack 1 of the encoder's"),
         (lambda folder: set_kind(folder, "unheard_of"), "none that the transformers library knows"),
         (lambda folder: set_kind(folder, "dinov2"), "is a dinov2, which has no part for texts"),
@@ -579,10 +585,9 @@ def test_configurations_show_every_setting_and_fit_together(name, tmp_path):
         assert not missing
     if name == "pretrained":
         encode.model, encode.cache, encode.device = str(tmp_path / "model"), str(tmp_path / "cache"), "cpu"
-    settings = {key: value for key, value in encode.items() if key != "_target_"}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*reads the captions")
-        encode.update(get_method(encode._target_).found_in(captioned(), settings))
+        encode.update(get_method(encode._target_).found_in(captioned(), OmegaConf.to_container(encode)))
     condition, net = instantiate(encode), instantiate(embed)(dim=24)
     vector, tokens, mask = net(condition([None, *condition.examples]))
     assert vector.shape == (9, 24)

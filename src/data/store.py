@@ -97,8 +97,8 @@ class Store:
             whole = rows.stat().st_size // (2 * self.width)
             if whole:
                 self._rows = np.memmap(rows, np.float16, "r", shape=(whole, self.width))
-        except FileNotFoundError:
-            return
+        except OSError:
+            return  # nothing is there yet, or none of it can be read
         self._read_records += len(new)
         records = np.concatenate([self._records, new])
         self._records = records[np.argsort(records["key"], kind="stable")]

@@ -5,6 +5,7 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.data.batch import Source
@@ -67,11 +69,9 @@ class Tokens:
         self._warned = False
 
     def __call__(self, asked: Sequence[str | None]) -> Tensor:
-        ids = torch.full((len(asked), self.length), PADDING)
-        for row, each in zip(ids, asked, strict=True):
-            tokens = self._tokens(each)
-            row[: len(tokens)] = torch.tensor(tokens)
-        return ids
+        rows = [self._tokens(each) for each in asked]
+        padded = [row + [PADDING] * (self.length - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).view(-1, self.length)
 
     def of(self, source: Source, index: int, choice: int) -> str:
         return _caption_of(source, index, choice)
@@ -158,7 +158,8 @@ class Pretrained:
             "fingerprint": _fingerprint(folder),
         }
         found["examples"] = list(settings.get("examples") or _distinct(_sample(captions)))
-        Pretrained(**{**settings, **found}).prepare(captions)
+        given = {name: settings[name] for name in ("model", "length", "cache", "device") if name in settings}
+        Pretrained(**given, **found).prepare(captions)
         return found
 
     def prepare(self, captions: Sequence[Sequence[str]]) -> None:
@@ -266,7 +267,8 @@ def _sample(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _distinct(texts: Sequence[str], most: int = 8) -> list[str]:
-    different = list(dict.fromkeys(texts))
+    """Some of different texts, evenly apart, as a configuration can have them: in it "${" begins a reference."""
+    different = [text for text in dict.fromkeys(map(_clean, texts)) if text.isprintable() and "${" not in text]
     return [different[i] for i in _spread(len(different), most)]
 
 
@@ -318,7 +320,7 @@ def _train(texts: Sequence[str], vocabulary: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_normal, texts), trainer)
-    # In a configuration "${" would begin a reference to another setting.
+    # As a configuration can have it, in which "${" begins a reference to another setting.
     return json.dumps(json.loads(tokenizer.to_str()), separators=(",", ":")).replace("$", "\\u0024")
 
 
@@ -367,6 +369,11 @@ def _fingerprint(folder: Path) -> str:
         path = folder / name
         parts += [name, path.read_bytes().hex()] if path.is_file() else []
     for path in _weights(folder):
+        try:
+            with safe_open(path, "pt"):
+                pass  # it is whole, and its header can be believed
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no weights that can be read ({_line(error)}): save it anew") from error
         parts += [path.name, *_samples(path)]
     return digest(*parts)
 
@@ -374,7 +381,11 @@ def _fingerprint(folder: Path) -> str:
 def _weights(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+    try:
+        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder / INDEX} names no files of weights ({_line(error)}): save it anew") from error
+    return [folder / name for name in sorted(names)]
 
 
 def _samples(path: Path, count: int = 4, size: int = 4096) -> Iterator[str]:
@@ -430,15 +441,16 @@ def _open_net(folder: Path) -> torch.nn.Module:
     try:
         known = type(config) in library.MODEL_FOR_TEXT_ENCODING_MAPPING
         kind = library.AutoModelForTextEncoding if known else library.AutoModel
-        net, loaded = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _quiet(library):
+            net, loaded = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the encoder in {folder} cannot be opened ({_line(error)}): save it anew") from error
     missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)  # which is not used
@@ -449,6 +461,21 @@ def _open_net(folder: Path) -> torch.nn.Module:
     if net.config.is_encoder_decoder:
         net = net.get_encoder()
     return net.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quiet(library: Any) -> Iterator[None]:
+    """No table of the weights that are not of the text part, and no progress bar."""
+    logging = library.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _accelerator() -> torch.device:
