@@ -22,7 +22,7 @@ from src.metrics.figures import Figure, mean_of, name, wilson
 from src.metrics.judge import train_judge
 from src.module import DiffusionModule, Sampler
 from src.processes import Processes
-from src.quality import classifier_of, shown_of
+from src.quality import Progress, classifier_of, shown_of
 
 JUDGE_STEPS = 600
 """Of training the judge of shapes, which are enough for `RIGHT`."""
@@ -82,23 +82,30 @@ class Exam(Protocol):
         ...
 
 
-def exam_of(data: StreamDataModule, settings: Settings, processes: Processes) -> Exam | None:
+def exam_of(
+    data: StreamDataModule, settings: Settings, processes: Processes, progress: Progress = lambda steps: steps
+) -> Exam | None:
     """What a run can be asked; None where nobody judges what it shows. Every process needs one.
 
-    The first trains the judge while the others wait, who then find it in the cache. Raises ValueError for settings that
-    cannot be, and for a judge that is not good enough.
+    The first trains the judge while the others wait, who then find it in the cache; `progress` shows how far a judge of
+    shapes has come. Raises ValueError for settings that cannot be, and for a judge that is not good enough.
     """
     settings.check()
     data.setup()
     of_shapes = isinstance(data.source, Shapes) and data.condition is not None
     if not of_shapes and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
         return None
-    make: Callable[[StreamDataModule, Settings, torch.device], Exam] = ShapesExam if of_shapes else ClassExam
+
+    def made() -> Exam:
+        if of_shapes:
+            return ShapesExam(data, settings, device, progress)
+        return ClassExam(data, settings, device)
+
     # As for other figures: Apple's GPUs know no float64.
     device = torch.device("cpu") if processes.device.type == "mps" else processes.device
-    exam = make(data, settings, device) if processes.rank == 0 else None
+    exam = made() if processes.rank == 0 else None
     processes.gather(None)
-    return exam or make(data, settings, device)
+    return exam or made()
 
 
 class ClassExam:
@@ -191,7 +198,7 @@ class ShapesExam:
 
     attributes: Sequence[str] = ("number", *LOOKS, "position", "relation", "background")
 
-    def __init__(self, data: StreamDataModule, settings: Settings, device: torch.device) -> None:
+    def __init__(self, data: StreamDataModule, settings: Settings, device: torch.device, progress: Progress) -> None:
         assert isinstance(data.source, Shapes)
         self.data, self.source = data, data.source
         self.seed = settings.seed
@@ -205,7 +212,7 @@ class ShapesExam:
             for group, some in scenes.items()
         }
         counts = [len(answers) for answers in QUESTIONS.values()]
-        self.judge = train_judge(self._made, counts, settings.judge_steps, settings.cache, device=device)
+        self.judge = train_judge(self._made, counts, settings.judge_steps, settings.cache, progress, device=device)
         self.own: Mapping[str, Figure] = self._tested(settings.judge_steps)
 
     def right(self, images: Tensor, asked: Sequence[str]) -> Tensor:

@@ -274,7 +274,9 @@ def exam_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Ex
     from src import alignment
 
     with usage_errors():
-        exam = alignment.exam_of(opened.data, alignment_settings(cfg), processes)
+        exam = alignment.exam_of(
+            opened.data, alignment_settings(cfg), processes, lambda steps: progress(steps, "Judge", processes.rank)
+        )
     if exam is None and processes.rank == 0:
         print(
             "How often samples show what they were asked to is measured of images by class and of data=shapes by "

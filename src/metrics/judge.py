@@ -1,6 +1,6 @@
 """What images show, question by question: one network for all, trained on images that are made as it learns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,8 @@ from src.metrics.features import check_images
 
 Made = Callable[[int], tuple[Tensor, Tensor]]
 """The images (B, C, H, W) uint8 of a step, and the answers (B, Q) int64 to each question about them."""
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""Passes its argument on, and shows how far it has come."""
 
 
 class Judge:
@@ -40,6 +42,7 @@ def train_judge(
     counts: Sequence[int],
     steps: int,
     cache: Path,
+    progress: Progress,
     lr: float = 2e-3,
     width: int = 32,
     features: int = 256,
@@ -49,10 +52,11 @@ def train_judge(
     """Train on what is `made` for steps 0..steps - 1, or read what such a training gave from `cache`.
 
     AdamW with a learning rate that falls linearly to 0. What is made for step 0 stands in the cache for all of it, so
-    that a change of what makes it trains another judge. Raises ValueError for no steps.
+    that a change of what makes it trains another judge. `progress` shows how far it has come. Raises ValueError for no
+    steps.
     """
     if steps < 1:
-        raise ValueError(f"a judge needs at least 1 step of training, got {steps}")
+        raise ValueError(f"a judge needs at least 1 step of training, got {steps}: raise alignment.judge_steps")
     images, answers = made(0)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -60,19 +64,19 @@ def train_judge(
     key = digest(str(net), repr(list(counts)), steps, lr, seed, images, answers)
 
     def compute() -> Tensors:
-        fit(net.to(device), made, counts, steps, lr)
+        fit(net.to(device), made, counts, steps, progress, lr)
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"judge-{key}", compute))
     return Judge(net.to(device), counts)
 
 
-def fit(net: Net, made: Made, counts: Sequence[int], steps: int, lr: float) -> None:
+def fit(net: Net, made: Made, counts: Sequence[int], steps: int, progress: Progress, lr: float) -> None:
     """Train `net` by the sum over all questions of the cross-entropy."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
     device = net.head.weight.device
-    for step in range(steps):
+    for step in progress(range(steps)):
         images, answers = (part.to(device) for part in made(step))
         optimizer.zero_grad()
         parts = net(images).split(list(counts), dim=1)
