@@ -1,7 +1,7 @@
 """How often samples show what they were asked to be, and how much they vary, over scales of guidance.
 
-Who judges them was trained by this command: for pictures of shapes a network that answers a question about each
-attribute, for classes a classifier. What it makes of real images is reported beside what it makes of samples.
+Who judges them was trained by this command: for pictures of shapes a network that finds objects and says
+what they are, for classes a classifier. What it makes of real images is reported beside what it makes of samples.
 """
 
 import itertools
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from src.data.batch import StreamDataModule
 from src.data.conditions import Classes
-from src.data.shapes import ATTRIBUTES, WORDINGS, Scene, Shapes, caption, parse, render
+from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
 from src.draws import key
 from src.metrics.figures import Figure, mean_of, name, wilson
-from src.metrics.judge import train_judge
+from src.metrics.judge import Pictures, Seen, train_judge
 from src.module import DiffusionModule, Sampler
 from src.processes import Processes
 from src.quality import Progress, classifier_of, shown_of
@@ -53,7 +53,8 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for what cannot be measured."""
-        if not self.scales or not all(math.isfinite(scale) and scale >= 0 for scale in self.scales):
+        numbers = [scale for scale in self.scales if isinstance(scale, int | float) and 0 <= scale < math.inf]
+        if not numbers or len(numbers) < len(self.scales):
             raise ValueError(
                 f"alignment.scales are one or more scales of guidance from 0 on, got {list(self.scales)}: "
                 "[1, 1.5, 2, 3, 5] is usual"
@@ -142,51 +143,51 @@ class ClassExam:
 
 
 LOOKS = ("shape", "colour", "size")
-QUESTIONS: Mapping[str, Sequence[int | str | None]] = {
-    "number": (1, 2),
-    "background": ATTRIBUTES["background"],
-    "position": (*ATTRIBUTES["position"], None),
-    "line": ("across", "upright", None),
-    **{f"{look} 1": ATTRIBUTES[look] for look in LOOKS},
-    **{f"{look} 2": (*ATTRIBUTES[look], None) for look in LOOKS},
-}
-"""What the judge of shapes is asked about a picture, and the answers. Object 1 is the left of two that lie on a line
-across, or the upper of two on an upright one; None is said of what only one object has, or only two have."""
+"""What the judge of shapes says of each object; of the whole picture it says the background."""
 
 
-def answers_of(scene: Scene) -> dict[str, int | str | None]:
-    """What a picture of a scene shows: the answer to each of `QUESTIONS`."""
-    objects = scene.objects[::-1] if scene.relation in ("right of", "below") else scene.objects
-    line = {"left of": "across", "right of": "across", "above": "upright", "below": "upright"}
-    answers: dict[str, int | str | None] = dict.fromkeys(QUESTIONS)
-    answers |= {"number": len(objects), "background": scene.background, "position": scene.objects[0].position}
-    answers["line"] = line[scene.relation] if scene.relation else None
-    for k, each in enumerate(objects, 1):
-        answers |= {f"{look} {k}": getattr(each, look) for look in LOOKS}
-    return answers
+def compared(scene: Scene, seen: Seen) -> dict[str, bool]:
+    """In which attributes a picture, of which the judge has `seen` so much, shows the scene.
 
-
-def compared(scene: Scene, seen: Mapping[str, int | str | None]) -> dict[str, bool]:
-    """In which attributes a picture, of which `QUESTIONS` were answered so, shows the scene.
-
-    Each object that was asked for is held against one that is seen: in the order in which they lie, or in the other
-    if more fits then. `shape`, `colour` and `size` are right if those of all objects are. A `relation` is right if the
-    line is, and the order in which they lie is the one in which more fits.
+    Each object that was asked for is held against one that is seen, so that as much as possible fits, and then that
+    the relation does. `shape`, `colour` and `size` are right if those of all objects are; an object too many is wrong
+    in `number` alone. A `position` is right if it is the nearest one, a `relation` if it is that of the two objects.
     """
-    asked = answers_of(scene)
-    numbers = range(1, len(scene.objects) + 1)
+    asked = [tuple(ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS) for each in scene.objects]
+    numbers = [*range(len(seen.looks)), *[None] * len(asked)][: max(len(seen.looks), len(asked))]
+    best: tuple[tuple[int, bool], dict[str, bool]] | None = None
+    for chosen in itertools.permutations(numbers, len(asked)):
+        right = [
+            [k is not None and seen.looks[k][q] == own[q] for q in range(len(LOOKS))]
+            for k, own in zip(chosen, asked, strict=True)
+        ]
+        found = {look: all(column) for look, column in zip(LOOKS, zip(*right, strict=True), strict=True)}
+        where = [None if k is None else seen.middles[k] for k in chosen]
+        if scene.relation is None:
+            lies = where[0] is not None and nearest_place(where[0]) == scene.objects[0].position
+            found["position"] = lies
+        else:
+            lies = where[0] is not None and where[1] is not None and relation_of(where[0], where[1]) == scene.relation
+            found["relation"] = lies
+        fits = (sum(map(sum, right)), lies)
+        if best is None or fits > best[0]:
+            best = fits, found
+    assert best is not None
+    background = seen.ground == ATTRIBUTES["background"].index(scene.background)
+    return {"number": len(seen.looks) == len(asked), **best[1], "background": background}
 
-    def right(look: str, k: int, swapped: bool) -> bool:
-        return asked[f"{look} {k}"] == seen[f"{look} {3 - k if swapped else k}"]
 
-    fit, other = (sum(right(look, k, swapped) for look in LOOKS for k in numbers) for swapped in (False, True))
-    result = {name: asked[name] == seen[name] for name in ("number", "background")}
-    result |= {look: all(right(look, k, other > fit) for k in numbers) for look in LOOKS}
-    if scene.relation is None:
-        result["position"] = asked["position"] == seen["position"]
-    else:
-        result["relation"] = asked["line"] == seen["line"] and fit > other
-    return result
+def nearest_place(middle: tuple[float, float]) -> str:
+    """The position whose place is the nearest to a middle (x, y)."""
+    return min(PLACES, key=lambda position: math.dist(PLACES[position], middle))
+
+
+def relation_of(first: tuple[float, float], second: tuple[float, float]) -> str:
+    """How an object with its middle (x, y) at `first` lies to one at `second`, by the longer way; y goes downwards."""
+    right, down = first[0] - second[0], first[1] - second[1]
+    if abs(right) > abs(down):
+        return "right of" if right > 0 else "left of"
+    return "below" if down > 0 else "above"
 
 
 class ShapesExam:
@@ -211,8 +212,15 @@ class ShapesExam:
             group: [caption(scene, key(settings.seed, "wording", k) % WORDINGS) for k, scene in enumerate(some)]
             for group, some in scenes.items()
         }
-        counts = [len(answers) for answers in QUESTIONS.values()]
-        self.judge = train_judge(self._made, counts, settings.judge_steps, settings.cache, progress, device=device)
+        self.judge = train_judge(
+            self._made,
+            [len(ATTRIBUTES[look]) for look in LOOKS],
+            len(ATTRIBUTES["background"]),
+            settings.judge_steps,
+            settings.cache,
+            progress,
+            device=device,
+        )
         self.own: Mapping[str, Figure] = self._tested(settings.judge_steps)
 
     def right(self, images: Tensor, asked: Sequence[str]) -> Tensor:
@@ -220,29 +228,36 @@ class ShapesExam:
 
     def real(self, prompt: str) -> Tensor:
         seeds = [key(self.seed, "real", prompt, k) for k in range(REAL)]
-        return self._render([parse(prompt)] * REAL, seeds)
+        return self._shown(render([parse(prompt)] * REAL, self.source.image_size, seeds))
 
     def _compared(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
         result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)
-        for k, (scene, numbers) in enumerate(zip(scenes, self.judge(images).tolist(), strict=True)):
-            seen = {q: QUESTIONS[q][number] for q, number in zip(QUESTIONS, numbers, strict=True)}
+        for k, (scene, seen) in enumerate(zip(scenes, self.judge(images), strict=True)):
             found = compared(scene, seen)
-            for place, attribute in enumerate(self.attributes):
+            for column, attribute in enumerate(self.attributes):
                 if attribute in found:
-                    result[k, place] = found[attribute]
+                    result[k, column] = found[attribute]
         return result
 
-    def _made(self, step: int, count: int = 64) -> tuple[Tensor, Tensor]:
-        """Renders of any scenes, and their answers: what the judge learns from."""
+    def _made(self, step: int, count: int = 32) -> Pictures:
+        """Renders of any scenes: what the judge learns from."""
         scenes = self.source.any_scenes(count, key("judge", step))
         seeds = [key("judge", step, k) for k in range(count)]
-        answers = [[QUESTIONS[q].index(answer) for q, answer in answers_of(scene).items()] for scene in scenes]
-        return self._render(scenes, seeds), torch.tensor(answers)
+        placed = place(scenes, seeds)
+        looks = torch.zeros(count, 2, len(LOOKS), dtype=torch.int64)
+        for n, scene in enumerate(scenes):
+            for k, each in enumerate(scene.objects):
+                looks[n, k] = torch.tensor([ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS])
+        ground = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
+        there = placed.shape >= 0
+        middles = torch.where(there[..., None], placed.centre, math.nan).float()
+        return Pictures(self._shown(paint(placed, self.source.image_size)), middles, looks, ground)
 
     def _tested(self, steps: int) -> dict[str, Figure]:
         """The judge's figures on renders that it did not learn from."""
         scenes = self.source.any_scenes(RENDERS, key("judge", "tested"))
-        images = self._render(scenes, [key("judge", "tested", k) for k in range(RENDERS)])
+        seeds = [key("judge", "tested", k) for k in range(RENDERS)]
+        images = self._shown(render(scenes, self.source.image_size, seeds))
         right = self._compared(images, scenes)
         figures = shares(self.attributes, right)
         worst = min(figures, key=lambda each: figures[each].value if not each.startswith("all_") else math.inf)
@@ -256,9 +271,9 @@ class ShapesExam:
             warnings.warn(told, stacklevel=2)
         return figures
 
-    def _render(self, scenes: Sequence[Scene], seeds: Sequence[int]) -> Tensor:
+    def _shown(self, images: Tensor) -> Tensor:
         """As files show them, to as many levels as the data have."""
-        return self.data.to_display(self.data.to_model(render(scenes, self.source.image_size, seeds)))
+        return self.data.to_display(self.data.to_model(images))
 
 
 class Aligned(NamedTuple):

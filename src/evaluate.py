@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
 from src.cli import launch
@@ -264,7 +264,8 @@ def alignment_settings(cfg: DictConfig) -> "Settings":
     from src.alignment import Settings
 
     own = cfg.alignment
-    return Settings(list(own.scales), own.n, own.judge_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+    scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
+    return Settings(scales, own.n, own.judge_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
 
 
 def exam_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Exam | None":

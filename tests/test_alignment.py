@@ -13,12 +13,11 @@ from scipy.stats import binomtest
 
 from src import runs
 from src.alignment import (
-    QUESTIONS,
+    LOOKS,
     ClassExam,
     Settings,
     ShapesExam,
     aligned,
-    answers_of,
     best,
     compared,
     draw_and_judge,
@@ -27,7 +26,7 @@ from src.alignment import (
     spread,
 )
 from src.data.images import ImageDataModule
-from src.data.shapes import ATTRIBUTES, Shapes, parse, render, shapes
+from src.data.shapes import ATTRIBUTES, Shapes, paint, parse, place, render, shapes
 from src.diffusion import losses, samplers, schedules
 from src.diffusion.noise import NoiseSchedule
 from src.diffusion.process import GaussianDiffusion
@@ -36,6 +35,7 @@ from src.errors import UsageError
 from src.evaluate import evaluate
 from src.evaluate import exam_of as command_exam_of
 from src.metrics.figures import wilson
+from src.metrics.judge import Seen
 from src.module import Conditioning, DiffusionModule, Sampler
 from src.processes import Processes
 from src.tables import markdown
@@ -81,15 +81,23 @@ def shapes_data(**settings):
     return data
 
 
+def what_is_seen(placed, scene, number):
+    """What a perfect judge sees of scene `number` of those that were placed."""
+    middles = [tuple(middle) for middle in placed.centre[number].tolist()][: len(scene.objects)]
+    looks = [tuple(ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS) for each in scene.objects]
+    return Seen(middles, looks, ATTRIBUTES["background"].index(scene.background))
+
+
 class Oracle:
     """Sees what a picture shows because it was told so."""
 
-    def __init__(self, told):
-        self.told = {image.numpy().tobytes(): scene for scene, image in told}
+    def __init__(self, scenes, seeds):
+        placed = place(scenes, seeds)
+        pairs = enumerate(zip(paint(placed, 32), scenes, strict=True))
+        self.told = {image.numpy().tobytes(): what_is_seen(placed, scene, k) for k, (image, scene) in pairs}
 
     def __call__(self, images):
-        answers = [answers_of(self.told[image.numpy().tobytes()]) for image in images]
-        return torch.tensor([[QUESTIONS[q].index(each[q]) for q in QUESTIONS] for each in answers])
+        return [self.told[image.numpy().tobytes()] for image in images]
 
 
 @pytest.fixture
@@ -97,14 +105,14 @@ def exam(tmp_path, monkeypatch):
     """Of shapes, with no judge yet."""
     monkeypatch.setattr("src.alignment.train_judge", lambda *args, **kwargs: None)
     monkeypatch.setattr(ShapesExam, "_tested", lambda self, steps: {"all_9": wilson(9, 9)})
-    return ShapesExam(shapes_data(), Settings(n=24, cache=tmp_path), torch.device("cpu"))
+    return ShapesExam(shapes_data(), Settings(n=24, cache=tmp_path), torch.device("cpu"), list)
 
 
 def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
     """Every attribute of every object of random scenes, changed to every other value."""
     checked = set()
     for scene in Shapes(num_samples=10, held_out=HELD_OUT).any_scenes(60, 1):
-        assert all(compared(scene, answers_of(scene)).values())
+        assert all(compared(scene, what_is_seen(place([scene], [0]), scene, 0)).values())
         changed = {"background": [scene._replace(background=b) for b in ATTRIBUTES["background"]]}
         for look in ("shape", "colour", "size", "position")[: 3 if scene.relation else 4]:
             changed[look] = [
@@ -115,28 +123,32 @@ def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
         if scene.relation:
             changed["relation"] = [scene._replace(relation=table[scene.relation]) for table in (OPPOSITE, TURNED)]
         for attribute, others in changed.items():
-            for other in others:
+            for number, other in enumerate(others):
                 if other == scene or len({each.colour for each in other.objects}) < len(other.objects):
                     continue  # two objects of one colour are no scene
-                wrong = {name for name, right in compared(scene, answers_of(other)).items() if not right}
+                seen = what_is_seen(place([other], [number]), other, 0)
+                wrong = {name for name, right in compared(scene, seen).items() if not right}
                 assert wrong == {attribute}, (scene, other)
                 checked.add(attribute)
     assert checked == {"background", "shape", "colour", "size", "position", "relation"}
 
 
-def test_the_same_scene_told_from_its_other_object_is_right():
-    scene = parse("a small red circle left of a large blue square on a grey background")
+def test_the_number_of_objects_is_an_attribute_of_its_own():
+    """And a scene is the same told from its other object."""
+    pair = parse("a small red circle left of a large blue square on a grey background")
     same = parse("a large blue square right of a small red circle on a grey background")
-    assert answers_of(scene) == answers_of(same)
-    alone = parse("a large blue square in the centre on a grey background")
-    found = compared(scene, answers_of(alone))
-    assert found == {
-        "number": False, "background": True, "shape": False, "colour": False, "size": False, "relation": False
-    }  # fmt: skip
-    found = compared(alone, answers_of(scene))  # the square is there, but not alone
-    assert found == {
-        "number": False, "background": True, "shape": True, "colour": True, "size": True, "position": False
-    }  # fmt: skip
+    square = parse("a large blue square in the centre on a grey background")
+    seen = {scene: what_is_seen(place([scene], [0]), scene, 0) for scene in (pair, square)}
+    assert all(compared(same, seen[pair]).values())
+    wrong = {"number", "shape", "colour", "size", "relation"}
+    assert {name for name, right in compared(pair, seen[square]).items() if not right} == wrong
+    middles = [*seen[pair].middles, (0.9, 0.9)]
+    more = Seen(middles, [*seen[pair].looks, seen[square].looks[0]], seen[pair].ground)
+    assert {name for name, right in compared(pair, more).items() if not right} == {"number"}
+    alone = Seen([(0.5, 0.46), (0.2, 0.3)], more.looks[1::-1], more.ground)  # the square is there, but not alone
+    assert {name for name, right in compared(square, alone).items() if not right} == {"number"}
+    nothing = Seen([], [], more.ground)
+    assert {name for name, right in compared(pair, nothing).items() if right} == {"background"}
 
 
 def pictures(exam, group, per_prompt, change=lambda scene: scene):
@@ -159,7 +171,7 @@ def test_real_renders_are_right_and_vary_as_much_and_a_wrong_colour_is_wrong_in_
     usual = [spread(exam.real(prompt)) for prompt in prompts]
     for change, wrong in ((lambda scene: scene, {}), (other_colour, {"colour", "all"})):
         scenes, images = pictures(exam, "seen", 20, change)
-        exam.judge = Oracle(zip(scenes, images, strict=True))
+        exam.judge = Oracle(scenes, range(len(scenes)))
         result = aligned(exam, images, prompts, prompts, usual, seed=0)
         figures = {name.rpartition("_")[0]: figure for name, figure in result.figures.items()}
         assert figures.keys() == {*exam.attributes, "all", "diversity"}
@@ -215,7 +227,7 @@ def painter(exam, change):
         shape=(3, 32, 32),
         conditioning=Conditioning(torch.tensor([1000]), torch.arange(2), 0.1),
     )
-    return module, Oracle(zip(shown, images, strict=True))
+    return module, Oracle(shown, range(len(shown)))
 
 
 def test_a_model_that_fails_at_held_out_colours_is_found_out(exam):
@@ -381,6 +393,7 @@ def test_runs_without_conditions_say_nothing_of_it_and_others_one_line(trained, 
     [
         (["alignment.scales=[]"], "one or more scales of guidance from 0 on"),
         (["alignment.scales=[1,-2]"], r"from 0 on, got \[1, -2\]"),
+        (["alignment.scales=much"], r"from 0 on, got \['much'\]"),
         (["alignment.n=1"], "alignment.n must be at least 2, got 1"),
         (["alignment.n=12"], "alignment.n=12 leaves less than two samples to each of 10 classes"),
     ],
