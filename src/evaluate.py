@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
 from src.cli import launch
@@ -19,6 +19,7 @@ from src.trust import CONF
 if TYPE_CHECKING:
     import torch
 
+    from src.alignment import Exam, Settings
     from src.evaluation import Bound
     from src.metrics.figures import Figure
     from src.module import Sampler
@@ -44,7 +45,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """The likelihood that a run gives held-out data, and the quality of its samples: a table, plots and pictures."""
+    """The likelihood of held-out data, and the quality and alignment of samples: a table, plots and pictures."""
     from src import building, out_of_memory, runs
 
     with usage_errors():
@@ -52,8 +53,10 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
-        if not (cfg.likelihood or cfg.quality):
-            raise ValueError("likelihood=false quality=false leaves nothing to evaluate: leave one of them out")
+        if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
+            raise ValueError(
+                "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
+            )
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root)
         samplers = {}
         own = opened.config.sampler
@@ -72,10 +75,14 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
+        exam = exam_of(cfg, opened, processes)  # before anything long, since its judge may not be good enough
         if cfg.likelihood:
             metrics |= likelihood(cfg, folder, opened, processes)
         if cfg.quality:
             metrics |= quality(cfg, folder, opened, samplers, processes)
+        if exam is not None:
+            name, sampler = next(iter(samplers.items()))
+            metrics |= alignment(cfg, folder, opened, name, sampler, exam, processes)
     if processes.rank == 0:
         text = markdown(metrics)
         (folder / "table.md").write_text(text)
@@ -250,6 +257,104 @@ def leave_pictures(
             curves.setdefault(name.replace(steps, "", 1), []).append((d.calls, [m.figures[t] for t in titles]))
         picture = plots.quality_against_cost(titles, curves, [floors[stem(title)] for title in titles])
         picture.save(folder / "quality.png")
+
+
+def alignment_settings(cfg: DictConfig) -> "Settings":
+    """How alignment is measured."""
+    from src.alignment import Settings
+
+    own = cfg.alignment
+    scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
+    return Settings(scales, own.n, own.judge_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+
+
+def exam_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Exam | None":
+    """What samples are asked to be, if that is to be measured and can be."""
+    if not cfg.alignment.enabled or opened.data.condition is None:
+        return None
+    from src import alignment
+
+    with usage_errors():
+        exam = alignment.exam_of(
+            opened.data, alignment_settings(cfg), processes, lambda steps: progress(steps, "Judge", processes.rank)
+        )
+    if exam is None and processes.rank == 0:
+        print(
+            "How often samples show what they were asked to is measured of images by class and of data=shapes by "
+            "caption, not of this run's conditions."
+        )
+    return exam
+
+
+def alignment(
+    cfg: DictConfig,
+    folder: Path,
+    opened: "OpenedRun",
+    name: str,
+    sampler: "Sampler",
+    exam: "Exam",
+    processes: "Processes",
+) -> dict[str, Any]:
+    """How often samples show what they were asked to, and how much they vary, over scales of guidance."""
+    from tqdm import tqdm
+
+    from src import plots
+    from src.alignment import at_scale, best, curves, draw_and_judge, right_of, scales_of
+    from src.quality import seconds_of_call
+
+    module = opened.module
+    settings = alignment_settings(cfg)
+    scales = scales_of(module, sampler, settings.scales)
+    calls = {scale: module.network_calls(at_scale(sampler, scale)) for scale in scales}
+    total = exam.n * len(exam.prompts)
+    if processes.rank == 0:
+        size = min(settings.batch_size, -(-total // processes.count))
+        turns = -(-total // (size * processes.count))
+        seconds = seconds_of_call(module, size) * turns * sum(calls.values())
+        alone = (
+            "" if scales == sorted({*settings.scales}) else ", as this run never learned what is asked for by nothing"
+        )
+        print(
+            f"Drawing {total} samples by {name} at guidance {', '.join(f'{scale:g}' for scale in scales)}{alone}: "
+            f"about {duration(seconds)} on {processes.count} x {processes.device.type}",
+            flush=True,
+        )
+    bar = tqdm(
+        total=total * sum(calls.values()), unit="call", unit_scale=True, desc="Alignment", disable=processes.rank > 0
+    )
+    with bar, usage_errors():
+        asked = draw_and_judge(
+            module,
+            sampler,
+            exam,
+            opened.data,
+            settings._replace(scales=scales),
+            processes,
+            lambda scale, samples: advance(bar, calls[scale], samples),
+        )
+    if processes.rank > 0:
+        return {}
+    found, scale = asked.found, best(asked.found)
+    plots.alignment_against_diversity(curves(found), right_of(exam.own).value).save(folder / "alignment.png")
+    titles, rows = zip(*asked.shown[scale], strict=True)
+    plots.captioned(plots.rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
+    return {
+        "alignment": {
+            "sampler": name,
+            "n": exam.n,
+            "judge": {named: figure._asdict() for named, figure in exam.own.items()},
+            "asked": {
+                group: {
+                    f"{scale:g}": {
+                        "figures": {named: figure._asdict() for named, figure in each.figures.items()},
+                        "by_prompt": each.by_prompt,
+                    }
+                    for scale, each in of_scale.items()
+                }
+                for group, of_scale in found.items()
+            },
+        }
+    }
 
 
 def advance(bar: Any, calls: int, samples: int) -> None:

@@ -335,6 +335,33 @@ def quality_against_cost(
     return _render(figure)
 
 
+def alignment_against_diversity(
+    curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], judge: float
+) -> Image.Image:
+    """The share of samples that show all that they were asked to, over how much they vary, a line for each group.
+
+    `curves` has for each name the scales of guidance with the figures of diversity and of the share; `judge` is the
+    share of real images that are seen as what they are.
+    """
+    figure, axes = _figure(6.4, 4.6)
+    for k, (name, points) in enumerate(curves.items()):
+        scales, *found = zip(*points, strict=True)
+        x, y = (np.array(figures).T for figures in found)
+        # A bootstrap interval may leave the value out.
+        errors = [np.maximum(0, [value - low, high - value]) for value, low, high in (x, y)]
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.3, "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(x[0], y[0], errors[1], errors[0], label=name, color=f"C{k}", **style)
+        for scale, *place in zip(scales, x[0], y[0], strict=True):
+            axes.annotate(f"{scale:g}", place, (5, 5), textcoords="offset points", fontsize=8, color=f"C{k}")
+    axes.axhline(judge, color="0.5", linestyle="--", linewidth=1, label="real images, as they are judged")
+    axes.axvline(1, color="0.8", linewidth=1, zorder=0)
+    axes.set(xlabel="diversity of one prompt's samples (real images: 1)", ylabel="share that shows all it was asked to")
+    axes.set(title="alignment against diversity, by scale of guidance", ylim=(-0.03, 1.05))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _render(figure)
+
+
 def class_shares(names: Sequence[str], shares: Mapping[str, Tensor]) -> Image.Image:
     """How often each class is seen: for each label the shares (K,) of the named classes, as bars side by side."""
     figure, axes = _figure(max(6.0, 0.16 * len(names) * (len(shares) + 1)), 3.6)

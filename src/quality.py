@@ -268,12 +268,7 @@ class Yardstick:
                 "features=[classifier] needs labels, and the data have none: put the images of each kind into a folder "
                 "of its own, or use pixels, inception or dinov2"
             )
-        train = self.data.train_indices[:CLASSIFIER_TRAINS_ON]
-        held_out = self.data.val_indices[: CLASSIFIER_TRAINS_ON // 4]
-        tested = self._shown(held_out), labels.numbers[held_out]
-        made = train_classifier(
-            self._shown(train), labels.numbers[train], tested, self.settings.cache, device=self.device
-        )
+        made, _ = classifier_of(self.data, self.settings.cache, self.device)
         if made.accuracy < 0.1 + 1 / len(labels.names) and self.processes.rank == 0:
             warnings.warn(
                 f"the classifier is right on {made.accuracy:.0%} of held-out images, little more than chance, so its "
@@ -284,8 +279,7 @@ class Yardstick:
 
     def _shown(self, indices: Sequence[int]) -> Tensor:
         """Samples of the source as files show them."""
-        assert self.data.source is not None
-        return self.data.to_display(self.data.to_model(self.data.source.fetch(indices)))
+        return shown_of(self.data, indices)
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """This process's share of samples of the source, on its device, with the place of each batch's first."""
@@ -339,6 +333,21 @@ class Yardstick:
         for name, own in found.items():
             whole[name] = reduce(Nearest.or_nearer, self.processes.gather(Nearest(*(x.cpu() for x in own))))
         return whole
+
+
+def classifier_of(data: StreamDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
+    """A classifier of images with labels, and on how many held-out ones its accuracy is; trained once."""
+    assert data.source is not None and data.source.labels is not None
+    numbers = data.source.labels.numbers
+    train, held_out = data.train_indices[:CLASSIFIER_TRAINS_ON], data.val_indices[: CLASSIFIER_TRAINS_ON // 4]
+    tested = shown_of(data, held_out), numbers[held_out]
+    return train_classifier(shown_of(data, train), numbers[train], tested, cache, device=device), len(held_out)
+
+
+def shown_of(data: StreamDataModule, indices: Sequence[int]) -> Tensor:
+    """Samples of the data's source as files show them."""
+    assert data.source is not None
+    return data.to_display(data.to_model(data.source.fetch(indices)))
 
 
 def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:

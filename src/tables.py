@@ -6,7 +6,17 @@ from typing import Any
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """All figures in one table: a row for each, a column for each sampler, and one for the floor."""
+    """All figures of likelihood and quality in one table, and those of alignment in another."""
+    tables = []
+    if "bits_per_dim" in metrics or metrics.get("samplers") or "alignment" not in metrics:
+        tables.append(_of_quality(metrics))
+    if "alignment" in metrics:
+        tables.append(_of_alignment(metrics["alignment"]))
+    return "\n".join(tables)
+
+
+def _of_quality(metrics: Mapping[str, Any]) -> str:
+    """A row for each figure, a column for each sampler, and one for the floor."""
     samplers: Mapping[str, Any] = metrics.get("samplers", {})
     columns = [*samplers] or ["the model"]
     rows = []
@@ -36,6 +46,29 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
     ) + (f"The classifier is right on {right:.1%} of held-out images.\n" if right is not None else "")
     return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
+
+
+def _of_alignment(alignment: Mapping[str, Any]) -> str:
+    """A row for each scale and group of prompts, and one for the judge; a column for each figure."""
+    groups: Mapping[str, Mapping[str, Any]] = alignment["asked"]
+    judge = {stem(named): figure for named, figure in alignment["judge"].items()}
+    of_all = [each["figures"] for scales in groups.values() for each in scales.values()]
+    names = list(dict.fromkeys(stem(named) for figures in of_all for named in figures))
+    rows = []
+    for scale in next(iter(groups.values())):
+        for group, scales in groups.items():
+            figures = {stem(named): figure for named, figure in scales[scale]["figures"].items()}
+            rows.append([scale, group, *(interval(figures[n]) if n in figures else "" for n in names)])
+    real = [interval(judge[n]) if n in judge else "1" if n == "diversity" else "" for n in names]
+    rows.append(["", "real images, as judged", *real])
+    header = ["guidance", "asked for", *names]
+    lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
+    note = (
+        f"\nShares of {alignment['n']} samples by {alignment['sampler']} that show what they were asked to, in each "
+        "attribute (among those asked for it) and in `all` at once, with 95% Wilson intervals; `diversity` is how much "
+        "the samples of one prompt differ, where real images of it differ by 1.\n"
+    )
+    return "\n".join(f"| {line} |" for line in lines) + "\n" + note
 
 
 USUAL = {"nearest": "1", "copies": "0.05"}

@@ -348,6 +348,16 @@ class Shapes:
             raise ValueError("no scenes are held out: set data.source.held_out, as conf/data/shapes.yaml does")
         return _balanced([pool for pool in self._held_out if pool], count, seed)
 
+    def any_scenes(self, count: int, seed: int) -> list[Scene]:
+        """Random scenes of all kinds alike, whether they are among the samples or held out."""
+        chosen = []
+        for k in range(count):
+            which = k % len(self._seen)
+            seen, held_out = self._seen[which], self._held_out[which]
+            number = key(seed, "any", k) % (len(seen) + len(held_out))
+            chosen.append(seen[number] if number < len(seen) else held_out[number - len(seen)])
+        return chosen
+
     def is_held_out(self, scene: Scene) -> bool:
         """Whether it can never be among the samples."""
         return any(map(self._matches, _described(scene)))

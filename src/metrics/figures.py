@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -89,3 +90,15 @@ def median_of(scores: Tensor) -> Statistic:
         return ordered[torch.searchsorted(reached, half).squeeze(1)]
 
     return Statistic(len(scores), of)
+
+
+def wilson(right: int, n: int, level: float = 0.95) -> Figure:
+    """The share right / n with Wilson's interval (1927), which has a width also where all are right, or none."""
+    if not 0 <= right <= n or n < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"an interval is of 0 to n of at least one sample, and a level in (0, 1), got {right}, {n} and {level}"
+        )
+    share, z = right / n, NormalDist().inv_cdf((1 + level) / 2)
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    return Figure(share, max(middle - half, SHARE[0]), min(middle + half, SHARE[1]))
