@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import warnings
 import os
 import shutil
 import subprocess
@@ -128,6 +129,13 @@ def test_one_seed_tells_nothing(a, b):
 @pytest.mark.parametrize(("b", "p"), [(1.0, 1.0), (2.0, 0.0)])
 def test_groups_that_do_not_vary(b, p):
     assert welch([1.0, 1.0], [b, b]) == (p, 1 - b, 1 - b)
+
+
+def test_a_group_that_hardly_varies_is_compared_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p, low, high = welch([0.9833, 0.9833, 0.9833], [0.5, 0.6, 0.7])
+    assert p < 0.05 and low < 0.9833 - 0.6 < high
 
 
 def test_holm_rejects_step_by_step():
