@@ -69,6 +69,12 @@ def rank() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
+def local_rank() -> int:
+    """Its number among those on this machine."""
+    names = ["LOCAL_RANK", *(["SLURM_LOCALID"] if slurm_tasks() > 1 else [])]
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
 def close_log() -> None:
     """Leave the log to the first process."""
     root = logging.getLogger()

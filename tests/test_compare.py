@@ -3,11 +3,11 @@
 import csv
 import json
 import math
-import warnings
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path

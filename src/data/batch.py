@@ -1,7 +1,6 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
 import getpass
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from src.draws import Draws, key
+from src.ranks import local_rank
 
 if TYPE_CHECKING:
     from src.data.conditions import Condition
@@ -321,11 +321,21 @@ class StreamDataModule(L.LightningDataModule):
         return self.to_model(self._source().fetch(self.val_indices[:count]))
 
     def prepare_together(self) -> None:
-        """Prepare and open the data before processes know of each other, one after another on each machine."""
+        """Prepare and open the data before processes know of each other: the first of each machine prepares them.
+
+        The others open what is there, or else wait for it.
+        """
         from filelock import FileLock
 
-        name = hashlib.blake2b(repr(self.open_source).encode(), digest_size=8).hexdigest()
-        with FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{getpass.getuser()}-{name}.lock"):
+        lock = FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{getpass.getuser()}-{key(*self.shape):x}.lock")
+        if local_rank() > 0:
+            try:
+                self.setup()
+            except (FileNotFoundError, ValueError):  # not there yet, if it will ever be
+                pass
+            else:
+                return
+        with lock:
             self.prepare_data()
         self.setup()
 
