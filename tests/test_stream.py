@@ -292,3 +292,21 @@ def test_few_held_out_samples_go_round_the_processes():
     data.trainer = stub(world_size=6)
     with pytest.raises(ValueError, match="do not go round 6 processes"):
         data.train_dataloader()
+
+
+@pytest.mark.parametrize(("rank", "there", "prepared"), [(0, True, 1), (0, False, 1), (1, True, 0), (1, False, 1)])
+def test_the_first_process_prepares_the_data_and_others_what_is_missing(monkeypatch, rank, there, prepared):
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    data, calls = NumbersModule(), []
+    opening = data.open_source
+
+    def open_source():
+        if not there and not calls:
+            raise FileNotFoundError("not there yet")
+        return opening()
+
+    data.open_source = open_source
+    monkeypatch.setattr(data, "prepare_data", lambda: calls.append(1))
+    data.prepare_together()
+    assert len(calls) == prepared
+    assert data.source is not None
