@@ -92,7 +92,9 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         for i, picture in enumerate(noise(10, 40, 50, 3)):
             Image.fromarray(picture).save(folder / f"{i}.png")
         return [*images, f"data.image_size={32 if name == 'folder_256' else 16}"]
-    return {"digits": [], "moons": ["data.num_samples=600"]}[name]
+    if name == "shapes_text":
+        return ["data.source.num_samples=100", "data.batch_size=4", "data.val_fraction=0.2"]
+    return {"digits": [], "digits_class": [], "moons": ["data.num_samples=600"]}[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
