@@ -68,7 +68,8 @@ def test_every_choice_composes_and_fits_its_target(group, option):
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [c for c in CHOICES if c[0] not in ("data", "experiment", "model", "trainer", "logger")]
+    ("group", "option"),
+    [c for c in CHOICES if c[0] not in ("conditioning", "data", "experiment", "model", "trainer", "logger")],
 )
 def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     cfg = compose(

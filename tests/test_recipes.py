@@ -193,7 +193,7 @@ def test_edm_sampler_calls_the_network_as_often_as_theirs():
     """NFE 35 (tab. 2), from sigma 80 to 0.002 (tab. 1)."""
     cfg = recipe("cifar10_edm", "model.width=16", "model.blocks=1")
     module = build_module(cfg, (3, 32, 32), levels=256)
-    walk, steps, spacing = build_sampler(cfg.sampler)
+    walk, steps, spacing, _ = build_sampler(cfg.sampler)
     seen = []
 
     def predict(x, t):
@@ -212,7 +212,7 @@ def test_chains_are_walked_step_by_step(name):
     """Alg. 2 of Ho et al.: every row of the table, the noisiest first."""
     cfg = recipe(name)
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
-    _, steps, spacing = build_sampler(cfg.sampler)
+    _, steps, spacing, _ = build_sampler(cfg.sampler)
     walked = [level.alpha.item() for level in make_grid(schedule, steps, spacing)]
     assert walked == pytest.approx([schedule.row(t).alpha.item() for t in range(cfg.schedule.num_steps - 1, -2, -1)])
 
