@@ -181,7 +181,9 @@ def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
-        told = name.startswith(("conditioning.encode.names", "conditioning.encode.examples", "data.columns"))
+        told = name.startswith((*TOLD, "data.columns"))
+        if name == "conditioning.encode.model" and isinstance(node, str):
+            told = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # of the hub
         if isinstance(node, str) and not told and (name in OF_FILES or "/" in node or "\\" in node):
             left_out.append(name)
             return None
@@ -230,6 +232,9 @@ OF_THE_MODEL = (
     *("data.levels", "data.columns", "data.mean", "data.deviation"),
 )
 """Settings that a resumed run must keep: with others the weights would mean something else."""
+
+TOLD = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
+"""Settings that may look like paths and are texts of the data."""
 
 FREE = ("model.checkpointing", "conditioning.drop", "conditioning.encode.cache", "conditioning.encode.model")
 """But for these, which change no weight's meaning."""

@@ -57,7 +57,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
             )
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root)
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
         samplers = {}
         own = opened.config.sampler
         for asked in cfg.samplers or [None]:

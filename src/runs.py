@@ -197,12 +197,18 @@ def hold(directory: Path) -> None:
 
 
 def open_run(
-    run: str | None, ckpt: str | None = None, ema: bool = True, trust: bool = False, data_root: str | None = None
+    run: str | None,
+    ckpt: str | None = None,
+    ema: bool = True,
+    trust: bool = False,
+    data_root: str | None = None,
+    encoder: str | None = None,
 ) -> OpenedRun:
     """A trained run from its folder or from one file, with the averaged weights (or the raw ones).
 
-    The data lie in `data_root`, or where they lay. Of what the file names, only what conf/ has is built, unless with
-    `trust`. Raises FileNotFoundError or ValueError if there is no such run or it cannot be read.
+    The data lie in `data_root`, and a pretrained encoder of texts in `encoder`, or where they lay. Of what the file
+    names, only what conf/ has is built, unless with `trust`. Raises FileNotFoundError or ValueError if there is no such
+    run or it cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()
@@ -218,6 +224,7 @@ def open_run(
         if setting not in config.data:
             raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
         config.data[setting] = data_root
+    settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
@@ -230,6 +237,21 @@ def open_run(
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     return OpenedRun(config, path, module.eval(), data)
+
+
+def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
+    """Where a pretrained encoder is looked for, and its answers are kept: never where the file says."""
+    node = OmegaConf.select(config, "conditioning.encode")
+    if node is None or "fingerprint" not in node:
+        if encoder is not None:
+            raise ValueError(
+                f"encoder={encoder} is for runs with conditioning=pretrained, as {path} is not: leave it out"
+            )
+        return
+    node.cache = "outputs/cache"
+    node.model = encoder or node.model
+    if node.model is None:
+        raise ValueError(f"{path} does not say where its text encoder lies: give its folder or hub name by encoder=...")
 
 
 def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":

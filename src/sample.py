@@ -26,7 +26,7 @@ def sample(cfg: DictConfig) -> Path:
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
+        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = runs.sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition

@@ -253,3 +253,31 @@ def test_an_exported_model_can_be_asked_too(told, tmp_path):
     )
     of_run = draw(told, tmp_path / "b", "cond=[2]", "n=4")
     assert (np.load(of_file / "samples.npz")["arr_0"] == np.load(of_run / "samples.npz")["arr_0"]).all()
+
+
+def test_a_text_run_is_exported_with_its_tokenizer_and_keeps_its_examples(tmp_path):
+    """Which may look like paths: and/or."""
+    import numpy as np
+
+    from src.export import export
+    from src.sample import sample
+
+    small = [
+        "data.source.num_samples=60",
+        "data.val_fraction=0.2",
+        "data.batch_size=4",
+        "data=shapes",
+        "weighting=uniform",
+    ]
+    text = ["conditioning=text", "conditioning.embed.width=8", "conditioning.embed.layers=1", "neighbours.samples=0"]
+    examples = "conditioning.encode.examples=['a red circle and/or a blue square']"
+    train_tiny(tmp_path / "run", *small, *text, examples, "trainer.max_steps=2", "validate_every=2")
+    export(compose("export", f"run='{tmp_path / 'run'}'", f"run_dir='{tmp_path / 'export'}'"))
+    (file,) = (tmp_path / "export").rglob("*.safetensors")
+    drawn = []
+    for name, where in (("a", f"ckpt='{file}'"), ("b", f"run='{tmp_path / 'run'}'")):
+        asked = ["n=2", "device=cpu", "sampler.steps=2", "guidance.scale=2"]
+        folder = sample(compose("sample", where, f"run_dir='{tmp_path / name}'", *asked))
+        assert (folder / "asked.txt").read_text() == 2 * "a red circle and/or a blue square\n"
+        drawn.append(np.load(folder / "samples.npz")["arr_0"])
+    assert (drawn[0] == drawn[1]).all()

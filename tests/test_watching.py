@@ -122,7 +122,7 @@ def test_the_run_says_what_it_is_and_of_which_sweep(watched, offline):
 def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, offline):
     (table,) = offline.values("samples/table")
     contents = json.loads((offline.directory / "files" / table["path"]).read_text())
-    assert contents["columns"] == ["index", "drawn", "nearest", "rms_difference", "among"]
+    assert contents["columns"] == ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
     (pictures,) = [a for a in offline.artifacts if a.type == "run_table"]
     lying = [e for e in pictures.manifest.contents if e.path.endswith(".png")]
     assert lying and all(Path(e.local_path).is_relative_to(offline.directory) for e in lying)
@@ -133,8 +133,8 @@ def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, o
     *_, x = opened.module.sample(range(64), seed=3)
     train = opened.data.to_model(opened.data.source.fetch(opened.data.train_indices))
     expected = [(image - train).square().mean((1, 2, 3)).sqrt().min().item() for image in x[:16]]
-    assert [row[3] for row in contents["data"]] == pytest.approx(expected, abs=1e-3)
-    assert {row[4] for row in contents["data"]} == {len(train)}
+    assert [row[4] for row in contents["data"]] == pytest.approx(expected, abs=1e-3)
+    assert {row[5] for row in contents["data"]} == {len(train)}
 
 
 def test_the_best_checkpoint_is_an_artifact_that_lies_in_the_run_and_is_the_average(watched, offline):

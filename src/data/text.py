@@ -193,8 +193,8 @@ class _Encoder:
         folder = _folder(model)
         if _fingerprint(folder) != fingerprint:
             raise ValueError(
-                f"{model} is not the encoder that this run was trained with: give that one as "
-                "conditioning.encode.model, or train anew"
+                f"{model} is not the encoder that this run was trained with: give that one by encoder=..., or train "
+                "anew"
             )
         _features(folder, length)  # which knows what cannot be
         library = _transformers()
