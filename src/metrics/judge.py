@@ -88,9 +88,8 @@ class Judge:
 
     def _seen(self, images: Tensor) -> list[Seen]:
         there, looks, ground = self.net(images)
-        there = there.sigmoid()
         highest = F.max_pool2d(there, 2 * APART + 1, stride=1, padding=APART)
-        found = ((there == highest) & (there > SURE)).nonzero()  # (M, 3): image, row, column
+        found = ((there == highest) & (there.sigmoid() > SURE)).nonzero()  # (M, 3): image, row, column
         numbers, rows, columns = found.unbind(1)
         answers = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in looks], dim=1)
         result = [Seen([], [], number) for number in ground.argmax(1).tolist()]
