@@ -38,7 +38,7 @@ HIGHER = ("precision", "recall", "density", "coverage", "class_score", "inceptio
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
 """By which of the figures, the first that there is, the page says what is best."""
 
-Verdict = Literal["best", "real", "within the spread of seeds", "one seed only: cannot be told"]
+Verdict = Literal["best", "real", "not told apart by so few seeds", "one seed only: cannot be told"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Pair(NamedTuple):
         """Whether the difference is more than seeds make of themselves."""
         if math.isnan(self.adjusted):
             return "one seed only: cannot be told"
-        return "real" if self.adjusted < LEVEL else "within the spread of seeds"
+        return "real" if self.adjusted < LEVEL else "not told apart by so few seeds"
 
 
 @dataclass(frozen=True)
@@ -391,10 +391,10 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
                     f"{a} is better than {b} by {by}: {figures}. The difference, {interval(pair)} with {counts} seeds, "
                     f"is real ({chance(pair.adjusted)})."
                 )
-            case "within the spread of seeds":
+            case "not told apart by so few seeds":
                 return (
-                    f"By {by}, {a} and {b} cannot be told apart: {figures}. The difference, {interval(pair)}, is "
-                    f"within the spread of seeds ({chance(pair.adjusted)})."
+                    f"By {by}, {a} and {b} cannot be told apart by so few seeds: {figures}. The difference, "
+                    f"{interval(pair)}, may be chance ({chance(pair.adjusted)})."
                 )
             case _:
                 return (
@@ -407,9 +407,9 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
         by_verdict.setdefault(pair.verdict, []).append(groups[pair.second].label)
     if real := by_verdict.get("real"):
         parts.append(f"Its advantage is real over {'all others' if len(real) == len(others) else listed(real)}.")
-    if same := by_verdict.get("within the spread of seeds"):
+    if same := by_verdict.get("not told apart by so few seeds"):
         whom = "all others" if len(same) == len(others) else listed(same)
-        parts.append(f"Within the spread of seeds: {whom}.")
+        parts.append(f"Not told apart from it by so few seeds: {whom}.")
     if untold := by_verdict.get("one seed only: cannot be told"):
         whom = "any of it" if len(untold) == len(others) else f"it over {listed(untold)}"
         parts.append(f"Whether {whom} is real cannot be told from one seed: add seed=0,1,2.")

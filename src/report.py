@@ -217,14 +217,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def mark(ranking: Ranking, group: int) -> str:
     """The verdict on a group as one sign: ★ the best, ≈ not told apart from it, ? one seed only."""
-    signs = {"best": "★", "within the spread of seeds": "≈", "one seed only: cannot be told": "?"}
+    signs = {"best": "★", "not told apart by so few seeds": "≈", "one seed only: cannot be told": "?"}
     return signs.get(ranking.verdict(group) or "", "")
 
 
 LEGEND = (
-    "Mean ± standard deviation over seeds. ★ best; ≈ within the spread of seeds from the best; ? one seed only, so it "
-    "cannot be told; without a mark, really worse than the best (Welch's t-test, Holm's correction over the pairs with "
-    "the best, 5%), or not ranked."
+    "Mean ± standard deviation over seeds. ★ best; ≈ not told apart from the best by so few seeds; ? one seed only, so "
+    "it cannot be told; without a mark, really worse than the best (Welch's t-test, Holm's correction over the pairs "
+    "with the best, 5%), or not ranked."
 )
 
 

@@ -165,11 +165,15 @@ def test_verdicts_against_the_best():
     groups = groups_of(a=[1.0, 1.1, 0.9], b=[1.05, 1.2, 1.0], c=[9.0, 9.1, 9.2], d=[5.0])
     ranking = ranked(groups, "fd_pixels_1k")
     assert [ranking.verdict(k) for k in range(4)] == [
-        "best", "within the spread of seeds", "real", "one seed only: cannot be told"
+        "best", "not told apart by so few seeds", "real", "one seed only: cannot be told"
     ]  # fmt: skip
     assert len(ranking.pairs) == 6 and len(ranking.against_best) == 3
     words = headline(groups, [ranking])
-    assert words.startswith("a comes out best") and "real over c" in words and "Within the spread of seeds: b" in words
+    assert (
+        words.startswith("a comes out best")
+        and "real over c" in words
+        and "Not told apart from it by so few seeds: b" in words
+    )
     assert "it over d is real cannot be told" in words
 
 
