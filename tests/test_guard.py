@@ -16,8 +16,8 @@ def poison(monkeypatch, steps, sample=slice(None)):
     """The network puts out NaN for these samples of the batch at these steps."""
     original = DiffusionModule.denoise
 
-    def denoise(self, x, t):
-        out = original(self, x, t)
+    def denoise(self, x, t, cond=None):
+        out = original(self, x, t, cond)
         if self.training and self.trainer.global_step in steps:
             wrong = torch.ones(len(out), *[1] * (out.ndim - 1))
             wrong[sample] = math.nan
@@ -73,7 +73,9 @@ def test_a_loss_that_overflows_is_skipped_though_its_gradient_would_not(tmp_path
     monkeypatch.setattr(
         DiffusionModule,
         "denoise",
-        lambda self, x, t: original(self, x, t) + 1e20 * (self.training and self.trainer.global_step == 3),
+        lambda self, x, t, cond=None: (
+            original(self, x, t, cond) + 1e20 * (self.training and self.trainer.global_step == 3)
+        ),
     )
     history, _ = watch(monkeypatch)
     with pytest.warns(UserWarning, match="skipped step 3"):

@@ -232,7 +232,7 @@ def test_in_training_what_cannot_be_measured_is_refused_before_the_first_step(tm
         (["features=[inceptoin]"], "unknown features inceptoin: choose from classifier"),
         (["against=test"], "held_out or train, got against=test"),
         (["n=5"], "n must be at least 10, got 5"),
-        (["likelihood=false", "quality=false"], "nothing to evaluate"),
+        (["likelihood=false", "quality=false", "alignment.enabled=false"], "nothing to evaluate"),
         (["features=inception", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
         (["samplers=[{sampler:ddim,setps:3}]"], "unknown setting 'sampler.setps'"),
         (["samplers=[{sampler:dimm}]"], "did you mean ddim"),

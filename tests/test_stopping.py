@@ -119,9 +119,9 @@ def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeyp
     seen = []
     original = DiffusionModule.denoise
 
-    def denoise(self, x, t):
+    def denoise(self, x, t, cond=None):
         seen.append(len(x))
-        return original(self, x, t)
+        return original(self, x, t, cond)
 
     monkeypatch.setattr(DiffusionModule, "denoise", denoise)
     train_tiny(tmp_path / "run", "data.micro_batch=8", "trainer.max_steps=1", "callbacks.samples.count=20")

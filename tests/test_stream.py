@@ -135,7 +135,7 @@ def test_validation_covers_everything_once(world, batch_size):
         places = list(s)
         assert len(places) == len(s)
         lengths.add(len(s))
-        for start, total, part in places:
+        for start, total, part, _ in places:
             assert total == NUM
             assert min(batch_size, NUM // world) <= len(part) <= 2 * batch_size
             for offset, index in enumerate(part):

@@ -39,7 +39,7 @@ def read_offline(folder: Path) -> Offline:
     (path,) = folder.rglob("offline-run-*/run-*.wandb")
     for _ in range(300):  # W&B's own process writes on for a moment when `finish` has returned
         records = [*frames(path.read_bytes())]
-        if records[-1].WhichOneof("record_type") == "exit":
+        if records and records[-1].WhichOneof("record_type") == "exit":
             break
         time.sleep(0.1)
     else:
