@@ -429,7 +429,8 @@ def test_captions_of_shapes_are_measured_seen_and_held_out(tmp_path, cache, monk
     """From end to end, with next to no training of anything."""
     monkeypatch.setattr("src.alignment.RENDERS", 50)
     small = ["data.source.num_samples=200", "data.batch_size=8", "callbacks.samples.count=2", "trainer.max_steps=2"]
-    text = ["conditioning.embed.width=16", "conditioning.embed.layers=1", "conditioning.encode.vocabulary=300"]
+    text = ["conditioning.embed.width=16", "conditioning.embed.layers=1", "conditioning.encode.vocabulary=400"]
+    text += ["conditioning.encode.length=64"]
     train_tiny(tmp_path / "run", "data=shapes", "conditioning=text", "validate_every=2", *small, *text)
     asked = [f"run='{tmp_path / 'run'}'", f"cache='{cache}'", "device=cpu", "sampler.steps=2"]
     asked += ["alignment.n=12", "alignment.scales=[1,2]", "alignment.judge_steps=3"]
