@@ -241,7 +241,8 @@ def test_a_model_that_fails_at_held_out_colours_is_found_out(exam):
     assert {value for name, value in seen.items() if name != "diversity_24"} == {1}
     assert {name for name, value in held_out.items() if value < 1} == {"colour_24", "all_24", "diversity_24"}
     assert held_out["all_24"] == held_out["diversity_24"] == seen["diversity_24"] == 0  # it paints but one of each
-    assert [title for title, _ in asked.shown[1]] == [*exam.prompts["seen"], *exam.prompts["held out"]]
+    titles = [f"{group}: {prompt}" for group, prompts in exam.prompts.items() for prompt in prompts]
+    assert [title for title, _ in asked.shown[1]] == titles
     assert {len(images) for _, images in asked.shown[1]} == {8}
     assert best(asked.found) == 1
 
