@@ -399,7 +399,8 @@ def draw_and_judge(
             its = slice(first, first + count)
             result.found[group][scale] = aligned(exam, of_group, prompts[its], titles[its], usual[its], settings.seed)
             for p in range(min(count, ROWS // len(groups))):
-                result.shown[scale].append((titles[first + p], of_group[p::count][:COLUMNS]))
+                title = titles[first + p] if len(groups) == 1 else f"{group}: {titles[first + p]}"
+                result.shown[scale].append((title, of_group[p::count][:COLUMNS]))
     return result
 
 

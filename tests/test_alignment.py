@@ -241,7 +241,8 @@ def test_a_model_that_fails_at_held_out_colours_is_found_out(exam):
     assert {value for name, value in seen.items() if name != "diversity_24"} == {1}
     assert {name for name, value in held_out.items() if value < 1} == {"colour_24", "all_24", "diversity_24"}
     assert held_out["all_24"] == held_out["diversity_24"] == seen["diversity_24"] == 0  # it paints but one of each
-    assert [title for title, _ in asked.shown[1]] == [*exam.prompts["seen"], *exam.prompts["held out"]]
+    titles = [f"{group}: {prompt}" for group, prompts in exam.prompts.items() for prompt in prompts]
+    assert [title for title, _ in asked.shown[1]] == titles
     assert {len(images) for _, images in asked.shown[1]} == {8}
     assert best(asked.found) == 1
 
@@ -429,7 +430,8 @@ def test_captions_of_shapes_are_measured_seen_and_held_out(tmp_path, cache, monk
     """From end to end, with next to no training of anything."""
     monkeypatch.setattr("src.alignment.RENDERS", 50)
     small = ["data.source.num_samples=200", "data.batch_size=8", "callbacks.samples.count=2", "trainer.max_steps=2"]
-    text = ["conditioning.embed.width=16", "conditioning.embed.layers=1", "conditioning.encode.vocabulary=300"]
+    text = ["conditioning.embed.width=16", "conditioning.embed.layers=1", "conditioning.encode.vocabulary=400"]
+    text += ["conditioning.encode.length=64"]
     train_tiny(tmp_path / "run", "data=shapes", "conditioning=text", "validate_every=2", *small, *text)
     asked = [f"run='{tmp_path / 'run'}'", f"cache='{cache}'", "device=cpu", "sampler.steps=2"]
     asked += ["alignment.n=12", "alignment.scales=[1,2]", "alignment.judge_steps=3"]
