@@ -298,7 +298,7 @@ def ranked(groups: Sequence[Group], metric: str) -> Ranking:
         why = "neither more nor less of it is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, OF_LOSS)):
         why = f"it measures something else where {listed(names)} differ{'s' if len(names) == 1 else ''}"
-    elif len({_mean(summaries[k]) for k in there}) == 1 and len(there) > 1:
+    elif len({value for k in there for value in values[k]}) == 1 and len(there) > 1:
         why = "it is the same in all groups"
     if why or len(there) < 2:
         return Ranking(metric, direction, summaries, None, why, [], pairs)

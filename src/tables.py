@@ -43,7 +43,8 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
         f"\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against {reference} data; "
         f"the floor is {others} data against them, as many as were drawn or as there are. `nearest_ratio` is the "
         "median distance to the nearest training sample over that of held-out data, `copies` the share of samples "
-        "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies.\n"
+        "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies; far above 1, of "
+        "samples that are unlike all data. What each figure is, and which way is better: docs/metrics.md.\n"
     ) + (f"The classifier is right on {right:.1%} of held-out images.\n" if right is not None else "")
     return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
 

@@ -30,7 +30,7 @@ def test_classes_by_name_and_number_and_nothing_is_none_of_them():
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [("catt", "did you mean cat"), (3, "there are 3, 0 to 2: cat, dog, 7"), (-1, "0 to 2"), (True, "unknown class")],
+    [("catt", "did you mean cat"), (3, "the 3 that there are: cat, dog, 7"), (-1, "the 3"), (True, "unknown class")],
 )
 def test_unknown_classes_are_refused_with_the_near_ones(asked, told):
     with pytest.raises(ValueError, match=told):
@@ -217,7 +217,7 @@ def write(path, text):
 @pytest.mark.parametrize(
     ("overrides", "status"),
     [
-        (["cond=[fish]"], "unknown class 'fish': there are 10"),
+        (["cond=[fish]"], "unknown class 'fish': the 10 that there are"),
         (["cond=[11]"], "unknown class '11': did you mean 1"),
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
         (["cond=[]"], r"cond=\[\] asks for nothing"),

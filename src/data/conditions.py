@@ -87,7 +87,7 @@ class Classes:
             return self.names.index(str(asked))
         near = difflib.get_close_matches(str(asked), self.names, n=3, cutoff=0.5)
         shown = ", ".join(near or self.names[:10]) + (", ..." if not near and len(self.names) > 10 else "")
-        hint = f"did you mean {shown}?" if near else f"there are {len(self.names)}, 0 to {len(self.names) - 1}: {shown}"
+        hint = f"did you mean {shown}?" if near else f"the {len(self.names)} that there are: {shown}"
         raise ValueError(f"unknown class {str(asked)!r}: {hint}")
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from src.metrics.classes import inception_score, total_variation
 from src.metrics.collected import Collected
-from src.metrics.figures import Figure, Statistic, name
+from src.metrics.figures import Figure, name, wilson
 from src.metrics.frechet import frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
 from src.metrics.memorisation import Memorisation
@@ -65,6 +65,7 @@ def point_figures(samples: Tensor, reference: Tensor, seed: int, replicates: int
 
 def memorisation_figures(space: str, found: Memorisation, seed: int, replicates: int = 200) -> dict[str, Figure]:
     """The ratio of nearest training distances and the share of copies, in the named feature space."""
-    statistics: dict[str, Statistic] = {"nearest_ratio": found.ratio, "copies": found.copies}
     n = len(found.distances)
-    return {name(f"{key}_{space}", n): each.figure(seed, replicates) for key, each in statistics.items()}
+    ratio = found.ratio.figure(seed, replicates)
+    copies = wilson(round(found.copies.figure(seed, 2).value * n), n)
+    return {name(f"nearest_ratio_{space}", n): ratio, name(f"copies_{space}", n): copies}
