@@ -53,7 +53,7 @@ def statements(name: str) -> dict[str, str]:
 
 def rows() -> dict[str, list[str]]:
     """The table of recipes in docs/results.md: the cells of each, by its name."""
-    section = re.search(r"^## Recipes\n(.*?)(?=^## |\Z)", RESULTS.read_text(), re.MULTILINE | re.DOTALL)
+    section = re.search(r"^## Recipes\n(.*?)(?=^##+ |\Z)", RESULTS.read_text(), re.MULTILINE | re.DOTALL)
     assert section
     cells = [[c.strip() for c in line.strip("|").split(" | ")] for line in section[1].splitlines() if "|" in line]
     return {row[0].strip("` "): row for row in cells[2:]}
