@@ -62,7 +62,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         own = opened.config.sampler
         for asked in cfg.samplers or [None]:
             settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
-            samplers[sampler_name(settings)] = runs.sampler_of(opened, settings, cfg.guidance)
+            sampler = runs.sampler_of(opened, settings, cfg.guidance)
+            scale = sampler.guidance.scale
+            samplers[sampler_name(settings) + (f" guidance {scale:g}" if scale != 1 else "")] = sampler
         if rank() == 0:  # the others come after it
             opened.data.prepare_data()
             opened.data.setup()
@@ -82,7 +84,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             metrics |= quality(cfg, folder, opened, samplers, processes)
         if exam is not None:
             name, sampler = next(iter(samplers.items()))
-            metrics |= alignment(cfg, folder, opened, name, sampler, exam, processes)
+            metrics |= alignment(cfg, folder, opened, name.partition(" guidance ")[0], sampler, exam, processes)
     if processes.rank == 0:
         text = markdown(metrics)
         (folder / "table.md").write_text(text)

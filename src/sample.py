@@ -33,6 +33,11 @@ def sample(cfg: DictConfig) -> Path:
         things = wanted(condition, cfg.cond, cfg.negative)
         asked = [things[k * len(things) // cfg.n] for k in range(cfg.n)] if things else []
         cond = condition(asked) if condition else None
+        if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
+            raise ValueError(
+                f"negative={cfg.negative} is led away from by guidance alone, and not beside guidance.weak: set "
+                "guidance.scale=3, or leave it out"
+            )
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
         from src.processes import start_processes

@@ -224,6 +224,7 @@ def write(path, text):
         (["guidance.scale=-2"], "guidance.scale must be at least 0"),
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
+        (["negative=5", "guidance.scale=1"], "negative=5 is led away from by guidance alone"),
     ],
 )
 def test_wrong_wishes_are_one_line(told, tmp_path, overrides, status):

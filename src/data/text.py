@@ -1,5 +1,6 @@
 """Conditions of text: token ids for a network that is trained along, or what a pretrained encoder makes of a text."""
 
+import importlib
 import json
 import os
 import unicodedata
@@ -50,7 +51,7 @@ class Tokens:
             raise ValueError("conditioning=text needs a tokenizer, which the captions of data give as a run starts")
         if length < 3:
             raise ValueError(f"conditioning.encode.length must be at least 3, a token and its ends, got {length}")
-        library = _tokenizers()
+        library = _library("tokenizers")
         try:
             self._tokenizer = library.Tokenizer.from_str(tokenizer)
         except Exception as error:  # the library raises no narrower one
@@ -197,7 +198,7 @@ class _Encoder:
                 "anew"
             )
         _features(folder, length)  # which knows what cannot be
-        library = _transformers()
+        library = _library("transformers")
         try:
             self.tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever the many tokenizers raise
@@ -310,7 +311,7 @@ def _train(texts: Sequence[str], vocabulary: int) -> str:
             f"conditioning.encode.vocabulary must be at least {least}, the bytes and {SPECIAL} ids for padding and the "
             f"ends, got {vocabulary}"
         )
-    library = _tokenizers()
+    library = _library("tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as others
     trainer = library.trainers.BpeTrainer(
@@ -343,7 +344,7 @@ def _folder(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    _transformers()
+    _library("transformers")
     from huggingface_hub import snapshot_download
 
     wanted = [*TOKENIZERS, *BESIDE, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
@@ -407,7 +408,9 @@ def _samples(path: Path, count: int = 4, size: int = 4096) -> Iterator[str]:
 def _config(folder: Path) -> Any:
     """The configuration of the text part of the model in `folder`. Raises ValueError if it has none."""
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _library("transformers").AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the model in {folder} is none that the transformers library knows ({_line(error)}): choose another "
@@ -436,7 +439,7 @@ def _features(folder: Path, length: int) -> int:
 
 def _open_net(folder: Path) -> torch.nn.Module:
     """The encoder of texts in `folder`, in float32. Raises ValueError if its weights do not make one."""
-    library = _transformers()
+    library = _library("transformers")
     config = _config(folder)
     try:
         known = type(config) in library.MODEL_FOR_TEXT_ENCODING_MAPPING
@@ -482,27 +485,13 @@ def _accelerator() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def _tokenizers() -> Any:
-    # Its threads do not outlive a fork, by which workers come to be, and it says so at every one.
+def _library(name: str) -> Any:
+    # The threads of tokenizers do not outlive a fork, by which workers come to be, and it says so at every one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        import tokenizers
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
-            "conditions of text need tokenizers, which is not installed: pip install tokenizers"
-        ) from error
-    return tokenizers
-
-
-def _transformers() -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            "conditions of a pretrained encoder need transformers, which is not installed: pip install transformers"
-        ) from error
-    return transformers
+        raise ValueError(f"conditions of text need {name}, which is not installed: pip install {name}") from error
 
 
 def _line(error: Exception) -> str:
