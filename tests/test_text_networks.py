@@ -103,7 +103,7 @@ def test_the_transformer_is_torchs():
     assert (there == mask).all()
     assert_close(tokens[mask], x[mask], rtol=1e-4, atol=1e-5)
     for row, length in enumerate((5, 2, 8)):
-        assert_close(vector[row], ours.vector(x[row, :length].mean(0)), rtol=1e-4, atol=1e-5)
+        assert_close(vector[row], ours.vector(x[row, :length].sum(0) / length**0.5), rtol=1e-4, atol=1e-5)
     assert ours.token_width == tokens.shape[2] == 12
     assert vector.shape == (3, 5)
 
@@ -117,6 +117,19 @@ def test_more_padding_changes_nothing_and_the_order_of_tokens_something():
     assert (swapped.vector - short.vector).abs().max() > 1e-2
     gradient = torch.autograd.grad(long.vector.sum() + long.tokens[:, :5].sum(), net.table.weight)[0]
     assert (gradient.abs().amax(1) > 0).nonzero().flatten().tolist() == [1, 2, 5, 7, 9]
+
+
+def test_before_training_one_word_makes_a_large_part_of_what_a_text_gives():
+    net = TextTransformer(dim=256, vocabulary=300, length=32, width=128, layers=2, heads=4)
+    ids = torch.randint(3, 300, (64, 32))
+    ids[:, 14:] = 0  # texts of a dozen tokens
+    another = ids.clone()
+    another[:, 5] = torch.randint(3, 300, (64,))
+    vector, tokens, mask = net(ids)
+    by_one_word = (net(another).vector - vector).square().mean() / (2 / 14)  # of 14 words, each a 14th of the variance
+    assert 0.7 < by_one_word < 1.4
+    between_places = torch.corrcoef(tokens[mask])[~torch.eye(int(mask.sum()), dtype=torch.bool)]
+    assert between_places.mean().abs() < 0.1  # words are unlike each other, wherever they stand
 
 
 @pytest.mark.parametrize("settings", [{"layers": 0}, {"heads": 5}, {"heads": 0}])
@@ -140,7 +153,7 @@ def test_the_projection_takes_rows_of_zeros_for_padding():
             normed @ net.linear.weight.T + net.linear.bias, (6,), net.norm2.weight, net.norm2.bias
         )
         assert_close(tokens[i, : len(each)], expected, rtol=1e-4, atol=1e-5)
-        assert_close(vector[i], net.vector(expected.mean(0)), rtol=1e-4, atol=1e-5)
+        assert_close(vector[i], net.vector(expected.sum(0) / len(expected) ** 0.5), rtol=1e-4, atol=1e-5)
     assert net.token_width == 6
 
 

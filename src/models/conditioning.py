@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.layers import zero_init
+
 
 class Embedded(NamedTuple):
     """A condition as networks use it."""
@@ -63,7 +65,11 @@ class TextTransformer(nn.Module):
     """Token ids (B, L) -> what a transformer encoder, trained along, makes of each, and a vector for all of them.
 
     L <= `length` and ids < `vocabulary`; id 0 is padding, which nothing attends to, and the first id is never padding.
-    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the mean over tokens, made `dim` long.
+    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the sum over tokens, made `dim` long.
+
+    Before training, words are far apart, blocks are the identity, and the vector has deviation 1: what a caption says
+    is a large part of what it gives. The mean over a dozen tokens, through blocks that make them alike, is about the
+    same for all captions, and at high noise, where there is nothing else to go by, a network does not learn from it.
     """
 
     def __init__(
@@ -78,11 +84,10 @@ class TextTransformer(nn.Module):
         self.token_width = width
         self.table = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.empty(length, width))
-        for weight in (self.table.weight, self.positions):
-            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.1)
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.vector = nn.Linear(width, dim)
+        self.vector = _to_vector(width, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
         mask = _there(cond != 0)
@@ -90,14 +95,14 @@ class TextTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, mask)
         tokens = self.norm(tokens)
-        return Embedded(self.vector(_mean(tokens, mask)), tokens, mask)
+        return Embedded(self.vector(_sum(tokens, mask)), tokens, mask)
 
 
 class TextProjection(nn.Module):
     """What a frozen encoder made of texts, (B, L, features) -> tokens `width` wide, and a vector for all of them.
 
     Rows of zeros are padding, which nothing attends to; the first row is never padding. Each row is normalised, since
-    encoders differ in scale; the vector is the mean over tokens, made `dim` long.
+    encoders differ in scale; the vector is the sum over tokens, made `dim` long.
     """
 
     def __init__(self, dim: int, features: int | None, width: int = 256) -> None:
@@ -108,12 +113,12 @@ class TextProjection(nn.Module):
         self.norm1 = nn.LayerNorm(features)
         self.linear = nn.Linear(features, width)
         self.norm2 = nn.LayerNorm(width)
-        self.vector = nn.Linear(width, dim)
+        self.vector = _to_vector(width, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
         mask = _there(cond.any(2))
         tokens = self.norm2(self.linear(self.norm1(cond.to(self.linear.weight.dtype))))
-        return Embedded(self.vector(_mean(tokens, mask)), tokens, mask)
+        return Embedded(self.vector(_sum(tokens, mask)), tokens, mask)
 
 
 class _Block(nn.Module):
@@ -124,10 +129,10 @@ class _Block(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.out = zero_init(nn.Linear(width, width))
         self.norm2 = nn.LayerNorm(width)
         self.linear1 = nn.Linear(width, 4 * width)
-        self.linear2 = nn.Linear(4 * width, width)
+        self.linear2 = zero_init(nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         b, length, width = x.shape
@@ -144,7 +149,14 @@ def _there(mask: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
 
 
-def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the tokens (B, L, width) that are there, as (B, width)."""
+def _sum(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The sum over the n tokens (B, L, width) that are there, as (B, width), over sqrt(n): as wide as one of them."""
     weights = mask.to(tokens.dtype)[:, :, None]
-    return (tokens * weights).sum(1) / weights.sum(1)
+    return (tokens * weights).sum(1) / weights.sum(1).sqrt()
+
+
+def _to_vector(width: int, dim: int) -> nn.Linear:
+    """Linear, and as wide as what it is given."""
+    linear = nn.Linear(width, dim)
+    nn.init.normal_(linear.weight, std=width**-0.5)
+    return linear
