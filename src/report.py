@@ -28,6 +28,7 @@ from src.comparison import (
     with_spread,
 )
 from src.evaluation import SPECTRUM
+from src.tables import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -267,7 +268,7 @@ def markdown(report: Report) -> str:
     if report.floors:
         floors = [number(report.floors[r.metric][0]) if r.metric in report.floors else "" for r in shown]
         rows.append(["*real data (floor)*", *[""] * (len(header) - 1 - len(shown)), *floors])
-    lines += [*_table(header, rows), "", LEGEND, ""]
+    lines += [table(header, rows), "", LEGEND, ""]
     lines += ["## By each metric", ""]
     lines += [f"- {sentence(report.groups, r, title_of)}" for r in shown]
     lines += ["", "## Against the best", ""]
@@ -277,17 +278,12 @@ def markdown(report: Report) -> str:
         for r in shown
         for p in r.against_best
     ]
-    lines += _table(["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"], rows)
-    lines += ["", "## Cost", "", *_table(*cost_table(report)), ""]
+    lines += [table(["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"], rows)]
+    lines += ["", "## Cost", "", table(*cost_table(report)), ""]
     if report.notes:
         lines += ["## Left out", "", *(f"- {note}" for note in report.notes), ""]
     lines += ["## How it was measured", "", *(f"- {name}: {value}" for name, value in report.how.items()), ""]
     return "\n".join(lines)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
 def cost_table(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -1,8 +1,14 @@
 """Figures as tables that people read."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, a line for each row, with no newline at the end."""
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
@@ -34,7 +40,6 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
         rows.append(["network calls/sample", *(str(each["calls_per_image"]) for each in samplers.values()), ""])
         rows.append(["seconds/sample", *(f"{each['seconds_per_image']:.2g}" for each in samplers.values()), ""])
     header = ["", *columns, "real data (floor)" if samplers else ""]
-    lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
     reference, others = "held-out", "training"
     if metrics.get("against") == "train":
         reference, others = others, reference
@@ -46,7 +51,7 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
         "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies; far above 1, of "
         "samples that are unlike all data. What each figure is, and which way is better: docs/metrics.md.\n"
     ) + (f"The classifier is right on {right:.1%} of held-out images.\n" if right is not None else "")
-    return "\n".join(f"| {line} |" for line in lines) + "\n" + (note if samplers else "")
+    return table(header, rows) + "\n" + (note if samplers else "")
 
 
 def _of_alignment(alignment: Mapping[str, Any]) -> str:
@@ -62,14 +67,12 @@ def _of_alignment(alignment: Mapping[str, Any]) -> str:
             rows.append([scale, group, *(interval(figures[n]) if n in figures else "" for n in names)])
     real = [interval(judge[n]) if n in judge else "1" if n == "diversity" else "" for n in names]
     rows.append(["", "real images, as judged", *real])
-    header = ["guidance", "asked for", *names]
-    lines = [" | ".join(row) for row in [header, ["---"] * len(header), *rows]]
     note = (
         f"\nShares of {alignment['n']} samples by {alignment['sampler']} that show what they were asked to, in each "
         "attribute (among those asked for it) and in `all` at once, with 95% Wilson intervals; `diversity` is how much "
         "the samples of one prompt differ, where real images of it differ by 1.\n"
     )
-    return "\n".join(f"| {line} |" for line in lines) + "\n" + note
+    return table(["guidance", "asked for", *names], rows) + "\n" + note
 
 
 USUAL = {"nearest": "1", "copies": "0.05"}
