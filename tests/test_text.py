@@ -1,4 +1,4 @@
-"""Conditions of text: tokens by a second, plain BPE; encoders against transformers by hand; what the disk keeps."""
+"""Conditions of text: tokens by a second, plain BPE; encoders against transformers by hand."""
 
 import ast
 import json
@@ -7,21 +7,19 @@ import os
 import pickle
 import shutil
 import warnings
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from src.data import text
+from src.data import pretrained, text
 from src.data.batch import InMemory
-from src.data.store import RECORD, Store
-from src.data.text import Pretrained, Tokens
+from src.data.pretrained import Pretrained
+from src.data.text import Tokens
 from src.trust import CONF
 
 pytest.importorskip("tokenizers")
@@ -269,97 +267,11 @@ def test_missing_libraries_are_named(package, monkeypatch, tmp_path):
 
 
 def test_large_libraries_are_imported_only_where_they_are_used():
-    for path in Path(text.__file__).parents[1].rglob("*.py"):
+    for path in Path(pretrained.__file__).parents[1].rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"tokenizers", "transformers", "huggingface_hub"}, path
-
-
-# What is kept on disk
-
-
-def rows(number, count=3):
-    return np.random.default_rng(number).normal(size=(count, 4)).astype(np.float16)
-
-
-def compute(keys, asked=None):
-    if asked is not None:
-        asked.extend(keys)
-    return [rows(key, 1 + key % 5) for key in keys]
-
-
-def expect(found, keys):
-    assert len(found) == len(keys)
-    for each, key in zip(found, keys, strict=True):
-        assert (each == rows(key, 1 + key % 5)).all()
-
-
-def test_what_is_stored_is_computed_once(tmp_path):
-    store, asked = Store(tmp_path / "new", 4), []
-    expect(store.get([3, 1, 3], partial(compute, asked=asked)), [3, 1, 3])
-    expect(store.get([2**62, 1], partial(compute, asked=asked)), [2**62, 1])
-    assert asked == [3, 1, 2**62]
-    again = Store(tmp_path / "new", 4)
-    assert again.lacks([5, 1, 3, 4, 5]) == [5, 4]
-    for each in (again, pickle.loads(pickle.dumps(again))):
-        expect(each.get([1, 2**62, 3], None), [1, 2**62, 3])
-    expect(again.get([8], compute), [8])
-    expect(store.get([8, 1], None), [8, 1])  # what another has written since
-    assert store.get([], None) == []
-
-
-@pytest.mark.parametrize("name", ["index", "rows"])
-def test_what_a_killed_process_began_to_write_does_no_harm(tmp_path, name):
-    expect(Store(tmp_path, 4).get([1, 2], compute), [1, 2])
-    with (tmp_path / name).open("ab") as file:
-        file.write(b"abc")
-    expect(Store(tmp_path, 4).get([2, 1, 3], compute), [2, 1, 3])
-    expect(Store(tmp_path, 4).get([3, 2, 1], None), [3, 2, 1])
-
-
-def test_what_is_damaged_is_computed_again(tmp_path):
-    expect(Store(tmp_path, 4).get([1, 2], compute), [1, 2])
-    path = tmp_path / "rows"
-    whole = path.read_bytes()
-    for damaged in (bytes([whole[0] ^ 1]) + whole[1:], b"", whole[:-3]):
-        path.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="is damaged: what is missing is computed again"):
-            expect(Store(tmp_path, 4).get([2, 1], compute), [2, 1])
-        expect(Store(tmp_path, 4).get([1, 2], None), [1, 2])
-    assert (tmp_path / "index").stat().st_size % RECORD.itemsize == 0
-
-
-def test_where_nothing_can_be_written_it_is_done_without(tmp_path):
-    (tmp_path / "file").touch()
-    store = Store(tmp_path / "file", 4)
-    with pytest.warns(UserWarning, match="could not be") as said:
-        expect(store.get([1, 2], compute) + store.get([3], compute), [1, 2, 3])
-    assert len(said) == 1
-
-
-def slow(keys, log):
-    with log.open("a") as file:
-        file.writelines(f"{key}\n" for key in keys)
-    return compute(keys)
-
-
-def fill(folder, log, first):
-    store = Store(folder, 4)
-    for start in range(first, first + 40, 8):
-        keys = [key % 40 for key in range(start, start + 8)]
-        expect(store.get(keys, partial(slow, log=log)), keys)
-
-
-def test_processes_compute_each_array_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=fill, args=(tmp_path / "store", tmp_path / "log", i)) for i in (0, 3, 20)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert sorted(map(int, (tmp_path / "log").read_text().split())) == list(range(40))
 
 
 # Pretrained encoders: of these kinds, tiny, with random weights
@@ -461,18 +373,18 @@ def test_an_encoder_is_transformers_by_hand_and_what_it_gave_stays(kind, tmp_pat
 def test_a_text_that_the_data_did_not_have_is_kept_too(tmp_path, monkeypatch):
     make("clip text", tmp_path / "model")
     settings = encoder(tmp_path / "model", tmp_path / "cache")
-    monkeypatch.setattr(text, "_Encoder", None)  # nothing is to be opened
+    monkeypatch.setattr(pretrained, "_Encoder", None)  # nothing is to be opened
     Pretrained(**settings)(CAPTIONS[0])
     monkeypatch.undo()
     found = Pretrained(**settings)(["circle circle circle"])
-    monkeypatch.setattr(text, "_Encoder", None)
+    monkeypatch.setattr(pretrained, "_Encoder", None)
     assert_close(Pretrained(**settings)(["circle  circle circle"]), found, rtol=0, atol=0)
 
 
 def test_the_next_run_reads_no_caption_again(tmp_path, monkeypatch):
     make("t5", tmp_path / "model")
     first = encoder(tmp_path / "model", tmp_path / "cache")
-    monkeypatch.setattr(text, "_Encoder", None)
+    monkeypatch.setattr(pretrained, "_Encoder", None)
     assert encoder(tmp_path / "model", tmp_path / "cache") == first
     shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
     moved = encoder(tmp_path / "elsewhere", tmp_path / "cache")
@@ -509,12 +421,12 @@ def test_a_fingerprint_sees_each_weight(tmp_path):
     make("bert", tmp_path)
     path = tmp_path / "model.safetensors"
     weights = safetensors.torch.load_file(path)
-    before = text._fingerprint(tmp_path)
+    before = pretrained._fingerprint(tmp_path)
     for name, weight in weights.items():
         safetensors.torch.save_file({**weights, name: weight + 1}, path)
-        assert text._fingerprint(tmp_path) != before, name
+        assert pretrained._fingerprint(tmp_path) != before, name
     safetensors.torch.save_file(weights, path, {"format": "pt"})
-    assert text._fingerprint(tmp_path) == before
+    assert pretrained._fingerprint(tmp_path) == before
 
 
 def spoil_weights(folder):

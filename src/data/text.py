@@ -1,26 +1,17 @@
-"""Conditions of text: token ids for a network that is trained along, or what a pretrained encoder makes of a text."""
+"""Conditions of text as token ids, for a network trained along; and what all conditions of text have in common."""
 
 import importlib
 import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
-from itertools import chain, islice
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.data.batch import Source
-from src.data.store import Rows, Store
-from src.draws import key
-from src.metrics.cache import digest
 
 PADDING, BEGIN, END = range(3)
 SPECIAL = 3
@@ -28,10 +19,6 @@ SPECIAL = 3
 
 SEEN = 20_000
 """Captions from which a tokenizer is trained, and examples are chosen."""
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-BESIDE = ("config.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class Tokens:
@@ -51,13 +38,13 @@ class Tokens:
             raise ValueError("conditioning=text needs a tokenizer, which the captions of data give as a run starts")
         if length < 3:
             raise ValueError(f"conditioning.encode.length must be at least 3, a token and its ends, got {length}")
-        library = _library("tokenizers")
+        package = library("tokenizers")
         try:
-            self._tokenizer = library.Tokenizer.from_str(tokenizer)
+            self._tokenizer = package.Tokenizer.from_str(tokenizer)
         except Exception as error:  # the library raises no narrower one
             raise ValueError(
-                f"conditioning.encode.tokenizer is no JSON of the tokenizers library ({_line(error)}): leave it null "
-                "in a new run, to have one trained"
+                f"conditioning.encode.tokenizer is no JSON of the tokenizers library ({one_line(error)}): leave it "
+                "null in a new run, to have one trained"
             ) from error
         used = self._tokenizer.get_vocab_size() + SPECIAL
         if used > vocabulary:
@@ -75,16 +62,16 @@ class Tokens:
         return torch.tensor(padded, dtype=torch.int64).view(-1, self.length)
 
     def of(self, source: Source, index: int, choice: int) -> str:
-        return _caption_of(source, index, choice)
+        return caption_of(source, index, choice)
 
     def title(self, asked: str | None) -> str:
-        return _title(asked)
+        return title(asked)
 
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        texts = _sample(_captions(source, "text"))
+        texts = sample(captions_of(source, "text"))
         tokenizer = settings.get("tokenizer") or _train(texts, settings.get("vocabulary", 1024))
-        return {"tokenizer": tokenizer, "examples": list(settings.get("examples") or _distinct(texts))}
+        return {"tokenizer": tokenizer, "examples": list(settings.get("examples") or distinct(texts))}
 
     def _tokens(self, asked: str | None) -> list[int]:
         ids = [SPECIAL + i for i in self._tokenizer.encode(_normal(asked), add_special_tokens=False).ids]
@@ -99,158 +86,7 @@ class Tokens:
         return [BEGIN, *ids[:room], END]
 
 
-class Pretrained:
-    """Texts -> (N, length, features) float32: what a frozen encoder makes of their tokens, rows of padding being 0.
-
-    `model` is a folder or a name on the Hugging Face hub of CLIP, T5 or any other encoder of texts that the
-    transformers library knows, its weights in safetensors; the last hidden states are taken. Texts have one blank for
-    several, and are cut at `length` tokens, with a warning; `None` and a blank text are the same, and give the
-    encoder's answer to the empty text.
-
-    What was computed is kept in `cache` as float16. The encoder is opened only for a text that is not there, on
-    `device`: `auto` is an accelerator where there is one. `found_in` has it read all captions of the data;
-    `features` and `fingerprint` are of the encoder that it found.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        length: int = 64,
-        cache: str = "outputs/cache",
-        device: str = "auto",
-        features: int | None = None,
-        fingerprint: str | None = None,
-        examples: Sequence[str] = (),
-    ) -> None:
-        if features is None or fingerprint is None:
-            raise ValueError(
-                "conditioning=pretrained needs the features and the fingerprint of its encoder, which are found as a "
-                "run starts"
-            )
-        self.model = model
-        self.length = length
-        self.device = device
-        self.features = features
-        self.fingerprint = fingerprint
-        self.examples = list(examples)
-        self._store = Store(Path(cache) / f"texts-{digest(fingerprint, length)}", features)
-        self._encoder: _Encoder | None = None
-
-    def __call__(self, asked: Sequence[str | None]) -> Tensor:
-        texts = {key(text): text for text in map(_clean, asked)}
-        out = torch.zeros(len(asked), self.length, self.features)
-        arrays = self._store.get([key(_clean(each)) for each in asked], partial(self._encode, texts))
-        for row, array in zip(out, arrays, strict=True):
-            row[: len(array)] = torch.from_numpy(array.astype(np.float32))
-        return out
-
-    def of(self, source: Source, index: int, choice: int) -> str:
-        return _caption_of(source, index, choice)
-
-    def title(self, asked: str | None) -> str:
-        return _title(asked)
-
-    @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        captions = _captions(source, "pretrained")
-        folder = _folder(settings["model"])
-        found: dict[str, Any] = {
-            "features": _features(folder, settings.get("length", 64)),
-            "fingerprint": _fingerprint(folder),
-        }
-        found["examples"] = list(settings.get("examples") or _distinct(_sample(captions)))
-        given = {name: settings[name] for name in ("model", "length", "cache", "device") if name in settings}
-        Pretrained(**given, **found).prepare(captions)
-        return found
-
-    def prepare(self, captions: Sequence[Sequence[str]]) -> None:
-        """Compute what the cache lacks of all captions, the examples and the empty text, some hundreds at a time."""
-        said = False
-        texts = map(_clean, chain(["", *self.examples], chain.from_iterable(captions)))
-        while some := list(islice(texts, 512)):
-            named = {key(text): text for text in some}
-            lacking = self._store.lacks(list(named))
-            if lacking and not said:
-                said = True
-                warnings.warn(
-                    f"{self.model} reads the captions, once: later runs find them in {self._store.folder}", stacklevel=2
-                )
-            if lacking:
-                self._store.get(lacking, partial(self._encode, named))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_encoder": None}
-
-    def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Rows]:
-        if self._encoder is None or self._encoder.process != os.getpid():
-            self._encoder = _Encoder(self.model, self.length, self.device, self.fingerprint)
-        return self._encoder([texts[k] for k in keys])
-
-
-class _Encoder:
-    """A pretrained encoder of texts, frozen, with its tokenizer."""
-
-    def __init__(self, model: str, length: int, device: str, fingerprint: str) -> None:
-        folder = _folder(model)
-        if _fingerprint(folder) != fingerprint:
-            raise ValueError(
-                f"{model} is not the encoder that this run was trained with: give that one by encoder=..., or train "
-                "anew"
-            )
-        _features(folder, length)  # which knows what cannot be
-        library = _library("transformers")
-        try:
-            self.tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # whatever the many tokenizers raise
-            raise ValueError(f"the tokenizer in {folder} cannot be opened ({_line(error)}): save it anew") from error
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.length = length
-        self.process = os.getpid()
-        # What a process has on an accelerator does not outlive a fork, by which workers come to be.
-        in_worker = torch.utils.data.get_worker_info() is not None
-        self.device = torch.device("cpu" if in_worker else _accelerator() if device == "auto" else device)
-        self.net = _open_net(folder).to(self.device)
-        self._warned = False
-
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[Rows]:
-        """The last hidden states of each text, (tokens, features) float16."""
-        found: dict[int, Rows] = {}
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike in length: little padding
-        for start in range(0, len(order), 64):
-            some = order[start : start + 64]
-            ids, mask = self._tokenize([texts[i] for i in some])
-            states = self.net(input_ids=ids, attention_mask=mask).last_hidden_state.half()
-            if not states.isfinite().all():
-                raise ValueError(
-                    "the encoder's hidden states are not finite in float16, in which they are kept: choose another "
-                    "conditioning.encode.model"
-                )
-            for i, row, count in zip(some, states.cpu(), mask.sum(1).tolist(), strict=True):
-                found[i] = row[:count].numpy()
-        return [found[i] for i in range(len(texts))]
-
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (N, L <= length), padding last."""
-        whole = max(len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        if whole > self.length and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"a text of {whole} tokens is cut to {self.length} (and so are others that are longer): raise "
-                "conditioning.encode.length for all of it, if the encoder takes as much",
-                stacklevel=2,
-            )
-        ids, masks = [], []
-        for each in self.tokenizer(texts, truncation=True, max_length=self.length)["input_ids"]:
-            # A tokenizer without tokens for the ends makes nothing of the empty text.
-            ids.append(torch.tensor(each or [self.tokenizer.pad_token_id]))
-            masks.append(torch.ones(len(ids[-1]), dtype=torch.int64))
-        padded = torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad_token_id or 0)
-        return padded.to(self.device), torch.nn.utils.rnn.pad_sequence(masks, True).to(self.device)
-
-
-def _captions(source: Source, conditioning: str) -> Sequence[Sequence[str]]:
+def captions_of(source: Source, conditioning: str) -> Sequence[Sequence[str]]:
     if source.captions is None:
         raise ValueError(
             f"conditioning={conditioning} needs data with captions, and these have none: use data=captions "
@@ -259,17 +95,17 @@ def _captions(source: Source, conditioning: str) -> Sequence[Sequence[str]]:
     return source.captions
 
 
-def _sample(captions: Sequence[Sequence[str]]) -> list[str]:
+def sample(captions: Sequence[Sequence[str]]) -> list[str]:
     """Up to `SEEN` captions that are not blank, evenly spread over the samples."""
-    texts = [text for index in _spread(len(captions), SEEN) for text in captions[index] if _clean(text)]
+    texts = [text for index in _spread(len(captions), SEEN) for text in captions[index] if clean(text)]
     if not texts:
         raise ValueError("the captions of these data are blank: write some, or train without (conditioning=none)")
     return [texts[i] for i in _spread(len(texts), SEEN)]
 
 
-def _distinct(texts: Sequence[str], most: int = 8) -> list[str]:
+def distinct(texts: Sequence[str], most: int = 8) -> list[str]:
     """Some of different texts, evenly apart, as a configuration can have them: in it "${" begins a reference."""
-    different = [text for text in dict.fromkeys(map(_clean, texts)) if text.isprintable() and "${" not in text]
+    different = [text for text in dict.fromkeys(map(clean, texts)) if text.isprintable() and "${" not in text]
     return [different[i] for i in _spread(len(different), most)]
 
 
@@ -279,18 +115,18 @@ def _spread(count: int, most: int) -> list[int]:
     return [i * count // taken for i in range(taken)]
 
 
-def _caption_of(source: Source, index: int, choice: int) -> str:
+def caption_of(source: Source, index: int, choice: int) -> str:
     assert source.captions is not None
     captions = source.captions[index]
     return captions[choice % len(captions)] if captions else ""
 
 
-def _title(asked: str | None) -> str:
-    text = _clean(asked) or "no text"
+def title(asked: str | None) -> str:
+    text = clean(asked) or "no text"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _clean(asked: str | float | None) -> str:
+def clean(asked: str | float | None) -> str:
     """The text with one blank for several, and only characters that UTF-8 has; a number, as YAML reads it, is one."""
     if asked is None:
         return ""
@@ -300,7 +136,7 @@ def _clean(asked: str | float | None) -> str:
 
 
 def _normal(asked: str | None) -> str:
-    return _clean(unicodedata.normalize("NFKC", _clean(asked)).lower())
+    return clean(unicodedata.normalize("NFKC", clean(asked)).lower())
 
 
 def _train(texts: Sequence[str], vocabulary: int) -> str:
@@ -311,13 +147,13 @@ def _train(texts: Sequence[str], vocabulary: int) -> str:
             f"conditioning.encode.vocabulary must be at least {least}, the bytes and {SPECIAL} ids for padding and the "
             f"ends, got {vocabulary}"
         )
-    library = _library("tokenizers")
-    tokenizer = library.Tokenizer(library.models.BPE())
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as others
-    trainer = library.trainers.BpeTrainer(
+    package = library("tokenizers")
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as others
+    trainer = package.trainers.BpeTrainer(
         vocab_size=vocabulary - SPECIAL,
         min_frequency=2,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(map(_normal, texts), trainer)
@@ -325,167 +161,8 @@ def _train(texts: Sequence[str], vocabulary: int) -> str:
     return json.dumps(json.loads(tokenizer.to_str()), separators=(",", ":")).replace("$", "\\u0024")
 
 
-def _folder(model: str) -> Path:
-    """Where the files of a pretrained model lie, downloaded if need be. Raises ValueError if they are not to be had."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        folder = _from_hub(model)
-    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
-        lacking.append(WEIGHTS)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        lacking.append("tokenizer.json")
-    if lacking:
-        raise ValueError(
-            f"{model} is no text encoder that can be opened: it has no {' and no '.join(lacking)}; put there what "
-            "save_pretrained writes of the encoder and of its tokenizer"
-        )
-    return folder
-
-
-def _from_hub(model: str) -> Path:
-    _library("transformers")
-    from huggingface_hub import snapshot_download
-
-    wanted = [*TOKENIZERS, *BESIDE, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
-    try:
-        try:
-            folder = Path(snapshot_download(model, allow_patterns=wanted, local_files_only=True))
-            if any((folder / name).exists() for name in (WEIGHTS, INDEX)):
-                return folder
-        except OSError:
-            pass  # nothing of it was downloaded before
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no text encoder {model}: there is no such folder, and none was downloaded ({_line(error)}): give the "
-            "folder with its config.json, tokenizer.json and model.safetensors as conditioning.encode.model"
-        ) from error
-
-
-def _fingerprint(folder: Path) -> str:
-    """What stands for an encoder and its tokenizer: all of their small files, and samples of every weight."""
-    parts: list[str] = []
-    for name in (*TOKENIZERS, *BESIDE):
-        path = folder / name
-        parts += [name, path.read_bytes().hex()] if path.is_file() else []
-    for path in _weights(folder):
-        try:
-            with safe_open(path, "pt"):
-                pass  # it is whole, and its header can be believed
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} holds no weights that can be read ({_line(error)}): save it anew") from error
-        parts += [path.name, *_samples(path)]
-    return digest(*parts)
-
-
-def _weights(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    try:
-        names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / INDEX} names no files of weights ({_line(error)}): save it anew") from error
-    return [folder / name for name in sorted(names)]
-
-
-def _samples(path: Path, count: int = 4, size: int = 4096) -> Iterator[str]:
-    """The header of a safetensors file, and `count` pieces of each tensor: files of many GB are not read in whole."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length)
-        yield header.hex()
-        for name, about in sorted(json.loads(header).items()):
-            if name == "__metadata__":
-                continue
-            first, stop = about["data_offsets"]
-            last = max(first, stop - size)
-            for place in sorted({first + (last - first) * i // (count - 1) for i in range(count)}):
-                file.seek(8 + length + place)
-                yield file.read(min(size, stop - place)).hex()
-
-
-def _config(folder: Path) -> Any:
-    """The configuration of the text part of the model in `folder`. Raises ValueError if it has none."""
-    try:
-        config = _library("transformers").AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the model in {folder} is none that the transformers library knows ({_line(error)}): choose another "
-            "conditioning.encode.model"
-        ) from error
-    text = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
-    if not getattr(text, "vocab_size", None):
-        raise ValueError(
-            f"the model in {folder} is a {config.model_type}, which has no part for texts: choose CLIP, T5 or another "
-            "encoder of texts as conditioning.encode.model"
-        )
-    return text
-
-
-def _features(folder: Path, length: int) -> int:
-    """The width of the encoder's hidden states. Raises ValueError if it does not take `length` tokens."""
-    config = _config(folder)
-    most = getattr(config, "max_position_embeddings", None) or length
-    if not 1 <= length <= most:
-        raise ValueError(
-            f"conditioning.encode.length must lie in [1, {most}], the tokens that the encoder in {folder} takes, got "
-            f"{length}"
-        )
-    return int(config.hidden_size)
-
-
-def _open_net(folder: Path) -> torch.nn.Module:
-    """The encoder of texts in `folder`, in float32. Raises ValueError if its weights do not make one."""
-    library = _library("transformers")
-    config = _config(folder)
-    try:
-        known = type(config) in library.MODEL_FOR_TEXT_ENCODING_MAPPING
-        kind = library.AutoModelForTextEncoding if known else library.AutoModel
-        with _quiet(library):
-            net, loaded = kind.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the encoder in {folder} cannot be opened ({_line(error)}): save it anew") from error
-    missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)  # which is not used
-    if missing:
-        raise ValueError(
-            f"the weights in {folder} lack {len(missing)} of the encoder's, among them {missing[0]}: save it anew"
-        )
-    if net.config.is_encoder_decoder:
-        net = net.get_encoder()
-    return net.eval().requires_grad_(False)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _quiet(library: Any) -> Iterator[None]:
-    """No table of the weights that are not of the text part, and no progress bar."""
-    logging = library.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _accelerator() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
+    """The optional package of this name. Raises ValueError, which says how to install it, if it is not there."""
     # The threads of tokenizers do not outlive a fork, by which workers come to be, and it says so at every one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -494,5 +171,5 @@ def _library(name: str) -> Any:
         raise ValueError(f"conditions of text need {name}, which is not installed: pip install {name}") from error
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
