@@ -31,7 +31,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.framework import RANDOM_IMAGES, now
+from benchmarks.training import RANDOM_IMAGES, now
 from src import building, out_of_memory, runs
 from src.checkpoints import read_checkpoint
 from src.memory import gib

@@ -15,7 +15,7 @@ from unittest.mock import patch
 import lightning as L
 import torch
 
-from benchmarks.framework import WORKLOADS, Clock, compose, now, since
+from benchmarks.training import WORKLOADS, Clock, compose, now, since
 from src import runs
 from src.callbacks import NonFiniteGuard
 

@@ -1,0 +1,204 @@
+"""Training steps of other projects, as they ship them, and of diffusers' network with all that a hand can do for it.
+
+Each function makes a network for `Work` and gives what takes one optimizer step on random images of it, in the order of
+that project's own loop: batch, noise, loss, backward pass, clipping, optimizer, weight average. What a loop leaves out
+(smalldiffusion: clipping and average), it leaves out here. Bars, trackers and data loaders are left out for all.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+class Work(NamedTuple):
+    """What a network is trained on, and how large it is: width * multipliers[i] channels at level i."""
+
+    images: Tensor
+    """(N, C, H, W) uint8 on the CPU."""
+    batch_size: int
+    width: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: int
+    """The resolution, in pixels, with attention."""
+    head_channels: int
+    device: torch.device
+    bf16: bool
+
+    def batch(self) -> Tensor:
+        """(B, C, H, W) in [-1, 1] on the device."""
+        pixels = self.images[torch.randint(len(self.images), (self.batch_size,))]
+        return pixels.to(self.device, non_blocking=True).float() * (2 / 255) - 1
+
+    def has_attention(self) -> list[bool]:
+        """Of each level."""
+        size = self.images.shape[-1]
+        return [size >> level == self.attention for level in range(len(self.multipliers))]
+
+
+class Contender(NamedTuple):
+    """A network, and what takes one step of its training."""
+
+    net: nn.Module
+    step: Callable[[], None]
+
+
+def diffusers(work: Work) -> Contender:
+    """examples/unconditional_image_generation/train_unconditional.py with --use_ema, on one device."""
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    net = diffusers_net(work, head_channels=8)  # its default
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
+
+    def step() -> None:
+        clean = work.batch()
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (len(clean),), device=work.device).long()
+        loss = F.mse_loss(net(scheduler.add_noise(clean, noise, t), t).sample.float(), noise.float())
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        ema.step(net.parameters())
+        loss.detach().item()  # for its bar
+
+    return Contender(net, step)
+
+
+def tuned_diffusers(work: Work) -> Contender:
+    """Its network as well as a hand can have it: channels last, few heads, fused AdamW; on a GPU compiled, in bf16."""
+    net = diffusers_net(work, work.head_channels).to(memory_format=torch.channels_last)
+    parameters = list(net.parameters())
+    average = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    update = get_ema_multi_avg_fn(0.999)  # type: ignore[no-untyped-call]
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    alpha_bar = (1 - betas).cumprod(0)
+    alpha, sigma = (x.sqrt().float().to(work.device) for x in (alpha_bar, 1 - alpha_bar))
+    on_gpu = work.device.type == "cuda"
+    forward = torch.compile(net, mode="max-autotune-no-cudagraphs") if on_gpu else net
+
+    def step() -> None:
+        clean = work.batch()
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, 1000, (len(clean),), device=work.device)
+        x = alpha[t].view(-1, 1, 1, 1) * clean + sigma[t].view(-1, 1, 1, 1) * noise
+        with torch.autocast(work.device.type, torch.bfloat16, enabled=work.bf16):
+            out = forward(x.contiguous(memory_format=torch.channels_last), t, return_dict=False)[0]
+        F.mse_loss(out.float(), noise).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            update(average, parameters, None)
+
+    return Contender(net, step)
+
+
+def diffusers_net(work: Work, head_channels: int) -> nn.Module:
+    """`UNet2DModel`, which is weight for weight ours if the heads are."""
+    from diffusers import UNet2DModel
+
+    down = tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in work.has_attention())
+    up = tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(work.has_attention()))
+    channels = work.images.shape[1]
+    net: nn.Module = UNet2DModel(
+        sample_size=work.images.shape[-1],
+        in_channels=channels,
+        out_channels=channels,
+        layers_per_block=work.blocks,
+        block_out_channels=tuple(work.width * m for m in work.multipliers),
+        down_block_types=down,
+        up_block_types=up,
+        attention_head_dim=head_channels,
+    )
+    return net.to(work.device).train()
+
+
+def lucidrains(work: Work) -> Contender:
+    """denoising-diffusion-pytorch: `Trainer.train` without accelerate, which on one device adds nothing to it.
+
+    Its levels have two blocks on either side, and linear attention where there is no full one.
+    """
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    channels, size = work.images.shape[1], work.images.shape[-1]
+    net = Unet(work.width, dim_mults=work.multipliers, channels=channels, full_attn=tuple(work.has_attention()))
+    diffusion = GaussianDiffusion(net, image_size=size).to(work.device)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10).to(work.device)
+
+    def step() -> None:
+        diffusion.train()
+        loss = diffusion((work.batch() + 1) / 2)
+        loss.item()
+        loss.backward()
+        nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    return Contender(net, step)
+
+
+def smalldiffusion(work: Work) -> Contender:
+    """Its own `training_loop`, a generator."""
+    from smalldiffusion import ScheduleDDPM, Unet, training_loop
+
+    channels, size = work.images.shape[1], work.images.shape[-1]
+    net = Unet(
+        size,
+        channels,
+        channels,
+        ch=work.width,
+        ch_mult=tuple(work.multipliers),
+        num_res_blocks=work.blocks,
+        attn_resolutions=(work.attention,),
+        dropout=0.0,
+    ).to(work.device)
+    steps = training_loop(_Endless(work), net, ScheduleDDPM(), epochs=1)
+    next(steps)
+
+    def step() -> None:
+        next(steps)
+
+    return Contender(net, step)
+
+
+class _Endless(NamedTuple):
+    """What gives one batch after another, for a loop that asks for a loader."""
+
+    work: Work
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        while True:
+            yield self.work.batch()
+
+
+PEERS: dict[str, Callable[[Work], Contender]] = {
+    "diffusers": diffusers,
+    "diffusers, tuned by hand": tuned_diffusers,
+    "lucidrains": lucidrains,
+    "smalldiffusion": smalldiffusion,
+}
+
+
+def flops(step: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products and convolutions of one step, both passes."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products it can count
+        step()
+    return int(counter.get_total_flops())

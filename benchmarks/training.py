@@ -1,0 +1,278 @@
+"""How fast training steps are: `src.train`'s, those of a bare loop over the same network, and other projects'.
+
+All run in one process and take turns, a few steps at a time, so that what else the machine does slows all alike:
+`python -m benchmarks.training --model unet_small --batch 32`. Ratios are the medians of those of each round: more than
+1 means that `src.train` is faster. GFLOP are those of products and convolutions in one step; the peak is the machine's
+own speed at a large product and at a convolution of the network's kind, in the same precision and the same rounds.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from benchmarks.peers import PEERS, Contender, Work, flops
+from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
+from src.data.batch import InMemory, Source
+from src.module import DiffusionModule
+from src.tables import table as markdown_table
+from src.trust import CONF
+
+RANDOM_IMAGES = [
+    "data.source._target_=benchmarks.training.random_images",
+    "data.channels=3",
+    "data.image_size=32",
+    "data.levels=256",
+    "data.batch_size=32",
+]
+OURS, BARE = "src.train", "bare loop"
+WORKLOADS = {
+    "unet_small": ["model=unet_small", *RANDOM_IMAGES],
+    "unet_ddpm": ["model=unet_ddpm", "model.dropout=0", *RANDOM_IMAGES],
+    "unet_tiny": ["model=unet_tiny"],
+}
+"""The model and its data: random 32x32 colour images, or the digits with their own settings."""
+
+
+def random_images(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
+    """512 images of uniform noise in memory: what they show does not change the time that they take."""
+    generator = torch.Generator().manual_seed(0)
+    size = (512, channels, image_size, image_size)
+    return InMemory(torch.randint(256, size, dtype=torch.uint8, generator=generator))
+
+
+class Clock(NamedTuple):
+    """Seconds that went by, and seconds that this process had a processor for: steadier on a busy machine."""
+
+    wall: float
+    cpu: float
+
+
+class BareLoop:
+    """The training step as one would write it by hand, with nothing logged: own weights, optimizer and average."""
+
+    def __init__(self, cfg: DictConfig, images: Tensor, betas: Tensor, device: torch.device) -> None:
+        self.net = hydra.utils.instantiate(cfg.model).to(device, memory_format=torch.channels_last).train()
+        self.parameters = list(self.net.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=cfg.optimizer.lr, weight_decay=cfg.optimizer.weight_decay, fused=True
+        )
+        warmup, last = cfg.lr_scheduler.warmup_steps, cfg.trainer.max_steps
+        self.rate = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda k: min(1, (k + 1) / warmup) * (1 - k / last)
+        )
+        alpha_bar = (1 - betas.double()).cumprod(0)
+        self.alpha, self.sigma = (x.sqrt().float().to(device) for x in (alpha_bar, 1 - alpha_bar))
+        self.taken = 0
+        self.images, self.batch_size, self.levels = images, cfg.data.batch_size, cfg.data.levels
+        self.gamma, self.decay = cfg.weighting.gamma, cfg.callbacks.ema.decay
+        self.max_norm, self.precision, self.device = cfg.trainer.gradient_clip_val, cfg.trainer.precision, device
+
+    def loss(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Squared error of the predicted x_0, weighted by min(SNR, gamma)."""
+        alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            out: Tensor = self.net(x, (t + 1) / len(self.alpha))
+        mse = (out.float() - x0).square().flatten(1).mean(1)
+        return ((alpha / sigma).square().clamp(max=self.gamma).flatten() * mse).mean()
+
+    def step(self) -> None:
+        pixels = self.images[torch.randint(len(self.images), (self.batch_size,))].to(self.device, non_blocking=True)
+        x0 = pixels.float() * (2 / (self.levels - 1)) - 1
+        t = torch.randint(len(self.alpha), (len(x0),), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss(x0, t, torch.randn_like(x0)).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.optimizer.step()
+        self.rate.step()
+        with torch.no_grad():
+            decay = min(self.decay, (self.taken + 2) / (self.taken + 11))
+            get_ema_multi_avg_fn(decay)(self.average, self.parameters, None)  # type: ignore[no-untyped-call]
+        self.taken += 1
+
+
+class TakeTurns(L.Callback):
+    """Every `warmup` + `steps` steps, holds the fit while each other loop takes as many; times the last `steps` of all.
+
+    Must stand last in the list of callbacks. A segment runs from the end of one step to the end of another, so
+    it holds all that Lightning does in between.
+    """
+
+    def __init__(self, cfg: DictConfig, peers: Sequence[str], warmup: int, steps: int) -> None:
+        self.cfg = cfg
+        self.peers = peers
+        self.warmup = warmup
+        self.steps = steps
+        self.clocks: dict[str, list[Clock]] = {OURS: []}
+        self.peaks: dict[str, list[float]] = {}
+        self._start = now()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        cfg, device = self.cfg, pl_module.device
+        source = trainer.datamodule.source  # type: ignore[attr-defined]
+        images = source.fetch(range(len(source)))
+        loop = BareLoop(cfg, images, hydra.utils.instantiate(cfg.schedule), device)
+        check_same_loss(loop, pl_module)
+        self.loops = {BARE: Contender(loop.net, loop.step)}
+        model, bf16 = cfg.model, cfg.trainer.precision == "bf16-mixed"
+        if self.peers:
+            size = (cfg.data.batch_size, model.width, tuple(model.multipliers), model.blocks, model.attention[0])
+            heads = model.head_channels or model.width * model.multipliers[-1]
+            work = Work(images, *size, heads, device, bf16)
+            self.loops |= {name: PEERS[name](work) for name in self.peers}
+        self.flops = {name: flops(each.step) for name, each in self.loops.items()}
+        self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.probes = {"product": product(device, dtype), "convolution": convolution(device, dtype, model.width * 2)}
+        self._start = now()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        taken = (batch_idx + 1) % (self.warmup + self.steps)
+        if taken == 0:
+            self.clocks[OURS].append(since(self._start))
+            for name, each in self.loops.items():
+                self.clocks.setdefault(name, []).append(timed(each.step, self.warmup, self.steps))
+            for name, (count, work) in self.probes.items():
+                self.peaks.setdefault(name, []).append(4 * count / timed(work, 1, 4).wall)
+        if taken == self.warmup:
+            self._start = now()
+
+
+def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
+    """Both must compute the same loss from the same weights and draws, or the comparison means nothing."""
+    own = {name: value.clone() for name, value in loop.net.state_dict().items()}
+    loop.net.load_state_dict(module.net.state_dict())
+    x0, eps = torch.rand(2, 16, *module.shape, device=module.device) * 2 - 1
+    t = torch.arange(16, device=module.device) * 60
+    with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        link = module.schedule.link((t + 0.5) / module.schedule.num_steps, x0)
+        terms = module.objective(module.process, module.denoise, x0, link, eps)
+        torch.testing.assert_close(loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
+    loop.net.load_state_dict(own)
+
+
+def product(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
+    """How many operations a large product of matrices takes, and the product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3, lambda: a @ b
+
+
+def convolution(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[int, Callable[[], Any]]:
+    """The same of a 3x3 convolution at 16x16, both passes."""
+    batch = 512 if device.type == "cuda" else 32
+    x = torch.randn(batch, channels, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(device, dtype, memory_format=torch.channels_last)
+    x.requires_grad_()
+    gradient = torch.randn_like(x)
+    return 3 * 2 * 9 * channels**2 * 256 * batch, lambda: torch.autograd.grad(layer(x), (x, layer.weight), gradient)
+
+
+def timed(step: Callable[[], Any], warmup: int, steps: int) -> Clock:
+    for _ in range(warmup):
+        step()
+    start = now()
+    for _ in range(steps):
+        step()
+    return since(start)
+
+
+def now() -> Clock:
+    """The time once the device has done all that it was asked to."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return Clock(time.perf_counter(), time.process_time())
+
+
+def since(start: Clock) -> Clock:
+    stop = now()
+    return Clock(stop.wall - start.wall, stop.cpu - start.cpu)
+
+
+def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequence[str] = ()) -> DictConfig:
+    """The configuration of `src.train`, with validation (once, at the very end) and pictures cut to a minimum."""
+    overrides = [
+        *WORKLOADS[model],
+        "process.prediction=x0",
+        "weighting=min_snr",
+        f"trainer.max_steps={num_steps}",
+        f"trainer.precision={precision}",
+        "trainer.devices=1",
+        f"validate_every={num_steps}",
+        f"checkpoint_every={num_steps}",
+        "callbacks.samples.count=1",
+        "sampler.steps=1",
+        f"run_dir='{folder}'",
+        *more,
+    ]
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("train", overrides)
+
+
+def table(turns: TakeTurns) -> str:
+    """A row for each loop: size, arithmetic, speed, how much faster `src.train` is, and its share of the peak."""
+    clocks, steps = turns.clocks, turns.steps
+    peak = {name: statistics.median(values) for name, values in turns.peaks.items()}
+    rows = []
+    for name, each in clocks.items():
+        count = turns.flops.get(name, turns.flops[BARE])
+        seconds = statistics.median(c.wall for c in each) / steps
+        ratios = sorted(a.wall / b.wall for a, b in zip(each, clocks[OURS], strict=True))
+        by_cpu = statistics.median(a.cpu / b.cpu for a, b in zip(each, clocks[OURS], strict=True))
+        done = sorted(1e-9 * count * steps / c.wall for c in each)
+        shares = [f"{statistics.median(done) / (1e-9 * top):.0%}" for top in peak.values()]
+        size = f"{turns.sizes.get(name, turns.sizes[BARE]) / 1e6:.2f}"
+        ratio = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        rows.append([name, size, f"{1e-9 * count:.1f}", f"{1e3 * seconds:.1f}", ratio, f"{by_cpu:.3f}", *shares])
+    header = ["loop", "M parameters", "GFLOP", "ms", "time / ours (range)", "by CPU time", *(f"of {n}" for n in peak)]
+    peaks = ", ".join(f"{name} {1e-9 * top:,.0f} GFLOP/s" for name, top in peak.items())
+    return f"{markdown_table(header, rows)}\n\nPeak: {peaks}.\n"
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=WORKLOADS, default="unet_small")
+    parser.add_argument("--batch", type=int, help="samples a step, else the data's own")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other projects, which must be installed")
+    parser.add_argument("--rounds", type=int, default=7, help="segments of each")
+    parser.add_argument("--steps", type=int, default=10, help="timed per segment; logs are written every 10")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    more = [] if args.batch is None else [f"data.batch_size={args.batch}"]
+    with tempfile.TemporaryDirectory() as folder:
+        num_steps = args.rounds * (args.warmup + args.steps)
+        cfg = compose(args.model, num_steps, args.precision, Path(folder) / "run", more)
+        run = runs.build(cfg)
+        turns = TakeTurns(cfg, args.peers, args.warmup, args.steps)
+        run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
+        run.trainer.fit(run.module, datamodule=run.data)
+    device = run.module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {args.threads} threads"
+    print(
+        f"\n{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, {name}, torch "
+        f"{torch.__version__}, lightning {L.__version__}: {args.rounds} rounds of {args.steps} steps after "
+        f"{args.warmup}\n\n{table(turns)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
