@@ -124,21 +124,22 @@ class ClassExam:
                 f"alignment.n={self.n} leaves less than two samples to each of {classes} classes: make it at least "
                 f"{2 * classes}"
             )
-        self.prompts: Mapping[str, Sequence[int]] = {"classes": range(classes)}
+        self.names = list(data.source.labels.names)
+        self.prompts: Mapping[str, Sequence[str]] = {"classes": self.names}
         self.device = device
         self.classifier, tested = classifier_of(data, settings.cache, device)
         right = round(self.classifier.accuracy * tested)
         self.own: Mapping[str, Figure] = {name(each, tested): wilson(right, tested) for each in ("class", "all")}
 
-    def right(self, images: Tensor, asked: Sequence[int]) -> Tensor:
+    def right(self, images: Tensor, asked: Sequence[str]) -> Tensor:
         seen = [self.classifier(part.to(self.device)).probabilities for part in torch.split(images, 256)]
         numbers = torch.cat([p.argmax(1).cpu() for p in seen if p is not None])
-        return (numbers == torch.tensor(asked)).double()[:, None]
+        return (numbers == torch.tensor([self.names.index(each) for each in asked])).double()[:, None]
 
-    def real(self, prompt: int) -> Tensor:
+    def real(self, prompt: str) -> Tensor:
         assert self.data.source is not None and self.data.source.labels is not None
         numbers = self.data.source.labels.numbers
-        shown = [k for k in self.data.train_indices if numbers[k] == prompt][:REAL]
+        shown = [k for k in self.data.train_indices if numbers[k] == self.names.index(prompt)][:REAL]
         return shown_of(self.data, shown) if shown else torch.empty(0, *self.data.shape, dtype=torch.uint8)
 
 
@@ -212,6 +213,8 @@ class ShapesExam:
             group: [caption(scene, key(settings.seed, "wording", k) % WORDINGS) for k, scene in enumerate(some)]
             for group, some in scenes.items()
         }
+        # A judge that never saw two objects would not see the second one of a sample that has one too many.
+        self.everything = Shapes(self.source.image_size, 2, "both", (), settings.seed)
         self.judge = train_judge(
             self._made,
             [len(ATTRIBUTES[look]) for look in LOOKS],
@@ -240,8 +243,8 @@ class ShapesExam:
         return result
 
     def _made(self, step: int, count: int = 32) -> Pictures:
-        """Renders of any scenes: what the judge learns from."""
-        scenes = self.source.any_scenes(count, key("judge", step))
+        """Renders of any scenes, of one and of two objects: what the judge learns from."""
+        scenes = self.everything.any_scenes(count, key("judge", step))
         seeds = [key("judge", step, k) for k in range(count)]
         placed = place(scenes, seeds)
         looks = torch.zeros(count, 2, len(LOOKS), dtype=torch.int64)
@@ -255,7 +258,7 @@ class ShapesExam:
 
     def _tested(self, steps: int) -> dict[str, Figure]:
         """The judge's figures on renders that it did not learn from."""
-        scenes = self.source.any_scenes(RENDERS, key("judge", "tested"))
+        scenes = self.everything.any_scenes(RENDERS, key("judge", "tested"))
         seeds = [key("judge", "tested", k) for k in range(RENDERS)]
         images = self._shown(render(scenes, self.source.image_size, seeds))
         right = self._compared(images, scenes)

@@ -12,7 +12,6 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.arguments import GRID_SETTINGS
-from src.checkpoints import find_checkpoint, read_checkpoint
 from src.errors import sentence
 from src.overrides import config_groups, nearest
 from src.trust import CONF, check_texts
@@ -94,16 +93,14 @@ def conditioning_of(condition: "Condition", drop: float) -> "Conditioning":
 
 def settle_data(cfg: DictConfig, data: "StreamDataModule") -> None:
     """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
-    from src.models.mlp import MLP
-
     check_texts(dict(data.found), "the data")
     cfg.data.update(data.found)
-    if len(data.shape) == 1 and get_class(cfg.model._target_) is MLP:
+    if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
 
 
 def settle_condition(cfg: DictConfig, data: "StreamDataModule") -> None:
-    """What only the data tell of conditions, such as the names of classes, as settings; a resumed run has them.
+    """What only the data tell of conditions, such as the names of classes, as settings; of a resumed run they did.
 
     Raises ValueError if the data have no such conditions.
     """
@@ -324,12 +321,11 @@ def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, A
     cfg.trainer.accumulate_grad_batches = batches
 
 
-def inline_betas(cfg: DictConfig) -> None:
-    """Replace the file name that `schedule=custom` may give by the numbers in it, or those that a resumed run had."""
+def inline_betas(cfg: DictConfig, before: Mapping[str, Any] | None) -> None:
+    """Replace the file name that `schedule=custom` may give by the numbers in it, or those of the run `before`."""
     betas = OmegaConf.select(cfg, "schedule.betas")
-    if isinstance(betas, str) and cfg.resume is not None:
-        saved = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
-        cfg.schedule.betas = betas = [float(beta) for beta in saved["schedule"].get("betas") or []]
+    if isinstance(betas, str) and before is not None:
+        cfg.schedule.betas = betas = [float(beta) for beta in before["schedule"].get("betas") or []]
     if not isinstance(betas, str):
         return
     import numpy as np

@@ -236,7 +236,10 @@ OF_THE_MODEL = (
 TOLD = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
 """Settings that may look like paths and are texts of the data."""
 
-FREE = ("model.checkpointing", "conditioning.drop", "conditioning.encode.cache", "conditioning.encode.model")
+FREE = (
+    *("model.checkpointing", "conditioning.drop"),
+    *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
+)
 """But for these, which change no weight's meaning."""
 
 

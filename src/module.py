@@ -314,6 +314,11 @@ class DiffusionModule(L.LightningModule):
         """From zeros, with ones for the network's outputs; `calls` is told the levels that it is asked for."""
         guidance = sampler.guidance
         guidance.check()
+        if guidance.rescale and math.prod(self.shape) == 1:
+            raise ValueError(
+                f"guidance.rescale={guidance.rescale:g} compares deviations within a sample, and one number has none: "
+                "set guidance.rescale=0"
+            )
         if guidance.scale != 1 and self.null is None and guidance.weak is None:
             raise ValueError(
                 f"guidance.scale={guidance.scale:g} needs a run that was trained with conditions (conditioning=class, "

@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoints import OF_FILES, changed_settings, find_checkpoint, read_checkpoint
 from src.errors import UsageError, first_line
+from src.trust import check_texts
 
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that say how a run goes on, not what it is."""
@@ -120,7 +121,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             value
         ):
             what = "may say where to write, or to whom"
-        elif key not in (*OF_FILES, "schedule.betas") and re.search(r"[/\\]|\.\.", value):
+        elif key not in (*OF_FILES, "schedule.betas", "conditioning.encode.model") and re.search(r"[/\\]|\.\.", value):
             what = "may be a path to write to"
         else:
             continue
@@ -160,7 +161,25 @@ def check_unused(overrides: Sequence[str]) -> None:
         raise UsageError(f"{given[-1]} already holds a run: go on with resume={given[-1]}, or choose another folder")
 
 
-def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:
+    """Take what only the data told from the settings `before` of a run that goes on, where nothing else is given.
+
+    The data may have grown since, and tell something else, of which the weights know nothing.
+    """
+    encode = (before.get("conditioning") or {}).get("encode") or {}
+    found = {f"conditioning.encode.{name}": value for name, value in encode.items()}
+    found |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "deviation")}
+    check_texts({name: value for name, value in found.items() if value is not None}, "the run that is resumed")
+    for name, value in found.items():
+        node, _, last = name.rpartition(".")
+        parent = OmegaConf.select(cfg, node)
+        if value is not None and parent is not None and last in parent and parent[last] in (None, []):
+            parent[last] = value
+    if found["data.columns"] and "features" in cfg.model:
+        cfg.model.features = len(found["data.columns"])
+
+
+def take_up(cfg: DictConfig) -> dict[str, Any] | None:
     """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
 
     Raises ValueError if another job has been in its folder.
@@ -169,8 +188,11 @@ def take_up(cfg: DictConfig, settings: Mapping[str, Any]) -> dict[str, Any] | No
     cfg.resume = str(folder) if any((folder / "checkpoints").glob("*.ckpt")) else None
     if cfg.resume is None:
         return None
+    from src.building import plain
+
     before = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
-    if changed := changed_settings(before, settings):
+    restore_found(cfg, before)
+    if changed := changed_settings(before, plain(cfg)):
         raise ValueError(
             f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
         )

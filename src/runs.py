@@ -41,6 +41,7 @@ from src.checkpoints import (
     weights_of,
 )
 from src.errors import sentence
+from src.resuming import restore_found
 from src.trust import check_targets, check_texts, known_targets
 
 if TYPE_CHECKING:
@@ -114,7 +115,12 @@ def build(cfg: DictConfig) -> Run:
     """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
     if cfg.resume is not None and not cfg.trust:
         check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
-    inline_betas(cfg)
+    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
+    saved = read_checkpoint(resume_from) if resume_from else None
+    before = saved and saved["hyper_parameters"]
+    inline_betas(cfg, before)
+    if before is not None:
+        restore_found(cfg, before)
     if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
@@ -139,8 +145,6 @@ def build(cfg: DictConfig) -> Run:
         if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
             raise ValueError("compile=true needs a C++ compiler and there is none: install g++, or leave it out")
         module.net.compile()
-    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
-    saved = read_checkpoint(resume_from) if resume_from else None
     if saved is not None:  # what cannot be resumed is refused before loggers write
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
@@ -248,7 +252,7 @@ def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
                 f"encoder={encoder} is for runs with conditioning=pretrained, as {path} is not: leave it out"
             )
         return
-    node.cache = "outputs/cache"
+    node.cache, node.device = "outputs/cache", "auto"
     node.model = encoder or node.model
     if node.model is None:
         raise ValueError(f"{path} does not say where its text encoder lies: give its folder or hub name by encoder=...")
@@ -274,24 +278,31 @@ def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
     Raises ValueError if its output means something else than the run's, or it is asked in another way.
     """
     path = Path(where)
-    weak = open_run(None if path.is_file() else where, where if path.is_file() else None)
-    mine, theirs = opened.config, weak.config
-    for name in ("process.prediction", "process.variance", "conditioning.encode", "schedule", "snr_shift"):
-        own, other = (OmegaConf.select(config, name) for config in (mine, theirs))
-        if own != other:
-            raise ValueError(
-                f"guidance.weak={where} has {name} {other}, the run {own}: its outputs mean something else; choose an "
-                "earlier checkpoint, or a smaller network that was trained with the same"
-            )
+    encoder = OmegaConf.select(opened.config, "conditioning.encode.model")
+    weak = open_run(None if path.is_file() else where, where if path.is_file() else None, encoder=encoder)
+    remedy = "choose an earlier checkpoint, or a smaller network that was trained with the same"
+    own, other = (meaning(each.config) for each in (opened, weak))
+    if changed := next((name for name in {**own, **other} if own.get(name) != other.get(name)), None):
+        raise ValueError(f"guidance.weak={where} has another {changed} than the run, so its outputs differ: {remedy}")
     if weak.module.shape != opened.module.shape:
         raise ValueError(
-            f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}"
+            f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}: {remedy}"
         )
 
     def denoise(x: "torch.Tensor", t: "Level", cond: "torch.Tensor | None") -> "torch.Tensor":
         return weak.module.to(x.device).denoise(x, t, cond)
 
     return denoise
+
+
+def meaning(config: DictConfig) -> dict[str, Any]:
+    """The settings on which it depends what a network is given, and what its outputs mean."""
+    names = ("process.prediction", "process.variance", "process.sigma_data", "schedule", "snr_shift")
+    settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr")}
+    for name, value in (OmegaConf.select(config, "conditioning.encode") or {}).items():
+        if name not in ("examples", "cache", "device", "model"):  # of an encoder its fingerprint tells
+            settings[f"conditioning.encode.{name}"] = value
+    return settings
 
 
 def pick_device(name: str) -> "torch.device":

@@ -31,8 +31,10 @@ def sample(cfg: DictConfig) -> Path:
         sampler = runs.sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         things = wanted(condition, cfg.cond, cfg.negative)
-        asked = [things[k * len(things) // cfg.n] for k in range(cfg.n)] if things else []
-        cond = condition(asked) if condition else None
+        if cfg.cond is not None and cfg.n < len(things):
+            raise ValueError(f"n={cfg.n} leaves out some of the {len(things)} that cond asks for: set n={len(things)}")
+        places = [k * len(things) // cfg.n for k in range(cfg.n)] if things else []
+        embedded = condition(things) if condition else None
         if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
             raise ValueError(
                 f"negative={cfg.negative} is led away from by guidance alone, and not beside guidance.weak: set "
@@ -58,7 +60,7 @@ def sample(cfg: DictConfig) -> Path:
     parts: list[torch.Tensor] = []
 
     def cond_of(indices: range) -> torch.Tensor | None:
-        return None if cond is None else cond[indices.start : indices.stop]
+        return None if embedded is None else embedded[places[indices.start : indices.stop]]
 
     with (
         memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
@@ -91,10 +93,11 @@ def sample(cfg: DictConfig) -> Path:
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
     shown = samples[:256] if samples.ndim == 4 else samples
-    titles = [condition.title(each) for each in asked] if condition else []
+    titles = [condition.title(things[place]) for place in places] if condition else []
     plots.draw(shown, titles=titles[: len(shown)]).save(folder / "grid.png")
     if titles:
-        (folder / "asked.txt").write_text("".join(f"{title}\n" for title in titles))
+        lines = [each if isinstance(each, str) else condition.title(each) for each in things] if condition else []
+        (folder / "asked.txt").write_text("".join(f"{lines[place]}\n" for place in places), encoding="utf-8")
     name = str(settings._target_).rpartition(".")[2]
     own = [f"{k!s} {v}" for k, v in settings.items() if not str(k).startswith("_") and v is not None]
     own += [f"guidance {sampler.guidance.scale:g}"] if sampler.guidance.scale != 1 else []
@@ -122,7 +125,7 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         path = Path(cond)
         if not path.is_file():
             raise FileNotFoundError(f"no file {path.resolve()}: cond=FILE.txt has what is asked for, one on each line")
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{path} is empty: write what is asked for into it, one on each line")
         return lines

@@ -69,8 +69,8 @@ def _of_alignment(alignment: Mapping[str, Any]) -> str:
     rows.append(["", "real images, as judged", *real])
     note = (
         f"\nShares of {alignment['n']} samples by {alignment['sampler']} that show what they were asked to, in each "
-        "attribute (among those asked for it) and in `all` at once, with 95% Wilson intervals; `diversity` is how much "
-        "the samples of one prompt differ, where real images of it differ by 1.\n"
+        "attribute (among those asked for it) and in `all` at once, with 95% Wilson intervals, for these prompts; "
+        "`diversity` is how much the samples of one prompt differ, where real images of it differ by 1.\n"
     )
     return table(["guidance", "asked for", *names], rows) + "\n" + note
 

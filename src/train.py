@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train as configured, then leave pictures, curves and `metrics.json` in the run folder. Returns the metrics."""
-    from src import building, out_of_memory, runs
+    from src import out_of_memory, runs
 
     with usage_errors():
-        if cfg.resume == "auto" and (metrics := take_up(cfg, building.plain(cfg))):
+        if cfg.resume == "auto" and (metrics := take_up(cfg)):
             if rank() == 0:
                 print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics

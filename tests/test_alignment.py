@@ -72,6 +72,9 @@ class Captions:
     def title(self, asked):
         return asked
 
+    def check(self, source):
+        pass
+
 
 def shapes_data(**settings):
     source = partial(shapes, num_samples=60, held_out=HELD_OUT, **settings)
@@ -311,13 +314,14 @@ def test_two_processes_find_what_one_finds(told, digits):
 def test_classes_are_judged_by_the_classifier_and_its_own_mistakes_are_told(digits):
     """Held-out digits as samples, a third of them asked to be the next digit: shares by a plain loop."""
     data, exam = digits
-    assert isinstance(exam, ClassExam) and list(exam.prompts["classes"]) == list(range(10))
+    assert isinstance(exam, ClassExam) and list(exam.prompts["classes"]) == [str(c) for c in range(10)]
     numbers = data.source.labels.numbers
     by_class = [[k for k in data.val_indices if numbers[k] == c][:9] for c in range(10)]
     chosen = [by_class[(k + (k < 30)) % 10][k // 10] for k in range(90)]  # number k is asked to be k mod 10
     images = data.to_display(data.to_model(data.source.fetch(chosen)))
-    usual = [spread(exam.real(c)) for c in range(10)]
-    found = aligned(exam, images, range(10), [str(c) for c in range(10)], usual, seed=0)
+    names = exam.prompts["classes"]
+    usual = [spread(exam.real(name)) for name in names]
+    found = aligned(exam, images, names, names, usual, seed=0)
     right = [int(exam.classifier(images[k : k + 1]).probabilities.argmax()) == k % 10 for k in range(90)]
     assert found.figures["class_90"].value == found.figures["all_90"].value == sum(right) / 90
     assert sum(right) / 90 == pytest.approx(2 / 3, abs=0.05)
@@ -325,9 +329,9 @@ def test_classes_are_judged_by_the_classifier_and_its_own_mistakes_are_told(digi
     assert {str(n): figure.value for n, figure in exam.own.items()} == {
         f"{name}_{len(data.val_indices)}": pytest.approx(exam.classifier.accuracy) for name in ("class", "all")
     }
-    for c in range(10):
-        shown = exam.real(c)
-        assert (exam.right(shown, [c] * len(shown)) == 1).double().mean() > 0.95
+    for name in names:
+        shown = exam.real(name)
+        assert (exam.right(shown, [name] * len(shown)) == 1).double().mean() > 0.95
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +417,7 @@ def test_a_judge_that_learned_little_is_told_of_or_refused(tmp_path, monkeypatch
     monkeypatch.setattr("src.alignment.RENDERS", 100)
     with pytest.warns(UserWarning, match=r"right in \w+ on .* of fresh renders, less than 99%"):
         first = exam_of(data, Settings(judge_steps=2, cache=tmp_path), ALONE)
-    assert {name.rpartition("_")[0] for name in first.own} == {*first.attributes, "all"} - {"relation"}
+    assert {name.rpartition("_")[0] for name in first.own} == {*first.attributes, "all"}  # of two objects too
     with monkeypatch.context() as patch:
         patch.setattr("src.metrics.judge.fit", lambda *args: pytest.fail("trained again"))
         with pytest.warns(UserWarning, match="fresh renders"):
@@ -466,5 +470,5 @@ def test_the_judge_of_shapes_is_right(tmp_path):
                     assert figure.value == pytest.approx(expected, abs=0.03), name
                 elif name.startswith("diversity"):  # another colour differs otherwise from the background
                     assert not expected or figure.value == pytest.approx(1, abs=0.1), name
-                else:
-                    assert figure.value == pytest.approx(1, abs=0.02), name
+                else:  # another colour may be the other object's, which is then taken for it
+                    assert figure.value == pytest.approx(1, abs=0.02 if expected else 0.05), name

@@ -1,5 +1,6 @@
 """Conditions: what is asked for, how it reaches the network, and how often it is dropped."""
 
+import json
 import math
 import re
 from functools import partial
@@ -25,12 +26,28 @@ def test_classes_by_name_and_number_and_nothing_is_none_of_them():
     classes = Classes(**Classes.found_in(LABELLED, {}))
     assert classes([0, "dog", 2, "7", 7, None]).tolist() == [0, 1, 2, 2, 2, 3]
     assert [classes.title(x) for x in (0, "7", None)] == ["cat", "7", "no class"]
-    assert [classes.of(LABELLED, k, 5) for k in range(4)] == [2, 0, 1, 2]
+    assert [classes.of(LABELLED, k, 5) for k in range(4)] == ["7", "cat", "dog", "7"]
+    assert Classes(["1", "2", "10"])([1, "2", 10, 0]).tolist() == [0, 1, 2, 0]  # names before numbers
+
+
+def test_data_that_number_their_classes_otherwise_are_asked_by_name():
+    classes = Classes(["7", "cat", "dog", "bird"])
+    classes.check(LABELLED)
+    assert classes([classes.of(LABELLED, k, 0) for k in range(4)]).tolist() == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match=r"the class 'dog', which the run was not trained with: .*cat, 7"):
+        Classes(["cat", "7"]).check(LABELLED)
+    with pytest.raises(ValueError, match="these have none"):
+        classes.check(InMemory(torch.zeros(3, 2)))
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [("catt", "did you mean cat"), (3, "the 3 that there are: cat, dog, 7"), (-1, "the 3"), (True, "unknown class")],
+    [
+        ("catt", "did you mean cat"),
+        (3, "there are cat, dog, 7, or a number below 3"),
+        (-1, "below 3"),
+        (True, "unknown class"),
+    ],
 )
 def test_unknown_classes_are_refused_with_the_near_ones(asked, told):
     with pytest.raises(ValueError, match=told):
@@ -45,9 +62,18 @@ def test_measurements_have_mean_0_and_deviation_1_and_nothing_is_no_number():
     assert_close(rows.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     assert_close(rows.square().mean(0), torch.ones(2))
     assert made([None]).isnan().all()
-    assert made.title([20.0, 0.5]) == "kelvin 20, bar 0.5"
-    with pytest.raises(ValueError, match="no value of kelvin, bar: give 2 numbers"):
-        made([20.0])
+    assert made.title([20.0, 0.5]) == made.title("20, .5") == "kelvin 20, bar 0.5"
+    assert_close(made(["20, 0.5"]), made([[20, 0.5]]))
+    for wrong in ([20.0], "20", "20,much", [20, math.inf]):
+        with pytest.raises(ValueError, match="no value of kelvin, bar: give 2 numbers"):
+            made([wrong])
+    made.check(source)
+    with pytest.raises(ValueError, match="goes by kelvin, bar, the data by nothing"):
+        made.check(InMemory(torch.zeros(3, 2)))
+    seconds = torch.tensor([[1.7e9], [1.7e9 + 1], [1.7e9 + 2]], dtype=torch.float64)  # float32 knows no single ones
+    source = InMemory(torch.zeros(3, 2), given=Given(seconds, ["time"]))
+    made = Measurements(**Measurements.found_in(source, {}))
+    assert_close(made([made.of(source, k, 0) for k in range(3)]).flatten(), torch.tensor([-1.0, 0, 1]) * 1.5**0.5)
     with pytest.raises(ValueError, match="bar, which is the same everywhere"):
         Measurements.found_in(InMemory(torch.zeros(3, 2), given=Given(torch.ones(3, 1), ["bar"])), {})
 
@@ -166,6 +192,22 @@ def told(tmp_path_factory):
     return folder
 
 
+def test_a_run_with_conditions_goes_on(tmp_path):
+    """As if it had never stopped, and by resume=auto of a sweep too."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_tiny(whole, "conditioning=class", "lr_scheduler=constant")
+    train_tiny(halves, "conditioning=class", "lr_scheduler=constant", "trainer.max_steps=3")
+    train_tiny(halves, "conditioning=class", "lr_scheduler=constant", f"resume='{halves}'")
+    ends = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, halves)]
+    assert [end["global_step"] for end in ends] == [6, 6]
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][name]), name
+    metrics = train_tiny(whole, "conditioning=class", "lr_scheduler=constant", "resume=auto")
+    assert metrics == pytest.approx(json.loads((whole / "metrics.json").read_text()))  # it was finished
+    with pytest.raises(UsageError, match="holds another network"):
+        train_tiny(halves, f"resume='{halves}'", "lr_scheduler=constant")
+
+
 def draw(folder, tmp_path, *overrides):
     from src.sample import sample
 
@@ -217,7 +259,7 @@ def write(path, text):
 @pytest.mark.parametrize(
     ("overrides", "status"),
     [
-        (["cond=[fish]"], "unknown class 'fish': the 10 that there are"),
+        (["cond=[fish]"], "unknown class 'fish': there are 0, 1, 2, 3, 4 and 5 more"),
         (["cond=[11]"], "unknown class '11': did you mean 1"),
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
         (["cond=[]"], r"cond=\[\] asks for nothing"),
@@ -225,6 +267,7 @@ def write(path, text):
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 is led away from by guidance alone"),
+        (["cond=[1,2,3]", "n=2"], "n=2 leaves out some of the 3 that cond asks for: set n=3"),
     ],
 )
 def test_wrong_wishes_are_one_line(told, tmp_path, overrides, status):
@@ -238,6 +281,21 @@ def test_a_run_without_conditions_says_that_it_takes_none(trained, tmp_path):
             draw(trained, tmp_path, override)
     with pytest.raises(UsageError, match=re.escape("guidance.scale=2 needs a run that was trained with")):
         draw(trained, tmp_path, "guidance.scale=2")
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "told_of"),
+    [
+        (["conditioning=class", "process.prediction=x0"], "another process.prediction"),
+        (["conditioning=class", "zero_terminal_snr=true"], "another zero_terminal_snr"),
+        ([], "another conditioning.encode"),
+    ],
+)
+def test_a_weaker_model_of_another_meaning_is_refused(told, tmp_path, trained_with, told_of):
+    train_tiny(tmp_path / "weak", "trainer.max_steps=1", "validate_every=1", *trained_with)
+    with pytest.raises(UsageError, match=f"{told_of}.* than the run, so its outputs differ: choose an") as error:
+        draw(told, tmp_path, "guidance.scale=2", f"guidance.weak='{tmp_path / 'weak'}'")
+    assert "\n" not in str(error.value)
 
 
 def test_an_exported_model_can_be_asked_too(told, tmp_path):

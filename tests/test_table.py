@@ -8,8 +8,11 @@ import torch
 from torch.testing import assert_close
 
 from src import plots
+from src.checkpoints import read_checkpoint
 from src.data.table import TableDataModule
 from src.resuming import check_saved
+from src.sample import sample
+from src.train import train
 from tests.conftest import compose
 
 ROWS = 40
@@ -57,7 +60,7 @@ def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
     data = opened(path, given=["day"], label="kind")
     assert data.columns == ["height", "weight"]
     assert data.source.given.names == ["day"]
-    assert_close(data.source.given.values.numpy(), numbers[:, 2:].astype(np.float32), rtol=0, atol=0)
+    assert_close(data.source.given.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
     assert data.source.labels.names == ["5", "10", "15"]  # as numbers, not as texts
     assert data.source.labels.numbers.tolist() == [k % 3 for k in range(ROWS)]
     assert opened(path, label="code").source.labels.numbers.tolist() == [
@@ -146,6 +149,35 @@ def test_empty_labels_and_missing_files_are_named(tmp_path):
 def test_a_run_may_say_where_its_table_lies(tmp_path):
     """Going on with it reads the file as it reads images from data.root."""
     check_saved(tmp_path, ["data=table", "data.path=/some/where/a.csv"])
+
+
+def test_a_run_of_a_table_that_has_grown_goes_on_with_its_own_units(tmp_path):
+    """And samples of it are what they are asked to be: by numbers, or by lines of a file."""
+    path, _ = table(tmp_path / "t.csv")
+    folder = tmp_path / "run"
+    settings = [
+        *("data=table", f"data.path='{path}'", "data.columns=[height,weight,day]", "data.batch_size=8"),
+        *("model=mlp", "model.width=8", "model.blocks=1", "trainer.accelerator=cpu", "validate_every=3"),
+        *("checkpoint_every=100", "sampler.steps=2", "callbacks.samples.count=4", "neighbours.samples=0"),
+        *("callbacks.progress.refresh_rate=0", f"run_dir='{folder}'"),
+    ]
+    given = [*settings[:2], "data.columns=[height,weight]", "data.given=[day]", "conditioning=measured", *settings[3:]]
+    train(compose("train", *given, "trainer.max_steps=3"))
+    before = read_checkpoint(folder / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    with path.open("a") as file:
+        file.write("\n200,x,2e9,6,5\n")
+    train(compose("train", *given, "trainer.max_steps=6", f"resume='{folder}'"))
+    after = read_checkpoint(folder / "checkpoints" / "last.ckpt")["hyper_parameters"]
+    for node in ("mean", "deviation", "columns"):
+        assert before["data"][node] == after["data"][node]
+    assert before["conditioning"] == after["conditioning"]
+    (tmp_path / "asked.txt").write_text("3\n6.5\n")
+    ask = "device=cpu", "n=4", f"run='{folder}'"
+    by_file = sample(compose("sample", *ask, f"cond='{tmp_path / 'asked.txt'}'", f"run_dir='{tmp_path / 'a'}'"))
+    by_number = sample(compose("sample", *ask, "cond=[3,6.5]", f"run_dir='{tmp_path / 'b'}'"))
+    drawn = [np.load(each / "samples.npz")["arr_0"] for each in (by_file, by_number)]
+    assert (drawn[0] == drawn[1]).all() and np.isfinite(drawn[0]).all()
+    assert (by_file / "asked.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
 
 
 @pytest.mark.parametrize("features", [1, 2, 6])

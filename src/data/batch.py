@@ -1,6 +1,7 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
 import getpass
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -276,6 +277,8 @@ class StreamDataModule(L.LightningDataModule):
             )
         generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
         order = torch.randperm(len(source), generator=generator).tolist()
+        if self.condition is not None:
+            self.condition.check(source)
         self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
 
     def stream(self, trainer: L.Trainer) -> TrainingStream:
@@ -327,7 +330,8 @@ class StreamDataModule(L.LightningDataModule):
         """
         from filelock import FileLock
 
-        lock = FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{getpass.getuser()}-{key(*self.shape):x}.lock")
+        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a container's may have no name
+        lock = FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{user}-{key(*self.shape):x}.lock")
         if local_rank() > 0:
             try:
                 self.setup()

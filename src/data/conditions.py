@@ -4,7 +4,7 @@ One is asked for by a class's name or number, by a text, or by measured values; 
 the network is shown when the condition is dropped, and what guidance leads away from.
 """
 
-import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src.data.batch import Source
+from src.data.csv_files import nearest
 
 
 class Condition(Protocol):
@@ -39,6 +40,10 @@ class Condition(Protocol):
         """What is written beside a sample of it."""
         ...
 
+    def check(self, source: Source) -> None:
+        """Raise ValueError if a source's samples show what cannot be asked for."""
+        ...
+
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
@@ -51,23 +56,33 @@ def shown(condition: Condition | None, source: Source, indices: Sequence[int]) -
 
 
 class Classes:
-    """Kinds by name or number -> (N,) int64. Nothing is the number after the last, so that it is no class."""
+    """Kinds by name or number -> (N,) int64. Nothing is the number after the last, so that it is no class.
+
+    Where names look like numbers, what is asked for is the name.
+    """
 
     def __init__(self, names: Sequence[str] | None) -> None:
         if not names:
             raise ValueError("conditioning=class needs the names of the classes, which the data tell when a run starts")
         self.names = [str(name) for name in names]
-        self.examples = range(len(self.names))
+        self.examples = self.names
 
     def __call__(self, asked: Sequence[int | str | None]) -> Tensor:
         return torch.tensor([self._number(each) for each in asked], dtype=torch.int64)
 
-    def of(self, source: Source, index: int, choice: int) -> int:
+    def of(self, source: Source, index: int, choice: int) -> str:
         assert source.labels is not None
-        return int(source.labels.numbers[index])
+        return source.labels.names[int(source.labels.numbers[index])]
 
     def title(self, asked: int | str | None) -> str:
         return "no class" if asked is None else self.names[self._number(asked)]
+
+    def check(self, source: Source) -> None:
+        if unknown := [name for name in self.found_in(source, {})["names"] if name not in self.names]:
+            raise ValueError(
+                f"the data have the class {unknown[0]!r}, which the run was not trained with: "
+                f"{nearest(unknown[0], self.names)}; leave its images out, or train a new run"
+            )
 
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,14 +96,12 @@ class Classes:
     def _number(self, asked: int | str | None) -> int:
         if asked is None:
             return len(self.names)
-        if isinstance(asked, int) and not isinstance(asked, bool) and 0 <= asked < len(self.names):
-            return asked
-        if str(asked) in self.names:  # also a name that looks like a number
-            return self.names.index(str(asked))
-        near = difflib.get_close_matches(str(asked), self.names, n=3, cutoff=0.5)
-        shown = ", ".join(near or self.names[:10]) + (", ..." if not near and len(self.names) > 10 else "")
-        hint = f"did you mean {shown}?" if near else f"the {len(self.names)} that there are: {shown}"
-        raise ValueError(f"unknown class {str(asked)!r}: {hint}")
+        text = str(asked)
+        if text in self.names:
+            return self.names.index(text)
+        if text.isdecimal() and int(text) < len(self.names):
+            return int(text)
+        raise ValueError(f"unknown class {text!r}: {nearest(text, self.names)}, or a number below {len(self.names)}")
 
 
 class Measurements:
@@ -104,21 +117,31 @@ class Measurements:
         if not names or not mean or not deviation:
             raise ValueError("conditioning=measured needs names, mean and deviation, which data tell as a run starts")
         self.names = [str(name) for name in names]
-        self.mean, self.deviation = torch.tensor(mean), torch.tensor(deviation)
+        # float64: dates in seconds differ by less than float32 can tell
+        self.mean, self.deviation = (torch.tensor(each, dtype=torch.float64) for each in (mean, deviation))
         self.examples = [list(row) for row in examples or [mean]]
 
-    def __call__(self, asked: Sequence[float | Sequence[float] | None]) -> Tensor:
+    def __call__(self, asked: Sequence[float | str | Sequence[float] | None]) -> Tensor:
         rows = [self._row(each) for each in asked]
-        return (torch.tensor(rows, dtype=torch.float32).view(-1, len(self.names)) - self.mean) / self.deviation
+        values = torch.tensor(rows, dtype=torch.float64).view(-1, len(self.names))
+        return ((values - self.mean) / self.deviation).float()
 
     def of(self, source: Source, index: int, choice: int) -> list[float]:
         assert source.given is not None
         return source.given.values[index].tolist()
 
-    def title(self, asked: float | Sequence[float] | None) -> str:
+    def title(self, asked: float | str | Sequence[float] | None) -> str:
         if asked is None:
             return "nothing given"
         return ", ".join(f"{name} {value:.3g}" for name, value in zip(self.names, self._row(asked), strict=True))
+
+    def check(self, source: Source) -> None:
+        names = [] if source.given is None else source.given.names
+        if list(names) != self.names:
+            raise ValueError(
+                f"the run goes by {', '.join(self.names)}, the data by {', '.join(names) or 'nothing'}: set data.given "
+                "to what it was trained with"
+            )
 
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,10 +162,14 @@ class Measurements:
             "examples": values.quantile(shares, dim=0).tolist(),
         }
 
-    def _row(self, asked: float | Sequence[float] | None) -> list[float]:
+    def _row(self, asked: float | str | Sequence[float] | None) -> list[float]:
         if asked is None:
-            return [float("nan")] * len(self.names)
-        row = [asked] if isinstance(asked, int | float) else list(asked) if not isinstance(asked, str) else []
-        if len(row) != len(self.names) or not all(isinstance(value, int | float) for value in row):
+            return [math.nan] * len(self.names)
+        given = [asked] if isinstance(asked, int | float) else asked.split(",") if isinstance(asked, str) else asked
+        try:
+            row = [float(value) for value in given]
+        except (TypeError, ValueError):
+            row = []
+        if len(row) != len(self.names) or not all(map(math.isfinite, row)):
             raise ValueError(f"{asked!r} is no value of {', '.join(self.names)}: give {len(self.names)} numbers")
-        return [float(value) for value in row]
+        return row

@@ -81,4 +81,4 @@ def some(names: Sequence[str], count: int = 5) -> str:
 def nearest(name: str, known: Sequence[str]) -> str:
     """What was probably meant by an unknown name, as the end of a sentence."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {some(known)}"

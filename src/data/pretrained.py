@@ -77,6 +77,9 @@ class Pretrained:
     def title(self, asked: str | None) -> str:
         return title(asked)
 
+    def check(self, source: Source) -> None:
+        captions_of(source, "pretrained")
+
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         captions = captions_of(source, "pretrained")
@@ -127,7 +130,9 @@ class _Encoder:
         _features(folder, length)  # which knows what cannot be
         package = library("transformers")
         try:
-            self.tokenizer = package.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = package.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # whatever the many tokenizers raise
             raise ValueError(f"the tokenizer in {folder} cannot be opened ({one_line(error)}): save it anew") from error
         if self.tokenizer.pad_token is None:
@@ -182,17 +187,18 @@ def _folder(model: str) -> Path:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _from_hub(model)
-    lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
-        lacking.append(WEIGHTS)
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        lacking.append("tokenizer.json")
-    if lacking:
+    if lacking := _lacking(folder):
         raise ValueError(
             f"{model} is no text encoder that can be opened: it has no {' and no '.join(lacking)}; put there what "
             "save_pretrained writes of the encoder and of its tokenizer"
         )
     return folder
+
+
+def _lacking(folder: Path) -> list[str]:
+    """Names of files without which it holds no encoder and tokenizer."""
+    wanted = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS, INDEX), "tokenizer.json": TOKENIZERS}
+    return [name for name, any_of in wanted.items() if not any((folder / each).is_file() for each in any_of)]
 
 
 def _from_hub(model: str) -> Path:
@@ -203,8 +209,8 @@ def _from_hub(model: str) -> Path:
     try:
         try:
             folder = Path(snapshot_download(model, allow_patterns=wanted, local_files_only=True))
-            if any((folder / name).exists() for name in (WEIGHTS, INDEX)):
-                return folder
+            if not _lacking(folder) and all(path.is_file() for path in _weights(folder)):
+                return folder  # whole: a download may have been interrupted
         except OSError:
             pass  # nothing of it was downloaded before
         return Path(snapshot_download(model, allow_patterns=wanted))

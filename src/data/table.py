@@ -69,7 +69,7 @@ class TableDataModule(StreamDataModule):
     def _open(self) -> Source:
         table = self._read()
         samples = ((self._values(table) - self.mean) / self.deviation).float()
-        measured = Given(_numbers(table, self.given, "data.given").float(), self.given) if self.given else None
+        measured = Given(_numbers(table, self.given, "data.given"), self.given) if self.given else None
         labels = None
         if self.label is not None:
             names = table.column(self.label)

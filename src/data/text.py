@@ -67,6 +67,9 @@ class Tokens:
     def title(self, asked: str | None) -> str:
         return title(asked)
 
+    def check(self, source: Source) -> None:
+        captions_of(source, "text")
+
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         texts = sample(captions_of(source, "text"))
@@ -99,7 +102,7 @@ def sample(captions: Sequence[Sequence[str]]) -> list[str]:
     """Up to `SEEN` captions that are not blank, evenly spread over the samples."""
     texts = [text for index in _spread(len(captions), SEEN) for text in captions[index] if clean(text)]
     if not texts:
-        raise ValueError("the captions of these data are blank: write some, or train without (conditioning=none)")
+        raise ValueError("the captions of these data are blank: write some, or train without (conditioning=null)")
     return [texts[i] for i in _spread(len(texts), SEEN)]
 
 

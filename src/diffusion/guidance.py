@@ -80,7 +80,7 @@ def guided(
         led = ref + scale * (mean - ref)
         if guidance.rescale:
             axes = tuple(range(1, led.ndim))
-            ratio = mean.std(axes, keepdim=True) / led.std(axes, keepdim=True)
+            ratio = mean.std(axes, keepdim=True) / led.std(axes, keepdim=True).clamp(min=1e-12)
             led = led * (guidance.rescale * ratio + 1 - guidance.rescale)
         return torch.cat([led, asked[:, channels:]], dim=1)
 

@@ -56,7 +56,7 @@ class Net(nn.Module):
         super().__init__()
         self.looks = list(looks)
         layers: list[nn.Module] = []
-        # To 32, 16, 8 and 8 pixels a side: a cell of the last sees 26 pixels.
+        # To 32, 16, 8 and 8 pixels a side: a cell of the last sees 20 pixels.
         for before, after, size, stride in ((0, 1, 3, 1), (1, 2, 4, 2), (2, 4, 4, 2), (4, 4, 3, 1)):
             convolution = nn.Conv2d(before * width or 3, after * width, size, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(after * width), nn.ReLU()]
@@ -146,7 +146,7 @@ def fit(net: Net, made: Callable[[int], Pictures], steps: int, progress: Progres
 
 
 def loss_of(net: Net, pictures: Pictures) -> Tensor:
-    """() the sum of all cross-entropies, each a mean over cells with objects or over images.
+    """() the sum of all cross-entropies: of where objects are, of their looks, and of the background.
 
     A cell at a distance of d cells from the middle of an object has it by exp(-d^2 / 2), whose own entropy is large: at
     full weight it drowns what is to be learned of shapes.

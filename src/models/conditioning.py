@@ -65,11 +65,12 @@ class TextTransformer(nn.Module):
     """Token ids (B, L) -> what a transformer encoder, trained along, makes of each, and a vector for all of them.
 
     L <= `length` and ids < `vocabulary`; id 0 is padding, which nothing attends to, and the first id is never padding.
-    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the sum over tokens, made `dim` long.
+    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the sum over n tokens, over sqrt(n), made
+    `dim` long.
 
-    Before training, words are far apart, blocks are the identity, and the vector has deviation 1: what a caption says
-    is a large part of what it gives. The mean over a dozen tokens, through blocks that make them alike, is about the
-    same for all captions, and at high noise, where there is nothing else to go by, a network does not learn from it.
+    Before training, words are far apart, blocks are the identity, and the vector has about deviation 1: what a caption
+    says is a large part of what it gives. Random blocks would make all tokens alike, and a mean the vector small; at
+    high noise, where there is nothing else to go by, a network does not learn from that.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class TextProjection(nn.Module):
     """What a frozen encoder made of texts, (B, L, features) -> tokens `width` wide, and a vector for all of them.
 
     Rows of zeros are padding, which nothing attends to; the first row is never padding. Each row is normalised, since
-    encoders differ in scale; the vector is the sum over tokens, made `dim` long.
+    encoders differ in scale; the vector is the mean over tokens, normalised and made `dim` long.
     """
 
     def __init__(self, dim: int, features: int | None, width: int = 256) -> None:
@@ -118,7 +119,8 @@ class TextProjection(nn.Module):
     def forward(self, cond: Tensor) -> Embedded:
         mask = _there(cond.any(2))
         tokens = self.norm2(self.linear(self.norm1(cond.to(self.linear.weight.dtype))))
-        return Embedded(self.vector(_sum(tokens, mask)), tokens, mask)
+        # Rows of one encoder have much in common, so that their sum grows with their number: normalised, not scaled.
+        return Embedded(self.vector(F.layer_norm(_sum(tokens, mask), (self.token_width,))), tokens, mask)
 
 
 class _Block(nn.Module):
@@ -150,13 +152,16 @@ def _there(mask: Tensor) -> Tensor:
 
 
 def _sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The sum over the n tokens (B, L, width) that are there, as (B, width), over sqrt(n): as wide as one of them."""
+    """The sum over the n tokens (B, L, width) that are there, as (B, width), over sqrt(n).
+
+    It has the deviation of one of them if they are uncorrelated.
+    """
     weights = mask.to(tokens.dtype)[:, :, None]
     return (tokens * weights).sum(1) / weights.sum(1).sqrt()
 
 
 def _to_vector(width: int, dim: int) -> nn.Linear:
-    """Linear, and as wide as what it is given."""
+    """Linear, of the deviation of what it is given."""
     linear = nn.Linear(width, dim)
     nn.init.normal_(linear.weight, std=width**-0.5)
     return linear
