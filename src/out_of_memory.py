@@ -64,7 +64,8 @@ def at_batch_size(opened: "OpenedRun", batch_size: int, device: "torch.device") 
     from src.memory import estimate
 
     net = hollow_network(opened.config, opened.module.process.outputs)
-    needs = estimate(net, opened.module.shape, batch_size, device, "32-true", None, null=opened.module.null)
+    together = batch_size if opened.module.null is None else 2 * batch_size  # guided, each is asked for nothing as well
+    needs = estimate(net, opened.module.shape, together, device, "32-true", None, null=opened.module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
     return (
         f"out of memory at batch_size {batch_size} on {having(device)}; a pass through the network needs about "
