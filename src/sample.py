@@ -27,6 +27,14 @@ def sample(cfg: DictConfig) -> Path:
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
+        if (
+            cfg.guidance.weak is not None
+            and (cfg.guidance.scale or opened.config.get("guidance", {}).get("scale")) == 1
+        ):
+            raise ValueError(
+                f"guidance.weak={cfg.guidance.weak} is led away from by guidance alone: set guidance.scale=2, or leave "
+                "it out"
+            )
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = runs.sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition

@@ -44,7 +44,7 @@ def test_data_that_number_their_classes_otherwise_are_asked_by_name():
     ("asked", "told"),
     [
         ("catt", "did you mean cat"),
-        (3, "there are cat, dog, 7, or a number below 3"),
+        (3, r"there are cat, dog, 7 \(or a number below 3\)"),
         (-1, "below 3"),
         (True, "unknown class"),
     ],
@@ -267,6 +267,7 @@ def write(path, text):
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 is led away from by guidance alone"),
+        (["guidance.weak=x", "guidance.scale=1"], "guidance.weak=x is led away from by guidance alone: set"),
         (["cond=[1,2,3]", "n=2"], "n=2 leaves out some of the 3 that cond asks for: set n=3"),
     ],
 )

@@ -101,7 +101,7 @@ class Classes:
             return self.names.index(text)
         if text.isdecimal() and int(text) < len(self.names):
             return int(text)
-        raise ValueError(f"unknown class {text!r}: {nearest(text, self.names)}, or a number below {len(self.names)}")
+        raise ValueError(f"unknown class {text!r}: {nearest(text, self.names)} (or a number below {len(self.names)})")
 
 
 class Measurements:
