@@ -470,5 +470,5 @@ def test_the_judge_of_shapes_is_right(tmp_path):
                     assert figure.value == pytest.approx(expected, abs=0.03), name
                 elif name.startswith("diversity"):  # another colour differs otherwise from the background
                     assert not expected or figure.value == pytest.approx(1, abs=0.1), name
-                else:  # another colour may be the other object's, which is then taken for it
-                    assert figure.value == pytest.approx(1, abs=0.02 if expected else 0.05), name
+                else:  # eight renders of one caption err together
+                    assert figure.value == pytest.approx(1, abs=0.04), name
