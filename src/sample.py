@@ -27,14 +27,6 @@ def sample(cfg: DictConfig) -> Path:
         if min(cfg.n, cfg.batch_size) < 1:
             raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
-        if (
-            cfg.guidance.weak is not None
-            and (cfg.guidance.scale or opened.config.get("guidance", {}).get("scale")) == 1
-        ):
-            raise ValueError(
-                f"guidance.weak={cfg.guidance.weak} is led away from by guidance alone: set guidance.scale=2, or leave "
-                "it out"
-            )
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = runs.sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
@@ -43,6 +35,11 @@ def sample(cfg: DictConfig) -> Path:
             raise ValueError(f"n={cfg.n} leaves out some of the {len(things)} that cond asks for: set n={len(things)}")
         places = [k * len(things) // cfg.n for k in range(cfg.n)] if things else []
         embedded = condition(things) if condition else None
+        if sampler.guidance.weak and sampler.guidance.scale == 1:
+            raise ValueError(
+                f"guidance.weak={cfg.guidance.weak} is led away from by guidance alone: set guidance.scale=2, or leave "
+                "it out"
+            )
         if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
             raise ValueError(
                 f"negative={cfg.negative} is led away from by guidance alone, and not beside guidance.weak: set "

@@ -217,7 +217,7 @@ def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
 
 @pytest.mark.parametrize("kind", [Tokens, Pretrained])
 def test_data_without_texts_say_so(kind):
-    for captions, said in ((None, "needs data with captions"), ([["", " "]], "captions of these data are blank")):
+    for captions, said in ((None, "need data with captions"), ([["", " "]], "captions of these data are blank")):
         if kind is Pretrained and captions:
             continue
         with pytest.raises(ValueError, match=said) as error:

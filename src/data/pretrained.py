@@ -17,7 +17,7 @@ from torch import Tensor
 
 from src.data.batch import Source
 from src.data.store import Rows, Store
-from src.data.text import caption_of, captions_of, clean, distinct, library, one_line, sample, title
+from src.data.text import Texts, captions_of, clean, distinct, library, one_line, sample
 from src.draws import key
 from src.metrics.cache import digest
 
@@ -26,7 +26,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sent
 BESIDE = ("config.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class Pretrained:
+class Pretrained(Texts):
     """Texts -> (N, length, features) float32: what a frozen encoder makes of their tokens, rows of padding being 0.
 
     `model` is a folder or a name on the Hugging Face hub of CLIP, T5 or any other encoder of texts that the
@@ -71,18 +71,9 @@ class Pretrained:
             row[: len(array)] = torch.from_numpy(array.astype(np.float32))
         return out
 
-    def of(self, source: Source, index: int, choice: int) -> str:
-        return caption_of(source, index, choice)
-
-    def title(self, asked: str | None) -> str:
-        return title(asked)
-
-    def check(self, source: Source) -> None:
-        captions_of(source, "pretrained")
-
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        captions = captions_of(source, "pretrained")
+        captions = captions_of(source)
         folder = _folder(settings["model"])
         found: dict[str, Any] = {
             "features": _features(folder, settings.get("length", 64)),

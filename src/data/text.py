@@ -21,7 +21,22 @@ SEEN = 20_000
 """Captions from which a tokenizer is trained, and examples are chosen."""
 
 
-class Tokens:
+class Texts:
+    """What all conditions of text have in common."""
+
+    def of(self, source: Source, index: int, choice: int) -> str:
+        captions = captions_of(source)[index]
+        return captions[choice % len(captions)] if captions else ""
+
+    def title(self, asked: str | None) -> str:
+        text = clean(asked) or "no text"
+        return text if len(text) <= 100 else f"{text[:97]}..."
+
+    def check(self, source: Source) -> None:
+        captions_of(source)
+
+
+class Tokens(Texts):
     """Texts -> token ids (N, length) int64: where the text begins, its tokens, where it ends, padding.
 
     A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) that `found_in` trains on the captions of the data, so
@@ -61,18 +76,9 @@ class Tokens:
         padded = [row + [PADDING] * (self.length - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int64).view(-1, self.length)
 
-    def of(self, source: Source, index: int, choice: int) -> str:
-        return caption_of(source, index, choice)
-
-    def title(self, asked: str | None) -> str:
-        return title(asked)
-
-    def check(self, source: Source) -> None:
-        captions_of(source, "text")
-
     @staticmethod
     def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        texts = sample(captions_of(source, "text"))
+        texts = sample(captions_of(source))
         tokenizer = settings.get("tokenizer") or _train(texts, settings.get("vocabulary", 1024))
         return {"tokenizer": tokenizer, "examples": list(settings.get("examples") or distinct(texts))}
 
@@ -89,11 +95,12 @@ class Tokens:
         return [BEGIN, *ids[:room], END]
 
 
-def captions_of(source: Source, conditioning: str) -> Sequence[Sequence[str]]:
+def captions_of(source: Source) -> Sequence[Sequence[str]]:
+    """Those of each sample. Raises ValueError if the data have none."""
     if source.captions is None:
         raise ValueError(
-            f"conditioning={conditioning} needs data with captions, and these have none: use data=captions "
-            "data.root=... for images with texts beside them, or data=shapes"
+            "conditions of text need data with captions, and these have none: use data=captions data.root=... for "
+            "images with texts beside them, or data=shapes"
         )
     return source.captions
 
@@ -116,17 +123,6 @@ def _spread(count: int, most: int) -> list[int]:
     """Up to `most` of 0..count - 1, evenly apart."""
     taken = min(count, most)
     return [i * count // taken for i in range(taken)]
-
-
-def caption_of(source: Source, index: int, choice: int) -> str:
-    assert source.captions is not None
-    captions = source.captions[index]
-    return captions[choice % len(captions)] if captions else ""
-
-
-def title(asked: str | None) -> str:
-    text = clean(asked) or "no text"
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def clean(asked: str | float | None) -> str:
