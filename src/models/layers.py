@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.models.winograd import Conv3x3
+
 TimeConditioning = Literal["add", "scale_shift"]
 Resample = Literal["up", "down"]
 M = TypeVar("M", bound=nn.Module)
@@ -64,11 +66,11 @@ class ResidualBlock(nn.Module):
         self.conditioning: TimeConditioning = conditioning
         self.resample: Resample | None = resample
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.emb = nn.Linear(emb_dim, out_channels * (2 if conditioning == "scale_shift" else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -149,7 +151,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(resample(x, "up"))

@@ -1,0 +1,78 @@
+"""The fast convolution against the plain one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from src.models import winograd as module
+from src.models.layers import ResidualBlock, Upsample
+from src.models.winograd import Conv3x3, Tiles, winograd
+
+
+def draw(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, dtype=dtype, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (7, 14), (5, 3), (1, 1)])
+@pytest.mark.parametrize("last", [torch.channels_last, torch.contiguous_format])
+def test_it_is_the_convolution_and_so_are_its_gradients(size: tuple[int, int], last: torch.memory_format) -> None:
+    x, weight, bias = draw(3, 5, *size), draw(6, 5, 3, 3, seed=1), draw(6, seed=2)
+    given = x.contiguous(memory_format=last)
+    y, plain = winograd(given, weight, bias), F.conv2d(given, weight, bias, padding=1)
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    upstream = draw(*y.shape, seed=3).detach()
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out, (x, weight, bias), upstream) for out in (y, plain)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_gradients_of_gradients_are_right() -> None:
+    inputs = draw(1, 2, 5, 6), draw(2, 2, 3, 3, seed=1), draw(2, seed=2)
+    assert torch.autograd.gradcheck(winograd, inputs)
+    assert torch.autograd.gradgradcheck(winograd, inputs)
+
+
+def test_tiles_hold_each_pixel_as_often_as_they_overlap_there() -> None:
+    counts = torch.autograd.grad(Tiles.apply(x := draw(1, 1, 8, 8)).sum(), x)[0][0, 0]
+    along = torch.tensor(
+        [1, 1, 1, 2, 2, 1, 1, 1], dtype=torch.float64
+    )  # the last two of one tile, the first of another
+    assert torch.equal(counts, along[:, None] * along)
+
+
+def test_in_single_precision_it_errs_by_a_few_roundings() -> None:
+    x, weight, bias = (v.detach() for v in (draw(4, 128, 16, 16), draw(128, 128, 3, 3, seed=1) / 34, draw(128, seed=2)))
+    exact = F.conv2d(x, weight, bias, padding=1)
+    y = winograd(x.float(), weight.float(), bias.float())
+    assert (y - exact).norm() < 2e-6 * exact.norm()
+
+
+def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(module, "winograd", lambda *args: taken.append(args[0].shape) or winograd(*args))
+    layer = Conv3x3(64, 64)
+    plain = torch.nn.Conv2d(64, 64, 3, padding=1)
+    plain.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        for size in ((4, 64, 16, 16), (3, 64, 16, 16), (64, 64, 4, 4), (64, 64, 5, 5), (4, 64, 14, 14)):
+            x = draw(*size, dtype=torch.float32).detach()
+            torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=5e-5)
+        # Few tiles (3 x 16 of them), padding for the most part (5 of 8), half precision: the plain one.
+        assert taken == [(4, 64, 16, 16), (64, 64, 4, 4)]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        layer.to(torch.bfloat16)(x.bfloat16())
+        Conv3x3(32, 64)(draw(64, 32, 16, 16, dtype=torch.float32))
+    assert len(taken) == 2
+
+
+def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, grow = ResidualBlock(64, 128, 32, 16), Upsample(128)
+    torch.nn.init.normal_(block.conv2.weight, std=0.02)
+    x, emb = draw(4, 64, 16, 16, dtype=torch.float32), draw(4, 32, dtype=torch.float32, seed=1)
+    fast = torch.autograd.grad(grow(block(x, emb)).square().mean(), [x, *block.parameters(), *grow.parameters()])
+    monkeypatch.setattr(Conv3x3, "winograd_pays", lambda *_: False)
+    plain = torch.autograd.grad(grow(block(x, emb)).square().mean(), [x, *block.parameters(), *grow.parameters()])
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
