@@ -4,12 +4,13 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3 pytho
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 # Space that the packages take, in GB: the default torch for Linux brings CUDA along.
 NEEDED_GB := 8
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults lint types format unit schedules gpu-check lock clean
+.PHONY: help install train test test-faults lint types format unit schedules bench bench-gpu gpu-check lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -39,6 +40,12 @@ format: $(STAMP) ## rewrite the code in the project's style
 schedules: $(STAMP) ## compare the noise schedules: a table and plots
 	@$(RUN) -m src.schedules $(ARGS)
 
+bench: $(PEERS) ## speed and quality for time against other projects, on a CPU, in two hours; ARGS="--only unet_small"
+	@$(RUN) -m benchmarks $(ARGS)
+
+bench-gpu: $(PEERS) ## the same of training steps on a GPU
+	@$(RUN) -m benchmarks --gpu $(ARGS)
+
 gpu-check: $(STAMP) ## what CI cannot run, on a GPU, in under 8 minutes: a table of precisions, memory, resuming
 	@$(RUN) -m benchmarks.gpu_check $(ARGS)
 
@@ -63,4 +70,10 @@ $(STAMP): requirements.lock
 	@{ command -v uv >/dev/null 2>&1 || $(RUN) -m pip install --quiet --disable-pip-version-check uv; } \
 		&& UV=$$(command -v uv || echo $(VENV)/bin/uv) && "$$UV" pip install --quiet --python $(RUN) -r requirements.lock \
 		|| { echo "error: installing requirements.lock failed (see above): is the package registry reachable, the disk full?"; exit 1; }
+	@touch $@
+
+$(PEERS): $(STAMP) pyproject.toml
+	@UV=$$(command -v uv || echo $(VENV)/bin/uv) \
+		&& "$$UV" pip install --quiet --python $(RUN) --group bench --constraint requirements.lock \
+		|| { echo "error: installing what is compared with failed (see above): is the package registry reachable?"; exit 1; }
 	@touch $@

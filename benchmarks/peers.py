@@ -2,23 +2,27 @@
 
 Each function makes a network for `Work` and gives what takes one optimizer step on random images of it, in the order of
 that project's own loop: batch, noise, loss, backward pass, clipping, optimizer, weight average. What a loop leaves out
-(smalldiffusion: clipping and average), it leaves out here. Bars, trackers and data loaders are left out for all.
+(smalldiffusion: clipping and average), it leaves out here. Bars, trackers and data loaders are left out for all. What
+samples is the project's own sampler, with the averaged weights where there are any.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from src.models.winograd import Conv3x3
+
 
 class Work(NamedTuple):
     """What a network is trained on, and how large it is: width * multipliers[i] channels at level i."""
 
     images: Tensor
-    """(N, C, H, W) uint8 on the CPU."""
+    """(N, C, H, W) whole numbers on the CPU."""
     batch_size: int
     width: int
     multipliers: tuple[int, ...]
@@ -27,12 +31,16 @@ class Work(NamedTuple):
     """The resolution, in pixels, with attention."""
     head_channels: int
     device: torch.device
-    bf16: bool
+    bf16: bool = False
+    num_steps: int = 100_000
+    """After which a learning rate that falls is 0."""
+    levels: int = 256
+    """That the images have."""
 
     def batch(self) -> Tensor:
         """(B, C, H, W) in [-1, 1] on the device."""
         pixels = self.images[torch.randint(len(self.images), (self.batch_size,))]
-        return pixels.to(self.device, non_blocking=True).float() * (2 / 255) - 1
+        return pixels.to(self.device, non_blocking=True).float() * (2 / (self.levels - 1)) - 1
 
     def has_attention(self) -> list[bool]:
         """Of each level."""
@@ -41,10 +49,12 @@ class Work(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A network, and what takes one step of its training."""
+    """A network, what takes one step of its training, and what samples."""
 
     net: nn.Module
     step: Callable[[], None]
+    sample: Callable[[int, int], Tensor] | None = None
+    """(n, calls of the network for each) -> (n, C, H, W) in [-1, 1]."""
 
 
 def diffusers(work: Work) -> Contender:
@@ -57,7 +67,7 @@ def diffusers(work: Work) -> Contender:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
+    rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=work.num_steps)
 
     def step() -> None:
         clean = work.batch()
@@ -72,7 +82,19 @@ def diffusers(work: Work) -> Contender:
         ema.step(net.parameters())
         loss.detach().item()  # for its bar
 
-    return Contender(net, step)
+    def sample(n: int, calls: int) -> Tensor:
+        """As its DDPMPipeline does."""
+        ema.store(net.parameters())
+        ema.copy_to(net.parameters())
+        scheduler.set_timesteps(calls)
+        x = torch.randn(n, *work.images.shape[1:], device=work.device)
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                x = scheduler.step(net(x, t).sample, t, x).prev_sample
+        ema.restore(net.parameters())
+        return x.clamp(-1, 1)
+
+    return Contender(net, step, sample)
 
 
 def tuned_diffusers(work: Work) -> Contender:
@@ -149,12 +171,18 @@ def lucidrains(work: Work) -> Contender:
         optimizer.zero_grad()
         ema.update()
 
-    return Contender(net, step)
+    def sample(n: int, calls: int) -> Tensor:
+        average = ema.ema_model.eval()
+        average.sampling_timesteps, average.is_ddim_sampling = calls, calls < average.num_timesteps
+        images: Tensor = average.sample(batch_size=n)
+        return images * 2 - 1
+
+    return Contender(net, step, sample)
 
 
 def smalldiffusion(work: Work) -> Contender:
     """Its own `training_loop`, a generator."""
-    from smalldiffusion import ScheduleDDPM, Unet, training_loop
+    from smalldiffusion import ScheduleDDPM, Unet, samples, training_loop
 
     channels, size = work.images.shape[1], work.images.shape[-1]
     net = Unet(
@@ -167,13 +195,21 @@ def smalldiffusion(work: Work) -> Contender:
         attn_resolutions=(work.attention,),
         dropout=0.0,
     ).to(work.device)
-    steps = training_loop(_Endless(work), net, ScheduleDDPM(), epochs=1)
+    schedule = ScheduleDDPM()
+    steps = training_loop(_Endless(work), net, schedule, epochs=1)
     next(steps)
 
     def step() -> None:
         next(steps)
 
-    return Contender(net, step)
+    def sample(n: int, calls: int) -> Tensor:
+        """As its examples do, with the momentum that they have."""
+        with torch.no_grad():
+            *_, x = samples(net, schedule.sample_sigmas(calls), gam=1.6, batchsize=n)
+        net.train()
+        return x.clamp(-1, 1)
+
+    return Contender(net, step, sample)
 
 
 class _Endless(NamedTuple):
@@ -195,10 +231,15 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions of one step, both passes."""
+    """Floating-point operations of the matrix products and convolutions of one step, both passes, done plainly.
+
+    Winograd's way does the same work with fewer, so it may seem to go beyond the machine's peak.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products it can count
+    plainly = patch.object(Conv3x3, "winograd_pays", lambda *_: False)
+    # The counter knows the products of the plain form of attention.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plainly:
         step()
     return int(counter.get_total_flops())

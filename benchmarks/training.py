@@ -217,11 +217,14 @@ def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequ
         f"checkpoint_every={num_steps}",
         "callbacks.samples.count=1",
         "sampler.steps=1",
-        f"run_dir='{folder}'",
-        *more,
     ]
+    return compose_train([*overrides, *more], folder)
+
+
+def compose_train(overrides: Sequence[str], folder: Path) -> DictConfig:
+    """The configuration of `src.train` for a run in `folder`."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose("train", overrides)
+        return hydra.compose("train", [*overrides, f"run_dir='{folder}'"])
 
 
 def table(turns: TakeTurns) -> str:

@@ -1,0 +1,105 @@
+"""All that benchmarks/ measures, one section after the other: `make bench`, and on a GPU `make bench-gpu`.
+
+Leaves `table.md` in outputs/bench/<time>/, after each section what there is so far. Nothing else should run beside it.
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
+PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")
+
+
+def training(*arguments: str) -> list[str]:
+    return ["benchmarks.training", *arguments]
+
+
+def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
+    """The module and arguments of each, by its title."""
+    if gpu:
+        bf16 = ["--precision", "bf16-mixed", "--rounds", "7", "--steps", "10", "--warmup", "5", *PEERS]
+        models = {"unet_small": ("16", "128", "512"), "unet_ddpm": ("16", "64", "128", "512")}
+        return {
+            f"A step of {model}, {batch} images": training("--model", model, "--batch", batch, *bf16)
+            for model, batches in models.items()
+            for batch in batches
+        } | {"From the command to the first step": ["benchmarks.startup"]}
+    few = ["--steps", "1", "--warmup", "1", *PEERS]
+    quality = folder / "quality"
+    return {
+        "A step of unet_small, 16 images": training(
+            "--batch", "16", "--rounds", "9", "--steps", "2", "--warmup", "1", *PEERS
+        ),
+        "A step of unet_small, 64 images": training("--batch", "64", "--rounds", "5", *few),
+        "A step of unet_ddpm, 16 images": training("--model", "unet_ddpm", "--batch", "16", "--rounds", "5", *few),
+        "A step of unet_tiny on the digits": training("--model", "unet_tiny", "--rounds", "15"),
+        "From the command to the first step": ["benchmarks.startup"],
+        "Quality for time": ["benchmarks.quality", "--data", "digits", "glyphs", "--folder", str(quality)],
+        "Sampling": ["benchmarks.sampling", str(quality / "digits_src.train_2" / "run")],
+    }
+
+
+def setting() -> str:
+    """The machine and the versions, in a line."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = []
+    for name in PACKAGES:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            versions.append(f"{name} not installed")
+    return f"{device}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def main() -> None:
+    """Run them; one that fails says so in the table, and the status is 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where the table goes")
+    parser.add_argument("--only", nargs="+", default=[], help="words of the titles of sections")
+    args = parser.parse_args()
+    folder = args.folder or Path("outputs/bench") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        title: command
+        for title, command in sections(args.gpu, folder).items()
+        if not args.only or any(word in title for word in args.only)
+    }
+    if not chosen:
+        raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
+    written, failed = [f"{setting()}\n"], False
+    for title, (module, *arguments) in chosen.items():
+        print(f"{title}: python -m {module} {' '.join(arguments)}", flush=True)
+        began = time.monotonic()
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run(
+                [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        failed |= done.returncode != 0
+        # What bars leave on the same stream ends before the blank line that all tables have before them.
+        text = (
+            done.stdout[done.stdout.find("\n\n") :].strip()
+            if done.returncode == 0
+            else f"FAILED: see {folder / 'log.txt'}"
+        )
+        written.append(
+            f"## {title}\n`python -m {module} {' '.join(arguments)}`, {(time.monotonic() - began) / 60:.0f} minutes\n\n"
+            f"{text}\n"
+        )
+        (folder / "table.md").write_text("\n".join(written))
+        print(f"{text}\n", flush=True)
+    print(f"All of it: {folder / 'table.md'}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""How good samples are after so many minutes of two cores: ours, and other projects' loops with their own settings.
+
+`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, its
+validations and pictures in the time. The others have their own learning rate, batch size, schedule, target, average and
+sampler, no validation, and a network as large as the recipe's: those that they ship are far too large for such times.
+Two cores are two processes of one thread at a time, each for twice as long, told by the time that it had its core.
+Samples are measured by `src.evaluate`'s figures against the same held-out images; the floor is training images.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from benchmarks.peers import PEERS, Work
+from benchmarks.training import OURS, compose_train
+from src import plots, runs
+from src.data.batch import StreamDataModule
+from src.processes import Processes
+from src.quality import Settings, Yardstick
+from src.tables import interval, stem
+from src.tables import table as markdown_table
+
+RECIPES = {
+    "digits": ["experiment=digits"],
+    "glyphs": [
+        "experiment=digits",
+        "model=unet_patched",
+        "data.source._target_=benchmarks.glyphs.glyphs",
+        "data.image_size=28",
+        "data.levels=256",
+        "data.batch_size=64",
+    ],
+}
+CONTENDERS = (OURS, "diffusers", "lucidrains")
+FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier")
+FLOOR = "floor"
+
+
+class Clocked(L.Callback):
+    """How long a step takes, without the first ones."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip = skip
+        self.began = 0.0
+        self.steps = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+        if self.steps == self.skip:
+            self.began = time.process_time()
+        self.seconds = (time.process_time() - self.began) / max(1, self.steps - self.skip)
+
+
+def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) -> tuple[Path, float, int]:
+    """As many steps of `src.train` as fit, told by a few: the run's folder, the seconds that it took, the steps."""
+
+    def fit(name: str, steps: int, *callbacks: L.Callback) -> tuple[Path, float]:
+        every = max(1, steps // 5)
+        more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={every}", f"checkpoint_every={every}"]
+        run = runs.build(compose_train([*recipe, *more], folder / name))
+        run.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        began = time.process_time()
+        run.trainer.fit(run.module, datamodule=run.data)
+        return folder / name, time.process_time() - began
+
+    clock = Clocked(20)
+    _, trial = fit("trial", 60, clock)
+    # What a run has besides steps, the trial has too, though of pictures and checkpoints as many as a whole run.
+    besides = trial - clock.seconds * 60
+    steps = max(10, int((budget - besides) / clock.seconds))
+    where, seconds = fit("run", steps)
+    return where, seconds, steps
+
+
+def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tuple[Callable[[int, int], Tensor], int]:
+    """Steps of another project until the budget is spent: what samples, and how many there were."""
+    model = cfg.model
+    work = Work(
+        images,
+        batch_size=16,  # the default of both
+        width=model.width,
+        multipliers=tuple(model.multipliers),
+        blocks=model.blocks,
+        attention=model.attention[0] * model.patch,
+        head_channels=model.head_channels,
+        device=torch.device("cpu"),
+        levels=cfg.data.levels,
+    )
+    trial = PEERS[name](work)
+    for _ in range(3):
+        trial.step()
+    began = time.process_time()
+    for _ in range(20):
+        trial.step()
+    steps = int(budget / (time.process_time() - began) * 20)
+    contender = PEERS[name](work._replace(num_steps=steps))
+    began, taken = time.process_time(), 0
+    while time.process_time() - began < budget:
+        contender.step()
+        taken += 1
+    assert contender.sample is not None
+    return contender.sample, taken
+
+
+class Given:
+    """Samples that are there, to be measured as a module's own are."""
+
+    def __init__(self, images: Tensor, calls: int) -> None:
+        self.images = images
+        self.calls = calls
+
+    def sample(self, numbers: range, seed: int, sampler: Any, cond: Tensor | None = None) -> Iterator[Tensor]:
+        yield self.images[[k % len(self.images) for k in numbers]]  # beyond them are those that are dropped
+
+    def network_calls(self, sampler: Any) -> int:
+        return self.calls
+
+
+def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train one contender, draw, and measure: what a row of the table says."""
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    recipe, budget = [*RECIPES[data_name], *(args.recipe if name == OURS else [])], 2 * 60 * minutes
+    cfg = compose_train(recipe, folder / "unused")
+    data = runs.build(cfg).data
+    data.setup()
+    assert data.source is not None
+    row: dict[str, Any] = {"data": data_name, "contender": name, "minutes": minutes, "seed": args.seed}
+    if name == FLOOR:
+        yardstick = measured_by(data, args)
+        figures = yardstick.floor()
+    else:
+        if name == OURS:
+            where, spent, steps = train_ours(recipe, args.seed, budget, folder)
+            module = runs.open_run(where).module
+            calls = module.network_calls(module.sampler)
+            began = time.process_time()
+            parts = [list(module.sample(range(k, min(k + 200, args.n)), args.seed))[-1] for k in range(0, args.n, 200)]
+        else:
+            began, calls = time.process_time(), args.calls
+            images = data.source.fetch(data.train_indices)
+            sample, steps = train_peer(name, cfg, images, budget)
+            spent, began = budget, time.process_time()
+            parts = [sample(min(200, args.n - k), calls) for k in range(0, args.n, 200)]
+        row |= {"steps": steps, "seconds": spent, "calls": calls, "sampling": time.process_time() - began}
+        yardstick = measured_by(data, args)
+        drawn = yardstick.draw(Given(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
+        plots.draw(drawn.first[:64]).save(folder / "grid.png")
+        (measured,) = yardstick.measure([drawn], lambda batches: batches)
+        figures = measured.figures
+    return row | {"figures": {stem(key): figure._asdict() for key, figure in figures.items()}}
+
+
+def measured_by(data: StreamDataModule, args: argparse.Namespace) -> Yardstick:
+    """What measures against the data's held-out images."""
+    settings = Settings(["classifier", "pixels"], n=args.n, seed=args.seed, cache=Path("outputs/cache"))
+    return Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each, in the order in which they are given, with the distance over ours at the same time."""
+    header = ["data", "minutes", "loop", "steps", "calls", *FIGURES, "distance / ours", "above the floor / ours"]
+    lines = []
+    for row in rows:
+
+        def distance(contender: str, minutes: float, like: dict[str, Any] = row) -> float | None:
+            found = [r for r in rows if (r["data"], r["contender"], r["minutes"]) == (like["data"], contender, minutes)]
+            return found[0]["figures"]["fd_classifier"]["value"] if found else None
+
+        own, ours, floor = (
+            row["figures"]["fd_classifier"]["value"],
+            distance(OURS, row["minutes"]),
+            distance(FLOOR, 0),
+        )
+        ratio = "" if ours is None or floor is None else f"{own / ours:.2f}"
+        above = "" if ours is None or floor is None else f"{(own - floor) / (ours - floor):.2f}"
+        figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
+        minutes = f"{row['minutes']:g}" if row["minutes"] else ""
+        cells = [row["data"], minutes, row["contender"], str(row.get("steps", "")), str(row.get("calls", ""))]
+        lines.append([*cells, *figures, ratio, above])
+    return markdown_table(header, lines)
+
+
+def main() -> None:
+    """Train, draw and measure all, two at a time; leave figures, grids and a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=RECIPES, default=["digits"])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 10], help="of two cores")
+    parser.add_argument("--n", type=int, default=1000, help="samples")
+    parser.add_argument("--calls", type=int, default=100, help="of the others' networks for each sample")
+    parser.add_argument("--recipe", nargs="*", default=[], help="more overrides of ours")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where all is left; what is there already is not done again")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    folder = args.folder or Path("outputs/bench") / f"quality_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    if args.one:
+        row = one(args.one, args.data[0], args.minutes[0], args, folder)
+        (folder / "row.json").write_text(json.dumps(row))
+        return
+    jobs = [(data, FLOOR, 0.0) for data in args.data] + list(
+        itertools.product(args.data, args.contenders, args.minutes)
+    )
+
+    def run(job: tuple[str, str, float]) -> dict[str, Any]:
+        data, name, minutes = job
+        own = folder / f"{data}_{name}_{minutes:g}"
+        if not (own / "row.json").is_file():
+            own.mkdir(parents=True, exist_ok=True)
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.quality",
+                "--one",
+                name,
+                "--data",
+                data,
+                "--minutes",
+                f"{minutes}",
+            ]
+            command += ["--n", f"{args.n}", "--calls", f"{args.calls}", "--seed", f"{args.seed}", "--folder", f"{own}"]
+            command += ["--recipe", *args.recipe]
+            with open(own / "log.txt", "w") as log:
+                subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        return json.loads((own / "row.json").read_text())  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor(2) as pool:
+        for data in args.data:  # whose classifier is trained once, for all
+            run((data, FLOOR, 0.0))
+        rows = list(pool.map(run, jobs))
+    written = table(rows)
+    (folder / "table.md").write_text(written)
+    print(f"\n{args.n} samples, seed {args.seed}, torch {torch.__version__}; all of it in {folder}\n\n{written}")
+
+
+if __name__ == "__main__":
+    main()

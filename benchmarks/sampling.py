@@ -1,0 +1,171 @@
+"""What samples cost, and how good they are: `python -m benchmarks.sampling RUN` of a run on the embedded digits.
+
+Our samplers, and those of diffusers' pipelines and of lucidrains' GaussianDiffusion as they ship them, all with the
+run's own network and averaged weights, so that they differ in nothing else. The time for 64 images is the median of
+several rounds, in turns; that for 10,000 follows from `--n` of them, drawn 250 at a time. "Outside" is the share of it
+in which the network is not at work. The distance is that of `src.evaluate`, to held-out digits.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from benchmarks.quality import Given
+from src import building, runs
+from src.module import DiffusionModule, Sampler
+from src.processes import Processes
+from src.quality import Settings, Yardstick
+from src.tables import interval, stem
+from src.tables import table as markdown_table
+from src.trust import CONF
+
+OURS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 15), ("dpmpp_2m", 10))
+
+
+class Way(NamedTuple):
+    """A way to sample."""
+
+    draw: Callable[[int], Tensor]
+    """How many -> that many images (n, C, H, W) in [-1, 1]."""
+    calls: int
+
+
+class Watched(nn.Module):
+    """A network that keeps the time which it is at work. Takes timesteps (B,) or () in {0..T-1}."""
+
+    channels = out_dim = 1  # what lucidrains' GaussianDiffusion asks of a network
+    self_condition = random_or_learned_sinusoidal_cond = False
+
+    def __init__(self, net: nn.Module, num_steps: int) -> None:
+        super().__init__()
+        self.net = net
+        self.num_steps = num_steps
+        self.seconds = 0.0
+
+    def forward(self, x: Tensor, t: Tensor, self_cond: None = None) -> Tensor:
+        time_ = ((t + 1) / self.num_steps).expand(len(x))
+        began = time.perf_counter()
+        out: Tensor = self.net(x, time_)
+        self.seconds += time.perf_counter() - began
+        return out
+
+
+class OurNet(nn.Module):
+    """The same for our own calls, which give times."""
+
+    def __init__(self, watched: Watched) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        out: Tensor = self.watched(x, time * self.watched.num_steps - 1)
+        return out
+
+
+def ours(module: DiffusionModule, name: str, steps: int) -> Way:
+    cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
+    assert isinstance(cfg, DictConfig)
+    sampler: Sampler = building.build_sampler(cfg)._replace(steps=steps)
+
+    def draw(n: int) -> Tensor:
+        *_, x = module.sample(range(n), 0, sampler)
+        return x
+
+    return Way(draw, module.network_calls(sampler))
+
+
+def diffusers(net: Watched, betas: Tensor, shape: Sequence[int], scheduler: str, steps: int) -> Way:
+    """The loop of its unconditional pipelines, which is the same for all schedulers."""
+    import diffusers
+
+    made = getattr(diffusers, scheduler)(trained_betas=betas.tolist(), prediction_type="sample")
+
+    @torch.no_grad()
+    def draw(n: int) -> Tensor:
+        made.set_timesteps(steps)
+        x = torch.randn(n, *shape)
+        for t in made.timesteps:
+            x = made.step(net(x, t), t, x).prev_sample
+        return x.clamp(-1, 1)
+
+    return Way(draw, steps)
+
+
+def lucidrains(net: Watched, size: int, steps: int) -> Way:
+    """Its cosine schedule is ours."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+
+    diffusion = GaussianDiffusion(
+        net, image_size=size, beta_schedule="cosine", objective="pred_x0", sampling_timesteps=steps
+    ).eval()
+    return Way(lambda n: diffusion.sample(batch_size=n) * 2 - 1, steps)
+
+
+def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, rounds: int) -> list[list[str]]:
+    """A row of the table for each."""
+    few: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way.draw(64)
+            few[name].append(time.perf_counter() - began)
+    first = next(iter(few))
+    rows = []
+    for name, way in ways.items():
+        net.seconds, began = 0.0, time.perf_counter()
+        images = torch.cat([way.draw(min(250, n - k)) for k in range(0, n, 250)])
+        seconds = time.perf_counter() - began
+        outside = 1 - net.seconds / seconds
+        drawn = yardstick.draw(Given(images, way.calls), None, lambda _: None)  # type: ignore[arg-type]
+        (measured,) = yardstick.measure([drawn], lambda batches: batches)
+        figures = {stem(key): interval(figure._asdict()) for key, figure in measured.figures.items()}
+        ratio = statistics.median(a / b for a, b in zip(few[name], few[first], strict=True))
+        cells = [f"{statistics.median(few[name]):.2f}", f"{ratio:.2f}", f"{seconds / n * 10_000:.0f}", f"{outside:.1%}"]
+        rows.append([name, str(way.calls), *cells, figures["fd_classifier"], figures["precision_classifier"]])
+    return rows
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "run", help="the folder of a run on the digits with its default target, x_0, and schedule, cosine"
+    )
+    parser.add_argument("--n", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    opened = runs.open_run(args.run)
+    module, data = opened.module.eval(), opened.data
+    betas: Any = module.schedule.betas
+    net = Watched(module.net, module.schedule.num_steps)
+    module.net = OurNet(net)
+    data.setup()
+    settings = Settings(["classifier"], n=args.n, cache=Path("outputs/cache"))
+    yardstick = Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
+    theirs = partial(diffusers, net, betas, module.shape)
+    ways = {f"ours, {name}": ours(module, name, steps) for name, steps in OURS}
+    ways |= {
+        "diffusers, DDPMPipeline": theirs("DDPMScheduler", 1000),
+        "diffusers, DDIMPipeline": theirs("DDIMScheduler", 50),
+        "diffusers, DPMSolverMultistepScheduler": theirs("DPMSolverMultistepScheduler", 20),
+        "lucidrains, sampling_timesteps=250": lucidrains(net, module.shape[-1], 250),
+    }
+    rows = rows_of(ways, net, yardstick, args.n, args.rounds)
+    floor = {stem(key): interval(figure._asdict()) for key, figure in yardstick.floor().items()}
+    rows.append(["training digits (floor)", "", "", "", "", "", floor["fd_classifier"], floor["precision_classifier"]])
+    header = ["sampler", "calls", "s for 64", "over the first", "s for 10,000", "outside", "fd_classifier", "precision"]
+    print(f"{args.n} samples, {args.threads} threads, torch {torch.__version__}\n\n{markdown_table(header, rows)}")
+
+
+if __name__ == "__main__":
+    main()
