@@ -48,6 +48,8 @@ RECIPES = {
 CONTENDERS = (OURS, "diffusers", "lucidrains")
 FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier")
 FLOOR = "floor"
+VALIDATIONS = 5
+"""Of a run of ours."""
 
 
 class Clocked(L.Callback):
@@ -68,8 +70,8 @@ class Clocked(L.Callback):
 def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) -> tuple[Path, float, int]:
     """As many steps of `src.train` as fit, told by a few: the run's folder, the seconds that it took, the steps."""
 
-    def fit(name: str, steps: int, *callbacks: L.Callback) -> tuple[Path, float]:
-        every = max(1, steps // 5)
+    def fit(name: str, steps: int, validations: int, *callbacks: L.Callback) -> tuple[Path, float]:
+        every = max(1, steps // validations)
         more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={every}", f"checkpoint_every={every}"]
         run = runs.build(compose_train([*recipe, *more], folder / name))
         run.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
@@ -77,12 +79,11 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
         run.trainer.fit(run.module, datamodule=run.data)
         return folder / name, time.process_time() - began
 
-    clock = Clocked(20)
-    _, trial = fit("trial", 60, clock)
-    # What a run has besides steps, the trial has too, though of pictures and checkpoints as many as a whole run.
-    besides = trial - clock.seconds * 60
-    steps = max(10, int((budget - besides) / clock.seconds))
-    where, seconds = fit("run", steps)
+    # The trial's only validation, with pictures and a checkpoint, comes after the steps that are timed.
+    clock, tried = Clocked(20), 60
+    _, trial = fit("trial", tried, 1, clock)
+    steps = max(10, int((budget - VALIDATIONS * (trial - tried * clock.seconds)) / clock.seconds))
+    where, seconds = fit("run", steps, VALIDATIONS)
     return where, seconds, steps
 
 

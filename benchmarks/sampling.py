@@ -27,7 +27,7 @@ from src.tables import interval, stem
 from src.tables import table as markdown_table
 from src.trust import CONF
 
-OURS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 20), ("dpmpp_2m", 15), ("dpmpp_2m", 10))
+OURS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
 
 
 class Way(NamedTuple):

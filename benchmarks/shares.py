@@ -1,0 +1,68 @@
+"""Where the time of a run goes: `python -m benchmarks.shares [ARGUMENTS of src.train]`, by default `make train`'s.
+
+Lightning's profiler takes the time of everything that it calls. What is not the step itself, the network waits for.
+"""
+
+import argparse
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lightning.pytorch.profilers import SimpleProfiler
+
+from benchmarks.training import compose_train
+from src import runs
+from src.tables import table
+
+PARTS = {
+    "data": r"train_dataloader_next$|batch_to_device$",
+    "forward": r"\.training_step$",
+    "backward": r"\.backward$",
+    "average of the weights": r"\[Callback\]EMA\.on_train_batch_end$",
+    "checkpoints": r"^save_checkpoint$",
+    "pictures": r"\[Callback\]SampleGrid\.on_validation",
+    "validation": r"\.validation_step$|val_next$|\[Callback\]BitsPerDim\.",
+}
+"""What of the profiler's actions a part has; none of these holds another."""
+
+
+def shares(durations: Mapping[str, list[float]]) -> dict[str, float]:
+    """Seconds of each part."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for action, each in durations.items():
+        part = next((name for name, pattern in PARTS.items() if re.search(pattern, action)), None)
+        if part:
+            seconds[part] += sum(each)
+    whole_step = sum(
+        sum(each) for action, each in durations.items() if re.search(r"\[LightningModule\].*\.optimizer_step$", action)
+    )
+    # Lightning's step of the optimizer holds the passes through the network.
+    seconds["clipping, optimizer"] = whole_step - seconds["forward"] - seconds["backward"]
+    return seconds
+
+
+def main() -> None:
+    """Train, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("arguments", nargs="*")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        run = runs.build(compose_train(args.arguments, Path(folder) / "run"))
+        profiler = run.trainer.profiler = SimpleProfiler()
+        began = time.perf_counter()
+        run.trainer.fit(run.module, datamodule=run.data)
+        total = time.perf_counter() - began
+    seconds = shares(profiler.recorded_durations)
+    seconds["all else (loops, logs)"] = total - sum(seconds.values())
+    rows = [[name, f"{value:.2f}", f"{value / total:.1%}"] for name, value in seconds.items()]
+    rows.append([f"all of {run.trainer.global_step} steps", f"{total:.2f}", "100%"])
+    print(f"\n\n{table(['', 'seconds', 'share'], rows)}")
+
+
+if __name__ == "__main__":
+    main()

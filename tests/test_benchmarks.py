@@ -1,0 +1,54 @@
+"""What the benchmarks count, draw and say."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.glyphs import glyphs
+from benchmarks.peers import Work, flops
+from benchmarks.quality import Given, table
+from src.models.winograd import Conv3x3
+
+
+def test_arithmetic_is_that_of_plain_convolutions() -> None:
+    layer, x = Conv3x3(64, 128), torch.randn(4, 64, 16, 16, requires_grad=True)
+    assert layer.winograd_pays(x)
+    assert flops(lambda: layer(x).sum().backward()) == 3 * 2 * 9 * 64 * 128 * 4 * 16 * 16  # forward, and two backward
+
+
+def test_batches_of_others_are_the_images_between_minus_one_and_one() -> None:
+    images = torch.tensor([0, 16]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    work = Work(images, 64, 32, (1, 2), 1, 4, 16, torch.device("cpu"), levels=17)
+    assert work.batch().unique().tolist() == [-1, 1]
+    assert work.has_attention() == [True, False]
+
+
+def test_printed_digits_are_the_same_each_time_and_of_ten_classes(monkeypatch: Any) -> None:
+    monkeypatch.setattr("benchmarks.glyphs.COUNT", 60)
+    source, again = glyphs(None, 28, 1), glyphs(None, 28, 1)
+    images = source.fetch(range(60))
+    assert torch.equal(images, again.fetch(range(60)))
+    assert images.shape == (60, 1, 28, 28)
+    assert images.flatten(1).unique(dim=0).shape[0] == 60
+    assert source.labels is not None
+    assert source.labels.numbers.bincount().tolist() == [6] * 10
+    ink = (images > 127).flatten(1).float().mean(1)
+    assert ink.min() > 0.02
+    assert ink.max() < 0.5
+
+
+def test_samples_that_are_there_are_given_by_their_numbers() -> None:
+    images = torch.arange(5)
+    (given,) = Given(images, 7).sample(range(3, 7), 0, None)
+    assert given.tolist() == [3, 4, 0, 1]
+
+
+def test_the_table_compares_with_ours_of_the_same_time() -> None:
+    def row(contender: str, minutes: float, distance: float) -> dict[str, Any]:
+        figure = {"value": distance, "low": distance - 1, "high": distance + 1}
+        return {"data": "digits", "contender": contender, "minutes": minutes, "figures": {"fd_classifier": figure}}
+
+    rows = [row("floor", 0, 10), row("src.train", 2, 20), row("diffusers", 2, 60), row("src.train", 5, 15)]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()[2:]]
+    assert [line[-2:] for line in lines] == [["", ""], ["1.00", "1.00"], ["3.00", "5.00"], ["1.00", "1.00"]]
+    assert lines[2][5] == "60.0 [59.0, 61.0]"
