@@ -40,7 +40,9 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
         "A step of unet_small, 64 images": training("--batch", "64", "--rounds", "5", *few),
         "A step of unet_ddpm, 16 images": training("--model", "unet_ddpm", "--batch", "16", "--rounds", "5", *few),
         "A step of unet_tiny on the digits": training("--model", "unet_tiny", "--rounds", "15"),
+        "Convolutions": ["benchmarks.convolutions"],
         "From the command to the first step": ["benchmarks.startup"],
+        "Where the time of make train goes": ["benchmarks.shares"],
         "Quality for time": ["benchmarks.quality", "--data", "digits", "glyphs", "--folder", str(quality)],
         "Sampling": ["benchmarks.sampling", str(quality / "digits_src.train_2" / "run")],
     }

@@ -54,17 +54,20 @@ def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytes
     layer = Conv3x3(64, 64)
     plain = torch.nn.Conv2d(64, 64, 3, padding=1)
     plain.load_state_dict(layer.state_dict())
-    with torch.no_grad():
-        for size in ((4, 64, 16, 16), (3, 64, 16, 16), (64, 64, 4, 4), (64, 64, 5, 5), (4, 64, 14, 14)):
-            x = draw(*size, dtype=torch.float32).detach()
-            torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=5e-5)
-        # Few tiles (3 x 16 of them), padding for the most part (5 of 8), half precision: the plain one.
-        assert taken == [(4, 64, 16, 16), (64, 64, 4, 4)]
-        with torch.autocast("cpu", torch.bfloat16):
-            assert layer(x).dtype == torch.bfloat16
-        layer.to(torch.bfloat16)(x.bfloat16())
-        Conv3x3(32, 64)(draw(64, 32, 16, 16, dtype=torch.float32))
+    for size in ((4, 64, 16, 16), (3, 64, 16, 16), (64, 64, 4, 4), (64, 64, 5, 5), (4, 64, 14, 14)):
+        x = draw(*size, dtype=torch.float32).detach()
+        torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=5e-5)
+    # Few tiles (3 x 16 of them), padding for the most part (5 of 8), half precision, few channels: the plain one.
+    assert taken == [(4, 64, 16, 16), (64, 64, 4, 4)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    layer.to(torch.bfloat16)(x.bfloat16())
+    Conv3x3(32, 64)(draw(64, 32, 16, 16, dtype=torch.float32))
     assert len(taken) == 2
+    with torch.no_grad():  # without a backward pass it pays later
+        Conv3x3(64, 64)(draw(4, 64, 16, 16, dtype=torch.float32))
+        Conv3x3(96, 96)(draw(4, 96, 16, 16, dtype=torch.float32))
+    assert taken[2:] == [(4, 96, 16, 16)]
 
 
 def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:

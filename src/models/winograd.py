@@ -36,8 +36,9 @@ G = [
     for p, others in zip(POINTS, OTHERS, strict=True)
 ]
 G.append([0.0, 0.0, 1.0])
-LEAST_CHANNELS = LEAST_TILES = 64
-"""Where the products begin to outweigh the transforms, and the tiles the filters: measured, see docs/results.md."""
+LEAST_CHANNELS_IN_TRAINING, LEAST_CHANNELS, LEAST_TILES = 48, 96, 64
+"""Where the products begin to outweigh the transforms, sooner with a backward pass, and the tiles the filters: measured
+(docs/results.md)."""
 
 
 class Conv3x3(nn.Conv2d):
@@ -57,12 +58,13 @@ class Conv3x3(nn.Conv2d):
     def winograd_pays(self, x: Tensor) -> bool:
         """Never where a compiler sees the network, which knows the direct one only, nor in half precision."""
         b, _, height, width = x.shape
+        least = LEAST_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else LEAST_CHANNELS
         return (
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+            and min(self.in_channels, self.out_channels) >= least
             and b * height * width >= 16 * LEAST_TILES
             and 16 * num_tiles(height) * num_tiles(width) <= 1.5 * height * width  # the rest of them is padding
         )
