@@ -169,7 +169,10 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Have glibc keep what is freed on a CPU: given back, each step faults it in again, 2 to 4% of the time."""
+    """Have glibc keep what is freed on a CPU: given back, each step faults it in again.
+
+    That is 2 to 4% of a step, and with Winograd's convolutions, which need much for a moment, a third of a forward pass.
+    """
     if device.type == "cpu":
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
         _c_library_call("mallopt", trim_threshold, 2**31 - 1)

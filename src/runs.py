@@ -240,6 +240,9 @@ def open_run(
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
+    from src.memory import keep_freed_memory
+
+    keep_freed_memory(module.device)  # for samples on a CPU, and next to nothing where they are drawn on a GPU
     return OpenedRun(config, path, module.eval(), data)
 
 
