@@ -7,6 +7,7 @@ import torch
 from benchmarks.glyphs import glyphs
 from benchmarks.peers import Work, flops
 from benchmarks.quality import Given, table
+from benchmarks.shares import shares
 from src.models.winograd import Conv3x3
 
 
@@ -52,3 +53,24 @@ def test_the_table_compares_with_ours_of_the_same_time() -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()[2:]]
     assert [line[-2:] for line in lines] == [["", ""], ["1.00", "1.00"], ["3.00", "5.00"], ["1.00", "1.00"]]
     assert lines[2][5] == "60.0 [59.0, 61.0]"
+
+
+def test_a_step_is_split_into_what_it_holds_and_nothing_counts_twice() -> None:
+    step = "[LightningModule]DiffusionModule.optimizer_step"
+    passes = {
+        "[Strategy]SingleDeviceStrategy.training_step": [1.0, 2.0],
+        "[Strategy]SingleDeviceStrategy.backward": [4.0],
+    }
+    around = {
+        "run_training_epoch": [30.0],
+        "save_checkpoint": [1.5],
+        "[Callback]ModelCheckpoint{}.on_validation_end": [1.5],
+    }
+    found = shares({step: [8.0], **passes, **around, "[_TrainingEpochLoop].train_dataloader_next": [0.5, 0.25]})
+    assert {name: value for name, value in found.items() if value} == {
+        "forward": 3.0,
+        "backward": 4.0,
+        "clipping, optimizer": 1.0,
+        "checkpoints": 1.5,
+        "data": 0.75,
+    }
