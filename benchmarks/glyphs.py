@@ -48,4 +48,7 @@ def _draw(digit: int, generator: np.random.Generator) -> np.ndarray:
 @cache
 def _fonts() -> list[Path]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return [path for face in FACES for style in STYLES if (path := folder / f"{face}{style}.ttf").is_file()]
+    found = [path for face in FACES for style in STYLES if (path := folder / f"{face}{style}.ttf").is_file()]
+    if not found:
+        raise FileNotFoundError(f"no {', '.join(FACES)} in {folder}: printed digits need the fonts of matplotlib")
+    return found

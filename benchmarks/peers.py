@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -27,8 +28,8 @@ class Work(NamedTuple):
     width: int
     multipliers: tuple[int, ...]
     blocks: int
-    attention: int
-    """The resolution, in pixels, with attention."""
+    attention: tuple[bool, ...]
+    """Of each level."""
     head_channels: int
     device: torch.device
     bf16: bool = False
@@ -42,11 +43,6 @@ class Work(NamedTuple):
         pixels = self.images[torch.randint(len(self.images), (self.batch_size,))]
         return pixels.to(self.device, non_blocking=True).float() * (2 / (self.levels - 1)) - 1
 
-    def has_attention(self) -> list[bool]:
-        """Of each level."""
-        size = self.images.shape[-1]
-        return [size >> level == self.attention for level in range(len(self.multipliers))]
-
 
 class Contender(NamedTuple):
     """A network, what takes one step of its training, and what samples."""
@@ -59,7 +55,7 @@ class Contender(NamedTuple):
 
 def diffusers(work: Work) -> Contender:
     """examples/unconditional_image_generation/train_unconditional.py with --use_ema, on one device."""
-    from diffusers import DDPMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
@@ -83,14 +79,15 @@ def diffusers(work: Work) -> Contender:
         loss.detach().item()  # for its bar
 
     def sample(n: int, calls: int) -> Tensor:
-        """As its DDPMPipeline does."""
+        """As its DDIMPipeline does: better than DDPMPipeline in fewer than all steps."""
         ema.store(net.parameters())
         ema.copy_to(net.parameters())
-        scheduler.set_timesteps(calls)
+        walk = DDIMScheduler.from_config(scheduler.config)
+        walk.set_timesteps(calls)
         x = torch.randn(n, *work.images.shape[1:], device=work.device)
         with torch.no_grad():
-            for t in scheduler.timesteps:
-                x = scheduler.step(net(x, t).sample, t, x).prev_sample
+            for t in walk.timesteps:
+                x = walk.step(net(x, t).sample, t, x).prev_sample
         ema.restore(net.parameters())
         return x.clamp(-1, 1)
 
@@ -131,8 +128,8 @@ def diffusers_net(work: Work, head_channels: int) -> nn.Module:
     """`UNet2DModel`, which is weight for weight ours if the heads are."""
     from diffusers import UNet2DModel
 
-    down = tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in work.has_attention())
-    up = tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(work.has_attention()))
+    down = tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in work.attention)
+    up = tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(work.attention))
     channels = work.images.shape[1]
     net: nn.Module = UNet2DModel(
         sample_size=work.images.shape[-1],
@@ -156,7 +153,7 @@ def lucidrains(work: Work) -> Contender:
     from ema_pytorch import EMA
 
     channels, size = work.images.shape[1], work.images.shape[-1]
-    net = Unet(work.width, dim_mults=work.multipliers, channels=channels, full_attn=tuple(work.has_attention()))
+    net = Unet(work.width, dim_mults=work.multipliers, channels=channels, full_attn=work.attention)
     diffusion = GaussianDiffusion(net, image_size=size).to(work.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10).to(work.device)
@@ -182,7 +179,7 @@ def lucidrains(work: Work) -> Contender:
 
 def smalldiffusion(work: Work) -> Contender:
     """Its own `training_loop`, a generator."""
-    from smalldiffusion import ScheduleDDPM, Unet, samples, training_loop
+    from smalldiffusion import ScheduleDDPM, Unet, training_loop
 
     channels, size = work.images.shape[1], work.images.shape[-1]
     net = Unet(
@@ -192,24 +189,16 @@ def smalldiffusion(work: Work) -> Contender:
         ch=work.width,
         ch_mult=tuple(work.multipliers),
         num_res_blocks=work.blocks,
-        attn_resolutions=(work.attention,),
+        attn_resolutions=tuple(size >> level for level, has in enumerate(work.attention) if has),
         dropout=0.0,
     ).to(work.device)
-    schedule = ScheduleDDPM()
-    steps = training_loop(_Endless(work), net, schedule, epochs=1)
+    steps = training_loop(_Endless(work), net, ScheduleDDPM(), epochs=1)
     next(steps)
 
     def step() -> None:
         next(steps)
 
-    def sample(n: int, calls: int) -> Tensor:
-        """As its examples do, with the momentum that they have."""
-        with torch.no_grad():
-            *_, x = samples(net, schedule.sample_sigmas(calls), gam=1.6, batchsize=n)
-        net.train()
-        return x.clamp(-1, 1)
-
-    return Contender(net, step, sample)
+    return Contender(net, step)
 
 
 class _Endless(NamedTuple):
@@ -228,6 +217,22 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
     "lucidrains": lucidrains,
     "smalldiffusion": smalldiffusion,
 }
+
+
+def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
+    """The work of a network with the widths, blocks and levels of attention of one of ours, on our batches."""
+    sizes = [-(-data.image_size // (model.patch * 2**level)) for level in range(len(model.multipliers))]
+    return Work(
+        images,
+        data.batch_size,
+        model.width,
+        tuple(model.multipliers),
+        model.blocks,
+        tuple(size in model.attention for size in sizes),
+        model.head_channels or model.width * model.multipliers[-1],
+        device,
+        levels=data.levels,
+    )
 
 
 def flops(step: Callable[[], Any]) -> int:

@@ -1,10 +1,11 @@
 """How good samples are after so many minutes of two cores: ours, and other projects' loops with their own settings.
 
-`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, its
-validations and pictures in the time. The others have their own learning rate, batch size, schedule, target, average and
-sampler, no validation, and a network as large as the recipe's: those that they ship are far too large for such times.
-Two cores are two processes of one thread at a time, each for twice as long, told by the time that it had its core.
-Samples are measured by `src.evaluate`'s figures against the same held-out images; the floor is training images.
+`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, which
+was chosen on the digits, its validations and pictures in the time. The others have their own learning rate, batch size,
+schedule, target, average and sampler, no validation, and a network with the widths, blocks and levels of attention of
+the recipe's, but none sees patches: those that they ship are far too large for such times. Two cores are two processes
+of one thread at a time, each for twice as long, told by the time that it had its core. Samples are measured by
+`src.evaluate`'s figures against the same held-out images; the floor is training images.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -25,10 +26,11 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from benchmarks.peers import PEERS, Work
+from benchmarks.peers import PEERS, Contender, as_large_as
 from benchmarks.training import OURS, compose_train
 from src import plots, runs
 from src.data.batch import StreamDataModule
+from src.metrics.figures import Figure
 from src.processes import Processes
 from src.quality import Settings, Yardstick
 from src.tables import interval, stem
@@ -43,8 +45,11 @@ RECIPES = {
         "data.image_size=28",
         "data.levels=256",
         "data.batch_size=64",
+        "sampler=dpmpp_2m_sde",
     ],
 }
+SAMPLES = {"digits": (1000, 100), "glyphs": (500, 50)}
+"""How many are measured, and with how many calls the others draw each."""
 CONTENDERS = (OURS, "diffusers", "lucidrains")
 FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier")
 FLOOR = "floor"
@@ -68,13 +73,17 @@ class Clocked(L.Callback):
 
 
 def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) -> tuple[Path, float, int]:
-    """As many steps of `src.train` as fit, told by a few: the run's folder, the seconds that it took, the steps."""
+    """As many steps of `src.train` as fit, told by a few: the run's folder, the seconds that it took, the steps.
+
+    The data are there before the time begins, as they are for the others.
+    """
 
     def fit(name: str, steps: int, validations: int, *callbacks: L.Callback) -> tuple[Path, float]:
         every = max(1, steps // validations)
         more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={every}", f"checkpoint_every={every}"]
         run = runs.build(compose_train([*recipe, *more], folder / name))
         run.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        run.data.setup()
         began = time.process_time()
         run.trainer.fit(run.module, datamodule=run.data)
         return folder / name, time.process_time() - began
@@ -87,20 +96,9 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
     return where, seconds, steps
 
 
-def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tuple[Callable[[int, int], Tensor], int]:
-    """Steps of another project until the budget is spent: what samples, and how many there were."""
-    model = cfg.model
-    work = Work(
-        images,
-        batch_size=16,  # the default of both
-        width=model.width,
-        multipliers=tuple(model.multipliers),
-        blocks=model.blocks,
-        attention=model.attention[0] * model.patch,
-        head_channels=model.head_channels,
-        device=torch.device("cpu"),
-        levels=cfg.data.levels,
-    )
+def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tuple[Contender, int]:
+    """Steps of another project until the budget is spent, and how many there were."""
+    work = as_large_as(cfg.model, cfg.data, images, torch.device("cpu"))._replace(batch_size=16)  # the default of both
     trial = PEERS[name](work)
     for _ in range(3):
         trial.step()
@@ -113,8 +111,7 @@ def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tup
     while time.process_time() - began < budget:
         contender.step()
         taken += 1
-    assert contender.sample is not None
-    return contender.sample, taken
+    return contender, taken
 
 
 class Given:
@@ -136,64 +133,70 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     recipe, budget = [*RECIPES[data_name], *(args.recipe if name == OURS else [])], 2 * 60 * minutes
+    n, calls = SAMPLES[data_name]
     cfg = compose_train(recipe, folder / "unused")
     data = runs.build(cfg).data
     data.setup()
     assert data.source is not None
-    row: dict[str, Any] = {"data": data_name, "contender": name, "minutes": minutes, "seed": args.seed}
     if name == FLOOR:
-        yardstick = measured_by(data, args)
-        figures = yardstick.floor()
+        return {"figures": named(measured_by(data, n, args.seed).floor())}
+    if name == OURS:
+        where, spent, steps = train_ours(recipe, args.seed, budget, folder)
+        module = runs.open_run(where, trust=True).module  # of data that conf/ does not name
+        calls, net = module.network_calls(module.sampler), module.net
+        began = time.process_time()
+        parts = [list(module.sample(range(k, min(k + 200, n)), args.seed))[-1] for k in range(0, n, 200)]
     else:
-        if name == OURS:
-            where, spent, steps = train_ours(recipe, args.seed, budget, folder)
-            module = runs.open_run(where).module
-            calls = module.network_calls(module.sampler)
-            began = time.process_time()
-            parts = [list(module.sample(range(k, min(k + 200, args.n)), args.seed))[-1] for k in range(0, args.n, 200)]
-        else:
-            began, calls = time.process_time(), args.calls
-            images = data.source.fetch(data.train_indices)
-            sample, steps = train_peer(name, cfg, images, budget)
-            spent, began = budget, time.process_time()
-            parts = [sample(min(200, args.n - k), calls) for k in range(0, args.n, 200)]
-        row |= {"steps": steps, "seconds": spent, "calls": calls, "sampling": time.process_time() - began}
-        yardstick = measured_by(data, args)
-        drawn = yardstick.draw(Given(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
-        plots.draw(drawn.first[:64]).save(folder / "grid.png")
-        (measured,) = yardstick.measure([drawn], lambda batches: batches)
-        figures = measured.figures
-    return row | {"figures": {stem(key): figure._asdict() for key, figure in figures.items()}}
+        images = data.source.fetch(data.train_indices)
+        contender, steps = train_peer(name, cfg, images, budget)
+        assert contender.sample is not None
+        spent, net, began = budget, contender.net, time.process_time()
+        parts = [contender.sample(min(200, n - k), calls) for k in range(0, n, 200)]
+    sampling = time.process_time() - began
+    yardstick = measured_by(data, n, args.seed)
+    drawn = yardstick.draw(Given(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
+    plots.draw(drawn.first[:64]).save(folder / "grid.png")
+    (measured,) = yardstick.measure([drawn], lambda batches: batches)
+    row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
+    return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.figures)}
 
 
-def measured_by(data: StreamDataModule, args: argparse.Namespace) -> Yardstick:
-    """What measures against the data's held-out images."""
-    settings = Settings(["classifier", "pixels"], n=args.n, seed=args.seed, cache=Path("outputs/cache"))
+def named(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
+    """By names without the number of samples."""
+    return {stem(key): figure._asdict() for key, figure in figures.items()}
+
+
+def measured_by(data: StreamDataModule, n: int, seed: int) -> Yardstick:
+    """What measures n samples against the data's held-out images."""
+    settings = Settings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
     return Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each, in the order in which they are given, with the distance over ours at the same time."""
-    header = ["data", "minutes", "loop", "steps", "calls", *FIGURES, "distance / ours", "above the floor / ours"]
+    header = ["data", "minutes", "of them spent", "loop", "M parameters", "steps", "calls", *FIGURES]
+    distances = {
+        (row["data"], row["contender"], row["minutes"]): row["figures"]["fd_classifier"]["value"]
+        for row in rows
+        if "figures" in row
+    }
     lines = []
     for row in rows:
-
-        def distance(contender: str, minutes: float, like: dict[str, Any] = row) -> float | None:
-            found = [r for r in rows if (r["data"], r["contender"], r["minutes"]) == (like["data"], contender, minutes)]
-            return found[0]["figures"]["fd_classifier"]["value"] if found else None
-
-        own, ours, floor = (
-            row["figures"]["fd_classifier"]["value"],
-            distance(OURS, row["minutes"]),
-            distance(FLOOR, 0),
-        )
-        ratio = "" if ours is None or floor is None else f"{own / ours:.2f}"
-        above = "" if ours is None or floor is None else f"{(own - floor) / (ours - floor):.2f}"
+        start = [row["data"], f"{row['minutes']:g}" if row["minutes"] else ""]
+        if "figures" not in row:
+            lines.append([*start, "", f"{row['contender']}: failed", *[""] * (len(header) - 2)])
+            continue
+        own = distances[row["data"], row["contender"], row["minutes"]]
+        ours = distances.get((row["data"], OURS, row["minutes"]))
+        floor = distances.get((row["data"], FLOOR, 0))
+        ratio = f"{own / ours:.2f}" if ours else ""
+        above = f"{(own - floor) / (ours - floor):.2f}" if ours and floor and ours > floor else ""
+        spent = f"{row['spent']:.0%}" if "spent" in row else ""
+        size = f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else ""
+        cells = [*start, spent, row["contender"], size, str(row.get("steps", "")), str(row.get("calls", ""))]
         figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
-        minutes = f"{row['minutes']:g}" if row["minutes"] else ""
-        cells = [row["data"], minutes, row["contender"], str(row.get("steps", "")), str(row.get("calls", ""))]
         lines.append([*cells, *figures, ratio, above])
-    return markdown_table(header, lines)
+    return markdown_table([*header, "distance / ours", "above the floor / ours"], lines)
 
 
 def main() -> None:
@@ -202,8 +205,6 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=RECIPES, default=["digits"])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 10], help="of two cores")
-    parser.add_argument("--n", type=int, default=1000, help="samples")
-    parser.add_argument("--calls", type=int, default=100, help="of the others' networks for each sample")
     parser.add_argument("--recipe", nargs="*", default=[], help="more overrides of ours")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where all is left; what is there already is not done again")
@@ -214,39 +215,31 @@ def main() -> None:
         row = one(args.one, args.data[0], args.minutes[0], args, folder)
         (folder / "row.json").write_text(json.dumps(row))
         return
-    jobs = [(data, FLOOR, 0.0) for data in args.data] + list(
-        itertools.product(args.data, args.contenders, args.minutes)
-    )
+    jobs = [(data, FLOOR, 0.0) for data in args.data]
+    jobs += list(itertools.product(args.data, args.contenders, args.minutes))
 
     def run(job: tuple[str, str, float]) -> dict[str, Any]:
         data, name, minutes = job
-        own = folder / f"{data}_{name}_{minutes:g}"
+        recipe = args.recipe if name == OURS else []
+        own = folder / "_".join([data, name, f"{minutes:g}", f"seed{args.seed}", *recipe])
         if not (own / "row.json").is_file():
             own.mkdir(parents=True, exist_ok=True)
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.quality",
-                "--one",
-                name,
-                "--data",
-                data,
-                "--minutes",
-                f"{minutes}",
-            ]
-            command += ["--n", f"{args.n}", "--calls", f"{args.calls}", "--seed", f"{args.seed}", "--folder", f"{own}"]
-            command += ["--recipe", *args.recipe]
+            command = [sys.executable, "-m", "benchmarks.quality", "--one", name, "--data", data]
+            command += ["--minutes", f"{minutes}", "--seed", f"{args.seed}", "--folder", f"{own}", "--recipe", *recipe]
             with open(own / "log.txt", "w") as log:
-                subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        return json.loads((own / "row.json").read_text())  # type: ignore[no-any-return]
+                subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        measured = json.loads((own / "row.json").read_text()) if (own / "row.json").is_file() else {}
+        return {"data": data, "contender": name, "minutes": minutes, **measured}
 
+    for data in args.data:  # whose classifier is trained once, for all
+        run((data, FLOOR, 0.0))
     with ThreadPoolExecutor(2) as pool:
-        for data in args.data:  # whose classifier is trained once, for all
-            run((data, FLOOR, 0.0))
         rows = list(pool.map(run, jobs))
     written = table(rows)
     (folder / "table.md").write_text(written)
-    print(f"\n{args.n} samples, seed {args.seed}, torch {torch.__version__}; all of it in {folder}\n\n{written}")
+    counts = ", ".join(f"{SAMPLES[data][0]} samples of {data}" for data in args.data)
+    print(f"{counts}, seed {args.seed}, torch {torch.__version__}; grids in {folder}\n\n{written}")
+    sys.exit(any("figures" not in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What samples cost, and how good they are: `python -m benchmarks.sampling RUN` of a run on the embedded digits.
+"""What samples cost, and how good they are: `python -m benchmarks.sampling [RUN]` of a run on the embedded digits.
 
 Our samplers, and those of diffusers' pipelines and of lucidrains' GaussianDiffusion as they ship them, all with the
 run's own network and averaged weights, so that they differ in nothing else. The time for 64 images is the median of
@@ -8,6 +8,7 @@ in which the network is not at work. The distance is that of `src.evaluate`, to 
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from benchmarks.quality import Given
+from benchmarks.training import compose_train
 from src import building, runs
 from src.module import DiffusionModule, Sampler
 from src.processes import Processes
@@ -33,8 +35,8 @@ OURS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25)
 class Way(NamedTuple):
     """A way to sample."""
 
-    draw: Callable[[int], Tensor]
-    """How many -> that many images (n, C, H, W) in [-1, 1]."""
+    draw: Callable[[range], Tensor]
+    """Numbers of samples -> images (N, C, H, W) in [-1, 1]."""
     calls: int
 
 
@@ -75,8 +77,8 @@ def ours(module: DiffusionModule, name: str, steps: int) -> Way:
     assert isinstance(cfg, DictConfig)
     sampler: Sampler = building.build_sampler(cfg)._replace(steps=steps)
 
-    def draw(n: int) -> Tensor:
-        *_, x = module.sample(range(n), 0, sampler)
+    def draw(numbers: range) -> Tensor:
+        *_, x = module.sample(numbers, 0, sampler)
         return x
 
     return Way(draw, module.network_calls(sampler))
@@ -86,12 +88,14 @@ def diffusers(net: Watched, betas: Tensor, shape: Sequence[int], scheduler: str,
     """The loop of its unconditional pipelines, which is the same for all schedulers."""
     import diffusers
 
-    made = getattr(diffusers, scheduler)(trained_betas=betas.tolist(), prediction_type="sample")
+    # What its DPM-Solver calls critical for the cosine schedule.
+    more = {"lambda_min_clipped": -5.1} if scheduler.startswith("DPMSolver") else {}
+    made = getattr(diffusers, scheduler)(trained_betas=betas.tolist(), prediction_type="sample", **more)
 
     @torch.no_grad()
-    def draw(n: int) -> Tensor:
+    def draw(numbers: range) -> Tensor:
         made.set_timesteps(steps)
-        x = torch.randn(n, *shape)
+        x = torch.randn(len(numbers), *shape)
         for t in made.timesteps:
             x = made.step(net(x, t), t, x).prev_sample
         return x.clamp(-1, 1)
@@ -106,7 +110,7 @@ def lucidrains(net: Watched, size: int, steps: int) -> Way:
     diffusion = GaussianDiffusion(
         net, image_size=size, beta_schedule="cosine", objective="pred_x0", sampling_timesteps=steps
     ).eval()
-    return Way(lambda n: diffusion.sample(batch_size=n) * 2 - 1, steps)
+    return Way(lambda numbers: diffusion.sample(batch_size=len(numbers)) * 2 - 1, steps)
 
 
 def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, rounds: int) -> list[list[str]]:
@@ -115,13 +119,13 @@ def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, ro
     for _ in range(rounds):
         for name, way in ways.items():
             began = time.perf_counter()
-            way.draw(64)
+            way.draw(range(64))
             few[name].append(time.perf_counter() - began)
     first = next(iter(few))
     rows = []
     for name, way in ways.items():
         net.seconds, began = 0.0, time.perf_counter()
-        images = torch.cat([way.draw(min(250, n - k)) for k in range(0, n, 250)])
+        images = torch.cat([way.draw(range(k, min(k + 250, n))) for k in range(0, n, 250)])
         seconds = time.perf_counter() - began
         outside = 1 - net.seconds / seconds
         drawn = yardstick.draw(Given(images, way.calls), None, lambda _: None)  # type: ignore[arg-type]
@@ -137,14 +141,18 @@ def main() -> None:
     """Measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "run", help="the folder of a run on the digits with its default target, x_0, and schedule, cosine"
+        "run", nargs="?", help="on the digits, x_0 its target, with the cosine schedule; else one is made"
     )
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    opened = runs.open_run(args.run)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.run is None:
+            run = runs.build(compose_train(["experiment=digits", "logger=none"], Path(folder) / "run"))
+            run.trainer.fit(run.module, datamodule=run.data)
+        opened = runs.open_run(args.run or str(Path(folder) / "run"))
     module, data = opened.module.eval(), opened.data
     betas: Any = module.schedule.betas
     net = Watched(module.net, module.schedule.num_steps)

@@ -1,6 +1,7 @@
 """Where the time of a run goes: `python -m benchmarks.shares [ARGUMENTS of src.train]`, by default `make train`'s.
 
 Lightning's profiler takes the time of everything that it calls. What is not the step itself, the network waits for.
+The time of batches on their way to the device is that of training and validation together.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main() -> None:
     seconds["all else (loops, logs)"] = total - sum(seconds.values())
     rows = [[name, f"{value:.2f}", f"{value / total:.1%}"] for name, value in seconds.items()]
     rows.append([f"all of {run.trainer.global_step} steps", f"{total:.2f}", "100%"])
-    print(f"\n\n{table(['', 'seconds', 'share'], rows)}")
+    print(f"{args.threads} threads, torch {torch.__version__}\n\n{table(['', 'seconds', 'share'], rows)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from benchmarks.peers import PEERS, Contender, Work, flops
+from benchmarks.peers import PEERS, Contender, as_large_as, flops
 from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.batch import InMemory, Source
 from src.module import DiffusionModule
@@ -129,9 +129,7 @@ class TakeTurns(L.Callback):
         self.loops = {BARE: Contender(loop.net, loop.step)}
         model, bf16 = cfg.model, cfg.trainer.precision == "bf16-mixed"
         if self.peers:
-            size = (cfg.data.batch_size, model.width, tuple(model.multipliers), model.blocks, model.attention[0])
-            heads = model.head_channels or model.width * model.multipliers[-1]
-            work = Work(images, *size, heads, device, bf16)
+            work = as_large_as(model, cfg.data, images, device)._replace(bf16=bf16)
             self.loops |= {name: PEERS[name](work) for name in self.peers}
         self.flops = {name: flops(each.step) for name, each in self.loops.items()}
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
@@ -222,9 +220,11 @@ def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequ
 
 
 def compose_train(overrides: Sequence[str], folder: Path) -> DictConfig:
-    """The configuration of `src.train` for a run in `folder`."""
+    """The configuration of `src.train` for a run in `folder`, whose bar leaves the output to the tables."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose("train", [*overrides, f"run_dir='{folder}'"])
+        return hydra.compose(
+            "train", [*overrides, "~callbacks.progress", "+trainer.enable_progress_bar=false", f"run_dir='{folder}'"]
+        )
 
 
 def table(turns: TakeTurns) -> str:
@@ -257,10 +257,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed per segment; logs are written every 10")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="our network")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    more = [] if args.batch is None else [f"data.batch_size={args.batch}"]
+    more = [f"compile={str(args.compile).lower()}"]
+    more += [] if args.batch is None else [f"data.batch_size={args.batch}"]
     with tempfile.TemporaryDirectory() as folder:
         num_steps = args.rounds * (args.warmup + args.steps)
         cfg = compose(args.model, num_steps, args.precision, Path(folder) / "run", more)
@@ -271,7 +273,7 @@ def main() -> None:
     device = run.module.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {args.threads} threads"
     print(
-        f"\n{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, {name}, torch "
+        f"{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, {name}, torch "
         f"{torch.__version__}, lightning {L.__version__}: {args.rounds} rounds of {args.steps} steps after "
         f"{args.warmup}\n\n{table(turns)}"
     )

@@ -171,18 +171,21 @@ def device_memory(device: torch.device) -> int | None:
 def keep_freed_memory(device: torch.device) -> None:
     """Have glibc keep what is freed on a CPU: given back, each step faults it in again.
 
-    That is 2 to 4% of a step, and with Winograd's convolutions, which need much for a moment, a third of a forward pass.
+    That is 2 to 4% of a step, or a third of a forward pass with Winograd's convolutions, which need much for a moment.
     """
     if device.type == "cpu":
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-        _c_library_call("mallopt", trim_threshold, 2**31 - 1)
-        _c_library_call("mallopt", mmap_threshold, 2**30)
+        # Older ones take no more than 32 MiB, and each call ends their own adapting.
+        if _c_library_call("mallopt", mmap_threshold, 2**30) or _c_library_call("mallopt", mmap_threshold, 2**25):
+            _c_library_call("mallopt", trim_threshold, 2**31 - 1)
 
 
-def _c_library_call(name: str, *arguments: int) -> None:
-    """A call to Linux's C library, if it has a function of this name (glibc has what is asked of it here)."""
+def _c_library_call(name: str, *arguments: int) -> int:
+    """A call to Linux's C library if it has a function of this name (glibc has what is asked of it here), or 0."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
-        getattr(library, name)(*arguments)
+        answer: int = getattr(library, name)(*arguments)
+        return answer
+    return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

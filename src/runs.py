@@ -211,8 +211,8 @@ def open_run(
     """A trained run from its folder or from one file, with the averaged weights (or the raw ones).
 
     The data lie in `data_root`, and a pretrained encoder of texts in `encoder`, or where they lay. Of what the file
-    names, only what conf/ has is built, unless with `trust`. Raises FileNotFoundError or ValueError if there is no such
-    run or it cannot be read.
+    names, only what conf/ has is built, unless with `trust`. From then on the process keeps the memory that it frees.
+    Raises FileNotFoundError or ValueError if there is no such run or it cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()
@@ -242,7 +242,7 @@ def open_run(
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     from src.memory import keep_freed_memory
 
-    keep_freed_memory(module.device)  # for samples on a CPU, and next to nothing where they are drawn on a GPU
+    keep_freed_memory(torch.device("cpu"))  # for samples; what a GPU draws needs next to nothing there
     return OpenedRun(config, path, module.eval(), data)
 
 

@@ -36,15 +36,16 @@ G = [
     for p, others in zip(POINTS, OTHERS, strict=True)
 ]
 G.append([0.0, 0.0, 1.0])
-LEAST_CHANNELS_IN_TRAINING, LEAST_CHANNELS, LEAST_TILES = 48, 96, 64
-"""Where the products begin to outweigh the transforms, sooner with a backward pass, and the tiles the filters: measured
-(docs/results.md)."""
+LEAST_CHANNELS, LEAST_CHANNELS_IN_TRAINING = 96, 48
+"""Where the products begin to outweigh the transforms, which is sooner with a backward pass (docs/results.md)."""
+LEAST_TILES = 64
+"""Where the tiles begin to outweigh the filters."""
 
 
 class Conv3x3(nn.Conv2d):
     """x (B, C_in, H, W) -> (B, C_out, H, W): a 3x3 convolution with a border of zeros, by the faster way.
 
-    Winograd's on a CPU where that pays, to rounding the same as the direct one: in float32 its relative error is 1.1e-6
+    On a CPU, where it pays, Winograd's; equal to the direct one up to rounding. In float32 its relative error is 1.1e-6
     where the other's is 6e-7.
     """
 
@@ -58,6 +59,7 @@ class Conv3x3(nn.Conv2d):
     def winograd_pays(self, x: Tensor) -> bool:
         """Never where a compiler sees the network, which knows the direct one only, nor in half precision."""
         b, _, height, width = x.shape
+        tiles = num_tiles(height) * num_tiles(width)
         least = LEAST_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else LEAST_CHANNELS
         return (
             x.device.type == "cpu"
@@ -65,8 +67,8 @@ class Conv3x3(nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and min(self.in_channels, self.out_channels) >= least
-            and b * height * width >= 16 * LEAST_TILES
-            and 16 * num_tiles(height) * num_tiles(width) <= 1.5 * height * width  # the rest of them is padding
+            and b * tiles >= LEAST_TILES
+            and 16 * tiles <= 1.5 * height * width  # the rest of them is padding
         )
 
 
