@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,25 +68,33 @@ def grid(images: Tensor, columns: int | None = None, cell: int = 64) -> Image.Im
 
 
 def rows(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
-    """A row for each group of uint8 images (N, C, H, W), with its title under it."""
+    """A row for each group of uint8 images (N, C, H, W), with its title over it."""
     columns = max(map(len, groups))
     strips = [grid(group, columns=columns) for group in groups]
-    font = ImageFont.load_default(14)
+    font = letters(12)
     width = max(*(strip.width for strip in strips), *(math.ceil(font.getlength(title)) + 2 * GAP for title in titles))
     canvas = Image.new("RGB", (width, sum(strip.height + 18 for strip in strips)), "white")
     pen, top = ImageDraw.Draw(canvas), 0
     for strip, title in zip(strips, titles, strict=True):
-        canvas.paste(strip, (0, top))
+        pen.text((GAP, top + 9), title, fill="black", anchor="lm", font=font)
+        canvas.paste(strip, (0, top + 18))
         top += strip.height + 18
-        pen.text((GAP, top - 10), title, fill="black", anchor="lm", font=font)
     return canvas
+
+
+@cache
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own: Pillow's has no letters but those of English."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
 def captioned(picture: Image.Image, text: str) -> Image.Image:
     """The picture with a line of text over it."""
     canvas = Image.new("RGB", (picture.width, picture.height + 22), "white")
     canvas.paste(picture, (0, 22))
-    ImageDraw.Draw(canvas).text((GAP, 11), text, fill="black", anchor="lm", font_size=15)
+    ImageDraw.Draw(canvas).text((GAP, 11), text, fill="black", anchor="lm", font=letters(13))
     return canvas
 
 
@@ -245,12 +254,12 @@ def neighbours(samples: Tensor, nearest: Tensor, distances: Tensor, among: int) 
     canvas.paste(picture, (0, 24))
     pen = ImageDraw.Draw(canvas)
     title = f"Drawn samples and the nearest of {among:,} training samples, the nearest first"
-    pen.text((6, 12), title, fill="black", anchor="lm", font_size=15)
-    pen.text((6, picture.height + 35), "RMS difference", fill="black", anchor="lm", font_size=15)
+    pen.text((6, 12), title, fill="black", anchor="lm", font=letters(13))
+    pen.text((6, picture.height + 35), "RMS difference", fill="black", anchor="lm", font=letters(13))
     width = (picture.width - 140 - GAP) / len(order)
     for k, distance in enumerate(distances[order].tolist()):
         place = (140 + GAP + (k + 0.5) * width, picture.height + 35)
-        pen.text(place, f"{distance:.2f}", fill="black", anchor="mm", font_size=13)
+        pen.text(place, f"{distance:.2f}", fill="black", anchor="mm", font=letters(12))
     return canvas
 
 
@@ -383,7 +392,7 @@ def labelled_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     height = (strip.height - GAP) / len(rows)
     for k, label in enumerate(labels):
-        pen.text((6, GAP + (k + 0.5) * height), label, fill="black", anchor="lm", font_size=15)
+        pen.text((6, GAP + (k + 0.5) * height), label, fill="black", anchor="lm", font=letters(13))
     return canvas
 
 
