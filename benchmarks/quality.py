@@ -1,7 +1,7 @@
 """How good samples are after so many minutes of two cores: ours, and other projects' loops with their own settings.
 
 `python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, which
-was chosen on the digits, its validations and pictures in the time. The others have their own learning rate, batch size,
+was chosen on the digits, with one validation, pictures and checkpoints at its end in the time. The others have their own learning rate, batch size,
 schedule, target, average and sampler, no validation, and a network with the widths, blocks and levels of attention of
 the recipe's, but none sees patches: those that they ship are far too large for such times. Two cores are two processes
 of one thread at a time, each for twice as long, told by the time that it had its core. Samples are measured by
@@ -46,6 +46,7 @@ RECIPES = {
         "data.levels=256",
         "data.batch_size=64",
         "sampler=dpmpp_2m_sde",
+        "sampler.steps=25",
     ],
 }
 SAMPLES = {"digits": (1000, 100), "glyphs": (500, 50)}
@@ -53,8 +54,6 @@ SAMPLES = {"digits": (1000, 100), "glyphs": (500, 50)}
 CONTENDERS = (OURS, "diffusers", "lucidrains")
 FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier")
 FLOOR = "floor"
-VALIDATIONS = 5
-"""Of a run of ours."""
 
 
 class Clocked(L.Callback):
@@ -78,9 +77,8 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
     The data are there before the time begins, as they are for the others.
     """
 
-    def fit(name: str, steps: int, validations: int, *callbacks: L.Callback) -> tuple[Path, float]:
-        every = max(1, steps // validations)
-        more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={every}", f"checkpoint_every={every}"]
+    def fit(name: str, steps: int, *callbacks: L.Callback) -> tuple[Path, float]:
+        more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}"]
         run = runs.build(compose_train([*recipe, *more], folder / name))
         run.trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         run.data.setup()
@@ -88,11 +86,12 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
         run.trainer.fit(run.module, datamodule=run.data)
         return folder / name, time.process_time() - began
 
-    # The trial's only validation, with pictures and a checkpoint, comes after the steps that are timed.
     clock, tried = Clocked(20), 60
-    _, trial = fit("trial", tried, 1, clock)
-    steps = max(10, int((budget - VALIDATIONS * (trial - tried * clock.seconds)) / clock.seconds))
-    where, seconds = fit("run", steps, VALIDATIONS)
+    _, trial = fit("trial", tried, clock)
+    steps = int((budget - (trial - tried * clock.seconds)) / clock.seconds)
+    if steps < tried:
+        raise ValueError(f"{budget:.0f} s are too few: they have room for {steps} steps; give more --minutes")
+    where, seconds = fit("run", steps)
     return where, seconds, steps
 
 
