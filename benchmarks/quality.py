@@ -1,11 +1,11 @@
 """How good samples are after so many minutes of two cores: ours, and other projects' loops with their own settings.
 
 `python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, which
-was chosen on the digits, with one validation, pictures and checkpoints at its end in the time. The others have their own learning rate, batch size,
-schedule, target, average and sampler, no validation, and a network with the widths, blocks and levels of attention of
-the recipe's, but none sees patches: those that they ship are far too large for such times. Two cores are two processes
-of one thread at a time, each for twice as long, told by the time that it had its core. Samples are measured by
-`src.evaluate`'s figures against the same held-out images; the floor is training images.
+was chosen on the digits; one validation, pictures and checkpoints at its end are in the time. The others have their own
+learning rate, batch size, schedule, target, average and sampler, no validation, and a network with the widths, blocks
+and levels of attention of the recipe's, but none sees patches: those that they ship are far too large for such times.
+Two cores are two processes of one thread at a time, each for twice as long, told by the time that it had its core.
+Samples are measured by `src.evaluate`'s figures against the same held-out images; the floor is training images.
 """
 
 import argparse
