@@ -161,7 +161,7 @@ def main() -> None:
     settings = Settings(["classifier"], n=args.n, cache=Path("outputs/cache"))
     yardstick = Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
     theirs = partial(diffusers, net, betas, module.shape)
-    ways = {f"ours, {name}": ours(module, name, steps) for name, steps in OURS}
+    ways = {f"ours, {name} {steps}": ours(module, name, steps) for name, steps in OURS}
     ways |= {
         "diffusers, DDPMPipeline": theirs("DDPMScheduler", 1000),
         "diffusers, DDIMPipeline": theirs("DDIMScheduler", 50),
