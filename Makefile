@@ -40,7 +40,7 @@ format: $(STAMP) ## rewrite the code in the project's style
 schedules: $(STAMP) ## compare the noise schedules: a table and plots
 	@$(RUN) -m src.schedules $(ARGS)
 
-bench: $(PEERS) ## speed and quality for time against other projects, on a CPU, in two hours; ARGS="--only unet_small"
+bench: $(PEERS) ## speed and quality for time against other projects, on a CPU, in several hours; ARGS="--only unet_small"
 	@$(RUN) -m benchmarks $(ARGS)
 
 bench-gpu: $(PEERS) ## the same of training steps on a GPU

@@ -44,7 +44,7 @@ RECIPES = {
         "data.source._target_=benchmarks.glyphs.glyphs",
         "data.image_size=28",
         "data.levels=256",
-        "data.batch_size=64",
+        "data.batch_size=32",
         "sampler=dpmpp_2m_sde",
         "sampler.steps=25",
     ],
