@@ -52,7 +52,7 @@ RECIPES = {
 SAMPLES = {"digits": (1000, 100), "glyphs": (500, 50)}
 """How many are measured, and with how many calls the others draw each."""
 CONTENDERS = (OURS, "diffusers", "lucidrains")
-FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier")
+FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier", "nearest_ratio_classifier")
 FLOOR = "floor"
 
 

@@ -87,7 +87,7 @@ def write_report(
     processes: "Processes",
 ) -> dict[str, Any]:
     """Put together what is known of the runs, write it into the output folder and say where. Returns all figures."""
-    from src import plots, report, runs
+    from src import plots, report, report_page, runs
     from src.measuring import floors_of, with_figures
 
     records = [with_figures(run.record, each) for run, each in zip(found, measured, strict=True)]
@@ -115,7 +115,7 @@ def write_report(
         how=how_measured(cfg, processes),
     )
     folder = Path(cfg.run_dir)
-    path = report.write(folder, page)
+    path = report_page.write(folder, page)
     results = report.as_json(page)
     runs.write_json(folder / "comparison.json", results)
     print(f"\n{results['headline']}\nLook at:")

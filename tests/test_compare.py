@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
 
-from src import measuring, report
+from src import measuring, report_page
 from src.after_sweep import CompareRuns
 from src.compare import compare, run_folders, survey, with_runs
 from src.comparison import (
@@ -380,7 +380,7 @@ def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monke
     calls = []
     real = measuring.measured
     monkeypatch.setattr(measuring, "measured", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr(report, "pictures", lambda _: {})  # which take the most time
+    monkeypatch.setattr(report_page, "pictures", lambda _: {})  # which take the most time
     again = compared(sweep, tmp_path / "again")
     assert not calls and again["groups"] == results["groups"]
     other = compared(sweep, tmp_path / "other", "links=3")
