@@ -187,7 +187,7 @@ class DiffusionModule(L.LightningModule):
         for name in terms.keys() - {"loss", "unweighted"}:
             self.log(f"train/{name}", terms[name].mean())
         loss = terms["loss"].mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         # A loss that is not finite makes the gradient so, in which all processes share: none of them takes the step.
         passed_on = loss * torch.where(loss.isfinite(), 1.0, math.nan)
         return {"loss": passed_on, "v": v, "losses": terms["unweighted"]}

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -31,6 +31,21 @@ from src.stopping import answer_signals
 
 MAX_LOG_SNR = 15.0
 """Where the bins of `LossByNoise` end at the latest: sigma / alpha is 1800 there, or its inverse."""
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar, which reads the loss when it moves: with `prog_bar=True` Lightning reads it at every step.
+
+    For that a GPU's queue of work would have to run empty. `refresh_rate` is in steps; 0 shows no bar.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        loss = trainer.callback_metrics.get("train/loss")
+        return metrics if loss is None else {"train/loss": loss.item(), **metrics}
 
 
 class Beginning(L.Callback):

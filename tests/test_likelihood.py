@@ -422,6 +422,31 @@ def test_objective_estimates_the_bound(name):
     assert_close(bits.double(), exact, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("target", ["eps", "x0"])
+@pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
+def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
+    """Values and gradients, of wrong predictions too: what is computed for other links must not spoil a link's own."""
+    process = GaussianDiffusion(target, "fixed_small", levels=256)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(256, (STEPS, 3, 4, 4), generator=generator) / 127.5 - 1
+    eps, wrong = torch.randn(2, STEPS, 3, 4, 4, generator=generator)
+    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    x_t = process.add_noise(x0, link.t, eps)
+
+    def bits(part):
+        t, s = (Level(*(field[part] for field in level)) for level in link[:2])
+        out = wrong[part].clone().requires_grad_()
+        pred = process.interpret(out, x_t[part], t)
+        values = link_bits(process, pred, x0[part], x_t[part], Link(t, s, STEPS))
+        return values.detach(), torch.autograd.grad(values.sum(), out)[0]
+
+    together = bits(slice(None))
+    alone = zip(*(bits(slice(k, k + 1)) for k in range(STEPS)), strict=True)
+    for whole, parts in zip(together, alone, strict=True):
+        assert whole.isfinite().all()
+        assert_close(whole, torch.cat(parts), rtol=1e-5, atol=0)
+
+
 # The flow
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from src import runs
@@ -418,12 +419,15 @@ def test_a_run_goes_on_in_another_precision(trained, tmp_path, monkeypatch):
 
 
 def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp_path, monkeypatch):
-    """Traced, though not translated to machine code, which takes a minute; it goes on uncompiled."""
-    compiled = []
+    """Traced as one graph, once for training, though not translated to machine code, which takes a minute.
+
+    Then it goes on uncompiled.
+    """
+    compiled, traced = [], CompileCounterWithBackend("aot_eager")
 
     def compile_quickly(self):
         compiled.append(self)
-        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=traced, fullgraph=True)
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
     monkeypatch.setattr(runs.shutil, "which", lambda name: name)
@@ -431,6 +435,7 @@ def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "run", "compile=true")
     assert len(compiled) == 1
+    assert traced.frame_count == 1
     monkeypatch.undo()
     assert weights(tmp_path / "run").keys() == weights(trained).keys()
     with pytest.warns(UserWarning, match="another setting: compile: True -> False"):

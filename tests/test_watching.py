@@ -6,6 +6,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import dashboard, plots, runs
 from src.checkpoints import read_checkpoint
@@ -23,7 +25,7 @@ from src.evaluation import bound
 from src.loggers import log_comparison
 from src.provenance import code_version
 from src.watching import log_snr_range, nearest_training
-from tests.conftest import compose, cut_network, train_tiny
+from tests.conftest import TINY, compose, cut_network, train_tiny
 from tests.wandb_file import Offline, read_offline
 
 STEPS, VALIDATED = 7, [3, 6]
@@ -281,3 +283,44 @@ def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_networ
         dashboard.show_dashboard(compose("dashboard"))
     with pytest.raises(UsageError, match="wandb login"):
         dashboard.show_dashboard(compose("dashboard", "entity=me"))
+
+
+class Reads(TorchDispatchMode):
+    """How often a tensor's value is asked for: a GPU's process would wait there until all that is queued is done."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+class ReadsByStep(L.Callback):
+    """Those from each batch to the next, so with all that callbacks and loggers do, of batches 2 to `last`."""
+
+    def __init__(self, last):
+        self.last, self.mode, self.counts = last, Reads(), []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            self.mode.__enter__()
+        elif batch_idx > 1:
+            self.counts.append(self.mode.count)
+            self.mode.count = 0
+        if batch_idx == self.last:
+            self.mode.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("setting", ["schedule=cosine", "timesteps=importance", "schedule=edm_lognormal"])
+def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
+    watch = ReadsByStep(last=8)
+    own = [
+        "trainer.max_steps=9",
+        "validate_every=9",
+        "trainer.log_every_n_steps=6",
+        "callbacks.progress.refresh_rate=4",
+    ]
+    run = runs.build(compose("train", *TINY, *own, setting, f"run_dir='{tmp_path}'"))
+    run.trainer.callbacks.insert(0, watch)
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert [bool(count) for count in watch.counts] == [number in (4, 6, 8) for number in range(2, 9)]

@@ -232,7 +232,7 @@ class ContinuousSchedule(nn.Module):
     def link(self, v: Tensor, like: Tensor) -> Link:
         below = v - 1 / self.num_steps
         s = self._level(below.clamp(min=0))
-        clean = [torch.where(below > 0, x, c.item()) for x, c in zip(s, CLEAN, strict=True)]
+        clean = [torch.where(below > 0, x, c) for x, c in zip(s, (1.0, 0.0, 0.0), strict=True)]
         t, s = (Level(*(per_sample(x, like) for x in level)) for level in (self._level(v), clean))
         return Link(t, s, self.num_steps)
 
