@@ -7,13 +7,14 @@ that was meant.
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,9 +73,9 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in parsed}:
                 raise UsageError(f"{override.input_line} has no values to go through: add hydra/sweeper=search")
             if override.is_sweep_override() and not multirun:
-                raise UsageError(
-                    f"{override.input_line} is a sweep: add -m to run one job per value, or quote the value"
-                )
+                name, _, value = str(override.input_line).partition("=")
+                whole = "" if name in groups else f", or type {typed(name, value)} where it is one value"
+                raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value{whole}")
         final = _compose(config_name, [_one_value(o) for o in parsed])
     names = {o.key_or_group for o in parsed if o.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
@@ -86,6 +87,17 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
         parent, _, last = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
             raise UsageError(f"{name} has no default: add {name}=...")
+
+
+def typed(name: str, value: object) -> str:
+    """`name=value` as it is to be typed in a shell: a text in one piece with its commas, lists in brackets."""
+    plain = r"(?!(null|true|false|nan|inf)$)\w[\w ]*"
+    if isinstance(value, str) and not re.fullmatch(plain, value, re.IGNORECASE):
+        value = QuotedString(value, Quote.single).with_quotes()
+    text = f"{name}={value}"
+    if re.fullmatch(r"[\w=.-]+", text):
+        return text
+    return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'
 
 
 def take_together(config_name: str, overrides: Sequence[str], group: str) -> list[str]:

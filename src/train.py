@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
+from src.overrides import typed
 from src.ranks import rank
 from src.resuming import take_up
 
@@ -98,7 +99,11 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
-        print(f"More samples: python -m src.sample run={relative(run.directory)} n=64")
+        sample = f"python -m src.sample run={relative(run.directory)}"
+        print(f"More samples: {sample} n=64")
+        if (condition := run.data.condition) and condition.examples:
+            asked = condition.examples[0]
+            print(f"Of what you ask for: {sample} n=16 {typed('cond', asked if isinstance(asked, str) else [asked])}")
     return metrics
 
 

@@ -7,12 +7,26 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.errors import UsageError
-from src.overrides import check_overrides, config_groups, split_arguments
+from src.overrides import check_overrides, config_groups, split_arguments, typed
 from src.ranks import fresh_folder, rank, slurm_tasks
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["cat", "a red circle", "a red circle, two squares", 'it\'s "big", $HOME `ls` \\ !', "[1,2]", [[1.5, 2]], ["x"], 7],
+    ids=str,
+)
+def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
+    """By a shell, and then by Hydra."""
+    words = subprocess.run(["bash", "-c", f"printf '%s' {typed('cond', value)}"], capture_output=True, text=True).stdout
+    override = OverridesParser.create().parse_override(words)
+    assert not override.is_sweep_override()
+    assert override.value() == value
 
 
 @pytest.mark.parametrize(
