@@ -155,7 +155,7 @@ def quality(
     from tqdm import tqdm
 
     from src import building
-    from src.quality import Settings, Yardstick, seconds_of_call
+    from src.quality import FEW, Settings, Yardstick, seconds_of_call
 
     settings = Settings(
         building.names_of(cfg.features),
@@ -171,6 +171,11 @@ def quality(
     )
     with usage_errors():
         yardstick = Yardstick(opened.data, settings, processes)
+    if processes.rank == 0 and (count := len(opened.data.val_indices)) < FEW:
+        print(
+            f"Only {count} held-out samples: the figures hang on which ones these are, and their intervals do not say "
+            "so; hold out more when training (data.val_fraction)"
+        )
     module = opened.module
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     size = min(cfg.batch_size, cfg.n)

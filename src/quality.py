@@ -42,6 +42,8 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 """Passes its argument on, and shows how far it has come."""
 FEWEST = 6
 """Of real data, whose balls reach to the fifth neighbour."""
+FEW = 100
+"""Of held-out data: figures hang on which ones these happen to be, which no interval over samples tells."""
 MOST_PIXELS = 4096
 """Of an image whose pixels are features: their covariance has the square of it."""
 CLASSIFIER_TRAINS_ON = 20_000

@@ -185,7 +185,7 @@ def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
     assert torch.equal(few.first, many.first) and len(many.first) == 10
 
 
-def test_points_are_measured_in_their_plane(tmp_path, cache):
+def test_points_are_measured_in_their_plane(tmp_path, cache, capsys):
     from src.train import train
 
     settings = ["data=points", "data.num_samples=400", "data.batch_size=64", "model.width=16", "trainer.max_steps=2"]
@@ -193,6 +193,7 @@ def test_points_are_measured_in_their_plane(tmp_path, cache):
     train(compose("train", *settings, f"run_dir='{tmp_path / 'run'}'"))
     asked = [f"run='{tmp_path / 'run'}'", "n=50", "links=2", "device=cpu", f"cache='{cache}'"]
     metrics = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'out'}'"))
+    assert "held-out samples: the figures hang on which ones these are" in capsys.readouterr().out
     (sampler,) = metrics["samplers"].values()
     expected = {"sliced_wasserstein_50", "energy_distance_50", "mmd_50", "nearest_ratio_values_50", "copies_values_50"}
     assert {*sampler["figures"]} == expected
