@@ -316,7 +316,7 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         real = data.to_display(data.examples(self.count))
-        picture = draw(data.to_display(last), real, data.titles(self.count))
+        picture = draw(data.to_display(last), real, data.titles(self.count), data.columns)
         with without_room_go_on(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

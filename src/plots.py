@@ -26,12 +26,18 @@ MOST_ROWS = 16
 """Of samples that were asked to be different things: beyond so many they are not told apart."""
 
 
-def draw(samples: Tensor, real: Tensor | None = None, titles: Sequence[str] | None = None) -> Image.Image:
+def draw(
+    samples: Tensor,
+    real: Tensor | None = None,
+    titles: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Image.Image:
     """Samples as a person wants to see them: images uint8 (N, C, H, W) as a grid, points (N, 2) as a scatter plot.
 
     Of one number each there is a histogram, of three or more `pairs`, of which the first four are shown. With `real`
     data of the same kind, they stand to the right of the grid, or lie under the points. Of samples that were asked to
-    be what their `titles` say, each thing has a row, or a plot of the first two numbers, of its own.
+    be what their `titles` say, each thing has a row, or a plot of the first two numbers, of its own. `columns` are the
+    names of numbers.
     """
     groups: dict[str, list[int]] = {}
     for k, title in enumerate(titles or ()):
@@ -39,11 +45,11 @@ def draw(samples: Tensor, real: Tensor | None = None, titles: Sequence[str] | No
     apart = 0 < len(groups) <= MOST_ROWS
     if samples.ndim == 2:
         if not apart:
-            return pairs(samples, real) if samples.shape[1] > 2 else scatter(samples, real)
+            return (pairs if samples.shape[1] > 2 else scatter)(samples, real, columns=columns)
         both = samples if real is None else torch.cat([samples, real])
         extent = extent_of(both) if both.shape[1] > 1 else None
-        plots = [captioned(scatter(samples[places], real, extent), title) for title, places in groups.items()]
-        return side_by_side(plots, gap=8)
+        panels = [scatter(samples[places], real, extent, columns=columns) for places in groups.values()]
+        return side_by_side(list(map(captioned, panels, groups)), gap=8)
     picture = rows([samples[places] for places in groups.values()], list(groups)) if apart else grid(samples)
     if real is None:
         return picture
@@ -131,7 +137,13 @@ def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def scatter(points: Tensor, real: Tensor | None = None, extent: Extent | None = None, size: float = 5.0) -> Image.Image:
+def scatter(
+    points: Tensor,
+    real: Tensor | None = None,
+    extent: Extent | None = None,
+    size: float = 5.0,
+    columns: Sequence[str] | None = None,
+) -> Image.Image:
     """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms.
 
     Without an `extent` the axes are those of `extent_of` the data, or the points. Only where they differ do they have
@@ -145,6 +157,10 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: Extent | None = 
             axes.hist(xy[:, 0], bins=60, density=True, color=color, alpha=0.7, label=label)
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
+    if columns:
+        axes.set_xlabel(columns[0])
+    if columns and points.shape[1] > 1:
+        axes.set_ylabel(columns[1])
     if points.shape[1] > 1:
         across, up = extent or extent_of(points if real is None else real)
         axes.set(xlim=across, ylim=up)
@@ -155,9 +171,12 @@ def scatter(points: Tensor, real: Tensor | None = None, extent: Extent | None = 
     return _render(figure)
 
 
-def pairs(points: Tensor, real: Tensor | None = None, most: int = 4) -> Image.Image:
+def pairs(
+    points: Tensor, real: Tensor | None = None, most: int = 4, columns: Sequence[str] | None = None
+) -> Image.Image:
     """Points (N, D), D > 1: each two of the first `most` features as a scatter plot, each by itself as a histogram."""
     count = min(points.shape[1], most)
+    names = columns or [f"column {k + 1}" for k in range(count)]
     figure, panels = _figure(2.4 * count, 2.4 * count, rows=count, columns=count)
     layers = [(real, "0.75")] if real is not None else []
     clouds = [(cloud.float().cpu(), color) for cloud, color in [*layers, (points, "tab:blue")]]
@@ -178,9 +197,9 @@ def pairs(points: Tensor, real: Tensor | None = None, most: int = 4) -> Image.Im
             axes.set_xlim(across)
             axes.tick_params(labelsize=7)
             if row == count - 1:
-                axes.set_xlabel(f"column {column + 1}", fontsize=8)
+                axes.set_xlabel(names[column], fontsize=8)
             if column == 0 and row:
-                axes.set_ylabel(f"column {row + 1}", fontsize=8)
+                axes.set_ylabel(names[row], fontsize=8)
     return _render(figure)
 
 

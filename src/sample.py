@@ -1,5 +1,6 @@
 """Draw samples from a trained run: `python -m src.sample run=outputs/train/... n=64 sampler=ddim sampler.steps=50`."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Write `n` samples of the run as PNGs, a grid and `samples.npz` (and a GIF of the first) into the output folder.
+    """Write `n` samples of the run, a grid and `samples.npz` (and a GIF of the first) into the output folder.
+
+    Images are PNGs, too, and rows of a table a `samples.csv`.
 
     Sample k depends on (seed, k) and what it is asked to be alone: not on `n`, `batch_size` or `devices`. (A GPU draws
     other noise than a CPU.) What is asked for, in `cond`, is spread evenly over the samples.
@@ -97,9 +100,14 @@ def sample(cfg: DictConfig) -> Path:
         np.savez_compressed(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
+    if opened.data.columns:
+        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(opened.data.columns)
+            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits that float32 has
     shown = samples[:256] if samples.ndim == 4 else samples
     titles = [condition.title(things[place]) for place in places] if condition else []
-    plots.draw(shown, titles=titles[: len(shown)]).save(folder / "grid.png")
+    plots.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if titles:
         lines = [each if isinstance(each, str) else condition.title(each) for each in things] if condition else []
         (folder / "asked.txt").write_text("".join(f"{lines[place]}\n" for place in places), encoding="utf-8")

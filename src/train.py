@@ -150,7 +150,7 @@ def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> Non
     show = run.data.to_display
     final, titles = show(film.final), run.data.titles(len(film.final))
     pictures = {
-        "samples/final": plots.draw(final, show(run.data.examples(len(final))), titles),
+        "samples/final": plots.draw(final, show(run.data.examples(len(final))), titles, run.data.columns),
         "samples/film": plots.film_strip(film.frames),
     }
     if len(run.module.shape) == 3 and neighbours and among:

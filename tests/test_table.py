@@ -1,5 +1,6 @@
 """Rows of a CSV file as samples: standardised and back, columns to go by, kinds, and what is amiss in a cell."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,9 @@ def test_a_run_of_a_table_that_has_grown_goes_on_with_its_own_units(tmp_path):
     drawn = [np.load(each / "samples.npz")["arr_0"] for each in (by_file, by_number)]
     assert (drawn[0] == drawn[1]).all() and np.isfinite(drawn[0]).all()
     assert (by_file / "asked.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
+    head, *lines = csv.reader((by_file / "samples.csv").open(newline=""))
+    assert head == ["height", "weight"]
+    assert (np.array(lines, np.float32) == drawn[0]).all()
 
 
 @pytest.mark.parametrize("features", [1, 2, 6])

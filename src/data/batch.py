@@ -214,6 +214,8 @@ class StreamDataModule(L.LightningDataModule):
     levels: int | None = None
     deviation: Tensor | None = None
     """(D,) of samples in units of their own, as `to_display` gives them, by which figures make them comparable."""
+    columns: Sequence[str] | None = None
+    """(D,) names of what samples of numbers consist of."""
     condition: "Condition | None" = None
 
     def __init__(
