@@ -22,7 +22,10 @@ STYLES = ("", "-Bold", "-Oblique", "-Italic", "-BoldOblique", "-BoldItalic", "Bo
 def glyphs(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
     """10,000 images with their digits, for `data.source`: each of another size, angle, slant, place and weight."""
     if (image_size, channels) != (28, 1):
-        raise ValueError(f"printed digits are 28x28 and gray, got {image_size}x{image_size}x{channels}")
+        raise ValueError(
+            f"printed digits are 28x28 and gray, got {image_size}x{image_size}x{channels}: set data.image_size=28 "
+            "data.channels=1"
+        )
     generator = np.random.default_rng(0)
     digits = torch.arange(COUNT) % 10
     images = np.stack([_draw(int(digit), generator) for digit in digits])
@@ -50,5 +53,5 @@ def _fonts() -> list[Path]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = [path for face in FACES for style in STYLES if (path := folder / f"{face}{style}.ttf").is_file()]
     if not found:
-        raise FileNotFoundError(f"no {', '.join(FACES)} in {folder}: printed digits need the fonts of matplotlib")
+        raise FileNotFoundError(f"no {', '.join(FACES)} in {folder}: install matplotlib anew, which brings them along")
     return found

@@ -7,6 +7,7 @@ samples is the project's own sampler, with the averaged weights where there are 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -76,7 +77,7 @@ def diffusers(work: Work) -> Contender:
         rate.step()
         optimizer.zero_grad()
         ema.step(net.parameters())
-        loss.detach().item()  # for its bar
+        loss.detach().item()  # for its logs
 
     def sample(n: int, calls: int) -> Tensor:
         """As the script does with --ddpm_num_inference_steps=`calls`, which is better here than its DDIM."""
@@ -177,7 +178,7 @@ def lucidrains(work: Work) -> Contender:
 
 
 def smalldiffusion(work: Work) -> Contender:
-    """Its own `training_loop`, a generator."""
+    """Its own `training_loop`, a generator that waits with the whole graph of a loss in memory."""
     from smalldiffusion import ScheduleDDPM, Unet, training_loop
 
     channels, size = work.images.shape[1], work.images.shape[-1]
@@ -218,6 +219,10 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
 }
 
 
+IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
+"""Those whose own loops train in float32 unless they are told otherwise."""
+
+
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
     """The work of a network with the widths, blocks and levels of attention of one of ours, on our batches."""
     sizes = [-(-data.image_size // (model.patch * 2**level)) for level in range(len(model.multipliers))]
@@ -243,7 +248,8 @@ def flops(step: Callable[[], Any]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     plainly = patch.object(Conv3x3, "winograd_pays", lambda *_: False)
-    # The counter knows the products of the plain form of attention.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plainly:
+    # On a CPU the counter knows only the plain form of attention, whose memory grows with the square of the positions.
+    attention = nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+    with FlopCounterMode(display=False) as counter, attention, plainly:
         step()
     return int(counter.get_total_flops())

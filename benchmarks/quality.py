@@ -1,9 +1,10 @@
 """How good samples are after so many minutes of two cores: ours, and other projects' loops with their own settings.
 
-`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with a recipe of conf/, which
-was chosen on the digits; one validation, pictures and checkpoints at its end are in the time. The others have their own
-learning rate, batch size, schedule, target, average and sampler, no validation, and a network with the widths, blocks
-and levels of attention of the recipe's, but none sees patches: those that they ship are far too large for such times.
+`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. Ours is `src.train` with `RECIPES`, which were
+chosen on these data; one validation, pictures and checkpoints at its end are in the time. The others have their own
+learning rate, batch size, schedule, target, average and sampler, in `--calls` calls where their default is 1,000, no
+validation, and a network with the widths, blocks and levels of attention of the recipe's, but none sees patches: those
+that they ship are far too large for such times.
 Two cores are two processes of one thread at a time, each for twice as long, told by the time that it had its core.
 Samples are measured by `src.evaluate`'s figures against the same held-out images; the floor is training images.
 """
@@ -51,7 +52,7 @@ RECIPES = {
     ],
 }
 SAMPLES = {"digits": (1000, 100), "glyphs": (500, 50)}
-"""How many are measured, and with how many calls the others draw each."""
+"""How many are measured, and with how many calls the others draw each unless told otherwise."""
 CONTENDERS = (OURS, "diffusers", "lucidrains")
 FIGURES = ("fd_classifier", "fd_pixels", "precision_classifier", "recall_classifier", "nearest_ratio_classifier")
 FLOOR = "floor"
@@ -61,9 +62,12 @@ class Clocked(L.Callback):
     """How long a step takes, without the first ones; ends the training when `budget` seconds are spent."""
 
     def __init__(self, skip: int = 20, budget: float = math.inf) -> None:
-        self.skip = skip
-        self.began, self.end = 0.0, time.process_time() + budget
+        self.skip, self.budget = skip, budget
+        self.began = self.end = 0.0
         self.steps = 0
+
+    def on_train_start(self, *_: Any) -> None:
+        self.end = time.process_time() + self.budget
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.steps += 1
@@ -138,6 +142,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     torch.manual_seed(args.seed)
     recipe, budget = [*RECIPES[data_name], *(args.recipe if name == OURS else [])], 2 * 60 * minutes
     n, calls = SAMPLES[data_name]
+    calls = args.calls or calls
     cfg = compose_train(recipe, folder / "unused")
     data = runs.build(cfg).data
     data.setup()
@@ -188,19 +193,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         start = [row["data"], f"{row['minutes']:g}" if row["minutes"] else ""]
         if "figures" not in row:
-            lines.append([*start, "", f"{row['contender']}: failed", *[""] * (len(header) - 2)])
+            lines.append([*start, "", f"{row['contender']}: failed", *[""] * (len(header) - 3)])
             continue
         own = distances[row["data"], row["contender"], row["minutes"]]
         ours = distances.get((row["data"], OURS, row["minutes"]))
-        floor = distances.get((row["data"], FLOOR, 0))
         ratio = f"{own / ours:.2f}" if ours else ""
-        above = f"{(own - floor) / (ours - floor):.2f}" if ours and floor and ours > floor else ""
         spent = f"{row['spent']:.0%}" if "spent" in row else ""
         size = f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else ""
         cells = [*start, spent, row["contender"], size, str(row.get("steps", "")), str(row.get("calls", ""))]
         figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
-        lines.append([*cells, *figures, ratio, above])
-    return markdown_table([*header, "distance / ours", "above the floor / ours"], lines)
+        lines.append([*cells, *figures, ratio])
+    return markdown_table([*header, "distance / ours"], lines)
 
 
 def main() -> None:
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--minutes", nargs="+", type=float, default=[2, 5, 10], help="of two cores")
     parser.add_argument("--recipe", nargs="*", default=[], help="more overrides of ours")
+    parser.add_argument("--calls", type=int, help="of the network for each sample of the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where all is left; what is there already is not done again")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -225,11 +229,22 @@ def main() -> None:
     def run(job: tuple[str, str, float]) -> dict[str, Any]:
         data, name, minutes = job
         recipe = args.recipe if name == OURS else []
-        own = folder / "_".join([data, name, f"{minutes:g}", f"seed{args.seed}", *recipe])
+        calls = [f"--calls={args.calls}"] if args.calls and name not in (OURS, FLOOR) else []
+        own = folder / "_".join([data, name, f"{minutes:g}", f"seed{args.seed}", *recipe, *calls])
         if not (own / "row.json").is_file():
             own.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "benchmarks.quality", "--one", name, "--data", data]
-            command += ["--minutes", f"{minutes}", "--seed", f"{args.seed}", "--folder", f"{own}", "--recipe", *recipe]
+            command += [
+                "--minutes",
+                f"{minutes}",
+                "--seed",
+                f"{args.seed}",
+                "--folder",
+                f"{own}",
+                *calls,
+                "--recipe",
+                *recipe,
+            ]
             with open(own / "log.txt", "w") as log:
                 subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         measured = json.loads((own / "row.json").read_text()) if (own / "row.json").is_file() else {}

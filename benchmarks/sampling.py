@@ -116,6 +116,8 @@ def lucidrains(net: Watched, size: int, steps: int) -> Way:
 def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, rounds: int) -> list[list[str]]:
     """A row of the table for each."""
     few: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way.draw(range(64))
     for _ in range(rounds):
         for name, way in ways.items():
             began = time.perf_counter()

@@ -40,6 +40,8 @@ def shares(durations: Mapping[str, list[float]]) -> dict[str, float]:
     whole_step = sum(
         sum(each) for action, each in durations.items() if re.search(r"\[LightningModule\].*\.optimizer_step$", action)
     )
+    if not (whole_step and all(seconds[name] for name in ("data", "forward", "backward"))):
+        raise ValueError(f"the profiler names its actions otherwise than PARTS has them: {', '.join(durations)}")
     # Lightning's step of the optimizer holds the passes through the network.
     seconds["clipping, optimizer"] = whole_step - seconds["forward"] - seconds["backward"]
     return seconds
@@ -54,6 +56,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.build(compose_train(args.arguments, Path(folder) / "run"))
+        if (device := run.trainer.strategy.root_device.type) != "cpu":
+            raise SystemExit(f"on {device} the profiler times launches, not work: add trainer.accelerator=cpu")
         profiler = run.trainer.profiler = SimpleProfiler()
         began = time.perf_counter()
         run.trainer.fit(run.module, datamodule=run.data)

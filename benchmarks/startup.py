@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from src.tables import table
 
@@ -22,6 +23,8 @@ class FirstStep(L.Callback):
     """Ends the process with the first step, whatever would still be saved."""
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         os._exit(FIRST_STEP)
 
 
@@ -49,7 +52,7 @@ def main() -> None:
         train = [sys.executable, "-m", "src.train", *args.arguments]
         train += ["+callbacks.first._target_=benchmarks.startup.FirstStep"]
         imports = [sys.executable, "-c", "import torch, lightning"]
-        seconds(imports, 0)  # so that no round reads the files from the disk
+        seconds([*train, f"run_dir='{Path(folder) / 'first'}'"], FIRST_STEP)  # so that no round reads from the disk
         pairs = []
         for k in range(args.rounds):
             run = [*train, f"run_dir='{Path(folder) / str(k)}'"]

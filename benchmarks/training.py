@@ -3,11 +3,15 @@
 All run in one process and take turns, a few steps at a time, so that what else the machine does slows all alike:
 `python -m benchmarks.training --model unet_small --batch 32`. Ratios are the medians of those of each round: more than
 1 means that `src.train` is faster. GFLOP are those of products and convolutions in one step; the peak is the machine's
-own speed at a large product and at a convolution of the network's kind, in the same precision and the same rounds.
+own speed at a large product and at a convolution of the network's kind, in the same rounds and in the precision of
+`src.train`; loops that ship in another one are given no share of it.
 """
 
 import argparse
+import contextlib
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +25,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from benchmarks.peers import PEERS, Contender, as_large_as, flops
+from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
 from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.batch import InMemory, Source
 from src.module import DiffusionModule
@@ -44,10 +48,14 @@ WORKLOADS = {
 """The model and its data: random 32x32 colour images, or the digits with their own settings."""
 
 
+COUNT = 2048
+"""Of random images, of which the largest batches need 512 to train on."""
+
+
 def random_images(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
-    """512 images of uniform noise in memory: what they show does not change the time that they take."""
+    """Images of uniform noise in memory: what they show does not change the time that they take."""
     generator = torch.Generator().manual_seed(0)
-    size = (512, channels, image_size, image_size)
+    size = (COUNT, channels, image_size, image_size)
     return InMemory(torch.randint(256, size, dtype=torch.uint8, generator=generator))
 
 
@@ -63,6 +71,8 @@ class BareLoop:
 
     def __init__(self, cfg: DictConfig, images: Tensor, betas: Tensor, device: torch.device) -> None:
         self.net = hydra.utils.instantiate(cfg.model).to(device, memory_format=torch.channels_last).train()
+        if cfg.compile:
+            self.net.compile()
         self.parameters = list(self.net.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
@@ -128,10 +138,16 @@ class TakeTurns(L.Callback):
         check_same_loss(loop, pl_module)
         self.loops = {BARE: Contender(loop.net, loop.step)}
         model, bf16 = cfg.model, cfg.trainer.precision == "bf16-mixed"
-        if self.peers:
-            work = as_large_as(model, cfg.data, images, device)._replace(bf16=bf16)
-            self.loops |= {name: PEERS[name](work) for name in self.peers}
-        self.flops = {name: flops(each.step) for name, each in self.loops.items()}
+        self.flops = {BARE: flops(loop.step)}
+        work = as_large_as(model, cfg.data, images, device)._replace(bf16=bf16)
+        for name in self.peers:
+            try:
+                contender = PEERS[name](work)
+                self.flops[name] = flops(contender.step)
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory with batches of {work.batch_size}, left out", file=sys.stderr)
+            else:
+                self.loops[name] = contender
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.probes = {"product": product(device, dtype), "convolution": convolution(device, dtype, model.width * 2)}
@@ -143,7 +159,9 @@ class TakeTurns(L.Callback):
         taken = (batch_idx + 1) % (self.warmup + self.steps)
         if taken == 0:
             self.clocks[OURS].append(since(self._start))
-            for name, each in self.loops.items():
+            loops = list(self.loops.items())
+            first = len(self.clocks[OURS]) % len(loops)  # each time another one
+            for name, each in loops[first:] + loops[:first]:
                 self.clocks.setdefault(name, []).append(timed(each.step, self.warmup, self.steps))
             for name, (count, work) in self.probes.items():
                 self.peaks.setdefault(name, []).append(4 * count / timed(work, 1, 4).wall)
@@ -153,15 +171,21 @@ class TakeTurns(L.Callback):
 
 def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
     """Both must compute the same loss from the same weights and draws, or the comparison means nothing."""
-    own = {name: value.clone() for name, value in loop.net.state_dict().items()}
-    loop.net.load_state_dict(module.net.state_dict())
-    x0, eps = torch.rand(2, 16, *module.shape, device=module.device) * 2 - 1
-    t = torch.arange(16, device=module.device) * 60
+    nets = (loop.net, module.net)
+    weights = [{name: value.clone() for name, value in net.state_dict().items()} for net in nets]
+    with torch.no_grad():
+        for p in loop.net.parameters():
+            p += 0.02 * torch.randn_like(p)  # before training they put out nothing, whatever they are given
+    module.net.load_state_dict(loop.net.state_dict())
+    # As many as in training: a compiler takes a second size for a sign that sizes will vary.
+    x0, eps = torch.rand(2, loop.batch_size, *module.shape, device=module.device) * 2 - 1
+    t = torch.arange(loop.batch_size, device=module.device) * 60 % module.schedule.num_steps
     with torch.no_grad(), module.trainer.precision_plugin.forward_context():
         link = module.schedule.link((t + 0.5) / module.schedule.num_steps, x0)
         terms = module.objective(module.process, module.denoise, x0, link, eps)
         torch.testing.assert_close(loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
-    loop.net.load_state_dict(own)
+    for net, own in zip(nets, weights, strict=True):
+        net.load_state_dict(own)
 
 
 def product(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
@@ -216,15 +240,14 @@ def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequ
         "callbacks.samples.count=1",
         "sampler.steps=1",
     ]
-    return compose_train([*overrides, *more], folder)
+    return compose_train([*overrides, *more], folder, bar=True)
 
 
-def compose_train(overrides: Sequence[str], folder: Path) -> DictConfig:
-    """The configuration of `src.train` for a run in `folder`, whose bar leaves the output to the tables."""
+def compose_train(overrides: Sequence[str], folder: Path, bar: bool = False) -> DictConfig:
+    """The configuration of `src.train` for a run in `folder`, whose bar may leave the output to the tables."""
+    quiet = [] if bar else ["~callbacks.progress", "+trainer.enable_progress_bar=false"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return hydra.compose(
-            "train", [*overrides, "~callbacks.progress", "+trainer.enable_progress_bar=false", f"run_dir='{folder}'"]
-        )
+        return hydra.compose("train", [*overrides, *quiet, f"run_dir='{folder}'"])
 
 
 def table(turns: TakeTurns) -> str:
@@ -238,7 +261,8 @@ def table(turns: TakeTurns) -> str:
         ratios = sorted(a.wall / b.wall for a, b in zip(each, clocks[OURS], strict=True))
         by_cpu = statistics.median(a.cpu / b.cpu for a, b in zip(each, clocks[OURS], strict=True))
         done = sorted(1e-9 * count * steps / c.wall for c in each)
-        shares = [f"{statistics.median(done) / (1e-9 * top):.0%}" for top in peak.values()]
+        own_precision = turns.cfg.trainer.precision != "32-true" and name in IN_FLOAT32
+        shares = ["" if own_precision else f"{statistics.median(done) / (1e-9 * top):.0%}" for top in peak.values()]
         size = f"{turns.sizes.get(name, turns.sizes[BARE]) / 1e6:.2f}"
         ratio = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         rows.append([name, size, f"{1e-9 * count:.1f}", f"{1e3 * seconds:.1f}", ratio, f"{by_cpu:.3f}", *shares])
@@ -257,7 +281,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed per segment; logs are written every 10")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="our network")
+    parser.add_argument("--compile", action="store_true", help="our network, also in the bare loop")
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -269,7 +293,8 @@ def main() -> None:
         run = runs.build(cfg)
         turns = TakeTurns(cfg, args.peers, args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
-        run.trainer.fit(run.module, datamodule=run.data)
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar is a part of the loop
+            run.trainer.fit(run.module, datamodule=run.data)
     device = run.module.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {args.threads} threads"
     print(

@@ -91,8 +91,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 def typed(name: str, value: object) -> str:
     """`name=value` as it is to be typed in a shell: a text in one piece with its commas, lists in brackets."""
-    plain = r"(?!(null|true|false|nan|inf)$)\w[\w ]*"
-    if isinstance(value, str) and not re.fullmatch(plain, value, re.IGNORECASE):
+    plain = r"(?!(null|true|false|nan|inf)$)[a-z_]([a-z0-9_ ]*[a-z0-9_])?"  # what Hydra takes for a text unquoted
+    if isinstance(value, str) and not re.fullmatch(plain, value, re.IGNORECASE | re.ASCII):
         value = QuotedString(value, Quote.single).with_quotes()
     text = f"{name}={value}"
     if re.fullmatch(r"[\w=.-]+", text):

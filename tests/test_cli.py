@@ -18,8 +18,19 @@ from src.trust import CONF
 
 @pytest.mark.parametrize(
     "value",
-    ["cat", "a red circle", "a red circle, two squares", 'it\'s "big", $HOME `ls` \\ !', "[1,2]", [[1.5, 2]], ["x"], 7],
-    ids=str,
+    [
+        *(
+            "cat",
+            "a red circle",
+            "a red circle, two squares",
+            'it\'s "big", $HOME `ls` \\ !',
+            "[1,2]",
+            "größer",
+            " cat ",
+        ),
+        *("7", "1e5", "null", "True", "", [[1.5, 2]], ["x", "ö, y"], 7),
+    ],
+    ids=repr,
 )
 def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
     """By a shell, and then by Hydra."""

@@ -286,12 +286,19 @@ def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_networ
 
 
 class Reads(TorchDispatchMode):
-    """How often a tensor's value is asked for: a GPU's process would wait there until all that is queued is done."""
+    """How often a tensor's value, or a size that depends on one, is asked for.
 
+    A GPU's process would wait there until all that is queued is done.
+    """
+
+    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::equal")
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+        by_mask = func.name().startswith("aten::index") and any(
+            index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], list) else [])
+        )
+        self.count += func.name() in self.NAMES or by_mask
         return func(*args, **(kwargs or {}))
 
 

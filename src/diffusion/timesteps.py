@@ -83,15 +83,20 @@ class Importance(nn.Module):
     def update(self, v: Tensor, losses: Tensor) -> None:
         """Remember the losses (N,) at v (N,), of the whole global batch and in its order, all finite ones."""
         losses = losses.to(self.losses)  # in whose precision they must be finite
-        v, losses = v[losses.isfinite()], losses[losses.isfinite()]
-        chosen, order = (v * self.bins).long().clamp(max=self.bins - 1).sort(stable=True)
+        # Nothing is chosen by a mask, for which the device would have to be waited for: what is left out goes to a bin,
+        # and to a slot, after the last.
+        bins = torch.where(losses.isfinite(), (v * self.bins).long().clamp(max=self.bins - 1), self.bins)
+        chosen, order = bins.sort(stable=True)
         # The number of each among those of its bin; of more than fit, the last ones stay.
         number = torch.arange(len(chosen), device=chosen.device) - torch.searchsorted(chosen, chosen)
-        added = torch.bincount(chosen, minlength=self.bins)
-        kept = number >= added[chosen] - self.history
-        slot = (self.seen[chosen] + number) % self.history
-        self.losses[chosen[kept], slot[kept]] = losses[order][kept]
-        self.seen += added
+        added = chosen.new_zeros(self.bins + 1).scatter_add_(0, chosen, torch.ones_like(chosen))
+        kept = (number >= added[chosen] - self.history) & (chosen < self.bins)
+        seen = torch.cat([self.seen, self.seen[:1]])
+        slot = chosen * self.history + (seen[chosen] + number) % self.history
+        slots = torch.cat([self.losses.flatten(), self.losses[0, :1]])
+        slots[torch.where(kept, slot, self.losses.numel())] = losses[order]
+        self.losses.copy_(slots[:-1].view_as(self.losses))
+        self.seen += added[:-1]
 
 
 def logit_normal(v: Tensor, mean: float = 0.0, deviation: float = 1.0) -> Tensor:

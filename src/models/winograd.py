@@ -2,7 +2,7 @@
 
 Of each 6x6 tile d of the input and each 3x3 filter g, the 4x4 outputs are A^T [(G g G^T) * (B^T d B)] A, where * is by
 element (Lavin & Gray 2016, arXiv 1509.09308, eq. 8 and sec. 4.3): all that mixes channels are 36 products of
-matrices, one for each place of a tile. cuDNN does it for itself; what PyTorch calls on a CPU does not.
+matrices, one for each place of a tile. What PyTorch calls on a CPU does not do it.
 """
 
 import math
