@@ -255,7 +255,8 @@ def table(turns: TakeTurns) -> str:
     clocks, steps = turns.clocks, turns.steps
     peak = {name: statistics.median(values) for name, values in turns.peaks.items()}
     rows = []
-    for name, each in clocks.items():
+    for name in (OURS, *turns.loops):
+        each = clocks[name]
         count = turns.flops.get(name, turns.flops[BARE])
         seconds = statistics.median(c.wall for c in each) / steps
         ratios = sorted(a.wall / b.wall for a, b in zip(each, clocks[OURS], strict=True))
