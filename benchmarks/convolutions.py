@@ -18,8 +18,8 @@ from src.models.winograd import num_tiles, winograd
 from src.tables import table
 
 SHAPES = [  # (batch, channels in, out, height and width)
-    *((16, c, c, 32) for c in (32, 48, 64, 128)),
-    *((16, c, c, 16) for c in (64, 128, 256)),
+    *((16, c, c, 32) for c in (32, 48, 64, 96, 128)),
+    *((16, c, c, 16) for c in (64, 96, 128, 256)),
     (16, 256, 128, 16),
     *((b, 128, 128, 8) for b in (4, 8, 16, 64)),
     *((64, c, c, 4) for c in (64, 128, 256)),
