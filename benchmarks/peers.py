@@ -34,6 +34,8 @@ class Work(NamedTuple):
     head_channels: int
     device: torch.device
     bf16: bool = False
+    compile_mode: str | None = None
+    """Of torch.compile, for the network that is tuned by hand."""
     num_steps: int = 100_000
     """After which a learning rate that falls is 0."""
     levels: int = 256
@@ -95,7 +97,7 @@ def diffusers(work: Work) -> Contender:
 
 
 def tuned_diffusers(work: Work) -> Contender:
-    """Its network as well as a hand can have it: channels last, few heads, fused AdamW; on a GPU compiled, in bf16."""
+    """Its network as well as a hand can have it: channels last, few heads, fused AdamW, compiled and in bf16."""
     net = diffusers_net(work, work.head_channels).to(memory_format=torch.channels_last)
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
@@ -104,8 +106,7 @@ def tuned_diffusers(work: Work) -> Contender:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = (1 - betas).cumprod(0)
     alpha, sigma = (x.sqrt().float().to(work.device) for x in (alpha_bar, 1 - alpha_bar))
-    on_gpu = work.device.type == "cuda"
-    forward = torch.compile(net, mode="max-autotune-no-cudagraphs") if on_gpu else net
+    forward = torch.compile(net, mode=work.compile_mode, dynamic=False) if work.compile_mode else net
 
     def step() -> None:
         clean = work.batch()
@@ -250,6 +251,7 @@ def flops(step: Callable[[], Any]) -> int:
     plainly = patch.object(Conv3x3, "winograd_pays", lambda *_: False)
     # On a CPU the counter knows only the plain form of attention, whose memory grows with the square of the positions.
     attention = nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
-    with FlopCounterMode(display=False) as counter, attention, plainly:
+    eager = torch.compiler.set_stance("force_eager")
+    with FlopCounterMode(display=False) as counter, attention, plainly, eager:
         step()
     return int(counter.get_total_flops())

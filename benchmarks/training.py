@@ -29,6 +29,7 @@ from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
 from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.batch import InMemory, Source
 from src.module import DiffusionModule
+from src.speed import compiled
 from src.tables import table as markdown_table
 from src.trust import CONF
 
@@ -71,8 +72,8 @@ class BareLoop:
 
     def __init__(self, cfg: DictConfig, images: Tensor, betas: Tensor, device: torch.device) -> None:
         self.net = hydra.utils.instantiate(cfg.model).to(device, memory_format=torch.channels_last).train()
-        if cfg.compile:
-            self.net.compile()
+        fast = compiled(self.net, cfg.compile)
+        self.forward = self.net if fast is None else fast
         self.parameters = list(self.net.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self.optimizer = torch.optim.AdamW(
@@ -94,7 +95,7 @@ class BareLoop:
         alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
         x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            out: Tensor = self.net(x, (t + 1) / len(self.alpha))
+            out: Tensor = self.forward(x, (t + 1) / len(self.alpha))
         mse = (out.float() - x0).square().flatten(1).mean(1)
         return ((alpha / sigma).square().clamp(max=self.gamma).flatten() * mse).mean()
 
@@ -139,7 +140,7 @@ class TakeTurns(L.Callback):
         self.loops = {BARE: Contender(loop.net, loop.step)}
         model, bf16 = cfg.model, cfg.trainer.precision == "bf16-mixed"
         self.flops = {BARE: flops(loop.step)}
-        work = as_large_as(model, cfg.data, images, device)._replace(bf16=bf16)
+        work = as_large_as(model, cfg.data, images, device)._replace(bf16=bf16, compile_mode=cfg.compile)
         for name in self.peers:
             try:
                 contender = PEERS[name](work)
@@ -180,7 +181,7 @@ def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
     # As many as in training: a compiler takes a second size for a sign that sizes will vary.
     x0, eps = torch.rand(2, loop.batch_size, *module.shape, device=module.device) * 2 - 1
     t = torch.arange(loop.batch_size, device=module.device) * 60 % module.schedule.num_steps
-    with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+    with module.trainer.precision_plugin.forward_context():  # with gradients, for which the networks are compiled
         link = module.schedule.link((t + 0.5) / module.schedule.num_steps, x0)
         terms = module.objective(module.process, module.denoise, x0, link, eps)
         torch.testing.assert_close(loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
@@ -282,11 +283,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed per segment; logs are written every 10")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="our network, also in the bare loop")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", help="a mode of torch.compile, for all but loops as shipped"
+    )
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    more = [f"compile={str(args.compile).lower()}"]
+    more = [f"compile={args.compile or 'null'}"]
     more += [] if args.batch is None else [f"data.batch_size={args.batch}"]
     with tempfile.TemporaryDirectory() as folder:
         num_steps = args.rounds * (args.warmup + args.steps)

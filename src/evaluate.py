@@ -58,6 +58,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
             )
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
+        runs.speed_up(opened, cfg.precision, cfg.compile)
         samplers = {}
         own = opened.config.sampler
         for asked in cfg.samplers or [None]:
@@ -200,6 +201,7 @@ def quality(
         return {}
     metrics: dict[str, Any] = {
         "n": cfg.n,
+        "precision": cfg.precision,
         "against": cfg.against,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
         "samplers": {

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
@@ -112,6 +113,10 @@ class DiffusionModule(L.LightningModule):
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
         self._find_weights()
         self.check_sampler(sampler)
+        self.compiled: dict[Literal["training", "sampling"], Callable[..., Tensor]] = {}
+        """What is called there instead of the network."""
+        self.sampling_dtype: torch.dtype | None = None
+        """In which the network's products are computed when it samples; None for its own."""
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.validated = 0
@@ -122,18 +127,24 @@ class DiffusionModule(L.LightningModule):
     null: Tensor | None
     examples: Tensor | None
 
-    def denoise(self, x: Tensor, t: Level, cond: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x: Tensor, t: Level, cond: Tensor | None = None, net: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """The network's output for x (B, *data) at a level, in float32 whatever the precision.
 
-        A network that takes conditions is asked for `cond` (B, ...); None asks for nothing.
+        A network that takes conditions is asked for `cond` (B, ...); None asks for nothing. `net` is what is called
+        instead of it.
         """
+        if net is None:
+            # Validation and samples, which are batches of other sizes, would each be compiled for a minute.
+            net = self.compiled.get("training", self.net) if torch.is_grad_enabled() else self.net
         scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
         if self.null is None:
-            out: Tensor = self.net(scaled, time)
+            out: Tensor = net(scaled, time)
         else:
-            out = self.net(scaled, time, self.null.expand(len(x), *self.null.shape[1:]) if cond is None else cond)
+            out = net(scaled, time, self.null.expand(len(x), *self.null.shape[1:]) if cond is None else cond)
         return out.float()
 
     def configure_model(self) -> None:
@@ -341,6 +352,21 @@ class DiffusionModule(L.LightningModule):
         predict = predictor(self.process, guided(denoise, self.null, self.null, hollow, self.shape[0]))
         return sampler.walk(self.process, predict, x, grid, noise=torch.zeros_like)
 
+    def denoise_in_sampling(
+        self, x: Tensor, t: Level, cond: Tensor | None = None, at_once: int | None = None
+    ) -> Tensor:
+        """As `denoise`, `at_once` samples at a time, by the network and in the precision that are for sampling."""
+        net, half = self.compiled.get("sampling"), self.sampling_dtype
+        size = at_once or len(x)
+        count = (
+            -(-len(x) // size) * size if net is not None else len(x)
+        )  # else the last few would be compiled once more
+        parts = torch.split(_filled_up(x, count), size)
+        conds = [None] * len(parts) if cond is None else torch.split(_filled_up(cond, count), size)
+        with torch.autocast(x.device.type, half) if half else nullcontext():
+            outs = [self.denoise(part, t, c, net) for part, c in zip(parts, conds, strict=True)]
+        return torch.cat(outs)[: len(x)]
+
     @torch.no_grad()
     def sample(
         self,
@@ -353,7 +379,8 @@ class DiffusionModule(L.LightningModule):
         """Yield samples `indices` at every level from pure noise to data, each (N, *data) float32.
 
         Sample k depends on (seed, k) and what it is asked to be alone, not on what it is drawn together with. They are
-        asked to be `cond` (N, ...), or else the examples by turns. The network sees at most `at_once` of them together.
+        asked to be `cond` (N, ...), or else the examples by turns. The network sees at most `at_once` of them together,
+        and if it is compiled just as many.
         """
         walk, steps, spacing, guidance = sampler or self.sampler
         if cond is None and self.examples is not None:
@@ -361,13 +388,7 @@ class DiffusionModule(L.LightningModule):
         cond = None if cond is None else cond.to(self.device)
         training = self.training
         self.eval()
-
-        def denoise(x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
-            size = at_once or len(x)
-            parts = torch.split(x, size)
-            conds = [None] * len(parts) if cond is None else torch.split(cond, size)
-            return torch.cat([self.denoise(part, t, c) for part, c in zip(parts, conds, strict=True)])
-
+        denoise = partial(self.denoise_in_sampling, at_once=at_once)
         try:
             predict = predictor(self.process, guided(denoise, cond, self.null, guidance, self.shape[0]))
             noise = SampleNoise(seed, indices, self.device)
@@ -389,6 +410,11 @@ class DiffusionModule(L.LightningModule):
         data = trainer.datamodule  # type: ignore[attr-defined]
         for x in self.sample(range(first, first + share), seed, at_once=data.at_once(trainer)):
             yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
+
+
+def _filled_up(x: Tensor, count: int) -> Tensor:
+    """x (B, ...) with its last row repeated until there are `count`."""
+    return x if len(x) == count else torch.cat([x, x[-1:].expand(count - len(x), *x.shape[1:])])
 
 
 def keep_own_kernels(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ A run folder, or one checkpoint alone, is all that a later command needs. What i
 import json
 import math
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -141,10 +140,19 @@ def build(cfg: DictConfig) -> Run:
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
     warn_of_schedule(module)
-    if cfg.compile:
-        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-            raise ValueError("compile=true needs a C++ compiler and there is none: install g++, or leave it out")
-        module.net.compile()
+    from src.speed import compiled
+
+    if (fast := compiled(module.net, cfg.compile)) is not None:
+        if cfg.trainer.accumulate_grad_batches > 1 and cfg.compile not in (
+            True,
+            "default",
+            "max-autotune-no-cudagraphs",
+        ):
+            raise ValueError(
+                f"compile={cfg.compile} replays CUDA graphs, in whose memory gradients do not outlive the next pass, as "
+                f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches} wants: use compile=true"
+            )
+        module.compiled["training"] = fast
     if saved is not None:  # what cannot be resumed is refused before loggers write
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
@@ -246,6 +254,15 @@ def open_run(
 
     keep_freed_memory(torch.device("cpu"))  # for samples; what a GPU draws needs next to nothing there
     return OpenedRun(config, path, module.eval(), data)
+
+
+def speed_up(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
+    """Have an opened run sample in a precision, and by a compiled network. Raises ValueError if there is no such one."""
+    from src.speed import compiled, half_precision
+
+    opened.module.sampling_dtype = half_precision(precision)
+    if (fast := compiled(opened.module.net, compile_mode)) is not None:
+        opened.module.compiled["sampling"] = fast
 
 
 def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:

@@ -63,7 +63,7 @@ def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
         ("seed=true", ["seed=True", "a whole number"]),
         ("seed=null", ["seed=None", "a whole number"]),
         ("optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
-        ("compile=5", ["compile=5", "true or false"]),
+        ("zero_terminal_snr=5", ["zero_terminal_snr=5", "true or false"]),
         ("model.multipliers=2", ["model.multipliers=2", "a list"]),
         ("+schedule=linear", ["drop the +"]),
     ],

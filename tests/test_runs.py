@@ -1,6 +1,7 @@
 """Runs from end to end: training, its traces, resuming, opening again, sampling."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
-from src import runs
+from src import runs, speed
 from src.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
 
@@ -224,6 +225,44 @@ def test_sampling_writes_every_image_a_grid_and_a_film(trained, tmp_path):
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
+def test_a_compiled_network_draws_the_same_samples_in_batches_of_one_size(trained, tmp_path, traced):
+    plain, compiled = (
+        sample(tmp_path / name, f"run='{trained}'", "n=7", "batch_size=3", f"compile={name}")
+        for name in ("null", "true")
+    )
+    assert traced.frame_count == 1
+    assert np.abs(plain.astype(int) - compiled.astype(int)).max() <= 16  # rounding, by one of the digits' 17 levels
+
+
+def test_half_precision_draws_about_the_same_samples(trained, tmp_path):
+    """bfloat16 has 8 digits: what is seen of it in an image that three steps make is about a level of 17."""
+    single, half = (
+        sample(tmp_path / name, f"run='{trained}'", "n=7", f"precision={name}") for name in ("32-true", "bf16-mixed")
+    )
+    apart = np.abs(single.astype(int) - half.astype(int))
+    assert 0 < apart.mean() < 16
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("precision=bf16", "precision=bf16 is none of 32-true, bf16-mixed"),
+        ("compile=fast", "compile=fast is no way to compile: true, or a mode of torch.compile, default"),
+    ],
+)
+def test_ways_to_compute_that_there_are_not_are_named(wrong, message, trained, tmp_path):
+    from src.errors import UsageError
+
+    with pytest.raises(UsageError, match=message):
+        sample(tmp_path, f"run='{trained}'", wrong)
+
+
+def test_graphs_that_are_replayed_do_not_go_with_gradients_that_are_gathered(tmp_path):
+    settings = ("compile=reduce-overhead", "trainer.accumulate_grad_batches=2", f"run_dir='{tmp_path}'")
+    with pytest.raises(ValueError, match="replays CUDA graphs"):
+        runs.build(compose("train", *TINY, *settings))
+
+
 def test_samples_are_drawn_as_the_run_was_told_unless_told_otherwise(trained, tmp_path):
     """The run's own sampler is ancestral in 3 steps; settings alone change it, a choice replaces it."""
     own = sample(tmp_path / "a", f"run='{trained}'", "n=4", "sampler.steps=null")
@@ -418,27 +457,25 @@ def test_a_run_goes_on_in_another_precision(trained, tmp_path, monkeypatch):
     np.testing.assert_allclose(ours, full, rtol=0.1)
 
 
-def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp_path, monkeypatch):
-    """Traced as one graph, once for training, though not translated to machine code, which takes a minute.
+@pytest.fixture
+def traced(monkeypatch):
+    """Counts the graphs that networks are compiled to, each in one, though not to machine code: that takes a minute."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_quickly = functools.partial(torch.compile, backend=counter, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda net, *, options, dynamic: compile_quickly(net, dynamic=dynamic))
+    monkeypatch.setattr(speed.shutil, "which", lambda name: name)
+    return counter
 
-    Then it goes on uncompiled.
-    """
-    compiled, traced = [], CompileCounterWithBackend("aot_eager")
 
-    def compile_quickly(self):
-        compiled.append(self)
-        self._compiled_call_impl = torch.compile(self._call_impl, backend=traced, fullgraph=True)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
-    monkeypatch.setattr(runs.shutil, "which", lambda name: name)
+def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp_path, monkeypatch, traced):
+    """Compiled once, for training, whatever the sizes of validation and samples. Then it goes on uncompiled."""
     runs_until(monkeypatch, stop_after=3)
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "run", "compile=true")
-    assert len(compiled) == 1
     assert traced.frame_count == 1
     monkeypatch.undo()
     assert weights(tmp_path / "run").keys() == weights(trained).keys()
-    with pytest.warns(UserWarning, match="another setting: compile: True -> False"):
+    with pytest.warns(UserWarning, match="another setting: compile: True -> None"):
         train_tiny(tmp_path / "run", f"resume='{tmp_path / 'run'}'")
     np.testing.assert_allclose(*(np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained)), rtol=1e-4)
 
