@@ -113,8 +113,8 @@ class DiffusionModule(L.LightningModule):
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
         self._find_weights()
         self.check_sampler(sampler)
-        self.compiled: dict[Literal["training", "sampling"], Callable[..., Tensor]] = {}
-        """What is called there instead of the network."""
+        self.compiled: dict[bool, Callable[..., Tensor]] = {}
+        """What is called instead of the network, with gradients and without."""
         self.sampling_dtype: torch.dtype | None = None
         """In which the network's products are computed when it samples; None for its own."""
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
@@ -127,17 +127,12 @@ class DiffusionModule(L.LightningModule):
     null: Tensor | None
     examples: Tensor | None
 
-    def denoise(
-        self, x: Tensor, t: Level, cond: Tensor | None = None, net: Callable[..., Tensor] | None = None
-    ) -> Tensor:
+    def denoise(self, x: Tensor, t: Level, cond: Tensor | None = None) -> Tensor:
         """The network's output for x (B, *data) at a level, in float32 whatever the precision.
 
-        A network that takes conditions is asked for `cond` (B, ...); None asks for nothing. `net` is what is called
-        instead of it.
+        A network that takes conditions is asked for `cond` (B, ...); None asks for nothing.
         """
-        if net is None:
-            # Validation and samples, which are batches of other sizes, would each be compiled for a minute.
-            net = self.compiled.get("training", self.net) if torch.is_grad_enabled() else self.net
+        net = self.compiled.get(torch.is_grad_enabled(), self.net)
         scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
@@ -188,20 +183,31 @@ class DiffusionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.validated = checkpoint.get("validated", checkpoint["global_step"])
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let go of what the last step logged: Lightning writes it once more when training stops, as of that step."""
+        if (logged := self.trainer._results) is not None and self._is_logged(self.global_step - 1):
+            logged.reset(metrics=False)
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # What networks draw, their dropout, belongs to the step too: so a resumed run draws it as if it went on.
-        torch.manual_seed(key(self.seed, "network", self.global_step, batch["start"]))
+        seed_networks(key(self.seed, "network", self.global_step, batch["start"]), self.device)
         v, terms = self._train_terms(batch, self.global_step)
         if isinstance(self.timesteps, Importance):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
             self._seen.append((gathered[0].flatten(), gathered[1].flatten()))
-        for name in terms.keys() - {"loss", "unweighted"}:
-            self.log(f"train/{name}", terms[name].mean())
         loss = terms["loss"].mean()
-        self.log("train/loss", loss)
+        if self._is_logged(self.global_step):
+            for name in terms.keys() - {"loss", "unweighted"}:
+                self.log(f"train/{name}", terms[name].mean())
+            self.log("train/loss", loss)
         # A loss that is not finite makes the gradient so, in which all processes share: none of them takes the step.
         passed_on = loss * torch.where(loss.isfinite(), 1.0, math.nan)
         return {"loss": passed_on, "v": v, "losses": terms["unweighted"]}
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether this step of training is: for each value Lightning takes half a millisecond, written or not."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (step + 1) % every == 0
 
     def _train_terms(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
@@ -294,7 +300,8 @@ class DiffusionModule(L.LightningModule):
         """
         limit = gradient_clip_val or math.inf
         norm = total_norm(nn.utils.clip_grad_norm_(self.weights, limit))
-        self.log("train/grad_norm", norm)
+        if self._is_logged(self.global_step):
+            self.log("train/grad_norm", norm)
         if self.curve_weights:
             norm = norm + nn.utils.clip_grad_norm_(self.curve_weights, limit)
         self.grad_norm = norm.detach()
@@ -355,16 +362,15 @@ class DiffusionModule(L.LightningModule):
     def denoise_in_sampling(
         self, x: Tensor, t: Level, cond: Tensor | None = None, at_once: int | None = None
     ) -> Tensor:
-        """As `denoise`, `at_once` samples at a time, by the network and in the precision that are for sampling."""
-        net, half = self.compiled.get("sampling"), self.sampling_dtype
+        """As `denoise`, `at_once` samples at a time, in the precision that is for sampling."""
+        half = self.sampling_dtype
         size = at_once or len(x)
-        count = (
-            -(-len(x) // size) * size if net is not None else len(x)
-        )  # else the last few would be compiled once more
+        # The last few would be compiled once more.
+        count = -(-len(x) // size) * size if False in self.compiled else len(x)
         parts = torch.split(_filled_up(x, count), size)
         conds = [None] * len(parts) if cond is None else torch.split(_filled_up(cond, count), size)
         with torch.autocast(x.device.type, half) if half else nullcontext():
-            outs = [self.denoise(part, t, c, net) for part, c in zip(parts, conds, strict=True)]
+            outs = [self.denoise(part, t, c) for part, c in zip(parts, conds, strict=True)]
         return torch.cat(outs)[: len(x)]
 
     @torch.no_grad()
@@ -410,6 +416,13 @@ class DiffusionModule(L.LightningModule):
         data = trainer.datamodule  # type: ignore[attr-defined]
         for x in self.sample(range(first, first + share), seed, at_once=data.at_once(trainer)):
             yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
+
+
+def seed_networks(seed: int, device: torch.device) -> None:
+    """Seed what networks draw from on a device; `torch.manual_seed` does so on all kinds, which takes a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def _filled_up(x: Tensor, count: int) -> Tensor:

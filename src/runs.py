@@ -140,19 +140,12 @@ def build(cfg: DictConfig) -> Run:
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
     warn_of_schedule(module)
-    from src.speed import compiled
+    from src.speed import check_graphs, compiled
 
     if (fast := compiled(module.net, cfg.compile)) is not None:
-        if cfg.trainer.accumulate_grad_batches > 1 and cfg.compile not in (
-            True,
-            "default",
-            "max-autotune-no-cudagraphs",
-        ):
-            raise ValueError(
-                f"compile={cfg.compile} replays CUDA graphs, in whose memory gradients do not outlive the next pass, as "
-                f"trainer.accumulate_grad_batches={cfg.trainer.accumulate_grad_batches} wants: use compile=true"
-            )
-        module.compiled["training"] = fast
+        check_graphs(cfg.compile, cfg.trainer.accumulate_grad_batches, cfg.data.get("micro_batch"))
+        # Validation and samples, which are batches of other sizes, would each take a minute to compile.
+        module.compiled[True] = fast
     if saved is not None:  # what cannot be resumed is refused before loggers write
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
@@ -257,12 +250,12 @@ def open_run(
 
 
 def speed_up(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
-    """Have an opened run sample in a precision, and by a compiled network. Raises ValueError if there is no such one."""
+    """Have an opened run sample in a precision, and by a compiled network. Raises ValueError for unknown ones."""
     from src.speed import compiled, half_precision
 
     opened.module.sampling_dtype = half_precision(precision)
     if (fast := compiled(opened.module.net, compile_mode)) is not None:
-        opened.module.compiled["sampling"] = fast
+        opened.module.compiled[False] = fast
 
 
 def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
