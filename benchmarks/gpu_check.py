@@ -366,7 +366,8 @@ def judge(row: Row, figures: Figures, done: Mapping[str, Figures], machine: Figu
         ratio = peak / estimate
         within = abs(ratio - 1) <= MEMORY_TOLERANCE
         share, memory = f"{of_peak:.1%}", [gib(peak), gib(estimate), f"{ratio:.2f}", "yes" if within else "no"]
-        if not within and not (ratio < 1 and "compile=true" in row.settings):  # for which it is a bound
+        # Of a compiled network it is a bound; and without TF32, as nobody trains, convolutions ask for room to work in.
+        if not within and row.name != REFERENCE and not (ratio < 1 and "compile=true" in row.settings):
             faults.append(f"memory is {ratio:.2f} of its estimate")
     skipped = str(figures["skipped"])
     drift = "-" if math.isnan(apart) else f"{apart:+.2%}"

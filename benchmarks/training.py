@@ -133,6 +133,7 @@ class TakeTurns(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
         cfg, device = self.cfg, pl_module.device
+        self.device = device
         source = trainer.datamodule.source  # type: ignore[attr-defined]
         images = source.fetch(range(len(source)))
         loop = BareLoop(cfg, images, hydra.utils.instantiate(cfg.schedule), device)
@@ -299,7 +300,7 @@ def main() -> None:
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar is a part of the loop
             run.trainer.fit(run.module, datamodule=run.data)
-    device = run.module.device
+    device = turns.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {args.threads} threads"
     print(
         f"{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, {name}, torch "

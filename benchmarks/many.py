@@ -1,0 +1,61 @@
+"""How fast a GPU draws images by the thousand: `python -m benchmarks.many`, in float32, in bf16, and compiled.
+
+By `dpmpp_2m` in 20 steps, 1,024 at once, from a network whose weights are random: what they show does not change the
+time. Everything that `src.sample` does for it is in the time, but for writing files.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from benchmarks.training import compose
+from src import building, runs
+from src.speed import PRECISIONS, compiled
+from src.tables import table
+from src.trust import CONF
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("unet_small", "unet_ddpm"), default="unet_ddpm")
+    parser.add_argument("--at-once", type=int, default=1024)
+    parser.add_argument("--batches", type=int, default=5, help="that are timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--ways", nargs="+", default=["32-true", "bf16-mixed", "bf16-mixed compiled"])
+    args = parser.parse_args()
+    device = runs.pick_device(args.device)
+    cfg = OmegaConf.load(CONF / "sampler" / "dpmpp_2m.yaml")
+    assert isinstance(cfg, DictConfig)
+    sampler = building.build_sampler(cfg)._replace(steps=args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        module = runs.build(compose(args.model, 1, "32-true", Path(folder) / "run")).module.to(device).eval()
+    for p in module.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    rows = []
+    for way in args.ways:
+        precision, *compilation = way.split()
+        module.sampling_dtype = PRECISIONS[precision]
+        fast = compiled(module.net, "default" if compilation else None)
+        module.compiled = {} if fast is None else {False: fast}
+        seconds = []
+        for k in range(args.batches + 1):
+            began = time.perf_counter()
+            *_, x = module.sample(range(k * args.at_once, (k + 1) * args.at_once), 0, sampler, args.at_once)
+            x.sum().item()  # waits for the device
+            seconds.append(time.perf_counter() - began)
+        rate = args.batches * args.at_once / sum(seconds[1:])
+        rows.append([way, f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}"])
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    calls = module.network_calls(sampler)
+    print(f"{args.model}, {args.at_once} at once, {calls} network calls, {name}, torch {torch.__version__}\n")
+    print(table(["way", "first batch, s", "images/s", "50,000 images, s"], rows))
+
+
+if __name__ == "__main__":
+    main()
