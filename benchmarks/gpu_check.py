@@ -104,8 +104,7 @@ def all_rows(devices: int) -> list[Row]:
         Row("32-true to bf16-mixed", (bf16,), "resume", "32-true"),
         Row("bf16-mixed to 32-true", (fp32,), "resume", "bf16-mixed"),
         Row("16-mixed to 32-true", (fp32,), "resume", "16-mixed"),
-        # Validation and samples, which are batches of other sizes, would be compiled as well.
-        Row("bf16-mixed, compile", (bf16, "compile=true", "+trainer.limit_val_batches=0")),
+        Row("bf16-mixed, compile", (bf16, "compile=true")),
         Row("compiled to not compiled", (bf16,), "resume", "bf16-mixed, compile"),
     ]
 
@@ -207,14 +206,14 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
         return figures
     return figures | {
         "images_per_second": cfg.data.batch_size / statistics.median(watch.seconds),
-        "flops_per_image": flops(building.hollow_network(cfg, run.module.process.outputs), run.module.shape),
+        "flops_per_image": flops_per_image(building.hollow_network(cfg, run.module.process.outputs), run.module.shape),
         "devices": run.trainer.world_size,
         "peak": statistics.median(watch.peaks) if watch.peaks else None,
         "estimate": sum(out_of_memory.step_memory(cfg, run)),
     }
 
 
-def flops(net: nn.Module, shape: Sequence[int]) -> int:
+def flops_per_image(net: nn.Module, shape: Sequence[int]) -> int:
     """Operations of a forward and backward pass for one image: the model's own, without what is computed again."""
     net.checkpointing = False  # type: ignore[assignment]
     with FlopCounterMode(display=False) as counter:
@@ -223,22 +222,22 @@ def flops(net: nn.Module, shape: Sequence[int]) -> int:
 
 
 def sample(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
-    """Open a run as `src.sample` does and draw by DDIM, as it does in float32, and within autocast."""
+    """Open a run as `src.sample` does and draw by DDIM, in float32 and in bf16."""
     opened = runs.open_run(str(run_folder(folder, row.source)), trust=True)
     module = opened.module.to(device)
     sampler = building.build_sampler(
         compose("sample", ["sampler=ddim", f"sampler.steps={scale.sampling_steps}"]).sampler
     )
     speeds, apart = {}, {}
-    for name, autocast in (("float32", False), ("bf16 autocast", True)):
+    for name in ("32-true", "bf16-mixed"):
+        runs.speed_up(opened, name, None)
         images = []
         for count in scale.batches:
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                for _ in module.sample(range(count), 0, sampler._replace(steps=2)):
-                    pass
-                start = now().wall
-                *_, x = module.sample(range(count), 0, sampler)
-                speeds[f"{name}, {count} at once"] = count / (now().wall - start)
+            for _ in module.sample(range(count), 0, sampler._replace(steps=2)):
+                pass
+            start = now().wall
+            *_, x = module.sample(range(count), 0, sampler)
+            speeds[f"{name}, {count} at once"] = count / (now().wall - start)
             images.append(opened.data.to_display(x).cpu().int())
         few, many = images
         apart[name] = int((few - many[: len(few)]).abs().max())
@@ -333,7 +332,7 @@ def judge(row: Row, figures: Figures, done: Mapping[str, Figures], machine: Figu
         levels = figures["grey_levels"]
         seen = ", ".join(f"{apart} of 255 grey levels in {name}" for name, apart in levels.items())
         cells = [f"an image that is drawn with few and with many others differs by at most {seen}"]
-        return cells, ["an image is not the same among others"] if levels["float32"] > GREY_LEVELS else []
+        return cells, ["an image is not the same among others"] if levels["32-true"] > GREY_LEVELS else []
     faults = []
     if not all(map(math.isfinite, [*figures["losses"], figures["val_loss"]])) or not figures["ends_finite"]:
         faults.append("loss or gradient is not finite")

@@ -97,7 +97,7 @@ def diffusers(work: Work) -> Contender:
 
 
 def tuned_diffusers(work: Work) -> Contender:
-    """Its network as well as a hand can have it: channels last, few heads, fused AdamW, compiled and in bf16."""
+    """Its network as well as a hand can have it: channels last, few heads, fused AdamW, bf16 and compiled as asked."""
     net = diffusers_net(work, work.head_channels).to(memory_format=torch.channels_last)
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]

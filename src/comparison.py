@@ -18,7 +18,7 @@ OF_WORK = (
     *("run_dir", "resume", "trust", "optimize", "keep_checkpoints", "checkpoint_every", "validate_every"),
     *("data.num_workers", "data.micro_batch", "data.root", "neighbours", "logger"),
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
-    *("trainer.enable_progress_bar", "trainer.log_every_n_steps"),
+    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "compile"),
     *(f"callbacks.{name}" for name in ("progress", "samples", "best", "every", "stop", "quality", "bits_per_dim")),
     *(f"callbacks.{name}" for name in ("beginning", "speed", "loss_by_noise", "artifact")),
 )

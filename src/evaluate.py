@@ -201,7 +201,7 @@ def quality(
         return {}
     metrics: dict[str, Any] = {
         "n": cfg.n,
-        "precision": cfg.precision,
+        "sampling_precision": cfg.precision,
         "against": cfg.against,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
         "samplers": {

@@ -270,6 +270,7 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
     trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
     precision.convert_module(trial)
     trial._find_weights()
+    trial.compiled_training = None  # each size that is tried would take a minute to compile
     copies = 2 if trainer.world_size > 1 else 1
     beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
     optimizer, _ = trial.prepare_optimizer(1)

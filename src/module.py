@@ -113,14 +113,18 @@ class DiffusionModule(L.LightningModule):
         self.memory_format = torch.channels_last if len(self.shape) == 3 else torch.contiguous_format
         self._find_weights()
         self.check_sampler(sampler)
-        self.compiled: dict[bool, Callable[..., Tensor]] = {}
-        """What is called instead of the network, with gradients and without."""
+        self.compiled_training: Callable[..., Tensor] | None = None
+        """What is called instead of the network where gradients are needed; elsewhere the sizes of batches vary."""
+        self.compiled_sampling: Callable[..., Tensor] | None = None
+        """What is called instead of it to draw samples, in batches that are filled up to one size."""
         self.sampling_dtype: torch.dtype | None = None
         """In which the network's products are computed when it samples; None for its own."""
         self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.validated = 0
         """The step at which the last validation ended."""
+        self.loss = torch.zeros(())
+        """Of the last step."""
         self.grad_norm = torch.zeros(())
         """Of the last step, before clipping; not finite if the step was skipped."""
 
@@ -132,7 +136,10 @@ class DiffusionModule(L.LightningModule):
 
         A network that takes conditions is asked for `cond` (B, ...); None asks for nothing.
         """
-        net = self.compiled.get(torch.is_grad_enabled(), self.net)
+        fast = self.compiled_training if torch.is_grad_enabled() else None
+        return self._denoise(self.net if fast is None else fast, x, t, cond)
+
+    def _denoise(self, net: Callable[..., Tensor], x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
         scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
@@ -184,7 +191,11 @@ class DiffusionModule(L.LightningModule):
         self.validated = checkpoint.get("validated", checkpoint["global_step"])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let go of what the last step logged: Lightning writes it once more when training stops, as of that step."""
+        """Let go of what the last step logged: Lightning writes it once more when training stops, as of that step.
+
+        It also counts a step too many where a finished run goes on, and would log all others one late.
+        """
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
         if (logged := self.trainer._results) is not None and self._is_logged(self.global_step - 1):
             logged.reset(metrics=False)
 
@@ -196,6 +207,7 @@ class DiffusionModule(L.LightningModule):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
             self._seen.append((gathered[0].flatten(), gathered[1].flatten()))
         loss = terms["loss"].mean()
+        self.loss = loss.detach()
         if self._is_logged(self.global_step):
             for name in terms.keys() - {"loss", "unweighted"}:
                 self.log(f"train/{name}", terms[name].mean())
@@ -207,7 +219,7 @@ class DiffusionModule(L.LightningModule):
     def _is_logged(self, step: int) -> bool:
         """Whether this step of training is: for each value Lightning takes half a millisecond, written or not."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (step + 1) % every == 0
+        return (step + 1) % every == 0
 
     def _train_terms(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
@@ -362,15 +374,21 @@ class DiffusionModule(L.LightningModule):
     def denoise_in_sampling(
         self, x: Tensor, t: Level, cond: Tensor | None = None, at_once: int | None = None
     ) -> Tensor:
-        """As `denoise`, `at_once` samples at a time, in the precision that is for sampling."""
-        half = self.sampling_dtype
+        """As `denoise`, `at_once` samples at a time, in the precision that is for sampling.
+
+        A compiled network is given just as many each time.
+        """
+        fast, half = self.compiled_sampling, self.sampling_dtype
         size = at_once or len(x)
-        # The last few would be compiled once more.
-        count = -(-len(x) // size) * size if False in self.compiled else len(x)
+        count = len(x) if fast is None else -(-len(x) // size) * size
         parts = torch.split(_filled_up(x, count), size)
         conds = [None] * len(parts) if cond is None else torch.split(_filled_up(cond, count), size)
         with torch.autocast(x.device.type, half) if half else nullcontext():
-            outs = [self.denoise(part, t, c) for part, c in zip(parts, conds, strict=True)]
+            outs = [
+                # What CUDA graphs put out is overwritten when they are replayed.
+                self.denoise(part, t, c) if fast is None else self._denoise(fast, part, t, c).clone()
+                for part, c in zip(parts, conds, strict=True)
+            ]
         return torch.cat(outs)[: len(x)]
 
     @torch.no_grad()
@@ -419,7 +437,10 @@ class DiffusionModule(L.LightningModule):
 
 
 def seed_networks(seed: int, device: torch.device) -> None:
-    """Seed what networks draw from on a device; `torch.manual_seed` does so on all kinds, which takes a millisecond."""
+    """Seed what networks draw from on the CPU, and on the current device of this one's kind.
+
+    `torch.manual_seed` does so for all kinds of devices there could be, which takes a millisecond.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

@@ -142,10 +142,7 @@ def build(cfg: DictConfig) -> Run:
     warn_of_schedule(module)
     from src.speed import check_graphs, compiled
 
-    if (fast := compiled(module.net, cfg.compile)) is not None:
-        check_graphs(cfg.compile, cfg.trainer.accumulate_grad_batches, cfg.data.get("micro_batch"))
-        # Validation and samples, which are batches of other sizes, would each take a minute to compile.
-        module.compiled[True] = fast
+    module.compiled_training = compiled(module.net, cfg.compile)
     if saved is not None:  # what cannot be resumed is refused before loggers write
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
@@ -162,6 +159,7 @@ def build(cfg: DictConfig) -> Run:
     if isinstance(trainer.strategy, FullySharded) and module.curve_weights:
         raise ValueError("trainer=fsdp deals out the network alone, and a learned schedule learns too: use trainer=ddp")
     settle_micro_batch(cfg, trainer, saved)
+    check_graphs(cfg.compile, "auto" if cfg.data.get("micro_batch") == "auto" else trainer.accumulate_grad_batches)
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     if saved is not None:
         check_accumulation(saved, cfg)
@@ -251,11 +249,10 @@ def open_run(
 
 def speed_up(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
     """Have an opened run sample in a precision, and by a compiled network. Raises ValueError for unknown ones."""
-    from src.speed import compiled, half_precision
+    from src.speed import compiled, product_dtype
 
-    opened.module.sampling_dtype = half_precision(precision)
-    if (fast := compiled(opened.module.net, compile_mode)) is not None:
-        opened.module.compiled[False] = fast
+    opened.module.sampling_dtype = product_dtype(precision)
+    opened.module.compiled_sampling = compiled(opened.module.net, compile_mode)
 
 
 def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
@@ -304,8 +301,10 @@ def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
             f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}: {remedy}"
         )
 
+    weak.module.sampling_dtype = opened.module.sampling_dtype
+
     def denoise(x: "torch.Tensor", t: "Level", cond: "torch.Tensor | None") -> "torch.Tensor":
-        return weak.module.to(x.device).denoise(x, t, cond)
+        return weak.module.to(x.device).denoise_in_sampling(x, t, cond)
 
     return denoise
 

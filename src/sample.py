@@ -77,12 +77,13 @@ def sample(cfg: DictConfig) -> Path:
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
         module, show = opened.module.to(processes.device), opened.data.to_display
+        size = batch_size if cfg.compile else None  # which has the last batch filled up
         for first in range(0, len(batches), processes.count):
             turn = batches[first : first + processes.count]  # a batch for each process; at last perhaps not for all
             drawn = None
             for indices in processes.share(turn):
                 film = []
-                for step, x in enumerate(module.sample(indices, cfg.seed, sampler, batch_size, cond_of(indices))):
+                for step, x in enumerate(module.sample(indices, cfg.seed, sampler, size, cond_of(indices))):
                     bar.update(sum(map(len, turn)) if step else 0)
                     if cfg.gif and indices.start == 0:
                         film.append(show(x[:8] if x.ndim == 4 else x).cpu())

@@ -28,24 +28,24 @@ def compiled(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] |
     # out, as those after a skip connection have, and copies what goes into each: a tenth of a step on a GPU.
     options = {**torch._inductor.list_mode_options(mode), "force_layout_optimization": True}
     # Where sizes may vary, a second one has the compiler make slower code for all.
-    run: Callable[..., Tensor] = torch.compile(net, options=options, dynamic=False)
-    return run
+    fast = torch.compile(net, options=options, dynamic=False)
+    return lambda *inputs: fast(*inputs)  # no module, whose weights would be found a second time
 
 
-def check_graphs(mode: str | bool, accumulated: int, micro_batch: int | str | None) -> None:
-    """Raise ValueError if gradients of several batches are to be added up in a mode that replays CUDA graphs.
+def check_graphs(mode: str | bool | None, batches: int | str) -> None:
+    """Raise ValueError if a mode that replays CUDA graphs is to add up gradients, which do not outlive the next pass.
 
-    In whose memory they do not outlive the next pass.
+    Of so many batches, or "auto".
     """
-    if mode in ("reduce-overhead", "max-autotune") and (accumulated > 1 or micro_batch is not None):
+    if mode in ("reduce-overhead", "max-autotune") and batches != 1:
         raise ValueError(
-            f"compile={mode} replays CUDA graphs, which cannot add up gradients as trainer.accumulate_grad_batches="
-            f"{accumulated} data.micro_batch={micro_batch or 'null'} want: use compile=true"
+            f"compile={mode} replays CUDA graphs, which cannot add up the gradients of {batches} batches: use "
+            "compile=true, or trainer.accumulate_grad_batches=1 data.micro_batch=null"
         )
 
 
-def half_precision(name: str) -> torch.dtype | None:
-    """The type that `precision=name` computes products in; None for float32. Raises ValueError for another name."""
+def product_dtype(name: str) -> torch.dtype | None:
+    """The type that `precision=name` computes products in; None for the weights' own. Raises ValueError for another."""
     if name not in PRECISIONS:
         raise ValueError(f"precision={name} is none of {', '.join(PRECISIONS)}: bf16-mixed is for recent GPUs")
     return PRECISIONS[name]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -44,8 +44,7 @@ class Progress(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        loss = trainer.callback_metrics.get("train/loss")
-        return metrics if loss is None else {"train/loss": loss.item(), **metrics}
+        return {"train/loss": cast(DiffusionModule, pl_module).loss.item(), **metrics}
 
 
 class Beginning(L.Callback):

@@ -1,7 +1,6 @@
 """Runs from end to end: training, its traces, resuming, opening again, sampling."""
 
 import csv
-import functools
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from torch.testing import assert_close
 
 from src import runs, speed
 from src.checkpoints import read_checkpoint
+from src.module import seed_networks
 from tests.conftest import TINY, compose, train_tiny
 
 
@@ -470,12 +470,37 @@ def test_what_is_logged_now_and_then_is_that_of_the_step(trained, tmp_path, monk
         assert losses(tmp_path, name) == losses(trained, name)[2:3]
 
 
+def test_a_finished_run_that_goes_on_logs_its_steps(tmp_path):
+    """Those with the numbers 2, 4, ... of 10, of which it took 4 before: loss, validation and speed, at their steps."""
+    often = ("trainer.log_every_n_steps=2", "validate_every=2")
+    train_tiny(tmp_path, "trainer.max_steps=4", *often)
+    train_tiny(tmp_path, "trainer.max_steps=10", *often, f"resume='{tmp_path}'")
+    for name in ("train/loss", "train/grad_norm", "speed/steps_per_second", "val/loss"):
+        steps = []
+        for log in sorted((tmp_path / "logs").glob("version_*/metrics.csv")):
+            with log.open(newline="") as file:
+                steps += [int(row["step"]) for row in csv.DictReader(file) if row.get(name)]
+        assert steps == [1, 3, 5, 7, 9], name  # Lightning's own count begins at 0
+
+
+def test_networks_draw_as_if_all_devices_were_seeded():
+    seed_networks(7, torch.device("cpu"))
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), drawn)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Counts the graphs that networks are compiled to, each in one, though not to machine code: that takes a minute."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compile_quickly = functools.partial(torch.compile, backend=counter, fullgraph=True)
-    monkeypatch.setattr(torch, "compile", lambda net, *, options, dynamic: compile_quickly(net, dynamic=dynamic))
+    counter, really = CompileCounterWithBackend("aot_eager"), torch.compile
+
+    def compile_quickly(net, *, options, dynamic):
+        really(net, options=options, dynamic=dynamic)  # refuses options that there are not
+        assert options["force_layout_optimization"]
+        return really(net, backend=counter, fullgraph=True, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", compile_quickly)
     monkeypatch.setattr(speed.shutil, "which", lambda name: name)
     return counter
 
@@ -488,7 +513,7 @@ def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp
     assert traced.frame_count == 1
     monkeypatch.undo()
     assert weights(tmp_path / "run").keys() == weights(trained).keys()
-    with pytest.warns(UserWarning, match="another setting: compile: True -> None"):
+    with pytest.warns(UserWarning, match="another setting: compile: True -> False"):
         train_tiny(tmp_path / "run", f"resume='{tmp_path / 'run'}'")
     np.testing.assert_allclose(*(np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained)), rtol=1e-4)
 
