@@ -1,4 +1,4 @@
-"""How a learned curve is trained beside the network."""
+"""The module: how a learned curve is trained beside the network, how a compiled network is called."""
 
 import functools
 import math
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers
-from src.diffusion.noise import ContinuousSchedule
+from src.diffusion.noise import ContinuousSchedule, make_grid
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.timesteps import stratified, uniform
 from src.module import DiffusionModule, Sampler, warmup
@@ -125,3 +125,20 @@ def test_learned_curve_makes_the_bound_vary_less():
     new_mean, new_deviation = moments()
     assert new_deviation < 0.75 * deviation
     assert new_mean == pytest.approx(mean, abs=0.1 * abs(mean) + 0.1)
+
+
+@torch.no_grad()
+def test_what_a_compiled_network_puts_out_is_kept_and_its_batches_are_of_one_size():
+    """CUDA graphs write each output over the last one."""
+    module, memory, sizes = learning(), torch.zeros(3, 2), []
+    x = batch(0, 7)["x"]
+    t = make_grid(module.schedule, 4, "trailing")[1]
+    plain = module.denoise_in_sampling(x, t, at_once=3)
+
+    def replay(x, time):
+        sizes.append(len(x))
+        return memory.copy_(module.net(x, time))
+
+    module.compiled_sampling = replay
+    assert torch.equal(module.denoise_in_sampling(x, t, at_once=3), plain)
+    assert sizes == [3, 3, 3]
