@@ -43,7 +43,7 @@ schedules: $(STAMP) ## compare the noise schedules: a table and plots
 bench: $(PEERS) ## speed and quality for time against other projects, on a CPU, in several hours; ARGS="--only unet_small"
 	@$(RUN) -m benchmarks $(ARGS)
 
-bench-gpu: $(PEERS) ## the same of training steps on a GPU
+bench-gpu: $(PEERS) ## training steps against other projects, kernels and samples, on a GPU
 	@$(RUN) -m benchmarks --gpu $(ARGS)
 
 gpu-check: $(STAMP) ## what CI cannot run, on a GPU, in under 8 minutes: a table of precisions, memory, resuming
