@@ -1,6 +1,7 @@
 """All that benchmarks/ measures, one section after the other: `make bench`, and on a GPU `make bench-gpu`.
 
 Leaves `table.md` in outputs/bench/<time>/, after each section what there is so far. Nothing else should run beside it.
+It takes hours: with the `--folder` of an earlier run it goes on there, and does only what is missing.
 """
 
 import argparse
@@ -50,7 +51,10 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
             **steps,
             "From the command to the first step": ["benchmarks.startup"],
         }
-    few = ["--steps", "1", "--warmup", "1", *PEERS]
+    few, large = (
+        ["--steps", "1", "--warmup", "1", *PEERS],
+        ["--rounds", "2", "--steps", "1", "--warmup", "0", *PEERS[:-1]],
+    )
     quality = folder / "quality"
     return {
         "A step of unet_small, 16 images": training(
@@ -58,6 +62,8 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
         ),
         "A step of unet_small, 64 images": training("--batch", "64", "--rounds", "5", *few),
         "A step of unet_ddpm, 16 images": training("--model", "unet_ddpm", "--batch", "16", "--rounds", "5", *few),
+        "A step of unet_small, 256 images": training("--batch", "256", *large),
+        "A step of unet_ddpm, 64 images": training("--model", "unet_ddpm", "--batch", "64", *large),
         "A step of unet_tiny on the digits": training("--model", "unet_tiny", "--rounds", "15"),
         "Convolutions": ["benchmarks.convolutions"],
         "From the command to the first step": ["benchmarks.startup"],
@@ -84,7 +90,7 @@ def setting() -> str:
 
 
 def main() -> None:
-    """Run them; one that fails says so in the table, and the status is 1."""
+    """Run them; one that fails says so, is left out of the table, and the status is 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the table goes")
@@ -101,22 +107,27 @@ def main() -> None:
     }
     if not chosen:
         raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
-    written, failed = [f"{setting()}\n"], False
+    failed = False
     for title, (module, *arguments) in chosen.items():
-        typed = shlex.join(["python", "-m", module, *arguments])
+        typed, own = shlex.join(["python", "-m", module, *arguments]), folder / f"{title.replace(' ', '_')}.md"
+        if own.is_file():
+            print(f"{title}: is in {own} already", flush=True)
+            continue
         print(f"{title}: {typed}", flush=True)
         began = time.monotonic()
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run(
                 [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
             )
-        failed |= done.returncode != 0
-        text = done.stdout.strip()
+        print(f"{done.stdout.strip()}\n", flush=True)
         if done.returncode:
-            text += f"\n\nFAILED with {done.returncode}: see {folder / 'log.txt'}"
-        written.append(f"## {title}\n`{typed}`, {(time.monotonic() - began) / 60:.0f} minutes\n\n{text}\n")
-        (folder / "table.md").write_text("\n".join(written))
-        print(f"{text}\n", flush=True)
+            failed = True
+            print(f"FAILED with {done.returncode}: see {folder / 'log.txt'}", flush=True)
+            continue
+        minutes = (time.monotonic() - began) / 60
+        own.write_text(f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{done.stdout.strip()}\n")
+        there = [folder / f"{each.replace(' ', '_')}.md" for each in sections(args.gpu, folder)]
+        (folder / "table.md").write_text("\n".join(path.read_text() for path in there if path.is_file()))
     print(f"All of it: {folder / 'table.md'}")
     sys.exit(failed)
 
