@@ -10,12 +10,14 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from src import runs
 from src.diffusion import samplers
 from src.errors import UsageError
 from src.evaluate import evaluate
 from src.metrics.collected import Collected
+from src.models.unet import UNet
 from src.module import Sampler
 from src.overrides import take_together
 from src.processes import Processes
@@ -103,6 +105,18 @@ def test_the_floor_is_of_as_many_training_samples(asked, trained, tmp_path, cach
 
 
 SAME = ("fd_", "kd_", "precision_", "recall_", "density_", "coverage_", "class_")
+
+
+@pytest.mark.parametrize(("left_out", "halved"), [("likelihood", True), ("quality", False)])
+def test_half_precision_is_for_samples_and_not_for_the_likelihood(left_out, halved, asked, tmp_path):
+    settings = ["precision=bf16-mixed", f"{left_out}=false", "sampler.steps=2", "features=[pixels]"]
+    seen = set()
+    watched = register_module_forward_pre_hook(
+        lambda net, _: seen.add(torch.is_autocast_enabled("cpu")) if isinstance(net, UNet) else None
+    )
+    with watched:
+        evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
+    assert (True in seen) == halved  # to build a network is to call it once, too
 
 
 def test_copies_are_caught_by_memorisation_and_by_nothing_else(trained, cache):
