@@ -27,7 +27,7 @@ class Draws:
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """(count, *shape) standard normal, float32."""
-        return self._blocks(purpose, lambda g: _randn(shape, g, BLOCK))
+        return self._blocks(purpose, lambda g: _randn(shape, g))
 
     def uniform(self, purpose: str) -> Tensor:
         """(count,) uniform in [0, 1), float32."""
@@ -47,26 +47,28 @@ class Draws:
 
 
 class SampleNoise:
-    """Standard normal noise for images `indices`, each from a generator of its own: (seed, index).
+    """Standard normal noise for images `indices`, whole blocks of them from one generator each: (seed, block).
 
     So image k is the same whatever batch or process it is drawn in. Called with x (B, *data), gives the next
     noise like x, float32 on x's device.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(key(seed, "sample", i)) for i in indices]
+        blocks = {block: k for k, block in enumerate(dict.fromkeys(i // BLOCK for i in indices))}
+        self.generators = [torch.Generator(device).manual_seed(key(seed, "sample", block)) for block in blocks]
+        self.places = torch.tensor([blocks[i // BLOCK] * BLOCK + i % BLOCK for i in indices], device=device)
 
     def draw(self, shape: Sequence[int]) -> Tensor:
         """(B, *shape) fresh noise."""
-        return torch.cat([_randn(shape, g) for g in self.generators])
+        return torch.cat([_randn(shape, g) for g in self.generators])[self.places]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.draw(x.shape[1:]).to(x.dtype)
 
 
-def _randn(shape: Sequence[int], generator: torch.Generator, count: int = 1) -> Tensor:
-    """(count, *shape) in float32, also where the default is a lower precision."""
-    return torch.randn(count, *shape, generator=generator, device=generator.device, dtype=torch.float32)
+def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """(BLOCK, *shape) in float32, also where the default is a lower precision."""
+    return torch.randn(BLOCK, *shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def key(*parts: int | str) -> int:

@@ -118,7 +118,7 @@ def test_moments_are_those_of_the_distributions():
     assert abs(u.square().mean() - 1 / 3) < 5 * math.sqrt(4 / 45 / len(u))  # Var u^2 = 1/5 - 1/9
 
 
-@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [3, 1], [2], [7, 3, 0, 2, 100]])
+@pytest.mark.parametrize("indices", [[0, 1, 2, 3], [3, 1], [2], [7, 3, 0, 2, 100], [*range(12, 37)]])
 def test_image_k_has_its_own_noise(indices):
     """Alone or among any others, image k gets the same noise, now and in the draws that follow."""
     together = SampleNoise(9, indices, CPU)
@@ -131,13 +131,13 @@ def test_image_k_has_its_own_noise(indices):
 
 
 def test_successive_sample_noise_goes_on_in_one_stream():
-    """Draws follow each other in the generator of (seed, index): the second is not the first again."""
-    noise = SampleNoise(9, [4, 6], CPU)
+    """Draws follow each other in the generator of (seed, block): the second is not the first again."""
+    noise = SampleNoise(9, [4, BLOCK + 6], CPU)
     drawn = [noise.draw((32,)) for _ in range(3)]
-    for row, index in enumerate((4, 6)):
-        generator = torch.Generator().manual_seed(key(9, "sample", index))
+    for block, place in enumerate((4, 6)):
+        generator = torch.Generator().manual_seed(key(9, "sample", block))
         for step in drawn:
-            assert same(step[row], torch.randn(32, generator=generator))
+            assert same(step[block], torch.randn(BLOCK, 32, generator=generator)[place])
     assert not same(drawn[0], drawn[1])
     assert not same(drawn[0], SampleNoise(10, [4, 6], CPU).draw((32,)))
 
