@@ -180,9 +180,9 @@ def quality(
     module = opened.module
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     size = min(cfg.batch_size, cfg.n)
+    turns = -(-cfg.n // (size * processes.count))
+    seconds = seconds_of_call(module, size) * turns * sum(calls.values())  # all processes compile before the clock runs
     if processes.rank == 0:
-        turns = -(-cfg.n // (size * processes.count))
-        seconds = seconds_of_call(module, size) * turns * sum(calls.values())
         print(
             f"Drawing {cfg.n} samples by {', '.join(f'{name} ({n} network calls)' for name, n in calls.items())}: "
             f"about {duration(seconds)} on {processes.count} x {processes.device.type}",
@@ -202,6 +202,7 @@ def quality(
     metrics: dict[str, Any] = {
         "n": cfg.n,
         "sampling_precision": cfg.precision,
+        "sampling_compiled": cfg.compile,
         "against": cfg.against,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
         "samplers": {
@@ -316,10 +317,10 @@ def alignment(
     scales = scales_of(module, sampler, settings.scales)
     calls = {scale: module.network_calls(at_scale(sampler, scale)) for scale in scales}
     total = exam.n * len(exam.prompts)
+    size = min(settings.batch_size, -(-total // processes.count))
+    turns = -(-total // (size * processes.count))
+    seconds = seconds_of_call(module, size) * turns * sum(calls.values())
     if processes.rank == 0:
-        size = min(settings.batch_size, -(-total // processes.count))
-        turns = -(-total // (size * processes.count))
-        seconds = seconds_of_call(module, size) * turns * sum(calls.values())
         alone = (
             "" if scales == sorted({*settings.scales}) else ", as this run never learned what is asked for by nothing"
         )

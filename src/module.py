@@ -407,6 +407,8 @@ class DiffusionModule(L.LightningModule):
         and if it is compiled just as many.
         """
         walk, steps, spacing, guidance = sampler or self.sampler
+        if self.compiled_sampling is not None:
+            at_once = at_once or len(indices)  # also where guidance asks for twice as many
         if cond is None and self.examples is not None:
             cond = self.examples[[k % len(self.examples) for k in indices]]
         cond = None if cond is None else cond.to(self.device)

@@ -353,8 +353,12 @@ def shown_of(data: StreamDataModule, indices: Sequence[int]) -> Tensor:
 
 
 def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
-    """What one call of the network takes for so many samples: the second of two, on zeros."""
+    """What one call of the network takes for so many samples, as it samples: the second of two, on zeros.
+
+    A network that is to be compiled is so with the first.
+    """
     x = torch.zeros(batch_size, *module.shape, device=module.device)
+    cond = None if module.null is None else module.null.repeat(batch_size, *[1] * (module.null.ndim - 1))
     level = module.schedule.row(module.schedule.num_steps // 2)
     training = module.training
     module.eval()
@@ -362,7 +366,7 @@ def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
         for _ in range(2):
             _wait_for(module.device)
             began = time.perf_counter()
-            module.denoise(x, level)
+            module.denoise_in_sampling(x, level, cond)
             _wait_for(module.device)
     module.train(training)
     return time.perf_counter() - began

@@ -152,6 +152,23 @@ def module_of(net, drop):
     )
 
 
+def test_guidance_calls_a_compiled_network_with_no_other_size():
+    from src.diffusion.guidance import Guidance
+
+    module, sizes = module_of(Told(), drop=0.1), []
+    guided = module.sampler._replace(guidance=Guidance(2.0))
+    *_, plain = module.sample(range(3), 0, guided, cond=torch.arange(3))
+
+    def recorded(x, *others):
+        sizes.append(len(x))
+        return module.net(x, *others)
+
+    module.compiled_sampling = recorded
+    *_, compiled = module.sample(range(3), 0, guided, cond=torch.arange(3))
+    assert torch.equal(plain, compiled)
+    assert sizes == [3] * 4  # two steps, each of what is asked for and of nothing
+
+
 def test_conditions_are_dropped_sample_by_sample_in_training_alone():
     """p = 0.1 of 10,000 samples, within 4 deviations of the binomial; which ones belongs to step and position."""
     net = Told()
