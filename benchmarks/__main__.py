@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from src.provenance import code_version
+
 PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
 PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")
 
@@ -86,11 +88,12 @@ def setting() -> str:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"{name} not installed")
-    return f"{device}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {', '.join(versions)}"
+    code = f"commit {(code_version()['commit'] or 'unknown')[:7]}, Python {platform.python_version()}"
+    return f"{device}, {os.cpu_count()} CPUs, {code}, {', '.join(versions)}"
 
 
 def main() -> None:
-    """Run them; one that fails says so, is left out of the table, and the status is 1."""
+    """Run them; one that fails says so in the table, and the status is 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the table goes")
@@ -107,11 +110,11 @@ def main() -> None:
     }
     if not chosen:
         raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
-    failed = False
+    there, failed = [folder / title.replace(" ", "_") for title in sections(args.gpu, folder)], False
     for title, (module, *arguments) in chosen.items():
-        typed, own = shlex.join(["python", "-m", module, *arguments]), folder / f"{title.replace(' ', '_')}.md"
-        if own.is_file():
-            print(f"{title}: is in {own} already", flush=True)
+        typed, own = shlex.join(["python", "-m", module, *arguments]), folder / title.replace(" ", "_")
+        if own.with_suffix(".md").is_file():
+            print(f"{title}: is in {own}.md already", flush=True)
             continue
         print(f"{title}: {typed}", flush=True)
         began = time.monotonic()
@@ -119,15 +122,18 @@ def main() -> None:
             done = subprocess.run(
                 [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
             )
-        print(f"{done.stdout.strip()}\n", flush=True)
+        text = done.stdout.strip()
         if done.returncode:
+            text += f"\n\nFAILED with {done.returncode}: see {folder / 'log.txt'}"
             failed = True
-            print(f"FAILED with {done.returncode}: see {folder / 'log.txt'}", flush=True)
-            continue
+        print(f"{text}\n", flush=True)
         minutes = (time.monotonic() - began) / 60
-        own.write_text(f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{done.stdout.strip()}\n")
-        there = [folder / f"{each.replace(' ', '_')}.md" for each in sections(args.gpu, folder)]
-        (folder / "table.md").write_text("\n".join(path.read_text() for path in there if path.is_file()))
+        own.with_suffix(".failed").unlink(missing_ok=True)
+        own.with_suffix(".failed" if done.returncode else ".md").write_text(
+            f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{text}\n"
+        )
+        written = [path for each in there for path in (each.with_suffix(".md"), each.with_suffix(".failed"))]
+        (folder / "table.md").write_text("\n".join(path.read_text() for path in written if path.is_file()))
     print(f"All of it: {folder / 'table.md'}")
     sys.exit(failed)
 

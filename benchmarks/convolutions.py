@@ -61,7 +61,11 @@ def row(batch: int, c_in: int, c_out: int, size: int, rounds: int) -> list[str]:
         exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
         errors = [((each() - exact).norm() / exact.norm()).item() for each in (direct, other)]
         forward = ratio(direct, other, rounds)
-    both = ratio(*(lambda f=f: torch.autograd.grad(f(), (x, weight, bias), upstream) for f in (direct, other)), rounds)
+
+    def passes(way: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: torch.autograd.grad(way(), (x, weight, bias), upstream)
+
+    both = ratio(passes(direct), passes(other), rounds)
     shape = f"{batch} x {c_in} to {c_out} at {size}x{size}"
     cells = [f"{forward[0]:.1f}", f"{forward[1]:.2f}", f"{both[0]:.1f}", f"{both[1]:.2f}"]
     return [shape, str(batch * num_tiles(size) ** 2), *cells, *(f"{error:.1e}" for error in errors)]

@@ -20,7 +20,7 @@ from src import runs
 from src.callbacks import NonFiniteGuard
 
 
-class TakeTurns(L.Callback):
+class WithAndWithout(L.Callback):
     """Has the guard watch every second segment of `warmup` + `steps` steps, and times the last `steps` of each."""
 
     def __init__(self, warmup: int, steps: int) -> None:
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps = 2 * args.rounds * (args.warmup + args.steps)
         run = runs.build(compose(args.model, steps, "32-true", Path(folder) / "run"))
-        turns = TakeTurns(args.warmup, args.steps)
+        turns = WithAndWithout(args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         run.trainer.fit(run.module, datamodule=run.data)
     for name in Clock._fields:

@@ -34,7 +34,7 @@ def main() -> None:
         more = [f"data.batch_size={args.batch}", f"compile={args.compile}"]
         cfg = compose(args.model, 1, args.precision, Path(folder) / "run", more)
     source = random_images(None, 32, 3)
-    loop = BareLoop(cfg, source.fetch(range(len(source))), hydra.utils.instantiate(cfg.schedule), device)
+    loop = BareLoop(cfg, source.fetch(range(len(source))).to(device), hydra.utils.instantiate(cfg.schedule), device)
     count = flops(loop.step)
     seconds = statistics.median(timed(loop.step, args.steps, args.steps).wall / args.steps for _ in range(3))
     cuda = device.type == "cuda"

@@ -1,10 +1,12 @@
 """How fast a GPU draws images by the thousand: `python -m benchmarks.many`, in float32, in bf16, and compiled.
 
-By `dpmpp_2m` in 20 steps, 1,024 at once, from a network whose weights are random: what they show does not change the
-time, which is that of noise, network and sampler, not of files.
+In 20 steps, 1,024 at once, with and without fresh noise in each step, from a network whose weights are random: what
+they show does not change the time, which is that of noise, network and sampler, not of files. "Outside" is what is
+left of it without the network's calls, timed by themselves.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.training import compose
 from src import building, runs
+from src.quality import seconds_of_call
 from src.speed import PRECISIONS, compiled
 from src.tables import table
 from src.trust import CONF
@@ -27,12 +30,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=5, help="that are timed, after one that is not")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m", "dpmpp_2m_sde"])
     parser.add_argument("--ways", nargs="+", default=["32-true", "bf16-mixed", "bf16-mixed compiled"])
     args = parser.parse_args()
     device = runs.pick_device(args.device)
-    cfg = OmegaConf.load(CONF / "sampler" / "dpmpp_2m.yaml")
-    assert isinstance(cfg, DictConfig)
-    sampler = building.build_sampler(cfg)._replace(steps=args.steps)
     with tempfile.TemporaryDirectory() as folder:
         run = runs.build(compose(args.model, 1, "32-true", Path(folder) / "run"))
         runs.close(run)
@@ -40,7 +41,10 @@ def main() -> None:
     for p in module.parameters():
         p.data += 0.02 * torch.randn_like(p)
     rows = []
-    for way in args.ways:
+    for way, name in itertools.product(args.ways, args.samplers):
+        cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
+        assert isinstance(cfg, DictConfig)
+        sampler = building.build_sampler(cfg)._replace(steps=args.steps)
         precision, *compilation = way.split()
         module.sampling_dtype = PRECISIONS[precision]
         module.compiled_sampling = compiled(module.net, bool(compilation))
@@ -51,11 +55,14 @@ def main() -> None:
             x.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - began)
         rate = args.batches * args.at_once / sum(seconds[1:])
-        rows.append([way, f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}"])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    calls = module.network_calls(sampler)
-    print(f"{args.model}, {args.at_once} at once, {calls} network calls, {name}, torch {torch.__version__}\n")
-    print(table(["way", "first batch, s", "images/s", "50,000 images, s"], rows))
+        calls = module.network_calls(sampler)
+        outside = 1 - seconds_of_call(module, args.at_once) * calls * args.batches / sum(seconds[1:])
+        cells = [f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}", f"{outside:.0%}"]
+        rows.append([way, name, str(calls), *cells])
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"{args.model}, {args.at_once} at once, {device_name}, torch {torch.__version__}\n")
+    header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from src import plots, runs
 from src.data.batch import StreamDataModule
 from src.metrics.figures import Figure
 from src.processes import Processes
+from src.provenance import code_version
 from src.quality import Settings, Yardstick
 from src.tables import interval, stem
 from src.tables import table as markdown_table
@@ -152,7 +154,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
         return {"figures": named(measured_by(data, n, args.seed).floor())}
     if name == OURS:
         where, spent, steps = train_ours(recipe, args.seed, budget, folder)
-        module = runs.open_run(where, trust=True).module  # of data that conf/ does not name
+        module = runs.open_run(str(where), trust=True).module  # of data that conf/ does not name
         calls, net = module.network_calls(module.sampler), module.net
         began = time.process_time()
         parts = [list(module.sample(range(k, min(k + 200, n)), args.seed))[-1] for k in range(0, n, 200)]
@@ -184,7 +186,7 @@ def measured_by(data: StreamDataModule, n: int, seed: int) -> Yardstick:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each, in the order in which they are given, with the distance over ours at the same time."""
-    header = ["data", "minutes", "of them spent", "loop", "M parameters", "steps", "calls", *FIGURES]
+    header = ["data", "minutes", "of them spent", "loop", "commit", "M parameters", "steps", "calls", *FIGURES]
     distances = {
         (row["data"], row["contender"], row["minutes"]): row["figures"]["fd_classifier"]["value"]
         for row in rows
@@ -201,7 +203,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ratio = f"{own / ours:.2f}" if ours else ""
         spent = f"{row['spent']:.0%}" if "spent" in row else ""
         size = f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else ""
-        cells = [*start, spent, row["contender"], size, str(row.get("steps", "")), str(row.get("calls", ""))]
+        commit = (row.get("commit") or "")[:7]
+        cells = [
+            *start,
+            spent,
+            row["contender"],
+            commit,
+            size,
+            str(row.get("steps", "")),
+            str(row.get("calls", "")),
+        ]
         figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
         lines.append([*cells, *figures, ratio])
     return markdown_table([*header, "distance / ours"], lines)
@@ -221,11 +232,14 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path("outputs/bench") / f"quality_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if args.one:
-        row = one(args.one, args.data[0], args.minutes[0], args, folder)
+        row = one(args.one, args.data[0], args.minutes[0], args, folder) | {"commit": code_version()["commit"]}
         (folder / "row.json").write_text(json.dumps(row))
         return
     jobs = [(data, FLOOR, 0.0) for data in args.data]
-    jobs += list(itertools.product(args.data, args.contenders, args.minutes))
+    # Those of the same time beside each other, so that the machine is much the same for them.
+    jobs += [
+        (data, name, minutes) for data, minutes, name in itertools.product(args.data, args.minutes, args.contenders)
+    ]
 
     def run(job: tuple[str, str, float]) -> dict[str, Any]:
         data, name, minutes = job
@@ -233,7 +247,8 @@ def main() -> None:
         calls = [f"--calls={args.calls}"] if args.calls and name not in (OURS, FLOOR) else []
         own = folder / "_".join([data, name, f"{minutes:g}", f"seed{args.seed}", *recipe, *calls])
         if not (own / "row.json").is_file():
-            own.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(own, ignore_errors=True)  # of one that was cut off, whose run would be refused
+            own.mkdir(parents=True)
             command = [sys.executable, "-m", "benchmarks.quality", "--one", name, "--data", data]
             command += [
                 "--minutes",

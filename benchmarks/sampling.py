@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +29,7 @@ from src.tables import interval, stem
 from src.tables import table as markdown_table
 from src.trust import CONF
 
-OURS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
+SAMPLERS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
 
 
 class Way(NamedTuple):
@@ -156,14 +156,14 @@ def main() -> None:
             run.trainer.fit(run.module, datamodule=run.data)
         opened = runs.open_run(args.run or str(Path(folder) / "run"))
     module, data = opened.module.eval(), opened.data
-    betas: Any = module.schedule.betas
+    betas: Tensor = module.schedule.betas  # type: ignore[attr-defined]
     net = Watched(module.net, module.schedule.num_steps)
     module.net = OurNet(net)
     data.setup()
     settings = Settings(["classifier"], n=args.n, cache=Path("outputs/cache"))
     yardstick = Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
     theirs = partial(diffusers, net, betas, module.shape)
-    ways = {f"ours, {name} {steps}": ours(module, name, steps) for name, steps in OURS}
+    ways = {f"ours, {name} {steps}": ours(module, name, steps) for name, steps in SAMPLERS}
     ways |= {
         "diffusers, DDPMPipeline": theirs("DDPMScheduler", 1000),
         "diffusers, DDIMPipeline": theirs("DDIMScheduler", 50),

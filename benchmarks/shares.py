@@ -58,7 +58,8 @@ def main() -> None:
         run = runs.build(compose_train(args.arguments, Path(folder) / "run"))
         if (device := run.trainer.strategy.root_device.type) != "cpu":
             raise SystemExit(f"on {device} the profiler times launches, not work: add trainer.accelerator=cpu")
-        profiler = run.trainer.profiler = SimpleProfiler()
+        profiler = SimpleProfiler()
+        run.trainer.profiler = profiler  # type: ignore[attr-defined]
         began = time.perf_counter()
         run.trainer.fit(run.module, datamodule=run.data)
         total = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """How long a user waits from the command to the first step: `python -m benchmarks.startup`.
 
-`src.train` to the end of its first step, over a process that only imports torch and lightning, in turns.
+`src.train` to the end of its first step, over a process that only imports torch and lightning, in turns, each with one
+thread and ended on the spot.
 """
 
 import argparse
@@ -34,7 +35,7 @@ FIRST_STEP = 17
 
 def seconds(command: list[str], status: int) -> float:
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode != status:
         raise RuntimeError(
             f"{' '.join(command)} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-2000:]}"
@@ -51,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train = [sys.executable, "-m", "src.train", *args.arguments]
         train += ["+callbacks.first._target_=benchmarks.startup.FirstStep"]
-        imports = [sys.executable, "-c", "import torch, lightning"]
+        imports = [sys.executable, "-c", "import os, torch, lightning; os._exit(0)"]
         seconds([*train, f"run_dir='{Path(folder) / 'first'}'"], FIRST_STEP)  # so that no round reads from the disk
         pairs = []
         for k in range(args.rounds):

@@ -28,6 +28,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
 from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
 from src.data.batch import InMemory, Source
+from src.memory import is_out_of_memory
 from src.module import DiffusionModule
 from src.speed import compiled
 from src.tables import table as markdown_table
@@ -100,8 +101,8 @@ class BareLoop:
         return ((alpha / sigma).square().clamp(max=self.gamma).flatten() * mse).mean()
 
     def step(self) -> None:
-        pixels = self.images[torch.randint(len(self.images), (self.batch_size,))].to(self.device, non_blocking=True)
-        x0 = pixels.float() * (2 / (self.levels - 1)) - 1
+        chosen = torch.randint(len(self.images), (self.batch_size,), device=self.images.device)
+        x0 = self.images[chosen].float() * (2 / (self.levels - 1)) - 1
         t = torch.randint(len(self.alpha), (len(x0),), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(x0, t, torch.randn_like(x0)).backward()  # type: ignore[no-untyped-call]
@@ -115,7 +116,7 @@ class BareLoop:
 
 
 class TakeTurns(L.Callback):
-    """Every `warmup` + `steps` steps, holds the fit while each other loop takes as many; times the last `steps` of all.
+    """Every `warmup` + `steps` steps after the first, has each other loop take as many; times the last `steps` of all.
 
     Must stand last in the list of callbacks. A segment runs from the end of one step to the end of another, so
     it holds all that Lightning does in between.
@@ -135,7 +136,7 @@ class TakeTurns(L.Callback):
         cfg, device = self.cfg, pl_module.device
         self.device = device
         source = trainer.datamodule.source  # type: ignore[attr-defined]
-        images = source.fetch(range(len(source)))
+        images = source.fetch(range(len(source))).to(device)
         loop = BareLoop(cfg, images, hydra.utils.instantiate(cfg.schedule), device)
         check_same_loss(loop, pl_module)
         self.loops = {BARE: Contender(loop.net, loop.step)}
@@ -146,20 +147,22 @@ class TakeTurns(L.Callback):
             try:
                 contender = PEERS[name](work)
                 self.flops[name] = flops(contender.step)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 print(f"{name}: out of memory with batches of {work.batch_size}, left out", file=sys.stderr)
             else:
                 self.loops[name] = contender
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.probes = {"product": product(device, dtype), "convolution": convolution(device, dtype, model.width * 2)}
+        self.probes = {"matmul": matmul(device, dtype), "convolution": convolution(device, dtype, model.width * 2)}
         self._start = now()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        taken = (batch_idx + 1) % (self.warmup + self.steps)
-        if taken == 0:
+        taken = batch_idx % (self.warmup + self.steps)  # the first step of all makes the optimizer's state, untimed
+        if taken == 0 and batch_idx:
             self.clocks[OURS].append(since(self._start))
             loops = list(self.loops.items())
             first = len(self.clocks[OURS]) % len(loops)  # each time another one
@@ -190,7 +193,7 @@ def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
         net.load_state_dict(own)
 
 
-def product(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
+def matmul(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
     """How many operations a large product of matrices takes, and the product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
@@ -201,7 +204,8 @@ def convolution(device: torch.device, dtype: torch.dtype, channels: int) -> tupl
     """The same of a 3x3 convolution at 16x16, both passes."""
     batch = 512 if device.type == "cuda" else 32
     x = torch.randn(batch, channels, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(device, dtype, memory_format=torch.channels_last)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(device, dtype)
+    layer = layer.to(memory_format=torch.channels_last)
     x.requires_grad_()
     gradient = torch.randn_like(x)
     return 3 * 2 * 9 * channels**2 * 256 * batch, lambda: torch.autograd.grad(layer(x), (x, layer.weight), gradient)
@@ -266,10 +270,13 @@ def table(turns: TakeTurns) -> str:
         done = sorted(1e-9 * count * steps / c.wall for c in each)
         own_precision = turns.cfg.trainer.precision != "32-true" and name in IN_FLOAT32
         shares = ["" if own_precision else f"{statistics.median(done) / (1e-9 * top):.0%}" for top in peak.values()]
+        how = "float32" if own_precision else "bf16" if turns.cfg.trainer.precision == "bf16-mixed" else "float32"
+        how += ", compiled" if turns.cfg.compile and name not in IN_FLOAT32 else ""
         size = f"{turns.sizes.get(name, turns.sizes[BARE]) / 1e6:.2f}"
         ratio = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
-        rows.append([name, size, f"{1e-9 * count:.1f}", f"{1e3 * seconds:.1f}", ratio, f"{by_cpu:.3f}", *shares])
-    header = ["loop", "M parameters", "GFLOP", "ms", "time / ours (range)", "by CPU time", *(f"of {n}" for n in peak)]
+        rows.append([name, how, size, f"{1e-9 * count:.1f}", f"{1e3 * seconds:.1f}", ratio, f"{by_cpu:.3f}", *shares])
+    figures = ["M parameters", "GFLOP", "ms", "time / ours (range)", "by CPU time"]
+    header = ["loop", "network", *figures, *(f"of {name}'s peak" for name in peak)]
     peaks = ", ".join(f"{name} {1e-9 * top:,.0f} GFLOP/s" for name, top in peak.items())
     return f"{markdown_table(header, rows)}\n\nPeak: {peaks}.\n"
 
@@ -293,7 +300,7 @@ def main() -> None:
     more = [f"compile={args.compile or 'null'}"]
     more += [] if args.batch is None else [f"data.batch_size={args.batch}"]
     with tempfile.TemporaryDirectory() as folder:
-        num_steps = args.rounds * (args.warmup + args.steps)
+        num_steps = 1 + args.rounds * (args.warmup + args.steps)
         cfg = compose(args.model, num_steps, args.precision, Path(folder) / "run", more)
         run = runs.build(cfg)
         turns = TakeTurns(cfg, args.peers, args.warmup, args.steps)

@@ -1,5 +1,8 @@
 """What the benchmarks count, draw and say."""
 
+import re
+from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +11,15 @@ import torch
 from diffusers import training_utils
 from diffusers.training_utils import EMAModel
 
-from benchmarks import kernels, many
+from benchmarks import __main__ as everything
+from benchmarks import kernels, many, training
 from benchmarks.glyphs import glyphs
 from benchmarks.peers import PEERS, Work, as_large_as, flops
 from benchmarks.quality import Given, table
 from benchmarks.shares import shares
 from benchmarks.training import compose_train
+from src import runs
+from src.diffusion import schedules
 from src.models.winograd import Conv3x3
 
 
@@ -62,22 +68,101 @@ def test_diffusers_samples_with_the_averaged_weights_and_trains_on_with_its_own(
     assert not torch.equal(drawn(), images)
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_section_asks_for_what_its_command_takes(gpu: bool, tmp_path: Path, monkeypatch: Any) -> None:
+    class Parsed(Exception):
+        pass
+
+    parse = ArgumentParser.parse_args
+
+    def stop_then(parser: ArgumentParser) -> None:
+        parse(parser)
+        raise Parsed
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", stop_then)
+    for module, *arguments in everything.sections(gpu, tmp_path).values():
+        monkeypatch.setattr("sys.argv", [module, *arguments])
+        with pytest.raises(Parsed):
+            import_module(module).main()
+
+
+def test_the_whole_goes_on_with_what_failed(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--folder", str(tmp_path)])
+    for second, status in (["json.tool", "nowhere"], 1), (["calendar", "2024"], 0):
+        monkeypatch.setattr(everything, "sections", lambda *_, second=second: {"One": ["platform"], "Two": second})
+        with pytest.raises(SystemExit) as ended:
+            everything.main()
+        assert ended.value.code == status
+        text = (tmp_path / "table.md").read_text()
+        assert ("FAILED" in text) == bool(status)
+        assert text.count("## One\n") == text.count("## Two\n") == 1
+    assert capsys.readouterr().out.count("One: is in") == 1
+    assert "February" in text
+
+
+@pytest.fixture
+def tiny_loops(tmp_path: Path) -> tuple[training.BareLoop, Any]:
+    """The bare loop and the module that it is compared with."""
+    cfg = training.compose("unet_tiny", 1, "32-true", tmp_path / "run", ["data.batch_size=8"])
+    run = runs.build(cfg)
+    runs.close(run)
+    run.module.trainer = run.trainer
+    images = torch.randint(17, (16, 1, 8, 8), dtype=torch.uint8)
+    return training.BareLoop(cfg, images, schedules.cosine(1000), torch.device("cpu")), run.module
+
+
+def test_loops_that_are_compared_compute_the_same_loss(tiny_loops: Any) -> None:
+    loop, module = tiny_loops
+    training.check_same_loss(loop, module)
+    loop.gamma = 4
+    with pytest.raises(AssertionError):
+        training.check_same_loss(loop, module)
+
+
+def test_loops_take_turns_and_the_table_has_their_ratios(monkeypatch: Any, capsys: Any) -> None:
+    settings = [
+        "--model",
+        "unet_tiny",
+        "--batch",
+        "4",
+        "--rounds",
+        "2",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--peers",
+        "diffusers",
+    ]
+    monkeypatch.setattr("sys.argv", ["training", *settings, "diffusers, tuned by hand"])
+    training.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in rows[2:]] == ["src.train", "bare loop", "diffusers", "diffusers, tuned by hand"]
+    assert {row[1] for row in rows[2:]} == {"float32"}
+    assert rows[2][5] == "1.000 (1.000 to 1.000)"
+    assert rows[2][2:4] == rows[3][2:4]  # the same network
+    for row in rows[3:]:
+        middle, low, high = (float(each) for each in re.findall(r"[\d.]+", row[5]))
+        assert low <= middle <= high
+
+
 def test_what_runs_on_a_gpu_runs_on_a_cpu(monkeypatch: Any, capsys: Any) -> None:
     """With numbers that fit together: the kernels' times add up to about the step, convolutions among them."""
     few = "--model unet_small --device cpu"
     monkeypatch.setattr("sys.argv", f"many {few} --at-once 2 --batches 1 --steps 2 --ways 32-true".split())
     many.main()
-    row = capsys.readouterr().out.splitlines()[-1].split("|")
-    assert float(row[3]) > 0
-    assert row[1].strip() == "32-true"
+    rows = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[1:4] for row in rows] == [["32-true", "dpmpp_2m", "2"], ["32-true", "dpmpp_2m_sde", "2"]]
     settings = f"{few} --batch 2 --compile null --precision 32-true --steps 1 --rows 1000"
     monkeypatch.setattr("sys.argv", f"kernels {settings}".split())
     kernels.main()
     said, *lines = [line for line in capsys.readouterr().out.splitlines() if line]
     rows = [line.split("|") for line in lines[2:]]
     assert any("conv" in row[4] for row in rows)
-    step = float(said.split(": ")[1].split()[0])
-    assert step / 2 < sum(float(row[1]) for row in rows) < 4 * step  # the profiler makes it slower
+    assert sum(float(row[2].strip(" %")) for row in rows) == pytest.approx(100, abs=0.05 * len(rows))
+    total = float(said.split("; ")[1].split()[0])
+    assert sum(float(row[1]) for row in rows) == pytest.approx(total, rel=0.01)
 
 
 def test_printed_digits_are_the_same_each_time_and_of_ten_classes(monkeypatch: Any) -> None:
@@ -109,7 +194,7 @@ def test_the_table_compares_with_ours_of_the_same_time() -> None:
     rows = [row("floor", 0, 10), row("src.train", 2, 20), row("diffusers", 2, 60), row("src.train", 5, 9), failed]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()[2:]]
     assert [line[-1] for line in lines] == ["", "1.00", "3.00", "1.00", ""]
-    assert lines[2][7] == "60.0 [59.0, 61.0]"
+    assert lines[2][8] == "60.0 [59.0, 61.0]"
     assert len({len(line) for line in lines}) == 1
 
 
