@@ -120,21 +120,8 @@ def test_loops_that_are_compared_compute_the_same_loss(tiny_loops: Any) -> None:
 
 
 def test_loops_take_turns_and_the_table_has_their_ratios(monkeypatch: Any, capsys: Any) -> None:
-    settings = [
-        "--model",
-        "unet_tiny",
-        "--batch",
-        "4",
-        "--rounds",
-        "2",
-        "--steps",
-        "2",
-        "--warmup",
-        "1",
-        "--peers",
-        "diffusers",
-    ]
-    monkeypatch.setattr("sys.argv", ["training", *settings, "diffusers, tuned by hand"])
+    settings = "training --model unet_tiny --batch 4 --rounds 2 --steps 2 --warmup 1"
+    monkeypatch.setattr("sys.argv", [*settings.split(), "--peers", "diffusers", "diffusers, tuned by hand"])
     training.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
