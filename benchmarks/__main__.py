@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,9 @@ from src.provenance import code_version
 
 PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
 PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")
+
+
+TABLE = "table.md"
 
 
 def training(*arguments: str) -> list[str]:
@@ -53,10 +57,8 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
             **steps,
             "From the command to the first step": ["benchmarks.startup"],
         }
-    few, large = (
-        ["--steps", "1", "--warmup", "1", *PEERS],
-        ["--rounds", "2", "--steps", "1", "--warmup", "0", *PEERS[:-1]],
-    )
+    few = ["--steps", "1", "--warmup", "1", *PEERS]
+    large = ["--rounds", "2", "--steps", "1", "--warmup", "0", *PEERS[:-1]]
     quality = folder / "quality"
     return {
         "A step of unet_small, 16 images": training(
@@ -92,6 +94,30 @@ def setting() -> str:
     return f"{device}, {os.cpu_count()} CPUs, {code}, {', '.join(versions)}"
 
 
+def measure(title: str, command: Sequence[str], folder: Path) -> bool:
+    """Run a section unless it is there already, and add it to the table; whether it went well."""
+    typed, own = shlex.join(["python", "-m", *command]), folder / title.replace(" ", "_")
+    good, bad, log = (own.with_suffix(suffix) for suffix in (".md", ".failed", ".log"))
+    if good.is_file():
+        print(f"{title}: is in {good} already", flush=True)
+        return True
+    print(f"{title}: {typed}", flush=True)
+    began = time.monotonic()
+    with log.open("w") as errors:
+        ended = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=errors, text=True)
+    text = ended.stdout.strip() + (f"\n\nFAILED with {ended.returncode}: see {log}" if ended.returncode else "")
+    print(f"{text}\n", flush=True)
+    bad.unlink(missing_ok=True)
+    minutes = (time.monotonic() - began) / 60
+    (bad if ended.returncode else good).write_text(
+        f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{text}\n"
+    )
+    there = sorted([*folder.glob("*.md"), *folder.glob("*.failed")], key=lambda path: path.stat().st_mtime)
+    parts = [path.read_text() for path in there if path.name != TABLE]
+    (folder / TABLE).write_text("\n".join(parts))
+    return not ended.returncode
+
+
 def main() -> None:
     """Run them; one that fails says so in the table, and the status is 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,32 +136,9 @@ def main() -> None:
     }
     if not chosen:
         raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
-    there, failed = [folder / title.replace(" ", "_") for title in sections(args.gpu, folder)], False
-    for title, (module, *arguments) in chosen.items():
-        typed, own = shlex.join(["python", "-m", module, *arguments]), folder / title.replace(" ", "_")
-        if own.with_suffix(".md").is_file():
-            print(f"{title}: is in {own}.md already", flush=True)
-            continue
-        print(f"{title}: {typed}", flush=True)
-        began = time.monotonic()
-        with open(folder / "log.txt", "a") as log:
-            done = subprocess.run(
-                [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
-            )
-        text = done.stdout.strip()
-        if done.returncode:
-            text += f"\n\nFAILED with {done.returncode}: see {folder / 'log.txt'}"
-            failed = True
-        print(f"{text}\n", flush=True)
-        minutes = (time.monotonic() - began) / 60
-        own.with_suffix(".failed").unlink(missing_ok=True)
-        own.with_suffix(".failed" if done.returncode else ".md").write_text(
-            f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{text}\n"
-        )
-        written = [path for each in there for path in (each.with_suffix(".md"), each.with_suffix(".failed"))]
-        (folder / "table.md").write_text("\n".join(path.read_text() for path in written if path.is_file()))
-    print(f"All of it: {folder / 'table.md'}")
-    sys.exit(failed)
+    done = [measure(title, command, folder) for title, command in chosen.items()]
+    print(f"All of it: {folder / TABLE}")
+    sys.exit(not all(done))
 
 
 if __name__ == "__main__":
