@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from src import runs
+from src import runs, speed
 from src.diffusion import samplers
 from src.errors import UsageError
 from src.evaluate import evaluate
@@ -117,6 +117,25 @@ def test_half_precision_is_for_samples_and_not_for_the_likelihood(left_out, halv
     with watched:
         evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
     assert (True in seen) == halved  # to build a network is to call it once, too
+
+
+def test_a_compiled_network_draws_in_batches_of_one_size_and_leaves_the_likelihood(asked, tmp_path, monkeypatch):
+    sizes = []
+
+    def compiled(net, mode):
+        assert mode is True
+
+        def fast(x, *others):
+            sizes.append(len(x))
+            return net(x, *others)
+
+        return fast
+
+    monkeypatch.setattr(speed, "compiled", compiled)
+    settings = ["compile=true", "sampler=ddim", "sampler.steps=2", "features=[pixels]"]
+    metrics = evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
+    assert sizes == [16] * (2 + 2 * 3)  # to tell the time, and two steps of three batches
+    assert metrics["sampling_compiled"] is True
 
 
 def test_copies_are_caught_by_memorisation_and_by_nothing_else(trained, cache):
