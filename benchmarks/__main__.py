@@ -23,8 +23,6 @@ from src.provenance import code_version
 
 PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
 PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")
-
-
 TABLE = "table.md"
 
 
