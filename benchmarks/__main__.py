@@ -7,7 +7,6 @@ It takes hours: with the `--folder` of an earlier run it goes on there, and does
 import argparse
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from src.provenance import code_version
+from src.provenance import code_version, device_name
 
 PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
 PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")
@@ -77,11 +76,9 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
 
 def setting() -> str:
     """The machine and the versions, in a line."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    device = named[1] if named else platform.processor() or platform.machine()
+    device = device_name(torch.device("cpu"))
     if torch.cuda.is_available():
-        device = f"{torch.cuda.get_device_name()}, {device}"
+        device = f"{device_name(torch.device('cuda'))}, {device}"
     versions = []
     for name in PACKAGES:
         try:

@@ -22,6 +22,7 @@ SHAPES = [  # (batch, channels in, out, height and width)
     *((16, c, c, 16) for c in (64, 96, 128, 256)),
     (16, 256, 128, 16),
     *((b, 128, 128, 8) for b in (4, 8, 16, 64)),
+    *((b, c, c, 8) for b, c in ((8, 256), (16, 96), (16, 64), (32, 64), (64, 64))),
     *((64, c, c, 4) for c in (64, 128, 256)),
     *((64, 64, 64, size) for size in (5, 7, 14)),
 ]
@@ -81,7 +82,7 @@ def main() -> None:
     keep_freed_memory(torch.device("cpu"))
     header = ["convolution", "tiles", "forward, ms", "over Winograd's", "both passes, ms", "over Winograd's"]
     rows = [row(*shape, args.rounds) for shape in SHAPES]
-    print(f"{args.threads} threads, torch {torch.__version__}\n\n{table([*header, 'error', 'of Winograd'], rows)}")
+    print(f"threads: {args.threads}, torch {torch.__version__}\n\n{table([*header, 'error', 'of Winograd'], rows)}")
 
 
 if __name__ == "__main__":

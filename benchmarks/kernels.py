@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.peers import flops
 from benchmarks.training import BareLoop, compose, random_images, timed
 from src import runs
+from src.provenance import device_name
 from src.tables import table
 
 
@@ -52,10 +53,9 @@ def main() -> None:
         [f"{1e-3 * time / args.steps:.3f}", f"{time / total:.1%}", str(e.count // args.steps), e.key[:100]]
         for time, e in kernels[: args.rows]
     ]
-    name = torch.cuda.get_device_name(device) if cuda else str(device)
     kernel_count = sum(e.count for _, e in kernels) // args.steps
     print(
-        f"{args.model}, {args.batch} images, {args.precision}, compile={args.compile}, {name}, torch "
+        f"{args.model}, {args.batch} images, {args.precision}, compile={args.compile}, {device_name(device)}, torch "
         f"{torch.__version__}: {1e3 * seconds:.1f} ms a step, {1e-12 * count / seconds:.3g} TFLOP/s; "
         f"{1e-3 * total / args.steps:.1f} ms in {kernel_count} kernels\n"
     )

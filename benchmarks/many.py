@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.training import compose
 from src import building, runs
+from src.provenance import device_name
 from src.quality import seconds_of_call
 from src.speed import PRECISIONS, compiled
 from src.tables import table
@@ -59,8 +60,7 @@ def main() -> None:
         outside = 1 - seconds_of_call(module, args.at_once) * calls * args.batches / sum(seconds[1:])
         cells = [f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}", f"{outside:.0%}"]
         rows.append([way, name, str(calls), *cells])
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    print(f"{args.model}, {args.at_once} at once, {device_name}, torch {torch.__version__}\n")
+    print(f"{args.model}, {args.at_once} at once, {device_name(device)}, torch {torch.__version__}\n")
     header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
     print(table(header, rows))
 

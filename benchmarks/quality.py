@@ -107,8 +107,8 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
     return where, seconds, clock.steps
 
 
-def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tuple[Contender, int]:
-    """Steps of another project until the budget is spent, and how many there were."""
+def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tuple[Contender, float, int]:
+    """Steps of another project until the budget is spent: the seconds that they took, and how many there were."""
     work = as_large_as(cfg.model, cfg.data, images, torch.device("cpu"))._replace(batch_size=16)  # the default of both
     trial = PEERS[name](work)
     for _ in range(3):
@@ -122,7 +122,7 @@ def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tup
     while time.process_time() - began < budget:
         contender.step()
         taken += 1
-    return contender, taken
+    return contender, time.process_time() - began, taken
 
 
 class Given:
@@ -160,9 +160,9 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
         parts = [list(module.sample(range(k, min(k + 200, n)), args.seed))[-1] for k in range(0, n, 200)]
     else:
         images = data.source.fetch(data.train_indices)
-        contender, steps = train_peer(name, cfg, images, budget)
+        contender, spent, steps = train_peer(name, cfg, images, budget)
         assert contender.sample is not None
-        spent, net, began = budget, contender.net, time.process_time()
+        net, began = contender.net, time.process_time()
         parts = [contender.sample(min(200, n - k), calls) for k in range(0, n, 200)]
     sampling = time.process_time() - began
     yardstick = measured_by(data, n, args.seed)
@@ -186,7 +186,8 @@ def measured_by(data: StreamDataModule, n: int, seed: int) -> Yardstick:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line for each, in the order in which they are given, with the distance over ours at the same time."""
-    header = ["data", "minutes", "of them spent", "loop", "commit", "M parameters", "steps", "calls", *FIGURES]
+    about = ["data", "minutes", "of them spent", "loop", "commit", "M parameters", "steps", "calls", "s to draw"]
+    header = [*about, *FIGURES]
     distances = {
         (row["data"], row["contender"], row["minutes"]): row["figures"]["fd_classifier"]["value"]
         for row in rows
@@ -203,16 +204,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ratio = f"{own / ours:.2f}" if ours else ""
         spent = f"{row['spent']:.0%}" if "spent" in row else ""
         size = f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else ""
-        commit = (row.get("commit") or "")[:7]
-        cells = [
-            *start,
-            spent,
-            row["contender"],
-            commit,
-            size,
-            str(row.get("steps", "")),
-            str(row.get("calls", "")),
-        ]
+        sampling = f"{row['sampling']:.0f}" if "sampling" in row else ""
+        cells = [*start, spent, row["contender"], (row.get("commit") or "")[:7], size]
+        cells += [str(row.get("steps", "")), str(row.get("calls", "")), sampling]
         figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
         lines.append([*cells, *figures, ratio])
     return markdown_table([*header, "distance / ours"], lines)
@@ -250,17 +244,8 @@ def main() -> None:
             shutil.rmtree(own, ignore_errors=True)  # of one that was cut off, whose run would be refused
             own.mkdir(parents=True)
             command = [sys.executable, "-m", "benchmarks.quality", "--one", name, "--data", data]
-            command += [
-                "--minutes",
-                f"{minutes}",
-                "--seed",
-                f"{args.seed}",
-                "--folder",
-                f"{own}",
-                *calls,
-                "--recipe",
-                *recipe,
-            ]
+            command += ["--minutes", f"{minutes}", "--seed", f"{args.seed}", "--folder", f"{own}", *calls]
+            command += ["--recipe", *recipe]
             with open(own / "log.txt", "w") as log:
                 subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
         measured = json.loads((own / "row.json").read_text()) if (own / "row.json").is_file() else {}

@@ -174,7 +174,7 @@ def main() -> None:
     floor = {stem(key): interval(figure._asdict()) for key, figure in yardstick.floor().items()}
     rows.append(["training digits (floor)", "", "", "", "", "", floor["fd_classifier"], floor["precision_classifier"]])
     header = ["sampler", "calls", "s for 64", "over the first", "s for 10,000", "outside", "fd_classifier", "precision"]
-    print(f"{args.n} samples, {args.threads} threads, torch {torch.__version__}\n\n{markdown_table(header, rows)}")
+    print(f"{args.n} samples, threads: {args.threads}, torch {torch.__version__}\n\n{markdown_table(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from src import resolvers, runs  # noqa: F401 - conf/ needs what the first regis
 from src.data.batch import InMemory, Source
 from src.memory import is_out_of_memory
 from src.module import DiffusionModule
+from src.provenance import device_name
 from src.speed import compiled
 from src.tables import table as markdown_table
 from src.trust import CONF
@@ -307,12 +308,10 @@ def main() -> None:
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar is a part of the loop
             run.trainer.fit(run.module, datamodule=run.data)
-    device = turns.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {args.threads} threads"
     print(
-        f"{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, {name}, torch "
-        f"{torch.__version__}, lightning {L.__version__}: {args.rounds} rounds of {args.steps} steps after "
-        f"{args.warmup}\n\n{table(turns)}"
+        f"{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, "
+        f"{device_name(turns.device)}, {args.threads} CPU threads, torch {torch.__version__}, lightning "
+        f"{L.__version__}: {args.rounds} rounds of {args.steps} steps after {args.warmup}\n\n{table(turns)}"
     )
 
 

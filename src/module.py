@@ -123,8 +123,6 @@ class DiffusionModule(L.LightningModule):
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.validated = 0
         """The step at which the last validation ended."""
-        self.loss = torch.zeros(())
-        """Of the last step."""
         self.grad_norm = torch.zeros(())
         """Of the last step, before clipping; not finite if the step was skipped."""
 
@@ -207,7 +205,6 @@ class DiffusionModule(L.LightningModule):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
             self._seen.append((gathered[0].flatten(), gathered[1].flatten()))
         loss = terms["loss"].mean()
-        self.loss = loss.detach()
         if self._is_logged(self.global_step):
             for name in terms.keys() - {"loss", "unweighted"}:
                 self.log(f"train/{name}", terms[name].mean())
@@ -378,17 +375,14 @@ class DiffusionModule(L.LightningModule):
 
         A compiled network is given just as many each time.
         """
-        fast, half = self.compiled_sampling, self.sampling_dtype
+        net, half = self.compiled_sampling or self.net, self.sampling_dtype
         size = at_once or len(x)
-        count = len(x) if fast is None else -(-len(x) // size) * size
+        count = len(x) if self.compiled_sampling is None else -(-len(x) // size) * size
         parts = torch.split(_filled_up(x, count), size)
         conds = [None] * len(parts) if cond is None else torch.split(_filled_up(cond, count), size)
         with torch.autocast(x.device.type, half) if half else nullcontext():
-            outs = [
-                # What CUDA graphs put out is overwritten when they are replayed.
-                self.denoise(part, t, c) if fast is None else self._denoise(fast, part, t, c).clone()
-                for part, c in zip(parts, conds, strict=True)
-            ]
+            # Copied, since what CUDA graphs put out is overwritten when they are replayed.
+            outs = [self._denoise(net, part, t, c).clone() for part, c in zip(parts, conds, strict=True)]
         return torch.cat(outs)[: len(x)]
 
     @torch.no_grad()

@@ -174,8 +174,6 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
 def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing."""
     default, value = _raw(base, name), _raw(final, name)
-    if name == "compile":  # whether, or how: src/speed.py says what there is
-        return
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return
     for kind, fits, rule in (

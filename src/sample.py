@@ -13,6 +13,8 @@ from src.cli import launch
 from src.errors import memory_errors, usage_errors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from src.data.conditions import Condition
 
 
@@ -56,9 +58,7 @@ def sample(cfg: DictConfig) -> Path:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
 
-    import numpy as np
     import torch
-    from PIL import Image
     from tqdm import tqdm
 
     from src import plots
@@ -96,23 +96,7 @@ def sample(cfg: DictConfig) -> Path:
     if processes.rank > 0:
         return folder
     samples = torch.cat(parts)
-    if samples.ndim == 4:
-
-        def write(k: int) -> None:
-            image = samples[k].permute(1, 2, 0).numpy()
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
-
-        with ThreadPoolExecutor() as pool:  # of many, packing takes as long as a GPU takes to draw them
-            list(pool.map(write, range(len(samples))))
-        # Channels last, as FID tools expect it: (N, H, W, C) uint8.
-        np.savez_compressed(folder / "samples.npz", samples.permute(0, 2, 3, 1).numpy())
-    else:
-        np.savez_compressed(folder / "samples.npz", samples.numpy())
-    if opened.data.columns:
-        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(opened.data.columns)
-            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits that float32 has
+    write_samples(folder, samples, opened.data.columns)
     shown = samples[:256] if samples.ndim == 4 else samples
     titles = [condition.title(things[place]) for place in places] if condition else []
     plots.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
@@ -125,6 +109,30 @@ def sample(cfg: DictConfig) -> Path:
     print(f"{cfg.n} samples of {opened.checkpoint} by {name}, {', '.join(own)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
+
+
+def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None) -> None:
+    """Images (N, C, H, W) uint8, or points or rows (N, D), as `samples.npz`; PNGs beside it, or a `samples.csv`."""
+    import numpy as np
+    from PIL import Image
+
+    if samples.ndim == 4:
+        images = samples.permute(0, 2, 3, 1).numpy()  # channels last, as tools that compute FID expect them
+
+        def write(k: int) -> None:
+            image = images[k]
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
+
+        with ThreadPoolExecutor() as pool:  # of many, packing takes as long as a GPU takes to draw them
+            list(pool.map(write, range(len(images))))
+        np.savez_compressed(folder / "samples.npz", images)
+    else:
+        np.savez_compressed(folder / "samples.npz", samples.numpy())
+    if columns:
+        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits that float32 has
 
 
 def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[Any]:

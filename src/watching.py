@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -36,15 +36,25 @@ MAX_LOG_SNR = 15.0
 class Progress(TQDMProgressBar):
     """Lightning's bar, which reads the loss when it moves: with `prog_bar=True` Lightning reads it at every step.
 
-    For that a GPU's queue of work would have to run empty. `refresh_rate` is in steps; 0 shows no bar.
+    For that a GPU's queue of work would have to run empty. `refresh_rate` is in batches; 0 shows no bar.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self.loss: Tensor | None = None
+        """Of the last batch, divided by the number of batches to a step; None before there was one."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.loss = outputs["loss"]
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
-        return {"train/loss": cast(DiffusionModule, pl_module).loss.item(), **metrics}
+        if self.loss is None:
+            return metrics
+        return {"train/loss": self.loss.item() * trainer.accumulate_grad_batches, **metrics}
 
 
 class Beginning(L.Callback):

@@ -318,7 +318,9 @@ class ReadsByStep(L.Callback):
             self.mode.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("setting", ["schedule=cosine", "timesteps=importance", "schedule=edm_lognormal"])
+@pytest.mark.parametrize(
+    "setting", ["schedule=cosine", "timesteps=importance", "schedule=edm_lognormal", "objective=vlb"]
+)
 def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
     watch = ReadsByStep(last=8)
     own = [

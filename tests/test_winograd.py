@@ -37,9 +37,8 @@ def test_gradients_of_gradients_are_right() -> None:
 
 def test_tiles_hold_each_pixel_as_often_as_they_overlap_there() -> None:
     counts = torch.autograd.grad(Tiles.apply(x := draw(1, 1, 8, 8)).sum(), x)[0][0, 0]
-    along = torch.tensor(
-        [1, 1, 1, 2, 2, 1, 1, 1], dtype=torch.float64
-    )  # the last two of one tile, the first of another
+    # Where there are two, they are the last of one tile and the first of another.
+    along = torch.tensor([1, 1, 1, 2, 2, 1, 1, 1], dtype=torch.float64)
     assert torch.equal(counts, along[:, None] * along)
 
 
@@ -72,9 +71,14 @@ def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytes
     Conv3x3(32, 64)(draw(4, 32, 16, 16, dtype=torch.float32))
     assert not taken
     with torch.no_grad():  # without a backward pass it pays later
-        Conv3x3(64, 64)(draw(4, 64, 16, 16, dtype=torch.float32))
-        Conv3x3(96, 96)(draw(4, 96, 16, 16, dtype=torch.float32))
-    assert taken == [(4, 96, 16, 16)]
+        Conv3x3(64, 64)(draw(8, 64, 16, 16, dtype=torch.float32))
+        Conv3x3(96, 96)(draw(5, 96, 16, 16, dtype=torch.float32))
+        assert not taken
+        Conv3x3(96, 96)(draw(6, 96, 16, 16, dtype=torch.float32))
+    assert taken == [(6, 96, 16, 16)]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each of which must have enough to do
+    assert not layer.winograd_pays(x)
+    assert layer.winograd_pays(draw(8, 64, 16, 16, dtype=torch.float32))
 
 
 def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,13 +78,8 @@ def decoder_log_prob(process: GaussianDiffusion, x0: Tensor, q: Gaussian) -> Ten
 def link_bits(process: GaussianDiffusion, pred: Prediction, x0: Tensor, x_t: Tensor, link: Link) -> Tensor:
     """One link's term of the bound, (B,) in bits/dim: KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or the decoder's."""
     truth, model = process.posterior(x0, x_t, link.t, link.s), process.reverse(pred, x_t, link.t, link.s)
-    is_last = link.s.sigma == 0
-    if is_last.device.type == "cpu":  # where a look at it costs nothing; on a GPU it would wait for all that is queued
-        if is_last.all():
-            return in_bits(-decoder_log_prob(process, x0, model))
-        if not is_last.any():
-            return in_bits(gaussian_kl(truth, model))
-    return in_bits(torch.where(is_last, -decoder_log_prob(process, x0, model), gaussian_kl(truth, model)))
+    # Both, since to look which it is a GPU would wait for all that is queued.
+    return in_bits(torch.where(link.s.sigma == 0, -decoder_log_prob(process, x0, model), gaussian_kl(truth, model)))
 
 
 def prior_bits(t: Level, x0: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ matrices, one for each place of a tile. What PyTorch calls on a CPU does not do 
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
-"""Where polynomials are evaluated, besides infinity: half the error of 0, 1, -1, 2, -2, as Barabasz et al. 2018
-(arXiv 1803.10986) find of such choices."""
+"""Where polynomials are evaluated, besides infinity. Points decide the error (Barabasz et al. 2018, arXiv 1803.10986);
+these, which oneDNN has for its F(4x4, 3x3), have half of that of 0, 1, -1, 2, -2 here."""
 
 
 def polynomial(roots: Sequence[float]) -> list[float]:
@@ -36,10 +37,18 @@ G = [
     for p, others in zip(POINTS, OTHERS, strict=True)
 ]
 G.append([0.0, 0.0, 1.0])
-LEAST_CHANNELS, LEAST_CHANNELS_IN_TRAINING = 96, 48
-"""Where the products begin to outweigh the transforms, which is sooner with a backward pass (docs/results.md)."""
-LEAST_TILES = 64
-"""Where the tiles begin to outweigh the filters."""
+
+
+class Least(NamedTuple):
+    """From where on it pays, on an AVX2 machine with one and two threads (docs/results.md)."""
+
+    channels: int
+    """Where the products begin to outweigh the transforms."""
+    work: int
+    """Tiles times channels for each thread: where the tiles begin to outweigh the filters, and what a call costs."""
+
+
+FORWARD, BOTH_PASSES = Least(channels=96, work=8192), Least(channels=48, work=4096)
 
 
 class Conv3x3(nn.Conv2d):
@@ -59,15 +68,15 @@ class Conv3x3(nn.Conv2d):
     def winograd_pays(self, x: Tensor) -> bool:
         """Never where a compiler sees the network, which knows the direct one only, nor in half precision."""
         b, _, height, width = x.shape
-        tiles = num_tiles(height) * num_tiles(width)
-        least = LEAST_CHANNELS_IN_TRAINING if torch.is_grad_enabled() else LEAST_CHANNELS
+        tiles, channels = num_tiles(height) * num_tiles(width), min(self.in_channels, self.out_channels)
+        least = BOTH_PASSES if torch.is_grad_enabled() else FORWARD
         return (
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and min(self.in_channels, self.out_channels) >= least
-            and b * tiles >= LEAST_TILES
+            and channels >= least.channels
+            and b * tiles * channels >= least.work * torch.get_num_threads()
             and 16 * tiles <= 1.5 * height * width  # the rest of them is padding
         )
 
