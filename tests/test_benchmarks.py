@@ -154,7 +154,7 @@ def test_ratios_are_those_of_each_round_and_shares_those_of_the_peak() -> None:
 
 def test_loops_are_given_the_time_of_the_processor(tmp_path: Path) -> None:
     budget = 8.0
-    recipe = ["callbacks.samples.count=1", "sampler.steps=1"]
+    recipe = ["data.batch_size=8", "callbacks.samples.count=1", "sampler.steps=1"]
     where, spent, steps = quality.train_ours(recipe, 0, budget, tmp_path)
     assert 0.3 * budget < spent < 1.3 * budget
     assert read_checkpoint(runs.open_run(str(where)).checkpoint)["global_step"] == steps > 60
