@@ -150,6 +150,10 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     parts = key.split(".")
     if parts[0].split("/")[0] == "hydra":
         return
+    if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
+        raise UsageError(
+            f"{override.input_line} is where Hydra puts a run: type {typed('hydra.run.dir', override.value())}"
+        )
     node: Any = base
     for depth, part in enumerate(parts):
         if isinstance(node, DictConfig) and part in node.keys():  # keys() also names what is still to be given

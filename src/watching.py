@@ -50,6 +50,11 @@ class Progress(TQDMProgressBar):
         self.loss = outputs["loss"]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    @property
+    def total_train_batches(self) -> int:
+        """Batches that are still to come; Lightning takes the steps for them."""
+        return (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
+
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         if self.loss is None:

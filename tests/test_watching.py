@@ -23,8 +23,9 @@ from src.diffusion.noise import NoiseSchedule
 from src.errors import UsageError
 from src.evaluation import bound
 from src.loggers import log_comparison
+from src.module import DiffusionModule
 from src.provenance import code_version
-from src.watching import log_snr_range, nearest_training
+from src.watching import Progress, log_snr_range, nearest_training
 from tests.conftest import TINY, compose, cut_network, train_tiny
 from tests.wandb_file import Offline, read_offline
 
@@ -333,3 +334,26 @@ def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
     run.trainer.callbacks.insert(0, watch)
     run.trainer.fit(run.module, datamodule=run.data)
     assert [bool(count) for count in watch.counts] == [number in (4, 6, 8) for number in range(2, 9)]
+
+
+def test_the_bar_shows_the_loss_of_the_last_batch_and_none_before_there_was_one(tmp_path, monkeypatch):
+    losses, shown = [], []
+    step, metrics = DiffusionModule.training_step, Progress.get_metrics
+
+    def keep_loss(module, batch, batch_idx):
+        losses.append((out := step(module, batch, batch_idx))["loss"].item())
+        return out
+
+    def keep_metrics(bar, trainer, module):
+        shown.append((len(losses), (out := metrics(bar, trainer, module)).get("train/loss")))
+        return out
+
+    monkeypatch.setattr(DiffusionModule, "training_step", keep_loss)
+    monkeypatch.setattr(Progress, "get_metrics", keep_metrics)
+    own = ["trainer.max_steps=4", "validate_every=4", "data.batch_size=16", "trainer.accumulate_grad_batches=2"]
+    run = runs.build(compose("train", *TINY, *own, "callbacks.progress.refresh_rate=3", f"run_dir='{tmp_path}'"))
+    assert "train/loss" not in metrics(run.trainer.progress_bar_callback, run.trainer, run.module)
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert [count for count, _ in shown] == [3, 6, 8, 8, 8]  # when it moves, and validation and training end
+    assert run.trainer.progress_bar_callback.train_progress_bar.total == 8
+    assert all(loss == pytest.approx(losses[count - 1], rel=1e-6) for count, loss in shown)
