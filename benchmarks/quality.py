@@ -226,8 +226,8 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path("outputs/bench") / f"quality_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if args.one:
-        row = one(args.one, args.data[0], args.minutes[0], args, folder) | {"commit": code_version()["commit"]}
-        (folder / "row.json").write_text(json.dumps(row))
+        code = {"commit": code_version()["commit"]}  # before it may become another
+        (folder / "row.json").write_text(json.dumps(code | one(args.one, args.data[0], args.minutes[0], args, folder)))
         return
     jobs = [(data, FLOOR, 0.0) for data in args.data]
     # Those of the same time beside each other, so that the machine is much the same for them.
