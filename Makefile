@@ -17,7 +17,7 @@ help: ## list the targets
 
 install: $(STAMP) ## make the environment in .venv, from requirements.lock
 
-train: $(STAMP) ## train on the embedded digits (2 to 5 minutes on 2 cores); ARGS="schedule=linear" for more
+train: $(STAMP) ## train on the embedded digits (2 to 6 minutes on 2 cores); ARGS="schedule=linear" for more
 	@$(RUN) -m src.train $(ARGS)
 
 test: $(STAMP) lint types unit ## lint, check types, run all tests
