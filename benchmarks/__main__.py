@@ -116,8 +116,8 @@ def measure(title: str, command: Sequence[str], folder: Path) -> bool:
 def main() -> None:
     """Run them; one that fails says so in the table, and the status is 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--folder", type=Path, help="where the table goes")
+    parser.add_argument("--gpu", action="store_true", help="what wants a GPU, in place of what a CPU can do")
+    parser.add_argument("--folder", type=Path, help="where the table goes; sections that are there are not done again")
     parser.add_argument("--only", nargs="+", default=[], help="words of the titles of sections")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
@@ -131,7 +131,11 @@ def main() -> None:
     }
     if not chosen:
         raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
-    done = [measure(title, command, folder) for title, command in chosen.items()]
+    print(f"Into {folder}; if it is cut short, --folder {folder} goes on with what is not done", flush=True)
+    try:
+        done = [measure(title, command, folder) for title, command in chosen.items()]
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"All of it: {folder / TABLE}")
     sys.exit(not all(done))
 

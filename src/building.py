@@ -245,7 +245,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             raise
         raise ValueError(
             f"{sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
-            f"trainer.precision={cfg.trainer.precision} on this machine)"
+            f"trainer.precision={cfg.trainer.precision} on this machine): trainer=default takes whatever there is"
         ) from error
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):

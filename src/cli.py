@@ -23,6 +23,11 @@ from src.ranks import FRESH, close_log, follow, is_orphan, rank
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
+SPINS = 5_000
+"""How often a thread looks for more to do before it sleeps, where libgomp, which torch computes with, has 300,000.
+
+While it looks no other process has its core, which may be the one that it waits for (docs/design.md).
+"""
 Program = tuple[ModuleSpec | None, str]
 """The command that was typed: what `python -m` found, and the file."""
 
@@ -33,6 +38,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     Several values of the group `together` are no sweep, but all for one task (`overrides.take_together`).
     A UsageError from the task ends the process with one line; HYDRA_FULL_ERROR=1 shows where it comes from.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     overrides, flags = split_arguments(sys.argv[1:])
     try:
         if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough

@@ -78,11 +78,13 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
-        exam = exam_of(cfg, opened, processes)  # before anything long, since its judge may not be good enough
+        # Before anything long: what cannot be measured is refused, and a judge may not be good enough.
+        yardstick = yardstick_of(cfg, opened, processes) if cfg.quality else None
+        exam = exam_of(cfg, opened, processes)
         if cfg.likelihood:
             metrics |= likelihood(cfg, folder, opened, processes)
-        if cfg.quality:
-            metrics |= quality(cfg, folder, opened, samplers, processes)
+        if yardstick is not None:
+            metrics |= quality(cfg, folder, opened, samplers, processes, yardstick)
         if exam is not None:
             name, sampler = next(iter(samplers.items()))
             metrics |= alignment(cfg, folder, opened, name.partition(" guidance ")[0], sampler, exam, processes)
@@ -149,14 +151,10 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     return metrics
 
 
-def quality(
-    cfg: DictConfig, folder: Path, opened: "OpenedRun", samplers: Mapping[str, "Sampler"], processes: "Processes"
-) -> dict[str, Any]:
-    """The figures of samples by every sampler, beside the floor, with plots and pictures."""
-    from tqdm import tqdm
-
+def yardstick_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Yardstick":
+    """What samples are measured with."""
     from src import building
-    from src.quality import FEW, Settings, Yardstick, seconds_of_call
+    from src.quality import FEW, Settings, Yardstick
 
     settings = Settings(
         building.names_of(cfg.features),
@@ -177,6 +175,22 @@ def quality(
             f"Only {count} held-out samples: the figures hang on which ones these are, and their intervals do not say "
             "so; hold out more when training (data.val_fraction)"
         )
+    return yardstick
+
+
+def quality(
+    cfg: DictConfig,
+    folder: Path,
+    opened: "OpenedRun",
+    samplers: Mapping[str, "Sampler"],
+    processes: "Processes",
+    yardstick: "Yardstick",
+) -> dict[str, Any]:
+    """The figures of samples by every sampler, beside the floor, with plots and pictures."""
+    from tqdm import tqdm
+
+    from src.quality import seconds_of_call
+
     module = opened.module
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     size = min(cfg.batch_size, cfg.n)

@@ -152,7 +152,8 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         return
     if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
         raise UsageError(
-            f"{override.input_line} is where Hydra puts a run: type {typed('hydra.run.dir', override.value())}"
+            f"{override.input_line} follows from where Hydra puts a run: "
+            f"type {typed('hydra.run.dir', override.value())}"
         )
     node: Any = base
     for depth, part in enumerate(parts):

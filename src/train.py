@@ -72,7 +72,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     start = time.perf_counter()
     resume_from = run.resume_from and str(run.resume_from)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start  # of this session
     if run.diagnosis:
         raise UsageError(run.diagnosis)
     run.save()
@@ -94,7 +94,8 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
             leave_pictures(run, film, cfg.neighbours.samples, cfg.neighbours.among)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
         when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
-        print(f"Done: {steps} steps in {seconds:.0f} s, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
+        took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
+        print(f"Done: {steps} steps in {took}, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
         pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbours.png")]
         for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
@@ -124,7 +125,8 @@ def announce(run: "Run") -> None:
         devices = run.trainer.num_devices * run.trainer.num_nodes
         print(
             f"Training {type(net).__name__} ({count / 1e6:.2f} M parameters) on {len(run.data.train_indices) or 'the'} "
-            f"samples of shape {run.module.shape}, {run.trainer.max_steps} steps of {run.data.batch_size}, "
+            f"samples of shape {run.module.shape}, {run.trainer.max_steps} steps of {run.data.batch_size}"
+            f"{f', going on from {run.resume_from.name}' if run.resume_from else ''}, "
             f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}",
             flush=True,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from src.cli import launch
 from src.errors import UsageError
 from src.overrides import check_overrides, config_groups, split_arguments, typed
 from src.ranks import fresh_folder, rank, slurm_tasks
@@ -265,3 +266,18 @@ def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):
     assert "Traceback" not in done.stderr
     if code:
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_spin_for_a_while_unless_the_user_has_said_how_long(own, expected, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train", "shedule=cosine"])
+    with pytest.raises(SystemExit):
+        launch("train", lambda _: None)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -272,9 +272,10 @@ def test_in_training_what_cannot_be_measured_is_refused_before_the_first_step(tm
         (["samplers=[{sampler:dimm}]"], "did you mean ddim"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(asked, overrides, rule, tmp_path):
+def test_what_cannot_be_measured_is_refused_before_anything_long(asked, overrides, rule, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.evaluate.likelihood", lambda *_: pytest.fail("the bound was computed"))
     with pytest.raises(UsageError, match=rule):
-        evaluate(compose("evaluate", *asked, *overrides, f"run_dir='{tmp_path}'"))
+        evaluate(compose("evaluate", *asked, "likelihood=true", *overrides, f"run_dir='{tmp_path}'"))
 
 
 @pytest.mark.parametrize(
