@@ -23,6 +23,7 @@ SHAPES = [  # (batch, channels in, out, height and width)
     (16, 256, 128, 16),
     *((b, 128, 128, 8) for b in (4, 8, 16, 64)),
     *((b, c, c, 8) for b, c in ((8, 256), (16, 96), (16, 64), (32, 64), (64, 64))),
+    *((b, 256, 256, 4) for b in (16, 32)),
     *((64, c, c, 4) for c in (64, 128, 256)),
     *((64, 64, 64, size) for size in (5, 7, 14)),
 ]

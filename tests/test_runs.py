@@ -513,7 +513,7 @@ def test_a_compiled_run_leaves_the_checkpoints_of_an_uncompiled_one(trained, tmp
     assert traced.frame_count == 1
     monkeypatch.undo()
     assert weights(tmp_path / "run").keys() == weights(trained).keys()
-    with pytest.warns(UserWarning, match="another setting: compile: True -> False"):
+    with pytest.warns(UserWarning, match="another setting: compile: True -> None"):
         train_tiny(tmp_path / "run", f"resume='{tmp_path / 'run'}'")
     np.testing.assert_allclose(*(np.array(losses(f), dtype=float) for f in (tmp_path / "run", trained)), rtol=1e-4)
 

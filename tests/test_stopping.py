@@ -117,13 +117,13 @@ def test_dropout_is_drawn_as_if_the_run_had_gone_on(tmp_path, monkeypatch):
 def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeypatch):
     """The network never sees more than a micro-batch, though 64 samples are drawn at the end."""
     seen = []
-    original = DiffusionModule.denoise
+    original = DiffusionModule._denoise
 
-    def denoise(self, x, t, cond=None):
+    def denoise(self, net, x, t, cond):
         seen.append(len(x))
-        return original(self, x, t, cond)
+        return original(self, net, x, t, cond)
 
-    monkeypatch.setattr(DiffusionModule, "denoise", denoise)
+    monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
     train_tiny(tmp_path / "run", "data.micro_batch=8", "trainer.max_steps=1", "callbacks.samples.count=20")
     assert max(seen) < 16 and seen.count(4) == 3  # validation has up to twice as many, 20 samples go 8, 8 and 4
     assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)

@@ -55,7 +55,7 @@ def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytes
     layer = Conv3x3(64, 64)
     plain = torch.nn.Conv2d(64, 64, 3, padding=1)
     plain.load_state_dict(layer.state_dict())
-    # The last two have few tiles (3 x 16 of them), and padding for the most part (5 of 8).
+    # The last two have little to do (3 x 16 tiles), and padding for the most part (5 of 8).
     for size in ((4, 64, 16, 16), (64, 64, 4, 4), (4, 64, 14, 14), (3, 64, 16, 16), (64, 64, 5, 5)):
         x = draw(*size, dtype=torch.float32).detach()
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=5e-5)
@@ -69,7 +69,10 @@ def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytes
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
         layer(x)
     Conv3x3(32, 64)(draw(4, 32, 16, 16, dtype=torch.float32))
+    Conv3x3(256, 256)(draw(31, 256, 4, 4, dtype=torch.float32))  # enough to do, but few tiles for so large filters
     assert not taken
+    Conv3x3(256, 256)(draw(32, 256, 4, 4, dtype=torch.float32))
+    assert taken.pop() == (32, 256, 4, 4)
     with torch.no_grad():  # without a backward pass it pays later
         Conv3x3(64, 64)(draw(8, 64, 16, 16, dtype=torch.float32))
         Conv3x3(96, 96)(draw(5, 96, 16, 16, dtype=torch.float32))

@@ -45,9 +45,11 @@ class Least(NamedTuple):
     channels: int
     """Where the products begin to outweigh the transforms."""
     work: int
-    """Tiles times channels for each thread: where the tiles begin to outweigh the filters, and what a call costs."""
+    """Tiles times channels for each thread: where the products begin to outweigh what a call costs."""
 
 
+LEAST_TILES = 32
+"""Where they begin to outweigh the filters, whose transforms have four times their weights."""
 FORWARD, BOTH_PASSES = Least(channels=96, work=8192), Least(channels=48, work=4096)
 
 
@@ -76,6 +78,7 @@ class Conv3x3(nn.Conv2d):
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and channels >= least.channels
+            and b * tiles >= LEAST_TILES
             and b * tiles * channels >= least.work * torch.get_num_threads()
             and 16 * tiles <= 1.5 * height * width  # the rest of them is padding
         )
