@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
+from src.output import begin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +64,7 @@ def sample(cfg: DictConfig) -> Path:
 
     from src import plots
 
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begin(Path(cfg.run_dir))
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
     parts: list[torch.Tensor] = []
