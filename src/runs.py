@@ -36,6 +36,8 @@ from src.checkpoints import (
     changed_settings,
     check_accumulation,
     check_fit,
+    check_optimizer,
+    check_steps,
     find_checkpoint,
     read_checkpoint,
     weights_of,
@@ -63,6 +65,8 @@ class Run(NamedTuple):
     data: "StreamDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
+    steps: int = 0
+    """How many it has taken."""
 
     @property
     def last_checkpoint(self) -> Path:
@@ -85,6 +89,16 @@ class Run(NamedTuple):
                     stacklevel=2,
                 )
             time.sleep(10)
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of a run that has taken all its steps and ended well; else None."""
+        path = self.directory / "metrics.json"
+        if self.steps < self.trainer.max_steps or not path.is_file():
+            return None
+        metrics: dict[str, Any] = json.loads(path.read_text())
+        ended = metrics.get("steps") == self.steps and metrics.get("val/loss", 0.0) is not None
+        return metrics if ended else None
 
     @property
     def stop_signal(self) -> int:
@@ -152,6 +166,7 @@ def build(cfg: DictConfig) -> Run:
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
         changed_settings(saved["hyper_parameters"], plain(cfg))
+        check_steps(saved, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     trainer = build_trainer(cfg, directory)
@@ -168,9 +183,10 @@ def build(cfg: DictConfig) -> Run:
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     if saved is not None:
         check_accumulation(saved, cfg)
+        check_optimizer(saved, module)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
-    return Run(directory, module, data, trainer, resume_from)
+    return Run(directory, module, data, trainer, resume_from, saved["global_step"] if saved else 0)
 
 
 def start(cfg: DictConfig, run: Run) -> None:
