@@ -74,7 +74,7 @@ def _launch(
         if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
             raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
-        check_unused(overrides)
+        check_unused(overrides, multirun)
         if together and not multirun:
             overrides = take_together(config_name, overrides, together)
         if rank() > 0:  # the first process writes down what was asked for, and the log

@@ -164,12 +164,20 @@ def check_writable(overrides: Sequence[str]) -> None:
                 ) from error
 
 
-def check_unused(overrides: Sequence[str]) -> None:
-    """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
-    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
-    resumes = any(o.startswith("resume=") for o in overrides)
-    if given and not resumes and any((Path(given[-1]) / "checkpoints").glob("*.ckpt")):
-        raise UsageError(f"{given[-1]} already holds a run: go on with resume={given[-1]}, or choose another folder")
+def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
+    """Raise UsageError if the folder that is named is a run already, or a sweep whose first job is one.
+
+    Hydra would write over what that one was told.
+    """
+    name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
+    given = [_unquoted(o.removeprefix(f"{name}=")) for o in overrides if o.startswith(f"{name}=")]
+    if not given or any(o.startswith("resume=") for o in overrides):
+        return
+    if multirun and any(o.startswith("hydra.sweep.subdir=") for o in overrides):  # its jobs lie elsewhere
+        return
+    run, how = (Path(given[-1]) / "0", "auto") if multirun else (Path(given[-1]), given[-1])
+    if any((run / "checkpoints").glob("*.ckpt")):
+        raise UsageError(f"{given[-1]} already holds a {kind}: go on with resume={how}, or choose another folder")
 
 
 def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:

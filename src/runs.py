@@ -192,27 +192,27 @@ def build(cfg: DictConfig) -> Run:
 def start(cfg: DictConfig, run: Run) -> None:
     """Lock the folder of a run that nothing can be said against any more, start its loggers, and write its record.
 
-    Before this, nothing is written into the folder. Raises ValueError if another process trains there, or W&B cannot
-    start.
+    Before this nothing is written into the folder, and if this fails nothing stays. Raises ValueError if another
+    process trains there, or W&B cannot start.
     """
-    from src.loggers import left_as_found
+    from src.loggers import folder_of, left_as_found
 
     lock = run.directory / ".lock"
     found = lock.exists()
     if run.trainer.is_global_zero:
         hold(run.directory)
-        try:
-            with left_as_found(run.directory / "wandb"):
-                start_wandb(cfg, run.trainer, run.directory)
-                begin(run.directory)
-        except BaseException:
-            if not found:
-                lock.unlink(missing_ok=True)
-            if held := _held.pop(run.directory.resolve(), None):
-                held.close()
-            raise
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(dict(run.module.hparams))
+    try:
+        with left_as_found([folder_of(logger) for logger in run.trainer.loggers if run.trainer.is_global_zero]):
+            start_wandb(cfg, run.trainer, run.directory)
+            for logger in run.trainer.loggers:
+                logger.log_hyperparams(dict(run.module.hparams))
+            begin(run.directory)
+    except BaseException:
+        if run.trainer.is_global_zero and not found:
+            lock.unlink(missing_ok=True)
+        if held := _held.pop(run.directory.resolve(), None):
+            held.close()
+        raise
 
 
 _held: dict[Path, IO[str]] = {}
