@@ -13,12 +13,13 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
-from src.overrides import check_overrides, split_arguments, take_together
+from src.overrides import check_overrides, escaped, split_arguments, take_together
 from src.ranks import FRESH, close_log, follow, is_orphan, rank
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
@@ -63,6 +64,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     program = sys.modules["__main__"].__spec__, sys.argv[0]
 
     def guarded(cfg: DictConfig) -> Any:
+        name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
         except UsageError as error:
@@ -86,18 +88,23 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         sys.exit(130)
 
 
+def name_folder_for_children() -> None:
+    """Give the run's folder as Lightning puts it on the command lines of its processes, between double quotes."""
+    settings: Any = HydraConfig.get()
+    with read_write(settings), read_write(settings.run):
+        typed = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
+        settings.run.dir = escaped(typed)  # since it is looked up
+
+
 @contextmanager
 def as_a_single_run(program: Program) -> Iterator[None]:
     """A job of a sweep as if it had been started by itself, for the processes that it starts are told what it was told.
 
     What it leaves behind of them is taken away, so that the next job starts its own.
     """
-    hydra_config: Any = HydraConfig.get()
-    with read_write(hydra_config), read_write(hydra_config.run):
-        hydra_config.run.dir = hydra_config.runtime.output_dir
     main = sys.modules["__main__"]  # which in a launcher's worker is the launcher's own
     arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
-    main.__spec__, sys.argv = program[0], [program[1], *hydra_config.overrides.task]
+    main.__spec__, sys.argv = program[0], [program[1], *HydraConfig.get().overrides.task]
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from src.checkpoints import find_checkpoint, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
 from src.errors import UsageError, memory_errors, usage_errors
-from src.overrides import split_arguments
+from src.overrides import key_of, quoted, split_arguments
 from src.ranks import rank
 from src.resolvers import wandb_offline
 from src.resuming import saved_overrides
@@ -134,14 +135,17 @@ def write_report(
 def with_runs(arguments: Sequence[str]) -> list[str]:
     """Folders among the arguments, which are neither overrides nor flags, as `runs=[...]`."""
     overrides, flags = split_arguments(arguments)
-    folders = [word for word in overrides if "=" not in word.split("/")[0] and not word.startswith(("~", "+"))]
+    folders = [
+        word
+        for word in overrides
+        if os.path.isdir(word) or ("=" not in word.split("/")[0] and not word.startswith(("~", "+")))
+    ]
     if not folders:
         return [*flags, *overrides]
     others = [word for word in overrides if word not in folders]
-    if any(word.startswith("runs=") for word in others):
+    if "runs" in map(key_of, others):
         raise UsageError(f"{folders[0]} and runs=... both name runs: put all folders into one of them")
-    quoted = ("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
-    return [*flags, *others, f"runs=[{','.join(quoted)}]"]
+    return [*flags, *others, f"runs=[{','.join(map(quoted, folders))}]"]
 
 
 def run_folders(named: Sequence[str]) -> list[Path]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.building import hollow_network
+from src.overrides import command, typed
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,8 @@ def while_training(cfg: DictConfig, run: "Run") -> str:
     }
     settings = [setting for setting, helps in remedies.items() if helps]
     advice = ", then ".join(settings) if settings else "a smaller model, or one dealt out by trainer=fsdp"
-    again = f"; saved: go on with python -m src.train resume={run.directory} {' '.join(settings)}" if saved else ""
+    line = command("train", typed("resume", run.directory), *settings)
+    again = f"; saved: go on with {line}" if saved else ""
     return (
         f"out of memory at data.micro_batch {micro} (samples per device and forward pass) on "
         f"{having(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"

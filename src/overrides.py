@@ -6,9 +6,11 @@ that was meant.
 
 import difflib
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import hydra
@@ -16,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError, first_line
@@ -49,7 +51,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise UsageError(f"cannot read the override: {first_line(error)} (overrides look like key=value)") from error
+        raise UsageError(f"cannot read the override: {first_line(error)} ({_as_one_text(overrides)})") from error
     groups = config_groups()
     chosen: list[str] = []
     for override in parsed:
@@ -90,14 +92,100 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 
 def typed(name: str, value: object) -> str:
-    """`name=value` as it is to be typed in a shell: a text in one piece with its commas, lists in brackets."""
-    plain = r"(?!(null|true|false|nan|inf)$)[a-z_]([a-z0-9_ ]*[a-z0-9_])?"  # what Hydra takes for a text unquoted
-    if isinstance(value, str) and not re.fullmatch(plain, value, re.IGNORECASE | re.ASCII):
-        value = QuotedString(value, Quote.single).with_quotes()
-    text = f"{name}={value}"
-    if re.fullmatch(r"[\w=.-]+", text):
+    """Return `name=value` as one word of a shell's command line, from which Hydra reads this very value.
+
+    A text stays a text, also one like `null` or `1e3`, and in one piece with its commas; a sequence becomes a list.
+    """
+    return shell_word(f"{name}={literal(value)}")
+
+
+def command(name: str, *words: str) -> str:
+    """Return the line that runs `src.<name>` with overrides that `typed` wrote, or that need no quotes."""
+    return " ".join([f"python -m src.{name}", *words])
+
+
+def literal(value: object) -> str:
+    """Return `value` in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | ListConfig):
+        return f"[{','.join(map(literal, value))}]"
+    text = str(value)
+    if re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII) and parsed(f"name={text}").value() == text:
         return text
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
+
+
+def escaped(text: str) -> str:
+    """Return `text` so that OmegaConf gives it back as it is, and looks nothing up in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def shell_word(text: str) -> str:
+    """Return `text` quoted for bash and zsh; on one line, whatever it holds."""
+    if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
+        return text
+    if not text.isprintable():
+        octal = "".join(f"\\{byte:03o}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text))
+        return f"$'{octal}'"
     return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'
+
+
+def parsed(override: str) -> Override:
+    """Return what Hydra reads from one override. Raises HydraException if it cannot."""
+    return OverridesParser.create().parse_override(override)
+
+
+def key_of(override: str) -> str:
+    """Return the group or setting that an override is of."""
+    try:
+        return str(parsed(override).key_or_group)
+    except HydraException:  # which check_overrides will say
+        return override.lstrip("+~").partition("=")[0]
+
+
+def given(overrides: Sequence[str], name: str) -> str | None:
+    """Return the text that the last override of the setting `name` gives it; None if none does, or null.
+
+    Raises UsageError for an empty one.
+    """
+    text = None
+    for override in overrides:
+        if key_of(override) != name:
+            continue
+        try:
+            value = parsed(override)
+        except HydraException:  # which check_overrides will say
+            continue
+        if value.is_delete() or value.is_sweep_override() or value.value() is None:
+            text = None
+            continue
+        text = str(value.value())
+        if not text.strip():
+            raise UsageError(f"{name}= is empty: give a value, or leave it out")
+        with suppress(OmegaConfBaseException):  # what only Hydra can look up stays as it is
+            text = str(OmegaConf.create({"value": text})["value"])
+    return text
+
+
+def _as_one_text(overrides: Sequence[str]) -> str:
+    """How to type the first override that Hydra cannot read, if its value is one text."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        try:
+            parsed(override)
+        except HydraException:
+            if value and re.fullmatch(r"[+~]*[\w./]+", name):
+                return f"if its value is one text, type {typed(name, value)}"
+            break
+    return "overrides look like key=value"
 
 
 def take_together(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
@@ -153,7 +241,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
         raise UsageError(
             f"{override.input_line} follows from where Hydra puts a run: "
-            f"type {typed('hydra.run.dir', override.value())}"
+            f"type {typed('hydra.run.dir', given([str(override.input_line)], 'run_dir') or 'FOLDER')}"
         )
     node: Any = base
     for depth, part in enumerate(parts):

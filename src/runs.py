@@ -40,6 +40,7 @@ from src.checkpoints import (
     weights_of,
 )
 from src.errors import sentence
+from src.overrides import typed
 from src.resuming import restore_found
 from src.trust import check_targets, check_texts, known_targets
 
@@ -113,7 +114,7 @@ class OpenedRun(NamedTuple):
 def build(cfg: DictConfig) -> Run:
     """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
     if cfg.resume is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
+        check_targets(plain(cfg, resolve=False), known_targets(training=True), typed("resume", cfg.resume))
     resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
     saved = read_checkpoint(resume_from) if resume_from else None
     before = saved and saved["hyper_parameters"]
@@ -148,7 +149,9 @@ def build(cfg: DictConfig) -> Run:
         check_fit(saved["state_dict"], module, resume_from)
         changed_settings(saved["hyper_parameters"], plain(cfg))
     elif any((directory / "checkpoints").glob("*.ckpt")):
-        raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
+        raise ValueError(
+            f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
+        )
     trainer = build_trainer(cfg, directory)
     from src.memory import MicroBatch, keep_freed_memory
 
@@ -225,7 +228,9 @@ def open_run(
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # a table is one file
         if setting not in config.data:
-            raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
+            raise ValueError(
+                f"{typed('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
+            )
         config.data[setting] = data_root
     settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
@@ -261,7 +266,7 @@ def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
     if node is None or "fingerprint" not in node:
         if encoder is not None:
             raise ValueError(
-                f"encoder={encoder} is for runs with conditioning=pretrained, as {path} is not: leave it out"
+                f"{typed('encoder', encoder)} is for runs with conditioning=pretrained, as {path} is not: leave it out"
             )
         return
     node.cache, node.device = "outputs/cache", "auto"
@@ -295,10 +300,13 @@ def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
     remedy = "choose an earlier checkpoint, or a smaller network that was trained with the same"
     own, other = (meaning(each.config) for each in (opened, weak))
     if changed := next((name for name in {**own, **other} if own.get(name) != other.get(name)), None):
-        raise ValueError(f"guidance.weak={where} has another {changed} than the run, so its outputs differ: {remedy}")
+        raise ValueError(
+            f"{typed('guidance.weak', where)} has another {changed} than the run, so its outputs differ: {remedy}"
+        )
     if weak.module.shape != opened.module.shape:
         raise ValueError(
-            f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}: {remedy}"
+            f"{typed('guidance.weak', where)} makes samples of shape {weak.module.shape}, the run "
+            f"{opened.module.shape}: {remedy}"
         )
 
     weak.module.sampling_dtype = opened.module.sampling_dtype

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
+from src.overrides import typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,12 +45,12 @@ def sample(cfg: DictConfig) -> Path:
         embedded = condition(things) if condition else None
         if sampler.guidance.weak and sampler.guidance.scale == 1:
             raise ValueError(
-                f"guidance.weak={cfg.guidance.weak} is led away from by guidance alone: set guidance.scale=2, or leave "
+                f"{typed('guidance.weak', cfg.guidance.weak)} is led away from by guidance alone: set guidance.scale=2, or leave "
                 "it out"
             )
         if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
             raise ValueError(
-                f"negative={cfg.negative} is led away from by guidance alone, and not beside guidance.weak: set "
+                f"{typed('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.weak: set "
                 "guidance.scale=3, or leave it out"
             )
         if condition and cfg.negative is not None:
@@ -144,7 +145,7 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         for name, value in (("cond", cond), ("negative", negative)):
             if value is not None:
                 raise ValueError(
-                    f"{name}={value} asks for something of a run that takes no conditions: leave it out, or train one "
+                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or train one "
                     "with conditioning=class or conditioning=text"
                 )
         return []
