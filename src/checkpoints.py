@@ -38,7 +38,9 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         )
     for name, value in (("run", run), ("ckpt", ckpt)):
         if value is not None and not str(value).strip():
-            raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
+            raise ValueError(
+                f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}"
+            )
     if ckpt is not None:
         path = Path(str(ckpt))
         if not path.is_file():
@@ -78,7 +80,8 @@ def newest_run(name: str, folder: Path) -> str:
     if not found:
         return ""
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
-    return f"; the newest run in {folder} is {typed(name, newest if name == 'ckpt' else newest.parents[1])}"
+    value = {"ckpt": newest, "runs": [newest.parents[1]]}.get(name, newest.parents[1])
+    return f"; the newest run in {folder} is {typed(name, value)}"
 
 
 def _nearest(path: Path, name: str, pattern: str) -> str:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, read_write
 
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
-from src.overrides import check_overrides, escaped, split_arguments, take_together
+from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
 from src.ranks import FRESH, close_log, follow, is_orphan, rank
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
@@ -45,8 +45,11 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     try:
         if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
             raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
+        if rank() == 0:  # Lightning tells the processes that it starts some settings once more
+            check_repeated(overrides)
         multirun = bool({"-m", "--multirun"} & set(flags))
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
+        overrides = choose_none(overrides)
         check_unused(overrides)
         if together and not multirun:
             overrides = take_together(config_name, overrides, together)

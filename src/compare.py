@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from src.checkpoints import find_checkpoint, read_checkpoint
+from src.arguments import check_counts, check_seeds
+from src.checkpoints import find_checkpoint, newest_run, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
 from src.errors import UsageError, memory_errors, usage_errors
@@ -61,9 +62,10 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_data(found, cfg.data.root is None)
         if cfg.wandb:
             wandb_of(found)
-        for name in ("held_out", "links", "batch_size"):
-            if cfg[name] is not None and cfg[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
+        check_counts(
+            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
+        )
+        check_seeds(cfg)
         from src import out_of_memory, runs
         from src.processes import start_processes
 
@@ -151,15 +153,21 @@ def with_runs(arguments: Sequence[str]) -> list[str]:
 def run_folders(named: Sequence[str]) -> list[Path]:
     """The run folders that are named; for a sweep's folder those of its jobs, by number."""
     if not named:
-        raise ValueError("name runs to compare: folders under outputs/train, or of a sweep under outputs/sweeps")
+        raise ValueError(
+            "name runs to compare: folders under outputs/train, or of a sweep under outputs/sweeps"
+            + newest_run("runs", Path("outputs"))
+        )
     folders: list[Path] = []
     for name in named:
-        folder = Path(name)
+        if not str(name).strip():
+            raise ValueError("runs=[''] names no folder: give folders of runs or of sweeps")
+        folder = Path(str(name))
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder.resolve()}: give folders of runs or of sweeps")
         inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=_by_number)
         if not inside:
-            raise ValueError(f"{folder} is no run and holds none: give folders of runs or of sweeps")
+            hint = newest_run("runs", folder) or ": give folders of runs or of sweeps"
+            raise ValueError(f"{folder} is no run and holds none{hint}")
         folders += inside
     return list({folder.resolve(): folder for folder in folders}.values())
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.arguments import check_counts, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
-from src.overrides import config_groups, nearest
+from src.overrides import config_groups, nearest, typed
 from src.ranks import rank
 from src.tables import duration, markdown, stem
 from src.trust import CONF
@@ -33,6 +34,12 @@ T = TypeVar("T")
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json` and plots into the output folder; returns the metrics."""
     folder = Path(cfg.run_dir)
+    for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
+        if cfg.analytic and value is not None:
+            raise UsageError(
+                f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one of "
+                "them out"
+            )
     if cfg.analytic and rank() > 0:
         return {}
     metrics = against_the_exact(cfg, folder) if cfg.analytic else of_run(cfg, folder)
@@ -50,9 +57,13 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        for name in ("held_out", "links", "batch_size"):
-            if cfg[name] is not None and cfg[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
+        check_counts(
+            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
+        )
+        check_seeds(cfg)
+        check_counts(cfg, "alignment.n", "alignment.judge_steps")
+        if not cfg.ode_tolerance > 0:
+            raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive: 1e-5 is usual")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
@@ -436,6 +447,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 f"{cfg.analytic_samples}"
             )
         check_arguments(cfg.analytic, "analytic")
+        check_seeds(cfg)
         data = building.make(cfg.analytic)
         node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
         assert isinstance(node, DictConfig)

@@ -18,6 +18,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
     """What a training step needs on each device, told without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
+    from src.callbacks import EMA
     from src.memory import estimate
     from src.sharding import FullySharded
 
@@ -29,7 +30,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
         trainer.strategy.root_device,
         str(trainer.precision),
         run.module.make_optimizer,
-        "ema" in (cfg.callbacks or {}),
+        any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
         trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
         isinstance(trainer.strategy, DDPStrategy),
         run.module.null,

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.arguments import check_arguments
+from src.arguments import check_arguments, check_seeds
 from src.building import (
     build_condition,
     build_module,
@@ -126,10 +126,9 @@ def build(cfg: DictConfig) -> Run:
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
     check_arguments(cfg)
-    if cfg.optimizer.get("lr", 1) <= 0:
-        raise ValueError(f"optimizer.lr must be positive, got {cfg.optimizer.lr}: 1e-3 is usual")
-    if not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2^32), got {cfg.seed}: 0 is usual")
+    if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
+        raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
+    check_seeds(cfg)
     quiet_libraries()
     import lightning as L
 
@@ -153,6 +152,10 @@ def build(cfg: DictConfig) -> Run:
             f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
         )
     trainer = build_trainer(cfg, directory)
+    from src.processes import check_processes
+
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
+    check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.arguments import check_counts, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
@@ -31,8 +32,8 @@ def sample(cfg: DictConfig) -> Path:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        if min(cfg.n, cfg.batch_size) < 1:
-            raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
+        check_counts(cfg, "n", "batch_size", "sampler.steps", "devices", "num_nodes")
+        check_seeds(cfg)
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         runs.speed_up(opened, cfg.precision, cfg.compile)
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
