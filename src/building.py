@@ -256,26 +256,49 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
 
 def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
-    """A logger from its YAML. W&B goes offline, and says so, if it cannot start online; a resumed run keeps its id."""
+    """A logger from its YAML, which has written nothing yet; W&B's keeps the id of a resumed run."""
     from src.loggers import wandb_id
 
+    if name == "wandb" and node.id is None:
+        node.id = wandb_id(directory)
     try:
-        if name == "wandb" and node.id is None:
-            node.id = wandb_id(directory)
         logger: Logger = instantiate(node)
         if name == "wandb":
-            _ = getattr(logger, "experiment")  # noqa: B009 - starts the W&B run, the step that can fail
+            import wandb  # noqa: F401 - whether it is there
     except Exception as error:
         if isinstance(error.__cause__ or error, ImportError):
             raise ValueError(
                 f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
                 f"pip install {name}"
             ) from error
-        if name != "wandb" or node.offline:
-            raise
-        warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
-        logger = instantiate(node, offline=True, mode="offline")
+        raise
     return logger
+
+
+def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
+    """Start W&B's run, if it is among the loggers, and keep its id. It goes offline, and says so, if it cannot online.
+
+    Raises ValueError if it cannot start at all.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    from src.loggers import write_wandb_id
+
+    started = list(trainer.loggers)
+    for k, logger in enumerate(started):
+        if not isinstance(logger, WandbLogger):
+            continue
+        node = cfg.logger.wandb
+        try:
+            _ = logger.experiment
+        except Exception as error:
+            if node.offline:
+                raise ValueError(f"logger=wandb cannot start ({sentence(error)}): change logger.wandb.*") from error
+            warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
+            started[k] = instantiate(node, offline=True, mode="offline")
+            _ = started[k].experiment
+        write_wandb_id(directory, node.id)
+    trainer.loggers = started
 
 
 def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:

@@ -1,14 +1,15 @@
 """Start a command: what was typed is checked before anything heavy is imported, then Hydra takes over."""
 
 import os
-import shutil
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -19,8 +20,9 @@ from omegaconf import DictConfig, read_write
 
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
+from src.output import Record, hold_back, sweep_kept, withdraw, withhold
 from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
-from src.ranks import FRESH, close_log, follow, is_orphan, rank
+from src.ranks import follow, heard_by, is_orphan, rank, remove_empty
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -42,12 +44,38 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     overrides, flags = split_arguments(sys.argv[1:])
+    interruption = _Interruption()
+    try:
+        with heard_by(interruption):
+            _launch(config_name, task, overrides, flags, together)
+    except KeyboardInterrupt:  # before there was anything to save
+        sys.exit(128 + (interruption.number or signal.SIGINT))
+    finally:
+        remove_empty()
+
+
+class _Interruption:
+    """As a handler, ends what is going on, and remembers the signal's `number`. A second signal ends the process."""
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)  # what waits within a library hears the first one too late
+        raise KeyboardInterrupt
+
+
+def _launch(
+    config_name: str, task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str], together: str | None
+) -> None:
+    multirun = bool({"-m", "--multirun"} & set(flags))
+    record: Record | None = None
+    folder = Path()
     try:
         if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
             raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
         if rank() == 0:  # Lightning tells the processes that it starts some settings once more
             check_repeated(overrides)
-        multirun = bool({"-m", "--multirun"} & set(flags))
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
         overrides = choose_none(overrides)
         check_unused(overrides)
@@ -56,10 +84,12 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
             follow()
-        sys.argv[1:] = [*flags, *overrides]
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun)
-            check_writable(overrides)
+            if not any(flag in flags for flag in ("--cfg", "-c", "--shell-completion", "-sc")):
+                overrides, record, folder = withhold(config_name, overrides, multirun)
+                check_writable(overrides)
+        sys.argv[1:] = [*flags, *overrides]
     except UsageError as error:
         sys.exit(_say(error, code=2))
 
@@ -67,14 +97,15 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     program = sys.modules["__main__"].__spec__, sys.argv[0]
 
     def guarded(cfg: DictConfig) -> Any:
+        if record is not None:
+            hold_back(record, cfg)
         name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            if rank() == 0:
-                remove_traces(Path(HydraConfig.get().runtime.output_dir))
+            withdraw()
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
@@ -84,11 +115,13 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
                     os._exit(1)  # that the connection to the first process broke is no news
                 time.sleep(0.1)
             raise
+        finally:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                with suppress(OSError):  # the job's folder, if nothing was written into it
+                    Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    try:
+    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext():
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
-    except KeyboardInterrupt:  # before there was anything to save
-        sys.exit(130)
 
 
 def name_folder_for_children() -> None:
@@ -125,21 +158,13 @@ def as_a_single_run(program: Program) -> Iterator[None]:
 def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program) -> Any:
     """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimize` names, if any."""
     settings = HydraConfig.get()
-    if rank() > 0:  # of the tasks of a SLURM job, to whom Hydra has given the log too
-        close_log()
+    if rank() > 0:  # of the tasks of a SLURM job
         follow()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_a_single_run(program):
         result = task(cfg)
     return result[cfg.optimize] if cfg.get("optimize") else result
-
-
-def remove_traces(folder: Path) -> None:
-    """Remove the output folder of a refused command, if this process made it and nothing but Hydra wrote into it."""
-    made = {Path(path).resolve() for name, path in os.environ.items() if name.startswith(FRESH)}
-    if folder.resolve() in made and {f.name for f in folder.iterdir() if f.suffix != ".log"} <= {".hydra", ".lock"}:
-        shutil.rmtree(folder)
 
 
 def _say(error: Exception, code: int) -> int:

@@ -19,6 +19,7 @@ from src.checkpoints import find_checkpoint, newest_run, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
 from src.errors import UsageError, memory_errors, usage_errors
+from src.output import begin
 from src.overrides import key_of, quoted, split_arguments
 from src.ranks import rank
 from src.resolvers import wandb_offline
@@ -117,7 +118,7 @@ def write_report(
         notes=notes,
         how=how_measured(cfg, processes),
     )
-    folder = Path(cfg.run_dir)
+    folder = begin(Path(cfg.run_dir))
     path = report_page.write(folder, page)
     results = report.as_json(page)
     runs.write_json(folder / "comparison.json", results)

@@ -4,12 +4,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why and what to do instead, in one line."""
+class UsageError(CompactHydraException):
+    """What the user asked for cannot be done; the message says why and what to do instead, in one line.
+
+    Hydra prints such an error of a sweep's job without a traceback.
+    """
 
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationException, OmegaConfBaseException)

@@ -12,6 +12,7 @@ from src.arguments import check_counts, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
+from src.output import begin
 from src.overrides import config_groups, nearest, typed
 from src.ranks import rank
 from src.tables import duration, markdown, stem
@@ -84,14 +85,13 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
-    if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Before anything long: what cannot be measured is refused, and a judge may not be good enough.
         yardstick = yardstick_of(cfg, opened, processes) if cfg.quality else None
         exam = exam_of(cfg, opened, processes)
+        begin(folder)
         if cfg.likelihood:
             metrics |= likelihood(cfg, folder, opened, processes)
         if yardstick is not None:
@@ -475,7 +475,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         f"{'sampler':<18}" + "".join(f"{f'{n} steps':>12}" for n in steps),
         *(f"{name:<18}" + "".join(f"{e:>12.2e}" for e in r.moments) for name, r in results.items()),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder)
     (folder / "samplers.txt").write_text("\n".join(lines) + "\n")
     plots.sampler_errors({name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}, chance).save(
         folder / "samplers.png"

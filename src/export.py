@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from src.checkpoints import find_checkpoint, shareable, write_exported
 from src.cli import launch
 from src.errors import usage_errors
+from src.output import begin
 from src.overrides import command, typed
 
 
@@ -18,8 +19,7 @@ def export(cfg: DictConfig) -> Path:
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = shareable(building.plain(opened.config))
-    path = Path(cfg.run_dir) / "model.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = begin(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), cfg.ema, config)
     print(f"{opened.checkpoint} as one file to share: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:

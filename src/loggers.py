@@ -6,30 +6,57 @@ What W&B and TensorBoard show, both are given, under one name and at one step.
 import json
 import os
 import secrets
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 Cell = str | float | int | bool | Image.Image | None
 
 
 def wandb_id(directory: Path) -> str:
-    """The name that W&B knows the run in `directory` by: made up when it starts, read there when it goes on."""
+    """The name that W&B knows the run in `directory` by: read there when it goes on, else made up."""
     path = directory / "wandb_id.txt"
-    if path.is_file():
-        return path.read_text().strip()
-    name = secrets.token_hex(4)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # the only process that logs
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{name}\n")
-    return name
+    return path.read_text().strip() if path.is_file() else secrets.token_hex(4)
+
+
+def write_wandb_id(directory: Path, name: str) -> None:
+    """Keep the name that W&B knows the run by, once W&B has taken it."""
+    path = directory / "wandb_id.txt"
+    if not path.is_file():
+        partial = path.with_suffix(".partial")
+        partial.write_text(f"{name}\n")
+        os.replace(partial, path)
+
+
+@contextmanager
+def left_as_found(folder: Path) -> Iterator[None]:
+    """If W&B's start within this fails or is interrupted, remove what W&B has written into its folder."""
+    existed, before = folder.is_dir(), set(folder.glob("*"))
+    links = {path: path.readlink() for path in before if path.is_symlink()}
+    try:
+        yield
+    except BaseException:
+        if wandb := sys.modules.get("wandb"):
+            with suppress(Exception):
+                wandb.teardown()  # its own process, which writes there too
+        for path in [*(set(folder.glob("*")) - before), *links]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for path, target in links.items():
+            path.symlink_to(target)
+        if not existed and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def show_pictures(trainer: L.Trainer) -> bool:

@@ -1,14 +1,17 @@
 """Which of a run's processes this one is, and the folder that all of them agree on. Torch is not imported for one."""
 
-import logging
 import os
 import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 FRESH = "FRESH_FOLDER_"
@@ -22,16 +25,36 @@ def fresh_folder(parent: str) -> str:
     memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
         return os.environ[memory]
+    remember_missing(Path(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ[memory] = _agreed_folder(parent)
+        _missing.append(Path(os.environ[memory]).resolve())
         return os.environ[memory]
     if slurm_tasks() > 1:
         # Its processes know no more of each other yet than the job that they belong to.
         name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
         os.environ[memory] = str(Path(parent) / name)
-        return os.environ[memory]
-    os.environ[memory] = _made_folder(parent)
+    else:
+        os.environ[memory] = _made_folder(parent)
+    _missing.append(Path(os.environ[memory]).resolve())
     return os.environ[memory]
+
+
+_missing: list[Path] = []
+"""Folders that were not there when this process began, or are its own, from the outermost."""
+
+
+def remember_missing(folder: Path) -> None:
+    """Remember which of `folder` and its parents do not exist, for `remove_empty`."""
+    path = folder.absolute()
+    _missing.extend(p for p in [*reversed(path.parents), path] if not p.exists() and p not in _missing)
+
+
+def remove_empty() -> None:
+    """Remove the folders that were made since `remember_missing`, as far as nothing is in them."""
+    while _missing:
+        with suppress(OSError):
+            _missing.pop().rmdir()
 
 
 def _made_folder(parent: str) -> str:
@@ -40,7 +63,7 @@ def _made_folder(parent: str) -> str:
         path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
         try:
             path.mkdir(parents=True)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # the latter if a refused process has just removed the parent
             continue
         return str(path)
     raise AssertionError
@@ -75,12 +98,18 @@ def local_rank() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
-def close_log() -> None:
-    """Leave the log to the first process."""
-    root = logging.getLogger()
-    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
-        root.removeHandler(handler)
-        handler.close()
+@contextmanager
+def heard_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Within this, a signal to stop calls `handler`."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may listen to signals
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
 def follow() -> None:

@@ -47,7 +47,11 @@ def run_name(folder: str) -> str:
     path = Path(folder).resolve()
     if sweep_name(folder) is None:
         return path.name
-    typed, common = (_overrides(file) for file in (path / ".hydra" / "overrides.yaml", path.parent / "multirun.yaml"))
+    if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == path:
+        typed = list(HydraConfig.get().overrides.task)  # the files are not written yet
+    else:
+        typed = _overrides(path / ".hydra" / "overrides.yaml")
+    common = _overrides(path.parent / "multirun.yaml")
     own = [override for override in typed if override not in common and not override.startswith("resume=")]
     return " ".join(own) or path.name
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.checkpoints import OF_FILES, changed_settings, find_checkpoint, newest_run, read_checkpoint
 from src.errors import UsageError, first_line
+from src.output import OF_RECORD
 from src.overrides import given, key_of, quoted, typed
 from src.trust import check_texts
 
@@ -66,8 +67,8 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # of a sweep that died as it began
             continue
         of_place = "hydra.sweep.dir="
-        if {o for o in typed if not (HOW.match(o) or o.startswith(of_place))} == {
-            o for o in overrides if not HOW.match(o)
+        if {o for o in typed if not (HOW.match(o) or OF_RECORD.match(o) or o.startswith(of_place))} == {
+            o for o in overrides if not (HOW.match(o) or OF_RECORD.match(o))
         }:
             return [*overrides, f"{of_place}{_quoted(str(saved.parent))}"]
     return overrides
@@ -130,8 +131,18 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             continue
         raise UsageError(f"{folder} was started with {line!r:.100}, which {what}{remedy}")
     for path in folder.rglob("*"):
+        if is_wandb_log(path.relative_to(folder)):
+            continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{path} leads out of the run's folder{remedy}")
+
+
+def is_wandb_log(path: Path) -> bool:
+    """Whether a path in a run's folder is W&B's own link to its log in the user's cache.
+
+    W&B makes it at each start, in a new folder, and writes nothing through it.
+    """
+    return len(path.parts) == 4 and path.match("wandb/*run-*/logs/debug-core.log")
 
 
 def _quoted(folder: str) -> str:

@@ -27,6 +27,7 @@ from src.building import (
     settle_condition,
     settle_data,
     settle_micro_batch,
+    start_wandb,
     warn_of_schedule,
 )
 from src.checkpoints import (
@@ -40,6 +41,7 @@ from src.checkpoints import (
     weights_of,
 )
 from src.errors import sentence
+from src.output import begin
 from src.overrides import typed
 from src.resuming import restore_found
 from src.trust import check_targets, check_texts, known_targets
@@ -112,7 +114,10 @@ class OpenedRun(NamedTuple):
 
 
 def build(cfg: DictConfig) -> Run:
-    """Everything that a training run consists of. Raises ValueError for settings that cannot work together."""
+    """Everything that a training run consists of, of which nothing is written yet.
+
+    Raises ValueError for settings that cannot work together.
+    """
     if cfg.resume is not None and not cfg.trust:
         check_targets(plain(cfg, resolve=False), known_targets(training=True), typed("resume", cfg.resume))
     resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
@@ -171,11 +176,33 @@ def build(cfg: DictConfig) -> Run:
         check_accumulation(saved, cfg)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
-    if trainer.is_global_zero:
-        hold(directory)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(dict(module.hparams))
     return Run(directory, module, data, trainer, resume_from)
+
+
+def start(cfg: DictConfig, run: Run) -> None:
+    """Lock the folder of a run that nothing can be said against any more, start its loggers, and write its record.
+
+    Before this, nothing is written into the folder. Raises ValueError if another process trains there, or W&B cannot
+    start.
+    """
+    from src.loggers import left_as_found
+
+    lock = run.directory / ".lock"
+    found = lock.exists()
+    if run.trainer.is_global_zero:
+        hold(run.directory)
+        try:
+            with left_as_found(run.directory / "wandb"):
+                start_wandb(cfg, run.trainer, run.directory)
+                begin(run.directory)
+        except BaseException:
+            if not found:
+                lock.unlink(missing_ok=True)
+            if held := _held.pop(run.directory.resolve(), None):
+                held.close()
+            raise
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams(dict(run.module.hparams))
 
 
 _held: dict[Path, IO[str]] = {}
@@ -190,18 +217,21 @@ def hold(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if before := _held.pop(directory.resolve(), None):
         before.close()
-    file = (directory / ".lock").open("w")
+    path = directory / ".lock"
     for _ in range(30):  # seconds: one that was stopped may still be on its way out
+        file = path.open("a")  # which changes nothing of a file that is there
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which processes that load data do not inherit
         except BlockingIOError:
+            file.close()
             time.sleep(1)
         except OSError:  # a file system without locks
             return
         else:
-            _held[directory.resolve()] = file
-            return
-    file.close()
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                _held[directory.resolve()] = file
+                return
+            file.close()  # its process was refused, and has removed it
     raise ValueError(f"another process trains in {directory}: wait for it or stop it, or choose another run_dir")
 
 

@@ -12,6 +12,7 @@ from src.arguments import check_counts, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
+from src.output import begin
 from src.overrides import typed
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def sample(cfg: DictConfig) -> Path:
 
     from src import plots
 
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begin(Path(cfg.run_dir))
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
     parts: list[torch.Tensor] = []

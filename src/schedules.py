@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.cli import launch
 from src.errors import UsageError, usage_errors
+from src.output import begin
 from src.overrides import config_groups, nearest
 from src.trust import CONF
 
@@ -67,8 +68,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     table = "\n".join(lines)
     print(table)
 
-    folder = Path(cfg.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begin(Path(cfg.run_dir))
     (folder / "schedules.txt").write_text(table + "\n")
     plots.schedule_curves(curves).save(folder / "schedules.png")
     # The same noise under every schedule: a row each, from clean data to the last step.

@@ -3,8 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any, cast
 
@@ -12,21 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from src.ranks import STOP_SIGNALS
-
-
-@contextmanager
-def heard_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within this, a signal to stop calls `handler`."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may listen to signals
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler_before in previous.items():
-            signal.signal(number, handler_before)
+from src.ranks import heard_by
 
 
 class Interruption:

@@ -37,6 +37,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             run.data.prepare_data()
             run.data.setup()
             run.data.stream(run.trainer)
+        runs.start(cfg, run)
     announce(run)
     from src.stopping import Interruption, heard_by, let_children_end
 
