@@ -32,9 +32,12 @@ def _check_command() -> None:
     close = difflib.get_close_matches(name.rpartition(".")[2], commands, n=1)
     hint = f"did you mean src.{close[0]}? The" if close else "the"
     known = ", ".join(f"src.{command}" for command in commands)
-    print(f"error: {name} is not a command: {hint} commands are {known}", file=sys.stderr)
+    sys.stderr.write(f"error: {name} is not a command: {hint} commands are {known}\n")
     sys.exit(2)
 
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m`, and only then
     _check_command()
+    from src.ranks import end_on_ctrl_c
+
+    end_on_ctrl_c()

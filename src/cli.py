@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first reg
 from src.errors import UsageError
 from src.output import Record, hold_back, sweep_kept, withdraw, withhold
 from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
-from src.ranks import follow, heard_by, is_orphan, rank, remove_empty
+from src.ranks import follow, heard_by, ignore_signals, is_orphan, rank, remove_empty, signals_blocked
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -47,8 +48,10 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     interruption = _Interruption()
     try:
         with heard_by(interruption):
-            _launch(config_name, task, overrides, flags, together)
+            _launch(config_name, task, overrides, flags, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
+        if rank() == 0:
+            print("Interrupted", file=sys.stderr)
         sys.exit(128 + (interruption.number or signal.SIGINT))
     finally:
         remove_empty()
@@ -62,11 +65,23 @@ class _Interruption:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)  # what waits within a library hears the first one too late
+        sys.unraisablehook = self.again
         raise KeyboardInterrupt
+
+    def again(self, unraisable: Any) -> None:
+        """Interrupt once more where it was raised in a callback, of an import for example, which Python ignores."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.signal(self.number, self)
+            signal.raise_signal(self.number)
 
 
 def _launch(
-    config_name: str, task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str], together: str | None
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    overrides: list[str],
+    flags: list[str],
+    together: str | None,
+    interruption: _Interruption,
 ) -> None:
     multirun = bool({"-m", "--multirun"} & set(flags))
     record: Record | None = None
@@ -102,6 +117,8 @@ def _launch(
         name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
+        except Exception if interruption.number else () as error:  # what a library made of the interruption
+            raise KeyboardInterrupt from error
         except UsageError as error:
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -120,8 +137,19 @@ def _launch(
                 with suppress(OSError):  # the job's folder, if nothing was written into it
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext():
+    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext(), heard_aside(multirun):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+@contextmanager
+def heard_aside(multirun: bool) -> Iterator[None]:
+    """Have the processes in which a launcher runs jobs start with signals to stop blocked, which this one hears."""
+    if not multirun:
+        yield
+        return
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # it hears them for the main thread
+    with signals_blocked():
+        yield
 
 
 def name_folder_for_children() -> None:
@@ -161,6 +189,7 @@ def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Progr
     if rank() > 0:  # of the tasks of a SLURM job
         follow()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
+        ignore_signals()  # until the job listens to them; the command itself ends its workers
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_a_single_run(program):
         result = task(cfg)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from src.ranks import slurm_tasks
+from src.ranks import signals_blocked, slurm_tasks
 
 T = TypeVar("T")
 _nothing: Any = object()
@@ -61,6 +61,18 @@ def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: 
         )
 
 
+def start_quietly(strategy: Any) -> None:
+    """Have Lightning start the other processes with signals to stop blocked, until they ignore them."""
+    launcher = strategy.launcher
+    if start := getattr(launcher, "_call_children_scripts", None):
+
+        def start_blocked() -> None:
+            with signals_blocked():
+                start()
+
+        launcher._call_children_scripts = start_blocked
+
+
 def start_processes(device: torch.device, devices: int, num_nodes: int) -> Processes:
     """One process for each of `devices` devices of the kind of `device`, on each of `num_nodes` nodes.
 
@@ -88,5 +100,6 @@ def start_processes(device: torch.device, devices: int, num_nodes: int) -> Proce
     except MisconfigurationException as error:
         raise ValueError(f"devices={devices} of kind {device.type} are not to be had here ({error})") from error
     check_processes("", fabric.device, devices, num_nodes, getattr(fabric.strategy, "cluster_environment", None))
+    start_quietly(fabric.strategy)
     fabric.launch()
     return Processes(fabric.device, fabric.global_rank, fabric.world_size)

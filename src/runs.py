@@ -157,10 +157,11 @@ def build(cfg: DictConfig) -> Run:
             f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
         )
     trainer = build_trainer(cfg, directory)
-    from src.processes import check_processes
+    from src.processes import check_processes, start_quietly
 
     environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
+    start_quietly(trainer.strategy)
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
