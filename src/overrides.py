@@ -313,7 +313,7 @@ def _check_finite(name: str, default: Any, value: Any) -> None:
             _check_finite(name, next(iter(default), None) if isinstance(default, list) else None, each)
     elif isinstance(value, float) and not math.isfinite(value):
         endless = isinstance(default, float) and math.isinf(default)
-        if math.isnan(value) or not (endless or name in MAY_BE_INFINITE):
+        if not (value > 0 and (endless or name in MAY_BE_INFINITE)):
             raise UsageError(f"{name}={value} must be a finite number")
 
 

@@ -46,7 +46,10 @@ def test_numbers_that_are_not_finite_are_refused():
     """NaN anywhere; an infinity wherever the default is finite or none, but where it stands for no bound."""
     for name, override in (
         *(("train", f"optimizer.lr={value}") for value in ("inf", "-inf", "nan", "+inf", "1e999")),
-        *(("train", f"{name}=inf") for name in ("optimizer.weight_decay", "optimizer.eps", "snr_shift", "process.clip")),
+        *(
+            ("train", f"{name}=inf")
+            for name in ("optimizer.weight_decay", "optimizer.eps", "snr_shift", "process.clip")
+        ),
         *(("train", f"{name}=nan") for name in ("data.val_fraction", "model.dropout", "trainer.gradient_clip_val")),
         ("train", "callbacks.ema.decay=nan"),
         ("train", "optimizer.betas=[0.9,nan]"),
@@ -209,7 +212,11 @@ def test_a_run_trains_with_any_choice_of_callbacks(choice, tmp_path):
     if "quality" in choice:
         settings += ["callbacks.quality.n=20", "callbacks.quality.features=[pixels]"]
     if "default" in choice:
-        settings += ["callbacks.bits_per_dim.samples=3", "callbacks.samples.count=4", "callbacks.progress.refresh_rate=0"]
+        settings += [
+            "callbacks.bits_per_dim.samples=3",
+            "callbacks.samples.count=4",
+            "callbacks.progress.refresh_rate=0",
+        ]
     settings += ["trainer.max_steps=2", "validate_every=1", f"run_dir='{tmp_path / 'run'}'"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
