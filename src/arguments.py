@@ -67,6 +67,13 @@ def check_counts(cfg: DictConfig, *names: str) -> None:
             raise ValueError(f"{name}={value} must be at least 1")
 
 
+def check_names(cfg: DictConfig, name: str) -> None:
+    """Raise ValueError if a setting is neither null, a name nor a list of names."""
+    value = cfg[name]
+    if not all(isinstance(each, str) for each in (value if isinstance(value, ListConfig) else [value or ""])):
+        raise ValueError(f"{name}={value} must be a name or a list of names")
+
+
 def check_seeds(cfg: DictConfig, prefix: str = "") -> None:
     """Raise ValueError if a seed, at any depth, does not lie in [0, 2^32), for which NumPy has generators."""
     for key in map(str, cfg):
@@ -74,9 +81,8 @@ def check_seeds(cfg: DictConfig, prefix: str = "") -> None:
         if isinstance(node, DictConfig):
             if not node._is_none():
                 check_seeds(node, f"{prefix}{key}.")
-        elif key == "seed" or key.endswith("_seed"):
-            if isinstance(seed := cfg[key], int) and not 0 <= seed < 2**32:
-                raise ValueError(f"{prefix}{key}={seed} must lie in [0, 2^32): 0 is usual")
+        elif (key == "seed" or key.endswith("_seed")) and isinstance(seed := cfg[key], int) and not 0 <= seed < 2**32:
+            raise ValueError(f"{prefix}{key}={seed} must lie in [0, 2^32): 0 is usual")
 
 
 def _hints(target: Any) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs lie under outputs/train'}")
     if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
         raise FileNotFoundError(
-            f"{folder} holds the checkpoints of a run, and is no run folder: did you mean {typed('run', folder.parent)}?"
+            f"{folder} holds the checkpoints of a run, and is no run folder: did you mean "
+            f"{typed('run', folder.parent)}?"
         )
     for path in by_age(folder):
         if is_whole(path):

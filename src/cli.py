@@ -117,16 +117,18 @@ def _launch(
         name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
-        except Exception if interruption.number else () as error:  # what a library made of the interruption
-            raise KeyboardInterrupt from error
         except UsageError as error:
+            if interruption.number:  # what a library made of it
+                raise KeyboardInterrupt from error
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             withdraw()
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
-        except Exception:
+        except Exception as error:
+            if interruption.number:
+                raise KeyboardInterrupt from error
             for _ in range(100 if rank() > 0 else 0):
                 if is_orphan():
                     os._exit(1)  # that the connection to the first process broke is no news

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from src.arguments import check_counts, check_seeds
+from src.arguments import check_counts, check_names, check_seeds
 from src.checkpoints import find_checkpoint, newest_run, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
@@ -50,6 +50,11 @@ class Found(NamedTuple):
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, and write the page, tables and plots into the output folder. Returns all figures."""
     with usage_errors():
+        check_counts(
+            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
+        )
+        check_seeds(cfg)
+        check_names(cfg, "features")
         folders = run_folders(list(cfg.runs or []))
         found, notes = survey(folders)
         if rank() == 0:
@@ -63,10 +68,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_data(found, cfg.data.root is None)
         if cfg.wandb:
             wandb_of(found)
-        check_counts(
-            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
-        )
-        check_seeds(cfg)
         from src import out_of_memory, runs
         from src.processes import start_processes
 

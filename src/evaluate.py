@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.arguments import check_counts, check_seeds
+from src.arguments import check_counts, check_names, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
@@ -38,8 +38,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
         if cfg.analytic and value is not None:
             raise UsageError(
-                f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one of "
-                "them out"
+                f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one "
+                "of them out"
             )
     if cfg.analytic and rank() > 0:
         return {}
@@ -63,6 +63,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         )
         check_seeds(cfg)
         check_counts(cfg, "alignment.n", "alignment.judge_steps")
+        check_names(cfg, "features")
+        if not all(isinstance(each, DictConfig) for each in samplers_of(cfg)):
+            raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
         if not cfg.ode_tolerance > 0:
             raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive: 1e-5 is usual")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
@@ -73,7 +76,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         runs.speed_up(opened, cfg.precision, cfg.compile)
         samplers = {}
         own = opened.config.sampler
-        for asked in cfg.samplers or [None]:
+        for asked in samplers_of(cfg) or [None]:
             settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
             sampler = runs.sampler_of(opened, settings, cfg.guidance)
             scale = sampler.guidance.scale
@@ -106,6 +109,11 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
             print(f"  {path}")
     return metrics
+
+
+def samplers_of(cfg: DictConfig) -> list[Any]:
+    """Return the settings of each sampler that is asked for by `samplers`; none for the one of `sampler`."""
+    return list(cfg.samplers) if isinstance(cfg.samplers, ListConfig) else [cfg.samplers] if cfg.samplers else []
 
 
 def sampler_name(settings: DictConfig) -> str:

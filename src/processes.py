@@ -56,8 +56,8 @@ def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: 
     alone = environment is None or not environment.creates_processes_externally
     if num_nodes > 1 and alone and "NODE_RANK" not in os.environ:  # by which a node started by hand says which it is
         raise ValueError(
-            f"{prefix}num_nodes={num_nodes} needs the command to be started on each node, by torchrun or srun: leave it "
-            "out for this machine alone"
+            f"{prefix}num_nodes={num_nodes} needs the command to be started on each node, by torchrun or srun: leave "
+            "it out for this machine alone"
         )
 
 

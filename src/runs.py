@@ -134,6 +134,9 @@ def build(cfg: DictConfig) -> Run:
     if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
     check_seeds(cfg)
+    for name, least in (("keep_checkpoints", -1), ("neighbours.samples", 0), ("neighbours.among", 0)):
+        if (number := OmegaConf.select(cfg, name)) < least:
+            raise ValueError(f"{name}={number} must be at least {least}")
     quiet_libraries()
     import lightning as L
 

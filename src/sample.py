@@ -47,13 +47,13 @@ def sample(cfg: DictConfig) -> Path:
         embedded = condition(things) if condition else None
         if sampler.guidance.weak and sampler.guidance.scale == 1:
             raise ValueError(
-                f"{typed('guidance.weak', cfg.guidance.weak)} is led away from by guidance alone: set guidance.scale=2, or leave "
-                "it out"
+                f"{typed('guidance.weak', cfg.guidance.weak)} is led away from by guidance alone: set "
+                "guidance.scale=2, or leave it out"
             )
         if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
             raise ValueError(
-                f"{typed('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.weak: set "
-                "guidance.scale=3, or leave it out"
+                f"{typed('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.weak: "
+                "set guidance.scale=3, or leave it out"
             )
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -146,8 +146,8 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         for name, value in (("cond", cond), ("negative", negative)):
             if value is not None:
                 raise ValueError(
-                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or train one "
-                    "with conditioning=class or conditioning=text"
+                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or train "
+                    "one with conditioning=class or conditioning=text"
                 )
         return []
     if cond is None:
