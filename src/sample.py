@@ -146,8 +146,8 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         for name, value in (("cond", cond), ("negative", negative)):
             if value is not None:
                 raise ValueError(
-                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or train "
-                    "one with conditioning=class or conditioning=text"
+                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or "
+                    "train one with conditioning=class or conditioning=text"
                 )
         return []
     if cond is None:
