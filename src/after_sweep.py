@@ -11,6 +11,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from src.overrides import command, key_of, literal, typed
 from src.ranks import rank
 from src.sweeps import gpus
 from src.trust import CONF
@@ -31,21 +32,24 @@ class CompareRuns(Callback):
         if rank() > 0:
             return
         sweep = Path(config.hydra.sweep.dir)
-        quoted = str(sweep).replace("\\", "\\\\").replace("'", "\\'")
         jobs = sum(folder.name.isdecimal() for folder in sweep.iterdir())
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         devices = self.devices or max(1, min(8, jobs, len(gpus()) or cores))
-        command = [sys.executable, "-m", "src.compare", f"runs=['{quoted}']", f"hydra.run.dir='{quoted}/comparison'"]
+        settings: dict[str, object] = {"runs": [sweep], "hydra.run.dir": sweep / "comparison", "devices": devices}
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
         }
         if any(sweep.glob("*/wandb_id.txt")):  # that runs which W&B logs leave
-            command.append("wandb=true")
-        done = subprocess.run([*command, f"devices={devices}", *self.overrides], env=environment, check=False)
+            settings["wandb"] = True
+        own = set(map(key_of, self.overrides))
+        words = [f"{name}={literal(value)}" for name, value in settings.items() if name not in own]
+        done = subprocess.run(
+            [sys.executable, "-m", "src.compare", *words, *self.overrides], env=environment, check=False
+        )
         if done.returncode:
             warnings.warn(
                 f"the jobs of the sweep are done, but comparing them failed (status {done.returncode}, see above): try "
-                f"again with python -m src.compare {sweep}",
+                f"again with {command('compare', typed('runs', [sweep]))}",
                 stacklevel=2,
             )

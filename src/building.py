@@ -213,7 +213,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     devices = cfg.trainer.devices
     if isinstance(devices, int) and devices < 1 and devices != -1:
         raise ValueError(f"trainer.devices must be at least 1, or auto for all that there are, got {devices}")
-    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items()]
+    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items() if node]
     accumulate = cfg.trainer.accumulate_grad_batches
     clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"
     if (clip is not None and clip <= 0) or algorithm != "norm":
@@ -221,7 +221,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             f"gradients are clipped by their norm to trainer.gradient_clip_val > 0, got {clip} by {algorithm}: "
             "1.0 is usual, null clips nothing"
         )
-    callbacks = [make(node) for node in (cfg.callbacks or {}).values()]
+    # A model brings settings along for callbacks that perhaps were not chosen: these have no _target_.
+    callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
         callbacks.append(MicroBatch())
     if loggers:

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from src.overrides import typed
 from src.trust import check_plain
 
 if TYPE_CHECKING:
@@ -26,30 +27,68 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
-    """The checkpoint that `run=` (the newest whole one in the folder) or `ckpt=` means. Raises FileNotFoundError."""
+    """Return the checkpoint that `run=` (the newest whole one in the folder) or `ckpt=` means.
+
+    Raises FileNotFoundError if there is none, ValueError unless one of the two is given.
+    """
     if (run is None) == (ckpt is None):
         raise ValueError(
             "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
+            + ("" if run else newest_run("run", Path("outputs/train")))
         )
+    for name, value in (("run", run), ("ckpt", ckpt)):
+        if value is not None and not str(value).strip():
+            raise ValueError(
+                f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}"
+            )
     if ckpt is not None:
-        path = Path(ckpt)
+        path = Path(str(ckpt))
         if not path.is_file():
+            of_run = path.parent if path.name == "checkpoints" else path
+            hint = f"; did you mean {typed('run', of_run)}?" if any((of_run / "checkpoints").glob("*.ckpt")) else ""
+            hint = hint or newest_run("ckpt", path) or _nearest(path, "ckpt", "*.ckpt")
             raise FileNotFoundError(
-                f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder"
+                f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
             )
         return path
     folder = Path(str(run))
     if folder.is_file():
-        raise FileNotFoundError(f"{folder} is a file, and a run is a folder: use ckpt={folder} for one checkpoint")
+        raise FileNotFoundError(
+            f"{folder} is a file, and a run is a folder: use {typed('ckpt', folder)} for one checkpoint"
+        )
     if not folder.is_dir():
-        close = difflib.get_close_matches(folder.name, [f.name for f in folder.parent.glob("*/")], n=1)
-        near = f"; did you mean {folder.parent / close[0]}?" if close else ""
+        near = _nearest(folder, "run", "*/")
         raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs lie under outputs/train'}")
+    if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
+        raise FileNotFoundError(
+            f"{folder} holds the checkpoints of a run, and is no run folder: did you mean "
+            f"{typed('run', folder.parent)}?"
+        )
     for path in by_age(folder):
         if is_whole(path):
             return path
         warnings.warn(f"{path} is damaged and passed over for the next newest checkpoint", stacklevel=2)
-    raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/*.ckpt that is whole: has it trained?")
+    hint = newest_run("run", folder) or ": has it trained?"
+    raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/*.ckpt that is whole{hint}")
+
+
+def newest_run(name: str, folder: Path) -> str:
+    """Return the end of an error: the newest run in a folder that is none itself, as the setting `name` takes it.
+
+    Empty if there is none, at most two folders down.
+    """
+    found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
+    if not found:
+        return ""
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    value = {"ckpt": newest, "runs": [newest.parents[1]]}.get(name, newest.parents[1])
+    return f"; the newest run in {folder} is {typed(name, value)}"
+
+
+def _nearest(path: Path, name: str, pattern: str) -> str:
+    """Return the end of an error: what lies beside `path` and has nearly its name; empty if nothing has."""
+    close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
+    return f"; did you mean {typed(name, path.parent / close[0])}?" if close else ""
 
 
 def by_age(folder: Path) -> list[Path]:

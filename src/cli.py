@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,14 +15,15 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
 from src.errors import UsageError
 from src.output import Record, hold_back, sweep_kept, withdraw, withhold
-from src.overrides import check_overrides, split_arguments, take_together
-from src.ranks import follow, heard_by, is_orphan, rank, remove_empty
+from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
+from src.ranks import follow, heard_by, ignore_signals, is_orphan, rank, remove_empty, signals_blocked
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -46,8 +48,10 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     interruption = _Interruption()
     try:
         with heard_by(interruption):
-            _launch(config_name, task, overrides, flags, together)
+            _launch(config_name, task, overrides, flags, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
+        if rank() == 0:
+            print("Interrupted", file=sys.stderr)
         sys.exit(128 + (interruption.number or signal.SIGINT))
     finally:
         remove_empty()
@@ -61,11 +65,23 @@ class _Interruption:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         signal.signal(number, signal.SIG_DFL)  # what waits within a library hears the first one too late
+        sys.unraisablehook = self.again
         raise KeyboardInterrupt
+
+    def again(self, unraisable: Any) -> None:
+        """Interrupt once more where it was raised in a callback, of an import for example, which Python ignores."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.signal(self.number, self)
+            signal.raise_signal(self.number)
 
 
 def _launch(
-    config_name: str, task: Callable[[DictConfig], Any], overrides: list[str], flags: list[str], together: str | None
+    config_name: str,
+    task: Callable[[DictConfig], Any],
+    overrides: list[str],
+    flags: list[str],
+    together: str | None,
+    interruption: _Interruption,
 ) -> None:
     multirun = bool({"-m", "--multirun"} & set(flags))
     record: Record | None = None
@@ -73,7 +89,10 @@ def _launch(
     try:
         if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
             raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
+        if rank() == 0:  # Lightning tells the processes that it starts some settings once more
+            check_repeated(overrides)
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
+        overrides = choose_none(overrides)
         check_unused(overrides, multirun)
         if together and not multirun:
             overrides = take_together(config_name, overrides, together)
@@ -95,16 +114,21 @@ def _launch(
     def guarded(cfg: DictConfig) -> Any:
         if record is not None:
             hold_back(record, cfg)
+        name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
         except UsageError as error:
+            if interruption.number:  # what a library made of it
+                raise KeyboardInterrupt from error
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             withdraw()
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
-        except Exception:
+        except Exception as error:
+            if interruption.number:
+                raise KeyboardInterrupt from error
             for _ in range(100 if rank() > 0 else 0):
                 if is_orphan():
                     os._exit(1)  # that the connection to the first process broke is no news
@@ -115,8 +139,27 @@ def _launch(
                 with suppress(OSError):  # the job's folder, if nothing was written into it
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext():
+    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext(), heard_aside(multirun):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+
+@contextmanager
+def heard_aside(multirun: bool) -> Iterator[None]:
+    """Have the processes in which a launcher runs jobs start with signals to stop blocked, which this one hears."""
+    if not multirun:
+        yield
+        return
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # it hears them for the main thread
+    with signals_blocked():
+        yield
+
+
+def name_folder_for_children() -> None:
+    """Give the run's folder as Lightning puts it on the command lines of its processes, between double quotes."""
+    settings: Any = HydraConfig.get()
+    with read_write(settings), read_write(settings.run):
+        typed = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
+        settings.run.dir = escaped(typed)  # since it is looked up
 
 
 @contextmanager
@@ -125,12 +168,9 @@ def as_a_single_run(program: Program) -> Iterator[None]:
 
     What it leaves behind of them is taken away, so that the next job starts its own.
     """
-    hydra_config: Any = HydraConfig.get()
-    with read_write(hydra_config), read_write(hydra_config.run):
-        hydra_config.run.dir = hydra_config.runtime.output_dir
     main = sys.modules["__main__"]  # which in a launcher's worker is the launcher's own
     arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
-    main.__spec__, sys.argv = program[0], [program[1], *hydra_config.overrides.task]
+    main.__spec__, sys.argv = program[0], [program[1], *HydraConfig.get().overrides.task]
     try:
         yield
     finally:
@@ -151,6 +191,7 @@ def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Progr
     if rank() > 0:  # of the tasks of a SLURM job
         follow()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
+        ignore_signals()  # until the job listens to them; the command itself ends its workers
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_a_single_run(program):
         result = task(cfg)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from src.checkpoints import find_checkpoint, read_checkpoint
+from src.arguments import check_counts, check_names, check_seeds
+from src.checkpoints import find_checkpoint, newest_run, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
 from src.errors import UsageError, memory_errors, usage_errors
 from src.output import begin
-from src.overrides import split_arguments
+from src.overrides import key_of, quoted, split_arguments
 from src.ranks import rank
 from src.resolvers import wandb_offline
 from src.resuming import saved_overrides
@@ -48,6 +50,11 @@ class Found(NamedTuple):
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, and write the page, tables and plots into the output folder. Returns all figures."""
     with usage_errors():
+        check_counts(
+            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
+        )
+        check_seeds(cfg)
+        check_names(cfg, "features")
         folders = run_folders(list(cfg.runs or []))
         found, notes = survey(folders)
         if rank() == 0:
@@ -61,9 +68,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_data(found, cfg.data.root is None)
         if cfg.wandb:
             wandb_of(found)
-        for name in ("held_out", "links", "batch_size"):
-            if cfg[name] is not None and cfg[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
         from src import out_of_memory, runs
         from src.processes import start_processes
 
@@ -135,28 +139,37 @@ def write_report(
 def with_runs(arguments: Sequence[str]) -> list[str]:
     """Folders among the arguments, which are neither overrides nor flags, as `runs=[...]`."""
     overrides, flags = split_arguments(arguments)
-    folders = [word for word in overrides if "=" not in word.split("/")[0] and not word.startswith(("~", "+"))]
+    folders = [
+        word
+        for word in overrides
+        if os.path.isdir(word) or ("=" not in word.split("/")[0] and not word.startswith(("~", "+")))
+    ]
     if not folders:
         return [*flags, *overrides]
     others = [word for word in overrides if word not in folders]
-    if any(word.startswith("runs=") for word in others):
+    if "runs" in map(key_of, others):
         raise UsageError(f"{folders[0]} and runs=... both name runs: put all folders into one of them")
-    quoted = ("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
-    return [*flags, *others, f"runs=[{','.join(quoted)}]"]
+    return [*flags, *others, f"runs=[{','.join(map(quoted, folders))}]"]
 
 
 def run_folders(named: Sequence[str]) -> list[Path]:
     """The run folders that are named; for a sweep's folder those of its jobs, by number."""
     if not named:
-        raise ValueError("name runs to compare: folders under outputs/train, or of a sweep under outputs/sweeps")
+        raise ValueError(
+            "name runs to compare: folders under outputs/train, or of a sweep under outputs/sweeps"
+            + newest_run("runs", Path("outputs"))
+        )
     folders: list[Path] = []
     for name in named:
-        folder = Path(name)
+        if not str(name).strip():
+            raise ValueError("runs=[''] names no folder: give folders of runs or of sweeps")
+        folder = Path(str(name))
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder.resolve()}: give folders of runs or of sweeps")
         inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=_by_number)
         if not inside:
-            raise ValueError(f"{folder} is no run and holds none: give folders of runs or of sweeps")
+            hint = newest_run("runs", folder) or ": give folders of runs or of sweeps"
+            raise ValueError(f"{folder} is no run and holds none{hint}")
         folders += inside
     return list({folder.resolve(): folder for folder in folders}.values())
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.arguments import check_counts, check_names, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
 from src.output import begin
-from src.overrides import config_groups, nearest
+from src.overrides import config_groups, nearest, typed
 from src.ranks import rank
 from src.tables import duration, markdown, stem
 from src.trust import CONF
@@ -34,6 +35,12 @@ T = TypeVar("T")
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json` and plots into the output folder; returns the metrics."""
     folder = Path(cfg.run_dir)
+    for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
+        if cfg.analytic and value is not None:
+            raise UsageError(
+                f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one "
+                "of them out"
+            )
     if cfg.analytic and rank() > 0:
         return {}
     metrics = against_the_exact(cfg, folder) if cfg.analytic else of_run(cfg, folder)
@@ -51,9 +58,16 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        for name in ("held_out", "links", "batch_size"):
-            if cfg[name] is not None and cfg[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
+        check_counts(
+            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
+        )
+        check_seeds(cfg)
+        check_counts(cfg, "alignment.n", "alignment.judge_steps")
+        check_names(cfg, "features")
+        if not all(isinstance(each, DictConfig) for each in samplers_of(cfg)):
+            raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
+        if not cfg.ode_tolerance > 0:
+            raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive: 1e-5 is usual")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
@@ -62,7 +76,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         runs.speed_up(opened, cfg.precision, cfg.compile)
         samplers = {}
         own = opened.config.sampler
-        for asked in cfg.samplers or [None]:
+        for asked in samplers_of(cfg) or [None]:
             settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
             sampler = runs.sampler_of(opened, settings, cfg.guidance)
             scale = sampler.guidance.scale
@@ -95,6 +109,11 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
             print(f"  {path}")
     return metrics
+
+
+def samplers_of(cfg: DictConfig) -> list[Any]:
+    """Return the settings of each sampler that is asked for by `samplers`; none for the one of `sampler`."""
+    return list(cfg.samplers) if isinstance(cfg.samplers, ListConfig) else [cfg.samplers] if cfg.samplers else []
 
 
 def sampler_name(settings: DictConfig) -> str:
@@ -436,6 +455,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 f"{cfg.analytic_samples}"
             )
         check_arguments(cfg.analytic, "analytic")
+        check_seeds(cfg)
         data = building.make(cfg.analytic)
         node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
         assert isinstance(node, DictConfig)

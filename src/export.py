@@ -8,6 +8,7 @@ from src.checkpoints import find_checkpoint, shareable, write_exported
 from src.cli import launch
 from src.errors import usage_errors
 from src.output import begin
+from src.overrides import command, typed
 
 
 def export(cfg: DictConfig) -> Path:
@@ -23,7 +24,7 @@ def export(cfg: DictConfig) -> Path:
     print(f"{opened.checkpoint} as one file to share: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out, since it would tell of this machine: {', '.join(left_out)}")
-    print(f"Who has it types: python -m src.sample ckpt={path.name} n=64")
+    print(f"Sample from it with: {command('sample', typed('ckpt', path), 'n=64')}")
     return path
 
 

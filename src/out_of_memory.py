@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.building import hollow_network
+from src.overrides import command, typed
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
     """What a training step needs on each device, told without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
+    from src.callbacks import EMA
     from src.memory import estimate
     from src.sharding import FullySharded
 
@@ -28,7 +30,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
         trainer.strategy.root_device,
         str(trainer.precision),
         run.module.make_optimizer,
-        "ema" in (cfg.callbacks or {}),
+        any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
         trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
         isinstance(trainer.strategy, DDPStrategy),
         run.module.null,
@@ -52,7 +54,8 @@ def while_training(cfg: DictConfig, run: "Run") -> str:
     }
     settings = [setting for setting, helps in remedies.items() if helps]
     advice = ", then ".join(settings) if settings else "a smaller model, or one dealt out by trainer=fsdp"
-    again = f"; saved: go on with python -m src.train resume={run.directory} {' '.join(settings)}" if saved else ""
+    line = command("train", typed("resume", run.directory), *settings)
+    again = f"; saved: go on with {line}" if saved else ""
     return (
         f"out of memory at data.micro_batch {micro} (samples per device and forward pass) on "
         f"{having(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"

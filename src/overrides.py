@@ -6,17 +6,20 @@ that was meant.
 
 import difflib
 import itertools
+import math
+import os
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError, first_line
@@ -24,6 +27,11 @@ from src.trust import CONF
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
+OPTIONAL = ("callbacks", "conditioning", "experiment", "logger", "sweep")
+"""Groups without which a run can be: null chooses none."""
+MAY_BE_EMPTY = ("cond", "negative")
+"""Texts of which the empty one is one too."""
+MAY_BE_INFINITE = ("guidance.interval",)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -44,12 +52,18 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, flags
 
 
+def choose_none(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with `group=null`, which Hydra does not read, as it does read that none is chosen."""
+    none = {f"{group}=null": [f"{group}=none"] if group in ("callbacks", "logger") else [] for group in OPTIONAL}
+    return [each for override in overrides for each in none.get(override, [override])]
+
+
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
     """Raise UsageError for an override that names no group, option or key, with the nearest that exists."""
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise UsageError(f"cannot read the override: {first_line(error)} (overrides look like key=value)") from error
+        raise UsageError(f"cannot read the override: {first_line(error)} ({_as_one_text(overrides)})") from error
     groups = config_groups()
     chosen: list[str] = []
     for override in parsed:
@@ -65,7 +79,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
         for override in parsed:
             if override.key_or_group not in groups:
                 _check_key(override, base, groups)
-            elif override.is_delete() and override.key_or_group in base:
+            elif override.is_delete() and override.key_or_group in base and override.key_or_group not in OPTIONAL:
                 raise UsageError(
                     f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
                     f"{', '.join(groups[override.key_or_group])}"
@@ -81,8 +95,10 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
         raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
     for override in parsed:
-        if override.key_or_group not in groups and not override.is_delete():
-            _check_type(override.key_or_group, base, final)
+        name = override.key_or_group
+        if name not in groups and not name.startswith("hydra") and not override.is_delete():
+            for value in _values(override):
+                _check_value(name, _raw(base, name), value)
     for name in flatten(final):
         parent, _, last = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
@@ -90,14 +106,102 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
 
 
 def typed(name: str, value: object) -> str:
-    """`name=value` as it is to be typed in a shell: a text in one piece with its commas, lists in brackets."""
-    plain = r"(?!(null|true|false|nan|inf)$)[a-z_]([a-z0-9_ ]*[a-z0-9_])?"  # what Hydra takes for a text unquoted
-    if isinstance(value, str) and not re.fullmatch(plain, value, re.IGNORECASE | re.ASCII):
-        value = QuotedString(value, Quote.single).with_quotes()
-    text = f"{name}={value}"
-    if re.fullmatch(r"[\w=.-]+", text):
+    """Return `name=value` as one word of a shell's command line, from which Hydra reads this very value.
+
+    A text stays a text, also one like `null` or `1e3`, and in one piece with its commas; a sequence becomes a list.
+    """
+    return shell_word(f"{name}={literal(value)}")
+
+
+def command(name: str, *words: str) -> str:
+    """Return the line that runs `src.<name>` with overrides that `typed` wrote, or that need no quotes."""
+    return " ".join([f"python -m src.{name}", *words])
+
+
+def literal(value: object) -> str:
+    """Return `value` in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | ListConfig):
+        return f"[{','.join(map(literal, value))}]"
+    text = str(value)
+    if re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII) and parsed(f"name={text}").value() == text:
         return text
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
+
+
+def escaped(text: str) -> str:
+    """Return `text` so that OmegaConf gives it back as it is, and looks nothing up in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def shell_word(text: str) -> str:
+    """Return `text` quoted for bash and zsh; on one line, whatever it holds."""
+    if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
+        return text
+    if not text.isprintable():
+        octal = "".join(
+            f"\\{byte:03o}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text)
+        )
+        return f"$'{octal}'"
     return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'
+
+
+def parsed(override: str) -> Override:
+    """Return what Hydra reads from one override. Raises HydraException if it cannot."""
+    return OverridesParser.create().parse_override(override)
+
+
+def key_of(override: str) -> str:
+    """Return the group or setting that an override is of."""
+    try:
+        return str(parsed(override).key_or_group)
+    except HydraException:  # which check_overrides will say
+        return override.lstrip("+~").partition("=")[0]
+
+
+def given(overrides: Sequence[str], name: str) -> str | None:
+    """Return the text that the last override of the setting `name` gives it; None if none does, or null.
+
+    Raises UsageError for an empty one.
+    """
+    text = None
+    for override in overrides:
+        if key_of(override) != name:
+            continue
+        try:
+            value = parsed(override)
+        except HydraException:  # which check_overrides will say
+            continue
+        if value.is_delete() or value.is_sweep_override() or value.value() is None:
+            text = None
+            continue
+        text = str(value.value())
+        if not text.strip():
+            raise UsageError(f"{name}= is empty: give a value, or leave it out")
+        with suppress(OmegaConfBaseException):  # what only Hydra can look up stays as it is
+            text = str(OmegaConf.create({"value": text})["value"])
+    return text
+
+
+def _as_one_text(overrides: Sequence[str]) -> str:
+    """How to type the first override that Hydra cannot read, if its value is one text."""
+    for override in overrides:
+        name, _, value = override.partition("=")
+        try:
+            parsed(override)
+        except HydraException:
+            if value and re.fullmatch(r"[+~]*[\w./]+", name):
+                return f"if its value is one text, type {typed(name, value)}"
+            break
+    return "overrides look like key=value"
 
 
 def take_together(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
@@ -153,7 +257,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
         raise UsageError(
             f"{override.input_line} follows from where Hydra puts a run: "
-            f"type {typed('hydra.run.dir', override.value())}"
+            f"type {typed('hydra.run.dir', given([str(override.input_line)], 'run_dir') or 'FOLDER')}"
         )
     node: Any = base
     for depth, part in enumerate(parts):
@@ -176,11 +280,16 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
 
 
-def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
-    """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing."""
-    default, value = _raw(base, name), _raw(final, name)
+def _check_value(name: str, default: Any, value: Any) -> None:
+    """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing.
+
+    Likewise for an empty text, which as a folder would be the current one, and for a number that is not finite.
+    """
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return
+    if isinstance(value, str) and not value.strip() and default != "" and name not in MAY_BE_EMPTY:
+        raise UsageError(f"{name}= is empty: give a value, or leave it out")
+    _check_finite(name, default, value)
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "a whole number"),
@@ -192,6 +301,30 @@ def _check_type(name: str, base: DictConfig, final: DictConfig) -> None:
                 example = "" if "${" in str(default) else f", such as {default}"
                 raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}{example}")
             return
+
+
+def _check_finite(name: str, default: Any, value: Any) -> None:
+    """Raise UsageError for NaN, and for an infinity where the default is none, in numbers, lists and dictionaries."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _check_finite(f"{name}.{key}", default.get(key) if isinstance(default, dict) else None, each)
+    elif isinstance(value, list):
+        for each in value:
+            _check_finite(name, next(iter(default), None) if isinstance(default, list) else None, each)
+    elif isinstance(value, float) and not math.isfinite(value):
+        endless = isinstance(default, float) and math.isinf(default)
+        if not (value > 0 and (endless or name in MAY_BE_INFINITE)):
+            raise UsageError(f"{name}={value} must be a finite number")
+
+
+def check_repeated(overrides: Sequence[str]) -> None:
+    """Raise UsageError if two overrides are of one key, of which Hydra would take the last without a word."""
+    first: dict[str, str] = {}
+    for override in overrides:
+        key = re.split("[=]", override.lstrip("+~ "), maxsplit=1)[0].strip()
+        if key in first:
+            raise UsageError(f"{first[key]} and {override} both set {key}: leave one of them out")
+        first[key] = override
 
 
 def _raw(cfg: DictConfig, name: str) -> Any:
@@ -231,6 +364,16 @@ def _one_value(override: Override) -> str:
     value = override.value()
     first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
     return f"{prefix}{override.key_or_group}={first}"
+
+
+def _values(override: Override) -> list[Any]:
+    """Return the value of an override, or those of a sweep; of a range or an interval its ends."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [value.start, value.end]
+    if isinstance(value, RangeSweep):
+        return [value.start]
+    return list(override.sweep_iterator(Override._convert_value)) if override.is_sweep_override() else [value]
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

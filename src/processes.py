@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from src.ranks import slurm_tasks
+from src.ranks import signals_blocked, slurm_tasks
 
 T = TypeVar("T")
 _nothing: Any = object()
@@ -40,6 +40,39 @@ class Processes:
         return [result for turn in turns for result in turn if result is not _nothing]
 
 
+def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: int, environment: Any) -> None:
+    """Raise ValueError for more processes than the machine can use, or nodes on which no process would be started.
+
+    On a CPU a "device" is a process, so nothing else bounds them: one for each core, and up to 8 in any case, for
+    trying out what several do. `environment` is Lightning's, or None for a single process; `prefix` is that of the
+    settings' names.
+    """
+    most = max(8, os.cpu_count() or 1)
+    if device.type == "cpu" and devices > most:
+        raise ValueError(
+            f"{prefix}devices={devices} is more than this machine can use: at most {most} processes on its "
+            f"{os.cpu_count()} cores"
+        )
+    alone = environment is None or not environment.creates_processes_externally
+    if num_nodes > 1 and alone and "NODE_RANK" not in os.environ:  # by which a node started by hand says which it is
+        raise ValueError(
+            f"{prefix}num_nodes={num_nodes} needs the command to be started on each node, by torchrun or srun: leave "
+            "it out for this machine alone"
+        )
+
+
+def start_quietly(strategy: Any) -> None:
+    """Have Lightning start the other processes with signals to stop blocked, until they ignore them."""
+    launcher = strategy.launcher
+    if start := getattr(launcher, "_call_children_scripts", None):
+
+        def start_blocked() -> None:
+            with signals_blocked():
+                start()
+
+        launcher._call_children_scripts = start_blocked
+
+
 def start_processes(device: torch.device, devices: int, num_nodes: int) -> Processes:
     """One process for each of `devices` devices of the kind of `device`, on each of `num_nodes` nodes.
 
@@ -66,5 +99,7 @@ def start_processes(device: torch.device, devices: int, num_nodes: int) -> Proce
         fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
     except MisconfigurationException as error:
         raise ValueError(f"devices={devices} of kind {device.type} are not to be had here ({error})") from error
+    check_processes("", fabric.device, devices, num_nodes, getattr(fabric.strategy, "cluster_environment", None))
+    start_quietly(fabric.strategy)
     fabric.launch()
     return Processes(fabric.device, fabric.global_rank, fabric.world_size)

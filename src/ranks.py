@@ -117,9 +117,45 @@ def follow() -> None:
     warnings.simplefilter("ignore")
     if "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
         # Started by the first process, which is killed when this one ends before it has understood a signal.
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
     end_with_parent()
+
+
+def ignore_signals() -> None:
+    """Ignore signals to stop, also those that came while `signals_blocked` kept them from this process."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Start processes within this: a signal to stop reaches them only when they know what to do with it.
+
+    Else each of them would answer Ctrl-C with the traceback of an import. This process hears a signal afterwards, or in
+    another of its threads.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_on_ctrl_c() -> None:
+    """Have Ctrl-C end this process in one line, whatever it is importing."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if rank() == 0:
+            os.write(2, b"Interrupted\n")
+        os._exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, end)
 
 
 _watched: set[int] = set()

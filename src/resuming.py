@@ -11,9 +11,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from src.checkpoints import OF_FILES, changed_settings, find_checkpoint, read_checkpoint
+from src.checkpoints import OF_FILES, changed_settings, find_checkpoint, newest_run, read_checkpoint
 from src.errors import UsageError, first_line
 from src.output import OF_RECORD
+from src.overrides import given, key_of, quoted, typed
 from src.trust import check_texts
 
 HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
@@ -28,23 +29,23 @@ def expand_resume(overrides: list[str]) -> list[str]:
 
     `resume=auto` is the unfinished run that was started with just what is typed, and nothing if there is none.
     """
-    folder = next((_unquoted(o.removeprefix("resume=")) for o in overrides if o.startswith("resume=")), None)
-    if folder in (None, "", "null"):
+    folder = given(overrides, "resume")
+    if folder is None:
         return overrides
     if folder == "auto":
-        overrides = [o for o in overrides if not o.startswith("resume=")]
+        overrides = [o for o in overrides if key_of(o) != "resume"]
         if (folder := unfinished_run(overrides)) is None:
             return overrides
-        overrides = [*overrides, f"resume='{_quoted(folder)}'"]
+        overrides = [*overrides, f"resume={_quoted(folder)}"]
     if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
-        raise UsageError(
-            f"no run to resume in {Path(folder).resolve()}: give a folder that holds .hydra and checkpoints"
-        )
+        hint = newest_run("resume", Path(folder)) or ": give a folder that holds .hydra and checkpoints"
+        raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
-    if not any(o.lower() == "trust=true" for o in overrides):
+    if given(overrides, "trust") != "True":
         check_saved(Path(folder), before)
-    given = [o for o in overrides if not o.startswith("hydra.run.dir=")]
-    return [*(o for o in before if o not in given), *given, f"hydra.run.dir='{_quoted(folder)}'"]
+    now = [o for o in overrides if key_of(o) != "hydra.run.dir"]
+    again = set(map(key_of, now))
+    return [*(o for o in before if key_of(o) not in again), *now, f"hydra.run.dir={_quoted(folder)}"]
 
 
 def expand_sweep(overrides: list[str]) -> list[str]:
@@ -52,11 +53,11 @@ def expand_sweep(overrides: list[str]) -> list[str]:
 
     Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.take_up`).
     """
-    if not any(o.startswith("resume=") for o in overrides):
+    if (folder := given(overrides, "resume")) is None:
         return overrides
-    if "resume=auto" not in overrides:
+    if folder != "auto":
         raise UsageError("a sweep goes on by resume=auto, with hydra.sweep.dir=... if it is not the newest of its kind")
-    if any(o.startswith("hydra.sweep.dir=") for o in overrides):
+    if given(overrides, "hydra.sweep.dir") is not None:
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
         try:
@@ -69,7 +70,7 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         if {o for o in typed if not (HOW.match(o) or OF_RECORD.match(o) or o.startswith(of_place))} == {
             o for o in overrides if not (HOW.match(o) or OF_RECORD.match(o))
         }:
-            return [*overrides, f"{of_place}'{_quoted(str(saved.parent))}'"]
+            return [*overrides, f"{of_place}{_quoted(str(saved.parent))}"]
     return overrides
 
 
@@ -78,14 +79,14 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
 
     None if it holds no checkpoint, so that there is nothing to go on from.
     """
-    given = [_unquoted(o.removeprefix("hydra.run.dir=")) for o in overrides if o.startswith("hydra.run.dir=")]
-    folders = [Path(given[-1])] if given else sorted(Path("outputs/train").glob("*/"), reverse=True)
+    named = given(overrides, "hydra.run.dir")
+    folders = [Path(named)] if named else sorted(Path("outputs/train").glob("*/"), reverse=True)
     for folder in folders:
         saved = folder / ".hydra" / "overrides.yaml"
         if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
             continue
         typed = {o for o in overrides if not HOW.match(o)}
-        if given or (set(saved_overrides(folder)) == typed and not (folder / "metrics.json").exists()):
+        if named or (set(saved_overrides(folder)) == typed and not (folder / "metrics.json").exists()):
             return str(folder)
     return None
 
@@ -97,9 +98,11 @@ def saved_overrides(folder: Path) -> list[str]:
         lines = yaml.safe_load(path.read_text())  # as it stands: OmegaConf would look up what is in ${...}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read ({first_line(error)}): start a new run") from error
-    if not (isinstance(lines, list) and all(isinstance(line, str) and line.isprintable() for line in lines)):
-        raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
-    return [line for line in lines if not HOW.match(line)]
+    if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
+        lines = [line for line in lines if not HOW.match(line)]
+        if all(line.isprintable() for line in lines):
+            return lines
+    raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
 
 
 def check_saved(folder: Path, overrides: Sequence[str]) -> None:
@@ -143,24 +146,22 @@ def is_wandb_log(path: Path) -> bool:
 
 
 def _quoted(folder: str) -> str:
-    """As it may stand between single quotes."""
-    return str(Path(folder).resolve()).replace("'", "\\'")
-
-
-def _unquoted(value: str) -> str:
-    return value.strip("'\"").replace("\\'", "'")
+    return quoted(str(Path(folder).resolve()))
 
 
 def check_writable(overrides: Sequence[str]) -> None:
     """Make the folder that is named for the run. Raises UsageError if it cannot be made."""
-    for override in overrides:
-        name, _, folder = override.partition("=")
-        if name in ("hydra.run.dir", "hydra.sweep.dir") and "${" not in folder:
+    for name in ("hydra.run.dir", "hydra.sweep.dir"):
+        folder = given(overrides, name)
+        if any(key_of(o) == name and "\\${" in o for o in overrides):
+            raise UsageError(f"{name}={folder} holds ${{, which Hydra would look up: choose another folder")
+        if folder is not None and "${" not in folder:
             try:
-                Path(_unquoted(folder)).mkdir(parents=True, exist_ok=True)
+                Path(folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(
-                    f"{override}: the folder cannot be made ({error.strerror}): choose one that can be written to"
+                    f"{typed(name, folder)}: the folder cannot be made ({error.strerror}): choose one that can be "
+                    "written to"
                 ) from error
 
 
@@ -170,14 +171,16 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     Hydra would write over what that one was told.
     """
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
-    given = [_unquoted(o.removeprefix(f"{name}=")) for o in overrides if o.startswith(f"{name}=")]
-    if not given or any(o.startswith("resume=") for o in overrides):
+    folder = given(overrides, name)
+    if not folder or given(overrides, "resume") is not None:
         return
-    if multirun and any(o.startswith("hydra.sweep.subdir=") for o in overrides):  # its jobs lie elsewhere
+    if multirun and given(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
         return
-    run, how = (Path(given[-1]) / "0", "auto") if multirun else (Path(given[-1]), given[-1])
+    run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
-        raise UsageError(f"{given[-1]} already holds a {kind}: go on with resume={how}, or choose another folder")
+        raise UsageError(
+            f"{folder} already holds a {kind}: go on with {typed('resume', how)}, or choose another folder"
+        )
 
 
 def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.arguments import check_arguments
+from src.arguments import check_arguments, check_seeds
 from src.building import (
     build_condition,
     build_module,
@@ -44,6 +44,7 @@ from src.checkpoints import (
 )
 from src.errors import sentence
 from src.output import begin
+from src.overrides import typed
 from src.resuming import restore_found
 from src.trust import check_targets, check_texts, known_targets
 
@@ -132,7 +133,7 @@ def build(cfg: DictConfig) -> Run:
     Raises ValueError for settings that cannot work together.
     """
     if cfg.resume is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), f"resume={cfg.resume}")
+        check_targets(plain(cfg, resolve=False), known_targets(training=True), typed("resume", cfg.resume))
     resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
     saved = read_checkpoint(resume_from) if resume_from else None
     before = saved and saved["hyper_parameters"]
@@ -144,10 +145,12 @@ def build(cfg: DictConfig) -> Run:
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
     check_arguments(cfg)
-    if cfg.optimizer.get("lr", 1) <= 0:
-        raise ValueError(f"optimizer.lr must be positive, got {cfg.optimizer.lr}: 1e-3 is usual")
-    if not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"seed must lie in [0, 2^32), got {cfg.seed}: 0 is usual")
+    if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
+        raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
+    check_seeds(cfg)
+    for name, least in (("keep_checkpoints", -1), ("neighbours.samples", 0), ("neighbours.among", 0)):
+        if (number := OmegaConf.select(cfg, name)) < least:
+            raise ValueError(f"{name}={number} must be at least {least}")
     quiet_libraries()
     import lightning as L
 
@@ -168,8 +171,15 @@ def build(cfg: DictConfig) -> Run:
         changed_settings(saved["hyper_parameters"], plain(cfg))
         check_steps(saved, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
-        raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
+        raise ValueError(
+            f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
+        )
     trainer = build_trainer(cfg, directory)
+    from src.processes import check_processes, start_quietly
+
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
+    check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
+    start_quietly(trainer.strategy)
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -271,7 +281,9 @@ def open_run(
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # a table is one file
         if setting not in config.data:
-            raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
+            raise ValueError(
+                f"{typed('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
+            )
         config.data[setting] = data_root
     settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
@@ -307,7 +319,7 @@ def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
     if node is None or "fingerprint" not in node:
         if encoder is not None:
             raise ValueError(
-                f"encoder={encoder} is for runs with conditioning=pretrained, as {path} is not: leave it out"
+                f"{typed('encoder', encoder)} is for runs with conditioning=pretrained, as {path} is not: leave it out"
             )
         return
     node.cache, node.device = "outputs/cache", "auto"
@@ -341,10 +353,13 @@ def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
     remedy = "choose an earlier checkpoint, or a smaller network that was trained with the same"
     own, other = (meaning(each.config) for each in (opened, weak))
     if changed := next((name for name in {**own, **other} if own.get(name) != other.get(name)), None):
-        raise ValueError(f"guidance.weak={where} has another {changed} than the run, so its outputs differ: {remedy}")
+        raise ValueError(
+            f"{typed('guidance.weak', where)} has another {changed} than the run, so its outputs differ: {remedy}"
+        )
     if weak.module.shape != opened.module.shape:
         raise ValueError(
-            f"guidance.weak={where} makes samples of shape {weak.module.shape}, the run {opened.module.shape}: {remedy}"
+            f"{typed('guidance.weak', where)} makes samples of shape {weak.module.shape}, the run "
+            f"{opened.module.shape}: {remedy}"
         )
 
     weak.module.sampling_dtype = opened.module.sampling_dtype

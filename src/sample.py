@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.arguments import check_counts, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import memory_errors, usage_errors
 from src.output import begin
+from src.overrides import typed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +33,8 @@ def sample(cfg: DictConfig) -> Path:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        if min(cfg.n, cfg.batch_size) < 1:
-            raise ValueError(f"n and batch_size must be at least 1, got {cfg.n} and {cfg.batch_size}")
+        check_counts(cfg, "n", "batch_size", "sampler.steps", "devices", "num_nodes")
+        check_seeds(cfg)
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         runs.speed_up(opened, cfg.precision, cfg.compile)
         settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
@@ -45,13 +47,13 @@ def sample(cfg: DictConfig) -> Path:
         embedded = condition(things) if condition else None
         if sampler.guidance.weak and sampler.guidance.scale == 1:
             raise ValueError(
-                f"guidance.weak={cfg.guidance.weak} is led away from by guidance alone: set guidance.scale=2, or leave "
-                "it out"
+                f"{typed('guidance.weak', cfg.guidance.weak)} is led away from by guidance alone: set "
+                "guidance.scale=2, or leave it out"
             )
         if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
             raise ValueError(
-                f"negative={cfg.negative} is led away from by guidance alone, and not beside guidance.weak: set "
-                "guidance.scale=3, or leave it out"
+                f"{typed('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.weak: "
+                "set guidance.scale=3, or leave it out"
             )
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -144,8 +146,8 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         for name, value in (("cond", cond), ("negative", negative)):
             if value is not None:
                 raise ValueError(
-                    f"{name}={value} asks for something of a run that takes no conditions: leave it out, or train one "
-                    "with conditioning=class or conditioning=text"
+                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or "
+                    "train one with conditioning=class or conditioning=text"
                 )
         return []
     if cond is None:

@@ -33,13 +33,15 @@ def show_schedules(cfg: DictConfig) -> Path:
     from hydra.utils import instantiate
 
     from src import plots
-    from src.arguments import check_arguments
+    from src.arguments import check_arguments, check_counts, check_seeds
     from src.building import build_schedule
     from src.diffusion.noise import Level, terminal_alpha_bar
     from src.draws import Draws
 
     tables = {}
     with usage_errors():
+        check_counts(cfg, "num_steps")
+        check_seeds(cfg)
         for name in names:
             node = OmegaConf.load(CONF / "schedule" / f"{name}.yaml")
             assert isinstance(node, DictConfig)

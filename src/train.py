@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
-from src.overrides import typed
+from src.overrides import command, typed
 from src.ranks import rank
 from src.resuming import take_up
 
@@ -63,7 +63,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             raise
         raise UsageError(
             f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: lower "
-            f"data.num_workers ({cfg.data.num_workers} now) and go on with resume={relative(run.directory)}"
+            f"data.num_workers ({cfg.data.num_workers} now) and go on with "
+            f"{command('train', typed('resume', relative(run.directory)))}"
         ) from error
     finally:
         let_children_end()
@@ -108,7 +109,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
-        sample = f"python -m src.sample run={relative(run.directory)}"
+        sample = command("sample", typed("run", relative(run.directory)))
         print(f"More samples: {sample} n=64")
         if (condition := run.data.condition) and condition.examples:
             asked = condition.examples[0]
@@ -193,7 +194,8 @@ def say_how_to_go_on(run: "Run") -> None:
         print(f"\nStopped at step {run.trainer.global_step}: nothing was saved yet.")
         return
     step = read_checkpoint(saved)["global_step"]
-    print(f"\nStopped, saved at step {step}. Go on with: python -m src.train resume={relative(run.directory)}")
+    resume = command("train", typed("resume", relative(run.directory)))
+    print(f"\nStopped, saved at step {step}. Go on with: {resume}")
 
 
 def relative(path: Path) -> Path:
