@@ -85,6 +85,13 @@ class Run(NamedTuple):
             time.sleep(10)
 
     @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written."""
+        from src.disk import NoCheckpoints
+
+        return not isinstance(self.trainer.strategy.checkpoint_io, NoCheckpoints)
+
+    @property
     def stop_signal(self) -> int:
         """The signal that ended training; 0 if no callback was there to say."""
         from src.stopping import CleanStop
@@ -150,6 +157,7 @@ def build(cfg: DictConfig) -> Run:
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     trainer = build_trainer(cfg, directory)
+    data.overfit_batches = cfg.trainer.get("overfit_batches") or 0
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -167,7 +175,7 @@ def build(cfg: DictConfig) -> Run:
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     if trainer.is_global_zero:
         hold(directory)
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if trainer.enable_autolog_hparams else ():
         logger.log_hyperparams(dict(module.hparams))
     return Run(directory, module, data, trainer, resume_from)
 
