@@ -227,14 +227,14 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             "samples while training",
             stacklevel=2,
         )
+    plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
+    if tries or settings.get("enable_checkpointing") is False:
+        plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
+    elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpoints())
+    if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
+        raise ValueError("one of trainer.plugins says the precision too; set trainer.precision=null")
     try:
-        plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
-        if tries or settings.get("enable_checkpointing") is False:
-            plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
-        elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins.append(WholeCheckpoints())
-        if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
-            raise ValueError("`plugins` tell the precision too; set trainer.precision=null")
         given = {
             "callbacks": kept(callbacks, {**settings, "limit_val_batches": limit}),
             "logger": loggers or False,
@@ -421,13 +421,15 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
 
 
 def quiet_libraries() -> None:
-    """Silence what Lightning says of itself: each line twice under Hydra, and advertisements among them."""
+    """Silence what Lightning says of itself, advertisements among it, and have it say the rest once under Hydra."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("callbacks.model_summary", "profilers.profiler"):  # which say only what they were asked for
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    if logging.getLogger().handlers:  # Hydra's, which say it too
+        logging.getLogger("lightning.pytorch").handlers.clear()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # The stream of batches starts at the step where the checkpoint left it.

@@ -67,7 +67,7 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
         raise ValueError(f"{shown('gradient_clip_val', settings)} must not be negative: 1.0 is usual, 0 clips nothing")
     if "max_time" in settings and not is_duration(settings["max_time"]):
         raise ValueError(
-            f"{shown('max_time', settings)} must be a duration above 0, as days:hours:minutes:seconds: \"00:02:00:00\" "
+            f'{shown("max_time", settings)} must be a duration above 0, as days:hours:minutes:seconds: "00:02:00:00" '
             "is two hours"
         )
     overfit = settings.get("overfit_batches", 0)

@@ -201,8 +201,8 @@ class ValidationStream(Sampler[Places]):
         kept = min(limit, self.rounds) if isinstance(limit, int) else int(limit * self.rounds)
         if kept == 0 < limit:
             raise ValueError(
-                f"trainer.limit_val_batches={limit} (or trainer.overfit_batches) leaves none of {self.rounds} validation "
-                f"batches: use at least {math.ceil(100 / self.rounds) / 100}, or a whole number"
+                f"trainer.limit_val_batches={limit} (or trainer.overfit_batches) leaves none of {self.rounds} "
+                f"validation batches: use at least {math.ceil(100 / self.rounds) / 100}, or a whole number"
             )
         self.total = edges[kept * world]
         self.spans = list(pairwise(edges))[rank : kept * world : world]
