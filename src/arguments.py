@@ -49,7 +49,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                     f"{dotted} asks for {absent}, which the configuration lacks: leave it in, and "
                     "choose a model that fits the data, model=mlp for points, model=unet_* for images"
                 ) from error
-            if isinstance(value, DictConfig):
+            if isinstance(value, DictConfig) or (name == "trainer" and value is None):  # Lightning's default
                 continue
             if key in hints and not _matches(value, hints[key]):
                 shown = "null" if value is None else value

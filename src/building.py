@@ -194,60 +194,64 @@ def names_of(given: Any) -> list[str] | None:
 
 
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
-    """Lightning's Trainer with the configured callbacks and loggers."""
+    """Lightning's Trainer with the configured callbacks and loggers.
+
+    Of its arguments null stands for Lightning's default. Raises ValueError for those that are to be set in another way.
+    """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LearningRateMonitor
+    from lightning.pytorch.plugins import CheckpointIO, Precision
 
-    from src.disk import WholeCheckpoints
+    from src.disk import NoCheckpoints, WholeCheckpoints
     from src.memory import MicroBatch
+    from src.trainer_settings import check_built, check_settings, explained, kept, validation_interval
 
-    if not 1 <= cfg.trainer.max_steps <= 10**9:
-        raise ValueError(
-            f"trainer.max_steps must lie in [1, 10^9], got {cfg.trainer.max_steps}: training is counted in steps"
-        )
-    if cfg.trainer.max_epochs not in (-1, None):
-        raise ValueError(
-            f"trainer.max_epochs={cfg.trainer.max_epochs}: training is counted in steps; set trainer.max_steps"
-        )
-    devices = cfg.trainer.devices
-    if isinstance(devices, int) and devices < 1 and devices != -1:
-        raise ValueError(f"trainer.devices must be at least 1, or auto for all that there are, got {devices}")
-    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items() if node]
-    accumulate = cfg.trainer.accumulate_grad_batches
-    clip, algorithm = cfg.trainer.gradient_clip_val, cfg.trainer.get("gradient_clip_algorithm") or "norm"
-    if (clip is not None and clip <= 0) or algorithm != "norm":
-        raise ValueError(
-            f"gradients are clipped by their norm to trainer.gradient_clip_val > 0, got {clip} by {algorithm}: "
-            "1.0 is usual, null clips nothing"
-        )
+    settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
+    check_settings(settings, cfg.resume is not None, bool(cfg.logger))
+    for name in ("validate_every", "checkpoint_every"):
+        if cfg[name] < 1:
+            raise ValueError(f"{name} must be at least 1 step, got {cfg[name]}")
+    interval = validation_interval(settings, cfg.validate_every)
+    tries = bool(settings.get("fast_dev_run"))
+    logs = settings.get("logger", True) and not tries
+    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items() if node and logs]
     # A model brings settings along for callbacks that perhaps were not chosen: these have no _target_.
     callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
         callbacks.append(MicroBatch())
     if loggers:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
-    for name in ("validate_every", "checkpoint_every", "trainer.log_every_n_steps"):
-        if (steps := OmegaConf.select(cfg, name)) < 1:
-            raise ValueError(f"{name} must be at least 1 step, got {steps}")
-    every = min(cfg.validate_every, cfg.trainer.max_steps)
-    try:
-        trainer: L.Trainer = instantiate(
-            cfg.trainer,
-            callbacks=callbacks,
-            logger=loggers or False,
-            plugins=[WholeCheckpoints()],
-            default_root_dir=str(directory),
-            val_check_interval=every * accumulate,  # Lightning counts batches
+    limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
+    if limit == 0 and not tries:
+        warnings.warn(
+            "trainer.limit_val_batches=0 turns validation off: there will be no val/loss, no best checkpoint and no "
+            "samples while training",
+            stacklevel=2,
         )
+    plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
+    if tries or settings.get("enable_checkpointing") is False:
+        plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
+    elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpoints())
+    if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
+        raise ValueError("one of trainer.plugins says the precision too; set trainer.precision=null")
+    try:
+        given = {
+            "callbacks": kept(callbacks, {**settings, "limit_val_batches": limit}),
+            "logger": loggers or False,
+            "plugins": plugins,
+            "default_root_dir": str(directory),
+            "val_check_interval": interval,
+            "check_val_every_n_epoch": None,
+            "limit_val_batches": limit,
+            "overfit_batches": 0,  # which stream of batches it is, is the data's affair
+            "use_distributed_sampler": False,  # the stream is distributed, and such a one Lightning leaves alone
+        }
+        trainer: L.Trainer = make(OmegaConf.masked_copy(cfg.trainer, [*settings]), given)
     except Exception as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, MisconfigurationException | RuntimeError):
-            raise
-        raise ValueError(
-            f"{sentence(cause)} (trainer.accelerator={cfg.trainer.accelerator} trainer.devices={cfg.trainer.devices} "
-            f"trainer.precision={cfg.trainer.precision} on this machine): trainer=default takes whatever there is"
-        ) from error
+        cause = error.__cause__
+        raise ValueError(explained(cause if isinstance(cause, Exception) else error, settings)) from error
+    check_built(trainer)
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
         # Else SIGUSR1 before and after training saves a checkpoint that is none of the run's, and requeues the job.
@@ -441,11 +445,15 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
 
 
 def quiet_libraries() -> None:
-    """Silence what Lightning says of itself: each line twice under Hydra, and advertisements among them."""
+    """Silence what Lightning says of itself, advertisements among it, and have it say the rest once under Hydra."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("callbacks.model_summary", "profilers.profiler"):  # which say only what they were asked for
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    if logging.getLogger().handlers:  # Hydra's, which say it too
+        logging.getLogger("lightning.pytorch").handlers.clear()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # The stream of batches starts at the step where the checkpoint left it.

@@ -259,6 +259,7 @@ class NonFiniteGuard(L.Callback):
                 f"lower optimizer.lr (it was {trainer.optimizers[0].param_groups[0]['lr']:.3g}), or use "
                 "trainer.precision=32-true"
             )
+            trainer.fit_loop.epoch_loop.min_steps = None  # more steps would not help
             trainer.should_stop = True
             return
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]

@@ -195,7 +195,7 @@ def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Progr
         sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_a_single_run(program):
         result = task(cfg)
-    return result[cfg.optimize] if cfg.get("optimize") else result
+    return result.get(cfg.optimize) if cfg.get("optimize") else result  # without validation there is none
 
 
 def _say(error: Exception, code: int) -> int:

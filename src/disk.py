@@ -85,6 +85,13 @@ class WholeCheckpoints(TorchCheckpointIO):
             path.unlink(missing_ok=True)
 
 
+class NoCheckpoints(TorchCheckpointIO):
+    """Writes none, whoever saves one, as `trainer.enable_checkpointing=false` and `trainer.fast_dev_run` ask."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        return
+
+
 class CSVLogger(loggers.CSVLogger):
     """Lightning's; rows that cannot be written are kept, and written when there is room again."""
 

@@ -204,7 +204,8 @@ def divisors(n: int) -> list[int]:
 
 def accumulate(trainer: L.Trainer, batches: int) -> None:
     """Have the optimizer step after so many batches, and validation come after as many steps as before."""
-    trainer.val_check_interval = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * batches
+    if isinstance(trainer.val_check_interval, int):  # else it is a share of the run
+        trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
     trainer.accumulate_grad_batches = batches
 
 

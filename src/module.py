@@ -173,16 +173,21 @@ class DiffusionModule(L.LightningModule):
             raise RuntimeError(
                 f"the processes start at steps {starts}: all must see the run's folder, with the same checkpoints in it"
             )
-        every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches
-        if self.validated < self.global_step and self.global_step % every == 0:
+        due = self.validated < self.global_step and self.global_step % self.validation_period == 0
+        if due and trainer.enable_validation:
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation.restarting = False  # from its first batch
             trainer.validating = True
             validation.run()
             trainer.training = True
 
+    @property
+    def validation_period(self) -> float:
+        """The steps from one validation to the next."""
+        return self.trainer.val_check_interval / self.trainer.accumulate_grad_batches
+
     def on_validation_epoch_end(self) -> None:
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.validated = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -339,17 +344,20 @@ class DiffusionModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip by total norm, log it, and take no step where it is not finite.
+        """Clip by total norm or by value, log the norm, and take no step where it is not finite.
 
         Lightning's own clipping refuses fused optimizers, which are the fast ones. A learned curve is clipped by
         itself: it descends something else, whose gradients have another size.
         """
-        limit = gradient_clip_val or math.inf
+        by_value = gradient_clip_algorithm == "value"
+        limit = math.inf if by_value or not gradient_clip_val else gradient_clip_val
         norm = total_norm(nn.utils.clip_grad_norm_(self.weights, limit))
         if self._is_logged(self.global_step):
             self.log("train/grad_norm", norm)
         if self.curve_weights:
             norm = norm + nn.utils.clip_grad_norm_(self.curve_weights, limit)
+        if by_value and gradient_clip_val:
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         self.grad_norm = norm.detach()
         skip_unless(norm.isfinite(), optimizer)
 

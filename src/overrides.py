@@ -94,6 +94,11 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
     names = {o.key_or_group for o in parsed if o.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
         raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
+    if {"validate_every", "trainer.val_check_interval"} <= names:
+        raise UsageError(
+            "validate_every and trainer.val_check_interval both say when to validate: give one of them "
+            "(trainer.val_check_interval=null takes that one back)"
+        )
     for override in parsed:
         name = override.key_or_group
         if name not in groups and not name.startswith("hydra") and not override.is_delete():

@@ -430,7 +430,7 @@ class Quality(L.Callback):
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         fitting = trainer.state.fn == TrainerFn.FITTING
-        every = int(trainer.val_check_interval) // trainer.accumulate_grad_batches * self.every
+        every = pl_module.validation_period * self.every
         if fitting and trainer.global_step % every and trainer.global_step < trainer.max_steps:
             return
         try:

@@ -102,6 +102,13 @@ class Run(NamedTuple):
         return metrics if ended else None
 
     @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written."""
+        from src.disk import NoCheckpoints
+
+        return not isinstance(self.trainer.strategy.checkpoint_io, NoCheckpoints)
+
+    @property
     def stop_signal(self) -> int:
         """The signal that ended training; 0 if no callback was there to say."""
         from src.stopping import CleanStop
@@ -180,6 +187,7 @@ def build(cfg: DictConfig) -> Run:
     environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
+    data.overfit_batches = cfg.trainer.get("overfit_batches") or 0
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -214,7 +222,7 @@ def start(cfg: DictConfig, run: Run) -> None:
     try:
         with left_as_found([folder_of(logger) for logger in run.trainer.loggers if run.trainer.is_global_zero]):
             start_wandb(cfg, run.trainer, run.directory)
-            for logger in run.trainer.loggers:
+            for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
             begin(run.directory)
     except BaseException:

@@ -16,6 +16,7 @@ from src.ranks import rank
 from src.resuming import take_up
 
 if TYPE_CHECKING:
+    import lightning as L
     import torch
 
     from src.runs import Run
@@ -33,10 +34,16 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run = runs.build(cfg)
         if cfg.optimize not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
             raise ValueError(f"optimize={cfg.optimize} is no metric of this run: choose one of {', '.join(known)}")
+        if run.trainer.limit_val_batches == 0 and is_optimized():
+            raise ValueError(
+                f"optimize={cfg.optimize} is not measured with trainer.limit_val_batches=0: leave that out, or give at "
+                "least one batch"
+            )
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()
             run.data.setup()
             run.data.stream(run.trainer)
+            run.data.validation_stream(run.trainer)
         if run.resume_from is not None and (metrics := run.finished):
             if rank() == 0:
                 print(
@@ -70,7 +77,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
         let_children_end()
         runs.close(run)
     if not math.isfinite(metrics.get("val/loss", 0)):
-        raise UsageError(f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr})")
+        precision = str(run.trainer.precision)
+        finer = "" if precision in ("32-true", "64-true") else f" or set trainer.precision=32-true (it was {precision})"
+        raise UsageError(
+            f"training diverged, val/loss is not finite: lower optimizer.lr (it was {cfg.optimizer.lr}){finer}"
+        )
     return metrics
 
 
@@ -86,7 +97,8 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         raise UsageError(run.diagnosis)
     run.save()
     steps = run.trainer.global_step
-    if run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics:
+    validates = run.trainer.limit_val_batches > 0
+    if validates and (run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics):
         run.trainer.validate(run.module, datamodule=run.data, verbose=False)
     known = run.trainer.callback_metrics.items()
     metrics = {
@@ -95,6 +107,11 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
+    loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
+    if run.trainer.fast_dev_run:
+        if run.trainer.is_global_zero:
+            print(f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}. Nothing was saved or logged.")
+        return metrics
     film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:
         from src.disk import when_there_is_room, without_room_go_on
@@ -104,17 +121,43 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
         when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
-        print(f"Done: {steps} steps in {took}, val/loss {metrics.get('val/loss', math.nan):.4g}. Look at:")
+        early = " (trainer.max_time is over)" if steps < run.trainer.max_steps and is_time_over(run.trainer) else ""
+        print(f"Done: {count(steps, 'step')} in {took}{early}, {loss}. Look at:")
         pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbours.png")]
         for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")
+        if not run.saves:
+            print("No checkpoint was saved, as trainer.enable_checkpointing=false asks.")
+            return metrics
         sample = command("sample", typed("run", relative(run.directory)))
         print(f"More samples: {sample} n=64")
         if (condition := run.data.condition) and condition.examples:
             asked = condition.examples[0]
             print(f"Of what you ask for: {sample} n=16 {typed('cond', asked if isinstance(asked, str) else [asked])}")
     return metrics
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def is_optimized() -> bool:
+    """Whether this is a job of a sweep whose sweeper looks at what comes of it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
+
+
+def is_time_over(trainer: "L.Trainer") -> bool:
+    """Whether `trainer.max_time` has passed, that of a run before it was resumed included."""
+    from lightning.pytorch.callbacks import Timer
+
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
 class Film(NamedTuple):

@@ -1,6 +1,7 @@
 """The batch that flows through everything, the endless stream of batches, and the maps between ranges."""
 
 import getpass
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,7 +120,8 @@ class TrainingStream(Sampler[Places]):
     """The batches of a whole run: step k takes samples k B .. (k + 1) B - 1 of one shuffled epoch after another.
 
     A pure function of (seed, step), cut first into `accumulate` micro-batches and these over `world` processes,
-    so that neither changes what the optimizer sees. `first_step` is where a resumed run goes on.
+    so that neither changes what the optimizer sees. `first_step` is where a resumed run goes on. With `repeat` the
+    first so many batches of the data come again and again.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class TrainingStream(Sampler[Places]):
         rank: int = 0,
         world: int = 1,
         first_step: int = 0,
+        repeat: int = 0,
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
@@ -152,6 +155,7 @@ class TrainingStream(Sampler[Places]):
         self.rank = rank
         self.world = world
         self.first_step = first_step
+        self.repeat = repeat
 
     def __len__(self) -> int:
         """The batches of the whole run, also when it was resumed: Lightning counts on from where it stopped."""
@@ -167,6 +171,7 @@ class TrainingStream(Sampler[Places]):
 
     def batch(self, step: int) -> list[int]:
         """The dataset indices of the global batch of `step`."""
+        step = step % self.repeat if self.repeat else step
         epoch, offset = divmod(step * self.batch_size, len(self.indices))
         taken = self._epoch(epoch)[offset : offset + self.batch_size]
         if len(taken) < self.batch_size:
@@ -182,22 +187,33 @@ class TrainingStream(Sampler[Places]):
 class ValidationStream(Sampler[Places]):
     """All `indices` once and in order, in batches of `batch_size` to twice that, dealt out over `world`.
 
-    Every process has as many batches as every other, of which sharded weights are gathered together.
+    Every process has as many batches as every other, of which sharded weights are gathered together. `limit` is a
+    number of them, or a share: the samples in these alone count as the validation set.
     """
 
-    def __init__(self, indices: Sequence[int], batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, indices: Sequence[int], batch_size: int, rank: int = 0, world: int = 1, limit: int | float = 1.0
+    ) -> None:
         self.indices = list(indices)
-        rounds = max(1, len(self.indices) // (world * batch_size))
-        count = rounds * world
+        self.rounds = max(1, len(self.indices) // (world * batch_size))
+        count = self.rounds * world
         edges = [k * len(self.indices) // count for k in range(count + 1)]
-        self.spans = list(pairwise(edges))[rank::world]
+        kept = min(limit, self.rounds) if isinstance(limit, int) else int(limit * self.rounds)
+        if kept == 0 < limit:
+            raise ValueError(
+                f"trainer.limit_val_batches={limit} (or trainer.overfit_batches) leaves none of {self.rounds} "
+                f"validation batches: use at least {math.ceil(100 / self.rounds) / 100}, or a whole number"
+            )
+        self.total = edges[kept * world]
+        self.spans = list(pairwise(edges))[rank : kept * world : world]
 
     def __len__(self) -> int:
-        return len(self.spans)
+        """The batches without a limit, of which Lightning takes the same share."""
+        return self.rounds
 
     def __iter__(self) -> Iterator[Places]:
         for start, stop in self.spans:
-            yield Places(start, len(self.indices), self.indices[start:stop])
+            yield Places(start, self.total, self.indices[start:stop])
 
 
 class StreamDataModule(L.LightningDataModule):
@@ -217,6 +233,8 @@ class StreamDataModule(L.LightningDataModule):
     columns: Sequence[str] | None = None
     """(D,) names of what samples of numbers consist of."""
     condition: "Condition | None" = None
+    overfit_batches: int | float = 0
+    """The number of batches that are trained on again and again, or their share of the data; 0 for all data."""
 
     def __init__(
         self,
@@ -290,6 +308,14 @@ class StreamDataModule(L.LightningDataModule):
                 f"{len(self.val_indices)} held-out samples do not go round {trainer.world_size} processes: lower "
                 "trainer.devices, or raise data.val_fraction"
             )
+        repeat = self.overfit_batches
+        if isinstance(repeat, float):
+            repeat = int(share := repeat * len(self.train_indices) / self.batch_size)
+            if repeat == 0 < share:
+                raise ValueError(
+                    f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
+                    f"one batch: use a whole number, or lower data.batch_size ({self.batch_size})"
+                )
         return TrainingStream(
             self.train_indices,
             self.batch_size,
@@ -299,15 +325,19 @@ class StreamDataModule(L.LightningDataModule):
             trainer.global_rank,
             trainer.world_size,
             first_step=trainer.global_step,
+            repeat=repeat,
         )
+
+    def validation_stream(self, trainer: L.Trainer) -> ValidationStream:
+        """The validation batches of this process. Raises ValueError if `trainer.limit_val_batches` leaves none."""
+        size, limit = self.at_once(trainer), trainer.limit_val_batches
+        return ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.stream(self._trainer()))
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        trainer = self._trainer()
-        size = self.at_once(trainer)
-        return self._loader(ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size))
+        return self._loader(self.validation_stream(self._trainer()))
 
     def at_once(self, trainer: L.Trainer) -> int:
         """The samples in one forward pass of one process in training, for which its device has room."""
