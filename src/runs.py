@@ -137,6 +137,7 @@ def build(cfg: DictConfig) -> Run:
     data = make(cfg.data)
     settle_data(cfg, data)
     settle_condition(cfg, data)
+    data.record_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
     warn_of_schedule(module)
@@ -170,6 +171,13 @@ def build(cfg: DictConfig) -> Run:
     for logger in trainer.loggers:
         logger.log_hyperparams(dict(module.hparams))
     return Run(directory, module, data, trainer, resume_from)
+
+
+def record_path(checkpoint: Path) -> Path | None:
+    """Where the record of the data is, of a checkpoint in a run's folder."""
+    from src.data.split import RECORD
+
+    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
 
 
 _held: dict[Path, IO[str]] = {}
@@ -232,6 +240,7 @@ def open_run(
     check_arguments(built)
     try:
         data = make(config.data)
+        data.record_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.levels, data.condition)
         weights = weights_of(checkpoint, ema, path)

@@ -37,6 +37,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             run.data.prepare_data()
             run.data.setup()
             run.data.stream(run.trainer)
+            record_data(run)
     announce(run)
     from src.stopping import Interruption, heard_by, let_children_end
 
@@ -115,6 +116,18 @@ class Film(NamedTuple):
     """The first few samples at each step, as they are shown."""
     final: "torch.Tensor"
     """All samples, as the network gives them."""
+
+
+def record_data(run: "Run") -> None:
+    """Write down what data the run begins with, unless it has done so."""
+    from src.data.split import RECORD
+    from src.disk import without_room_go_on
+
+    path = run.directory / RECORD
+    if not path.exists():
+        with without_room_go_on(path):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            run.data.write_record(path)
 
 
 def announce(run: "Run") -> None:

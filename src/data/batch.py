@@ -3,6 +3,8 @@
 import getpass
 import os
 import tempfile
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from src.data.split import Record, bound_of, hash_ids, ids_of, split
 from src.draws import Draws, key
-from src.ranks import local_rank
+from src.ranks import local_rank, rank
 
 if TYPE_CHECKING:
     from src.data.conditions import Condition
@@ -60,16 +63,25 @@ class Given(NamedTuple):
 
 
 class Source(Protocol):
-    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each."""
+    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each.
+
+    `ids` are what each sample is known by wherever the data lie and in whatever order: whether it is held out depends
+    on that alone. None stands for its number.
+    """
 
     labels: Labels | None
     given: Given | None
     captions: Sequence[Sequence[str]] | None
+    ids: Sequence[str] | None
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """The samples as (N, *data)."""
+        ...
+
+    def stamps(self) -> Sequence[int] | None:
+        """A number for each sample that tells whether its content has changed; None where there is none."""
         ...
 
 
@@ -82,17 +94,24 @@ class InMemory:
         labels: Labels | None = None,
         given: Given | None = None,
         captions: Sequence[Sequence[str]] | None = None,
+        ids: Sequence[str] | None = None,
     ) -> None:
         self.samples = samples
         self.labels = labels
         self.given = given
         self.captions = captions
+        self.ids = ids
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         return self.samples[torch.as_tensor(indices)]
+
+    def stamps(self) -> Sequence[int] | None:
+        if self.samples.dtype != torch.uint8:  # computed: another machine may round otherwise
+            return None
+        return [zlib.crc32(sample) for sample in self.samples.numpy()]
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
@@ -204,11 +223,11 @@ class StreamDataModule(L.LightningDataModule):
     """Training and validation batches from the source that `open_source` opens, split by seed.
 
     `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
-    optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
-    held out; which ones depends on `split_seed` and never on the run's seed. `levels` is the number of values that
-    the data can take, evenly over [-1, 1]; None if they are continuous. `micro_batch`, the samples in one forward pass
-    on one device, is for what builds the Trainer: here it only has to be possible. With a `condition` batches say what
-    each sample is asked to be.
+    optimizer sees per step, whatever the number of devices and accumulation. About `val_fraction` of the samples are
+    held out; which ones depends on `split_seed` and on what each is known by (`src.data.split`), never on the run's
+    seed. `levels` is the number of values that the data can take, evenly over [-1, 1]; None if they are continuous.
+    `micro_batch`, the samples in one forward pass on one device, is for what builds the Trainer: here it only has to be
+    possible. With a `condition` batches say what each sample is asked to be.
     """
 
     levels: int | None = None
@@ -217,6 +236,8 @@ class StreamDataModule(L.LightningDataModule):
     columns: Sequence[str] | None = None
     """(D,) names of what samples of numbers consist of."""
     condition: "Condition | None" = None
+    record_path: Path | None = None
+    """Where a run that goes on, or is opened, has the record of the data that it began with."""
 
     def __init__(
         self,
@@ -271,17 +292,26 @@ class StreamDataModule(L.LightningDataModule):
         if self.source is not None:
             return
         source = self.open_source()
-        num_val = round(self.val_fraction * len(source))
-        if not 0 < num_val < len(source):
+        record = Record.read(self.record_path) if self.record_path else None
+        bound = bound_of(self.val_fraction)
+        if record and (record.split_seed, record.val_fraction) == (self.split_seed, self.val_fraction):
+            bound = record.bound
+        try:
+            val, train, self.bound = split(hash_ids(ids_of(source), self.split_seed), bound)
+        except ValueError as error:
             raise ValueError(
                 f"{len(source)} samples do not split into training and validation at data.val_fraction="
-                f"{self.val_fraction}: use more data, or a fraction such as 0.2"
-            )
-        generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
-        order = torch.randperm(len(source), generator=generator).tolist()
+                f"{self.val_fraction} ({error}): use more data"
+            ) from error
         if self.condition is not None:
             self.condition.check(source)
-        self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
+        if record and rank() == 0 and (changes := record.changes(source, val)):
+            warnings.warn(changes, stacklevel=2)
+        self.source, self.val_indices, self.train_indices = source, val, train
+
+    def write_record(self, path: Path) -> None:
+        """Write down which samples there are and which are held out, against which a resumed run sees changes."""
+        Record.of(self._source(), self.split_seed, self.val_fraction, self.bound).write(path)
 
     def stream(self, trainer: L.Trainer) -> TrainingStream:
         """The training batches of this process. Raises ValueError if the data do not go round the processes."""

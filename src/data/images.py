@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -103,6 +104,8 @@ class ImageFiles:
         channels: int,
         labels: Labels | None = None,
         captions: Sequence[Sequence[str]] | None = None,
+        files: Sequence[Path] | None = None,
+        ids: Sequence[str] | None = None,
     ) -> None:
         self.open_image = open_image
         self.count = count
@@ -111,9 +114,15 @@ class ImageFiles:
         self.labels = labels
         self.given: Given | None = None
         self.captions = captions
+        self.files = files
+        self.ids = ids
 
     def __len__(self) -> int:
         return self.count
+
+    def stamps(self) -> Sequence[int] | None:
+        """The sizes of the files: a copy has another time, and to read all takes too long."""
+        return None if self.files is None else [_size(file) for file in self.files]
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([fit_image(self.open_image(i), self.image_size, self.channels) for i in indices])
@@ -178,7 +187,7 @@ def folder(
     """
     path, files = find_images(root, prepare)
     found = folder_kinds(path, files) if labels is None else _kinds_in(path / labels, path, files)
-    return ImageFiles(partial(open_file, files), len(files), image_size, channels, found)
+    return image_files(path, files, image_size, channels, found)
 
 
 def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
@@ -204,6 +213,22 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
                 "them"
             )
     return path, files
+
+
+def image_files(
+    path: Path,
+    files: Sequence[Path],
+    image_size: int,
+    channels: int,
+    labels: Labels | None,
+    captions: Sequence[Sequence[str]] | None = None,
+) -> ImageFiles:
+    """Files under `path`, each known by how it is reached from there, whatever the system writes between folders.
+
+    Names are taken in Unicode's normal form C, since systems differ in how they keep accents.
+    """
+    ids = [unicodedata.normalize("NFC", file.relative_to(path).as_posix()) for file in files]
+    return ImageFiles(partial(open_file, files), len(files), image_size, channels, labels, captions, files, ids)
 
 
 def open_file(files: Sequence[Path], i: int) -> Image.Image:
@@ -300,6 +325,14 @@ def _first_of(dataset: Any, i: int) -> Image.Image:
 def _is_visible_file(path: Path, root: Path) -> bool:
     """Whether it is a file, and neither it nor a folder that it is in (below `root`) is hidden."""
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _size(path: Path) -> int:
+    """In bytes; of a file that is gone 0."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _is_readable(path: Path) -> bool:
