@@ -10,7 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.checkpoints import find_checkpoint
 from src.cli import launch
-from src.errors import UsageError, memory_errors, usage_errors
+from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.overrides import config_groups, nearest
 from src.ranks import rank
 from src.tables import duration, markdown, stem
@@ -75,7 +75,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         opened.data.setup()
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
+    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Before anything long: what cannot be measured is refused, and a judge may not be good enough.

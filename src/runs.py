@@ -235,6 +235,8 @@ def open_run(
         if setting not in config.data:
             raise ValueError(f"data.root={data_root} is for images, and {path} was trained on points: leave it out")
         config.data[setting] = data_root
+    if "skip_unreadable" in config.data:
+        config.data.skip_unreadable = False  # figures are of all held-out samples, or there are none
     settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)

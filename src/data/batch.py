@@ -2,12 +2,15 @@
 
 import getpass
 import os
+import signal
 import tempfile
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
@@ -17,11 +20,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from src.data.split import Record, bound_of, hash_ids, ids_of, split
+from src.data.unreadable import DataReadError
 from src.draws import Draws, key
 from src.ranks import local_rank, rank
 
 if TYPE_CHECKING:
     from src.data.conditions import Condition
+
+TRIES = 10
+"""Samples that are drawn in the place of one that cannot be read, before training is given up."""
 
 VALIDATION = -1
 """The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
@@ -30,13 +37,17 @@ VALIDATION = -1
 class Batch(TypedDict):
     """x (B, *data), and the position of its first sample among the `total` of the global batch (or validation set).
 
-    `cond` (B, ...) is what each is asked to be, where the network is told.
+    `cond` (B, ...) is what each is asked to be, where the network is told. Until it is on the device a batch also says
+    which samples could not be read and have others in their place, by name, and of what went wrong in a process that
+    loads data: then it has no samples.
     """
 
     x: Tensor
     start: int
     total: int
     cond: NotRequired[Tensor]
+    skipped: NotRequired[dict[str, str]]
+    failure: NotRequired[str]
 
 
 class Places(NamedTuple):
@@ -115,23 +126,107 @@ class InMemory:
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
-    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory."""
+    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory.
 
-    def __init__(self, source: Source, condition: "Condition | None" = None, seed: int = 0) -> None:
+    Samples that cannot be read have others in their place, from among `spare`; without these the batch says so.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        condition: "Condition | None" = None,
+        seed: int = 0,
+        spare: Sequence[int] | None = None,
+    ) -> None:
         self.source = source
         self.condition = condition
         self.seed = seed
+        self.spare = spare
 
     def __getitem__(self, places: Places) -> Batch:
-        batch: Batch = {"x": self.source.fetch(places.indices), "start": places.start, "total": places.total}
-        if self.condition is not None:
-            asked = [
-                # Which of several captions is random, and belongs to the step and the position as all randomness does.
-                self.condition.of(self.source, index, key(self.seed, "caption", places.step, places.start + k))
-                for k, index in enumerate(places.indices)
-            ]
-            batch["cond"] = self.condition(asked)
+        batch: Batch = {"x": torch.empty(0), "start": places.start, "total": places.total}
+        try:
+            batch["x"], indices, skipped = fetch(self.source, places, self.seed, self.spare)
+            if skipped:
+                batch["skipped"] = skipped
+            if self.condition is not None:
+                batch["cond"] = self._asked(self.condition, places, indices)
+        except DataReadError as error:  # not raised: of several processes all have to be told
+            batch["failure"] = f"{error}: {_remedy(self.spare is not None)}"
         return batch
+
+    def _asked(self, condition: "Condition", places: Places, indices: Sequence[int]) -> Tensor:
+        """What the samples show, as the network takes it. Raises DataReadError if that cannot be had any more."""
+        asked = [
+            # Which of several captions is random, and belongs to the step and the position as all randomness does.
+            condition.of(self.source, index, key(self.seed, "caption", places.step, places.start + k))
+            for k, index in enumerate(indices)
+        ]
+        try:
+            return condition(asked)
+        except (OSError, ValueError) as error:  # such as an encoder whose cache and files are gone
+            raise DataReadError(f"what samples show cannot be read ({' '.join(str(error).split())})") from error
+
+
+def fetch(
+    source: Source, places: Places, seed: int, spare: Sequence[int] | None
+) -> tuple[Tensor, list[int], dict[str, str]]:
+    """The samples of a source at some places (N, *data), which ones these are, and what was said of unreadable ones.
+
+    Of samples that cannot be read others are taken, any of `spare`, by (seed, step, position) alone. Raises
+    DataReadError without `spare`, or if `TRIES` of them cannot be read either.
+    """
+    indices = list(places.indices)
+    try:
+        return source.fetch(indices), indices, {}
+    except DataReadError:
+        if not spare:
+            raise
+    skipped: dict[str, str] = {}
+    samples = []
+    for k, first in enumerate(indices):
+        position = places.start + k
+        others = (spare[key(seed, "spare", places.step, position, turn) % len(spare)] for turn in range(TRIES))
+        for index in chain([first], others):
+            try:
+                samples.append(source.fetch([index]))
+                indices[k] = index
+                break
+            except DataReadError as error:
+                skipped[error.name] = str(error)
+                last = error
+        else:
+            raise DataReadError(f"{last}, nor can {TRIES} others in its place", last.name)
+    return torch.cat(samples), indices, skipped
+
+
+def _remedy(skips: bool) -> str:
+    return "see that the data are still there" if skips else "restore or remove it, or add data.skip_unreadable=true"
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that gives a batch which says so, as its last, when a process that loads data has died.
+
+    Torch would raise an error as soon as that happens, be it in the midst of the optimizer's step.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
+        batches = super().__iter__()
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)  # then it looks when a batch does not come
+        return self._guarded(batches)
+
+    def _guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        try:
+            yield from batches
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            died = f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: "
+            died += f"lower data.num_workers ({self.num_workers} now)"
+            yield {"x": torch.empty(0), "start": 0, "total": 0, "failure": died}
 
 
 class TrainingStream(Sampler[Places]):
@@ -249,6 +344,7 @@ class StreamDataModule(L.LightningDataModule):
         seed: int,
         num_workers: int,
         micro_batch: int | Literal["auto"] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(micro_batch, int) and not 1 <= micro_batch <= batch_size:
@@ -267,6 +363,13 @@ class StreamDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.seed = seed
         self.num_workers = num_workers
+        self.skip_unreadable = skip_unreadable
+        self.unreadable: set[str] = set()
+        """Names of samples that could not be read so far and had others in their place."""
+        self._skipped: dict[str, str] = {}
+        """Those of which the other processes have not been told, and what was said of them."""
+        self._talk: Any = None
+        """The group of processes in which they tell each other, without waiting for their devices."""
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
@@ -332,28 +435,102 @@ class StreamDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.stream(self._trainer()))
+        return self._loader(self.stream(self._trainer()), self.train_indices)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         trainer = self._trainer()
         size = self.at_once(trainer)
-        return self._loader(ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size))
+        stream = ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size)
+        return self._loader(stream, self.val_indices)
 
     def at_once(self, trainer: L.Trainer) -> int:
         """The samples in one forward pass of one process in training, for which its device has room."""
         return max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self._skipped |= batch.pop("skipped", {})
+        self.agree(batch.pop("failure", ""))
         x = self.to_model(batch["x"])
         trainer = self._trainer()
         if trainer.training:
             x = self.augment(x, Draws(self.seed, trainer.global_step, batch["start"], len(x), x.device))
         return {**batch, "x": x}
 
+    def agree(self, failure: str = "") -> None:
+        """Raise DataReadError in all processes if there was a `failure` in any; else warn of what each has skipped.
+
+        Of several processes all must take part.
+        """
+        count = self.trainer.world_size if self.trainer else 1
+        if count == 1 or (self.num_workers == 0 and isinstance(self.source, InMemory)):  # which does not fail
+            told = [(failure, self._skipped)]
+        else:
+            told = self._tell(failure, count)
+        if failure := next((each for each, _ in told if each), ""):
+            raise DataReadError(failure, everywhere=True)
+        for _, skipped in told:
+            self._skipped = self._skipped | skipped
+        self.warn_of_skipped()
+
+    def warn_of_skipped(self) -> None:
+        """Once of each sample that has another in its place."""
+        new = {name: said for name, said in self._skipped.items() if name not in self.unreadable}
+        self.unreadable |= new.keys()
+        self._skipped = {}
+        for said in new.values():
+            warnings.warn(f"{said}: another sample takes its place", stacklevel=2)
+
+    def _tell(self, failure: str, count: int) -> list[tuple[str, dict[str, str]]]:
+        """What each of `count` processes has to tell; what is passed on each time is only whether any has something."""
+        from torch import distributed
+
+        if self._talk is None:
+            self._talk = distributed.new_group(backend="gloo")
+        any_news = torch.tensor(int(bool(failure or self._skipped)))
+        distributed.all_reduce(any_news, distributed.ReduceOp.MAX, self._talk)
+        told: list[Any] = [("", {})] * count
+        if any_news:
+            distributed.all_gather_object(told, (failure, self._skipped), self._talk)
+        return told
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this some processes read data by themselves: if one cannot, all raise. All must take part."""
+        failure = ""
+        try:
+            yield
+        except DataReadError as error:
+            failure = f"{error}: {_remedy(self.skip_unreadable)}"
+        self.agree(failure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreadable": sorted(self.unreadable)} if self.unreadable else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unreadable |= {*state_dict["unreadable"]}
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Samples of one side of the split as the source has them, (N, *data), and which ones these are.
+
+        With `skip_unreadable` others of that side take the place of those that cannot be read.
+        """
+        spare = None
+        if self.skip_unreadable and len(indices):
+            spare = self.val_indices if indices[0] in self.val_indices else self.train_indices
+        places = Places(0, len(indices), list(indices))
+        x, used, skipped = fetch(self._source(), places, self.seed, spare)
+        self._skipped |= skipped
+        return x, used
+
+    def held_out(self, count: int) -> tuple[Tensor, list[int]]:
+        """The first `count` held-out samples, as the network sees them: (N, *data), and which ones these are."""
+        self.setup()
+        x, indices = self.fetch(self.val_indices[:count])
+        return self.to_model(x), indices
+
     def examples(self, count: int) -> Tensor:
         """The first `count` held-out samples, as the network sees them: (N, *data)."""
-        self.setup()
-        return self.to_model(self._source().fetch(self.val_indices[:count]))
+        return self.held_out(count)[0]
 
     def prepare_together(self) -> None:
         """Prepare and open the data before processes know of each other: the first of each machine prepares them.
@@ -386,9 +563,9 @@ class StreamDataModule(L.LightningDataModule):
         """For samples to draw, number k among them, any training sample that they are to be like, by (seed, k)."""
         return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in numbers]
 
-    def _loader(self, stream: Sampler[Places]) -> DataLoader[Batch]:
-        return DataLoader(
-            BatchDataset(self._source(), self.condition, self.seed),
+    def _loader(self, stream: Sampler[Places], spare: Sequence[int]) -> DataLoader[Batch]:
+        return Loader(
+            BatchDataset(self._source(), self.condition, self.seed, spare if self.skip_unreadable else None),
             sampler=stream,
             batch_size=None,  # the stream's items are batches already
             num_workers=self.num_workers,

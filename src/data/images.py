@@ -3,6 +3,7 @@
 import os
 import pickle
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,12 +12,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.batch import Given, InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
 from src.data.csv_files import kinds, read_table, some
+from src.data.unreadable import DataReadError, read
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -36,7 +38,8 @@ class ImageDataModule(StreamDataModule):
     """Images of `channels` x `image_size` x `image_size`, uint8 until they are on the device, then in [-1, 1].
 
     `source` opens them from `root`; `levels` is the number of values a pixel can take (256 for 8 bits); `flip`
-    mirrors half of the training images left to right.
+    mirrors half of the training images left to right. With `skip_unreadable` others take the place of images that
+    cannot be read.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ImageDataModule(StreamDataModule):
         seed: int = 0,
         num_workers: int = 0,
         micro_batch: int | Literal["auto"] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         super().__init__(
             partial(source, root, image_size, channels),
@@ -63,6 +67,7 @@ class ImageDataModule(StreamDataModule):
             seed,
             num_workers,
             micro_batch,
+            skip_unreadable,
         )
         if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
             raise ValueError(
@@ -78,7 +83,12 @@ class ImageDataModule(StreamDataModule):
         if self._prepared:  # Lightning asks again at each fit and validate
             return
         self._prepared = True
-        self._prepare()
+        try:
+            self._prepare()
+        except DataReadError as error:
+            if not self.skip_unreadable:
+                raise ValueError(f"{error}: remove them, or train without them by data.skip_unreadable=true") from error
+            warnings.warn(f"{error}: other samples take their places", stacklevel=2)
 
     def to_model(self, x: Tensor) -> Tensor:
         return to_signed(x, self.pixel_levels)
@@ -94,7 +104,10 @@ class ImageDataModule(StreamDataModule):
 
 
 class ImageFiles:
-    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode."""
+    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode.
+
+    Where they are files, these are `files`, and `ids` what they are known by. `fetch` raises DataReadError.
+    """
 
     def __init__(
         self,
@@ -125,7 +138,14 @@ class ImageFiles:
         return None if self.files is None else [_size(file) for file in self.files]
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([fit_image(self.open_image(i), self.image_size, self.channels) for i in indices])
+        return torch.stack([read(self._name(i), partial(self._read, i)) for i in indices])
+
+    def _read(self, i: int) -> Tensor:
+        with self.open_image(i) as image:
+            return fit_image(image, self.image_size, self.channels)
+
+    def _name(self, i: int) -> str:
+        return f"image {i}" if self.files is None else str(self.files[i])
 
 
 def digits(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
@@ -208,9 +228,8 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
             readable = list(pool.map(_is_readable, files))
         unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]
         if unreadable:
-            raise ValueError(
-                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)}): remove "
-                "them"
+            raise DataReadError(
+                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)})"
             )
     return path, files
 
@@ -337,10 +356,14 @@ def _size(path: Path) -> int:
 
 def _is_readable(path: Path) -> bool:
     """Whether the whole file goes through `fit_image`: a truncated one fails only when its pixels are read."""
-    try:
+
+    def decode() -> None:
         with Image.open(path) as image:
             fit_image(image, 8, 3)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+
+    try:
+        read(str(path), decode)
+    except DataReadError:
         return False
     return True
 
