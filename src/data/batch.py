@@ -218,15 +218,18 @@ class Loader(DataLoader[Batch]):
             signal.signal(signal.SIGCHLD, before)  # then it looks when a batch does not come
         return self._guarded(batches)
 
-    def _guarded(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _guarded(self, batches: Any) -> Iterator[Batch]:
         try:
             yield from batches
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except (RuntimeError, OSError, EOFError) as error:
+            workers = getattr(batches, "_workers", [])
+            for worker in workers:  # the connection to one that dies breaks a moment before
+                worker.join(timeout=1)
+            if all(worker.is_alive() for worker in workers):
                 raise
-            died = f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: "
-            died += f"lower data.num_workers ({self.num_workers} now)"
-            yield {"x": torch.empty(0), "start": 0, "total": 0, "failure": died}
+            what = " ".join(str(error).split()) or type(error).__name__
+            died = f"a process that loads data died ({what}), often for lack of memory: lower data.num_workers "
+            yield {"x": torch.empty(0), "start": 0, "total": 0, "failure": f"{died}({self.num_workers} now)"}
 
 
 class TrainingStream(Sampler[Places]):
