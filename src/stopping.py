@@ -148,8 +148,8 @@ def _count_as_at_the_end_of_a_step(trainer: L.Trainer) -> None:
     if trainer.global_step == 0:
         return
     loop = trainer.fit_loop.epoch_loop
-    over = loop.batch_progress.current.processed - trainer.global_step * trainer.accumulate_grad_batches
     counts: list[Any] = [loop.batch_progress.total, loop.batch_progress.current]
+    over = counts[1].processed - trainer.global_step * trainer.accumulate_grad_batches
     for count in counts:
         count.ready = count.started = count.processed = count.processed - over
         count.completed = count.processed - 1

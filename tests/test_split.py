@@ -29,6 +29,11 @@ def is_held_out(name: str, fraction: float = 0.3, seed: int = 0) -> bool:
     return int(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).hexdigest(), 16) / 16**16 < fraction
 
 
+def held_out_digits() -> int:
+    """How many of the 1,797, at the fraction of conf/data/digits.yaml."""
+    return sum(is_held_out(str(k), 0.2) for k in range(1797))
+
+
 def picture(path: Path, seed: int, size: int = 8) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
