@@ -313,10 +313,11 @@ class SampleGrid(L.Callback):
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
         for last in pl_module.sample_together(self.count, self.seed):  # noqa: B007 - the others are on the way to it
             answer_signals(trainer)
+        with data.together():
+            real = data.examples(self.count) if trainer.is_global_zero else last
         if not trainer.is_global_zero:
             return
-        real = data.to_display(data.examples(self.count))
-        picture = draw(data.to_display(last), real, data.titles(self.count), data.columns)
+        picture = draw(data.to_display(last), data.to_display(real), data.titles(self.count), data.columns)
         with without_room_go_on(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

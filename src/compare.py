@@ -18,7 +18,7 @@ from src.arguments import check_counts, check_names, check_seeds
 from src.checkpoints import find_checkpoint, newest_run, read_checkpoint
 from src.cli import launch
 from src.comparison import Record, data_of, flat, grouped, metrics_of, ranked, without_repeats
-from src.errors import UsageError, memory_errors, usage_errors
+from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.output import begin
 from src.overrides import key_of, quoted, split_arguments
 from src.ranks import rank
@@ -77,7 +77,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         if rank() == 0:
             first.data.prepare_data()
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
-    with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)):
+    with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)), data_errors():
         measured = measure_all(found, samplers, first, cfg, processes)
     if processes.rank > 0:
         return {}

@@ -45,6 +45,17 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
         raise UsageError(explain()) from error
 
 
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Within this, data that cannot be read any more end in one line."""
+    from src.data.unreadable import DataReadError
+
+    try:
+        yield
+    except DataReadError as error:
+        raise UsageError(f"{error}: restore or remove it, and start again") from error
+
+
 def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from src.arguments import check_counts, check_names, check_seeds
 from src.checkpoints import find_checkpoint
 from src.cli import launch
-from src.errors import UsageError, memory_errors, usage_errors
+from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.output import begin
 from src.overrides import config_groups, nearest, typed
 from src.ranks import rank
@@ -88,7 +88,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
-    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
+    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Before anything long: what cannot be measured is refused, and a judge may not be good enough.

@@ -341,15 +341,16 @@ def classifier_of(data: StreamDataModule, cache: Path, device: torch.device) -> 
     """A classifier of images with labels, and on how many held-out ones its accuracy is; trained once."""
     assert data.source is not None and data.source.labels is not None
     numbers = data.source.labels.numbers
-    train, held_out = data.train_indices[:CLASSIFIER_TRAINS_ON], data.val_indices[: CLASSIFIER_TRAINS_ON // 4]
-    tested = shown_of(data, held_out), numbers[held_out]
-    return train_classifier(shown_of(data, train), numbers[train], tested, cache, device=device), len(held_out)
+    x, train = data.fetch(data.train_indices[:CLASSIFIER_TRAINS_ON])
+    y, held_out = data.fetch(data.val_indices[: CLASSIFIER_TRAINS_ON // 4])
+    learned, tested = data.to_display(data.to_model(x)), data.to_display(data.to_model(y))
+    made = train_classifier(learned, numbers[train], (tested, numbers[held_out]), cache, device=device)
+    return made, len(held_out)
 
 
 def shown_of(data: StreamDataModule, indices: Sequence[int]) -> Tensor:
     """Samples of the data's source as files show them."""
-    assert data.source is not None
-    return data.to_display(data.to_model(data.source.fetch(indices)))
+    return data.to_display(data.to_model(data.fetch(indices)[0]))
 
 
 def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:

@@ -166,6 +166,7 @@ def build(cfg: DictConfig) -> Run:
     data = make(cfg.data)
     settle_data(cfg, data)
     settle_condition(cfg, data)
+    data.record_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.levels, data.condition)
     warn_of_schedule(module)
@@ -233,6 +234,13 @@ def start(cfg: DictConfig, run: Run) -> None:
         raise
 
 
+def record_path(checkpoint: Path) -> Path | None:
+    """Where the record of the data is, of a checkpoint in a run's folder."""
+    from src.data.split import RECORD
+
+    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
+
+
 _held: dict[Path, IO[str]] = {}
 
 
@@ -293,11 +301,14 @@ def open_run(
                 f"{typed('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
             )
         config.data[setting] = data_root
+    if "skip_unreadable" in config.data:
+        config.data.skip_unreadable = False  # figures are of all held-out samples, or there are none
     settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
         data = make(config.data)
+        data.record_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.levels, data.condition)
         weights = weights_of(checkpoint, ema, path)

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from src.data.unreadable import DataReadError
 from src.ranks import heard_by
 
 
@@ -62,8 +63,7 @@ class CleanStop(L.Callback):
     ) -> None:
         # The start of the next step: only here has Lightning logged and counted the last one.
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed(trainer):
-            if trainer.global_step > 0:
-                _count_as_at_the_end_of_a_step(trainer)
+            _count_as_at_the_end_of_a_step(trainer)
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -109,6 +109,13 @@ class CleanStop(L.Callback):
         self._listening.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save the last step that was completed, where data can no longer be read."""
+        together = trainer.world_size == 1 or getattr(exception, "everywhere", False)
+        if isinstance(exception, DataReadError) and together and trainer.state.fn == TrainerFn.FITTING:
+            let_children_end()
+            if trainer.training:
+                _count_as_at_the_end_of_a_step(trainer)
+            trainer.save_checkpoint(self.path)
         self._listening.close()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -121,13 +128,18 @@ def _count_as_at_the_end_of_a_step(trainer: L.Trainer) -> None:
     """Have Lightning count as where it saves checkpoints by itself, so that a resumed run counts on from there.
 
     It counts the batch that is not begun as begun: a resumed run would validate one too early, and log one step off.
+    The batches that a step has begun with are not counted, of which the next process knows nothing.
     """
+    if trainer.global_step == 0:
+        return
     loop = trainer.fit_loop.epoch_loop
     counts: list[Any] = [loop.batch_progress.total, loop.batch_progress.current]
+    over = counts[1].processed - trainer.global_step * trainer.accumulate_grad_batches
     for count in counts:
-        count.ready = count.started
-        count.completed -= 1
-    loop._batches_that_stepped -= 1
+        count.ready = count.started = count.processed = count.processed - over
+        count.completed = count.processed - 1
+    loop.batch_progress.is_last_batch = False
+    loop._batches_that_stepped = trainer.global_step - 1
 
 
 def answer_signals(trainer: L.Trainer) -> None:

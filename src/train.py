@@ -52,7 +52,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 )
             return metrics
         runs.start(cfg, run)
+        if run.trainer.is_global_zero and not run.trainer.fast_dev_run:
+            record_data(run)
     announce(run)
+    from src.data.unreadable import DataReadError
     from src.stopping import Interruption, heard_by, let_children_end
 
     interruption = Interruption()
@@ -65,14 +68,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
             raise
         say_how_to_go_on(run)
         raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise UsageError(
-            f"a process that loads data died ({' '.join(str(error).split())}), often for lack of memory: lower "
-            f"data.num_workers ({cfg.data.num_workers} now) and go on with "
-            f"{command('train', typed('resume', relative(run.directory)))}"
-        ) from error
+    except DataReadError as error:
+        if error.everywhere and rank() > 0:  # the first process says so
+            raise SystemExit(2) from error
+        raise UsageError(f"{error}; {how_to_go_on(run)}") from error
     finally:
         let_children_end()
         runs.close(run)
@@ -107,6 +106,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
+    run.data.agree()
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
     if run.trainer.fast_dev_run:
         if run.trainer.is_global_zero:
@@ -118,6 +118,9 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
 
         with without_room_go_on(run.directory / "samples"):
             leave_pictures(run, film, cfg.neighbours.samples, cfg.neighbours.among)
+        if run.data.skip_unreadable:
+            run.data.warn_of_skipped()
+            metrics["unreadable_files"] = len(run.data.unreadable)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
         when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
@@ -167,6 +170,18 @@ class Film(NamedTuple):
     """The first few samples at each step, as they are shown."""
     final: "torch.Tensor"
     """All samples, as the network gives them."""
+
+
+def record_data(run: "Run") -> None:
+    """Write down what data the run begins with, unless it has done so."""
+    from src.data.split import RECORD
+    from src.disk import without_room_go_on
+
+    path = run.directory / RECORD
+    if not path.exists():
+        with without_room_go_on(path):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            run.data.write_record(path)
 
 
 def announce(run: "Run") -> None:
@@ -230,15 +245,17 @@ def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> Non
 
 def say_how_to_go_on(run: "Run") -> None:
     """After an interruption: at which step the last checkpoint stands, and the command that goes on from it."""
-    if not run.trainer.is_global_zero:
-        return
+    if run.trainer.is_global_zero:
+        print(f"\nStopped, {how_to_go_on(run)}")
+
+
+def how_to_go_on(run: "Run") -> str:
+    """At which step the last checkpoint stands, and the command that goes on from it."""
     saved = next((path for path in by_age(run.directory) if is_whole(path)), None)
     if saved is None:
-        print(f"\nStopped at step {run.trainer.global_step}: nothing was saved yet.")
-        return
+        return f"at step {run.trainer.global_step}: nothing was saved yet."
     step = read_checkpoint(saved)["global_step"]
-    resume = command("train", typed("resume", relative(run.directory)))
-    print(f"\nStopped, saved at step {step}. Go on with: {resume}")
+    return f"saved at step {step}. Go on with: {command('train', typed('resume', relative(run.directory)))}"
 
 
 def relative(path: Path) -> Path:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +172,8 @@ class LossByNoise(L.Callback):
             raise ValueError(f"callbacks.loss_by_noise.bins must be at least 1, got {bins}: 20 is usual")
         self.path = Path(directory) / "loss_by_noise.csv"
         self.bins = bins
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        """Of a step that is not completed: a run that stops in it takes it once more."""
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._history: list[tuple[int, list[float], list[float]]] = []
         """Step, sums (bins,) of the loss, and counts (bins,)."""
@@ -189,13 +190,17 @@ class LossByNoise(L.Callback):
         if self._left and trainer.is_global_zero:
             self._totals += torch.tensor(self._left, device=pl_module.device)
         self._left = None
+        self._parts.clear()
         self._pending.clear()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._pending.append((outputs["v"], outputs["losses"]))
-        if len(self._pending) == 32:
+        self._parts.append((outputs["v"], outputs["losses"]))
+        if len(self._parts) == trainer.accumulate_grad_batches:
+            self._pending += self._parts
+            self._parts.clear()
+        if len(self._pending) >= 32:
             self._sort(pl_module)
 
     @torch.no_grad()
@@ -296,9 +301,10 @@ class BitsPerDim(L.Callback):
         if not (self.every_validation or last) or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
-        x = data.examples(max(self.samples, trainer.world_size))
+        with data.together():
+            x, indices = data.held_out(max(self.samples, trainer.world_size))
         assert data.source is not None
-        cond = shown(data.condition, data.source, data.val_indices[: len(x)])
+        cond = shown(data.condition, data.source, indices)
         share = len(x) // trainer.world_size
         first = trainer.global_rank * share
         batches = []
@@ -353,12 +359,12 @@ def nearest_training(data: StreamDataModule, samples: Tensor, limit: int) -> tup
     Root mean square of the differences, over the numbers of a sample as the network sees them. The training samples
     are in no order, so that the first `limit` are any. 1024 are in memory at a time.
     """
-    assert data.source is not None
     flat = samples.flatten(1).cpu()
     found = Nearest.none(flat)
-    indices: Sequence[int] = data.train_indices[:limit]
-    for start in range(0, len(indices), 1024):
-        some = data.to_model(data.source.fetch(indices[start : start + 1024])).cpu()
-        found = found.or_nearer(nearest(flat, some.flatten(1), start))
-    neighbours = data.to_model(data.source.fetch([indices[k] for k in found.numbers.tolist()])).cpu()
+    indices: list[int] = []
+    for start in range(0, len(data.train_indices[:limit]), 1024):
+        some, which = data.fetch(data.train_indices[start : min(start + 1024, limit)])
+        found = found.or_nearer(nearest(flat, data.to_model(some).cpu().flatten(1), start))
+        indices += which
+    neighbours = data.to_model(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
     return neighbours, found.distances / math.sqrt(flat.shape[1])

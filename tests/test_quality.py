@@ -25,6 +25,7 @@ from src.quality import Drawn, Settings, Yardstick
 from src.sample import sample
 from src.tables import duration, interval, markdown
 from tests.conftest import compose, train_tiny
+from tests.test_split import held_out_digits
 
 N = 40
 ALONE = Processes(torch.device("cpu"))
@@ -165,18 +166,19 @@ def test_against_the_training_data_copies_look_like_the_data(trained, cache):
     (pixels,) = yardstick.extractors
     copies = Drawn({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
     (measured,) = yardstick.measure([copies], lambda it: it)
-    assert measured.figures["fd_pixels_1438"].value == pytest.approx(0, abs=1e-4)
+    assert measured.figures[f"fd_pixels_{len(data.train_indices)}"].value == pytest.approx(0, abs=1e-4)
     assert f"fd_pixels_{len(data.val_indices)}" in yardstick.floor()
 
 
 def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path):
-    """Of held-out digits, when samples are measured against the training data, there are 359."""
+    """Of held-out digits, when samples are measured against the training data, there are fewer than are drawn."""
+    floor = f"fd_pixels_{held_out_digits()}"
     several = ["samplers=[{sampler:ddim,steps:2},{sampler:ddim,steps:3}]", "features=pixels", "against=train", "n=400"]
     folder = tmp_path / "out"
     metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
-    assert "fd_pixels_359" in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
+    assert floor in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
     (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| fd_pixels")]
-    assert row.split("|")[-2].strip() == interval(metrics["floor"]["fd_pixels_359"])
+    assert row.split("|")[-2].strip() == interval(metrics["floor"][floor])
     assert (folder / "quality.png").stat().st_size > 1000
 
 

@@ -3,10 +3,15 @@
 import getpass
 import math
 import os
+import signal
 import tempfile
+import threading
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
@@ -15,11 +20,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from src.data.split import Record, bound_of, hash_ids, ids_of, split
+from src.data.unreadable import DataReadError
 from src.draws import Draws, key
-from src.ranks import local_rank
+from src.ranks import local_rank, rank
 
 if TYPE_CHECKING:
     from src.data.conditions import Condition
+
+TRIES = 10
+"""Samples that are drawn in the place of one that cannot be read, before training is given up."""
 
 VALIDATION = -1
 """The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
@@ -28,13 +38,17 @@ VALIDATION = -1
 class Batch(TypedDict):
     """x (B, *data), and the position of its first sample among the `total` of the global batch (or validation set).
 
-    `cond` (B, ...) is what each is asked to be, where the network is told.
+    `cond` (B, ...) is what each is asked to be, where the network is told. Until it is on the device a batch also says
+    which samples could not be read and have others in their place, by name, and of what went wrong in a process that
+    loads data: then it has no samples.
     """
 
     x: Tensor
     start: int
     total: int
     cond: NotRequired[Tensor]
+    skipped: NotRequired[dict[str, str]]
+    failure: NotRequired[str]
 
 
 class Places(NamedTuple):
@@ -61,16 +75,25 @@ class Given(NamedTuple):
 
 
 class Source(Protocol):
-    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each."""
+    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each.
+
+    `ids` are what each sample is known by wherever the data lie and in whatever order: whether it is held out depends
+    on that alone. None stands for its number.
+    """
 
     labels: Labels | None
     given: Given | None
     captions: Sequence[Sequence[str]] | None
+    ids: Sequence[str] | None
 
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """The samples as (N, *data)."""
+        ...
+
+    def stamps(self) -> Sequence[int] | None:
+        """A number for each sample that tells whether its content has changed; None where there is none."""
         ...
 
 
@@ -83,11 +106,13 @@ class InMemory:
         labels: Labels | None = None,
         given: Given | None = None,
         captions: Sequence[Sequence[str]] | None = None,
+        ids: Sequence[str] | None = None,
     ) -> None:
         self.samples = samples
         self.labels = labels
         self.given = given
         self.captions = captions
+        self.ids = ids
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -95,25 +120,117 @@ class InMemory:
     def fetch(self, indices: Sequence[int]) -> Tensor:
         return self.samples[torch.as_tensor(indices)]
 
+    def stamps(self) -> Sequence[int] | None:
+        if self.samples.dtype != torch.uint8:  # computed: another machine may round otherwise
+            return None
+        return [zlib.crc32(sample) for sample in self.samples.numpy()]
+
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
-    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory."""
+    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory.
 
-    def __init__(self, source: Source, condition: "Condition | None" = None, seed: int = 0) -> None:
+    Samples that cannot be read have others in their place, from among `spare`; without these the batch says so.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        condition: "Condition | None" = None,
+        seed: int = 0,
+        spare: Sequence[int] | None = None,
+    ) -> None:
         self.source = source
         self.condition = condition
         self.seed = seed
+        self.spare = spare
 
     def __getitem__(self, places: Places) -> Batch:
-        batch: Batch = {"x": self.source.fetch(places.indices), "start": places.start, "total": places.total}
-        if self.condition is not None:
-            asked = [
-                # Which of several captions is random, and belongs to the step and the position as all randomness does.
-                self.condition.of(self.source, index, key(self.seed, "caption", places.step, places.start + k))
-                for k, index in enumerate(places.indices)
-            ]
-            batch["cond"] = self.condition(asked)
+        batch: Batch = {"x": torch.empty(0), "start": places.start, "total": places.total}
+        try:
+            batch["x"], indices, skipped = fetch(self.source, places, self.seed, self.spare)
+            if skipped:
+                batch["skipped"] = skipped
+            if self.condition is not None:
+                batch["cond"] = self._asked(self.condition, places, indices)
+        except DataReadError as error:  # not raised: of several processes all have to be told
+            batch["failure"] = f"{error}: {_remedy(self.spare is not None)}"
         return batch
+
+    def _asked(self, condition: "Condition", places: Places, indices: Sequence[int]) -> Tensor:
+        """What the samples show, as the network takes it. Raises DataReadError if that cannot be had any more."""
+        asked = [
+            # Which of several captions is random, and belongs to the step and the position as all randomness does.
+            condition.of(self.source, index, key(self.seed, "caption", places.step, places.start + k))
+            for k, index in enumerate(indices)
+        ]
+        try:
+            return condition(asked)
+        except (OSError, ValueError) as error:  # such as an encoder whose cache and files are gone
+            raise DataReadError(f"what samples show cannot be read ({' '.join(str(error).split())})") from error
+
+
+def fetch(
+    source: Source, places: Places, seed: int, spare: Sequence[int] | None
+) -> tuple[Tensor, list[int], dict[str, str]]:
+    """The samples of a source at some places (N, *data), which ones these are, and what was said of unreadable ones.
+
+    Of samples that cannot be read others are taken, any of `spare`, by (seed, step, position) alone. Raises
+    DataReadError without `spare`, or if `TRIES` of them cannot be read either.
+    """
+    indices = list(places.indices)
+    try:
+        return source.fetch(indices), indices, {}
+    except DataReadError:
+        if not spare:
+            raise
+    skipped: dict[str, str] = {}
+    samples = []
+    for k, first in enumerate(indices):
+        position = places.start + k
+        others = (spare[key(seed, "spare", places.step, position, turn) % len(spare)] for turn in range(TRIES))
+        for index in chain([first], others):
+            try:
+                samples.append(source.fetch([index]))
+                indices[k] = index
+                break
+            except DataReadError as error:
+                skipped[error.name] = str(error)
+                last = error
+        else:
+            raise DataReadError(f"{last}, nor can {TRIES} others in its place", last.name)
+    return torch.cat(samples), indices, skipped
+
+
+def _remedy(skips: bool) -> str:
+    return "see that the data are still there" if skips else "restore or remove it, or add data.skip_unreadable=true"
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that gives a batch which says so, as its last, when a process that loads data has died.
+
+    Torch would raise an error as soon as that happens, be it in the midst of the optimizer's step.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
+        batches = super().__iter__()
+        if before is not None:
+            signal.signal(signal.SIGCHLD, before)  # then it looks when a batch does not come
+        return self._guarded(batches)
+
+    def _guarded(self, batches: Any) -> Iterator[Batch]:
+        try:
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            workers = getattr(batches, "_workers", [])
+            for worker in workers:  # the connection to one that dies breaks a moment before
+                worker.join(timeout=1)
+            if all(worker.is_alive() for worker in workers):
+                raise
+            what = " ".join(str(error).split()) or type(error).__name__
+            died = f"a process that loads data died ({what}), often for lack of memory: lower data.num_workers "
+            yield {"x": torch.empty(0), "start": 0, "total": 0, "failure": f"{died}({self.num_workers} now)"}
 
 
 class TrainingStream(Sampler[Places]):
@@ -220,11 +337,11 @@ class StreamDataModule(L.LightningDataModule):
     """Training and validation batches from the source that `open_source` opens, split by seed.
 
     `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
-    optimizer sees per step, whatever the number of devices and accumulation. `val_fraction` of the samples are
-    held out; which ones depends on `split_seed` and never on the run's seed. `levels` is the number of values that
-    the data can take, evenly over [-1, 1]; None if they are continuous. `micro_batch`, the samples in one forward pass
-    on one device, is for what builds the Trainer: here it only has to be possible. With a `condition` batches say what
-    each sample is asked to be.
+    optimizer sees per step, whatever the number of devices and accumulation. About `val_fraction` of the samples are
+    held out; which ones depends on `split_seed` and on what each is known by (`src.data.split`), never on the run's
+    seed. `levels` is the number of values that the data can take, evenly over [-1, 1]; None if they are continuous.
+    `micro_batch`, the samples in one forward pass on one device, is for what builds the Trainer: here it only has to be
+    possible. With a `condition` batches say what each sample is asked to be.
     """
 
     levels: int | None = None
@@ -235,6 +352,8 @@ class StreamDataModule(L.LightningDataModule):
     condition: "Condition | None" = None
     overfit_batches: int | float = 0
     """The number of batches that are trained on again and again, or their share of the data; 0 for all data."""
+    record_path: Path | None = None
+    """Where a run that goes on, or is opened, has the record of the data that it began with."""
 
     def __init__(
         self,
@@ -246,6 +365,7 @@ class StreamDataModule(L.LightningDataModule):
         seed: int,
         num_workers: int,
         micro_batch: int | Literal["auto"] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(micro_batch, int) and not 1 <= micro_batch <= batch_size:
@@ -264,6 +384,13 @@ class StreamDataModule(L.LightningDataModule):
         self.split_seed = split_seed
         self.seed = seed
         self.num_workers = num_workers
+        self.skip_unreadable = skip_unreadable
+        self.unreadable: set[str] = set()
+        """Names of samples that could not be read so far and had others in their place."""
+        self._skipped: dict[str, str] = {}
+        """Those of which the other processes have not been told, and what was said of them."""
+        self._talk: Any = None
+        """The group of processes in which they tell each other, without waiting for their devices."""
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
@@ -289,17 +416,26 @@ class StreamDataModule(L.LightningDataModule):
         if self.source is not None:
             return
         source = self.open_source()
-        num_val = round(self.val_fraction * len(source))
-        if not 0 < num_val < len(source):
+        record = Record.read(self.record_path) if self.record_path else None
+        bound = bound_of(self.val_fraction)
+        if record and (record.split_seed, record.val_fraction) == (self.split_seed, self.val_fraction):
+            bound = record.bound
+        try:
+            val, train, self.bound = split(hash_ids(ids_of(source), self.split_seed), bound)
+        except ValueError as error:
             raise ValueError(
                 f"{len(source)} samples do not split into training and validation at data.val_fraction="
-                f"{self.val_fraction}: use more data, or a fraction such as 0.2"
-            )
-        generator = torch.Generator().manual_seed(key(self.split_seed, "split"))
-        order = torch.randperm(len(source), generator=generator).tolist()
+                f"{self.val_fraction} ({error}): use more data"
+            ) from error
         if self.condition is not None:
             self.condition.check(source)
-        self.source, self.val_indices, self.train_indices = source, order[:num_val], order[num_val:]
+        if record and rank() == 0 and (changes := record.changes(source, val)):
+            warnings.warn(changes, stacklevel=2)
+        self.source, self.val_indices, self.train_indices = source, val, train
+
+    def write_record(self, path: Path) -> None:
+        """Write down which samples there are and which are held out, against which a resumed run sees changes."""
+        Record.of(self._source(), self.split_seed, self.val_fraction, self.bound).write(path)
 
     def stream(self, trainer: L.Trainer) -> TrainingStream:
         """The training batches of this process. Raises ValueError if the data do not go round the processes."""
@@ -334,26 +470,99 @@ class StreamDataModule(L.LightningDataModule):
         return ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.stream(self._trainer()))
+        return self._loader(self.stream(self._trainer()), self.train_indices)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.validation_stream(self._trainer()))
+        return self._loader(self.validation_stream(self._trainer()), self.val_indices)
 
     def at_once(self, trainer: L.Trainer) -> int:
         """The samples in one forward pass of one process in training, for which its device has room."""
         return max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        self._skipped |= batch.pop("skipped", {})
+        self.agree(batch.pop("failure", ""))
         x = self.to_model(batch["x"])
         trainer = self._trainer()
         if trainer.training:
             x = self.augment(x, Draws(self.seed, trainer.global_step, batch["start"], len(x), x.device))
         return {**batch, "x": x}
 
+    def agree(self, failure: str = "") -> None:
+        """Raise DataReadError in all processes if there was a `failure` in any; else warn of what each has skipped.
+
+        Of several processes all must take part.
+        """
+        count = self.trainer.world_size if self.trainer else 1
+        if count == 1 or (self.num_workers == 0 and isinstance(self.source, InMemory)):  # which does not fail
+            told = [(failure, self._skipped)]
+        else:
+            told = self._tell(failure, count)
+        if failure := next((each for each, _ in told if each), ""):
+            raise DataReadError(failure, everywhere=True)
+        for _, skipped in told:
+            self._skipped = self._skipped | skipped
+        self.warn_of_skipped()
+
+    def warn_of_skipped(self) -> None:
+        """Once of each sample that has another in its place."""
+        new = {name: said for name, said in self._skipped.items() if name not in self.unreadable}
+        self.unreadable |= new.keys()
+        self._skipped = {}
+        for said in new.values():
+            warnings.warn(f"{said}: another sample takes its place", stacklevel=2)
+
+    def _tell(self, failure: str, count: int) -> list[tuple[str, dict[str, str]]]:
+        """What each of `count` processes has to tell; what is passed on each time is only whether any has something."""
+        from torch import distributed
+
+        if self._talk is None:
+            self._talk = distributed.new_group(backend="gloo")
+        any_news = torch.tensor(int(bool(failure or self._skipped)))
+        distributed.all_reduce(any_news, distributed.ReduceOp.MAX, self._talk)
+        told: list[Any] = [("", {})] * count
+        if any_news:
+            distributed.all_gather_object(told, (failure, self._skipped), self._talk)
+        return told
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this some processes read data by themselves: if one cannot, all raise. All must take part."""
+        failure = ""
+        try:
+            yield
+        except DataReadError as error:
+            failure = f"{error}: {_remedy(self.skip_unreadable)}"
+        self.agree(failure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreadable": sorted(self.unreadable)} if self.unreadable else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unreadable |= {*state_dict["unreadable"]}
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Samples of one side of the split as the source has them, (N, *data), and which ones these are.
+
+        With `skip_unreadable` others of that side take the place of those that cannot be read.
+        """
+        spare = None
+        if self.skip_unreadable and len(indices):
+            spare = self.val_indices if indices[0] in self.val_indices else self.train_indices
+        places = Places(0, len(indices), list(indices))
+        x, used, skipped = fetch(self._source(), places, self.seed, spare)
+        self._skipped |= skipped
+        return x, used
+
+    def held_out(self, count: int) -> tuple[Tensor, list[int]]:
+        """The first `count` held-out samples, as the network sees them: (N, *data), and which ones these are."""
+        self.setup()
+        x, indices = self.fetch(self.val_indices[:count])
+        return self.to_model(x), indices
+
     def examples(self, count: int) -> Tensor:
         """The first `count` held-out samples, as the network sees them: (N, *data)."""
-        self.setup()
-        return self.to_model(self._source().fetch(self.val_indices[:count]))
+        return self.held_out(count)[0]
 
     def prepare_together(self) -> None:
         """Prepare and open the data before processes know of each other: the first of each machine prepares them.
@@ -386,9 +595,9 @@ class StreamDataModule(L.LightningDataModule):
         """For samples to draw, number k among them, any training sample that they are to be like, by (seed, k)."""
         return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in numbers]
 
-    def _loader(self, stream: Sampler[Places]) -> DataLoader[Batch]:
-        return DataLoader(
-            BatchDataset(self._source(), self.condition, self.seed),
+    def _loader(self, stream: Sampler[Places], spare: Sequence[int]) -> DataLoader[Batch]:
+        return Loader(
+            BatchDataset(self._source(), self.condition, self.seed, spare if self.skip_unreadable else None),
             sampler=stream,
             batch_size=None,  # the stream's items are batches already
             num_workers=self.num_workers,

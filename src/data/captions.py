@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 from src.data.batch import Source
 from src.data.csv_files import read_table, some
-from src.data.images import ImageFiles, by_image, find_images, folder_kinds, open_file
+from src.data.images import by_image, find_images, folder_kinds, image_files
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 """Files in the images' folder that have their captions, as Hugging Face's ImageFolder reads them."""
@@ -35,9 +34,7 @@ def captioned(root: str | None, image_size: int, channels: int, prepare: bool = 
         captions: Sequence[Sequence[str]] = by_image(said, path, files, tables[0], "caption")
     else:
         captions = _beside(path, files)
-    return ImageFiles(
-        partial(open_file, files), len(files), image_size, channels, folder_kinds(path, files), captions=captions
-    )
+    return image_files(path, files, image_size, channels, folder_kinds(path, files), captions)
 
 
 def _in_csv(source: Path) -> Iterator[tuple[str, str]]:

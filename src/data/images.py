@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,12 +12,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.batch import Given, InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
 from src.data.csv_files import kinds, read_table, some
+from src.data.unreadable import DataReadError, read
 from src.draws import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -35,7 +38,8 @@ class ImageDataModule(StreamDataModule):
     """Images of `channels` x `image_size` x `image_size`, uint8 until they are on the device, then in [-1, 1].
 
     `source` opens them from `root`; `levels` is the number of values a pixel can take (256 for 8 bits); `flip`
-    mirrors half of the training images left to right.
+    mirrors half of the training images left to right. With `skip_unreadable` others take the place of images that
+    cannot be read.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class ImageDataModule(StreamDataModule):
         seed: int = 0,
         num_workers: int = 0,
         micro_batch: int | Literal["auto"] | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         super().__init__(
             partial(source, root, image_size, channels),
@@ -62,6 +67,7 @@ class ImageDataModule(StreamDataModule):
             seed,
             num_workers,
             micro_batch,
+            skip_unreadable,
         )
         if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
             raise ValueError(
@@ -77,7 +83,12 @@ class ImageDataModule(StreamDataModule):
         if self._prepared:  # Lightning asks again at each fit and validate
             return
         self._prepared = True
-        self._prepare()
+        try:
+            self._prepare()
+        except DataReadError as error:
+            if not self.skip_unreadable:
+                raise ValueError(f"{error}: remove them, or train without them by data.skip_unreadable=true") from error
+            warnings.warn(f"{error}: other samples take their places", stacklevel=2)
 
     def to_model(self, x: Tensor) -> Tensor:
         return to_signed(x, self.pixel_levels)
@@ -93,7 +104,10 @@ class ImageDataModule(StreamDataModule):
 
 
 class ImageFiles:
-    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode."""
+    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode.
+
+    Where they are files, these are `files`, and `ids` what they are known by. `fetch` raises DataReadError.
+    """
 
     def __init__(
         self,
@@ -103,6 +117,8 @@ class ImageFiles:
         channels: int,
         labels: Labels | None = None,
         captions: Sequence[Sequence[str]] | None = None,
+        files: Sequence[Path] | None = None,
+        ids: Sequence[str] | None = None,
     ) -> None:
         self.open_image = open_image
         self.count = count
@@ -111,12 +127,25 @@ class ImageFiles:
         self.labels = labels
         self.given: Given | None = None
         self.captions = captions
+        self.files = files
+        self.ids = ids
 
     def __len__(self) -> int:
         return self.count
 
+    def stamps(self) -> Sequence[int] | None:
+        """The sizes of the files: a copy has another time, and to read all takes too long."""
+        return None if self.files is None else [_size(file) for file in self.files]
+
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([fit_image(self.open_image(i), self.image_size, self.channels) for i in indices])
+        return torch.stack([read(self._name(i), partial(self._read, i)) for i in indices])
+
+    def _read(self, i: int) -> Tensor:
+        with self.open_image(i) as image:
+            return fit_image(image, self.image_size, self.channels)
+
+    def _name(self, i: int) -> str:
+        return f"image {i}" if self.files is None else str(self.files[i])
 
 
 def digits(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
@@ -178,7 +207,7 @@ def folder(
     """
     path, files = find_images(root, prepare)
     found = folder_kinds(path, files) if labels is None else _kinds_in(path / labels, path, files)
-    return ImageFiles(partial(open_file, files), len(files), image_size, channels, found)
+    return image_files(path, files, image_size, channels, found)
 
 
 def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
@@ -199,11 +228,26 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
             readable = list(pool.map(_is_readable, files))
         unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]
         if unreadable:
-            raise ValueError(
-                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)}): remove "
-                "them"
+            raise DataReadError(
+                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)})"
             )
     return path, files
+
+
+def image_files(
+    path: Path,
+    files: Sequence[Path],
+    image_size: int,
+    channels: int,
+    labels: Labels | None,
+    captions: Sequence[Sequence[str]] | None = None,
+) -> ImageFiles:
+    """Files under `path`, each known by how it is reached from there, whatever the system writes between folders.
+
+    Names are taken in Unicode's normal form C, since systems differ in how they keep accents.
+    """
+    ids = [unicodedata.normalize("NFC", file.relative_to(path).as_posix()) for file in files]
+    return ImageFiles(partial(open_file, files), len(files), image_size, channels, labels, captions, files, ids)
 
 
 def open_file(files: Sequence[Path], i: int) -> Image.Image:
@@ -302,12 +346,24 @@ def _is_visible_file(path: Path, root: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
+def _size(path: Path) -> int:
+    """In bytes; of a file that is gone 0."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _is_readable(path: Path) -> bool:
     """Whether the whole file goes through `fit_image`: a truncated one fails only when its pixels are read."""
-    try:
+
+    def decode() -> None:
         with Image.open(path) as image:
             fit_image(image, 8, 3)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError):
+
+    try:
+        read(str(path), decode)
+    except DataReadError:
         return False
     return True
 

@@ -299,6 +299,7 @@ class Shapes:
 
     labels: Labels | None = None
     given: Given | None = None
+    ids: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -337,6 +338,9 @@ class Shapes:
     def fetch(self, indices: Sequence[int]) -> Tensor:
         scenes = [self._scene(i) for i in indices]
         return render(scenes, self.image_size, [key(self.seed, "picture", i) for i in indices])
+
+    def stamps(self) -> Sequence[int] | None:
+        return None
 
     def seen_scenes(self, count: int, seed: int) -> list[Scene]:
         """Random scenes of the kinds that are among the samples, every attribute about as often as its others."""

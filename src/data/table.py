@@ -77,7 +77,8 @@ class TableDataModule(StreamDataModule):
                 line = table.lines[names.index("")]
                 raise ValueError(f"{table.path}, line {line}: the label {self.label!r} is empty; fill it in")
             labels = kinds(names)
-        return InMemory(samples, labels, measured)
+        # A row is known by its cells, wherever it stands: those that are the same are held out together.
+        return InMemory(samples, labels, measured, ids=["\x1f".join(row) for row in table.rows])
 
     def _read(self) -> Table:
         """The table, in which all columns that the settings name exist, each for one use."""
