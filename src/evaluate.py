@@ -53,6 +53,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}: null takes all that there are")
+        from src.evaluation import check_halves, check_reverse_variance
+
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
@@ -73,6 +76,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
+        if cfg.likelihood:
+            count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
+            check_halves(cfg.reverse_variance, count, "reverse_variance")
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)):
@@ -126,6 +132,7 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     metrics: dict[str, Any] = {
         "held_out": count,
         "links": cfg.links or module.schedule.num_steps,
+        "reverse_variance": cfg.reverse_variance,
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
@@ -390,14 +397,20 @@ def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, pro
     """The bound of held-out samples, batch by batch, each process a share of these."""
     import torch
 
-    from src.evaluation import Bound, bound
+    from src.evaluation import Bound, Errors, bounds
 
-    parts = []
     mine = processes.share(batches)
-    for k, batch in enumerate(mine):
-        x = held_out(opened, batch).to(opened.module.device)
-        show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(mine)}", rank=processes.rank)
-        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, batch.start, conditions(opened, batch)))
+
+    def load(batch: range) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        return held_out(opened, batch).to(opened.module.device), conditions(opened, batch)
+
+    def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
+        return progress(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
+
+    def together(errors: Errors) -> Errors:
+        return Errors(*(torch.stack(part).sum(0) for part in zip(*processes.gather(errors), strict=True)))
+
+    parts = bounds(opened.module, mine, load, cfg.seed, cfg.links, cfg.reverse_variance, show, together)
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 
