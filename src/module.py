@@ -285,15 +285,19 @@ class DiffusionModule(L.LightningModule):
     def _seek_least_variance(self, link: Link, losses: list[Tensor]) -> None:
         """Have a schedule with parameters descend the mean square of the losses (B,), which are not known yet.
 
-        The square's gradient is 2 loss times that of the loss, so both need one backward pass only.
+        The square's gradient is 2 loss times that of the loss, so both need one backward pass only. The cleanest row,
+        where the decoder takes over, learns nothing, as VDM's end does not: the mean of the divergences alone depends
+        on where they end, and the decoder's term would outweigh them.
         """
+        for level in (link.t, link.s):
+            learns = level.time > 1.5 / link.links
 
-        def scaled(gradient: Tensor) -> Tensor:
-            return 2 * losses[0].view_as(gradient) * gradient
+            def scaled(gradient: Tensor, learns: Tensor = learns) -> Tensor:
+                return 2 * losses[0].view_as(gradient) * learns * gradient
 
-        for field in (*link.t, *link.s):
-            if field.requires_grad:
-                field.register_hook(scaled)  # type: ignore[no-untyped-call]
+            for field in level:
+                if field.requires_grad:
+                    field.register_hook(scaled)  # type: ignore[no-untyped-call]
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)
