@@ -103,7 +103,7 @@ def bounds(
     seed: int,
     links: int | None,
     variance: ReverseVariance,
-    show: Callable[[range, Iterable[int]], Iterable[int]],
+    show: Callable[[range, Iterable[int]], Iterable[int]] = lambda part, passes: passes,
     together: Callable[[Errors], Errors] = lambda errors: errors,
 ) -> list[Bound]:
     """The bound of the held-out samples at each of `parts`, as `bound` computes it, with a reverse variance of choice.

@@ -335,8 +335,8 @@ class BitsPerDim(L.Callback):
             return Errors(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
 
         parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
-        show = lambda _, passes: passes  # noqa: E731
-        found = bounds(pl_module, parts, load, self.seed, self.links, self.reverse_variance, show, together)
+        settings = self.seed, self.links, self.reverse_variance
+        found = bounds(pl_module, parts, load, *settings, together=together)
         mine = torch.cat([part.total for part in found]).mean().to(device, torch.float32)
         pl_module.log("val/bits_per_dim", trainer.strategy.all_gather(mine).mean(), rank_zero_only=False)
 

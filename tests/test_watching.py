@@ -185,8 +185,7 @@ def test_ends_of_schedules_without_a_last_log_snr():
 def test_bits_per_dim_are_those_of_the_averaged_weights(watched, offline):
     opened = runs.open_run(str(watched))  # with the average of the last step
     x = opened.data.examples(512)
-    show = lambda _, passes: passes  # noqa: E731
-    (one,) = bounds(opened.module, [range(len(x))], lambda _: (x, None), 3, 4, "optimal", show)
+    (one,) = bounds(opened.module, [range(len(x))], lambda _: (x, None), 3, 4, "optimal")
     expected = one.total.mean().item()
     metrics = json.loads((watched / "metrics.json").read_text())
     assert metrics["val/bits_per_dim"] == pytest.approx(expected, rel=1e-4)
