@@ -68,6 +68,9 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_data(found, cfg.data.root is None)
         if cfg.wandb:
             wandb_of(found)
+        from src.evaluation import check_halves, check_reverse_variance
+
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         from src import out_of_memory, runs
         from src.processes import start_processes
 
@@ -77,6 +80,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         if rank() == 0:
             first.data.prepare_data()
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        first.data.setup()
+        check_halves(cfg.reverse_variance, held_out_count(first, cfg), "reverse_variance")
     with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)), data_errors():
         measured = measure_all(found, samplers, first, cfg, processes)
     if processes.rank > 0:
@@ -283,6 +288,7 @@ def measure_all(
     from tqdm import tqdm
 
     from src import building
+    from src.evaluation import network_passes
     from src.measuring import measured
     from src.metrics.cache import cached
     from src.quality import Settings, Yardstick
@@ -325,8 +331,8 @@ def measure_all(
         if processes.rank == 0:  # what is downloaded or trained, the others find
             yardstick()
         processes.gather(None)
-        links = first.module.schedule.num_steps if cfg.links is None else cfg.links + 1
-        bound = links * min(cfg.held_out or len(first.data.val_indices), len(first.data.val_indices))
+        passes = network_passes(first.module.schedule, cfg.links, cfg.reverse_variance)
+        bound = passes * held_out_count(first, cfg)
         total = sum(cfg.n * samplers[k].steps + bound for k in mine)
         announce(len(found), len(missing), samplers[missing[0]], bound, first, cfg, processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
@@ -336,9 +342,11 @@ def measure_all(
             run = first if k == 0 else opened_run(found[k], cfg)
             run.module.to(processes.device)
             tools, floor = yardstick()
-            held_out, links, size = cfg.held_out, cfg.links, cfg.batch_size
+            of_bound = cfg.held_out, cfg.links, cfg.reverse_variance
             own = run.data.condition
-            return floor | measured(run.module, samplers[k], tools, held_out, links, size, cfg.seed, bar.update, own)
+            return floor | measured(
+                run.module, samplers[k], tools, *of_bound, cfg.batch_size, cfg.seed, bar.update, own
+            )
 
         bar.set_postfix_str(found[k].folder.name)
         return cached(folder, keys[k], compute)
@@ -348,6 +356,12 @@ def measure_all(
         for part in processes.gather({k: measure(k) for k in mine}):
             done |= part
         return [done[k] if k in done else measure(k) for k in range(len(found))] if processes.rank == 0 else []
+
+
+def held_out_count(opened: "OpenedRun", cfg: DictConfig) -> int:
+    """The number of held-out samples of which the bound is measured."""
+    count = len(opened.data.val_indices)
+    return min(cfg.held_out or count, count)
 
 
 def announce(
@@ -389,7 +403,7 @@ def measurement_key(run: Found, cfg: DictConfig, data: str, code: str, device: s
     with run.checkpoint.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
     names = ["n", "features", "inception_weights", "dinov2_model", "against", "keep", "near", "held_out", "links"]
-    asked = {name: cfg[name] for name in (*names, "batch_size", "seed", "ema")}
+    asked = {name: cfg[name] for name in (*names, "reverse_variance", "batch_size", "seed", "ema")}
     sampler = OmegaConf.to_container(sampler_settings(run, cfg))
     root = cfg.data.root or run.record.settings.get("data.root")
     how = [weights, asked, sampler, root, data, code, device, torch.__version__]
@@ -421,7 +435,8 @@ def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
         "sampler": ", ".join([name, *(f"{k} {v}" for k, v in chosen.items())]),
         "weights": "averaged" if cfg.ema else "raw",
         "reference": "training data" if cfg.against == "train" else "held-out data, which no run has seen",
-        "bits/dim": f"the variational bound of {cfg.held_out or 'all'} held-out samples by {links}",
+        "bits/dim": f"the variational bound of {cfg.held_out or 'all'} held-out samples by {links}, "
+        f"reverse variance {cfg.reverse_variance}",
         "device": f"{processes.count} x {device_name(processes.device)}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "code": commit_of(code_version()),

@@ -68,6 +68,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
         if not cfg.ode_tolerance > 0:
             raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive: 1e-5 is usual")
+        from src.evaluation import check_halves, check_reverse_variance
+
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
@@ -88,6 +91,9 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
         processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
+        if cfg.likelihood:
+            count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
+            check_halves(cfg.reverse_variance, count, "reverse_variance")
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
@@ -145,6 +151,7 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     metrics: dict[str, Any] = {
         "held_out": count,
         "links": cfg.links or module.schedule.num_steps,
+        "reverse_variance": cfg.reverse_variance,
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
@@ -409,14 +416,20 @@ def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, pro
     """The bound of held-out samples, batch by batch, each process a share of these."""
     import torch
 
-    from src.evaluation import Bound, bound
+    from src.evaluation import Bound, Errors, bounds
 
-    parts = []
     mine = processes.share(batches)
-    for k, batch in enumerate(mine):
-        x = held_out(opened, batch).to(opened.module.device)
-        show = functools.partial(progress, label=f"Bound, batch {k + 1} of {len(mine)}", rank=processes.rank)
-        parts.append(bound(opened.module, x, cfg.seed, cfg.links, show, batch.start, conditions(opened, batch)))
+
+    def load(batch: range) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        return held_out(opened, batch).to(opened.module.device), conditions(opened, batch)
+
+    def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
+        return progress(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
+
+    def together(errors: Errors) -> Errors:
+        return Errors(*(torch.stack(part).sum(0) for part in zip(*processes.gather(errors), strict=True)))
+
+    parts = bounds(opened.module, mine, load, cfg.seed, cfg.links, cfg.reverse_variance, show, together)
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.comparison import Record
 from src.data.conditions import Condition, shown
-from src.evaluation import SPECTRUM, bound, error_by_log_snr
+from src.evaluation import SPECTRUM, ReverseVariance, bounds, error_by_log_snr
 from src.module import DiffusionModule, Sampler
 from src.quality import Yardstick
 from src.tables import USUAL, stem
@@ -26,6 +26,7 @@ def measured(
     yardstick: Yardstick,
     held_out: int | None,
     links: int | None,
+    variance: ReverseVariance,
     batch_size: int,
     seed: int,
     advance: Callable[[int], object],
@@ -34,7 +35,7 @@ def measured(
     """The figures of a model's samples, the first of them, and the bound and error over log-SNR of `held_out` data.
 
     `condition` is the model's, if it takes any. `advance` is told how many more samples have gone a step of the
-    sampler, or a link of the bound.
+    sampler, or a call of the network for the bound.
     """
     data = yardstick.data
     drawn = yardstick.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
@@ -47,21 +48,21 @@ def measured(
     found["real"] = data.to_display(data.examples(some))
 
     count = min(held_out or len(data.val_indices), len(data.val_indices))
-    parts = []
-    assert data.source is not None
-    for start in range(0, count, batch_size):
-        places = data.val_indices[start : min(start + batch_size, count)]
-        x = data.to_model(data.source.fetch(places)).to(module.device)
+    source = data.source
+    assert source is not None
 
-        cond = shown(condition, data.source, places)
-        cond = None if cond is None else cond.to(module.device)
+    def load(places: range) -> tuple[Tensor, Tensor | None]:
+        indices = data.val_indices[places.start : places.stop]
+        cond = shown(condition, source, indices)
+        return data.to_model(source.fetch(indices)).to(module.device), None if cond is None else cond.to(module.device)
 
-        def show(each: Iterable[int], size: int = len(x)) -> Iterator[int]:
-            for link in each:
-                yield link
-                advance(size)
+    def show(places: range, passes: Iterable[int]) -> Iterator[int]:
+        for each in passes:
+            yield each
+            advance(len(places))
 
-        parts.append(bound(module, x, seed, links, show, start, cond))
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    parts = bounds(module, batches, load, seed, links, variance, show)
     total = torch.cat([part.total for part in parts])
     error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.full((), math.nan)
     found["figure/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])

@@ -19,7 +19,7 @@ from src.data.batch import VALIDATION, Batch
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
+from src.diffusion.noise import CLEAN, Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
@@ -28,7 +28,11 @@ from src.sharding import shard, total_norm
 
 
 class Objective(Protocol):
-    """Per-sample terms, each (B,), "loss" among them."""
+    """Per-sample terms, each (B,), "loss" among them.
+
+    An objective that has a term "vlb" estimates the bound, and is given links of the chain. Any other is given the
+    link from the level at v, anywhere on a continuous schedule, to clean data.
+    """
 
     def __call__(
         self, process: GaussianDiffusion, denoise: Denoise, x0: Tensor, link: Link, eps: Tensor
@@ -120,7 +124,9 @@ class DiffusionModule(L.LightningModule):
         """What is called instead of it to draw samples, in batches that are filled up to one size."""
         self.sampling_dtype: torch.dtype | None = None
         """In which the network's products are computed when it samples; None for its own."""
-        self.validation = nn.ModuleDict({name: MeanMetric() for name in self.check_objective()})
+        terms = self.check_objective()
+        self.estimates_bound = "vlb" in terms
+        self.validation = nn.ModuleDict({name: MeanMetric() for name in terms})
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.validated = 0
         """The step at which the last validation ended."""
@@ -230,7 +236,7 @@ class DiffusionModule(L.LightningModule):
         """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
         x0, draws = self._draws(batch, step)
         v, weight = self.timesteps(draws.uniform("t"), draws.shared("t"), self._place(batch))
-        link = self.schedule.link(v, x0)
+        link = self.link(v, x0)
         losses: list[Tensor] = []
         self._seek_least_variance(link, losses)
         terms = self._terms(x0, link, draws, self._asked(batch, draws, self.drop))
@@ -247,10 +253,16 @@ class DiffusionModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         x0, draws = self._draws(batch, VALIDATION)
         v, _ = stratified(draws.uniform("t"), draws.shared("t"), self._place(batch))
-        for name, values in self._terms(x0, self.schedule.link(v, x0), draws, self._asked(batch)).items():
+        for name, values in self._terms(x0, self.link(v, x0), draws, self._asked(batch)).items():
             metric = cast(MeanMetric, self.validation[name])
             metric.update(values)
             self.log(f"val/{name}", metric, prog_bar=name == "loss", on_step=False, on_epoch=True)
+
+    def link(self, v: Tensor, like: Tensor) -> Link:
+        """The links that the objective is given for v (B,) in [0, 1), as (B, 1, ..., 1) against `like` (B, *data)."""
+        if self.estimates_bound:
+            return self.schedule.link(v, like)
+        return Link(self.schedule.level_at(v, like), CLEAN, 1)
 
     def _draws(self, batch: Batch, step: int) -> tuple[Tensor, Draws]:
         """The data, and the draws that belong to the step and to their places in the batch."""
@@ -281,15 +293,19 @@ class DiffusionModule(L.LightningModule):
     def _seek_least_variance(self, link: Link, losses: list[Tensor]) -> None:
         """Have a schedule with parameters descend the mean square of the losses (B,), which are not known yet.
 
-        The square's gradient is 2 loss times that of the loss, so both need one backward pass only.
+        The square's gradient is 2 loss times that of the loss, so both need one backward pass only. The cleanest row,
+        where the decoder takes over, learns nothing, as VDM's end does not: the mean of the divergences alone depends
+        on where they end, and the decoder's term would outweigh them.
         """
+        for level in (link.t, link.s):
+            learns = level.time > 1.5 / link.links
 
-        def scaled(gradient: Tensor) -> Tensor:
-            return 2 * losses[0].view_as(gradient) * gradient
+            def scaled(gradient: Tensor, learns: Tensor = learns) -> Tensor:
+                return 2 * losses[0].view_as(gradient) * learns * gradient
 
-        for field in (*link.t, *link.s):
-            if field.requires_grad:
-                field.register_hook(scaled)  # type: ignore[no-untyped-call]
+            for field in level:
+                if field.requires_grad:
+                    field.register_hook(scaled)  # type: ignore[no-untyped-call]
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)

@@ -200,15 +200,17 @@ def test_positions_on_a_schedule_are_found_again(curve):
 @pytest.mark.parametrize("num_steps", [2, 10, 1000])
 @every_curve
 def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
-    """t lies at v and s at v - 1 / num_steps, strictly cleaner, clean data where that is below 0."""
+    """t and s lie at (k + 1) / n and k / n around v, clean data for k = 0; `level_at` at v itself."""
     v = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    t, s, links = ContinuousSchedule(curve, num_steps).link(v, torch.zeros(2000, 1, 1))
+    schedule = ContinuousSchedule(curve, num_steps)
+    t, s, links = schedule.link(v, torch.zeros(2000, 1, 1))
     assert links == num_steps
     assert all(field.shape == (2000, 1, 1) and field.dtype == torch.float64 for field in (*t, *s))
-    assert torch.equal(t.time.flatten(), v)
-    clean = v < 1 / num_steps
-    for level, place in ((t, v), (s, v - 1 / num_steps)):
-        kept = slice(None) if level is t else ~clean
+    k = (v * num_steps).floor()
+    clean = k == 0
+    at = schedule.level_at(v, torch.zeros(2000, 1, 1))
+    for level, place in ((t, (k + 1) / num_steps), (s, k / num_steps), (at, v)):
+        kept = ~clean if level is s else slice(None)
         for field, expected in zip(level, (*curve(place[kept]), place[kept]), strict=True):
             assert_close(field.flatten()[kept], expected, rtol=1e-14, atol=0)
     assert all((field.flatten()[clean] == value).all() for field, value in zip(s, CLEAN, strict=True))

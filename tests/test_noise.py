@@ -379,19 +379,18 @@ def test_levels_of_curves_are_the_curves(name):
 @pytest.mark.parametrize("num_steps", [2, 10, 1000])
 @every_curve
 def test_links_of_curves(name, num_steps, shape):
-    """t lies at v, s 1 / num_steps below, or is clean data where that is below 0; float32 against data of any rank."""
+    """t and s lie where v falls between (k + 1) / n and k / n, clean data for k = 0; float32, data of any rank."""
     v = torch.tensor([0.0, 0.3 / num_steps, 1.5 / num_steps, 1 - 2**-24])
     t, s, links = continuous(name, num_steps).link(v, torch.zeros(shape))
     assert links == num_steps
     assert all(f.shape == (4, *[1] * (len(shape) - 1)) and f.dtype == torch.float32 for level in (t, s) for f in level)
-    for i, place in enumerate(v.tolist()):
+    for i, k in enumerate([0, 0, 1, num_steps - 1]):
         # rtol and atol: float32's rounding of log-SNRs up to 15, and of an angle.
-        expected = [*on_curve(name, place), place]
-        assert [f[i].item() for f in t] == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        below = place - 1 / num_steps
-        expected = [*on_curve(name, below), below] if below > 0 else [1.0, 0.0, 0.0]
+        place, below = (k + 1) / num_steps, k / num_steps
+        assert [f[i].item() for f in t] == pytest.approx([*on_curve(name, place), place], rel=1e-5, abs=1e-6)
+        expected = [*on_curve(name, below), below] if k > 0 else [1.0, 0.0, 0.0]
         assert [f[i].item() for f in s] == pytest.approx(expected, rel=1e-5, abs=1e-6)
-        if below <= 0:
+        if k == 0:
             assert [f[i].item() for f in s] == expected
 
 

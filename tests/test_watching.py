@@ -21,7 +21,7 @@ from src.checkpoints import read_checkpoint
 from src.diffusion import schedules
 from src.diffusion.noise import NoiseSchedule
 from src.errors import UsageError
-from src.evaluation import bound
+from src.evaluation import bounds
 from src.loggers import log_comparison
 from src.module import DiffusionModule
 from src.provenance import code_version
@@ -185,7 +185,8 @@ def test_ends_of_schedules_without_a_last_log_snr():
 def test_bits_per_dim_are_those_of_the_averaged_weights(watched, offline):
     opened = runs.open_run(str(watched))  # with the average of the last step
     x = opened.data.examples(512)
-    expected = bound(opened.module, x, 3, 4, lambda turns: turns).total.mean().item()
+    (one,) = bounds(opened.module, [range(len(x))], lambda _: (x, None), 3, 4, "optimal")
+    expected = one.total.mean().item()
     metrics = json.loads((watched / "metrics.json").read_text())
     assert metrics["val/bits_per_dim"] == pytest.approx(expected, rel=1e-4)
     assert offline.steps("val/bits_per_dim")[:2] == [2, 5]  # Lightning counts the step that is just over

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.diffusion.noise import Level, Link
-from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
+from src.diffusion.process import TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction, snr_ratio
 
 Predict = Callable[[Tensor, Level], Prediction]
 """(x_t (B, *data), level) -> what the network's output there means."""
@@ -75,11 +75,37 @@ def decoder_log_prob(process: GaussianDiffusion, x0: Tensor, q: Gaussian) -> Ten
     return discretized_gaussian_log_prob(x0, q, process.levels)
 
 
-def link_bits(process: GaussianDiffusion, pred: Prediction, x0: Tensor, x_t: Tensor, link: Link) -> Tensor:
-    """One link's term of the bound, (B,) in bits/dim: KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or the decoder's."""
+def link_bits(
+    process: GaussianDiffusion,
+    pred: Prediction,
+    x0: Tensor,
+    x_t: Tensor,
+    link: Link,
+    log_variance: Tensor | None = None,
+) -> Tensor:
+    """One link's term of the bound, (B,) in bits/dim: KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or the decoder's.
+
+    `log_variance`, broadcastable to x0 (B, *data), replaces that of the process's reverse step.
+    """
     truth, model = process.posterior(x0, x_t, link.t, link.s), process.reverse(pred, x_t, link.t, link.s)
+    if log_variance is not None:
+        model = Gaussian(model.mean, log_variance)
     # Both, since to look which it is a GPU would wait for all that is queued.
     return in_bits(torch.where(link.s.sigma == 0, -decoder_log_prob(process, x0, model), gaussian_kl(truth, model)))
+
+
+def optimal_log_variance(t: Level, s: Level, mse: Tensor) -> Tensor:
+    """The logarithm of the reverse step's best isotropic variance, in the shape of `mse`, which is that of x_0.
+
+    The posterior's variance, plus the squared coefficient of x_0 in its mean times the mean squared error of the
+    predicted x_0 at t. For clean s, whose posterior has no variance, that error alone.
+
+    Source: Bao et al. 2022 (Analytic-DPM, 2201.06503), theorem 1, corrected for a predictor that is not ideal as in
+    Bao et al. 2022 (2206.07309).
+    """
+    left = 1 - snr_ratio(t, s)
+    variance = s.sigma.square() * left + (s.alpha * left).square() * mse
+    return variance.clamp(min=TINY_VARIANCE).log()
 
 
 def prior_bits(t: Level, x0: Tensor) -> Tensor:

@@ -70,7 +70,14 @@ class Schedule(Protocol):
         ...
 
     def link(self, v: Tensor, like: Tensor) -> Link:
-        """Links drawn by v (B,) in [0, 1), uniformly if v is uniform, as (B, 1, ..., 1) against `like` (B, *data)."""
+        """The chain's links on which v (B,) in [0, 1) falls, as (B, 1, ..., 1) against `like` (B, *data).
+
+        Link t, from row t to row t - 1, has the share [t / T, (t + 1) / T).
+        """
+        ...
+
+    def level_at(self, v: Tensor, like: Tensor) -> Level:
+        """The levels on which v (B,) in [0, 1) falls, as (B, 1, ..., 1): of a table the links' noisier ends."""
         ...
 
     def at(self, u: Tensor) -> list[Level]:
@@ -193,6 +200,9 @@ class NoiseSchedule(nn.Module):
         t = (v * self.num_steps).long()
         return Link(self.level(t, like), self.level(t - 1, like), self.num_steps)
 
+    def level_at(self, v: Tensor, like: Tensor) -> Level:
+        return self.level((v * self.num_steps).long(), like)
+
     def at(self, u: Tensor) -> list[Level]:
         """Between rows, interpolated in the angle atan(sigma / alpha), finite even at zero SNR."""
         place = u * self.num_steps
@@ -230,11 +240,15 @@ class ContinuousSchedule(nn.Module):
         return CLEAN if t == -1 else self.at(torch.tensor([(t + 1) / self.num_steps], dtype=torch.float64))[0]
 
     def link(self, v: Tensor, like: Tensor) -> Link:
-        below = v - 1 / self.num_steps
-        s = self._level(below.clamp(min=0))
-        clean = [torch.where(below > 0, x, c) for x, c in zip(s, (1.0, 0.0, 0.0), strict=True)]
-        t, s = (Level(*(per_sample(x, like) for x in level)) for level in (self._level(v), clean))
+        # Both ends on the chain's grid, as VDM's code rounds its draws up (Kingma et al. 2021).
+        below = (v * self.num_steps).floor()
+        t, s = (self._level(place / self.num_steps) for place in (below + 1, below))
+        s = Level(*(torch.where(below > 0, x, clean) for x, clean in zip(s, (1.0, 0.0, 0.0), strict=True)))
+        t, s = (Level(*(per_sample(x, like) for x in level)) for level in (t, s))
         return Link(t, s, self.num_steps)
+
+    def level_at(self, v: Tensor, like: Tensor) -> Level:
+        return Level(*(per_sample(x, like) for x in self._level(v)))
 
     @torch.no_grad()
     def at(self, u: Tensor) -> list[Level]:
