@@ -40,8 +40,7 @@ def rectified_flow(u: Tensor, start: float = 1e-4) -> tuple[Tensor, Tensor]:
     """
     if not 0 < start < 1:
         raise ValueError(f"start must lie in (0, 1), got {start}: 1e-4 is usual (schedule.curve.start)")
-    sigma = start + (1 - start) * u
-    return 1 - sigma, sigma
+    return (1 - start) * (1 - u), start + (1 - start) * u
 
 
 class Learned(nn.Module):
