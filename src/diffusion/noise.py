@@ -19,6 +19,20 @@ MAX_RATIO = 80.0
 KARRAS_RHO = 7.0
 
 
+class DefaultSpacing(NamedTuple):
+    """The spacings of a sampler where none is chosen, by the kind of schedule, as measured in docs/results.md."""
+
+    table: Spacing
+    """On a table of betas."""
+    curve: Spacing
+    """On a continuous schedule; one that ends in pure noise takes `trailing`, which alone starts there."""
+
+    def on(self, schedule: "Schedule") -> Spacing:
+        if isinstance(schedule, NoiseSchedule):
+            return self.table
+        return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
+
+
 class Level(NamedTuple):
     """x = alpha x_0 + sigma eps. Fields are scalars, or (B, 1, ..., 1) to broadcast against data (B, *data).
 
@@ -85,6 +99,10 @@ class Schedule(Protocol):
         """The scalar level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
         ...
 
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        """-d log SNR / d time at the levels of these times, in their shape."""
+        ...
+
 
 class Grid(tuple[Level, ...]):
     """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
@@ -104,7 +122,7 @@ class Grid(tuple[Level, ...]):
 CLEAN = Level(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def make_grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Grid:
+def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> Grid:
     """`steps` + 1 levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
 
     The first three names are those of Lin et al. (2305.08891, tab. 2), for positions on the curve:
@@ -117,6 +135,8 @@ def make_grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got {steps}: raise sampler.steps")
+    if isinstance(spacing, DefaultSpacing):
+        spacing = spacing.on(schedule)
     count = torch.arange(steps, dtype=torch.float64)
     fraction = count / max(steps - 1, 1)
     first = schedule.first
@@ -154,6 +174,7 @@ class NoiseSchedule(nn.Module):
     alpha: Tensor
     sigma: Tensor
     time: Tensor
+    rate: Tensor
 
     def __init__(self, betas: Tensor) -> None:
         super().__init__()
@@ -177,6 +198,11 @@ class NoiseSchedule(nn.Module):
         self.rows = Level(*rows)
         for name, table in zip(Level._fields, rows, strict=True):
             self.register_buffer(name, table.float(), persistent=False)
+        log_snr = 2 * (alpha.log() - sigma.log())
+        (rate,) = torch.gradient(-log_snr[log_snr.isfinite()], spacing=1 / self.num_steps)
+        # Where log-SNR is infinite, at pure noise and clean data, the rate is that of the next row where it is not.
+        rate = torch.cat([rate, rate[-1:].expand(self.num_steps - len(rate)), rate[:1]])
+        self.register_buffer("rate", rate.float(), persistent=False)
         # Clean data first here, so that the position rises with the noise.
         alpha, sigma = rows[0].roll(1), rows[1].roll(1)
         self._alpha, self._sigma, self._angle = alpha, sigma, torch.atan2(sigma, alpha)
@@ -222,6 +248,10 @@ class NoiseSchedule(nn.Module):
         norm = torch.hypot(torch.ones_like(ratio), ratio)
         return Level(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
 
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        """Of rows, by the differences between their neighbors'."""
+        return self.rate[(time * self.num_steps).round().long() - 1]
+
 
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 """u in [0, 1], of any shape and precision -> (alpha, sigma); see `curves`."""
@@ -266,6 +296,13 @@ class ContinuousSchedule(nn.Module):
         (noisiest,) = self.at(torch.ones_like(ratio)[None])
         u = self._bisect(ratio.atan()[None], 1.0 if ratio <= noisiest.ratio else 2.0)
         return self.at(u)[0]
+
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            u = time.clone().requires_grad_()
+            alpha, sigma = self.curve(u)
+            (rate,) = torch.autograd.grad(2 * (sigma.log() - alpha.log()).sum(), u)
+        return rate
 
     def _bisect(self, angle: Tensor, end: float) -> Tensor:
         """The positions (N,) in [0, end] of these angles (N,), for which it is enough that the curve is monotone."""

@@ -186,7 +186,7 @@ class GaussianDiffusion(nn.Module):
         assert pred.mix is not None
         if self.variance == "learned":
             return Gaussian(mean, small + pred.mix)
-        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.log() - small))
+        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.clamp(min=TINY_VARIANCE).log() - small))
 
     def _deviation(self, t: Level) -> Tensor:
         """The deviation of x_t for data of deviation `sigma_data`."""
