@@ -18,7 +18,7 @@ from src.data.batch import VALIDATION, Batch
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
+from src.diffusion.noise import DefaultSpacing, Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
@@ -47,7 +47,7 @@ class Sampler(NamedTuple):
 
     walk: Walk
     steps: int
-    spacing: Spacing
+    spacing: Spacing | DefaultSpacing
     guidance: Guidance = Guidance()
 
 
