@@ -228,8 +228,8 @@ class NoiseSchedule(nn.Module):
     def at(self, u: Tensor) -> list[Level]:
         """The rows themselves at their positions; between them interpolated in the angle atan(sigma / alpha)."""
         place = u * self.num_steps
-        row = place.round().long()
-        is_row = row / self.num_steps == u
+        row = place.round()
+        is_row, row = row / self.num_steps == u, row.long()
         below = place.floor().clamp(max=self.num_steps - 1).long()
         angle, rest = (torch.lerp(x[below], x[below + 1], place - below) for x in (self._angle, self._rest))
         alpha = torch.where(is_row, self._alpha[row], rest.sin())
