@@ -142,11 +142,12 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
 
 def build_objective(cfg: DictConfig, schedule: "Schedule") -> "Objective":
     """An objective from its YAML; a weighting that has an argument `schedule` is given it."""
-    objective: Objective = make(cfg)
+    objective = make(cfg)
     weighting = getattr(objective, "keywords", {}).get("weighting")
     if weighting is not None and "schedule" in inspect.signature(weighting).parameters:
-        return functools.partial(objective, weighting=functools.partial(weighting, schedule=schedule))
-    return objective
+        objective = functools.partial(objective, weighting=functools.partial(weighting, schedule=schedule))
+    built: Objective = objective
+    return built
 
 
 def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampler":
@@ -155,7 +156,7 @@ def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampl
     from src.module import Sampler
 
     walk = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
-    spacing = DefaultSpacing(**cfg.spacing) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
+    spacing = DefaultSpacing(**plain(cfg.spacing)) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
     return Sampler(walk, cfg.steps, spacing, build_guidance(guidance))
 
 
