@@ -1,6 +1,7 @@
 """The parts of a run, each from its piece of the configuration. What is heavy is imported only when built."""
 
 import functools
+import inspect
 import logging
 import math
 import warnings
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from src.data.batch import StreamDataModule
     from src.data.conditions import Condition
     from src.diffusion.guidance import Guidance
-    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
-    from src.module import Conditioning, DiffusionModule, Sampler
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
+    from src.module import Conditioning, DiffusionModule, Objective, Sampler
 
 
 def build_module(
@@ -58,7 +59,7 @@ def build_module(
         net=net,
         schedule=schedule,
         process=process,
-        objective=make(cfg.objective),
+        objective=build_objective(cfg.objective, schedule),
         timesteps=make(cfg.timesteps),
         sampler=build_sampler(cfg.sampler, cfg.get("guidance")),
         shape=shape,
@@ -115,21 +116,22 @@ def settle_condition(cfg: DictConfig, data: "StreamDataModule") -> None:
 
 
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
-    """A schedule from its YAML, betas with the transforms that were asked for. Raises ValueError if they do not fit."""
+    """A schedule from its YAML with the transforms that were asked for. Raises ValueError if they do not fit."""
     from torch import Tensor
 
-    from src.diffusion import schedules
-    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
+    from src.diffusion import curves, schedules
+    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, terminal_alpha_bar
 
     made = make(cfg)
     if not isinstance(made, Tensor):
         assert isinstance(made, ContinuousSchedule)
-        asked = {f"snr_shift={snr_shift}": snr_shift != 1, "zero_terminal_snr=true": zero_terminal_snr}
-        if any(asked.values()):
+        if zero_terminal_snr and terminal_alpha_bar(made) > 0:
             raise ValueError(
-                f"{' '.join(k for k, v in asked.items() if v)} is for tables of betas: with a continuous schedule, "
-                "change the ends of its curve (schedule.curve)"
+                "zero_terminal_snr=true is for tables of betas, and a continuous schedule ends where its curve does: "
+                "leave it out and lower schedule.curve.min_log_snr, or choose schedule=rectified_flow, which ends at 0"
             )
+        if snr_shift != 1:
+            made.curve = curves.shifted(made.curve, snr_shift)
         return made
     if snr_shift != 1:
         made = schedules.snr_shift(made, snr_shift)
@@ -138,12 +140,24 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
     return NoiseSchedule(made)
 
 
+def build_objective(cfg: DictConfig, schedule: "Schedule") -> "Objective":
+    """An objective from its YAML; a weighting that has an argument `schedule` is given it."""
+    objective = make(cfg)
+    weighting = getattr(objective, "keywords", {}).get("weighting")
+    if weighting is not None and "schedule" in inspect.signature(weighting).parameters:
+        objective = functools.partial(objective, weighting=functools.partial(weighting, schedule=schedule))
+    built: Objective = objective
+    return built
+
+
 def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampler":
     """A sampler from its YAML: the function's own arguments, the grid that it walks, and what guides it."""
+    from src.diffusion.noise import DefaultSpacing
     from src.module import Sampler
 
     walk = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
-    return Sampler(walk, cfg.steps, cfg.spacing, build_guidance(guidance))
+    spacing = DefaultSpacing(**plain(cfg.spacing)) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
+    return Sampler(walk, cfg.steps, spacing, build_guidance(guidance))
 
 
 def build_guidance(cfg: DictConfig | None) -> "Guidance":

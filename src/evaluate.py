@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -128,7 +128,11 @@ def sampler_name(settings: DictConfig) -> str:
     file = CONF / "sampler" / f"{name}.yaml"
     usual = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
     others = {str(k): v for k, v in settings.items() if k != "steps" and not str(k).startswith("_")}
-    unusual = [f"{k} {v}" for k, v in others.items() if v is not None and v != OmegaConf.select(usual, k)]
+    unusual = [
+        f"{k} {v}"
+        for k, v in others.items()
+        if not (v is None or isinstance(v, DictConfig) or v == OmegaConf.select(usual, k))
+    ]
     return " ".join([name, str(settings.steps), *unusual])
 
 
@@ -460,6 +464,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     from src import building, plots
     from src.arguments import check_arguments
+    from src.diffusion.noise import Spacing
 
     with usage_errors():
         if not cfg.analytic_steps or min(cfg.analytic_steps) < 2 or cfg.analytic_samples < 10:
@@ -473,13 +478,23 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
         assert isinstance(node, DictConfig)
         schedule = building.build_schedule(node.get("schedule", node), 1.0, False)
+        spacings: list[Any] = building.names_of(cfg.analytic_spacing) or [None]
+        if unknown := set(spacings) - {None, *get_args(Spacing)}:
+            raise ValueError(
+                f"analytic_spacing={','.join(map(str, unknown))} must be one or a list of "
+                f"{', '.join(get_args(Spacing))}, or null for each sampler's own"
+            )
         samplers = {}
         for name in config_groups()["sampler"]:
             if name == "diffusers":
                 continue
             settings = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
             assert isinstance(settings, DictConfig)
-            samplers[name] = building.build_sampler(settings)._replace(spacing="log_snr")
+            sampler = building.build_sampler(settings)
+            for spacing in spacings:
+                samplers[f"{name} {spacing}" if len(spacings) > 1 else name] = (
+                    sampler if spacing is None else sampler._replace(spacing=spacing)
+                )
 
     from src.evaluation import compare_samplers
 
@@ -487,14 +502,16 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     results, chance = compare_samplers(
         data, schedule, samplers, steps, cfg.analytic_samples, cfg.seed, lambda it: progress(it, "Samplers")
     )
+    grids = "the grid of each sampler" if spacings == [None] else f"spacing {', '.join(spacings)}"
+    width = max(18, *(len(name) + 1 for name in samplers))
     lines = [
-        "Distance to where the exact flow leads (root mean square), on a grid uniform in log-SNR:",
-        f"{'sampler':<18}" + "".join(f"{f'{n} steps':>12}" for n in steps),
-        *(f"{name:<18}" + "".join(f"{e:>12.2e}" for e in r.flow) for name, r in results.items() if r.flow),
+        f"Distance to where the exact flow leads (root mean square), {grids}:",
+        f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps),
+        *(f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.flow) for name, r in results.items() if r.flow),
         "",
         f"Distance of mean and covariance (chance alone gives {chance:.1e}):",
-        f"{'sampler':<18}" + "".join(f"{f'{n} steps':>12}" for n in steps),
-        *(f"{name:<18}" + "".join(f"{e:>12.2e}" for e in r.moments) for name, r in results.items()),
+        f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps),
+        *(f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.moments) for name, r in results.items()),
     ]
     begin(folder)
     (folder / "samplers.txt").write_text("\n".join(lines) + "\n")

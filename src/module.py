@@ -19,7 +19,17 @@ from src.data.batch import VALIDATION, Batch
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import CLEAN, Grid, Level, Link, Schedule, Spacing, make_grid, terminal_alpha_bar
+from src.diffusion.noise import (
+    CLEAN,
+    DefaultSpacing,
+    Grid,
+    Level,
+    Link,
+    Schedule,
+    Spacing,
+    make_grid,
+    terminal_alpha_bar,
+)
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
 from src.diffusion.timesteps import Importance, Timesteps, stratified
@@ -52,7 +62,7 @@ class Sampler(NamedTuple):
 
     walk: Walk
     steps: int
-    spacing: Spacing
+    spacing: Spacing | DefaultSpacing
     guidance: Guidance = Guidance()
 
 
@@ -95,10 +105,11 @@ class DiffusionModule(L.LightningModule):
             raise ValueError(
                 f"conditioning.drop must lie in [0, 1), got {conditioning.drop}: 0.1 is usual, 0 allows no guidance"
             )
-        if process.prediction == "eps" and terminal_alpha_bar(schedule) == 0:
+        # Below it x_0 = (x_T - sigma eps) / alpha leaves the range of float32.
+        if process.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
             raise ValueError(
-                "a schedule that ends in pure noise (zero_terminal_snr, rectified_flow) cannot go with "
-                "process.prediction=eps: at zero SNR x_T is the noise itself, so "
+                "a schedule that ends in pure noise (zero_terminal_snr, rectified_flow, alpha below 1e-30) cannot go "
+                "with process.prediction=eps: at zero SNR x_T is the noise itself, so "
                 "predicting it teaches nothing and x_0 = (x_T - sigma eps) / alpha divides by 0; use v or x0"
             )
         self.net = net

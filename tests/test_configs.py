@@ -27,7 +27,7 @@ CHOICES = [(group, option) for group, options in config_groups().items() for opt
 GIVEN = {
     *("decoder_scale", "levels"),  # GaussianDiffusion, from the schedule and the data
     *("outputs", "condition", "dim"),  # networks, from the process and the conditions
-    *("process", "denoise", "x0", "link", "t", "eps"),  # objectives and weightings
+    *("process", "denoise", "x0", "link", "t", "eps", "schedule"),  # objectives and weightings
     *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
     *("predict", "x", "grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points

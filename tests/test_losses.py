@@ -32,8 +32,8 @@ PAPERS = {
     "min_snr_1": (partial(losses.min_snr, gamma=1.0), "x0", lambda snr: min(snr, 1)),
     "p2": (losses.p2, "eps", lambda snr: 1 / (1 + snr)),
     "p2_bent": (partial(losses.p2, k=2.0, gamma=0.5), "eps", lambda snr: 1 / math.sqrt(2 + snr)),
-    "sigmoid": (losses.sigmoid, "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 1))),
-    "sigmoid_low": (partial(losses.sigmoid, bias=-3.0), "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 3))),
+    "sigmoid_plain": (losses.sigmoid_plain, "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 1))),
+    "sigmoid_low": (partial(losses.sigmoid_plain, bias=-3.0), "eps", lambda snr: 1 / (1 + math.exp(math.log(snr) + 3))),
     # (sigma^2 + sigma_data^2) / (sigma sigma_data)^2, EDM's sigma being 1 / sqrt(SNR).
     "edm": (losses.edm, "x0", lambda snr: (1 / snr + SIGMA_DATA**2) / (SIGMA_DATA**2 / snr)),
 }

@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -370,8 +370,13 @@ ARGUMENTS: dict[str, Argument] = {
     "strategy": Argument(
         strategy,
         {
-            **{"foo": "", "7": "", "fsdp": "trainer=fsdp", "deepspeed_stage_2": "trainer=fsdp"},
-            **{"ddp_spawn": "trainer=ddp", "ddp_fork": "trainer=ddp", "ddp_notebook": "trainer=ddp"},
+            "foo": "",
+            "7": "",
+            "fsdp": "trainer=fsdp",
+            "deepspeed_stage_2": "trainer=fsdp",
+            "ddp_spawn": "trainer=ddp",
+            "ddp_fork": "trainer=ddp",
+            "ddp_notebook": "trainer=ddp",
             "{_target_:lightning.pytorch.strategies.DDPStrategy,start_method:spawn}": "trainer=ddp",
         },
     ),
@@ -389,7 +394,7 @@ ARGUMENTS: dict[str, Argument] = {
     "min_steps": Argument(min_steps, {"5": "trainer.max_steps", "-1": "", "1.5": ""}),
     "max_time": Argument(max_time, {"5": "", "abc": "", "'00:00:00:00'": "", "'1:00'": "", "{hour:1}": ""}),
     "limit_train_batches": Argument(
-        None, {value: "trainer.max_steps.*trainer.overfit_batches" for value in ("2", "1", "0", "0.5")}
+        None, dict.fromkeys(("2", "1", "0", "0.5"), "trainer.max_steps.*trainer.overfit_batches")
     ),
     "limit_val_batches": Argument(limit_val_batches, {"0.01": "", "-1": "", "1.5": "", "abc": ""}),
     "limit_test_batches": Argument(None, {"2": "src.evaluate"}),
@@ -397,7 +402,7 @@ ARGUMENTS: dict[str, Argument] = {
     "overfit_batches": Argument(overfit_batches, {"-1": "", "1.5": "", "0.01": "", "abc": ""}),
     "val_check_interval": Argument(
         val_check_interval,
-        {value: "validate_every" for value in ("0", "-2", "1.5", "0.0", "true", "'00:00:00:01'", "{minutes:1}")},
+        dict.fromkeys(("0", "-2", "1.5", "0.0", "true", "'00:00:00:01'", "{minutes:1}"), "validate_every"),
     ),
     "check_val_every_n_epoch": Argument(None, {"1": "validate_every", "2": "validate_every"}),
     "num_sanity_val_steps": Argument(num_sanity_val_steps, {"-2": "", "1.5": ""}),

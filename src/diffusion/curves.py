@@ -5,10 +5,14 @@ alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda); the ends of lambda bou
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from src.diffusion.noise import Curve
 
 
 def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> tuple[Tensor, Tensor]:
@@ -40,8 +44,42 @@ def rectified_flow(u: Tensor, start: float = 1e-4) -> tuple[Tensor, Tensor]:
     """
     if not 0 < start < 1:
         raise ValueError(f"start must lie in (0, 1), got {start}: 1e-4 is usual (schedule.curve.start)")
-    sigma = start + (1 - start) * u
-    return 1 - sigma, sigma
+    return (1 - start) * (1 - u), start + (1 - start) * u
+
+
+def shifted(curve: Curve, factor: float) -> Curve:
+    """Multiply alpha / sigma by `factor` everywhere, the SNR by factor^2 (Hoogeboom et al., 2301.11093).
+
+    What the curve keeps at 1 stays at 1: alpha^2 + sigma^2, alpha + sigma, or alpha. For `rectified_flow` it is SD3's
+    shift of time, t sqrt(m / n) / (1 + (sqrt(m / n) - 1) t) with sqrt(m / n) = 1 / factor (Esser et al., 2403.03206,
+    eq. 23). Raises ValueError for a curve that keeps none of these, and for a learned one.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(f"snr_shift must be positive, got {factor}: 64 / image size is usual, 1 changes nothing")
+    if isinstance(curve, nn.Module):
+        raise ValueError(
+            f"snr_shift={factor:g} moves a curve that stays as it is, and this one learns its shape between its ends: "
+            "add 2 log(snr_shift) to schedule.curve.max_log_snr and schedule.curve.min_log_snr"
+        )
+    u = torch.linspace(0, 1, 9, dtype=torch.float64)
+    norm = next((n for n in (torch.hypot, torch.add, _alpha) if torch.allclose(n(*curve(u)), torch.ones_like(u))), None)
+    if norm is None:
+        raise ValueError(
+            f"snr_shift={factor:g} needs a curve on which alpha^2 + sigma^2, alpha + sigma or alpha is 1: "
+            "set snr_shift=1 and shift schedule.curve itself"
+        )
+    return partial(_shift, curve=curve, factor=factor, norm=norm)
+
+
+def _shift(u: Tensor, curve: Curve, factor: float, norm: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    alpha, sigma = curve(u)
+    alpha = factor * alpha
+    scale = norm(alpha, sigma)
+    return alpha / scale, sigma / scale
+
+
+def _alpha(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha
 
 
 class Learned(nn.Module):

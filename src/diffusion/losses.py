@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.diffusion.likelihood import link_bits
-from src.diffusion.noise import Level, Link
+from src.diffusion.noise import Level, Link, Schedule
 from src.diffusion.process import TINY_SNR, GaussianDiffusion, Prediction
 
 Denoise = Callable[[Tensor, Level], Tensor]
 """(x_t (B, *data), level) -> the network's raw output (B, outputs * C, *rest), any condition already bound."""
 
 Weighting = Callable[[GaussianDiffusion, Level], Tensor]
-"""(process, levels) -> the factor on the target's error, in the levels' shape."""
+"""(process, levels) -> the factor on the target's error, in the levels' shape.
+
+One with an argument `schedule` besides is given the run's when it is built.
+"""
 
 Error = Literal["l2", "l1", "huber"]
 
@@ -118,11 +121,24 @@ def p2(process: GaussianDiffusion, t: Level, k: float = 1.0, gamma: float = 1.0)
     return _on_x0(process, t, _snr(t) / (k + _snr(t)).pow(gamma))
 
 
-def sigmoid(process: GaussianDiffusion, t: Level, bias: float = -1.0) -> Tensor:
-    """A sigmoid of bias - log SNR on the squared error of eps (Hoogeboom et al., 2410.19324), in the target's units.
+def sigmoid(process: GaussianDiffusion, t: Level, schedule: Schedule, bias: float = -1.0) -> Tensor:
+    """Weight the squared error of eps by half of -d lambda / dt times a sigmoid of bias - lambda, lambda = log SNR.
 
-    Which is 1 / (1 / SNR + 1 / e^bias) on that of x_0: a soft minimum of the two. The larger the image, the lower
-    the bias.
+    In the target's units. With times drawn uniformly (timesteps.warp=null) the loss is the integral of
+    sigmoid(bias - lambda) / 2 over lambda, whatever the schedule. The larger the image, the lower the bias. `schedule`
+    is the run's, for the derivative.
+
+    Source: Kingma & Gao 2023 (arXiv 2303.00848), sec. 2; Hoogeboom et al. 2024 (arXiv 2410.19324), where it is
+    e^bias sigmoid(lambda - bias) on that of x_0.
+    """
+    return schedule.log_snr_rate(t.time) / 2 * sigmoid_plain(process, t, bias)
+
+
+def sigmoid_plain(process: GaussianDiffusion, t: Level, bias: float = -1.0) -> Tensor:
+    """Weight the squared error of eps by a sigmoid of bias - log SNR, without the factor -d log SNR / dt.
+
+    In the target's units: 1 / (1 / SNR + 1 / e^bias) on the squared error of x_0, a soft minimum of the two. The
+    schedule's own density of levels remains part of the weighting.
     """
     return _on_x0(process, t, 1 / (1 / _snr(t) + math.exp(-bias)))
 

@@ -19,6 +19,20 @@ MAX_RATIO = 80.0
 KARRAS_RHO = 7.0
 
 
+class DefaultSpacing(NamedTuple):
+    """The spacings of a sampler where none is chosen, by the kind of schedule, as measured in docs/results.md."""
+
+    table: Spacing
+    """On a table of betas."""
+    curve: Spacing
+    """On a continuous schedule; one that ends in pure noise takes `trailing`, which alone starts there."""
+
+    def on(self, schedule: "Schedule") -> Spacing:
+        if isinstance(schedule, NoiseSchedule):
+            return self.table
+        return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
+
+
 class Level(NamedTuple):
     """x = alpha x_0 + sigma eps. Fields are scalars, or (B, 1, ..., 1) to broadcast against data (B, *data).
 
@@ -88,6 +102,14 @@ class Schedule(Protocol):
         """The positions (N,) at which atan(sigma / alpha) takes these values (N,), float64."""
         ...
 
+    def at_ratio(self, ratio: Tensor) -> Level:
+        """The scalar level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
+        ...
+
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        """-d log SNR / d time at the levels of these times, in their shape."""
+        ...
+
 
 class Grid(tuple[Level, ...]):
     """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
@@ -100,15 +122,14 @@ class Grid(tuple[Level, ...]):
         return grid
 
     def at_ratio(self, ratio: Tensor) -> Level:
-        """The level at which sigma / alpha is `ratio`, a scalar."""
-        (level,) = self.schedule.at(self.schedule.position(ratio.double().atan()[None]))
-        return level
+        """The level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
+        return self.schedule.at_ratio(ratio.double())
 
 
 CLEAN = Level(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def make_grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> Grid:
+def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> Grid:
     """`steps` + 1 levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
 
     The first three names are those of Lin et al. (2305.08891, tab. 2), for positions on the curve:
@@ -121,12 +142,14 @@ def make_grid(schedule: Schedule, steps: int, spacing: Spacing = "trailing") -> 
     """
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, got {steps}: raise sampler.steps")
+    if isinstance(spacing, DefaultSpacing):
+        spacing = spacing.on(schedule)
     count = torch.arange(steps, dtype=torch.float64)
     fraction = count / max(steps - 1, 1)
     first = schedule.first
     match spacing:
         case "trailing":
-            u = 1 - count / steps
+            u = (steps - count) / steps  # exactly the rows' own positions where steps divides their number
         case "leading":
             # More steps than rows would overshoot the noisiest.
             u = first + min(1 / steps, (1 - first) / max(steps - 1, 1)) * (steps - 1 - count)
@@ -158,6 +181,7 @@ class NoiseSchedule(nn.Module):
     alpha: Tensor
     sigma: Tensor
     time: Tensor
+    rate: Tensor
 
     def __init__(self, betas: Tensor) -> None:
         super().__init__()
@@ -181,8 +205,16 @@ class NoiseSchedule(nn.Module):
         self.rows = Level(*rows)
         for name, table in zip(Level._fields, rows, strict=True):
             self.register_buffer(name, table.float(), persistent=False)
-        # Clean data first here, so that the angle rises with the position.
-        self._angle = torch.atan2(rows[1], rows[0]).roll(1)
+        log_snr = 2 * (alpha.log() - sigma.log())
+        (rate,) = torch.gradient(-log_snr[log_snr.isfinite()], spacing=1 / self.num_steps)
+        # Where log-SNR is infinite, at pure noise and clean data, the rate is that of the next row where it is not.
+        rate = torch.cat([rate, rate[-1:].expand(self.num_steps - len(rate)), rate[:1]])
+        self.register_buffer("rate", rate.float(), persistent=False)
+        # Clean data first here, so that the position rises with the noise.
+        alpha, sigma = rows[0].roll(1), rows[1].roll(1)
+        self._alpha, self._sigma, self._angle = alpha, sigma, torch.atan2(sigma, alpha)
+        # What the angle lacks of pi / 2: near pure noise its digits are those of alpha, which the angle rounds away.
+        self._rest = torch.atan2(alpha, sigma)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseSchedule":
         # The tables follow the network to its device, but not to a lower precision.
@@ -204,17 +236,31 @@ class NoiseSchedule(nn.Module):
         return self.level((v * self.num_steps).long(), like)
 
     def at(self, u: Tensor) -> list[Level]:
-        """Between rows, interpolated in the angle atan(sigma / alpha), finite even at zero SNR."""
+        """The rows themselves at their positions; between them interpolated in the angle atan(sigma / alpha)."""
         place = u * self.num_steps
+        row = place.round()
+        is_row, row = row / self.num_steps == u, row.long()
         below = place.floor().clamp(max=self.num_steps - 1).long()
-        angle = torch.lerp(self._angle[below], self._angle[below + 1], place - below)
-        return [Level(*level) for level in zip(angle.cos(), angle.sin(), u, strict=True)]
+        angle, rest = (torch.lerp(x[below], x[below + 1], place - below) for x in (self._angle, self._rest))
+        alpha = torch.where(is_row, self._alpha[row], rest.sin())
+        sigma = torch.where(is_row, self._sigma[row], angle.sin())
+        return [Level(*level) for level in zip(alpha, sigma, u, strict=True)]
 
     def position(self, angle: Tensor) -> Tensor:
         above = torch.searchsorted(self._angle, angle).clamp(1, self.num_steps)
         start, stop = self._angle[above - 1], self._angle[above]
-        place: Tensor = above - 1 + (angle - start) / (stop - start)
-        return (place / self.num_steps).clamp(0, 1)
+        # Rows near pure noise may share an angle.
+        fraction = torch.where(stop > start, (angle - start) / (stop - start), 1.0)
+        return ((above - 1 + fraction) / self.num_steps).clamp(0, 1)
+
+    def at_ratio(self, ratio: Tensor) -> Level:
+        """Beyond the noisiest row the time stays 1."""
+        norm = torch.hypot(torch.ones_like(ratio), ratio)
+        return Level(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
+
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        """Of rows, by the differences between their neighbors'."""
+        return self.rate[(time * self.num_steps).round().long() - 1]
 
 
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -256,12 +302,30 @@ class ContinuousSchedule(nn.Module):
 
     @torch.no_grad()
     def position(self, angle: Tensor) -> Tensor:
-        """By bisection, which the curve's being monotone is enough for."""
-        low, high = torch.zeros_like(angle), torch.ones_like(angle)
+        return self._bisect(angle, 1.0)
+
+    @torch.no_grad()
+    def at_ratio(self, ratio: Tensor) -> Level:
+        """Beyond the noisiest level the curve is continued, and its time with it."""
+        (noisiest,) = self.at(torch.ones_like(ratio)[None])
+        u = self._bisect(ratio.atan()[None], 1.0 if ratio <= noisiest.ratio else 2.0)
+        return self.at(u)[0]
+
+    def log_snr_rate(self, time: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.enable_grad():
+            u = time.clone().requires_grad_()
+            alpha, sigma = self.curve(u)
+            (rate,) = torch.autograd.grad(2 * (sigma.log() - alpha.log()).sum(), u)
+        return rate
+
+    def _bisect(self, angle: Tensor, end: float) -> Tensor:
+        """The positions (N,) in [0, end] of these angles (N,), for which it is enough that the curve is monotone."""
+        low, high = torch.zeros_like(angle), torch.full_like(angle, end)
         for _ in range(60):
             middle = (low + high) / 2
             alpha, sigma, _ = self._level(middle)
-            above = torch.atan2(sigma, alpha) > angle
+            # Where a curve has no values beyond 1, its end is the last position that has.
+            above = ~(torch.atan2(sigma, alpha) <= angle)
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (low + high) / 2
 

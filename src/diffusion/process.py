@@ -186,7 +186,7 @@ class GaussianDiffusion(nn.Module):
         assert pred.mix is not None
         if self.variance == "learned":
             return Gaussian(mean, small + pred.mix)
-        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.log() - small))
+        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.clamp(min=TINY_VARIANCE).log() - small))
 
     def _deviation(self, t: Level) -> Tensor:
         """The deviation of x_t for data of deviation `sigma_data`."""
@@ -207,8 +207,9 @@ class GaussianDiffusion(nn.Module):
 
 def snr_ratio(t: Level, s: Level) -> Tensor:
     """r = SNR_t / SNR_s in [0, 1], for t noisier than s; 0 if s is clean data or t pure noise."""
-    return _root_snr_ratio(t, s).square()
+    return _root_snr_ratio(t, s).square().clamp(max=1)
 
 
 def _root_snr_ratio(t: Level, s: Level) -> Tensor:
-    return t.alpha * s.sigma / (s.alpha * t.sigma)
+    # Two levels of pure noise are the same.
+    return torch.where(s.alpha > 0, t.alpha * s.sigma / (s.alpha * t.sigma), 1.0)

@@ -6,6 +6,7 @@ standard normal values like x. Formulas are written for any alpha and sigma; in 
 x / alpha with noise level sigma / alpha they are those of the papers.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -113,7 +114,8 @@ def heun(
     """Heun's method with EDM's churn (Karras et al. 2022, alg. 2): two predictions a step, one for the last.
 
     `churn` spreads over the steps whose sigma / alpha lies in [churn_min, churn_max], adding noise of deviation
-    `churn_noise`. A step from pure noise, where sigma / alpha is infinite, is DDIM's.
+    `churn_noise`, also beyond the noisiest level of the schedule (`Schedule.at_ratio` says at which time the network is
+    called there). A step from pure noise, where alpha is at most 1e-6, is DDIM's and gets no churn.
     """
     if churn < 0 or churn_noise < 0:
         raise ValueError(
@@ -158,11 +160,12 @@ def _dpmpp(predict: Predict, x: Tensor, grid: Grid, eta: float, noise: Noise) ->
         decay = snr_ratio(t, s).sqrt()  # e^-h
         h = -decay.log()
         data = pred.x0
-        if before is not None and s is not grid[-1] and before[1].isfinite():
+        if before is not None and s is not grid[-1]:
             data = data + h / (2 * before[1]) * (pred.x0 - before[0])
         x_next = s.sigma / t.sigma * decay**eta * x + s.alpha * (1 - decay ** (1 + eta)) * data
         if eta > 0 and s is not grid[-1]:
             x_next = x_next + s.sigma * (1 - decay ** (2 * eta)).sqrt() * noise(x)
-        before = pred.x0, h
+        if 0 < h < math.inf:  # else it came from pure noise, or t and s are the same level
+            before = pred.x0, h
         x = x_next
         yield x

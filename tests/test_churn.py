@@ -1,0 +1,131 @@
+"""Heun's churn against algorithm 2 of EDM (Karras et al. 2022, arXiv 2206.00364) in plain floats."""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+
+from src.diffusion import curves, samplers, schedules
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.process import GaussianDiffusion, Prediction
+
+SCHEDULES = {
+    "edm": ContinuousSchedule(curves.exploding),
+    "linear table": NoiseSchedule(schedules.linear(1000)),
+    "cosine": ContinuousSchedule(curves.cosine),
+    "vdm": ContinuousSchedule(curves.linear),
+    "learned": ContinuousSchedule(curves.Learned()),
+}
+SETTINGS = [
+    {"churn": 3.0},
+    {"churn": 40.0, "churn_noise": 1.003},
+    {"churn": 1e3},
+    {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003},
+]
+START, NOISES = 0.6, [0.3, -1.2, 0.8, 0.1, -0.4, 1.7, -0.9, 0.5]
+
+
+def denoise(z, sigma):
+    """An arbitrary D(z; sigma)."""
+    return math.tanh(z / math.hypot(1, sigma) + 0.3 * math.sin(3 * sigma))
+
+
+def algorithm_2(sigmas, churn, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
+    """Line by line, S_churn, S_tmin, S_tmax and S_noise being the settings; sigmas end with 0."""
+    steps, noises, seen = len(sigmas) - 1, iter(NOISES), []
+    x = sigmas[0] * START
+    for t, t_next in pairwise(sigmas):
+        gamma = min(churn / steps, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
+        t_hat = t + gamma * t
+        seen.append(t_hat)
+        if gamma > 0:
+            x += math.sqrt(t_hat**2 - t**2) * churn_noise * next(noises)
+        d = (x - denoise(x, t_hat)) / t_hat
+        x_next = x + (t_next - t_hat) * d
+        if t_next != 0:
+            d_next = (x_next - denoise(x_next, t_next)) / t_next
+            x_next = x + (t_next - t_hat) * (d + d_next) / 2
+        x = x_next
+    return x, seen
+
+
+def heun(grid, settings):
+    """The sampler's result from the same start, and the levels of each step's first prediction."""
+    calls, noises = [], iter(NOISES)
+
+    def predict(x, t):
+        calls.append(t)
+        x0 = torch.full_like(x, denoise((x / t.alpha).item(), t.ratio.item()))
+        return Prediction(x0, (x - t.alpha * x0) / t.sigma)
+
+    x = (grid[0].sigma * START).reshape(1, 1)
+    sampler = partial(samplers.heun, **settings)
+    *_, out = sampler(GaussianDiffusion(), predict, x, grid, noise=lambda x: torch.full_like(x, next(noises)))
+    return out.item(), calls[::2]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_heun_with_churn_equals_algorithm_2(name):
+    """Also where the first step's noise is raised beyond the noisiest level, by up to sqrt(2)."""
+    for spacing in ("karras", "trailing", "linspace"):
+        grid = make_grid(SCHEDULES[name], 8, spacing)
+        for settings in SETTINGS:
+            expected, sigmas = algorithm_2([level.ratio.item() for level in grid], **settings)
+            out, levels = heun(grid, settings)
+            rel = 1e-4 if name == "learned" else 1e-9  # which computes its log-SNR in float32
+            assert [level.ratio.item() for level in levels] == pytest.approx(sigmas, rel=rel)
+            if name != "learned":
+                assert out == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+def test_the_issues_case_equals_algorithm_2():
+    """edm_lognormal, from sigma = 80 with no upper bound, where clamping gave 0.088 more."""
+    grid = make_grid(SCHEDULES["edm"], 8, "karras")
+    assert grid[0].sigma.item() == pytest.approx(80)
+    out, levels = heun(grid, {"churn": 40.0})
+    assert levels[0].sigma.item() == pytest.approx(80 * math.sqrt(2), rel=1e-9) and levels[0].alpha == 1
+    assert out == pytest.approx(algorithm_2([level.ratio.item() for level in grid], 40.0)[0], abs=1e-9)
+
+
+def test_time_beyond_the_end():
+    """EDM's network sees log sigma, in which the time of its curve goes on linearly; a table's time stays 1."""
+    (edm, table) = (make_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
+    for ratio in (80.0, 100.0, 113.1):
+        level = edm(torch.tensor(ratio))
+        expected = math.log(ratio / 0.002) / math.log(80 / 0.002)
+        assert level.time.item() == pytest.approx(expected, rel=1e-7) and level.alpha == 1
+    level = table(torch.tensor(1e3))
+    assert (level.time, level.ratio.item()) == (1, pytest.approx(1e3)) and level.norm.item() == pytest.approx(1)
+    assert level.ratio > SCHEDULES["linear table"].row(999).ratio
+
+
+def test_a_curve_without_values_beyond_its_end_stops_there():
+    """sigma = u: alpha = sqrt(1 - u^2) is NaN beyond 1; the level is the noisiest that there is."""
+    schedule = ContinuousSchedule(lambda u: ((0.999 - u * 0.9).sqrt(), 0.05 + 0.9 * u))
+    level = make_grid(schedule, 2).at_ratio(torch.tensor(1e9))
+    assert all(field.isfinite() for field in level) and level.time.item() == pytest.approx(0.999 / 0.9, abs=1e-9)
+
+
+def test_pure_noise_gets_no_churn():
+    """Where sigma / alpha is infinite there is nothing to raise: the step is DDIM's."""
+    for schedule in (
+        ContinuousSchedule(curves.rectified_flow),
+        NoiseSchedule(schedules.zero_terminal_snr(schedules.constant(10_000))),
+    ):
+        grid = make_grid(schedule, 6)
+        drawn = []
+
+        def noise(x, drawn=drawn):
+            drawn.append(x)
+            return torch.ones_like(x)
+
+        def predict(x, t):
+            return Prediction(torch.tanh(x), (x - t.alpha * torch.tanh(x)) / t.sigma)
+
+        x = torch.tensor([[0.4]], dtype=torch.float64)
+        first, *_, last = samplers.heun(GaussianDiffusion(), predict, x, grid, churn=40.0, noise=noise)
+        (ddim, *_) = samplers.ddim(GaussianDiffusion(), predict, x, grid, noise=noise)
+        assert torch.equal(first, ddim) and last.isfinite().all()
+        assert len(drawn) == sum(level.alpha > 1e-6 for level in grid[:-1])
