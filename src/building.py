@@ -314,7 +314,7 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
                 raise ValueError(f"logger=wandb cannot start ({sentence(error)}): change logger.wandb.*") from error
             warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
             started[k] = instantiate(node, offline=True, mode="offline")
-            _ = started[k].experiment
+            _ = getattr(started[k], "experiment")  # noqa: B009 - of W&B's logger
         write_wandb_id(directory, node.id)
     trainer.loggers = started
 

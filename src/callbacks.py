@@ -5,13 +5,12 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.checkpoints import by_age, is_whole, read_checkpoint
@@ -272,7 +271,7 @@ class NonFiniteGuard(L.Callback):
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
             group["lr"] = self.factor * rate
         for config in trainer.lr_scheduler_configs:
-            scheduler = cast(LRScheduler, config.scheduler)
+            scheduler = config.scheduler
             scheduler.base_lrs = [self.factor * rate for rate in scheduler.base_lrs]
         self._turned_back_to.append(step)
         self._in_a_row.clear()

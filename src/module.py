@@ -350,7 +350,7 @@ class DiffusionModule(L.LightningModule):
         left of it. With the same settings it is the checkpoint's to the last bit.
         """
         (config,) = self.trainer.lr_scheduler_configs
-        scheduler = cast(LRScheduler, config.scheduler)
+        scheduler = config.scheduler
         optimizer, fresh = self.prepare_optimizer(self.trainer.max_steps)
         groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]
         for k, (old, new) in enumerate(groups):

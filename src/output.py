@@ -94,7 +94,7 @@ def hold_back(record: Record, cfg: DictConfig) -> None:
         settings.output_subdir = record.output_subdir
         settings.job_logging = record.job_logging
         settings.overrides.hydra = [*(o for o in settings.overrides.hydra if o not in WITHHELD), *record.typed]
-    job_logging = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
+    job_logging: Any = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
     configure_log(without_files(job_logging), settings.verbose)
     lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.getLogger().addHandler(lines)

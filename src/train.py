@@ -12,7 +12,7 @@ from src.checkpoints import by_age, is_whole, read_checkpoint
 from src.cli import launch
 from src.errors import UsageError, memory_errors, usage_errors
 from src.overrides import command, typed
-from src.ranks import rank
+from src.ranks import heard_by, rank
 from src.resuming import take_up
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             record_data(run)
     announce(run)
     from src.data.unreadable import DataReadError
-    from src.stopping import Interruption, heard_by, let_children_end
+    from src.stopping import Interruption, let_children_end
 
     interruption = Interruption()
     try:
