@@ -72,7 +72,7 @@ class _Interruption:
         """Interrupt once more where it was raised in a callback, of an import for example, which Python ignores."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             signal.signal(self.number, self)
-            signal.raise_signal(self.number)
+            os.kill(os.getpid(), self.number)
 
 
 def _launch(
