@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from src.ranks import heard_by
+from src.ranks import heard_by, kill_children
 
 
 class Interruption:
@@ -21,7 +21,7 @@ class Interruption:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        let_children_end()
+        kill_children()
         raise KeyboardInterrupt
 
 
@@ -113,6 +113,7 @@ class CleanStop(L.Callback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
+            kill_children()
             raise KeyboardInterrupt
         self.signal = number
 
