@@ -5,13 +5,13 @@ import math
 import re
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.checkpoints import by_age, is_whole, read_checkpoint
@@ -261,19 +261,18 @@ class NonFiniteGuard(L.Callback):
             )
             trainer.should_stop = True
             return
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMA):
                 callback.restore(module, checkpoint)
+        for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
+            group["lr"] = self.factor * rate
         for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            assert isinstance(scheduler, LambdaLR)
+            scheduler = cast(LRScheduler, config.scheduler)
             scheduler.base_lrs = [self.factor * rate for rate in scheduler.base_lrs]
-            groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            for group, rate, part in groups:
-                group["lr"] = rate * part(scheduler.last_epoch)
         self._turned_back_to.append(step)
         self._in_a_row.clear()
         self._limit = step - 1

@@ -254,6 +254,28 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
+def check_optimizer(checkpoint: dict[str, Any], module: "DiffusionModule") -> None:
+    """Raise ValueError if the optimizer keeps something of each weight that the checkpoint does not have."""
+    states = checkpoint["optimizer_states"][0]["state"]
+    before = set(next(iter(states.values()), ()))
+    if before and (missing := module.optimizer_state() - before):
+        own = checkpoint["hyper_parameters"]["optimizer"]["_target_"]
+        raise ValueError(
+            f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with {own}) lacks: resume "
+            "with the optimizer of the run, or start a new run"
+        )
+
+
+def check_steps(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
+    """Raise ValueError if a resumed run has taken more steps than it is to take."""
+    done = checkpoint["global_step"]
+    if cfg.trainer.max_steps < done:
+        raise ValueError(
+            f"trainer.max_steps={cfg.trainer.max_steps} must be at least {done}, the steps that the run has taken: "
+            "raise it, or start a new run"
+        )
+
+
 OF_FILES = ("data.root", "data.path", "data.source.labels")
 """Settings that name files which are read, never written."""
 

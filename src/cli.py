@@ -94,7 +94,7 @@ def _launch(
             check_repeated(overrides)
         overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
         overrides = choose_none(overrides)
-        check_unused(overrides)
+        check_unused(overrides, multirun)
         if together and not multirun:
             overrides = take_together(config_name, overrides, together)
         if rank() > 0:  # the first process writes down what was asked for, and the log

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
 Cell = str | float | int | bool | Image.Image | None
@@ -36,26 +36,36 @@ def write_wandb_id(directory: Path, name: str) -> None:
         os.replace(partial, path)
 
 
+def folder_of(logger: Logger) -> Path:
+    """The folder in which a logger makes one for each start."""
+    folder = Path(logger.save_dir or ".")
+    return folder / "wandb" if isinstance(logger, WandbLogger) else folder / (logger.name or "")
+
+
 @contextmanager
-def left_as_found(folder: Path) -> Iterator[None]:
-    """If W&B's start within this fails or is interrupted, remove what W&B has written into its folder."""
-    existed, before = folder.is_dir(), set(folder.glob("*"))
-    links = {path: path.readlink() for path in before if path.is_symlink()}
+def left_as_found(folders: Sequence[Path]) -> Iterator[None]:
+    """If loggers fail to start within this, or are interrupted, remove what they have written into their folders."""
+    new = [folder for folder in folders if not folder.is_dir()]
+    before = {path for folder in folders for path in folder.glob("*")}
+    links = {path: path.readlink() for path in before if path.is_symlink()}  # W&B's, to its last start
     try:
         yield
     except BaseException:
         if wandb := sys.modules.get("wandb"):
             with suppress(Exception):
                 wandb.teardown()  # its own process, which writes there too
-        for path in [*(set(folder.glob("*")) - before), *links]:
+        for path in {path for folder in folders for path in folder.glob("*")} - before:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
         for path, target in links.items():
-            path.symlink_to(target)
-        if not existed and folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (path.is_symlink() and path.readlink() == target):
+                path.unlink(missing_ok=True)
+                path.symlink_to(target)
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

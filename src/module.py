@@ -1,6 +1,7 @@
 """The LightningModule: network, noise schedule, process and objective put together."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import MeanMetric
 
 from src.data.batch import VALIDATION, Batch
@@ -82,7 +83,7 @@ class DiffusionModule(L.LightningModule):
         shape: Sequence[int],
         seed: int = 0,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
-        lr_scheduler: Callable[[Optimizer, int], LambdaLR] | None = None,
+        lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         conditioning: Conditioning | None = None,
     ) -> None:
         super().__init__()
@@ -165,6 +166,8 @@ class DiffusionModule(L.LightningModule):
         Raises RuntimeError if the processes do not start at the same step.
         """
         trainer = self.trainer
+        if self.global_step > 0:
+            self._take_own_settings()
         starts = cast(Tensor, self.all_gather(torch.tensor(self.global_step, device=self.device))).flatten().tolist()
         if len({*starts}) > 1:
             raise RuntimeError(
@@ -287,7 +290,7 @@ class DiffusionModule(L.LightningModule):
         optimizer, scheduler = self.prepare_optimizer(self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
-    def prepare_optimizer(self, num_steps: int) -> tuple[Optimizer, LambdaLR]:
+    def prepare_optimizer(self, num_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimizer of the network's weights and its learning-rate schedule over `num_steps`."""
         if self.make_optimizer is None or self.make_lr_scheduler is None:
             raise RuntimeError("this module was built without an optimizer: it can sample but not train")
@@ -296,8 +299,42 @@ class DiffusionModule(L.LightningModule):
             # Decay would pull the curve to where its parameters are 0, which is no better a curve.
             groups.append({"params": list(self.curve_weights), "weight_decay": 0.0})
         optimizer = self.make_optimizer(groups)
-        optimizer.register_load_state_dict_pre_hook(keep_own_kernels)
+        optimizer.register_load_state_dict_pre_hook(keep_own_settings)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
+
+    def optimizer_state(self) -> set[str]:
+        """The names of what the optimizer keeps of each weight once it has taken a step."""
+        assert self.make_optimizer is not None
+        weight = nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.zeros(2, 2)
+        optimizer = self.make_optimizer([{"params": [weight]}])
+        optimizer.step()
+        return set(optimizer.state[weight])
+
+    def _take_own_settings(self) -> None:
+        """Have a resumed run train with its own optimizer settings, where Lightning restores those of the checkpoint.
+
+        The learning rate is that of the step at which it stands, by these settings, times what `NonFiniteGuard` has
+        left of it. With the same settings it is the checkpoint's to the last bit.
+        """
+        (config,) = self.trainer.lr_scheduler_configs
+        scheduler = cast(LRScheduler, config.scheduler)
+        optimizer, fresh = self.prepare_optimizer(self.trainer.max_steps)
+        groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]
+        for k, (old, new) in enumerate(groups):
+            left = scheduler.base_lrs[k] / old["initial_lr"]
+            same = new["initial_lr"] == old["initial_lr"]
+            fresh.base_lrs[k] = scheduler.base_lrs[k] if same else new["initial_lr"] * left
+            new["lr"] *= left
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # no step of this optimizer comes before
+            if isinstance(fresh, LambdaLR):  # knows the rate of any step
+                fresh.last_epoch = scheduler.last_epoch - 1
+            for _ in range(scheduler.last_epoch - fresh.last_epoch):
+                fresh.step()
+        for old, new in groups:
+            old.update({name: value for name, value in new.items() if name != "params"})
+        scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler._step_count})
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -447,11 +484,13 @@ def _filled_up(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else torch.cat([x, x[-1:].expand(count - len(x), *x.shape[1:])])
 
 
-def keep_own_kernels(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Have a state that is loaded say the optimizer's own way of computing: another precision may have had another."""
-    own = {name: optimizer.defaults[name] for name in ("foreach", "fused") if name in optimizer.defaults}
-    for group in state["param_groups"]:
-        group.update(own)
+def keep_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Have a state that is loaded keep the optimizer's own settings, all but the learning rate.
+
+    Another precision may have had another way of computing, and a run may be resumed with other settings.
+    """
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("params", "lr", "initial_lr")})
 
 
 def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:
@@ -478,7 +517,7 @@ def warmup(
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / max(warmup_steps, 1))
-        left = 1 - step / max(num_steps, 1)
+        left = max(0.0, 1 - step / max(num_steps, 1))
         fall = {"none": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[decay]
         return rise * fall
 

@@ -190,23 +190,26 @@ def close_log() -> None:
 def sweep_kept(sweep: Path, subdir: str | None) -> Iterator[None]:
     """Within this a sweep runs in the folder `sweep`. Take its own files back if none of its jobs began.
 
-    Hydra writes `multirun.yaml` before the first job: what stood there before is written again.
+    Hydra writes `multirun.yaml` before the first job, so that of an earlier start is put aside.
     """
-    file = sweep / "multirun.yaml"
-    before = file.read_bytes() if file.is_file() else None
+    if rank() > 0:
+        yield
+        return
+    file, aside = sweep / "multirun.yaml", sweep / ".multirun.yaml.before"
+    if found := file.is_file():
+        os.replace(file, aside)
     jobs = _jobs(sweep, subdir)
     try:
         yield
     finally:
-        if rank() == 0 and _jobs(sweep, subdir) == jobs:
-            if before is not None:
-                if not file.is_file() or file.read_bytes() != before:
-                    partial = file.with_suffix(".partial")
-                    partial.write_bytes(before)
-                    os.replace(partial, file)
-            elif sweep.is_dir() and all(path.is_file() for path in sweep.iterdir()):
-                for path in [file, *sweep.glob(".worker_*")]:
-                    path.unlink(missing_ok=True)
+        began = _jobs(sweep, subdir) != jobs
+        if found and began and file.is_file():
+            aside.unlink()
+        elif found:
+            os.replace(aside, file)
+        elif not began and sweep.is_dir() and all(path.is_file() for path in sweep.iterdir()):
+            for path in [file, *sweep.glob(".worker_*")]:
+                path.unlink(missing_ok=True)
 
 
 def _jobs(sweep: Path, subdir: str | None) -> dict[Path, int]:

@@ -165,13 +165,21 @@ def check_writable(overrides: Sequence[str]) -> None:
                 ) from error
 
 
-def check_unused(overrides: Sequence[str]) -> None:
-    """Raise UsageError if hydra.run.dir is a run already: Hydra would write over what that one was told."""
-    folder = given(overrides, "hydra.run.dir")
-    resumes = given(overrides, "resume") is not None
-    if folder and not resumes and any((Path(folder) / "checkpoints").glob("*.ckpt")):
+def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
+    """Raise UsageError if the folder that is named is a run already, or a sweep whose first job is one.
+
+    Hydra would write over what that one was told.
+    """
+    name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
+    folder = given(overrides, name)
+    if folder is None or given(overrides, "resume") is not None:
+        return
+    if multirun and given(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
+        return
+    run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
+    if any((run / "checkpoints").glob("*.ckpt")):
         raise UsageError(
-            f"{folder} already holds a run: go on with {typed('resume', folder)}, or choose another folder"
+            f"{folder} already holds a {kind}: go on with {typed('resume', how)}, or choose another folder"
         )
 
 

@@ -36,6 +36,8 @@ from src.checkpoints import (
     changed_settings,
     check_accumulation,
     check_fit,
+    check_optimizer,
+    check_steps,
     find_checkpoint,
     read_checkpoint,
     weights_of,
@@ -64,6 +66,8 @@ class Run(NamedTuple):
     data: "StreamDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
+    steps: int = 0
+    """How many it has taken."""
 
     @property
     def last_checkpoint(self) -> Path:
@@ -86,6 +90,16 @@ class Run(NamedTuple):
                     stacklevel=2,
                 )
             time.sleep(10)
+
+    @property
+    def finished(self) -> dict[str, Any] | None:
+        """The metrics of a run that has taken all its steps and ended well; else None."""
+        path = self.directory / "metrics.json"
+        if self.steps < self.trainer.max_steps or not path.is_file():
+            return None
+        metrics: dict[str, Any] = json.loads(path.read_text())
+        ended = metrics.get("steps") == self.steps and metrics.get("val/loss", 0.0) is not None
+        return metrics if ended else None
 
     @property
     def stop_signal(self) -> int:
@@ -155,6 +169,7 @@ def build(cfg: DictConfig) -> Run:
         assert resume_from is not None
         check_fit(saved["state_dict"], module, resume_from)
         changed_settings(saved["hyper_parameters"], plain(cfg))
+        check_steps(saved, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
             f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
@@ -178,35 +193,36 @@ def build(cfg: DictConfig) -> Run:
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     if saved is not None:
         check_accumulation(saved, cfg)
+        check_optimizer(saved, module)
         for line in changed_settings(saved["hyper_parameters"], module.hparams):
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
-    return Run(directory, module, data, trainer, resume_from)
+    return Run(directory, module, data, trainer, resume_from, saved["global_step"] if saved else 0)
 
 
 def start(cfg: DictConfig, run: Run) -> None:
     """Lock the folder of a run that nothing can be said against any more, start its loggers, and write its record.
 
-    Before this, nothing is written into the folder. Raises ValueError if another process trains there, or W&B cannot
-    start.
+    Before this nothing is written into the folder, and if this fails nothing stays. Raises ValueError if another
+    process trains there, or W&B cannot start.
     """
-    from src.loggers import left_as_found
+    from src.loggers import folder_of, left_as_found
 
     lock = run.directory / ".lock"
     found = lock.exists()
     if run.trainer.is_global_zero:
         hold(run.directory)
-        try:
-            with left_as_found(run.directory / "wandb"):
-                start_wandb(cfg, run.trainer, run.directory)
-                begin(run.directory)
-        except BaseException:
-            if not found:
-                lock.unlink(missing_ok=True)
-            if held := _held.pop(run.directory.resolve(), None):
-                held.close()
-            raise
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(dict(run.module.hparams))
+    try:
+        with left_as_found([folder_of(logger) for logger in run.trainer.loggers if run.trainer.is_global_zero]):
+            start_wandb(cfg, run.trainer, run.directory)
+            for logger in run.trainer.loggers:
+                logger.log_hyperparams(dict(run.module.hparams))
+            begin(run.directory)
+    except BaseException:
+        if run.trainer.is_global_zero and not found:
+            lock.unlink(missing_ok=True)
+        if held := _held.pop(run.directory.resolve(), None):
+            held.close()
+        raise
 
 
 _held: dict[Path, IO[str]] = {}

@@ -37,6 +37,13 @@ def train(cfg: DictConfig) -> dict[str, float]:
             run.data.prepare_data()
             run.data.setup()
             run.data.stream(run.trainer)
+        if run.resume_from is not None and (metrics := run.finished):
+            if rank() == 0:
+                print(
+                    f"{relative(run.directory)} is finished: all {run.steps} steps are done; raise trainer.max_steps "
+                    "to go on"
+                )
+            return metrics
         runs.start(cfg, run)
     announce(run)
     from src.stopping import Interruption, heard_by, let_children_end
