@@ -23,7 +23,7 @@ from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first reg
 from src.errors import UsageError
 from src.output import Record, hold_back, sweep_kept, withdraw, withhold
 from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
-from src.ranks import follow, heard_by, ignore_signals, is_orphan, rank, remove_empty, signals_blocked
+from src.ranks import follow, heard_by, ignore_signals, is_orphan, kill_children, rank, remove_empty, signals_blocked
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -50,6 +50,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         with heard_by(interruption):
             _launch(config_name, task, overrides, flags, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
+        kill_children()
         if rank() == 0:
             print("Interrupted", file=sys.stderr)
         sys.exit(128 + (interruption.number or signal.SIGINT))
@@ -72,7 +73,7 @@ class _Interruption:
         """Interrupt once more where it was raised in a callback, of an import for example, which Python ignores."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             signal.signal(self.number, self)
-            signal.raise_signal(self.number)
+            os.kill(os.getpid(), self.number)
 
 
 def _launch(

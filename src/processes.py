@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from src.ranks import signals_blocked, slurm_tasks
+from src.ranks import remember_children, signals_blocked, slurm_tasks
 
 T = TypeVar("T")
 _nothing: Any = object()
@@ -71,6 +71,7 @@ def start_quietly(strategy: Any) -> None:
                 start()
 
         launcher._call_children_scripts = start_blocked
+        remember_children(launcher)
 
 
 def start_processes(device: torch.device, devices: int, num_nodes: int) -> Processes:

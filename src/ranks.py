@@ -146,6 +146,24 @@ def signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_launchers: list[Any] = []
+
+
+def remember_children(launcher: Any) -> None:
+    """Have `kill_children` know the processes that a launcher of Lightning starts."""
+    _launchers.append(launcher)
+
+
+def kill_children() -> None:
+    """End the other processes at once: they have nothing to save, and would say at length that this one is gone."""
+    while _launchers:
+        children = _launchers.pop().procs
+        started = [*children]
+        children.clear()  # else Lightning, which watches them, ends this process too
+        for child in started:
+            child.kill()
+
+
 def end_on_ctrl_c() -> None:
     """Have Ctrl-C end this process in one line, whatever it is importing."""
 

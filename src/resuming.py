@@ -172,7 +172,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     """
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
     folder = given(overrides, name)
-    if not folder or given(overrides, "resume") is not None:
+    if folder is None or given(overrides, "resume") is not None:
         return
     if multirun and given(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
         return

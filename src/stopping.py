@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from src.data.unreadable import DataReadError
-from src.ranks import heard_by
+from src.ranks import heard_by, kill_children
 
 
 class Interruption:
@@ -22,7 +22,7 @@ class Interruption:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        let_children_end()
+        kill_children()
         raise KeyboardInterrupt
 
 
@@ -120,6 +120,7 @@ class CleanStop(L.Callback):
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
+            kill_children()
             raise KeyboardInterrupt
         self.signal = number
 

@@ -30,6 +30,11 @@ TINY = [
 """A network that trains in milliseconds a step."""
 
 
+def once(*overrides: str) -> list[str]:
+    """The last override of each key, since the command line takes no key twice."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 def compose(config_name: str, *overrides: str) -> DictConfig:
     """The configuration of a command, as Hydra gives it."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -55,7 +55,7 @@ def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
         ("+schedule.num_stps=10", ["did you mean schedule.num_steps?"]),
         ("++optimiser.lr=1", ["'optimiser.lr'", "did you mean optimizer.lr?"]),
         ("trainer.max_step=3", ["did you mean trainer.max_steps?"]),
-        ("run_dir=runs/x", ["type \"hydra.run.dir='runs/x'\""]),
+        ("run_dir=runs/x", ["type hydra.run.dir=runs/x"]),
         ("~schedule", ["leaves no schedule", "cosine"]),
         ("schedule=linear,cosine", ["sweep", "-m"]),
         ("seed=[", ["cannot read"]),

@@ -20,7 +20,7 @@ from src.errors import UsageError
 from src.module import DiffusionModule
 from src.runs import open_run
 from src.stopping import CleanStop, Interruption
-from tests.conftest import TINY, compose, train_tiny
+from tests.conftest import TINY, compose, once, train_tiny
 from tests.test_runs import weights
 
 SETTINGS = [
@@ -47,7 +47,7 @@ def torchrun(processes: int) -> list[str]:
 
 
 def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return python("-m", "src.train", *TINY, f"trainer.devices={processes}", *overrides, cwd=cwd)
+    return python("-m", "src.train", *once(*TINY, f"trainer.devices={processes}", *overrides), cwd=cwd)
 
 
 def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -57,7 +57,7 @@ def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.C
         port = probe.getsockname()[1]
     each = processes // 2
     start = ["--nnodes", "2", "--nproc-per-node", str(each), "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    settings = [*TINY, "trainer.num_nodes=2", f"trainer.devices={each}", *overrides]
+    settings = once(*TINY, "trainer.num_nodes=2", f"trainer.devices={each}", *overrides)
     with ThreadPoolExecutor() as nodes:
         first, second = nodes.map(
             lambda rank: python(

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from src import runs, speed
 from src.checkpoints import read_checkpoint
 from src.module import seed_networks
-from tests.conftest import TINY, compose, train_tiny
+from tests.conftest import TINY, compose, once, train_tiny
 
 
 def losses(folder: Path, name: str = "train/loss") -> list[str]:
@@ -577,7 +577,7 @@ def test_points_are_learned_nearly_as_well_as_can_be(tmp_path):
 def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     """`trainer.devices=2` with DDP over gloo, typed as a user types it."""
     settings = [*TINY, "validate_every=3", "checkpoint_every=1000", "trainer.devices=2", *overrides]
-    command = [sys.executable, "-m", "src.train", *settings, f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "src.train", *once(*settings), f"hydra.run.dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
