@@ -258,6 +258,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             "val_check_interval": interval,
             "check_val_every_n_epoch": None,
             "limit_val_batches": limit,
+            "min_epochs": 0,  # else Lightning takes min_steps for a whole epoch, which is all steps
             "overfit_batches": 0,  # which stream of batches it is, is the data's affair
             "use_distributed_sampler": False,  # the stream is distributed, and such a one Lightning leaves alone
         }
