@@ -16,7 +16,7 @@ LEVEL = 0.05
 """Of the tests: how often one or more of a family of pairs that do not differ would be called real."""
 OF_WORK = (
     *("run_dir", "resume", "trust", "optimize", "keep_checkpoints", "checkpoint_every", "validate_every"),
-    *("data.num_workers", "data.micro_batch", "data.root", "neighbours", "logger"),
+    *("data.num_workers", "data.micro_batch", "data.root", "data.skip_unreadable", "neighbours", "logger"),
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "compile"),
     *(f"callbacks.{name}" for name in ("progress", "samples", "best", "every", "stop", "quality", "bits_per_dim")),
