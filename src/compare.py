@@ -48,6 +48,9 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, and write the page, tables and plots into the output folder. Returns all figures."""
     with usage_errors():
         folders = run_folders(list(cfg.runs or []))
+        from src.evaluation import check_halves, check_reverse_variance
+
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         found, notes = survey(folders)
         if rank() == 0:
             for note in notes:
@@ -63,9 +66,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         for name in ("held_out", "links", "batch_size"):
             if cfg[name] is not None and cfg[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
-        from src.evaluation import check_halves, check_reverse_variance
-
-        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         from src import out_of_memory, runs
         from src.processes import start_processes
 

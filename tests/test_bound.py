@@ -25,10 +25,12 @@ ENTROPY = math.log2(DEVIATION * math.sqrt(2 * math.pi * math.e))  # 1.0471 bits
 
 
 def schedules_of(steps: int) -> dict[str, Schedule]:
-    tables = {"linear": schedules.linear(steps), "cosine": schedules.cosine(steps)}
-    tables["zero_terminal_snr"] = schedules.zero_terminal_snr(schedules.linear(steps))
     flows = (curves.rectified_flow, curves.cosine, curves.linear, curves.exploding)
     continuous = {f"continuous_{curve.__name__}": ContinuousSchedule(curve, steps) for curve in flows}
+    if steps < 10:
+        return continuous
+    tables = {"linear": schedules.linear(steps), "cosine": schedules.cosine(steps)}
+    tables["zero_terminal_snr"] = schedules.zero_terminal_snr(schedules.linear(steps))
     return {name: NoiseSchedule(betas) for name, betas in tables.items()} | continuous
 
 
@@ -105,20 +107,21 @@ def exact_prior(schedule: Schedule) -> float:
     return ((sigma**2 + square) / spread - 1 - math.log(sigma**2 / spread)) / 2 / math.log(2)
 
 
-@pytest.mark.parametrize("steps", [40, 1000])
-def test_optimal_variance_reaches_the_entropy_by_both_routes(steps):
+def test_optimal_variance_reaches_the_entropy_by_both_routes():
     """The entropy and what x_T still tells; the formula too, whose reverse steps are the exact ones."""
-    x = data(600 if steps == 1000 else 2000)
-    for name, schedule in schedules_of(steps).items():
+    x = data(1500)
+    of_issue = ContinuousSchedule(curves.rectified_flow, 1000)  # 10.71 bits when it was estimated
+    for name, schedule in {**schedules_of(40), "of the issue": of_issue}.items():
         expected = ENTROPY + exact_prior(schedule)
-        noisiest = schedule.row(steps - 1)
+        noisiest = schedule.row(schedule.num_steps - 1)
         # The prior's term is to N(0, alpha^2 + sigma^2), and not to the samples' own distribution.
         told = math.log1p(DEVIATION**2 * noisiest.snr.item()) / 2 / math.log(2)
         formula = sum(exact_terms(schedule, "optimal")) + exact_prior(schedule)
         assert formula == pytest.approx(expected - told, abs=1e-6), name
-        for links in (None, 50):
-            excess = totals(module_of(schedule), x, links, "optimal") - own_bits(x)
-            error = excess.std().item() / math.sqrt(len(x))
+        for links in (None, 40):
+            some = x[:500] if links is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, links, "optimal") - own_bits(some)
+            error = excess.std().item() / math.sqrt(len(some))
             # What a variance costs that was measured on so few.
             assert excess.mean().item() == pytest.approx(formula - ENTROPY, abs=4 * error + 0.01), (name, links)
             assert error < 0.12
@@ -128,17 +131,19 @@ def test_optimal_variance_reaches_the_entropy_by_both_routes(steps):
 def test_estimate_and_all_links_are_the_exact_bound(variance):
     """With fixed_small 2.84 bits on rectified flow and 2.41 on the continuous cosine, where 1.047 is the entropy."""
     x = data(1000)
-    for name, schedule in schedules_of(1000).items():
-        expected = sum(exact_terms(schedule, variance)) + exact_prior(schedule) - ENTROPY
-        for links in (None, 60):
-            # All links cost the most time and vary the least.
-            some = x[:300] if links is None else x
-            excess = totals(module_of(schedule, "fixed_large"), some, links, variance) - own_bits(some)
+    known = {"continuous_rectified_flow": 2.84, "continuous_cosine": 2.41}
+    for name, schedule in schedules_of(40).items():
+        if name in known:
+            schedule = ContinuousSchedule(schedule.curve, 1000)
+        expected = sum(exact_terms(schedule, variance)) + exact_prior(schedule)
+        if name in known and variance == "fixed_small":
+            assert expected == pytest.approx(known[name], abs=0.01)
+        for links in (None, 40):
+            some = x[:200] if links is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, links, variance) - own_bits(some)
             error = excess.std().item() / math.sqrt(len(some))
-            assert excess.mean().item() == pytest.approx(expected, abs=4 * error), (name, links)
-            assert error < 0.35
-        if variance == "fixed_small" and name in ("continuous_rectified_flow", "continuous_cosine"):
-            assert expected + ENTROPY == pytest.approx({"r": 2.84, "c": 2.41}[name[11]], abs=0.01)
+            assert excess.mean().item() == pytest.approx(expected - ENTROPY, abs=4 * error), (name, links)
+            assert error < 0.7
     assert totals(module_of(schedule, variance), x[:9], 5, "trained").tolist() == pytest.approx(
         totals(module_of(schedule), x[:9], 5, variance).tolist(), rel=1e-4
     )
@@ -240,16 +245,16 @@ def test_optimal_variance_does_not_depend_on_parts_or_on_the_process():
     schedule = NoiseSchedule(schedules.cosine(30))
     x = data(24)
     one = totals(module_of(schedule), x, 6, "optimal")
-    parts = [range(0, 10), range(10, 11), range(11, 24)]
+    parts = [range(10), range(10, 11), range(11, 24)]
     apart = bounds(module_of(schedule, "fixed_large"), parts, lambda r: (x[r.start : r.stop], None), 0, 6, "optimal")
     assert_close(torch.cat([part.total for part in apart]), one, rtol=1e-5, atol=1e-5)
 
 
 class Rounding(nn.Module):
-    """Knows 4-bit data from its neighbours, but takes every 40th sample for the next level."""
+    """Knows 4-bit data from its neighbours, but is 0.9 bins off for 1 sample in 100."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        wrong = (torch.arange(len(x)) % 40 < 2)[:, None]
+        wrong = (torch.arange(len(x)) % 200 < 2)[:, None]
         return TRUTH + wrong * (2 / 15) * 0.9
 
 
@@ -257,8 +262,7 @@ TRUTH = torch.linspace(-1, 1, 16)[torch.arange(400) % 16][:, None]
 
 
 def test_decoder_of_data_with_levels_bears_rare_errors():
-    """One error of 0.9 bins in 20 has a mean square of (0.2 bins)^2, with which it costs 2.6 bits, and 0.5 if it is
-    taken for what it is; the best variance costs 0.35, by a search over deviations in plain floats."""
+    """The best variance costs half of what the mean square would, by a search over deviations in plain floats."""
     schedule = ContinuousSchedule(curves.rectified_flow, 20)
     module = module_of(schedule, net=Rounding(), levels=16)
     (result,) = bounds(module, [range(400)], lambda _: (TRUTH, None), 0, None, "optimal")
@@ -270,10 +274,10 @@ def test_decoder_of_data_with_levels_bears_rare_errors():
             return math.erfc(-x / deviation / math.sqrt(2)) / 2
 
         right, wrong = (math.log2(cdf(0.5 - e) - cdf(-0.5 - e) + 1e-300) for e in (0.0, 0.9))
-        return -0.95 * right - 0.05 * wrong
+        return -0.99 * right - 0.01 * wrong
 
     best = min(term(0.02 * 1.02**k) for k in range(300))
-    assert best < 0.8 * term(math.sqrt(0.05) * 0.9)
+    assert best < 0.5 * term(math.sqrt(0.01) * 0.9)
     # The two outermost of 16 levels have wider bins.
     assert result.links[0].item() == pytest.approx(best, abs=0.05)
 
@@ -315,20 +319,20 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
                         "objective=simple", "callbacks.bits_per_dim.samples=40",
                         "callbacks.bits_per_dim.reverse_variance=fixed_small")  # fmt: skip
     alone = [f"run='{run}'", "device=cpu", "quality=false", "held_out=40", f"run_dir='{tmp_path}'"]
+    asked = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
     found = {
         (variance, links): evaluate(compose("evaluate", *alone, f"reverse_variance={variance}", f"links={links}"))
-        for variance in ("optimal", "fixed_small", "fixed_large", "trained")
-        for links in ("null", 4)
+        for variance, links in asked
     }
     bits = {key: metrics["bits_per_dim"] for key, metrics in found.items()}
     assert all(metrics["reverse_variance"] == variance for (variance, _), metrics in found.items())
     assert bits["trained", 4] == pytest.approx(bits["fixed_large", 4], rel=1e-4)
     assert logged["val/bits_per_dim"] == pytest.approx(bits["fixed_small", 4], rel=1e-4)
-    assert bits["optimal", "null"] < min(bits["fixed_small", "null"], bits["fixed_large", "null"])
-    for variance in ("optimal", "fixed_small", "fixed_large"):
-        errors = [found[variance, links]["standard_error"] for links in ("null", 4)]
-        assert bits[variance, "null"] == pytest.approx(bits[variance, 4], abs=4 * math.hypot(*errors))
-    assert evaluate(compose("evaluate", *alone, "links=4"))["reverse_variance"] == "optimal"
+    assert bits["optimal", 4] < min(bits["fixed_small", 4], bits["fixed_large", 4])
+    errors = [found["optimal", links]["standard_error"] for links in ("null", 4)]
+    assert bits["optimal", "null"] == pytest.approx(bits["optimal", 4], abs=4 * math.hypot(*errors))
+    assert all(compose(name).reverse_variance == "optimal" for name in ("evaluate", "compare"))
+    assert compose("train").callbacks.bits_per_dim.reverse_variance == "optimal"
 
     wrong = [
         (["reverse_variance=smal"], "reverse_variance=smal "),
@@ -337,8 +341,8 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
     for overrides, message in wrong:
         with pytest.raises(UsageError, match=message):
             evaluate(compose("evaluate", *alone, *overrides))
-        with pytest.raises(UsageError, match=message):
-            compare(compose("compare", f"runs=['{run}']", "device=cpu", f"run_dir='{tmp_path}'", *overrides))
+    with pytest.raises(UsageError, match="reverse_variance=smal "):
+        compare(compose("compare", f"runs=['{run}']", "reverse_variance=smal", f"run_dir='{tmp_path}'"))
 
 
 def test_callback_refuses_a_wrong_reverse_variance():
