@@ -56,6 +56,9 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_seeds(cfg)
         check_names(cfg, "features")
         folders = run_folders(list(cfg.runs or []))
+        from src.evaluation import check_halves, check_reverse_variance
+
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         found, notes = survey(folders)
         if rank() == 0:
             for note in notes:
@@ -68,9 +71,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_data(found, cfg.data.root is None)
         if cfg.wandb:
             wandb_of(found)
-        from src.evaluation import check_halves, check_reverse_variance
-
-        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         from src import out_of_memory, runs
         from src.processes import start_processes
 
