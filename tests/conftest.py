@@ -14,6 +14,9 @@ from src.trust import CONF
 # Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
 torch.set_num_threads(1)
 
+HANG_SECONDS = 3600
+"""After so long something that a test waits for counts as hanging: no machine is so busy."""
+
 TINY = [
     "model.width=8",
     "model.blocks=1",

@@ -39,7 +39,7 @@ from src.metrics.judge import Seen
 from src.module import Conditioning, DiffusionModule, Sampler
 from src.processes import Processes
 from src.tables import markdown
-from tests.conftest import compose, train_tiny
+from tests.conftest import HANG_SECONDS, compose, train_tiny
 from tests.test_split import held_out_digits
 
 ALONE = Processes(torch.device("cpu"))
@@ -263,7 +263,7 @@ class Together(Processes):
 
     @classmethod
     def of(cls, count):
-        shared, barrier = {}, threading.Barrier(count, timeout=60)
+        shared, barrier = {}, threading.Barrier(count, timeout=HANG_SECONDS)
         made = [cls(torch.device("cpu"), k, count) for k in range(count)]
         for each in made:
             object.__setattr__(each, "shared", shared)

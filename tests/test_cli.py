@@ -15,6 +15,7 @@ from src.overrides import check_overrides, config_groups, split_arguments, typed
 from src.ranks import fresh_folder, rank, slurm_tasks
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
+from tests.conftest import HANG_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,8 @@ def test_resume_auto_in_a_given_folder(tmp_path):
 def test_refused_commands_leave_no_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "src.schedules", "names=[]"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, capture_output=True, check=False, timeout=120,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, capture_output=True, check=False,
+        timeout=HANG_SECONDS,
     )  # fmt: skip
     assert done.returncode == 2
     assert not list(tmp_path.iterdir())
@@ -260,7 +262,7 @@ def test_commands_import_nothing_heavy_to_read_the_command_line():
 )
 def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):
     command = [sys.executable, "-m", *words, *([f"hydra.run.dir={tmp_path}"] if code else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
     assert done.returncode == code
     assert fragment in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -39,7 +39,7 @@ from src.comparison import (
 )
 from src.errors import UsageError
 from src.trust import CONF, known_targets
-from tests.conftest import TINY, compose, train_tiny
+from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny
 from tests.wandb_file import read_offline
 
 SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
@@ -460,7 +460,7 @@ def test_a_sweep_ends_with_its_comparison_also_when_it_goes_on(tmp_path):
     for again in ([], ["resume=auto"]):
         shutil.rmtree(folder / "comparison", ignore_errors=True)
         done = subprocess.run(
-            [*command, *again], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=500
+            [*command, *again], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=HANG_SECONDS
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert str(folder / "comparison" / "comparison.html") in done.stdout

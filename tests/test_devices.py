@@ -20,7 +20,7 @@ from src.errors import UsageError
 from src.module import DiffusionModule
 from src.runs import open_run
 from src.stopping import CleanStop, Interruption
-from tests.conftest import TINY, compose, once, train_tiny
+from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 from tests.test_runs import weights
 
 SETTINGS = [
@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 
 def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=500)
+    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=HANG_SECONDS)
 
 
 def torchrun(processes: int) -> list[str]:

@@ -20,7 +20,7 @@ import pytest
 from torch.testing import assert_close
 
 from src.checkpoints import is_whole, read_checkpoint
-from tests.conftest import TINY, train_tiny
+from tests.conftest import HANG_SECONDS, TINY, train_tiny
 from tests.test_runs import assert_equal_bits, losses
 
 KILLS = int(os.environ.get("FAULT_KILLS", "20"))
@@ -51,10 +51,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
             number = chance.randint(2, 30 if phase == "step" else 2)  # the second of the others: some steps go well
             seconds = chance.uniform(0, DURATIONS[phase])
             killed = {**environment, "KILL": f"{phase} {number} {seconds}"}
-            done = subprocess.run(command, stdout=log, stderr=log, env=killed, timeout=300)
+            done = subprocess.run(command, stdout=log, stderr=log, env=killed, timeout=HANG_SECONDS)
             assert done.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
             died[(tmp_path / "notes").read_text()] += 1
-        done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=300)
+        done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=HANG_SECONDS)
     assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"{KILLS} kills: {dict(died)}")
     train_tiny(tmp_path / "undisturbed", *SETTINGS)
@@ -79,7 +79,7 @@ def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
         assert "the run goes on" in said and "make room" in said
         assert all(is_whole(path) for path in (folder / "checkpoints").glob("*.ckpt"))
         resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        rest, _ = run.communicate(timeout=400)
+        rest, _ = run.communicate(timeout=HANG_SECONDS)
     assert run.returncode == 0, rest[-3000:]
     train_tiny(tmp_path / "undisturbed", *settings)
     assert_same_end(folder, tmp_path / "undisturbed")
@@ -96,7 +96,7 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path
     command += [f"hydra.run.dir={folder}", "resume=auto", "trust=true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first, second = (
-        subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400) for _ in "12"
+        subprocess.run(command, env=environment, text=True, capture_output=True, timeout=HANG_SECONDS) for _ in "12"
     )
     assert first.returncode == 2 and "Traceback" not in first.stderr, first.stderr[-3000:]
     assert "a process that loads data died" in first.stderr and "data.num_workers" in first.stderr
@@ -117,10 +117,10 @@ def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_pat
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         until(lambda: (tmp_path / "once").exists(), run)
-        run.wait(60)
-        until(lambda: not processes_marked(tmp_path), None, seconds=60)
+        run.wait(HANG_SECONDS)
+        until(lambda: not processes_marked(tmp_path), None)
         assert run.returncode != 0
-        assert subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=400).returncode == 0
+        assert subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=HANG_SECONDS).returncode == 0
     train_tiny(tmp_path / "alone", *TINY, *settings[len(TINY) : len(TINY) + 3])
     for key in ("state_dict", "current_model_state"):
         ours, theirs = (read_checkpoint(f / "checkpoints" / "last.ckpt")[key] for f in (folder, tmp_path / "alone"))
@@ -138,9 +138,9 @@ def processes_marked(mark: Path) -> list[str]:
     return found
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None, seconds: float = 300) -> None:
+def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None) -> None:
     """Wait for something that a run does, or that happens after it."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + HANG_SECONDS
     while not condition():
         time.sleep(0.02)
         assert process is None or process.poll() is None, "the run ended too early"

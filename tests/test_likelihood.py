@@ -24,6 +24,7 @@ from src.diffusion.likelihood import (
 )
 from src.diffusion.noise import ContinuousSchedule, Level, Link, NoiseSchedule
 from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
+from tests.loops import each
 
 TARGETS = ["eps", "x0", "v", "edm", "velocity"]
 SHAPES = [(3, 2), (3, 2, 4, 4)]
@@ -49,8 +50,8 @@ CHAINS = {
     if not (name in ("zero_terminal", "continuous_rectified_flow") and target == "eps")
 }
 
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-every_levels = pytest.mark.parametrize("levels", [2, 17, 256])
+every_shape = each("shape", SHAPES)
+every_levels = each("levels", [2, 17, 256])
 
 
 def normal(shape, seed):
@@ -68,8 +69,8 @@ def gaussian(mean, deviation):
 # Divergences and densities
 
 
-@pytest.mark.parametrize("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)], ids=str)
-@pytest.mark.parametrize("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)], ids=str)
+@each("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)])
+@each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
 def test_gaussian_kl_is_its_integral(p, q):
     """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
     (mean, deviation), (other_mean, other_deviation) = p, q
@@ -115,7 +116,7 @@ def test_discrete_kl_where_something_is_missing():
     assert discrete_kl(q, p).item() == math.inf
 
 
-@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
+@each("mean, deviation", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
 def test_gaussian_log_prob_integrates_to_one(mean, deviation):
     q = gaussian(mean, deviation)
     total, _ = quad(
@@ -143,8 +144,8 @@ def bins_by_scipy(x, mean, deviation, levels):
     return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("deviation", DEVIATIONS)
+@each("dtype", [torch.float64, torch.float32])
+@each("deviation", DEVIATIONS)
 @every_levels
 def test_bins_sum_to_one(levels, deviation, dtype):
     """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
@@ -155,8 +156,8 @@ def test_bins_sum_to_one(levels, deviation, dtype):
     assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("deviation", DEVIATIONS)
-@pytest.mark.parametrize("mean", MEANS)
+@each("deviation", DEVIATIONS)
+@each("mean", MEANS)
 @every_levels
 def test_bins_are_differences_of_the_normal_distribution(levels, mean, deviation):
     """Against scipy, as far as its probabilities do not underflow."""
@@ -181,8 +182,8 @@ def test_outer_bins_are_open(levels):
         assert_close(above, scalar(norm.logsf(1 - half, mean, deviation)), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
+@each("dtype", [torch.float64, torch.float32])
+@each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
 @every_levels
 def test_far_tails_stay_finite(levels, distance, dtype):
     """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
@@ -212,7 +213,7 @@ def test_far_tails_stay_finite(levels, distance, dtype):
                 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@each("dtype", [torch.float64, torch.float32])
 def test_log_ndtr_keeps_its_digits(dtype):
     """Against scipy, and its gradient against Mills' ratio as a continued fraction, to 1e6 deviations.
 
@@ -324,8 +325,8 @@ class GaussianData:
         return link_bits(process, pred, self.x0.expand_as(self.x_t), self.x_t, self.link) * math.log(2)
 
 
-DATA = [([0.4], 0.5), ([0.4, -1.0, 2.0], 1.7)]
-every_data = pytest.mark.parametrize(("m", "s"), DATA, ids=["1d", "3d"])
+DATA = {"1d": ([0.4], 0.5), "3d": ([0.4, -1.0, 2.0], 1.7)}
+every_data = each("m, s", DATA)
 
 
 @every_data
@@ -360,7 +361,7 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
 
 
 @every_data
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@each("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
 def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
     """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""

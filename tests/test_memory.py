@@ -15,7 +15,7 @@ from src.checkpoints import read_checkpoint
 from src.errors import UsageError
 from src.memory import estimate
 from src.models.unet import UNet
-from tests.conftest import train_tiny
+from tests.conftest import HANG_SECONDS, train_tiny
 from tests.test_devices import environment
 from tests.test_runs import assert_equal_bits, weights
 
@@ -209,7 +209,11 @@ print(json.dumps([whole, found, batches["accumulate_grad_batches"], drawn]))
 def test_what_does_not_fit_says_what_to_set_and_auto_finds_what_does(tmp_path):
     """In a process that may have 400 MiB more than it has when all is imported, where allocations really fail."""
     done = subprocess.run(
-        [sys.executable, "-c", NARROW, str(tmp_path)], env=environment(), text=True, capture_output=True, timeout=300
+        [sys.executable, "-c", NARROW, str(tmp_path)],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     whole, found, batches, drawn = json.loads(done.stdout.splitlines()[-1])

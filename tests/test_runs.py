@@ -22,7 +22,7 @@ from torch.testing import assert_close
 from src import runs, speed
 from src.checkpoints import read_checkpoint
 from src.module import seed_networks
-from tests.conftest import TINY, compose, once, train_tiny
+from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 
 
 def losses(folder: Path, name: str = "train/loss") -> list[str]:
@@ -586,11 +586,11 @@ def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
     with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as process:
         log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + HANG_SECONDS
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, said[-3000:]
     step = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
     assert step > 0 and f"saved at step {step}" in said

@@ -16,7 +16,7 @@ from src.errors import UsageError
 from src.overrides import check_overrides
 from src.sweeps import share
 from src.trust import CONF
-from tests.conftest import TINY, train_tiny
+from tests.conftest import HANG_SECONDS, TINY, train_tiny
 
 SEEDS = (0, 1)
 
@@ -27,7 +27,13 @@ def sweep(folder: Path, *overrides: str, **variables: str) -> "subprocess.Comple
     command = [sys.executable, "-m", "src.train", "-m", *TINY, "trainer.max_steps=2", f"hydra.sweep.dir='{folder}'"]
     env = {**os.environ, **quiet, "PYTHONPATH": str(CONF.parent), **variables}
     return subprocess.run(
-        [*command, *overrides], cwd=folder.parent, env=env, text=True, capture_output=True, check=False, timeout=500
+        [*command, *overrides],
+        cwd=folder.parent,
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
+        timeout=HANG_SECONDS,
     )
 
 

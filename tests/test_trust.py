@@ -25,7 +25,7 @@ from src import runs
 from src.errors import UsageError
 from src.resuming import expand_resume
 from src.trust import CONF, MAX_VALUES, check_plain, known_targets
-from tests.conftest import compose, train_tiny
+from tests.conftest import HANG_SECONDS, compose, train_tiny
 
 
 class Bomb:
@@ -347,7 +347,7 @@ def test_a_trap_in_a_resumed_run_is_refused_by_the_command(trained, tmp_path, ca
     unfit = ["data=points", "trainer.precision=bf16-true"]  # refused before anything heavy is imported
     for trust, said in (("false", "add trust=true"), ("true", "would round the points")):
         command = [sys.executable, "-m", "src.train", f"resume={folder}", f"trust={trust}", *unfit]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
         assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
         assert canary.exists() == (trust == "true")
 
@@ -385,7 +385,7 @@ def test_the_pickles_of_hydra_are_not_run_again(tmp_path, canary):
     path = tmp_path / "config.pickle"
     path.write_bytes(pickle.dumps(Bomb(f"touch {canary}")))
     command = [sys.executable, "-m", "src.train", "--experimental-re", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=CONF.parent)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, cwd=CONF.parent)
     assert done.returncode == 2 and "would unpickle" in done.stderr
     assert not canary.exists()
 

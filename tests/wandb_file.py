@@ -9,9 +9,12 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from wandb.proto.wandb_internal_pb2 import ArtifactRecord, Record, RunRecord
+from tests.conftest import HANG_SECONDS
+
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import ArtifactRecord, Record, RunRecord
 
 BLOCK = 32768
 
@@ -19,11 +22,11 @@ BLOCK = 32768
 class Offline(NamedTuple):
     """A run as `wandb sync` would send it."""
 
-    run: RunRecord
+    run: "RunRecord"
     config: dict[str, Any]
     history: list[dict[str, Any]]
     """What was logged together, media as their description."""
-    artifacts: list[ArtifactRecord]
+    artifacts: list["ArtifactRecord"]
     directory: Path
 
     def steps(self, key: str) -> list[int]:
@@ -37,7 +40,7 @@ class Offline(NamedTuple):
 def read_offline(folder: Path) -> Offline:
     """The only offline run below a folder."""
     (path,) = folder.rglob("offline-run-*/run-*.wandb")
-    for _ in range(300):  # W&B's own process writes on for a moment when `finish` has returned
+    for _ in range(10 * HANG_SECONDS):  # W&B's own process writes on for a moment when `finish` has returned
         records = [*frames(path.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":
             break
@@ -64,8 +67,10 @@ def read_offline(folder: Path) -> Offline:
     return Offline(runs[-1], config, history, artifacts, path.parent)
 
 
-def frames(data: bytes) -> Iterator[Record]:
+def frames(data: bytes) -> Iterator["Record"]:
     """The records of a .wandb file; fails where a checksum does not fit."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     assert data[:4] == b":W&B"
     place, parts = 7, []
     while place + 7 <= len(data):
