@@ -106,7 +106,9 @@ def sample(cfg: DictConfig) -> Path:
         lines = [each if isinstance(each, str) else condition.title(each) for each in things] if condition else []
         (folder / "asked.txt").write_text("".join(f"{lines[place]}\n" for place in places), encoding="utf-8")
     name = str(settings._target_).rpartition(".")[2]
-    own = [f"{k!s} {v}" for k, v in settings.items() if not str(k).startswith("_") and v is not None]
+    spacing = sampler.spacing if isinstance(sampler.spacing, str) else sampler.spacing.on(opened.module.schedule)
+    own = [f"{k!s} {v}" for k, v in settings.items() if k != "spacing" and not str(k).startswith("_") and v is not None]
+    own += [f"spacing {spacing}"]
     own += [f"guidance {sampler.guidance.scale:g}"] if sampler.guidance.scale != 1 else []
     print(f"{cfg.n} samples of {opened.checkpoint} by {name}, {', '.join(own)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
