@@ -23,6 +23,7 @@ from torch.testing import assert_close
 from src.checkpoints import read_checkpoint
 from src.data import unreadable
 from src.data.batch import BatchDataset, Places, fetch
+from src.data.conditions import Classes
 from src.data.images import ImageFiles, folder
 from src.data.unreadable import DataReadError
 from src.errors import UsageError, data_errors
@@ -201,6 +202,19 @@ def test_others_take_the_place_of_what_cannot_be_read(copied):
     assert "nor can 10 others" in batch["failure"] and "\n" not in batch["failure"]
 
 
+def test_a_condition_that_can_no_longer_be_computed_is_a_line_too(copied):
+    """Such as that of a pretrained encoder whose cache and files are gone."""
+
+    class Broken(Classes):
+        def __call__(self, asked):
+            raise OSError(errno.ENOENT, "No such file or directory", "model.safetensors")
+
+    source = folder(str(copied), 8, 3)
+    batch = BatchDataset(source, Broken(["cats", "dogs"]))[Places(0, 2, [0, 1])]
+    assert "model.safetensors" in batch["failure"] and "\n" not in batch["failure"]
+    assert "failure" not in BatchDataset(source, Classes(["cats", "dogs"]))[Places(0, 2, [0, 1])]
+
+
 def quietly(run: Path, *overrides: str) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -225,7 +239,6 @@ def test_a_run_whose_data_fail_ends_saved_and_resumes_as_if_they_had_not(photos,
     """In the second part of a step that is cut in two, at the last step, in validation, with and without workers."""
     cases = {
         "part": (5, 1, 0, lambda files: truncated(files[3]), 5),
-        "first": (5, 1, 0, lambda files: gone(files[0]), 5),
         "last": (7, 1, 0, lambda files: empty(files[1]), 7),
         "validation": (4, 0, 0, lambda files: a_folder(files[-1]), 4),
         "all": (2, 1, 0, lambda files: shutil.rmtree(copied), 2),
