@@ -66,7 +66,7 @@ def test_module_is_given_its_network_and_its_data():
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_configuration_stays_at_the_edge(path):
     edge = {"after_sweep", "arguments", "building", "checkpoints", "cli", "errors", "out_of_memory", "overrides"}
-    edge |= {"resolvers", "resuming", "runs", *ENTRY_POINTS}
+    edge |= {"output", "resolvers", "resuming", "runs", *ENTRY_POINTS}
     if path.parent == SRC and path.stem in edge:
         return
     assert not foreign(path) & {"hydra", "omegaconf"}
