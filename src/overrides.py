@@ -54,8 +54,15 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def choose_none(overrides: Sequence[str]) -> list[str]:
     """Return the overrides with `group=null`, which Hydra does not read, as it does read that none is chosen."""
-    none = {f"{group}=null": [f"{group}=none"] if group in ("callbacks", "logger") else [] for group in OPTIONAL}
-    return [each for override in overrides for each in none.get(override, [override])]
+    chosen: list[str] = []
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in OPTIONAL and value == "null":
+            chosen = [each for each in chosen if key_of(each) != group]
+            chosen += [f"{group}=none"] if group in ("callbacks", "logger") else []
+        else:
+            chosen.append(override)
+    return chosen
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
@@ -184,6 +191,7 @@ def given(overrides: Sequence[str], name: str) -> str | None:
         try:
             value = parsed(override)
         except HydraException:  # which check_overrides will say
+            text = override.partition("=")[2]
             continue
         if value.is_delete() or value.is_sweep_override() or value.value() is None:
             text = None

@@ -44,8 +44,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
     if given(overrides, "trust") != "True":
         check_saved(Path(folder), before)
     now = [o for o in overrides if key_of(o) != "hydra.run.dir"]
-    again = set(map(key_of, now))
-    return [*(o for o in before if key_of(o) not in again), *now, f"hydra.run.dir={_quoted(folder)}"]
+    return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
 
 
 def expand_sweep(overrides: list[str]) -> list[str]:
