@@ -52,7 +52,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 )
             return metrics
         runs.start(cfg, run)
-        if run.trainer.is_global_zero and not run.trainer.fast_dev_run:
+        if run.trainer.is_global_zero and not cfg.trainer.get("fast_dev_run"):
             record_data(run)
     announce(run)
     from src.data.unreadable import DataReadError
@@ -108,7 +108,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     }
     run.data.agree()
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
-    if run.trainer.fast_dev_run:
+    if cfg.trainer.get("fast_dev_run"):
         if run.trainer.is_global_zero:
             print(f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}. Nothing was saved or logged.")
         return metrics

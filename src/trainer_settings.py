@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
@@ -109,7 +109,7 @@ def validation_interval(settings: Mapping[str, Any], every: int) -> int:
     if whole and given >= 1 and given % batches == 0:
         return int(min(given, steps * batches))
     if isinstance(given, float) and 0 < given <= 1:
-        return max(1, int(steps * given)) * batches
+        return max(1, int(steps * given)) * int(batches)
     if whole and given >= 1:
         rule = f"must be a multiple of trainer.accumulate_grad_batches={batches}; or set validate_every, in steps"
     else:
