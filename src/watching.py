@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from src import plots
@@ -331,7 +331,7 @@ class BitsPerDim(L.Callback):
         def together(errors: Errors) -> Errors:
             flat = torch.cat([part.flatten() for part in errors]).to(device, torch.float32)
             summed = trainer.strategy.all_gather(flat).view(-1, len(flat)).sum(0).cpu().double()
-            pieces = summed.split([part.numel() for part in errors])
+            pieces = torch.split(summed, [part.numel() for part in errors])
             return Errors(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
 
         parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
