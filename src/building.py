@@ -260,6 +260,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             "limit_val_batches": limit,
             "min_epochs": 0,  # else Lightning takes min_steps for a whole epoch, which is all steps
             "overfit_batches": 0,  # which stream of batches it is, is the data's affair
+            "deterministic": settings.get("deterministic", False),  # else it stays as a job before this one had it
             "use_distributed_sampler": False,  # the stream is distributed, and such a one Lightning leaves alone
         }
         trainer: L.Trainer = make(OmegaConf.masked_copy(cfg.trainer, [*settings]), given)
