@@ -23,7 +23,17 @@ from src import resolvers, sweeps  # noqa: F401 - conf/ needs what the first reg
 from src.errors import UsageError
 from src.output import Record, hold_back, sweep_kept, withdraw, withhold
 from src.overrides import check_overrides, check_repeated, choose_none, escaped, split_arguments, take_together
-from src.ranks import follow, heard_by, ignore_signals, is_orphan, kill_children, rank, remove_empty, signals_blocked
+from src.ranks import (
+    follow,
+    heard_by,
+    ignore_signals,
+    is_orphan,
+    kill_children,
+    leave,
+    rank,
+    remove_empty,
+    signals_blocked,
+)
 from src.resuming import check_unused, check_writable, expand_resume, expand_sweep
 from src.trust import CONF
 
@@ -51,9 +61,10 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
             _launch(config_name, task, overrides, flags, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
         kill_children()
+        remove_empty()
         if rank() == 0:
             print("Interrupted", file=sys.stderr)
-        sys.exit(128 + (interruption.number or signal.SIGINT))
+        leave(128 + (interruption.number or signal.SIGINT))
     finally:
         remove_empty()
 
@@ -150,6 +161,13 @@ def heard_aside(multirun: bool) -> Iterator[None]:
     if not multirun:
         yield
         return
+    with suppress(ImportError):  # started later, the trackers of resources would unblock them
+        from multiprocessing import resource_tracker
+
+        from joblib.externals.loky.backend import resource_tracker as tracker_of_loky
+
+        resource_tracker.ensure_running()
+        tracker_of_loky.ensure_running()
     threading.Thread(target=threading.Event().wait, daemon=True).start()  # it hears them for the main thread
     with signals_blocked():
         yield

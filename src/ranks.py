@@ -1,7 +1,10 @@
 """Which of a run's processes this one is, and the folder that all of them agree on. Torch is not imported for one."""
 
+import atexit
+import logging
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -174,6 +177,26 @@ def end_on_ctrl_c() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, end)
+        _leaves_at_once.append(True)
+
+
+_leaves_at_once: list[bool] = []
+"""Whether this process is a command, and not one that calls it."""
+
+
+def leave(status: int) -> None:
+    """End an interrupted process with `status`, and in a command without what libraries still log.
+
+    Where the interruption went through code that a library had as text, Python would end with the signal instead.
+    """
+    if not _leaves_at_once:
+        sys.exit(status)
+    logging.disable(logging.CRITICAL)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 _watched: set[int] = set()
