@@ -469,7 +469,8 @@ def quiet_libraries() -> None:
     for name in ("callbacks.model_summary", "profilers.profiler"):  # which say only what they were asked for
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     if logging.getLogger().handlers:  # Hydra's, which say it too
-        logging.getLogger("lightning.pytorch").handlers.clear()
+        for name in ("lightning", "lightning.pytorch"):
+            logging.getLogger(name).handlers.clear()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # The stream of batches starts at the step where the checkpoint left it.
