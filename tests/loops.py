@@ -5,28 +5,32 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
+Values = Iterable[Any] | Mapping[str, Any]
 
-def each(names: str, values: Iterable[Any] | Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+
+def for_each(names: str, values: Values | Callable[[], Values]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Call a test once for each of `values`, as `pytest.mark.parametrize` would, but within one case.
 
-    `names` are its arguments, separated by commas; a mapping's keys name its values. All values are tried; the first
-    error is raised, with a note that names the values of all that failed. Fixtures are shared by all calls: what
-    needs a folder or a patch of its own should be parametrized.
+    `names` are its arguments, separated by commas; a mapping's keys name its values; a function of no arguments gives
+    values that are known only when the test runs. All values are tried; the first error is raised, with a note that
+    names the values of all that failed. Fixtures are shared by all calls: what needs a folder or a patch of its own
+    should be parametrized.
     """
     arguments = [name.strip() for name in names.split(",")]
-    named = values.items() if isinstance(values, Mapping) else ((repr(value), value) for value in values)
-    calls = [(name, (value,) if len(arguments) == 1 else value) for name, value in named]
-    assert calls, f"no values of {names}: nothing would be tested"
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(test)
 
         @wraps(test)
         def loop(**fixtures: Any) -> None:
+            found = values() if callable(values) else values
+            named = [*found.items()] if isinstance(found, Mapping) else [(repr(value), value) for value in found]
+            assert named, f"no values of {names}: nothing is tested"
             errors: dict[str, Exception] = {}
-            for name, value in calls:
+            for name, value in named:
+                given = (value,) if len(arguments) == 1 else value
                 try:
-                    test(**dict(zip(arguments, value, strict=True)), **fixtures)
+                    test(**dict(zip(arguments, given, strict=True)), **fixtures)
                 except Exception as error:
                     errors[name] = error
             if errors:

@@ -9,24 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 
 from src import runs
-from src.alignment import (
-    LOOKS,
-    ClassExam,
-    Settings,
-    ShapesExam,
-    aligned,
-    best,
-    compared,
-    draw_and_judge,
-    exam_of,
-    shares,
-    spread,
-)
-from src.data.images import ImageDataModule
-from src.data.shapes import ATTRIBUTES, Shapes, paint, parse, place, render, shapes
 from src.diffusion import losses, samplers, schedules
 from src.diffusion.noise import NoiseSchedule
 from src.diffusion.process import GaussianDiffusion
@@ -36,11 +20,37 @@ from src.evaluate import evaluate
 from src.evaluate import exam_of as command_exam_of
 from src.metrics.figures import wilson
 from src.metrics.judge import Seen
-from src.module import Conditioning, DiffusionModule, Sampler
 from src.processes import Processes
 from src.tables import markdown
 from tests.conftest import HANG_SECONDS, compose, train_tiny
 from tests.test_split import held_out_digits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global binomtest, LOOKS, ClassExam, Settings, ShapesExam, aligned, best, compared, draw_and_judge, exam_of
+    global shares, spread, ImageDataModule, ATTRIBUTES, Shapes, paint, parse, place, render, shapes, Conditioning
+    global DiffusionModule, Sampler
+    from scipy.stats import binomtest
+
+    from src.alignment import (
+        LOOKS,
+        ClassExam,
+        Settings,
+        ShapesExam,
+        aligned,
+        best,
+        compared,
+        draw_and_judge,
+        exam_of,
+        shares,
+        spread,
+    )
+    from src.data.images import ImageDataModule
+    from src.data.shapes import ATTRIBUTES, Shapes, paint, parse, place, render, shapes
+    from src.module import Conditioning, DiffusionModule, Sampler
+
 
 ALONE = Processes(torch.device("cpu"))
 HELD_OUT = [{"shape": "square", "colour": "red"}, {"shape": "circle", "colour": "blue"}]

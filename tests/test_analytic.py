@@ -1,19 +1,30 @@
 """The mixture is the distribution that it claims, at every level of noise; its flow carries noise to it."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad, trapezoid
-from scipy.stats import kstest, multivariate_normal, norm
 from torch.testing import assert_close
 
-from src.data.analytic import GaussianMixture
+from tests.loops import for_each
 
-PLANE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [[0.3, 0.5], [0.5, 0.5], [0.8, 0.2]])
-LINE = GaussianMixture([1, 3], [[-1], [0.7]], [0.2, 0.5])
-GAUSSIAN = GaussianMixture([2], [[0.3, -0.2, 1.0]], [[0.9, 0.2, 0.5]])
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global PLANE, LINE, GAUSSIAN
+    global quad, trapezoid, kstest, multivariate_normal, norm, GaussianMixture
+    from scipy.integrate import quad, trapezoid
+    from scipy.stats import kstest, multivariate_normal, norm
+
+    from src.data.analytic import GaussianMixture
+
+    PLANE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [[0.3, 0.5], [0.5, 0.5], [0.8, 0.2]])
+    LINE = GaussianMixture([1, 3], [[-1], [0.7]], [0.2, 0.5])
+    GAUSSIAN = GaussianMixture([2], [[0.3, -0.2, 1.0]], [[0.9, 0.2, 0.5]])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -40,7 +51,7 @@ def test_mixture_density_integrates_to_one():
     assert float(total) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("mixture", [PLANE, LINE, PLANE.noised(0.4, 0.9)], ids=["plane", "line", "noised"])
+@for_each("mixture", lambda: {"plane": PLANE, "line": LINE, "noised": PLANE.noised(0.4, 0.9)})
 def test_mixture_score_is_the_gradient_of_the_log_density(mixture):
     x = 2 * torch.randn(100, mixture.means.shape[1], generator=seeded(), dtype=torch.float64)
     x.requires_grad_()
@@ -153,7 +164,7 @@ def test_entropy_of_a_gaussian_is_exact_and_of_a_mixture_estimated():
     assert LINE.entropy() == pytest.approx(exact, abs=0.005)
 
 
-@pytest.mark.parametrize("distribution", [GAUSSIAN, PLANE, LINE], ids=["gaussian", "plane", "line"])
+@for_each("distribution", lambda: {"gaussian": GAUSSIAN, "plane": PLANE, "line": LINE})
 def test_flow_from_little_noise_hardly_moves_and_preserves_the_distribution(distribution):
     x = distribution(50, seeded()).double()
     assert_close(distribution.flow(x, 1.0, 1e-4), x, rtol=0, atol=1e-5)

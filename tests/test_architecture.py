@@ -4,7 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
-import pytest
+from tests.loops import for_each
 
 SRC = Path(__file__).parents[1] / "src"
 ENTRY_POINTS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
@@ -42,14 +42,14 @@ def test_entry_points_are_found():
     assert {"train", "sample", "schedules"} <= ENTRY_POINTS
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("diffusion", "models")], ids=str)
+@for_each("path", [f for f in FILES if f.parent.name in ("diffusion", "models")])
 def test_mathematics_and_networks_need_torch_alone(path):
     assert foreign(path) <= {"torch"}
     layer = path.parent.name
     assert all(name.startswith(f"src.{layer}") for name in own(path)), own(path)
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent.name in ("data", "metrics")], ids=str)
+@for_each("path", [f for f in FILES if f.parent.name in ("data", "metrics")])
 def test_data_and_metrics_know_neither_mathematics_nor_networks(path):
     assert not any(name.startswith(("src.diffusion", "src.models", "src.module", "src.runs")) for name in own(path))
 
@@ -63,7 +63,7 @@ def test_module_is_given_its_network_and_its_data():
     }
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@for_each("path", FILES)
 def test_configuration_stays_at_the_edge(path):
     edge = {"after_sweep", "arguments", "building", "checkpoints", "cli", "errors", "out_of_memory", "overrides"}
     edge |= {"output", "resolvers", "resuming", "runs", *ENTRY_POINTS}
@@ -72,13 +72,13 @@ def test_configuration_stays_at_the_edge(path):
     assert not foreign(path) & {"hydra", "omegaconf"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@for_each("path", FILES)
 def test_nothing_imports_an_entry_point(path):
     entries = {f"src.{name}" for name in ENTRY_POINTS}
     assert not own(path) & entries
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.parent != SRC], ids=str)
+@for_each("path", [f for f in FILES if f.parent != SRC])
 def test_nothing_below_the_commands_prints(path):
     calls = [
         n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and hasattr(n.func, "id")

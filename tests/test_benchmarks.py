@@ -1,5 +1,7 @@
 """What the benchmarks count, draw and say."""
 
+from __future__ import annotations
+
 import re
 from argparse import ArgumentParser
 from collections.abc import Iterator
@@ -11,23 +13,31 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import training_utils
-from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
-from benchmarks import __main__ as everything
-from benchmarks import kernels, many, quality, sampling, training
-from benchmarks.glyphs import glyphs
 from benchmarks.peers import PEERS, Contender, Work, as_large_as, flops
-from benchmarks.quality import Given, table
-from benchmarks.shares import shares
-from benchmarks.training import compose_train
 from src import runs
 from src.checkpoints import read_checkpoint
 from src.diffusion import schedules
 from src.models.winograd import Conv3x3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global training_utils, EMAModel, everything, kernels, many, quality, sampling, training, glyphs, Given, table
+    global shares, compose_train
+    from diffusers import training_utils
+    from diffusers.training_utils import EMAModel
+
+    from benchmarks import __main__ as everything
+    from benchmarks import kernels, many, quality, sampling, training
+    from benchmarks.glyphs import glyphs
+    from benchmarks.quality import Given, table
+    from benchmarks.shares import shares
+    from benchmarks.training import compose_train
 
 
 def test_arithmetic_is_that_of_plain_convolutions() -> None:

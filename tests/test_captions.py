@@ -1,5 +1,7 @@
 """Own images with texts beside them, or in a metadata file: each finds its image, and what is amiss is named."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 
@@ -9,9 +11,16 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from src.data.batch import Source
-from src.data.captions import captioned
 from tests.conftest import compose
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global Source, captioned
+    from src.data.batch import Source
+    from src.data.captions import captioned
+
 
 NAMES = ["b.png", "dogs/a.jpg", "cats/c.png"]
 IN_ORDER = sorted(NAMES, key=Path)

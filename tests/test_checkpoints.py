@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from src.checkpoints import by_age, changed_settings, find_checkpoint, is_whole
-from src.disk import WholeCheckpoints
 from src.errors import UsageError
 from tests.conftest import train_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global WholeCheckpoints
+    from src.disk import WholeCheckpoints
 
 
 def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):

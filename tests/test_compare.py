@@ -20,9 +20,7 @@ import yaml
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
-from scipy import stats
 
-from src import measuring, report_page
 from src.after_sweep import CompareRuns
 from src.compare import compare, run_folders, survey, with_runs
 from src.comparison import (
@@ -41,6 +39,16 @@ from src.errors import UsageError
 from src.trust import CONF, known_targets
 from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny
 from tests.wandb_file import read_offline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global stats, measuring, report_page
+    from scipy import stats
+
+    from src import measuring, report_page
+
 
 SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
 QUICK = ["n=24", "near=24", "held_out=16", "links=2", "sampler.steps=3", "features=[pixels]", "device=cpu"]

@@ -10,8 +10,6 @@ import torch
 from torch.testing import assert_close
 
 from src.checkpoints import read_checkpoint
-from src.data.batch import BatchDataset, Given, InMemory, Labels, Places
-from src.data.conditions import Classes, Measurements
 from src.draws import Draws
 from src.errors import UsageError
 from src.models.conditioning import ClassEmbedding, MeasuredEmbedding
@@ -19,7 +17,16 @@ from src.models.unet import UNet
 from tests.conftest import compose, train_tiny
 from tests.test_models import TINY, copy_weights, diffusers_twin, normal, randomise
 
-LABELLED = InMemory(torch.zeros(4, 1, 2, 2), Labels(torch.tensor([2, 0, 1, 2]), ["cat", "dog", "7"]))
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global LABELLED
+    global BatchDataset, Given, InMemory, Labels, Places, Classes, Measurements
+    from src.data.batch import BatchDataset, Given, InMemory, Labels, Places
+    from src.data.conditions import Classes, Measurements
+
+    LABELLED = InMemory(torch.zeros(4, 1, 2, 2), Labels(torch.tensor([2, 0, 1, 2]), ["cat", "dog", "7"]))
 
 
 def test_classes_by_name_and_number_and_nothing_is_none_of_them():

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves
 from src.diffusion.noise import CLEAN, ContinuousSchedule, make_grid
-from tests.loops import each
+from tests.loops import for_each
 
 U = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]
 
@@ -47,7 +47,7 @@ CURVES = {
 }
 every_curve = pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES.keys())
 preserving = pytest.mark.parametrize("name", ["cosine", "cosine_narrow", "linear", "linear_narrow", "learned_random"])
-every_end = each("high, low", [(15.0, -15.0), (13.3, -5.0), (2.0, 1.0), (-1.0, -4.0)])
+every_end = for_each("high, low", [(15.0, -15.0), (13.3, -5.0), (2.0, 1.0), (-1.0, -4.0)])
 
 
 @every_end
@@ -80,7 +80,7 @@ def test_variance_is_preserved(name):
     assert_close(alpha.square() + sigma.square(), torch.ones(len(U), dtype=torch.float64), rtol=1e-14, atol=0)
 
 
-@each("low, high", [(0.002, 80.0), (0.01, 50.0), (1.0, 1.5)])
+@for_each("low, high", [(0.002, 80.0), (0.01, 50.0), (1.0, 1.5)])
 def test_exploding_is_geometric(low, high):
     """alpha = 1; equal strides of u multiply sigma by equal factors, from the one end to the other."""
     alpha, sigma = curves.exploding(torch.linspace(0, 1, 41, dtype=torch.float64), low, high)
@@ -91,8 +91,8 @@ def test_exploding_is_geometric(low, high):
     assert_close(sigma, floats(expected), rtol=1e-12, atol=0)
 
 
-@each("start", [1e-4, 0.02, 0.5])
-@each("dtype", [torch.float32, torch.float64])
+@for_each("start", [1e-4, 0.02, 0.5])
+@for_each("dtype", [torch.float32, torch.float64])
 def test_rectified_flow_is_straight(dtype, start):
     """alpha + sigma = 1, sigma even from `start` to exactly 1, so that the noisiest level is pure noise."""
     u = torch.linspace(0, 1, 17, dtype=dtype)
@@ -128,8 +128,8 @@ def test_any_shape_and_precision(curve):
     assert scalar.shape == () and first.shape == (4, 2)
 
 
-@each("seed", range(8))
-@each("high, low", [(10.0, -10.0), (13.3, -5.0)])
+@for_each("seed", range(8))
+@for_each("high, low", [(10.0, -10.0), (13.3, -5.0)])
 def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
     """For any parameters: strictly in float64; in float32 up to its rounding, 1e-6 of the range."""
     curve = learned(seed, max_log_snr=high, min_log_snr=low, width=32)
@@ -151,7 +151,7 @@ def test_learned_starts_out_nearly_linear():
     assert_close(values, 10 - 20 * u, rtol=0, atol=2.0)
 
 
-@each("seed", [1, 2])
+@for_each("seed", [1, 2])
 def test_learned_is_differentiable(seed):
     """Along every parameter, and along u, as differences in float64 say."""
     curve = learned(seed, width=6).double()
@@ -198,7 +198,7 @@ def test_positions_on_a_schedule_are_found_again(curve):
     assert_close(angles(schedule.at(schedule.position(wanted))), wanted, rtol=1e-5, atol=0)
 
 
-@each("num_steps", [2, 10, 1000])
+@for_each("num_steps", [2, 10, 1000])
 @every_curve
 def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
     """t and s lie at (k + 1) / n and k / n around v, clean data for k = 0; `level_at` at v itself."""
@@ -218,8 +218,8 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
     assert (torch.atan2(s.sigma, s.alpha) < torch.atan2(t.sigma, t.alpha)).all()
 
 
-@each("steps", [1, 2, 30])
-@each("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
+@for_each("steps", [1, 2, 30])
+@for_each("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
 @every_curve
 def test_grids_walk_down_to_clean_data(curve, spacing, steps):
     """Finite and strictly cleaner at each step, within the curve, from its noisiest level if the spacing reaches it."""
@@ -238,21 +238,21 @@ def test_grids_walk_down_to_clean_data(curve, spacing, steps):
 
 
 @pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
-@each("high, low", [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
+@for_each("high, low", [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
 def test_ends_in_the_wrong_order(curve, high, low):
     with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve") as error:
         curve(floats([0.5]), high, low)
     assert "\n" not in str(error.value)
 
 
-@each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
+@for_each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
 def test_exploding_out_of_range(low, high):
     with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
         curves.exploding(floats([0.5]), low, high)
     assert "\n" not in str(error.value)
 
 
-@each("start", [0.0, -0.1, 1.0])
+@for_each("start", [0.0, -0.1, 1.0])
 def test_rectified_flow_out_of_range(start):
     with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4") as error:
         curves.rectified_flow(floats([0.5]), start)

@@ -17,11 +17,18 @@ from torch.testing import assert_close
 
 from src.checkpoints import read_checkpoint
 from src.errors import UsageError
-from src.module import DiffusionModule
 from src.runs import open_run
-from src.stopping import CleanStop, Interruption
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 from tests.test_runs import weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, CleanStop, Interruption
+    from src.module import DiffusionModule
+    from src.stopping import CleanStop, Interruption
+
 
 SETTINGS = [
     "trainer.max_steps=20",

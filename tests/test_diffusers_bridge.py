@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from itertools import pairwise
 
-import diffusers as library
 import pytest
 import torch
 from torch.testing import assert_close
@@ -15,12 +14,23 @@ from src.diffusion import curves, samplers, schedules
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
 from src.diffusion.process import GaussianDiffusion, Prediction
 from src.draws import SampleNoise
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global EVERY
+    global library
+    import diffusers as library
+
+    EVERY = [name for name in dir(library) if name.endswith("Scheduler") and _walks_betas(library, name)]
+
 
 # Data N(MEAN, STD^2).
 MEAN, STD = 0.7, 0.5
 LINEAR = NoiseSchedule(schedules.linear(1000))
 ZERO_TERMINAL = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(1000)))
-EVERY = [name for name in dir(library) if name.endswith("Scheduler") and _walks_betas(library, name)]
 # Their steps are those of networks distilled to jump, and spread the data too little with any other.
 DISTILLED = {"LCMScheduler", "TCDScheduler"}
 FIRST_ORDER = {
@@ -71,7 +81,7 @@ def test_the_usual_schedulers_are_among_those_that_work():
     assert {"DEISMultistepScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"} <= {*EVERY}
 
 
-@pytest.mark.parametrize("name", sorted({*EVERY} - DISTILLED))
+@for_each("name", lambda: sorted({*EVERY} - DISTILLED))
 def test_gaussian_data_come_out(name):
     """Mean and deviation of the data after 100 steps, to the error of first order; of second where it is so."""
     *_, out = run(name, standardised((4, 10_000), 0), 100)
@@ -113,7 +123,7 @@ def test_deterministic_schedulers_equal_our_samplers(shape, steps, name, sampler
         assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@for_each("name", lambda: EVERY)
 def test_predicts_from_x_at_its_level(name):
     """What is predicted from has the deviation that noised data have at the level, second halves of steps included."""
     seen = []
@@ -134,7 +144,7 @@ def test_predicts_from_x_at_its_level(name):
     assert all(before >= after - 1e-6 for before, after in pairwise(times))
 
 
-@pytest.mark.parametrize("name", sorted({*EVERY} - {"PNDMScheduler"}))
+@for_each("name", lambda: sorted({*EVERY} - {"PNDMScheduler"}))
 def test_from_zero_terminal_snr(name):
     """Finite, and from pure noise to the right mean: x_0 is what is predicted there."""
     values = run(name, standardised((4, 2000), 5).float(), 20, schedule=ZERO_TERMINAL)
@@ -168,7 +178,7 @@ def test_clipping_is_the_process_own():
     assert out.abs().max() == 0.5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@for_each("name", lambda: EVERY)
 def test_conventions_are_written_out(name):
     """No scheduler has a clipping, spacing or last step that is left to its default."""
     known = inspect.signature(getattr(library, name).__init__).parameters

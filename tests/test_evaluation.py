@@ -1,5 +1,7 @@
 """The bound, the flow's likelihood and the comparison of samplers, where the right answer is known."""
 
+from __future__ import annotations
+
 import functools
 import json
 import math
@@ -10,16 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from src.data.analytic import GaussianMixture
 from src.diffusion import curves, losses, samplers, schedules
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.timesteps import uniform
-from src.evaluation import bound, compare_samplers, flow_bits, moments_distance
-from src.module import DiffusionModule, Sampler
 from tests.conftest import compose, train_tiny
 
-DATA = GaussianMixture([1], [[0.3, -0.2]], [[0.9, 0.4]])
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DATA
+    global GaussianMixture, bound, compare_samplers, flow_bits, moments_distance, DiffusionModule, Sampler
+    from src.data.analytic import GaussianMixture
+    from src.evaluation import bound, compare_samplers, flow_bits, moments_distance
+    from src.module import DiffusionModule, Sampler
+
+    DATA = GaussianMixture([1], [[0.3, -0.2]], [[0.9, 0.4]])
 
 
 class Ideal(nn.Module):

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_check import REFERENCE, Row, all_rows, isolated, judge, stated_peak
 from tests.conftest import HANG_SECONDS
 from tests.test_devices import environment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global REFERENCE, Row, all_rows, isolated, judge, stated_peak
+    from benchmarks.gpu_check import REFERENCE, Row, all_rows, isolated, judge, stated_peak
+
 
 CHOSEN = ["bf16-mixed", "sampling", "16-mixed, made to overflow", "32-true to bf16-mixed"]
 """The least that has a number for every column, and a line of each kind."""

@@ -8,8 +8,14 @@ import torch
 
 from src.checkpoints import read_checkpoint
 from src.errors import UsageError
-from src.module import DiffusionModule, skip_unless
 from tests.conftest import train_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, skip_unless
+    from src.module import DiffusionModule, skip_unless
 
 
 def poison(monkeypatch, steps, sample=slice(None)):

@@ -1,5 +1,7 @@
 """Images from files of every kind, from torchvision's formats and from memory, until they reach the network."""
 
+from __future__ import annotations
+
 import itertools
 import pickle
 import socket
@@ -9,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -18,12 +19,41 @@ from hydra.utils import instantiate
 from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torchvision.datasets import utils as torchvision_utils
 
-from src.data.batch import InMemory, Source
-from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
 from src.trust import CONF
 from tests.test_split import is_held_out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global Recorder
+    global L, torchvision_utils, InMemory, Source, ImageDataModule, digits, fit_image, folder, torchvision_images
+    import lightning as L
+    from torchvision.datasets import utils as torchvision_utils
+
+    from src.data.batch import InMemory, Source
+    from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
+
+    class Recorder(L.LightningModule):
+        """Keeps the batches that a Trainer hands to it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.trained: dict[int, dict[int, Tensor]] = {}
+            self.validated: dict[int, Tensor] = {}
+
+        def training_step(self, batch, batch_idx):
+            self.trained.setdefault(self.global_step, {})[batch["start"]] = batch["x"]
+            return self.weight.sum()
+
+        def validation_step(self, batch, batch_idx):
+            self.validated[batch["start"]] = batch["x"]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
 
 ORIENTATION = 0x0112
 
@@ -713,26 +743,6 @@ def test_flips_do_not_depend_on_how_the_batch_is_cut(sizes):
     starts = [0, *itertools.accumulate(sizes)]
     cut = [data.on_after_batch_transfer({"x": images[a:b], "start": a}, 0)["x"] for a, b in itertools.pairwise(starts)]
     assert_close(torch.cat(cut), whole, rtol=0, atol=0)
-
-
-class Recorder(L.LightningModule):
-    """Keeps the batches that a Trainer hands to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.trained: dict[int, dict[int, Tensor]] = {}
-        self.validated: dict[int, Tensor] = {}
-
-    def training_step(self, batch, batch_idx):
-        self.trained.setdefault(self.global_step, {})[batch["start"]] = batch["x"]
-        return self.weight.sum()
-
-    def validation_step(self, batch, batch_idx):
-        self.validated[batch["start"]] = batch["x"]
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def recorded(accumulate: int) -> Recorder:

@@ -5,8 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad
-from scipy.stats import binom, norm
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
@@ -24,7 +22,16 @@ from src.diffusion.likelihood import (
 )
 from src.diffusion.noise import ContinuousSchedule, Level, Link, NoiseSchedule
 from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global quad, binom, norm
+    from scipy.integrate import quad
+    from scipy.stats import binom, norm
+
 
 TARGETS = ["eps", "x0", "v", "edm", "velocity"]
 SHAPES = [(3, 2), (3, 2, 4, 4)]
@@ -50,8 +57,8 @@ CHAINS = {
     if not (name in ("zero_terminal", "continuous_rectified_flow") and target == "eps")
 }
 
-every_shape = each("shape", SHAPES)
-every_levels = each("levels", [2, 17, 256])
+every_shape = for_each("shape", SHAPES)
+every_levels = for_each("levels", [2, 17, 256])
 
 
 def normal(shape, seed):
@@ -69,8 +76,8 @@ def gaussian(mean, deviation):
 # Divergences and densities
 
 
-@each("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)])
-@each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
+@for_each("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)])
+@for_each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
 def test_gaussian_kl_is_its_integral(p, q):
     """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
     (mean, deviation), (other_mean, other_deviation) = p, q
@@ -116,7 +123,7 @@ def test_discrete_kl_where_something_is_missing():
     assert discrete_kl(q, p).item() == math.inf
 
 
-@each("mean, deviation", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
+@for_each("mean, deviation", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
 def test_gaussian_log_prob_integrates_to_one(mean, deviation):
     q = gaussian(mean, deviation)
     total, _ = quad(
@@ -144,8 +151,8 @@ def bins_by_scipy(x, mean, deviation, levels):
     return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
 
 
-@each("dtype", [torch.float64, torch.float32])
-@each("deviation", DEVIATIONS)
+@for_each("dtype", [torch.float64, torch.float32])
+@for_each("deviation", DEVIATIONS)
 @every_levels
 def test_bins_sum_to_one(levels, deviation, dtype):
     """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
@@ -156,8 +163,8 @@ def test_bins_sum_to_one(levels, deviation, dtype):
     assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
 
 
-@each("deviation", DEVIATIONS)
-@each("mean", MEANS)
+@for_each("deviation", DEVIATIONS)
+@for_each("mean", MEANS)
 @every_levels
 def test_bins_are_differences_of_the_normal_distribution(levels, mean, deviation):
     """Against scipy, as far as its probabilities do not underflow."""
@@ -182,8 +189,8 @@ def test_outer_bins_are_open(levels):
         assert_close(above, scalar(norm.logsf(1 - half, mean, deviation)), rtol=1e-10, atol=1e-14)
 
 
-@each("dtype", [torch.float64, torch.float32])
-@each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
+@for_each("dtype", [torch.float64, torch.float32])
+@for_each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
 @every_levels
 def test_far_tails_stay_finite(levels, distance, dtype):
     """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
@@ -213,7 +220,7 @@ def test_far_tails_stay_finite(levels, distance, dtype):
                 )
 
 
-@each("dtype", [torch.float64, torch.float32])
+@for_each("dtype", [torch.float64, torch.float32])
 def test_log_ndtr_keeps_its_digits(dtype):
     """Against scipy, and its gradient against Mills' ratio as a continued fraction, to 1e6 deviations.
 
@@ -326,7 +333,7 @@ class GaussianData:
 
 
 DATA = {"1d": ([0.4], 0.5), "3d": ([0.4, -1.0, 2.0], 1.7)}
-every_data = each("m, s", DATA)
+every_data = for_each("m, s", DATA)
 
 
 @every_data
@@ -361,7 +368,7 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
 
 
 @every_data
-@each("variance", ["fixed_small", "fixed_large"])
+@for_each("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
 def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
     """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""

@@ -8,14 +8,21 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, schedules
 from src.diffusion.noise import CLEAN, ContinuousSchedule, Level, Link, NoiseSchedule
 from src.diffusion.process import GaussianDiffusion
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global norm
+    from scipy.stats import norm
+
 
 TARGETS = ["eps", "x0", "v", "edm", "velocity"]
 VARIANCES = ["fixed_small", "fixed_large", "learned_range", "learned"]
@@ -61,10 +68,10 @@ SCHEDULES = {
     "table_cosine": NoiseSchedule(schedules.cosine(STEPS)),
 } | {name: ContinuousSchedule(curve, STEPS) for name, curve in CURVES.items()}
 
-every_shape = each("shape", SHAPES)
+every_shape = for_each("shape", SHAPES)
 every_target = pytest.mark.parametrize("prediction", TARGETS)
-every_variance = each("variance", VARIANCES)
-every_learned = each("variance", LEARNED)
+every_variance = for_each("variance", VARIANCES)
+every_learned = for_each("variance", LEARNED)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
@@ -146,7 +153,7 @@ def error_in_numpy(difference, error, delta):
 # simple
 
 
-@each("error, delta", [("l2", 1.0), ("l1", 1.0), ("huber", 1.0), ("huber", 0.1)])
+@for_each("error, delta", [("l2", 1.0), ("l1", 1.0), ("huber", 1.0), ("huber", 0.1)])
 @every_shape
 @every_target
 def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta):
@@ -181,7 +188,7 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
     assert_close(terms["mse"].numpy(), error_in_numpy(difference, "l2", delta), rtol=1e-11, atol=0)
 
 
-@each("error", ["l2", "l1", "huber"])
+@for_each("error", ["l2", "l1", "huber"])
 @every_shape
 @every_target
 def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
@@ -240,7 +247,7 @@ def test_unknown_error():
         losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, link, x, weighting=losses.uniform, error="l3")
 
 
-@each("delta", [0.0, -1.0])
+@for_each("delta", [0.0, -1.0])
 def test_huber_delta_must_be_positive(delta):
     x, link = normal((5, 2), 10), to_clean(five_levels((5, 2)))
     with pytest.raises(ValueError, match=rf"huber_delta must be positive, got {delta}: 1 is usual"):
@@ -309,7 +316,7 @@ def test_one_prediction_has_one_loss(name, prediction, shape):
     assert_close(loss, expected, rtol=1e-9, atol=0)
 
 
-@each("zero_terminal", [False, True])
+@for_each("zero_terminal", [False, True])
 @pytest.mark.parametrize("name", TABLES)
 def test_weights_are_finite_at_every_row(name, zero_terminal):
     """In float32, as training sees them, for every target; positive too, except where x_0 has no weight left."""
@@ -358,7 +365,7 @@ def test_loss_at_zero_snr(name, prediction):
     assert_close(loss, limit * per_sample_mean((x0_hat - x0).square()), rtol=1e-9, atol=1e-18)
 
 
-@each("dtype", [torch.float32, torch.float64])
+@for_each("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_min_snr_at_extreme_levels(prediction, dtype):
     """Finite and positive up to SNR = 1e12; there it is gamma over the gain (1, SNR, or SNR + 2 + 1 / SNR)."""
@@ -416,7 +423,7 @@ def reverse_variance(variance, small, large, mix):
     }[variance]
 
 
-@each("shape, levels", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
+@for_each("shape, levels", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
 @every_variance
 @every_target
 @every_schedule
@@ -465,7 +472,7 @@ def decoder_in_scipy(x, mean, deviation, levels):
     return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
 
 
-@each("levels", {"density": None, "bins": 17})
+@for_each("levels", {"density": None, "bins": 17})
 @every_shape
 @every_schedule
 def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
@@ -601,7 +608,7 @@ def test_vlb_weight_is_a_thousandth():
     assert_close(hybrid, simple + losses.vlb(*arguments)["loss"] / 1000, rtol=1e-12, atol=0)
 
 
-@each("variance", ["fixed_small", "fixed_large"])
+@for_each("variance", ["fixed_small", "fixed_large"])
 def test_hybrid_needs_a_learned_variance(variance):
     """The error names the value and the remedy."""
     x, link = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from src.checkpoints import read_checkpoint
 from src.errors import UsageError
-from src.memory import estimate
 from src.models.unet import UNet
 from tests.conftest import HANG_SECONDS, train_tiny
 from tests.test_devices import environment
 from tests.test_runs import assert_equal_bits, weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global estimate
+    from src.memory import estimate
+
 
 CPU = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)

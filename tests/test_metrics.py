@@ -6,21 +6,29 @@ from functools import reduce
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import energy_distance as scipy_energy
-from sklearn.neighbors import NearestNeighbors
 from torch.testing import assert_close
-from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
 
 from src.metrics import kernels, neighbours
-from src.metrics.classes import chi_square, class_counts, inception_score, total_variation
 from src.metrics.figures import Statistic, mean_of, median_of, name
 from src.metrics.frechet import Moments, frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, kid_subsets, mmd
 from src.metrics.memorisation import memorisation
 from src.metrics.neighbours import manifolds, nearest
 from src.metrics.transport import sliced_wasserstein
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global sqrtm, linear_sum_assignment, scipy_energy, NearestNeighbors, maximum_mean_discrepancy, poly_mmd
+    global chi_square, class_counts, inception_score, total_variation
+    from scipy.linalg import sqrtm
+    from scipy.optimize import linear_sum_assignment
+    from scipy.stats import energy_distance as scipy_energy
+    from sklearn.neighbors import NearestNeighbors
+    from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
+
+    from src.metrics.classes import chi_square, class_counts, inception_score, total_variation
 
 
 def normal(n: int, width: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

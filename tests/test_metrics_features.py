@@ -6,15 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch.testing import assert_close
 
 from src.metrics.cache import cached, digest
 from src.metrics.classifier import train_classifier
 from src.metrics.collected import Collected, collect, collect_once
 from src.metrics.features import INCEPTION, DinoV2, Features, Inception, Pixels, to_rgb
-from src.metrics.measure import frechet_figure, image_figures, memorisation_figures, point_figures
 from src.metrics.memorisation import memorisation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global load_digits, frechet_figure, image_figures, memorisation_figures, point_figures
+    from sklearn.datasets import load_digits
+
+    from src.metrics.measure import frechet_figure, image_figures, memorisation_figures, point_figures
+
 
 ORDER = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
 TRAIN, HELD_OUT = ORDER[:1437], ORDER[1437:]

@@ -1,5 +1,7 @@
 """The module: how a learned curve is trained beside the network, how a compiled network is called."""
 
+from __future__ import annotations
+
 import functools
 import math
 
@@ -12,7 +14,14 @@ from src.diffusion import curves, losses, samplers
 from src.diffusion.noise import ContinuousSchedule, Level, Link, make_grid
 from src.diffusion.process import GaussianDiffusion
 from src.diffusion.timesteps import stratified, uniform
-from src.module import DiffusionModule, Sampler, warmup
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, Sampler, warmup
+    from src.module import DiffusionModule, Sampler, warmup
+
 
 DEVIATION = 0.1
 

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import nn
 from torch.testing import assert_close
 
@@ -14,7 +13,15 @@ from src.diffusion import curves, schedules
 from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
 from src.diffusion.process import GaussianDiffusion
 from tests.conftest import exact_level
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DDIMScheduler
+    from diffusers import DDIMScheduler
+
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -46,7 +53,7 @@ SHAPES = [(4,), (4, 2), (4, 3, 5), (4, 3, 8, 8)]
 
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 every_curve = pytest.mark.parametrize("name", CURVES)
-every_spacing = each("spacing", SPACINGS)
+every_spacing = for_each("spacing", SPACINGS)
 
 
 @cache
@@ -96,7 +103,7 @@ def diffusers_timesteps(steps, spacing):
     return scheduler.timesteps.tolist()
 
 
-@each("num_steps", [10, 1000])
+@for_each("num_steps", [10, 1000])
 @every_schedule
 def test_tables_are_the_chain_of_single_steps(name, num_steps):
     """alpha and sigma to the rounding of T products, or of float32: both keep their digits at both ends."""
@@ -148,7 +155,7 @@ def test_links_are_all_as_likely_and_join_neighbours(name):
         assert torch.equal(field[:, 0], table[rows - 1])
 
 
-@each("shape", SHAPES)
+@for_each("shape", SHAPES)
 def test_level_broadcasts_against_data_of_any_rank(shape):
     """(B,) indices give (B, 1, ..., 1): sample i is scaled by row t_i."""
     levels = schedule("linear")
@@ -181,7 +188,7 @@ def test_tables_are_in_no_checkpoint():
     assert list(nn.ModuleDict({"net": nn.Linear(1, 1), "levels": levels}).state_dict()) == ["net.weight", "net.bias"]
 
 
-@each("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@for_each("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_precision_changes_pass_the_tables_by(dtype):
     """Neither `.to(dtype)` on the schedule nor on a module around it rounds the tables."""
     levels = NoiseSchedule(schedules.linear(100))
@@ -195,7 +202,7 @@ def test_precision_changes_pass_the_tables_by(dtype):
     )
 
 
-@each("dtype", [None, torch.bfloat16])
+@for_each("dtype", [None, torch.bfloat16])
 def test_device_changes_move_the_tables(dtype):
     """To the device of the network, alone or together with a change of precision."""
     levels = NoiseSchedule(schedules.linear(100)).to("meta", dtype)
@@ -225,7 +232,7 @@ def test_decoder_has_the_posteriors_variance_at_one(name):
     assert decoder.log_variance.item() == pytest.approx(posterior.log_variance.item(), abs=1e-9)
 
 
-@each("steps", STEPS)
+@for_each("steps", STEPS)
 @every_spacing
 @every_schedule
 def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
@@ -246,8 +253,8 @@ def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
     assert_close(alpha.square() + sigma.square(), torch.ones_like(alpha), rtol=1e-12, atol=0)
 
 
-@each("steps", [1, 2, 8, 50, 250, 1000])
-@each("spacing", ["trailing", "leading"])
+@for_each("steps", [1, 2, 8, 50, 250, 1000])
+@for_each("spacing", ["trailing", "leading"])
 @every_schedule
 def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
     """The levels are the rows that diffusers visits. rtol: an angle's rounding over the smallest alpha (1e-5)."""
@@ -258,15 +265,15 @@ def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
         assert_close(field[:-1], table[rows], rtol=1e-9, atol=1e-15)
 
 
-@each("steps", [2, 4, 10, 28, 38, 112, 334, 1000])
+@for_each("steps", [2, 4, 10, 28, 38, 112, 334, 1000])
 def test_linspace_grid_equals_diffusers(steps):
     """Where (T - 1) / (steps - 1) is whole."""
     expected = diffusers_timesteps(steps, "linspace")
     assert rows_of(make_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
 
 
-@each("num_steps", [10, 100, 1000])
-@each("steps", [3, 7, 30, 999, 1500])
+@for_each("num_steps", [10, 100, 1000])
+@for_each("steps", [3, 7, 30, 999, 1500])
 def test_strides_are_equal(num_steps, steps):
     """trailing: from T - 1 to clean; linspace: from T - 1 to 0; leading: down to 0 by T / steps, if that is >= 1."""
     levels = schedule("cosine", num_steps)
@@ -284,7 +291,7 @@ def test_strides_are_equal(num_steps, steps):
         assert [a - b for a, b in pairwise(rows)] == pytest.approx([stride] * (len(rows) - 1), abs=1e-9)
 
 
-@each("steps", [1, 7, 50])
+@for_each("steps", [1, 7, 50])
 def test_noisiest_row_is_not_skipped(steps):
     """Trailing and linspace begin at T - 1, even with one step."""
     levels = schedule("linear")
@@ -292,7 +299,7 @@ def test_noisiest_row_is_not_skipped(steps):
         assert_close(make_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
 
 
-@each("steps", [2, 7, 50, 999])
+@for_each("steps", [2, 7, 50, 999])
 @every_schedule
 def test_karras_is_uniform_in_the_seventh_root(name, steps):
     """(sigma / alpha)^(1/7) falls evenly from min(80, noisiest row) to row 0 (EDM eq. 5)."""
@@ -305,7 +312,7 @@ def test_karras_is_uniform_in_the_seventh_root(name, steps):
     assert_close(ratio, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
 
 
-@each("steps", [2, 7, 50, 999])
+@for_each("steps", [2, 7, 50, 999])
 @every_schedule
 def test_log_snr_is_uniform_in_its_logarithm(name, steps):
     """From the log-SNR at sigma / alpha = 80, or at the noisiest row, to that of row 0, in equal steps."""
@@ -318,7 +325,7 @@ def test_log_snr_is_uniform_in_its_logarithm(name, steps):
     assert strides == pytest.approx([math.log(last / first) / (steps - 1)] * (steps - 1))
 
 
-@each("spacing", SPACINGS)
+@for_each("spacing", SPACINGS)
 def test_levels_between_rows(spacing):
     """A level at a fractional row lies at that fraction of the angle atan(sigma / alpha) between its neighbours."""
     levels = schedule("cosine", 100)
@@ -330,14 +337,14 @@ def test_levels_between_rows(spacing):
         assert math.atan2(level.sigma, level.alpha) == pytest.approx(expected, abs=1e-12)
 
 
-@each("spacing", ["quadratic", "Trailing", ""])
+@for_each("spacing", ["quadratic", "Trailing", ""])
 def test_unknown_spacing(spacing):
     """The error names the value, the choices and the option."""
     with pytest.raises(ValueError, match=f"unknown spacing '{spacing}'.*trailing, leading.*sampler.spacing"):
         make_grid(schedule("linear"), 10, spacing)
 
 
-@each("steps", [0, -3])
+@for_each("steps", [0, -3])
 @every_spacing
 def test_too_few_steps(spacing, steps):
     """The error names the value and the option."""
@@ -376,8 +383,8 @@ def test_levels_of_curves_are_the_curves(name):
             assert [f.item() for f in level] == pytest.approx([*on_curve(name, u), u], rel=rounding(name))
 
 
-@each("shape", SHAPES)
-@each("num_steps", [2, 10, 1000])
+@for_each("shape", SHAPES)
+@for_each("num_steps", [2, 10, 1000])
 @every_curve
 def test_links_of_curves(name, num_steps, shape):
     """t and s lie where v falls between (k + 1) / n and k / n, clean data for k = 0; float32, data of any rank."""
@@ -403,7 +410,7 @@ def test_links_of_curves_go_towards_clean_data(name):
     assert (s.time < t.time).all()
 
 
-@each("steps", [1, 2, 7, 100])
+@for_each("steps", [1, 2, 7, 100])
 @every_spacing
 @every_curve
 def test_grid_of_a_curve(name, spacing, steps):
@@ -442,7 +449,7 @@ def test_grid_of_a_curve(name, spacing, steps):
             assert (sigma / alpha)[:-1].tolist() == pytest.approx(expected, rel=rtol)
 
 
-@each("ratio", [0.02, 0.7, 1.0, 40.0])
+@for_each("ratio", [0.02, 0.7, 1.0, 40.0])
 @pytest.mark.parametrize(
     "levels",
     [*map(schedule, ("linear", "zero_terminal")), *map(continuous, ("cosine", "exploding", "rectified_flow"))],
@@ -516,7 +523,7 @@ def test_decoder_of_curves(name):
         assert decoder.log_variance.item() == pytest.approx(2 * math.log(sigma / alpha), abs=1e-9)
 
 
-@each("num_steps", [1, 0, -5])
+@for_each("num_steps", [1, 0, -5])
 def test_too_few_links(num_steps):
     with pytest.raises(ValueError, match=f"num_steps must be at least 2, got {num_steps}: 1000 is usual"):
         ContinuousSchedule(curves.cosine, num_steps)

@@ -8,12 +8,21 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from scipy.stats import kstest
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.data.points import PointsDataModule, checkerboard, moons, rings, swiss_roll
 from src.trust import CONF
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global kstest, PointsDataModule, checkerboard, moons, rings, swiss_roll
+    from scipy.stats import kstest
+
+    from src.data.points import PointsDataModule, checkerboard, moons, rings, swiss_roll
+
 
 PRESETS = ["points", "swiss_roll", "rings", "checkerboard", "mixture"]
 
@@ -44,7 +53,7 @@ def test_presets_give_centred_points_of_about_unit_size(name):
     assert points.std(0).max() < 1.6
 
 
-@pytest.mark.parametrize("draw", [moons, swiss_roll, rings, checkerboard])
+@for_each("draw", lambda: [moons, swiss_roll, rings, checkerboard])
 def test_points_belong_to_the_generator(draw):
     """The same seed gives the same points, another seed others, and torch's own stream is left alone."""
     torch.manual_seed(0)

@@ -7,23 +7,30 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
 from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
 from src.diffusion.process import GaussianDiffusion, Prediction, snr_ratio
 from tests.conftest import exact_level
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DDPMScheduler
+    from diffusers import DDPMScheduler
+
 
 PREDICTIONS = ["eps", "x0", "v", "edm", "velocity"]
 VARIANCES = ["fixed_small", "fixed_large"]
 SHAPES = [(3, 2), (3, 4, 5), (3, 2, 4, 4)]
 NAMES_IN_DIFFUSERS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
-every_shape = each("shape", SHAPES)
+every_shape = for_each("shape", SHAPES)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
-every_variance = each("variance", VARIANCES)
+every_variance = for_each("variance", VARIANCES)
 
 
 def normal(shape, seed):
@@ -52,8 +59,8 @@ PAIRS = {
     "noise-table": (level(0.0, 1.0), TABLE[2]),
 }
 
-every_level = each("t", LEVELS)
-every_pair = each("t, s", PAIRS)
+every_level = for_each("t", LEVELS)
+every_pair = for_each("t, s", PAIRS)
 
 
 @cache
@@ -111,8 +118,8 @@ def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
     assert process.add_noise(x0, t, eps).item() == pytest.approx(alpha * 0.5 - sigma * 1.25, rel=1e-14)
 
 
-@each("sigma_data", [0.5, 2.0])
-@each("sigma", [0.002, 0.5, 1.0, 80.0])
+@for_each("sigma_data", [0.5, 2.0])
+@for_each("sigma", [0.002, 0.5, 1.0, 80.0])
 @every_shape
 def test_edm_output_is_preconditioned(shape, sigma, sigma_data):
     """At alpha = 1: D(x) = c_skip x + c_out F(c_in x), with the coefficients of Karras et al. 2022, tab. 1."""
@@ -150,7 +157,7 @@ def test_levels_of_each_sample_its_own(prediction, shape):
         assert_close(gain[i].squeeze(), process.target_gain(t), rtol=1e-12, atol=0)
 
 
-@each("clip", [0.5, 1.0])
+@for_each("clip", [0.5, 1.0])
 @every_level
 @every_shape
 @every_prediction
@@ -188,7 +195,7 @@ def test_target_gain_is_a_squared_slope(prediction, t):
     assert_close(process.target_gain(t), slope.square(), rtol=1e-9, atol=0)
 
 
-@each("dtype", [torch.float32, torch.float64])
+@for_each("dtype", [torch.float32, torch.float64])
 @every_prediction
 def test_pure_noise_is_no_special_case(prediction, dtype):
     """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0)."""
@@ -225,7 +232,7 @@ def test_posterior_is_bayes_rule(shape, t, s):
     assert_close(posterior.log_variance, -precision.log(), rtol=0, atol=1e-10)
 
 
-@each("row", [1, 2, 10, 500, 999])
+@for_each("row", [1, 2, 10, 500, 999])
 @every_shape
 def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
     """Per-sample levels of a table, with coefficients in plain floats from the betas."""
@@ -245,7 +252,7 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
         assert log_variance[i].item() == pytest.approx(math.log((1 - bar_s) / (1 - bar_t) * beta), abs=1e-9)
 
 
-@each("row", [0, 1, 7, 999])
+@for_each("row", [0, 1, 7, 999])
 @every_shape
 @every_variance
 def test_reverse_step_to_clean_data(variance, shape, row):
@@ -261,7 +268,7 @@ def test_reverse_step_to_clean_data(variance, shape, row):
         assert_close(gaussian.log_variance, expected, rtol=0, atol=1e-9)
 
 
-@each("row", [1, 2, 10, 500, 999])
+@for_each("row", [1, 2, 10, 500, 999])
 @every_variance
 def test_reverse_variances_of_neighbours(variance, row):
     """fixed_large is log beta_t, fixed_small log beta_tilde_t; the mean is the posterior's at the predicted x_0."""
@@ -277,7 +284,7 @@ def test_reverse_variances_of_neighbours(variance, row):
     assert_close(mean, process.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
 
 
-@each("row", [0, 1, 10, 999])
+@for_each("row", [0, 1, 10, 999])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_learned_range_is_iddpm_eq_15(prediction, row):
     """log variance = f log beta + (1 - f) log beta_tilde with f = (mix + 1) / 2, from the betas in plain floats.
@@ -317,7 +324,7 @@ def test_learned_range_ends_at_the_fixed_variances(t, s):
     assert_close(high.mean, small.mean, rtol=0, atol=0)
 
 
-@each("variance", [*VARIANCES, "learned_range", "learned"])
+@for_each("variance", [*VARIANCES, "learned_range", "learned"])
 @every_shape
 def test_outputs_for_each_of_the_datas_numbers(shape, variance):
     """Twice as many if the variance is learned: first those of the target, then mix, along the channels."""
@@ -332,7 +339,7 @@ def test_outputs_for_each_of_the_datas_numbers(shape, variance):
         assert_close(pred.mix, parts[1], rtol=0, atol=0)
 
 
-@each("variance", ["learned_range", "learned"])
+@for_each("variance", ["learned_range", "learned"])
 def test_learned_variances_have_gradients_also_at_clean_data(variance):
     """In a float32 batch whose first sample's s is clean: each output's gradient is finite and none of mix's is 0."""
     _, levels = table()
@@ -382,7 +389,7 @@ def test_scaled_input_of_data_as_expected_has_unit_variance(t):
     assert GaussianDiffusion("v").scale_input(x_t, t) is x_t
 
 
-@each("quantile", [0.5, 0.9])
+@for_each("quantile", [0.5, 0.9])
 def test_dynamic_clip_scales_down_what_exceeds(quantile):
     """Imagen: clip at the quantile of |x_0| of each sample if it exceeds the bound, then divide by it."""
     x0 = normal((3, 4, 5), 35) * torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)[:, None, None]
@@ -410,7 +417,7 @@ def test_fixed_large_is_the_variance_for_unit_gaussian_data(t, s):
         assert_close(log_variance, added.log(), rtol=0, atol=1e-9)
 
 
-@each("levels", {"table": TABLE, "flow": FLOW, "edm": EDM})
+@for_each("levels", {"table": TABLE, "flow": FLOW, "edm": EDM})
 @every_shape
 def test_steps_compose(shape, levels):
     """s -> t -> w is s -> w: means multiply, variances add; from clean data it is add_noise."""
@@ -425,7 +432,7 @@ def test_steps_compose(shape, levels):
         assert_close(process.step(x, CLEAN, t, eps), process.add_noise(x, t, eps), rtol=1e-14, atol=1e-14)
 
 
-@each("row", [0, 1, 500, 999])
+@for_each("row", [0, 1, 500, 999])
 def test_step_between_neighbours_is_ddpm_eq_2(row):
     """sqrt(1 - beta) x + sqrt(beta) eps, also from clean data (row 0)."""
     betas, levels = table()
@@ -443,7 +450,7 @@ def test_snr_ratio(t, s):
     assert 0 <= snr_ratio(t, s) < 1
 
 
-@each("row", [0, 1, 2, 50, 500, 999])
+@for_each("row", [0, 1, 2, 50, 500, 999])
 @every_shape
 @pytest.mark.parametrize("prediction", NAMES_IN_DIFFUSERS)
 def test_reverse_step_equals_diffusers(prediction, shape, row):

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
-from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,14 +16,24 @@ from src.errors import UsageError
 from src.evaluate import evaluate
 from src.metrics.collected import Collected
 from src.models.unet import UNet
-from src.module import Sampler
 from src.overrides import take_together
 from src.processes import Processes
-from src.quality import Drawn, Settings, Yardstick
 from src.sample import sample
 from src.tables import duration, interval, markdown
 from tests.conftest import compose, train_tiny
 from tests.test_split import held_out_digits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global sqrtm, NearestNeighbors, Sampler, Drawn, Settings, Yardstick
+    from scipy.linalg import sqrtm
+    from sklearn.neighbors import NearestNeighbors
+
+    from src.module import Sampler
+    from src.quality import Drawn, Settings, Yardstick
+
 
 N = 40
 ALONE = Processes(torch.device("cpu"))

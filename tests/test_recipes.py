@@ -11,7 +11,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.testing import assert_close
-from torchvision.datasets import utils as torchvision_utils
 
 from src.building import build_module, build_sampler, build_schedule, hollow_network, make
 from src.checkpoints import read_checkpoint
@@ -25,6 +24,14 @@ from src.trust import CONF
 from tests.conftest import compose
 from tests.test_images import noise, write_cifar, write_mnist
 from tests.test_models import count, expected_count
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global torchvision_utils
+    from torchvision.datasets import utils as torchvision_utils
+
 
 RECIPES = config_groups()["experiment"]
 STATED = ["source", "hardware", "time", "figure", "measured"]

@@ -11,18 +11,25 @@ import sys
 import time
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from src import runs, speed
 from src.checkpoints import read_checkpoint
-from src.module import seed_networks
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global L, CompileCounterWithBackend, seed_networks
+    import lightning as L
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from src.module import seed_networks
 
 
 def losses(folder: Path, name: str = "train/loss") -> list[str]:

@@ -7,14 +7,25 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from torch.testing import assert_close
 
-from src.data.analytic import GaussianMixture
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
 from src.diffusion.process import GaussianDiffusion, Prediction
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global MIXTURE
+    global DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler, GaussianMixture
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+
+    from src.data.analytic import GaussianMixture
+
+    MIXTURE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [0.3, 0.5, 0.8])
+
 
 PREDICTIONS = ["eps", "x0", "v"]
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
@@ -43,11 +54,10 @@ SCHEDULES = {
 }
 # Data N(MEAN, STD^2), narrower than the noise.
 MEAN, STD = 0.7, 0.5
-MIXTURE = GaussianMixture([3, 1, 2], [[0, 0], [1.5, -0.5], [-1, 1]], [0.3, 0.5, 0.8])
 
-every_shape = each("shape", SHAPES)
+every_shape = for_each("shape", SHAPES)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
-every_spacing = each("spacing", SPACINGS)
+every_spacing = for_each("spacing", SPACINGS)
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 
 
@@ -184,8 +194,8 @@ def affine_recursion(name, variance_kind, grid, mean, variance):
         yield alpha_s * mu[0], alpha_s**2 * cov[0, 0]
 
 
-@each("steps", [1, 2, 7, 50])
-@each("spacing", ["trailing", "karras", "log_snr"])
+@for_each("steps", [1, 2, 7, 50])
+@for_each("spacing", ["trailing", "karras", "log_snr"])
 @every_sampler
 def test_gaussian_moments_follow_the_affine_recursion(name, spacing, steps):
     """Mean and standard deviation after each step, with the ideal denoiser, to 1e-10."""
@@ -287,7 +297,7 @@ def test_dpmpp_2m_is_k_diffusions(levels):
     compare(samplers.dpmpp_2m, formula, levels)
 
 
-@each("eta", [0.0, 0.4, 1.0])
+@for_each("eta", [0.0, 0.4, 1.0])
 @every_coordinate
 def test_dpmpp_2m_sde_is_k_diffusions(levels, eta):
     """sample_dpmpp_2m_sde, solver_type midpoint."""
@@ -312,7 +322,7 @@ def test_dpmpp_2m_sde_is_k_diffusions(levels, eta):
     compare(partial(samplers.dpmpp_2m_sde, eta=eta), formula, levels)
 
 
-@each("eta", [0.3, 1.0])
+@for_each("eta", [0.3, 1.0])
 @every_coordinate
 def test_euler_ancestral_is_k_diffusions(levels, eta):
     """sample_euler_ancestral with get_ancestral_step's sigma_up and sigma_down is DDIM."""
@@ -329,7 +339,7 @@ def test_euler_ancestral_is_k_diffusions(levels, eta):
     compare(partial(samplers.ddim, eta=eta), formula, levels)
 
 
-@each("settings", {"plain": {}, "churn": CHURN, "most": {"churn": 100.0, "churn_max": 50.0}})
+@for_each("settings", {"plain": {}, "churn": CHURN, "most": {"churn": 100.0, "churn_max": 50.0}})
 @every_coordinate
 def test_heun_is_edms_algorithm_2(levels, settings):
     """Karras et al. 2022, alg. 2, gamma = min(S_churn / N, sqrt(2) - 1) within [S_min, S_max]."""
@@ -407,8 +417,8 @@ def test_inversion_leads_to_noise_and_ddim_back_to_the_data(levels):
 # Against each other and for any data.
 
 
-@each("clip", [None, 1.0])
-@each("steps", [1, 2, 7, 50])
+@for_each("clip", [None, 1.0])
+@for_each("steps", [1, 2, 7, 50])
 @every_spacing
 @every_prediction
 def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip):
@@ -432,7 +442,7 @@ def test_two_steps_of_dpmpp_are_of_first_order(name, limit):
     assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@each("steps", [1, 2, 7])
+@for_each("steps", [1, 2, 7])
 @every_shape
 @every_sampler
 def test_a_value_for_every_step(name, shape, steps):
@@ -463,7 +473,7 @@ def test_float32_stays_float32(name, shape):
         assert {value.dtype for value in values} == {torch.float32}
 
 
-@each("churn_max", [50.0, math.inf])
+@for_each("churn_max", [50.0, math.inf])
 @pytest.mark.parametrize("levels", ["zero_terminal", "rectified_flow"])
 @every_sampler
 def test_first_step_from_pure_noise_is_finite(name, levels, churn_max):
@@ -480,7 +490,7 @@ def test_first_step_from_pure_noise_is_finite(name, levels, churn_max):
             assert all(value.isfinite().all() and value.abs().max() < 30 for value in values)
 
 
-@each("steps", [1, 2, 7])
+@for_each("steps", [1, 2, 7])
 @every_sampler
 def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
     """None at all for those without; churn draws where it raises; the same noises give the same sample."""
@@ -537,8 +547,8 @@ def row(levels, t):
     return levels.row(int(t))
 
 
-@each("eta", [0.0, 0.5])
-@each("steps", [1, 2, 10, 50])
+@for_each("eta", [0.0, 0.5])
+@for_each("steps", [1, 2, 10, 50])
 @every_shape
 @every_prediction
 def test_ddim_equals_diffusers(prediction, shape, steps, eta):
@@ -591,7 +601,7 @@ def at_rows(levels, steps):
 
 
 @pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
-@each("steps", [2, 10, 50])
+@for_each("steps", [2, 10, 50])
 @every_prediction
 def test_dpmpp_2m_equals_diffusers(prediction, steps, algorithm):
     """DPM-Solver++ of order 2 on the same levels; the library's sigmas are float32."""
@@ -619,7 +629,7 @@ def test_dpmpp_2m_equals_diffusers(prediction, steps, algorithm):
         assert_close(value, x, rtol=1e-4, atol=1e-4)
 
 
-@each("steps", [1, 2, 10, 50])
+@for_each("steps", [1, 2, 10, 50])
 def test_heun_equals_diffusers(steps):
     """In the library's coordinate x / alpha; its sigmas are float32. Its values alternate with Euler's."""
     levels = schedule()
@@ -709,7 +719,7 @@ def test_learned_variances_are_logarithms(kind):
     assert_close(log_variance, expected.expand_as(log_variance), rtol=1e-8, atol=1e-8)
 
 
-@each("channels", [1, 3])
+@for_each("channels", [1, 3])
 def test_learned_variance_is_the_second_half_of_the_channels(channels):
     """Nichol & Dhariwal (2021, sec. 3.1): a number for each of the data's, so 2 C channels.
 

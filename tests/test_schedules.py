@@ -4,11 +4,18 @@ import math
 
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, betas_for_alpha_bar, rescale_zero_terminal_snr
 from torch.testing import assert_close
 
 from src.diffusion import schedules
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DDPMScheduler, betas_for_alpha_bar, rescale_zero_terminal_snr
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, betas_for_alpha_bar, rescale_zero_terminal_snr
+
 
 SCHEDULES = {
     "linear": schedules.linear,
@@ -84,7 +91,7 @@ def test_zero_terminal_snr_equals_diffusers(make):
     assert_close(schedules.zero_terminal_snr(betas), rescale_zero_terminal_snr(betas.clone()), rtol=1e-9, atol=0)
 
 
-@each("num_steps", LENGTHS)
+@for_each("num_steps", LENGTHS)
 @every_schedule
 def test_betas_are_float64_inside_zero_and_one(make, num_steps):
     """Any number of steps gives (T,) float64, strictly inside (0, 1)."""
@@ -94,7 +101,7 @@ def test_betas_are_float64_inside_zero_and_one(make, num_steps):
     assert betas.min() > 0 and betas.max() < 1
 
 
-@each("num_steps", LENGTHS)
+@for_each("num_steps", LENGTHS)
 def test_linear_ends_are_rescaled(num_steps):
     """beta runs evenly between the ends times 1000 / T, capped at max_beta."""
     start, end = 1e-4 * 1000 / num_steps, 0.02 * 1000 / num_steps
@@ -102,13 +109,13 @@ def test_linear_ends_are_rescaled(num_steps):
     assert_close(schedules.linear(num_steps), floats(expected), rtol=1e-12, atol=0)
 
 
-@each("num_steps", [20, 100, 4000, 10_000])
+@for_each("num_steps", [20, 100, 4000, 10_000])
 def test_linear_reaches_the_same_noise_at_any_length(num_steps):
     """Rescaled, alpha_bar at the end stays that of T = 1000 (4e-5) or below; unrescaled, T = 100 ends at 0.36."""
     assert alpha_bars(schedules.linear(num_steps))[-1] < 1e-4
 
 
-@each("num_steps", [10, 100, 1000])
+@for_each("num_steps", [10, 100, 1000])
 def test_quadratic_ends_are_kept(num_steps):
     """sqrt(beta) runs evenly between the roots of the ends, whatever T."""
     low, high = math.sqrt(1e-4), math.sqrt(0.02)
@@ -116,14 +123,14 @@ def test_quadratic_ends_are_kept(num_steps):
     assert_close(schedules.quadratic(num_steps), floats(expected), rtol=1e-12, atol=0)
 
 
-@each("num_steps", [10, 100, 1000])
+@for_each("num_steps", [10, 100, 1000])
 def test_constant_decays_as_a_power(num_steps):
     """alpha_bar_t = (1 - beta)^t; repeated products gather at most T roundings."""
     expected = [0.98 ** (t + 1) for t in range(num_steps)]
     assert_close(floats(alpha_bars(schedules.constant(num_steps, 0.02))), floats(expected), rtol=1e-12, atol=0)
 
 
-@each("num_steps", LENGTHS)
+@for_each("num_steps", LENGTHS)
 def test_inverse_falls_linearly(num_steps):
     """alpha_bar_t = 1 - t / T for all but the last step, whose beta is capped."""
     betas = schedules.inverse(num_steps)
@@ -132,8 +139,8 @@ def test_inverse_falls_linearly(num_steps):
     assert betas[-1] == 0.999
 
 
-@each("rate", [5.0, 12.0])
-@each("num_steps", LENGTHS)
+@for_each("rate", [5.0, 12.0])
+@for_each("num_steps", LENGTHS)
 def test_exponential_has_equal_betas(num_steps, rate):
     """alpha_bar = exp(-rate u) falls by the same factor at each step; betas of 1e-3 keep 12 digits."""
     expected = -math.expm1(-rate / num_steps)
@@ -141,8 +148,8 @@ def test_exponential_has_equal_betas(num_steps, rate):
     assert_close(betas, torch.full_like(betas, expected), rtol=1e-11, atol=0)
 
 
-@each("tau", [0.3, 1.0, 1.1])
-@each("start, end", [(-3.0, 3.0), (0.0, 3.0)])
+@for_each("tau", [0.3, 1.0, 1.1])
+@for_each("start, end", [(-3.0, 3.0), (0.0, 3.0)])
 def test_sigmoid_jabri_is_algorithm_1(start, end, tau):
     """The folded alpha_bar is the paper's gamma(u), up to the cap on the last step."""
 
@@ -156,7 +163,7 @@ def test_sigmoid_jabri_is_algorithm_1(start, end, tau):
     assert betas[-1] == 0.999
 
 
-@each("mu, scale", [(0.0, 0.5), (0.0, 1.0), (0.7, 0.5)])
+@for_each("mu, scale", [(0.0, 0.5), (0.0, 1.0), (0.7, 0.5)])
 def test_laplace_log_snr_is_laplace_distributed(mu, scale):
     """power = 1: at step t of T the log-SNR is exceeded with probability t / T under Laplace(mu, scale).
 
@@ -178,8 +185,8 @@ def test_custom_returns_what_it_is_given():
     assert schedules.custom(betas).dtype == torch.float64
 
 
-@each("factor", [0.25, 0.5, 2.0, 8.0])
-@each("num_steps", [10, 1000])
+@for_each("factor", [0.25, 0.5, 2.0, 8.0])
+@for_each("num_steps", [10, 1000])
 @every_schedule
 def test_snr_shift_moves_log_snr(make, num_steps, factor):
     """Every log-SNR moves by 2 log(factor). Betas of 1e-6 have 10 digits left after 1 - ratio."""
@@ -204,8 +211,8 @@ def test_snr_shifts_multiply(make):
     assert_close(twice, schedules.snr_shift(betas, 0.25), rtol=1e-8, atol=0)
 
 
-@each("factor", [1.0, 0.5, 2.0])
-@each("num_steps", [10, 100, 1000])
+@for_each("factor", [1.0, 0.5, 2.0])
+@for_each("num_steps", [10, 100, 1000])
 @every_schedule
 def test_zero_terminal_snr_ends_at_zero(make, num_steps, factor):
     """The last beta is exactly 1, the others are inside (0, 1), the first is kept; so too after an SNR shift."""
@@ -219,7 +226,7 @@ def test_zero_terminal_snr_ends_at_zero(make, num_steps, factor):
     assert_close(betas[0], before[0], rtol=1e-9, atol=0)
 
 
-@each("num_steps", [10, 1000])
+@for_each("num_steps", [10, 1000])
 def test_zero_terminal_snr_is_algorithm_1(num_steps):
     """sqrt(alpha_bar), folded, is the old one shifted to end at 0 and scaled to keep its first value."""
     old = [math.sqrt(a) for a in alpha_bars(schedules.linear(num_steps))]
@@ -228,7 +235,7 @@ def test_zero_terminal_snr_is_algorithm_1(num_steps):
     assert_close(floats(new), floats(expected), rtol=1e-10, atol=1e-15)
 
 
-@each("num_steps", [-1, 0, 1, 9, 10_001])
+@for_each("num_steps", [-1, 0, 1, 9, 10_001])
 @every_schedule
 def test_number_of_steps_out_of_range(make, num_steps):
     """The error names the value, the range and what to set."""

@@ -1,5 +1,7 @@
 """Shapes: captions lead back to their scenes, pictures show what was said, and what is held out is never seen."""
 
+from __future__ import annotations
+
 import math
 import pickle
 from collections import Counter
@@ -9,34 +11,47 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
-from matplotlib.path import Path as Outline
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.data.shapes import (
-    ATTRIBUTES,
-    COLOUR_JITTER,
-    COLOURS,
-    GAP,
-    PLACES,
-    RELATIONS,
-    WORDINGS,
-    Object,
-    Placed,
-    Scene,
-    Shapes,
-    caption,
-    paint,
-    parse,
-    place,
-    render,
-    shapes,
-    wordings,
-)
 from tests.conftest import compose
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global SHAPES, SIZES, ONE, TWO
+    global Outline, ATTRIBUTES, COLOUR_JITTER, COLOURS, GAP, PLACES, RELATIONS, WORDINGS, Object, Placed, Scene
+    global Shapes, caption, paint, parse, place, render, shapes, wordings
+    from matplotlib.path import Path as Outline
+
+    from src.data.shapes import (
+        ATTRIBUTES,
+        COLOUR_JITTER,
+        COLOURS,
+        GAP,
+        PLACES,
+        RELATIONS,
+        WORDINGS,
+        Object,
+        Placed,
+        Scene,
+        Shapes,
+        caption,
+        paint,
+        parse,
+        place,
+        render,
+        shapes,
+        wordings,
+    )
+
+    SHAPES, SIZES = ATTRIBUTES["shape"], ATTRIBUTES["size"]
+    ONE, TWO = all_scenes(1), all_scenes(2)
+
 
 HELD_OUT = [{"shape": "circle", "colour": "blue"}, {"colour": "red", "background": "white"}]
-SHAPES, SIZES = ATTRIBUTES["shape"], ATTRIBUTES["size"]
 
 
 def all_scenes(count: int) -> list[Scene]:
@@ -47,9 +62,6 @@ def all_scenes(count: int) -> list[Scene]:
         return [Scene((each,), b) for each in alone for b in ATTRIBUTES["background"]]
     pairs = [(a, b) for a in looks for b in looks if a.colour != b.colour]
     return [Scene(pair, b, r) for pair in pairs for b in ATTRIBUTES["background"] for r in RELATIONS]
-
-
-ONE, TWO = all_scenes(1), all_scenes(2)
 
 
 def values(scene: Scene) -> set[tuple[str, str]]:
@@ -198,7 +210,7 @@ def coverage(outline: np.ndarray, size: int, fine: int = 8) -> np.ndarray:
     return inside.mean((1, 3))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@for_each("shape", lambda: SHAPES)
 @pytest.mark.parametrize("size", [32, 96])
 def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
     """Each pixel has the share of the object's colour that the object covers, counted on a finer grid."""
@@ -328,9 +340,9 @@ def test_without_anything_held_out_there_is_nothing_to_ask_for():
         Shapes(num_samples=10).held_out_scenes(3, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
+@for_each(
+    "settings, told",
+    lambda: [
         ({"held_out": [{"color": "red"}]}, r"the attribute 'color': did you mean colour\?"),
         ({"held_out": [{"colour": "rad"}]}, r"the colour 'rad': did you mean red\?"),
         ({"held_out": [{"size": "huge"}]}, "there are small, large"),

@@ -13,11 +13,17 @@ import torch
 
 from src.checkpoints import read_checkpoint
 from src.errors import UsageError
-from src.module import DiffusionModule
-from src.stopping import CleanStop
 from src.trust import CONF
 from tests.conftest import train_tiny
 from tests.test_runs import assert_equal_bits, losses, weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, CleanStop
+    from src.module import DiffusionModule
+    from src.stopping import CleanStop
 
 
 def in_validation(monkeypatch, act):

@@ -1,5 +1,7 @@
 """The endless stream of batches: the same global batches however they are shared out, and every sample its turn."""
 
+from __future__ import annotations
+
 import itertools
 from collections import Counter
 from types import SimpleNamespace
@@ -10,9 +12,39 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.data.batch import BatchDataset, Places, StreamDataModule, TrainingStream, ValidationStream, to_signed, to_uint8
 from src.draws import Draws
 from tests.test_split import is_held_out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global NumbersModule
+    global BatchDataset, Places, StreamDataModule, TrainingStream, ValidationStream, to_signed, to_uint8
+    from src.data.batch import (
+        BatchDataset,
+        Places,
+        StreamDataModule,
+        TrainingStream,
+        ValidationStream,
+        to_signed,
+        to_uint8,
+    )
+
+    class NumbersModule(StreamDataModule):
+        """A datamodule of `num` numbers, which adds 1 on the device and negates them as its augmentation."""
+
+        def __init__(self, num=40, batch_size=8, val_fraction=0.25, split_seed=0, seed=0):
+            super().__init__(lambda: Numbers(num), (1,), batch_size, val_fraction, split_seed, seed, num_workers=0)
+            self.seen = []
+
+        def to_model(self, x):
+            return x + 1
+
+        def augment(self, x, draws):
+            self.seen.append(draws)
+            return -x
+
 
 NUM = 23
 
@@ -33,21 +65,6 @@ class Numbers:
 
     def stamps(self) -> None:
         return None
-
-
-class NumbersModule(StreamDataModule):
-    """A datamodule of `num` numbers, which adds 1 on the device and negates them as its augmentation."""
-
-    def __init__(self, num=40, batch_size=8, val_fraction=0.25, split_seed=0, seed=0):
-        super().__init__(lambda: Numbers(num), (1,), batch_size, val_fraction, split_seed, seed, num_workers=0)
-        self.seen = []
-
-    def to_model(self, x):
-        return x + 1
-
-    def augment(self, x, draws):
-        self.seen.append(draws)
-        return -x
 
 
 def stub(**settings):

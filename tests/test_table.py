@@ -1,5 +1,7 @@
 """Rows of a CSV file as samples: standardised and back, columns to go by, kinds, and what is amiss in a cell."""
 
+from __future__ import annotations
+
 import csv
 from pathlib import Path
 
@@ -10,11 +12,18 @@ from torch.testing import assert_close
 
 from src import plots
 from src.checkpoints import read_checkpoint
-from src.data.table import TableDataModule
 from src.resuming import check_saved
 from src.sample import sample
 from src.train import train
 from tests.conftest import compose
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global TableDataModule
+    from src.data.table import TableDataModule
+
 
 ROWS = 40
 

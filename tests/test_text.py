@@ -16,11 +16,19 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from src.data import pretrained, text
-from src.data.batch import InMemory
-from src.data.pretrained import Pretrained
-from src.data.text import Tokens
 from src.trust import CONF
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global pretrained, text, InMemory, Pretrained, Tokens
+    from src.data import pretrained, text
+    from src.data.batch import InMemory
+    from src.data.pretrained import Pretrained
+    from src.data.text import Tokens
+
 
 pytest.importorskip("tokenizers")
 
@@ -215,7 +223,7 @@ def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
         assert len(condition.title("cats " * 99)) <= 100
 
 
-@pytest.mark.parametrize("kind", [Tokens, Pretrained])
+@for_each("kind", lambda: [Tokens, Pretrained])
 def test_data_without_texts_say_so(kind):
     for captions, said in ((None, "need data with captions"), ([["", " "]], "captions of these data are blank")):
         if kind is Pretrained and captions:

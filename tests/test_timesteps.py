@@ -12,8 +12,15 @@ from torch.testing import assert_close
 from src.diffusion import curves
 from src.diffusion.timesteps import Importance, log_normal, logit_normal, stratified, uniform
 from src.draws import Draws
-from src.module import DiffusionModule
-from tests.loops import each
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule
+    from src.module import DiffusionModule
+
 
 CPU = torch.device("cpu")
 NONE = torch.tensor(0.0)
@@ -76,7 +83,7 @@ every_one = pytest.mark.parametrize("timesteps", TIMESTEPS.values(), ids=TIMESTE
 
 
 @every_one
-@each("sizes", dict(zip(CUTS, [[32, 32], [16] * 4, [1] * 64, [5, 40, 19]], strict=True)))
+@for_each("sizes", dict(zip(CUTS, [[32, 32], [16] * 4, [1] * 64, [5, 40, 19]], strict=True)))
 def test_a_cut_batch_sees_the_same_levels(timesteps, sizes):
     """However many processes and accumulated parts share it, at each step anew; a kernel's last bit depends on size."""
     batches = [draw(timesteps, 64, [64], step) for step in range(3)]
@@ -116,8 +123,8 @@ def test_uniform_is_the_samples_own_draw():
     assert torch.equal(v, random(100)) and (weight == 1).all()
 
 
-@each("total", [1, 7, 64, 1000])
-@each("step", [0, 1, 2])
+@for_each("total", [1, 7, 64, 1000])
+@for_each("step", [0, 1, 2])
 def test_stratified_is_evenly_spaced(total, step):
     """In order, the i-th of B lies at i / B and the same offset, which is less than 1 / B, from it."""
     v, weight = draw(stratified, total, [total], step)
@@ -127,7 +134,7 @@ def test_stratified_is_evenly_spaced(total, step):
     assert (weight == 1).all()
 
 
-@each("position", [0, 1, 6, 9])
+@for_each("position", [0, 1, 6, 9])
 def test_each_position_of_a_stratified_batch_is_uniform(position):
     """Over the steps. 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
     v = torch.stack([draw(stratified, 10, [10], step)[0][position] for step in range(800)])
@@ -154,7 +161,7 @@ def test_warps_are_applied_last(timesteps):
     assert (weight == 1).all()
 
 
-@each("mean, deviation", [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
+@for_each("mean, deviation", [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
 def test_logit_normal(mean, deviation):
     """The quantiles of logit(v) are those of the normal distribution."""
     v = logit_normal(lattice(999), mean, deviation)
@@ -162,8 +169,8 @@ def test_logit_normal(mean, deviation):
     assert_close(torch.logit(v), expected, rtol=1e-5, atol=1e-6)
 
 
-@each("low, high", [(0.002, 80.0), (1e-5, 1e4)])
-@each("mean, deviation", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
+@for_each("low, high", [(0.002, 80.0), (1e-5, 1e4)])
+@for_each("mean, deviation", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
 def test_log_normal(mean, deviation, low, high):
     """On `exploding` with the same ends, the quantiles of log sigma are the normal's, or the end beyond which they lie.
 
@@ -183,14 +190,14 @@ def test_log_normal_moments():
 
 
 @pytest.mark.parametrize("warp", [log_normal, logit_normal])
-@each("deviation", [0.0, -1.0, math.nan])
+@for_each("deviation", [0.0, -1.0, math.nan])
 def test_deviation_out_of_range(warp, deviation):
     with pytest.raises(ValueError, match=f"deviation must be positive, got {deviation}: 1 is usual") as error:
         warp(lattice(4), deviation=deviation)
     assert "\n" not in str(error.value)
 
 
-@each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002), (math.nan, 80.0)])
+@for_each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002), (math.nan, 80.0)])
 def test_log_normal_ends_out_of_range(low, high):
     """Those that `exploding` refuses; in the wrong order they would turn the levels round."""
     with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
@@ -198,8 +205,8 @@ def test_log_normal_ends_out_of_range(low, high):
     assert "\n" not in str(error.value)
 
 
-@each("seed", SEEDS)
-@each("bins, history, floor", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
+@for_each("seed", SEEDS)
+@for_each("bins, history, floor", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
 def test_probabilities_follow_the_second_moments(bins, history, floor, seed):
     """p = floor / bins + (1 - floor) root mean square / their sum, of the last losses of each bin in plain floats."""
     importance = Importance(bins, history, floor)
@@ -229,7 +236,7 @@ def test_losses_of_zero_leave_it_uniform():
     assert_close(importance.probabilities(), torch.full((4,), 0.25))
 
 
-@each("seed", SEEDS)
+@for_each("seed", SEEDS)
 def test_importance_draws_bins_with_their_probabilities(seed):
     """Of evenly spaced draws each bin gets its share, evenly spread inside it, and 1 / (p bins) for a weight.
 
@@ -251,7 +258,7 @@ def test_importance_draws_bins_with_their_probabilities(seed):
 @pytest.mark.parametrize(
     "f", [torch.ones_like, torch.square, lambda v: torch.sin(9 * v), lambda v: (v > 0.87).double()]
 )
-@each("seed", SEEDS)
+@for_each("seed", SEEDS)
 def test_importance_is_unbiased(f, seed):
     """The weighted mean of any function of v is its integral; a midpoint rule on 1e5 points with weights below 10."""
     importance = Importance(bins=8, history=3, floor=0.1)
@@ -273,7 +280,7 @@ def test_importance_lowers_the_variance():
     assert (weight * loss).std() < 0.2 * losses.std()
 
 
-@each("sizes", {"halves": [150, 150], "one by one": [1] * 300, "odd cuts": [7, 200, 3, 90]})
+@for_each("sizes", {"halves": [150, 150], "one by one": [1] * 300, "odd cuts": [7, 200, 3, 90]})
 def test_update_depends_on_the_order_alone(sizes):
     """Many losses at once are remembered as if one had come after another."""
     whole, cut = Importance(bins=6, history=4), Importance(bins=6, history=4)
@@ -331,7 +338,7 @@ def test_update_takes_no_part_in_gradients():
     assert not importance.losses.requires_grad
 
 
-@each("wrong", [{"bins": 0}, {"history": 0}, {"floor": 0.0}, {"floor": 1.5}])
+@for_each("wrong", [{"bins": 0}, {"history": 0}, {"floor": 0.0}, {"floor": 1.5}])
 def test_importance_settings_out_of_range(wrong):
     settings = {"bins": 100, "history": 10, "floor": 0.01, **wrong}
     values = ", ".join(str(value) for value in settings.values())
@@ -342,7 +349,7 @@ def test_importance_settings_out_of_range(wrong):
     assert "\n" not in str(error.value)
 
 
-@each("dtype", [torch.float32, torch.float16])
+@for_each("dtype", [torch.float32, torch.float16])
 def test_importance_survives_huge_losses(dtype):
     """Whose square overflows, or which the history cannot hold: probabilities stay finite and sum to 1."""
     importance = Importance(bins=4, history=2).to(dtype)

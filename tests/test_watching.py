@@ -1,18 +1,18 @@
 """What a run shows of itself: read back from W&B's offline files, TensorBoard's events and the CSVs it leaves."""
 
+from __future__ import annotations
+
 import csv
 import json
 import math
 import subprocess
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,13 +21,39 @@ from src.checkpoints import read_checkpoint
 from src.diffusion import schedules
 from src.diffusion.noise import NoiseSchedule
 from src.errors import UsageError
-from src.evaluation import bounds
-from src.loggers import log_comparison
-from src.module import DiffusionModule
 from src.provenance import code_version
-from src.watching import Progress, log_snr_range, nearest_training
 from tests.conftest import TINY, compose, cut_network, train_tiny
 from tests.wandb_file import Offline, read_offline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global ReadsByStep
+    global L, EventAccumulator, bounds, log_comparison, DiffusionModule, Progress, log_snr_range, nearest_training
+    import lightning as L
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from src.evaluation import bounds
+    from src.loggers import log_comparison
+    from src.module import DiffusionModule
+    from src.watching import Progress, log_snr_range, nearest_training
+
+    class ReadsByStep(L.Callback):
+        """Those from each batch to the next, so with all that callbacks and loggers do, of batches 2 to `last`."""
+
+        def __init__(self, last):
+            self.last, self.mode, self.counts = last, Reads(), []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                self.mode.__enter__()
+            elif batch_idx > 1:
+                self.counts.append(self.mode.count)
+                self.mode.count = 0
+            if batch_idx == self.last:
+                self.mode.__exit__(None, None, None)
+
 
 STEPS, VALIDATED = 7, [3, 6]
 PICTURES = {"samples": [*VALIDATED], "loss_by_noise": [*VALIDATED, STEPS], "schedule": [0]}
@@ -302,22 +328,6 @@ class Reads(TorchDispatchMode):
         )
         self.count += func.name() in self.NAMES or by_mask
         return func(*args, **(kwargs or {}))
-
-
-class ReadsByStep(L.Callback):
-    """Those from each batch to the next, so with all that callbacks and loggers do, of batches 2 to `last`."""
-
-    def __init__(self, last):
-        self.last, self.mode, self.counts = last, Reads(), []
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
-            self.mode.__enter__()
-        elif batch_idx > 1:
-            self.counts.append(self.mode.count)
-            self.mode.count = 0
-        if batch_idx == self.last:
-            self.mode.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize(
