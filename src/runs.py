@@ -157,7 +157,7 @@ def build(cfg: DictConfig) -> Run:
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(f"{directory} already holds a run: go on with resume={directory}, or choose another run_dir")
     trainer = build_trainer(cfg, directory)
-    data.overfit_batches = cfg.trainer.get("overfit_batches") or 0
+    data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]

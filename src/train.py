@@ -99,7 +99,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
-    if run.trainer.fast_dev_run:
+    if run.trainer.fast_dev_run:  # type: ignore[attr-defined]
         if run.trainer.is_global_zero:
             print(f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}. Nothing was saved or logged.")
         return metrics

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
@@ -103,7 +103,7 @@ def validation_interval(settings: Mapping[str, Any], every: int) -> int:
 
     That is a number of batches, as Lightning counts them, or a share of the run. Raises ValueError for others.
     """
-    steps, batches = settings["max_steps"], settings.get("accumulate_grad_batches", 1)
+    steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     given = settings.get("val_check_interval", every * batches)
     whole = isinstance(given, int) and not isinstance(given, bool)
     if whole and given >= 1 and given % batches == 0:
