@@ -188,7 +188,7 @@ def build(cfg: DictConfig) -> Run:
     environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
-    data.overfit_batches = cfg.trainer.get("overfit_batches") or 0
+    data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
     from src.memory import MicroBatch, keep_freed_memory
 
     if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]

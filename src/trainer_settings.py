@@ -103,7 +103,7 @@ def validation_interval(settings: Mapping[str, Any], every: int) -> int:
 
     That is a number of batches, as Lightning counts them, or a share of the run. Raises ValueError for others.
     """
-    steps, batches = settings["max_steps"], settings.get("accumulate_grad_batches", 1)
+    steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     given = settings.get("val_check_interval", every * batches)
     whole = isinstance(given, int) and not isinstance(given, bool)
     if whole and given >= 1 and given % batches == 0:

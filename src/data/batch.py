@@ -354,6 +354,8 @@ class StreamDataModule(L.LightningDataModule):
     """The number of batches that are trained on again and again, or their share of the data; 0 for all data."""
     record_path: Path | None = None
     """Where a run that goes on, or is opened, has the record of the data that it began with."""
+    limit_val_batches: int | float = 1.0
+    """The number of validation batches, or their share."""
 
     def __init__(
         self,
@@ -465,8 +467,8 @@ class StreamDataModule(L.LightningDataModule):
         )
 
     def validation_stream(self, trainer: L.Trainer) -> ValidationStream:
-        """The validation batches of this process. Raises ValueError if `trainer.limit_val_batches` leaves none."""
-        size, limit = self.at_once(trainer), trainer.limit_val_batches
+        """The validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""
+        size, limit = self.at_once(trainer), self.limit_val_batches
         return ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
 
     def train_dataloader(self) -> DataLoader[Batch]:
