@@ -50,9 +50,7 @@ class Found(NamedTuple):
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, and write the page, tables and plots into the output folder. Returns all figures."""
     with usage_errors():
-        check_counts(
-            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
-        )
+        check_counts(cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps")
         check_seeds(cfg)
         check_names(cfg, "features")
         folders = run_folders(list(cfg.runs or []))

@@ -58,9 +58,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        check_counts(
-            cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps", "devices", "num_nodes"
-        )
+        check_counts(cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps")
         check_seeds(cfg)
         check_counts(cfg, "alignment.n", "alignment.judge_steps")
         check_names(cfg, "features")

@@ -33,7 +33,7 @@ def sample(cfg: DictConfig) -> Path:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        check_counts(cfg, "n", "batch_size", "sampler.steps", "devices", "num_nodes")
+        check_counts(cfg, "n", "batch_size", "sampler.steps")
         check_seeds(cfg)
         opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         runs.speed_up(opened, cfg.precision, cfg.compile)
