@@ -110,9 +110,8 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
     if cfg.trainer.get("fast_dev_run"):
         if run.trainer.is_global_zero:
-            print(
-                f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}. No checkpoint, log or metrics.json was written."
-            )
+            tried = f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}"
+            print(f"{tried}. No checkpoint, log or metrics.json was written.")
         return metrics
     film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:
