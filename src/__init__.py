@@ -14,30 +14,29 @@ Conventions that hold everywhere:
 
 import sys
 
+COMMANDS = ("compare", "dashboard", "evaluate", "export", "sample", "schedules", "train")
+"""The modules that `python -m src.NAME` runs."""
 
-def _check_command() -> None:
-    """End with status 2 if `python -m src.NAME` names no command: the file would define functions, and do nothing."""
+
+def _check_command(module: str) -> None:
+    """Exit with status 2 if `python -m src.NAME` does not name a command: the file would only define functions."""
     import difflib
-    from pathlib import Path
 
-    # After the options of Python come -m, the module, and what `sys.argv` has after its "-m".
-    name = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
-    here = Path(__file__).parent
-    file = here.joinpath(*name.split(".")[1:]).with_suffix(".py")
-    starts = '    launch("'
-    if file.is_file() and starts in file.read_text(encoding="utf-8"):
+    name = module.partition(".")[2]
+    if name in COMMANDS:
         return
-    files = sorted(here.glob("[a-z]*.py"))
-    commands = [path.stem for path in files if starts in path.read_text(encoding="utf-8")]
-    close = difflib.get_close_matches(name.rpartition(".")[2], commands, n=1)
+    close = difflib.get_close_matches(name.rpartition(".")[2], COMMANDS, n=1)
     hint = f"did you mean src.{close[0]}? The" if close else "the"
-    known = ", ".join(f"src.{command}" for command in commands)
-    sys.stderr.write(f"error: {name} is not a command: {hint} commands are {known}\n")
+    known = ", ".join(f"src.{command}" for command in COMMANDS)
+    sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")
     sys.exit(2)
 
 
 if sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m`, and only then
-    _check_command()
-    from src.ranks import end_on_ctrl_c
+    # After the options of Python come -m, the module, and what `sys.argv` has after its "-m".
+    _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
+    if _module.partition(".")[0] == __name__:  # not a package of the user's that imports this one
+        _check_command(_module)
+        from src.ranks import end_on_ctrl_c
 
-    end_on_ctrl_c()
+        end_on_ctrl_c()

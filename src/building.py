@@ -304,11 +304,11 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
 
     from src.loggers import write_wandb_id
 
+    node = (cfg.logger or {}).get("wandb")
     started = list(trainer.loggers)
     for k, logger in enumerate(started):
-        if not isinstance(logger, WandbLogger):
+        if not isinstance(logger, WandbLogger) or node is None:  # a logger of the user's own starts by itself
             continue
-        node = cfg.logger.wandb
         try:
             _ = logger.experiment
         except Exception as error:
@@ -317,7 +317,8 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
             warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
             started[k] = instantiate(node, offline=True, mode="offline")
             _ = getattr(started[k], "experiment")  # noqa: B009 - of W&B's logger
-        write_wandb_id(directory, node.id)
+        if trainer.is_global_zero:  # the only process that W&B knows
+            write_wandb_id(directory, node.id)
     trainer.loggers = started
 
 

@@ -67,7 +67,7 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     for path in by_age(folder):
         if is_whole(path):
             return path
-        warnings.warn(f"{path} is damaged and passed over for the next newest checkpoint", stacklevel=2)
+        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
     hint = newest_run("run", folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/*.ckpt that is whole{hint}")
 

@@ -298,8 +298,8 @@ def _least(x: Tensor, values: Tensor) -> Tensor:
 
 def _log_snr(schedule: Schedule) -> Tensor:
     """(T,) of the rows, finite."""
-    rows = [schedule.row(t).snr.double().cpu() for t in range(schedule.num_steps)]
-    return torch.stack(rows).clamp(min=TINY_SNR).log()
+    rows = schedule.at(torch.arange(1, schedule.num_steps + 1, dtype=torch.float64) / schedule.num_steps)
+    return torch.stack([row.snr.double().cpu() for row in rows]).clamp(min=TINY_SNR).log()
 
 
 def _halves(start: int, count: int) -> Tensor:

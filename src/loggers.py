@@ -36,10 +36,12 @@ def write_wandb_id(directory: Path, name: str) -> None:
         os.replace(partial, path)
 
 
-def folder_of(logger: Logger) -> Path:
-    """The folder in which a logger makes one for each start."""
-    folder = Path(logger.save_dir or ".")
-    return folder / "wandb" if isinstance(logger, WandbLogger) else folder / (logger.name or "")
+def folder_of(logger: Logger, directory: Path) -> Path | None:
+    """Return the folder below `directory` in which a logger makes one for each start; None if it writes elsewhere."""
+    if not logger.save_dir:
+        return None
+    folder = Path(logger.save_dir) / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
+    return folder if folder.resolve().is_relative_to(directory.resolve()) else None
 
 
 @contextmanager

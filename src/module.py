@@ -309,7 +309,7 @@ class DiffusionModule(L.LightningModule):
         on where they end, and the decoder's term would outweigh them.
         """
         for level in (link.t, link.s):
-            learns = level.time > 1.5 / link.links
+            learns = level.time > 1.5 / self.schedule.num_steps
 
             def scaled(gradient: Tensor, learns: Tensor = learns) -> Tensor:
                 return 2 * losses[0].view_as(gradient) * learns * gradient

@@ -98,7 +98,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
                 whole = "" if name in groups else f", or type {typed(name, value)} where it is one value"
                 raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value{whole}")
         final = _compose(config_name, [_one_value(o) for o in parsed])
-    names = {o.key_or_group for o in parsed if o.value() is not None}
+    counted = {o.key_or_group: o for o in parsed}  # a resumed run repeats keys: the last one counts
+    names = {name for name, override in counted.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
         raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
     if {"validate_every", "trainer.val_check_interval"} <= names:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from src.errors import sentence
 from src.ranks import remember_children, signals_blocked, slurm_tasks
 
 T = TypeVar("T")
@@ -54,7 +55,8 @@ def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: 
             f"{os.cpu_count()} cores"
         )
     alone = environment is None or not environment.creates_processes_externally
-    if num_nodes > 1 and alone and "NODE_RANK" not in os.environ:  # by which a node started by hand says which it is
+    # By either of them a node that was started by hand says which it is.
+    if num_nodes > 1 and alone and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         raise ValueError(
             f"{prefix}num_nodes={num_nodes} needs the command to be started on each node, by torchrun or srun: leave "
             "it out for this machine alone"
@@ -99,7 +101,7 @@ def start_processes(device: torch.device, devices: int, num_nodes: int) -> Proce
     try:
         fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
     except MisconfigurationException as error:
-        raise ValueError(f"devices={devices} of kind {device.type} are not to be had here ({error})") from error
+        raise ValueError(f"devices={devices} is not available: {sentence(error)} (device={device.type})") from error
     check_processes("", fabric.device, devices, num_nodes, getattr(fabric.strategy, "cluster_environment", None))
     start_quietly(fabric.strategy)
     fabric.launch()

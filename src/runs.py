@@ -221,7 +221,9 @@ def start(cfg: DictConfig, run: Run) -> None:
     if run.trainer.is_global_zero:
         hold(run.directory)
     try:
-        with left_as_found([folder_of(logger) for logger in run.trainer.loggers if run.trainer.is_global_zero]):
+        loggers = run.trainer.loggers if run.trainer.is_global_zero else []
+        folders = [folder for logger in loggers if (folder := folder_of(logger, run.directory))]
+        with left_as_found(folders):
             start_wandb(cfg, run.trainer, run.directory)
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
@@ -301,8 +303,6 @@ def open_run(
                 f"{typed('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
             )
         config.data[setting] = data_root
-    if "skip_unreadable" in config.data:
-        config.data.skip_unreadable = False  # figures are of all held-out samples, or there are none
     settle_encoder(config, encoder, path)
     built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)

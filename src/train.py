@@ -111,7 +111,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     if cfg.trainer.get("fast_dev_run"):
         if run.trainer.is_global_zero:
             tried = f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}"
-            print(f"{tried}. No checkpoint, log or metrics.json was written.")
+            print(f"{tried}. No checkpoint and no metrics.json was written.")
         return metrics
     film = draw_film(run, cfg.seed)
     if run.trainer.is_global_zero:

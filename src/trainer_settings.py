@@ -1,14 +1,12 @@
 """The settings of Lightning's Trainer: which are refused in favor of another one, and which one an error is about."""
 
 import inspect
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
@@ -160,8 +158,7 @@ def explained(error: Exception, settings: Mapping[str, Any]) -> str:
 def check_built(trainer: L.Trainer) -> None:
     """Raise ValueError if processes would be started, or weights held, in a way that training does not know.
 
-    So it is with processes that are copies of this one, whose callbacks and weights do not come back to it, and with
-    other machines if nothing tells which of them this is: their processes would be waited for in vain.
+    So it is with processes that are copies of this one, whose callbacks and weights do not come back to it.
     """
     strategy = trainer.strategy
     copies = isinstance(strategy, DDPStrategy) and strategy._start_method != "popen"
@@ -169,13 +166,6 @@ def check_built(trainer: L.Trainer) -> None:
         how = "starts copies of this process" if copies else "deals weights out in its own way"
         raise ValueError(
             f"trainer.strategy={type(strategy).__name__} {how}; use {'trainer=ddp' if copies else 'trainer=fsdp'}"
-        )
-    environment = trainer._accelerator_connector.cluster_environment
-    alone = isinstance(environment, LightningEnvironment) and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys()
-    if trainer.num_nodes > 1 and alone:
-        raise ValueError(
-            f"trainer.num_nodes={trainer.num_nodes} needs processes on each machine; start them with torchrun or srun "
-            "(docs/devices.md), or leave it at 1"
         )
 
 

@@ -67,7 +67,7 @@ def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
     assert by_age(run) == [last, best]
     assert find_checkpoint(str(run), None) == last
     last.write_bytes(last.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged and passed over"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is corrupted"):
         assert find_checkpoint(str(run), None) == best
     last.unlink()
     assert find_checkpoint(str(run), None) == best

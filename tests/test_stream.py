@@ -314,7 +314,7 @@ def test_few_held_out_samples_go_round_the_processes():
         assert min(sizes) >= 1
         assert sorted(seen) == sorted(float(i) for i in data.val_indices)
     data.trainer = stub(world_size=most + 1)
-    with pytest.raises(ValueError, match=f"do not go round {most + 1} processes"):
+    with pytest.raises(ValueError, match=f"{most + 1} processes need"):
         data.train_dataloader()
 
 

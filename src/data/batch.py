@@ -440,10 +440,11 @@ class StreamDataModule(L.LightningDataModule):
         Record.of(self._source(), self.split_seed, self.val_fraction, self.bound).write(path)
 
     def stream(self, trainer: L.Trainer) -> TrainingStream:
-        """The training batches of this process. Raises ValueError if the data do not go round the processes."""
+        """The training batches of this process. Raises ValueError if there are too few validation samples."""
         if len(self.val_indices) < trainer.world_size:
             raise ValueError(
-                f"{len(self.val_indices)} held-out samples do not go round {trainer.world_size} processes: lower "
+                f"{trainer.world_size} processes need at least {trainer.world_size} validation samples, found "
+                f"{len(self.val_indices)}: lower "
                 "trainer.devices, or raise data.val_fraction"
             )
         repeat = self.overfit_batches
@@ -496,10 +497,9 @@ class StreamDataModule(L.LightningDataModule):
         Of several processes all must take part.
         """
         count = self.trainer.world_size if self.trainer else 1
-        if count == 1 or (self.num_workers == 0 and isinstance(self.source, InMemory)):  # which does not fail
-            told = [(failure, self._skipped)]
-        else:
-            told = self._tell(failure, count)
+        in_memory = self.num_workers == 0 and isinstance(self.source, InMemory) and self.condition is None
+        # Data in memory do not fail.
+        told = [(failure, self._skipped)] if count == 1 or in_memory else self._tell(failure, count)
         if failure := next((each for each, _ in told if each), ""):
             raise DataReadError(failure, everywhere=True)
         for _, skipped in told:

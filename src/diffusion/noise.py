@@ -206,7 +206,10 @@ class NoiseSchedule(nn.Module):
         for name, table in zip(Level._fields, rows, strict=True):
             self.register_buffer(name, table.float(), persistent=False)
         log_snr = 2 * (alpha.log() - sigma.log())
-        (rate,) = torch.gradient(-log_snr[log_snr.isfinite()], spacing=1 / self.num_steps)
+        finite = log_snr[log_snr.isfinite()]
+        if len(finite) < 2:
+            raise ValueError(f"a table needs at least 2 betas below 1, got {len(finite)}: add steps to schedule.betas")
+        (rate,) = torch.gradient(-finite, spacing=1 / self.num_steps)
         # Where log-SNR is infinite, at pure noise and clean data, the rate is that of the next row where it is not.
         rate = torch.cat([rate, rate[-1:].expand(self.num_steps - len(rate)), rate[:1]])
         self.register_buffer("rate", rate.float(), persistent=False)
@@ -313,7 +316,8 @@ class ContinuousSchedule(nn.Module):
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            u = time.clone().requires_grad_()
+            # At zero SNR the rate is infinite: there it is that of half a step before.
+            u = time.clamp(max=1 - 0.5 / self.num_steps).requires_grad_()
             alpha, sigma = self.curve(u)
             (rate,) = torch.autograd.grad(2 * (sigma.log() - alpha.log()).sum(), u)
         return rate
