@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 from threading import Timer
@@ -10,6 +11,7 @@ from threading import Timer
 import lightning as L
 import torch
 
+from src.checkpoints import is_whole
 from src.data.batch import TrainingStream
 from src.sharding import local
 
@@ -53,6 +55,25 @@ class KillWorker(L.Callback):
         if trainer.global_step == self.step and not self.once.exists():
             self.once.touch()
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+class FullDisk(L.Callback):
+    """From step `begin` to step `end` no file may grow beyond 2 kB, as on a disk without room.
+
+    At the end it prints whether all checkpoints are whole.
+    """
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.begin = begin
+        self.end = end
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.begin:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        if trainer.global_step == self.end:
+            saved = [*Path(trainer.checkpoint_callback.dirpath).glob("*.ckpt")]
+            os.write(1, f"{len(saved)} checkpoints, whole: {all(map(is_whole, saved))}\n".encode())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 class Watch(L.Callback):
