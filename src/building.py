@@ -213,12 +213,12 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     Of its arguments null stands for Lightning's default. Raises ValueError for those that are to be set in another way.
     """
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     from src.disk import NoCheckpoints, WholeCheckpoints
     from src.memory import MicroBatch
     from src.trainer_settings import check_built, check_settings, explained, kept, validation_interval
+    from src.watching import LearningRate
 
     settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
     check_settings(settings, cfg.resume is not None, bool(cfg.logger))
@@ -234,7 +234,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
         callbacks.append(MicroBatch())
     if loggers:
-        callbacks.append(LearningRateMonitor(logging_interval="step"))
+        callbacks.append(LearningRate())
     limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
     if limit == 0 and not tries:
         warnings.warn(
@@ -478,4 +478,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*functional.all_gather is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

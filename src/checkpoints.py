@@ -8,6 +8,8 @@ weights, and as metadata what others need of the configuration. Torch is importe
 import difflib
 import functools
 import json
+import math
+import pickletools
 import warnings
 import zipfile
 import zlib
@@ -69,7 +71,7 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
             return path
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
     hint = newest_run("run", folder) or ": has it trained?"
-    raise FileNotFoundError(f"{folder.resolve()} holds no checkpoints/*.ckpt that is whole{hint}")
+    raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 
 
 def newest_run(name: str, folder: Path) -> str:
@@ -92,9 +94,36 @@ def _nearest(path: Path, name: str, pattern: str) -> str:
 
 
 def by_age(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder, newest first; of those written at once, the last one's name first."""
+    """Return the checkpoints of a run folder, that of the latest step first.
+
+    Not by the time of the files alone, which a copy of the folder changes. Of one step the file that was written last
+    comes first; one whose step cannot be read comes before all others, so that whoever looks for a checkpoint says so.
+    """
     found = (folder / "checkpoints").glob("*.ckpt")
-    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name == "last.ckpt"), reverse=True)
+    return sorted(found, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
+
+
+def step_of(path: Path) -> float:
+    """Return the step of a checkpoint without loading it or unpickling anything; infinity if it cannot be read."""
+    stat = path.stat()
+    return _step_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache
+def _step_of(path: Path, written: int, size: int) -> float:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (part,) = (each for each in archive.infolist() if each.filename.rpartition("/")[2] == "data.pkl")
+            # Torch compresses nothing: so what is read is bounded by the size of the file.
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size > size:
+                return math.inf
+            operations = pickletools.genops(archive.read(part))
+            if any(argument == "global_step" for _, argument, _ in operations):
+                numbers = (value for code, value, _ in operations if code.name.startswith(("BININT", "LONG")))
+                return float(next(numbers) or 0)
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
+        return math.inf
+    return math.inf
 
 
 SEAL = 8

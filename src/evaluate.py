@@ -115,6 +115,11 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         # Before anything long: what cannot be measured is refused, and a judge may not be good enough.
         yardstick = yardstick_of(cfg, opened, processes) if cfg.quality else None
         exam = exam_of(cfg, opened, processes)
+        if yardstick is None and exam is None and not cfg.likelihood:
+            raise UsageError(
+                "likelihood=false quality=false leaves nothing to evaluate, since this run's alignment cannot be "
+                "measured: leave one of them out"
+            )
         begin(folder)
         if cfg.likelihood:
             metrics |= likelihood(cfg, folder, opened, processes)

@@ -214,11 +214,7 @@ class DiffusionModule(L.LightningModule):
         self.validated = checkpoint.get("validated", checkpoint["global_step"])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let go of what the last step logged: Lightning writes it once more when training stops, as of that step.
-
-        It also counts a step too many where a finished run goes on, and would log all others one late.
-        """
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
+        """Clear what the last step logged; Lightning would log it again, as of that step, when training stops."""
         if (logged := self.trainer._results) is not None and self._is_logged(self.global_step - 1):
             logged.reset(metrics=False)
 

@@ -400,6 +400,8 @@ def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
             line = _missing_plugin(match[1], match[2])
+        elif match := re.search(r"An item is already at '(.+)'", line):
+            line = f"+{match[1]}=... adds what is there already: leave out the +"
         elif "Could not override 'hydra." in line:
             line += " Settings of a launcher or sweeper need it chosen; --cfg hydra prints all that there are"
         raise UsageError(line) from error

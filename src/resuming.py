@@ -43,6 +43,11 @@ def expand_resume(overrides: list[str]) -> list[str]:
     before = saved_overrides(Path(folder))
     if given(overrides, "trust") != "True":
         check_saved(Path(folder), before)
+    named = given(overrides, "hydra.run.dir")
+    if named is not None and Path(named).resolve() != Path(folder).resolve():
+        raise UsageError(
+            f"{typed('hydra.run.dir', named)} is another folder than that of the resumed run, {folder}: leave it out"
+        )
     now = [o for o in overrides if key_of(o) != "hydra.run.dir"]
     return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -68,6 +68,15 @@ class Run(NamedTuple):
     resume_from: Path | None
     steps: int = 0
     """How many it has taken."""
+    changes: Sequence[str] = ()
+    """The settings of a resumed run that are not those of its checkpoint, as "name: old -> new"."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether its checkpoints hold averaged weights."""
+        from src.callbacks import EMA
+
+        return any(isinstance(c, EMA) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
 
     @property
     def last_checkpoint(self) -> Path:
@@ -203,9 +212,8 @@ def build(cfg: DictConfig) -> Run:
     if saved is not None:
         check_accumulation(saved, cfg)
         check_optimizer(saved, module)
-        for line in changed_settings(saved["hyper_parameters"], module.hparams):
-            warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
-    return Run(directory, module, data, trainer, resume_from, saved["global_step"] if saved else 0)
+    changes = changed_settings(saved["hyper_parameters"], module.hparams) if saved is not None else []
+    return Run(directory, module, data, trainer, resume_from, saved["global_step"] if saved else 0, changes)
 
 
 def start(cfg: DictConfig, run: Run) -> None:
@@ -228,6 +236,8 @@ def start(cfg: DictConfig, run: Run) -> None:
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
             begin(run.directory)
+        for line in run.changes:  # not before: a refused command resumes nothing
+            warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     except BaseException:
         if run.trainer.is_global_zero and not found:
             lock.unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         if not run.saves:
             print("No checkpoint was saved, as trainer.enable_checkpointing=false asks.")
             return metrics
-        sample = command("sample", typed("run", relative(run.directory)))
+        sample = command("sample", typed("run", relative(run.directory)), *([] if run.averages else ["ema=false"]))
         print(f"More samples: {sample} n=64")
         if (condition := run.data.condition) and condition.examples:
             asked = condition.examples[0]

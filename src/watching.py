@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -50,6 +50,12 @@ class Progress(TQDMProgressBar):
         self.loss = outputs["loss"]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bars, so that what is printed about the exception has a line of its own."""
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:
+                bar.close()
+
     @property
     def total_train_batches(self) -> int:
         """Batches that are still to come; Lightning takes the steps for them."""
@@ -60,6 +66,21 @@ class Progress(TQDMProgressBar):
         if self.loss is None:
             return metrics
         return {"train/loss": self.loss.item() * trainer.accumulate_grad_batches, **metrics}
+
+
+class LearningRate(LearningRateMonitor):
+    """Log the learning rate at every step.
+
+    Where a finished run goes on Lightning's own count of steps, as of which loggers log, is one too large: it is set
+    right here, before the first value of a step is logged.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging_interval="step")
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        super().on_train_batch_start(trainer, *args, **kwargs)
 
 
 class Beginning(L.Callback):

@@ -72,8 +72,26 @@ def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
     last.unlink()
     assert find_checkpoint(str(run), None) == best
     best.write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+    with pytest.warns(UserWarning, match="corrupted"), pytest.raises(FileNotFoundError, match="no intact"):
         find_checkpoint(str(run), None)
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
+    """Whatever the times of the files, which copies do not keep: by each of their orders."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    checkpoints = run / "checkpoints"
+    last = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    paths = {}
+    for step in (0, 3, 255, 256, 70_000):  # numbers that a pickle holds in one, two and four bytes
+        paths[step] = checkpoints / f"a_{step}.ckpt"
+        torch.save({**last, "global_step": step}, paths[step])
+    for name in ("last.ckpt", "best.ckpt"):
+        (checkpoints / name).unlink()
+    for order in ([*paths], [*paths][::-1], [256, 0, 70_000, 255, 3]):
+        for age, step in enumerate(order):
+            os.utime(paths[step], ns=(age * 10**9, age * 10**9))
+        assert by_age(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):

@@ -49,6 +49,16 @@ def formula(decay: str, lr: float, warmup: int, total: int) -> Callable[[int], f
     return lambda step: lr * min(1, (step + 1) / warmup) * fall(step)
 
 
+def test_a_finished_run_logs_the_rate_of_each_step_once(tmp_path):
+    """Also where its last step was validated: `rates` wants the steps in order, each once."""
+    folder = tmp_path / "run"
+    often = ("validate_every=2", *WARM[:1], *WARM[2:])
+    for steps in (4, 8):
+        again = [f"resume='{folder}'"] if steps > 4 else []
+        train_tiny(folder, *often, f"trainer.max_steps={steps}", *again)
+    assert rates(folder, first=4) == pytest.approx([1e-4, 9e-5, 7e-5, 4e-5], rel=1e-6)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folders of runs of four steps, one for each schedule of the learning rate."""

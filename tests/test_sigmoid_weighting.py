@@ -135,6 +135,19 @@ def test_plain_variant_lacks_the_factor():
     assert plain.tolist() == pytest.approx([logistic(BIAS - cosine(u)[0]) for u in (0.1, 0.5, 0.9)], rel=1e-9)
 
 
+def test_every_weighting_is_finite_at_the_last_row():
+    """Where `objective=hybrid` trains too: on a flow its SNR is 0."""
+    process = GaussianDiffusion("v")
+    names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
+    for curve, _ in CURVES.values():
+        for num_steps in (10, 1000):
+            schedule = ContinuousSchedule(curve, num_steps)
+            t = schedule.link(torch.tensor([1 - 2**-24]), torch.zeros(1, 1)).t
+            assert t.time.item() == 1
+            weights = [getattr(losses, name)(process, t) for name in names]
+            assert torch.cat([*weights, losses.sigmoid(process, t, schedule)]).isfinite().all()
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
 def test_it_trains_and_validates_by_its_yaml(schedule):
     """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""

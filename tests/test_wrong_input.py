@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import src
 from src import runs
 from src.arguments import check_seeds
 from src.cli import launch
@@ -122,6 +123,9 @@ def test_a_setting_of_a_resumed_run_is_given_anew(tmp_path):
     check_overrides("train", expanded)
     cfg = compose("train", *expanded[:-1])
     assert cfg.trainer.max_steps == 9 and cfg.seed == 1
+    # A run goes on in its own folder, and the last of two settings that exclude each other counts.
+    refused(lambda: expand_resume([f"resume={literal(tmp_path)}", "hydra.run.dir=elsewhere"]), "hydra.run.dir")
+    check_overrides("train", ["trainer.val_check_interval=3", "trainer.val_check_interval=null", "validate_every=2"])
     again = choose_none(["callbacks=quality", "conditioning=class", "seed=1", "callbacks=null", "conditioning=null"])
     assert again == ["seed=1", "callbacks=none"]
 
@@ -257,6 +261,19 @@ def test_what_is_no_command_names_the_commands(tmp_path):
         assert len(done.stderr.splitlines()) == 1 and f"{module} is not a command" in done.stderr
         assert near is None or f"did you mean {near}?" in done.stderr
         assert "src.train" in done.stderr and "src.__init__" not in done.stderr
+
+
+def test_a_package_of_the_users_may_import_this_one(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import src\n")
+    (tmp_path / "mine" / "analyze.py").write_text("print('analyzed')\n")
+    done = python("-m", "mine.analyze", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "analyzed\n")
+
+
+def test_the_commands_are_the_files_with_a_main():
+    files = (ROOT / "src").rglob("*.py")
+    assert sorted(src.COMMANDS) == sorted(f.stem for f in files if '__name__ == "__main__"' in f.read_text())
 
 
 INTERRUPT = """

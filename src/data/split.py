@@ -129,7 +129,7 @@ class Record(NamedTuple):
         joined = int(after[added].sum())
         moves = [f"{count} {what}" for what, count in moved.items() if count]
         return (
-            f"the data changed since the run began: of {len(self.hashes)} samples then and {len(now)} now "
+            f"the data changed since the run began ({len(self.hashes)} samples then, {len(now)} now): "
             f"{', '.join(parts)}; {joined} of the added held out, {', '.join(moves) or 'no other changes sides'}"
         )
 
