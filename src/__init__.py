@@ -15,11 +15,11 @@ Conventions that hold everywhere:
 import sys
 
 COMMANDS = ("compare", "dashboard", "evaluate", "export", "sample", "schedules", "train")
-"""The modules that `python -m src.NAME` runs."""
+"""The modules that are commands."""
 
 
 def _check_command(module: str) -> None:
-    """Exit with status 2 if `python -m src.NAME` does not name a command: the file would only define functions."""
+    """Exit with status 2 if `module` is not a command: run as one, it would only define functions."""
     import difflib
 
     name = module.partition(".")[2]

@@ -23,8 +23,8 @@ INSTEAD: dict[str, tuple[Any, str]] = {
         "ends an epoch, and training is one stream of trainer.max_steps batches; set trainer.max_steps for a shorter "
         "run, or trainer.overfit_batches to train on the same few batches",
     ),
-    "limit_test_batches": (1.0, "limits a test, and src.train runs none; python -m src.evaluate run=... has n=..."),
-    "limit_predict_batches": (1.0, "limits predictions, and src.train makes none; python -m src.sample has n=..."),
+    "limit_test_batches": (1.0, "limits a test, and src.train runs none; src.evaluate has n=..."),
+    "limit_predict_batches": (1.0, "limits predictions, and src.train makes none; src.sample has n=..."),
     "callbacks": ([], "is not read; add each one as +callbacks.NAME._target_=..."),
     "default_root_dir": (None, "is not read; set hydra.run.dir"),
     "barebones": (

@@ -156,7 +156,7 @@ def test_micro_batches_are_accumulated_and_kept_by_a_resumed_run(tmp_path):
     saved = read_checkpoint(resumed / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 6 and saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 4
     with pytest.raises(UsageError, match="cannot resume a run that had 4"):
-        train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'")
+        train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'", "trainer.max_steps=8")
 
 
 @pytest.mark.parametrize(("room", "found"), [(1000, 64), (40, 32), (1, 1)])

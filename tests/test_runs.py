@@ -326,7 +326,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["sampler.spacing=even"], "trailing, leading, linspace, karras or log_snr"),
         (["weighting.gamma=-1"], "gamma must be positive"),
         (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
-        (["optimizer.lr=-1"], "optimizer.lr must be positive, got -1"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1 must be positive"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
         (["trainer.devices=0"], "trainer.devices must be at least 1, or auto"),
         (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from src.building import make
 from src.checkpoints import read_checkpoint
 from src.data import unreadable
 from src.data.batch import BatchDataset, Places, fetch
@@ -29,7 +30,7 @@ from src.data.images import ImageFiles, folder
 from src.data.unreadable import DataReadError
 from src.errors import UsageError, data_errors
 from src.evaluate import evaluate
-from tests.conftest import TINY, compose, train_tiny
+from tests.conftest import TINY, compose, once, train_tiny
 from tests.test_runs import assert_equal_bits, weights
 from tests.test_split import pictures
 from tests.test_stopping import assert_ended_as
@@ -337,6 +338,11 @@ def test_skipping_trains_on_and_counts(photos, copied, undisturbed, tmp_path):
         train_tiny(tmp_path / "strict", *root_of(copied))
     # The likelihood is that of all held-out samples or of none; damaged training samples do not matter to it.
     asked = [f"run='{tmp_path / 'alone'}'", f"run_dir='{tmp_path / 'e'}'", "device=cpu", "quality=false", "links=2"]
+    restore(photos, copied)
+    data = make(compose("train", *skipping, "run_dir=x").data)
+    data.setup()
+    for index in data.train_indices[:3]:
+        (copied / data.source.ids[index]).write_text("damaged")
     with pytest.warns(UserWarning, match="3 of 24 images"):
         assert math.isfinite(evaluate(compose("evaluate", *asked))["bits_per_dim"])
     for file in copied.rglob("*.png"):
@@ -352,7 +358,11 @@ def test_all_processes_end_when_the_data_of_one_fail(photos, copied, undisturbed
     settings += ["checkpoint_every=100", f"hydra.run.dir='{run}'", f"+callbacks.act._target_={__name__}.RemoveOn"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "src.train", *settings], env=environment, text=True, capture_output=True, timeout=300
+        [sys.executable, "-m", "src.train", *once(settings)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if "error" in line]
