@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.arguments import check_counts, check_names, check_seeds
@@ -14,7 +13,7 @@ from src.checkpoints import find_checkpoint
 from src.cli import launch
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.output import begin
-from src.overrides import config_groups, key_of, nearest, typed
+from src.overrides import config_groups, nearest, typed
 from src.ranks import rank
 from src.tables import duration, markdown, stem
 from src.trust import CONF
@@ -42,7 +41,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
                 f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one "
                 "of them out"
             )
-    check_mode(cfg)
     if cfg.analytic and rank() > 0:
         return {}
     metrics = against_the_exact(cfg, folder) if cfg.analytic else of_run(cfg, folder)
@@ -52,21 +50,6 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         write_json(folder / "metrics.json", metrics)
         print(f"All figures: {folder / 'metrics.json'}")
     return metrics
-
-
-def check_mode(cfg: DictConfig) -> None:
-    """Raise UsageError for a setting that was typed and that only the evaluation of a run, or of samplers, reads."""
-    if not HydraConfig.initialized():
-        return
-    for override in HydraConfig.get().overrides.task:
-        name = key_of(override)
-        of_samplers = name.split(".")[0].startswith("analytic")
-        if cfg.analytic and not of_samplers and name not in ("seed", "run_dir"):
-            raise UsageError(
-                f"{override} is not read with analytic=...; leave it out, or evaluate a run with run=FOLDER"
-            )
-        if not cfg.analytic and of_samplers and name != "analytic":
-            raise UsageError(f"{override} is read with analytic=... alone; leave it out, or add analytic=mixture")
 
 
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -107,6 +107,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             "validate_every and trainer.val_check_interval both say when to validate: give one of them "
             "(trainer.val_check_interval=null takes that one back)"
         )
+    if config_name == "evaluate":
+        _check_evaluation({name for name in names if name.split("/")[0].split(".")[0] != "hydra"})
     for override in parsed:
         name = override.key_or_group
         if name not in groups and not name.startswith("hydra") and not override.is_delete():
@@ -116,6 +118,15 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
         parent, _, last = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
             raise UsageError(f"{name} has no default: add {name}=...")
+
+
+def _check_evaluation(names: Set[str]) -> None:
+    """Raise UsageError for a setting that is given and that only the evaluation of a run, or of samplers, reads."""
+    of_samplers = {name for name in names if name.split(".")[0].startswith("analytic")}
+    if "analytic" in names and (others := sorted(names - of_samplers - {"seed", "run", "ckpt"})):
+        raise UsageError(f"{others[0]} is not read with analytic=...; leave it out, or give run=FOLDER instead")
+    if of_samplers and "analytic" not in names:
+        raise UsageError(f"{min(of_samplers)} is read with analytic=... alone; leave it out, or add analytic=mixture")
 
 
 def typed(name: str, value: object) -> str:

@@ -420,10 +420,13 @@ def test_a_damaged_checkpoint_and_a_diverged_run_are_left_out(sweep, tmp_path):
         path.write_bytes(path.read_bytes()[:-100])
     metrics = json.loads((tmp_path / "1" / "metrics.json").read_text())
     (tmp_path / "1" / "metrics.json").write_text(json.dumps({**metrics, "val/loss": None}))
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="corrupted"):
         found, notes = survey([tmp_path / "0", tmp_path / "1"])
-    assert not found and "no checkpoints" in notes[0] and "diverged" in notes[1]
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(UsageError, match="needs two finished runs, got 0"):
+    assert not found and "no intact checkpoint" in notes[0] and "diverged" in notes[1]
+    with (
+        pytest.warns(UserWarning, match="corrupted"),
+        pytest.raises(UsageError, match="needs two finished runs, got 0"),
+    ):
         compared(sweep, tmp_path / "out", runs=str(tmp_path))
 
 

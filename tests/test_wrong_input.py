@@ -126,6 +126,9 @@ def test_a_setting_of_a_resumed_run_is_given_anew(tmp_path):
     # A run goes on in its own folder, and the last of two settings that exclude each other counts.
     refused(lambda: expand_resume([f"resume={literal(tmp_path)}", "hydra.run.dir=elsewhere"]), "hydra.run.dir")
     check_overrides("train", ["trainer.val_check_interval=3", "trainer.val_check_interval=null", "validate_every=2"])
+    for words in (["analytic=mixture", "n=5"], ["run=x", "analytic_steps=[5,10]"]):
+        refused(lambda words=words: check_overrides("evaluate", words), "analytic=")
+    check_overrides("evaluate", ["analytic=gaussian", "analytic_steps=[5]", "seed=1", "hydra.run.dir=x"])
     again = choose_none(["callbacks=quality", "conditioning=class", "seed=1", "callbacks=null", "conditioning=null"])
     assert again == ["seed=1", "callbacks=none"]
 
