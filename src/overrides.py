@@ -108,7 +108,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             "(trainer.val_check_interval=null takes that one back)"
         )
     if config_name == "evaluate":
-        _check_evaluation({name for name in names if name.split("/")[0].split(".")[0] != "hydra"})
+        given_names = {name for name in names if name.split("/")[0].split(".")[0] != "hydra"}
+        _check_evaluation(given_names - {"analytic", "seed", "run", "ckpt"}, bool(final.get("analytic")))
     for override in parsed:
         name = override.key_or_group
         if name not in groups and not name.startswith("hydra") and not override.is_delete():
@@ -120,12 +121,12 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
             raise UsageError(f"{name} has no default: add {name}=...")
 
 
-def _check_evaluation(names: Set[str]) -> None:
+def _check_evaluation(names: Set[str], analytic: bool) -> None:
     """Raise UsageError for a setting that is given and that only the evaluation of a run, or of samplers, reads."""
-    of_samplers = {name for name in names if name.split(".")[0].startswith("analytic")}
-    if "analytic" in names and (others := sorted(names - of_samplers - {"seed", "run", "ckpt"})):
+    of_samplers = {name for name in names if name.startswith("analytic")}
+    if analytic and (others := sorted(names - of_samplers)):
         raise UsageError(f"{others[0]} is not read with analytic=...; leave it out, or give run=FOLDER instead")
-    if of_samplers and "analytic" not in names:
+    if of_samplers and not analytic:
         raise UsageError(f"{min(of_samplers)} is read with analytic=... alone; leave it out, or add analytic=mixture")
 
 
