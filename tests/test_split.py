@@ -200,7 +200,7 @@ def test_a_resumed_run_says_what_changed_in_its_data(tmp_path):
             start()
         (line,) = [str(w.message) for w in said if "data changed" in str(w.message)]
         assert "\n" not in line
-        for part in ("24 samples then and 24 now", f"1 added ({new})", "1 removed", f"1 changed ({names[5]})"):
+        for part in ("24 samples then, 24 now", f"1 added ({new})", "1 removed", f"1 changed ({names[5]})"):
             assert part in line
         assert "1 of the added held out, no other changes sides" in line
 
