@@ -119,8 +119,10 @@ def _step_of(path: Path, written: int, size: int) -> float:
                 return math.inf
             operations = pickletools.genops(archive.read(part))
             if any(argument == "global_step" for _, argument, _ in operations):
-                numbers = (value for code, value, _ in operations if code.name.startswith(("BININT", "LONG")))
-                return float(next(numbers) or 0)
+                numbers = (
+                    value for code, value, _ in operations if code.name in ("BININT", "BININT1", "BININT2", "LONG1")
+                )
+                return float(next(numbers, None) or 0)
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
         return math.inf
     return math.inf

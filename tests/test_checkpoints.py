@@ -92,6 +92,9 @@ def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
         for age, step in enumerate(order):
             os.utime(paths[step], ns=(age * 10**9, age * 10**9))
         assert by_age(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
+    for broken in ({"global_step": "none"}, {"state": torch.ones(2)}):  # of others: no step is no error
+        torch.save(broken, checkpoints / "other.ckpt")
+        assert {*by_age(run)} == {*paths.values(), checkpoints / "other.ckpt"}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):
