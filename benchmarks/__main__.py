@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from src.provenance import code_version, device_name
+from src.training.provenance import code_version, device_name
 
 PEERS = ["--peers", "diffusers", "diffusers, tuned by hand", "lucidrains", "smalldiffusion"]
 PACKAGES = ("torch", "lightning", "diffusers", "denoising-diffusion-pytorch", "smalldiffusion")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.memory import keep_freed_memory
 from src.models.winograd import num_tiles, winograd
-from src.tables import table
+from src.training.memory import keep_freed_memory
+from src.viz.tables import table
 
 SHAPES = [  # (batch, channels in, out, height and width)
     *((16, c, c, 32) for c in (32, 48, 64, 96, 128)),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from src.data.batch import InMemory, Labels, Source
+from src.data.sources import InMemory, Labels, Source
 
 COUNT = 10_000
 FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10")

@@ -32,12 +32,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training import RANDOM_IMAGES, now
-from src import building, out_of_memory, runs
-from src.checkpoints import read_checkpoint
-from src.memory import gib
-from src.module import DiffusionModule
-from src.ranks import end_with_parent, fresh_folder
-from src.trust import CONF
+from src.config.overrides import CONF
+from src.distributed.ranks import end_with_parent, fresh_folder
+from src.runs import components, out_of_memory
+from src.runs.build import build
+from src.runs.open import open_run, speed_up
+from src.training.checkpoints import read_checkpoint
+from src.training.memory import gib
+from src.training.module import DiffusionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAKS = {
@@ -182,7 +184,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
     if row.name == REFERENCE:
         torch.backends.cudnn.allow_tf32 = False  # that of convolutions; that of matrices is off as it is
     cfg = compose("train", settings)
-    run = runs.build(cfg)
+    run = build(cfg)
     if row.does == "overflow":  # at scales 2^40 and 2^28, and no more at the usual 2^16
         scaler = torch.amp.GradScaler(device, init_scale=2.0**40, backoff_factor=2.0**-12)
         run.trainer.strategy.precision_plugin = MixedPrecision("16-mixed", device, scaler)
@@ -206,7 +208,9 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
         return figures
     return figures | {
         "images_per_second": cfg.data.batch_size / statistics.median(watch.seconds),
-        "flops_per_image": flops_per_image(building.hollow_network(cfg, run.module.process.outputs), run.module.shape),
+        "flops_per_image": flops_per_image(
+            components.hollow_network(cfg, run.module.process.outputs), run.module.shape
+        ),
         "devices": run.trainer.world_size,
         "peak": statistics.median(watch.peaks) if watch.peaks else None,
         "estimate": sum(out_of_memory.step_memory(cfg, run)),
@@ -223,14 +227,14 @@ def flops_per_image(net: nn.Module, shape: Sequence[int]) -> int:
 
 def sample(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
     """Open a run as `src.sample` does and draw by DDIM, in float32 and in bf16."""
-    opened = runs.open_run(str(run_folder(folder, row.source)), trust=True)
+    opened = open_run(str(run_folder(folder, row.source)), trust=True)
     module = opened.module.to(device)
-    sampler = building.build_sampler(
+    sampler = components.build_sampler(
         compose("sample", ["sampler=ddim", f"sampler.steps={scale.sampling_steps}"]).sampler
     )
     speeds, apart = {}, {}
     for name in ("32-true", "bf16-mixed"):
-        runs.speed_up(opened, name, None)
+        speed_up(opened, name, None)
         images = []
         for count in scale.batches:
             for _ in module.sample(range(count), 0, sampler._replace(steps=2)):

@@ -16,8 +16,8 @@ import lightning as L
 import torch
 
 from benchmarks.training import WORKLOADS, Clock, compose, now, since
-from src import runs
-from src.callbacks import NonFiniteGuard
+from src.runs.build import build
+from src.training.callbacks.nan_guard import NonFiniteGuard
 
 
 class WithAndWithout(L.Callback):
@@ -45,7 +45,7 @@ class WithAndWithout(L.Callback):
             if is_guarded:
                 self._blind.enter_context(patch.object(guard, "on_train_batch_end", lambda *_: None))
                 # Nor does the optimizer's step look whether the norm is finite.
-                self._blind.enter_context(patch("src.module.skip_unless", take_every_step))
+                self._blind.enter_context(patch("src.training.optim.skip_unless", take_every_step))
             else:
                 self._blind.close()
 
@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         steps = 2 * args.rounds * (args.warmup + args.steps)
-        run = runs.build(compose(args.model, steps, "32-true", Path(folder) / "run"))
+        run = build(compose(args.model, steps, "32-true", Path(folder) / "run"))
         turns = WithAndWithout(args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         run.trainer.fit(run.module, datamodule=run.data)

@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import flops
 from benchmarks.training import BareLoop, compose, random_images, timed
-from src import runs
-from src.provenance import device_name
-from src.tables import table
+from src.runs.open import pick_device
+from src.training.provenance import device_name
+from src.viz.tables import table
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--steps", type=int, default=3, help="that are profiled; as many are not, before")
     args = parser.parse_args()
-    device = runs.pick_device(args.device)
+    device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         more = [f"data.batch_size={args.batch}", f"compile={args.compile}"]
         cfg = compose(args.model, 1, args.precision, Path(folder) / "run", more)

@@ -15,12 +15,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.training import compose
-from src import building, runs
-from src.provenance import device_name
-from src.quality import seconds_of_call
-from src.speed import PRECISIONS, compiled
-from src.tables import table
-from src.trust import CONF
+from src.config.overrides import CONF
+from src.evaluation.quality import seconds_of_call
+from src.runs import components
+from src.runs.build import build, close
+from src.runs.open import pick_device
+from src.training.compile import PRECISIONS, compiled
+from src.training.provenance import device_name
+from src.viz.tables import table
 
 
 def main() -> None:
@@ -34,10 +36,10 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m", "dpmpp_2m_sde"])
     parser.add_argument("--ways", nargs="+", default=["32-true", "bf16-mixed", "bf16-mixed compiled"])
     args = parser.parse_args()
-    device = runs.pick_device(args.device)
+    device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        run = runs.build(compose(args.model, 1, "32-true", Path(folder) / "run"))
-        runs.close(run)
+        run = build(compose(args.model, 1, "32-true", Path(folder) / "run"))
+        close(run)
     module = run.module.to(device).eval()
     for p in module.parameters():
         p.data += 0.02 * torch.randn_like(p)
@@ -45,7 +47,7 @@ def main() -> None:
     for way, name in itertools.product(args.ways, args.samplers):
         cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
         assert isinstance(cfg, DictConfig)
-        sampler = building.build_sampler(cfg)._replace(steps=args.steps)
+        sampler = components.build_sampler(cfg)._replace(steps=args.steps)
         precision, *compilation = way.split()
         module.sampling_dtype = PRECISIONS[precision]
         module.compiled_sampling = compiled(module.net, bool(compilation))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.models.winograd import Conv3x3
-from src.speed import compiled
+from src.training.compile import compiled
 
 
 class Work(NamedTuple):

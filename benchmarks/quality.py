@@ -31,14 +31,16 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, Contender, as_large_as
 from benchmarks.training import OURS, compose_train
-from src import plots, runs
-from src.data.batch import StreamDataModule
+from src.data.module import StreamDataModule
+from src.distributed.processes import Processes
+from src.evaluation.quality import Settings, Yardstick
 from src.metrics.figures import Figure
-from src.processes import Processes
-from src.provenance import code_version
-from src.quality import Settings, Yardstick
-from src.tables import interval, stem
-from src.tables import table as markdown_table
+from src.runs.build import build
+from src.runs.open import open_run
+from src.training.provenance import code_version
+from src.viz import images
+from src.viz.tables import interval, stem
+from src.viz.tables import table as markdown_table
 
 RECIPES = {
     "digits": ["experiment=digits"],
@@ -89,7 +91,7 @@ def train_ours(recipe: Sequence[str], seed: int, budget: float, folder: Path) ->
 
     def fit(name: str, steps: int, clock: Clocked) -> tuple[Path, float]:
         more = [f"seed={seed}", f"trainer.max_steps={steps}", f"validate_every={steps}", f"checkpoint_every={steps}"]
-        run = runs.build(compose_train([*recipe, *more], folder / name))
+        run = build(compose_train([*recipe, *more], folder / name))
         run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
         run.data.setup()
         began = time.process_time()
@@ -147,27 +149,27 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     n, calls = SAMPLES[data_name]
     calls = args.calls or calls
     cfg = compose_train(recipe, folder / "unused")
-    data = runs.build(cfg).data
+    data = build(cfg).data
     data.setup()
     assert data.source is not None
     if name == FLOOR:
         return {"figures": named(measured_by(data, n, args.seed).floor())}
     if name == OURS:
         where, spent, steps = train_ours(recipe, args.seed, budget, folder)
-        module = runs.open_run(str(where), trust=True).module  # of data that conf/ does not name
+        module = open_run(str(where), trust=True).module  # of data that conf/ does not name
         calls, net = module.network_calls(module.sampler), module.net
         began = time.process_time()
         parts = [list(module.sample(range(k, min(k + 200, n)), args.seed))[-1] for k in range(0, n, 200)]
     else:
-        images = data.source.fetch(data.train_indices)
-        contender, spent, steps = train_peer(name, cfg, images, budget)
+        real = data.source.fetch(data.train_indices)
+        contender, spent, steps = train_peer(name, cfg, real, budget)
         assert contender.sample is not None
         net, began = contender.net, time.process_time()
         parts = [contender.sample(min(200, n - k), calls) for k in range(0, n, 200)]
     sampling = time.process_time() - began
     yardstick = measured_by(data, n, args.seed)
     drawn = yardstick.draw(Given(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
-    plots.draw(drawn.first[:64]).save(folder / "grid.png")
+    images.draw(drawn.first[:64]).save(folder / "grid.png")
     (measured,) = yardstick.measure([drawn], lambda batches: batches)
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
     return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.figures)}

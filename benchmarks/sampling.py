@@ -21,13 +21,15 @@ from torch import Tensor, nn
 
 from benchmarks.quality import Given
 from benchmarks.training import compose_train
-from src import building, runs
-from src.module import DiffusionModule, Sampler
-from src.processes import Processes
-from src.quality import Settings, Yardstick
-from src.tables import interval, stem
-from src.tables import table as markdown_table
-from src.trust import CONF
+from src.config.overrides import CONF
+from src.distributed.processes import Processes
+from src.evaluation.quality import Settings, Yardstick
+from src.runs import components
+from src.runs.build import build
+from src.runs.open import open_run
+from src.training.module import DiffusionModule, Sampler
+from src.viz.tables import interval, stem
+from src.viz.tables import table as markdown_table
 
 SAMPLERS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
 
@@ -75,7 +77,7 @@ class OurNet(nn.Module):
 def ours(module: DiffusionModule, name: str, steps: int) -> Way:
     cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
     assert isinstance(cfg, DictConfig)
-    sampler: Sampler = building.build_sampler(cfg)._replace(steps=steps)
+    sampler: Sampler = components.build_sampler(cfg)._replace(steps=steps)
 
     def draw(numbers: range) -> Tensor:
         *_, x = module.sample(numbers, 0, sampler)
@@ -152,9 +154,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         if args.run is None:
-            run = runs.build(compose_train(["experiment=digits", "logger=none"], Path(folder) / "run"))
+            run = build(compose_train(["experiment=digits", "logger=none"], Path(folder) / "run"))
             run.trainer.fit(run.module, datamodule=run.data)
-        opened = runs.open_run(args.run or str(Path(folder) / "run"))
+        opened = open_run(args.run or str(Path(folder) / "run"))
     module, data = opened.module.eval(), opened.data
     betas: Tensor = module.schedule.betas  # type: ignore[attr-defined]
     net = Watched(module.net, module.schedule.num_steps)

@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.training import compose_train
-from src import runs
-from src.tables import table
+from src.runs.build import build
+from src.viz.tables import table
 
 PARTS = {
     "data": r"train_dataloader_next$|batch_to_device$",
@@ -55,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        run = runs.build(compose_train(args.arguments, Path(folder) / "run"))
+        run = build(compose_train(args.arguments, Path(folder) / "run"))
         if (device := run.trainer.strategy.root_device.type) != "cpu":
             raise SystemExit(f"on {device} the profiler times launches, not work: add trainer.accelerator=cpu")
         profiler = SimpleProfiler()

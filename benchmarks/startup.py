@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from src.tables import table
+from src.viz.tables import table
 
 
 class FirstStep(L.Callback):

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
-from src import resolvers, runs  # noqa: F401 - conf/ needs what the first registers
-from src.data.batch import InMemory, Source
-from src.memory import is_out_of_memory
-from src.module import DiffusionModule
-from src.provenance import device_name
-from src.speed import compiled
-from src.tables import table as markdown_table
-from src.trust import CONF
+from src.config.overrides import CONF
+from src.data.sources import InMemory, Source
+from src.errors import is_out_of_memory
+from src.runs.build import build
+from src.training.compile import compiled
+from src.training.module import DiffusionModule
+from src.training.provenance import device_name
+from src.viz.tables import table as markdown_table
 
 RANDOM_IMAGES = [
     "data.source._target_=benchmarks.training.random_images",
@@ -303,7 +303,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         num_steps = 1 + args.rounds * (args.warmup + args.steps)
         cfg = compose(args.model, num_steps, args.precision, Path(folder) / "run", more)
-        run = runs.build(cfg)
+        run = build(cfg)
         turns = TakeTurns(cfg, args.peers, args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar is a part of the loop

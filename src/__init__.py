@@ -37,6 +37,6 @@ if sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m`, 
     _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
     if _module.partition(".")[0] == __name__:  # not a package of the user's that imports this one
         _check_command(_module)
-        from src.ranks import end_on_ctrl_c
+        from src.distributed.ranks import end_on_ctrl_c
 
         end_on_ctrl_c()

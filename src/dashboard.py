@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from src.cli import launch
+from src.config.cli import launch
 from src.errors import UsageError, sentence, usage_errors
 
 if TYPE_CHECKING:

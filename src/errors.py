@@ -1,11 +1,21 @@
-"""What the user asked for and cannot be had: said in one line, which names the remedy."""
+"""Errors for users: one line that names the setting, the rule and the fix."""
 
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, of a device or of the machine."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"]
+    signs.append("could not create a primitive")  # oneDNN, on a CPU
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class UsageError(CompactHydraException):
@@ -37,7 +47,7 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        from src.memory import is_out_of_memory
+        from src.errors import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -48,7 +58,7 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
 @contextmanager
 def data_errors() -> Iterator[None]:
     """Within this, data that cannot be read any more end in one line."""
-    from src.data.unreadable import DataReadError
+    from src.errors import DataReadError
 
     try:
         yield
@@ -64,3 +74,18 @@ def sentence(error: BaseException) -> str:
     """The first sentence of an error, without its final stop."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
+
+
+class DataReadError(ValueError):
+    """A sample, of the file or with the number `name`, cannot be read; the message is one line.
+
+    `everywhere` says that it is raised in all processes at the same turn.
+    """
+
+    def __init__(self, message: str, name: str = "", everywhere: bool = False) -> None:
+        super().__init__(message, name, everywhere)  # with which it is made again, in another process
+        self.name = name
+        self.everywhere = everywhere
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.arguments import check_counts, check_names, check_seeds
-from src.checkpoints import find_checkpoint
-from src.cli import launch
+from src.config.arguments import check_counts, check_names, check_seeds
+from src.config.cli import launch
+from src.config.output import begin
+from src.config.overrides import CONF, config_groups, nearest
+from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
-from src.output import begin
-from src.overrides import config_groups, nearest, typed
-from src.ranks import rank
-from src.tables import duration, markdown, stem
-from src.trust import CONF
+from src.quoting import typed
+from src.runs.checkpoints import find_checkpoint
+from src.viz.tables import duration, markdown, stem
 
 if TYPE_CHECKING:
     import torch
 
-    from src.alignment import Exam, Settings
-    from src.evaluation import Bound
+    from src.distributed.processes import Processes
+    from src.evaluation.alignment import Exam, Settings
+    from src.evaluation.likelihood import Bound
+    from src.evaluation.quality import Drawn, Measured, Yardstick
     from src.metrics.figures import Figure
-    from src.module import Sampler
-    from src.processes import Processes
-    from src.quality import Drawn, Measured, Yardstick
-    from src.runs import OpenedRun
+    from src.runs.open import OpenedRun
+    from src.training.module import Sampler
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if cfg.analytic and rank() > 0:
         return {}
     metrics = against_the_exact(cfg, folder) if cfg.analytic else of_run(cfg, folder)
-    from src.runs import write_json
+    from src.viz.tables import write_json
 
     if rank() == 0:
         write_json(folder / "metrics.json", metrics)
@@ -54,7 +54,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The likelihood of held-out data, and the quality and alignment of samples: a table, plots and pictures."""
-    from src import building, out_of_memory, runs
+    from src.runs import components, out_of_memory
+    from src.runs.open import open_run, pick_device, sampler_of, speed_up
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
@@ -66,28 +67,28 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
         if not cfg.ode_tolerance > 0:
             raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive: 1e-5 is usual")
-        from src.evaluation import check_halves, check_reverse_variance
+        from src.evaluation.likelihood import check_halves, check_reverse_variance
 
         check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
             raise ValueError(
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
             )
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
-        runs.speed_up(opened, cfg.precision, cfg.compile)
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
+        speed_up(opened, cfg.precision, cfg.compile)
         samplers = {}
         own = opened.config.sampler
         for asked in samplers_of(cfg) or [None]:
-            settings = building.named_sampler(asked, own) if asked else building.sampler_settings(cfg.sampler, own)
-            sampler = runs.sampler_of(opened, settings, cfg.guidance)
+            settings = components.named_sampler(asked, own) if asked else components.sampler_settings(cfg.sampler, own)
+            sampler = sampler_of(opened, settings, cfg.guidance)
             scale = sampler.guidance.scale
             samplers[sampler_name(settings) + (f" guidance {scale:g}" if scale != 1 else "")] = sampler
         if rank() == 0:  # the others come after it
             opened.data.prepare_data()
             opened.data.setup()
-        from src.processes import start_processes
+        from src.distributed.processes import start_processes
 
-        processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
         if cfg.likelihood:
             count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
@@ -143,8 +144,8 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     """The variational bound of held-out data in bits/dim, its terms, and the flow's likelihood if asked for."""
     import torch
 
-    from src import plots
-    from src.evaluation import flow_bits
+    from src.evaluation.likelihood import flow_bits
+    from src.viz import charts
 
     module = opened.module
     count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
@@ -172,7 +173,7 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
         return metrics
     rows = [module.schedule.row(t) for t in range(module.schedule.num_steps)]
     log_snr = torch.stack([row.snr.log() for row in rows])
-    plots.bound_curves(result.links, result.mse, log_snr).save(folder / "bound.png")
+    charts.bound_curves(result.links, result.mse, log_snr).save(folder / "bound.png")
     steps = module.schedule.num_steps
     how = "at most" if cfg.links is None else f"by an estimate from {cfg.links} of {steps} links"
     print(
@@ -186,11 +187,11 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
 
 def yardstick_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Yardstick":
     """What samples are measured with."""
-    from src import building
-    from src.quality import FEW, Settings, Yardstick
+    from src.evaluation.quality import FEW, Settings, Yardstick
+    from src.runs import components
 
     settings = Settings(
-        building.names_of(cfg.features),
+        components.names_of(cfg.features),
         cfg.n,
         cfg.seed,
         cfg.batch_size,
@@ -222,7 +223,7 @@ def quality(
     """The figures of samples by every sampler, beside the floor, with plots and pictures."""
     from tqdm import tqdm
 
-    from src.quality import seconds_of_call
+    from src.evaluation.quality import seconds_of_call
 
     module = opened.module
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
@@ -280,7 +281,7 @@ def leave_pictures(
     floor: Mapping[str, "Figure"],
 ) -> None:
     """Samples of each sampler from the same noise, their nearest training samples, classes, quality against cost."""
-    from src import plots
+    from src.viz import charts, images
 
     data = yardstick.data
     shown = 12
@@ -288,15 +289,15 @@ def leave_pictures(
     if real.ndim == 4:
         rows = [*(d.first[:shown] for d in drawn.values()), real]
         count = min(map(len, rows))
-        plots.labelled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
+        images.labelled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
         first, nearest = next(iter(drawn.values())).first, measured[0].neighbours
         closest = nearest.distances.argsort()[:shown]
         pairs = [first[closest], yardstick.training_samples(nearest.numbers[closest])]
-        plots.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
+        images.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
     else:
         held_out_points = data.to_display(data.examples(2000))
-        clouds = [plots.captioned(plots.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
-        plots.side_by_side(clouds, gap=8).save(folder / "samples.png")
+        clouds = [images.captioned(charts.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
+        images.side_by_side(clouds, gap=8).save(folder / "samples.png")
     classes = {"real data": yardstick.reference} | {name: d.collected for name, d in drawn.items()}
     seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
     if seen and data.source and data.source.labels:
@@ -304,7 +305,7 @@ def leave_pictures(
         shares = {
             name: p.argmax(1).bincount(minlength=len(names)) / len(p) for name, p in seen.items() if p is not None
         }
-        plots.class_shares(names, shares).save(folder / "classes.png")
+        charts.class_shares(names, shares).save(folder / "classes.png")
     if len(drawn) > 1:
         floors = {stem(name): figure for name, figure in floor.items()}  # of as many, or of as many as there are
         titles = [name for name in measured[0].figures if name.startswith(SHOWN) and stem(name) in floors][:3]
@@ -312,13 +313,13 @@ def leave_pictures(
         for (name, d), m in zip(drawn.items(), measured, strict=True):
             steps = f" {samplers[name].steps}"
             curves.setdefault(name.replace(steps, "", 1), []).append((d.calls, [m.figures[t] for t in titles]))
-        picture = plots.quality_against_cost(titles, curves, [floors[stem(title)] for title in titles])
+        picture = charts.quality_against_cost(titles, curves, [floors[stem(title)] for title in titles])
         picture.save(folder / "quality.png")
 
 
 def alignment_settings(cfg: DictConfig) -> "Settings":
     """How alignment is measured."""
-    from src.alignment import Settings
+    from src.evaluation.alignment import Settings
 
     own = cfg.alignment
     scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
@@ -329,7 +330,7 @@ def exam_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Ex
     """What samples are asked to be, if that is to be measured and can be."""
     if not cfg.alignment.enabled or opened.data.condition is None:
         return None
-    from src import alignment
+    from src.evaluation import alignment
 
     with usage_errors():
         exam = alignment.exam_of(
@@ -355,9 +356,9 @@ def alignment(
     """How often samples show what they were asked to, and how much they vary, over scales of guidance."""
     from tqdm import tqdm
 
-    from src import plots
-    from src.alignment import at_scale, best, curves, draw_and_judge, right_of, scales_of
-    from src.quality import seconds_of_call
+    from src.evaluation.alignment import at_scale, best, curves, draw_and_judge, right_of, scales_of
+    from src.evaluation.quality import seconds_of_call
+    from src.viz import charts, images
 
     module = opened.module
     settings = alignment_settings(cfg)
@@ -392,9 +393,9 @@ def alignment(
     if processes.rank > 0:
         return {}
     found, scale = asked.found, best(asked.found)
-    plots.alignment_against_diversity(curves(found), right_of(exam.own).value).save(folder / "alignment.png")
+    charts.alignment_against_diversity(curves(found), right_of(exam.own).value).save(folder / "alignment.png")
     titles, rows = zip(*asked.shown[scale], strict=True)
-    plots.captioned(plots.rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
+    images.captioned(images.rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
     return {
         "alignment": {
             "sampler": name,
@@ -423,7 +424,7 @@ def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, pro
     """The bound of held-out samples, batch by batch, each process a share of these."""
     import torch
 
-    from src.evaluation import Bound, Errors, bounds
+    from src.evaluation.likelihood import Bound, Errors, bounds
 
     mine = processes.share(batches)
 
@@ -465,9 +466,10 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         hint = nearest(cfg.analytic_schedule, names) or f": choose from {', '.join(names)}"
         raise UsageError(f"unknown analytic_schedule '{cfg.analytic_schedule}'{hint}")
 
-    from src import building, plots
-    from src.arguments import check_arguments
+    from src.config.arguments import check_arguments
     from src.diffusion.noise import Spacing
+    from src.runs import components
+    from src.viz import charts
 
     with usage_errors():
         if not cfg.analytic_steps or min(cfg.analytic_steps) < 2 or cfg.analytic_samples < 10:
@@ -477,11 +479,11 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             )
         check_arguments(cfg.analytic, "analytic")
         check_seeds(cfg)
-        data = building.make(cfg.analytic)
+        data = components.make(cfg.analytic)
         node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
         assert isinstance(node, DictConfig)
-        schedule = building.build_schedule(node.get("schedule", node), 1.0, False)
-        spacings: list[Any] = building.names_of(cfg.analytic_spacing) or [None]
+        schedule = components.build_schedule(node.get("schedule", node), 1.0, False)
+        spacings: list[Any] = components.names_of(cfg.analytic_spacing) or [None]
         if unknown := set(spacings) - {None, *get_args(Spacing)}:
             raise ValueError(
                 f"analytic_spacing={','.join(map(str, unknown))} must be one or a list of "
@@ -493,13 +495,13 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 continue
             settings = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
             assert isinstance(settings, DictConfig)
-            sampler = building.build_sampler(settings)
+            sampler = components.build_sampler(settings)
             for spacing in spacings:
                 samplers[f"{name} {spacing}" if len(spacings) > 1 else name] = (
                     sampler if spacing is None else sampler._replace(spacing=spacing)
                 )
 
-    from src.evaluation import compare_samplers
+    from src.evaluation.sampler_accuracy import compare_samplers
 
     steps = list(cfg.analytic_steps)
     results, chance = compare_samplers(
@@ -518,7 +520,7 @@ def against_the_exact(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     ]
     begin(folder)
     (folder / "samplers.txt").write_text("\n".join(lines) + "\n")
-    plots.sampler_errors({name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}, chance).save(
+    charts.sampler_errors({name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}, chance).save(
         folder / "samplers.png"
     )
     print("\n".join(lines))

@@ -4,21 +4,23 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from src.checkpoints import find_checkpoint, shareable, write_exported
-from src.cli import launch
+from src.config.cli import launch
+from src.config.output import begin
 from src.errors import usage_errors
-from src.output import begin
-from src.overrides import command, typed
+from src.quoting import command, typed
+from src.runs.checkpoints import find_checkpoint
+from src.training.checkpoints import shareable, write_exported
 
 
 def export(cfg: DictConfig) -> Path:
     """Write `model.safetensors` into the output folder: the weights, and what others need of the configuration."""
-    from src import building, runs
+    from src.runs import components
+    from src.runs.open import open_run
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
-        config, left_out = shareable(building.plain(opened.config))
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
+        config, left_out = shareable(components.plain(opened.config))
     path = begin(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), cfg.ema, config)
     print(f"{opened.checkpoint} as one file to share: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.arguments import check_counts, check_seeds
-from src.checkpoints import find_checkpoint
-from src.cli import launch
+from src.config.arguments import check_counts, check_seeds
+from src.config.cli import launch
+from src.config.output import begin
 from src.errors import memory_errors, usage_errors
-from src.output import begin
-from src.overrides import typed
+from src.quoting import typed
+from src.runs.checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,16 +29,17 @@ def sample(cfg: DictConfig) -> Path:
     Sample k depends on (seed, k) and what it is asked to be alone: not on `n`, `batch_size` or `devices`. (A GPU draws
     other noise than a CPU.) What is asked for, in `cond`, is spread evenly over the samples.
     """
-    from src import building, out_of_memory, runs
+    from src.runs import components, out_of_memory
+    from src.runs.open import open_run, pick_device, sampler_of, speed_up
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         check_counts(cfg, "n", "batch_size", "sampler.steps")
         check_seeds(cfg)
-        opened = runs.open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
-        runs.speed_up(opened, cfg.precision, cfg.compile)
-        settings = building.sampler_settings(cfg.sampler, opened.config.sampler)
-        sampler = runs.sampler_of(opened, settings, cfg.guidance)
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
+        speed_up(opened, cfg.precision, cfg.compile)
+        settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
+        sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         things = wanted(condition, cfg.cond, cfg.negative)
         if cfg.cond is not None and cfg.n < len(things):
@@ -57,14 +58,14 @@ def sample(cfg: DictConfig) -> Path:
             )
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
-        from src.processes import start_processes
+        from src.distributed.processes import start_processes
 
-        processes = start_processes(runs.pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
 
     import torch
     from tqdm import tqdm
 
-    from src import plots
+    from src.viz import images
 
     folder = begin(Path(cfg.run_dir))
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
@@ -90,7 +91,7 @@ def sample(cfg: DictConfig) -> Path:
                     if cfg.gif and indices.start == 0:
                         film.append(show(x[:8] if x.ndim == 4 else x).cpu())
                 if film:
-                    plots.save_gif(film, folder / "film.gif")
+                    images.save_gif(film, folder / "film.gif")
                 drawn = show(x).cpu()
             gathered = processes.gather(drawn)
             if processes.rank == 0:  # who writes them
@@ -101,7 +102,7 @@ def sample(cfg: DictConfig) -> Path:
     write_samples(folder, samples, opened.data.columns)
     shown = samples[:256] if samples.ndim == 4 else samples
     titles = [condition.title(things[place]) for place in places] if condition else []
-    plots.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
+    images.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if titles:
         lines = [each if isinstance(each, str) else condition.title(each) for each in things] if condition else []
         (folder / "asked.txt").write_text("".join(f"{lines[place]}\n" for place in places), encoding="utf-8")

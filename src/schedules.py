@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.cli import launch
+from src.config.cli import launch
+from src.config.output import begin
+from src.config.overrides import CONF, config_groups, nearest
 from src.errors import UsageError, usage_errors
-from src.output import begin
-from src.overrides import config_groups, nearest
-from src.trust import CONF
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +31,11 @@ def show_schedules(cfg: DictConfig) -> Path:
     import torch
     from hydra.utils import instantiate
 
-    from src import plots
-    from src.arguments import check_arguments, check_counts, check_seeds
-    from src.building import build_schedule
+    from src.config.arguments import check_arguments, check_counts, check_seeds
     from src.diffusion.noise import Level, terminal_alpha_bar
-    from src.draws import Draws
+    from src.rng import Draws
+    from src.runs.components import build_schedule
+    from src.viz import charts, images
 
     tables = {}
     with usage_errors():
@@ -70,12 +69,12 @@ def show_schedules(cfg: DictConfig) -> Path:
 
     folder = begin(Path(cfg.run_dir))
     (folder / "schedules.txt").write_text(table + "\n")
-    plots.schedule_curves(curves).save(folder / "schedules.png")
+    charts.schedule_curves(curves).save(folder / "schedules.png")
     # The same noise under every schedule: a row each, from clean data to the last step.
     eps = Draws(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
-    shown = [-1, *plots.evenly(cfg.num_steps, cfg.frames - 1)]
+    shown = [-1, *charts.evenly(cfg.num_steps, cfg.frames - 1)]
     strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
-    plots.labelled_rows([data.to_display(row) for row in strips], list(tables)).save(folder / "noising.png")
+    images.labelled_rows([data.to_display(row) for row in strips], list(tables)).save(folder / "noising.png")
     print(f"Look at {folder / 'schedules.png'} and {folder / 'noising.png'}")
     return folder
 

@@ -4,34 +4,34 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.checkpoints import by_age, is_whole, read_checkpoint
-from src.cli import launch
+from src.config.cli import launch
+from src.distributed.ranks import heard_by, rank
 from src.errors import UsageError, memory_errors, usage_errors
-from src.overrides import command, typed
-from src.ranks import heard_by, rank
-from src.resuming import take_up
+from src.quoting import command, typed
+from src.runs.resolve import take_up
+from src.training.checkpoints import by_age, is_whole, read_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
-    import torch
 
-    from src.runs import Run
+    from src.runs.build import Run
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train as configured, then leave pictures, curves and `metrics.json` in the run folder. Returns the metrics."""
-    from src import out_of_memory, runs
+    from src.runs import out_of_memory
+    from src.runs.build import build, close, start
 
     with usage_errors():
         if cfg.resume == "auto" and (metrics := take_up(cfg)):
             if rank() == 0:
                 print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics
-        run = runs.build(cfg)
+        run = build(cfg)
         if cfg.optimize not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
             raise ValueError(f"optimize={cfg.optimize} is no metric of this run: choose one of {', '.join(known)}")
         if run.trainer.limit_val_batches == 0 and is_optimized():
@@ -51,12 +51,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
                     "to go on"
                 )
             return metrics
-        runs.start(cfg, run)
+        start(cfg, run)
         if run.trainer.is_global_zero and not cfg.trainer.get("fast_dev_run"):
             record_data(run)
     announce(run)
-    from src.data.unreadable import DataReadError
-    from src.stopping import Interruption, let_children_end
+    from src.errors import DataReadError
+    from src.training.callbacks.graceful_shutdown import Interruption, let_children_end
 
     interruption = Interruption()
     try:
@@ -74,7 +74,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         raise UsageError(f"{error}; {how_to_go_on(run)}") from error
     finally:
         let_children_end()
-        runs.close(run)
+        close(run)
     if not math.isfinite(metrics.get("val/loss", 0)):
         precision = str(run.trainer.precision)
         finer = "" if precision in ("32-true", "64-true") else f" or set trainer.precision=32-true (it was {precision})"
@@ -86,7 +86,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
     """Train, save, validate, and leave what there is to look at. Raises UsageError if training was given up."""
-    from src import runs
+    from src.training.pictures import sample_trajectory, save_pictures
+    from src.viz import tables
 
     start = time.perf_counter()
     resume_from = run.resume_from and str(run.resume_from)
@@ -113,17 +114,19 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
             tried = f"Done: trainer.fast_dev_run tried {count(steps, 'step')}, {loss}"
             print(f"{tried}. No checkpoint and no metrics.json was written.")
         return metrics
-    film = draw_film(run, cfg.seed)
+    trajectory = sample_trajectory(run.trainer, run.module, run.data, cfg.seed)
     if run.trainer.is_global_zero:
-        from src.disk import when_there_is_room, without_room_go_on
+        from src.training.checkpoint_io import when_there_is_room, without_room_go_on
 
         with without_room_go_on(run.directory / "samples"):
-            leave_pictures(run, film, cfg.neighbours.samples, cfg.neighbours.among)
+            save_pictures(
+                run.directory, run.trainer, run.data, trajectory, cfg.neighbours.samples, cfg.neighbours.among
+            )
         if run.data.skip_unreadable:
             run.data.warn_of_skipped()
             metrics["unreadable_files"] = len(run.data.unreadable)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
-        when_there_is_room(lambda: runs.write_json(finished, metrics), finished)
+        when_there_is_room(lambda: tables.write_json(finished, metrics), finished)
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
         early = " (trainer.max_time is over)" if steps < run.trainer.max_steps and is_time_over(run.trainer) else ""
         print(f"Done: {count(steps, 'step')} in {took}{early}, {loss}. Look at:")
@@ -164,19 +167,10 @@ def is_time_over(trainer: "L.Trainer") -> bool:
     return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
 
 
-class Film(NamedTuple):
-    """What is drawn at the end of training."""
-
-    frames: "list[torch.Tensor]"
-    """The first few samples at each step, as they are shown."""
-    final: "torch.Tensor"
-    """All samples, as the network gives them."""
-
-
 def record_data(run: "Run") -> None:
     """Write down what data the run begins with, unless it has done so."""
     from src.data.split import RECORD
-    from src.disk import without_room_go_on
+    from src.training.checkpoint_io import without_room_go_on
 
     path = run.directory / RECORD
     if not path.exists():
@@ -198,50 +192,6 @@ def announce(run: "Run") -> None:
             f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}",
             flush=True,
         )
-
-
-def draw_film(run: "Run", seed: int) -> "Film":
-    """Samples from noise to data. All processes draw."""
-    show = run.data.to_display
-    count, shown = (64, 8) if len(run.module.shape) == 3 else (2000, 2000)
-    run.module.to(run.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    frames = []
-    for x in run.module.sample_together(count, seed):
-        frames.append(show(x[:shown]).cpu())
-    return Film(frames, x.cpu())
-
-
-def leave_pictures(run: "Run", film: "Film", neighbours: int, among: int) -> None:
-    """The final grid beside held-out data, the film of a few samples as strip and GIF, neighbours and the curves."""
-    from src import plots
-    from src.loggers import log_picture, log_table
-    from src.watching import nearest_training
-
-    show = run.data.to_display
-    final, titles = show(film.final), run.data.titles(len(film.final))
-    pictures = {
-        "samples/final": plots.draw(final, show(run.data.examples(len(final))), titles, run.data.columns),
-        "samples/film": plots.film_strip(film.frames),
-    }
-    if len(run.module.shape) == 3 and neighbours and among:
-        near, distances = nearest_training(run.data, film.final[:neighbours], among)
-        among = min(among, len(run.data.train_indices))
-        pictures["samples/neighbours"] = plots.neighbours(final[:neighbours], show(near), distances, among)
-        rows = [
-            [k, titles[k] if titles else "", plots.grid(final[k : k + 1]), plots.grid(show(near[k : k + 1])), d, among]
-            for k, d in enumerate(distances.tolist())
-        ]
-        columns = ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
-        log_table(run.trainer, "samples/table", columns, rows)
-    if curves := plots.loss_curves(sorted((run.directory / "logs").glob("version_*/metrics.csv"))):
-        pictures["curves"] = curves
-    (run.directory / "samples").mkdir(parents=True, exist_ok=True)
-    plots.save_gif(film.frames, run.directory / "samples" / "film.gif")
-    for name, picture in pictures.items():
-        picture.save(run.directory / f"{name}.png")
-        log_picture(run.trainer, name, picture)
-    if (table := run.directory / "loss_by_noise.csv").exists():  # loggers have the picture already
-        plots.loss_by_noise(table).save(table.with_suffix(".png"))
 
 
 def say_how_to_go_on(run: "Run") -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from src import resolvers  # noqa: F401 - conf/ needs what it registers
+from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
+from src.config.overrides import CONF
 from src.diffusion.noise import Level, NoiseSchedule, per_sample
-from src.trust import CONF
 
 # Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
 torch.set_num_threads(1)

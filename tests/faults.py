@@ -11,9 +11,9 @@ from threading import Timer
 import lightning as L
 import torch
 
-from src.checkpoints import is_whole
-from src.data.batch import TrainingStream
-from src.sharding import local
+from src.data.samplers import TrainingStream
+from src.distributed.sharding import local
+from src.training.checkpoints import is_whole
 
 
 class Poison(L.Callback):

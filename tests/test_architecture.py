@@ -1,18 +1,28 @@
-"""The dependency rule of the layers, held by walking every import."""
+"""The rules of the layers, checked by walking every import: one test per rule, which lists all offenders."""
 
 import ast
 import sys
 from pathlib import Path
 
-from tests.loops import for_each
-
 SRC = Path(__file__).parents[1] / "src"
-ENTRY_POINTS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
+FILES = sorted(SRC.rglob("*.py"))
+COMMANDS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
 STANDARD = set(sys.stdlib_module_names)
+FLOORS = (
+    {"errors", "rng", "cache", "quoting"},
+    {"diffusion", "models", "distributed", "viz"},
+    {"data", "metrics", "config", "interop"},
+    {"training"},
+    {"evaluation"},
+    {"runs"},
+    {"comparison"},
+    COMMANDS,
+)
+"""Folders and modules of src; each imports only from floors below its own. Docs: docs/design.md."""
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth of it, in full."""
+    """Return every module that a file imports, at any depth of it, in full, type-checking imports included."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -25,62 +35,87 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def foreign(path: Path) -> set[str]:
-    """The top-level packages outside the project and the standard library."""
+def third_party(path: Path) -> set[str]:
+    """Return the top-level packages outside the project and the standard library."""
     return {name.split(".")[0] for name in imports(path)} - STANDARD - {"src"}
 
 
-def own(path: Path) -> set[str]:
-    """The project's modules that a file imports."""
-    return {name for name in imports(path) if name.startswith("src.")}
+def room_of(path: Path) -> str:
+    """Return the folder or module of src that a file belongs to."""
+    return path.relative_to(SRC).with_suffix("").parts[0]
 
 
-FILES = sorted(SRC.rglob("*.py"))
+def rooms_imported(path: Path) -> set[str]:
+    """Return the other folders and modules of src that a file imports from."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("src.")} - {room_of(path)}
 
 
-def test_entry_points_are_found():
-    assert {"train", "sample", "schedules"} <= ENTRY_POINTS
+def offenders(rule: object) -> list[str]:
+    assert callable(rule)
+    return [f"{p.relative_to(SRC)}: {found}" for p in FILES if (found := rule(p))]
 
 
-@for_each("path", [f for f in FILES if f.parent.name in ("diffusion", "models")])
-def test_mathematics_and_networks_need_torch_alone(path):
-    assert foreign(path) <= {"torch"}
-    layer = path.parent.name
-    assert all(name.startswith(f"src.{layer}") for name in own(path)), own(path)
+def test_every_room_has_a_floor():
+    rooms = {room_of(p) for p in FILES} - {"__init__"}
+    assert rooms == set().union(*FLOORS)
 
 
-@for_each("path", [f for f in FILES if f.parent.name in ("data", "metrics")])
-def test_data_and_metrics_know_neither_mathematics_nor_networks(path):
-    assert not any(name.startswith(("src.diffusion", "src.models", "src.module", "src.runs")) for name in own(path))
+def test_imports_lead_to_lower_floors_only():
+    floor = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
+
+    def rule(path):
+        if path == SRC / "__init__.py":
+            return set()
+        return {room for room in rooms_imported(path) if floor[room] >= floor[room_of(path)]}
+
+    assert offenders(rule) == []
 
 
-def test_module_is_given_its_network_and_its_data():
-    assert not any(name.startswith("src.models") for name in own(SRC / "module.py"))
-    assert {n for n in own(SRC / "module.py") if n.startswith("src.data")} <= {
-        "src.data.batch",
-        "src.data.batch.Batch",
-        "src.data.batch.VALIDATION",
-    }
+def test_no_module_imports_itself_through_others():
+    graph = {}
+    for path in FILES:
+        name = ".".join(("src", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__")
+        graph[name] = imports(path)
+    graph = {name: (targets & set(graph)) - {name, "src"} for name, targets in graph.items()}
+    remaining = dict(graph)
+    while leaves := [name for name, targets in remaining.items() if not targets & set(remaining)]:
+        for name in leaves:
+            del remaining[name]
+    assert remaining == {}
 
 
-@for_each("path", FILES)
-def test_configuration_stays_at_the_edge(path):
-    edge = {"after_sweep", "arguments", "building", "checkpoints", "cli", "errors", "out_of_memory", "overrides"}
-    edge |= {"output", "resolvers", "resuming", "runs", *ENTRY_POINTS}
-    if path.parent == SRC and path.stem in edge:
-        return
-    assert not foreign(path) & {"hydra", "omegaconf"}
+def test_mathematics_and_networks_need_torch_only():
+    def rule(path):
+        return third_party(path) - {"torch"} if room_of(path) in ("diffusion", "models") else set()
+
+    assert offenders(rule) == []
 
 
-@for_each("path", FILES)
-def test_nothing_imports_an_entry_point(path):
-    entries = {f"src.{name}" for name in ENTRY_POINTS}
-    assert not own(path) & entries
+def test_hydra_appears_only_in_config_runs_and_commands():
+    def rule(path):
+        allowed = {"config", "runs", "comparison", "errors", "quoting", *COMMANDS}
+        return set() if room_of(path) in allowed else third_party(path) & {"hydra", "omegaconf"}
+
+    assert offenders(rule) == []
 
 
-@for_each("path", [f for f in FILES if f.parent != SRC])
-def test_nothing_below_the_commands_prints(path):
-    calls = [
-        n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and hasattr(n.func, "id")
-    ]
-    assert "print" not in calls
+def test_configuration_imports_no_torch_at_its_top():
+    def rule(path):
+        top = ast.parse(path.read_text()).body
+        names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
+        return {n for n in names if n.split(".")[0] in ("torch", "lightning")} if room_of(path) == "config" else set()
+
+    assert offenders(rule) == []
+
+
+def test_only_commands_and_their_launcher_print():
+    def rule(path):
+        calls = {
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and hasattr(n.func, "id")
+        }
+        return calls & {"print"} if path.parent != SRC and path != SRC / "config" / "cli.py" else set()
+
+    assert offenders(rule) == []

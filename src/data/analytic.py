@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.data.batch import Labels
+from src.data.sources import Labels
 
 
 class GaussianMixture:

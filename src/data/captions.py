@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from src.data.batch import Source
 from src.data.csv_files import read_table, some
 from src.data.images import by_image, find_images, folder_kinds, image_files
+from src.data.sources import Source
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 """Files in the images' folder that have their captions, as Hugging Face's ImageFolder reads them."""

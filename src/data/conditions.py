@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from src.data.batch import Source
 from src.data.csv_files import nearest
+from src.data.sources import Source
 
 
 class Condition(Protocol):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from src.data.batch import Labels
+from src.data.sources import Labels
 
 
 class Table(NamedTuple):

@@ -16,10 +16,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.batch import Given, InMemory, Labels, Source, StreamDataModule, to_signed, to_uint8
 from src.data.csv_files import kinds, read_table, some
-from src.data.unreadable import DataReadError, read
-from src.draws import Draws
+from src.data.module import StreamDataModule
+from src.data.sources import Given, InMemory, Labels, Source, to_signed, to_uint8
+from src.data.unreadable import read
+from src.errors import DataReadError
+from src.rng import Draws
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from src.data.analytic import GaussianMixture
-from src.data.batch import InMemory, Labels, Source, StreamDataModule
-from src.draws import key
+from src.data.module import StreamDataModule
+from src.data.sources import InMemory, Labels, Source
+from src.rng import key
 
 Distribution = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Labels]]
 

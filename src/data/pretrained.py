@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from src.data.batch import Source
+from src.cache import digest
+from src.data.sources import Source
 from src.data.store import Rows, Store
 from src.data.text import Texts, captions_of, clean, distinct, library, one_line, sample
-from src.draws import key
-from src.metrics.cache import digest
+from src.rng import key
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")

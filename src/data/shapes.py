@@ -16,9 +16,9 @@ from typing import Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
-from src.data.batch import Given, Labels, Source
 from src.data.csv_files import nearest
-from src.draws import key
+from src.data.sources import Given, Labels, Source
+from src.rng import key
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "cross"),

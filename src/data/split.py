@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from src.data.batch import Source
+    from src.data.sources import Source
 
 Hashes = npt.NDArray[np.uint64]
 

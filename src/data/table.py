@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from src.data.batch import Given, InMemory, Source, StreamDataModule
 from src.data.csv_files import Table, kinds, nearest, read_table, some
+from src.data.module import StreamDataModule
+from src.data.sources import Given, InMemory, Source
 
 
 class TableDataModule(StreamDataModule):

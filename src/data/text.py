@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.data.batch import Source
+from src.data.sources import Source
 
 PADDING, BEGIN, END = range(3)
 SPECIAL = 3

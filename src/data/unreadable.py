@@ -1,11 +1,14 @@
-"""Samples that cannot be read: files that are gone, damaged or on a server that does not answer."""
+"""Read files that may disappear or be damaged while a run trains."""
 
 import errno
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from src.errors import DataReadError
+
 T = TypeVar("T")
+
 
 TRANSIENT = {
     *(errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTUNREACH),
@@ -13,23 +16,9 @@ TRANSIENT = {
 }
 """Errors that network file systems get over."""
 
+
 WAITS = (0.1, 0.4, 1.6)
 """Seconds before a file is read once more, after an error of these."""
-
-
-class DataReadError(ValueError):
-    """A sample, of the file or with the number `name`, cannot be read; the message is one line.
-
-    `everywhere` says that it is raised in all processes at the same turn.
-    """
-
-    def __init__(self, message: str, name: str = "", everywhere: bool = False) -> None:
-        super().__init__(message, name, everywhere)  # with which it is made again, in another process
-        self.name = name
-        self.everywhere = everywhere
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 def read(name: str, read_once: Callable[[], T]) -> T:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.metrics.cache import Tensors, cached, digest
+from src.cache import Tensors, cached, digest
 from src.metrics.features import Features, check_images
 
 

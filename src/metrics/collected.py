@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.cache import Tensors, cached, digest
+from src.cache import Tensors, cached, digest
 from src.metrics.features import Extractor, Features
 from src.metrics.frechet import Moments
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.metrics.cache import digest
+from src.cache import digest
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.metrics.cache import Tensors, cached, digest
+from src.cache import Tensors, cached, digest
 from src.metrics.features import check_images
 
 SIDE, CELLS = 32, 16

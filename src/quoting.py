@@ -1,0 +1,63 @@
+"""Quote overrides and commands so that they can be pasted into a shell."""
+
+import os
+import re
+import shlex
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import ListConfig
+
+
+def typed(name: str, value: object) -> str:
+    """Return `name=value` as one word of a shell's command line, from which Hydra reads this very value.
+
+    A text stays a text, also one like `null` or `1e3`, and in one piece with its commas; a sequence becomes a list.
+    """
+    return shell_word(f"{name}={literal(value)}")
+
+
+def command(name: str, *words: str) -> str:
+    """Return the line that runs `src.<name>` with overrides that `typed` wrote, or that need no quotes."""
+    return " ".join([f"python -m src.{name}", *words])
+
+
+def literal(value: object) -> str:
+    """Return `value` in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | ListConfig):
+        return f"[{','.join(map(literal, value))}]"
+    text = str(value)
+    if re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII) and _read(text) == text:
+        return text
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes."""
+    return QuotedString(escaped(text), Quote.single).with_quotes()
+
+
+def escaped(text: str) -> str:
+    """Return `text` so that OmegaConf gives it back as it is, and looks nothing up in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def _read(text: str) -> object:
+    """Return the value that Hydra reads from an override `name=text`."""
+    return OverridesParser.create().parse_override(f"name={text}").value()
+
+
+def shell_word(text: str) -> str:
+    """Return `text` quoted for bash and zsh; on one line, whatever it holds."""
+    if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
+        return text
+    if not text.isprintable():
+        octal = "".join(
+            f"\\{byte:03o}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text)
+        )
+        return f"$'{octal}'"
+    return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'

@@ -1,0 +1,1 @@
+"""Resolve, build and open runs."""

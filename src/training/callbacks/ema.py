@@ -1,0 +1,106 @@
+"""Exponential moving average of the weights."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from src.distributed.sharding import load_state, local, share, whole
+
+
+class EMA(L.Callback):
+    """Exponential moving average of the weights, decay min(decay, (1 + n) / (10 + n)) after n steps.
+
+    Validation, samples and the checkpoint's `state_dict` are the average's; the raw weights lie beside it as
+    `current_model_state`. The average is float32 in every precision, of sharded weights each process's share, and
+    costs one fused update a step.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}: 0.999 is usual")
+        self.decay = decay
+        self._names: list[str] = []
+        self._weights: list[nn.Parameter] = []
+        self._average: list[Tensor] = []
+        self._raw: list[Tensor] | None = None
+        """The weights that the average stands in for, while it does."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._find(pl_module)
+        saved = self._average or [local(w) for w in self._weights]
+        self._average = [
+            a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
+        ]
+        self._raw = None
+        self._step = trainer.global_step
+
+    def _find(self, pl_module: L.LightningModule) -> None:
+        """The weights, once: finding them anew at each step costs milliseconds."""
+        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step <= self._step:  # an accumulated batch, not a step
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = [w.float() for w in self._local()]
+        get_ema_multi_avg_fn(decay)(self._average, current, None)  # type: ignore[no-untyped-call]
+        self._step = step
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._average and self._raw is None:  # else it does already, or nothing was trained
+            self._stand_in()
+
+    # After `on_validation_epoch_end`, in which others draw samples by the average.
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._give_back()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stand_in()
+
+    @torch.no_grad()
+    def _stand_in(self) -> None:
+        self._raw = [w.clone() for w in self._local()]
+        torch._foreach_copy_(self._local(), self._average)
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        assert self._raw is not None
+        torch._foreach_copy_(self._local(), self._raw)
+        self._raw = None
+
+    def _local(self) -> list[Tensor]:
+        return [local(w) for w in self._weights]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        assert self._names, "saved before training"
+        for key, values in (("current_model_state", self._raw), ("state_dict", self._average)):
+            weights = {
+                n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
+            }
+            checkpoint[key] = state | weights if state else state  # of sharded weights only the first process has any
+        # The same tensors once more: what loads sharded weights takes `state_dict` away, in their precision.
+        checkpoint["average"] = checkpoint["state_dict"]
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and "current_model_state" in checkpoint:
+            self.restore(pl_module, checkpoint)
+
+    def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take average and weights from a checkpoint, whose average the module holds already."""
+        self._find(pl_module)
+        state = checkpoint.get("average", checkpoint.get("state_dict"))
+        saved = [
+            share(state[n], w) if state else local(w).clone() for n, w in zip(self._names, self._weights, strict=True)
+        ]
+        self._average = [value.detach().to(torch.float32) for value in saved]
+        load_state(pl_module, checkpoint["current_model_state"])

@@ -1,0 +1,41 @@
+"""Upload the best model as a W&B artifact."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+
+from src.training.checkpoint_io import without_room_go_on
+from src.training.checkpoints import read_checkpoint, shareable, weights_of, write_exported
+from src.training.loggers import log_model
+
+
+class BestToWandb(L.Callback):
+    """At the end of training, W&B is given the best checkpoint as an artifact: the averaged weights, as `src.export`.
+
+    The file, `directory`/best.safetensors, is 4 bytes a parameter, and goes where the run goes: up, or offline to wait
+    in the run's folder. Without W&B nothing is written.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.path = Path(directory) / "best.safetensors"
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
+            return
+        best = [
+            callback
+            for callback in trainer.checkpoint_callbacks
+            if isinstance(callback, ModelCheckpoint) and callback.monitor == "val/loss" and callback.best_model_path
+        ]
+        for callback in best[:1]:
+            source = Path(callback.best_model_path)
+            checkpoint = read_checkpoint(source)
+            averaged = "current_model_state" in checkpoint
+            weights = weights_of(checkpoint, averaged, source)
+            score = callback.best_model_score
+            with without_room_go_on(self.path):
+                write_exported(self.path, weights, averaged, shareable(checkpoint["hyper_parameters"])[0])
+                about = {"step": checkpoint["global_step"], "averaged": averaged}
+                log_model(trainer, self.path, about | ({} if score is None else {"val/loss": float(score)}))

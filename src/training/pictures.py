@@ -1,0 +1,85 @@
+"""Pictures that a finished training run leaves."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+from torch import Tensor
+
+from src.data.module import StreamDataModule
+from src.metrics.neighbours import Nearest, nearest
+from src.training.loggers import log_picture, log_table
+from src.training.module import DiffusionModule
+from src.viz import charts, images
+
+
+def nearest_training(data: StreamDataModule, samples: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """For each of samples (N, *data) the nearest of `limit` training samples (N, *data), and how far it is (N,).
+
+    Root mean square of the differences, over the numbers of a sample as the network sees them. The training samples
+    are in no order, so that the first `limit` are any. 1024 are in memory at a time.
+    """
+    flat = samples.flatten(1).cpu()
+    found = Nearest.none(flat)
+    indices: list[int] = []
+    for start in range(0, len(data.train_indices[:limit]), 1024):
+        some, which = data.fetch(data.train_indices[start : min(start + 1024, limit)])
+        found = found.or_nearer(nearest(flat, data.to_model(some).cpu().flatten(1), start))
+        indices += which
+    neighbours = data.to_model(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
+    return neighbours, found.distances / math.sqrt(flat.shape[1])
+
+
+class Trajectory(NamedTuple):
+    """Samples drawn at the end of training."""
+
+    frames: list[Tensor]
+    """The first few samples at each step, postprocessed."""
+    final: Tensor
+    """All samples, as the network returns them (N, *data)."""
+
+
+def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: StreamDataModule, seed: int) -> Trajectory:
+    """Sample from noise to data and keep every step. Collective: all processes must call it."""
+    count, shown = (64, 8) if len(module.shape) == 3 else (2000, 2000)
+    module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    frames = []
+    for x in module.sample_together(count, seed):
+        frames.append(data.to_display(x[:shown]).cpu())
+    return Trajectory(frames, x.cpu())
+
+
+def save_pictures(
+    directory: Path,
+    trainer: L.Trainer,
+    data: StreamDataModule,
+    trajectory: Trajectory,
+    num_neighbors: int,
+    num_candidates: int,
+) -> None:
+    """Save the final grid beside validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
+    final, titles = data.to_display(trajectory.final), data.titles(len(trajectory.final))
+    pictures = {
+        "samples/final": images.draw(final, data.to_display(data.examples(len(final))), titles, data.columns),
+        "samples/film": images.film_strip(trajectory.frames),
+    }
+    if final.ndim == 4 and num_neighbors and num_candidates:
+        near, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
+        near, count = data.to_display(near), min(num_candidates, len(data.train_indices))
+        pictures["samples/neighbours"] = images.neighbours(final[:num_neighbors], near, distances, count)
+        rows = [
+            [k, titles[k] if titles else "", images.grid(final[k : k + 1]), images.grid(near[k : k + 1]), d, count]
+            for k, d in enumerate(distances.tolist())
+        ]
+        columns = ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
+        log_table(trainer, "samples/table", columns, rows)
+    if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
+        pictures["curves"] = curves
+    (directory / "samples").mkdir(parents=True, exist_ok=True)
+    images.save_gif(trajectory.frames, directory / "samples" / "film.gif")
+    for name, picture in pictures.items():
+        picture.save(directory / f"{name}.png")
+        log_picture(trainer, name, picture)
+    if (table := directory / "loss_by_noise.csv").exists():  # loggers have the picture already
+        charts.loss_by_noise(table).save(table.with_suffix(".png"))

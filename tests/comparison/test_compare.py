@@ -1,0 +1,482 @@
+"""Runs against each other: groups, tests and verdicts on made records, and the whole page of four tiny runs."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+
+from src.compare import compare, with_runs
+from src.comparison.measure import measured
+from src.comparison.statistics import (
+    OF_WORK,
+    Record,
+    Summary,
+    grouped,
+    headline,
+    holm,
+    ranked,
+    welch,
+    with_spread,
+    without_repeats,
+)
+from src.comparison.survey import run_folders, survey
+from src.config.overrides import CONF
+from src.config.sweep_callbacks import CompareRuns
+from src.errors import UsageError
+from src.runs.trust import known_targets
+from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny
+from tests.wandb_file import read_offline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global stats, measuring, report_page
+    from scipy import stats
+
+
+SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
+QUICK = ["n=24", "near=24", "held_out=16", "links=2", "sampler.steps=3", "features=[pixels]", "device=cpu"]
+
+
+def record(seed: int, value: float, choices: dict[str, str] | None = None, typed: tuple[str, ...] = (), **settings):
+    """One run with one figure; `a__b` is the setting a.b."""
+    named = {name.replace("__", "."): x for name, x in settings.items()}
+    name = f"{settings}{seed}"
+    values = {"fd_pixels_1k": value, "val/loss": value}
+    return Record(name, seed, {"seed": seed, "run_dir": f"/runs/{name}", **named}, values, choices or {}, typed)
+
+
+def groups_of(**values: list[float]):
+    """A group for each name, its values those of seeds 0, 1, ..."""
+    return grouped([record(k, x, lr=name) for name, own in values.items() for k, x in enumerate(own)])[0]
+
+
+# Groups and what they are called.
+
+
+def test_runs_that_differ_in_seed_folder_and_how_they_work_are_one_group():
+    runs = [
+        record(k, 0.0, data__seed=k, callbacks__guard__directory=f"/runs/{{}}{k}", logger__csv__name=str(k))
+        for k in range(3)
+    ]
+    runs = [
+        Record(r.name, r.seed, {**r.settings, "callbacks.guard.directory": f"{r.settings['run_dir']}/x"}, r.values)
+        for r in runs
+    ]
+    (group,), implied = grouped(runs)
+    assert [r.seed for r in group.records] == [0, 1, 2] and not implied and group.settings == {}
+
+
+def test_of_callbacks_only_those_that_change_the_weights_tell_groups_apart():
+    files = [yaml.safe_load((CONF / "callbacks" / f"{name}.yaml").read_text()) for name in ("default", "quality")]
+    names = {f"callbacks.{name}" for file in files for name in file}
+    assert names - {*OF_WORK} == {"callbacks.ema", "callbacks.guard"}
+
+
+def test_a_seed_elsewhere_that_is_not_the_runs_own_tells_groups_apart():
+    groups, _ = grouped([record(0, 0.0, data__split_seed=0), record(0, 0.0, data__split_seed=1)])
+    assert [g.settings for g in groups] == [{"data.split_seed": 0}, {"data.split_seed": 1}]
+
+
+def test_groups_are_named_by_what_was_typed_and_no_more_than_is_needed():
+    runs = [
+        record(0, 0.0, {"schedule": s}, ("schedule", "lr"), lr=lr, schedule__beta=beta, process__prediction=p)
+        for lr in (0.1, 0.2)
+        for s, beta, p in (("cosine", 1, "x0"), ("edm", 2, "edm"))
+    ]
+    groups, implied = grouped(runs)
+    assert [g.label for g in groups] == ["cosine, lr 0.1", "edm, lr 0.1", "cosine, lr 0.2", "edm, lr 0.2"]
+    assert implied == {"schedule.beta": [1, 2, 1, 2], "process.prediction": ["x0", "edm", "x0", "edm"]}
+
+
+def test_a_choice_that_differs_within_a_group_does_not_name_it():
+    runs = [record(k, 0.0, {"trainer": t}, lr=lr) for k, t in enumerate(("cpu", "gpu")) for lr in (1, 2)]
+    assert [set(g.settings) for g in grouped(runs)[0]] == [{"lr"}, {"lr"}]
+
+
+def test_the_same_run_twice_counts_once():
+    runs = [record(0, 1.0, lr=1), record(1, 2.0, lr=1), record(0, 3.0, lr=1)]
+    kept, repeats = without_repeats(runs)
+    assert kept == runs[1:] and repeats == [(runs[0], runs[2])]
+
+
+# Statistics.
+
+
+def test_welch_by_its_formula():
+    a, b = [3.1, 3.4, 2.9, 3.3], [4.0, 4.9, 4.1]
+    va, vb = (stdev(x) ** 2 / len(x) for x in (a, b))
+    t = (mean(a) - mean(b)) / math.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(va + vb)
+    expected = 2 * stats.t.sf(abs(t), freedom), mean(a) - mean(b) - reach, mean(a) - mean(b) + reach
+    assert welch(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [2.0, 3.0]), ([1.0, 2.0], [2.0]), ([1.0], [1.0])])
+def test_one_seed_tells_nothing(a, b):
+    assert all(map(math.isnan, welch(a, b)))
+
+
+@pytest.mark.parametrize(("b", "p"), [(1.0, 1.0), (2.0, 0.0)])
+def test_groups_that_do_not_vary(b, p):
+    assert welch([1.0, 1.0], [b, b]) == (p, 1 - b, 1 - b)
+
+
+def test_a_group_that_hardly_varies_is_compared_without_a_word():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p, low, high = welch([0.9833, 0.9833, 0.9833], [0.5, 0.6, 0.7])
+    assert p < 0.05 and low < 0.9833 - 0.6 < high
+
+
+def test_holm_rejects_step_by_step():
+    """By the procedure itself: the smallest of m against level / m, the next against level / (m - 1), and so on."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        p = (torch.rand(6, generator=generator, dtype=torch.float64) ** 4).tolist()
+        adjusted = holm(p)
+        for level in (0.01, 0.05, 0.2):
+            rejected = set()
+            for rank, k in enumerate(sorted(range(6), key=lambda k: p[k])):
+                if p[k] >= level / (6 - rank):
+                    break
+                rejected.add(k)
+            assert {k for k in range(6) if adjusted[k] < level} == rejected
+
+
+def test_holm_passes_over_what_was_not_tested():
+    adjusted = holm([0.01, math.nan, 0.02])
+    assert adjusted[0] == 0.02 and math.isnan(adjusted[1]) and adjusted[2] == 0.02
+
+
+# Verdicts.
+
+
+def test_verdicts_against_the_best():
+    groups = groups_of(a=[1.0, 1.1, 0.9], b=[1.05, 1.2, 1.0], c=[9.0, 9.1, 9.2], d=[5.0])
+    ranking = ranked(groups, "fd_pixels_1k")
+    assert [ranking.verdict(k) for k in range(4)] == [
+        "best", "not told apart by so few seeds", "real", "one seed only: cannot be told"
+    ]  # fmt: skip
+    assert len(ranking.pairs) == 6 and len(ranking.against_best) == 3
+    words = headline(groups, [ranking])
+    assert (
+        words.startswith("a comes out best")
+        and "real over c" in words
+        and "Not told apart from it by so few seeds: b" in words
+    )
+    assert "it over d is real cannot be told" in words
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "says"),
+    [
+        ([1.0, 1.1, 0.9], [9.0, 9.1, 9.2], "a is better than b"),
+        ([1.0, 1.1, 0.9], [1.0, 1.2, 1.0], "a and b cannot be told apart"),
+        ([1.0], [9.0], "cannot be told from one seed"),
+    ],
+)
+def test_the_headline_of_two_groups(a, b, says):
+    groups = groups_of(a=a, b=b)
+    assert says in headline(groups, [ranked(groups, "fd_pixels_1k")])
+
+
+def test_the_better_side_is_the_metrics_own():
+    runs = [
+        Record(f"{x}{k}", k, {"seed": k, "lr": x}, {"recall_pixels_1k": x + k / 100, "nearest_ratio_pixels_1k": x})
+        for x in (0.2, 0.9)
+        for k in range(2)
+    ]
+    groups, _ = grouped(runs)
+    recall, ratio = (ranked(groups, f"{name}_pixels_1k") for name in ("recall", "nearest_ratio"))
+    assert recall.direction == "higher" and recall.best == 1
+    assert ratio.best is None and ratio.why
+
+
+def test_the_loss_is_ranked_only_where_it_measures_the_same():
+    same = grouped([record(k, x, lr=x) for x in (1, 2) for k in range(2)])[0]
+    other = grouped([record(k, x, schedule__beta=x) for x in (1, 2) for k in range(2)])[0]
+    assert ranked(same, "val/loss").best == 0
+    ranking = ranked(other, "val/loss")
+    assert ranking.best is None and "something else where schedule differs" in ranking.why
+    assert ranked(other, "fd_pixels_1k").best == 0
+
+
+def test_the_bound_measures_the_same_under_every_schedule():
+    runs = [record(k, 0.0, schedule__num_steps=steps) for steps in (10, 20) for k in (0, 1)]
+    values = {"val/bits_per_dim": (1.0, 1.1, 2.0, 2.1), "val/loss": (1.0, 1.1, 2.0, 2.1)}
+    runs = [replace(run, values={name: x[k] for name, x in values.items()}) for k, run in enumerate(runs)]
+    groups, _ = grouped(runs)
+    assert ranked(groups, "val/bits_per_dim").best == 0
+    assert ranked(groups, "val/loss").best is None
+
+
+def test_a_figure_that_is_not_finite_is_not_counted():
+    groups = groups_of(a=[1.0, math.nan, 3.0], b=[math.inf, math.nan])
+    ranking = ranked(groups, "fd_pixels_1k")
+    assert ranking.summaries == [Summary(2.0, pytest.approx(math.sqrt(2)), 2), None] and ranking.best is None
+
+
+@pytest.mark.parametrize(
+    ("summary", "shown"),
+    [
+        (Summary(3.14159, 0.0123, 3), "3.142 ± 0.012"),
+        (Summary(1234.5, 56.0, 3), "1234 ± 56"),
+        (Summary(2.5, math.nan, 1), "2.5"),
+        (None, "-"),
+    ],
+)
+def test_figures_have_the_digits_that_their_spread_leaves(summary, shown):
+    assert with_spread(summary) == shown
+
+
+# What is typed.
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        (["outputs/a", "n=10", "b c/d"], ["n=10", "runs=['outputs/a','b c/d']"]),
+        (["it's/x"], [r"runs=['it\'s/x']"]),
+        (["a/lr=1/0"], ["runs=['a/lr=1/0']"]),
+        (["--cfg", "job", "x"], ["--cfg", "job", "runs=['x']"]),
+        (["runs=[x]"], ["runs=[x]"]),
+    ],
+)
+def test_folders_may_be_typed_by_themselves(typed, means):
+    assert with_runs(typed) == means
+
+
+def test_folders_named_twice_over_are_refused():
+    with pytest.raises(UsageError, match="both name runs"):
+        with_runs(["a", "runs=[b]"])
+
+
+# Whole comparisons.
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four tiny runs, with what Hydra writes beside those of a sweep; and one that never finished."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for number, (schedule, seed) in enumerate((c, s) for c in SCHEDULES for s in SEEDS):
+        run = folder / str(number)
+        train_tiny(run, f"schedule={schedule}", f"seed={seed}", "trainer.max_steps=4", "validate_every=2")
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([f"schedule={schedule}", f"seed={seed}"]))
+        saved = {"hydra": {"runtime": {"choices": {"schedule": schedule, "hydra/launcher": "basic"}}}}
+        (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(saved))
+    (folder / "4" / "checkpoints").mkdir(parents=True)
+    return folder
+
+
+def compared(sweep: Path, folder: Path, *overrides: str, runs: str | None = None) -> dict[str, object]:
+    cache = f"cache='{sweep}/cache'"
+    return compare(compose("compare", f"runs=['{runs or sweep}']", f"run_dir='{folder}'", cache, *QUICK, *overrides))
+
+
+@pytest.fixture(scope="module")
+def results(sweep: Path) -> dict[str, object]:
+    return compared(sweep, sweep / "comparison")
+
+
+def test_the_figures_of_four_runs(results, sweep):
+    assert [row["group"] for row in results["groups"]] == list(SCHEDULES)
+    assert len(results["runs"]) == 4 and {row["schedule"] for row in results["runs"]} == set(SCHEDULES)
+    assert [Path(line.split(":")[0]).name for line in results["left_out"]] == ["4"]
+    assert "unfinished" in results["left_out"][0]
+    for row in results["groups"]:
+        own = [run for run in results["runs"] if run["schedule"] == row["group"]]
+        for metric in ("fd_pixels_24", "bits_per_dim", "val/loss"):
+            values = [run[metric] for run in own]
+            assert row[metric] == pytest.approx(mean(values)) and row[f"{metric} seeds"] == 2
+            assert row[f"{metric} deviation"] == pytest.approx(stdev(values))
+    metrics = json.loads((sweep / "2" / "metrics.json").read_text())
+    assert results["runs"][2]["val/loss"] == metrics["val/loss"]
+    assert results["runs"][2]["parameters"] == metrics["parameters"]
+    assert results["runs"][0]["calls_per_image"] == 3
+    assert results["metrics"]["val/loss"]["best"] is None
+    assert results["metrics"]["fd_pixels_24"]["floor"] is not None
+    assert results["in_common"]["trainer.max_steps"] == "4" and "seed" not in results["in_common"]
+
+
+def test_the_files_say_the_same(results, sweep):
+    folder = sweep / "comparison"
+    assert json.loads((folder / "comparison.json").read_text())["headline"] == results["headline"]
+    for name in ("runs", "groups"):
+        with (folder / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row, known in zip(rows, results[name], strict=True):
+            for key, value in known.items():
+                assert row[key] == ("" if value != value else str(value))
+    text = (folder / "comparison.md").read_text()
+    assert results["headline"] in text and "| cosine | 2 |" in text
+    sizes = [Image.open(path).size for path in folder.glob("*.png")]
+    assert len(sizes) > 8 and min(map(min, sizes)) > 50
+
+
+class References(HTMLParser):
+    """What a page would fetch, the text in it, and which tags are left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "link", "img", "source"):
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        assert tag != "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_else(results, sweep):
+    page = (sweep / "comparison" / "comparison.html").read_text()
+    parsed = References()
+    parsed.feed(page)
+    assert not parsed.open
+    assert len(parsed.fetched) > 10 and all(value.startswith("data:") for value in parsed.fetched)
+    assert "url(" not in page and "@import" not in page
+    assert results["headline"] in parsed.text
+    for heading in ("Every seed", "Samples from the same noise", "Loss over log-SNR", "Training", "Cost"):
+        assert heading in parsed.text
+
+
+def test_the_samples_are_those_that_src_sample_draws(results, sweep):
+    from src.sample import sample
+
+    folder = sample(
+        compose("sample", f"run='{sweep}/2'", "n=16", "sampler.steps=3", "device=cpu", f"run_dir='{sweep}/s'")
+    )
+    drawn = [torch.tensor(np.asarray(Image.open(folder / f"{k:05d}.png"))) for k in range(16)]
+    found, _ = survey([sweep / "2"])
+    files = [torch_file(path)["samples"] for path in (sweep / "cache").glob("compare-*.safetensors")]
+    assert found and any(torch.equal(each[:, 0].long(), torch.stack(drawn).long()) for each in files)
+
+
+def torch_file(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monkeypatch):
+    calls = []
+    real = measured
+    monkeypatch.setattr("src.comparison.measure.measured", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr("src.comparison.page.pictures", lambda _: {})  # which take the most time
+    again = compared(sweep, tmp_path / "again")
+    assert not calls and again["groups"] == results["groups"]
+    other = compared(sweep, tmp_path / "other", "links=3")
+    assert len(calls) == 4 and other["runs"][0]["bits_per_dim"] != results["runs"][0]["bits_per_dim"]
+
+
+def test_the_runs_are_a_table_where_wandb_has_them(results, sweep, tmp_path, monkeypatch):
+    """The figures of runs.csv, in the project and the group of the first run that W&B logged."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UsageError, match="none of them was logged by W&B"):
+        compared(sweep, tmp_path, "wandb=true")
+    logged = {"project": "of-runs", "group": "of-two"}
+    monkeypatch.setattr("src.comparison.survey.wandb_of", lambda found: logged)
+    compared(sweep, tmp_path, "wandb=true")
+    offline = read_offline(tmp_path)
+    assert (offline.run.project, offline.run.run_group) == ("of-runs", "of-two")
+    table = json.loads((offline.directory / "files" / offline.values("comparison")[0]["path"]).read_text())
+    with (tmp_path / "runs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    column = table["columns"].index("fd_pixels_24")
+    assert [row[column] for row in table["data"]] == [pytest.approx(float(row["fd_pixels_24"])) for row in rows]
+
+
+def test_a_damaged_checkpoint_and_a_diverged_run_are_left_out(sweep, tmp_path):
+    for name in ("0", "1"):
+        shutil.copytree(sweep / name, tmp_path / name)
+    for path in (tmp_path / "0" / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    metrics = json.loads((tmp_path / "1" / "metrics.json").read_text())
+    (tmp_path / "1" / "metrics.json").write_text(json.dumps({**metrics, "val/loss": None}))
+    with pytest.warns(UserWarning, match="corrupted"):
+        found, notes = survey([tmp_path / "0", tmp_path / "1"])
+    assert not found and "no intact checkpoint" in notes[0] and "diverged" in notes[1]
+    with (
+        pytest.warns(UserWarning, match="corrupted"),
+        pytest.raises(UsageError, match="needs two finished runs, got 0"),
+    ):
+        compared(sweep, tmp_path / "out", runs=str(tmp_path))
+
+
+def test_runs_on_different_data_are_refused(sweep, tmp_path):
+    train_tiny(tmp_path / "other", "data.val_fraction=0.3", "trainer.max_steps=1", "validate_every=1")
+    cfg = compose("compare", f"runs=['{sweep}/0','{tmp_path}/other']", f"run_dir='{tmp_path}/x'", *QUICK)
+    with pytest.raises(UsageError, match=r"different data.*val_fraction is 0\.2 in .* and 0\.3 in"):
+        compare(cfg)
+
+
+@pytest.mark.parametrize(("name", "says"), [("absent", "no folder"), ("", "is no run and holds none")])
+def test_folders_that_hold_no_runs_are_named(tmp_path, name, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        run_folders([str(tmp_path / name)])
+
+
+def test_a_sweep_is_its_runs_by_number(tmp_path):
+    for name in ("10", "9", "comparison"):
+        (tmp_path / name).mkdir()
+    for name in ("10", "9"):
+        (tmp_path / name / "checkpoints").mkdir()
+    assert [f.name for f in run_folders([str(tmp_path), str(tmp_path / "9")])] == ["9", "10"]
+
+
+# After a sweep.
+
+
+def test_the_callback_of_sweeps_is_built_and_is_none_that_a_run_may_ask_for():
+    node = OmegaConf.load(CONF / "hydra" / "callbacks" / "compare.yaml").compare
+    assert isinstance(instantiate(node), CompareRuns)
+    assert not any("after_sweep" in target.name for target in known_targets(training=True))
+
+
+@pytest.mark.faults
+def test_a_sweep_ends_with_its_comparison_also_when_it_goes_on(tmp_path):
+    """By the launcher of the preset, in real processes; the second time nothing is trained or measured again."""
+    folder = tmp_path / "jobs"
+    few = "hydra.callbacks.compare.overrides=" + json.dumps([*QUICK, f"cache='{tmp_path}/cache'"]).replace(" ", "")
+    command = [sys.executable, "-m", "src.train", "-m", *TINY, "sweep=schedules", "schedule=cosine,linear", "seed=0,1"]
+    command += ["trainer.max_steps=4", "validate_every=2", few, f"hydra.sweep.dir='{folder}'"]
+    env = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
+    for again in ([], ["resume=auto"]):
+        shutil.rmtree(folder / "comparison", ignore_errors=True)
+        done = subprocess.run(
+            [*command, *again], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=HANG_SECONDS
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert str(folder / "comparison" / "comparison.html") in done.stdout
+        assert ("Measuring 4 runs" in done.stdout) == (not again)
+        results = json.loads((folder / "comparison" / "comparison.json").read_text())
+        assert [row["group"] for row in results["groups"]] == list(SCHEDULES) and not results["left_out"]
+        assert results["runs"][0]["schedule"] == "cosine"

@@ -1,0 +1,285 @@
+"""What is typed wrongly gets one line with the remedy, before anything heavy is imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from src.config.cli import launch
+from src.config.overrides import CONF, check_overrides, config_groups, split_arguments
+from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.distributed.ranks import fresh_folder, rank, slurm_tasks
+from src.errors import UsageError
+from src.quoting import typed
+from tests.conftest import HANG_SECONDS
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "cat",
+            "a red circle",
+            "a red circle, two squares",
+            'it\'s "big", $HOME `ls` \\ !',
+            "[1,2]",
+            "größer",
+            " cat ",
+        ),
+        *("7", "1e5", "null", "True", "", [[1.5, 2]], ["x", "ö, y"], 7),
+    ],
+    ids=repr,
+)
+def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
+    """By a shell, and then by Hydra."""
+    words = subprocess.run(["bash", "-c", f"printf '%s' {typed('cond', value)}"], capture_output=True, text=True).stdout
+    override = OverridesParser.create().parse_override(words)
+    assert not override.is_sweep_override()
+    assert override.value() == value
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("schedule=cosin", ["unknown schedule 'cosin'", "did you mean cosine?", "linear", "sigmoid_jabri"]),
+        ("schedule=zzz", ["unknown schedule 'zzz'", "choices are", "cosine"]),
+        ("logger=[csv,wandbb]", ["unknown logger 'wandbb'", "wandb"]),
+        ("shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("+shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("++shedule=cosine", ["'shedule'", "did you mean schedule?"]),
+        ("~shedule", ["'shedule'", "did you mean schedule?"]),
+        ("schedule.num_stps=10", ["did you mean schedule.num_steps?"]),
+        ("+schedule.num_stps=10", ["did you mean schedule.num_steps?"]),
+        ("++optimiser.lr=1", ["'optimiser.lr'", "did you mean optimizer.lr?"]),
+        ("trainer.max_step=3", ["did you mean trainer.max_steps?"]),
+        ("run_dir=runs/x", ["type hydra.run.dir=runs/x"]),
+        ("~schedule", ["leaves no schedule", "cosine"]),
+        ("schedule=linear,cosine", ["sweep", "-m"]),
+        ("seed=[", ["cannot read"]),
+        ("data=folder", ["data.root has no default", "data.root=..."]),
+        ("validate_every=abc", ["validate_every=abc", "a whole number, such as 500"]),
+        ("trainer.max_steps=1.5", ["trainer.max_steps=1.5", "a whole number"]),
+        ("seed=true", ["seed=True", "a whole number"]),
+        ("seed=null", ["seed=None", "a whole number"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
+        ("zero_terminal_snr=5", ["zero_terminal_snr=5", "true or false"]),
+        ("model.multipliers=2", ["model.multipliers=2", "a list"]),
+        ("+schedule=linear", ["drop the +"]),
+    ],
+)
+def test_misspelt_overrides_name_what_was_meant(override, fragments):
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", [override])
+    message = str(error.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["schedule=linear", "schedule.num_steps=100", "trainer.devices=4"],
+        ["+trainer.limit_train_batches=3"],
+        ["++trainer.limit_val_batches=3", "logger=[csv,wandb]"],
+        ["data=folder", "data.root=some/where"],
+        ["hydra.run.dir=x", "hydra/job_logging=none"],
+        ["~callbacks.every"],
+        ["logger=none"],
+        ["optimizer.lr=1", "process.clip=null", "model.head_channels=null", "trainer.devices=[0,1]"],
+        ["model.width=${data.batch_size}", "trainer.max_time='00:01:00:00'"],
+    ],
+)
+def test_what_is_right_passes(overrides):
+    check_overrides("train", overrides)
+
+
+def test_sweeps_are_checked_value_by_value():
+    check_overrides("train", ["schedule=linear,cosine", "seed=range(0,3)"], multirun=True)
+    with pytest.raises(UsageError, match="unknown schedule 'cosin'"):
+        check_overrides("train", ["schedule=linear,cosin"], multirun=True)
+
+
+def test_flags_are_told_from_overrides():
+    words = ["-m", "schedule=linear", "--cfg", "job", "--package", "model", "seed=1"]
+    assert split_arguments(words) == (["schedule=linear", "seed=1"], ["-m", "--cfg", "job", "--package", "model"])
+
+
+def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- schedule=linear\n- resume=old\n- seed=3\n")
+    expanded = expand_resume([f"resume={tmp_path}", "trainer.max_steps=9"])
+    assert expanded == [
+        "schedule=linear",
+        "seed=3",
+        f"resume={tmp_path}",
+        "trainer.max_steps=9",
+        f"hydra.run.dir='{tmp_path}'",
+    ]
+    # What is typed again comes last, where it counts.
+    again = expand_resume([f"resume={tmp_path}", "schedule=linear"])
+    assert again == ["seed=3", f"resume={tmp_path}", "schedule=linear", f"hydra.run.dir='{tmp_path}'"]
+    with pytest.raises(UsageError, match="no run to resume"):
+        expand_resume([f"resume={tmp_path / 'nowhere'}"])
+
+
+def test_a_run_that_exists_keeps_what_it_was_told(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    check_unused([f"hydra.run.dir='{tmp_path}'"])  # nothing was saved, so nothing is lost
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UsageError, match="already holds a run"):
+        check_unused(["seed=1", f"hydra.run.dir='{tmp_path}'"])
+    check_unused([f"resume={tmp_path}", f"hydra.run.dir='{tmp_path}'"])
+    check_unused([f"hydra.run.dir={tmp_path / 'new'}"])
+
+
+def started(folder, *overrides, saved=True, ended=False):
+    """What a run leaves of itself, as far as going on with it is concerned."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)))
+    (folder / "checkpoints").mkdir()
+    if saved:
+        (folder / "checkpoints" / "last.ckpt").touch()
+    if ended:
+        (folder / "metrics.json").touch()
+    return folder
+
+
+def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
+    """Its launcher too, which Hydra files apart; folders of sweeps that died as they began are passed over."""
+    monkeypatch.chdir(tmp_path)
+    typed = ["seed=0,1", "hydra/launcher=local", "resume=auto"]
+    for name, task, hydra in (("1", ["seed=0,1"], ["hydra/launcher=local"]), ("2", ["seed=0,1"], [])):
+        folder = tmp_path / "outputs" / "sweeps" / name
+        folder.mkdir(parents=True)
+        overrides = {"task": [*task, "resume=auto"], "hydra": [*hydra, "hydra.mode=MULTIRUN"]}
+        (folder / "multirun.yaml").write_text(json.dumps({"hydra": {"overrides": overrides}}))
+    for name, text in (("3", ""), ("4", "hydra: ["), ("5", "hydra: {}")):
+        (tmp_path / "outputs" / "sweeps" / name).mkdir()
+        (tmp_path / "outputs" / "sweeps" / name / "multirun.yaml").write_text(text)
+    assert expand_sweep(typed)[-1].endswith("outputs/sweeps/1'")
+    assert expand_sweep(["seed=0,1", "resume=auto"])[-1].endswith("outputs/sweeps/2'")
+    assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
+
+
+def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for name in ("hydra.run.dir", "hydra.sweep.dir"):
+        with pytest.raises(UsageError, match=r"cannot be made \(Not a directory\): choose one"):
+            check_writable(["seed=1", f"{name}='{tmp_path / 'file' / 'run'}'"])
+    check_writable([f"hydra.run.dir={tmp_path / 'a' / 'b'}"])
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_script_of_slurm_is_one_process_until_srun_starts_several(monkeypatch):
+    for name, value in {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert (slurm_tasks(), rank()) == (1, 0)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert (slurm_tasks(), rank()) == (8, 3)
+
+
+def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_path, monkeypatch):
+    """The newest of those; it names the folder, so that other processes need not search."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "outputs" / "train"
+    typed = ["seed=1", "data=points"]
+    started(runs / "2026-01-01", *typed)
+    wanted = started(runs / "2026-01-02", "data=points", "seed=1", "resume='/elsewhere'")
+    started(runs / "2026-01-03", *typed, saved=False)
+    started(runs / "2026-01-04", *typed, ended=True)
+    started(runs / "2026-01-05", "seed=2", "data=points")
+    expanded = expand_resume([*typed, "resume=auto"])
+    assert {f"resume='{wanted}'", f"hydra.run.dir='{wanted}'", *typed} == set(expanded)
+    assert expand_resume(["seed=3", "resume=auto"]) == ["seed=3"]
+
+
+def test_resume_auto_in_a_given_folder(tmp_path):
+    """Whatever else is typed; a new run if nothing was saved there."""
+    new, old = tmp_path / "new", started(tmp_path / "it's old", "seed=1")
+    assert expand_resume(["resume=auto", f"hydra.run.dir={new}"]) == [f"hydra.run.dir={new}"]
+    quoted = str(old).replace("'", "\\'")
+    expanded = expand_resume(["resume=auto", "trainer.max_steps=9", f"hydra.run.dir={old}"])
+    assert expanded == ["seed=1", "trainer.max_steps=9", f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
+
+
+def test_refused_commands_leave_no_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "src.schedules", "names=[]"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(CONF.parent)}, capture_output=True, check=False,
+        timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    folders = []
+    for _ in range(5):
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # another process
+        folders.append(fresh_folder(str(tmp_path / "train")))
+        assert fresh_folder(str(tmp_path / "train")) == folders[-1]
+        monkeypatch.undo()
+    assert len({Path(f) for f in folders if Path(f).is_dir()}) == 5
+
+
+def test_groups_leave_out_what_is_shared():
+    groups = config_groups()
+    assert {"schedule", "model", "data", "sampler", "trainer", "logger"} <= groups.keys()
+    assert "_points" not in groups["data"]
+
+
+def test_commands_import_nothing_heavy_to_read_the_command_line():
+    heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
+    commands = "src.train, src.sample, src.evaluate, src.export, src.schedules"
+    code = f"import sys, {commands}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "fragment"),
+    [
+        (["src.train", "+shedule=cosine"], 2, "did you mean schedule?"),
+        (["src.train", "--help"], 0, "schedule: constant, cosine"),
+        (["src.train", "--cfg", "job", "--package", "schedule"], 0, "num_steps: 1000"),
+        (["src.sample", "run=outputs/no/such/run"], 2, "no run folder"),
+        (["src.sample"], 2, "give run=FOLDER"),
+        (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
+        (["src.schedules", "names=[]"], 2, "at least one of names"),
+        (
+            ["src.schedules", "data=points"],
+            2,
+            "data=points is not for src.schedules, which has no model",
+        ),
+    ],
+)
+def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):
+    command = [sys.executable, "-m", *words, *([f"hydra.run.dir={tmp_path}"] if code else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
+    assert done.returncode == code
+    assert fragment in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if code:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_spin_for_a_while_unless_the_user_has_said_how_long(own, expected, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train", "shedule=cosine"])
+    with pytest.raises(SystemExit):
+        launch("train", lambda _: None)
+    assert os.environ.get("GOMP_SPINCOUNT") == expected

@@ -1,0 +1,148 @@
+"""Configurations are code: each YAML composes, fits its target's signature, and names every argument of it."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig
+
+from src.config.arguments import check_arguments
+from src.config.overrides import config_groups
+from src.runs.components import build_module, build_sampler
+from tests.conftest import compose
+
+# Choices that need more than themselves to be complete.
+ALSO = {
+    ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
+    ("data", "captions"): ["data.root=x"],
+    ("data", "folder"): ["data.root=x"],
+    ("data", "table"): [
+        f"data.path='{Path(__file__).parents[1] / 'measurements.csv'}'",
+        "data.columns=[height,weight]",
+    ],
+    ("experiment", "folder_64"): ["data.root=x"],
+    ("experiment", "folder_256"): ["data.root=x"],
+}
+CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
+# Arguments that the program gives and no configuration should.
+GIVEN = {
+    *("decoder_scale", "levels"),  # GaussianDiffusion, from the schedule and the data
+    *("outputs", "condition", "dim"),  # networks, from the process and the conditions
+    *("process", "denoise", "x0", "link", "t", "eps", "schedule"),  # objectives and weightings
+    *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
+    *("predict", "x", "grid", "noise"),  # samplers
+    *("n", "generator"),  # distributions of points
+    *("optimizer", "num_steps"),  # learning-rate schedules
+    "prepare",
+}
+
+
+def chosen(group: str, option: str) -> DictConfig:
+    return compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+
+
+def targets(cfg: DictConfig) -> list[DictConfig]:
+    """Every node with a `_target_`."""
+    found = [cfg] if "_target_" in cfg else []
+    for key in cfg:
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            found += targets(node)
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_choice_composes_and_fits_its_target(group, option):
+    cfg = chosen(group, option)
+    check_arguments(cfg)
+    for node in targets(cfg):
+        if not str(node._target_).startswith("src."):
+            continue
+        signature = inspect.signature(get_method(node._target_))
+        # A partial of a data source has root, image_size and channels from its datamodule.
+        elsewhere = {"root", "image_size", "channels"} if str(node._target_).startswith("src.data") else set()
+        listed = {str(k) for k in node if not str(k).startswith("_")}
+        missing = set(signature.parameters) - listed - GIVEN - elsewhere
+        if "num_steps" in signature.parameters and "schedules" in node._target_:
+            missing |= {"num_steps"} - listed
+        assert not missing, f"{node._target_} has arguments that its YAML does not show: {missing}"
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [c for c in CHOICES if c[0] not in ("conditioning", "data", "experiment", "model", "trainer", "logger")],
+)
+def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
+    cfg = compose(
+        "train", f"{group}={option}", "run_dir=runs/x", "model.width=8", "model.blocks=1", "model.head_channels=8",
+        *ALSO.get((group, option), []),
+    )  # fmt: skip
+    module = build_module(cfg, (1, 8, 8), levels=17)
+    _, terms = module._train_terms({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, step=0)
+    terms["loss"].mean().backward()
+    assert terms["loss"].isfinite().all() and all(
+        p.grad is None or p.grad.isfinite().all() for p in module.parameters()
+    )
+    sampler = build_sampler(cfg.sampler)._replace(steps=2)
+    *_, x = module.sample(range(3), seed=0, sampler=sampler)
+    assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
+
+
+def test_every_optimizer_has_plain_values_to_save():
+    """Adam copies its betas, NAdam keeps what it is given, which goes into the checkpoint."""
+    cfg = compose(
+        "train", "optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "run_dir=runs/x", "model.width=8"
+    )
+    optimizer, _ = build_module(cfg, (1, 8, 8), levels=17).prepare_optimizer(1)
+    assert all(type(group["betas"]) is list for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("option", config_groups()["data"])
+def test_every_dataset_goes_with_its_default_network(option):
+    cfg = chosen("data", option)
+    data = instantiate(cfg.data)
+    net = instantiate(cfg.model)
+    out = net(torch.zeros(2, *data.shape), torch.zeros(2))
+    assert out.shape == (2, *data.shape)
+
+
+@pytest.mark.parametrize("option", config_groups()["model"])
+def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(option):
+    node = chosen("model", option)
+    if option == "mlp":
+        node = compose("train", "data=points", "run_dir=runs/x")
+    with torch.device("meta"):
+        net = instantiate(node.model)
+    assert sum(p.numel() for p in net.parameters()) > 0
+    assert node.trainer.max_steps >= node.validate_every
+    assert 0 < node.optimizer.lr < 0.01
+
+
+@pytest.mark.parametrize("option", config_groups()["trainer"])
+def test_trainer_presets_differ_only_where_they_say(option):
+    default, preset = (compose("train", f"trainer={o}", "run_dir=runs/x").trainer for o in ("default", option))
+    differing = {k for k in preset if preset[k] != default[k]}
+    assert differing <= {"accelerator", "devices", "strategy", "precision"}
+
+
+@pytest.mark.parametrize("data", ["digits", "points"])
+def test_schedules_bring_their_own_target_whatever_the_data(data):
+    for schedule, prediction in (("edm_lognormal", "edm"), ("rectified_flow", "velocity")):
+        cfg = compose("train", f"data={data}", f"schedule={schedule}", "run_dir=runs/x")
+        assert cfg.process.prediction == prediction
+        assert cfg.timesteps.warp is not None
+    assert cfg.weighting._target_.endswith("uniform")
+
+
+@pytest.mark.parametrize("option", config_groups()["analytic"])
+def test_analytic_data_are_built(option):
+    cfg = compose("evaluate", f"analytic={option}", "run_dir=runs/x").analytic
+    check_arguments(cfg, "analytic")
+    assert not cfg or instantiate(cfg)(3, torch.Generator()).shape == (3, 2)
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate", "compare"])
+def test_commands_compose_by_themselves(command):
+    assert {"run_dir", "seed"} <= set(compose(command))

@@ -1,0 +1,788 @@
+"""Images from files of every kind, from torchvision's formats and from memory, until they reach the network."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import socket
+import struct
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from src.config.overrides import CONF
+from tests.data.test_split import is_held_out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global Recorder
+    global L, torchvision_utils, InMemory, Source, ImageDataModule, digits, fit_image, folder, torchvision_images
+    import lightning as L
+    from torchvision.datasets import utils as torchvision_utils
+
+    from src.data.images import ImageDataModule, digits, fit_image, folder, torchvision_images
+    from src.data.sources import InMemory, Source
+
+    class Recorder(L.LightningModule):
+        """Keeps the batches that a Trainer hands to it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.trained: dict[int, dict[int, Tensor]] = {}
+            self.validated: dict[int, Tensor] = {}
+
+        def training_step(self, batch, batch_idx):
+            self.trained.setdefault(self.global_step, {})[batch["start"]] = batch["x"]
+            return self.weight.sum()
+
+        def validation_step(self, batch, batch_idx):
+            self.validated[batch["start"]] = batch["x"]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Every attempt to reach another machine fails at once, as without a network."""
+
+    def refuse(*args, **kwargs):
+        raise URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def any_checksum(monkeypatch):
+    """Tiny files stand for the published ones: torchvision takes any contents."""
+    monkeypatch.setattr(torchvision_utils, "check_md5", lambda *args, **kwargs: True)
+
+
+def configured(name: str, *overrides: str) -> ImageDataModule:
+    """The datamodule of a YAML; in small batches, since the data are few."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", overrides=[f"data={name}", "data.num_workers=0", *overrides])
+    return instantiate(cfg.data)
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def chw(pixels: np.ndarray) -> Tensor:
+    """(H, W, C) or (H, W) pixels as (C, H, W)."""
+    return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
+
+
+def fetch_all(data: ImageDataModule) -> Tensor:
+    data.prepare_data()
+    data.setup()
+    return data.source.fetch(range(len(data.source)))
+
+
+def only(path: Path, size: int, channels: int = 3) -> Tensor:
+    """The one image under `path`, (C, size, size) uint8, as a run would read it."""
+    source = folder(str(path), size, channels, prepare=True)
+    assert len(source) == 1
+    (x,) = source.fetch([0])
+    assert x.dtype == torch.uint8
+    assert x.shape == (channels, size, size)
+    return x
+
+
+def within(found: Tensor, expected, most: int) -> bool:
+    """Whether no pixel is more than `most` levels from the expected ones."""
+    return bool((found.int() - torch.as_tensor(expected).int()).abs().max() <= most)
+
+
+def test_digits_are_scikit_learns():
+    """1,797 of 8x8 with 17 levels, as uint8, pixel for pixel those of load_digits."""
+    from sklearn.datasets import load_digits
+
+    source = digits(None, 8, 1)
+    assert len(source) == 1797
+    x = source.fetch(range(1797))
+    assert x.shape == (1797, 1, 8, 8)
+    assert x.dtype == torch.uint8
+    assert x.unique().tolist() == list(range(17))
+    assert_close(x.flatten(1).numpy(), load_digits().data, rtol=0, atol=0, check_dtype=False)
+    assert source.labels is not None
+    assert source.labels.numbers.tolist() == load_digits().target.tolist()
+    assert source.labels.names == list("0123456789")
+
+
+@pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
+def test_digits_of_another_shape_raise(size, channels):
+    with pytest.raises(ValueError, match=r"data\.image_size=8 data\.channels=1"):
+        digits(None, size, channels)
+
+
+def test_digits_module_reaches_both_ends_of_the_range():
+    """Levels 0..16 become -1..1 in steps of 1/8, and come back as 0..255."""
+    data = configured("digits")
+    data.prepare_data()
+    x = data.examples(300)
+    assert x.shape == (300, *data.shape)
+    assert x.dtype == torch.float32
+    assert_close(x.unique().numpy(), np.linspace(-1, 1, 17, dtype=np.float32), rtol=0, atol=1e-7)
+    raw = data.source.fetch(data.val_indices[:300])
+    assert_close(data.to_display(x), (raw.double() * 255 / 16).round().to(torch.uint8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options", "error"),
+    [
+        ("png", {}, 0),
+        ("bmp", {}, 0),
+        ("tif", {}, 0),
+        ("webp", {"lossless": True}, 0),
+        ("jpg", {"quality": 100, "subsampling": 0}, 3),  # rounded in the cosine transform and in YCbCr
+        ("JPEG", {"quality": 100, "subsampling": 0}, 3),
+        ("gif", {}, 0),
+    ],
+)
+def test_every_format_gives_its_pixels(tmp_path, suffix, options, error):
+    """A 12x12 picture of few colours comes out as it went in, up to what its format loses."""
+    blocks = noise(3, 3, 3).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(blocks).save(tmp_path / f"a.{suffix}", **options)
+    assert within(only(tmp_path, 12), chw(blocks), error)
+
+
+def test_folders_are_searched_however_deep_and_in_order_of_path(tmp_path):
+    """All formats at all depths, sorted; other and hidden files are passed over."""
+    names = ["b.png", "a/z.jpg", "a/b/c/d.webp", "c/x.bmp", "c/a.gif", "UPPER.PNG"]
+    order = sorted(names, key=lambda n: Path(n))
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        level = 10 + 40 * order.index(name)
+        Image.fromarray(np.full((6, 6), level, dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / ".hidden.png").write_text("nor this")
+    source = folder(str(tmp_path), 6, 1, prepare=True)
+    assert len(source) == len(names)
+    found = source.fetch(range(len(names)))
+    assert within(found, (10 + 40 * torch.arange(len(names)))[:, None, None, None], 1)
+    assert_close(source.fetch([4, 1]), found[[4, 1]], rtol=0, atol=0)
+    assert source.labels is None  # some lie in no folder of the root
+
+
+def test_images_are_of_the_kind_of_the_folder_that_they_lie_in(tmp_path):
+    """However deep below it; of one folder alone nothing is told."""
+    for name in ("dogs/old/a.png", "cats/b.png", "dogs/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6)).save(tmp_path / name)
+    labels = folder(str(tmp_path), 6, 1).labels
+    assert labels is not None
+    assert [labels.names[k] for k in labels.numbers] == ["cats", "dogs", "dogs"]
+    assert folder(str(tmp_path / "dogs"), 6, 1).labels is None
+    (tmp_path / "cats" / "b.png").unlink()
+    assert folder(str(tmp_path), 6, 1).labels is None
+
+
+def labelled(path: Path, contents: str, name: str = "classes.csv") -> Source:
+    """Four images in two folders, and a CSV file that says of which kind they are."""
+    for image in ("dogs/a.png", "dogs/b.png", "cats/c.png", "cats/d.png"):
+        (path / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6)).save(path / image)
+    (path / name).write_text(contents)
+    return folder(str(path), 6, 1, labels=name)
+
+
+@pytest.mark.parametrize("column", ["file", "file_name"])
+def test_a_csv_file_says_of_which_kind_images_are(tmp_path, column):
+    """Whatever folders they lie in and whatever order the rows have; whole numbers are in their order."""
+    rows = ["cats/d.png,10", "dogs/a.png,9", "cats/c.png,9", f"{tmp_path}/dogs/b.png,10"]
+    labels = labelled(tmp_path, "\n".join([f"{column},label", *rows])).labels
+    assert labels is not None
+    assert [labels.names[k] for k in labels.numbers] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
+    assert labels.names == ["9", "10"]
+    data = configured("folder", f"data.root='{tmp_path}'", "data.source.labels=classes.csv", "data.val_fraction=0.25")
+    data.setup()
+    assert labels_of(data) == labels.numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y"], "has no label for 1 of 4 images under .* (cats/d.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "names 1 files .* (e.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,"], "line 5: the label is empty"),
+        (
+            ["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "dogs/a.png,y"],
+            "dogs/a.png the labels x and",
+        ),
+        ([], "has 1 rows"),
+    ],
+)
+def test_a_csv_file_that_does_not_fit_the_images_is_refused(tmp_path, rows, told):
+    with pytest.raises(ValueError) as error:
+        labelled(tmp_path, "\n".join(["file,label", *rows]))
+    assert all(part in str(error.value) for part in [str(tmp_path / "classes.csv"), *told.split(" .* ")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_csv_file_of_labels_that_is_not_there_or_is_another_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one column named label, and has file, kind.*data\.source\.labels"):
+        labelled(tmp_path, "file,kind\ndogs/a.png,x")
+    with pytest.raises(FileNotFoundError, match=r"other\.csv: set data\.source\.labels to a CSV file"):
+        folder(str(tmp_path), 6, 1, labels="other.csv")
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+def test_transparency_is_laid_over_white(tmp_path, suffix):
+    """alpha c + (1 - alpha) 255: hidden colours do not show."""
+    pixels = noise(9, 9, 4)
+    pixels[:3, :, 3], pixels[3:6, :, 3] = 0, 255
+    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **options)
+    alpha = pixels[..., 3:] / 255.0
+    expected = np.rint(alpha * pixels[..., :3] + (1 - alpha) * 255)
+    found = only(tmp_path, 9)
+    assert within(found, chw(expected), 1)
+    assert (found[:, :3] == 255).all()
+
+
+def test_gray_with_alpha_is_laid_over_white(tmp_path):
+    pixels = noise(9, 9, 2)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    alpha = pixels[..., 1:] / 255.0
+    expected = np.rint(alpha * pixels[..., :1] + (1 - alpha) * 255)
+    assert Image.open(tmp_path / "a.png").mode == "LA"
+    assert within(only(tmp_path, 9), chw(expected).expand(3, -1, -1), 1)
+    assert within(only(tmp_path, 9, channels=1), chw(expected), 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_transparent_palette_entries_become_white(tmp_path, suffix):
+    """A palette image: each index its colour, the transparent one white."""
+    index = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
+    colours = np.array([[200, 0, 0], [0, 180, 40], [10, 20, 30], [250, 240, 0]], dtype=np.uint8)
+    image = Image.fromarray(index)
+    image.putpalette(colours.flatten().tolist())
+    image.save(tmp_path / f"a.{suffix}", transparency=2)
+    assert Image.open(tmp_path / f"a.{suffix}").mode == "P"
+    colours[2] = 255
+    assert within(only(tmp_path, 8), chw(colours[index]), 0)
+
+
+def test_gray_levels_named_transparent_become_white(tmp_path):
+    """A PNG may call one gray level transparent (its tRNS chunk)."""
+    pixels = np.array([[10, 20], [20, 200]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", transparency=20)
+    assert only(tmp_path, 2, channels=1).flatten().tolist() == [10, 255, 255, 200]
+
+
+def test_one_bit_images_are_black_and_white(tmp_path):
+    bits = noise(8, 8) > 127
+    Image.fromarray(bits).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "1"
+    assert within(only(tmp_path, 8, channels=1), chw(bits * np.uint8(255)), 0)
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    """Without a profile R = 255 (1 - C) (1 - K), and so on."""
+    inks = np.zeros((8, 8, 4), dtype=np.uint8)
+    inks[:4, :, 0], inks[4:, :, 1], inks[:, 4:, 3] = 255, 128, 64
+    Image.fromarray(inks, mode="CMYK").save(tmp_path / "a.tif")
+    expected = np.rint(255 * (1 - inks[..., :3] / 255.0) * (1 - inks[..., 3:] / 255.0))
+    assert Image.open(tmp_path / "a.tif").mode == "CMYK"
+    assert within(only(tmp_path, 8), chw(expected), 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_gray_keeps_its_brightness(tmp_path, suffix, channels):
+    """257 v of 65535 is v of 255, black and white included; the middle, 32768, is 127 or 128."""
+    levels = np.array([[0, 100], [150, 255]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(257 * levels).save(tmp_path / f"a.{suffix}")
+    assert within(only(tmp_path, 8, channels), chw(levels.astype(np.uint8)).expand(channels, -1, -1), 0)
+    Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / f"a.{suffix}")
+    assert within(2 * only(tmp_path, 8, channels).int(), 255, 1)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
+    """A picture stored as a camera stores it comes out upright, for all eight orientations of the EXIF standard."""
+    upright = np.array([[10, 90], [170, 250]], dtype=np.uint8).repeat(16, 0).repeat(16, 1)
+    # EXIF: where the stored image's 0th row and 0th column are seen
+    stored = {
+        1: upright,  # top, left
+        2: upright[:, ::-1],  # top, right
+        3: upright[::-1, ::-1],  # bottom, right
+        4: upright[::-1],  # bottom, left
+        5: upright.T,  # left, top
+        6: upright.T[::-1],  # right, top: the stored rows are columns, from right to left
+        7: upright.T[::-1, ::-1],  # right, bottom
+        8: upright.T[:, ::-1],  # left, bottom
+    }[orientation]
+    if orientation == 6:
+        assert stored[0, 0] == upright[0, -1]  # its first row is the right-hand column, from the top
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if suffix == "webp" else {}
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    assert within(only(tmp_path, 32, channels=1), chw(upright), 2)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 9), (9, 8)])
+def test_the_central_square_is_kept(tmp_path, shape):
+    """A picture of the wanted height or width is cropped, not squeezed: its middle, pixel for pixel."""
+    pixels = noise(*shape, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
+    assert within(only(tmp_path, 8), chw(pixels[top : top + 8, left : left + 8]), 0)
+
+
+@pytest.mark.parametrize(("width", "height", "size"), [(2000, 1500, 64), (300, 800, 32), (5, 9, 16), (64, 64, 64)])
+def test_large_and_small_pictures_are_resized(tmp_path, width, height, size):
+    """A ramp stays a ramp: output pixel j shows what lay at its centre, away from the edges."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    ramps = np.stack([240 * x, 240 * y, np.full_like(x, 77)], -1).round().astype(np.uint8)
+    Image.fromarray(ramps).save(tmp_path / "a.png")
+    side = min(width, height)
+    centres = (np.arange(size) + 0.5) / size * side
+    across = 240 * (centres + (width - side) // 2) / width
+    down = 240 * (centres + (height - side) // 2) / height
+    found = only(tmp_path, size)
+    edge = max(2, 2 * size // side)
+    inner = slice(edge, size - edge)
+    assert within(found[0, inner, inner], across[None, inner].round().repeat(size - 2 * edge, 0), 2)
+    assert within(found[1, inner, inner], down[inner, None].round(), 2)
+    assert within(found[2], 77, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1)])
+def test_single_pixels_and_lines_fill_the_picture(tmp_path, shape):
+    Image.fromarray(np.full((*shape, 3), [10, 130, 250], dtype=np.uint8)).save(tmp_path / "a.png")
+    assert within(only(tmp_path, 16), torch.tensor([10, 130, 250])[:, None, None], 0)
+
+
+def test_downsampling_averages(tmp_path):
+    """A fine checkerboard becomes its mean gray, not a pattern."""
+    board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "a.png")
+    assert within(only(tmp_path, 16, channels=1), 127, 2)
+
+
+def test_colour_becomes_gray_by_luma(tmp_path):
+    """0.299 R + 0.587 G + 0.114 B (ITU-R 601), and gray becomes three equal channels."""
+    pixels = noise(8, 8, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert within(only(tmp_path, 8, channels=1), chw((pixels @ [0.299, 0.587, 0.114]).round()), 1)
+    gray = noise(8, 8)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    assert within(only(tmp_path, 8, channels=3), chw(gray).expand(3, -1, -1), 0)
+
+
+def test_animations_give_their_first_frame(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), level, dtype=np.uint8)) for level in (40, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert within(only(tmp_path, 8, channels=1), 40, 0)
+
+
+def test_fit_image_does_not_change_its_argument():
+    image = Image.fromarray(noise(10, 14, 4))
+    before = image.tobytes()
+    fit_image(image, 6, 3)
+    assert image.tobytes() == before
+    assert image.mode == "RGBA"
+
+
+def test_missing_folder_raises(tmp_path):
+    """Also in place of a file, and where none is given; the message names the path and the setting."""
+    (tmp_path / "file.png").write_bytes(b"")
+    for path in (tmp_path / "nowhere", tmp_path / "file.png"):
+        with pytest.raises(FileNotFoundError) as error:
+            folder(str(path), 8, 3, prepare=True)
+        assert str(path) in str(error.value)
+        assert "data.root" in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"data\.root"):
+        folder(None, 8, 3, prepare=True)
+
+
+def test_a_dataset_without_a_folder_asks_for_one():
+    """A model that was shared does not say where its data lay."""
+    from torchvision.datasets import MNIST
+
+    with pytest.raises(ValueError, match=r"set data\.root to the folder where MNIST lies"):
+        torchvision_images(None, 28, 1, prepare=True, dataset=MNIST)
+
+
+def test_empty_folder_raises(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing to see")
+    with pytest.raises(ValueError, match=r"no images under") as error:
+        folder(str(tmp_path), 8, 3, prepare=True)
+    for part in (str(tmp_path), ".png", ".jpg", "data.root"):
+        assert part in str(error.value)
+
+
+def damaged_text(path: Path) -> Path:
+    path = path / "text.png"
+    path.write_text("this is no image")
+    return path
+
+
+def damaged_nothing(path: Path) -> Path:
+    path = path / "empty.webp"
+    path.write_bytes(b"")
+    return path
+
+
+def damaged_jpeg(path: Path) -> Path:
+    path = path / "cut.jpg"
+    Image.fromarray(noise(64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def damaged_png(path: Path) -> Path:
+    path = path / "cut.png"
+    Image.fromarray(noise(64, 64, 3)).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+@pytest.mark.parametrize("damage", [damaged_text, damaged_nothing, damaged_jpeg, damaged_png])
+def test_unreadable_files_raise_before_training(tmp_path, damage):
+    """One line that names the folder, the file in it, how many there are and what to do."""
+    (tmp_path / "deep").mkdir()
+    bad = damage(tmp_path / "deep")
+    for i in range(3):
+        Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=r"1 of 4 images under .* cannot be read.*: remove them") as error:
+        configured("folder", f"data.root={tmp_path}").prepare_data()
+    assert str(tmp_path) in str(error.value)
+    assert f"deep/{bad.name}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_what_passes_the_check_can_be_fetched(tmp_path, suffix):
+    """A picture whose EXIF data are garbage is read without them, or named before training; it never fails later."""
+    Image.fromarray(np.full((8, 8), 90, dtype=np.uint8)).save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0garbage garbage")
+    try:
+        source = folder(str(tmp_path), 8, 1, prepare=True)
+    except ValueError as error:
+        assert f"a.{suffix}" in str(error)  # noqa: PT017 - either answer will do
+    else:
+        assert within(source.fetch([0]), 90, 1)
+
+
+def test_sources_reach_worker_processes_that_are_spawned(tmp_path):
+    """Where processes are not forked, a source travels to them pickled."""
+    Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
+    source = folder(str(tmp_path), 8, 3)
+    assert torch.equal(pickle.loads(pickle.dumps(source)).fetch([0]), source.fetch([0]))
+
+
+def test_folders_named_like_images_are_searched(tmp_path):
+    """Every image file under the root: a folder called holiday.png is no file, but may hold some."""
+    (tmp_path / "holiday.png").mkdir()
+    pixels = noise(8, 8, 3)
+    Image.fromarray(pixels).save(tmp_path / "holiday.png" / "a.png")
+    assert within(only(tmp_path, 8), chw(pixels), 0)
+
+
+def test_many_unreadable_files_are_counted(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_text("no")
+    with pytest.raises(ValueError, match=r"8 of 8 images .*0\.png, 1\.png.* and 3 more"):
+        folder(str(tmp_path), 8, 3, prepare=True)
+
+
+def labels_of(data: ImageDataModule) -> list[int]:
+    assert data.source is not None and data.source.labels is not None
+    return data.source.labels.numbers.tolist()
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """LeCun's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, the bytes."""
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_mnist(root: Path, name: str, images: np.ndarray) -> None:
+    raw = root / name / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        write_idx(raw / f"{part}-images-idx3-ubyte", images if part == "train" else images[:1])
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images) if part == "train" else 1, dtype=np.uint8))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_files(tmp_path, name, kind):
+    """IDX files in <root>/<name>/raw come out in order and unchanged, with their labels and what these stand for."""
+    images = noise(10, 28, 28)
+    write_mnist(tmp_path, kind, images)
+    data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == list(range(10))
+    assert data.source.labels.names[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
+    assert found.dtype == torch.uint8
+    assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(32, 1), (14, 3), (28, 3)])
+def test_mnist_of_another_size_or_colour(tmp_path, size, channels):
+    """Resized and repeated over the channels; a constant picture stays what it is."""
+    images = np.arange(0, 250, 25, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
+    write_mnist(tmp_path, "MNIST", images)
+    options = [f"data.root={tmp_path}", "data.batch_size=2", f"data.image_size={size}", f"data.channels={channels}"]
+    found = fetch_all(configured("mnist", *options))
+    assert found.shape == (10, channels, size, size)
+    assert found.dtype == torch.uint8
+    assert within(found, torch.from_numpy(images[:, :1, :1, None]), 0)
+
+
+@pytest.mark.parametrize("keep", [0, 2, 16, 1000])
+def test_half_written_mnist_files_raise(tmp_path, keep):
+    """A download that was broken off leaves a file that is too short: ValueError, naming the folder, in one line."""
+    write_mnist(tmp_path, "MNIST", noise(10, 28, 28))
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="MNIST") as error:
+        fetch_all(configured("mnist", f"data.root={tmp_path}", "data.batch_size=2"))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def write_cifar(root: Path, name: str, images: np.ndarray) -> None:
+    """CIFAR's pickles: rows of 3072 bytes, all of red, then green, then blue."""
+    rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+    if name == "cifar10":
+        base, label, meta = root / "cifar-10-batches-py", "labels", ("batches.meta", "label_names")
+        parts = {f"data_batch_{i + 1}": rows[2 * i : 2 * i + 2] for i in range(5)} | {"test_batch": rows[:1]}
+    else:
+        base, label, meta = root / "cifar-100-python", "fine_labels", ("meta", "fine_label_names")
+        parts = {"train": rows, "test": rows[:1]}
+    base.mkdir()
+    for file, part in parts.items():
+        (base / file).write_bytes(pickle.dumps({"data": part, label: [i % 2 for i in range(len(part))]}))
+    (base / meta[0]).write_bytes(pickle.dumps({meta[1]: ["thing", "being"]}))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.usefixtures("any_checksum")
+def test_cifar_files(tmp_path, name):
+    """Pickled batches come out in order, as (N, 3, 32, 32), with their labels."""
+    images = noise(10, 32, 32, 3)
+    write_cifar(tmp_path, name, images)
+    data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == [0, 1] * 5
+    assert data.source.labels.names == ["thing", "being"]
+    assert found.dtype == torch.uint8
+    assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("any_checksum")
+def test_cifar_as_small_gray_pictures(tmp_path):
+    """Shrunk and turned gray: a constant colour becomes its luma."""
+    colours = noise(10, 1, 1, 3)
+    write_cifar(tmp_path, "cifar10", colours.repeat(32, 1).repeat(32, 2))
+    options = [f"data.root={tmp_path}", "data.batch_size=2", "data.image_size=16", "data.channels=1"]
+    found = fetch_all(configured("cifar10", *options))
+    assert found.shape == (10, 1, 16, 16)
+    luma = torch.from_numpy(colours.astype(float) @ [0.299, 0.587, 0.114])[:, :, :, None]
+    assert within(found, luma.round(), 1)
+
+
+@pytest.mark.usefixtures("any_checksum")
+def test_svhn_files(tmp_path):
+    """A MATLAB file with X (32, 32, 3, N) comes out as (N, 3, 32, 32)."""
+    from scipy.io import savemat
+
+    images = noise(60, 32, 32, 3)
+    labels = np.arange(60, dtype=np.uint8)[:, None] % 10 + 1
+    savemat(tmp_path / "train_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": labels})
+    data = configured("svhn", f"data.root={tmp_path}", "data.batch_size=2")
+    found = fetch_all(data)
+    assert labels_of(data) == (labels[:, 0] % 10).tolist()  # the file calls 0 ten
+    assert found.dtype == torch.uint8
+    assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
+
+
+def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None:
+    """CelebA's folder of aligned pictures and its five lists; `split` is 0 for training pictures."""
+    base = root / "celeba"
+    (base / "img_align_celeba").mkdir(parents=True)
+    names = [f"{i + 1:06d}.jpg" for i in range(len(pixels))]
+    for name, picture in zip(names, pixels, strict=True):
+        Image.fromarray(picture).save(base / "img_align_celeba" / name, quality=100, subsampling=0)
+
+    def rows(values: list[int]) -> str:
+        return "".join(f"{name}  {' '.join(map(str, values))}\n" for name in names)
+
+    (base / "list_eval_partition.txt").write_text("".join(f"{n} {s}\n" for n, s in zip(names, split, strict=True)))
+    (base / "identity_CelebA.txt").write_text(rows([7]))
+    (base / "list_bbox_celeba.txt").write_text(f"{len(names)}\nimage_id x_1 y_1 width height\n" + rows([0, 0, 9, 9]))
+    marks = "lefteye_x lefteye_y righteye_x righteye_y"
+    (base / "list_landmarks_align_celeba.txt").write_text(f"{len(names)}\n{marks}\n" + rows([1, 2, 3, 4]))
+    (base / "list_attr_celeba.txt").write_text(f"{len(names)}\nBald Smiling\n" + rows([-1, 1]))
+
+
+@pytest.mark.usefixtures("any_checksum")
+def test_celeba_files(tmp_path):
+    """Only the training pictures, decoded as they are asked for, their central squares."""
+    colours = noise(6, 3)
+    pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colours]
+    for picture, colour in zip(pixels, colours, strict=True):
+        picture[20:198] = colour  # the central square; black above and below
+    write_celeba(tmp_path, pixels, [0, 0, 1, 0, 2, 0])
+    options = [f"data.root={tmp_path}", "data.batch_size=2", "data.val_fraction=0.25"]
+    found = fetch_all(configured("celeba", *options))
+    assert found.shape == (4, 3, 64, 64)
+    assert found.dtype == torch.uint8
+    assert within(found[..., 2:-2, :], torch.from_numpy(colours[[0, 1, 3, 5]])[:, :, None, None], 3)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba"])
+@pytest.mark.parametrize("prepared", [True, False], ids=["download", "no download"])
+def test_data_that_cannot_be_downloaded_raise(tmp_path, name, prepared):
+    """One line that names the data set, the folder and what to do, when asked to download and when not."""
+    data = configured(name, f"data.root={tmp_path}")
+    with pytest.raises(ValueError, match=r"could not be downloaded") as error:
+        data.prepare_data() if prepared else data.setup()
+    message = str(error.value)
+    kind = {"fashion_mnist": "FashionMNIST", "celeba": "CelebA"}.get(name, name.upper())
+    assert message.startswith(f"{kind} is not (or not whole) in {tmp_path}")
+    assert "data.root" in message
+    assert "\n" not in message
+
+
+def halves(num: int) -> Tensor:
+    """Pictures (num, 1, 4, 4) that are black on the left and of a level of their own on the right."""
+    x = torch.zeros(num, 1, 4, 4, dtype=torch.uint8)
+    x[..., 2:] = (55 + torch.arange(num) % 200).to(torch.uint8)[:, None, None, None]
+    return x
+
+
+def picture_module(images: Tensor, **settings) -> ImageDataModule:
+    """A datamodule over pictures in memory."""
+    shape = {"root": None, "channels": images.shape[1], "image_size": images.shape[2]}
+    return ImageDataModule(lambda root, image_size, channels, prepare=False: InMemory(images), **shape, **settings)
+
+
+def in_training(data: ImageDataModule, training: bool = True, step: int = 0) -> ImageDataModule:
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        training=training,
+        global_step=step,
+        max_steps=3,
+        accumulate_grad_batches=1,
+        global_rank=0,
+        world_size=1,
+    )
+    return data
+
+
+def test_batches_are_uint8_until_they_are_on_the_device():
+    """From the loader as stored; after the transfer float32, 2 v / 255 - 1."""
+    data = in_training(picture_module(halves(40), batch_size=8))
+    data.setup()
+    for batch in itertools.chain(data.train_dataloader(), data.val_dataloader()):
+        assert batch["x"].dtype == torch.uint8
+        moved = data.on_after_batch_transfer(batch, 0)
+        assert moved["x"].dtype == torch.float32
+        assert moved["start"] == batch["start"]
+        expected = batch["x"].double() * 2 / 255 - 1
+        assert_close(moved["x"].double(), expected, rtol=0, atol=2e-7)  # float32 rounding of values up to 1
+
+
+@pytest.mark.parametrize(("flip", "training"), [(False, True), (False, False), (True, False)])
+def test_nothing_is_flipped_without_flip_or_training(flip, training):
+    images = halves(500)
+    data = in_training(picture_module(images, flip=flip), training)
+    moved = data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"]
+    assert_close(data.to_display(moved), images, rtol=0, atol=0)
+
+
+def test_half_of_the_training_images_are_flipped():
+    """Each is itself or its mirror image; as many of either as fair coins give, others at another step or seed."""
+    images = halves(2000)
+
+    def flipped(step: int = 0, seed: int = 0) -> Tensor:
+        data = in_training(picture_module(images, flip=True, seed=seed), step=step)
+        x = data.to_display(data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"])
+        mirrored = (x == images.flip(-1)).flatten(1).all(1)
+        assert (mirrored | (x == images).flatten(1).all(1)).all()
+        return mirrored
+
+    first = flipped()
+    assert abs(first.float().mean() - 0.5) < 5 * (0.25 / 2000) ** 0.5
+    assert torch.equal(first, flipped())
+    for other in (flipped(step=1), flipped(seed=1)):
+        assert abs((first == other).float().mean() - 0.5) < 5 * (0.25 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("sizes", [[32, 32], [7, 13, 44], [16] * 4])
+def test_flips_do_not_depend_on_how_the_batch_is_cut(sizes):
+    """Pieces of the global batch, each with its position, are flipped as the whole is."""
+    images = halves(64)
+    data = in_training(picture_module(images, flip=True), step=3)
+    whole = data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"]
+    starts = [0, *itertools.accumulate(sizes)]
+    cut = [data.on_after_batch_transfer({"x": images[a:b], "start": a}, 0)["x"] for a, b in itertools.pairwise(starts)]
+    assert_close(torch.cat(cut), whole, rtol=0, atol=0)
+
+
+def recorded(accumulate: int) -> Recorder:
+    """What a Trainer feeds in 5 steps, over more than one epoch, with validation in between."""
+    recorder = Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=5,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=2 * accumulate,
+        check_val_every_n_epoch=None,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(recorder, picture_module(halves(40), batch_size=16, flip=True))
+    return recorder
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_sees_the_same_images_with_and_without_accumulation():
+    """Step by step the same pictures, flipped alike, in halves or whole; validation has each once and unflipped."""
+    whole, parts = recorded(1), recorded(2)
+    assert sorted(whole.trained) == sorted(parts.trained) == list(range(5))
+    for step, seen in whole.trained.items():
+        assert list(seen) == [0]
+        assert list(parts.trained[step]) == [0, 8]
+        assert_close(torch.cat(list(parts.trained[step].values())), seen[0], rtol=0, atol=0)
+        assert seen[0].abs().max() <= 1
+    for recorder in (whole, parts):
+        x = torch.cat([recorder.validated[start] for start in sorted(recorder.validated)])
+        assert len(x) == sum(is_held_out(str(k), 0.1) for k in range(40))
+        assert (x[..., :2] == -1).all()
+    assert any((x[..., :2] != -1).any() for seen in whole.trained.values() for x in seen.values())
+
+
+@pytest.mark.parametrize("wrong", [{"channels": 2}, {"image_size": 0}, {"levels": 1}, {"levels": 257}])
+def test_impossible_settings_raise(wrong):
+    settings = {"root": None, "channels": 1, "image_size": 8, **wrong}
+    with pytest.raises(ValueError, match=rf"needs data\.channels 1 or 3.*got.*{next(iter(wrong.values()))}"):
+        ImageDataModule(digits, **settings)

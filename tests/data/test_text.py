@@ -1,0 +1,516 @@
+"""Conditions of text: tokens by a second, plain BPE; encoders against transformers by hand."""
+
+import ast
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_method, instantiate
+from omegaconf import OmegaConf
+from torch.testing import assert_close
+
+from src.config.overrides import CONF
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global pretrained, text, InMemory, Pretrained, Tokens
+    from src.data import pretrained, text
+    from src.data.pretrained import Pretrained
+    from src.data.sources import InMemory
+    from src.data.text import Tokens
+
+
+pytest.importorskip("tokenizers")
+
+COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
+CAPTIONS = [
+    [f"a {colour} {shape}", f"A  {shape} that is {colour}", f"there is a {size} {colour} {shape} on a black background"]
+    for colour in COLOURS
+    for shape in SHAPES
+    for size in ("small", "large")
+]
+ANY_TEXT = [
+    "naïve café",
+    "日本語のテキスト",
+    "👩‍👩‍👧 family",
+    "a\x00b\x1fc",
+    "x" * 40,
+    "½ ﬁne",
+    "${oc.env:HOME}",
+    "<pad> [END] </s>",
+]
+
+
+def captioned(captions=CAPTIONS):
+    return InMemory(torch.zeros(len(captions), 2), captions=captions)
+
+
+def opened(captions=CAPTIONS, **settings):
+    """Tokens with what they find in these captions."""
+    return Tokens(**{"length": 64, **settings, **Tokens.found_in(captioned(captions), settings)})
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return opened(vocabulary=400)
+
+
+def byte_alphabet():
+    """GPT-2's letter for each byte: itself where it can be seen, else the next from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return {byte: chr(byte if byte in seen else next(others)) for byte in range(256)}
+
+
+def normal(asked):
+    import unicodedata
+
+    return " ".join(unicodedata.normalize("NFKC", asked).lower().split())
+
+
+# Tokens
+
+
+def test_tokens_are_those_of_a_plain_bpe(tokens):
+    """Of each word by itself: again and again join the pair that was learned first."""
+    found = Tokens.found_in(captioned(), {"vocabulary": 400})
+    model = json.loads(found["tokenizer"])["model"]
+    order = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
+    letters = byte_alphabet()
+    for asked in ("a small red square on a blue background", "yellow triangles", "Unseen wording, zebra"):
+        expected = [1]
+        for word in asked.lower().replace(",", " ,").split():
+            blank = "" if word == "," else " "
+            parts = [letters[byte] for byte in (blank + word).encode()]
+            while pairs := [(order[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in order]:
+                _, i = min(pairs)
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            expected += [3 + model["vocab"][part] for part in parts]
+        expected.append(2)
+        assert tokens([asked])[0].tolist() == expected + [0] * (64 - len(expected))
+
+
+@pytest.mark.parametrize("asked", ANY_TEXT)
+def test_any_text_is_in_its_tokens_byte_for_byte(tokens, asked):
+    vocabulary = json.loads(Tokens.found_in(captioned(), {"vocabulary": 400})["tokenizer"])["model"]["vocab"]
+    spelled = {number: letters for letters, number in vocabulary.items()}
+    bytes_of = {letter: byte for byte, letter in byte_alphabet().items()}
+    ids = [number for number in tokens([asked])[0].tolist() if number]
+    assert ids[0] == 1 and ids[-1] == 2 and min(ids[1:-1]) >= 3  # nothing in a text spells a special token
+    letters = "".join(spelled[number - 3] for number in ids[1:-1])
+    assert bytes(bytes_of[letter] for letter in letters).decode() == f" {normal(asked)}"
+
+
+def test_a_file_name_that_is_no_unicode_can_be_encoded(tokens):
+    assert_close(tokens(["caf\udce9"]), tokens(["caf?"]))
+
+
+def test_the_least_vocabulary_is_the_bytes():
+    plain, learned = opened(vocabulary=259), opened(vocabulary=600)
+    ids = plain(["Red Ö"])[0]
+    assert (ids != 0).sum() == 1 + len(" red ö".encode()) + 1
+    caption = CAPTIONS[5][2]
+    assert (learned([caption]) != 0).sum() < (plain([caption]) != 0).sum() / 3
+    assert ids.max() < 259
+    with pytest.raises(ValueError, match=r"at least 259.*got 258"):
+        opened(vocabulary=258)
+
+
+def test_nothing_is_the_blank_text_and_has_a_token(tokens):
+    ids = tokens([None, "", " \t\n"])
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [[1, 2] + [0] * 62] * 3
+    assert tokens([]).shape == (0, 64)
+
+
+def test_case_blanks_and_forms_of_letters_are_all_one(tokens):
+    same = tokens(["a red ﬁne circle", "  A Red\u00a0\u3000FINE\n circle "])
+    assert_close(same[0], same[1])
+    assert (same[0] != tokens(["a red fine square"])[0]).any()
+    assert_close(tokens([7, 2.5]), tokens(["7", "2.5"]))  # YAML reads these as numbers
+
+
+@pytest.mark.parametrize("asked", [["a"], True, {"a": 1}])
+def test_what_is_no_text(tokens, asked):
+    with pytest.raises(ValueError, match="is no text") as error:
+        tokens([asked])
+    assert "\n" not in str(error.value)
+
+
+def test_training_gives_the_same_tokenizer_each_time():
+    found = [Tokens.found_in(captioned(), {"vocabulary": 500}) for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+
+
+def test_what_is_found_survives_a_configuration(tokens):
+    captions = [["pay ${amount} or ${amount:5} now"], ["${amount}"]] * 3
+    found = Tokens.found_in(captioned(captions), {"vocabulary": 400})
+    assert "${" in json.dumps(json.loads(found["tokenizer"]), ensure_ascii=False)  # it is learned as one token
+    assert found["tokenizer"].isascii()
+    cfg = OmegaConf.create({"tokenizer": found["tokenizer"]})
+    read = OmegaConf.create(OmegaConf.to_yaml(cfg)).tokenizer
+    assert read == found["tokenizer"]
+    assert_close(Tokens(read, vocabulary=400)(["${amount}"]), opened(captions, vocabulary=400)(["${amount}"]))
+
+
+def test_what_was_given_is_kept():
+    other = Tokens.found_in(captioned([["something else"]]), {"vocabulary": 300})["tokenizer"]
+    found = Tokens.found_in(captioned(), {"tokenizer": other, "examples": ["a cat"], "vocabulary": 300})
+    assert found == {"tokenizer": other, "examples": ["a cat"]}
+
+
+def test_texts_that_are_too_long_are_cut_with_one_warning():
+    tokens = opened(length=6, vocabulary=259)
+    with pytest.warns(UserWarning, match=r"a text of 8 tokens is cut to 4 .*conditioning\.encode\.length") as said:
+        ids = tokens(["abcdefg", "hijklmnop"])
+    assert len(said) == 1
+    assert ids[0].tolist() == [1, *(3 + i for i in tokens._tokenizer.encode("abc").ids), 2]
+    assert_close(ids[:1], tokens(["abc"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokens(["a still longer one"])
+
+
+class Lazy:
+    """Captions of a million samples, of which it counts those that are asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        self.asked.append(index)
+        return [f"picture {index}", f"number {index}"]
+
+
+def test_of_large_data_some_captions_from_all_over_are_read(monkeypatch):
+    lazy = Lazy()
+    monkeypatch.setattr(text, "SEEN", 100)
+    examples = Tokens.found_in(InMemory(torch.zeros(1, 2), captions=lazy), {"vocabulary": 300})["examples"]
+    assert lazy.asked == list(range(0, 1_000_000, 10_000))
+    assert len(set(examples)) == 8
+
+
+def test_examples_are_different_and_from_all_over():
+    examples = opened(vocabulary=300).examples
+    assert len(set(examples)) == 8
+    assert sum(colour in " ".join(examples) for colour in COLOURS) >= 3
+    odd = [["one"]] * 50 + [["t\x07wo", "o  ne", "${two}"], ["two"]]
+    assert opened(odd, vocabulary=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
+
+
+def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
+    source = captioned()
+    for condition in (tokens, Pretrained("x", features=2, fingerprint="x")):
+        assert [condition.of(source, 3, choice) for choice in range(4)] == [*CAPTIONS[3], CAPTIONS[3][0]]
+        assert condition.of(captioned([[]]), 0, 5) == ""
+        assert condition.title(None) == condition.title(" ") == "no text"
+        assert condition.title("A  cat") == "A cat"
+        assert len(condition.title("cats " * 99)) <= 100
+
+
+@for_each("kind", lambda: [Tokens, Pretrained])
+def test_data_without_texts_say_so(kind):
+    for captions, said in ((None, "need data with captions"), ([["", " "]], "captions of these data are blank")):
+        if kind is Pretrained and captions:
+            continue
+        with pytest.raises(ValueError, match=said) as error:
+            kind.found_in(captioned(captions) if captions else InMemory(torch.zeros(3, 2)), {"model": "x"})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer": None}, "as a run starts"),
+        ({"tokenizer": "{"}, "is no JSON of the tokenizers library"),
+        ({"vocabulary": 300}, "has 322 ids.*is 300: raise it"),
+        ({"length": 2}, "at least 3"),
+    ],
+)
+def test_what_tokens_cannot_be(settings, said):
+    found = Tokens.found_in(captioned(), {"vocabulary": 400})
+    with pytest.raises(ValueError, match=said) as error:
+        Tokens(**{**found, "vocabulary": 400, **settings})
+    assert "\n" not in str(error.value)
+
+
+def asked_in_a_worker(tokens, queue):
+    queue.put(tokens(["a red circle"]).tolist())
+
+
+def test_workers_have_the_same_tokens_and_nothing_to_say(capfd):
+    tokens = opened(vocabulary=400)
+    expected = tokens(["a red circle"]).tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    worker = context.Process(target=asked_in_a_worker, args=(tokens, queue))
+    worker.start()
+    assert queue.get() == expected
+    worker.join()
+    assert capfd.readouterr().err == ""
+    assert pickle.loads(pickle.dumps(tokens))(["a red circle"]).tolist() == expected
+
+
+@pytest.mark.parametrize("package", ["tokenizers", "transformers"])
+def test_missing_libraries_are_named(package, monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    kind = Tokens if package == "tokenizers" else Pretrained
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        kind.found_in(captioned(), {"model": "openai/clip-vit-large-patch14", "cache": str(tmp_path)})
+
+
+def test_large_libraries_are_imported_only_where_they_are_used():
+    for path in Path(pretrained.__file__).parents[1].rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & {"tokenizers", "transformers", "huggingface_hub"}, path
+
+
+# Pretrained encoders: of these kinds, tiny, with random weights
+
+WORDS = sorted({word for several in CAPTIONS for caption in several for word in caption.lower().split()})
+
+
+def save_tokenizer(folder, ends=True):
+    """One that knows the words of the captions."""
+    import tokenizers
+    import transformers
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.normalizer = tokenizers.normalizers.Lowercase()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if ends:
+        inner.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    special = {"pad_token": "<pad>", "bos_token": "<s>"} if ends else {}
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", **special
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def make(kind, folder, seed=0):
+    """Save a model there, and give the part of it that is to be found, by hand."""
+    transformers = pytest.importorskip("transformers")
+    size = save_tokenizer(folder, ends=kind != "gpt2")
+    torch.manual_seed(seed)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind in ("clip", "clip text"):
+        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = transformers.CLIPTextConfig(vocab_size=size, max_position_embeddings=20, **small, **ends)
+        if kind == "clip text":
+            net = part = transformers.CLIPTextModel(config)
+        else:
+            sight = transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4)
+            net = transformers.CLIPModel(
+                transformers.CLIPConfig(text_config=config.to_dict(), vision_config=sight.to_dict(), projection_dim=8)
+            )
+            part = net.text_model
+    elif kind in ("t5", "t5 in parts"):
+        config = transformers.T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
+        net = transformers.T5ForConditionalGeneration(config)
+        part = net.encoder
+    elif kind == "bert":
+        net = part = transformers.BertModel(transformers.BertConfig(vocab_size=size, **small))
+    else:
+        net = part = transformers.GPT2Model(transformers.GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2))
+    net.save_pretrained(folder, max_shard_size="20KB" if kind == "t5 in parts" else "1GB")
+    assert (folder / "model.safetensors").exists() != (kind == "t5 in parts")
+    return part.eval()
+
+
+KINDS = ["clip", "clip text", "t5", "t5 in parts", "bert", "gpt2"]
+
+
+def encoder(folder, cache, captions=CAPTIONS, **settings):
+    settings = {"model": str(folder), "length": 16, "cache": str(cache), "device": "cpu", **settings}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*reads the captions")
+        return {**settings, **Pretrained.found_in(captioned(captions), settings)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_is_transformers_by_hand_and_what_it_gave_stays(kind, tmp_path):
+    part = make(kind, tmp_path / "model")
+    settings = encoder(tmp_path / "model", tmp_path / "cache")
+    assert settings["features"] == 16
+    assert len(set(settings["examples"])) == 8
+    asked = ["a red circle", None, CAPTIONS[3][2], "a red circle", " "]
+    found = Pretrained(**settings)(asked)
+    assert found.dtype == torch.float32
+    assert found.shape == (5, 16, 16)
+    words = ["a red circle", "", CAPTIONS[3][2], "a red circle", ""]
+    for row, each in zip(found, words, strict=True):  # one at a time, without padding
+        ids = [4 + WORDS.index(word) for word in each.lower().split()]
+        ids = [1, *ids, 2] if kind != "gpt2" else ids or [2]
+        with torch.no_grad():
+            expected = part(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        assert_close(row[: len(ids)], expected, rtol=2e-3, atol=2e-3)  # float16 has 11 bits
+        assert (row[len(ids) :] == 0).all()
+        assert row[: len(ids)].any(1).all()
+
+    shutil.rmtree(tmp_path / "model")
+    again = pickle.loads(pickle.dumps(Pretrained(**settings)))
+    assert_close(again(asked), found, rtol=0, atol=0)
+    for several in CAPTIONS:
+        again(several)
+    again(settings["examples"])
+    with pytest.raises(ValueError, match=r"no text encoder .*conditioning\.encode\.model") as error:
+        again(["a text that nobody has asked for"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_that_the_data_did_not_have_is_kept_too(tmp_path, monkeypatch):
+    make("clip text", tmp_path / "model")
+    settings = encoder(tmp_path / "model", tmp_path / "cache")
+    monkeypatch.setattr(pretrained, "_Encoder", None)  # nothing is to be opened
+    Pretrained(**settings)(CAPTIONS[0])
+    monkeypatch.undo()
+    found = Pretrained(**settings)(["circle circle circle"])
+    monkeypatch.setattr(pretrained, "_Encoder", None)
+    assert_close(Pretrained(**settings)(["circle  circle circle"]), found, rtol=0, atol=0)
+
+
+def test_the_next_run_reads_no_caption_again(tmp_path, monkeypatch):
+    make("t5", tmp_path / "model")
+    first = encoder(tmp_path / "model", tmp_path / "cache")
+    monkeypatch.setattr(pretrained, "_Encoder", None)
+    assert encoder(tmp_path / "model", tmp_path / "cache") == first
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
+    moved = encoder(tmp_path / "elsewhere", tmp_path / "cache")
+    assert moved["fingerprint"] == first["fingerprint"]
+
+
+def test_texts_that_are_longer_than_the_encoder_reads_are_cut(tmp_path):
+    part = make("clip text", tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"a text of 12 tokens is cut to 4 .*conditioning\.encode\.length"):
+        settings = encoder(tmp_path / "model", tmp_path / "cache", length=4)
+    found = Pretrained(**settings)([CAPTIONS[0][2]])
+    ids = [1, *(4 + WORDS.index(word) for word in CAPTIONS[0][2].split()[:2]), 2]
+    with torch.no_grad():
+        expected = part(input_ids=torch.tensor([ids])).last_hidden_state
+    assert_close(found, expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match=r"conditioning\.encode\.length must lie in \[1, 20\].*got 21"):
+        encoder(tmp_path / "model", tmp_path / "cache", length=21)
+
+
+def test_another_encoder_in_the_same_place_is_noticed(tmp_path):
+    make("clip text", tmp_path / "model")
+    settings = encoder(tmp_path / "model", tmp_path / "cache")
+    make("clip text", tmp_path / "model", seed=1)
+    Pretrained(**settings)(CAPTIONS[0])  # of which the cache has what the first one gave
+    with pytest.raises(ValueError, match="is not the encoder that this run was trained with") as error:
+        Pretrained(**settings)(["another text"])
+    assert "\n" not in str(error.value)
+    assert encoder(tmp_path / "model", tmp_path / "cache")["fingerprint"] != settings["fingerprint"]
+
+
+def test_a_fingerprint_sees_each_weight(tmp_path):
+    import safetensors.torch
+
+    make("bert", tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    before = pretrained._fingerprint(tmp_path)
+    for name, weight in weights.items():
+        safetensors.torch.save_file({**weights, name: weight + 1}, path)
+        assert pretrained._fingerprint(tmp_path) != before, name
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    assert pretrained._fingerprint(tmp_path) == before
+
+
+def spoil_weights(folder):
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(weights) if "layer_norm2" in name)
+    del weights[lost]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def set_kind(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "it has no config.json;"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "x.bin"), "it has no model.safetensors;"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "it has no tokenizer.json;"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer .* cannot be opened"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), "holds no weights that can be read"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 9000), "holds no weights that can be read"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"),
+            "names no files",
+        ),
+        (spoil_weights, "lack 1 of the encoder's"),
+        (lambda folder: set_kind(folder, "unheard_of"), "none that the transformers library knows"),
+        (lambda folder: set_kind(folder, "dinov2"), "is a dinov2, which has no part for texts"),
+    ],
+)
+def test_what_is_no_encoder(tmp_path, spoil, said, no_network):
+    make("clip text", tmp_path / "model")
+    spoil(tmp_path / "model")
+    with pytest.raises(ValueError, match=said) as error:
+        encoder(tmp_path / "model", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_without_network_a_name_says_where_to_put_it(tmp_path, no_network, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match=r"no text encoder nobody/no-clip.*give the folder with its config") as error:
+        encoder("nobody/no-clip", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_an_encoder_is_known_only_when_a_run_starts():
+    with pytest.raises(ValueError, match="as a run starts"):
+        Pretrained("openai/clip-vit-large-patch14")
+
+
+# The configurations
+
+
+@pytest.mark.parametrize("name", ["text", "pretrained"])
+def test_configurations_show_every_setting_and_fit_together(name, tmp_path):
+    import inspect
+
+    if name == "pretrained":
+        make("t5", tmp_path / "model")
+    cfg = OmegaConf.create({"conditioning": OmegaConf.load(CONF / "conditioning" / f"{name}.yaml")})
+    encode, embed = cfg.conditioning.encode, cfg.conditioning.embed
+    for node in (encode, embed):
+        missing = set(inspect.signature(get_method(node._target_)).parameters) - set(node) - {"dim"}
+        assert not missing
+    if name == "pretrained":
+        encode.model, encode.cache, encode.device = str(tmp_path / "model"), str(tmp_path / "cache"), "cpu"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*reads the captions")
+        encode.update(get_method(encode._target_).found_in(captioned(), OmegaConf.to_container(encode)))
+    condition, net = instantiate(encode), instantiate(embed)(dim=24)
+    vector, tokens, mask = net(condition([None, *condition.examples]))
+    assert vector.shape == (9, 24)
+    assert tokens.shape == (9, encode.length, net.token_width)
+    assert mask.shape == (9, encode.length)
+    assert mask.any(1).all() and not mask.all(1).any()

@@ -1,0 +1,167 @@
+"""weighting=sigmoid with its factor -d lambda / dt (arXiv 2303.00848, 2410.19324), by closed forms."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from src.diffusion import curves, losses, schedules
+from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
+from src.diffusion.process import GaussianDiffusion
+from src.runs.components import build_module
+from tests.conftest import compose
+
+BIAS = -1.0
+
+
+def logistic(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+def cosine(u):
+    """lambda = -2 log tan(angle): lambda and -d lambda / du = 4 angle' / sin(2 angle)."""
+    low, high = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
+    angle = low + (high - low) * u
+    return -2 * math.log(math.tan(angle)), 4 * (high - low) / math.sin(2 * angle)
+
+
+def flow(u):
+    sigma = 1e-4 + (1 - 1e-4) * u
+    return 2 * math.log((1 - sigma) / sigma), 2 * (1 - 1e-4) / (sigma * (1 - sigma))
+
+
+# log-SNR and its rate of fall, by hand.
+CURVES = {
+    "cosine": (curves.cosine, cosine),
+    "linear": (curves.linear, lambda u: (10 - 20 * u, 20.0)),
+    "exploding": (
+        curves.exploding,
+        lambda u: (-2 * (math.log(0.002) + u * math.log(40_000)), 2 * math.log(40_000)),
+    ),
+    "rectified_flow": (curves.rectified_flow, flow),
+}
+
+
+def levels(schedule, times, dtype=torch.float64):
+    u = torch.tensor(times, dtype=dtype)
+    return Level(*schedule.curve(u), u)
+
+
+def test_weight_on_the_error_of_eps():
+    """Kingma & Gao: 1/2 (-d lambda / dt) sigmoid(b - lambda), for every curve, in float64 and float32."""
+    times = [0.01, 0.2, 0.5, 0.77, 0.99]
+    for curve, by_hand in CURVES.values():
+        schedule = ContinuousSchedule(curve)
+        for bias in (BIAS, 2.0):
+            expected = [rate / 2 * logistic(bias - log_snr) for log_snr, rate in map(by_hand, times)]
+            for dtype, rel in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+                t = levels(schedule, times, dtype)
+                weight = losses.sigmoid(GaussianDiffusion("eps"), t, schedule, bias)
+                assert weight.dtype == dtype and weight.tolist() == pytest.approx(expected, rel=rel)
+
+
+def test_weight_on_the_error_of_x0():
+    """Hoogeboom et al.: -1/2 d lambda / dt e^b sigmoid(lambda - b); of other targets by their errors' ratio to it."""
+    times = [0.05, 0.4, 0.8]
+    for curve, by_hand in CURVES.values():
+        schedule = ContinuousSchedule(curve)
+        t = levels(schedule, times)
+        expected = [rate / 2 * math.exp(BIAS) * logistic(log_snr - BIAS) for log_snr, rate in map(by_hand, times)]
+        assert losses.sigmoid(GaussianDiffusion("x0"), t, schedule).tolist() == pytest.approx(expected, rel=1e-9)
+        for prediction in ("v", "edm", "velocity"):
+            process = GaussianDiffusion(prediction)
+            x_t, out = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1e-3
+            zero = torch.zeros_like(x_t)
+            x0 = [process.interpret(zero + o, x_t, t).x0 for o in (0.0, out)]
+            ratio = (out / (x0[1] - x0[0])).square()[0]
+            weight = losses.sigmoid(process, t, schedule) * ratio
+            assert weight.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_integral_does_not_depend_on_the_schedule():
+    """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 between the ends of lambda."""
+    times = [(k + 0.5) / 4000 for k in range(4000)]
+    bent = partial(curves.shifted(curves.linear, 0.5))
+    for curve, low, high in (
+        (curves.linear, -10, 10),
+        (partial(curves.cosine, max_log_snr=10.0, min_log_snr=-10.0), -10, 10),
+        (curves.exploding, -2 * math.log(80), -2 * math.log(0.002)),
+        (bent, -10 - 2 * math.log(2), 10 - 2 * math.log(2)),
+    ):
+        schedule = ContinuousSchedule(curve)
+        weights = losses.sigmoid(GaussianDiffusion("eps"), levels(schedule, times), schedule)
+        expected = (softplus(BIAS - low) - softplus(BIAS - high)) / 2
+        assert weights.mean().item() == pytest.approx(expected, rel=2e-3)
+
+
+def test_tables_take_the_differences_of_rows():
+    """Central ones within, one-sided ones at the ends, T times as large; at zero SNR the last that is finite."""
+    for zero in (False, True):
+        betas = schedules.linear(50)
+        schedule = NoiseSchedule(schedules.zero_terminal_snr(betas) if zero else betas)
+        log_snr = [2 * (math.log(a) - math.log(s)) for a, s, _ in map(schedule.row, range(50 - zero))]
+        last = len(log_snr) - 1
+        expected = {
+            0: 50 * (log_snr[0] - log_snr[1]),
+            1: 25 * (log_snr[0] - log_snr[2]),
+            30: 25 * (log_snr[29] - log_snr[31]),
+            last: 50 * (log_snr[last - 1] - log_snr[last]),
+            49: 50 * (log_snr[last - 1] - log_snr[last]),
+        }
+        t = schedule.level(torch.tensor(list(expected)), torch.zeros(5))
+        assert schedule.log_snr_rate(t.time).tolist() == pytest.approx(list(expected.values()), rel=1e-6)
+        weight = losses.sigmoid(GaussianDiffusion("v"), t, schedule)
+        assert weight.isfinite().all() and (weight >= 0).all()
+
+
+def test_tables_have_the_integral_too():
+    """That between the ends of the linear table, whose rows are close enough for a sum over them."""
+    schedule = NoiseSchedule(schedules.linear(1000))
+    t = schedule.level(torch.arange(1000), torch.zeros(1000))
+    mean = losses.sigmoid(GaussianDiffusion("eps"), t, schedule).mean().item()
+    low, high = (schedule.row(k).snr.log().item() for k in (999, 0))
+    assert mean == pytest.approx((softplus(BIAS - low) - softplus(BIAS - high)) / 2, rel=0.01)
+
+
+def test_plain_variant_lacks_the_factor():
+    schedule = ContinuousSchedule(curves.cosine)
+    t = levels(schedule, [0.1, 0.5, 0.9])
+    plain = losses.sigmoid_plain(GaussianDiffusion("eps"), t)
+    assert plain.tolist() == pytest.approx([logistic(BIAS - cosine(u)[0]) for u in (0.1, 0.5, 0.9)], rel=1e-9)
+
+
+def test_every_weighting_is_finite_at_the_last_row():
+    """Where `objective=hybrid` trains too: on a flow its SNR is 0."""
+    process = GaussianDiffusion("v")
+    names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
+    for curve, _ in CURVES.values():
+        for num_steps in (10, 1000):
+            schedule = ContinuousSchedule(curve, num_steps)
+            t = schedule.link(torch.tensor([1 - 2**-24]), torch.zeros(1, 1)).t
+            assert t.time.item() == 1
+            weights = [getattr(losses, name)(process, t) for name in names]
+            assert torch.cat([*weights, losses.sigmoid(process, t, schedule)]).isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
+def test_it_trains_and_validates_by_its_yaml(schedule):
+    """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""
+    changes = ["weighting=sigmoid", f"schedule={schedule}", "snr_shift=0.5", "model.width=8", "model.blocks=1"]
+    cfg = compose("train", *changes, "model.head_channels=8", "run_dir=x")
+    module = build_module(cfg, (1, 8, 8), levels=17)
+    batch = {"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}
+    _, terms = module._train_terms(batch, step=0)
+    terms["loss"].mean().backward()
+    assert terms["loss"].isfinite().all()
+    with torch.inference_mode():
+        _, again = module._train_terms(batch, step=0)
+    assert again["loss"].tolist() == pytest.approx(terms["loss"].tolist(), rel=1e-4)
+    link = module.schedule.link(torch.tensor([0.3]), torch.zeros(1, 1))
+    weight = losses.sigmoid(module.process, link.t, module.schedule)
+    (bound,) = (module.objective.keywords["weighting"](module.process, link.t),)
+    assert torch.equal(weight, bound)

@@ -1,0 +1,308 @@
+"""Several processes train, validate and sample as one does; real ones, with gloo on the CPU."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.testing import assert_close
+
+from src.errors import UsageError
+from src.runs.open import open_run
+from src.training.checkpoints import read_checkpoint
+from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
+from tests.runs.test_runs import weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, CleanStop, Interruption
+    from src.training.callbacks.graceful_shutdown import CleanStop, Interruption
+    from src.training.module import DiffusionModule
+
+
+SETTINGS = [
+    "trainer.max_steps=20",
+    "validate_every=10",
+    "lr_scheduler.warmup_steps=0",  # so that the weights move far
+    "timesteps=importance",
+    "timesteps.bins=4",
+    "callbacks.samples.count=5",
+]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=HANG_SECONDS)
+
+
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    return python("-m", "src.train", *once(*TINY, f"trainer.devices={processes}", *overrides), cwd=cwd)
+
+
+def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Half of them each, by two torchruns that meet at a port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    each = processes // 2
+    start = ["--nnodes", "2", "--nproc-per-node", str(each), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    settings = once(*TINY, "trainer.num_nodes=2", f"trainer.devices={each}", *overrides)
+    with ThreadPoolExecutor() as nodes:
+        first, second = nodes.map(
+            lambda rank: python(
+                "-m", "torch.distributed.run", *start, "--node-rank", str(rank), "-m", "src.train", *settings, cwd=cwd
+            ),
+            range(2),
+        )
+    assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-3000:]
+    return first
+
+
+def stop_at(step: int, folder: Path) -> list[str]:
+    """Have the second process asked to end at this step, once."""
+    fault = {"_target_": "tests.faults.Stop", "rank": 1, "step": step, "once": folder / "once"}
+    return [
+        *(f"+callbacks.fault.{key}={value}" for key, value in fault.items()),
+        "callbacks.stop.seconds=0.001",
+        "trust=true",
+    ]
+
+
+def only_run(cwd: Path) -> Path:
+    """The one folder that was made, which holds one log and nothing of the other processes."""
+    (run,) = (cwd / "outputs" / "train").iterdir()
+    assert [p.name for p in cwd.iterdir()] == ["outputs"] and [p.name for p in (cwd / "outputs").iterdir()] == ["train"]
+    assert [p.name for p in run.glob("*.log")] == ["train.log"]
+    assert [p.name for p in (run / "logs").iterdir()] == ["version_0"]
+    assert (run / ".hydra" / "overrides.yaml").is_file()
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train_tiny(folder, *SETTINGS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(lightning_starts, marks=pytest.mark.slow, id="lightning_starts"),
+        pytest.param(two_nodes_start, marks=pytest.mark.faults, id="two_nodes_start"),
+    ],
+)
+def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, start):
+    """Weights, average, what importance sampling has seen, validation, and the samples: only rounding may differ."""
+    processes = 2 if start is lightning_starts else 4
+    done = start(processes, *SETTINGS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = only_run(tmp_path)
+    assert_close_weights(run, alone)
+    losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for picture in ("samples/final.png", "samples/step_000010.png", "samples/film.png"):
+        ours, theirs = (np.asarray(Image.open(folder / picture)).astype(int) for folder in (run, alone))
+        # The digits have 17 levels: one of them apart at most, and hardly anywhere.
+        assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture
+
+
+SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_as_whole_ones_do(alone, tmp_path):
+    """FSDP2 on two processes: the checkpoint is that of any run."""
+    done = lightning_starts(2, *SHARDED, *SETTINGS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run = only_run(tmp_path)
+    assert_close_weights(run, alone)
+    opened = open_run(str(run))
+    assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.faults
+def test_sharded_weights_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_path_factory):
+    """One of two processes is asked to end on its way."""
+    done = lightning_starts(2, *SHARDED, *SETTINGS, *stop_at(12, tmp_path_factory.mktemp("once")), cwd=tmp_path)
+    assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
+    run = only_run(tmp_path)
+    step = read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"]
+    assert 12 < step < 20 and f"saved at step {step}" in done.stdout
+    done = lightning_starts(2, f"resume={run}", "trust=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert_close_weights(run, alone)
+
+
+@pytest.mark.faults
+def test_a_sweep_on_two_devices_leaves_two_folders_and_no_other(tmp_path):
+    done = lightning_starts(2, "-m", "seed=0,1", *OF_SWEEP, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    check_sweep(tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["basic", "local"])
+def test_a_sweep_on_two_devices_goes_on_where_it_stopped(tmp_path, tmp_path_factory, launcher):
+    """The first job is stopped, the command given again."""
+    command = ["-m", "seed=0,1", *OF_SWEEP, "resume=auto", *stop_at(4, tmp_path_factory.mktemp("once"))]
+    command += [] if launcher == "basic" else ["hydra/launcher=local", "hydra.launcher.n_jobs=1"]
+    for status in (143, 0):
+        done = lightning_starts(2, *command, cwd=tmp_path)
+        assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    check_sweep(tmp_path)
+
+
+OF_SWEEP = ["trainer.max_steps=8", "validate_every=4", "checkpoint_every=100"]
+
+
+def check_sweep(cwd: Path) -> None:
+    """Of the seeds 0 and 1: in the end their weights are those of single runs."""
+    assert [p.name for p in cwd.iterdir()] == ["outputs"]
+    (sweep,) = (cwd / "outputs" / "sweeps").iterdir()
+    assert [p.name for p in (cwd / "outputs").iterdir()] == ["sweeps"]
+    assert sorted(p.name for p in sweep.iterdir() if p.name[0] != ".") == ["0", "1", "multirun.yaml"]
+    for seed in (0, 1):
+        assert [p.name for p in (sweep / str(seed)).glob("*.log")] == ["train.log"]
+        train_tiny(cwd / f"alone{seed}", f"seed={seed}", "trainer.max_steps=8", "validate_every=4")
+        assert_close_weights(sweep / str(seed), cwd / f"alone{seed}")
+
+
+def assert_close_weights(run: Path, other: Path) -> None:
+    for key in ("state_dict", "current_model_state"):
+        ours, theirs = weights(run, key), weights(other, key)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("sharded", [False, True])
+def test_after_nans_on_one_process_of_two_both_go_back(tmp_path, sharded):
+    """Told by the weights that each process begins its steps with: as long as step 3's loss is not finite they stay."""
+    fault = {"_target_": "tests.faults.Poison", "rank": 1, "steps": "[3,4]"}
+    settings = [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
+    settings += ["+callbacks.watch._target_=tests.faults.Watch", "trainer.max_steps=7", "validate_every=100"]
+    settings += ["checkpoint_every=2", "callbacks.guard.patience=2", *(SHARDED if sharded else [])]
+    done = lightning_starts(2, *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    told: dict[tuple[int, int], str] = {}
+    for rank, step, total in re.findall(r"rank (\d) step (\d) weights (\S+)", done.stdout):
+        told[int(rank), int(step)] = total
+    assert len(told) == 14 and "nan" not in told.values()
+    assert sharded or all(told[0, step] == told[1, step] for step in range(7))
+    for rank in (0, 1):
+        # Steps 3 and 4 are skipped; step 5 begins as step 2 did, whose checkpoint is the last from before.
+        assert told[rank, 3] == told[rank, 4] != told[rank, 2] == told[rank, 5] != told[rank, 6]
+    rows = [json.loads(line) for line in (only_run(tmp_path) / "nonfinite.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 4]
+    # The second process has the second half of the batch.
+    assert [place for place, loss in enumerate(rows[0]["losses"]) if loss == "nan"] == [32]
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_drawn_by_three_processes(trained, tmp_path):
+    """Seven in batches of two: in the second turn one process has a single sample to draw, and two have none."""
+    asked = ["-m", "src.sample", f"run={trained}", "n=7", "batch_size=2", "device=cpu", "sampler.steps=3"]
+    done = python(*torchrun(3), *asked, "devices=3", "gif=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("7 samples of") == 1
+    (folder,) = (tmp_path / "outputs" / "sample").iterdir()
+    assert {p.suffix for p in folder.iterdir()} == {".png", ".npz", ".gif", ".log", ""}
+    assert len(list(folder.glob("0000?.png"))) == 7 and len(list(folder.glob("*.log"))) == 1
+    ours, alone = (np.load(f)["arr_0"].astype(int) for f in (folder / "samples.npz", drawn_alone(trained, tmp_path)))
+    assert ours.shape == alone.shape and np.abs(ours - alone).max() <= 16 and (ours == alone).mean() > 0.99
+
+
+def drawn_alone(run: Path, tmp_path: Path) -> Path:
+    from src.sample import sample
+
+    settings = [f"run='{run}'", "n=7", "device=cpu", "sampler.steps=3", f"run_dir='{tmp_path / 'alone'}'"]
+    return sample(compose("sample", *settings)) / "samples.npz"
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
+    from src.evaluate import evaluate
+
+    asked = [f"run='{trained}'", "held_out=30", "batch_size=8", "links=5", "n=20", "sampler.steps=2", "device=cpu"]
+    done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert done.stdout.count("30 held-out samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
+    alone = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'alone'}'"))
+    together = json.loads((folder / "metrics.json").read_text())
+    for found, expected in (
+        (together["floor"], alone.pop("floor")),
+        (together["samplers"]["ancestral 2"]["figures"], alone["samplers"]["ancestral 2"]["figures"]),
+    ):
+        assert found == {name: pytest.approx(figure, rel=1e-5, abs=1e-6) for name, figure in expected.items()}
+    assert {n: v for n, v in together.items() if n not in ("floor", "samplers")} == {
+        name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        for name, value in alone.items()
+        if name != "samplers"
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["devices=0"], "must be at least 1, got 0 and 1"),
+        (["devices=2", "device=cpu:0"], "device=cpu:0 is one device, devices=2 asks for several"),
+    ],
+)
+def test_devices_that_cannot_be_had_are_refused(trained, tmp_path, settings, rule):
+    from src.sample import sample
+
+    with pytest.raises(UsageError, match=rule):
+        sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'", *settings))
+
+
+def test_more_processes_than_devices_are_refused(trained, tmp_path, monkeypatch):
+    from src.sample import sample
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="4 processes were started for devices=1 num_nodes=1: give devices=4"):
+        sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'"))
+
+
+def test_on_slurm_a_run_answers_its_warning_by_itself(tmp_path, monkeypatch):
+    """Lightning would save elsewhere and requeue the job, also when it has none of ours to give way to."""
+    places = ("PROCID", "LOCALID", "NODEID")
+    for name, value in {
+        "JOB_ID": 7,
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "NNODES": 1,
+        **dict.fromkeys(places, 0),
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    heard = []
+    monkeypatch.setattr(
+        DiffusionModule,
+        "on_validation_start",
+        lambda self: heard.append(signal.getsignal(signal.SIGUSR1)),
+        raising=False,
+    )
+    train_tiny(tmp_path / "run", "trainer.max_steps=3", "validate_every=2")
+    in_training, at_the_end = heard
+    assert isinstance(getattr(in_training, "__self__", None), CleanStop)
+    assert isinstance(at_the_end, Interruption)

@@ -1,0 +1,354 @@
+"""The bound of all links, its estimate from some, the objective that trains it, and the choice of reverse variance.
+
+Mostly of the ideal denoiser of N(0.3, 0.5^2), for which each term is a formula.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from src.diffusion import curves, losses, samplers, schedules
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
+from src.diffusion.process import GaussianDiffusion
+from src.diffusion.timesteps import uniform
+from src.errors import UsageError
+from src.evaluation.callbacks import BitsPerDim
+from src.evaluation.likelihood import bounds, link_shares
+from src.training.module import DiffusionModule, Sampler
+from tests.conftest import compose, train_tiny
+
+MEAN, DEVIATION = 0.3, 0.5
+ENTROPY = math.log2(DEVIATION * math.sqrt(2 * math.pi * math.e))  # 1.0471 bits
+
+
+def schedules_of(steps: int) -> dict[str, Schedule]:
+    flows = (curves.rectified_flow, curves.cosine, curves.linear, curves.exploding)
+    continuous = {f"continuous_{curve.__name__}": ContinuousSchedule(curve, steps) for curve in flows}
+    if steps < 10:
+        return continuous
+    tables = {"linear": schedules.linear(steps), "cosine": schedules.cosine(steps)}
+    tables["zero_terminal_snr"] = schedules.zero_terminal_snr(schedules.linear(steps))
+    return {name: NoiseSchedule(betas) for name, betas in tables.items()} | continuous
+
+
+class Ideal(nn.Module):
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, DEVIATION^2)."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        if isinstance(self.schedule, NoiseSchedule):
+            row = (time.double() * self.schedule.num_steps).round().long() - 1
+            alpha, sigma = self.schedule.rows.alpha[row], self.schedule.rows.sigma[row]
+        else:
+            alpha, sigma = self.schedule.curve(time.double())
+        alpha, sigma = alpha[:, None], sigma[:, None]
+        share = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
+        return (MEAN + share * (x - alpha * MEAN)).to(x)
+
+
+def module_of(
+    schedule: Schedule,
+    variance: str = "fixed_small",
+    net: nn.Module | None = None,
+    levels: int | None = None,
+    objective=lambda *args: losses.simple(*args, weighting=losses.uniform),
+) -> DiffusionModule:
+    process = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, levels=levels)
+    sampler = Sampler(samplers.ddim, 2, "trailing")
+    return DiffusionModule(net or Ideal(schedule), schedule, process, objective, uniform, sampler, shape=(1,))
+
+
+def data(count: int) -> Tensor:
+    return MEAN + DEVIATION * torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+
+
+def own_bits(x: Tensor) -> Tensor:
+    """-log2 of the density at x (N, 1): what the bound is compared with, so that the samples' chance is in both."""
+    z = (x[:, 0].double() - MEAN) / DEVIATION
+    return (z.square() / 2 + math.log(DEVIATION * math.sqrt(2 * math.pi))) / math.log(2)
+
+
+def totals(module: DiffusionModule, x: Tensor, links: int | None, variance: str) -> Tensor:
+    """The bound of each sample, (N,)."""
+    (result,) = bounds(module, [range(len(x))], lambda _: (x, None), 0, links, variance)
+    return result.total
+
+
+def exact_terms(schedule: Schedule, variance: str) -> list[float]:
+    """The expectation of each term in bits, the decoder's first, by Kingma et al. 2021, app. A, in plain floats."""
+    terms = []
+    for k in range(schedule.num_steps):
+        (a_t, s_t, _), (a_s, s_s, _) = ([f.item() for f in schedule.row(row)] for row in (k, k - 1))
+        mse = DEVIATION**2 * s_t**2 / (a_t**2 * DEVIATION**2 + s_t**2)
+        if k == 0:
+            chosen = mse if variance == "optimal" else schedule.decoder_scale * (s_t / a_t) ** 2
+            terms.append((math.log(2 * math.pi * chosen) + mse / chosen) / 2)
+            continue
+        added = s_t**2 - (a_t / a_s) ** 2 * s_s**2  # of q(x_t | x_s)
+        posterior = s_s**2 * added / s_t**2
+        error = (a_s * added / s_t**2) ** 2 * mse  # of the posterior's mean
+        large = added * (a_s**2 + s_s**2) / (a_t**2 + s_t**2)
+        chosen = {"optimal": posterior + error, "fixed_small": posterior, "fixed_large": large}[variance]
+        terms.append(((posterior + error) / chosen - 1 - math.log(posterior / chosen)) / 2)
+    return [term / math.log(2) for term in terms]
+
+
+def exact_prior(schedule: Schedule) -> float:
+    """KL(q(x_T | x_0) || p(x_T)) in bits, averaged over the data."""
+    alpha, sigma, _ = (f.item() for f in schedule.row(schedule.num_steps - 1))
+    spread = alpha**2 + sigma**2
+    square = alpha**2 * (MEAN**2 + DEVIATION**2)
+    return ((sigma**2 + square) / spread - 1 - math.log(sigma**2 / spread)) / 2 / math.log(2)
+
+
+def test_optimal_variance_reaches_the_entropy_by_both_routes():
+    """The entropy and what x_T still tells; the formula too, whose reverse steps are the exact ones."""
+    x = data(1500)
+    of_issue = ContinuousSchedule(curves.rectified_flow, 1000)  # 10.71 bits when it was estimated
+    for name, schedule in {**schedules_of(40), "of the issue": of_issue}.items():
+        expected = ENTROPY + exact_prior(schedule)
+        noisiest = schedule.row(schedule.num_steps - 1)
+        # The prior's term is to N(0, alpha^2 + sigma^2), and not to the samples' own distribution.
+        told = math.log1p(DEVIATION**2 * noisiest.snr.item()) / 2 / math.log(2)
+        formula = sum(exact_terms(schedule, "optimal")) + exact_prior(schedule)
+        assert formula == pytest.approx(expected - told, abs=1e-6), name
+        for links in (None, 40):
+            some = x[:500] if links is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, links, "optimal") - own_bits(some)
+            error = excess.std().item() / math.sqrt(len(some))
+            # What a variance costs that was measured on so few.
+            assert excess.mean().item() == pytest.approx(formula - ENTROPY, abs=4 * error + 0.01), (name, links)
+            assert error < 0.12
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_estimate_and_all_links_are_the_exact_bound(variance):
+    """With fixed_small 2.84 bits on rectified flow and 2.41 on the continuous cosine, where 1.047 is the entropy."""
+    x = data(1000)
+    known = {"continuous_rectified_flow": 2.84, "continuous_cosine": 2.41}
+    for name, schedule in schedules_of(40).items():
+        if name in known:
+            schedule = ContinuousSchedule(schedule.curve, 1000)
+        expected = sum(exact_terms(schedule, variance)) + exact_prior(schedule)
+        if name in known and variance == "fixed_small":
+            assert expected == pytest.approx(known[name], abs=0.01)
+        for links in (None, 40):
+            some = x[:200] if links is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, links, variance) - own_bits(some)
+            error = excess.std().item() / math.sqrt(len(some))
+            assert excess.mean().item() == pytest.approx(expected - ENTROPY, abs=4 * error), (name, links)
+            assert error < 0.7
+    assert totals(module_of(schedule, variance), x[:9], 5, "trained").tolist() == pytest.approx(
+        totals(module_of(schedule), x[:9], 5, variance).tolist(), rel=1e-4
+    )
+
+
+def test_shares_of_links_cover_the_chain():
+    """They are probabilities, at least half an even share each."""
+    for schedule in [*schedules_of(40).values(), *schedules_of(2).values()]:
+        shares = link_shares(schedule)
+        assert shares.shape == (schedule.num_steps - 1,)
+        assert shares.sum().item() == pytest.approx(1, abs=1e-12)
+        assert (shares >= 0.5 / len(shares) - 1e-15).all()
+
+
+def test_bound_of_short_chains_is_finite():
+    """Two or three rows, from one link or more than there are."""
+    for steps in (2, 3):
+        for schedule in schedules_of(steps).values():
+            for links in (None, 1, 100):
+                for variance in ("optimal", "fixed_small"):
+                    assert totals(module_of(schedule), data(4), links, variance).isfinite().all()
+
+
+def nodes() -> tuple[Tensor, Tensor]:
+    """x_0 = m +- s and eps = +-1: the mean over these is the expectation of any quadratic function."""
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 2)
+    return MEAN + DEVIATION * signs[:, :1], signs[:, 1:]
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_objective_is_in_expectation_the_bound_without_the_prior(variance):
+    """vlb at v anywhere in each link, and hybrid's term beside a variance that is not learned yet."""
+    x0, eps = nodes()
+    steps = 20
+    for name, schedule in schedules_of(steps).items():
+        expected = sum(exact_terms(schedule, variance))
+        for inside in (0.0, 0.37, 0.99):
+            v = (torch.arange(steps, dtype=torch.float64) + inside) / steps
+            v = (v + 1e-9).repeat_interleave(len(x0))
+            link = schedule.link(v, v[:, None])
+            x, noise = x0.repeat(steps, 1), eps.repeat(steps, 1)
+            ideal = Ideal(schedule)
+            process = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale)
+            terms = losses.vlb(process, lambda x_t, t, ideal=ideal: ideal(x_t, t.time.flatten()), x, link, noise)
+            # A table's levels are float32.
+            tolerance = 1e-9 if isinstance(schedule, ContinuousSchedule) else 1e-3
+            assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
+            if variance == "fixed_small":
+                learned = GaussianDiffusion("x0", "learned", decoder_scale=schedule.decoder_scale)
+                denoise = lambda x_t, t, ideal=ideal: torch.cat([ideal(x_t, t.time.flatten()), 0 * x_t], 1)  # noqa: E731
+                terms = losses.hybrid(learned, denoise, x, link, noise, weighting=losses.uniform)
+                assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
+
+
+def test_simple_trains_at_v_and_the_bound_on_the_chain():
+    """On a continuous schedule; on a table both are rows."""
+    v = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for schedule in schedules_of(50).values():
+        like = torch.zeros(1000, 1)
+        at_v = module_of(schedule).link(v, like).t
+        of_chain = module_of(schedule, objective=losses.vlb).link(v, like)
+        rows = (v * 50).long()
+        for level, row in ((of_chain.t, rows), (of_chain.s, rows - 1)):
+            expected = [schedule.row(k) for k in row.tolist()]
+            for field, values in zip(level, zip(*expected, strict=True), strict=True):
+                assert_close(field.flatten().double(), torch.stack(values).double(), rtol=1e-4, atol=1e-6)
+        if isinstance(schedule, ContinuousSchedule):
+            for field, values in zip(at_v, (*schedule.curve(v), v), strict=True):
+                assert torch.equal(field.flatten(), values)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(at_v, of_chain.t, strict=True))
+
+
+def test_learned_schedule_has_a_gradient():
+    schedule = ContinuousSchedule(curves.Learned(width=8), 50)
+    with torch.no_grad():
+        schedule.curve.heights.add_(3)  # far from a line, where all parameters matter
+    module = module_of(schedule, objective=losses.vlb)
+    batch = {"x": data(64), "start": 0, "total": 64}
+    module._train_terms(batch, 0)[1]["loss"].mean().backward()
+    for weight in module.curve_weights:
+        assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0
+
+
+def test_optimal_variance_of_a_sample_comes_from_the_other_half():
+    """A sample that is far off changes the others of its half not at all, and makes the other half's bound worse."""
+    schedule = ContinuousSchedule(curves.rectified_flow, 30)
+    x = data(20)
+    odd = x.clone()
+    odd[6] = 50.0
+    for links in (None, 3):
+        before, after = (totals(module_of(schedule), each, links, "optimal") for each in (x, odd))
+        same = [k for k in range(0, 20, 2) if k != 6]
+        assert torch.equal(before[same], after[same])
+        assert (after[1::2] - before[1::2]).mean() > 1
+
+
+def test_optimal_variance_does_not_depend_on_parts_or_on_the_process():
+    schedule = NoiseSchedule(schedules.cosine(30))
+    x = data(24)
+    one = totals(module_of(schedule), x, 6, "optimal")
+    parts = [range(10), range(10, 11), range(11, 24)]
+    apart = bounds(module_of(schedule, "fixed_large"), parts, lambda r: (x[r.start : r.stop], None), 0, 6, "optimal")
+    assert_close(torch.cat([part.total for part in apart]), one, rtol=1e-5, atol=1e-5)
+
+
+class Rounding(nn.Module):
+    """Knows 4-bit data from its neighbours, but is 0.9 bins off for 1 sample in 100."""
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        wrong = (torch.arange(len(x)) % 200 < 2)[:, None]
+        return TRUTH + wrong * (2 / 15) * 0.9
+
+
+TRUTH = torch.linspace(-1, 1, 16)[torch.arange(400) % 16][:, None]
+
+
+def test_decoder_of_data_with_levels_bears_rare_errors():
+    """The best variance costs half of what the mean square would, by a search over deviations in plain floats."""
+    schedule = ContinuousSchedule(curves.rectified_flow, 20)
+    module = module_of(schedule, net=Rounding(), levels=16)
+    (result,) = bounds(module, [range(400)], lambda _: (TRUTH, None), 0, None, "optimal")
+
+    def term(deviation: float) -> float:
+        """Of an inner level, whose bin reaches half a bin to either side."""
+
+        def cdf(x: float) -> float:
+            return math.erfc(-x / deviation / math.sqrt(2)) / 2
+
+        right, wrong = (math.log2(cdf(0.5 - e) - cdf(-0.5 - e) + 1e-300) for e in (0.0, 0.9))
+        return -0.99 * right - 0.01 * wrong
+
+    best = min(term(0.02 * 1.02**k) for k in range(300))
+    assert best < 0.5 * term(math.sqrt(0.01) * 0.9)
+    # The two outermost of 16 levels have wider bins.
+    assert result.links[0].item() == pytest.approx(best, abs=0.05)
+
+
+def test_eight_bit_mixture_is_little_above_its_entropy():
+    """Against the entropy of its 256 probabilities, on the samples; fixed_small is 0.7 bits above it."""
+    values = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    edges = torch.cat([torch.tensor([-math.inf]), values[:-1] + 1 / 255, torch.tensor([math.inf])]).double()
+    parts = [(0.3, -0.4, 0.1), (0.7, 0.45, 0.2)]
+    p = sum(w * torch.special.ndtr((edges - m) / s).diff() for w, m, s in parts)
+    index = torch.multinomial(p, 1500, replacement=True, generator=torch.Generator().manual_seed(0))
+    schedule = NoiseSchedule(schedules.linear(1000))
+
+    class Posterior(nn.Module):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            row = (time.double() * 1000).round().long() - 1
+            alpha, sigma = schedule.rows.alpha[row, None], schedule.rows.sigma[row, None]
+            joint = p.log() - ((x - alpha * values) / sigma).square() / 2
+            return (joint.softmax(1) @ values)[:, None].to(x)
+
+    x = values[index].float()[:, None]
+    module = module_of(schedule, net=Posterior(), levels=256)
+    for variance, above, below in (("optimal", 0.03, 0.01), ("fixed_small", 0.85, -0.6)):
+        excess = totals(module, x, 60, variance) + p[index].log() / math.log(2)
+        chance = 4 * excess.std().item() / math.sqrt(len(x))
+        assert -below - chance < excess.mean().item() < above + chance
+
+
+# Commands
+
+
+def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path):
+    """Each choice, of a run whose process has another; wrong ones are refused before anything is measured."""
+    from src.compare import compare
+    from src.evaluate import evaluate
+
+    run = tmp_path_factory.mktemp("runs") / "of_bound"
+    logged = train_tiny(run, "schedule=rectified_flow", "schedule.num_steps=20", "process.variance=fixed_large",
+                        "objective=simple", "callbacks.bits_per_dim.samples=40",
+                        "callbacks.bits_per_dim.reverse_variance=fixed_small")  # fmt: skip
+    alone = [f"run='{run}'", "device=cpu", "quality=false", "held_out=40", f"run_dir='{tmp_path}'"]
+    asked = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
+    found = {
+        (variance, links): evaluate(compose("evaluate", *alone, f"reverse_variance={variance}", f"links={links}"))
+        for variance, links in asked
+    }
+    bits = {key: metrics["bits_per_dim"] for key, metrics in found.items()}
+    assert all(metrics["reverse_variance"] == variance for (variance, _), metrics in found.items())
+    assert bits["trained", 4] == pytest.approx(bits["fixed_large", 4], rel=1e-4)
+    assert logged["val/bits_per_dim"] == pytest.approx(bits["fixed_small", 4], rel=1e-4)
+    assert bits["optimal", 4] < min(bits["fixed_small", 4], bits["fixed_large", 4])
+    errors = [found["optimal", links]["standard_error"] for links in ("null", 4)]
+    assert bits["optimal", "null"] == pytest.approx(bits["optimal", 4], abs=4 * math.hypot(*errors))
+    assert all(compose(name).reverse_variance == "optimal" for name in ("evaluate", "compare"))
+    assert compose("train").callbacks.bits_per_dim.reverse_variance == "optimal"
+
+    wrong = [
+        (["reverse_variance=smal"], "reverse_variance=smal "),
+        (["reverse_variance=optimal", "held_out=1"], "reverse_variance=optimal"),
+    ]
+    for overrides, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            evaluate(compose("evaluate", *alone, *overrides))
+    with pytest.raises(UsageError, match="reverse_variance=smal "):
+        compare(compose("compare", f"runs=['{run}']", "reverse_variance=smal", f"run_dir='{tmp_path}'"))
+
+
+def test_callback_refuses_a_wrong_reverse_variance():
+    for settings, message in (
+        ({"reverse_variance": "smal"}, "callbacks.bits_per_dim.reverse_variance=smal "),
+        ({"samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BitsPerDim(**settings)

@@ -1,0 +1,348 @@
+"""The quality of a run's samples: what `src.evaluate` says of them, found by a second route."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from src.config.overrides import take_together
+from src.diffusion import samplers
+from src.distributed.processes import Processes
+from src.errors import UsageError
+from src.evaluate import evaluate
+from src.metrics.collected import Collected
+from src.models.unet import UNet
+from src.runs.open import open_run
+from src.sample import sample
+from src.viz.tables import duration, interval, markdown
+from tests.conftest import compose, train_tiny
+from tests.data.test_split import held_out_digits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global sqrtm, NearestNeighbors, Sampler, Drawn, Settings, Yardstick
+    from scipy.linalg import sqrtm
+    from sklearn.neighbors import NearestNeighbors
+
+    from src.evaluation.quality import Drawn, Settings, Yardstick
+    from src.training.module import Sampler
+
+
+N = 40
+ALONE = Processes(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def asked(trained, cache) -> list[str]:
+    return [f"run='{trained}'", f"cache='{cache}'", f"n={N}", "batch_size=16", "held_out=10", "links=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(asked, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "all"
+    several = take_together("evaluate", ["sampler=ddim,heun", "sampler.steps=2,4", "features=[pixels]"], "sampler")
+    evaluate(compose("evaluate", *asked, *several, f"run_dir='{folder}'"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(trained, tmp_path_factory) -> Tensor:
+    """What `src.sample` draws with the same seed, (N, 64) uint8."""
+    folder = tmp_path_factory.mktemp("drawn") / "all"
+    settings = [f"run='{trained}'", f"n={N}", "sampler=ddim", "sampler.steps=4", "device=cpu", f"run_dir='{folder}'"]
+    return torch.from_numpy(np.load(sample(compose("sample", *settings)) / "samples.npz")["arr_0"]).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def real(trained) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out and training digits as files show them, (M, 64)."""
+    data = open_run(str(trained)).data
+    data.setup()
+    return tuple(
+        data.to_display(data.to_model(data.source.fetch(part))).flatten(1).double().numpy()
+        for part in (data.val_indices, data.train_indices)
+    )
+
+
+def test_figures_are_those_of_what_src_sample_draws(evaluated, drawn, real):
+    """The Fréchet distance by scipy's matrix root, the nearest training samples by scikit-learn."""
+    figures = json.loads((evaluated / "metrics.json").read_text())["samplers"]["ddim 4"]["figures"]
+    x, (held_out, train) = drawn.double().numpy(), real
+    covariances = np.cov(x.T), np.cov(held_out.T)
+    distance = np.square(x.mean(0) - held_out.mean(0)).sum() + np.trace(
+        sum(covariances) - 2 * sqrtm(covariances[0] @ covariances[1]).real
+    )
+    assert figures[f"fd_pixels_{N}"]["value"] == pytest.approx(distance, rel=1e-4)
+    tree = NearestNeighbors(n_neighbors=1).fit(train)
+    ours, usual = (tree.kneighbors(part)[0][:, 0] for part in (x, held_out))
+    ratio = np.sort(ours)[(N - 1) // 2] / np.sort(usual)[(len(usual) - 1) // 2]  # lower medians
+    assert figures[f"nearest_ratio_pixels_{N}"]["value"] == pytest.approx(ratio, rel=1e-9)
+    assert figures[f"copies_pixels_{N}"]["value"] == pytest.approx((ours <= np.quantile(usual, 0.05)).mean())
+
+
+def test_every_sampler_has_its_column_and_its_cost(evaluated):
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    calls = {name: each["calls_per_image"] for name, each in metrics["samplers"].items()}
+    assert calls == {"ddim 2": 2, "ddim 4": 4, "heun 2": 3, "heun 4": 7}  # Heun's last step is Euler's
+    assert all(each["seconds_per_image"] > 0 for each in metrics["samplers"].values())
+    header, _, *rows = (evaluated / "table.md").read_text().splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [*calls, "real data (floor)"]
+    titles = [row.split("|")[1].strip() for row in rows if row.startswith("|")]
+    assert titles[0] == "bits/dim of 10 held-out" and {f"fd_pixels_{N}", f"copies_pixels_{N}"} <= {*titles}
+    for picture in ("bound.png", "samples.png", "nearest.png", "quality.png"):
+        assert (evaluated / picture).stat().st_size > 1000
+
+
+def test_the_floor_is_of_as_many_training_samples(asked, trained, tmp_path, cache):
+    metrics = evaluate(compose("evaluate", *asked, "sampler.steps=2", "likelihood=false", f"run_dir='{tmp_path}'"))
+    names = {*metrics["floor"]}
+    assert names == {n for n in metrics["samplers"]["ancestral 2"]["figures"] if n.startswith(SAME)}
+    assert f"fd_classifier_{N}" in names  # the digits have labels
+    assert "bits_per_dim" not in metrics and (tmp_path / "classes.png").exists()
+
+
+SAME = ("fd_", "kd_", "precision_", "recall_", "density_", "coverage_", "class_")
+
+
+@pytest.mark.parametrize(("left_out", "halved"), [("likelihood", True), ("quality", False)])
+def test_half_precision_is_for_samples_and_not_for_the_likelihood(left_out, halved, asked, tmp_path):
+    settings = ["precision=bf16-mixed", f"{left_out}=false", "sampler.steps=2", "features=[pixels]"]
+    seen = set()
+    watched = register_module_forward_pre_hook(
+        lambda net, _: seen.add(torch.is_autocast_enabled("cpu")) if isinstance(net, UNet) else None
+    )
+    with watched:
+        evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
+    assert (True in seen) == halved  # to build a network is to call it once, too
+
+
+def test_a_compiled_network_draws_in_batches_of_one_size_and_leaves_the_likelihood(asked, tmp_path, monkeypatch):
+    sizes = []
+
+    def compiled(net, mode):
+        assert mode is True
+
+        def fast(x, *others):
+            sizes.append(len(x))
+            return net(x, *others)
+
+        return fast
+
+    monkeypatch.setattr("src.runs.open.compiled", compiled)
+    settings = ["compile=true", "sampler=ddim", "sampler.steps=2", "features=[pixels]"]
+    metrics = evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
+    assert sizes == [16] * (2 + 2 * 3)  # to tell the time, and two steps of three batches
+    assert metrics["sampling_compiled"] is True
+
+
+def test_copies_are_caught_by_memorisation_and_by_nothing_else(trained, cache):
+    """Training digits given out as samples are as good as the floor, and lie where the training digits do."""
+    data = open_run(str(trained)).data
+    yardstick = Yardstick(data, Settings(["pixels"], n=300, cache=cache), ALONE)
+    indices = data.train_indices[300:600]
+    copies = data.to_display(data.to_model(data.source.fetch(indices)))
+    (pixels,) = yardstick.extractors
+    given_out = Drawn({"pixels": Collected.of(pixels(copies), 0, 1000)}, copies, 1, 1.0)
+    (measured,) = yardstick.measure([given_out], lambda it: it)
+    floor = yardstick.floor()
+    for name, figure in measured.figures.items():
+        if name in floor:
+            assert figure.low <= floor[name].high and floor[name].low <= figure.high, name
+    assert measured.figures["nearest_ratio_pixels_300"].value == 0
+    assert measured.figures["copies_pixels_300"].value == 1
+    assert measured.neighbours.distances.eq(0).all()
+    assert torch.equal(yardstick.training_samples(measured.neighbours.numbers), copies)
+
+
+def test_against_the_training_data_copies_look_like_the_data(trained, cache):
+    """Whose own distance to themselves is 0; the floor is then held-out data."""
+    data = open_run(str(trained)).data
+    yardstick = Yardstick(data, Settings(["pixels"], n=2000, against="train", cache=cache), ALONE)
+    everything = data.to_display(data.to_model(data.source.fetch(data.train_indices)))
+    (pixels,) = yardstick.extractors
+    copies = Drawn({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
+    (measured,) = yardstick.measure([copies], lambda it: it)
+    assert measured.figures[f"fd_pixels_{len(data.train_indices)}"].value == pytest.approx(0, abs=1e-4)
+    assert f"fd_pixels_{len(data.val_indices)}" in yardstick.floor()
+
+
+def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path):
+    """Of held-out digits, when samples are measured against the training data, there are fewer than are drawn."""
+    floor = f"fd_pixels_{held_out_digits()}"
+    several = ["samplers=[{sampler:ddim,steps:2},{sampler:ddim,steps:3}]", "features=pixels", "against=train", "n=400"]
+    folder = tmp_path / "out"
+    metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
+    assert floor in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
+    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| fd_pixels")]
+    assert row.split("|")[-2].strip() == interval(metrics["floor"][floor])
+    assert (folder / "quality.png").stat().st_size > 1000
+
+
+def test_samples_that_are_not_finite_are_told_of(trained, cache):
+    opened = open_run(str(trained))
+
+    def diverge(process, predict, x, grid, *, noise):
+        yield torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 8 == 0, torch.nan, x)
+
+    yardstick = Yardstick(opened.data, Settings(["pixels"], n=24, batch_size=16, cache=cache), ALONE)
+    with pytest.raises(ValueError, match="3 of 24 samples are not finite"):
+        yardstick.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
+
+
+def test_too_few_real_samples_and_too_many_pixels_are_refused(trained, cache, monkeypatch):
+    data = open_run(str(trained)).data
+    data.setup()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "val_indices", data.val_indices[:5])
+        with pytest.raises(ValueError, match=r"at least 6 held-out .* there are 5"):
+            Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+    monkeypatch.setattr("src.evaluation.quality.MOST_PIXELS", 63)
+    with pytest.raises(ValueError, match="up to 63 numbers, these have 64"):
+        Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+
+
+def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
+    """All are in the Fréchet distance, the first few in the rest; and these are the same ones."""
+    opened = open_run(str(trained))
+    walk = Sampler(samplers.ddim, 2, "trailing")
+    few, many = (
+        Yardstick(opened.data, Settings(["pixels"], n, batch_size=16, keep=24, near=10, cache=cache), ALONE).draw(
+            opened.module, walk, lambda _: None
+        )
+        for n in (24, 88)
+    )
+    assert [d.collected["pixels"].moments.number for d in (few, many)] == [24, 88]
+    assert torch.equal(few.collected["pixels"].features, many.collected["pixels"].features)
+    assert torch.equal(few.first, many.first) and len(many.first) == 10
+
+
+def test_points_are_measured_in_their_plane(tmp_path, cache, capsys):
+    from src.train import train
+
+    settings = ["data=points", "data.num_samples=400", "data.batch_size=64", "model.width=16", "trainer.max_steps=2"]
+    settings += ["trainer.accelerator=cpu", "sampler.steps=2", "logger=none", "callbacks.progress.refresh_rate=0"]
+    train(compose("train", *settings, f"run_dir='{tmp_path / 'run'}'"))
+    asked = [f"run='{tmp_path / 'run'}'", "n=50", "links=2", "device=cpu", f"cache='{cache}'"]
+    metrics = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'out'}'"))
+    assert "held-out samples: the figures hang on which ones these are" in capsys.readouterr().out
+    (sampler,) = metrics["samplers"].values()
+    expected = {"sliced_wasserstein_50", "energy_distance_50", "mmd_50", "nearest_ratio_values_50", "copies_values_50"}
+    assert {*sampler["figures"]} == expected
+    assert metrics["floor"]["energy_distance_50"]["value"] < sampler["figures"]["energy_distance_50"]["value"]
+    with pytest.raises(UsageError, match="data are points"):
+        evaluate(compose("evaluate", *asked, "features=[pixels]", f"run_dir='{tmp_path / 'refused'}'"))
+
+
+def test_in_training_it_is_the_average_that_is_measured(tmp_path, cache):
+    """The callback's last figures are those that `src.evaluate` finds for the checkpoint, and are said nowhere else."""
+    measured = ["callbacks=[default,quality]", f"callbacks.quality.cache='{cache}'", f"callbacks.quality.n={N}"]
+    measured += ["callbacks.quality.steps=2", "callbacks.quality.features=[pixels]"]
+    run = tmp_path / "run"
+    metrics = train_tiny(run, *measured, "optimizer.lr=0.01", "trainer.max_steps=7")  # the last is no third step
+    asked = [f"run='{run}'", f"cache='{cache}'", f"n={N}", "batch_size=64", "likelihood=false", "device=cpu"]
+    asked += ["sampler.steps=2", "features=[pixels]"]
+    after, raw = (
+        evaluate(compose("evaluate", *asked, f"ema={ema}", f"run_dir='{tmp_path / ema}'")) for ema in ("true", "false")
+    )
+    figures = {name: figure["value"] for name, figure in after["samplers"]["ancestral 2"]["figures"].items()}
+    logged = {name.removeprefix("quality/"): value for name, value in metrics.items() if name.startswith("quality/")}
+    assert logged == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in figures.items()}
+    name = f"fd_pixels_{N}"
+    assert raw["samplers"]["ancestral 2"]["figures"][name]["value"] != pytest.approx(logged[name], rel=1e-3)
+
+
+def test_in_training_what_cannot_be_measured_is_refused_before_the_first_step(tmp_path, cache):
+    quality = ["callbacks=[default,quality]", "callbacks.quality.features=[inception]"]
+    with pytest.raises(UsageError, match=r"no file nowhere\.pth"):
+        train_tiny(tmp_path / "run", *quality, "callbacks.quality.inception_weights=nowhere.pth")
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["features=[inceptoin]"], "unknown features inceptoin: choose from classifier"),
+        (["against=test"], "held_out or train, got against=test"),
+        (["n=5"], "n must be at least 10, got 5"),
+        (["likelihood=false", "quality=false", "alignment.enabled=false"], "nothing to evaluate"),
+        (["features=inception", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
+        (["samplers=[{sampler:ddim,setps:3}]"], "unknown setting 'sampler.setps'"),
+        (["samplers=[{sampler:dimm}]"], "did you mean ddim"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_long(asked, overrides, rule, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.evaluate.likelihood", lambda *_: pytest.fail("the bound was computed"))
+    with pytest.raises(UsageError, match=rule):
+        evaluate(compose("evaluate", *asked, "likelihood=true", *overrides, f"run_dir='{tmp_path}'"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "samplers"),
+    [
+        (["sampler=ddim,heun", "sampler.steps=2,4"], ["ddim 2", "ddim 4", "heun 2", "heun 4"]),
+        (["sampler=ddim", "sampler.eta=0,0.5", "sampler.steps=7"], ["ddim 7 0", "ddim 7 0.5"]),
+        (["sampler.steps=range(3,9,3)"], [" 3", " 6"]),
+    ],
+)
+def test_several_values_of_a_sampler_are_one_list(typed, samplers):
+    cfg = compose("evaluate", *take_together("evaluate", ["run=x", *typed], "sampler"))
+    assert cfg.run == "x" and cfg.sampler._target_ is None
+    found = [f"{c.get('sampler', '')} {c.steps}" + (f" {c.eta}" if "eta" in c else "") for c in cfg.samplers]
+    assert found == samplers
+
+
+def test_one_value_is_left_alone():
+    typed = ["run=x", "sampler=ddim", "sampler.steps=7"]
+    assert take_together("evaluate", typed, "sampler") == typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "rule"),
+    [
+        (["sampler=ddim,huen"], "did you mean heun"),
+        (["sampler=ddim,dpmpp_2m", "sampler.eta=0,1"], "sampler.eta"),
+        (["sampler.steps=interval(1,5)"], "no values to go through"),
+        (["sampler.steps=1,2", "samplers=[{steps:3}]"], "say the same"),
+    ],
+)
+def test_values_that_no_sampler_has_are_refused(typed, rule):
+    with pytest.raises(UsageError, match=rule):
+        take_together("evaluate", typed, "sampler")
+
+
+@pytest.mark.parametrize(
+    ("figure", "shown"),
+    [
+        ((12.3456, 11.2, 13.5), "12.3 [11.2, 13.5]"),
+        ((0.98765, 0.97, 0.999), "0.988 [0.970, 0.999]"),
+        ((1234.5, 1100.0, 1400.0), "1234 [1100, 1400]"),
+        ((-0.0001, -0.04, 0.05), "0.000 [-0.040, 0.050]"),
+        ((0.0, 0.0, 0.0), "0.000 [0.000, 0.000]"),
+    ],
+)
+def test_figures_are_shown_to_the_digits_that_tell(figure, shown):
+    assert interval(dict(zip(("value", "low", "high"), figure, strict=True))) == shown
+
+
+def test_a_table_of_the_likelihood_alone():
+    text = markdown({"bits_per_dim": 2.5, "standard_error": math.nan, "held_out": 1})
+    assert text.splitlines()[2].split("|")[2].strip() == "one sample" and "brackets" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.42, "0.42 seconds"), (89, "89 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
+)
+def test_times_are_said_in_their_unit(seconds, said):
+    assert duration(seconds) == said

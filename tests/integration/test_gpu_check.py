@@ -1,0 +1,158 @@
+"""`make gpu-check` without a GPU: the same code with a tiny network, and what it says of what goes wrong."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import HANG_SECONDS
+from tests.distributed.test_devices import environment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global REFERENCE, Row, all_rows, isolated, judge, stated_peak
+    from benchmarks.gpu_check import REFERENCE, Row, all_rows, isolated, judge, stated_peak
+
+
+CHOSEN = ["bf16-mixed", "sampling", "16-mixed, made to overflow", "32-true to bf16-mixed"]
+"""The least that has a number for every column, and a line of each kind."""
+
+
+@pytest.mark.faults
+def test_every_kind_of_row_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--folder", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*command, "--rows", *CHOSEN], env=environment(), cwd=Path(__file__).parents[2], text=True, capture_output=True,
+        timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "failed" not in done.stdout and "not run" not in done.stdout and "Nothing is wrong." in done.stdout
+    assert (tmp_path / "out" / "table.md").read_text() == done.stdout
+    assert not list((tmp_path / "out").glob("runs_*"))  # nothing large is left
+
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    cells = {name: others for name, *others in lines}
+    assert list(cells)[:4] == ["run", REFERENCE, "32-true", "bf16-mixed"]
+    for name in (REFERENCE, "32-true", "bf16-mixed"):
+        loss, apart, skipped, speed, share, peak, estimate, ratio, within = cells[name]
+        assert all(math.isfinite(float(x)) for x in (loss, apart.rstrip("%"), skipped, speed, estimate))
+        assert float(loss) > 0 and float(speed) > 0 and float(estimate) > 0
+        assert (share, peak, ratio, within) == ("-",) * 4  # of a GPU alone
+    assert cells["16-mixed, made to overflow"] == ["2 steps overflowed, 2 were skipped and said"]
+    assert cells["32-true to bf16-mixed"][0].startswith("went on after step 6 from ")
+    assert cells["sampling"][0].endswith("at most 0 of 255 grey levels in 32-true, 0 of 255 grey levels in bf16-mixed")
+    assert all(float(cells[f"32-true, {count} at once"][0]) > 0 for count in (2, 4))
+
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["wrong"] == [] and figures["machine"]["matmul"] > 0
+    assert list(figures["rows"]) == [REFERENCE, "32-true", *CHOSEN]
+    assert figures["rows"]["bf16-mixed"]["losses"] != figures["rows"]["32-true"]["losses"]
+
+
+def training(**changes):
+    """Figures of a run on a GPU in which all is well."""
+    return {
+        "first_step": 0, "losses": [1.0, 1.0], "val_loss": 1.0, "skipped": 0, "said": 0, "said_of_fp16": 0,
+        "ends_finite": True, "weights": [], "images_per_second": 100.0, "flops_per_image": 10**10, "devices": 1,
+        "peak": 1000, "estimate": 1000, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"losses": [9.0, 1.04]}, None),
+        ({"losses": [1.0, 1.06]}, "loss +6.0% from that of"),
+        ({"losses": [1.0, math.nan]}, "loss +nan% from that of"),
+        ({"ends_finite": False}, "not finite"),
+        ({"peak": 1140}, None),
+        ({"peak": 1160}, "memory is 1.16 of its estimate"),
+        ({"peak": 840}, "memory is 0.84 of its estimate"),
+        ({"skipped": 2, "said": 2, "said_of_fp16": 2}, None),
+        ({"skipped": 2, "said": 1, "said_of_fp16": 1}, "2 steps skipped, 1 said"),
+        ({"skipped": 1, "said": 1, "said_of_fp16": 0}, "0 of them as of fp16"),
+    ],
+)
+def test_a_training_that_is_off_is_said(changes, fault):
+    row, machine = Row("bf16-mixed"), {"peak": 1e13, "matmul": 5e12}
+    cells, faults = judge(row, training(**changes), {REFERENCE: training()}, machine)
+    assert cells[4] == "10.0%" and len(cells) == 9
+    assert any(fault in said for said in faults) if fault else not faults
+    assert judge(row, training(), {}, {**machine, "peak": None})[0][4] == "20.0%"
+
+
+def test_a_compiled_network_may_need_less_than_is_estimated():
+    row = Row("compile", ("compile=true",))
+    for peak, wrong in ((500, False), (1200, True)):
+        cells, faults = judge(row, training(peak=peak), {REFERENCE: training()}, {"peak": 1e13})
+        assert cells[-1] == "no" and bool(faults) is wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"losses": [2.2]}, "loss +10.0%"),
+        ({"first_step": 0, "losses": [1.0, 2.0]}, "did not go on where"),
+        ({"weights": ["a", "b"]}, "other names"),
+    ],
+)
+def test_a_resumed_run_that_is_off_is_said(changes, fault):
+    done = {"32-true": training(losses=[1.0, 2.0]), "another": training(weights=["a"])}
+    figures = training(first_step=1, losses=[2.0], weights=["a"]) | changes
+    _, faults = judge(Row("resumed", does="resume", source="32-true"), figures, done, {})
+    assert any(fault in said for said in faults) if fault else not faults
+
+
+def test_a_row_that_breaks_hangs_or_dies_says_so(tmp_path):
+    reading, writing = os.pipe()  # which says when all that hold its other end are gone, and what they wrote
+
+    def hang():
+        subprocess.Popen(["sh", "-c", "sleep 600; echo lives"], stdout=writing)
+        time.sleep(600)
+        os.write(writing, b"lives")
+
+    def broken():
+        raise ValueError("no such thing")
+
+    log = tmp_path / "log"
+    assert isolated(lambda: {"a": 1}, log, HANG_SECONDS) == {"a": 1}
+    assert isolated(broken, log, HANG_SECONDS) == "ValueError: no such thing" and "Traceback" in log.read_text()
+    assert isolated(lambda: os._exit(3), log, HANG_SECONDS) == "the process died"
+    assert isolated(hang, log, 1) == "no end after 1 s"
+    os.close(writing)
+    assert os.read(reading, 100) == b""
+    os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Something else", None),
+    ],
+)
+def test_the_stated_peak_is_that_of_the_gpu(name, peak):
+    assert stated_peak(name) == peak
+
+
+def test_several_devices_have_rows_of_their_own():
+    names = [row.name for row in all_rows(1)]
+    assert len(set(names)) == len(names) and not any("ddp" in name for name in names)
+    more = {row.name for row in all_rows(6)} - set(names)
+    assert more == {f"bf16-mixed, {strategy} on {n}" for strategy in ("ddp", "fsdp") for n in (2, 4)}
+    assert all(row.source in names for row in all_rows(1) if row.source)

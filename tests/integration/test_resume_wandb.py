@@ -1,0 +1,105 @@
+"""A run that logs to W&B goes on in the same W&B run, by the commands that a user types, without a network."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from src.config.resume import expand_resume
+from src.errors import UsageError
+from tests.conftest import TINY
+from tests.integration.test_refused import command
+from tests.runs.test_runs import runs_until
+from tests.wandb_file import read_offline
+
+TYPED = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~callbacks.loss_by_noise", "trainer.max_steps=6"]
+OF_SLURM = {
+    "SLURM_JOB_ID": "5",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NODELIST": "localhost",
+}
+"""What a task of a job finds in its environment."""
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, no_network) -> Path:
+    """A run of three steps of six that SLURM's warning has stopped."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
+    for name, value in OF_SLURM.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        runs_until(patch, stop_after=3, number=signal.SIGUSR1)
+        status = command(patch, "train", *TYPED, "logger=[csv,tensorboard,wandb]", "hydra.run.dir=5", "resume=auto")
+    assert status == 128 + signal.SIGUSR1
+    return tmp_path / "5"
+
+
+def test_a_requeued_job_and_a_longer_run_stay_one_wandb_run(stopped, tmp_path, monkeypatch):
+    """First by `resume=auto` as the job types it, then by `resume=` with more steps."""
+    name = (stopped / "wandb_id.txt").read_text().strip()
+    assert any(path.is_symlink() and not path.resolve().is_relative_to(stopped) for path in stopped.rglob("*"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    typed = [*TYPED, "logger=[csv,tensorboard,wandb]", "hydra.run.dir=5", "resume=auto"]
+    assert command(monkeypatch, "train", *typed) == 0
+    for variable in (*OF_SLURM, "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(variable)
+    assert command(monkeypatch, "train", "resume=5", "trainer.max_steps=8") == 0
+    assert (stopped / "wandb_id.txt").read_text().strip() == name
+    steps = []
+    parts = sorted((stopped / "wandb").glob("offline-run-*"))  # named after the time
+    for k, part in enumerate(parts):
+        shutil.copytree(part, tmp_path / "parts" / str(k) / part.name, symlinks=True)
+        read = read_offline(tmp_path / "parts" / str(k))
+        assert read.run.run_id == name
+        steps += read.steps("train/loss")
+    assert len(parts) == 3 and steps == [*range(8)]
+
+
+def test_a_link_that_is_written_through_is_refused(tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    for part in ("run-20260101_000000-abc", "offline-run-20260101_000000-abc"):  # of two versions of W&B
+        (folder / "wandb" / part / "logs").mkdir(parents=True)
+        (folder / "wandb" / part / "logs" / "debug-core.log").symlink_to(outside / "core.log")
+    (folder / "wandb" / "latest-run").symlink_to("run-20260101_000000-abc")
+    expand_resume([f"resume={folder}"])
+    for name in (
+        "checkpoints",
+        "checkpoints/last.ckpt",
+        ".hydra/config.yaml",
+        ".lock",
+        "train.log",
+        "metrics.json",
+        "wandb_id.txt",
+        "samples",
+        "logs/version_1",
+        "tensorboard",
+        "wandb/debug.log",
+        "wandb/run-20260202_000000-abc",
+        "wandb/run-20260101_000000-abc/files",
+        "wandb/run-20260101_000000-abc/logs/debug.log",
+        "wandb/run-20260101_000000-abc/files/debug-core.log",
+        "debug-core.log",
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(outside)
+        with pytest.raises(UsageError, match="leads out of the run's folder") as error:
+            expand_resume([f"resume={folder}"])
+        assert name in str(error.value)
+        path.unlink()
+    shutil.move(folder / "wandb", outside)
+    os.symlink(outside, folder / "wandb")
+    with pytest.raises(UsageError, match="wandb leads out"):
+        expand_resume([f"resume={folder}"])

@@ -1,0 +1,237 @@
+"""Schedulers of the diffusers library, with the exact denoiser of Gaussian data in place of a network."""
+
+import inspect
+import sys
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.diffusion import curves, samplers, schedules
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.process import GaussianDiffusion, Prediction
+from src.interop.diffusers_samplers import CONVENTIONS, _walks_betas, diffusers
+from src.rng import SampleNoise
+from tests.loops import for_each
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global EVERY
+    global library
+    import diffusers as library
+
+    EVERY = [name for name in dir(library) if name.endswith("Scheduler") and _walks_betas(library, name)]
+
+
+# Data N(MEAN, STD^2).
+MEAN, STD = 0.7, 0.5
+LINEAR = NoiseSchedule(schedules.linear(1000))
+ZERO_TERMINAL = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(1000)))
+# Their steps are those of networks distilled to jump, and spread the data too little with any other.
+DISTILLED = {"LCMScheduler", "TCDScheduler"}
+FIRST_ORDER = {
+    "DDIMScheduler": samplers.ddim,
+    "EulerDiscreteScheduler": samplers.ddim,
+    "DDPMScheduler": samplers.ancestral,
+    "EulerAncestralDiscreteScheduler": samplers.ancestral,
+}
+
+
+def normal(shape, seed):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_noise(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator)
+
+
+def ideal(x, t):
+    """E[x_0 | x_t], by regression of x_0 on x_t."""
+    gain = t.alpha * STD**2 / (t.alpha.square() * STD**2 + t.sigma.square())
+    x0 = MEAN + gain * (x - t.alpha * MEAN)
+    return Prediction(x0, (x - t.alpha * x0) / t.sigma)
+
+
+def nonlinear(x, t):
+    """An arbitrary smooth network."""
+    x0 = torch.tanh(x + t.time)
+    return Prediction(x0, (x - t.alpha * x0) / t.sigma)
+
+
+def run(name, x, steps, predict=ideal, schedule=LINEAR, noise=None, process=None):
+    grid = make_grid(schedule, steps)
+    return list(
+        diffusers(process or GaussianDiffusion(), predict, x, grid, noise=noise or seeded_noise(1), scheduler=name)
+    )
+
+
+def standardised(shape, seed):
+    """Numbers of mean 0 and deviation 1, exactly, so that chance is left out of what comes of them."""
+    x = normal(shape, seed)
+    return (x - x.mean()) / x.std()
+
+
+def test_the_usual_schedulers_are_among_those_that_work():
+    assert {*FIRST_ORDER, "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"} <= {*EVERY}
+    assert {"DEISMultistepScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "KDPM2DiscreteScheduler"} <= {*EVERY}
+
+
+@for_each("name", lambda: sorted({*EVERY} - DISTILLED))
+def test_gaussian_data_come_out(name):
+    """Mean and deviation of the data after 100 steps, to the error of first order; of second where it is so."""
+    *_, out = run(name, standardised((4, 10_000), 0), 100)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert out.std().item() == pytest.approx(STD, abs=0.04)
+    if name in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"):
+        assert out.std().item() == pytest.approx(STD, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER)
+def test_first_order_schedulers_have_the_moments_of_ours(name):
+    """DDIM and Euler are `ddim`, DDPM and Euler's ancestral `ancestral`, also with the error of 25 steps."""
+    x, grid = standardised((4, 10_000), 0), make_grid(LINEAR, 25)
+    theirs = run(name, x, 25)
+    ours = list(FIRST_ORDER[name](GaussianDiffusion(), ideal, x, grid, noise=seeded_noise(2)))
+    tolerance = 1e-4 if FIRST_ORDER[name] is samplers.ddim else 0.02  # the noises are others
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.mean().item() == pytest.approx(b.mean().item(), abs=tolerance)
+        assert a.std().item() == pytest.approx(b.std().item(), abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "tolerance"),
+    [
+        ("DDIMScheduler", samplers.ddim, 1e-10),  # with our float64 tables
+        ("EulerDiscreteScheduler", samplers.ddim, 1e-4),  # computes in float32, as does what follows
+        ("HeunDiscreteScheduler", samplers.heun, 1e-4),
+        ("DPMSolverMultistepScheduler", samplers.dpmpp_2m, 1e-4),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 20])
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4, 4)], ids=str)
+def test_deterministic_schedulers_equal_our_samplers(shape, steps, name, sampler, tolerance):
+    """Every value on the same levels, in the same coordinate."""
+    x = normal(shape, 3)
+    theirs = run(name, x, steps, nonlinear)
+    ours = list(sampler(GaussianDiffusion(), nonlinear, x, make_grid(LINEAR, steps), noise=torch.zeros_like))
+    for a, b in zip(theirs, ours, strict=True):
+        assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+
+
+@for_each("name", lambda: EVERY)
+def test_predicts_from_x_at_its_level(name):
+    """What is predicted from has the deviation that noised data have at the level, second halves of steps included."""
+    seen = []
+
+    def watched(x, t):
+        expected = (t.alpha.item() * STD) ** 2 + t.sigma.item() ** 2
+        seen.append((x.std().item() / expected**0.5, t.time.item()))
+        return ideal(x, t)
+
+    values = run(name, standardised((4, 2000), 4), 40, watched)
+    assert len(values) == 40
+    assert all(value.shape == (4, 2000) for value in values)
+    ratios, times = zip(*seen, strict=True)
+    if name not in DISTILLED:
+        assert all(ratio == pytest.approx(1, abs=0.15) for ratio in ratios)
+    assert times[0] == 1
+    # Ancestral KDPM2 predicts twice at one level, up to rounding.
+    assert all(before >= after - 1e-6 for before, after in pairwise(times))
+
+
+@for_each("name", lambda: sorted({*EVERY} - {"PNDMScheduler"}))
+def test_from_zero_terminal_snr(name):
+    """Finite, and from pure noise to the right mean: x_0 is what is predicted there."""
+    values = run(name, standardised((4, 2000), 5).float(), 20, schedule=ZERO_TERMINAL)
+    assert all(value.isfinite().all() for value in values)
+    assert values[-1].mean().item() == pytest.approx(MEAN, abs=0.02)
+    assert values[-1].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
+)
+def test_samples_depend_on_their_own_noise_alone(name):
+    """Sample k is the same whatever it is drawn together with, and another for another seed."""
+
+    def drawn(seed, indices):
+        noise = SampleNoise(seed, indices, torch.device("cpu"))
+        return run(name, noise.draw((2,)), 10, nonlinear, noise=noise)[-1]
+
+    together = drawn(0, range(4))
+    assert_close(drawn(0, [2, 3]), together[2:], rtol=1e-6, atol=1e-6)
+    assert_close(drawn(0, [1]), together[1:2], rtol=1e-6, atol=1e-6)
+    assert (drawn(1, range(4)) != together).all()
+    assert len({tuple(row.tolist()) for row in together}) == 4
+
+
+def test_clipping_is_the_process_own():
+    """The scheduler gets what the process makes of the network's output."""
+    process = GaussianDiffusion("x0", clip=0.5)
+    predict = samplers.predictor(process, lambda x, t: 3 * torch.tanh(x))
+    *_, out = run("DDIMScheduler", normal((5, 2), 6), 10, predict, process=process)
+    assert out.abs().max() == 0.5
+
+
+@for_each("name", lambda: EVERY)
+def test_conventions_are_written_out(name):
+    """No scheduler has a clipping, spacing or last step that is left to its default."""
+    known = inspect.signature(getattr(library, name).__init__).parameters
+    assert {
+        k for k in known if k.startswith(("clip_sample", "thresh", "timestep_sp", "set_alpha", "final_s", "rescale"))
+    } <= {
+        *CONVENTIONS,
+        "clip_sample_range",
+    }
+
+
+def test_continuous_schedules_have_no_betas():
+    with pytest.raises(ValueError, match="want betas, which continuous schedules have not"):
+        run("DDIMScheduler", normal((3, 2), 7), 5, schedule=ContinuousSchedule(curves.rectified_flow))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("UniPCScheduler", "no scheduler 'UniPCScheduler': did you mean UniPCMultistepScheduler"),
+        ("DDIM", "did you mean DDIMScheduler"),
+        ("FlowMatchEulerDiscreteScheduler", "does not lead from noise to data along a chain of betas"),
+        ("DDIMInverseScheduler", "does not lead from noise to data"),
+        ("IPNDMScheduler", "does not lead from noise to data"),
+        ("RePaintScheduler", "does not lead from noise to data"),
+        ("SchedulerMixin", "no scheduler"),
+        ("utils", "no scheduler"),
+        ("schedulers.DDIMScheduler", "no scheduler"),
+        ("?", "no scheduler .*: choose one of .*UniPCMultistepScheduler"),
+    ],
+)
+def test_unknown_schedulers(name, message):
+    """One line that names what is close, or why this one will not do."""
+    with pytest.raises(ValueError, match=message) as raised:
+        run(name, normal((3, 2), 8), 5)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_scheduler_whose_own_library_is_missing(monkeypatch):
+    absent = type("Absent", (), {"_backends": ["torch", "torchsde"]})
+    monkeypatch.setattr(library, "DPMSolverSDEScheduler", absent, raising=False)
+    with pytest.raises(ValueError, match="DPMSolverSDEScheduler needs torch and torchsde"):
+        run("DPMSolverSDEScheduler", normal((3, 2), 9), 5)
+
+
+def test_eps_is_not_enough_at_zero_snr():
+    with pytest.raises(ValueError, match="PNDMScheduler takes eps, from which no x_0 follows at zero SNR"):
+        run("PNDMScheduler", normal((3, 2), 10), 5, schedule=ZERO_TERMINAL)
+
+
+def test_without_diffusers(monkeypatch):
+    """The optional extra is asked for only here, in one line."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    walk = partial(diffusers, scheduler="DDIMScheduler")
+    with pytest.raises(ValueError, match="pip install diffusers"):
+        next(walk(GaussianDiffusion(), ideal, normal((3, 2), 11), make_grid(LINEAR, 5), noise=torch.zeros_like))

@@ -1,0 +1,333 @@
+"""Extractors, the cache, and all figures together, on the embedded digits."""
+
+import hashlib
+from functools import partial, reduce
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.cache import cached, digest
+from src.metrics.classifier import train_classifier
+from src.metrics.collected import Collected, collect, collect_once
+from src.metrics.features import INCEPTION, DinoV2, Features, Inception, Pixels, to_rgb
+from src.metrics.memorisation import memorisation
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global load_digits, frechet_figure, image_figures, memorisation_figures, point_figures
+    from sklearn.datasets import load_digits
+
+    from src.metrics.measure import frechet_figure, image_figures, memorisation_figures, point_figures
+
+
+ORDER = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+TRAIN, HELD_OUT = ORDER[:1437], ORDER[1437:]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Images (1797, 1, 8, 8) uint8 0..255 and their labels."""
+    loaded = load_digits()
+    return torch.from_numpy(loaded.images * 255 / 16).round().to(torch.uint8)[:, None], torch.from_numpy(loaded.target)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture(scope="module")
+def train(digits, folder):
+    """Train the classifier of the digits, or read it."""
+    images, labels = digits
+    held_out = (images[HELD_OUT], labels[HELD_OUT])
+    return partial(train_classifier, images[TRAIN], labels[TRAIN], held_out, folder, epochs=8)
+
+
+@pytest.fixture(scope="module")
+def classifier(train):
+    return train()
+
+
+# Extractors
+
+
+def test_pixels_are_the_pixels(digits):
+    assert_close(Pixels()(digits[0]).features, torch.from_numpy(load_digits().data * 255 / 16), rtol=0, atol=0.5)
+
+
+def test_the_classifier_knows_digits_that_it_never_saw(digits, classifier):
+    images, labels = digits
+    features, probabilities = classifier(images[HELD_OUT])
+    assert features.shape == (360, 64)
+    assert features.dtype == probabilities.dtype == torch.float64
+    assert_close(probabilities.sum(1), torch.ones(360, dtype=torch.float64))
+    assert (probabilities.argmax(1) == labels[HELD_OUT]).double().mean().item() == classifier.accuracy
+    assert classifier.accuracy > 0.95
+
+
+def test_the_classifier_is_trained_once(digits, train, classifier, monkeypatch):
+    images, _ = digits
+    monkeypatch.setattr("src.metrics.classifier.fit", None)
+    again = train()
+    assert (again.accuracy, again.fingerprint) == (classifier.accuracy, classifier.fingerprint)
+    assert_close(again(images[:50]), classifier(images[:50]), rtol=0, atol=0)
+    with pytest.raises(TypeError):  # other settings: to be trained anew
+        train(seed=1)
+
+
+def test_training_is_seeded_and_leaves_the_global_state_alone(digits, tmp_path):
+    images, labels = digits
+    state = torch.get_rng_state()
+    held_out = (images[:10], labels[:10])
+    one, two = (train_classifier(images[:300], labels[:300], held_out, tmp_path / str(i), epochs=1) for i in range(2))
+    assert_close(one(images).features, two(images).features, rtol=0, atol=0)
+    assert_close(torch.get_rng_state(), state)
+
+
+def test_the_classifier_takes_colour_and_larger_images(tmp_path):
+    images = torch.randint(256, (8, 3, 20, 28), dtype=torch.uint8)
+    labels = torch.arange(8) % 2
+    extractor = train_classifier(images, labels, (images, labels), tmp_path, epochs=1)
+    assert extractor(images).features.shape == (8, 64)
+
+
+def test_gray_images_are_repeated(digits):
+    rgb = to_rgb(digits[0][:5])
+    assert rgb.shape == (5, 3, 8, 8)
+    assert (rgb == digits[0][:5]).all()
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 8, 8), torch.zeros(2, 2, 8, 8).byte(), torch.zeros(8, 8).byte()])
+def test_only_uint8_images_have_features(images):
+    with pytest.raises(ValueError, match="uint8 images") as error:
+        Pixels()(images)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_must_fit(digits, tmp_path):
+    images, labels = digits
+    for wrong in (labels[:5], torch.zeros(1797, dtype=torch.long), labels - 1):
+        with pytest.raises(ValueError, match="a label from 0 on for each image"):
+            train_classifier(images, wrong, (images, labels), tmp_path)
+
+
+# Inception and DINOv2: networks of these shapes with random weights
+
+
+def test_inception_is_loaded_only_from_the_file_that_it_is(digits, tmp_path, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path / INCEPTION
+    with (
+        monkeypatch.context() as patch,
+        torch.no_grad(),
+    ):  # torch's slow initialisation is not needed for what is then loaded
+        patch.setattr(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.normal_(0, 0.02))
+        patch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    torch.save(net.state_dict(), path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    with pytest.raises(ValueError, match=r"6726825d.*download it again"):
+        Inception(path)
+    with pytest.raises(ValueError, match=f"put {INCEPTION} there"):
+        Inception(tmp_path / "nothing.pth")
+    extractor = Inception(path, sha256=sha256[:8])
+    assert extractor.fingerprint == sha256
+    images = digits[0][:2]
+    features, probabilities = extractor(images)
+    expected, logits = net(images.expand(-1, 3, -1, -1))
+    assert features.shape == (2, 2048)
+    assert_close(features, expected.double())
+    assert_close(probabilities, logits.double().softmax(1))
+
+
+def test_a_pickle_that_does_something_is_not_loaded(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    path = tmp_path / INCEPTION
+    torch.save({"w": Path("x")}, path)
+    with pytest.raises(ValueError, match="holds more than weights"):
+        Inception(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+
+
+def test_without_network_inception_says_where_to_put_its_file(tmp_path, monkeypatch, no_network):
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}.*could not be downloaded.*put the file {INCEPTION} there"
+    ) as error:
+        Inception()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("package", "extractor"), [("torch_fidelity", Inception), ("transformers", DinoV2)])
+def test_missing_libraries_are_named(package, extractor, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ValueError, match=f"pip install {package.replace('_', '-')}"):
+        extractor()
+
+
+def test_dinov2_is_read_from_a_folder(digits, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    net = transformers.Dinov2Model(config).eval()
+    net.save_pretrained(tmp_path / "model")
+    extractor = DinoV2(str(tmp_path / "model"), size=28)
+    assert extractor.fingerprint == DinoV2(str(tmp_path / "model"), size=28).fingerprint
+    images = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)
+    features = extractor(images).features
+    white = (1 - extractor._mean) / extractor._deviation
+    with torch.no_grad():
+        expected = net(white.expand(2, 3, 28, 28)).pooler_output
+    assert features.shape == (2, 32)
+    assert_close(features, expected.double(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"config.json and model.safetensors") as error:
+        DinoV2(str(tmp_path / "nothing"))
+    assert "\n" not in str(error.value)
+
+
+# The cache
+
+
+def test_a_digest_stands_for_type_shape_contents_and_order():
+    x = torch.arange(6)
+    parts = [(x,), (x.view(2, 3),), (x.int(),), (x + 1,), (x, 1), (1, x), (x, "1"), (x.view(3, 2).T,), ()]
+    assert len({digest(*p) for p in parts}) == len(parts)
+    assert digest(x.view(3, 2).T) == digest(x.view(3, 2).T.contiguous())
+
+
+def test_what_is_cached_is_computed_once_and_again_if_damaged(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"mean": torch.arange(3.0).double(), "number": torch.tensor(7)}
+
+    expected = compute()
+    path = tmp_path / "new" / "key.safetensors"
+    for _ in range(2):
+        assert_close(cached(path.parent, "key", compute), expected, rtol=0, atol=0)
+    assert len(calls) == 2
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    whole = path.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged in (b"", whole[:-5], flipped, b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="is damaged .*: computed again"):
+            assert_close(cached(path.parent, "key", compute), expected, rtol=0, atol=0)
+        assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="could not be written"):
+        found = cached(tmp_path / "file", "key", lambda: {"x": torch.ones(2)})
+    assert_close(found, {"x": torch.ones(2)})
+
+
+# All together
+
+
+def measured(extractor, images):
+    return collect(extractor, ((100 * i, part) for i, part in enumerate(images.split(100))), 10_000)
+
+
+def test_what_is_collected_depends_neither_on_batches_nor_on_processes():
+    x, p = torch.randn(250, 4, dtype=torch.float64), torch.rand(250, 3, dtype=torch.float64)
+    pieces = [(0, 100), (100, 130), (130, 250)]
+    parts = [Collected.of(Features(x[a:b], p[a:b]), a, 120) for a, b in pieces]
+    whole = Collected.of(Features(x, p), 0, 120)
+    for order in ([0, 1, 2], [2, 0, 1]):
+        merged = reduce(lambda a, b: a.merge(b, 120), [parts[i] for i in order])
+        assert_close(merged.moments, whole.moments, rtol=1e-10, atol=1e-10)
+        assert_close(merged[1:], whole[1:], rtol=0, atol=0)
+    assert_close(whole.features, x[:120])
+    with pytest.raises(ValueError, match="at least 2"):
+        Collected.of(Features(x), 0, 1)
+    x[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="1 of 250 samples"):
+        Collected.of(Features(x), 0, 10)
+
+
+def test_real_images_are_seen_by_an_extractor_once(digits, classifier, tmp_path):
+    images, _ = digits
+    calls = []
+
+    def batches():
+        calls.append(1)
+        return [(0, images[:60]), (60, images[60:100])]
+
+    for extractor in (classifier, Pixels()):
+        once = partial(collect_once, tmp_path, digest(images), extractor, batches)
+        assert_close(once(80), collect(extractor, batches(), 80), rtol=0, atol=0)
+        calls.clear()
+        again = once(80)
+        assert not calls
+        assert_close(again, collect(extractor, batches(), 80), rtol=0, atol=0)
+        assert len(once(90).features) == 90
+        calls.clear()
+        collect_once(tmp_path, "other data", extractor, batches, 80)
+        assert calls
+
+
+def test_the_interval_of_more_samples_than_are_kept_is_narrower():
+    x, y = torch.randn(2, 4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = Collected.of(Features(y + 1), 0, 10_000)
+    all_kept, few = (frechet_figure(Collected.of(Features(x), 0, n), reference, 0) for n in (10_000, 1000))
+    assert few.value == pytest.approx(all_kept.value, rel=1e-12)
+    assert few.high - few.low == pytest.approx(all_kept.high - all_kept.low, rel=0.25)
+
+
+def test_copies_are_caught_by_memorisation_and_by_nothing_else(digits, classifier):
+    """300 training digits are, in each figure, what any other 300 are, and all of them are seen to be copies."""
+    images, _ = digits
+    reference = measured(classifier, images[HELD_OUT])
+    generator = torch.Generator().manual_seed(0)
+    copies, *others = (images[TRAIN[torch.randperm(1437, generator=generator)[:300]]] for _ in range(9))
+    measure = partial(image_figures, "classifier", reference=reference, seed=0, replicates=10)
+    figures, *floor = (measure(measured(classifier, x)) for x in (copies, *others))
+    assert set(figures) == {
+        f"{metric}_classifier_300"
+        for metric in ("fd", "kd", "precision", "recall", "density", "coverage", "class_score", "class_variation")
+    }
+    for metric, figure in figures.items():
+        usual = torch.tensor([f[metric].value for f in floor])
+        assert abs(figure.value - usual.mean()) < 4 * usual.std(), metric
+    for space in (Pixels(), classifier):
+        held_out, train = (space(images[part]).features for part in (HELD_OUT, TRAIN))
+        found = memorisation_figures(space.name, memorisation(space(copies).features, held_out, train), seed=0)
+        # Wilson's interval of n out of n begins at n / (n + z^2).
+        assert found[f"copies_{space.name}_300"] == pytest.approx((1, 300 / (300 + 1.959964**2), 1))
+        assert found[f"nearest_ratio_{space.name}_300"] == (0, 0, 0)
+        half = len(HELD_OUT) // 2
+        new = memorisation(held_out[:half], held_out[half:], train)
+        assert new.copies.value < 0.15
+        assert new.ratio.value == pytest.approx(1, abs=0.2)
+
+
+def test_noise_is_far_from_the_digits_in_every_figure(digits, classifier):
+    images, _ = digits
+    reference = measured(classifier, images[HELD_OUT])
+    noise = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    bad, good = (
+        image_figures("inception", measured(classifier, x), reference, 0, replicates=20)
+        for x in (noise, images[TRAIN[:300]])
+    )
+    assert {"fid_300", "kid_300", "inception_score_300", "precision_inception_300"} <= set(bad)
+    for metric, factor in (("fid_300", 5), ("kid_300", 5), ("class_variation_inception_300", 2)):
+        assert bad[metric].low > factor * good[metric].high
+    for metric in ("precision", "coverage", "density"):
+        assert bad[f"{metric}_inception_300"].high < good[f"{metric}_inception_300"].low
+
+
+def test_figures_of_points():
+    x, y = torch.randn(2, 300, 2, generator=torch.Generator().manual_seed(0))
+    figures, far = point_figures(x, y, 0, replicates=20), point_figures(x + 1, y, 0, replicates=20)
+    assert set(figures) == {"sliced_wasserstein_300", "energy_distance_300", "mmd_300"}
+    assert all(far[metric].low > figures[metric].high for metric in figures)

@@ -1,0 +1,157 @@
+"""Checkpoints that are damaged, cannot be written, or belong to other settings."""
+
+import errno
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+
+from src.errors import UsageError
+from src.runs.checkpoints import changed_settings, find_checkpoint
+from src.training.checkpoints import by_age, is_whole
+from tests.conftest import train_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global WholeCheckpoints
+    from src.training.checkpoint_io import WholeCheckpoints
+
+
+def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):
+    """In tensors, padding, the archive's directory or the seal: at 200 seeded places, and at each of the last 200."""
+    original = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    path, chance = tmp_path / "a.ckpt", random.Random(0)
+    path.write_bytes(original)
+    assert is_whole(path)
+    whole = torch.load(path, weights_only=True)["state_dict"]
+    for place in [*chance.sample(range(len(original)), 200), *range(len(original) - 200, len(original))]:
+        damaged = bytearray(original)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        if is_whole(path):  # the length of the comment became 0, and all else is what was saved
+            assert place == len(original) - 10
+            again = torch.load(path, weights_only=True)["state_dict"]
+            assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9, 0.99999])
+def test_a_file_that_was_cut_short_is_seen(trained, tmp_path, part):
+    contents = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(contents[: int(part * len(contents))])
+    assert not is_whole(path)
+
+
+def test_a_checkpoint_without_a_seal_is_held_against_its_parts(trained, tmp_path):
+    """As torch writes it, and as older ones are."""
+    path = tmp_path / "a.ckpt"
+    torch.save({"weights": torch.arange(1000.0)}, path)
+    assert is_whole(path)
+    contents = bytearray(path.read_bytes())
+    at = contents.index(torch.arange(1000.0).numpy().tobytes())
+    contents[at + 500] ^= 4
+    path.write_bytes(contents)
+    assert not is_whole(path)
+
+
+def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
+    """A damaged one is passed over with a message; with none left, a sentence."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    last, best = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt"
+    os.utime(best, ns=(0, last.stat().st_mtime_ns - 10**9))
+    assert by_age(run) == [last, best]
+    assert find_checkpoint(str(run), None) == last
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=r"last\.ckpt is corrupted"):
+        assert find_checkpoint(str(run), None) == best
+    last.unlink()
+    assert find_checkpoint(str(run), None) == best
+    best.write_bytes(b"")
+    with pytest.warns(UserWarning, match="corrupted"), pytest.raises(FileNotFoundError, match="no intact"):
+        find_checkpoint(str(run), None)
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
+    """Whatever the times of the files, which copies do not keep: by each of their orders."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    checkpoints = run / "checkpoints"
+    last = torch.load(checkpoints / "last.ckpt", weights_only=True)
+    paths = {}
+    for step in (0, 3, 255, 256, 70_000):  # numbers that a pickle holds in one, two and four bytes
+        paths[step] = checkpoints / f"a_{step}.ckpt"
+        torch.save({**last, "global_step": step}, paths[step])
+    for name in ("last.ckpt", "best.ckpt"):
+        (checkpoints / name).unlink()
+    for order in ([*paths], [*paths][::-1], [256, 0, 70_000, 255, 3]):
+        for age, step in enumerate(order):
+            os.utime(paths[step], ns=(age * 10**9, age * 10**9))
+        assert by_age(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
+    for broken in ({"global_step": "none"}, {"state": torch.ones(2)}):  # of others: no step is no error
+        torch.save(broken, checkpoints / "other.ckpt")
+        assert {*by_age(run)} == {*paths.values(), checkpoints / "other.ckpt"}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):
+    """Nothing half written stays, nothing older is removed; it writes again as soon as it can."""
+    writer, path, older = WholeCheckpoints(), tmp_path / "last.ckpt", tmp_path / "step_1.ckpt"
+    for place in (path, older):
+        writer.save_checkpoint({"step": 1}, place)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written \(No space left on device\).*goes on"):
+        writer.save_checkpoint({"step": 2}, path)
+    writer.remove_checkpoint(older)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "step_1.ckpt"]
+    assert torch.load(path) == {"step": 1}
+    monkeypatch.undo()
+    writer.save_checkpoint({"step": 3}, path)
+    writer.remove_checkpoint(older)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(path) == {"step": 3}
+
+
+def test_changed_settings_are_told_but_for_paths():
+    before = {"run_dir": "/a", "trainer": {"max_steps": 6}, "seed": 1, "stop": {"path": "/a/last.ckpt"}, "resume": None}
+    now = {"run_dir": "/b", "trainer": {"max_steps": 9}, "seed": 1, "stop": {"path": "/b/last.ckpt"}, "resume": "/a"}
+    assert changed_settings(before, now) == ["trainer.max_steps: 6 -> 9"]
+
+
+@pytest.mark.parametrize(
+    "other", ["schedule=linear", "process.prediction=x0", "zero_terminal_snr=true", "data.levels=256"]
+)
+def test_another_model_is_not_resumed(trained, tmp_path, other):
+    with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
+        train_tiny(tmp_path / "run", f"resume='{trained}'", other)
+
+
+def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tmp_path, capsys):
+    """Finished: its metrics are returned. Begun: it resumes. Another job's folder: refused."""
+    run = tmp_path / "0"
+    shutil.copytree(trained, run)
+    metrics = train_tiny(run, "resume=auto")
+    assert metrics == json.loads((trained / "metrics.json").read_text())
+    assert f"{run} is finished: skipped" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"is of another job \(seed: 0 -> 1\)"):
+        train_tiny(run, "resume=auto", "seed=1")
+    metrics["val/loss"] = None  # of one that diverged, which is not passed over in silence
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert train_tiny(run, "resume=auto")["val/loss"] is not None
+    (run / "metrics.json").unlink()
+    assert train_tiny(run, "resume=auto")["steps"] == 6
+    assert train_tiny(tmp_path / "1", "resume=auto")["steps"] == 6
+
+
+def test_a_longer_run_says_what_changed(trained, tmp_path):
+    with pytest.warns(UserWarning, match=r"another setting: trainer\.max_steps: 6 -> 7"):
+        metrics = train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.max_steps=7")
+    assert metrics["steps"] == 7

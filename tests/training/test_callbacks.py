@@ -1,0 +1,375 @@
+"""What a run shows of itself: read back from W&B's offline files, TensorBoard's events and the CSVs it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from src import dashboard
+from src.diffusion import schedules
+from src.diffusion.noise import NoiseSchedule
+from src.errors import UsageError
+from src.runs.build import build
+from src.runs.open import open_run
+from src.training.checkpoints import read_checkpoint
+from src.training.provenance import code_version
+from src.viz import charts
+from tests.conftest import TINY, compose, cut_network, train_tiny
+from tests.wandb_file import Offline, read_offline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global ReadsByStep
+    global L, EventAccumulator, bounds, log_comparison, DiffusionModule, Progress, log_snr_range, nearest_training
+    import lightning as L
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from src.evaluation.likelihood import bounds
+    from src.training.callbacks.loss_by_noise import log_snr_range
+    from src.training.callbacks.monitor import Progress
+    from src.training.loggers import log_comparison
+    from src.training.module import DiffusionModule
+    from src.training.pictures import nearest_training
+
+    class ReadsByStep(L.Callback):
+        """Those from each batch to the next, so with all that callbacks and loggers do, of batches 2 to `last`."""
+
+        def __init__(self, last):
+            self.last, self.mode, self.counts = last, Reads(), []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 1:
+                self.mode.__enter__()
+            elif batch_idx > 1:
+                self.counts.append(self.mode.count)
+                self.mode.count = 0
+            if batch_idx == self.last:
+                self.mode.__exit__(None, None, None)
+
+
+STEPS, VALIDATED = 7, [3, 6]
+PICTURES = {"samples": [*VALIDATED], "loss_by_noise": [*VALIDATED, STEPS], "schedule": [0]}
+LAST = ("samples/final", "samples/film", "samples/neighbours", "curves")
+EVERY_STEP = ("train/loss", "train/mse", "train/grad_norm", "lr", "memory/gib")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of seven steps under every logger, as the job of a sweep."""
+    sweep = tmp_path_factory.mktemp("sweeps") / "of_two"
+    folder = sweep / "1"
+    (folder / ".hydra").mkdir(parents=True)
+    (sweep / "multirun.yaml").write_text("hydra: {overrides: {task: ['seed=0,3', 'trainer.max_steps=7']}}\n")
+    (folder / ".hydra" / "overrides.yaml").write_text("[seed=3, trainer.max_steps=7]\n")
+    with pytest.MonkeyPatch.context() as patch:
+        cut_network(patch)
+        patch.setenv("NETRC", str(sweep / "no-netrc"))
+        patch.setenv("HOME", str(sweep / "home"))
+        for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
+            patch.delenv(name, raising=False)
+        train_tiny(folder, "logger=[csv,tensorboard,wandb]", "seed=3", f"trainer.max_steps={STEPS}",
+                   "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.samples=512",
+                   "neighbours.samples=16")  # fmt: skip
+    assert not (sweep / "home").exists() or not [*(sweep / "home").rglob("staging/*")]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def offline(watched: Path) -> Offline:
+    return read_offline(watched)
+
+
+@pytest.fixture(scope="module")
+def events(watched: Path) -> EventAccumulator:
+    return EventAccumulator(
+        str(watched / "tensorboard" / "version_0"), size_guidance={"images": 0, "scalars": 0}
+    ).Reload()
+
+
+def test_wandb_holds_every_scalar_and_picture_at_its_step(offline):
+    for key in EVERY_STEP:
+        assert offline.steps(key) == [*range(STEPS)], key
+    for key, steps in PICTURES.items():
+        assert offline.steps(key) == steps, key
+    for key in LAST:
+        assert offline.steps(key) == [STEPS], key
+    for key in (*PICTURES, *LAST):
+        for picture in offline.values(key):
+            (name,) = picture["filenames"]
+            assert Image.open(offline.directory / "files" / name).size == (picture["width"], picture["height"])
+
+
+def test_tensorboard_holds_the_same(offline, events):
+    scalars = {key for row in offline.history for key, value in row.items() if isinstance(value, float | int)}
+    scalars -= {"_step", "_runtime", "_timestamp", "trainer/global_step"}
+    tags = events.Tags()
+    assert scalars <= set(tags["scalars"]) and {"val/loss", "val/bits_per_dim", *EVERY_STEP} <= scalars
+    for key in scalars:
+        shown = events.Scalars(key)
+        assert [e.step for e in shown] == offline.steps(key)
+        assert [e.value for e in shown] == pytest.approx(offline.values(key), rel=1e-6)
+    assert set(tags["images"]) == {*PICTURES, *LAST}
+    for key in tags["images"]:
+        assert [e.step for e in events.Images(key)] == offline.steps(key)
+        for event, shown in zip(events.Images(key), offline.values(key), strict=True):
+            assert (event.width, event.height) == (shown["width"], shown["height"])
+    text = events.Tensors("environment/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert torch.__version__.split("+")[0] in text
+
+
+def test_the_csv_log_holds_the_same_scalars(watched, offline):
+    with next((watched / "logs").glob("version_*/metrics.csv")).open() as file:
+        rows = [*csv.DictReader(file)]
+    for key in ("speed/steps_per_second", "speed/samples_per_second", "val/bits_per_dim", *EVERY_STEP):
+        assert [float(row[key]) for row in rows if row.get(key)] == pytest.approx(offline.values(key), rel=1e-6), key
+
+
+def test_speed_is_of_the_global_batch_and_memory_of_this_process(offline):
+    steps, samples = (np.array(offline.values(f"speed/{key}_per_second")) for key in ("steps", "samples"))
+    assert samples == pytest.approx(steps * offline.config["data"]["batch_size"], rel=1e-5)
+    assert 0.05 < offline.values("memory/gib")[-1] < 100
+
+
+def test_the_run_says_what_it_is_and_of_which_sweep(watched, offline):
+    assert (offline.run.run_group, offline.run.job_type, offline.run.display_name) == ("of_two", "train", "seed=3")
+    assert offline.config["seed"] == 3 and offline.config["schedule"]["_target_"] == "src.diffusion.schedules.cosine"
+    (start,) = json.loads((watched / "environment.json").read_text())["starts"]
+    assert offline.config["environment"] == start
+    assert start["step"] == 0 and start["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    for word in (str(watched), str(Path.home())):
+        assert word not in (watched / "environment.json").read_text()
+
+
+def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, offline):
+    (table,) = offline.values("samples/table")
+    contents = json.loads((offline.directory / "files" / table["path"]).read_text())
+    assert contents["columns"] == ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
+    (pictures,) = [a for a in offline.artifacts if a.type == "run_table"]
+    lying = [e for e in pictures.manifest.contents if e.path.endswith(".png")]
+    assert lying and all(Path(e.local_path).is_relative_to(offline.directory) for e in lying)
+    assert all(Image.open(e.local_path).size == (68, 68) for e in lying)
+    # The distances once more, from the run itself and by plain differences.
+    opened = open_run(str(watched))
+    opened.data.setup()
+    *_, x = opened.module.sample(range(64), seed=3)
+    train = opened.data.to_model(opened.data.source.fetch(opened.data.train_indices))
+    expected = [(image - train).square().mean((1, 2, 3)).sqrt().min().item() for image in x[:16]]
+    assert [row[4] for row in contents["data"]] == pytest.approx(expected, abs=1e-3)
+    assert {row[5] for row in contents["data"]} == {len(train)}
+
+
+def test_the_best_checkpoint_is_an_artifact_that_lies_in_the_run_and_is_the_average(watched, offline):
+    (model,) = [a for a in offline.artifacts if a.type == "model"]
+    (entry,) = model.manifest.contents
+    assert Path(entry.local_path) == watched / "best.safetensors" and "best" in model.aliases
+    best = read_checkpoint(watched / "checkpoints" / "best.ckpt")
+    about = json.loads(model.metadata)
+    assert about["step"] == best["global_step"] in VALIDATED and about["averaged"]
+    assert about["val/loss"] == pytest.approx(min(offline.values("val/loss")[:2]), rel=1e-6)
+    with safe_open(entry.local_path, "pt") as file:
+        for name in file.keys():
+            assert_close(file.get_tensor(name), best["state_dict"][name], rtol=0, atol=0)
+    assert str(watched) not in Path(entry.local_path).read_bytes().decode("latin1")
+
+
+def test_the_loss_by_noise_is_that_of_the_steps(watched, offline):
+    """The bins' sums over all steps against the logged means, and their places against the schedule's formula."""
+    with (watched / "loss_by_noise.csv").open() as file:
+        rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [s for s in (*VALIDATED, STEPS) for _ in range(20)]
+    batch = offline.config["data"]["batch_size"]
+    for end, start in zip((*VALIDATED, STEPS), (0, *VALIDATED), strict=True):
+        of_span = [row for row in rows if row["step"] == end]
+        assert sum(row["samples"] for row in of_span) == batch * (end - start)
+        total = sum(row["loss"] * row["samples"] for row in of_span if row["samples"])
+        assert total / batch == pytest.approx(sum(offline.values("train/loss")[start:end]), rel=1e-4)
+    # Cosine's noisiest level is beyond -15; the cleanest from the paper's formula (Nichol & Dhariwal 2021, eq. 17).
+    f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (0, 1 / 1000)]
+    top = math.log(f[1] / f[0] / (1 - f[1] / f[0]))
+    width = (top + 15) / 20
+    assert [row["log_snr"] for row in rows[:20]] == pytest.approx(
+        [-15 + (k + 0.5) * width for k in range(20)], abs=1e-3
+    )
+
+
+def test_ends_of_schedules_without_a_last_log_snr():
+    """Zero terminal SNR has none; 15 stands for it."""
+    table = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(100)))
+    low, high = log_snr_range(table)
+    alpha_bar = 1 - table.betas[0].item()
+    assert low == -15 and high == pytest.approx(math.log(alpha_bar / (1 - alpha_bar)), abs=1e-6)
+
+
+def test_bits_per_dim_are_those_of_the_averaged_weights(watched, offline):
+    opened = open_run(str(watched))  # with the average of the last step
+    x = opened.data.examples(512)
+    (one,) = bounds(opened.module, [range(len(x))], lambda _: (x, None), 3, 4, "optimal")
+    expected = one.total.mean().item()
+    metrics = json.loads((watched / "metrics.json").read_text())
+    assert metrics["val/bits_per_dim"] == pytest.approx(expected, rel=1e-4)
+    assert offline.steps("val/bits_per_dim")[:2] == [2, 5]  # Lightning counts the step that is just over
+
+
+def test_a_run_that_goes_on_goes_on_with_its_history(tmp_path, monkeypatch):
+    """Stopped between validations and resumed, it leaves the table of an undisturbed run, to the last digit."""
+    from tests.runs.test_runs import runs_until
+
+    train_tiny(tmp_path / "whole")
+    runs_until(monkeypatch, stop_after=4)
+    with pytest.raises(SystemExit):
+        train_tiny(tmp_path / "cut")
+    monkeypatch.undo()
+    train_tiny(tmp_path / "cut", f"resume='{tmp_path / 'cut'}'")
+    whole, cut = ((tmp_path / name / "loss_by_noise.csv").read_text() for name in ("whole", "cut"))
+    assert whole == cut and len(whole.splitlines()) == 1 + 2 * 20
+    starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 4]
+    whole, cut = (sorted(f.name for f in (tmp_path / name / "samples").iterdir()) for name in ("whole", "cut"))
+    assert whole == cut
+    logs = [sorted((tmp_path / name / "logs").glob("*/metrics.csv")) for name in ("whole", "cut")]
+    whole, cut = ([row["step"] for log in of_run for row in csv.DictReader(log.open())] for of_run in logs)
+    assert whole == cut
+
+
+def test_the_nearest_training_sample_of_a_copy_is_itself(trained):
+    data = open_run(str(trained)).data
+    data.setup()
+    copies = data.to_model(data.source.fetch(data.train_indices[1200:1204]))
+    near, distances = nearest_training(data, copies, limit=10_000)
+    assert_close(near, copies, rtol=0, atol=0)
+    assert distances.abs().max() == 0
+    assert (nearest_training(data, copies, limit=1000)[1] > 0).all()
+
+
+def test_code_version_is_gits_and_none_without(tmp_path):
+    assert code_version(tmp_path) == {"commit": None, "dirty": None}
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=x", "-c", "user.email=x@y"]
+        told = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True, check=True
+        )
+        return told.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-qm", "first")
+    assert code_version(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "file").write_text("2")
+    assert code_version(tmp_path)["dirty"]
+    (tmp_path / "below").mkdir()
+    assert code_version(tmp_path / "below")["commit"] is None  # the repository of something else
+
+
+def test_a_heat_map_of_one_row_and_of_none_seen_is_drawn(tmp_path):
+    path = tmp_path / "loss_by_noise.csv"
+    for lines in (["3,1.0,0.5,4"], ["3,1.0,,0", "3,2.0,,0"], ["3,1.0,-0.5,4", "3,2.0,0.5,4", "6,1.0,1,1", "6,2.0,1,1"]):
+        path.write_text("\n".join(["step,log_snr,loss,samples", *lines]))
+        assert charts.loss_by_noise(path).width > 500
+
+
+def test_a_comparison_is_a_table_in_the_group_of_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    rows = [{"run": "seed=0", "fid": 3.5}, {"run": "seed=1", "bits": 2.0}]
+    name = log_comparison(rows, "project", "of_two", tmp_path)
+    offline = read_offline(tmp_path)
+    assert (offline.run.run_group, offline.run.job_type, offline.run.run_id) == ("of_two", "comparison", name)
+    table = json.loads((offline.directory / "files" / offline.values("comparison")[0]["path"]).read_text())
+    assert table == {"columns": ["run", "fid", "bits"], "data": [["seed=0", 3.5, None], ["seed=1", None, 2.0]]}
+
+
+def test_every_panel_of_the_dashboard_shows_what_a_run_has_logged(offline):
+    pytest.importorskip("wandb_workspaces")
+    logged = {key for row in offline.history for key in row}
+    wanted = set()
+    for panels in dashboard.sections().values():
+        for panel in panels:
+            names = [getattr(panel, "x", None), getattr(panel, "table_name", None)]
+            wanted |= {n for n in [*names, *getattr(panel, "y", []), *getattr(panel, "media_keys", [])] if n}
+    assert len(wanted) > 15 and wanted <= logged
+    sent = dashboard.workspace("me", "p", "n")._to_model().model_dump_json()
+    assert all(f'"{key}"' in sent for key in wanted - {"samples/table"})
+    # What is sent of a report is known only with an account.
+    shown = [panel for block in dashboard.report("me", "p", "n").blocks for panel in getattr(block, "panels", [])]
+    assert [type(panel) for panel in shown] == [type(panel) for part in dashboard.sections().values() for panel in part]
+
+
+def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_network, tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(UsageError, match=r"entity=.* is missing"):
+        dashboard.show_dashboard(compose("dashboard"))
+    with pytest.raises(UsageError, match="wandb login"):
+        dashboard.show_dashboard(compose("dashboard", "entity=me"))
+
+
+class Reads(TorchDispatchMode):
+    """How often a tensor's value, or a size that depends on one, is asked for.
+
+    A GPU's process would wait there until all that is queued is done.
+    """
+
+    NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::equal")
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.name().startswith("aten::index") and any(
+            index is not None and index.dtype == torch.bool for index in (args[1] if isinstance(args[1], list) else [])
+        )
+        self.count += func.name() in self.NAMES or by_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "setting", ["schedule=cosine", "timesteps=importance", "schedule=edm_lognormal", "objective=vlb"]
+)
+def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
+    watch = ReadsByStep(last=8)
+    own = [
+        "trainer.max_steps=9",
+        "validate_every=9",
+        "trainer.log_every_n_steps=6",
+        "callbacks.progress.refresh_rate=4",
+    ]
+    run = build(compose("train", *TINY, *own, setting, f"run_dir='{tmp_path}'"))
+    run.trainer.callbacks.insert(0, watch)
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert [bool(count) for count in watch.counts] == [number in (4, 6, 8) for number in range(2, 9)]
+
+
+def test_the_bar_shows_the_loss_of_the_last_batch_and_none_before_there_was_one(tmp_path, monkeypatch):
+    losses, shown = [], []
+    step, metrics = DiffusionModule.training_step, Progress.get_metrics
+
+    def keep_loss(module, batch, batch_idx):
+        losses.append((out := step(module, batch, batch_idx))["loss"].item())
+        return out
+
+    def keep_metrics(bar, trainer, module):
+        shown.append((len(losses), (out := metrics(bar, trainer, module)).get("train/loss")))
+        return out
+
+    monkeypatch.setattr(DiffusionModule, "training_step", keep_loss)
+    monkeypatch.setattr(Progress, "get_metrics", keep_metrics)
+    own = ["trainer.max_steps=4", "validate_every=4", "data.batch_size=16", "trainer.accumulate_grad_batches=2"]
+    run = build(compose("train", *TINY, *own, "callbacks.progress.refresh_rate=3", f"run_dir='{tmp_path}'"))
+    assert "train/loss" not in metrics(run.trainer.progress_bar_callback, run.trainer, run.module)
+    run.trainer.fit(run.module, datamodule=run.data)
+    assert [count for count, _ in shown] == [3, 6, 8, 8, 8]  # when it moves, and validation and training end
+    assert run.trainer.progress_bar_callback.train_progress_bar.total == 8
+    assert all(loss == pytest.approx(losses[count - 1], rel=1e-6) for count, loss in shown)

@@ -1,0 +1,236 @@
+"""Memory: what is kept for the backward pass, what a step needs, and what happens where it does not fit."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.errors import UsageError
+from src.models.unet import UNet
+from src.training.checkpoints import read_checkpoint
+from tests.conftest import HANG_SECONDS, train_tiny
+from tests.distributed.test_devices import environment
+from tests.runs.test_runs import assert_equal_bits, weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global estimate
+    from src.training.memory import estimate
+
+
+CPU = torch.device("cpu")
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
+
+
+def network(checkpointing: bool, resample_blocks: bool = False) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(
+        channels=1, image_size=8, width=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.2,
+        resample_blocks=resample_blocks, checkpointing=checkpointing,
+    )  # fmt: skip
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.05)  # none of them zero
+    return net.to(memory_format=torch.channels_last)
+
+
+def backward(net: UNet, precision: torch.dtype | None) -> tuple[Tensor, list[Tensor], int]:
+    """The loss, the gradients, and the bytes that were kept in between, whose storages are counted once."""
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(1)  # of the dropout
+    x, time = torch.randn(4, 1, 8, 8), torch.rand(4)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):  # noqa: SIM117 - two thoughts
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            loss = net(x, time).float().square().mean()
+    loss.backward()
+    return loss.detach(), [p.grad for p in net.parameters()], sum(kept.values())
+
+
+@pytest.mark.parametrize("resample_blocks", [False, True])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_checkpointing_keeps_less_and_changes_no_bit(resample_blocks, precision):
+    plain, checkpointed = (network(c, resample_blocks) for c in (False, True))
+    assert plain.state_dict().keys() == checkpointed.state_dict().keys()
+    (loss, grads, kept), (same_loss, same_grads, less) = (backward(net, precision) for net in (plain, checkpointed))
+    assert torch.equal(loss, same_loss)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(grads, same_grads, strict=True))
+    assert less < kept / 2
+
+
+def test_checkpointing_is_for_training_alone(monkeypatch):
+    """Sampling would pay for it and have nothing of it."""
+    monkeypatch.setattr("src.models.unet.checkpoint", lambda *_, **__: pytest.fail("sampling recomputes"))
+    with torch.no_grad():
+        network(True)(torch.zeros(1, 1, 8, 8), torch.zeros(1))
+
+
+def measured(net: nn.Module, shape: tuple[int, ...], batch: int) -> int:
+    """The most bytes that the allocator had given out at once in a step, gradients and moments being there before."""
+    optimizer = ADAMW(net.parameters())
+    x, time = torch.randn(batch, *shape).contiguous(memory_format=torch.channels_last), torch.rand(batch)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        (net(x, time) - x).square().mean().backward()
+        optimizer.step()
+    alive = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    return peak + sum(t.nbytes for t in [*net.parameters(), *(p.grad for p in net.parameters()), *state])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_is_what_the_allocator_gives_out(checkpointing):
+    net = UNet(
+        channels=1, image_size=16, width=32, multipliers=(1, 2), blocks=1, attention=(8,), checkpointing=checkpointing
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    told = estimate(net, (1, 16, 16), 16, CPU, "32-true", ADAMW, average=False)
+    assert told.activations > 2 * told.weights or checkpointing
+    assert sum(told) == pytest.approx(measured(net, (1, 16, 16), 16), rel=0.1)
+
+
+def test_estimate_has_every_part():
+    """Adam keeps two moments for each weight; the average is float32; half precision halves what is kept."""
+    net = network(False)
+    size = sum(p.nbytes for p in net.parameters())
+    whole = estimate(net, (1, 8, 8), 64, CPU, "32-true", ADAMW)
+    assert whole[:4] == (size, size, 2 * size, size)
+    half = estimate(net, (1, 8, 8), 64, CPU, "bf16-true", ADAMW, shards=2)
+    assert half[:4] == (size // 4, size // 4, size // 2, size // 2)
+    assert half.activations == pytest.approx(whole.activations / 2, rel=0.1)
+    mixed = estimate(net, (1, 8, 8), 64, CPU, "bf16-mixed", ADAMW, buckets=True)
+    assert mixed[:4] == (size, 2 * size, 2 * size, size) and mixed.activations < 0.75 * whole.activations
+    sampling = estimate(net, (1, 8, 8), 64, CPU, "32-true", None)
+    assert sampling[:4] == (size, 0, 0, 0) and sampling.activations < whole.activations / 3
+    assert next(net.parameters()).device == CPU and not any(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        (["data.micro_batch=24"], r"micro_batch=24 does not divide the 64 samples .* choose 16 or 32"),
+        (["data.micro_batch=65"], r"micro_batch must lie in \[1, data.batch_size = 64\], got 65"),
+        (["data.micro_batch=16", "trainer.accumulate_grad_batches=2"], "makes .* 4, given as 2: leave one"),
+        (["data.micro_batch=auto", "trainer.accumulate_grad_batches=2"], "given as 2: leave one"),
+        (["data.micro_batch=most"], "must be int or one of auto or null"),
+        (["data.micro_batch=auto", "trainer=fsdp", "trainer.accelerator=cpu"], "sharded weights do not allow"),
+    ],
+)
+def test_impossible_micro_batches_are_refused(tmp_path, settings, rule):
+    with pytest.raises(UsageError, match=rule):
+        train_tiny(tmp_path / "run", *settings)
+
+
+def test_micro_batches_are_accumulated_and_kept_by_a_resumed_run(tmp_path):
+    """As trainer.accumulate_grad_batches does, to the bit; auto's trial leaves no trace in dropout's draws."""
+    settings = ["model.dropout=0.3", "trainer.max_steps=4", "validate_every=2", "logger=none"]
+    folders = {}
+    for name in ("data.micro_batch=16", "trainer.accumulate_grad_batches=4", "data.micro_batch=auto", "seed=0"):
+        folders[name] = tmp_path / name.replace("=", "_")
+        train_tiny(folders[name], *settings, name)
+    by_hand, by_size, auto, plain = (
+        weights(folders[name])
+        for name in ("trainer.accumulate_grad_batches=4", "data.micro_batch=16", "data.micro_batch=auto", "seed=0")
+    )
+    assert_equal_bits(by_hand, by_size)
+    assert_equal_bits(auto, plain)
+    resumed = folders["data.micro_batch=16"]
+    train_tiny(resumed, *settings, "data.micro_batch=auto", f"resume='{resumed}'", "trainer.max_steps=6")
+    saved = read_checkpoint(resumed / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 6 and saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 4
+    with pytest.raises(UsageError, match="cannot resume a run that had 4"):
+        train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'", "trainer.max_steps=8")
+
+
+@pytest.mark.parametrize(("room", "found"), [(1000, 64), (40, 32), (1, 1)])
+def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, monkeypatch, room, found):
+    """With a network that takes no more than `room` samples at once."""
+    forward = UNet.forward
+
+    def narrow(net: UNet, x: Tensor, *rest: Tensor) -> Tensor:
+        if len(x) > room:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(net, x, *rest)
+
+    monkeypatch.setattr(UNet, "forward", narrow)
+    # Samples and validation are no larger than what was found.
+    settings = ["data.micro_batch=auto", "trainer.max_steps=1", "validate_every=1", "logger=none"]
+    train_tiny(tmp_path / "run", *settings)
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 64 // found
+
+
+NARROW = """
+import json, re, resource, sys, torch
+from pathlib import Path
+from src.training.checkpoints import read_checkpoint
+from src.errors import UsageError
+from src.train import train
+from src.sample import sample
+import src.runs.build, src.training.memory, src.runs.out_of_memory, src.viz.charts
+import src.training.callbacks.nan_guard, src.data.images, src.models.unet
+from tests.conftest import compose
+
+def said(work):
+    try:
+        work()
+    except UsageError as error:
+        return str(error)
+
+def run(folder, *settings):
+    plain = ["trainer.accelerator=cpu", "trainer.max_steps=2", "validate_every=2", "sampler.steps=2", "logger=none"]
+    quiet = ["callbacks.progress.refresh_rate=0", "data.batch_size=1024", "~callbacks.samples"]
+    train(compose("train", *plain, *quiet, f"run_dir='{folder}'", *settings))
+
+here = Path(sys.argv[1])
+torch.ones(1, requires_grad=True).sum().backward()  # whose threads take room once and for all
+used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
+found = said(lambda: run(here / "auto", "data.micro_batch=auto"))
+whole = said(lambda: run(here / "whole"))
+batches = read_checkpoint(here / "auto" / "checkpoints" / "last.ckpt")["hyper_parameters"]["trainer"]
+many = ["sampler.steps=2", "n=9000", "batch_size=9000", "device=cpu"]
+drawn = said(lambda: sample(compose("sample", f"run='{here / 'auto'}'", f"run_dir='{here / 'drawn'}'", *many)))
+print(json.dumps([whole, found, batches["accumulate_grad_batches"], drawn]))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is set from what Linux tells")
+def test_what_does_not_fit_says_what_to_set_and_auto_finds_what_does(tmp_path):
+    """In a process that may have 400 MiB more than it has when all is imported, where allocations really fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW, str(tmp_path)],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    whole, found, batches, drawn = json.loads(done.stdout.splitlines()[-1])
+    assert "\n" not in whole and re.match(
+        r"out of memory at data\.micro_batch 1024 .* on cpu, which has [\d.]+ GiB; a training step needs about 0\.\d+ "
+        r"GiB \(weights .*, gradients .*, moments .*, average .*, activations .*\): set data\.micro_batch=auto, then "
+        r"model\.checkpointing=true, then trainer\.precision=bf16-mixed$",
+        whole,
+    ), whole
+    assert found is None
+    assert 1 < batches < 64 and 1024 % batches == 0
+    assert re.match(r"out of memory at batch_size 9000 on cpu, .* needs about .*: set batch_size=4500 or less$", drawn)

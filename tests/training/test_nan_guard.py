@@ -1,0 +1,183 @@
+"""Steps whose loss or gradient is not finite: skipped, written down, and turned back from when there are many."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from src.errors import UsageError
+from src.training.checkpoints import read_checkpoint
+from tests.conftest import train_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    global DiffusionModule, skip_unless
+    from src.training.module import DiffusionModule
+    from src.training.optim import skip_unless
+
+
+def poison(monkeypatch, steps, sample=slice(None)):
+    """The network puts out NaN for these samples of the batch at these steps."""
+    original = DiffusionModule.denoise
+
+    def denoise(self, x, t, cond=None):
+        out = original(self, x, t, cond)
+        if self.training and self.trainer.global_step in steps:
+            wrong = torch.ones(len(out), *[1] * (out.ndim - 1))
+            wrong[sample] = math.nan
+            out = wrong * out
+        return out
+
+    monkeypatch.setattr(DiffusionModule, "denoise", denoise)
+
+
+def watch(monkeypatch):
+    """Weights and optimizer state, copied as each step begins; the learning rate that each step takes."""
+    history: list[dict[str, torch.Tensor]] = []
+    rates: list[float] = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        state = {name: value.clone() for name, value in self.net.state_dict().items()}
+        for k, moments in self.trainer.optimizers[0].state_dict()["state"].items():
+            state |= {f"{k}.{name}": value.clone() for name, value in moments.items()}
+        history.append(state)
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    monkeypatch.setattr(DiffusionModule, "on_train_batch_start", on_train_batch_start)
+    return history, rates
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path, monkeypatch, fused):
+    """Sample 5 of the fourth batch is poisoned: that step is skipped, the others are not."""
+    poison(monkeypatch, {3}, sample=5)
+    history, _ = watch(monkeypatch)
+    with pytest.warns(UserWarning, match="skipped step 3: loss or gradient was not finite"):
+        train_tiny(tmp_path / "run", f"optimizer.fused={fused}")
+    assert same(history[4], history[3])
+    assert not any(same(history[k + 1], history[k]) for k in (0, 1, 2, 4))
+    (row,) = rows(tmp_path / "run")
+    assert row["step"] == 3 and row["grad_norm"] == "nan"
+    assert [k for k, loss in enumerate(row["losses"]) if loss == "nan"] == [5]
+    assert len(set(row["samples"])) == len(row["t"]) == len(row["v"]) == 64
+    assert row["t"] == [int(1000 * v) for v in row["v"]]
+
+
+def test_a_loss_that_overflows_is_skipped_though_its_gradient_would_not(tmp_path, monkeypatch):
+    """An error of 1e20 squares to infinity in float32, while twice the error is finite."""
+    original = DiffusionModule.denoise
+    monkeypatch.setattr(
+        DiffusionModule,
+        "denoise",
+        lambda self, x, t, cond=None: (
+            original(self, x, t, cond) + 1e20 * (self.training and self.trainer.global_step == 3)
+        ),
+    )
+    history, _ = watch(monkeypatch)
+    with pytest.warns(UserWarning, match="skipped step 3"):
+        train_tiny(tmp_path / "run")
+    assert same(history[4], history[3])
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_skipped_step_leaves_weights_and_moments(optimizer):
+    for fused in (True, False):
+        for fine in (True, False):
+            weight = torch.nn.Parameter(torch.ones(3))
+            stepper = optimizer([weight], lr=0.1, fused=fused)
+            weight.grad = torch.ones(3)
+            skip_unless(torch.tensor(fine), stepper)
+            stepper.step()
+            assert torch.equal(weight.detach(), torch.ones(3)) is not fine
+
+
+def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeypatch):
+    """Steps 5 and 6 are poisoned, a checkpoint is from step 4: step 7 begins as step 4 did, at half the rate."""
+    poison(monkeypatch, {5, 6})
+    history, rates = watch(monkeypatch)
+    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.guard.patience=2", "validate_every=100"]
+    with pytest.warns(UserWarning, match=r"5 to 6 had a finite gradient: the weights go back to those of step 4"):
+        train_tiny(tmp_path / "run", *settings)
+    assert same(history[7], history[4]) and not same(history[6], history[4])
+    monkeypatch.undo()
+    _, plain = watch(monkeypatch)
+    train_tiny(tmp_path / "plain", *settings)
+    assert rates[:7] == plain[:7]
+    assert rates[7:] == pytest.approx([rate / 2 for rate in plain[7:]])
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["skipped"] == ([], [4], None)
+    assert len(rows(tmp_path / "run")) == 2
+
+
+def test_the_average_goes_back_too(tmp_path, monkeypatch):
+    from src.training.callbacks.ema import EMA
+
+    averages = []
+
+    def on_train_batch_start(self, trainer, *_):
+        averages.append([value.clone() for value in self._average])
+
+    monkeypatch.setattr(EMA, "on_train_batch_start", on_train_batch_start)
+    poison(monkeypatch, {5, 6})
+    with pytest.warns(UserWarning, match="go back"):
+        train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.guard.patience=2")
+    assert all(map(torch.equal, averages[7], averages[4]))
+    assert not all(map(torch.equal, averages[6], averages[4]))
+
+
+def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch):
+    """It goes back once to each checkpoint, newest first, and what was good stays on the disk."""
+    poison(monkeypatch, range(5, 100))
+    with pytest.raises(UsageError) as error:
+        train_tiny(
+            tmp_path, "trainer.max_steps=40", "checkpoint_every=2", "callbacks.guard.patience=3", "keep_checkpoints=-1"
+        )
+    said = str(error.value)
+    assert "had a finite gradient, and going back to steps [4, 2] did not help" in said
+    assert "the loss of every sample was not finite" in said and "lower optimizer.lr" in said and "\n" not in said
+    assert len(rows(tmp_path)) == 9
+    assert read_checkpoint(tmp_path / "checkpoints" / "step_000004.ckpt")["global_step"] == 4
+
+
+def test_a_run_that_is_stopped_between_skipped_steps_counts_on(tmp_path, monkeypatch):
+    """So that it turns back where it would have without the stop."""
+    from tests.runs.test_runs import assert_equal_bits, runs_until, weights
+
+    settings = ["trainer.max_steps=12", "checkpoint_every=4", "callbacks.guard.patience=4", "validate_every=100"]
+    poison(monkeypatch, range(5, 9))
+    with pytest.warns(UserWarning, match="go back"):
+        train_tiny(tmp_path / "whole", *settings)
+    runs_until(monkeypatch, stop_after=7)
+    with pytest.raises(SystemExit):
+        train_tiny(tmp_path / "stopped", *settings)
+    monkeypatch.undo()
+    poison(monkeypatch, range(5, 9))
+    with pytest.warns(UserWarning, match="go back"):
+        train_tiny(tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
+    for key in ("state_dict", "current_model_state"):
+        assert_equal_bits(weights(tmp_path / "stopped", key), weights(tmp_path / "whole", key))
+
+
+def test_the_guard_refuses_what_it_cannot_do(tmp_path):
+    with pytest.raises(UsageError, match="needs patience >= 1"):
+        train_tiny(tmp_path, "callbacks.guard.patience=0")
+
+
+def test_no_step_waits_for_the_device(monkeypatch, tmp_path):
+    """Whether a step was skipped is asked where Lightning logs and where a checkpoint is saved, and nowhere else."""
+    asked = []
+    original = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(self.shape) or original(self))
+    train_tiny(tmp_path, "trainer.log_every_n_steps=4", "trainer.max_steps=10", "validate_every=100")
+    assert [shape for shape in asked if len(shape) == 1 and shape[0] in (4, 2)] == [(4,), (4,), (2,)]
