@@ -13,6 +13,8 @@ from src.config.overrides import config_groups
 from src.runs.components import build_module, build_sampler
 from tests.conftest import compose
 
+CSV = Path(__file__).parents[1] / "measurements.csv"
+
 # Choices that need more than themselves to be complete.
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
