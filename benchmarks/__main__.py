@@ -91,12 +91,12 @@ def setting() -> str:
 
 def measure(title: str, command: Sequence[str], folder: Path) -> bool:
     """Run a section unless it is there already, and add it to the table; whether it went well."""
-    typed, own = shlex.join(["python", "-m", *command]), folder / title.replace(" ", "_")
+    typed_overrides, own = shlex.join(["python", "-m", *command]), folder / title.replace(" ", "_")
     good, bad, log = (own.with_suffix(suffix) for suffix in (".md", ".failed", ".log"))
     if good.is_file():
         print(f"{title}: is in {good} already", flush=True)
         return True
-    print(f"{title}: {typed}", flush=True)
+    print(f"{title}: {typed_overrides}", flush=True)
     began = time.monotonic()
     with log.open("w") as errors:
         ended = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -105,7 +105,7 @@ def measure(title: str, command: Sequence[str], folder: Path) -> bool:
     bad.unlink(missing_ok=True)
     minutes = (time.monotonic() - began) / 60
     (bad if ended.returncode else good).write_text(
-        f"## {title}\n{setting()}: `{typed}`, {minutes:.0f} minutes\n\n{text}\n"
+        f"## {title}\n{setting()}: `{typed_overrides}`, {minutes:.0f} minutes\n\n{text}\n"
     )
     there = sorted([*folder.glob("*.md"), *folder.glob("*.failed")], key=lambda path: path.stat().st_mtime)
     parts = [path.read_text() for path in there if path.name != TABLE]

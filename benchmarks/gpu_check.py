@@ -36,7 +36,7 @@ from src.config.overrides import CONF
 from src.distributed.ranks import end_with_parent, fresh_folder
 from src.runs import components, out_of_memory
 from src.runs.build import build
-from src.runs.open import open_run, speed_up
+from src.runs.open import configure_inference, open_run
 from src.training.checkpoints import read_checkpoint
 from src.training.memory import gib
 from src.training.module import DiffusionModule
@@ -83,7 +83,13 @@ class Scale(NamedTuple):
 
 
 GPU = Scale(("model=unet_ddpm", *RANDOM_IMAGES, "data.batch_size=128"), 40, 10, 5, (64, 256), 50, 8192)
-TINY = ("model=unet_tiny", "model.width=8", "model.multipliers=[1]", "model.attention=[]", "model.head_channels=8")
+TINY = (
+    "model=unet_tiny",
+    "model.model_channels=8",
+    "model.channel_mult=[1]",
+    "model.attention_resolutions=[]",
+    "model.num_head_channels=8",
+)
 CPU = Scale((*TINY, *RANDOM_IMAGES, "data.image_size=8", "data.batch_size=16"), 10, 4, 2, (2, 4), 3, 256)
 
 
@@ -97,7 +103,7 @@ def all_rows(devices: int) -> list[Row]:
         Row("bf16-mixed", (bf16,)),
         Row("16-mixed", (fp16,)),
         Row("bf16-true", ("trainer.precision=bf16-true",)),
-        Row("bf16-mixed, checkpointing", (bf16, "model.checkpointing=true")),
+        Row("bf16-mixed, checkpointing", (bf16, "model.gradient_checkpointing=true")),
         Row("bf16-mixed, fsdp on 1", ("trainer=fsdp", bf16)),
         *(Row(f"bf16-mixed, ddp on {n}", ("trainer=ddp", bf16, f"trainer.devices={n}")) for n in several),
         *(Row(f"bf16-mixed, fsdp on {n}", ("trainer=fsdp", bf16, f"trainer.devices={n}")) for n in several),
@@ -175,7 +181,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
         f"validate_every={scale.steps}",
         f"checkpoint_every={scale.saved_at if row.does == 'train' else 2 * scale.steps}",
         "~callbacks.best",
-        "callbacks.samples.count=2",
+        "callbacks.samples.num_samples=2",
         "sampler.steps=2",
         "callbacks.progress.refresh_rate=0",
         f"run_dir='{run_folder(folder, row.name)}'",
@@ -209,7 +215,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
     return figures | {
         "images_per_second": cfg.data.batch_size / statistics.median(watch.seconds),
         "flops_per_image": flops_per_image(
-            components.hollow_network(cfg, run.module.process.outputs), run.module.shape
+            components.meta_network(cfg, run.module.diffusion.outputs), run.module.shape
         ),
         "devices": run.trainer.world_size,
         "peak": statistics.median(watch.peaks) if watch.peaks else None,
@@ -234,7 +240,7 @@ def sample(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
     )
     speeds, apart = {}, {}
     for name in ("32-true", "bf16-mixed"):
-        speed_up(opened, name, None)
+        configure_inference(opened, name, None)
         images = []
         for count in scale.batches:
             for _ in module.sample(range(count), 0, sampler._replace(steps=2)):
@@ -242,7 +248,7 @@ def sample(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
             start = now().wall
             *_, x = module.sample(range(count), 0, sampler)
             speeds[f"{name}, {count} at once"] = count / (now().wall - start)
-            images.append(opened.data.to_display(x).cpu().int())
+            images.append(opened.data.postprocess(x).cpu().int())
         few, many = images
         apart[name] = int((few - many[: len(few)]).abs().max())
     return {"speeds": speeds, "grey_levels": apart}
@@ -330,7 +336,7 @@ def run_row(row: Row, device: str, devices: int, folder: Path) -> Figures:
     return (sample if row.does == "sample" else train)(row, CPU if device == "cpu" else GPU, device, folder)
 
 
-def judge(row: Row, figures: Figures, done: Mapping[str, Figures], machine: Figures) -> tuple[list[str], list[str]]:
+def check_row(row: Row, figures: Figures, done: Mapping[str, Figures], machine: Figures) -> tuple[list[str], list[str]]:
     """A row's cells, and what is wrong with it."""
     if row.does == "sample":
         levels = figures["grey_levels"]
@@ -386,7 +392,7 @@ def report(machine: Figures, rows: Sequence[Row], results: Mapping[str, Figures 
     wrong: list[str] = []
     for row in rows:
         if row.name in done:
-            cells, faults = judge(row, done[row.name], done, machine)
+            cells, faults = check_row(row, done[row.name], done, machine)
         else:
             cells = [str(results[row.name])]
             faults = [cell for cell in cells if cell.startswith("failed")]

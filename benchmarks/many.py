@@ -54,15 +54,17 @@ def main() -> None:
         seconds = []
         for k in range(args.batches + 1):
             began = time.perf_counter()
-            *_, x = module.sample(range(k * args.at_once, (k + 1) * args.at_once), 0, sampler, args.at_once)
+            *_, x = module.sample(
+                range(k * args.microbatch_size, (k + 1) * args.microbatch_size), 0, sampler, args.microbatch_size
+            )
             x.sum().item()  # waits for the device
             seconds.append(time.perf_counter() - began)
-        rate = args.batches * args.at_once / sum(seconds[1:])
+        rate = args.batches * args.microbatch_size / sum(seconds[1:])
         calls = module.network_calls(sampler)
-        outside = 1 - seconds_of_call(module, args.at_once) * calls * args.batches / sum(seconds[1:])
+        outside = 1 - seconds_of_call(module, args.microbatch_size) * calls * args.batches / sum(seconds[1:])
         cells = [f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}", f"{outside:.0%}"]
         rows.append([way, name, str(calls), *cells])
-    print(f"{args.model}, {args.at_once} at once, {device_name(device)}, torch {torch.__version__}\n")
+    print(f"{args.model}, {args.microbatch_size} at once, {device_name(device)}, torch {torch.__version__}\n")
     header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
     print(table(header, rows))
 

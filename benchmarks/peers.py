@@ -236,7 +236,7 @@ def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: tor
         tuple(size in model.attention for size in sizes),
         model.head_channels or model.width * model.multipliers[-1],
         device,
-        levels=data.levels,
+        levels=data.num_values,
     )
 
 

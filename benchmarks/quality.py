@@ -31,10 +31,10 @@ from torch import Tensor
 
 from benchmarks.peers import PEERS, Contender, as_large_as
 from benchmarks.training import OURS, compose_train
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
-from src.evaluation.quality import Settings, Yardstick
-from src.metrics.figures import Figure
+from src.evaluation.quality import SampleEvaluator, Settings
+from src.metrics.confidence import Metric
 from src.runs.build import build
 from src.runs.open import open_run
 from src.training.provenance import code_version
@@ -46,11 +46,11 @@ RECIPES = {
     "digits": ["experiment=digits"],
     "glyphs": [
         "experiment=digits",
-        "model.patch=2",
-        "model.attention=[7]",
+        "model.patch_size=2",
+        "model.attention_resolutions=[7]",
         "data.source._target_=benchmarks.glyphs.glyphs",
         "data.image_size=28",
-        "data.levels=256",
+        "data.num_values=256",
         "data.batch_size=16",
         "sampler=dpmpp_2m_sde",
         "sampler.steps=25",
@@ -127,7 +127,7 @@ def train_peer(name: str, cfg: DictConfig, images: Tensor, budget: float) -> tup
     return contender, time.process_time() - began, taken
 
 
-class Given:
+class FixedSamples:
     """Samples that are there, to be measured as a module's own are."""
 
     def __init__(self, images: Tensor, calls: int) -> None:
@@ -167,23 +167,23 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
         net, began = contender.net, time.process_time()
         parts = [contender.sample(min(200, n - k), calls) for k in range(0, n, 200)]
     sampling = time.process_time() - began
-    yardstick = measured_by(data, n, args.seed)
-    drawn = yardstick.draw(Given(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
+    evaluator = measured_by(data, n, args.seed)
+    drawn = evaluator.draw(FixedSamples(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
     images.draw(drawn.first[:64]).save(folder / "grid.png")
-    (measured,) = yardstick.measure([drawn], lambda batches: batches)
+    (measured,) = evaluator.measure([drawn], lambda batches: batches)
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
     return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.figures)}
 
 
-def named(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
+def named(figures: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
     """By names without the number of samples."""
     return {stem(key): figure._asdict() for key, figure in figures.items()}
 
 
-def measured_by(data: StreamDataModule, n: int, seed: int) -> Yardstick:
+def measured_by(data: BaseDataModule, n: int, seed: int) -> SampleEvaluator:
     """What measures n samples against the data's held-out images."""
     settings = Settings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
-    return Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
+    return SampleEvaluator(data, settings, Processes(torch.device("cpu"), 0, 1))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -19,11 +19,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from benchmarks.quality import Given
+from benchmarks.quality import FixedSamples
 from benchmarks.training import compose_train
 from src.config.overrides import CONF
 from src.distributed.processes import Processes
-from src.evaluation.quality import Settings, Yardstick
+from src.evaluation.quality import SampleEvaluator, Settings
 from src.runs import components
 from src.runs.build import build
 from src.runs.open import open_run
@@ -115,7 +115,7 @@ def lucidrains(net: Watched, size: int, steps: int) -> Way:
     return Way(lambda numbers: diffusion.sample(batch_size=len(numbers)) * 2 - 1, steps)
 
 
-def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, rounds: int) -> list[list[str]]:
+def rows_of(ways: dict[str, Way], net: Watched, evaluator: SampleEvaluator, n: int, rounds: int) -> list[list[str]]:
     """A row of the table for each."""
     few: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
@@ -132,8 +132,8 @@ def rows_of(ways: dict[str, Way], net: Watched, yardstick: Yardstick, n: int, ro
         images = torch.cat([way.draw(range(k, min(k + 250, n))) for k in range(0, n, 250)])
         seconds = time.perf_counter() - began
         outside = 1 - net.seconds / seconds
-        drawn = yardstick.draw(Given(images, way.calls), None, lambda _: None)  # type: ignore[arg-type]
-        (measured,) = yardstick.measure([drawn], lambda batches: batches)
+        drawn = evaluator.draw(FixedSamples(images, way.calls), None, lambda _: None)  # type: ignore[arg-type]
+        (measured,) = evaluator.measure([drawn], lambda batches: batches)
         figures = {stem(key): interval(figure._asdict()) for key, figure in measured.figures.items()}
         ratio = statistics.median(a / b for a, b in zip(few[name], few[first], strict=True))
         cells = [f"{statistics.median(few[name]):.2f}", f"{ratio:.2f}", f"{seconds / n * 10_000:.0f}", f"{outside:.1%}"]
@@ -163,7 +163,7 @@ def main() -> None:
     module.net = OurNet(net)
     data.setup()
     settings = Settings(["classifier"], n=args.n, cache=Path("outputs/cache"))
-    yardstick = Yardstick(data, settings, Processes(torch.device("cpu"), 0, 1))
+    evaluator = SampleEvaluator(data, settings, Processes(torch.device("cpu"), 0, 1))
     theirs = partial(diffusers, net, betas, module.shape)
     ways = {f"ours, {name} {steps}": ours(module, name, steps) for name, steps in SAMPLERS}
     ways |= {
@@ -172,8 +172,8 @@ def main() -> None:
         "diffusers, DPMSolverMultistepScheduler": theirs("DPMSolverMultistepScheduler", 20),
         "lucidrains, sampling_timesteps=250": lucidrains(net, module.shape[-1], 250),
     }
-    rows = rows_of(ways, net, yardstick, args.n, args.rounds)
-    floor = {stem(key): interval(figure._asdict()) for key, figure in yardstick.floor().items()}
+    rows = rows_of(ways, net, evaluator, args.n, args.rounds)
+    floor = {stem(key): interval(figure._asdict()) for key, figure in evaluator.floor().items()}
     rows.append(["training digits (floor)", "", "", "", "", "", floor["fd_classifier"], floor["precision_classifier"]])
     header = ["sampler", "calls", "s for 64", "over the first", "s for 10,000", "outside", "fd_classifier", "precision"]
     print(f"{args.n} samples, threads: {args.threads}, torch {torch.__version__}\n\n{markdown_table(header, rows)}")

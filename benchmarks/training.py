@@ -39,7 +39,7 @@ RANDOM_IMAGES = [
     "data.source._target_=benchmarks.training.random_images",
     "data.channels=3",
     "data.image_size=32",
-    "data.levels=256",
+    "data.num_values=256",
     "data.batch_size=32",
 ]
 OURS, BARE = "src.train", "bare loop"
@@ -88,7 +88,7 @@ class BareLoop:
         alpha_bar = (1 - betas.double()).cumprod(0)
         self.alpha, self.sigma = (x.sqrt().float().to(device) for x in (alpha_bar, 1 - alpha_bar))
         self.taken = 0
-        self.images, self.batch_size, self.levels = images, cfg.data.batch_size, cfg.data.levels
+        self.images, self.batch_size, self.levels = images, cfg.data.batch_size, cfg.data.num_values
         self.gamma, self.decay = cfg.weighting.gamma, cfg.callbacks.ema.decay
         self.max_norm, self.precision, self.device = cfg.trainer.gradient_clip_val, cfg.trainer.precision, device
 
@@ -187,8 +187,8 @@ def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
     x0, eps = torch.rand(2, loop.batch_size, *module.shape, device=module.device) * 2 - 1
     t = torch.arange(loop.batch_size, device=module.device) * 60 % module.schedule.num_steps
     with module.trainer.precision_plugin.forward_context():  # with gradients, for which the networks are compiled
-        link = module.schedule.link((t + 0.5) / module.schedule.num_steps, x0)
-        terms = module.objective(module.process, module.denoise, x0, link, eps)
+        transition = module.schedule.transition((t + 0.5) / module.schedule.num_steps, x0)
+        terms = module.loss_fn(module.diffusion, module.denoise, x0, transition, eps)
         torch.testing.assert_close(loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
     for net, own in zip(nets, weights, strict=True):
         net.load_state_dict(own)
@@ -237,14 +237,14 @@ def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequ
     """The configuration of `src.train`, with validation (once, at the very end) and pictures cut to a minimum."""
     overrides = [
         *WORKLOADS[model],
-        "process.prediction=x0",
+        "diffusion.prediction=x0",
         "weighting=min_snr",
         f"trainer.max_steps={num_steps}",
         f"trainer.precision={precision}",
         "trainer.devices=1",
         f"validate_every={num_steps}",
         f"checkpoint_every={num_steps}",
-        "callbacks.samples.count=1",
+        "callbacks.samples.num_samples=1",
         "sampler.steps=1",
     ]
     return compose_train([*overrides, *more], folder, bar=True)

@@ -9,7 +9,7 @@ Conventions that hold everywhere:
 - Time lies in [0, 1]: (t + 1) / T for index t, 0 for clean data. It is all that a network sees of a level.
 - Images are in [-1, 1] inside and uint8 at the edges. Shape letters: B batch, C channels, H W height and
   width, D features, T steps.
-- Randomness enters as an argument; it belongs to (seed, step, position in the global batch), see `draws`.
+- Randomness enters as an argument; it belongs to (seed, step, position in the global batch), see `rng`.
 """
 
 import sys

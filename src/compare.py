@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from src.comparison.measure import held_out_count, measure_all, opened_run, sampler_of
 from src.comparison.statistics import grouped, metrics_of, ranked
-from src.comparison.survey import Found, check_data, run_folders, survey, wandb_of
+from src.comparison.survey import SurveyedRun, check_data, run_folders, survey, wandb_of
 from src.config.arguments import check_counts, check_names, check_seeds
 from src.config.cli import launch
 from src.config.output import begin
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, and write the page, tables and plots into the output folder. Returns all figures."""
     with usage_errors():
-        check_counts(cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps")
+        check_counts(
+            cfg, "n", "batch_size", "max_features", "num_memorization", "num_val", "num_terms", "sampler.steps"
+        )
         check_seeds(cfg)
         check_names(cfg, "features")
         folders = run_folders(list(cfg.runs or []))
@@ -63,14 +65,14 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         first.data.setup()
         check_halves(cfg.reverse_variance, held_out_count(first, cfg), "reverse_variance")
     with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)), data_errors():
-        measured = measure_all(found, samplers, first, cfg, processes, announce)
+        measured = measure_all(found, samplers, first, cfg, processes, print_summary)
     if processes.rank > 0:
         return {}
     return write_report(found, measured, notes, cfg, processes)
 
 
 def write_report(
-    found: Sequence[Found],
+    found: Sequence[SurveyedRun],
     measured: Sequence["Measurements"],
     notes: list[str],
     cfg: DictConfig,
@@ -78,11 +80,11 @@ def write_report(
 ) -> dict[str, Any]:
     """Put together what is known of the runs, write it into the output folder and say where. Returns all figures."""
     from src.comparison import report
-    from src.comparison.measure import floors_of, with_figures
+    from src.comparison.measure import baselines_of, with_metrics
     from src.comparison.page import write
     from src.viz import charts, tables
 
-    records = [with_figures(run.record, each) for run, each in zip(found, measured, strict=True)]
+    records = [with_metrics(run.record, each) for run, each in zip(found, measured, strict=True)]
     of_record = {id(record): (run, each) for record, run, each in zip(records, found, measured, strict=True)}
     groups, implied = grouped(records)
     seen = []
@@ -100,7 +102,7 @@ def write_report(
         groups=groups,
         implied=implied,
         rankings=[ranked(groups, metric) for metric in metrics_of(groups)],
-        floors=floors_of(measured[0]),
+        floors=baselines_of(measured[0]),
         seen=seen,
         real=measured[0]["real"],
         notes=notes,
@@ -139,7 +141,7 @@ def with_runs(arguments: Sequence[str]) -> list[str]:
     return [*flags, *others, f"runs=[{','.join(map(quoted, folders))}]"]
 
 
-def announce(
+def print_summary(
     runs: int, missing: int, sampler: "Sampler", bound: int, first: "OpenedRun", cfg: DictConfig, processes: "Processes"
 ) -> None:
     """One line on what is about to be measured, and how long it will take."""
@@ -168,13 +170,13 @@ def how_measured(cfg: DictConfig, processes: "Processes") -> dict[str, str]:
 
     chosen = {k: v for k, v in cfg.sampler.items() if v is not None and not str(k).startswith("_")}
     name = "each run's own" if cfg.sampler._target_ is None else str(cfg.sampler._target_).rpartition(".")[2]
-    links = "all links" if cfg.links is None else f"{cfg.links} links and the decoder's, drawn for each sample"
+    links = "all links" if cfg.num_terms is None else f"{cfg.num_terms} links and the decoder's, drawn for each sample"
     return {
         "samples": f"{cfg.n} of each run, from the noise of seed {cfg.seed}",
         "sampler": ", ".join([name, *(f"{k} {v}" for k, v in chosen.items())]),
         "weights": "averaged" if cfg.ema else "raw",
-        "reference": "training data" if cfg.against == "train" else "held-out data, which no run has seen",
-        "bits/dim": f"the variational bound of {cfg.held_out or 'all'} held-out samples by {links}, "
+        "reference": "training data" if cfg.reference == "train" else "held-out data, which no run has seen",
+        "bits/dim": f"the variational bound of {cfg.num_val or 'all'} held-out samples by {links}, "
         f"reverse variance {cfg.reverse_variance}",
         "device": f"{processes.count} x {device_name(processes.device)}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",

@@ -66,7 +66,7 @@ def sections() -> dict[str, list[Any]]:
             media("training loss by log-SNR", "loss_by_noise"),
             media("schedule", "schedule"),
         ],
-        "Speed": [
+        "Throughput": [
             line("samples per second, of the global batch", "speed/samples_per_second"),
             line("steps per second", "speed/steps_per_second"),
             line("memory, GiB", "memory/gib"),

@@ -14,7 +14,7 @@ from src.config.output import begin
 from src.config.overrides import CONF, config_groups, nearest
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
-from src.quoting import typed
+from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
 from src.viz.tables import duration, markdown, stem
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from src.distributed.processes import Processes
-    from src.evaluation.alignment import Exam, Settings
+    from src.evaluation.alignment import PromptBenchmark, Settings
     from src.evaluation.likelihood import Bound
-    from src.evaluation.quality import Drawn, Measured, Yardstick
-    from src.metrics.figures import Figure
+    from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics
+    from src.metrics.confidence import Metric
     from src.runs.open import OpenedRun
     from src.training.module import Sampler
 
@@ -38,7 +38,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
         if cfg.analytic and value is not None:
             raise UsageError(
-                f"{typed(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one "
+                f"{format_override(name, value)} is a trained model, and analytic=... evaluates samplers without one: leave one "
                 "of them out"
             )
     if cfg.analytic and rank() > 0:
@@ -55,13 +55,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """The likelihood of held-out data, and the quality and alignment of samples: a table, plots and pictures."""
     from src.runs import components, out_of_memory
-    from src.runs.open import open_run, pick_device, sampler_of, speed_up
+    from src.runs.open import configure_inference, open_run, pick_device, sampler_of
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
-        check_counts(cfg, "n", "batch_size", "keep", "near", "held_out", "links", "sampler.steps")
+        check_counts(
+            cfg, "n", "batch_size", "max_features", "num_memorization", "num_val", "num_terms", "sampler.steps"
+        )
         check_seeds(cfg)
-        check_counts(cfg, "alignment.n", "alignment.judge_steps")
+        check_counts(cfg, "alignment.n", "alignment.detector_steps")
         check_names(cfg, "features")
         if not all(isinstance(each, DictConfig) for each in samplers_of(cfg)):
             raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
@@ -75,7 +77,7 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 "likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate: leave one out"
             )
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
-        speed_up(opened, cfg.precision, cfg.compile)
+        configure_inference(opened, cfg.precision, cfg.compile)
         samplers = {}
         own = opened.config.sampler
         for asked in samplers_of(cfg) or [None]:
@@ -91,15 +93,15 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         opened.data.setup()
         if cfg.likelihood:
-            count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
+            count = min(cfg.num_val or len(opened.data.val_indices), len(opened.data.val_indices))
             check_halves(cfg.reverse_variance, count, "reverse_variance")
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
         opened.module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Before anything long: what cannot be measured is refused, and a judge may not be good enough.
-        yardstick = yardstick_of(cfg, opened, processes) if cfg.quality else None
-        exam = exam_of(cfg, opened, processes)
-        if yardstick is None and exam is None and not cfg.likelihood:
+        evaluator = build_evaluator(cfg, opened, processes) if cfg.quality else None
+        benchmark = build_benchmark(cfg, opened, processes)
+        if evaluator is None and benchmark is None and not cfg.likelihood:
             raise UsageError(
                 "likelihood=false quality=false leaves nothing to evaluate, since this run's alignment cannot be "
                 "measured: leave one of them out"
@@ -107,11 +109,11 @@ def of_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         begin(folder)
         if cfg.likelihood:
             metrics |= likelihood(cfg, folder, opened, processes)
-        if yardstick is not None:
-            metrics |= quality(cfg, folder, opened, samplers, processes, yardstick)
-        if exam is not None:
+        if evaluator is not None:
+            metrics |= quality(cfg, folder, opened, samplers, processes, evaluator)
+        if benchmark is not None:
             name, sampler = next(iter(samplers.items()))
-            metrics |= alignment(cfg, folder, opened, name.partition(" guidance ")[0], sampler, exam, processes)
+            metrics |= alignment(cfg, folder, opened, name.partition(" guidance ")[0], sampler, benchmark, processes)
     if processes.rank == 0:
         text = markdown(metrics)
         (folder / "table.md").write_text(text)
@@ -148,7 +150,7 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     from src.viz import charts
 
     module = opened.module
-    count = min(cfg.held_out or len(opened.data.val_indices), len(opened.data.val_indices))
+    count = min(cfg.num_val or len(opened.data.val_indices), len(opened.data.val_indices))
     batch_size = min(cfg.batch_size, -(-count // processes.count))
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     result = bound_of(opened, batches, cfg, processes)
@@ -157,14 +159,14 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
         x = held_out(opened, batch).to(processes.device)
         flows.append(flow_bits(module, x, cfg.seed, cfg.ode_tolerance, batch.start, conditions(opened, batch)))
     metrics: dict[str, Any] = {
-        "held_out": count,
-        "links": cfg.links or module.schedule.num_steps,
+        "num_val": count,
+        "num_terms": cfg.num_terms or module.schedule.num_steps,
         "reverse_variance": cfg.reverse_variance,
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
     }
-    metrics["decoder"] = result.links[0].item()
+    metrics["decoder"] = result.terms[0].item()
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if cfg.ode:
         flow = torch.cat(processes.gather_in_turn(flows))
@@ -173,9 +175,9 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
         return metrics
     rows = [module.schedule.row(t) for t in range(module.schedule.num_steps)]
     log_snr = torch.stack([row.snr.log() for row in rows])
-    charts.bound_curves(result.links, result.mse, log_snr).save(folder / "bound.png")
+    charts.bound_curves(result.terms, result.mse, log_snr).save(folder / "bound.png")
     steps = module.schedule.num_steps
-    how = "at most" if cfg.links is None else f"by an estimate from {cfg.links} of {steps} links"
+    how = "at most" if cfg.num_terms is None else f"by an estimate from {cfg.num_terms} of {steps} links"
     print(
         f"{count} held-out samples of {opened.checkpoint}: {how} {with_error(result.total)} bits/dim "
         f"(prior {metrics['prior']:.4f}, decoder {metrics['decoder']:.4f})"
@@ -185,9 +187,9 @@ def likelihood(cfg: DictConfig, folder: Path, opened: "OpenedRun", processes: "P
     return metrics
 
 
-def yardstick_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Yardstick":
+def build_evaluator(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "SampleEvaluator":
     """What samples are measured with."""
-    from src.evaluation.quality import FEW, Settings, Yardstick
+    from src.evaluation.quality import FEW, SampleEvaluator, Settings
     from src.runs import components
 
     settings = Settings(
@@ -195,21 +197,21 @@ def yardstick_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -
         cfg.n,
         cfg.seed,
         cfg.batch_size,
-        cfg.keep,
-        cfg.near,
-        cfg.against,
+        cfg.max_features,
+        cfg.num_memorization,
+        cfg.reference,
         Path(cfg.cache),
         cfg.inception_weights and Path(cfg.inception_weights),
         cfg.dinov2_model,
     )
     with usage_errors():
-        yardstick = Yardstick(opened.data, settings, processes)
+        evaluator = SampleEvaluator(opened.data, settings, processes)
     if processes.rank == 0 and (count := len(opened.data.val_indices)) < FEW:
         print(
             f"Only {count} held-out samples: the figures hang on which ones these are, and their intervals do not say "
             "so; hold out more when training (data.val_fraction)"
         )
-    return yardstick
+    return evaluator
 
 
 def quality(
@@ -218,7 +220,7 @@ def quality(
     opened: "OpenedRun",
     samplers: Mapping[str, "Sampler"],
     processes: "Processes",
-    yardstick: "Yardstick",
+    evaluator: "SampleEvaluator",
 ) -> dict[str, Any]:
     """The figures of samples by every sampler, beside the floor, with plots and pictures."""
     from tqdm import tqdm
@@ -240,18 +242,18 @@ def quality(
     bar = tqdm(total=cfg.n * sum(calls.values()), unit="call", unit_scale=True, desc="Samples", disable=rank() > 0)
     with bar, usage_errors():
         for name, sampler in samplers.items():
-            drawn[name] = yardstick.draw(
+            drawn[name] = evaluator.draw(
                 module, sampler, functools.partial(advance, bar, calls[name]), condition=opened.data.condition
             )
-    floor = yardstick.floor()
-    measured = yardstick.measure(list(drawn.values()), lambda it: progress(it, "Nearest", processes.rank))
+    floor = evaluator.floor()
+    measured = evaluator.measure(list(drawn.values()), lambda it: progress(it, "Nearest", processes.rank))
     if processes.rank > 0:
         return {}
     metrics: dict[str, Any] = {
         "n": cfg.n,
         "sampling_precision": cfg.precision,
         "sampling_compiled": cfg.compile,
-        "against": cfg.against,
+        "reference": cfg.reference,
         "floor": {name: figure._asdict() for name, figure in floor.items()},
         "samplers": {
             name: {
@@ -262,9 +264,9 @@ def quality(
             for (name, d), m in zip(drawn.items(), measured, strict=True)
         },
     }
-    if yardstick.accuracy is not None:
-        metrics["classifier_accuracy"] = yardstick.accuracy
-    leave_pictures(folder, yardstick, samplers, drawn, measured, floor)
+    if evaluator.accuracy is not None:
+        metrics["classifier_accuracy"] = evaluator.accuracy
+    leave_pictures(folder, evaluator, samplers, drawn, measured, floor)
     return metrics
 
 
@@ -274,31 +276,31 @@ SHOWN = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_
 
 def leave_pictures(
     folder: Path,
-    yardstick: "Yardstick",
+    evaluator: "SampleEvaluator",
     samplers: Mapping[str, "Sampler"],
-    drawn: Mapping[str, "Drawn"],
-    measured: "Sequence[Measured]",
-    floor: Mapping[str, "Figure"],
+    drawn: Mapping[str, "GeneratedSamples"],
+    measured: "Sequence[SampleMetrics]",
+    floor: Mapping[str, "Metric"],
 ) -> None:
     """Samples of each sampler from the same noise, their nearest training samples, classes, quality against cost."""
     from src.viz import charts, images
 
-    data = yardstick.data
+    data = evaluator.data
     shown = 12
-    real = data.to_display(data.examples(shown))
+    real = data.postprocess(data.examples(shown))
     if real.ndim == 4:
         rows = [*(d.first[:shown] for d in drawn.values()), real]
         count = min(map(len, rows))
         images.labelled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
-        first, nearest = next(iter(drawn.values())).first, measured[0].neighbours
+        first, nearest = next(iter(drawn.values())).first, measured[0].neighbors
         closest = nearest.distances.argsort()[:shown]
-        pairs = [first[closest], yardstick.training_samples(nearest.numbers[closest])]
+        pairs = [first[closest], evaluator.training_samples(nearest.numbers[closest])]
         images.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
     else:
-        held_out_points = data.to_display(data.examples(2000))
+        held_out_points = data.postprocess(data.examples(2000))
         clouds = [images.captioned(charts.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
         images.side_by_side(clouds, gap=8).save(folder / "samples.png")
-    classes = {"real data": yardstick.reference} | {name: d.collected for name, d in drawn.items()}
+    classes = {"real data": evaluator.reference} | {name: d.collected for name, d in drawn.items()}
     seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
     if seen and data.source and data.source.labels:
         names = data.source.labels.names
@@ -309,7 +311,7 @@ def leave_pictures(
     if len(drawn) > 1:
         floors = {stem(name): figure for name, figure in floor.items()}  # of as many, or of as many as there are
         titles = [name for name in measured[0].figures if name.startswith(SHOWN) and stem(name) in floors][:3]
-        curves: dict[str, list[tuple[int, list[Figure]]]] = {}
+        curves: dict[str, list[tuple[int, list[Metric]]]] = {}
         for (name, d), m in zip(drawn.items(), measured, strict=True):
             steps = f" {samplers[name].steps}"
             curves.setdefault(name.replace(steps, "", 1), []).append((d.calls, [m.figures[t] for t in titles]))
@@ -323,25 +325,25 @@ def alignment_settings(cfg: DictConfig) -> "Settings":
 
     own = cfg.alignment
     scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
-    return Settings(scales, own.n, own.judge_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+    return Settings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
 
 
-def exam_of(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "Exam | None":
+def build_benchmark(cfg: DictConfig, opened: "OpenedRun", processes: "Processes") -> "PromptBenchmark | None":
     """What samples are asked to be, if that is to be measured and can be."""
     if not cfg.alignment.enabled or opened.data.condition is None:
         return None
     from src.evaluation import alignment
 
     with usage_errors():
-        exam = alignment.exam_of(
-            opened.data, alignment_settings(cfg), processes, lambda steps: progress(steps, "Judge", processes.rank)
+        benchmark = alignment.build_benchmark(
+            opened.data, alignment_settings(cfg), processes, lambda steps: progress(steps, "Detector", processes.rank)
         )
-    if exam is None and processes.rank == 0:
+    if benchmark is None and processes.rank == 0:
         print(
             "How often samples show what they were asked to is measured of images by class and of data=shapes by "
             "caption, not of this run's conditions."
         )
-    return exam
+    return benchmark
 
 
 def alignment(
@@ -350,13 +352,13 @@ def alignment(
     opened: "OpenedRun",
     name: str,
     sampler: "Sampler",
-    exam: "Exam",
+    benchmark: "PromptBenchmark",
     processes: "Processes",
 ) -> dict[str, Any]:
     """How often samples show what they were asked to, and how much they vary, over scales of guidance."""
     from tqdm import tqdm
 
-    from src.evaluation.alignment import at_scale, best, curves, draw_and_judge, right_of, scales_of
+    from src.evaluation.alignment import at_scale, best, curves, right_of, sample_and_score, scales_of
     from src.evaluation.quality import seconds_of_call
     from src.viz import charts, images
 
@@ -364,7 +366,7 @@ def alignment(
     settings = alignment_settings(cfg)
     scales = scales_of(module, sampler, settings.scales)
     calls = {scale: module.network_calls(at_scale(sampler, scale)) for scale in scales}
-    total = exam.n * len(exam.prompts)
+    total = benchmark.n * len(benchmark.prompts)
     size = min(settings.batch_size, -(-total // processes.count))
     turns = -(-total // (size * processes.count))
     seconds = seconds_of_call(module, size) * turns * sum(calls.values())
@@ -381,10 +383,10 @@ def alignment(
         total=total * sum(calls.values()), unit="call", unit_scale=True, desc="Alignment", disable=processes.rank > 0
     )
     with bar, usage_errors():
-        asked = draw_and_judge(
+        asked = sample_and_score(
             module,
             sampler,
-            exam,
+            benchmark,
             opened.data,
             settings._replace(scales=scales),
             processes,
@@ -393,14 +395,14 @@ def alignment(
     if processes.rank > 0:
         return {}
     found, scale = asked.found, best(asked.found)
-    charts.alignment_against_diversity(curves(found), right_of(exam.own).value).save(folder / "alignment.png")
+    charts.alignment_against_diversity(curves(found), right_of(benchmark.own).value).save(folder / "alignment.png")
     titles, rows = zip(*asked.shown[scale], strict=True)
     images.captioned(images.rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
     return {
         "alignment": {
             "sampler": name,
-            "n": exam.n,
-            "judge": {named: figure._asdict() for named, figure in exam.own.items()},
+            "n": benchmark.n,
+            "judge": {named: figure._asdict() for named, figure in benchmark.own.items()},
             "asked": {
                 group: {
                     f"{scale:g}": {
@@ -437,7 +439,7 @@ def bound_of(opened: "OpenedRun", batches: Sequence[range], cfg: DictConfig, pro
     def together(errors: Errors) -> Errors:
         return Errors(*(torch.stack(part).sum(0) for part in zip(*processes.gather(errors), strict=True)))
 
-    parts = bounds(opened.module, mine, load, cfg.seed, cfg.links, cfg.reverse_variance, show, together)
+    parts = bounds(opened.module, mine, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, show, together)
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     return Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
 
@@ -446,7 +448,7 @@ def held_out(opened: "OpenedRun", places: range) -> "torch.Tensor":
     """Held-out samples of these places as the network sees them."""
     data = opened.data
     assert data.source is not None
-    return data.to_model(data.source.fetch(data.val_indices[places.start : places.stop]))
+    return data.preprocess(data.source.fetch(data.val_indices[places.start : places.stop]))
 
 
 def conditions(opened: "OpenedRun", places: range) -> "torch.Tensor | None":

@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import ListConfig
 
 
-def typed(name: str, value: object) -> str:
+def format_override(name: str, value: object) -> str:
     """Return `name=value` as one word of a shell's command line, from which Hydra reads this very value.
 
     A text stays a text, also one like `null` or `1e3`, and in one piece with its commas; a sequence becomes a list.
@@ -18,7 +18,7 @@ def typed(name: str, value: object) -> str:
 
 
 def command(name: str, *words: str) -> str:
-    """Return the line that runs `src.<name>` with overrides that `typed` wrote, or that need no quotes."""
+    """Return the line that runs `src.<name>` with overrides that `format_override` wrote, or that need no quotes."""
     return " ".join([f"python -m src.{name}", *words])
 
 

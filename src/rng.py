@@ -16,7 +16,7 @@ BLOCK = 16
 
 
 @dataclass(frozen=True)
-class Draws:
+class StepRng:
     """The draws for positions start..start + count - 1 of the global batch of one step."""
 
     seed: int

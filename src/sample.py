@@ -12,7 +12,7 @@ from src.config.arguments import check_counts, check_seeds
 from src.config.cli import launch
 from src.config.output import begin
 from src.errors import memory_errors, usage_errors
-from src.quoting import typed
+from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ def sample(cfg: DictConfig) -> Path:
     other noise than a CPU.) What is asked for, in `cond`, is spread evenly over the samples.
     """
     from src.runs import components, out_of_memory
-    from src.runs.open import open_run, pick_device, sampler_of, speed_up
+    from src.runs.open import configure_inference, open_run, pick_device, sampler_of
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
         check_counts(cfg, "n", "batch_size", "sampler.steps")
         check_seeds(cfg)
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
-        speed_up(opened, cfg.precision, cfg.compile)
+        configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
@@ -46,14 +46,14 @@ def sample(cfg: DictConfig) -> Path:
             raise ValueError(f"n={cfg.n} leaves out some of the {len(things)} that cond asks for: set n={len(things)}")
         places = [k * len(things) // cfg.n for k in range(cfg.n)] if things else []
         embedded = condition(things) if condition else None
-        if sampler.guidance.weak and sampler.guidance.scale == 1:
+        if sampler.guidance.model and sampler.guidance.scale == 1:
             raise ValueError(
-                f"{typed('guidance.weak', cfg.guidance.weak)} is led away from by guidance alone: set "
+                f"{format_override('guidance.model', cfg.guidance.model)} is led away from by guidance alone: set "
                 "guidance.scale=2, or leave it out"
             )
-        if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.weak):
+        if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.model):
             raise ValueError(
-                f"{typed('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.weak: "
+                f"{format_override('negative', cfg.negative)} is led away from by guidance alone, and not beside guidance.model: "
                 "set guidance.scale=3, or leave it out"
             )
         if condition and cfg.negative is not None:
@@ -79,7 +79,7 @@ def sample(cfg: DictConfig) -> Path:
         memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
-        module, show = opened.module.to(processes.device), opened.data.to_display
+        module, show = opened.module.to(processes.device), opened.data.postprocess
         size = batch_size if cfg.compile else None  # which has the last batch filled up
         for first in range(0, len(batches), processes.count):
             turn = batches[first : first + processes.count]  # a batch for each process; at last perhaps not for all
@@ -149,7 +149,7 @@ def wanted(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[
         for name, value in (("cond", cond), ("negative", negative)):
             if value is not None:
                 raise ValueError(
-                    f"{typed(name, value)} asks for something of a run that takes no conditions: leave it out, or "
+                    f"{format_override(name, value)} asks for something of a run that takes no conditions: leave it out, or "
                     "train one with conditioning=class or conditioning=text"
                 )
         return []

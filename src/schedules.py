@@ -13,7 +13,7 @@ from src.errors import UsageError, usage_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from src.diffusion.noise import Level
+    from src.diffusion.noise import NoiseLevel
 
 
 def show_schedules(cfg: DictConfig) -> Path:
@@ -32,8 +32,8 @@ def show_schedules(cfg: DictConfig) -> Path:
     from hydra.utils import instantiate
 
     from src.config.arguments import check_arguments, check_counts, check_seeds
-    from src.diffusion.noise import Level, terminal_alpha_bar
-    from src.rng import Draws
+    from src.diffusion.noise import NoiseLevel, terminal_alpha_bar
+    from src.rng import StepRng
     from src.runs.components import build_schedule
     from src.viz import charts, images
 
@@ -56,7 +56,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     curves = {}
     for name, schedule in tables.items():
         rows = [schedule.row(t) for t in range(-1, cfg.num_steps)]
-        alpha, sigma, _ = Level(*(torch.stack(field) for field in zip(*rows, strict=True)))
+        alpha, sigma, _ = NoiseLevel(*(torch.stack(field) for field in zip(*rows, strict=True)))
         betas, log_snr = 1 - (alpha[1:] / alpha[:-1]).square(), 2 * (alpha.log() - sigma.log())[1:]
         curves[name] = betas, alpha[1:], sigma[1:]
         left = terminal_alpha_bar(schedule)
@@ -71,15 +71,15 @@ def show_schedules(cfg: DictConfig) -> Path:
     (folder / "schedules.txt").write_text(table + "\n")
     charts.schedule_curves(curves).save(folder / "schedules.png")
     # The same noise under every schedule: a row each, from clean data to the last step.
-    eps = Draws(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
+    eps = StepRng(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
     shown = [-1, *charts.evenly(cfg.num_steps, cfg.frames - 1)]
     strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
-    images.labelled_rows([data.to_display(row) for row in strips], list(tables)).save(folder / "noising.png")
+    images.labelled_rows([data.postprocess(row) for row in strips], list(tables)).save(folder / "noising.png")
     print(f"Look at {folder / 'schedules.png'} and {folder / 'noising.png'}")
     return folder
 
 
-def _noised(image: "Tensor", eps: "Tensor", t: "Level") -> "Tensor":
+def _noised(image: "Tensor", eps: "Tensor", t: "NoiseLevel") -> "Tensor":
     """The noised image, at the same contrast where the variance grows."""
     return (t.alpha * image + t.sigma * eps) / t.norm.clamp(min=1)
 

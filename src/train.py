@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.distributed.ranks import heard_by, rank
+from src.distributed.ranks import handle_signals, rank
 from src.errors import UsageError, memory_errors, usage_errors
-from src.quoting import command, typed
-from src.runs.resolve import take_up
-from src.training.checkpoints import by_age, is_whole, read_checkpoint
+from src.quoting import command, format_override
+from src.runs.resolve import resume_job
+from src.training.checkpoints import is_intact, newest_first, read_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
@@ -27,16 +27,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from src.runs.build import build, close, start
 
     with usage_errors():
-        if cfg.resume == "auto" and (metrics := take_up(cfg)):
+        if cfg.resume == "auto" and (metrics := resume_job(cfg)):
             if rank() == 0:
                 print(f"{relative(Path(cfg.run_dir))} is finished: skipped")
             return metrics
         run = build(cfg)
-        if cfg.optimize not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
-            raise ValueError(f"optimize={cfg.optimize} is no metric of this run: choose one of {', '.join(known)}")
+        if cfg.optimized_metric not in (None, *(known := [f"val/{name}" for name in run.module.validation])):
+            raise ValueError(
+                f"optimize={cfg.optimized_metric} is no metric of this run: choose one of {', '.join(known)}"
+            )
         if run.trainer.limit_val_batches == 0 and is_optimized():
             raise ValueError(
-                f"optimize={cfg.optimize} is not measured with trainer.limit_val_batches=0: leave that out, or give at "
+                f"optimize={cfg.optimized_metric} is not measured with trainer.limit_val_batches=0: leave that out, or give at "
                 "least one batch"
             )
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
@@ -54,26 +56,26 @@ def train(cfg: DictConfig) -> dict[str, float]:
         start(cfg, run)
         if run.trainer.is_global_zero and not cfg.trainer.get("fast_dev_run"):
             record_data(run)
-    announce(run)
+    print_summary(run)
     from src.errors import DataReadError
-    from src.training.callbacks.graceful_shutdown import Interruption, let_children_end
+    from src.training.callbacks.graceful_shutdown import Interruption, wait_for_children
 
     interruption = Interruption()
     try:
-        with memory_errors(lambda: out_of_memory.while_training(cfg, run)), heard_by(interruption):
+        with memory_errors(lambda: out_of_memory.while_training(cfg, run)), handle_signals(interruption):
             metrics = fit(cfg, run)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # Lightning's answer to what `CleanStop` raises is to exit with 1.
+        # Lightning's answer to what `GracefulShutdown` raises is to exit with 1.
         if isinstance(stop, SystemExit) and stop.code not in (1, None):
             raise
-        say_how_to_go_on(run)
+        print_resume_command(run)
         raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
     except DataReadError as error:
         if error.everywhere and rank() > 0:  # the first process says so
             raise SystemExit(2) from error
-        raise UsageError(f"{error}; {how_to_go_on(run)}") from error
+        raise UsageError(f"{error}; {resume_hint(run)}") from error
     finally:
-        let_children_end()
+        wait_for_children()
         close(run)
     if not math.isfinite(metrics.get("val/loss", 0)):
         precision = str(run.trainer.precision)
@@ -116,17 +118,22 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         return metrics
     trajectory = sample_trajectory(run.trainer, run.module, run.data, cfg.seed)
     if run.trainer.is_global_zero:
-        from src.training.checkpoint_io import when_there_is_room, without_room_go_on
+        from src.training.checkpoint_io import retry_until_written, tolerate_full_disk
 
-        with without_room_go_on(run.directory / "samples"):
+        with tolerate_full_disk(run.directory / "samples"):
             save_pictures(
-                run.directory, run.trainer, run.data, trajectory, cfg.neighbours.samples, cfg.neighbours.among
+                run.directory,
+                run.trainer,
+                run.data,
+                trajectory,
+                cfg.neighbors.num_samples,
+                cfg.neighbors.num_candidates,
             )
         if run.data.skip_unreadable:
             run.data.warn_of_skipped()
             metrics["unreadable_files"] = len(run.data.unreadable)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
-        when_there_is_room(lambda: tables.write_json(finished, metrics), finished)
+        retry_until_written(lambda: tables.write_json(finished, metrics), finished)
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
         early = " (trainer.max_time is over)" if steps < run.trainer.max_steps and is_time_over(run.trainer) else ""
         print(f"Done: {count(steps, 'step')} in {took}{early}, {loss}. Look at:")
@@ -137,11 +144,15 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         if not run.saves:
             print("No checkpoint was saved, as trainer.enable_checkpointing=false asks.")
             return metrics
-        sample = command("sample", typed("run", relative(run.directory)), *([] if run.averages else ["ema=false"]))
+        sample = command(
+            "sample", format_override("run", relative(run.directory)), *([] if run.averages else ["ema=false"])
+        )
         print(f"More samples: {sample} n=64")
         if (condition := run.data.condition) and condition.examples:
             asked = condition.examples[0]
-            print(f"Of what you ask for: {sample} n=16 {typed('cond', asked if isinstance(asked, str) else [asked])}")
+            print(
+                f"Of what you ask for: {sample} n=16 {format_override('cond', asked if isinstance(asked, str) else [asked])}"
+            )
     return metrics
 
 
@@ -170,16 +181,16 @@ def is_time_over(trainer: "L.Trainer") -> bool:
 def record_data(run: "Run") -> None:
     """Write down what data the run begins with, unless it has done so."""
     from src.data.split import RECORD
-    from src.training.checkpoint_io import without_room_go_on
+    from src.training.checkpoint_io import tolerate_full_disk
 
     path = run.directory / RECORD
     if not path.exists():
-        with without_room_go_on(path):
+        with tolerate_full_disk(path):
             run.directory.mkdir(parents=True, exist_ok=True)
             run.data.write_record(path)
 
 
-def announce(run: "Run") -> None:
+def print_summary(run: "Run") -> None:
     """One line on what is about to be trained, and where it goes."""
     if run.trainer.is_global_zero:
         net = run.module.net
@@ -194,19 +205,19 @@ def announce(run: "Run") -> None:
         )
 
 
-def say_how_to_go_on(run: "Run") -> None:
+def print_resume_command(run: "Run") -> None:
     """After an interruption: at which step the last checkpoint stands, and the command that goes on from it."""
     if run.trainer.is_global_zero:
-        print(f"\nStopped, {how_to_go_on(run)}")
+        print(f"\nStopped, {resume_hint(run)}")
 
 
-def how_to_go_on(run: "Run") -> str:
+def resume_hint(run: "Run") -> str:
     """At which step the last checkpoint stands, and the command that goes on from it."""
-    saved = next((path for path in by_age(run.directory) if is_whole(path)), None)
+    saved = next((path for path in newest_first(run.directory) if is_intact(path)), None)
     if saved is None:
         return f"at step {run.trainer.global_step}: nothing was saved yet."
     step = read_checkpoint(saved)["global_step"]
-    return f"saved at step {step}. Go on with: {command('train', typed('resume', relative(run.directory)))}"
+    return f"saved at step {step}. Go on with: {command('train', format_override('resume', relative(run.directory)))}"
 
 
 def relative(path: Path) -> Path:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
 from src.config.overrides import CONF
-from src.diffusion.noise import Level, NoiseSchedule, per_sample
+from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
 
 # Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
 torch.set_num_threads(1)
@@ -18,15 +18,15 @@ HANG_SECONDS = 3600
 """After so long something that a test waits for counts as hanging: no machine is so busy."""
 
 TINY = [
-    "model.width=8",
-    "model.blocks=1",
-    "model.head_channels=8",
-    "process.prediction=v",  # whose samples show the network's output even before it has learned anything
+    "model.model_channels=8",
+    "model.num_res_blocks=1",
+    "model.num_head_channels=8",
+    "diffusion.prediction=v",  # whose samples show the network's output even before it has learned anything
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
-    "callbacks.samples.count=4",
-    "callbacks.bits_per_dim.samples=3",
-    "neighbours.samples=3",
+    "callbacks.samples.num_samples=4",
+    "callbacks.bits_per_dim.num_samples=3",
+    "neighbors.num_samples=3",
     "sampler.steps=3",
     "callbacks.progress.refresh_rate=0",
 ]
@@ -52,9 +52,9 @@ def train_tiny(folder: Path, *overrides: str) -> dict[str, float]:
     return train(compose("train", *settings, *overrides))
 
 
-def exact_level(schedule: NoiseSchedule, t: torch.Tensor, like: torch.Tensor) -> Level:
+def exact_level(schedule: NoiseSchedule, t: torch.Tensor, like: torch.Tensor) -> NoiseLevel:
     """`schedule.level` in float64."""
-    return Level(*(per_sample(table[t], like) for table in schedule.rows))
+    return NoiseLevel(*(per_sample(table[t], like) for table in schedule.rows))
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from threading import Timer
 import lightning as L
 import torch
 
-from src.data.samplers import TrainingStream
+from src.data.samplers import InfiniteBatchSampler
 from src.distributed.sharding import local
-from src.training.checkpoints import is_whole
+from src.training.checkpoints import is_intact
 
 
 class Poison(L.Callback):
@@ -72,7 +72,7 @@ class FullDisk(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         if trainer.global_step == self.end:
             saved = [*Path(trainer.checkpoint_callback.dirpath).glob("*.ckpt")]
-            os.write(1, f"{len(saved)} checkpoints, whole: {all(map(is_whole, saved))}\n".encode())
+            os.write(1, f"{len(saved)} checkpoints, whole: {all(map(is_intact, saved))}\n".encode())
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
@@ -102,7 +102,7 @@ class Kill(L.Callback):
             self.notes = Path(os.environ["KILL_NOTES"])
 
     def setup(self, trainer, pl_module, stage):
-        saver, sample = trainer.strategy.checkpoint_io, pl_module.sample_together
+        saver, sample = trainer.strategy.checkpoint_io, pl_module.sample_distributed
         save = saver.save_checkpoint
 
         def save_checkpoint(*args, **kwargs):
@@ -110,15 +110,15 @@ class Kill(L.Callback):
             save(*args, **kwargs)
             self.leave("save")
 
-        def sample_together(*args, **kwargs):
+        def sample_distributed(*args, **kwargs):
             self.enter("sampling")
             yield from sample(*args, **kwargs)
             self.leave("sampling")
 
-        saver.save_checkpoint, pl_module.sample_together = save_checkpoint, sample_together
+        saver.save_checkpoint, pl_module.sample_distributed = save_checkpoint, sample_distributed
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        stream: TrainingStream = trainer.train_dataloader.sampler
+        stream: InfiniteBatchSampler = trainer.train_dataloader.sampler
         self.step = "step" if spans_one_epoch(stream, trainer.global_step) else "epoch's end"
         self.enter(self.step)
 
@@ -145,7 +145,7 @@ class Kill(L.Callback):
             self.notes.write_text(f"after {phase}")
 
 
-def spans_one_epoch(stream: TrainingStream, step: int) -> bool:
+def spans_one_epoch(stream: InfiniteBatchSampler, step: int) -> bool:
     """Whether the batch of `step` has no sample of the next epoch."""
     count = len(stream.indices)
     return step * stream.batch_size // count == ((step + 1) * stream.batch_size - 1) // count

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.rng import BLOCK, Draws, SampleNoise, key
+from src.rng import BLOCK, SampleNoise, StepRng, key
 
 CPU = torch.device("cpu")
 
 
-def draws(start: int = 0, count: int = 64, seed: int = 3, step: int = 5) -> Draws:
-    return Draws(seed, step, start, count, CPU)
+def rng(start: int = 0, count: int = 64, seed: int = 3, step: int = 5) -> StepRng:
+    return StepRng(seed, step, start, count, CPU)
 
 
 def pieces(sizes: list[int]) -> list[tuple[int, int]]:
@@ -35,8 +35,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("shape", [(), (2,), (1, 3, 5)])
 def test_a_cut_batch_draws_the_same_numbers(sizes, shape):
     """The draws of consecutive pieces, one after another, are those of the whole, bit for bit."""
-    whole = draws(0, 64)
-    cut = [draws(start, count) for start, count in pieces(sizes)]
+    whole = rng(0, 64)
+    cut = [rng(start, count) for start, count in pieces(sizes)]
     assert same(torch.cat([d.normal("eps", shape) for d in cut]), whole.normal("eps", shape))
     assert same(torch.cat([d.uniform("t") for d in cut]), whole.uniform("t"))
 
@@ -45,10 +45,10 @@ def test_a_cut_batch_draws_the_same_numbers(sizes, shape):
 def test_ranks_and_accumulation_draw_the_same_numbers(world, accumulate):
     """Each of world x accumulate processes' micro-batches draws its own stretch of the global batch."""
     micro = 64 // (world * accumulate)
-    whole = draws(0, 64).normal("eps", (3,))
+    whole = rng(0, 64).normal("eps", (3,))
     for part, rank in itertools.product(range(accumulate), range(world)):
         start = (part * world + rank) * micro
-        assert same(draws(start, micro).normal("eps", (3,)), whole[start : start + micro])
+        assert same(rng(start, micro).normal("eps", (3,)), whole[start : start + micro])
 
 
 def test_draws_repeat_and_leave_the_global_generator_alone():
@@ -56,38 +56,38 @@ def test_draws_repeat_and_leave_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    first = draws().normal("eps", (2,))
+    first = rng().normal("eps", (2,))
     assert same(torch.rand(4), expected)
     torch.manual_seed(1)
-    assert same(draws().normal("eps", (2,)), first)
+    assert same(rng().normal("eps", (2,)), first)
 
 
 def test_each_part_of_the_key_matters():
     """Another seed, step or purpose gives other numbers everywhere, and no two positions share theirs."""
-    base = draws().uniform("t")
-    others = [draws(seed=4).uniform("t"), draws(step=6).uniform("t"), draws().uniform("eps")]
-    others.append(draws(seed=5, step=3).uniform("t"))  # the same sum, and swapped
+    base = rng().uniform("t")
+    others = [rng(seed=4).uniform("t"), rng(step=6).uniform("t"), rng().uniform("eps")]
+    others.append(rng(seed=5, step=3).uniform("t"))  # the same sum, and swapped
     for other in others:
         assert (other == base).sum() <= 1  # 24 bits: equal numbers are possible, but rare
-    vectors = draws(0, 8 * BLOCK).normal("eps", (4,))
+    vectors = rng(0, 8 * BLOCK).normal("eps", (4,))
     assert len(vectors.unique(dim=0)) == 8 * BLOCK
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (32, 32), (1000, 7)])
 def test_shared_draws_are_the_same_at_all_positions(start, count):
     """One number a step, whichever part of the batch asks, and another for each seed, step and purpose."""
-    shared = draws(start, count).shared("t")
+    shared = rng(start, count).shared("t")
     assert shared.shape == () and shared.dtype == torch.float32
-    assert same(shared, draws().shared("t"))
-    others = [draws(seed=4).shared("t"), draws(step=6).shared("t"), draws().shared("eps")]
+    assert same(shared, rng().shared("t"))
+    others = [rng(seed=4).shared("t"), rng(step=6).shared("t"), rng().shared("eps")]
     assert all(other != shared for other in others)
-    assert shared not in draws(0, 1024).uniform("t")
+    assert shared not in rng(0, 1024).uniform("t")
 
 
 def test_shared_draws_are_uniform_over_the_steps():
     """Kolmogorov's distance; 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
     n = 2000
-    v = torch.stack([draws(step=step).shared("t") for step in range(n)]).double().sort().values
+    v = torch.stack([rng(step=step).shared("t") for step in range(n)]).double().sort().values
     assert v.min() >= 0 and v.max() < 1
     assert (v - (torch.arange(n) + 0.5) / n).abs().max() < 2 / math.sqrt(n)
 
@@ -95,7 +95,7 @@ def test_shared_draws_are_uniform_over_the_steps():
 @pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1])
 def test_counts_and_types(count):
     """(count, *shape) float32 from any start."""
-    d = draws(start=21, count=count)
+    d = rng(start=21, count=count)
     assert d.normal("eps", (2, 3)).shape == (count, 2, 3)
     assert d.uniform("t").shape == (count,)
     assert d.normal("eps", ()).dtype == d.uniform("t").dtype == torch.float32
@@ -103,7 +103,7 @@ def test_counts_and_types(count):
 
 def test_moments_are_those_of_the_distributions():
     """Mean, variance, fourth moment and neighbours' correlation within 5 standard errors, over positions and steps."""
-    x = torch.cat([draws(0, 1024, step=s).normal("eps", (16,)) for s in range(8)]).double()
+    x = torch.cat([rng(0, 1024, step=s).normal("eps", (16,)) for s in range(8)]).double()
     n = x.numel()
     assert abs(x.mean()) < 5 / math.sqrt(n)
     assert abs(x.square().mean() - 1) < 5 * math.sqrt(2 / n)  # Var z^2 = 2
@@ -111,7 +111,7 @@ def test_moments_are_those_of_the_distributions():
     assert abs((x[1:] * x[:-1]).mean()) < 5 / math.sqrt(n)
     assert abs((x[BLOCK:] * x[:-BLOCK]).mean()) < 5 / math.sqrt(n)
 
-    u = torch.cat([draws(0, 1024, step=s).uniform("t") for s in range(32)]).double()
+    u = torch.cat([rng(0, 1024, step=s).uniform("t") for s in range(32)]).double()
     assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * len(u))
@@ -164,13 +164,13 @@ def test_keys_of_parts_that_read_alike_differ():
 
 def test_noise_is_float32_whatever_the_default():
     """Under `trainer.precision=bf16-true` the default is bfloat16, in which 1 in 400 draws of t would be 1.0."""
-    before = draws().normal("eps", (3,)), draws().uniform("t"), draws().shared("t"), SampleNoise(0, [1], CPU).draw((3,))
+    before = rng().normal("eps", (3,)), rng().uniform("t"), rng().shared("t"), SampleNoise(0, [1], CPU).draw((3,))
     torch.set_default_dtype(torch.bfloat16)
     try:
         after = (
-            draws().normal("eps", (3,)),
-            draws().uniform("t"),
-            draws().shared("t"),
+            rng().normal("eps", (3,)),
+            rng().uniform("t"),
+            rng().shared("t"),
             SampleNoise(0, [1], CPU).draw((3,)),
         )
     finally:

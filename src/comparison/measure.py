@@ -13,12 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from src.comparison.statistics import Record
-from src.comparison.survey import Found
+from src.comparison.survey import SurveyedRun
 from src.config.overrides import CONF
 from src.data.conditions import Condition, shown
 from src.errors import usage_errors
 from src.evaluation.likelihood import SPECTRUM, ReverseVariance, bounds, error_by_log_snr
-from src.evaluation.quality import Yardstick
+from src.evaluation.quality import SampleEvaluator
 from src.training.module import DiffusionModule, Sampler
 from src.viz.tables import USUAL, stem
 
@@ -37,9 +37,9 @@ Measurements = dict[str, Tensor]
 def measured(
     module: DiffusionModule,
     sampler: Sampler,
-    yardstick: Yardstick,
+    evaluator: SampleEvaluator,
     held_out: int | None,
-    links: int | None,
+    num_terms: int | None,
     variance: ReverseVariance,
     batch_size: int,
     seed: int,
@@ -51,15 +51,15 @@ def measured(
     `condition` is the model's, if it takes any. `advance` is told how many more samples have gone a step of the
     sampler, or a call of the network for the bound.
     """
-    data = yardstick.data
-    drawn = yardstick.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
-    (samples,) = yardstick.measure([drawn], lambda it: it)
+    data = evaluator.data
+    drawn = evaluator.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
+    (samples,) = evaluator.measure([drawn], lambda it: it)
     found = {f"figure/{name}": torch.tensor(figure) for name, figure in samples.figures.items()}
     found["cost/calls_per_image"] = torch.tensor(drawn.calls)
     found["cost/seconds_per_image"] = torch.tensor(drawn.seconds)
     some = SHOWN_IMAGES if drawn.first.ndim == 4 else SHOWN_POINTS
     found["samples"] = drawn.first[:some]
-    found["real"] = data.to_display(data.examples(some))
+    found["real"] = data.postprocess(data.examples(some))
 
     count = min(held_out or len(data.val_indices), len(data.val_indices))
     source = data.source
@@ -68,7 +68,9 @@ def measured(
     def load(places: range) -> tuple[Tensor, Tensor | None]:
         indices = data.val_indices[places.start : places.stop]
         cond = shown(condition, source, indices)
-        return data.to_model(source.fetch(indices)).to(module.device), None if cond is None else cond.to(module.device)
+        return data.preprocess(source.fetch(indices)).to(module.device), None if cond is None else cond.to(
+            module.device
+        )
 
     def show(places: range, passes: Iterable[int]) -> Iterator[int]:
         for each in passes:
@@ -76,7 +78,7 @@ def measured(
             advance(len(places))
 
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    parts = bounds(module, batches, load, seed, links, variance, show)
+    parts = bounds(module, batches, load, seed, num_terms, variance, show)
     total = torch.cat([part.total for part in parts])
     error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.full((), math.nan)
     found["figure/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])
@@ -84,7 +86,7 @@ def measured(
     return found
 
 
-def with_figures(record: Record, measurements: Measurements) -> Record:
+def with_metrics(record: Record, measurements: Measurements) -> Record:
     """A run's record with what was measured of it."""
     figures = {k.removeprefix("figure/"): v.tolist() for k, v in measurements.items() if k.startswith("figure/")}
     costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}
@@ -96,7 +98,7 @@ def with_figures(record: Record, measurements: Measurements) -> Record:
     )
 
 
-def floors_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
+def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
     """What real data come to, by metrics of samples; the number of the floor's, with which names end, may differ."""
     floors = {k.removeprefix("floor/"): v.tolist() for k, v in measurements.items() if k.startswith("floor/")}
     stems = {stem(name): tuple(floor) for name, floor in floors.items()}
@@ -121,20 +123,20 @@ MEASURING = (
 """Files and folders of src whose code determines what is measured."""
 
 
-def opened_run(run: Found, cfg: DictConfig) -> "OpenedRun":
+def opened_run(run: SurveyedRun, cfg: DictConfig) -> "OpenedRun":
     from src.runs.open import open_run
 
     return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root)
 
 
-def sampler_settings(run: Found, cfg: DictConfig) -> DictConfig:
+def sampler_settings(run: SurveyedRun, cfg: DictConfig) -> DictConfig:
     """The sampler that is asked for, or the run's own."""
     from src.runs import components
 
     return components.sampler_settings(cfg.sampler, OmegaConf.create(run.settings["sampler"]))
 
 
-def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
+def sampler_of(run: SurveyedRun, cfg: DictConfig) -> "Sampler":
     """The same, built."""
     from src.config.arguments import check_arguments
     from src.runs import components
@@ -150,12 +152,12 @@ def sampler_of(run: Found, cfg: DictConfig) -> "Sampler":
 
 
 def measure_all(
-    found: Sequence[Found],
+    found: Sequence[SurveyedRun],
     samplers: Sequence["Sampler"],
     first: "OpenedRun",
     cfg: DictConfig,
     processes: "Processes",
-    announce: Callable[..., None],
+    print_summary: Callable[..., None],
 ) -> list["Measurements"]:
     """What is measured of each run, in their order; of processes beyond the first nothing.
 
@@ -165,7 +167,7 @@ def measure_all(
 
     from src.cache import cached
     from src.evaluation.likelihood import network_passes
-    from src.evaluation.quality import Settings, Yardstick
+    from src.evaluation.quality import SampleEvaluator, Settings
     from src.runs import components
 
     folder = Path(cfg.cache)
@@ -179,21 +181,21 @@ def measure_all(
         n=cfg.n,
         seed=cfg.seed,
         batch_size=cfg.batch_size,
-        keep=cfg.keep,
-        near=cfg.near,
-        against=cfg.against,
+        max_features=cfg.max_features,
+        num_memorization=cfg.num_memorization,
+        reference=cfg.reference,
         cache=folder,
         inception_weights=cfg.inception_weights and Path(cfg.inception_weights),
         dinov2_model=cfg.dinov2_model,
     )
 
     @functools.cache
-    def yardstick() -> tuple["Yardstick", "Measurements"]:
+    def evaluator() -> tuple["SampleEvaluator", "Measurements"]:
         """With the figures of real data."""
         import torch
 
         with usage_errors():
-            made = Yardstick(first.data, settings, type(processes)(processes.device))
+            made = SampleEvaluator(first.data, settings, type(processes)(processes.device))
         return made, {f"floor/{name}": torch.tensor(figure) for name, figure in made.floor().items()}
 
     mine = processes.share(missing)
@@ -204,20 +206,20 @@ def measure_all(
     total = 0
     if missing:
         if processes.rank == 0:  # what is downloaded or trained, the others find
-            yardstick()
+            evaluator()
         processes.gather(None)
-        passes = network_passes(first.module.schedule, cfg.links, cfg.reverse_variance)
+        passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound = passes * held_out_count(first, cfg)
         total = sum(cfg.n * samplers[k].steps + bound for k in mine)
-        announce(len(found), len(missing), samplers[missing[0]], bound, first, cfg, processes)
+        print_summary(len(found), len(missing), samplers[missing[0]], bound, first, cfg, processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
 
     def measure(k: int) -> "Measurements":
         def compute() -> "Measurements":
             run = first if k == 0 else opened_run(found[k], cfg)
             run.module.to(processes.device)
-            tools, floor = yardstick()
-            of_bound = cfg.held_out, cfg.links, cfg.reverse_variance
+            tools, floor = evaluator()
+            of_bound = cfg.num_val, cfg.num_terms, cfg.reverse_variance
             own = run.data.condition
             return floor | measured(
                 run.module, samplers[k], tools, *of_bound, cfg.batch_size, cfg.seed, bar.update, own
@@ -236,7 +238,7 @@ def measure_all(
 def held_out_count(opened: "OpenedRun", cfg: DictConfig) -> int:
     """The number of held-out samples of which the bound is measured."""
     count = len(opened.data.val_indices)
-    return min(cfg.held_out or count, count)
+    return min(cfg.num_val or count, count)
 
 
 def data_digest(opened: "OpenedRun") -> str:
@@ -250,13 +252,23 @@ def data_digest(opened: "OpenedRun") -> str:
     return digest(len(source), *parts)
 
 
-def measurement_key(run: Found, cfg: DictConfig, data: str, code: str, device: str) -> str:
+def measurement_key(run: SurveyedRun, cfg: DictConfig, data: str, code: str, device: str) -> str:
     """Stands for all that measurements of a run depend on: its weights, how they are measured, and by which code."""
     import torch
 
     with run.checkpoint.open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    names = ["n", "features", "inception_weights", "dinov2_model", "against", "keep", "near", "held_out", "links"]
+    names = [
+        "n",
+        "features",
+        "inception_weights",
+        "dinov2_model",
+        "reference",
+        "max_features",
+        "num_memorization",
+        "num_val",
+        "num_terms",
+    ]
     asked = {name: cfg[name] for name in (*names, "reverse_variance", "batch_size", "seed", "ema")}
     sampler = OmegaConf.to_container(sampler_settings(run, cfg))
     root = cfg.data.root or run.record.settings.get("data.root")

@@ -69,7 +69,7 @@ def both(paint: "Callable[[Axes], None]", width: float, height: float, entries: 
             figure.savefig(buffer, format="png", metadata={"Software": None})
         picture = Image.open(buffer).convert("RGB").quantize(192)
         small = io.BytesIO()
-        picture.save(small, "PNG", optimize=True)
+        picture.save(small, "PNG", optimized_metric=True)
         made.append(small.getvalue())
     return made[0], made[1]
 
@@ -113,21 +113,21 @@ def _dots(report: Report, ranking: Ranking) -> "Callable[[Axes], None]":
 
 def _spectra(report: Report, relative: bool) -> "Callable[[Axes], None]":
     """The error of eps over log-SNR, a line for each group and a band from its least to its greatest seed."""
-    centres = ((SPECTRUM[:-1] + SPECTRUM[1:]) / 2).numpy()
+    centers = ((SPECTRUM[:-1] + SPECTRUM[1:]) / 2).numpy()
     errors = [np.stack([seen.error for seen in runs]) for runs in report.seen]
 
     def paint(axes: "Axes") -> None:
         with np.errstate(all="ignore"):
             means = np.stack([_nan(np.mean, each) for each in errors])
-            usual = np.exp(_nan(np.mean, np.log(means))) if relative else np.ones(len(centres))
+            usual = np.exp(_nan(np.mean, np.log(means))) if relative else np.ones(len(centers))
             # Where few groups have been, the mean over groups is another one.
-            there = np.isfinite(means).all(0) if relative else np.ones(len(centres), bool)
+            there = np.isfinite(means).all(0) if relative else np.ones(len(centers), bool)
             for k, each in enumerate(errors):
                 line = np.where(there, means[k] / usual, np.nan)
                 style = {"linewidth": 1.4, "marker": ".", "markersize": 3, **_style(k)}  # a bin may stand alone
-                axes.plot(centres, line, label=report.groups[k].label, **style)
+                axes.plot(centers, line, label=report.groups[k].label, **style)
                 low, high = (np.where(there, _nan(end, each) / usual, np.nan) for end in (np.min, np.max))
-                axes.fill_between(centres, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
+                axes.fill_between(centers, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
         axes.set(
             xlabel="log-SNR: noise on the left, clean data on the right",
             ylabel="error over the groups' geometric mean" if relative else "mean squared error of ε",
@@ -229,7 +229,7 @@ def _extent(report: Report) -> charts.Extent | None:
 def png(picture: Image.Image) -> bytes:
     """A picture as a file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", optimized_metric=True)
     return buffer.getvalue()
 
 

@@ -163,7 +163,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
             name, each = ranking.metric, ranking.summaries[k]
             if each is None:
                 continue
-            row |= {name: each.mean, f"{name} deviation": each.deviation, f"{name} seeds": each.n}
+            row |= {name: each.mean, f"{name} deviation": each.std, f"{name} seeds": each.n}
             if verdict := ranking.verdict(k):
                 row[f"{name} verdict"] = verdict
         rows.append(row)

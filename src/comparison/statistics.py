@@ -15,19 +15,22 @@ from typing import Any, Literal, NamedTuple
 LEVEL = 0.05
 """Of the tests: how often one or more of a family of pairs that do not differ would be called real."""
 OF_WORK = (
-    *("run_dir", "resume", "trust", "optimize", "keep_checkpoints", "checkpoint_every", "validate_every"),
-    *("data.num_workers", "data.micro_batch", "data.root", "data.skip_unreadable", "neighbours", "logger"),
+    *("run_dir", "resume", "trust", "optimized_metric", "keep_checkpoints", "checkpoint_every", "validate_every"),
+    *("data.num_workers", "data.microbatch_size", "data.root", "data.skip_unreadable", "neighbors", "logger"),
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "compile"),
-    *(f"callbacks.{name}" for name in ("progress", "samples", "best", "every", "stop", "quality", "bits_per_dim")),
-    *(f"callbacks.{name}" for name in ("beginning", "speed", "loss_by_noise", "artifact")),
+    *(
+        f"callbacks.{name}"
+        for name in ("progress", "samples", "best", "checkpoint_every", "graceful_shutdown", "quality", "bits_per_dim")
+    ),
+    *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact")),
 )
 """Settings, or nodes of them, that say how and where a run works, not what it learns."""
-OF_LOSS = ("schedule", "objective", "timesteps", "process", "snr_shift", "zero_terminal_snr")
+LOSS_KEYS = ("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr")
 """Settings with which the loss measures something else."""
 OF_DATA = (
-    *("_target_", "source", "root", "image_size", "channels", "levels", "val_fraction", "split_seed"),
-    *("columns", "mean", "deviation"),  # of a table, wherever it lies
+    *("_target_", "source", "root", "image_size", "channels", "num_values", "val_fraction", "split_seed"),
+    *("columns", "mean", "std"),  # of a table, wherever it lies
 )
 """Settings of the data with which figures measure something else; of a generated distribution all are."""
 LOWER = (
@@ -51,7 +54,7 @@ class Record:
     values: Mapping[str, float]
     choices: Mapping[str, str] = field(default_factory=dict)
     """The file chosen of each group of conf/."""
-    typed: Sequence[str] = ()
+    typed_overrides: Sequence[str] = ()
     """Names of the settings and choices that were given on the command line."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Of the figures that have one: how far chance in sampling, not in training, may have moved them."""
@@ -73,10 +76,10 @@ class Group:
 
 
 class Summary(NamedTuple):
-    """Of n seeds; `deviation` is NaN for one."""
+    """Of n seeds; `std` is NaN for one."""
 
     mean: float
-    deviation: float
+    std: float
     n: int
 
 
@@ -153,7 +156,7 @@ def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
     """The settings that say which data a run has, and which of them it held out; `root` with where they lie."""
     found = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
     points = "num_samples" in found
-    of_work = ("batch_size", "micro_batch", "num_workers", "seed")
+    of_work = ("batch_size", "microbatch_size", "num_workers", "seed")
     return {
         name: value
         for name, value in found.items()
@@ -197,8 +200,8 @@ def grouped(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]
             columns[name] = [each.pop() for each in chosen]
     columns |= {name: [each.get(name) for each in settings] for name in names if name not in columns}
     differing = {name: values for name, values in columns.items() if len(set(map(repr, values))) > 1}
-    typed = {name for group in runs for record in group for name in record.typed}
-    order = sorted(differing, key=lambda name: (name not in typed, name not in runs[0][0].choices))
+    typed_overrides = {name for group in runs for record in group for name in record.typed_overrides}
+    order = sorted(differing, key=lambda name: (name not in typed_overrides, name not in runs[0][0].choices))
     naming: dict[str, list[Any]] = {}
     apart = [""] * len(runs)
     for name in order:
@@ -296,7 +299,7 @@ def ranked(groups: Sequence[Group], metric: str) -> Ranking:
     direction, why = direction_of(metric), ""
     if direction is None:
         why = "neither more nor less of it is better"
-    elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, OF_LOSS)):
+    elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
         why = f"it measures something else where {listed(names)} differ{'s' if len(names) == 1 else ''}"
     elif len({value for k in there for value in values[k]}) == 1 and len(there) > 1:
         why = "it is the same in all groups"
@@ -346,10 +349,10 @@ def with_spread(each: Summary | None) -> str:
     """Mean ± standard deviation, to the second digit of the latter."""
     if each is None:
         return "-"
-    if each.n == 1 or each.deviation == 0:
+    if each.n == 1 or each.std == 0:
         return number(each.mean)
-    places = max(0, min(8, 1 - math.floor(math.log10(each.deviation))))
-    return f"{each.mean:.{places}f} ± {each.deviation:.{places}f}"
+    places = max(0, min(8, 1 - math.floor(math.log10(each.std))))
+    return f"{each.mean:.{places}f} ± {each.std:.{places}f}"
 
 
 def interval(pair: Pair) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     pass
 
 
-class Found(NamedTuple):
+class SurveyedRun(NamedTuple):
     """A run that is to be compared."""
 
     record: Record
@@ -59,9 +59,9 @@ def _by_number(folder: Path) -> tuple[float, str]:
     return (int(folder.name) if folder.name.isdecimal() else math.inf, folder.name)
 
 
-def survey(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
+def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
     """The runs that can be compared, and a line for each that is left out."""
-    found: dict[str, Found] = {}
+    found: dict[str, SurveyedRun] = {}
     notes = []
     for folder in folders:
         try:
@@ -82,17 +82,17 @@ def survey(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
             notes.append(" ".join(str(error).split()))
             continue
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        typed, choices = asked_for(folder)
+        typed_overrides, choices = asked_for(folder)
         record = Record(
             name=str(folder),
             seed=settings.get("seed", 0),
             settings=flat(settings),
             values={k: v for k, v in numbers.items() if k.startswith("val/")},
             choices=choices,
-            typed=typed,
+            typed_overrides=typed_overrides,
             costs={k: v for k, v in numbers.items() if not k.startswith("val/")},
         )
-        found[record.name] = Found(record, checkpoint, settings, folder)
+        found[record.name] = SurveyedRun(record, checkpoint, settings, folder)
     kept, repeats = without_repeats([run.record for run in found.values()])
     notes += [f"{old.name}: {new.name} has the same settings and seed, and a seed counts once" for old, new in repeats]
     return [found[record.name] for record in kept], notes
@@ -101,15 +101,15 @@ def survey(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
 def asked_for(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The names of what was typed for a run, and the files chosen of the groups of conf/, as far as it says so."""
     try:
-        typed = [line.lstrip("+~").partition("=")[0] for line in saved_overrides(folder)]
+        typed_overrides = [line.lstrip("+~").partition("=")[0] for line in saved_overrides(folder)]
         saved = yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text())
         choices = saved["hydra"]["runtime"]["choices"]
-        return typed, {k: str(v) for k, v in choices.items() if "/" not in k and k not in ("sweep", "logger")}
+        return typed_overrides, {k: str(v) for k, v in choices.items() if "/" not in k and k not in ("sweep", "logger")}
     except (UsageError, OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return [], {}
 
 
-def check_data(found: Sequence[Found], with_root: bool) -> None:
+def check_data(found: Sequence[SurveyedRun], with_root: bool) -> None:
     """Raise ValueError if the runs are on different data, against which no figures can be compared."""
     first = data_of(found[0].record.settings, with_root)
     for run in found[1:]:
@@ -123,7 +123,7 @@ def check_data(found: Sequence[Found], with_root: bool) -> None:
                 )
 
 
-def wandb_of(found: Sequence[Found]) -> dict[str, Any]:
+def wandb_of(found: Sequence[SurveyedRun]) -> dict[str, Any]:
     """Where the first of the runs that was logged by W&B is. Raises ValueError if none was."""
     for run in found:
         if settings := (run.settings.get("logger") or {}).get("wandb"):

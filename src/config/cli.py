@@ -20,18 +20,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from src.config import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
-from src.config.output import Record, hold_back, sweep_kept, withdraw, withhold
-from src.config.overrides import CONF, check_overrides, check_repeated, choose_none, split_arguments, take_together
+from src.config.output import Record, defer_output, discard_output, store_output, sweep_kept
+from src.config.overrides import CONF, check_overrides, check_repeated, choose_none, expand_grid, split_arguments
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
 from src.distributed.ranks import (
-    follow,
-    heard_by,
+    handle_signals,
     ignore_signals,
     is_orphan,
     kill_children,
     leave,
     rank,
-    remove_empty,
+    remove_empty_dirs,
+    run_as_worker,
     signals_blocked,
 )
 from src.errors import UsageError
@@ -49,7 +49,7 @@ Program = tuple[ModuleSpec | None, str]
 def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | None = None) -> None:
     """Run `task` with the configuration that the command line asks for. Exits with 2 if it asks for nonsense.
 
-    Several values of the group `together` are no sweep, but all for one task (`overrides.take_together`).
+    Several values of the group `together` are no sweep, but all for one task (`overrides.expand_grid`).
     A UsageError from the task ends the process with one line; HYDRA_FULL_ERROR=1 shows where it comes from.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
@@ -57,16 +57,16 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     overrides, flags = split_arguments(sys.argv[1:])
     interruption = _Interruption()
     try:
-        with heard_by(interruption):
+        with handle_signals(interruption):
             _launch(config_name, task, overrides, flags, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
         kill_children()
-        remove_empty()
+        remove_empty_dirs()
         if rank() == 0:
             print("Interrupted", file=sys.stderr)
         leave(128 + (interruption.number or signal.SIGINT))
     finally:
-        remove_empty()
+        remove_empty_dirs()
 
 
 class _Interruption:
@@ -107,14 +107,14 @@ def _launch(
         overrides = choose_none(overrides)
         check_unused(overrides, multirun)
         if together and not multirun:
-            overrides = take_together(config_name, overrides, together)
+            overrides = expand_grid(config_name, overrides, together)
         if rank() > 0:  # the first process writes down what was asked for, and the log
             overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-            follow()
+            run_as_worker()
         if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
             check_overrides(config_name, overrides, multirun)
             if not any(flag in flags for flag in ("--cfg", "-c", "--shell-completion", "-sc")):
-                overrides, record, folder = withhold(config_name, overrides, multirun)
+                overrides, record, folder = defer_output(config_name, overrides, multirun)
                 check_writable(overrides)
         sys.argv[1:] = [*flags, *overrides]
     except UsageError as error:
@@ -125,7 +125,7 @@ def _launch(
 
     def guarded(cfg: DictConfig) -> Any:
         if record is not None:
-            hold_back(record, cfg)
+            store_output(record, cfg)
         name_folder_for_children()
         try:
             return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
@@ -134,7 +134,7 @@ def _launch(
                 raise KeyboardInterrupt from error
             if os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            withdraw()
+            discard_output()
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
                 raise
             sys.exit(_say(error, code=2))
@@ -177,8 +177,8 @@ def name_folder_for_children() -> None:
     """Give the run's folder as Lightning puts it on the command lines of its processes, between double quotes."""
     settings: Any = HydraConfig.get()
     with read_write(settings), read_write(settings.run):
-        typed = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
-        settings.run.dir = escaped(typed)  # since it is looked up
+        typed_overrides = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
+        settings.run.dir = escaped(typed_overrides)  # since it is looked up
 
 
 @contextmanager
@@ -205,16 +205,18 @@ def as_a_single_run(program: Program) -> Iterator[None]:
 
 
 def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program) -> Any:
-    """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimize` names, if any."""
+    """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimized_metric` names, if any."""
     settings = HydraConfig.get()
     if rank() > 0:  # of the tasks of a SLURM job
-        follow()
+        run_as_worker()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
         ignore_signals()  # until the job listens to them; the command itself ends its workers
-        sweeps.take_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
+        sweeps.assign_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_a_single_run(program):
         result = task(cfg)
-    return result.get(cfg.optimize) if cfg.get("optimize") else result  # without validation there is none
+    return (
+        result.get(cfg.optimized_metric) if cfg.get("optimized_metric") else result
+    )  # without validation there is none
 
 
 def _say(error: Exception, code: int) -> int:

@@ -23,12 +23,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.overrides import CONF, _one_value
-from src.distributed.ranks import rank, remember_missing
+from src.distributed.ranks import rank, record_missing_dirs
 from src.errors import UsageError, first_line
 
-OF_RECORD = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
+OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
 """Overrides that say what Hydra writes into the output folder."""
-WITHHELD = ("hydra.output_subdir=null", "hydra/job_logging=none")
+NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """With these it writes nothing."""
 
 
@@ -38,7 +38,7 @@ class Record(NamedTuple):
     output_subdir: str | None
     job_logging: dict[str, Any]
     """Interpolations as they stand."""
-    typed: list[str]
+    typed_overrides: list[str]
 
 
 class Pending(NamedTuple):
@@ -58,7 +58,7 @@ _written: list[Path] = []
 """What `begin` wrote into a folder that held nothing before."""
 
 
-def withhold(config_name: str, overrides: Sequence[str], multirun: bool) -> tuple[list[str], Record, Path]:
+def defer_output(config_name: str, overrides: Sequence[str], multirun: bool) -> tuple[list[str], Record, Path]:
     """Return overrides with which Hydra writes nothing into the output folder, what it would have written, and where.
 
     Remembers which of the output folder and its parents do not exist yet. Raises UsageError if the folder's name
@@ -76,23 +76,26 @@ def withhold(config_name: str, overrides: Sequence[str], multirun: bool) -> tupl
         raise UsageError(f"{setting} cannot be resolved ({first_line(error)}): name a folder") from error
     finally:
         HydraConfig.instance().cfg = before
-    remember_missing(Path(folder))
+    record_missing_dirs(Path(folder))
     job_logging = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
     assert isinstance(job_logging, dict)
-    typed = [o for o in overrides if OF_RECORD.match(o)]
-    kept = [o for o in overrides if not OF_RECORD.match(o)]
-    record = Record(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, typed)
-    return [*kept, *WITHHELD], record, Path(folder)
+    typed_overrides = [o for o in overrides if OUTPUT_OVERRIDE.match(o)]
+    kept = [o for o in overrides if not OUTPUT_OVERRIDE.match(o)]
+    record = Record(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, typed_overrides)
+    return [*kept, *NO_OUTPUT], record, Path(folder)
 
 
-def hold_back(record: Record, cfg: DictConfig) -> None:
-    """Give Hydra's settings back what `withhold` took, log to the console alone, and keep the rest for `begin`."""
+def store_output(record: Record, cfg: DictConfig) -> None:
+    """Give Hydra's settings back what `defer_output` took, log to the console alone, and keep the rest for `begin`."""
     global _pending
     settings: Any = HydraConfig.get()
     with read_write(settings), open_dict(settings):
         settings.output_subdir = record.output_subdir
         settings.job_logging = record.job_logging
-        settings.overrides.hydra = [*(o for o in settings.overrides.hydra if o not in WITHHELD), *record.typed]
+        settings.overrides.hydra = [
+            *(o for o in settings.overrides.hydra if o not in NO_OUTPUT),
+            *record.typed_overrides,
+        ]
     job_logging: Any = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
     configure_log(without_files(job_logging), settings.verbose)
     lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
@@ -162,7 +165,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
         raise
 
 
-def withdraw() -> None:
+def discard_output() -> None:
     """Forget the record of a job that was refused; what `begin` wrote goes, if nothing else was written."""
     global _pending
     _pending = None

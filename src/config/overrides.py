@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError, first_line
-from src.quoting import typed
+from src.quoting import format_override
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -28,10 +28,10 @@ PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slu
 OPTIONAL = ("callbacks", "conditioning", "experiment", "logger", "sweep")
 """Groups without which a run can be: null chooses none."""
 
-MAY_BE_EMPTY = ("cond", "negative")
+ALLOW_EMPTY = ("cond", "negative")
 """Texts of which the empty one is one too."""
 
-MAY_BE_INFINITE = ("guidance.interval",)
+ALLOW_INFINITE = ("guidance.interval",)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -95,7 +95,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool =
                 raise UsageError(f"{override.input_line} has no values to go through: add hydra/sweeper=search")
             if override.is_sweep_override() and not multirun:
                 name, _, value = str(override.input_line).partition("=")
-                whole = "" if name in groups else f", or type {typed(name, value)} where it is one value"
+                whole = "" if name in groups else f", or type {format_override(name, value)} where it is one value"
                 raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value{whole}")
         final = _compose(config_name, [_one_value(o) for o in parsed])
     counted = {o.key_or_group: o for o in parsed}  # a resumed run repeats keys: the last one counts
@@ -176,12 +176,12 @@ def _as_one_text(overrides: Sequence[str]) -> str:
             parsed(override)
         except HydraException:
             if value and re.fullmatch(r"[+~]*[\w./]+", name):
-                return f"if its value is one text, type {typed(name, value)}"
+                return f"if its value is one text, type {format_override(name, value)}"
             break
     return "overrides look like key=value"
 
 
-def take_together(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
+def expand_grid(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
     """Several values of `group` and its settings are taken together, all combinations, as the list `<group>s`.
 
     `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`; each is checked as if it
@@ -234,7 +234,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
         raise UsageError(
             f"{override.input_line} follows from where Hydra puts a run: "
-            f"type {typed('hydra.run.dir', given([str(override.input_line)], 'run_dir') or 'FOLDER')}"
+            f"type {format_override('hydra.run.dir', given([str(override.input_line)], 'run_dir') or 'FOLDER')}"
         )
     node: Any = base
     for depth, part in enumerate(parts):
@@ -264,7 +264,7 @@ def _check_value(name: str, default: Any, value: Any) -> None:
     """
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return
-    if isinstance(value, str) and not value.strip() and default != "" and name not in MAY_BE_EMPTY:
+    if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty: give a value, or leave it out")
     _check_finite(name, default, value)
     for kind, fits, rule in (
@@ -290,7 +290,7 @@ def _check_finite(name: str, default: Any, value: Any) -> None:
             _check_finite(name, next(iter(default), None) if isinstance(default, list) else None, each)
     elif isinstance(value, float) and not math.isfinite(value):
         endless = isinstance(default, float) and math.isinf(default)
-        if not (value > 0 and (endless or name in MAY_BE_INFINITE)):
+        if not (value > 0 and (endless or name in ALLOW_INFINITE)):
             raise UsageError(f"{name}={value} must be a finite number")
 
 

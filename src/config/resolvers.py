@@ -48,11 +48,11 @@ def run_name(folder: str) -> str:
     if sweep_name(folder) is None:
         return path.name
     if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == path:
-        typed = list(HydraConfig.get().overrides.task)  # the files are not written yet
+        typed_overrides = list(HydraConfig.get().overrides.task)  # the files are not written yet
     else:
-        typed = _overrides(path / ".hydra" / "overrides.yaml")
+        typed_overrides = _overrides(path / ".hydra" / "overrides.yaml")
     common = _overrides(path.parent / "multirun.yaml")
-    own = [override for override in typed if override not in common and not override.startswith("resume=")]
+    own = [override for override in typed_overrides if override not in common and not override.startswith("resume=")]
     return " ".join(own) or path.name
 
 

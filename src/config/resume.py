@@ -10,18 +10,18 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from src.config.output import OF_RECORD
+from src.config.output import OUTPUT_OVERRIDE
 from src.config.overrides import given, key_of
 from src.errors import UsageError, first_line
-from src.quoting import quoted, typed
+from src.quoting import format_override, quoted
 
 if TYPE_CHECKING:
     pass
 
 
-OF_FILES = ("data.root", "data.path", "data.source.labels")
+PATH_KEYS = ("data.root", "data.path", "data.source.labels")
 """Settings that name files which are read, never written."""
-HOW = re.compile(r"[+\s]*(resume|trust)\s*=")
+RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that say how a run goes on, not what it is."""
 
 CHOICE = re.compile(r"\w*|\[[\w,]*\]")
@@ -52,7 +52,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
     named = given(overrides, "hydra.run.dir")
     if named is not None and Path(named).resolve() != Path(folder).resolve():
         raise UsageError(
-            f"{typed('hydra.run.dir', named)} is another folder than that of the resumed run, {folder}: leave it out"
+            f"{format_override('hydra.run.dir', named)} is another folder than that of the resumed run, {folder}: leave it out"
         )
     now = [o for o in overrides if key_of(o) != "hydra.run.dir"]
     return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
@@ -61,7 +61,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
 def expand_sweep(overrides: list[str]) -> list[str]:
     """Of a sweep, `resume=auto` stands for the folder of the newest one that was started with what is typed.
 
-    Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.take_up`).
+    Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.resume_job`).
     """
     if (folder := given(overrides, "resume")) is None:
         return overrides
@@ -73,13 +73,15 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         try:
             # Not by OmegaConf, which would look `${...}` up.
             before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
-            typed = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
+            typed_overrides = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # of a sweep that died as it began
             continue
         of_place = "hydra.sweep.dir="
-        if {o for o in typed if not (HOW.match(o) or OF_RECORD.match(o) or o.startswith(of_place))} == {
-            o for o in overrides if not (HOW.match(o) or OF_RECORD.match(o))
-        }:
+        if {
+            o
+            for o in typed_overrides
+            if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o) or o.startswith(of_place))
+        } == {o for o in overrides if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o))}:
             return [*overrides, f"{of_place}{_quoted(str(saved.parent))}"]
     return overrides
 
@@ -95,8 +97,8 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
         saved = folder / ".hydra" / "overrides.yaml"
         if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
             continue
-        typed = {o for o in overrides if not HOW.match(o)}
-        if named or (set(saved_overrides(folder)) == typed and not (folder / "metrics.json").exists()):
+        typed_overrides = {o for o in overrides if not RESUME_OVERRIDE.match(o)}
+        if named or (set(saved_overrides(folder)) == typed_overrides and not (folder / "metrics.json").exists()):
             return str(folder)
     return None
 
@@ -109,7 +111,7 @@ def saved_overrides(folder: Path) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read ({first_line(error)}): start a new run") from error
     if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
-        lines = [line for line in lines if not HOW.match(line)]
+        lines = [line for line in lines if not RESUME_OVERRIDE.match(line)]
         if all(line.isprintable() for line in lines):
             return lines
     raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
@@ -135,7 +137,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             value
         ):
             what = "may say where to write, or to whom"
-        elif key not in (*OF_FILES, "schedule.betas", "conditioning.encode.model") and re.search(r"[/\\]|\.\.", value):
+        elif key not in (*PATH_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(r"[/\\]|\.\.", value):
             what = "may be a path to write to"
         else:
             continue
@@ -170,7 +172,7 @@ def check_writable(overrides: Sequence[str]) -> None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(
-                    f"{typed(name, folder)}: the folder cannot be made ({error.strerror}): choose one that can be "
+                    f"{format_override(name, folder)}: the folder cannot be made ({error.strerror}): choose one that can be "
                     "written to"
                 ) from error
 
@@ -189,7 +191,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
         raise UsageError(
-            f"{folder} already holds a {kind}: go on with {typed('resume', how)}, or choose another folder"
+            f"{folder} already holds a {kind}: go on with {format_override('resume', how)}, or choose another folder"
         )
 
 
@@ -203,10 +205,10 @@ def newest_run(name: str, folder: Path) -> str:
         return ""
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     value = {"ckpt": newest, "runs": [newest.parents[1]]}.get(name, newest.parents[1])
-    return f"; the newest run in {folder} is {typed(name, value)}"
+    return f"; the newest run in {folder} is {format_override(name, value)}"
 
 
 def _nearest(path: Path, name: str, pattern: str) -> str:
     """Return the end of an error: what lies beside `path` and has nearly its name; empty if nothing has."""
     close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
-    return f"; did you mean {typed(name, path.parent / close[0])}?" if close else ""
+    return f"; did you mean {format_override(name, path.parent / close[0])}?" if close else ""

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from src.config.overrides import CONF, key_of
 from src.config.sweeps import gpus
 from src.distributed.ranks import rank
-from src.quoting import command, literal, typed
+from src.quoting import command, format_override, literal
 
 
 class CompareRuns(Callback):
@@ -50,6 +50,6 @@ class CompareRuns(Callback):
         if done.returncode:
             warnings.warn(
                 f"the jobs of the sweep are done, but comparing them failed (status {done.returncode}, see above): try "
-                f"again with {command('compare', typed('runs', [sweep]))}",
+                f"again with {command('compare', format_override('runs', [sweep]))}",
                 stacklevel=2,
             )

@@ -25,7 +25,7 @@ def parallel_jobs() -> int:
     return len(gpus()) or int(joblib.cpu_count())
 
 
-def take_devices(sweep: Path, n_jobs: int) -> None:
+def assign_devices(sweep: Path, n_jobs: int) -> None:
     """Let this process, which runs jobs of `sweep` beside up to `n_jobs` - 1 others, see its share of the GPUs.
 
     It keeps them until it ends: CUDA cannot change its devices once it is initialised.
@@ -44,7 +44,7 @@ def share(devices: tuple[str, ...], place: int, workers: int) -> str:
     return ",".join(devices[place * len(devices) // workers : (place + 1) * len(devices) // workers])
 
 
-_held: list[IO[str]] = []
+_locks: list[IO[str]] = []
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def _place(sweep: Path, workers: int) -> int:
             except BlockingIOError:
                 file.close()
                 continue
-            _held.append(file)
+            _locks.append(file)
             return place
         time.sleep(0.1)
     raise RuntimeError(f"all {workers} places of {sweep} are taken: another sweep runs in this folder")

@@ -26,20 +26,20 @@ class GaussianMixture:
         self,
         weights: Sequence[float],
         means: Sequence[Sequence[float]],
-        deviations: Sequence[float] | Sequence[Sequence[float]],
+        stds: Sequence[float] | Sequence[Sequence[float]],
     ) -> None:
-        if not len(weights) == len(means) == len(deviations):
+        if not len(weights) == len(means) == len(stds):
             raise ValueError(
                 f"a mixture needs one weight, mean and deviation each, got {len(weights)}, {len(means)}, "
-                f"{len(deviations)}: see conf/data/mixture.yaml"
+                f"{len(stds)}: see conf/data/mixture.yaml"
             )
         self.weights = torch.tensor(weights, dtype=torch.float64)
         self.means = torch.tensor(means, dtype=torch.float64)
-        spread = torch.tensor(deviations, dtype=torch.float64)
+        spread = torch.tensor(stds, dtype=torch.float64)
         if min(self.weights.min(), spread.min()) <= 0:
-            raise ValueError(f"weights and deviations must be positive, got {list(weights)} and {list(deviations)}")
+            raise ValueError(f"weights and deviations must be positive, got {list(weights)} and {list(stds)}")
         self.weights /= self.weights.sum()
-        self.deviations = (spread if spread.ndim == 2 else spread[:, None]).expand_as(self.means)
+        self.stds = (spread if spread.ndim == 2 else spread[:, None]).expand_as(self.means)
 
     def __call__(self, n: int, generator: torch.Generator) -> Tensor:
         return self.draw(n, generator)[0]
@@ -48,7 +48,7 @@ class GaussianMixture:
         """(n, D) float32 samples, and the component that each is of."""
         component = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
-        points = (self.means[component] + self.deviations[component] * noise).float()
+        points = (self.means[component] + self.stds[component] * noise).float()
         return points, Labels(component, [f"component {k + 1}" for k in range(len(self.means))])
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -57,18 +57,18 @@ class GaussianMixture:
 
     def score(self, x: Tensor) -> Tensor:
         """The gradient of `log_prob` at x (N, D), as (N, D)."""
-        pull = (self.means - x.double()[:, None]) / self.deviations.square()  # (N, K, D)
+        pull = (self.means - x.double()[:, None]) / self.stds.square()  # (N, K, D)
         return (self._joint(x).softmax(1)[..., None] * pull).sum(1)
 
     def noised(self, alpha: float, sigma: float) -> "GaussianMixture":
         """The distribution of alpha x + sigma eps."""
-        deviations = (alpha**2 * self.deviations.square() + sigma**2).sqrt()
-        return GaussianMixture(self.weights.tolist(), (alpha * self.means).tolist(), deviations.tolist())
+        stds = (alpha**2 * self.stds.square() + sigma**2).sqrt()
+        return GaussianMixture(self.weights.tolist(), (alpha * self.means).tolist(), stds.tolist())
 
     def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """E[x_0 | alpha x_0 + sigma eps = x] for x (N, D), the best that any network can predict, as (N, D)."""
         there = self.noised(alpha, sigma)
-        share = alpha * self.deviations.square() / there.deviations.square()
+        share = alpha * self.stds.square() / there.stds.square()
         means = self.means + share * (x.double()[:, None] - there.means)  # (N, K, D)
         return (there._joint(x).softmax(1)[..., None] * means).sum(1)
 
@@ -76,13 +76,13 @@ class GaussianMixture:
         """Mean (D,) and covariance (D, D)."""
         mean = self.weights @ self.means
         apart = self.means - mean
-        within = torch.diag(self.weights @ self.deviations.square())
+        within = torch.diag(self.weights @ self.stds.square())
         return mean, within + (self.weights[:, None] * apart).T @ apart
 
     def entropy(self, n: int = 1_000_000, seed: int = 0) -> float:
         """Nats of the distribution: exact for a single Gaussian, else the mean over n samples."""
         if len(self.weights) == 1:
-            return (self.deviations.log() + (1 + math.log(2 * math.pi)) / 2).sum().item()
+            return (self.stds.log() + (1 + math.log(2 * math.pi)) / 2).sum().item()
         return -self.log_prob(self(n, torch.Generator().manual_seed(seed))).mean().item()
 
     def flow(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -93,7 +93,7 @@ class GaussianMixture:
         """
         there = self.noised(alpha, sigma)
         if len(self.weights) == 1:
-            return self.means + self.deviations / there.deviations * (x.double() - there.means)
+            return self.means + self.stds / there.stds * (x.double() - there.means)
         from scipy.integrate import solve_ivp
 
         def slope(angle: float, z: Any) -> Any:
@@ -109,6 +109,6 @@ class GaussianMixture:
 
     def _joint(self, x: Tensor) -> Tensor:
         """log of weight times density of each component at x (N, D): (N, K)."""
-        distance = ((x.double()[:, None] - self.means) / self.deviations).square().sum(2)
-        volume = (self.deviations.log() + math.log(2 * math.pi) / 2).sum(1)
+        distance = ((x.double()[:, None] - self.means) / self.stds).square().sum(2)
+        volume = (self.stds.log() + math.log(2 * math.pi) / 2).sum(1)
         return self.weights.log() - volume - distance / 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from src.data.samplers import Places
+from src.data.samplers import BatchIndices
 from src.data.sources import Source
 from src.errors import DataReadError
 from src.rng import key
@@ -40,7 +40,7 @@ class Batch(TypedDict):
 
 
 class BatchDataset(torch.utils.data.Dataset[Batch]):
-    """A source whose items are whole batches, indexed by `Places`: one indexing operation where it is in memory.
+    """A source whose items are whole batches, indexed by `BatchIndices`: one indexing operation where it is in memory.
 
     Samples that cannot be read have others in their place, from among `spare`; without these the batch says so.
     """
@@ -57,7 +57,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
         self.seed = seed
         self.spare = spare
 
-    def __getitem__(self, places: Places) -> Batch:
+    def __getitem__(self, places: BatchIndices) -> Batch:
         batch: Batch = {"x": torch.empty(0), "start": places.start, "total": places.total}
         try:
             batch["x"], indices, skipped = fetch(self.source, places, self.seed, self.spare)
@@ -69,7 +69,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
             batch["failure"] = f"{error}: {_remedy(self.spare is not None)}"
         return batch
 
-    def _asked(self, condition: "Condition", places: Places, indices: Sequence[int]) -> Tensor:
+    def _asked(self, condition: "Condition", places: BatchIndices, indices: Sequence[int]) -> Tensor:
         """What the samples show, as the network takes it. Raises DataReadError if that cannot be had any more."""
         asked = [
             # Which of several captions is random, and belongs to the step and the position as all randomness does.
@@ -83,7 +83,7 @@ class BatchDataset(torch.utils.data.Dataset[Batch]):
 
 
 def fetch(
-    source: Source, places: Places, seed: int, spare: Sequence[int] | None
+    source: Source, places: BatchIndices, seed: int, spare: Sequence[int] | None
 ) -> tuple[Tensor, list[int], dict[str, str]]:
     """The samples of a source at some places (N, *data), which ones these are, and what was said of unreadable ones.
 

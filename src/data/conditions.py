@@ -18,7 +18,7 @@ from src.data.sources import Source
 class Condition(Protocol):
     """What is asked for -> what the network takes.
 
-    `examples` are some that one could ask for, to draw pictures of. `found_in` are the settings of its constructor that
+    `examples` are some that one could ask for, to draw pictures of. `infer_settings` are the settings of its constructor that
     only the data tell, made once when a run starts and kept in its configuration; `settings` are the others, and
     those of the former that were given. It raises ValueError for data that have no such conditions.
     """
@@ -45,7 +45,7 @@ class Condition(Protocol):
         ...
 
     @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]: ...
+    def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 def shown(condition: Condition | None, source: Source, indices: Sequence[int]) -> Tensor | None:
@@ -78,14 +78,14 @@ class Classes:
         return "no class" if asked is None else self.names[self._number(asked)]
 
     def check(self, source: Source) -> None:
-        if unknown := [name for name in self.found_in(source, {})["names"] if name not in self.names]:
+        if unknown := [name for name in self.infer_settings(source, {})["names"] if name not in self.names]:
             raise ValueError(
                 f"the data have the class {unknown[0]!r}, which the run was not trained with: "
                 f"{nearest(unknown[0], self.names)}; leave its images out, or train a new run"
             )
 
     @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         if source.labels is None:
             raise ValueError(
                 "conditioning=class needs data with classes, and these have none: put the images of each class into a "
@@ -104,31 +104,31 @@ class Classes:
         raise ValueError(f"unknown class {text!r}: {nearest(text, self.names)} (or a number below {len(self.names)})")
 
 
-class Measurements:
+class Continuous:
     """Measured values -> (N, K) float32 with mean 0 and deviation 1 over the data. Nothing is NaN."""
 
     def __init__(
         self,
         names: Sequence[str] | None,
         mean: Sequence[float] | None,
-        deviation: Sequence[float] | None,
+        std: Sequence[float] | None,
         examples: Sequence[Sequence[float]] | None = None,
     ) -> None:
-        if not names or not mean or not deviation:
-            raise ValueError("conditioning=measured needs names, mean and deviation, which data tell as a run starts")
+        if not names or not mean or not std:
+            raise ValueError("conditioning=continuous needs names, mean and deviation, which data tell as a run starts")
         self.names = [str(name) for name in names]
         # float64: dates in seconds differ by less than float32 can tell
-        self.mean, self.deviation = (torch.tensor(each, dtype=torch.float64) for each in (mean, deviation))
+        self.mean, self.std = (torch.tensor(each, dtype=torch.float64) for each in (mean, std))
         self.examples = [list(row) for row in examples or [mean]]
 
     def __call__(self, asked: Sequence[float | str | Sequence[float] | None]) -> Tensor:
         rows = [self._row(each) for each in asked]
         values = torch.tensor(rows, dtype=torch.float64).view(-1, len(self.names))
-        return ((values - self.mean) / self.deviation).float()
+        return ((values - self.mean) / self.std).float()
 
     def of(self, source: Source, index: int, choice: int) -> list[float]:
-        assert source.given is not None
-        return source.given.values[index].tolist()
+        assert source.covariates is not None
+        return source.covariates.values[index].tolist()
 
     def title(self, asked: float | str | Sequence[float] | None) -> str:
         if asked is None:
@@ -136,29 +136,31 @@ class Measurements:
         return ", ".join(f"{name} {value:.3g}" for name, value in zip(self.names, self._row(asked), strict=True))
 
     def check(self, source: Source) -> None:
-        names = [] if source.given is None else source.given.names
+        names = [] if source.covariates is None else source.covariates.names
         if list(names) != self.names:
             raise ValueError(
-                f"the run goes by {', '.join(self.names)}, the data by {', '.join(names) or 'nothing'}: set data.given "
+                f"the run goes by {', '.join(self.names)}, the data by {', '.join(names) or 'nothing'}: set data.condition_columns "
                 "to what it was trained with"
             )
 
     @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-        if source.given is None:
+    def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+        if source.covariates is None:
             raise ValueError(
-                "conditioning=measured needs data with measured values to go by, and these have none: name columns of "
-                "a table by data.given=[...]"
+                "conditioning=continuous needs data with measured values to go by, and these have none: name columns of "
+                "a table by data.condition_columns=[...]"
             )
-        values = source.given.values.double()
-        mean, deviation = values.mean(0), values.std(0, correction=0)
-        if constant := [n for n, d in zip(source.given.names, deviation.tolist(), strict=True) if not d > 0]:
-            raise ValueError(f"data.given has {', '.join(constant)}, which is the same everywhere: leave it out")
+        values = source.covariates.values.double()
+        mean, std = values.mean(0), values.std(0, correction=0)
+        if constant := [n for n, d in zip(source.covariates.names, std.tolist(), strict=True) if not d > 0]:
+            raise ValueError(
+                f"data.condition_columns has {', '.join(constant)}, which is the same everywhere: leave it out"
+            )
         shares = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
         return {
-            "names": list(source.given.names),
+            "names": list(source.covariates.names),
             "mean": mean.tolist(),
-            "deviation": deviation.tolist(),
+            "std": std.tolist(),
             "examples": values.quantile(shares, dim=0).tolist(),
         }
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.csv_files import kinds, read_table, some
-from src.data.module import StreamDataModule
-from src.data.sources import Given, InMemory, Labels, Source, to_signed, to_uint8
+from src.data.module import BaseDataModule
+from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
 from src.data.unreadable import read
 from src.errors import DataReadError
-from src.rng import Draws
+from src.rng import StepRng
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
@@ -36,10 +36,10 @@ class OpenImages(Protocol):
     def __call__(self, root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source: ...
 
 
-class ImageDataModule(StreamDataModule):
+class ImageDataModule(BaseDataModule):
     """Images of `channels` x `image_size` x `image_size`, uint8 until they are on the device, then in [-1, 1].
 
-    `source` opens them from `root`; `levels` is the number of values a pixel can take (256 for 8 bits); `flip`
+    `source` opens them from `root`; `num_values` is the number of values a pixel can take (256 for 8 bits); `flip`
     mirrors half of the training images left to right. With `skip_unreadable` others take the place of images that
     cannot be read.
     """
@@ -50,14 +50,14 @@ class ImageDataModule(StreamDataModule):
         root: str | None,
         channels: int,
         image_size: int,
-        levels: int = 256,
+        num_values: int = 256,
         flip: bool = False,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        micro_batch: int | Literal["auto"] | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
         skip_unreadable: bool = False,
     ) -> None:
         super().__init__(
@@ -68,17 +68,17 @@ class ImageDataModule(StreamDataModule):
             split_seed,
             seed,
             num_workers,
-            micro_batch,
+            microbatch_size,
             skip_unreadable,
         )
-        if channels not in (1, 3) or image_size < 1 or not 2 <= levels <= 256:
+        if channels not in (1, 3) or image_size < 1 or not 2 <= num_values <= 256:
             raise ValueError(
-                "needs data.channels 1 or 3, data.image_size >= 1 and data.levels in [2, 256], got "
-                f"{channels}, {image_size}, {levels}"
+                "needs data.channels 1 or 3, data.image_size >= 1 and data.num_values in [2, 256], got "
+                f"{channels}, {image_size}, {num_values}"
             )
         self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
-        self.levels = self.pixel_levels = levels
+        self.num_values = self.pixel_levels = num_values
         self.flip = flip
 
     def prepare_data(self) -> None:
@@ -92,16 +92,16 @@ class ImageDataModule(StreamDataModule):
                 raise ValueError(f"{error}: remove them, or train without them by data.skip_unreadable=true") from error
             warnings.warn(f"{error}: other samples take their places", stacklevel=2)
 
-    def to_model(self, x: Tensor) -> Tensor:
-        return to_signed(x, self.pixel_levels)
+    def preprocess(self, x: Tensor) -> Tensor:
+        return normalize(x, self.pixel_levels)
 
-    def to_display(self, x: Tensor) -> Tensor:
+    def postprocess(self, x: Tensor) -> Tensor:
         return to_uint8(x, self.pixel_levels)
 
-    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         if not self.flip:
             return x
-        mirrored = draws.uniform("flip") < 0.5
+        mirrored = rng.uniform("flip") < 0.5
         return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
@@ -127,7 +127,7 @@ class ImageFiles:
         self.image_size = image_size
         self.channels = channels
         self.labels = labels
-        self.given: Given | None = None
+        self.covariates: Covariates | None = None
         self.captions = captions
         self.files = files
         self.ids = ids

@@ -15,31 +15,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from src.data.batches import Batch, BatchDataset, Loader, _remedy, fetch
-from src.data.samplers import Places, TrainingStream, ValidationStream
+from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
 from src.data.sources import InMemory, Source
 from src.data.split import Record, bound_of, hash_ids, ids_of, split
 from src.distributed.ranks import local_rank, rank
 from src.errors import DataReadError
-from src.rng import Draws, key
+from src.rng import StepRng, key
 
 if TYPE_CHECKING:
     from src.data.conditions import Condition
 
 
-class StreamDataModule(L.LightningDataModule):
+class BaseDataModule(L.LightningDataModule):
     """Training and validation batches from the source that `open_source` opens, split by seed.
 
     `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
     optimizer sees per step, whatever the number of devices and accumulation. About `val_fraction` of the samples are
     held out; which ones depends on `split_seed` and on what each is known by (`src.data.split`), never on the run's
-    seed. `levels` is the number of values that the data can take, evenly over [-1, 1]; None if they are continuous.
-    `micro_batch`, the samples in one forward pass on one device, is for what builds the Trainer: here it only has to be
+    seed. `num_values` is the number of values that the data can take, evenly over [-1, 1]; None if they are continuous.
+    `microbatch_size`, the samples in one forward pass on one device, is for what builds the Trainer: here it only has to be
     possible. With a `condition` batches say what each sample is asked to be.
     """
 
-    levels: int | None = None
-    deviation: Tensor | None = None
-    """(D,) of samples in units of their own, as `to_display` gives them, by which figures make them comparable."""
+    num_values: int | None = None
+    std: Tensor | None = None
+    """(D,) of samples in units of their own, as `postprocess` gives them, by which figures make them comparable."""
     columns: Sequence[str] | None = None
     """(D,) names of what samples of numbers consist of."""
     condition: "Condition | None" = None
@@ -59,13 +59,13 @@ class StreamDataModule(L.LightningDataModule):
         split_seed: int,
         seed: int,
         num_workers: int,
-        micro_batch: int | Literal["auto"] | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
         skip_unreadable: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(micro_batch, int) and not 1 <= micro_batch <= batch_size:
+        if isinstance(microbatch_size, int) and not 1 <= microbatch_size <= batch_size:
             raise ValueError(
-                f"data.micro_batch must lie in [1, data.batch_size = {batch_size}], got {micro_batch}: auto finds one"
+                f"data.microbatch_size must lie in [1, data.batch_size = {batch_size}], got {microbatch_size}: auto finds one"
             )
         if batch_size < 1 or num_workers < 0 or not 0 < val_fraction < 1:
             raise ValueError(
@@ -95,15 +95,15 @@ class StreamDataModule(L.LightningDataModule):
         """Settings of its own that only the data tell, for the run's configuration, so that it needs no data later."""
         return {}
 
-    def to_model(self, x: Tensor) -> Tensor:
+    def preprocess(self, x: Tensor) -> Tensor:
         """Samples as the source has them -> float32 as the network sees them."""
         return x
 
-    def to_display(self, x: Tensor) -> Tensor:
+    def postprocess(self, x: Tensor) -> Tensor:
         """Samples as the network gives them -> what pictures and files show."""
         return x
 
-    def augment(self, x: Tensor, draws: Draws) -> Tensor:
+    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         """Random changes to training samples (B, *data), already as the network sees them."""
         return x
 
@@ -132,7 +132,7 @@ class StreamDataModule(L.LightningDataModule):
         """Write down which samples there are and which are held out, against which a resumed run sees changes."""
         Record.of(self._source(), self.split_seed, self.val_fraction, self.bound).write(path)
 
-    def stream(self, trainer: L.Trainer) -> TrainingStream:
+    def stream(self, trainer: L.Trainer) -> InfiniteBatchSampler:
         """The training batches of this process. Raises ValueError if there are too few validation samples."""
         if len(self.val_indices) < trainer.world_size:
             raise ValueError(
@@ -148,7 +148,7 @@ class StreamDataModule(L.LightningDataModule):
                     f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
                     f"one batch: use a whole number, or lower data.batch_size ({self.batch_size})"
                 )
-        return TrainingStream(
+        return InfiniteBatchSampler(
             self.train_indices,
             self.batch_size,
             trainer.max_steps,
@@ -160,10 +160,10 @@ class StreamDataModule(L.LightningDataModule):
             repeat=repeat,
         )
 
-    def validation_stream(self, trainer: L.Trainer) -> ValidationStream:
+    def validation_stream(self, trainer: L.Trainer) -> EvalBatchSampler:
         """The validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""
-        size, limit = self.at_once(trainer), self.limit_val_batches
-        return ValidationStream(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
+        size, limit = self.microbatch_size(trainer), self.limit_val_batches
+        return EvalBatchSampler(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.stream(self._trainer()), self.train_indices)
@@ -171,17 +171,17 @@ class StreamDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._loader(self.validation_stream(self._trainer()), self.val_indices)
 
-    def at_once(self, trainer: L.Trainer) -> int:
+    def microbatch_size(self, trainer: L.Trainer) -> int:
         """The samples in one forward pass of one process in training, for which its device has room."""
         return max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         self._skipped |= batch.pop("skipped", {})
         self.agree(batch.pop("failure", ""))
-        x = self.to_model(batch["x"])
+        x = self.preprocess(batch["x"])
         trainer = self._trainer()
         if trainer.training:
-            x = self.augment(x, Draws(self.seed, trainer.global_step, batch["start"], len(x), x.device))
+            x = self.augment(x, StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device))
         return {**batch, "x": x}
 
     def agree(self, failure: str = "") -> None:
@@ -244,7 +244,7 @@ class StreamDataModule(L.LightningDataModule):
         spare = None
         if self.skip_unreadable and len(indices):
             spare = self.val_indices if indices[0] in self.val_indices else self.train_indices
-        places = Places(0, len(indices), list(indices))
+        places = BatchIndices(0, len(indices), list(indices))
         x, used, skipped = fetch(self._source(), places, self.seed, spare)
         self._skipped |= skipped
         return x, used
@@ -253,13 +253,13 @@ class StreamDataModule(L.LightningDataModule):
         """The first `count` held-out samples, as the network sees them: (N, *data), and which ones these are."""
         self.setup()
         x, indices = self.fetch(self.val_indices[:count])
-        return self.to_model(x), indices
+        return self.preprocess(x), indices
 
     def examples(self, count: int) -> Tensor:
         """The first `count` held-out samples, as the network sees them: (N, *data)."""
         return self.held_out(count)[0]
 
-    def prepare_together(self) -> None:
+    def prepare_once_per_node(self) -> None:
         """Prepare and open the data before processes know of each other: the first of each machine prepares them.
 
         The others open what is there, or else wait for it.
@@ -290,7 +290,7 @@ class StreamDataModule(L.LightningDataModule):
         """For samples to draw, number k among them, any training sample that they are to be like, by (seed, k)."""
         return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in numbers]
 
-    def _loader(self, stream: Sampler[Places], spare: Sequence[int]) -> DataLoader[Batch]:
+    def _loader(self, stream: Sampler[BatchIndices], spare: Sequence[int]) -> DataLoader[Batch]:
         return Loader(
             BatchDataset(self._source(), self.condition, self.seed, spare if self.skip_unreadable else None),
             sampler=stream,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from src.data.analytic import GaussianMixture
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.data.sources import InMemory, Labels, Source
 from src.rng import key
 
 Distribution = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Labels]]
 
 
-class PointsDataModule(StreamDataModule):
+class PointsDataModule(BaseDataModule):
     """`num_samples` points (N, 2) drawn once from `source` with the split's seed, a part of them held out."""
 
     def __init__(
@@ -31,9 +31,9 @@ class PointsDataModule(StreamDataModule):
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        micro_batch: int | Literal["auto"] | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
     ) -> None:
-        super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers, micro_batch)
+        super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         if num_samples < 2:
             raise ValueError(f"data.num_samples must be at least 2, got {num_samples}: 20000 is usual")
         self.distribution = source
@@ -63,8 +63,8 @@ def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> tuple[Tens
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
     """A spiral of one and a half turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5, then centred."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
-    centre = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # the mean of (r cos r, r sin r) over r
-    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5 - centre
+    center = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # the mean of (r cos r, r sin r) over r
+    points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5 - center
     return points + noise * torch.randn(n, 2, generator=generator)
 
 

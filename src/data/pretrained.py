@@ -27,7 +27,7 @@ BESIDE = ("config.json", "merges.txt", "tokenizer_config.json", "special_tokens_
 
 
 class Pretrained(Texts):
-    """Texts -> (N, length, features) float32: what a frozen encoder makes of their tokens, rows of padding being 0.
+    """Texts -> (N, max_length, features) float32: what a frozen encoder makes of their tokens, rows of padding being 0.
 
     `model` is a folder or a name on the Hugging Face hub of CLIP, T5 or any other encoder of texts that the
     transformers library knows, its weights in safetensors; the last hidden states are taken. Texts have one blank for
@@ -35,14 +35,14 @@ class Pretrained(Texts):
     encoder's answer to the empty text.
 
     What was computed is kept in `cache` as float16. The encoder is opened only for a text that is not there, on
-    `device`: `auto` is an accelerator where there is one. `found_in` has it read all captions of the data;
+    `device`: `auto` is an accelerator where there is one. `infer_settings` has it read all captions of the data;
     `features` and `fingerprint` are of the encoder that it found.
     """
 
     def __init__(
         self,
         model: str,
-        length: int = 64,
+        max_length: int = 64,
         cache: str = "outputs/cache",
         device: str = "auto",
         features: int | None = None,
@@ -55,32 +55,32 @@ class Pretrained(Texts):
                 "run starts"
             )
         self.model = model
-        self.length = length
+        self.max_length = max_length
         self.device = device
         self.features = features
         self.fingerprint = fingerprint
         self.examples = list(examples)
-        self._store = Store(Path(cache) / f"texts-{digest(fingerprint, length)}", features)
+        self._store = Store(Path(cache) / f"texts-{digest(fingerprint, max_length)}", features)
         self._encoder: _Encoder | None = None
 
     def __call__(self, asked: Sequence[str | None]) -> Tensor:
         texts = {key(text): text for text in map(clean, asked)}
-        out = torch.zeros(len(asked), self.length, self.features)
+        out = torch.zeros(len(asked), self.max_length, self.features)
         arrays = self._store.get([key(clean(each)) for each in asked], partial(self._encode, texts))
         for row, array in zip(out, arrays, strict=True):
             row[: len(array)] = torch.from_numpy(array.astype(np.float32))
         return out
 
     @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         captions = captions_of(source)
         folder = _folder(settings["model"])
         found: dict[str, Any] = {
-            "features": _features(folder, settings.get("length", 64)),
+            "features": _features(folder, settings.get("max_length", 64)),
             "fingerprint": _fingerprint(folder),
         }
         found["examples"] = list(settings.get("examples") or distinct(sample(captions)))
-        given = {name: settings[name] for name in ("model", "length", "cache", "device") if name in settings}
+        given = {name: settings[name] for name in ("model", "max_length", "cache", "device") if name in settings}
         Pretrained(**given, **found).prepare(captions)
         return found
 
@@ -104,21 +104,21 @@ class Pretrained(Texts):
 
     def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Rows]:
         if self._encoder is None or self._encoder.process != os.getpid():
-            self._encoder = _Encoder(self.model, self.length, self.device, self.fingerprint)
+            self._encoder = _Encoder(self.model, self.max_length, self.device, self.fingerprint)
         return self._encoder([texts[k] for k in keys])
 
 
 class _Encoder:
     """A pretrained encoder of texts, frozen, with its tokenizer."""
 
-    def __init__(self, model: str, length: int, device: str, fingerprint: str) -> None:
+    def __init__(self, model: str, max_length: int, device: str, fingerprint: str) -> None:
         folder = _folder(model)
         if _fingerprint(folder) != fingerprint:
             raise ValueError(
                 f"{model} is not the encoder that this run was trained with: give that one by encoder=..., or train "
                 "anew"
             )
-        _features(folder, length)  # which knows what cannot be
+        _features(folder, max_length)  # which knows what cannot be
         package = library("transformers")
         try:
             self.tokenizer = package.AutoTokenizer.from_pretrained(
@@ -128,7 +128,7 @@ class _Encoder:
             raise ValueError(f"the tokenizer in {folder} cannot be opened ({one_line(error)}): save it anew") from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
-        self.length = length
+        self.max_length = max_length
         self.process = os.getpid()
         # What a process has on an accelerator does not outlive a fork, by which workers come to be.
         in_worker = torch.utils.data.get_worker_info() is not None
@@ -155,17 +155,17 @@ class _Encoder:
         return [found[i] for i in range(len(texts))]
 
     def _tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (N, L <= length), padding last."""
+        """Ids and mask, (N, L <= max_length), padding last."""
         whole = max(len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        if whole > self.length and not self._warned:
+        if whole > self.max_length and not self._warned:
             self._warned = True
             warnings.warn(
-                f"a text of {whole} tokens is cut to {self.length} (and so are others that are longer): raise "
-                "conditioning.encode.length for all of it, if the encoder takes as much",
+                f"a text of {whole} tokens is cut to {self.max_length} (and so are others that are longer): raise "
+                "conditioning.encode.max_length for all of it, if the encoder takes as much",
                 stacklevel=2,
             )
         ids, masks = [], []
-        for each in self.tokenizer(texts, truncation=True, max_length=self.length)["input_ids"]:
+        for each in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]:
             # A tokenizer without tokens for the ends makes nothing of the empty text.
             ids.append(torch.tensor(each or [self.tokenizer.pad_token_id]))
             masks.append(torch.ones(len(ids[-1]), dtype=torch.int64))
@@ -274,14 +274,14 @@ def _config(folder: Path) -> Any:
     return text
 
 
-def _features(folder: Path, length: int) -> int:
+def _features(folder: Path, max_length: int) -> int:
     """The width of the encoder's hidden states. Raises ValueError if it does not take `length` tokens."""
     config = _config(folder)
-    most = getattr(config, "max_position_embeddings", None) or length
-    if not 1 <= length <= most:
+    most = getattr(config, "max_position_embeddings", None) or max_length
+    if not 1 <= max_length <= most:
         raise ValueError(
-            f"conditioning.encode.length must lie in [1, {most}], the tokens that the encoder in {folder} takes, got "
-            f"{length}"
+            f"conditioning.encode.max_length must lie in [1, {most}], the tokens that the encoder in {folder} takes, got "
+            f"{max_length}"
         )
     return int(config.hidden_size)
 

@@ -20,7 +20,7 @@ VALIDATION = -1
 """The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
 
 
-class Places(NamedTuple):
+class BatchIndices(NamedTuple):
     """What a sampler asks of a dataset: the samples `indices`, the first at position `start` of `total` of a step."""
 
     start: int
@@ -29,7 +29,7 @@ class Places(NamedTuple):
     step: int = VALIDATION
 
 
-class TrainingStream(Sampler[Places]):
+class InfiniteBatchSampler(Sampler[BatchIndices]):
     """The batches of a whole run: step k takes samples k B .. (k + 1) B - 1 of one shuffled epoch after another.
 
     A pure function of (seed, step), cut first into `accumulate` micro-batches and these over `world` processes,
@@ -74,13 +74,13 @@ class TrainingStream(Sampler[Places]):
         """The batches of the whole run, also when it was resumed: Lightning counts on from where it stopped."""
         return self.num_steps * self.accumulate
 
-    def __iter__(self) -> Iterator[Places]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         micro = self.batch_size // (self.accumulate * self.world)
         for step in range(self.first_step, self.num_steps):
             batch = self.batch(step)
             for part in range(self.accumulate):
                 start = (part * self.world + self.rank) * micro
-                yield Places(start, self.batch_size, batch[start : start + micro], step)
+                yield BatchIndices(start, self.batch_size, batch[start : start + micro], step)
 
     def batch(self, step: int) -> list[int]:
         """The dataset indices of the global batch of `step`."""
@@ -97,7 +97,7 @@ class TrainingStream(Sampler[Places]):
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 
-class ValidationStream(Sampler[Places]):
+class EvalBatchSampler(Sampler[BatchIndices]):
     """All `indices` once and in order, in batches of `batch_size` to twice that, dealt out over `world`.
 
     Every process has as many batches as every other, of which sharded weights are gathered together. `limit` is a
@@ -124,6 +124,6 @@ class ValidationStream(Sampler[Places]):
         """The batches without a limit, of which Lightning takes the same share."""
         return self.rounds
 
-    def __iter__(self) -> Iterator[Places]:
+    def __iter__(self) -> Iterator[BatchIndices]:
         for start, stop in self.spans:
-            yield Places(start, self.total, self.indices[start:stop])
+            yield BatchIndices(start, self.total, self.indices[start:stop])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.data.csv_files import nearest
-from src.data.sources import Given, Labels, Source
+from src.data.sources import Covariates, Labels, Source
 from src.rng import key
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ COLOURS = {
 }
 """RGB of objects and backgrounds, before jitter."""
 
-COLOUR_JITTER = 12
+COLOR_JITTER = 12
 """Levels by which each channel of an object's colour may differ, and all of a background's together."""
 
 RADII = {"small": (0.09, 0.11), "large": (0.145, 0.17)}
@@ -86,7 +86,7 @@ class Object(NamedTuple):
     """What can be said of one object, each a value of `ATTRIBUTES`."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     position: str | None = None
     """None for one of two."""
@@ -105,13 +105,13 @@ class Placed(NamedTuple):
 
     shape: Tensor
     """(N, 2) int64 in the order of `ATTRIBUTES`; -1 for no second object, of which all else means nothing."""
-    centre: Tensor
+    center: Tensor
     """(N, 2, 2): x and y of the middle of each object's box."""
     radius: Tensor
     """(N, 2) of the circle with each object's area."""
     half: Tensor
     """(N, 2, 2): half the width and height of each object."""
-    colour: Tensor
+    color: Tensor
     """(N, 2, 3) of each object, in [0, 255]."""
     background: Tensor
     """(N, 3)."""
@@ -148,7 +148,7 @@ def wordings(scene: Scene) -> list[str]:
 
 def caption(scene: Scene, wording: int = 0) -> str:
     """The scene in words, "a small red circle at the top left on a black background", worded in one of several ways."""
-    names = [f"{each.size} {each.colour} {each.shape}" for each in scene.objects]
+    names = [f"{each.size} {each.color} {each.shape}" for each in scene.objects]
     if len(names) == 2:
         assert scene.relation is not None
         return TWO[wording].format(
@@ -194,8 +194,8 @@ def place(scenes: Sequence[Scene], seeds: Sequence[int]) -> Placed:
     if len(seeds) != len(scenes):
         raise ValueError(f"each scene has a seed of its own, got {len(seeds)} for {len(scenes)} scenes")
     generator = torch.Generator()
-    draws = [torch.rand(17, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    chance = torch.stack(draws)
+    rng = [torch.rand(17, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    chance = torch.stack(rng)
     signed = 2 * chance - 1
     objects = [(*scene.objects, scene.objects[0])[:2] for scene in scenes]  # (N, 2), the second perhaps in vain
     two = torch.tensor([len(scene.objects) == 2 for scene in scenes])[:, None]
@@ -208,14 +208,14 @@ def place(scenes: Sequence[Scene], seeds: Sequence[int]) -> Placed:
     low, high = looked_up(RADII, "size").unbind(-1)
     radius = low + (high - low) * chance[:, 0:2]
     half = radius[..., None] * looked_up(HALVES, "shape")
-    colour = looked_up(COLOURS, "colour") + COLOUR_JITTER * signed[:, 2:8].view(-1, 2, 3)
-    background = torch.tensor([COLOURS[scene.background] for scene in scenes]) + COLOUR_JITTER * signed[:, 8:9]
+    color = looked_up(COLOURS, "colour") + COLOR_JITTER * signed[:, 2:8].view(-1, 2, 3)
+    background = torch.tensor([COLOURS[scene.background] for scene in scenes]) + COLOR_JITTER * signed[:, 8:9]
     alone = torch.tensor([PLACES[scene.objects[0].position or "centre"] for scene in scenes], dtype=torch.float64)
     alone = (alone + PLACE_JITTER * signed[:, 9:11])[:, None].expand(-1, 2, -1)
-    centre = torch.where(two[..., None], _side_by_side(scenes, half, chance[:, 11:]), alone)
+    center = torch.where(two[..., None], _side_by_side(scenes, half, chance[:, 11:]), alone)
     shape = torch.tensor([[ATTRIBUTES["shape"].index(each.shape) for each in pair] for pair in objects])
     shape[:, 1:].masked_fill_(~two, -1)
-    return Placed(shape, centre, radius, half, colour.clamp(0, 255), background.clamp(0, 255))
+    return Placed(shape, center, radius, half, color.clamp(0, 255), background.clamp(0, 255))
 
 
 def _side_by_side(scenes: Sequence[Scene], half: Tensor, chance: Tensor) -> Tensor:
@@ -248,12 +248,12 @@ def paint(placed: Placed, image_size: int) -> Tensor:
     covered = torch.zeros(*placed.shape.shape, image_size, image_size)  # (N, 2, S, S)
     for number, name in enumerate(ATTRIBUTES["shape"]):
         which = (placed.shape == number).nonzero(as_tuple=True)
-        x, y = (pixels - placed.centre.float()[which][:, axis, None] for axis in (0, 1))
+        x, y = (pixels - placed.center.float()[which][:, axis, None] for axis in (0, 1))
         outside = DISTANCES[name](x[:, None, :], y[:, :, None], placed.radius.float()[which][:, None, None])
         covered[which] = (0.5 - image_size * outside).clamp(0, 1)
     picture = placed.background.float()[:, :, None, None]
     for k in (0, 1):
-        picture = torch.lerp(picture, placed.colour.float()[:, k, :, None, None], covered[:, k, None])
+        picture = torch.lerp(picture, placed.color.float()[:, k, :, None, None], covered[:, k, None])
     return (picture + 0.5).to(torch.uint8)
 
 
@@ -298,7 +298,7 @@ class Shapes:
     """
 
     labels: Labels | None = None
-    given: Given | None = None
+    covariates: Covariates | None = None
     ids: Sequence[str] | None = None
 
     def __init__(
@@ -421,7 +421,7 @@ def _grammar(count: int) -> tuple[Scene, ...]:
     if count == 1:
         alone = product(*looks, ATTRIBUTES["position"])
         return tuple(Scene((Object(*look),), background) for look in alone for background in ATTRIBUTES["background"])
-    pairs = [(a, b) for a, b in product(map(Object._make, product(*looks, [None])), repeat=2) if a.colour != b.colour]
+    pairs = [(a, b) for a, b in product(map(Object._make, product(*looks, [None])), repeat=2) if a.color != b.color]
     return tuple(Scene(*each) for each in product(pairs, ATTRIBUTES["background"], RELATIONS))
 
 

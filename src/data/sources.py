@@ -18,7 +18,7 @@ class Labels(NamedTuple):
     names: Sequence[str]
 
 
-class Given(NamedTuple):
+class Covariates(NamedTuple):
     """What was measured beside each sample of a source: `values` (N, K) float32 of so many `names`."""
 
     values: Tensor
@@ -33,7 +33,7 @@ class Source(Protocol):
     """
 
     labels: Labels | None
-    given: Given | None
+    covariates: Covariates | None
     captions: Sequence[Sequence[str]] | None
     ids: Sequence[str] | None
 
@@ -55,13 +55,13 @@ class InMemory:
         self,
         samples: Tensor,
         labels: Labels | None = None,
-        given: Given | None = None,
+        covariates: Covariates | None = None,
         captions: Sequence[Sequence[str]] | None = None,
         ids: Sequence[str] | None = None,
     ) -> None:
         self.samples = samples
         self.labels = labels
-        self.given = given
+        self.covariates = covariates
         self.captions = captions
         self.ids = ids
 
@@ -77,12 +77,12 @@ class InMemory:
         return [zlib.crc32(sample) for sample in self.samples.numpy()]
 
 
-def to_signed(x: Tensor, levels: int = 256) -> Tensor:
+def normalize(x: Tensor, num_values: int = 256) -> Tensor:
     """Integers 0..levels - 1 -> float32 in [-1, 1]."""
-    return x.float() * (2 / (levels - 1)) - 1
+    return x.float() * (2 / (num_values - 1)) - 1
 
 
-def to_uint8(x: Tensor, levels: int = 256) -> Tensor:
-    """Floats in [-1, 1] (clipped) -> the nearest of `levels` values, as uint8 0..255 for showing and saving."""
-    index = ((x.float().clamp(-1, 1) + 1) * ((levels - 1) / 2)).round()
-    return (index * (255 / (levels - 1))).round().to(torch.uint8)
+def to_uint8(x: Tensor, num_values: int = 256) -> Tensor:
+    """Floats in [-1, 1] (clipped) -> the nearest of `num_values` values, as uint8 0..255 for showing and saving."""
+    index = ((x.float().clamp(-1, 1) + 1) * ((num_values - 1) / 2)).round()
+    return (index * (255 / (num_values - 1))).round().to(torch.uint8)

@@ -33,7 +33,7 @@ class Store:
         """The arrays under `keys`, of which `compute` gives those that are not there, while other processes wait."""
         found = self._read(keys)
         if len(found) < len(set(keys)):
-            with self._held():
+            with self._locks():
                 self._refresh()
                 found = self._read(keys)
                 missing = [key for key in dict.fromkeys(keys) if key not in found]
@@ -125,7 +125,7 @@ class Store:
         self._refresh()
 
     @contextmanager
-    def _held(self) -> Iterator[None]:
+    def _locks(self) -> Iterator[None]:
         """No other process writes meanwhile."""
         lock = FileLock(self.folder / "lock")
         try:

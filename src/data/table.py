@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from src.data.csv_files import Table, kinds, nearest, read_table, some
-from src.data.module import StreamDataModule
-from src.data.sources import Given, InMemory, Source
+from src.data.module import BaseDataModule
+from src.data.sources import Covariates, InMemory, Source
 
 
-class TableDataModule(StreamDataModule):
+class TableDataModule(BaseDataModule):
     """The rows of a CSV file, a row of names first: samples (N, D) of D columns, each of mean 0 and deviation 1.
 
     `columns` are those that samples consist of; None takes all columns of numbers that are nothing else. Columns
     `given` are measured beside (`Source.given`, in their units), and `label` names the kind (`Source.labels`).
-    `to_display` gives samples back in their units. `mean` and `deviation` of the columns are those of the whole table;
+    `postprocess` gives samples back in their units. `mean` and `std` of the columns are those of the whole table;
     a run keeps them in its configuration, and with them its samples need no file (`found`).
 
     Raises FileNotFoundError if the file is needed and is not there, ValueError for columns that do not exist, are
@@ -29,48 +29,52 @@ class TableDataModule(StreamDataModule):
         self,
         path: str | None,
         columns: Sequence[str] | None = None,
-        given: Sequence[str] = (),
+        condition_columns: Sequence[str] = (),
         label: str | None = None,
         mean: Sequence[float] | None = None,
-        deviation: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         batch_size: int = 512,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         seed: int = 0,
         num_workers: int = 0,
-        micro_batch: int | Literal["auto"] | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
     ) -> None:
         self.path = path
-        self.given = list(given)
+        self.condition_columns = list(condition_columns)
         self.label = label
         self.columns = list(columns) if columns else None
-        if self.columns is None or mean is None or deviation is None:
+        if self.columns is None or mean is None or std is None:
             table = self._read()
             self.columns = self.columns or self._numeric(table)
             values = self._values(table)
-            mean, deviation = values.mean(0).tolist(), values.std(0, correction=0).tolist()
-        if not len(self.columns) == len(mean) == len(deviation):
+            mean, std = values.mean(0).tolist(), values.std(0, correction=0).tolist()
+        if not len(self.columns) == len(mean) == len(std):
             raise ValueError(
-                f"data.mean and data.deviation need a number for each of the columns {', '.join(self.columns)}, got "
-                f"{len(mean)} and {len(deviation)}: null takes those of the table"
+                f"data.mean and data.std need a number for each of the columns {', '.join(self.columns)}, got "
+                f"{len(mean)} and {len(std)}: null takes those of the table"
             )
         shape = (len(self.columns),)
-        super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, micro_batch)
+        super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         self.mean = torch.tensor(mean, dtype=torch.float64)
-        self.deviation: Tensor = torch.tensor(deviation, dtype=torch.float64)
+        self.std: Tensor = torch.tensor(std, dtype=torch.float64)
 
     @property
     def found(self) -> Mapping[str, Any]:
         """The settings that only the table tells, for the run's configuration."""
-        return {"columns": self.columns, "mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+        return {"columns": self.columns, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
-    def to_display(self, x: Tensor) -> Tensor:
-        return x * self.deviation.to(x) + self.mean.to(x)
+    def postprocess(self, x: Tensor) -> Tensor:
+        return x * self.std.to(x) + self.mean.to(x)
 
     def _open(self) -> Source:
         table = self._read()
-        samples = ((self._values(table) - self.mean) / self.deviation).float()
-        measured = Given(_numbers(table, self.given, "data.given"), self.given) if self.given else None
+        samples = ((self._values(table) - self.mean) / self.std).float()
+        measured = (
+            Covariates(_numbers(table, self.condition_columns, "data.condition_columns"), self.condition_columns)
+            if self.condition_columns
+            else None
+        )
         labels = None
         if self.label is not None:
             names = table.column(self.label)
@@ -88,7 +92,7 @@ class TableDataModule(StreamDataModule):
         table = read_table(Path(self.path), "data.path")
         uses = {
             "data.columns": self.columns or [],
-            "data.given": self.given,
+            "data.condition_columns": self.condition_columns,
             "data.label": [] if self.label is None else [self.label],
         }
         used: dict[str, str] = {}
@@ -105,7 +109,7 @@ class TableDataModule(StreamDataModule):
 
     def _numeric(self, table: Table) -> list[str]:
         """The columns that are not used otherwise and mostly hold numbers: of these a cell without one is a mistake."""
-        free = [name for name in table.names if name not in self.given and name != self.label]
+        free = [name for name in table.names if name not in self.condition_columns and name != self.label]
         numeric = [n for n in free if 2 * sum(map(_is_number, table.column(n))) > len(table.rows)]
         if not numeric:
             raise ValueError(f"{table.path} has no column of numbers among {some(free) or 'none'}: see data.columns")

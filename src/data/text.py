@@ -37,22 +37,24 @@ class Texts:
 
 
 class Tokens(Texts):
-    """Texts -> token ids (N, length) int64: where the text begins, its tokens, where it ends, padding.
+    """Texts -> token ids (N, max_length) int64: where the text begins, its tokens, where it ends, padding.
 
-    A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) that `found_in` trains on the captions of the data, so
-    any text can be encoded; `tokenizer` is what the tokenizers library writes of it, in JSON. `vocabulary` is at least
+    A byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) that `infer_settings` trains on the captions of the data, so
+    any text can be encoded; `tokenizer` is what the tokenizers library writes of it, in JSON. `vocab_size` is at least
     259, the bytes and three special ids. Texts are taken in lower case, in Unicode's normal form NFKC and with one
     blank for several; what is longer than `length` is cut, with a warning. `None` and a blank text are the same, and
     ask for nothing.
     """
 
     def __init__(
-        self, tokenizer: str | None, length: int = 64, vocabulary: int = 1024, examples: Sequence[str] = ()
+        self, tokenizer: str | None, max_length: int = 64, vocab_size: int = 1024, examples: Sequence[str] = ()
     ) -> None:
         if tokenizer is None:
             raise ValueError("conditioning=text needs a tokenizer, which the captions of data give as a run starts")
-        if length < 3:
-            raise ValueError(f"conditioning.encode.length must be at least 3, a token and its ends, got {length}")
+        if max_length < 3:
+            raise ValueError(
+                f"conditioning.encode.max_length must be at least 3, a token and its ends, got {max_length}"
+            )
         package = library("tokenizers")
         try:
             self._tokenizer = package.Tokenizer.from_str(tokenizer)
@@ -62,34 +64,34 @@ class Tokens(Texts):
                 "null in a new run, to have one trained"
             ) from error
         used = self._tokenizer.get_vocab_size() + SPECIAL
-        if used > vocabulary:
+        if used > vocab_size:
             raise ValueError(
-                f"conditioning.encode.tokenizer has {used} ids, and conditioning.encode.vocabulary is {vocabulary}: "
+                f"conditioning.encode.tokenizer has {used} ids, and conditioning.encode.vocab_size is {vocab_size}: "
                 "raise it"
             )
-        self.length = length
+        self.max_length = max_length
         self.examples = list(examples)
         self._warned = False
 
     def __call__(self, asked: Sequence[str | None]) -> Tensor:
         rows = [self._tokens(each) for each in asked]
-        padded = [row + [PADDING] * (self.length - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int64).view(-1, self.length)
+        padded = [row + [PADDING] * (self.max_length - len(row)) for row in rows]
+        return torch.tensor(padded, dtype=torch.int64).view(-1, self.max_length)
 
     @staticmethod
-    def found_in(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         texts = sample(captions_of(source))
-        tokenizer = settings.get("tokenizer") or _train(texts, settings.get("vocabulary", 1024))
+        tokenizer = settings.get("tokenizer") or _train(texts, settings.get("vocab_size", 1024))
         return {"tokenizer": tokenizer, "examples": list(settings.get("examples") or distinct(texts))}
 
     def _tokens(self, asked: str | None) -> list[int]:
         ids = [SPECIAL + i for i in self._tokenizer.encode(_normal(asked), add_special_tokens=False).ids]
-        room = self.length - 2
+        room = self.max_length - 2
         if len(ids) > room and not self._warned:
             self._warned = True
             warnings.warn(
                 f"a text of {len(ids)} tokens is cut to {room} and its ends (and so are others that are longer): raise "
-                "conditioning.encode.length for all of it",
+                "conditioning.encode.max_length for all of it",
                 stacklevel=3,
             )
         return [BEGIN, *ids[:room], END]
@@ -138,19 +140,19 @@ def _normal(asked: str | None) -> str:
     return clean(unicodedata.normalize("NFKC", clean(asked)).lower())
 
 
-def _train(texts: Sequence[str], vocabulary: int) -> str:
-    """A tokenizer of at most `vocabulary` ids, the special ones included, as JSON in ASCII."""
+def _train(texts: Sequence[str], vocab_size: int) -> str:
+    """A tokenizer of at most `vocab_size` ids, the special ones included, as JSON in ASCII."""
     least = 256 + SPECIAL
-    if vocabulary < least:
+    if vocab_size < least:
         raise ValueError(
-            f"conditioning.encode.vocabulary must be at least {least}, the bytes and {SPECIAL} ids for padding and the "
-            f"ends, got {vocabulary}"
+            f"conditioning.encode.vocab_size must be at least {least}, the bytes and {SPECIAL} ids for padding and the "
+            f"ends, got {vocab_size}"
         )
     package = library("tokenizers")
     tokenizer = package.Tokenizer(package.models.BPE())
     tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is as others
     trainer = package.trainers.BpeTrainer(
-        vocab_size=vocabulary - SPECIAL,
+        vocab_size=vocab_size - SPECIAL,
         min_frequency=2,
         initial_alphabet=package.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

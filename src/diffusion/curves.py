@@ -96,7 +96,7 @@ class Learned(nn.Module):
         # softplus(-7) is about 0.001 a sigmoid; the line weighs 1.
         self.line = nn.Parameter(torch.tensor(math.log(math.e - 1)))
         self.heights = nn.Parameter(torch.full((width,), -7.0))
-        self.centres = nn.Parameter(torch.linspace(0, 1, width))
+        self.centers = nn.Parameter(torch.linspace(0, 1, width))
         self.slopes = nn.Parameter(torch.full((width,), 10.0))
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class Learned(nn.Module):
 
     def _rise(self, x: Tensor) -> Tensor:
         """A rising function of x (...)."""
-        steps = torch.sigmoid(F.softplus(self.slopes) * (x[..., None] - self.centres))
+        steps = torch.sigmoid(F.softplus(self.slopes) * (x[..., None] - self.centers))
         return F.softplus(self.line) * x + (F.softplus(self.heights) * steps).sum(-1)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import Level
+from src.diffusion.noise import NoiseLevel
 
-Conditional = Callable[[Tensor, Level, Tensor | None], Tensor]
+Conditional = Callable[[Tensor, NoiseLevel, Tensor | None], Tensor]
 """(x_t (B, *data), level, conditions (B, ...) or None) -> a network's raw output (B, outputs * C, *rest)."""
 
 
@@ -23,7 +23,7 @@ class Guidance(NamedTuple):
     rescale: float = 0.0
     """The share in which the output's deviation is brought back to the conditional one's (Lin et al. 2024, arXiv
     2305.08891, sec. 3.4)."""
-    weak: Conditional | None = None
+    model: Conditional | None = None
     """The reference: a weaker model, asked for the same (Karras et al. 2024, arXiv 2406.02507); None for the model
     itself with nothing asked for (Ho & Salimans 2022, arXiv 2207.12598)."""
 
@@ -40,7 +40,7 @@ class Guidance(NamedTuple):
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale must lie in [0, 1], got {self.rescale}: 0.7 is usual, 0 is none")
 
-    def acts(self, t: Level) -> bool:
+    def acts(self, t: NoiseLevel) -> bool:
         """Whether a level, a scalar one, lies within the interval."""
         alpha = t.alpha.item()
         ratio = t.sigma.item() / alpha if alpha > 0 else math.inf
@@ -54,23 +54,23 @@ def guided(
 
     With reference r and conditional output c it is r + scale (c - r), of the first `channels` channels: what else there
     is, a learned variance, stays c's. Outputs of every prediction target are one affine function of eps at a given x_t,
-    so guiding them is guiding eps. `null` (1, ...) asks for nothing; with it and without a `weak` model the reference
+    so guiding them is guiding eps. `null` (1, ...) asks for nothing; with it and without a `model` the reference
     costs no call of its own but twice the batch. Where scale is 1 or the interval does not reach, c is all that is
     computed; where it is 0, r.
     """
-    scale, weak = guidance.scale, guidance.weak
+    scale, model = guidance.scale, guidance.model
     nothing = None if cond is None or null is None else null.expand_as(cond)
 
-    def reference(x: Tensor, t: Level) -> Tensor:
-        return weak(x, t, cond) if weak else denoise(x, t, nothing)
+    def reference(x: Tensor, t: NoiseLevel) -> Tensor:
+        return model(x, t, cond) if model else denoise(x, t, nothing)
 
-    def both(x: Tensor, t: Level) -> tuple[Tensor, Tensor]:
-        if weak or cond is None or nothing is None:
+    def both(x: Tensor, t: NoiseLevel) -> tuple[Tensor, Tensor]:
+        if model or cond is None or nothing is None:
             return denoise(x, t, cond), reference(x, t)
         asked, other = denoise(torch.cat([x, x]), t, torch.cat([cond, nothing])).chunk(2)
         return asked, other
 
-    def out(x: Tensor, t: Level) -> Tensor:
+    def out(x: Tensor, t: NoiseLevel) -> Tensor:
         if scale == 1 or not guidance.acts(t):
             return denoise(x, t, cond)
         if scale == 0:

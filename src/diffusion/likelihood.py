@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from src.diffusion.noise import Level, Link
-from src.diffusion.process import TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.gaussian_diffusion import TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.noise import NoiseLevel, Transition
 
-Predict = Callable[[Tensor, Level], Prediction]
+Predict = Callable[[Tensor, NoiseLevel], Prediction]
 """(x_t (B, *data), level) -> what the network's output there means."""
 
 
@@ -36,15 +36,15 @@ def gaussian_log_prob(x: Tensor, q: Gaussian) -> Tensor:
     return -0.5 * (math.log(2 * math.pi) + q.log_variance + distance)
 
 
-def discretized_gaussian_log_prob(x: Tensor, q: Gaussian, levels: int) -> Tensor:
+def discretized_gaussian_log_prob(x: Tensor, q: Gaussian, num_values: int) -> Tensor:
     """The log-probability under q of the bin that x lies in, element by element, in nats (Ho et al. 2020, eq. 13).
 
-    x has `levels` values evenly over [-1, 1], each in the middle of a bin; the outermost bins are open. By the exact
+    x has `num_values` values evenly over [-1, 1], each in the middle of a bin; the outermost bins are open. By the exact
     normal distribution, in logarithms, so that no tail underflows.
     """
-    half = 1 / (levels - 1)
-    deviation = torch.exp(0.5 * q.log_variance)
-    lower, upper = (x - half - q.mean) / deviation, (x + half - q.mean) / deviation
+    half = 1 / (num_values - 1)
+    std = torch.exp(0.5 * q.log_variance)
+    lower, upper = (x - half - q.mean) / std, (x + half - q.mean) / std
     # Reflected, so that both ends lie where the logarithm keeps its digits: in the lower tail.
     reflected = lower + upper > 0
     lower, upper = torch.where(reflected, -upper, lower), torch.where(reflected, -lower, upper)
@@ -52,8 +52,8 @@ def discretized_gaussian_log_prob(x: Tensor, q: Gaussian, levels: int) -> Tensor
     inner = log_upper + torch.log(-torch.expm1((log_lower - log_upper).clamp(max=-1e-12)))
     first, last = x < -1 + half, x > 1 - half
     # The open side of an outer bin is the whole tail.
-    below = log_ndtr((x + half - q.mean) / deviation)
-    above = log_ndtr(-(x - half - q.mean) / deviation)
+    below = log_ndtr((x + half - q.mean) / std)
+    above = log_ndtr(-(x - half - q.mean) / std)
     return torch.where(first, below, torch.where(last, above, inner))
 
 
@@ -68,33 +68,38 @@ def log_ndtr(x: Tensor) -> Tensor:
     return torch.where(x < 0, below, torch.special.log_ndtr(rest))
 
 
-def decoder_log_prob(process: GaussianDiffusion, x0: Tensor, q: Gaussian) -> Tensor:
+def decoder_log_prob(diffusion: GaussianDiffusion, x0: Tensor, q: Gaussian) -> Tensor:
     """log p(x_0 | x_1), element by element, in nats: of a bin if the data have levels, else a density."""
-    if process.levels is None:
+    if diffusion.num_values is None:
         return gaussian_log_prob(x0, q)
-    return discretized_gaussian_log_prob(x0, q, process.levels)
+    return discretized_gaussian_log_prob(x0, q, diffusion.num_values)
 
 
-def link_bits(
-    process: GaussianDiffusion,
+def transition_bits(
+    diffusion: GaussianDiffusion,
     pred: Prediction,
     x0: Tensor,
     x_t: Tensor,
-    link: Link,
+    transition: Transition,
     log_variance: Tensor | None = None,
 ) -> Tensor:
     """One link's term of the bound, (B,) in bits/dim: KL(q(x_s | x_t, x_0) || p(x_s | x_t)), or the decoder's.
 
     `log_variance`, broadcastable to x0 (B, *data), replaces that of the process's reverse step.
     """
-    truth, model = process.posterior(x0, x_t, link.t, link.s), process.reverse(pred, x_t, link.t, link.s)
+    truth, model = (
+        diffusion.posterior(x0, x_t, transition.t, transition.s),
+        diffusion.reverse(pred, x_t, transition.t, transition.s),
+    )
     if log_variance is not None:
         model = Gaussian(model.mean, log_variance)
     # Both, since to look which it is a GPU would wait for all that is queued.
-    return in_bits(torch.where(link.s.sigma == 0, -decoder_log_prob(process, x0, model), gaussian_kl(truth, model)))
+    return in_bits(
+        torch.where(transition.s.sigma == 0, -decoder_log_prob(diffusion, x0, model), gaussian_kl(truth, model))
+    )
 
 
-def optimal_log_variance(t: Level, s: Level, mse: Tensor) -> Tensor:
+def optimal_log_variance(t: NoiseLevel, s: NoiseLevel, mse: Tensor) -> Tensor:
     """The logarithm of the reverse step's best isotropic variance, in the shape of `mse`, which is that of x_0.
 
     The posterior's variance, plus the squared coefficient of x_0 in its mean times the mean squared error of the
@@ -108,7 +113,7 @@ def optimal_log_variance(t: Level, s: Level, mse: Tensor) -> Tensor:
     return variance.clamp(min=TINY_VARIANCE).log()
 
 
-def prior_bits(t: Level, x0: Tensor) -> Tensor:
+def prior_bits(t: NoiseLevel, x0: Tensor) -> Tensor:
     """KL(q(x_t | x_0) || p(x_t)), (B,) in bits/dim, at the chain's noisiest level.
 
     p(x_t) = N(0, alpha^2 + sigma^2), which is N(0, 1) for tables.
@@ -122,7 +127,7 @@ def in_bits(nats: Tensor) -> Tensor:
     return nats.flatten(1).mean(1) / math.log(2)
 
 
-def flow_slope(predict: Predict, z: Tensor, angle: Tensor, level: Level, probe: Tensor) -> tuple[Tensor, Tensor]:
+def flow_slope(predict: Predict, z: Tensor, angle: Tensor, level: NoiseLevel, probe: Tensor) -> tuple[Tensor, Tensor]:
     """The probability flow at z = x / sqrt(alpha^2 + sigma^2) (B, *data), and its divergence (B,).
 
     With tan(angle) = sigma / alpha, z = cos(angle) x_0 + sin(angle) eps whatever the schedule, and the flow is

@@ -33,7 +33,7 @@ class DefaultSpacing(NamedTuple):
         return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
 
 
-class Level(NamedTuple):
+class NoiseLevel(NamedTuple):
     """x = alpha x_0 + sigma eps. Fields are scalars, or (B, 1, ..., 1) to broadcast against data (B, *data).
 
     `time` in [0, 1] is what a network sees: (t + 1) / T for row t of a table, 0 for clean data. Scalars are float64
@@ -60,12 +60,12 @@ class Level(NamedTuple):
         return torch.hypot(self.alpha, self.sigma)
 
 
-class Link(NamedTuple):
-    """One of the `links` links of the chain, from level s to the noisier level t."""
+class Transition(NamedTuple):
+    """One of the `num_transitions` links of the chain, from level s to the noisier level t."""
 
-    t: Level
-    s: Level
-    links: int
+    t: NoiseLevel
+    s: NoiseLevel
+    num_transitions: int
 
 
 class Schedule(Protocol):
@@ -79,22 +79,22 @@ class Schedule(Protocol):
     first: float
     decoder_scale: float
 
-    def row(self, t: int) -> Level:
+    def row(self, t: int) -> NoiseLevel:
         """The noisier end of link t in [0, num_steps - 1], or clean data for -1, as scalars."""
         ...
 
-    def link(self, v: Tensor, like: Tensor) -> Link:
+    def transition(self, v: Tensor, like: Tensor) -> Transition:
         """The chain's links on which v (B,) in [0, 1) falls, as (B, 1, ..., 1) against `like` (B, *data).
 
         Link t, from row t to row t - 1, has the share [t / T, (t + 1) / T).
         """
         ...
 
-    def level_at(self, v: Tensor, like: Tensor) -> Level:
+    def level_at(self, v: Tensor, like: Tensor) -> NoiseLevel:
         """The levels on which v (B,) in [0, 1) falls, as (B, 1, ..., 1): of a table the links' noisier ends."""
         ...
 
-    def at(self, u: Tensor) -> list[Level]:
+    def at(self, u: Tensor) -> list[NoiseLevel]:
         """Scalar levels at positions u (N,) float64 in [0, 1]."""
         ...
 
@@ -102,7 +102,7 @@ class Schedule(Protocol):
         """The positions (N,) at which atan(sigma / alpha) takes these values (N,), float64."""
         ...
 
-    def at_ratio(self, ratio: Tensor) -> Level:
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
         """The scalar level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
         ...
 
@@ -111,22 +111,22 @@ class Schedule(Protocol):
         ...
 
 
-class Grid(tuple[Level, ...]):
+class Grid(tuple[NoiseLevel, ...]):
     """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
 
     schedule: Schedule
 
-    def __new__(cls, levels: Iterable[Level], schedule: Schedule) -> "Grid":
+    def __new__(cls, levels: Iterable[NoiseLevel], schedule: Schedule) -> "Grid":
         grid = super().__new__(cls, levels)
         grid.schedule = schedule
         return grid
 
-    def at_ratio(self, ratio: Tensor) -> Level:
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
         """The level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
         return self.schedule.at_ratio(ratio.double())
 
 
-CLEAN = Level(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+CLEAN = NoiseLevel(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
 def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> Grid:
@@ -202,8 +202,8 @@ class NoiseSchedule(nn.Module):
         alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
         time = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
         rows = [torch.cat([table, clean[None]]) for table, clean in zip((alpha, sigma, time), CLEAN, strict=True)]
-        self.rows = Level(*rows)
-        for name, table in zip(Level._fields, rows, strict=True):
+        self.rows = NoiseLevel(*rows)
+        for name, table in zip(NoiseLevel._fields, rows, strict=True):
             self.register_buffer(name, table.float(), persistent=False)
         log_snr = 2 * (alpha.log() - sigma.log())
         finite = log_snr[log_snr.isfinite()]
@@ -224,21 +224,21 @@ class NoiseSchedule(nn.Module):
         super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def row(self, t: int) -> Level:
-        return Level(*(table[t] for table in self.rows))
+    def row(self, t: int) -> NoiseLevel:
+        return NoiseLevel(*(table[t] for table in self.rows))
 
-    def level(self, t: Tensor, like: Tensor) -> Level:
+    def level(self, t: Tensor, like: Tensor) -> NoiseLevel:
         """The levels of indices t (B,), integers in [-1, T - 1], as (B, 1, ..., 1) against `like` (B, *data)."""
-        return Level(*(per_sample(table[t], like) for table in (self.alpha, self.sigma, self.time)))
+        return NoiseLevel(*(per_sample(table[t], like) for table in (self.alpha, self.sigma, self.time)))
 
-    def link(self, v: Tensor, like: Tensor) -> Link:
+    def transition(self, v: Tensor, like: Tensor) -> Transition:
         t = (v * self.num_steps).long()
-        return Link(self.level(t, like), self.level(t - 1, like), self.num_steps)
+        return Transition(self.level(t, like), self.level(t - 1, like), self.num_steps)
 
-    def level_at(self, v: Tensor, like: Tensor) -> Level:
+    def level_at(self, v: Tensor, like: Tensor) -> NoiseLevel:
         return self.level((v * self.num_steps).long(), like)
 
-    def at(self, u: Tensor) -> list[Level]:
+    def at(self, u: Tensor) -> list[NoiseLevel]:
         """The rows themselves at their positions; between them interpolated in the angle atan(sigma / alpha)."""
         place = u * self.num_steps
         row = place.round()
@@ -247,7 +247,7 @@ class NoiseSchedule(nn.Module):
         angle, rest = (torch.lerp(x[below], x[below + 1], place - below) for x in (self._angle, self._rest))
         alpha = torch.where(is_row, self._alpha[row], rest.sin())
         sigma = torch.where(is_row, self._sigma[row], angle.sin())
-        return [Level(*level) for level in zip(alpha, sigma, u, strict=True)]
+        return [NoiseLevel(*level) for level in zip(alpha, sigma, u, strict=True)]
 
     def position(self, angle: Tensor) -> Tensor:
         above = torch.searchsorted(self._angle, angle).clamp(1, self.num_steps)
@@ -256,10 +256,10 @@ class NoiseSchedule(nn.Module):
         fraction = torch.where(stop > start, (angle - start) / (stop - start), 1.0)
         return ((above - 1 + fraction) / self.num_steps).clamp(0, 1)
 
-    def at_ratio(self, ratio: Tensor) -> Level:
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
         """Beyond the noisiest row the time stays 1."""
         norm = torch.hypot(torch.ones_like(ratio), ratio)
-        return Level(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
+        return NoiseLevel(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
         """Of rows, by the differences between their neighbors'."""
@@ -285,30 +285,30 @@ class ContinuousSchedule(nn.Module):
         self.num_steps = num_steps
         self.first = 0.0
 
-    def row(self, t: int) -> Level:
+    def row(self, t: int) -> NoiseLevel:
         return CLEAN if t == -1 else self.at(torch.tensor([(t + 1) / self.num_steps], dtype=torch.float64))[0]
 
-    def link(self, v: Tensor, like: Tensor) -> Link:
+    def transition(self, v: Tensor, like: Tensor) -> Transition:
         # Both ends on the chain's grid, as VDM's code rounds its draws up (Kingma et al. 2021).
         below = (v * self.num_steps).floor()
         t, s = (self._level(place / self.num_steps) for place in (below + 1, below))
-        s = Level(*(torch.where(below > 0, x, clean) for x, clean in zip(s, (1.0, 0.0, 0.0), strict=True)))
-        t, s = (Level(*(per_sample(x, like) for x in level)) for level in (t, s))
-        return Link(t, s, self.num_steps)
+        s = NoiseLevel(*(torch.where(below > 0, x, clean) for x, clean in zip(s, (1.0, 0.0, 0.0), strict=True)))
+        t, s = (NoiseLevel(*(per_sample(x, like) for x in level)) for level in (t, s))
+        return Transition(t, s, self.num_steps)
 
-    def level_at(self, v: Tensor, like: Tensor) -> Level:
-        return Level(*(per_sample(x, like) for x in self._level(v)))
+    def level_at(self, v: Tensor, like: Tensor) -> NoiseLevel:
+        return NoiseLevel(*(per_sample(x, like) for x in self._level(v)))
 
     @torch.no_grad()
-    def at(self, u: Tensor) -> list[Level]:
-        return [Level(*level) for level in zip(*self._level(u), strict=True)]
+    def at(self, u: Tensor) -> list[NoiseLevel]:
+        return [NoiseLevel(*level) for level in zip(*self._level(u), strict=True)]
 
     @torch.no_grad()
     def position(self, angle: Tensor) -> Tensor:
         return self._bisect(angle, 1.0)
 
     @torch.no_grad()
-    def at_ratio(self, ratio: Tensor) -> Level:
+    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
         """Beyond the noisiest level the curve is continued, and its time with it."""
         (noisiest,) = self.at(torch.ones_like(ratio)[None])
         u = self._bisect(ratio.atan()[None], 1.0 if ratio <= noisiest.ratio else 2.0)
@@ -333,8 +333,8 @@ class ContinuousSchedule(nn.Module):
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (low + high) / 2
 
-    def _level(self, u: Tensor) -> Level:
-        return Level(*self.curve(u), u)
+    def _level(self, u: Tensor) -> NoiseLevel:
+        return NoiseLevel(*self.curve(u), u)
 
 
 def terminal_alpha_bar(schedule: Schedule) -> float:

@@ -13,25 +13,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, snr_ratio
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
 from src.diffusion.noise import Grid
-from src.diffusion.process import GaussianDiffusion, snr_ratio
 
 Noise = Callable[[Tensor], Tensor]
 
 
-def ancestral(process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise) -> Iterator[Tensor]:
+def ancestral(
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+) -> Iterator[Tensor]:
     """Sample the reverse chain x_s ~ p(x_s | x_t) link by link (Ho et al. 2020, alg. 2), for any strides."""
     for t, s in pairwise(grid):
-        mean, log_variance = process.reverse(predict(x, t), x, t, s)
+        mean, log_variance = diffusion.reverse(predict(x, t), x, t, s)
         # The last link ends at clean data: its mean is the sample.
         x = mean if s is grid[-1] else mean + torch.exp(log_variance / 2) * noise(x)
         yield x
 
 
 def ddim(
-    process: GaussianDiffusion,
+    diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
     grid: Grid,
@@ -59,7 +61,7 @@ def ddim(
 
 
 def ddim_inversion(
-    process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
 ) -> Iterator[Tensor]:
     """DDIM walked from data to noise (Song et al. 2021, sec. 4.3): x is data; yields x at grid[-2], ..., grid[0].
 
@@ -73,7 +75,9 @@ def ddim_inversion(
         yield x
 
 
-def dpmpp_2m(process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise) -> Iterator[Tensor]:
+def dpmpp_2m(
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+) -> Iterator[Tensor]:
     """DPM-Solver++(2M): second order from the last two predictions of x_0 (Lu et al., 2211.01095, alg. 2).
 
     The first step, the one from pure noise and the last one, to clean data, are of first order, which is DDIM.
@@ -82,7 +86,7 @@ def dpmpp_2m(process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid
 
 
 def dpmpp_2m_sde(
-    process: GaussianDiffusion,
+    diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
     grid: Grid,
@@ -100,34 +104,32 @@ def dpmpp_2m_sde(
 
 
 def heun(
-    process: GaussianDiffusion,
+    diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
     grid: Grid,
     *,
-    churn: float = 0.0,
-    churn_min: float = 0.0,
-    churn_max: float = float("inf"),
-    churn_noise: float = 1.0,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
     noise: Noise,
 ) -> Iterator[Tensor]:
     """Heun's method with EDM's churn (Karras et al. 2022, alg. 2): two predictions a step, one for the last.
 
-    `churn` spreads over the steps whose sigma / alpha lies in [churn_min, churn_max], adding noise of deviation
-    `churn_noise`, also beyond the noisiest level of the schedule (`Schedule.at_ratio` says at which time the network is
+    `s_churn` spreads over the steps whose sigma / alpha lies in [churn_min, churn_max], adding noise of deviation
+    `s_noise`, also beyond the noisiest level of the schedule (`Schedule.at_ratio` says at which time the network is
     called there). A step from pure noise, where alpha is at most 1e-6, is DDIM's and gets no churn.
     """
-    if churn < 0 or churn_noise < 0:
-        raise ValueError(
-            f"churn and churn_noise must not be negative, got {churn} and {churn_noise}: 0 and 1 are usual"
-        )
-    raised = min(churn / (len(grid) - 1), 2**0.5 - 1)
+    if s_churn < 0 or s_noise < 0:
+        raise ValueError(f"churn and churn_noise must not be negative, got {s_churn} and {s_noise}: 0 and 1 are usual")
+    raised = min(s_churn / (len(grid) - 1), 2**0.5 - 1)
     for t, s in pairwise(grid):
         from_noise = t.alpha <= TINY_ALPHA
-        if raised > 0 and churn_min <= t.ratio <= churn_max and not from_noise:
+        if raised > 0 and s_tmin <= t.ratio <= s_tmax and not from_noise:
             # Raise the noise a little.
             hat = grid.at_ratio(t.ratio * (1 + raised))
-            added = (hat.ratio.square() - t.ratio.square()).clamp(min=0).sqrt() * churn_noise
+            added = (hat.ratio.square() - t.ratio.square()).clamp(min=0).sqrt() * s_noise
             x, t = hat.alpha * (x / t.alpha + added * noise(x)), hat
         # Euler step.
         pred = predict(x, t)
@@ -144,9 +146,9 @@ def heun(
 TINY_ALPHA = 1e-6
 
 
-def predictor(process: GaussianDiffusion, denoise: Denoise) -> Predict:
+def predictor(diffusion: GaussianDiffusion, denoise: Denoise) -> Predict:
     """`denoise` followed by its meaning: (x_t, level) -> Prediction."""
-    return lambda x, t: process.interpret(denoise(x, t), x, t)
+    return lambda x, t: diffusion.interpret(denoise(x, t), x, t)
 
 
 def _dpmpp(predict: Predict, x: Tensor, grid: Grid, eta: float, noise: Noise) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ def fresh_folder(parent: str) -> str:
     memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
         return os.environ[memory]
-    remember_missing(Path(parent))
+    record_missing_dirs(Path(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ[memory] = _agreed_folder(parent)
         _missing.append(Path(os.environ[memory]).resolve())
@@ -47,14 +47,14 @@ _missing: list[Path] = []
 """Folders that were not there when this process began, or are its own, from the outermost."""
 
 
-def remember_missing(folder: Path) -> None:
-    """Remember which of `folder` and its parents do not exist, for `remove_empty`."""
+def record_missing_dirs(folder: Path) -> None:
+    """Remember which of `folder` and its parents do not exist, for `remove_empty_dirs`."""
     path = folder.absolute()
     _missing.extend(p for p in [*reversed(path.parents), path] if not p.exists() and p not in _missing)
 
 
-def remove_empty() -> None:
-    """Remove the folders that were made since `remember_missing`, as far as nothing is in them."""
+def remove_empty_dirs() -> None:
+    """Remove the folders that were made since `record_missing_dirs`, as far as nothing is in them."""
     while _missing:
         with suppress(OSError):
             _missing.pop().rmdir()
@@ -102,7 +102,7 @@ def local_rank() -> int:
 
 
 @contextmanager
-def heard_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
     """Within this, a signal to stop calls `handler`."""
     if threading.current_thread() is not threading.main_thread():  # the only one that may listen to signals
         yield
@@ -115,7 +115,7 @@ def heard_by(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
             signal.signal(number, handler_before)
 
 
-def follow() -> None:
+def run_as_worker() -> None:
     """Be one of the processes that leave it to the first to warn, and do not outlive it."""
     warnings.simplefilter("ignore")
     if "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:

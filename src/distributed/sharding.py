@@ -59,7 +59,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         local(target).copy_(share(state[name], target))
 
 
-class FullySharded(ModelParallelStrategy):
+class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's model-parallel strategy with all processes on the data axis, and checkpoints in one file.
 
     They are those of an unsharded run, put together on the first process.

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from src.data.conditions import Classes
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
 from src.distributed.processes import Processes
 from src.evaluation.quality import Progress, classifier_of, shown_of
-from src.metrics.figures import Figure, mean_of, name, wilson
-from src.metrics.judge import Pictures, Seen, train_judge
+from src.metrics.confidence import Metric, mean_of, name, wilson
+from src.metrics.detector import Pictures, Seen, train_detector
 from src.rng import key
 from src.training.module import DiffusionModule, Sampler
 
-JUDGE_STEPS = 600
+DETECTOR_STEPS = 600
 """Of training the judge of shapes, which are enough for `RIGHT`."""
 RIGHT = 0.99
 """The share of fresh renders of which the judge of shapes must see each attribute as it is."""
@@ -45,7 +45,7 @@ class Settings(NamedTuple):
     """Of guidance."""
     n: int | None = None
     """Samples at each scale, of seen and of held-out captions each; None for 200, of classes 500 (or 2 of each)."""
-    judge_steps: int = JUDGE_STEPS
+    detector_steps: int = DETECTOR_STEPS
     seed: int = 0
     """Of the samples' noise, the choice of captions, and the bootstrap."""
     batch_size: int = 256
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
             raise ValueError(f"alignment.n must be at least 2, got {self.n}: null takes 200 of shapes, 500 of classes")
 
 
-class Exam(Protocol):
+class PromptBenchmark(Protocol):
     """What samples are asked to be, and who judges what comes of it."""
 
     prompts: Mapping[str, Sequence[Any]]
@@ -71,7 +71,7 @@ class Exam(Protocol):
     n: int
     """Samples of each group."""
     attributes: Sequence[str]
-    own: Mapping[str, Figure]
+    own: Mapping[str, Metric]
     """What the judge makes of real images: the share that is right in each attribute, and in all."""
 
     def right(self, images: Tensor, asked: Sequence[Any]) -> Tensor:
@@ -83,9 +83,9 @@ class Exam(Protocol):
         ...
 
 
-def exam_of(
-    data: StreamDataModule, settings: Settings, processes: Processes, progress: Progress = lambda steps: steps
-) -> Exam | None:
+def build_benchmark(
+    data: BaseDataModule, settings: Settings, processes: Processes, progress: Progress = lambda steps: steps
+) -> PromptBenchmark | None:
     """What a run can be asked; None where nobody judges what it shows. Every process needs one.
 
     The first trains the judge while the others wait, who then find it in the cache; `progress` shows how far a judge of
@@ -97,24 +97,24 @@ def exam_of(
     if not of_shapes and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
         return None
 
-    def made() -> Exam:
+    def made() -> PromptBenchmark:
         if of_shapes:
-            return ShapesExam(data, settings, device, progress)
-        return ClassExam(data, settings, device)
+            return ShapesBenchmark(data, settings, device, progress)
+        return ClassBenchmark(data, settings, device)
 
     # As for other figures: Apple's GPUs know no float64.
     device = torch.device("cpu") if processes.device.type == "mps" else processes.device
-    exam = made() if processes.rank == 0 else None
+    benchmark = made() if processes.rank == 0 else None
     processes.gather(None)
-    return exam or made()
+    return benchmark or made()
 
 
-class ClassExam:
+class ClassBenchmark:
     """The classes of a run, by turns, judged by a classifier that was trained on the same images."""
 
     attributes: Sequence[str] = ("class",)
 
-    def __init__(self, data: StreamDataModule, settings: Settings, device: torch.device) -> None:
+    def __init__(self, data: BaseDataModule, settings: Settings, device: torch.device) -> None:
         assert data.source is not None and data.source.labels is not None
         self.data = data
         classes = len(data.source.labels.names)
@@ -129,7 +129,7 @@ class ClassExam:
         self.device = device
         self.classifier, tested = classifier_of(data, settings.cache, device)
         right = round(self.classifier.accuracy * tested)
-        self.own: Mapping[str, Figure] = {name(each, tested): wilson(right, tested) for each in ("class", "all")}
+        self.own: Mapping[str, Metric] = {name(each, tested): wilson(right, tested) for each in ("class", "all")}
 
     def right(self, images: Tensor, asked: Sequence[str]) -> Tensor:
         seen = [self.classifier(part.to(self.device)).probabilities for part in torch.split(images, 256)]
@@ -151,7 +151,7 @@ def compared(scene: Scene, seen: Seen) -> dict[str, bool]:
     """In which attributes a picture, of which the judge has `seen` so much, shows the scene.
 
     Each object that was asked for is held against one that is seen, so that as much as possible fits, and then that
-    the relation does. `shape`, `colour` and `size` are right if those of all objects are; an object too many is wrong
+    the relation does. `shape`, `color` and `size` are right if those of all objects are; an object too many is wrong
     in `number` alone. A `position` is right if it is the nearest one, a `relation` if it is that of the two objects.
     """
     asked = [tuple(ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS) for each in scene.objects]
@@ -191,7 +191,7 @@ def relation_of(first: tuple[float, float], second: tuple[float, float]) -> str:
     return "below" if down > 0 else "above"
 
 
-class ShapesExam:
+class ShapesBenchmark:
     """Captions of shapes, of kinds that were seen in training and of those that were held out, and their judge.
 
     Raises ValueError if the judge is not right on `RIGHT` of fresh renders in each attribute; after fewer steps of
@@ -200,7 +200,7 @@ class ShapesExam:
 
     attributes: Sequence[str] = ("number", *LOOKS, "position", "relation", "background")
 
-    def __init__(self, data: StreamDataModule, settings: Settings, device: torch.device, progress: Progress) -> None:
+    def __init__(self, data: BaseDataModule, settings: Settings, device: torch.device, progress: Progress) -> None:
         assert isinstance(data.source, Shapes)
         self.data, self.source = data, data.source
         self.seed = settings.seed
@@ -215,16 +215,16 @@ class ShapesExam:
         }
         # A judge that never saw two objects would not see the second one of a sample that has one too many.
         self.everything = Shapes(self.source.image_size, 2, "both", (), settings.seed)
-        self.judge = train_judge(
+        self.detector = train_detector(
             self._made,
             [len(ATTRIBUTES[look]) for look in LOOKS],
             len(ATTRIBUTES["background"]),
-            settings.judge_steps,
+            settings.detector_steps,
             settings.cache,
             progress,
             device=device,
         )
-        self.own: Mapping[str, Figure] = self._tested(settings.judge_steps)
+        self.own: Mapping[str, Metric] = self._tested(settings.detector_steps)
 
     def right(self, images: Tensor, asked: Sequence[str]) -> Tensor:
         return self._compared(images, [parse(each) for each in asked])
@@ -235,7 +235,7 @@ class ShapesExam:
 
     def _compared(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
         result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)
-        for k, (scene, seen) in enumerate(zip(scenes, self.judge(images), strict=True)):
+        for k, (scene, seen) in enumerate(zip(scenes, self.detector(images), strict=True)):
             found = compared(scene, seen)
             for column, attribute in enumerate(self.attributes):
                 if attribute in found:
@@ -253,10 +253,10 @@ class ShapesExam:
                 looks[n, k] = torch.tensor([ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS])
         ground = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
         there = placed.shape >= 0
-        middles = torch.where(there[..., None], placed.centre, math.nan).float()
+        middles = torch.where(there[..., None], placed.center, math.nan).float()
         return Pictures(self._shown(paint(placed, self.source.image_size)), middles, looks, ground)
 
-    def _tested(self, steps: int) -> dict[str, Figure]:
+    def _tested(self, steps: int) -> dict[str, Metric]:
         """The judge's figures on renders that it did not learn from."""
         scenes = self.everything.any_scenes(RENDERS, key("judge", "tested"))
         seeds = [key("judge", "tested", k) for k in range(RENDERS)]
@@ -267,22 +267,22 @@ class ShapesExam:
         if figures[worst].value < RIGHT:
             told = (
                 f"the judge of shapes is right in {worst.rpartition('_')[0]} on {figures[worst].value:.1%} of fresh "
-                f"renders, less than {RIGHT:.0%}: raise alignment.judge_steps={steps}"
+                f"renders, less than {RIGHT:.0%}: raise alignment.detector_steps={steps}"
             )
-            if steps >= JUDGE_STEPS:
+            if steps >= DETECTOR_STEPS:
                 raise ValueError(told)
             warnings.warn(told, stacklevel=2)
         return figures
 
     def _shown(self, images: Tensor) -> Tensor:
         """As files show them, to as many levels as the data have."""
-        return self.data.to_display(self.data.to_model(images))
+        return self.data.postprocess(self.data.preprocess(images))
 
 
 class Aligned(NamedTuple):
     """What samples at one scale, of one group of prompts, came to."""
 
-    figures: dict[str, Figure]
+    figures: dict[str, Metric]
     """The share that is right in each attribute and in all, and `diversity`."""
     by_prompt: dict[str, float]
     """The share of its samples that is right in all, by its title."""
@@ -297,7 +297,7 @@ class Asked(NamedTuple):
     """By scale: some prompts' titles, and samples (M, C, H, W) uint8 of each."""
 
 
-def shares(attributes: Sequence[str], right: Tensor) -> dict[str, Figure]:
+def shares(attributes: Sequence[str], right: Tensor) -> dict[str, Metric]:
     """Of `right` (N, attributes), as an exam has it: each attribute's share among those asked for it, and of all."""
     figures = {}
     for attribute, column in zip(attributes, right.T, strict=True):
@@ -320,15 +320,20 @@ def spread(images: Tensor) -> float:
 
 
 def aligned(
-    exam: Exam, images: Tensor, prompts: Sequence[Any], titles: Sequence[str], usual: Sequence[float], seed: int
+    benchmark: PromptBenchmark,
+    images: Tensor,
+    prompts: Sequence[Any],
+    titles: Sequence[str],
+    usual: Sequence[float],
+    seed: int,
 ) -> Aligned:
     """What images (N, C, H, W) uint8 come to, of which number k was asked to be prompt k mod P of `prompts`.
 
     `usual` is the `spread` of real images of each prompt; `seed` that of the bootstrap over prompts.
     """
     count = len(prompts)
-    right = exam.right(images, [prompts[k % count] for k in range(len(images))])
-    figures = shares(exam.attributes, right)
+    right = benchmark.right(images, [prompts[k % count] for k in range(len(images))])
+    figures = shares(benchmark.attributes, right)
     ratios = torch.tensor([spread(images[p::count]) / usual[p] if usual[p] else math.nan for p in range(count)])
     if len(ratios := ratios[ratios.isfinite()]):
         figures[name("diversity", len(images))] = mean_of(ratios).figure(seed)
@@ -338,7 +343,7 @@ def aligned(
 
 def scales_of(module: DiffusionModule, sampler: Sampler, scales: Sequence[float]) -> list[float]:
     """Those that a run can be sampled at, rising: only 1 for one that never was told nothing."""
-    possible = module.drop > 0 or sampler.guidance.weak is not None
+    possible = module.cond_drop_prob > 0 or sampler.guidance.model is not None
     return sorted({float(scale) for scale in scales}) if possible else [1.0]
 
 
@@ -347,36 +352,36 @@ def at_scale(sampler: Sampler, scale: float) -> Sampler:
     return sampler._replace(guidance=sampler.guidance._replace(scale=scale))
 
 
-def draw_and_judge(
+def sample_and_score(
     module: DiffusionModule,
     sampler: Sampler,
-    exam: Exam,
-    data: StreamDataModule,
+    benchmark: PromptBenchmark,
+    data: BaseDataModule,
     settings: Settings,
     processes: Processes,
     progress: Callable[[float, int], object],
 ) -> Asked:
-    """Draw `exam.n` samples of each group at each of `settings.scales`, each process a share, and judge them.
+    """Draw `benchmark.n` samples of each group at each of `settings.scales`, each process a share, and judge them.
 
     Sample k depends on (seed, k) and what it is asked to be: at all scales the noise is the same. `progress` is told
     the scale, and how many more have been drawn. Of processes beyond the first nothing is returned. Raises ValueError,
     in all processes, if any sample is not finite.
     """
     assert data.condition is not None
-    groups = list(exam.prompts)
-    prompts = [prompt for group in groups for prompt in exam.prompts[group]]
+    groups = list(benchmark.prompts)
+    prompts = [prompt for group in groups for prompt in benchmark.prompts[group]]
     # Sample k is of group k div n, whose prompts come by turns.
-    total = exam.n * len(groups)
-    ends = list(itertools.accumulate(len(exam.prompts[group]) for group in groups))
+    total = benchmark.n * len(groups)
+    ends = list(itertools.accumulate(len(benchmark.prompts[group]) for group in groups))
     firsts = dict(zip(groups, [0, *ends], strict=False))
-    places = [firsts[group] + k % len(exam.prompts[group]) for group in groups for k in range(exam.n)]
+    places = [firsts[group] + k % len(benchmark.prompts[group]) for group in groups for k in range(benchmark.n)]
     cond = data.condition(prompts)  # at once, so that they are equally long
     titles = [data.condition.title(prompt) for prompt in prompts]
-    usual = [spread(exam.real(prompt)) for prompt in prompts] if processes.rank == 0 else []
+    usual = [spread(benchmark.real(prompt)) for prompt in prompts] if processes.rank == 0 else []
     size = min(settings.batch_size, -(-total // processes.count))
     result = Asked({group: {} for group in groups}, {})
     for scale in settings.scales:
-        parts, spoilt = [], 0
+        parts, num_corrupted = [], 0
         # As many batches for each process, of which sharded weights are gathered together; what is too much is dropped.
         for turn in range(-(-total // (size * processes.count))):
             start = (turn * processes.count + processes.rank) * size
@@ -385,12 +390,12 @@ def draw_and_judge(
             for x in module.sample(numbers, settings.seed, at_scale(sampler, scale), cond=asked):  # noqa: B007
                 pass
             x = x[: max(0, total - start)]
-            spoilt += int((~x.isfinite().flatten(1).all(1)).sum())
-            parts.append(data.to_display(x).cpu())
+            num_corrupted += int((~x.isfinite().flatten(1).all(1)).sum())
+            parts.append(data.postprocess(x).cpu())
             progress(scale, min(size * processes.count, total - turn * processes.count * size))
-        if spoilt := sum(processes.gather(spoilt)):
+        if num_corrupted := sum(processes.gather(num_corrupted)):
             raise ValueError(
-                f"{spoilt} of {total} samples at guidance scale {scale:g} are not finite: leave it out of "
+                f"{num_corrupted} of {total} samples at guidance scale {scale:g} are not finite: leave it out of "
                 "alignment.scales, or take another sampler"
             )
         images = torch.cat(processes.gather_in_turn(parts))
@@ -398,18 +403,24 @@ def draw_and_judge(
             continue
         result.shown[scale] = []
         for k, group in enumerate(groups):
-            of_group, first, count = images[k * exam.n : (k + 1) * exam.n], firsts[group], len(exam.prompts[group])
+            of_group, first, count = (
+                images[k * benchmark.n : (k + 1) * benchmark.n],
+                firsts[group],
+                len(benchmark.prompts[group]),
+            )
             its = slice(first, first + count)
-            result.found[group][scale] = aligned(exam, of_group, prompts[its], titles[its], usual[its], settings.seed)
+            result.found[group][scale] = aligned(
+                benchmark, of_group, prompts[its], titles[its], usual[its], settings.seed
+            )
             for p in range(min(count, ROWS // len(groups))):
                 title = titles[first + p] if len(groups) == 1 else f"{group}: {titles[first + p]}"
                 result.shown[scale].append((title, of_group[p::count][:COLUMNS]))
     return result
 
 
-def curves(found: Mapping[str, Mapping[float, Aligned]]) -> dict[str, list[tuple[float, Figure, Figure]]]:
+def curves(found: Mapping[str, Mapping[float, Aligned]]) -> dict[str, list[tuple[float, Metric, Metric]]]:
     """For each group: its scales, each with the figures of diversity and of the share that is right in all."""
-    result: dict[str, list[tuple[float, Figure, Figure]]] = {}
+    result: dict[str, list[tuple[float, Metric, Metric]]] = {}
     for group, of_scale in found.items():
         for scale, each in of_scale.items():
             for diversity in (figure for named, figure in each.figures.items() if named.startswith("diversity_")):
@@ -423,6 +434,6 @@ def best(found: Mapping[str, Mapping[float, Aligned]]) -> float:
     return max(scales, key=lambda scale: sum(right_of(each[scale].figures).value for each in found.values()))
 
 
-def right_of(figures: Mapping[str, Figure]) -> Figure:
+def right_of(figures: Mapping[str, Metric]) -> Metric:
     """The share that is right in all."""
     return next(figure for each, figure in figures.items() if each.startswith("all_"))

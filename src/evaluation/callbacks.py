@@ -11,19 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from src.data.conditions import shown
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.likelihood import Errors, ReverseVariance, bounds, check_halves, check_reverse_variance
-from src.evaluation.quality import Settings, Yardstick, log, seconds_of_call
-from src.training.callbacks.graceful_shutdown import answer_signals
+from src.evaluation.quality import SampleEvaluator, Settings, log, seconds_of_call
+from src.training.callbacks.graceful_shutdown import check_stop_requested
 from src.training.module import DiffusionModule, Sampler
 
 
 class BitsPerDim(L.Callback):
     """`val/bits_per_dim`: the averaged weights' bound on held-out data, estimated by `likelihood.bounds`.
 
-    Of the first `samples` of them, from the decoder's term and `links` others each, as many passes of the network,
+    Of the first `num_samples` of them, from the decoder's term and `num_terms` others each, as many passes of the network,
     and with the reverse variance `optimal` as many again (5120 by default, about a validation's on 5120 samples).
     At every validation, or only at the `end` of training. Processes take equal shares, for which a few samples may be
     left out.
@@ -31,21 +31,21 @@ class BitsPerDim(L.Callback):
 
     def __init__(
         self,
-        samples: int = 512,
-        links: int = 4,
+        num_samples: int = 512,
+        num_terms: int = 4,
         reverse_variance: ReverseVariance = "optimal",
         every_validation: bool = False,
         seed: int = 0,
     ) -> None:
-        if samples < 1 or links < 1:
+        if num_samples < 1 or num_terms < 1:
             raise ValueError(
-                f"callbacks.bits_per_dim needs samples and links of at least 1, got {samples} and {links}: 512 and 4 "
+                f"callbacks.bits_per_dim needs num_samples and links of at least 1, got {num_samples} and {num_terms}: 512 and 4 "
                 "are usual"
             )
         check_reverse_variance(reverse_variance, "callbacks.bits_per_dim.reverse_variance")
-        check_halves(reverse_variance, samples, "callbacks.bits_per_dim.reverse_variance")
-        self.samples = samples
-        self.links = links
+        check_halves(reverse_variance, num_samples, "callbacks.bits_per_dim.reverse_variance")
+        self.num_samples = num_samples
+        self.num_terms = num_terms
         self.reverse_variance: ReverseVariance = reverse_variance
         self.every_validation = every_validation
         self.seed = seed
@@ -55,13 +55,13 @@ class BitsPerDim(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not (self.every_validation or last) or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
+        assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
         with data.together():
-            x, indices = data.held_out(max(self.samples, trainer.world_size))
+            x, indices = data.held_out(max(self.num_samples, trainer.world_size))
         assert data.source is not None
         device = pl_module.device
         cond = shown(data.condition, data.source, indices)
-        share, size = len(x) // trainer.world_size, data.at_once(trainer)
+        share, size = len(x) // trainer.world_size, data.microbatch_size(trainer)
         first = trainer.global_rank * share
         stop = first + share
         if self.reverse_variance == "optimal" and share * trainer.world_size < 2:
@@ -73,7 +73,7 @@ class BitsPerDim(L.Callback):
 
         def load(places: range) -> tuple[Tensor, Tensor | None]:
             if trainer.state.fn == TrainerFn.FITTING:
-                answer_signals(trainer)
+                check_stop_requested(trainer)
             part = slice(places.start, places.stop)
             return x[part].to(device), None if cond is None else cond[part].to(device)
 
@@ -84,7 +84,7 @@ class BitsPerDim(L.Callback):
             return Errors(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
 
         parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
-        settings = self.seed, self.links, self.reverse_variance
+        settings = self.seed, self.num_terms, self.reverse_variance
         found = bounds(pl_module, parts, load, *settings, together=together)
         mine = torch.cat([part.total for part in found]).mean().to(device, torch.float32)
         pl_module.log("val/bits_per_dim", trainer.strategy.all_gather(mine).mean(), rank_zero_only=False)
@@ -117,15 +117,15 @@ class Quality(L.Callback):
         self.settings.check()
         self.every = every
         self.steps = steps
-        self._yardstick: Yardstick | None = None
+        self._yardstick: SampleEvaluator | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
-        settings = self.settings._replace(batch_size=min(data.at_once(trainer), self.settings.batch_size))
+        settings = self.settings._replace(batch_size=min(data.microbatch_size(trainer), self.settings.batch_size))
         with usage_errors():  # such as weights that are not to be had
-            self._yardstick = Yardstick(data, settings, processes)
+            self._yardstick = SampleEvaluator(data, settings, processes)
         calls = pl_module.network_calls(self._sampler(pl_module))
         size = min(settings.batch_size, settings.n)
         seconds = seconds_of_call(pl_module, size) * calls * -(-settings.n // (size * processes.count))
@@ -149,7 +149,7 @@ class Quality(L.Callback):
                 pl_module,
                 self._sampler(pl_module),
                 lambda _: None,
-                lambda: answer_signals(trainer) if fitting else None,
+                lambda: check_stop_requested(trainer) if fitting else None,
                 data.condition,
             )
         except ValueError as error:

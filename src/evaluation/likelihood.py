@@ -9,18 +9,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from src.diffusion.gaussian_diffusion import TINY_SNR, TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction
 from src.diffusion.likelihood import (
     discretized_gaussian_log_prob,
     flow_slope,
     in_bits,
-    link_bits,
     optimal_log_variance,
     prior_bits,
+    transition_bits,
 )
-from src.diffusion.noise import Level, Link, Schedule, per_sample
-from src.diffusion.process import TINY_SNR, TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction
+from src.diffusion.noise import NoiseLevel, Schedule, Transition, per_sample
 from src.diffusion.samplers import predictor
-from src.rng import Draws
+from src.rng import StepRng
 from src.training.module import DiffusionModule
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
@@ -55,7 +55,7 @@ class Bound(NamedTuple):
     """(T,) of the squared error of eps at each link's noisier level."""
 
     @property
-    def links(self) -> Tensor:
+    def terms(self) -> Tensor:
         """(T,) the mean of each link's term; NaN where none was drawn."""
         return self.link_sums / self.counts
 
@@ -93,10 +93,10 @@ def check_halves(variance: str, count: int, setting: str) -> None:
         )
 
 
-def network_passes(schedule: Schedule, links: int | None, variance: ReverseVariance) -> int:
+def network_passes(schedule: Schedule, num_terms: int | None, variance: ReverseVariance) -> int:
     """How often `bounds` calls the network for each sample."""
-    passes = schedule.num_steps if links is None else links + 1
-    return passes + (1 + _rows_each(links) if variance == "optimal" else 0)
+    passes = schedule.num_steps if num_terms is None else num_terms + 1
+    return passes + (1 + _rows_each(num_terms) if variance == "optimal" else 0)
 
 
 def bounds(
@@ -104,7 +104,7 @@ def bounds(
     parts: Sequence[range],
     load: Load,
     seed: int,
-    links: int | None,
+    num_terms: int | None,
     variance: ReverseVariance,
     show: Callable[[range, Iterable[int]], Iterable[int]] = lambda part, passes: passes,
     together: Callable[[Errors], Errors] = lambda errors: errors,
@@ -115,21 +115,21 @@ def bounds(
     other's error: so no sample has a part in its own variance, and the bound stays one. `together` adds up the errors
     of all processes. `show` passes on the network's calls for a part, as `Progress` does; twice for `optimal`.
     """
-    schedule, process = module.schedule, module.process
+    schedule, diffusion = module.schedule, module.diffusion
     log_variance = None
     if variance == "optimal":
-        errors = _no_errors(process, schedule)
+        errors = _no_errors(diffusion, schedule)
         for part in parts:
             x, cond = load(part)
-            measured = measure_errors(module, x, seed, links, partial(show, part), part.start, cond)
+            measured = measure_errors(module, x, seed, num_terms, partial(show, part), part.start, cond)
             errors = Errors(*(a + b for a, b in zip(errors, measured, strict=True)))
-        log_variance = optimal_log_variances(together(errors), process, schedule)
+        log_variance = optimal_log_variances(together(errors), diffusion, schedule)
     elif variance != "trained":
-        log_variance = fixed_log_variances(variance, process, schedule)
+        log_variance = fixed_log_variances(variance, diffusion, schedule)
     found = []
     for part in parts:
         x, cond = load(part)
-        found.append(bound(module, x, seed, links, partial(show, part), part.start, cond, log_variance))
+        found.append(bound(module, x, seed, num_terms, partial(show, part), part.start, cond, log_variance))
     return found
 
 
@@ -138,13 +138,13 @@ def bound(
     module: DiffusionModule,
     x: Tensor,
     seed: int,
-    links: int | None,
+    num_terms: int | None,
     progress: Progress,
     start: int = 0,
     cond: Tensor | None = None,
     log_variance: Tensor | None = None,
 ) -> Bound:
-    """The bound of x (N, *data), over all T links, or estimated for each sample from the decoder's and `links` others.
+    """The bound of x (N, *data), over all T links, or estimated for each sample from the decoder's and `num_terms` others.
 
     With `cond` (N, ...) it is that of the data given these conditions. `log_variance` (2, T) is that of the reverse
     step to each row, for samples at even and at odd places; None for the process's own.
@@ -155,34 +155,34 @@ def bound(
 
     The noise of link t belongs to (seed, t, the sample's place), the first being `start`, whatever the batch.
     """
-    schedule, process = module.schedule, module.process
+    schedule, diffusion = module.schedule, module.diffusion
     steps = schedule.num_steps
     prior = prior_bits(schedule.row(steps - 1), x).cpu().double()
     sums, errors, counts = torch.zeros(3, steps, dtype=torch.float64)
     total = prior.clone()
     halves = _halves(start, len(x))
-    shares = None if links is None else link_shares(schedule)
-    for k in progress(range(steps if links is None else links + 1)):
-        draws = Draws(seed, k, start, len(x), x.device)
+    shares = None if num_terms is None else link_shares(schedule)
+    for k in progress(range(steps if num_terms is None else num_terms + 1)):
+        rng = StepRng(seed, k, start, len(x), x.device)
         weight = torch.ones(len(x), dtype=torch.float64)
         rows = torch.full((len(x),), k)
         if shares is None:
-            link = Link(schedule.row(k), schedule.row(k - 1), steps)
+            transition = Transition(schedule.row(k), schedule.row(k - 1), steps)
         else:
-            assert links is not None
+            assert num_terms is not None
             if k == 0:
                 rows = torch.zeros_like(rows)
             else:
-                place = (k - 1 + draws.uniform("link").cpu().double()) / links
+                place = (k - 1 + rng.uniform("link").cpu().double()) / num_terms
                 rows = 1 + torch.searchsorted(shares.cumsum(0), place, right=True).clamp(max=steps - 2)
-                weight = 1 / (links * shares[rows - 1])
-            link = schedule.link(((rows + 0.5) / steps).to(x), x)
-        x_t = process.add_noise(x, link.t, draws.normal("eps", x.shape[1:]))
-        pred = process.interpret(module.denoise(x_t, link.t, cond), x_t, link.t)
+                weight = 1 / (num_terms * shares[rows - 1])
+            transition = schedule.transition(((rows + 0.5) / steps).to(x), x)
+        x_t = diffusion.add_noise(x, transition.t, rng.normal("eps", x.shape[1:]))
+        pred = diffusion.interpret(module.denoise(x_t, transition.t, cond), x_t, transition.t)
         chosen = None if log_variance is None else per_sample(log_variance[halves, rows].to(x), x)
-        bits = link_bits(process, pred, x, x_t, link, chosen).cpu().double()
+        bits = transition_bits(diffusion, pred, x, x_t, transition, chosen).cpu().double()
         # The error of eps is SNR times that of x_0.
-        mse = (link.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).cpu().double()
+        mse = (transition.t.snr * (pred.x0 - x).square()).flatten(1).mean(1).cpu().double()
         total += bits * weight
         for table, values in ((sums, bits), (errors, mse), (counts, torch.ones_like(bits))):
             table.index_add_(0, rows, values)
@@ -205,42 +205,42 @@ def measure_errors(
     module: DiffusionModule,
     x: Tensor,
     seed: int,
-    links: int | None,
+    num_terms: int | None,
     progress: Progress,
     start: int = 0,
     cond: Tensor | None = None,
 ) -> Errors:
-    """The errors of x (N, *data) at the decoder's row and at `MEASURED_ROWS` others, or by turns at `links` of these.
+    """The errors of x (N, *data) at the decoder's row and at `MEASURED_ROWS` others, or by turns at `num_terms` of these.
 
     They are even in the `link_shares`, so that some lie at every SNR. Other arguments as in `bound`.
     """
-    schedule, process = module.schedule, module.process
-    errors = _no_errors(process, schedule)
+    schedule, diffusion = module.schedule, module.diffusion
+    errors = _no_errors(diffusion, schedule)
     edges = torch.linspace(0, 1, MEASURED_ROWS, dtype=torch.float64)
     measured = 1 + torch.searchsorted(link_shares(schedule).cumsum(0), edges).clamp(max=schedule.num_steps - 2)
     halves = _halves(start, len(x))
     turn = (start + torch.arange(len(x))) // 2  # the same for both halves
-    each = _rows_each(links)
+    each = _rows_each(num_terms)
     for k in progress(range(1 + each)):
         rows = torch.zeros_like(turn)
         if k > 0:
             rows = measured[((k - 1) * MEASURED_ROWS // each + turn) % MEASURED_ROWS]
-        link = schedule.link(((rows + 0.5) / schedule.num_steps).to(x), x)
-        noise = Draws(seed, k, start, len(x), x.device).normal("measured", x.shape[1:])
-        x_t = process.add_noise(x, link.t, noise)
-        x0 = process.interpret(module.denoise(x_t, link.t, cond), x_t, link.t).x0
+        transition = schedule.transition(((rows + 0.5) / schedule.num_steps).to(x), x)
+        noise = StepRng(seed, k, start, len(x), x.device).normal("measured", x.shape[1:])
+        x_t = diffusion.add_noise(x, transition.t, noise)
+        x0 = diffusion.interpret(module.denoise(x_t, transition.t, cond), x_t, transition.t).x0
         squares = (x0 - x).square().flatten(1).mean(1).cpu().double()
         errors.counts.index_put_((halves, rows), torch.ones_like(squares), accumulate=True)
         errors.squares.index_put_((halves, rows), squares, accumulate=True)
-        if k == 0 and process.levels is not None:
-            for c, log_variance in enumerate(decoder_log_variances(process.levels)):
+        if k == 0 and diffusion.num_values is not None:
+            for c, log_variance in enumerate(decoder_log_variances(diffusion.num_values)):
                 q = Gaussian(x0, log_variance.to(x))
-                bits = in_bits(-discretized_gaussian_log_prob(x, q, process.levels)).cpu().double()
+                bits = in_bits(-discretized_gaussian_log_prob(x, q, diffusion.num_values)).cpu().double()
                 errors.decoder[:, c].index_add_(0, halves, bits)
     return errors
 
 
-def optimal_log_variances(errors: Errors, process: GaussianDiffusion, schedule: Schedule) -> Tensor:
+def optimal_log_variances(errors: Errors, diffusion: GaussianDiffusion, schedule: Schedule) -> Tensor:
     """(2, T) the log-variances of the reverse steps that are best by what was measured in the other half.
 
     Between the rows that were measured the logarithm of the error is straight in the log-SNR. The decoder of data with
@@ -250,7 +250,7 @@ def optimal_log_variances(errors: Errors, process: GaussianDiffusion, schedule: 
     log_snr = _log_snr(schedule)
     rows = [schedule.row(t) for t in range(-1, schedule.num_steps)]
     s, t = (
-        Level(*(torch.stack(field).double().cpu() for field in zip(*part, strict=True)))
+        NoiseLevel(*(torch.stack(field).double().cpu() for field in zip(*part, strict=True)))
         for part in (rows[:-1], rows[1:])
     )
     found = []
@@ -258,17 +258,17 @@ def optimal_log_variances(errors: Errors, process: GaussianDiffusion, schedule: 
         seen = counts > 0
         log_mse = (squares[seen] / counts[seen]).clamp(min=TINY_VARIANCE).log()
         log_variance = optimal_log_variance(t, s, _interpolate(-log_snr, -log_snr[seen], log_mse).exp())
-        if process.levels is not None:
-            log_variance[0] = _least(decoder_log_variances(process.levels), decoder)
+        if diffusion.num_values is not None:
+            log_variance[0] = _least(decoder_log_variances(diffusion.num_values), decoder)
         found.append(log_variance)
     return torch.stack(found)
 
 
 def fixed_log_variances(
-    variance: Literal["fixed_small", "fixed_large"], process: GaussianDiffusion, schedule: Schedule
+    variance: Literal["fixed_small", "fixed_large"], diffusion: GaussianDiffusion, schedule: Schedule
 ) -> Tensor:
     """(2, T) those of the process if it had this variance, twice the same."""
-    fixed = GaussianDiffusion("x0", variance, decoder_scale=process.decoder_scale)
+    fixed = GaussianDiffusion("x0", variance, decoder_scale=diffusion.decoder_scale)
     zero = torch.zeros((), dtype=torch.float64)
     levels = [schedule.row(t) for t in range(-1, schedule.num_steps)]
     steps = [fixed.reverse(Prediction(zero, zero), zero, t, s) for s, t in pairwise(levels)]
@@ -310,14 +310,14 @@ def _halves(start: int, count: int) -> Tensor:
     return (start + torch.arange(count)) % 2
 
 
-def _rows_each(links: int | None) -> int:
+def _rows_each(num_terms: int | None) -> int:
     """How many of the `MEASURED_ROWS` each sample is measured at."""
-    return MEASURED_ROWS if links is None else min(links, MEASURED_ROWS)
+    return MEASURED_ROWS if num_terms is None else min(num_terms, MEASURED_ROWS)
 
 
-def _no_errors(process: GaussianDiffusion, schedule: Schedule) -> Errors:
+def _no_errors(diffusion: GaussianDiffusion, schedule: Schedule) -> Errors:
     counts, squares = torch.zeros(2, 2, schedule.num_steps, dtype=torch.float64)
-    tried = 0 if process.levels is None else len(decoder_log_variances(process.levels))
+    tried = 0 if diffusion.num_values is None else len(decoder_log_variances(diffusion.num_values))
     return Errors(counts, squares, torch.zeros(2, tried, dtype=torch.float64))
 
 
@@ -344,17 +344,17 @@ def flow_bits(
     """
     from scipy.integrate import solve_ivp
 
-    schedule, levels = module.schedule, module.process.levels
-    own = module.process
+    schedule, levels = module.schedule, module.diffusion.num_values
+    own = module.diffusion
     # Without clipping, whose kinks the solver would have to step around.
-    process = GaussianDiffusion(own.prediction, own.variance, sigma_data=own.sigma_data)
-    predict = predictor(process, partial(module.denoise, cond=cond))
-    draws = Draws(seed, 0, start, len(x), x.device)
+    diffusion = GaussianDiffusion(own.prediction, own.variance, sigma_data=own.sigma_data)
+    predict = predictor(diffusion, partial(module.denoise, cond=cond))
+    rng = StepRng(seed, 0, start, len(x), x.device)
     bin_width = 1.0 if levels is None else 2 / (levels - 1)
     if levels is not None:
-        uniform = torch.special.ndtr(draws.normal("dequantise", x.shape[1:]))
+        uniform = torch.special.ndtr(rng.normal("dequantise", x.shape[1:]))
         x = x + bin_width * (uniform - 0.5)
-    probe = torch.sign(draws.normal("probe", x.shape[1:]))
+    probe = torch.sign(rng.normal("probe", x.shape[1:]))
     ends = schedule.at(torch.tensor([max(schedule.first, 1e-3), 1.0], dtype=torch.float64))
     low, high = (math.atan2(t.sigma.item(), t.alpha.item()) for t in ends)
     high = min(high, math.pi / 2 - 1e-4)

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from src.cache import digest
 from src.data.conditions import Condition, shown
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.metrics.classifier import Classifier, train_classifier
 from src.metrics.collected import Collected, collect_once
+from src.metrics.confidence import Metric
 from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
-from src.metrics.figures import Figure
-from src.metrics.measure import image_figures, memorisation_figures, point_figures
-from src.metrics.memorisation import Memorisation
-from src.metrics.neighbours import Nearest, nearest
+from src.metrics.measure import image_metrics, memorization_metrics, point_metrics
+from src.metrics.memorization import Memorization
+from src.metrics.neighbors import Nearest, nearest
 from src.rng import key
 from src.training.module import DiffusionModule, Sampler
 
@@ -62,11 +62,11 @@ class Settings(NamedTuple):
     seed: int = 0
     """Of the samples' noise, the floor's choice of training samples, and the bootstrap."""
     batch_size: int = 256
-    keep: int = 10_000
+    max_features: int = 10_000
     """Of which all figures but the Fréchet distance are: what needs pairs of samples."""
-    near: int = 1000
+    num_memorization: int = 1000
     """Samples, and held-out ones, that are compared with the training data one by one."""
-    against: str = "held_out"
+    reference: str = "val"
     """Or "train", as most papers do; the floor is then of held-out data against these."""
     cache: Path = Path("outputs/cache")
     inception_weights: Path | None = None
@@ -74,17 +74,17 @@ class Settings(NamedTuple):
 
     def check(self) -> None:
         """Raise ValueError for what cannot be measured."""
-        for name in ("n", "batch_size", "keep", "near"):
+        for name in ("n", "batch_size", "max_features", "num_memorization"):
             least = 1 if name == "batch_size" else 10
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.against not in ("held_out", "train"):
-            raise ValueError(f"samples are measured against held_out or train, got against={self.against}")
+        if self.reference not in ("val", "train"):
+            raise ValueError(f"samples are measured against held_out or train, got against={self.reference}")
         if unknown := [name for name in self.features or () if name not in FEATURES]:
             raise ValueError(f"unknown features {', '.join(unknown)}: choose from {', '.join(FEATURES)}")
 
 
-class Drawn(NamedTuple):
+class GeneratedSamples(NamedTuple):
     """What is kept of the samples that one sampler drew."""
 
     collected: dict[str, Collected]
@@ -97,21 +97,21 @@ class Drawn(NamedTuple):
     """Of one device for each sample."""
 
 
-class Measured(NamedTuple):
+class SampleMetrics(NamedTuple):
     """The figures of one sampler's samples, and the training sample that is nearest to each of the first."""
 
-    figures: dict[str, Figure]
-    neighbours: Nearest
+    figures: dict[str, Metric]
+    neighbors: Nearest
     """(M,) by places in the training data, in pixels or in the points' space."""
 
 
-class Yardstick:
+class SampleEvaluator:
     """The data of a run, as measurements see them. Every process needs one, and must take part in each call.
 
     Raises ValueError for features that are not to be had.
     """
 
-    def __init__(self, data: StreamDataModule, settings: Settings, processes: Processes) -> None:
+    def __init__(self, data: BaseDataModule, settings: Settings, processes: Processes) -> None:
         settings.check()
         data.setup()
         if (least := min(len(data.val_indices), len(data.train_indices))) < FEWEST:
@@ -129,11 +129,11 @@ class Yardstick:
         processes.gather(None)
         if processes.rank > 0:
             self.extractors = self._open()
-        own: Extractor = Pixels() if len(data.shape) == 3 else Values(data.deviation)
+        own: Extractor = Pixels() if len(data.shape) == 3 else Values(data.std)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Where copies are looked for: always in the data's own space, too."""
         reference, self._others = data.val_indices, data.train_indices
-        if settings.against == "train":
+        if settings.reference == "train":
             reference, self._others = self._others, reference
         self.reference = self._collect(reference)
 
@@ -144,7 +144,7 @@ class Yardstick:
         progress: Callable[[int], object],
         on_step: Callable[[], object] = lambda: None,
         condition: Condition | None = None,
-    ) -> Drawn:
+    ) -> GeneratedSamples:
         """`settings.n` samples, each process a share of them. `progress` is told how many more have been drawn.
 
         Sample k is the one that `src.sample` draws with the same seed, asked to be, by the module's `condition`, what
@@ -152,13 +152,13 @@ class Yardstick:
         sample is not finite.
         """
         assert self.data.source is not None
-        n, keep, count = self.settings.n, self.settings.keep, self.processes.count
+        n, max_features, count = self.settings.n, self.settings.max_features, self.processes.count
         size = min(self.settings.batch_size, n)
         # As many batches for each process, of which sharded weights are gathered together; what is too much is dropped.
         turns = -(-n // (size * count))
         collected: dict[str, Collected] = {}
         first: list[Tensor] = []
-        seconds, spoilt = 0.0, 0
+        seconds, num_corrupted = 0.0, 0
         for turn in range(turns):
             start = (turn * count + self.processes.rank) * size
             began = time.perf_counter()
@@ -168,23 +168,23 @@ class Yardstick:
                 on_step()
             x = x[: max(0, n - start)]
             finite = x.isfinite().flatten(1).all(1)
-            spoilt += int((~finite).sum())
+            num_corrupted += int((~finite).sum())
             # Those that are not are told of below, by all processes together.
-            display = self.data.to_display(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
+            display = self.data.postprocess(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
             _wait_for(self.processes.device)
             seconds += time.perf_counter() - began
             if len(display):
                 for extractor in self.extractors:
-                    part = Collected.of(extractor(display), start, keep).to("cpu")
+                    part = Collected.of(extractor(display), start, max_features).to("cpu")
                     before = collected.get(extractor.name)
-                    collected[extractor.name] = before.merge(part, keep) if before else part
-            first.append(display[: max(0, self.settings.near - start)].cpu())
+                    collected[extractor.name] = before.merge(part, max_features) if before else part
+            first.append(display[: max(0, self.settings.num_memorization - start)].cpu())
             progress(min(size * count, n - turn * count * size))
-        if spoilt := sum(self.processes.gather(spoilt)):
+        if num_corrupted := sum(self.processes.gather(num_corrupted)):
             raise ValueError(
-                f"{spoilt} of {n} samples are not finite: the model has diverged, or wants another sampler"
+                f"{num_corrupted} of {n} samples are not finite: the model has diverged, or wants another sampler"
             )
-        return Drawn(
+        return GeneratedSamples(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
             torch.cat(self.processes.gather_in_turn(first)),
             module.network_calls(sampler),
@@ -196,7 +196,7 @@ class Yardstick:
         """Of the classifier on held-out images; None without one."""
         return next((e.accuracy for e in self.extractors if isinstance(e, Classifier)), None)
 
-    def floor(self) -> dict[str, Figure]:
+    def floor(self) -> dict[str, Metric]:
         """The figures of real data that are not the reference, as many as are drawn or as there are.
 
         Of processes beyond the first nothing.
@@ -206,9 +206,9 @@ class Yardstick:
         collected = self._collect([self._others[k] for k in order])
         return self._figures(collected) if self.processes.rank == 0 else {}
 
-    def measure(self, drawn: Sequence[Drawn], progress: Progress) -> list[Measured]:
+    def measure(self, drawn: Sequence[GeneratedSamples], progress: Progress) -> list[SampleMetrics]:
         """The figures of each; of processes beyond the first nothing. `progress` shows the way through the data."""
-        count = min(self.settings.near, len(self.data.val_indices))
+        count = min(self.settings.num_memorization, len(self.data.val_indices))
         groups = [self._shown(self.data.val_indices[:count]), *(d.first for d in drawn)]
         found = self._nearest(torch.cat(groups), progress)
         if self.processes.rank > 0:
@@ -225,13 +225,13 @@ class Yardstick:
             figures = self._figures(each.collected)
             for name, (usual, *of_samples) in parts.items():
                 try:
-                    memory = Memorisation.of(of_samples[k], usual.distances)
+                    memory = Memorization.of(of_samples[k], usual.distances)
                 except ValueError as error:
                     warnings.warn(f"copies are not looked for in {name}: {error}", stacklevel=2)
                 else:
-                    figures |= memorisation_figures(name, memory, self.settings.seed)
+                    figures |= memorization_metrics(name, memory, self.settings.seed)
             own = next(iter(parts.values()))
-            results.append(Measured(figures, own[1 + k]))
+            results.append(SampleMetrics(figures, own[1 + k]))
         return results
 
     def training_samples(self, places: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Yardstick:
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={list(settings.features)} are of images, the data are points: leave it out")
-            return [Values(self.data.deviation)]
+            return [Values(self.data.std)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
         opened: list[Extractor] = []
@@ -298,7 +298,7 @@ class Yardstick:
             data = digest(*(part for start, x in self._batches(indices) for part in (start, x)))
             for each in self.extractors:
                 found = collect_once(
-                    self.settings.cache, data, each, lambda: self._batches(indices), self.settings.keep
+                    self.settings.cache, data, each, lambda: self._batches(indices), self.settings.max_features
                 )
                 parts[each.name] = found.to("cpu")
         return {name: self._merge(part) for name, part in parts.items()}
@@ -306,18 +306,18 @@ class Yardstick:
     def _merge(self, part: Collected | None) -> Collected:
         """What every process collected, of which those that came late to it have nothing."""
         if part is not None:  # what others have more of is not sent
-            part = part.below(self.settings.keep)
+            part = part.below(self.settings.max_features)
         parts = [p for p in self.processes.gather(part) if p is not None]
-        return reduce(lambda whole, each: whole.merge(each, self.settings.keep), parts)
+        return reduce(lambda whole, each: whole.merge(each, self.settings.max_features), parts)
 
-    def _figures(self, samples: dict[str, Collected]) -> dict[str, Figure]:
-        figures: dict[str, Figure] = {}
+    def _figures(self, samples: dict[str, Collected]) -> dict[str, Metric]:
+        figures: dict[str, Metric] = {}
         for name, of_cpu in samples.items():
             each, reference = of_cpu.to(self.device), self.reference[name].to(self.device)
             if name == "values":
-                figures |= point_figures(each.features, reference.features, self.settings.seed)
+                figures |= point_metrics(each.features, reference.features, self.settings.seed)
             else:
-                figures |= image_figures(name, each, reference, self.settings.seed)
+                figures |= image_metrics(name, each, reference, self.settings.seed)
         return figures
 
     def _nearest(self, samples: Tensor, progress: Progress) -> dict[str, Nearest]:
@@ -339,20 +339,20 @@ class Yardstick:
         return whole
 
 
-def classifier_of(data: StreamDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
+def classifier_of(data: BaseDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
     """A classifier of images with labels, and on how many held-out ones its accuracy is; trained once."""
     assert data.source is not None and data.source.labels is not None
     numbers = data.source.labels.numbers
     x, train = data.fetch(data.train_indices[:CLASSIFIER_TRAINS_ON])
     y, held_out = data.fetch(data.val_indices[: CLASSIFIER_TRAINS_ON // 4])
-    learned, tested = data.to_display(data.to_model(x)), data.to_display(data.to_model(y))
+    learned, tested = data.postprocess(data.preprocess(x)), data.postprocess(data.preprocess(y))
     made = train_classifier(learned, numbers[train], (tested, numbers[held_out]), cache, device=device)
     return made, len(held_out)
 
 
-def shown_of(data: StreamDataModule, indices: Sequence[int]) -> Tensor:
+def shown_of(data: BaseDataModule, indices: Sequence[int]) -> Tensor:
     """Samples of the data's source as files show them."""
-    return data.to_display(data.to_model(data.fetch(indices)[0]))
+    return data.postprocess(data.preprocess(data.fetch(indices)[0]))
 
 
 def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
@@ -369,7 +369,7 @@ def seconds_of_call(module: DiffusionModule, batch_size: int) -> float:
         for _ in range(2):
             _wait_for(module.device)
             began = time.perf_counter()
-            module.denoise_in_sampling(x, level, cond)
+            module.denoise_for_sampling(x, level, cond)
             _wait_for(module.device)
     module.train(training)
     return time.perf_counter() - began

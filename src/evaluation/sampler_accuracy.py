@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from src.data.analytic import GaussianMixture
-from src.diffusion.noise import Level, Schedule, make_grid
-from src.diffusion.process import GaussianDiffusion, Prediction
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
+from src.diffusion.noise import NoiseLevel, Schedule, make_grid
 from src.evaluation.likelihood import Progress
 from src.training.module import Sampler
 
@@ -49,7 +49,7 @@ def compare_samplers(
             flows[start] = data.flow(x, grid[0].alpha.item(), grid[0].sigma.item())
         ideal = IdealPredictor(data)
         fresh = FreshNoise(_generator(seed + 1))
-        *_, out = samplers[name].walk(GaussianDiffusion("x0"), ideal, x, grid, noise=fresh)
+        *_, out = samplers[name].fn(GaussianDiffusion("x0"), ideal, x, grid, noise=fresh)
         results[name].evaluations.append(ideal.calls)
         if fresh.calls == 0:
             results[name].flow.append((out - flows[start]).square().sum(1).mean().sqrt().item())
@@ -64,7 +64,7 @@ class IdealPredictor:
         self.data = data
         self.calls = 0
 
-    def __call__(self, x: Tensor, t: Level) -> Prediction:
+    def __call__(self, x: Tensor, t: NoiseLevel) -> Prediction:
         self.calls += 1
         x0 = self.data.denoise(x, t.alpha.item(), t.sigma.item())
         return Prediction(x0, (x - t.alpha * x0) / t.sigma)

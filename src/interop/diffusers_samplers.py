@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.likelihood import Predict
-from src.diffusion.noise import Grid, Level, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion, Prediction
+from src.diffusion.noise import Grid, NoiseLevel, NoiseSchedule
 from src.diffusion.samplers import Noise
 
 # Every convention on which the schedulers' defaults differ, for those that know it. Clipping is our process's.
@@ -45,12 +45,12 @@ LEAST_ALPHA_BAR = 2**-24
 
 
 def diffusers(
-    process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise, scheduler: str
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise, scheduler: str
 ) -> Iterator[Tensor]:
     """Walk len(grid) - 1 steps with the class `scheduler` of the diffusers library, which chooses its own timesteps.
 
     Some predict more than once a step. Those of the form of k-diffusion hold x / alpha; what is predicted from, and
-    yielded, is x. A `process` with learned variances samples with fixed ones here. DDIMScheduler and PNDMScheduler
+    yielded, is x. A `diffusion` with learned variances samples with fixed ones here. DDIMScheduler and PNDMScheduler
     want a number of steps that divides the schedule's. Raises ValueError for schedulers that are unknown or made for
     something else, and for schedules without betas.
     """
@@ -108,7 +108,7 @@ def _build(make: Any, schedule: NoiseSchedule, kind: str, seeds: list[int]) -> A
     return stepper
 
 
-def _output(kind: str, pred: Prediction, level: Level) -> Tensor:
+def _output(kind: str, pred: Prediction, level: NoiseLevel) -> Tensor:
     """The prediction as the scheduler wants it, (B, *data)."""
     match kind:
         case "sample":

@@ -7,7 +7,7 @@ from scipy.stats import chi2_contingency
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.metrics.figures import SHARE, Statistic
+from src.metrics.confidence import SHARE, Statistic
 
 
 class ChiSquare(NamedTuple):

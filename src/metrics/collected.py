@@ -27,9 +27,9 @@ class Collected(NamedTuple):
 
         Raises ValueError for features that are not finite, of which no figure could be made.
         """
-        if spoilt := int((~batch.features.isfinite().all(1)).sum()):
+        if num_corrupted := int((~batch.features.isfinite().all(1)).sum()):
             raise ValueError(
-                f"{spoilt} of {len(batch.features)} samples from number {start} on have features that are not finite: "
+                f"{num_corrupted} of {len(batch.features)} samples from number {start} on have features that are not finite: "
                 "look at the samples, or choose another extractor"
             )
         numbers = torch.arange(start, start + len(batch.features))

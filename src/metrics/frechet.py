@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.figures import Statistic, linear
+from src.metrics.confidence import Statistic, linear
 
 
 class Moments(NamedTuple):

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from src.metrics.figures import Statistic
-from src.metrics.neighbours import chunks, distances
+from src.metrics.confidence import Statistic
+from src.metrics.neighbors import chunks, distances
 
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """x (N, F), y (M, F) -> (N, M) float64."""

@@ -6,20 +6,20 @@ from torch import Tensor
 
 from src.metrics.classes import inception_score, total_variation
 from src.metrics.collected import Collected
-from src.metrics.figures import Figure, name, wilson
+from src.metrics.confidence import Metric, name, wilson
 from src.metrics.frechet import frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
-from src.metrics.memorisation import Memorisation
-from src.metrics.neighbours import manifolds
+from src.metrics.memorization import Memorization
+from src.metrics.neighbors import manifolds
 from src.metrics.transport import sliced_wasserstein
 
 WIDE = 512
 """Features from here on have the Fréchet distance's interval by its linear form."""
 
 
-def image_figures(
+def image_metrics(
     extractor: str, samples: Collected, reference: Collected, seed: int, k: int = 5, replicates: int = 200
-) -> dict[str, Figure]:
+) -> dict[str, Metric]:
     """Fréchet and kernel distance, precision, recall, density, coverage; with probabilities also those of classes.
 
     Over `inception` alone are they called fid, kid and inception_score; else fd, kd and class_score, and every name
@@ -41,7 +41,7 @@ def image_figures(
     }
 
 
-def frechet_figure(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Figure:
+def frechet_figure(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Metric:
     """The Fréchet distance of all samples; its interval by resampling those that were kept.
 
     Where more came by than were kept, the interval shrinks by the root of their ratio.
@@ -50,10 +50,10 @@ def frechet_figure(samples: Collected, reference: Collected, seed: int, replicat
     kept = resampled(samples.features, reference.moments).figure(seed, replicates)
     value = frechet_distance(samples.moments, reference.moments)
     narrower = math.sqrt(len(samples.features) / samples.moments.number.item())
-    return Figure(value, *(value + narrower * (end - kept.value) for end in kept[1:]))
+    return Metric(value, *(value + narrower * (end - kept.value) for end in kept[1:]))
 
 
-def point_figures(samples: Tensor, reference: Tensor, seed: int, replicates: int = 200) -> dict[str, Figure]:
+def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int = 200) -> dict[str, Metric]:
     """Sliced Wasserstein, energy distance and MMD of samples (N, D) to reference points (M, D)."""
     statistics = {
         "sliced_wasserstein": sliced_wasserstein(samples, reference, seed),
@@ -63,7 +63,7 @@ def point_figures(samples: Tensor, reference: Tensor, seed: int, replicates: int
     return {name(key, len(samples)): each.figure(seed, replicates) for key, each in statistics.items()}
 
 
-def memorisation_figures(space: str, found: Memorisation, seed: int, replicates: int = 200) -> dict[str, Figure]:
+def memorization_metrics(space: str, found: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
     """The ratio of nearest training distances and the share of copies, in the named feature space."""
     n = len(found.distances)
     ratio = found.ratio.figure(seed, replicates)

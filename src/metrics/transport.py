@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from src.metrics.figures import Statistic
+from src.metrics.confidence import Statistic
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, seed: int, directions: int = 128) -> Statistic:

@@ -36,22 +36,22 @@ class ClassEmbedding(nn.Module):
 
     token_width = None
 
-    def __init__(self, dim: int, classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(classes + 1, dim)
+        self.table = nn.Embedding(num_classes + 1, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
         return Embedded(self.table(cond))
 
 
-class MeasuredEmbedding(nn.Module):
+class ContinuousEmbedding(nn.Module):
     """cond (B, K) of deviation about 1, or NaN for nothing -> a vector, by an MLP of the values."""
 
     token_width = None
 
-    def __init__(self, dim: int, values: int) -> None:
+    def __init__(self, dim: int, num_values: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(values, dim)
+        self.linear1 = nn.Linear(num_values, dim)
         self.linear2 = nn.Linear(dim, dim)
         self.nothing = nn.Parameter(torch.zeros(dim))
 
@@ -64,7 +64,7 @@ class MeasuredEmbedding(nn.Module):
 class TextTransformer(nn.Module):
     """Token ids (B, L) -> what a transformer encoder, trained along, makes of each, and a vector for all of them.
 
-    L <= `length` and ids < `vocabulary`; id 0 is padding, which nothing attends to, and the first id is never padding.
+    L <= `max_length` and ids < `vocab_size`; id 0 is padding, which nothing attends to, and the first id is never padding.
     Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the sum over n tokens, over sqrt(n), made
     `dim` long.
 
@@ -74,21 +74,27 @@ class TextTransformer(nn.Module):
     """
 
     def __init__(
-        self, dim: int, vocabulary: int, length: int, width: int = 128, layers: int = 2, heads: int = 4
+        self,
+        dim: int,
+        vocab_size: int,
+        max_length: int,
+        hidden_size: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
     ) -> None:
         super().__init__()
-        if layers < 1 or heads < 1 or width % heads:
+        if num_layers < 1 or num_heads < 1 or hidden_size % num_heads:
             raise ValueError(
-                f"the text's transformer needs layers >= 1 and a width that heads divide, got layers={layers}, "
-                f"width={width}, heads={heads}: change conditioning.embed"
+                f"the text's transformer needs num_layers >= 1 and a hidden_size that num_heads divide, got num_layers={num_layers}, "
+                f"hidden_size={hidden_size}, num_heads={num_heads}: change conditioning.embed"
             )
-        self.token_width = width
-        self.table = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.empty(length, width))
+        self.token_width = hidden_size
+        self.table = nn.Embedding(vocab_size, hidden_size)
+        self.positions = nn.Parameter(torch.empty(max_length, hidden_size))
         nn.init.normal_(self.positions, std=0.1)
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-        self.vector = _to_vector(width, dim)
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.vector = _to_vector(hidden_size, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
         mask = _there(cond != 0)
@@ -100,21 +106,21 @@ class TextTransformer(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """What a frozen encoder made of texts, (B, L, features) -> tokens `width` wide, and a vector for all of them.
+    """What a frozen encoder made of texts, (B, L, features) -> tokens `hidden_size` wide, and a vector for all of them.
 
     Rows of zeros are padding, which nothing attends to; the first row is never padding. Each row is normalised, since
     encoders differ in scale; the vector is the mean over tokens, normalised and made `dim` long.
     """
 
-    def __init__(self, dim: int, features: int | None, width: int = 256) -> None:
+    def __init__(self, dim: int, features: int | None, hidden_size: int = 256) -> None:
         super().__init__()
         if features is None:
             raise ValueError("conditioning=pretrained needs features, the width of the encoder, found as a run starts")
-        self.token_width = width
+        self.token_width = hidden_size
         self.norm1 = nn.LayerNorm(features)
-        self.linear = nn.Linear(features, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.vector = _to_vector(width, dim)
+        self.linear = nn.Linear(features, hidden_size)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.vector = _to_vector(hidden_size, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
         mask = _there(cond.any(2))
@@ -124,24 +130,24 @@ class TextProjection(nn.Module):
 
 
 class _Block(nn.Module):
-    """Self-attention among the tokens (B, L, width) that are there, then an MLP of each, both residual."""
+    """Self-attention among the tokens (B, L, hidden_size) that are there, then an MLP of each, both residual."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = zero_init(nn.Linear(width, width))
-        self.norm2 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, 4 * width)
-        self.linear2 = zero_init(nn.Linear(4 * width, width))
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = zero_init(nn.Linear(hidden_size, hidden_size))
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.linear1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.linear2 = zero_init(nn.Linear(4 * hidden_size, hidden_size))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        b, length, width = x.shape
-        query, keys, values = self.qkv(self.norm1(x)).view(b, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # (B, heads, L, width / heads)
+        b, max_length, hidden_size = x.shape
+        query, keys, values = self.qkv(self.norm1(x)).view(b, max_length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # (B, num_heads, L, hidden_size / num_heads)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, None, None])
-        x = x + self.out(attended.transpose(1, 2).reshape(b, length, width))
+        x = x + self.out(attended.transpose(1, 2).reshape(b, max_length, hidden_size))
         out: Tensor = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
         return out
 
@@ -152,7 +158,7 @@ def _there(mask: Tensor) -> Tensor:
 
 
 def _sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The sum over the n tokens (B, L, width) that are there, as (B, width), over sqrt(n).
+    """The sum over the n tokens (B, L, hidden_size) that are there, as (B, hidden_size), over sqrt(n).
 
     It has the deviation of one of them if they are uncorrelated.
     """
@@ -160,8 +166,8 @@ def _sum(tokens: Tensor, mask: Tensor) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1).sqrt()
 
 
-def _to_vector(width: int, dim: int) -> nn.Linear:
+def _to_vector(hidden_size: int, dim: int) -> nn.Linear:
     """Linear, of the deviation of what it is given."""
-    linear = nn.Linear(width, dim)
-    nn.init.normal_(linear.weight, std=width**-0.5)
+    linear = nn.Linear(hidden_size, dim)
+    nn.init.normal_(linear.weight, std=hidden_size**-0.5)
     return linear

@@ -32,7 +32,9 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, dim: int, time_scale: float = 1000.0) -> None:
         super().__init__()
         if width % 2:
-            raise ValueError(f"the time embedding pairs sines with cosines, got width {width}: make model.width even")
+            raise ValueError(
+                f"the time embedding pairs sines with cosines, got width {width}: make model.model_channels even"
+            )
         self.width = width
         self.time_scale = time_scale
         self.linear1 = nn.Linear(width, dim)
@@ -93,9 +95,9 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Residual self-attention over the positions of x (B, C, H, W), with `heads` heads."""
 
-    def __init__(self, channels: int, groups: int, heads: int) -> None:
+    def __init__(self, channels: int, groups: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
@@ -103,7 +105,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
-        qkv = self.qkv(tokens).view(b, -1, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens).view(b, -1, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, H W, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
@@ -115,9 +117,9 @@ class CrossAttention(nn.Module):
     `mask` (B, L) bool says which tokens are there, at least one of each sample's; without one, all are.
     """
 
-    def __init__(self, channels: int, groups: int, heads: int, token_width: int) -> None:
+    def __init__(self, channels: int, groups: int, num_heads: int, token_width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.norm = nn.GroupNorm(groups, channels)
         self.query = nn.Linear(channels, channels)
         self.kv = nn.Linear(token_width, 2 * channels)
@@ -126,8 +128,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         b, c, height, width = x.shape
         query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
-        query = query.view(b, -1, self.heads, c // self.heads).transpose(1, 2)
-        keys, values = self.kv(tokens).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
+        keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         there = None if mask is None else mask[:, None, None]  # for all heads and positions
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=there)  # (B, heads, H W, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))

@@ -10,33 +10,33 @@ from src.models.layers import TimeEmbedding, zero_init
 
 
 class MLP(nn.Module):
-    """x (B, D), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, D * outputs), by `blocks` residual blocks.
+    """x (B, D), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, D * outputs), by `num_res_blocks` residual num_res_blocks.
 
-    Each block, of `width` features, is LayerNorm, the time embedding as scale and shift, SiLU and two linear layers,
-    the last starting at 0. `condition`, given the width of the time embedding, makes the network for conditions, whose
+    Each block, of `hidden_size` features, is LayerNorm, the time embedding as scale and shift, SiLU and two linear layers,
+    the last starting at 0. `condition`, given the hidden_size of the time embedding, makes the network for conditions, whose
     vector joins that; tokens, if it has any, are not looked at.
     """
 
     def __init__(
         self,
         features: int,
-        width: int = 128,
-        blocks: int = 4,
+        hidden_size: int = 128,
+        num_res_blocks: int = 4,
         outputs: int = 1,
         time_scale: float = 1000.0,
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
-        if min(features, width, blocks, outputs) < 1:
+        if min(features, hidden_size, num_res_blocks, outputs) < 1:
             raise ValueError(
-                f"features, width, blocks and outputs must be at least 1, got {features}, {width}, {blocks}, {outputs}"
+                f"features, hidden_size, num_res_blocks and outputs must be at least 1, got {features}, {hidden_size}, {num_res_blocks}, {outputs}"
             )
-        self.time = TimeEmbedding(width, 2 * width, time_scale)
-        self.condition = None if condition is None else condition(2 * width)
-        self.linear_in = nn.Linear(features, width)
-        self.blocks = nn.ModuleList([MLPBlock(width, 2 * width) for _ in range(blocks)])
-        self.norm_out = nn.LayerNorm(width)
-        self.linear_out = zero_init(nn.Linear(width, features * outputs))
+        self.time = TimeEmbedding(hidden_size, 2 * hidden_size, time_scale)
+        self.condition = None if condition is None else condition(2 * hidden_size)
+        self.linear_in = nn.Linear(features, hidden_size)
+        self.blocks = nn.ModuleList([MLPBlock(hidden_size, 2 * hidden_size) for _ in range(num_res_blocks)])
+        self.norm_out = nn.LayerNorm(hidden_size)
+        self.linear_out = zero_init(nn.Linear(hidden_size, features * outputs))
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         emb = self.time(time)
@@ -51,14 +51,14 @@ class MLP(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """x (B, width), emb (B, emb_dim) -> (B, width)."""
+    """x (B, hidden_size), emb (B, emb_dim) -> (B, hidden_size)."""
 
-    def __init__(self, width: int, emb_dim: int) -> None:
+    def __init__(self, hidden_size: int, emb_dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.emb = nn.Linear(emb_dim, 2 * width)
-        self.linear1 = nn.Linear(width, width)
-        self.linear2 = zero_init(nn.Linear(width, width))
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
+        self.emb = nn.Linear(emb_dim, 2 * hidden_size)
+        self.linear1 = nn.Linear(hidden_size, hidden_size)
+        self.linear2 = zero_init(nn.Linear(hidden_size, hidden_size))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.emb(F.silu(emb)).chunk(2, dim=-1)

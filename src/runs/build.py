@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments, check_seeds
 from src.config.output import begin
-from src.quoting import typed
+from src.quoting import format_override
 from src.runs.checkpoints import (
     changed_settings,
     check_accumulation,
@@ -23,7 +23,13 @@ from src.runs.checkpoints import (
     find_checkpoint,
 )
 from src.runs.components import build_condition, build_module, make, plain, start_wandb, warn_of_schedule
-from src.runs.resolve import inline_betas, restore_found, settle_condition, settle_data, settle_micro_batch
+from src.runs.resolve import (
+    infer_accumulation,
+    infer_condition_settings,
+    infer_data_settings,
+    inline_betas,
+    restore_found,
+)
 from src.runs.trainer import build_trainer, quiet_libraries
 from src.runs.trust import check_targets, known_targets
 from src.training.checkpoints import read_checkpoint
@@ -31,7 +37,7 @@ from src.training.checkpoints import read_checkpoint
 if TYPE_CHECKING:
     import lightning as L
 
-    from src.data.module import StreamDataModule
+    from src.data.module import BaseDataModule
     from src.training.module import DiffusionModule
 
 
@@ -40,7 +46,7 @@ class Run(NamedTuple):
 
     directory: Path
     module: "DiffusionModule"
-    data: "StreamDataModule"
+    data: "BaseDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
     steps: int = 0
@@ -61,12 +67,12 @@ class Run(NamedTuple):
 
     def save(self) -> None:
         """Save the last checkpoint, however long it takes until there is room for it."""
-        from src.training.checkpoint_io import WholeCheckpoints
+        from src.training.checkpoint_io import AtomicCheckpointIO
 
         while True:
             self.trainer.save_checkpoint(self.last_checkpoint)
             written = self.trainer.strategy.checkpoint_io
-            failed = isinstance(written, WholeCheckpoints) and written.failed
+            failed = isinstance(written, AtomicCheckpointIO) and written.failed
             if not self.trainer.strategy.broadcast(failed):
                 return
             if self.trainer.is_global_zero:
@@ -97,9 +103,9 @@ class Run(NamedTuple):
     @property
     def stop_signal(self) -> int:
         """The signal that ended training; 0 if no callback was there to say."""
-        from src.training.callbacks.graceful_shutdown import CleanStop
+        from src.training.callbacks.graceful_shutdown import GracefulShutdown
 
-        asked = [c.signal for c in self.trainer.callbacks if isinstance(c, CleanStop)]  # type: ignore[attr-defined]
+        asked = [c.signal for c in self.trainer.callbacks if isinstance(c, GracefulShutdown)]  # type: ignore[attr-defined]
         return max(asked, default=0)
 
     @property
@@ -117,7 +123,7 @@ def build(cfg: DictConfig) -> Run:
     Raises ValueError for settings that cannot work together.
     """
     if cfg.resume is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), typed("resume", cfg.resume))
+        check_targets(plain(cfg, resolve=False), known_targets(training=True), format_override("resume", cfg.resume))
     resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
     saved = read_checkpoint(resume_from) if resume_from else None
     before = saved and saved["hyper_parameters"]
@@ -132,7 +138,7 @@ def build(cfg: DictConfig) -> Run:
     if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
     check_seeds(cfg)
-    for name, least in (("keep_checkpoints", -1), ("neighbours.samples", 0), ("neighbours.among", 0)):
+    for name, least in (("keep_checkpoints", -1), ("neighbors.num_samples", 0), ("neighbors.num_candidates", 0)):
         if (number := OmegaConf.select(cfg, name)) < least:
             raise ValueError(f"{name}={number} must be at least {least}")
     quiet_libraries()
@@ -141,11 +147,11 @@ def build(cfg: DictConfig) -> Run:
     directory = Path(cfg.run_dir)
     L.seed_everything(cfg.seed, verbose=False)
     data = make(cfg.data)
-    settle_data(cfg, data)
-    settle_condition(cfg, data)
+    infer_data_settings(cfg, data)
+    infer_condition_settings(cfg, data)
     data.record_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
-    module = build_module(cfg, data.shape, data.levels, data.condition)
+    module = build_module(cfg, data.shape, data.num_values, data.condition)
     warn_of_schedule(module)
     from src.training.compile import check_graphs, compiled
 
@@ -157,7 +163,7 @@ def build(cfg: DictConfig) -> Run:
         check_steps(saved, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
-            f"{directory} already holds a run: go on with {typed('resume', directory)}, or choose another run_dir"
+            f"{directory} already holds a run: go on with {format_override('resume', directory)}, or choose another run_dir"
         )
     trainer = build_trainer(cfg, directory)
     from src.distributed.processes import check_processes, start_quietly
@@ -166,16 +172,16 @@ def build(cfg: DictConfig) -> Run:
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
-    from src.training.memory import MicroBatch, keep_freed_memory
+    from src.training.memory import MicrobatchFinder, keep_freed_memory
 
-    if not any(isinstance(callback, MicroBatch) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if not any(isinstance(callback, MicrobatchFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         keep_freed_memory(trainer.strategy.root_device)
-    from src.distributed.sharding import FullySharded
+    from src.distributed.sharding import FullyShardedStrategy
 
-    if isinstance(trainer.strategy, FullySharded) and module.curve_weights:
+    if isinstance(trainer.strategy, FullyShardedStrategy) and module.curve_weights:
         raise ValueError("trainer=fsdp deals out the network alone, and a learned schedule learns too: use trainer=ddp")
-    settle_micro_batch(cfg, trainer, saved)
-    check_graphs(cfg.compile, "auto" if cfg.data.get("micro_batch") == "auto" else trainer.accumulate_grad_batches)
+    infer_accumulation(cfg, trainer, saved)
+    check_graphs(cfg.compile, "auto" if cfg.data.get("microbatch_size") == "auto" else trainer.accumulate_grad_batches)
     module.hparams.update({str(k): v for k, v in plain(cfg).items()})
     if saved is not None:
         check_accumulation(saved, cfg)
@@ -190,16 +196,16 @@ def start(cfg: DictConfig, run: Run) -> None:
     Before this nothing is written into the folder, and if this fails nothing stays. Raises ValueError if another
     process trains there, or W&B cannot start.
     """
-    from src.training.loggers import folder_of, left_as_found
+    from src.training.loggers import folder_of, rollback_logger_files
 
     lock = run.directory / ".lock"
     found = lock.exists()
     if run.trainer.is_global_zero:
-        hold(run.directory)
+        lock_run_dir(run.directory)
     try:
         loggers = run.trainer.loggers if run.trainer.is_global_zero else []
         folders = [folder for logger in loggers if (folder := folder_of(logger, run.directory))]
-        with left_as_found(folders):
+        with rollback_logger_files(folders):
             start_wandb(cfg, run.trainer, run.directory)
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
@@ -209,7 +215,7 @@ def start(cfg: DictConfig, run: Run) -> None:
     except BaseException:
         if run.trainer.is_global_zero and not found:
             lock.unlink(missing_ok=True)
-        if held := _held.pop(run.directory.resolve(), None):
+        if held := _locks.pop(run.directory.resolve(), None):
             held.close()
         raise
 
@@ -221,17 +227,17 @@ def record_path(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
 
 
-_held: dict[Path, IO[str]] = {}
+_locks: dict[Path, IO[str]] = {}
 
 
-def hold(directory: Path) -> None:
+def lock_run_dir(directory: Path) -> None:
     """Keep a run's folder for this process until it ends. Raises ValueError if another trains there."""
     try:
         import fcntl
     except ImportError:  # not on Windows
         return
     directory.mkdir(parents=True, exist_ok=True)
-    if before := _held.pop(directory.resolve(), None):
+    if before := _locks.pop(directory.resolve(), None):
         before.close()
     path = directory / ".lock"
     for _ in range(30):  # seconds: one that was stopped may still be on its way out
@@ -245,7 +251,7 @@ def hold(directory: Path) -> None:
             return
         else:
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                _held[directory.resolve()] = file
+                _locks[directory.resolve()] = file
                 return
             file.close()  # its process was refused, and has removed it
     raise ValueError(f"another process trains in {directory}: wait for it or stop it, or choose another run_dir")
@@ -255,6 +261,6 @@ def close(run: Run) -> None:
     """End what would otherwise live on into the next run of the same process."""
     from src.training.loggers import finish
 
-    if held := _held.pop(run.directory.resolve(), None):
+    if held := _locks.pop(run.directory.resolve(), None):
         held.close()
     finish(run.trainer)

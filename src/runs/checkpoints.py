@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import _nearest, newest_run
-from src.quoting import typed
-from src.training.checkpoints import by_age, is_whole
+from src.quoting import format_override
+from src.training.checkpoints import is_intact, newest_first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,11 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         path = Path(str(ckpt))
         if not path.is_file():
             of_run = path.parent if path.name == "checkpoints" else path
-            hint = f"; did you mean {typed('run', of_run)}?" if any((of_run / "checkpoints").glob("*.ckpt")) else ""
+            hint = (
+                f"; did you mean {format_override('run', of_run)}?"
+                if any((of_run / "checkpoints").glob("*.ckpt"))
+                else ""
+            )
             hint = hint or newest_run("ckpt", path) or _nearest(path, "ckpt", "*.ckpt")
             raise FileNotFoundError(
                 f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
@@ -45,7 +49,7 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     folder = Path(str(run))
     if folder.is_file():
         raise FileNotFoundError(
-            f"{folder} is a file, and a run is a folder: use {typed('ckpt', folder)} for one checkpoint"
+            f"{folder} is a file, and a run is a folder: use {format_override('ckpt', folder)} for one checkpoint"
         )
     if not folder.is_dir():
         near = _nearest(folder, "run", "*/")
@@ -53,10 +57,10 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
         raise FileNotFoundError(
             f"{folder} holds the checkpoints of a run, and is no run folder: did you mean "
-            f"{typed('run', folder.parent)}?"
+            f"{format_override('run', folder.parent)}?"
         )
-    for path in by_age(folder):
-        if is_whole(path):
+    for path in newest_first(folder):
+        if is_intact(path):
             return path
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
     hint = newest_run("run", folder) or ": has it trained?"
@@ -82,7 +86,7 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
     if before != now:
         raise ValueError(
             f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it "
-            "(data.micro_batch sets it too), or start a new run"
+            "(data.microbatch_size sets it too), or start a new run"
         )
 
 
@@ -108,15 +112,15 @@ def check_steps(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
-OF_THE_MODEL = (
-    *("model", "schedule", "process", "snr_shift", "zero_terminal_snr", "conditioning"),
-    *("data.levels", "data.columns", "data.mean", "data.deviation"),
+FIXED_KEYS = (
+    *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
+    *("data.num_values", "data.columns", "data.mean", "data.std"),
 )
 """Settings that a resumed run must keep: with others the weights would mean something else."""
 
 
-FREE = (
-    *("model.checkpointing", "conditioning.drop"),
+MUTABLE_KEYS = (
+    *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """But for these, which change no weight's meaning."""
@@ -132,7 +136,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
-        if {name, name.split(".")[0]} & set(OF_THE_MODEL) and name not in FREE:
+        if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
             raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
     return lines
 

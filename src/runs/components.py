@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from src.data.conditions import Condition
     from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
-    from src.training.module import Conditioning, DiffusionModule, Objective, Sampler
+    from src.training.module import ConditionSpec, DiffusionModule, LossFn, Sampler
 
 
 def build_module(
-    cfg: DictConfig, shape: tuple[int, ...], levels: int | None, condition: "Condition | None" = None
+    cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
 ) -> "DiffusionModule":
-    """The LightningModule for samples of `shape` with so many `levels`, with freshly initialised weights.
+    """The LightningModule for samples of `shape` with so many `num_values`, with freshly initialised weights.
 
     `condition` is what `build_condition` made of the configuration. Without an optimizer in it the module can sample
     but not train.
@@ -48,15 +48,15 @@ def build_module(
         warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
         cfg.optimizer.fused = False
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
-    process = make(cfg.process, {"decoder_scale": schedule.decoder_scale, "levels": levels})
-    net = make(cfg.model, {"outputs": process.outputs, **condition_network(cfg)})
-    conditioning = None if condition is None else conditioning_of(condition, cfg.conditioning.drop)
+    diffusion = make(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
+    net = make(cfg.model, {"outputs": diffusion.outputs, **condition_network(cfg)})
+    conditioning = None if condition is None else conditioning_of(condition, cfg.conditioning.cond_drop_prob)
     module = DiffusionModule(
         net=net,
         schedule=schedule,
-        process=process,
-        objective=build_objective(cfg.objective, schedule),
-        timesteps=make(cfg.timesteps),
+        diffusion=diffusion,
+        loss_fn=build_loss(cfg.loss, schedule),
+        timestep_sampler=make(cfg.timestep_sampler),
         sampler=build_sampler(cfg.sampler, cfg.get("guidance")),
         shape=shape,
         seed=cfg.seed,
@@ -64,7 +64,7 @@ def build_module(
         lr_scheduler=make(cfg.lr_scheduler) if trains else None,
         conditioning=conditioning,
     )
-    check_network(net, shape, process.outputs, conditioning)
+    check_network(net, shape, diffusion.outputs, conditioning)
     if trains:  # made once for nothing, so that values which they refuse are refused now
         module.prepare_optimizer(1)
     if len(shape) == 3:
@@ -82,10 +82,10 @@ def condition_network(cfg: DictConfig) -> dict[str, Any]:
     return {} if cfg.get("conditioning") is None else {"condition": make(cfg.conditioning.embed)}
 
 
-def conditioning_of(condition: "Condition", drop: float) -> "Conditioning":
-    from src.training.module import Conditioning
+def conditioning_of(condition: "Condition", cond_drop_prob: float) -> "ConditionSpec":
+    from src.training.module import ConditionSpec
 
-    return Conditioning(condition([None]), condition(condition.examples or [None]), drop)
+    return ConditionSpec(condition([None]), condition(condition.examples or [None]), cond_drop_prob)
 
 
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
@@ -113,13 +113,13 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
     return NoiseSchedule(made)
 
 
-def build_objective(cfg: DictConfig, schedule: "Schedule") -> "Objective":
+def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
     """An objective from its YAML; a weighting that has an argument `schedule` is given it."""
-    objective = make(cfg)
-    weighting = getattr(objective, "keywords", {}).get("weighting")
+    loss_fn = make(cfg)
+    weighting = getattr(loss_fn, "keywords", {}).get("weighting")
     if weighting is not None and "schedule" in inspect.signature(weighting).parameters:
-        objective = functools.partial(objective, weighting=functools.partial(weighting, schedule=schedule))
-    built: Objective = objective
+        loss_fn = functools.partial(loss_fn, weighting=functools.partial(weighting, schedule=schedule))
+    built: LossFn = loss_fn
     return built
 
 
@@ -128,13 +128,13 @@ def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampl
     from src.diffusion.noise import DefaultSpacing
     from src.training.module import Sampler
 
-    walk = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
+    fn = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
     spacing = DefaultSpacing(**plain(cfg.spacing)) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
-    return Sampler(walk, cfg.steps, spacing, build_guidance(guidance))
+    return Sampler(fn, cfg.steps, spacing, build_guidance(guidance))
 
 
 def build_guidance(cfg: DictConfig | None) -> "Guidance":
-    """Guidance from its settings, without the weaker model, which `runs.weaker_model` opens."""
+    """Guidance from its settings, without the weaker model, which `runs.open_guidance_model` opens."""
     from src.diffusion.guidance import Guidance
 
     if cfg is None:
@@ -208,7 +208,7 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
 
 
 def check_network(
-    net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "Conditioning | None" = None
+    net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "ConditionSpec | None" = None
 ) -> None:
     """Raise ValueError if the network does not give what it should: run once, on tensors without contents."""
     import copy
@@ -237,7 +237,7 @@ def warn_of_schedule(module: "DiffusionModule") -> None:
             "training never was; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
             stacklevel=2,
         )
-    terms = module.check_objective()
+    terms = module.check_loss()
     if terms["loss"].item() < 1e-12 * terms["mse"].item():
         warnings.warn(
             "the weighting gives the schedule's last step, where sampling starts, no weight at all: use "
@@ -246,7 +246,7 @@ def warn_of_schedule(module: "DiffusionModule") -> None:
         )
 
 
-def hollow_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
+def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
     """The network without weights, laid out as it is trained."""
     import torch
 

@@ -7,20 +7,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
 from src.errors import sentence
-from src.quoting import typed
+from src.quoting import format_override
 from src.runs.build import record_path
 from src.runs.checkpoints import check_fit, find_checkpoint
 from src.runs.components import build_condition, build_module, build_sampler, make
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import ASKED, BUILT, read_checkpoint, weights_of
+from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint, weights_of
 
 if TYPE_CHECKING:
     import torch
 
-    from src.data.module import StreamDataModule
+    from src.data.module import BaseDataModule
     from src.diffusion.guidance import Conditional
-    from src.diffusion.noise import Level
+    from src.diffusion.noise import NoiseLevel
     from src.training.module import DiffusionModule, Sampler
 
 
@@ -30,7 +30,7 @@ class OpenedRun(NamedTuple):
     config: DictConfig
     checkpoint: Path
     module: "DiffusionModule"
-    data: "StreamDataModule"
+    data: "BaseDataModule"
 
 
 def open_run(
@@ -53,24 +53,24 @@ def open_run(
     settings = checkpoint["hyper_parameters"]
     if not trust:
         check_texts(settings, path)
-        check_targets({name: settings.get(name) for name in (*BUILT, "conditioning")}, known_targets(), path)
+        check_targets({name: settings.get(name) for name in (*MODEL_KEYS, "conditioning")}, known_targets(), path)
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # a table is one file
         if setting not in config.data:
             raise ValueError(
-                f"{typed('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
+                f"{format_override('data.root', data_root)} is for images, and {path} was trained on points: leave it out"
             )
         config.data[setting] = data_root
-    settle_encoder(config, encoder, path)
-    built = OmegaConf.masked_copy(config, [*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr"])
+    infer_encoder_settings(config, encoder, path)
+    built = OmegaConf.masked_copy(config, [*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
         data = make(config.data)
         data.record_path = record_path(path)
         data.condition = build_condition(built)
-        module = build_module(built, data.shape, data.levels, data.condition)
+        module = build_module(built, data.shape, data.num_values, data.condition)
         weights = weights_of(checkpoint, ema, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
@@ -84,7 +84,7 @@ def open_run(
     return OpenedRun(config, path, module.eval(), data)
 
 
-def speed_up(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
+def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
     """Have an opened run sample in a precision, and by a compiled network. Raises ValueError for unknown ones."""
     from src.training.compile import compiled, product_dtype
 
@@ -92,13 +92,13 @@ def speed_up(opened: OpenedRun, precision: str, compile_mode: str | bool | None)
     opened.module.compiled_sampling = compiled(opened.module.net, compile_mode)
 
 
-def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
+def infer_encoder_settings(config: DictConfig, encoder: str | None, path: Path) -> None:
     """Where a pretrained encoder is looked for, and its answers are kept: never where the file says."""
     node = OmegaConf.select(config, "conditioning.encode")
     if node is None or "fingerprint" not in node:
         if encoder is not None:
             raise ValueError(
-                f"{typed('encoder', encoder)} is for runs with conditioning=pretrained, as {path} is not: leave it out"
+                f"{format_override('encoder', encoder)} is for runs with conditioning=pretrained, as {path} is not: leave it out"
             )
         return
     node.cache, node.device = "outputs/cache", "auto"
@@ -110,48 +110,50 @@ def settle_encoder(config: DictConfig, encoder: str | None, path: Path) -> None:
 def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":
     """A sampler by its settings and those of its guidance, for which null means what the run was trained with."""
     own = OmegaConf.create({"scale": 1.0, "interval": None, "rescale": 0.0})
-    asked = {k: v for k, v in guidance.items() if v is not None and k != "weak"}
+    asked = {k: v for k, v in guidance.items() if v is not None and k != "model"}
     merged = OmegaConf.merge(own, opened.config.get("guidance") or {}, asked)
     assert isinstance(merged, DictConfig)
     check_arguments(settings, "sampler")
     sampler = build_sampler(settings, merged)
-    if guidance.weak is not None:
-        sampler = sampler._replace(guidance=sampler.guidance._replace(weak=weaker_model(opened, guidance.weak)))
+    if guidance.model is not None:
+        sampler = sampler._replace(
+            guidance=sampler.guidance._replace(model=open_guidance_model(opened, guidance.model))
+        )
     opened.module.check_sampler(sampler)
     return sampler
 
 
-def weaker_model(opened: OpenedRun, where: str) -> "Conditional":
+def open_guidance_model(opened: OpenedRun, where: str) -> "Conditional":
     """The network to lead away from: that of another run's folder, or of another checkpoint.
 
     Raises ValueError if its output means something else than the run's, or it is asked in another way.
     """
     path = Path(where)
     encoder = OmegaConf.select(opened.config, "conditioning.encode.model")
-    weak = open_run(None if path.is_file() else where, where if path.is_file() else None, encoder=encoder)
+    other_run = open_run(None if path.is_file() else where, where if path.is_file() else None, encoder=encoder)
     remedy = "choose an earlier checkpoint, or a smaller network that was trained with the same"
-    own, other = (meaning(each.config) for each in (opened, weak))
-    if changed := next((name for name in {**own, **other} if own.get(name) != other.get(name)), None):
+    own, theirs = (meaning(each.config) for each in (opened, other_run))
+    if changed := next((name for name in {**own, **theirs} if own.get(name) != theirs.get(name)), None):
         raise ValueError(
-            f"{typed('guidance.weak', where)} has another {changed} than the run, so its outputs differ: {remedy}"
+            f"{format_override('guidance.model', where)} has another {changed} than the run, so its outputs differ: {remedy}"
         )
-    if weak.module.shape != opened.module.shape:
+    if other_run.module.shape != opened.module.shape:
         raise ValueError(
-            f"{typed('guidance.weak', where)} makes samples of shape {weak.module.shape}, the run "
+            f"{format_override('guidance.model', where)} makes samples of shape {other_run.module.shape}, the run "
             f"{opened.module.shape}: {remedy}"
         )
 
-    weak.module.sampling_dtype = opened.module.sampling_dtype
+    other_run.module.sampling_dtype = opened.module.sampling_dtype
 
-    def denoise(x: "torch.Tensor", t: "Level", cond: "torch.Tensor | None") -> "torch.Tensor":
-        return weak.module.to(x.device).denoise_in_sampling(x, t, cond)
+    def denoise(x: "torch.Tensor", t: "NoiseLevel", cond: "torch.Tensor | None") -> "torch.Tensor":
+        return other_run.module.to(x.device).denoise_for_sampling(x, t, cond)
 
     return denoise
 
 
 def meaning(config: DictConfig) -> dict[str, Any]:
     """The settings on which it depends what a network is given, and what its outputs mean."""
-    names = ("process.prediction", "process.variance", "process.sigma_data", "schedule", "snr_shift")
+    names = ("diffusion.prediction", "diffusion.variance", "diffusion.sigma_data", "schedule", "snr_shift")
     settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr")}
     for name, value in (OmegaConf.select(config, "conditioning.encode") or {}).items():
         if name not in ("examples", "cache", "device", "model"):  # of an encoder its fingerprint tells

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.quoting import command, typed
-from src.runs.components import hollow_network
+from src.quoting import command, format_override
+from src.runs.components import meta_network
 
 if TYPE_CHECKING:
     import torch
@@ -19,20 +19,20 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
     """What a training step needs on each device, told without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
-    from src.distributed.sharding import FullySharded
+    from src.distributed.sharding import FullyShardedStrategy
     from src.training.callbacks.ema import EMA
     from src.training.memory import estimate
 
     trainer = run.trainer
     return estimate(
-        hollow_network(cfg, run.module.process.outputs),
+        meta_network(cfg, run.module.diffusion.outputs),
         run.module.shape,
-        run.data.at_once(trainer),
+        run.data.microbatch_size(trainer),
         trainer.strategy.root_device,
         str(trainer.precision),
         run.module.make_optimizer,
         any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
-        trainer.world_size if isinstance(trainer.strategy, FullySharded) else 1,
+        trainer.world_size if isinstance(trainer.strategy, FullyShardedStrategy) else 1,
         isinstance(trainer.strategy, DDPStrategy),
         run.module.null,
     )
@@ -40,25 +40,25 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
 
 def while_training(cfg: DictConfig, run: "Run") -> str:
     """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
-    from src.distributed.sharding import FullySharded
+    from src.distributed.sharding import FullyShardedStrategy
 
-    trainer, micro = run.trainer, run.data.at_once(run.trainer)
+    trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
         needs = f"about {step_memory(cfg, run)}"
     except (RuntimeError, MemoryError):  # a process under a limit may not even start the backward pass's threads
         needs = "more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
     remedies = {
-        "data.micro_batch=auto": micro > 1 and not saved and not isinstance(trainer.strategy, FullySharded),
-        "model.checkpointing=true": cfg.model.get("checkpointing") is False,
+        "data.microbatch_size=auto": micro > 1 and not saved and not isinstance(trainer.strategy, FullyShardedStrategy),
+        "model.gradient_checkpointing=true": cfg.model.get("checkpointing") is False,
         "trainer.precision=bf16-mixed": str(trainer.precision) in ("32-true", "64-true"),
     }
     settings = [setting for setting, helps in remedies.items() if helps]
     advice = ", then ".join(settings) if settings else "a smaller model, or one dealt out by trainer=fsdp"
-    line = command("train", typed("resume", run.directory), *settings)
+    line = command("train", format_override("resume", run.directory), *settings)
     again = f"; saved: go on with {line}" if saved else ""
     return (
-        f"out of memory at data.micro_batch {micro} (samples per device and forward pass) on "
+        f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
         f"{having(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"
     )
 
@@ -67,7 +67,7 @@ def at_batch_size(opened: "OpenedRun", batch_size: int, device: "torch.device") 
     """One line for sampling or evaluation that ran out of memory."""
     from src.training.memory import estimate
 
-    net = hollow_network(opened.config, opened.module.process.outputs)
+    net = meta_network(opened.config, opened.module.diffusion.outputs)
     together = batch_size if opened.module.null is None else 2 * batch_size  # guided, each is asked for nothing as well
     needs = estimate(net, opened.module.shape, together, device, "32-true", None, null=opened.module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"

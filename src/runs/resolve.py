@@ -16,12 +16,12 @@ from src.training.checkpoints import read_checkpoint
 if TYPE_CHECKING:
     import lightning as L
 
-    from src.data.module import StreamDataModule
+    from src.data.module import BaseDataModule
 
 import json
 
 
-def settle_data(cfg: DictConfig, data: "StreamDataModule") -> None:
+def infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
     """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
     check_texts(dict(data.found), "the data")
     cfg.data.update(data.found)
@@ -29,42 +29,42 @@ def settle_data(cfg: DictConfig, data: "StreamDataModule") -> None:
         cfg.model.features = data.shape[0]
 
 
-def settle_condition(cfg: DictConfig, data: "StreamDataModule") -> None:
+def infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
     """What only the data tell of conditions, such as the names of classes, as settings; of a resumed run they did.
 
     Raises ValueError if the data have no such conditions.
     """
     if cfg.get("conditioning") is None or cfg.resume is not None:
         return
-    data.prepare_together()
+    data.prepare_once_per_node()
     assert data.source is not None
     node = cfg.conditioning.encode
-    found = dict(get_class(node._target_).found_in(data.source, plain(node)))  # type: ignore[attr-defined]
+    found = dict(get_class(node._target_).infer_settings(data.source, plain(node)))  # type: ignore[attr-defined]
     check_texts(found, "the data")
     node.update(found)
 
 
-def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:
-    """`data.micro_batch` as `trainer.accumulate_grad_batches`; auto takes that of the checkpoint `saved`, if resumed.
+def infer_accumulation(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:
+    """`data.microbatch_size` as `trainer.accumulate_grad_batches`; auto takes that of the checkpoint `saved`, if resumed.
 
-    Without a checkpoint auto is left to the callback `MicroBatch`. Raises ValueError for contradictions.
+    Without a checkpoint auto is left to the callback `MicrobatchFinder`. Raises ValueError for contradictions.
     """
-    from src.distributed.sharding import FullySharded
+    from src.distributed.sharding import FullyShardedStrategy
     from src.training.memory import accumulate, divisors
 
-    micro, given = cfg.data.get("micro_batch"), cfg.trainer.accumulate_grad_batches
+    micro, given = cfg.data.get("microbatch_size"), cfg.trainer.accumulate_grad_batches
     share, rest = divmod(cfg.data.batch_size, trainer.world_size)
     if micro is None or rest:  # TrainingStream refuses the rest
         return
     if micro == "auto":
-        if isinstance(trainer.strategy, FullySharded):
+        if isinstance(trainer.strategy, FullyShardedStrategy):
             raise ValueError(
-                "data.micro_batch=auto tries a step on each device alone, which sharded weights do not allow: give a "
-                "number, such as data.micro_batch=1, and double it while it fits"
+                "data.microbatch_size=auto tries a step on each device alone, which sharded weights do not allow: give a "
+                "number, such as data.microbatch_size=1, and double it while it fits"
             )
         if given != 1:
             raise ValueError(
-                f"data.micro_batch=auto finds trainer.accumulate_grad_batches, given as {given}: leave one of them out"
+                f"data.microbatch_size=auto finds trainer.accumulate_grad_batches, given as {given}: leave one of them out"
             )
         if saved is None:
             return
@@ -74,14 +74,14 @@ def settle_micro_batch(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, A
             fitting = divisors(share)
             near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
             raise ValueError(
-                f"data.micro_batch={micro} does not divide the {share} samples of a step on each of "
+                f"data.microbatch_size={micro} does not divide the {share} samples of a step on each of "
                 f"{trainer.world_size} processes (data.batch_size={cfg.data.batch_size}): choose "
                 f"{' or '.join(map(str, near))}"
             )
         batches = share // micro
         if given not in (1, batches):
             raise ValueError(
-                f"data.micro_batch={micro} makes trainer.accumulate_grad_batches {batches}, given as {given}: "
+                f"data.microbatch_size={micro} makes trainer.accumulate_grad_batches {batches}, given as {given}: "
                 "leave one of them out"
             )
     accumulate(trainer, batches)
@@ -120,7 +120,7 @@ def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:
     """
     encode = (before.get("conditioning") or {}).get("encode") or {}
     found = {f"conditioning.encode.{name}": value for name, value in encode.items()}
-    found |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "deviation")}
+    found |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "std")}
     check_texts({name: value for name, value in found.items() if value is not None}, "the run that is resumed")
     for name, value in found.items():
         node, _, last = name.rpartition(".")
@@ -131,7 +131,7 @@ def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:
         cfg.model.features = len(found["data.columns"])
 
 
-def take_up(cfg: DictConfig) -> dict[str, Any] | None:
+def resume_job(cfg: DictConfig) -> dict[str, Any] | None:
     """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
 
     Raises ValueError if another job has been in its folder.

@@ -24,10 +24,10 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
-    from src.runs.trainer_settings import check_built, check_settings, explained, kept, validation_interval
+    from src.runs.trainer_settings import check_built, check_settings, explain_error, kept, validation_interval
     from src.training.callbacks.monitor import LearningRate
-    from src.training.checkpoint_io import NoCheckpoints, WholeCheckpoints
-    from src.training.memory import MicroBatch
+    from src.training.checkpoint_io import AtomicCheckpointIO, NoCheckpoints
+    from src.training.memory import MicrobatchFinder
 
     settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
     check_settings(settings, cfg.resume is not None, bool(cfg.logger))
@@ -40,8 +40,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items() if node and logs]
     # A model brings settings along for callbacks that perhaps were not chosen: these have no _target_.
     callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
-    if cfg.data.get("micro_batch") == "auto" and cfg.resume is None:
-        callbacks.append(MicroBatch())
+    if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
+        callbacks.append(MicrobatchFinder())
     if loggers:
         callbacks.append(LearningRate())
     limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
@@ -55,7 +55,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     if tries or settings.get("enable_checkpointing") is False:
         plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
     elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        plugins.append(WholeCheckpoints())
+        plugins.append(AtomicCheckpointIO())
     if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
         raise ValueError("one of trainer.plugins says the precision too; set trainer.precision=null")
     try:
@@ -75,7 +75,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         trainer: L.Trainer = make(OmegaConf.masked_copy(cfg.trainer, [*settings]), given)
     except Exception as error:
         cause = error.__cause__
-        raise ValueError(explained(cause if isinstance(cause, Exception) else error, settings)) from error
+        raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
     check_built(trainer)
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from src.errors import sentence
 
 BY_STEPS = "counts epochs, and training counts steps"
-INSTEAD: dict[str, tuple[Any, str]] = {
+REFUSED: dict[str, tuple[Any, str]] = {
     "max_epochs": (-1, f"{BY_STEPS}; set trainer.max_steps"),
     "min_epochs": (0, f"{BY_STEPS}; set trainer.min_steps"),
     "check_val_every_n_epoch": (None, f"{BY_STEPS}; set validate_every"),
@@ -35,7 +35,13 @@ INSTEAD: dict[str, tuple[Any, str]] = {
 }
 """Of each argument that is refused: the value that changes nothing, and why another is, with the setting to use."""
 
-OF_DEVICES = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": "32-true"}
+DEVICE_ARGUMENTS = {
+    "accelerator": "auto",
+    "strategy": "auto",
+    "devices": "auto",
+    "num_nodes": 1,
+    "precision": "32-true",
+}
 """The arguments that tell where and in what numbers to compute, one of which an error is about that names none."""
 
 
@@ -44,7 +50,7 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
 
     `settings` are the arguments of the Trainer that are not null. `has_loggers` tells whether the group has any.
     """
-    for name, (neutral, why) in INSTEAD.items():
+    for name, (neutral, why) in REFUSED.items():
         if name in settings and not same(settings[name], neutral):
             raise ValueError(f"{shown(name, settings)} {why}")
     steps, least = settings.get("max_steps", -1), settings.get("min_steps", 0)
@@ -142,16 +148,16 @@ def kept(callbacks: Sequence[L.Callback], settings: Mapping[str, Any]) -> list[L
     return [callback for callback in callbacks if callback not in off]
 
 
-def explained(error: Exception, settings: Mapping[str, Any]) -> str:
+def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
     """Return one line for an error of the Trainer's constructor, with the settings that it is about.
 
     These are those that it names, else the ones of devices that are not as Lightning has them by default.
     """
     known = [name for name in inspect.signature(L.Trainer).parameters if name in settings]
     named = [name for name in known if re.search(rf"\b{name}\b", str(error))]
-    likely = [name for name, default in OF_DEVICES.items() if settings.get(name, default) not in (default, "cpu")]
-    about = named or likely or [name for name in OF_DEVICES if name in settings]
-    remedy = "; trainer=default takes whatever there is" if set(about) & set(OF_DEVICES) else ""
+    likely = [name for name, default in DEVICE_ARGUMENTS.items() if settings.get(name, default) not in (default, "cpu")]
+    about = named or likely or [name for name in DEVICE_ARGUMENTS if name in settings]
+    remedy = "; trainer=default takes whatever there is" if set(about) & set(DEVICE_ARGUMENTS) else ""
     return f"{' '.join(shown(name, settings) for name in about)}: {sentence(error)}{remedy}"
 
 

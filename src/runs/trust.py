@@ -14,7 +14,7 @@ import yaml
 from src.config.overrides import CONF
 from src.training.checkpoints import walk_settings
 
-OF_TRAINING = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")
+TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")
 """Groups of conf/ from which a run that is only opened builds nothing."""
 
 OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -37,7 +37,7 @@ def known_targets(training: bool = False) -> frozenset[Target]:
         text, group = file.read_text(), file.parent.name
         if CONF / "hydra" in file.parents:  # of how Hydra works, not of a run
             continue
-        if training or group not in OF_TRAINING:
+        if training or group not in TRAINING_GROUPS:
             top = "" if file.parent == CONF or "@package _global_" in text else group
             found |= set(_targets(yaml.safe_load(text), top))
     return frozenset(found)

@@ -15,11 +15,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.training.checkpoints import sealed
+from src.training.checkpoints import with_checksum
 
 
 @contextmanager
-def without_room_go_on(path: Path) -> Iterator[None]:
+def tolerate_full_disk(path: Path) -> Iterator[None]:
     """Say so, and go on, where what is done within cannot be written to `path`."""
     try:
         yield
@@ -31,17 +31,17 @@ def without_room_go_on(path: Path) -> Iterator[None]:
         )
 
 
-def when_there_is_room(write: Callable[[], object], path: Path) -> None:
+def retry_until_written(write: Callable[[], object], path: Path) -> None:
     """Have something written to `path`, however long it takes until there is room for it."""
     done = False
     while not done:
-        with without_room_go_on(path):
+        with tolerate_full_disk(path):
             write()
             done = True
         time.sleep(0 if done else 10)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints that replace the one before only when they are on the disk in whole.
 
     `failed` says whether the last one could not be written; until one can, nothing older is removed.
@@ -57,11 +57,11 @@ class WholeCheckpoints(TorchCheckpointIO):
         torch.save(checkpoint, contents)
         partial = path.with_name(f"{path.name}.partial")
         self.failed = True
-        with without_room_go_on(path):
+        with tolerate_full_disk(path):
             try:
                 self._enter(path.parent)
                 with partial.open("wb") as file:
-                    file.writelines(sealed(contents.getbuffer()))
+                    file.writelines(with_checksum(contents.getbuffer()))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -101,7 +101,7 @@ class CSVLogger(loggers.CSVLogger):
         path = Path(writer.metrics_file_path)
         beside = path.with_suffix(".before")
         keys, size = [*writer.metrics_keys], path.stat().st_size if path.exists() else 0
-        with without_room_go_on(path):
+        with tolerate_full_disk(path):
             try:
                 if path.exists() and not all(row.keys() <= set(keys) for row in writer.metrics):
                     shutil.copyfile(path, beside)  # a new column has the whole file written anew

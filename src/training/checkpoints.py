@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from src.config.resume import OF_FILES
+from src.config.resume import PATH_KEYS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def by_age(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, that of the latest step first.
 
     Not by the time of the files alone, which a copy of the folder changes. Of one step the file that was written last
@@ -51,24 +51,27 @@ def _step_of(path: Path, written: int, size: int) -> float:
     return math.inf
 
 
-SEAL = 8
+CHECKSUM_BYTES = 8
 """Bytes of a checkpoint's comment, with which it ends: the CRC-32 of all that stands before, in hexadecimal."""
 
 
-def sealed(archive: memoryview) -> Iterator[bytes | memoryview]:
+def with_checksum(archive: memoryview) -> Iterator[bytes | memoryview]:
     """A zip archive without a comment, as it ends now, and its seal as comment: the parts of what is to be written."""
-    body, length = archive[:-2], SEAL.to_bytes(2, "little")  # an archive ends with the length of its comment, 0 here
-    yield from (body, length, f"{zlib.crc32(length, zlib.crc32(body)):0{SEAL}x}".encode())
+    body, length = (
+        archive[:-2],
+        CHECKSUM_BYTES.to_bytes(2, "little"),
+    )  # an archive ends with the length of its comment, 0 here
+    yield from (body, length, f"{zlib.crc32(length, zlib.crc32(body)):0{CHECKSUM_BYTES}x}".encode())
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """Whether a checkpoint is what was written: by its seal, or if it has none, by the CRC-32 of each of its parts."""
     stat = path.stat()
-    return _is_whole(path, stat.st_mtime_ns, stat.st_size)
+    return _is_intact(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache
-def _is_whole(path: Path, written: int, size: int) -> bool:
+def _is_intact(path: Path, written: int, size: int) -> bool:
     """As of a time and size, so that a large file is read through once only."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -78,7 +81,7 @@ def _is_whole(path: Path, written: int, size: int) -> bool:
             if not stored or sum(part.file_size for part in parts) > size:
                 return False
             if archive.comment:
-                return archive.comment == f"{_checksum(file, size - SEAL):0{SEAL}x}".encode()
+                return archive.comment == f"{_checksum(file, size - CHECKSUM_BYTES):0{CHECKSUM_BYTES}x}".encode()
             return archive.testzip() is None
     except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
         return False
@@ -99,7 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     if path.suffix == ".safetensors":
         checkpoint = _read_exported(path)
-    elif not is_whole(path):
+    elif not is_intact(path):
         raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not made by src.train): use another one")
     else:
         try:
@@ -113,7 +116,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this project: it holds no configuration beside its weights")
     settings = checkpoint["hyper_parameters"]
     check_plain(settings, path)
-    absent = [name for name in BUILT if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))]
+    absent = [
+        name for name in MODEL_KEYS if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))
+    ]
     if absent:
         raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(absent)}")
     for key in ("state_dict", "current_model_state"):
@@ -162,7 +167,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
     return weights if ema else checkpoint.get("current_model_state", weights)
 
 
-def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """What others need to use the model, and the names of the settings in it that became null.
 
     These are where the data lie and what could be a path: they would tell of the machine that it was trained on.
@@ -174,29 +179,29 @@ def shareable(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
-        told = name.startswith((*TOLD, "data.columns"))
+        told = name.startswith((*TEXT_KEYS, "data.columns"))
         if name == "conditioning.encode.model" and isinstance(node, str):
             told = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # of the hub
-        if isinstance(node, str) and not told and (name in OF_FILES or "/" in node or "\\" in node):
+        if isinstance(node, str) and not told and (name in PATH_KEYS or "/" in node or "\\" in node):
             left_out.append(name)
             return None
         return node
 
-    return {name: cleared(settings[name], name) for name in SHARED if name in settings}, left_out
+    return {name: cleared(settings[name], name) for name in EXPORTED_KEYS if name in settings}, left_out
 
 
-BUILT = ("data", "model", "schedule", "process", "objective", "timesteps", "sampler")
+MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sampler", "sampler")
 """Settings from which a trained model is built again."""
 
 
-ASKED = ("conditioning", "guidance")
+CONDITION_KEYS = ("conditioning", "guidance")
 """Likewise, of a model that takes conditions."""
 
 
-SHARED = (*BUILT, *ASKED, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
+EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
 
-TOLD = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
+TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
 """Settings that may look like paths and are texts of the data."""
 
 

@@ -40,7 +40,7 @@ def check_graphs(mode: str | bool | None, batches: int | str) -> None:
     if mode in ("reduce-overhead", "max-autotune") and batches != 1:
         raise ValueError(
             f"compile={mode} replays CUDA graphs, which cannot add up the gradients of {batches} batches: use "
-            "compile=true, or trainer.accumulate_grad_batches=1 data.micro_batch=null"
+            "compile=true, or trainer.accumulate_grad_batches=1 data.microbatch_size=null"
         )
 
 

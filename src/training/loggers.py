@@ -45,7 +45,7 @@ def folder_of(logger: Logger, directory: Path) -> Path | None:
 
 
 @contextmanager
-def left_as_found(folders: Sequence[Path]) -> Iterator[None]:
+def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
     """If loggers fail to start within this, or are interrupted, remove what they have written into their folders."""
     new = [folder for folder in folders if not folder.is_dir()]
     before = {path for folder in folders for path in folder.glob("*")}

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
 from src.training.module import DiffusionModule
 
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
 def estimate(
     net: nn.Module,
     shape: Sequence[int],
-    micro_batch: int,
+    microbatch_size: int,
     device: torch.device,
     precision: str,
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None,
@@ -57,7 +57,7 @@ def estimate(
     buckets: bool = False,
     null: Tensor | None = None,
 ) -> Estimate:
-    """What `net` needs for `micro_batch` samples of `shape`, from one pass on tensors without contents.
+    """What `net` needs for `microbatch_size` samples of `shape`, from one pass on tensors without contents.
 
     `precision` is one of Lightning's. Without an optimizer it is a forward pass alone, as for sampling. Gradients
     count as alive throughout, as they are from one step to the next; `buckets` are DDP's copy of them, and of
@@ -69,7 +69,7 @@ def estimate(
     if mode == "true":
         hollow.to(DTYPES[bits])
     activations = _peak(
-        hollow, shape, micro_batch, device, DTYPES[bits] if mode == "mixed" else None, bool(optimizer), null
+        hollow, shape, microbatch_size, device, DTYPES[bits] if mode == "mixed" else None, bool(optimizer), null
     )
     weights = sum(_size(p) for p in hollow.parameters()) // shards
     if optimizer is None:
@@ -202,7 +202,7 @@ def accumulate(trainer: L.Trainer, batches: int) -> None:
     trainer.accumulate_grad_batches = batches
 
 
-class MicroBatch(L.Callback):
+class MicrobatchFinder(L.Callback):
     """Finds the largest micro-batch with which a training step fits on every process's device, and accumulates it.
 
     Only here, after the strategy's set-up and before its loaders, do processes know of each other.
@@ -212,7 +212,7 @@ class MicroBatch(L.Callback):
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, DiffusionModule) and isinstance(data, StreamDataModule)
+        assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
         reserve = _reserve(device)
@@ -225,17 +225,17 @@ class MicroBatch(L.Callback):
         accumulate(trainer, share // found)
         pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // found  # which a resumed run keeps
         if trainer.is_global_zero:
-            log.info(f"data.micro_batch=auto: {found} samples fit, {share // found} times a step on each process")
+            log.info(f"data.microbatch_size=auto: {found} samples fit, {share // found} times a step on each process")
 
 
-def fits(module: DiffusionModule, trainer: L.Trainer, micro_batch: int) -> bool:
+def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Whether two training steps on a copy of the module fit on this process's device: the first makes the moments.
 
     Beside the copy lies what the average and DDP's buckets need.
     """
     device = trainer.strategy.root_device
     try:
-        _step_twice(module, trainer, micro_batch, device)
+        _step_twice(module, trainer, microbatch_size, device)
         fit = True
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -259,7 +259,7 @@ def _reserve(device: torch.device) -> object:
         raise MemoryError(str(error)) from error
 
 
-def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, device: torch.device) -> None:
+def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
     precision = trainer.precision_plugin
     trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
     precision.convert_module(trial)
@@ -268,10 +268,10 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, micro_batch: int, d
     copies = 2 if trainer.world_size > 1 else 1
     beside = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
     optimizer, _ = trial.prepare_optimizer(1)
-    x = torch.zeros(micro_batch, *trial.shape, device=device)
+    x = torch.zeros(microbatch_size, *trial.shape, device=device)
     for _ in range(2):
         with precision.train_step_context():
-            _, terms = trial._train_terms({"x": x, "start": 0, "total": micro_batch}, 0)
+            _, terms = trial._train_terms({"x": x, "start": 0, "total": microbatch_size}, 0)
         terms["loss"].mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()  # gradients stay, as they do from one step to the next
     del beside

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from src.data.batches import Batch
 from src.data.samplers import VALIDATION
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
@@ -24,22 +25,21 @@ from src.diffusion.noise import (
     CLEAN,
     DefaultSpacing,
     Grid,
-    Level,
-    Link,
+    NoiseLevel,
     Schedule,
     Spacing,
+    Transition,
     make_grid,
     terminal_alpha_bar,
 )
-from src.diffusion.process import GaussianDiffusion
 from src.diffusion.samplers import Noise, predictor
-from src.diffusion.timesteps import Importance, Timesteps, stratified
+from src.diffusion.timestep_samplers import ImportanceSampler, TimestepSampler, stratified
 from src.distributed.sharding import shard, total_norm
-from src.rng import Draws, SampleNoise, key
+from src.rng import SampleNoise, StepRng, key
 from src.training.optim import skip_unless
 
 
-class Objective(Protocol):
+class LossFn(Protocol):
     """Per-sample terms, each (B,), "loss" among them.
 
     An objective that has a term "vlb" estimates the bound, and is given links of the chain. Any other is given the
@@ -47,35 +47,35 @@ class Objective(Protocol):
     """
 
     def __call__(
-        self, process: GaussianDiffusion, denoise: Denoise, x0: Tensor, link: Link, eps: Tensor
+        self, diffusion: GaussianDiffusion, denoise: Denoise, x0: Tensor, transition: Transition, eps: Tensor
     ) -> dict[str, Tensor]: ...
 
 
-class Walk(Protocol):
+class SamplerFn(Protocol):
     """A sampler of `src.diffusion.samplers` with its own settings bound."""
 
     def __call__(
-        self, process: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+        self, diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
     ) -> Iterator[Tensor]: ...
 
 
 class Sampler(NamedTuple):
     """How to sample: the walk, the grid of levels that it takes, and what guides it."""
 
-    walk: Walk
+    fn: SamplerFn
     steps: int
     spacing: Spacing | DefaultSpacing
     guidance: Guidance = Guidance()
 
 
-class Conditioning(NamedTuple):
+class ConditionSpec(NamedTuple):
     """What a network that takes conditions may be asked for, as it takes them."""
 
     null: Tensor
     """(1, ...) nothing."""
     examples: Tensor
     """(N, ...) what samples show if no one says what they should: sample k example k mod N."""
-    drop: float
+    cond_drop_prob: float
     """The share of training samples, each by itself, of which the network is told nothing."""
 
 
@@ -92,39 +92,39 @@ class DiffusionModule(L.LightningModule):
         self,
         net: nn.Module,
         schedule: Schedule,
-        process: GaussianDiffusion,
-        objective: Objective,
-        timesteps: Timesteps,
+        diffusion: GaussianDiffusion,
+        loss_fn: LossFn,
+        timestep_sampler: TimestepSampler,
         sampler: Sampler,
         shape: Sequence[int],
         seed: int = 0,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
-        conditioning: Conditioning | None = None,
+        conditioning: ConditionSpec | None = None,
     ) -> None:
         super().__init__()
-        if conditioning is not None and not 0 <= conditioning.drop < 1:
+        if conditioning is not None and not 0 <= conditioning.cond_drop_prob < 1:
             raise ValueError(
-                f"conditioning.drop must lie in [0, 1), got {conditioning.drop}: 0.1 is usual, 0 allows no guidance"
+                f"conditioning.cond_drop_prob must lie in [0, 1), got {conditioning.cond_drop_prob}: 0.1 is usual, 0 allows no guidance"
             )
         # Below it x_0 = (x_T - sigma eps) / alpha leaves the range of float32.
-        if process.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
+        if diffusion.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
             raise ValueError(
                 "a schedule that ends in pure noise (zero_terminal_snr, rectified_flow, alpha below 1e-30) cannot go "
-                "with process.prediction=eps: at zero SNR x_T is the noise itself, so "
+                "with diffusion.prediction=eps: at zero SNR x_T is the noise itself, so "
                 "predicting it teaches nothing and x_0 = (x_T - sigma eps) / alpha divides by 0; use v or x0"
             )
         self.net = net
         self.schedule = schedule
-        self.process = process
-        self.objective = objective
-        self.timesteps = timesteps
+        self.diffusion = diffusion
+        self.loss_fn = loss_fn
+        self.timestep_sampler = timestep_sampler
         self.sampler = sampler
         self.shape = tuple(shape)
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
-        self.drop = conditioning.drop if conditioning else 0.0
+        self.cond_drop_prob = conditioning.cond_drop_prob if conditioning else 0.0
         self.register_buffer("null", conditioning and conditioning.null, persistent=False)
         self.register_buffer("examples", conditioning and conditioning.examples, persistent=False)
         # Convolutions run fastest with channels last, here and on a GPU.
@@ -137,7 +137,7 @@ class DiffusionModule(L.LightningModule):
         """What is called instead of it to draw samples, in batches that are filled up to one size."""
         self.sampling_dtype: torch.dtype | None = None
         """In which the network's products are computed when it samples; None for its own."""
-        terms = self.check_objective()
+        terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
         self.validation = nn.ModuleDict({name: MeanMetric() for name in terms})
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -149,7 +149,7 @@ class DiffusionModule(L.LightningModule):
     null: Tensor | None
     examples: Tensor | None
 
-    def denoise(self, x: Tensor, t: Level, cond: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: NoiseLevel, cond: Tensor | None = None) -> Tensor:
         """The network's output for x (B, *data) at a level, in float32 whatever the precision.
 
         A network that takes conditions is asked for `cond` (B, ...); None asks for nothing.
@@ -157,8 +157,8 @@ class DiffusionModule(L.LightningModule):
         fast = self.compiled_training if torch.is_grad_enabled() else None
         return self._denoise(self.net if fast is None else fast, x, t, cond)
 
-    def _denoise(self, net: Callable[..., Tensor], x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
-        scaled = self.process.scale_input(x, t).contiguous(memory_format=self.memory_format)
+    def _denoise(self, net: Callable[..., Tensor], x: Tensor, t: NoiseLevel, cond: Tensor | None) -> Tensor:
+        scaled = self.diffusion.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar is on the CPU: as a number it costs no transfer that the device would wait for.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
         if self.null is None:
@@ -186,7 +186,7 @@ class DiffusionModule(L.LightningModule):
         """
         trainer = self.trainer
         if self.global_step > 0:
-            self._take_own_settings()
+            self._apply_current_optimizer_settings()
         starts = cast(Tensor, self.all_gather(torch.tensor(self.global_step, device=self.device))).flatten().tolist()
         if len({*starts}) > 1:
             raise RuntimeError(
@@ -224,7 +224,7 @@ class DiffusionModule(L.LightningModule):
         # What networks draw, their dropout, belongs to the step too: so a resumed run draws it as if it went on.
         seed_networks(key(self.seed, "network", self.global_step, batch["start"]), self.device)
         v, terms = self._train_terms(batch, self.global_step)
-        if isinstance(self.timesteps, Importance):
+        if isinstance(self.timestep_sampler, ImportanceSampler):
             gathered = cast(tuple[Tensor, Tensor], self.all_gather((v, terms["unweighted"])))
             self._seen.append((gathered[0].flatten(), gathered[1].flatten()))
         loss = terms["loss"].mean()
@@ -243,40 +243,40 @@ class DiffusionModule(L.LightningModule):
 
     def _train_terms(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Where training looks (B,), and the objective's terms there (B,), "loss" weighted as that demands."""
-        x0, draws = self._draws(batch, step)
-        v, weight = self.timesteps(draws.uniform("t"), draws.shared("t"), self._place(batch))
-        link = self.link(v, x0)
+        x0, rng = self._step_rng(batch, step)
+        v, weight = self.timestep_sampler(rng.uniform("t"), rng.shared("t"), self._place(batch))
+        transition = self.transition(v, x0)
         losses: list[Tensor] = []
-        self._seek_least_variance(link, losses)
-        terms = self._terms(x0, link, draws, self._asked(batch, draws, self.drop))
+        self._register_variance_hooks(transition, losses)
+        terms = self._terms(x0, transition, rng, self._asked(batch, rng, self.cond_drop_prob))
         losses.append(terms["loss"].detach())
         weighted = {name: weight * (values if name == "loss" else values.detach()) for name, values in terms.items()}
         return v, {**weighted, "unweighted": losses[0]}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if isinstance(self.timesteps, Importance) and self._seen:
-            self.timesteps.update(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
+        if isinstance(self.timestep_sampler, ImportanceSampler) and self._seen:
+            self.timestep_sampler.update(*(torch.cat(parts) for parts in zip(*self._seen, strict=True)))
             self._seen.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        x0, draws = self._draws(batch, VALIDATION)
-        v, _ = stratified(draws.uniform("t"), draws.shared("t"), self._place(batch))
-        for name, values in self._terms(x0, self.link(v, x0), draws, self._asked(batch)).items():
+        x0, rng = self._step_rng(batch, VALIDATION)
+        v, _ = stratified(rng.uniform("t"), rng.shared("t"), self._place(batch))
+        for name, values in self._terms(x0, self.transition(v, x0), rng, self._asked(batch)).items():
             metric = cast(MeanMetric, self.validation[name])
             metric.update(values)
             self.log(f"val/{name}", metric, prog_bar=name == "loss", on_step=False, on_epoch=True)
 
-    def link(self, v: Tensor, like: Tensor) -> Link:
+    def transition(self, v: Tensor, like: Tensor) -> Transition:
         """The links that the objective is given for v (B,) in [0, 1), as (B, 1, ..., 1) against `like` (B, *data)."""
         if self.estimates_bound:
-            return self.schedule.link(v, like)
-        return Link(self.schedule.level_at(v, like), CLEAN, 1)
+            return self.schedule.transition(v, like)
+        return Transition(self.schedule.level_at(v, like), CLEAN, 1)
 
-    def _draws(self, batch: Batch, step: int) -> tuple[Tensor, Draws]:
+    def _step_rng(self, batch: Batch, step: int) -> tuple[Tensor, StepRng]:
         """The data, and the draws that belong to the step and to their places in the batch."""
         x0 = batch["x"]
-        return x0, Draws(self.seed, step, batch["start"], len(x0), x0.device)
+        return x0, StepRng(self.seed, step, batch["start"], len(x0), x0.device)
 
     def _place(self, batch: Batch) -> Tensor:
         """The samples' places in the global batch, in [0, 1)."""
@@ -284,29 +284,29 @@ class DiffusionModule(L.LightningModule):
         # float32 also where the default is a lower precision
         return (batch["start"] + torch.arange(len(x0), device=x0.device, dtype=torch.float32)) / batch["total"]
 
-    def _asked(self, batch: Batch, draws: Draws | None = None, drop: float = 0.0) -> Tensor | None:
-        """What the samples are asked to be, or nothing for a share `drop` of them."""
+    def _asked(self, batch: Batch, rng: StepRng | None = None, cond_drop_prob: float = 0.0) -> Tensor | None:
+        """What the samples are asked to be, or nothing for a share `cond_drop_prob` of them."""
         if self.null is None:
             return None
         cond = batch["cond"]
-        if draws is None or not drop:
+        if rng is None or not cond_drop_prob:
             return cond
-        dropped = draws.uniform("drop") < drop
+        dropped = rng.uniform("drop") < cond_drop_prob
         return torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), self.null, cond)
 
-    def _terms(self, x0: Tensor, link: Link, draws: Draws, cond: Tensor | None) -> dict[str, Tensor]:
-        eps = draws.normal("eps", x0.shape[1:])
+    def _terms(self, x0: Tensor, transition: Transition, rng: StepRng, cond: Tensor | None) -> dict[str, Tensor]:
+        eps = rng.normal("eps", x0.shape[1:])
         denoise = self.denoise if cond is None else partial(self.denoise, cond=cond)
-        return self.objective(self.process, denoise, x0, link, eps)
+        return self.loss_fn(self.diffusion, denoise, x0, transition, eps)
 
-    def _seek_least_variance(self, link: Link, losses: list[Tensor]) -> None:
+    def _register_variance_hooks(self, transition: Transition, losses: list[Tensor]) -> None:
         """Have a schedule with parameters descend the mean square of the losses (B,), which are not known yet.
 
         The square's gradient is 2 loss times that of the loss, so both need one backward pass only. The cleanest row,
         where the decoder takes over, learns nothing, as VDM's end does not: the mean of the divergences alone depends
         on where they end, and the decoder's term would outweigh them.
         """
-        for level in (link.t, link.s):
+        for level in (transition.t, transition.s):
             learns = level.time > 1.5 / self.schedule.num_steps
 
             def scaled(gradient: Tensor, learns: Tensor = learns) -> Tensor:
@@ -329,7 +329,7 @@ class DiffusionModule(L.LightningModule):
             # Decay would pull the curve to where its parameters are 0, which is no better a curve.
             groups.append({"params": list(self.curve_weights), "weight_decay": 0.0})
         optimizer = self.make_optimizer(groups)
-        optimizer.register_load_state_dict_pre_hook(keep_own_settings)
+        optimizer.register_load_state_dict_pre_hook(keep_current_settings)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def optimizer_state(self) -> set[str]:
@@ -341,7 +341,7 @@ class DiffusionModule(L.LightningModule):
         optimizer.step()
         return set(optimizer.state[weight])
 
-    def _take_own_settings(self) -> None:
+    def _apply_current_optimizer_settings(self) -> None:
         """Have a resumed run train with its own optimizer settings, where Lightning restores those of the checkpoint.
 
         The learning rate is that of the step at which it stands, by these settings, times what `NonFiniteGuard` has
@@ -386,28 +386,28 @@ class DiffusionModule(L.LightningModule):
         self.grad_norm = norm.detach()
         skip_unless(norm.isfinite(), optimizer)
 
-    def check_objective(self) -> dict[str, Tensor]:
+    def check_loss(self) -> dict[str, Tensor]:
         """The terms (1,) at the noisiest level for a wrong output, so that settings are refused before any work."""
         x = torch.zeros(1, *self.shape)
-        link = self.schedule.link(torch.ones(1) - 2**-24, x)
-        wrong = torch.ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
-        terms = self.objective(self.process, lambda x, _: wrong, x, link, x)
-        if any(field.requires_grad for field in link.t) and terms.get("vlb") is not terms["loss"]:
-            raise ValueError("a learned schedule is trained by the bound: choose objective=vlb, or another schedule")
+        transition = self.schedule.transition(torch.ones(1) - 2**-24, x)
+        wrong = torch.ones(1, self.diffusion.outputs * self.shape[0], *self.shape[1:])
+        terms = self.loss_fn(self.diffusion, lambda x, _: wrong, x, transition, x)
+        if any(field.requires_grad for field in transition.t) and terms.get("vlb") is not terms["loss"]:
+            raise ValueError("a learned schedule is trained by the bound: choose loss=vlb, or another schedule")
         return terms
 
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros, so that settings which the sampler refuses are refused before any work."""
-        next(self._hollow_walk(sampler, []))
+        next(self._meta_sample(sampler, []))
 
     def network_calls(self, sampler: Sampler) -> int:
         """How often a network is called for each sample: counted on a walk without it."""
-        calls: list[Level] = []
-        for _ in self._hollow_walk(sampler, calls):
+        calls: list[NoiseLevel] = []
+        for _ in self._meta_sample(sampler, calls):
             pass
         return len(calls)
 
-    def _hollow_walk(self, sampler: Sampler, calls: list[Level]) -> Iterator[Tensor]:
+    def _meta_sample(self, sampler: Sampler, calls: list[NoiseLevel]) -> Iterator[Tensor]:
         """From zeros, with ones for the network's outputs; `calls` is told the levels that it is asked for."""
         guidance = sampler.guidance
         guidance.check()
@@ -416,37 +416,37 @@ class DiffusionModule(L.LightningModule):
                 f"guidance.rescale={guidance.rescale:g} compares deviations within a sample, and one number has none: "
                 "set guidance.rescale=0"
             )
-        if guidance.scale != 1 and self.null is None and guidance.weak is None:
+        if guidance.scale != 1 and self.null is None and guidance.model is None:
             raise ValueError(
                 f"guidance.scale={guidance.scale:g} needs a run that was trained with conditions (conditioning=class, "
-                "...), or a weaker model to lead away from (guidance.weak=RUN)"
+                "...), or a weaker model to lead away from (guidance.model=RUN)"
             )
-        if guidance.scale != 1 and guidance.weak is None and self.drop == 0:
+        if guidance.scale != 1 and guidance.model is None and self.cond_drop_prob == 0:
             raise ValueError(
                 f"guidance.scale={guidance.scale:g} leads away from the model that is told nothing, as this one never "
-                "was: train with conditioning.drop=0.1, or give a weaker model (guidance.weak=RUN)"
+                "was: train with conditioning.cond_drop_prob=0.1, or give a weaker model (guidance.model=RUN)"
             )
         grid = make_grid(self.schedule, sampler.steps, sampler.spacing)
         x = torch.zeros(1, *self.shape, device=self.device)
-        wrong = x.new_ones(1, self.process.outputs * self.shape[0], *self.shape[1:])
+        wrong = x.new_ones(1, self.diffusion.outputs * self.shape[0], *self.shape[1:])
 
-        def denoise(x: Tensor, t: Level, cond: Tensor | None) -> Tensor:
+        def denoise(x: Tensor, t: NoiseLevel, cond: Tensor | None) -> Tensor:
             calls.extend([t] * len(x))
             return wrong.expand(len(x), *wrong.shape[1:])
 
-        hollow = guidance._replace(weak=guidance.weak and denoise)
-        predict = predictor(self.process, guided(denoise, self.null, self.null, hollow, self.shape[0]))
-        return sampler.walk(self.process, predict, x, grid, noise=torch.zeros_like)
+        hollow = guidance._replace(model=guidance.model and denoise)
+        predict = predictor(self.diffusion, guided(denoise, self.null, self.null, hollow, self.shape[0]))
+        return sampler.fn(self.diffusion, predict, x, grid, noise=torch.zeros_like)
 
-    def denoise_in_sampling(
-        self, x: Tensor, t: Level, cond: Tensor | None = None, at_once: int | None = None
+    def denoise_for_sampling(
+        self, x: Tensor, t: NoiseLevel, cond: Tensor | None = None, microbatch_size: int | None = None
     ) -> Tensor:
-        """As `denoise`, `at_once` samples at a time, in the precision that is for sampling.
+        """As `denoise`, `microbatch_size` samples at a time, in the precision that is for sampling.
 
         A compiled network is given just as many each time.
         """
         net, half = self.compiled_sampling or self.net, self.sampling_dtype
-        size = at_once or len(x)
+        size = microbatch_size or len(x)
         count = len(x) if self.compiled_sampling is None else -(-len(x) // size) * size
         parts = torch.split(_filled_up(x, count), size)
         conds = [None] * len(parts) if cond is None else torch.split(_filled_up(cond, count), size)
@@ -461,35 +461,35 @@ class DiffusionModule(L.LightningModule):
         indices: Sequence[int],
         seed: int,
         sampler: Sampler | None = None,
-        at_once: int | None = None,
+        microbatch_size: int | None = None,
         cond: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield samples `indices` at every level from pure noise to data, each (N, *data) float32.
 
         Sample k depends on (seed, k) and what it is asked to be alone, not on what it is drawn together with. They are
-        asked to be `cond` (N, ...), or else the examples by turns. The network sees at most `at_once` of them together,
+        asked to be `cond` (N, ...), or else the examples by turns. The network sees at most `microbatch_size` of them together,
         and if it is compiled just as many.
         """
-        walk, steps, spacing, guidance = sampler or self.sampler
+        fn, steps, spacing, guidance = sampler or self.sampler
         if self.compiled_sampling is not None:
-            at_once = at_once or len(indices)  # also where guidance asks for twice as many
+            microbatch_size = microbatch_size or len(indices)  # also where guidance asks for twice as many
         if cond is None and self.examples is not None:
             cond = self.examples[[k % len(self.examples) for k in indices]]
         cond = None if cond is None else cond.to(self.device)
         training = self.training
         self.eval()
-        denoise = partial(self.denoise_in_sampling, at_once=at_once)
+        denoise = partial(self.denoise_for_sampling, microbatch_size=microbatch_size)
         try:
-            predict = predictor(self.process, guided(denoise, cond, self.null, guidance, self.shape[0]))
+            predict = predictor(self.diffusion, guided(denoise, cond, self.null, guidance, self.shape[0]))
             noise = SampleNoise(seed, indices, self.device)
             grid = make_grid(self.schedule, steps, spacing)
             x = grid[0].norm * noise.draw(self.shape)
             yield x
-            yield from walk(self.process, predict, x, grid, noise=noise)
+            yield from fn(self.diffusion, predict, x, grid, noise=noise)
         finally:
             self.train(training)
 
-    def sample_together(self, count: int, seed: int) -> Iterator[Tensor]:
+    def sample_distributed(self, count: int, seed: int) -> Iterator[Tensor]:
         """Yield samples 0..count - 1 as `sample` does, (count, *data), drawn by all processes, each a share of them.
 
         Every process must take part, and gets all samples.
@@ -498,7 +498,7 @@ class DiffusionModule(L.LightningModule):
         share = -(-count // trainer.world_size)  # the same everywhere: sharded weights need all for every step
         first = trainer.global_rank * share
         data = trainer.datamodule  # type: ignore[attr-defined]
-        for x in self.sample(range(first, first + share), seed, at_once=data.at_once(trainer)):
+        for x in self.sample(range(first, first + share), seed, microbatch_size=data.microbatch_size(trainer)):
             yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
 
 
@@ -517,7 +517,7 @@ def _filled_up(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count else torch.cat([x, x[-1:].expand(count - len(x), *x.shape[1:])])
 
 
-def keep_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
+def keep_current_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Have a state that is loaded keep the optimizer's own settings, all but the learning rate.
 
     Another precision may have had another way of computing, and a run may be resumed with other settings.

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import lightning as L
 from torch import Tensor
 
-from src.data.module import StreamDataModule
-from src.metrics.neighbours import Nearest, nearest
+from src.data.module import BaseDataModule
+from src.metrics.neighbors import Nearest, nearest
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
 from src.viz import charts, images
 
 
-def nearest_training(data: StreamDataModule, samples: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """For each of samples (N, *data) the nearest of `limit` training samples (N, *data), and how far it is (N,).
 
     Root mean square of the differences, over the numbers of a sample as the network sees them. The training samples
@@ -25,10 +25,10 @@ def nearest_training(data: StreamDataModule, samples: Tensor, limit: int) -> tup
     indices: list[int] = []
     for start in range(0, len(data.train_indices[:limit]), 1024):
         some, which = data.fetch(data.train_indices[start : min(start + 1024, limit)])
-        found = found.or_nearer(nearest(flat, data.to_model(some).cpu().flatten(1), start))
+        found = found.or_nearer(nearest(flat, data.preprocess(some).cpu().flatten(1), start))
         indices += which
-    neighbours = data.to_model(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
-    return neighbours, found.distances / math.sqrt(flat.shape[1])
+    neighbors = data.preprocess(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
+    return neighbors, found.distances / math.sqrt(flat.shape[1])
 
 
 class Trajectory(NamedTuple):
@@ -40,34 +40,34 @@ class Trajectory(NamedTuple):
     """All samples, as the network returns them (N, *data)."""
 
 
-def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: StreamDataModule, seed: int) -> Trajectory:
+def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
     """Sample from noise to data and keep every step. Collective: all processes must call it."""
     count, shown = (64, 8) if len(module.shape) == 3 else (2000, 2000)
     module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
     frames = []
-    for x in module.sample_together(count, seed):
-        frames.append(data.to_display(x[:shown]).cpu())
+    for x in module.sample_distributed(count, seed):
+        frames.append(data.postprocess(x[:shown]).cpu())
     return Trajectory(frames, x.cpu())
 
 
 def save_pictures(
     directory: Path,
     trainer: L.Trainer,
-    data: StreamDataModule,
+    data: BaseDataModule,
     trajectory: Trajectory,
     num_neighbors: int,
     num_candidates: int,
 ) -> None:
     """Save the final grid beside validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
-    final, titles = data.to_display(trajectory.final), data.titles(len(trajectory.final))
+    final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
     pictures = {
-        "samples/final": images.draw(final, data.to_display(data.examples(len(final))), titles, data.columns),
+        "samples/final": images.draw(final, data.postprocess(data.examples(len(final))), titles, data.columns),
         "samples/film": images.film_strip(trajectory.frames),
     }
     if final.ndim == 4 and num_neighbors and num_candidates:
         near, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
-        near, count = data.to_display(near), min(num_candidates, len(data.train_indices))
-        pictures["samples/neighbours"] = images.neighbours(final[:num_neighbors], near, distances, count)
+        near, count = data.postprocess(near), min(num_candidates, len(data.train_indices))
+        pictures["samples/neighbours"] = images.neighbors(final[:num_neighbors], near, distances, count)
         rows = [
             [k, titles[k] if titles else "", images.grid(final[k : k + 1]), images.grid(near[k : k + 1]), d, count]
             for k, d in enumerate(distances.tolist())

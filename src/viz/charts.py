@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GAP = 2
 
 Interval = tuple[float, float, float]
-"""A value and the interval about it, such as a `metrics.figures.Figure`."""
+"""A value and the interval about it, such as a `metrics.confidence.Metric`."""
 
 Extent = tuple[tuple[float, float], tuple[float, float]]
 """The ends of a plot's two axes."""
@@ -239,11 +239,11 @@ def quality_against_cost(
 
 
 def alignment_against_diversity(
-    curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], judge: float
+    curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], detector: float
 ) -> Image.Image:
     """The share of samples that show all that they were asked to, over how much they vary, a line for each group.
 
-    `curves` has for each name the scales of guidance with the figures of diversity and of the share; `judge` is the
+    `curves` has for each name the scales of guidance with the figures of diversity and of the share; `detector` is the
     share of real images that are seen as what they are.
     """
     figure, axes = _figure(6.4, 4.6)
@@ -256,7 +256,7 @@ def alignment_against_diversity(
         axes.errorbar(x[0], y[0], errors[1], errors[0], label=name, color=f"C{k}", **style)
         for scale, *place in zip(scales, x[0], y[0], strict=True):
             axes.annotate(f"{scale:g}", place, (5, 5), textcoords="offset points", fontsize=8, color=f"C{k}")
-    axes.axhline(judge, color="0.5", linestyle="--", linewidth=1, label="real images, as they are judged")
+    axes.axhline(detector, color="0.5", linestyle="--", linewidth=1, label="real images, as they are judged")
     axes.axvline(1, color="0.8", linewidth=1, zorder=0)
     axes.set(xlabel="diversity of one prompt's samples (real images: 1)", ylabel="share that shows all it was asked to")
     axes.set(title="alignment against diversity, by scale of guidance", ylim=(-0.03, 1.05))

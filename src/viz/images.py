@@ -128,7 +128,7 @@ def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
-def neighbours(samples: Tensor, nearest: Tensor, distances: Tensor, among: int) -> Image.Image:
+def neighbors(samples: Tensor, nearest: Tensor, distances: Tensor, among: int) -> Image.Image:
     """Samples over the training samples nearest to them, both uint8 (N, C, H, W), by their distance (N,)."""
     order = distances.argsort()
     picture = labelled_rows([samples[order], nearest[order]], ["drawn", "nearest"])

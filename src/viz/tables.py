@@ -63,7 +63,7 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
         rows.append(["seconds/sample", *(f"{each['seconds_per_image']:.2g}" for each in samplers.values()), ""])
     header = ["", *columns, "real data (floor)" if samplers else ""]
     reference, others = "held-out", "training"
-    if metrics.get("against") == "train":
+    if metrics.get("reference") == "train":
         reference, others = others, reference
     right = metrics.get("classifier_accuracy")
     note = (
@@ -79,7 +79,7 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
 def _of_alignment(alignment: Mapping[str, Any]) -> str:
     """A row for each scale and group of prompts, and one for the judge; a column for each figure."""
     groups: Mapping[str, Mapping[str, Any]] = alignment["asked"]
-    judge = {stem(named): figure for named, figure in alignment["judge"].items()}
+    detector = {stem(named): figure for named, figure in alignment["judge"].items()}
     of_all = [each["figures"] for scales in groups.values() for each in scales.values()]
     names = list(dict.fromkeys(stem(named) for figures in of_all for named in figures))
     rows = []
@@ -87,7 +87,7 @@ def _of_alignment(alignment: Mapping[str, Any]) -> str:
         for group, scales in groups.items():
             figures = {stem(named): figure for named, figure in scales[scale]["figures"].items()}
             rows.append([scale, group, *(interval(figures[n]) if n in figures else "" for n in names)])
-    real = [interval(judge[n]) if n in judge else "1" if n == "diversity" else "" for n in names]
+    real = [interval(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
     rows.append(["", "real images, as judged", *real])
     note = (
         f"\nShares of {alignment['n']} samples by {alignment['sampler']} that show what they were asked to, in each "

@@ -52,15 +52,27 @@ def heavy_imports() -> None:
 
 
 SCHEDULES, SEEDS = ("cosine", "linear"), (0, 1)
-QUICK = ["n=24", "near=24", "held_out=16", "links=2", "sampler.steps=3", "features=[pixels]", "device=cpu"]
+QUICK = [
+    "n=24",
+    "num_memorization=24",
+    "num_val=16",
+    "num_terms=2",
+    "sampler.steps=3",
+    "features=[pixels]",
+    "device=cpu",
+]
 
 
-def record(seed: int, value: float, choices: dict[str, str] | None = None, typed: tuple[str, ...] = (), **settings):
+def record(
+    seed: int, value: float, choices: dict[str, str] | None = None, format_override: tuple[str, ...] = (), **settings
+):
     """One run with one figure; `a__b` is the setting a.b."""
     named = {name.replace("__", "."): x for name, x in settings.items()}
     name = f"{settings}{seed}"
     values = {"fd_pixels_1k": value, "val/loss": value}
-    return Record(name, seed, {"seed": seed, "run_dir": f"/runs/{name}", **named}, values, choices or {}, typed)
+    return Record(
+        name, seed, {"seed": seed, "run_dir": f"/runs/{name}", **named}, values, choices or {}, format_override
+    )
 
 
 def groups_of(**values: list[float]):
@@ -77,7 +89,7 @@ def test_runs_that_differ_in_seed_folder_and_how_they_work_are_one_group():
         for k in range(3)
     ]
     runs = [
-        Record(r.name, r.seed, {**r.settings, "callbacks.guard.directory": f"{r.settings['run_dir']}/x"}, r.values)
+        Record(r.name, r.seed, {**r.settings, "callbacks.nan_guard.directory": f"{r.settings['run_dir']}/x"}, r.values)
         for r in runs
     ]
     (group,), implied = grouped(runs)
@@ -87,7 +99,7 @@ def test_runs_that_differ_in_seed_folder_and_how_they_work_are_one_group():
 def test_of_callbacks_only_those_that_change_the_weights_tell_groups_apart():
     files = [yaml.safe_load((CONF / "callbacks" / f"{name}.yaml").read_text()) for name in ("default", "quality")]
     names = {f"callbacks.{name}" for file in files for name in file}
-    assert names - {*OF_WORK} == {"callbacks.ema", "callbacks.guard"}
+    assert names - {*OF_WORK} == {"callbacks.ema", "callbacks.nan_guard"}
 
 
 def test_a_seed_elsewhere_that_is_not_the_runs_own_tells_groups_apart():
@@ -103,7 +115,7 @@ def test_groups_are_named_by_what_was_typed_and_no_more_than_is_needed():
     ]
     groups, implied = grouped(runs)
     assert [g.label for g in groups] == ["cosine, lr 0.1", "edm, lr 0.1", "cosine, lr 0.2", "edm, lr 0.2"]
-    assert implied == {"schedule.beta": [1, 2, 1, 2], "process.prediction": ["x0", "edm", "x0", "edm"]}
+    assert implied == {"schedule.beta": [1, 2, 1, 2], "diffusion.prediction": ["x0", "edm", "x0", "edm"]}
 
 
 def test_a_choice_that_differs_within_a_group_does_not_name_it():
@@ -252,7 +264,7 @@ def test_figures_have_the_digits_that_their_spread_leaves(summary, shown):
 
 
 @pytest.mark.parametrize(
-    ("typed", "means"),
+    ("format_override", "means"),
     [
         (["outputs/a", "n=10", "b c/d"], ["n=10", "runs=['outputs/a','b c/d']"]),
         (["it's/x"], [r"runs=['it\'s/x']"]),
@@ -261,8 +273,8 @@ def test_figures_have_the_digits_that_their_spread_leaves(summary, shown):
         (["runs=[x]"], ["runs=[x]"]),
     ],
 )
-def test_folders_may_be_typed_by_themselves(typed, means):
-    assert with_runs(typed) == means
+def test_folders_may_be_typed_by_themselves(typed_overrides, means):
+    assert with_runs(typed_overrides) == means
 
 
 def test_folders_named_twice_over_are_refused():
@@ -392,7 +404,7 @@ def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monke
     monkeypatch.setattr("src.comparison.page.pictures", lambda _: {})  # which take the most time
     again = compared(sweep, tmp_path / "again")
     assert not calls and again["groups"] == results["groups"]
-    other = compared(sweep, tmp_path / "other", "links=3")
+    other = compared(sweep, tmp_path / "other", "num_terms=3")
     assert len(calls) == 4 and other["runs"][0]["bits_per_dim"] != results["runs"][0]["bits_per_dim"]
 
 

@@ -14,7 +14,7 @@ from src.config.overrides import CONF, check_overrides, config_groups, split_arg
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError
-from src.quoting import typed
+from src.quoting import format_override
 from tests.conftest import HANG_SECONDS
 
 
@@ -36,7 +36,9 @@ from tests.conftest import HANG_SECONDS
 )
 def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
     """By a shell, and then by Hydra."""
-    words = subprocess.run(["bash", "-c", f"printf '%s' {typed('cond', value)}"], capture_output=True, text=True).stdout
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s' {format_override('cond', value)}"], capture_output=True, text=True
+    ).stdout
     override = OverridesParser.create().parse_override(words)
     assert not override.is_sweep_override()
     assert override.value() == value
@@ -67,7 +69,7 @@ def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
         ("seed=null", ["seed=None", "a whole number"]),
         ("optimizer.lr=fast", ["optimizer.lr=fast", "a number"]),
         ("zero_terminal_snr=5", ["zero_terminal_snr=5", "true or false"]),
-        ("model.multipliers=2", ["model.multipliers=2", "a list"]),
+        ("model.channel_mult=2", ["model.channel_mult=2", "a list"]),
         ("+schedule=linear", ["drop the +"]),
     ],
 )
@@ -89,10 +91,10 @@ def test_misspelt_overrides_name_what_was_meant(override, fragments):
         ["++trainer.limit_val_batches=3", "logger=[csv,wandb]"],
         ["data=folder", "data.root=some/where"],
         ["hydra.run.dir=x", "hydra/job_logging=none"],
-        ["~callbacks.every"],
+        ["~callbacks.checkpoint_every"],
         ["logger=none"],
-        ["optimizer.lr=1", "process.clip=null", "model.head_channels=null", "trainer.devices=[0,1]"],
-        ["model.width=${data.batch_size}", "trainer.max_time='00:01:00:00'"],
+        ["optimizer.lr=1", "diffusion.clip_x0=null", "model.num_head_channels=null", "trainer.devices=[0,1]"],
+        ["model.model_channels=${data.batch_size}", "trainer.max_time='00:01:00:00'"],
     ],
 )
 def test_what_is_right_passes(overrides):
@@ -153,7 +155,7 @@ def started(folder, *overrides, saved=True, ended=False):
 def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
     """Its launcher too, which Hydra files apart; folders of sweeps that died as they began are passed over."""
     monkeypatch.chdir(tmp_path)
-    typed = ["seed=0,1", "hydra/launcher=local", "resume=auto"]
+    typed_overrides = ["seed=0,1", "hydra/launcher=local", "resume=auto"]
     for name, task, hydra in (("1", ["seed=0,1"], ["hydra/launcher=local"]), ("2", ["seed=0,1"], [])):
         folder = tmp_path / "outputs" / "sweeps" / name
         folder.mkdir(parents=True)
@@ -162,7 +164,7 @@ def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
     for name, text in (("3", ""), ("4", "hydra: ["), ("5", "hydra: {}")):
         (tmp_path / "outputs" / "sweeps" / name).mkdir()
         (tmp_path / "outputs" / "sweeps" / name / "multirun.yaml").write_text(text)
-    assert expand_sweep(typed)[-1].endswith("outputs/sweeps/1'")
+    assert expand_sweep(typed_overrides)[-1].endswith("outputs/sweeps/1'")
     assert expand_sweep(["seed=0,1", "resume=auto"])[-1].endswith("outputs/sweeps/2'")
     assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
 
@@ -189,14 +191,14 @@ def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_pat
     """The newest of those; it names the folder, so that other processes need not search."""
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "outputs" / "train"
-    typed = ["seed=1", "data=points"]
-    started(runs / "2026-01-01", *typed)
+    typed_overrides = ["seed=1", "data=points"]
+    started(runs / "2026-01-01", *typed_overrides)
     wanted = started(runs / "2026-01-02", "data=points", "seed=1", "resume='/elsewhere'")
-    started(runs / "2026-01-03", *typed, saved=False)
-    started(runs / "2026-01-04", *typed, ended=True)
+    started(runs / "2026-01-03", *typed_overrides, saved=False)
+    started(runs / "2026-01-04", *typed_overrides, ended=True)
     started(runs / "2026-01-05", "seed=2", "data=points")
-    expanded = expand_resume([*typed, "resume=auto"])
-    assert {f"resume='{wanted}'", f"hydra.run.dir='{wanted}'", *typed} == set(expanded)
+    expanded = expand_resume([*typed_overrides, "resume=auto"])
+    assert {f"resume='{wanted}'", f"hydra.run.dir='{wanted}'", *typed_overrides} == set(expanded)
     assert expand_resume(["seed=3", "resume=auto"]) == ["seed=3"]
 
 

@@ -30,9 +30,9 @@ ALSO = {
 CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
 # Arguments that the program gives and no configuration should.
 GIVEN = {
-    *("decoder_scale", "levels"),  # GaussianDiffusion, from the schedule and the data
+    *("decoder_scale", "num_values"),  # GaussianDiffusion, from the schedule and the data
     *("outputs", "condition", "dim"),  # networks, from the process and the conditions
-    *("process", "denoise", "x0", "link", "t", "eps", "schedule"),  # objectives and weightings
+    *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
     *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
     *("predict", "x", "grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
@@ -78,10 +78,10 @@ def test_every_choice_composes_and_fits_its_target(group, option):
 )
 def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     cfg = compose(
-        "train", f"{group}={option}", "run_dir=runs/x", "model.width=8", "model.blocks=1", "model.head_channels=8",
+        "train", f"{group}={option}", "run_dir=runs/x", "model.model_channels=8", "model.num_res_blocks=1", "model.num_head_channels=8",
         *ALSO.get((group, option), []),
     )  # fmt: skip
-    module = build_module(cfg, (1, 8, 8), levels=17)
+    module = build_module(cfg, (1, 8, 8), num_values=17)
     _, terms = module._train_terms({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, step=0)
     terms["loss"].mean().backward()
     assert terms["loss"].isfinite().all() and all(
@@ -95,9 +95,9 @@ def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
 def test_every_optimizer_has_plain_values_to_save():
     """Adam copies its betas, NAdam keeps what it is given, which goes into the checkpoint."""
     cfg = compose(
-        "train", "optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "run_dir=runs/x", "model.width=8"
+        "train", "optimizer._target_=torch.optim.NAdam", "~optimizer.fused", "run_dir=runs/x", "model.model_channels=8"
     )
-    optimizer, _ = build_module(cfg, (1, 8, 8), levels=17).prepare_optimizer(1)
+    optimizer, _ = build_module(cfg, (1, 8, 8), num_values=17).prepare_optimizer(1)
     assert all(type(group["betas"]) is list for group in optimizer.param_groups)
 
 
@@ -133,8 +133,8 @@ def test_trainer_presets_differ_only_where_they_say(option):
 def test_schedules_bring_their_own_target_whatever_the_data(data):
     for schedule, prediction in (("edm_lognormal", "edm"), ("rectified_flow", "velocity")):
         cfg = compose("train", f"data={data}", f"schedule={schedule}", "run_dir=runs/x")
-        assert cfg.process.prediction == prediction
-        assert cfg.timesteps.warp is not None
+        assert cfg.diffusion.prediction == prediction
+        assert cfg.timestep_sampler.warp is not None
     assert cfg.weighting._target_.endswith("uniform")
 
 

@@ -18,7 +18,7 @@ from src.config.resume import check_unused, expand_resume
 from src.config.sweep_callbacks import CompareRuns
 from src.errors import UsageError
 from src.export import export
-from src.quoting import command, literal, typed
+from src.quoting import command, format_override, literal
 from src.runs import out_of_memory
 from src.runs.build import build, close
 from src.runs.checkpoints import find_checkpoint
@@ -28,7 +28,7 @@ from tests.conftest import TINY, compose
 
 NASTY = "out, (a=b) 'q\" é~"
 SRC = Path(__file__).parents[2] / "src"
-PATHS = ("run", "resume", "ckpt", "runs", "data.root", "encoder", "guidance.weak", "hydra.run.dir", "hydra.sweep.dir")
+PATHS = ("run", "resume", "ckpt", "runs", "data.root", "encoder", "guidance.model", "hydra.run.dir", "hydra.sweep.dir")
 """Settings whose value is a folder or a file."""
 
 NAMES = [
@@ -65,27 +65,27 @@ def test_a_shell_and_hydra_give_back_what_was_meant():
     chance = random.Random(0)
     letters = "ab'\"\\ ,${}[]()=:~#!%&|;<>*?\n\té日`"
     names += ["".join(chance.choices(letters, k=chance.randint(1, 9))) for _ in range(300)]
-    line = command("sample", *(typed("run", name) for name in names), typed("runs", names))
+    line = command("sample", *(format_override("run", name) for name in names), format_override("runs", names))
     assert "\n" not in line
     words = words_of(line)[2:]
     for name, word in zip(names, words, strict=False):
         assert read(word) == name and parsed(word).key_or_group == "run"
         assert not name.strip() or given([word], "run") == name
         if name.isprintable():  # a second reader of the shell's quotes
-            assert shlex.split(typed("run", name)) == [word]
+            assert shlex.split(format_override("run", name)) == [word]
     assert list(read(words[-1])) == names
 
 
 def test_other_values_keep_their_type():
     for value in (None, True, False, 7, 1e-5, 1.5e300, ["a", 1, None], [["x, y", 2.5]], []):
-        (word,) = words_of(f"python {typed('cond', value)}")
+        (word,) = words_of(f"python {format_override('cond', value)}")
         got = read(word)
         assert (list(map(list, got)) if value == [["x, y", 2.5]] else got) == value and literal(value) in word
 
 
 def test_what_needs_no_quotes_has_none():
     for path in ("outputs/train/2026-01-01_10-00-00", "a-b.c+d@e%f", "/x/007"):
-        assert typed("run", Path(path)) == f"run={path}"
+        assert format_override("run", Path(path)) == f"run={path}"
 
 
 def test_overrides_are_read_in_every_way_of_typing_them():
@@ -98,7 +98,7 @@ def test_overrides_are_read_in_every_way_of_typing_them():
 
 
 def test_no_other_code_puts_commands_together():
-    """Commands come from `command`, and folders behind a `=` from `typed`."""
+    """Commands come from `command`, and folders behind a `=` from `format_override`."""
     behind = re.compile(rf"(?:^|[^\w.])(?:{'|'.join(map(re.escape, PATHS))})=\[?['\"]?$")
     wrong = []
     for path in SRC.rglob("*.py"):
@@ -215,7 +215,7 @@ def test_refusals_name_what_to_type(run_and_text, monkeypatch):
         message = str(error.value)
         assert "\n" not in message
         right = [value] if value is not None else last.parent.glob("*.ckpt")
-        assert any(typed(name, each) in message for each in right), message
+        assert any(format_override(name, each) in message for each in right), message
 
 
 def test_folders_that_are_typed_alone_may_have_any_name(tmp_path, monkeypatch):

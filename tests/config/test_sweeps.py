@@ -206,8 +206,8 @@ def test_presets_sweep_what_exists(preset):
 
 
 def test_an_unknown_metric_is_refused_before_training(tmp_path):
-    with pytest.raises(UsageError, match="optimize=val/los is no metric of this run: choose one of val/loss"):
-        train_tiny(tmp_path / "run", "optimize=val/los")
+    with pytest.raises(UsageError, match="optimized_metric=val/los is no metric of this run: choose one of val/loss"):
+        train_tiny(tmp_path / "run", "optimized_metric=val/los")
 
 
 @pytest.mark.parametrize(("devices", "workers"), [(8, 2), (7, 3), (4, 4), (1, 1), (2, 5)])

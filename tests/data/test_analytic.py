@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def density(mixture: GaussianMixture, x: np.ndarray) -> np.ndarray:
     """The mixture's density at x (N, D), term by term from scipy."""
-    terms = zip(mixture.weights.tolist(), mixture.means.numpy(), mixture.deviations.numpy(), strict=True)
+    terms = zip(mixture.weights.tolist(), mixture.means.numpy(), mixture.stds.numpy(), strict=True)
     return sum(w * multivariate_normal(m, np.diag(s**2)).pdf(x) for w, m, s in terms)
 
 
@@ -70,7 +70,7 @@ def test_far_points_have_finite_density_and_score():
 def test_mixture_samples_have_its_mean_and_covariance():
     """Mean sum w m; covariance sum w (s^2 I + m m^T) - mean mean^T; within 5 standard errors of n draws."""
     n = 40_000
-    w, m, s = (t.numpy() for t in (PLANE.weights, PLANE.means, PLANE.deviations))
+    w, m, s = (t.numpy() for t in (PLANE.weights, PLANE.means, PLANE.stds))
     mean = w @ m
     covariance = sum(w[k] * (np.diag(s[k] ** 2) + np.outer(m[k], m[k])) for k in range(3)) - np.outer(mean, mean)
     x = PLANE(n, seeded())
@@ -131,7 +131,7 @@ def test_tweedie_gives_the_posterior_mean(alpha, sigma):
 def test_weights_are_normalised():
     """Weights count relative to each other."""
     x = torch.randn(9, 1, generator=seeded())
-    scaled = GaussianMixture([10, 30], LINE.means.tolist(), LINE.deviations.tolist())
+    scaled = GaussianMixture([10, 30], LINE.means.tolist(), LINE.stds.tolist())
     assert_close(scaled.log_prob(x), LINE.log_prob(x))
     assert float(LINE.weights.sum()) == pytest.approx(1)
 
@@ -152,7 +152,7 @@ def test_moments_are_those_of_many_samples():
 
 def test_entropy_of_a_gaussian_is_exact_and_of_a_mixture_estimated():
     """Against the entropy integrated numerically, axis by axis or over the line."""
-    axes = zip(GAUSSIAN.means[0].tolist(), GAUSSIAN.deviations[0].tolist(), strict=True)
+    axes = zip(GAUSSIAN.means[0].tolist(), GAUSSIAN.stds[0].tolist(), strict=True)
     assert GAUSSIAN.entropy() == pytest.approx(sum(norm(m, s).entropy() for m, s in axes), rel=1e-12)
 
     def integrand(x: float) -> float:
@@ -177,9 +177,7 @@ def test_flow_on_a_line_keeps_the_order_of_points(alpha, sigma):
 
     def quantiles(mixture: GaussianMixture) -> torch.Tensor:
         x = np.linspace(-60, 60, 600_001)
-        parts = zip(
-            mixture.weights.tolist(), mixture.means[:, 0].tolist(), mixture.deviations[:, 0].tolist(), strict=True
-        )
+        parts = zip(mixture.weights.tolist(), mixture.means[:, 0].tolist(), mixture.stds[:, 0].tolist(), strict=True)
         return torch.from_numpy(np.interp(q, sum(w * norm(m, s).cdf(x) for w, m, s in parts), x))[:, None]
 
     # The quantiles are interpolated on a grid of 2e-4; rare between the two components, where the density is small.
@@ -188,7 +186,7 @@ def test_flow_on_a_line_keeps_the_order_of_points(alpha, sigma):
 
 def test_flow_of_a_gaussian_agrees_with_the_solver():
     """Two equal components are one Gaussian, but take the general way."""
-    twice = GaussianMixture([1, 1], GAUSSIAN.means.tolist() * 2, GAUSSIAN.deviations.tolist() * 2)
+    twice = GaussianMixture([1, 1], GAUSSIAN.means.tolist() * 2, GAUSSIAN.stds.tolist() * 2)
     x = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)
     assert_close(twice.flow(x, 0.2, 0.9), GAUSSIAN.flow(x, 0.2, 0.9), rtol=0, atol=1e-7)
 

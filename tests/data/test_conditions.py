@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from src.errors import UsageError
-from src.models.conditioning import ClassEmbedding, MeasuredEmbedding
+from src.models.conditioning import ClassEmbedding, ContinuousEmbedding
 from src.models.unet import UNet
-from src.rng import Draws
+from src.rng import StepRng
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import compose, train_tiny
 from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal, randomise
@@ -22,17 +22,17 @@ from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal,
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
     global LABELLED
-    global BatchDataset, Given, InMemory, Labels, Places, Classes, Measurements
+    global BatchDataset, Covariates, InMemory, Labels, BatchIndices, Classes, Continuous
     from src.data.batches import BatchDataset
-    from src.data.conditions import Classes, Measurements
-    from src.data.samplers import Places
-    from src.data.sources import Given, InMemory, Labels
+    from src.data.conditions import Classes, Continuous
+    from src.data.samplers import BatchIndices
+    from src.data.sources import Covariates, InMemory, Labels
 
     LABELLED = InMemory(torch.zeros(4, 1, 2, 2), Labels(torch.tensor([2, 0, 1, 2]), ["cat", "dog", "7"]))
 
 
 def test_classes_by_name_and_number_and_nothing_is_none_of_them():
-    classes = Classes(**Classes.found_in(LABELLED, {}))
+    classes = Classes(**Classes.infer_settings(LABELLED, {}))
     assert classes([0, "dog", 2, "7", 7, None]).tolist() == [0, 1, 2, 2, 2, 3]
     assert [classes.title(x) for x in (0, "7", None)] == ["cat", "7", "no class"]
     assert [classes.of(LABELLED, k, 5) for k in range(4)] == ["7", "cat", "dog", "7"]
@@ -65,8 +65,8 @@ def test_unknown_classes_are_refused_with_the_near_ones(asked, told):
 
 def test_measurements_have_mean_0_and_deviation_1_and_nothing_is_no_number():
     values = torch.tensor([[10.0, 1.0], [20.0, 1.5], [60.0, 0.5]])
-    source = InMemory(torch.zeros(3, 2), given=Given(values, ["kelvin", "bar"]))
-    made = Measurements(**Measurements.found_in(source, {}))
+    source = InMemory(torch.zeros(3, 2), covariates=Covariates(values, ["kelvin", "bar"]))
+    made = Continuous(**Continuous.infer_settings(source, {}))
     rows = made([made.of(source, k, 0) for k in range(3)])
     assert_close(rows.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     assert_close(rows.square().mean(0), torch.ones(2))
@@ -80,17 +80,17 @@ def test_measurements_have_mean_0_and_deviation_1_and_nothing_is_no_number():
     with pytest.raises(ValueError, match="goes by kelvin, bar, the data by nothing"):
         made.check(InMemory(torch.zeros(3, 2)))
     seconds = torch.tensor([[1.7e9], [1.7e9 + 1], [1.7e9 + 2]], dtype=torch.float64)  # float32 knows no single ones
-    source = InMemory(torch.zeros(3, 2), given=Given(seconds, ["time"]))
-    made = Measurements(**Measurements.found_in(source, {}))
+    source = InMemory(torch.zeros(3, 2), covariates=Covariates(seconds, ["time"]))
+    made = Continuous(**Continuous.infer_settings(source, {}))
     assert_close(made([made.of(source, k, 0) for k in range(3)]).flatten(), torch.tensor([-1.0, 0, 1]) * 1.5**0.5)
     with pytest.raises(ValueError, match="bar, which is the same everywhere"):
-        Measurements.found_in(InMemory(torch.zeros(3, 2), given=Given(torch.ones(3, 1), ["bar"])), {})
+        Continuous.infer_settings(InMemory(torch.zeros(3, 2), covariates=Covariates(torch.ones(3, 1), ["bar"])), {})
 
 
 @torch.no_grad()
 def test_a_class_joins_the_time_as_in_diffusers():
     """UNet2DModel with num_class_embeds: the class's vector is added to the time's."""
-    ours = randomise(UNet(**TINY, condition=partial(ClassEmbedding, classes=3))).eval()
+    ours = randomise(UNet(**TINY, condition=partial(ClassEmbedding, num_classes=3))).eval()
     theirs = diffusers_twin({**TINY, "classes": 4})
     copy_weights(ours, theirs)
     x, time, cond = normal(4, 1, 8, 8), torch.tensor([0.1, 0.3, 0.5, 0.9]), torch.tensor([0, 1, 2, 3])
@@ -100,7 +100,7 @@ def test_a_class_joins_the_time_as_in_diffusers():
 
 
 def test_nothing_measured_is_told_from_every_value():
-    net = MeasuredEmbedding(8, 2)
+    net = ContinuousEmbedding(8, 2)
     cond = torch.tensor([[0.0, 1.0], [math.nan, math.nan]], requires_grad=False)
     vectors = net(cond).vector
     assert_close(vectors[1], net.nothing)
@@ -121,10 +121,10 @@ def test_one_of_several_captions_is_drawn_by_step_and_position():
             return choice % 3
 
     dataset = BatchDataset(LABELLED, Texts(), seed=1)
-    whole = dataset[Places(0, 4, [0, 1, 2, 3], step=7)]["cond"].tolist()
-    parts = [dataset[Places(k, 4, [k], step=7)]["cond"].item() for k in range(4)]
+    whole = dataset[BatchIndices(0, 4, [0, 1, 2, 3], step=7)]["cond"].tolist()
+    parts = [dataset[BatchIndices(k, 4, [k], step=7)]["cond"].item() for k in range(4)]
     assert whole == parts
-    drawn = torch.stack([dataset[Places(0, 4, [0, 1, 2, 3], step=s)]["cond"] for s in range(300)])
+    drawn = torch.stack([dataset[BatchIndices(0, 4, [0, 1, 2, 3], step=s)]["cond"] for s in range(300)])
     shares = torch.bincount(drawn.flatten(), minlength=3) / drawn.numel()
     assert_close(shares, torch.full((3,), 1 / 3), atol=0.05, rtol=0)
 
@@ -142,12 +142,12 @@ class Told(torch.nn.Module):
         return x * self.weight
 
 
-def module_of(net, drop):
+def module_of(net, cond_drop_prob):
     from src.diffusion import losses, samplers, schedules
+    from src.diffusion.gaussian_diffusion import GaussianDiffusion
     from src.diffusion.noise import NoiseSchedule
-    from src.diffusion.process import GaussianDiffusion
-    from src.diffusion.timesteps import uniform
-    from src.training.module import Conditioning, DiffusionModule, Sampler
+    from src.diffusion.timestep_samplers import uniform
+    from src.training.module import ConditionSpec, DiffusionModule, Sampler
 
     return DiffusionModule(
         net,
@@ -157,14 +157,14 @@ def module_of(net, drop):
         uniform,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(2,),
-        conditioning=Conditioning(torch.tensor([5]), torch.arange(5), drop),
+        conditioning=ConditionSpec(torch.tensor([5]), torch.arange(5), cond_drop_prob),
     )
 
 
 def test_guidance_calls_a_compiled_network_with_no_other_size():
     from src.diffusion.guidance import Guidance
 
-    module, sizes = module_of(Told(), drop=0.1), []
+    module, sizes = module_of(Told(), cond_drop_prob=0.1), []
     guided = module.sampler._replace(guidance=Guidance(2.0))
     *_, plain = module.sample(range(3), 0, guided, cond=torch.arange(3))
 
@@ -206,7 +206,7 @@ def test_conditions_are_dropped_sample_by_sample_in_training_alone():
     module.log = lambda *args, **kwargs: None
     module.validation_step(batch(0, 100), 0)
     assert torch.equal(net.told[0], torch.arange(100) % 5)
-    assert Draws(0, 3, 0, 4, torch.device("cpu")).uniform("drop").shape == (4,)
+    assert StepRng(0, 3, 0, 4, torch.device("cpu")).uniform("drop").shape == (4,)
 
 
 @pytest.fixture(scope="module")
@@ -271,10 +271,10 @@ def test_scales_one_and_zero_are_the_conditional_and_the_unconditional_samples(t
     far = "guidance.interval=[1e6,1e7]"
     assert (at("far", "cond=[3]", "guidance.scale=9", far) == at("plain", "cond=[3]", "guidance.scale=1")).all()
     # The model itself as the weaker one: nothing to lead away from, but for rounding.
-    self_led = at("self", "cond=[3]", "guidance.scale=3", f"guidance.weak='{told}'").astype(int)
+    self_led = at("self", "cond=[3]", "guidance.scale=3", f"guidance.model='{told}'").astype(int)
     assert abs(self_led - at("plain2", "cond=[3]", "guidance.scale=1")).max() <= 16  # a grey level
-    with pytest.raises(UsageError, match=r"guidance\.weak=.* is led away from by guidance alone: set"):
-        at("none", "cond=[3]", "guidance.scale=1", f"guidance.weak='{told}'")
+    with pytest.raises(UsageError, match=r"guidance\.model=.* is led away from by guidance alone: set"):
+        at("none", "cond=[3]", "guidance.scale=1", f"guidance.model='{told}'")
     assert (at("negative", "cond=[3]", "negative=5") != at("positive", "cond=[3]")).any()
 
 
@@ -314,7 +314,7 @@ def test_a_run_without_conditions_says_that_it_takes_none(trained, tmp_path):
 @pytest.mark.parametrize(
     ("trained_with", "told_of"),
     [
-        (["conditioning=class", "process.prediction=x0"], "another process.prediction"),
+        (["conditioning=class", "diffusion.prediction=x0"], "another diffusion.prediction"),
         (["conditioning=class", "zero_terminal_snr=true"], "another zero_terminal_snr"),
         ([], "another conditioning.encode"),
     ],
@@ -322,7 +322,7 @@ def test_a_run_without_conditions_says_that_it_takes_none(trained, tmp_path):
 def test_a_weaker_model_of_another_meaning_is_refused(told, tmp_path, trained_with, told_of):
     train_tiny(tmp_path / "weak", "trainer.max_steps=1", "validate_every=1", *trained_with)
     with pytest.raises(UsageError, match=f"{told_of}.* than the run, so its outputs differ: choose an") as error:
-        draw(told, tmp_path, "guidance.scale=2", f"guidance.weak='{tmp_path / 'weak'}'")
+        draw(told, tmp_path, "guidance.scale=2", f"guidance.model='{tmp_path / 'weak'}'")
     assert "\n" not in str(error.value)
 
 
@@ -356,7 +356,12 @@ def test_a_text_run_is_exported_with_its_tokenizer_and_keeps_its_examples(tmp_pa
         "data=shapes",
         "weighting=uniform",
     ]
-    text = ["conditioning=text", "conditioning.embed.width=8", "conditioning.embed.layers=1", "neighbours.samples=0"]
+    text = [
+        "conditioning=text",
+        "conditioning.embed.hidden_size=8",
+        "conditioning.embed.num_layers=1",
+        "neighbors.num_samples=0",
+    ]
     examples = "conditioning.encode.examples=['a red circle and/or a blue square']"
     train_tiny(tmp_path / "run", *small, *text, examples, "trainer.max_steps=2", "validate_every=2")
     export(compose("export", f"run='{tmp_path / 'run'}'", f"run_dir='{tmp_path / 'export'}'"))

@@ -144,7 +144,7 @@ def test_digits_module_reaches_both_ends_of_the_range():
     assert x.dtype == torch.float32
     assert_close(x.unique().numpy(), np.linspace(-1, 1, 17, dtype=np.float32), rtol=0, atol=1e-7)
     raw = data.source.fetch(data.val_indices[:300])
-    assert_close(data.to_display(x), (raw.double() * 255 / 16).round().to(torch.uint8), rtol=0, atol=0)
+    assert_close(data.postprocess(x), (raw.double() * 255 / 16).round().to(torch.uint8), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -274,13 +274,13 @@ def test_gray_with_alpha_is_laid_over_white(tmp_path):
 def test_transparent_palette_entries_become_white(tmp_path, suffix):
     """A palette image: each index its colour, the transparent one white."""
     index = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
-    colours = np.array([[200, 0, 0], [0, 180, 40], [10, 20, 30], [250, 240, 0]], dtype=np.uint8)
+    colors = np.array([[200, 0, 0], [0, 180, 40], [10, 20, 30], [250, 240, 0]], dtype=np.uint8)
     image = Image.fromarray(index)
-    image.putpalette(colours.flatten().tolist())
+    image.putpalette(colors.flatten().tolist())
     image.save(tmp_path / f"a.{suffix}", transparency=2)
     assert Image.open(tmp_path / f"a.{suffix}").mode == "P"
-    colours[2] = 255
-    assert within(only(tmp_path, 8), chw(colours[index]), 0)
+    colors[2] = 255
+    assert within(only(tmp_path, 8), chw(colors[index]), 0)
 
 
 def test_gray_levels_named_transparent_become_white(tmp_path):
@@ -359,9 +359,9 @@ def test_large_and_small_pictures_are_resized(tmp_path, width, height, size):
     ramps = np.stack([240 * x, 240 * y, np.full_like(x, 77)], -1).round().astype(np.uint8)
     Image.fromarray(ramps).save(tmp_path / "a.png")
     side = min(width, height)
-    centres = (np.arange(size) + 0.5) / size * side
-    across = 240 * (centres + (width - side) // 2) / width
-    down = 240 * (centres + (height - side) // 2) / height
+    centers = (np.arange(size) + 0.5) / size * side
+    across = 240 * (centers + (width - side) // 2) / width
+    down = 240 * (centers + (height - side) // 2) / height
     found = only(tmp_path, size)
     edge = max(2, 2 * size // side)
     inner = slice(edge, size - edge)
@@ -597,12 +597,12 @@ def test_cifar_files(tmp_path, name):
 @pytest.mark.usefixtures("any_checksum")
 def test_cifar_as_small_gray_pictures(tmp_path):
     """Shrunk and turned gray: a constant colour becomes its luma."""
-    colours = noise(10, 1, 1, 3)
-    write_cifar(tmp_path, "cifar10", colours.repeat(32, 1).repeat(32, 2))
+    colors = noise(10, 1, 1, 3)
+    write_cifar(tmp_path, "cifar10", colors.repeat(32, 1).repeat(32, 2))
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.image_size=16", "data.channels=1"]
     found = fetch_all(configured("cifar10", *options))
     assert found.shape == (10, 1, 16, 16)
-    luma = torch.from_numpy(colours.astype(float) @ [0.299, 0.587, 0.114])[:, :, :, None]
+    luma = torch.from_numpy(colors.astype(float) @ [0.299, 0.587, 0.114])[:, :, :, None]
     assert within(found, luma.round(), 1)
 
 
@@ -643,16 +643,16 @@ def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None
 @pytest.mark.usefixtures("any_checksum")
 def test_celeba_files(tmp_path):
     """Only the training pictures, decoded as they are asked for, their central squares."""
-    colours = noise(6, 3)
-    pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colours]
-    for picture, colour in zip(pixels, colours, strict=True):
-        picture[20:198] = colour  # the central square; black above and below
+    colors = noise(6, 3)
+    pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colors]
+    for picture, color in zip(pixels, colors, strict=True):
+        picture[20:198] = color  # the central square; black above and below
     write_celeba(tmp_path, pixels, [0, 0, 1, 0, 2, 0])
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.val_fraction=0.25"]
     found = fetch_all(configured("celeba", *options))
     assert found.shape == (4, 3, 64, 64)
     assert found.dtype == torch.uint8
-    assert within(found[..., 2:-2, :], torch.from_numpy(colours[[0, 1, 3, 5]])[:, :, None, None], 3)
+    assert within(found[..., 2:-2, :], torch.from_numpy(colors[[0, 1, 3, 5]])[:, :, None, None], 3)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba"])
@@ -713,7 +713,7 @@ def test_nothing_is_flipped_without_flip_or_training(flip, training):
     images = halves(500)
     data = in_training(picture_module(images, flip=flip), training)
     moved = data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"]
-    assert_close(data.to_display(moved), images, rtol=0, atol=0)
+    assert_close(data.postprocess(moved), images, rtol=0, atol=0)
 
 
 def test_half_of_the_training_images_are_flipped():
@@ -722,7 +722,7 @@ def test_half_of_the_training_images_are_flipped():
 
     def flipped(step: int = 0, seed: int = 0) -> Tensor:
         data = in_training(picture_module(images, flip=True, seed=seed), step=step)
-        x = data.to_display(data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"])
+        x = data.postprocess(data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"])
         mirrored = (x == images.flip(-1)).flatten(1).all(1)
         assert (mirrored | (x == images).flatten(1).all(1)).all()
         return mirrored
@@ -781,7 +781,7 @@ def test_a_trainer_sees_the_same_images_with_and_without_accumulation():
     assert any((x[..., :2] != -1).any() for seen in whole.trained.values() for x in seen.values())
 
 
-@pytest.mark.parametrize("wrong", [{"channels": 2}, {"image_size": 0}, {"levels": 1}, {"levels": 257}])
+@pytest.mark.parametrize("wrong", [{"channels": 2}, {"image_size": 0}, {"num_values": 1}, {"num_values": 257}])
 def test_impossible_settings_raise(wrong):
     settings = {"root": None, "channels": 1, "image_size": 8, **wrong}
     with pytest.raises(ValueError, match=rf"needs data\.channels 1 or 3.*got.*{next(iter(wrong.values()))}"):

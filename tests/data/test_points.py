@@ -188,7 +188,7 @@ def test_a_mixture_knows_the_component_of_each_point():
     for k in range(5):
         own = points[labels.numbers == k].double()
         assert abs(len(own) / 20_000 - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 20_000)
-        standing = ((own - mixture.means[k]) / mixture.deviations[k]).flatten()
+        standing = ((own - mixture.means[k]) / mixture.stds[k]).flatten()
         assert kstest(standing.numpy(), "norm").pvalue > 1e-3
     assert_close(mixture(9, seeded()), mixture.draw(9, seeded())[0], rtol=0, atol=0)
     for name in ("swiss_roll", "checkerboard"):

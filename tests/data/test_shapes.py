@@ -22,13 +22,13 @@ from tests.loops import for_each
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
     global SHAPES, SIZES, ONE, TWO
-    global Outline, ATTRIBUTES, COLOUR_JITTER, COLOURS, GAP, PLACES, RELATIONS, WORDINGS, Object, Placed, Scene
+    global Outline, ATTRIBUTES, COLOR_JITTER, COLOURS, GAP, PLACES, RELATIONS, WORDINGS, Object, Placed, Scene
     global Shapes, caption, paint, parse, place, render, shapes, wordings
     from matplotlib.path import Path as Outline
 
     from src.data.shapes import (
         ATTRIBUTES,
-        COLOUR_JITTER,
+        COLOR_JITTER,
         COLOURS,
         GAP,
         PLACES,
@@ -60,7 +60,7 @@ def all_scenes(count: int) -> list[Scene]:
     if count == 1:
         alone = [look._replace(position=p) for look in looks for p in ATTRIBUTES["position"]]
         return [Scene((each,), b) for each in alone for b in ATTRIBUTES["background"]]
-    pairs = [(a, b) for a in looks for b in looks if a.colour != b.colour]
+    pairs = [(a, b) for a in looks for b in looks if a.color != b.color]
     return [Scene(pair, b, r) for pair in pairs for b in ATTRIBUTES["background"] for r in RELATIONS]
 
 
@@ -70,13 +70,13 @@ def values(scene: Scene) -> set[tuple[str, str]]:
 
 
 def has_blue_circle(scene: Scene) -> bool:
-    return any(each.shape == "circle" and each.colour == "blue" for each in scene.objects)
+    return any(each.shape == "circle" and each.color == "blue" for each in scene.objects)
 
 
 def forbidden(scene: Scene) -> bool:
     """Whether it is held out by `HELD_OUT`, written out once more."""
     return has_blue_circle(scene) or (
-        scene.background == "white" and any(each.colour == "red" for each in scene.objects)
+        scene.background == "white" and any(each.color == "red" for each in scene.objects)
     )
 
 
@@ -137,30 +137,30 @@ def placed_two() -> Placed:
 
 def test_objects_lie_where_they_should_and_in_the_picture(placed_one):
     """Alone: nearer to their own position than to any other's, by at least a tenth of the side."""
-    centre, half = placed_one.centre[:, 0], placed_one.half[:, 0]
-    assert (centre - half).min() >= 0 and (centre + half).max() <= 1
+    center, half = placed_one.center[:, 0], placed_one.half[:, 0]
+    assert (center - half).min() >= 0 and (center + half).max() <= 1
     names = list(PLACES)
     assert names == list(ATTRIBUTES["position"])
-    away = (centre[:, None] - torch.tensor(list(PLACES.values()))).norm(dim=2)  # (N, 5)
+    away = (center[:, None] - torch.tensor(list(PLACES.values()))).norm(dim=2)  # (N, 5)
     own = torch.tensor([names.index(scene.objects[0].position or "") for scene in ONE * 4])
     nearest, second = away.topk(2, largest=False).values.unbind(1)
     assert torch.equal(away.argmin(1), own)
     assert (second - nearest).min() > 0.1
     assert (placed_one.shape[:, 1] == -1).all()
-    assert centre.std(0).min() > 0.1 and nearest.std() > 0.01
+    assert center.std(0).min() > 0.1 and nearest.std() > 0.01
 
 
 def test_two_objects_lie_as_their_relation_says_and_do_not_touch(placed_two):
     """The relation holds for middles, and by much more than the other direction; boxes are a gap apart."""
-    centre, half = placed_two.centre, placed_two.half
-    assert (centre - half).min() >= 0 and (centre + half).max() <= 1
-    right, down = (centre[:, 1] - centre[:, 0]).unbind(1)
+    center, half = placed_two.center, placed_two.half
+    assert (center - half).min() >= 0 and (center + half).max() <= 1
+    right, down = (center[:, 1] - center[:, 0]).unbind(1)
     wanted = {"left of": right, "right of": -right, "above": down, "below": -down}
     other = {"left of": down, "right of": down, "above": right, "below": right}
     along = torch.stack([wanted[scene.relation][k] for k, scene in enumerate(TWO)])
     across = torch.stack([other[scene.relation][k] for k, scene in enumerate(TWO)])
     assert (along > 2.5 * across.abs()).all()
-    apart = ((centre[:, 0] - centre[:, 1]).abs() - half.sum(1)).max(1).values
+    apart = ((center[:, 0] - center[:, 1]).abs() - half.sum(1)).max(1).values
     assert apart.min() > GAP - 1e-9
     assert along.std() > 0.03 and across.std() > 0.01
 
@@ -175,13 +175,13 @@ def test_sizes_and_colours_are_never_doubtful(placed_one, placed_two):
         names = list(COLOURS)
         table = torch.tensor(list(COLOURS.values()), dtype=torch.float64)
         for k in range(large.shape[1]):
-            own = torch.tensor([names.index(scene.objects[k].colour) for scene in scenes])
-            assert torch.equal(torch.cdist(placed.colour[:, k], table).argmin(1), own)
-            assert (placed.colour[:, k] - table[own]).abs().max() > 0.9 * COLOUR_JITTER
+            own = torch.tensor([names.index(scene.objects[k].color) for scene in scenes])
+            assert torch.equal(torch.cdist(placed.color[:, k], table).argmin(1), own)
+            assert (placed.color[:, k] - table[own]).abs().max() > 0.9 * COLOR_JITTER
         own = torch.tensor([names.index(scene.background) for scene in scenes])
         assert torch.equal(torch.cdist(placed.background, table).argmin(1), own)
     for a, b in combinations(COLOURS, 2):
-        assert math.dist(COLOURS[a], COLOURS[b]) > 4 * COLOUR_JITTER * math.sqrt(3)
+        assert math.dist(COLOURS[a], COLOURS[b]) > 4 * COLOR_JITTER * math.sqrt(3)
 
 
 def corners(shape: str, area: float) -> np.ndarray:
@@ -216,13 +216,13 @@ def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
     """Each pixel has the share of the object's colour that the object covers, counted on a finer grid."""
     scenes = [s for s in ONE if s.objects[0].shape == shape][:: 17 * size // 32]
     placed = placed_alike(scenes)
-    white = placed._replace(colour=torch.full_like(placed.colour, 255), background=torch.zeros_like(placed.background))
+    white = placed._replace(color=torch.full_like(placed.color, 255), background=torch.zeros_like(placed.background))
     found = paint(white, size).double() / 255
     assert torch.equal(found[:, 0], found[:, 2])
     for k in range(len(scenes)):
         outline = corners(shape, math.pi * float(placed.radius[k, 0]) ** 2)
         middle = (outline.max(0) + outline.min(0)) / 2
-        expected = coverage(outline - middle + placed.centre[k, 0].numpy(), size)
+        expected = coverage(outline - middle + placed.center[k, 0].numpy(), size)
         error = np.abs(found[k, 0].numpy() - expected)
         assert error.max() < 0.4  # at pointed corners, where the distance to the outline says less
         assert error.sum() < 0.1 * expected.sum()
@@ -255,7 +255,7 @@ def test_what_was_said_is_read_off_the_pictures_at_32_pixels():
         nearest = min(PLACES, key=lambda name: math.dist(PLACES[name], centroid))
         assert nearest == one.position
         inside = picture[:, torch.from_numpy(mask > 0.95)].double().mean(1)
-        assert list(COLOURS)[int((table - inside).norm(dim=1).argmin())] == one.colour
+        assert list(COLOURS)[int((table - inside).norm(dim=1).argmin())] == one.color
         assert list(COLOURS)[int((table - picture[:, 0, 0].double()).norm(dim=1).argmin())] == scene.background
 
 
@@ -281,7 +281,7 @@ def test_a_sample_depends_on_seed_and_number_alone():
     assert torch.equal(pickle.loads(pickle.dumps(source)).fetch([5]), x[:1])
     assert not torch.equal(Shapes(num_samples=100, held_out=HELD_OUT, seed=4).fetch([5]), x[:1])
     one = place([ONE[0], TWO[0]], [8, 9]), place([TWO[0]], [9])
-    assert_close(one[0].centre[1:], one[1].centre, rtol=0, atol=0)
+    assert_close(one[0].center[1:], one[1].center, rtol=0, atol=0)
     assert x.shape == (3, 3, 32, 32) and x.dtype == torch.uint8
     with pytest.raises(ValueError, match=r"a seed of its own, got 1 for 2"):
         render([ONE[0], ONE[1]], 32, [1])
@@ -292,7 +292,7 @@ def test_captions_are_those_of_the_pictures_scenes():
     source = Shapes(num_samples=50)
     assert source.captions is not None
     assert len(source) == len(source.captions) == len(source.scenes) == 50
-    assert source.labels is None and source.given is None
+    assert source.labels is None and source.covariates is None
     for k in (0, 17, 49):
         assert source.captions[k] == wordings(source.scenes[k])
         assert parse(source.captions[k][2]) == source.scenes[k]

@@ -16,7 +16,7 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 
-from src.data.module import StreamDataModule
+from src.data.module import BaseDataModule
 from src.data.sources import InMemory
 from src.data.split import Record, hash_ids, split
 from src.evaluate import evaluate
@@ -151,7 +151,7 @@ def test_few_samples_leave_no_side_empty():
         held_out, train, _ = split(hash_ids(ids, 0), math.ceil(fraction * 2**64))
         assert [ids[k] for k in held_out] == by_hash[:count] and [ids[k] for k in train] == by_hash[count:]
     source = InMemory(torch.zeros(5, 2), ids=["same"] * 5)
-    data = StreamDataModule(lambda: source, (2,), 1, 0.2, 0, 0, 0)
+    data = BaseDataModule(lambda: source, (2,), 1, 0.2, 0, 0, 0)
     with pytest.raises(ValueError, match=r"5 samples do not split .*data\.val_fraction=0\.2"):
         data.setup()
 
@@ -159,9 +159,9 @@ def test_few_samples_leave_no_side_empty():
 def test_what_few_samples_hold_out_stays_when_others_come(tmp_path):
     """Also where none was below the fraction, and one that comes has a smaller hash: the run has written down which."""
 
-    def module(ids: list[str]) -> StreamDataModule:
+    def module(ids: list[str]) -> BaseDataModule:
         source = InMemory(torch.zeros(len(ids), 2), ids=ids)
-        return StreamDataModule(lambda: source, (2,), 1, 1e-9, 0, 0, 0)
+        return BaseDataModule(lambda: source, (2,), 1, 1e-9, 0, 0, 0)
 
     names = sorted((f"{k}.png" for k in range(8)), key=lambda each: int(hash_ids([each], 0)[0]))
     first = module(names[1:])
@@ -183,7 +183,7 @@ def test_a_resumed_run_says_what_changed_in_its_data(tmp_path):
     shutil.move(tmp_path / "photos", moved)
     for path in moved.rglob("*.png"):
         os.utime(path, (1, 1))  # a copy is another file
-    evaluating = ["device=cpu", "quality=false", "alignment.enabled=false", "links=2", "held_out=2"]
+    evaluating = ["device=cpu", "quality=false", "alignment.enabled=false", "num_terms=2", "num_val=2"]
     evaluation = compose("evaluate", f"run='{run}'", f"data.root='{moved}'", f"run_dir='{tmp_path / 'e'}'", *evaluating)
     again = [*settings, f"data.root='{moved}'", f"resume='{run}'"]
     with warnings.catch_warnings(record=True) as said:
@@ -209,7 +209,7 @@ def test_a_resumed_run_says_what_changed_in_its_data(tmp_path):
 def test_samples_that_change_sides_by_a_setting_are_counted(tmp_path):
     ids = [f"{k}.png" for k in range(200)]
     source = InMemory(torch.zeros(200, 2), ids=ids)
-    before, after = (StreamDataModule(lambda: source, (2,), 1, f, 0, 0, 0) for f in (0.5, 0.2))
+    before, after = (BaseDataModule(lambda: source, (2,), 1, f, 0, 0, 0) for f in (0.5, 0.2))
     before.setup()
     before.write_record(tmp_path / "record")
     after.record_path = tmp_path / "record"
@@ -221,7 +221,7 @@ def test_samples_that_change_sides_by_a_setting_are_counted(tmp_path):
 def test_a_record_that_is_missing_or_damaged_is_said(tmp_path):
     source = InMemory(torch.zeros(9, 2))
     for contents in (None, b"", b"\xff" * 40):
-        data = StreamDataModule(lambda: source, (2,), 1, 0.3, 0, 0, 0)
+        data = BaseDataModule(lambda: source, (2,), 1, 0.3, 0, 0, 0)
         data.record_path = tmp_path / "record"
         if contents is not None:
             data.record_path.write_bytes(contents)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.rng import Draws
+from src.rng import StepRng
 from tests.data.test_split import is_held_out
 
 
@@ -20,24 +20,24 @@ from tests.data.test_split import is_held_out
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
     global NumbersModule
-    global BatchDataset, Places, StreamDataModule, TrainingStream, ValidationStream, to_signed, to_uint8
+    global BatchDataset, BatchIndices, BaseDataModule, InfiniteBatchSampler, EvalBatchSampler, normalize, to_uint8
     from src.data.batches import BatchDataset
-    from src.data.module import StreamDataModule
-    from src.data.samplers import Places, TrainingStream, ValidationStream
-    from src.data.sources import to_signed, to_uint8
+    from src.data.module import BaseDataModule
+    from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
+    from src.data.sources import normalize, to_uint8
 
-    class NumbersModule(StreamDataModule):
+    class NumbersModule(BaseDataModule):
         """A datamodule of `num` numbers, which adds 1 on the device and negates them as its augmentation."""
 
         def __init__(self, num=40, batch_size=8, val_fraction=0.25, split_seed=0, seed=0):
             super().__init__(lambda: Numbers(num), (1,), batch_size, val_fraction, split_seed, seed, num_workers=0)
             self.seen = []
 
-        def to_model(self, x):
+        def preprocess(self, x):
             return x + 1
 
-        def augment(self, x, draws):
-            self.seen.append(draws)
+        def augment(self, x, rng):
+            self.seen.append(rng)
             return -x
 
 
@@ -69,8 +69,10 @@ def stub(**settings):
     return SimpleNamespace(**{**defaults, "training": True, **settings})
 
 
-def stream(**settings) -> TrainingStream:
-    return TrainingStream(**{"indices": range(100, 100 + NUM), "batch_size": 8, "num_steps": 7, "seed": 3, **settings})
+def stream(**settings) -> InfiniteBatchSampler:
+    return InfiniteBatchSampler(
+        **{"indices": range(100, 100 + NUM), "batch_size": 8, "num_steps": 7, "seed": 3, **settings}
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -147,7 +149,7 @@ def test_validation_covers_everything_once(world, batch_size):
     indices = torch.randperm(NUM, generator=torch.Generator().manual_seed(0)).tolist()
     found, lengths = {}, set()
     for rank in range(world):
-        s = ValidationStream(indices, batch_size, rank, world)
+        s = EvalBatchSampler(indices, batch_size, rank, world)
         places = list(s)
         assert len(places) == len(s)
         lengths.add(len(s))
@@ -162,7 +164,7 @@ def test_validation_covers_everything_once(world, batch_size):
 
 
 def test_dataset_fetches_whole_batches():
-    batch = BatchDataset(Numbers(9))[Places(4, 20, [2, 8, 5])]
+    batch = BatchDataset(Numbers(9))[BatchIndices(4, 20, [2, 8, 5])]
     assert (batch["start"], batch["total"]) == (4, 20)
     assert batch["x"].flatten().tolist() == [2, 8, 5]
 
@@ -171,7 +173,7 @@ def test_dataset_fetches_whole_batches():
 def test_ranges_round_trip(levels):
     """Integers 0..levels - 1 become evenly spaced from -1 to 1, and come back as the nearest of 0..255."""
     integers = torch.arange(levels, dtype=torch.uint8)
-    signed = to_signed(integers, levels)
+    signed = normalize(integers, levels)
     assert signed.dtype == torch.float32
     assert_close(signed.double().numpy(), np.linspace(-1, 1, levels), rtol=0, atol=2e-7)  # one rounding of each
     assert signed[0] == -1
@@ -264,7 +266,7 @@ def test_loaders_follow_the_trainer(accumulate):
         for batch in data.val_dataloader():
             assert batch["total"] == len(data.val_indices)
             held_out.update({batch["start"] + j: int(v) for j, v in enumerate(batch["x"])})
-    alone = TrainingStream(data.train_indices, 8, 5, seed=5)
+    alone = InfiniteBatchSampler(data.train_indices, 8, 5, seed=5)
     assert sorted(trained) == [2, 3, 4]
     for step, parts in trained.items():
         assert [v for start in sorted(parts) for v in parts[start]] == alone.batch(step)
@@ -283,7 +285,7 @@ def test_only_training_batches_are_augmented():
     out = data.on_after_batch_transfer(batch, 0)
     assert out["x"].unique().tolist() == [-2]
     assert (out["start"], out["total"]) == (12, 16)
-    assert data.seen == [Draws(6, 9, 12, 4, batch["x"].device)]
+    assert data.seen == [StepRng(6, 9, 12, 4, batch["x"].device)]
 
 
 def test_examples_are_held_out_samples_without_a_trainer():
@@ -326,6 +328,6 @@ def test_the_first_process_prepares_the_data_and_others_what_is_missing(monkeypa
 
     data.open_source = open_source
     monkeypatch.setattr(data, "prepare_data", lambda: calls.append(1))
-    data.prepare_together()
+    data.prepare_once_per_node()
     assert len(calls) == prepared
     assert data.source is not None

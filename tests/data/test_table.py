@@ -54,13 +54,13 @@ def test_rows_are_standardised_and_come_back_in_their_units(tmp_path):
     """Mean 0 and deviation 1 over the whole table, in the order of its rows; also where numbers are large."""
     path, numbers = table(tmp_path / "a.csv")
     data = opened(path, columns=["weight", "height"])
-    assert data.shape == (2,) and data.levels is None
+    assert data.shape == (2,) and data.num_values is None
     x = data.source.fetch(range(ROWS))
     assert x.dtype == torch.float32 and x.shape == (ROWS, 2)
     wanted = numbers[:, [1, 0]]
     assert_close(x.double().numpy(), (wanted - wanted.mean(0)) / wanted.std(0), rtol=0, atol=2e-6)
-    assert_close(data.to_display(x).double().numpy()[:, 1], wanted[:, 1], rtol=1e-6, atol=0)
-    assert_close(data.to_display(x.double()).numpy()[:, 0], wanted[:, 0], rtol=0, atol=1e-5)
+    assert_close(data.postprocess(x).double().numpy()[:, 1], wanted[:, 1], rtol=1e-6, atol=0)
+    assert_close(data.postprocess(x.double()).numpy()[:, 0], wanted[:, 0], rtol=0, atol=1e-5)
     assert_close(data.examples(3), x[data.val_indices[:3]], rtol=0, atol=0)
 
 
@@ -69,8 +69,8 @@ def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
     assert opened(path).columns == ["height", "weight", "day", "kind"]
     data = opened(path, given=["day"], label="kind")
     assert data.columns == ["height", "weight"]
-    assert data.source.given.names == ["day"]
-    assert_close(data.source.given.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
+    assert data.source.covariates.names == ["day"]
+    assert_close(data.source.covariates.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
     assert data.source.labels.names == ["5", "10", "15"]  # as numbers, not as texts
     assert data.source.labels.numbers.tolist() == [k % 3 for k in range(ROWS)]
     assert opened(path, label="code").source.labels.numbers.tolist() == [
@@ -85,7 +85,7 @@ def test_what_the_table_tells_is_enough_to_show_samples_without_it(tmp_path):
     again = TableDataModule(None, given=["day"], label="kind", batch_size=4, **data.found)
     assert again.shape == data.shape
     x = torch.randn(5, 2)
-    assert_close(again.to_display(x), data.to_display(x), rtol=0, atol=0)
+    assert_close(again.postprocess(x), data.postprocess(x), rtol=0, atol=0)
     assert again.found == data.found
     with pytest.raises(FileNotFoundError, match=r"set data\.path"):
         again.setup()
@@ -96,12 +96,12 @@ def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
     from hydra.utils import instantiate
 
     from src.runs.components import make
-    from src.runs.resolve import settle_data
+    from src.runs.resolve import infer_data_settings
 
     path, numbers = table(tmp_path / "a.csv")
-    cfg = compose("train", "data=table", f"data.path='{path}'", "data.given=[day]", "run_dir=x")
+    cfg = compose("train", "data=table", f"data.path='{path}'", "data.condition_columns=[day]", "run_dir=x")
     data = make(cfg.data)
-    settle_data(cfg, data)
+    infer_data_settings(cfg, data)
     assert cfg.model.features == 3
     assert list(cfg.data.columns) == ["height", "weight", "kind"]
     assert cfg.data.mean[0] == pytest.approx(numbers[:, 0].mean(), rel=1e-12)
@@ -114,15 +114,18 @@ def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
     [
         ({"columns": ["hight"]}, r"data.columns names 'hight', no column of"),
         ({"columns": ["hight"]}, r"did you mean height"),
-        ({"given": ["tag"]}, "data.given names 'tag'"),
+        ({"condition_columns": ["tag"]}, "data.condition_columns names 'tag'"),
         ({"label": "kinds"}, "did you mean kind"),
-        ({"columns": ["height"], "given": ["height"]}, "'height' is in both data.columns and data.given"),
-        ({"columns": ["height", "height"]}, "'height' is in data.columns twice"),
-        ({"given": ["day"], "label": "day"}, "both data.given and data.label"),
-        ({"columns": ["code"]}, "line 2: column 'code' is 'x0', which is no finite number"),
-        ({"given": ["height", "weight", "day", "kind"]}, "no column of numbers among code"),
         (
-            {"columns": ["height"], "mean": [1.0, 2.0], "deviation": [1.0]},
+            {"columns": ["height"], "condition_columns": ["height"]},
+            "'height' is in both data.columns and data.condition_columns",
+        ),
+        ({"columns": ["height", "height"]}, "'height' is in data.columns twice"),
+        ({"condition_columns": ["day"], "label": "day"}, "both data.condition_columns and data.label"),
+        ({"columns": ["code"]}, "line 2: column 'code' is 'x0', which is no finite number"),
+        ({"condition_columns": ["height", "weight", "day", "kind"]}, "no column of numbers among code"),
+        (
+            {"columns": ["height"], "mean": [1.0, 2.0], "std": [1.0]},
             "need a number for each of the columns height",
         ),
     ],
@@ -168,18 +171,30 @@ def test_a_run_of_a_table_that_has_grown_goes_on_with_its_own_units(tmp_path):
     folder = tmp_path / "run"
     settings = [
         *("data=table", f"data.path='{path}'", "data.columns=[height,weight,day]", "data.batch_size=8"),
-        *("model=mlp", "model.width=8", "model.blocks=1", "trainer.accelerator=cpu", "validate_every=3"),
-        *("checkpoint_every=100", "sampler.steps=2", "callbacks.samples.count=4", "neighbours.samples=0"),
+        *(
+            "model=mlp",
+            "model.model_channels=8",
+            "model.num_res_blocks=1",
+            "trainer.accelerator=cpu",
+            "validate_every=3",
+        ),
+        *("checkpoint_every=100", "sampler.steps=2", "callbacks.samples.num_samples=4", "neighbors.num_samples=0"),
         *("callbacks.progress.refresh_rate=0", f"run_dir='{folder}'"),
     ]
-    given = [*settings[:2], "data.columns=[height,weight]", "data.given=[day]", "conditioning=measured", *settings[3:]]
+    given = [
+        *settings[:2],
+        "data.columns=[height,weight]",
+        "data.condition_columns=[day]",
+        "conditioning=continuous",
+        *settings[3:],
+    ]
     train(compose("train", *given, "trainer.max_steps=3"))
     before = read_checkpoint(folder / "checkpoints" / "last.ckpt")["hyper_parameters"]
     with path.open("a") as file:
         file.write("\n200,x,2e9,6,5\n")
     train(compose("train", *given, "trainer.max_steps=6", f"resume='{folder}'"))
     after = read_checkpoint(folder / "checkpoints" / "last.ckpt")["hyper_parameters"]
-    for node in ("mean", "deviation", "columns"):
+    for node in ("mean", "std", "columns"):
         assert before["data"][node] == after["data"][node]
     assert before["conditioning"] == after["conditioning"]
     (tmp_path / "asked.txt").write_text("3\n6.5\n")

@@ -34,8 +34,8 @@ pytest.importorskip("tokenizers")
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow"), ("circle", "square", "triangle")
 CAPTIONS = [
-    [f"a {colour} {shape}", f"A  {shape} that is {colour}", f"there is a {size} {colour} {shape} on a black background"]
-    for colour in COLOURS
+    [f"a {color} {shape}", f"A  {shape} that is {color}", f"there is a {size} {color} {shape} on a black background"]
+    for color in COLOURS
     for shape in SHAPES
     for size in ("small", "large")
 ]
@@ -57,7 +57,7 @@ def captioned(captions=CAPTIONS):
 
 def opened(captions=CAPTIONS, **settings):
     """Tokens with what they find in these captions."""
-    return Tokens(**{"length": 64, **settings, **Tokens.found_in(captioned(captions), settings)})
+    return Tokens(**{"max_length": 64, **settings, **Tokens.infer_settings(captioned(captions), settings)})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def normal(asked):
 
 def test_tokens_are_those_of_a_plain_bpe(tokens):
     """Of each word by itself: again and again join the pair that was learned first."""
-    found = Tokens.found_in(captioned(), {"vocabulary": 400})
+    found = Tokens.infer_settings(captioned(), {"vocab_size": 400})
     model = json.loads(found["tokenizer"])["model"]
     order = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     letters = byte_alphabet()
@@ -102,7 +102,7 @@ def test_tokens_are_those_of_a_plain_bpe(tokens):
 
 @pytest.mark.parametrize("asked", ANY_TEXT)
 def test_any_text_is_in_its_tokens_byte_for_byte(tokens, asked):
-    vocabulary = json.loads(Tokens.found_in(captioned(), {"vocabulary": 400})["tokenizer"])["model"]["vocab"]
+    vocabulary = json.loads(Tokens.infer_settings(captioned(), {"vocab_size": 400})["tokenizer"])["model"]["vocab"]
     spelled = {number: letters for letters, number in vocabulary.items()}
     bytes_of = {letter: byte for byte, letter in byte_alphabet().items()}
     ids = [number for number in tokens([asked])[0].tolist() if number]
@@ -148,13 +148,13 @@ def test_what_is_no_text(tokens, asked):
 
 
 def test_training_gives_the_same_tokenizer_each_time():
-    found = [Tokens.found_in(captioned(), {"vocabulary": 500}) for _ in range(3)]
+    found = [Tokens.infer_settings(captioned(), {"vocab_size": 500}) for _ in range(3)]
     assert found[0] == found[1] == found[2]
 
 
 def test_what_is_found_survives_a_configuration(tokens):
     captions = [["pay ${amount} or ${amount:5} now"], ["${amount}"]] * 3
-    found = Tokens.found_in(captioned(captions), {"vocabulary": 400})
+    found = Tokens.infer_settings(captioned(captions), {"vocab_size": 400})
     assert "${" in json.dumps(json.loads(found["tokenizer"]), ensure_ascii=False)  # it is learned as one token
     assert found["tokenizer"].isascii()
     cfg = OmegaConf.create({"tokenizer": found["tokenizer"]})
@@ -164,8 +164,8 @@ def test_what_is_found_survives_a_configuration(tokens):
 
 
 def test_what_was_given_is_kept():
-    other = Tokens.found_in(captioned([["something else"]]), {"vocabulary": 300})["tokenizer"]
-    found = Tokens.found_in(captioned(), {"tokenizer": other, "examples": ["a cat"], "vocabulary": 300})
+    other = Tokens.infer_settings(captioned([["something else"]]), {"vocab_size": 300})["tokenizer"]
+    found = Tokens.infer_settings(captioned(), {"tokenizer": other, "examples": ["a cat"], "vocab_size": 300})
     assert found == {"tokenizer": other, "examples": ["a cat"]}
 
 
@@ -200,7 +200,7 @@ class Lazy:
 def test_of_large_data_some_captions_from_all_over_are_read(monkeypatch):
     lazy = Lazy()
     monkeypatch.setattr(text, "SEEN", 100)
-    examples = Tokens.found_in(InMemory(torch.zeros(1, 2), captions=lazy), {"vocabulary": 300})["examples"]
+    examples = Tokens.infer_settings(InMemory(torch.zeros(1, 2), captions=lazy), {"vocab_size": 300})["examples"]
     assert lazy.asked == list(range(0, 1_000_000, 10_000))
     assert len(set(examples)) == 8
 
@@ -208,7 +208,7 @@ def test_of_large_data_some_captions_from_all_over_are_read(monkeypatch):
 def test_examples_are_different_and_from_all_over():
     examples = opened(vocabulary=300).examples
     assert len(set(examples)) == 8
-    assert sum(colour in " ".join(examples) for colour in COLOURS) >= 3
+    assert sum(color in " ".join(examples) for color in COLOURS) >= 3
     odd = [["one"]] * 50 + [["t\x07wo", "o  ne", "${two}"], ["two"]]
     assert opened(odd, vocabulary=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
 
@@ -229,7 +229,7 @@ def test_data_without_texts_say_so(kind):
         if kind is Pretrained and captions:
             continue
         with pytest.raises(ValueError, match=said) as error:
-            kind.found_in(captioned(captions) if captions else InMemory(torch.zeros(3, 2)), {"model": "x"})
+            kind.infer_settings(captioned(captions) if captions else InMemory(torch.zeros(3, 2)), {"model": "x"})
         assert "\n" not in str(error.value)
 
 
@@ -238,14 +238,14 @@ def test_data_without_texts_say_so(kind):
     [
         ({"tokenizer": None}, "as a run starts"),
         ({"tokenizer": "{"}, "is no JSON of the tokenizers library"),
-        ({"vocabulary": 300}, "has 322 ids.*is 300: raise it"),
-        ({"length": 2}, "at least 3"),
+        ({"vocab_size": 300}, "has 322 ids.*is 300: raise it"),
+        ({"max_length": 2}, "at least 3"),
     ],
 )
 def test_what_tokens_cannot_be(settings, said):
-    found = Tokens.found_in(captioned(), {"vocabulary": 400})
+    found = Tokens.infer_settings(captioned(), {"vocab_size": 400})
     with pytest.raises(ValueError, match=said) as error:
-        Tokens(**{**found, "vocabulary": 400, **settings})
+        Tokens(**{**found, "vocab_size": 400, **settings})
     assert "\n" not in str(error.value)
 
 
@@ -271,7 +271,7 @@ def test_missing_libraries_are_named(package, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     kind = Tokens if package == "tokenizers" else Pretrained
     with pytest.raises(ValueError, match=f"pip install {package}"):
-        kind.found_in(captioned(), {"model": "openai/clip-vit-large-patch14", "cache": str(tmp_path)})
+        kind.infer_settings(captioned(), {"model": "openai/clip-vit-large-patch14", "cache": str(tmp_path)})
 
 
 def test_large_libraries_are_imported_only_where_they_are_used():
@@ -341,10 +341,10 @@ KINDS = ["clip", "clip text", "t5", "t5 in parts", "bert", "gpt2"]
 
 
 def encoder(folder, cache, captions=CAPTIONS, **settings):
-    settings = {"model": str(folder), "length": 16, "cache": str(cache), "device": "cpu", **settings}
+    settings = {"model": str(folder), "max_length": 16, "cache": str(cache), "device": "cpu", **settings}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*reads the captions")
-        return {**settings, **Pretrained.found_in(captioned(captions), settings)}
+        return {**settings, **Pretrained.infer_settings(captioned(captions), settings)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -507,7 +507,7 @@ def test_configurations_show_every_setting_and_fit_together(name, tmp_path):
         encode.model, encode.cache, encode.device = str(tmp_path / "model"), str(tmp_path / "cache"), "cpu"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*reads the captions")
-        encode.update(get_method(encode._target_).found_in(captioned(), OmegaConf.to_container(encode)))
+        encode.update(get_method(encode._target_).infer_settings(captioned(), OmegaConf.to_container(encode)))
     condition, net = instantiate(encode), instantiate(embed)(dim=24)
     vector, tokens, mask = net(condition([None, *condition.examples]))
     assert vector.shape == (9, 24)

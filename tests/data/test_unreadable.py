@@ -24,7 +24,7 @@ from src.data import unreadable
 from src.data.batches import BatchDataset, fetch
 from src.data.conditions import Classes
 from src.data.images import ImageFiles, folder
-from src.data.samplers import Places
+from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
 from src.runs.components import make
@@ -187,13 +187,13 @@ def test_others_take_the_place_of_what_cannot_be_read(copied):
     whole = source.fetch(range(24))
     for k in (1, 5, 6):
         gone(source.files[k])
-    places = Places(8, 16, [0, 1, 2, 5, 6], 3)
+    places = BatchIndices(8, 16, [0, 1, 2, 5, 6], 3)
     x, used, skipped = fetch(source, places, 7, spare)
     assert torch.equal(x, whole[used])
     assert used[0] == 0 and used[2] == 2 and {used[1], used[3], used[4]} <= {*spare} - {5, 6}
     assert {str(source.files[k]) for k in (1, 5, 6)} == {*skipped}
-    assert fetch(source, Places(9, 16, [1], 3), 7, spare)[1] == [used[1]]  # however the batch is cut
-    drawn = [fetch(source, Places(0, 1, [1], step), seed, spare)[1][0] for step in range(9) for seed in range(9)]
+    assert fetch(source, BatchIndices(9, 16, [1], 3), 7, spare)[1] == [used[1]]  # however the batch is cut
+    drawn = [fetch(source, BatchIndices(0, 1, [1], step), seed, spare)[1][0] for step in range(9) for seed in range(9)]
     assert len({*drawn}) > 3
     for k in spare:
         source.files[k].unlink(missing_ok=True)
@@ -211,9 +211,9 @@ def test_a_condition_that_can_no_longer_be_computed_is_a_line_too(copied):
             raise OSError(errno.ENOENT, "No such file or directory", "model.safetensors")
 
     source = folder(str(copied), 8, 3)
-    batch = BatchDataset(source, Broken(["cats", "dogs"]))[Places(0, 2, [0, 1])]
+    batch = BatchDataset(source, Broken(["cats", "dogs"]))[BatchIndices(0, 2, [0, 1])]
     assert "model.safetensors" in batch["failure"] and "\n" not in batch["failure"]
-    assert "failure" not in BatchDataset(source, Classes(["cats", "dogs"]))[Places(0, 2, [0, 1])]
+    assert "failure" not in BatchDataset(source, Classes(["cats", "dogs"]))[BatchIndices(0, 2, [0, 1])]
 
 
 def quietly(run: Path, *overrides: str) -> dict[str, float]:
@@ -336,7 +336,7 @@ def test_skipping_trains_on_and_counts(photos, copied, undisturbed, tmp_path):
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):
         train_tiny(tmp_path / "strict", *root_of(copied))
     # The likelihood is that of all held-out samples or of none; damaged training samples do not matter to it.
-    asked = [f"run='{tmp_path / 'alone'}'", f"run_dir='{tmp_path / 'e'}'", "device=cpu", "quality=false", "links=2"]
+    asked = [f"run='{tmp_path / 'alone'}'", f"run_dir='{tmp_path / 'e'}'", "device=cpu", "quality=false", "num_terms=2"]
     restore(photos, copied)
     data = make(compose("train", *skipping, "run_dir=x").data)
     data.setup()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from src.diffusion import curves, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
-from src.diffusion.process import GaussianDiffusion, Prediction
 
 SCHEDULES = {
     "edm": ContinuousSchedule(curves.exploding),
@@ -19,10 +19,10 @@ SCHEDULES = {
     "learned": ContinuousSchedule(curves.Learned()),
 }
 SETTINGS = [
-    {"churn": 3.0},
-    {"churn": 40.0, "churn_noise": 1.003},
-    {"churn": 1e3},
-    {"churn": 40.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.003},
+    {"s_churn": 3.0},
+    {"s_churn": 40.0, "s_noise": 1.003},
+    {"s_churn": 1e3},
+    {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003},
 ]
 START, NOISES = 0.6, [0.3, -1.2, 0.8, 0.1, -0.4, 1.7, -0.9, 0.5]
 
@@ -32,16 +32,16 @@ def denoise(z, sigma):
     return math.tanh(z / math.hypot(1, sigma) + 0.3 * math.sin(3 * sigma))
 
 
-def algorithm_2(sigmas, churn, churn_min=0.0, churn_max=math.inf, churn_noise=1.0):
+def algorithm_2(sigmas, s_churn, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
     """Line by line, S_churn, S_tmin, S_tmax and S_noise being the settings; sigmas end with 0."""
     steps, noises, seen = len(sigmas) - 1, iter(NOISES), []
     x = sigmas[0] * START
     for t, t_next in pairwise(sigmas):
-        gamma = min(churn / steps, math.sqrt(2) - 1) if churn_min <= t <= churn_max else 0.0
+        gamma = min(s_churn / steps, math.sqrt(2) - 1) if s_tmin <= t <= s_tmax else 0.0
         t_hat = t + gamma * t
         seen.append(t_hat)
         if gamma > 0:
-            x += math.sqrt(t_hat**2 - t**2) * churn_noise * next(noises)
+            x += math.sqrt(t_hat**2 - t**2) * s_noise * next(noises)
         d = (x - denoise(x, t_hat)) / t_hat
         x_next = x + (t_next - t_hat) * d
         if t_next != 0:
@@ -84,7 +84,7 @@ def test_the_issues_case_equals_algorithm_2():
     """edm_lognormal, from sigma = 80 with no upper bound, where clamping gave 0.088 more."""
     grid = make_grid(SCHEDULES["edm"], 8, "karras")
     assert grid[0].sigma.item() == pytest.approx(80)
-    out, levels = heun(grid, {"churn": 40.0})
+    out, levels = heun(grid, {"s_churn": 40.0})
     assert levels[0].sigma.item() == pytest.approx(80 * math.sqrt(2), rel=1e-9) and levels[0].alpha == 1
     assert out == pytest.approx(algorithm_2([level.ratio.item() for level in grid], 40.0)[0], abs=1e-9)
 
@@ -125,7 +125,7 @@ def test_pure_noise_gets_no_churn():
             return Prediction(torch.tanh(x), (x - t.alpha * torch.tanh(x)) / t.sigma)
 
         x = torch.tensor([[0.4]], dtype=torch.float64)
-        first, *_, last = samplers.heun(GaussianDiffusion(), predict, x, grid, churn=40.0, noise=noise)
+        first, *_, last = samplers.heun(GaussianDiffusion(), predict, x, grid, s_churn=40.0, noise=noise)
         (ddim, *_) = samplers.ddim(GaussianDiffusion(), predict, x, grid, noise=noise)
         assert torch.equal(first, ddim) and last.isfinite().all()
         assert len(drawn) == sum(level.alpha > 1e-6 for level in grid[:-1])

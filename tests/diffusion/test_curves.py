@@ -28,7 +28,7 @@ def learned(seed, **settings):
     curve = curves.Learned(**settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight, size in ((curve.line, 2), (curve.heights, 3), (curve.centres, 1), (curve.slopes, 20)):
+        for weight, size in ((curve.line, 2), (curve.heights, 3), (curve.centers, 1), (curve.slopes, 20)):
             weight.copy_(size * torch.randn(weight.shape, generator=generator))
     return curve
 
@@ -204,8 +204,8 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
     """t and s lie at (k + 1) / n and k / n around v, clean data for k = 0; `level_at` at v itself."""
     v = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     schedule = ContinuousSchedule(curve, num_steps)
-    t, s, links = schedule.link(v, torch.zeros(2000, 1, 1))
-    assert links == num_steps
+    t, s, num_transitions = schedule.transition(v, torch.zeros(2000, 1, 1))
+    assert num_transitions == num_steps
     assert all(field.shape == (2000, 1, 1) and field.dtype == torch.float64 for field in (*t, *s))
     k = (v * num_steps).floor()
     clean = k == 0

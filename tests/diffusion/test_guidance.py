@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.noise import NoiseSchedule, make_grid
-from src.diffusion.process import GaussianDiffusion
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
 NULL = torch.tensor([9])
@@ -62,10 +62,10 @@ def test_scale_zero_is_the_unconditional_model_and_one_call():
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm", "velocity"])
 def test_guiding_the_output_is_guiding_eps(prediction):
     """Ho & Salimans 2022, eq. 6 with 1 + w = scale, whatever the network predicts."""
-    process, network = GaussianDiffusion(prediction), Network()
+    diffusion, network = GaussianDiffusion(prediction), Network()
     out = guided(network, COND, NULL, Guidance(3.0), 2)(X, T)
-    asked, nothing = (process.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
-    got = process.interpret(out, X, T)
+    asked, nothing = (diffusion.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
+    got = diffusion.interpret(out, X, T)
     assert_close(got.eps, 3 * asked.eps - 2 * nothing.eps, rtol=1e-9, atol=1e-9)
     assert_close(got.x0, 3 * asked.x0 - 2 * nothing.x0, rtol=1e-9, atol=1e-9)
 
@@ -115,7 +115,7 @@ def test_rescaling_is_that_of_diffusers(share):
 def test_a_weaker_model_is_led_away_from_with_the_same_asked():
     """Karras et al. 2024 (arXiv 2406.02507), eq. 2: also where there are no conditions."""
     network, weak = Network(), Network(factor=0.5)
-    out = guided(network, COND, NULL, Guidance(2.5, weak=weak), 2)(X, T)
+    out = guided(network, COND, NULL, Guidance(2.5, model=weak), 2)(X, T)
     assert_close(out, 0.5 * network(X, T, COND) + 2.5 * 0.5 * network(X, T, COND))
     assert (weak.calls, weak.batches) == (len(X), 1)
 
@@ -126,7 +126,7 @@ def test_a_weaker_model_is_led_away_from_with_the_same_asked():
     def weaker(x, t, cond):
         return bare(x, t, cond) / 3
 
-    assert_close(guided(bare, None, None, Guidance(2.0, weak=weaker), 2)(X, T), (2 - 1 / 3) * torch.tanh(X))
+    assert_close(guided(bare, None, None, Guidance(2.0, model=weaker), 2)(X, T), (2 - 1 / 3) * torch.tanh(X))
 
 
 SAMPLERS = {
@@ -134,14 +134,14 @@ SAMPLERS = {
     "ddim": samplers.ddim,
     "dpmpp_2m": samplers.dpmpp_2m,
     "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
-    "heun": partial(samplers.heun, churn=2.0, churn_min=0.05, churn_max=50.0, churn_noise=1.0),
+    "heun": partial(samplers.heun, s_churn=2.0, s_tmin=0.05, s_tmax=50.0, s_noise=1.0),
 }
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, prediction):
-    process, network, grid = GaussianDiffusion(prediction), Network(), make_grid(SCHEDULE, 6, "trailing")
+    diffusion, network, grid = GaussianDiffusion(prediction), Network(), make_grid(SCHEDULE, 6, "trailing")
 
     def combined(x, t):
         asked, nothing = network(x, t, COND), network(x, t, NULL.expand(3))
@@ -154,7 +154,7 @@ def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, pre
         def noise(x, generator=generator):
             return torch.randn(x.shape, generator=generator, dtype=x.dtype)
 
-        *_, end = SAMPLERS[name](process, samplers.predictor(process, denoise), X, grid, noise=noise)
+        *_, end = SAMPLERS[name](diffusion, samplers.predictor(diffusion, denoise), X, grid, noise=noise)
         ends.append(end)
     assert_close(*ends, rtol=1e-9, atol=1e-9)
 

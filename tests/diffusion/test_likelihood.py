@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, schedules
+from src.diffusion.gaussian_diffusion import Gaussian, GaussianDiffusion, Prediction
 from src.diffusion.likelihood import (
     decoder_log_prob,
     discrete_kl,
@@ -16,12 +17,11 @@ from src.diffusion.likelihood import (
     flow_slope,
     gaussian_kl,
     gaussian_log_prob,
-    link_bits,
     log_ndtr,
     prior_bits,
+    transition_bits,
 )
-from src.diffusion.noise import ContinuousSchedule, Level, Link, NoiseSchedule
-from src.diffusion.process import Gaussian, GaussianDiffusion, Prediction
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, NoiseSchedule, Transition
 from tests.loops import for_each
 
 
@@ -69,8 +69,8 @@ def scalar(x):
     return torch.tensor(x, dtype=torch.float64)
 
 
-def gaussian(mean, deviation):
-    return Gaussian(scalar(mean), scalar(deviation).log() * 2)
+def gaussian(mean, std):
+    return Gaussian(scalar(mean), scalar(std).log() * 2)
 
 
 # Divergences and densities
@@ -80,14 +80,12 @@ def gaussian(mean, deviation):
 @for_each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
 def test_gaussian_kl_is_its_integral(p, q):
     """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
-    (mean, deviation), (other_mean, other_deviation) = p, q
+    (mean, std), (other_mean, other_deviation) = p, q
 
     def integrand(x):
-        return norm.pdf(x, mean, deviation) * (
-            norm.logpdf(x, mean, deviation) - norm.logpdf(x, other_mean, other_deviation)
-        )
+        return norm.pdf(x, mean, std) * (norm.logpdf(x, mean, std) - norm.logpdf(x, other_mean, other_deviation))
 
-    integral, _ = quad(integrand, mean - 12 * deviation, mean + 12 * deviation, epsabs=1e-12, epsrel=1e-12, limit=200)
+    integral, _ = quad(integrand, mean - 12 * std, mean + 12 * std, epsabs=1e-12, epsrel=1e-12, limit=200)
     assert_close(gaussian_kl(gaussian(*p), gaussian(*q)), scalar(integral), rtol=1e-9, atol=1e-12)
 
 
@@ -123,12 +121,10 @@ def test_discrete_kl_where_something_is_missing():
     assert discrete_kl(q, p).item() == math.inf
 
 
-@for_each("mean, deviation", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
-def test_gaussian_log_prob_integrates_to_one(mean, deviation):
-    q = gaussian(mean, deviation)
-    total, _ = quad(
-        lambda x: math.exp(gaussian_log_prob(scalar(x), q)), mean - 12 * deviation, mean + 12 * deviation, epsrel=1e-10
-    )
+@for_each("mean, std", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])
+def test_gaussian_log_prob_integrates_to_one(mean, std):
+    q = gaussian(mean, std)
+    total, _ = quad(lambda x: math.exp(gaussian_log_prob(scalar(x), q)), mean - 12 * std, mean + 12 * std, epsrel=1e-10)
     assert abs(total - 1) < 1e-9
 
 
@@ -143,34 +139,34 @@ MEANS = [-30.0, -1.5, -1.0, -0.99, -0.3, 0.0, 1 / 255, 0.5, 1.0, 1.001, 3.0]
 DEVIATIONS = [1e-3, 1e-2, 0.1, 0.5, 1.0, 20.0]
 
 
-def bins_by_scipy(x, mean, deviation, levels):
+def bins_by_scipy(x, mean, std, levels):
     """Differences of tails, taken on the side on which they are small."""
     half = 1 / (levels - 1)
-    lower = np.where(np.isclose(x, -1), -np.inf, (x - half - mean) / deviation)
-    upper = np.where(np.isclose(x, 1), np.inf, (x + half - mean) / deviation)
+    lower = np.where(np.isclose(x, -1), -np.inf, (x - half - mean) / std)
+    upper = np.where(np.isclose(x, 1), np.inf, (x + half - mean) / std)
     return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
 
 
 @for_each("dtype", [torch.float64, torch.float32])
-@for_each("deviation", DEVIATIONS)
+@for_each("std", DEVIATIONS)
 @every_levels
-def test_bins_sum_to_one(levels, deviation, dtype):
+def test_bins_sum_to_one(levels, std, dtype):
     """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
     means = torch.tensor(MEANS, dtype=dtype)[:, None]
-    q = Gaussian(means, torch.tensor(deviation, dtype=dtype).log() * 2)
+    q = Gaussian(means, torch.tensor(std, dtype=dtype).log() * 2)
     total = discretized_gaussian_log_prob(values(levels).to(dtype), q, levels).exp().sum(1)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
 
 
-@for_each("deviation", DEVIATIONS)
+@for_each("std", DEVIATIONS)
 @for_each("mean", MEANS)
 @every_levels
-def test_bins_are_differences_of_the_normal_distribution(levels, mean, deviation):
+def test_bins_are_differences_of_the_normal_distribution(levels, mean, std):
     """Against scipy, as far as its probabilities do not underflow."""
     x = values(levels)
-    ours = discretized_gaussian_log_prob(x, gaussian(mean, deviation), levels).numpy()
-    theirs = bins_by_scipy(x.numpy(), mean, deviation, levels)
+    ours = discretized_gaussian_log_prob(x, gaussian(mean, std), levels).numpy()
+    theirs = bins_by_scipy(x.numpy(), mean, std, levels)
     seen = theirs > 1e-290
     assert seen.any() or abs(mean) > 1
     np.testing.assert_allclose(ours[seen], np.log(theirs[seen]), rtol=1e-9, atol=1e-11)
@@ -182,11 +178,11 @@ def test_outer_bins_are_open(levels):
     """-1 and 1 take all the mass beyond them."""
     half = 1 / (levels - 1)
     first, last = values(levels)[[0, -1]]
-    for mean, deviation in [(-5.0, 1.0), (5.0, 0.1), (0.3, 2.0)]:
-        q = gaussian(mean, deviation)
+    for mean, std in [(-5.0, 1.0), (5.0, 0.1), (0.3, 2.0)]:
+        q = gaussian(mean, std)
         below, above = (discretized_gaussian_log_prob(x, q, levels) for x in (first, last))
-        assert_close(below, scalar(norm.logcdf(-1 + half, mean, deviation)), rtol=1e-10, atol=1e-14)
-        assert_close(above, scalar(norm.logsf(1 - half, mean, deviation)), rtol=1e-10, atol=1e-14)
+        assert_close(below, scalar(norm.logcdf(-1 + half, mean, std)), rtol=1e-10, atol=1e-14)
+        assert_close(above, scalar(norm.logsf(1 - half, mean, std)), rtol=1e-10, atol=1e-14)
 
 
 @for_each("dtype", [torch.float64, torch.float32])
@@ -194,27 +190,27 @@ def test_outer_bins_are_open(levels):
 @every_levels
 def test_far_tails_stay_finite(levels, distance, dtype):
     """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
-    for deviation in (1e-4, 1e-2, 1.0):
+    for std in (1e-4, 1e-2, 1.0):
         for side in (-1, 1):
             x = values(levels).to(dtype)
-            mean = (x + side * distance * deviation).requires_grad_()
-            log_variance = torch.full_like(x, 2 * math.log(deviation)).requires_grad_()
+            mean = (x + side * distance * std).requires_grad_()
+            log_variance = torch.full_like(x, 2 * math.log(std)).requires_grad_()
             log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), levels)
             assert log_prob.isfinite().all()
             assert (log_prob <= 0).all()
             pull, widen = torch.autograd.grad(log_prob.sum(), (mean, log_variance))
             assert pull.isfinite().all()
             assert widen.isfinite().all()
-            if distance >= 5 and distance * deviation > 4 / (levels - 1):
+            if distance >= 5 and distance * std > 4 / (levels - 1):
                 # Beyond the edge of an inner bin: nearer is likelier, and so is wider.
                 assert (side * pull[1:-1] < 0).all()
                 assert (widen[1:-1] > 0).all()
                 # And by how much, whatever the precision: log p falls with the square of the distance to the edge,
                 # but for a little at 5 deviations; float32 rounds that edge by 1e-7.
-                edge = distance * deviation - 1 / (levels - 1)
+                edge = distance * std - 1 / (levels - 1)
                 assert_close(
                     -side * pull[1:-1].double(),
-                    torch.full_like(x, edge / deviation**2).double()[1:-1],
+                    torch.full_like(x, edge / std**2).double()[1:-1],
                     rtol=0.1,
                     atol=0,
                 )
@@ -248,7 +244,7 @@ def test_decoder_is_that_of_the_data(shape):
     x = normal(shape, 3).sign()
     q = Gaussian(0.8 * x, scalar(-3.0))
     bins = discretized_gaussian_log_prob(x, q, 17)
-    assert_close(decoder_log_prob(GaussianDiffusion(levels=17), x, q), bins, rtol=0, atol=0)
+    assert_close(decoder_log_prob(GaussianDiffusion(num_values=17), x, q), bins, rtol=0, atol=0)
     density = torch.from_numpy(norm.logpdf(x.numpy(), q.mean.numpy(), math.exp(-1.5)))
     assert_close(decoder_log_prob(GaussianDiffusion(), x, q), density, rtol=1e-12, atol=0)
 
@@ -287,9 +283,9 @@ class GaussianData:
     def __init__(self, m, s, schedule):
         self.m, self.s = scalar(m)[:, None], s
         rows = [schedule.row(k) for k in range(-1, schedule.num_steps)]
-        clean_to_noise = Level(*(torch.stack(field).view(-1, 1, 1) for field in zip(*rows, strict=True)))
-        t, s_ = (Level(*(field[part] for field in clean_to_noise)) for part in (slice(1, None), slice(-1)))
-        self.link = Link(t, s_, schedule.num_steps)
+        clean_to_noise = NoiseLevel(*(torch.stack(field).view(-1, 1, 1) for field in zip(*rows, strict=True)))
+        t, s_ = (NoiseLevel(*(field[part] for field in clean_to_noise)) for part in (slice(1, None), slice(-1)))
+        self.transition = Transition(t, s_, schedule.num_steps)
         signs = torch.cartesian_prod(*[scalar([-1.0, 1.0])] * (2 * len(m))).T
         self.x0, self.eps = self.m + s * signs[: len(m)], signs[len(m) :]
         self.x_t = t.alpha * self.x0 + t.sigma * self.eps
@@ -304,32 +300,34 @@ class GaussianData:
 
     def reverse_variance(self):
         """That of q(x_s | x_t), (T, 1, 1): V_s V_{t|s} / V_t, by Bayes' rule for x_s and x_t = a x_s + noise."""
-        t, s, _ = self.link
+        t, s, _ = self.transition
         added = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
         return self.variance(s) * added / self.variance(t)
 
-    def ideal_output(self, process, mix=None):
+    def ideal_output(self, diffusion, mix=None):
         """What the best network puts out: the target at E[x_0 | x_t] and E[eps | x_t]."""
-        t = self.link.t
+        t = self.transition.t
         centred = (self.x_t - t.alpha * self.m) / self.variance(t)
-        mean = process.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
+        mean = diffusion.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
         return mean if mix is None else torch.cat([mean, mix.expand(mean.shape)], 1)
 
     def optimal(self, target, decoder_scale=1.0):
         """The process, and the output, with which p(x_s | x_t) is q(x_s | x_t)."""
-        process = GaussianDiffusion(target, "learned", decoder_scale=decoder_scale)
+        diffusion = GaussianDiffusion(target, "learned", decoder_scale=decoder_scale)
         fixed = GaussianDiffusion(target, "fixed_small", decoder_scale=decoder_scale)
         mix = self.reverse_variance().log() - self.small(fixed)
-        return process, self.ideal_output(process, mix)
+        return diffusion, self.ideal_output(diffusion, mix)
 
-    def small(self, process):
+    def small(self, diffusion):
         """The log-variance of the model's fixed step, (T, 1, 1)."""
-        return process.reverse(Prediction(self.x_t, self.x_t), self.x_t, self.link.t, self.link.s).log_variance
+        return diffusion.reverse(
+            Prediction(self.x_t, self.x_t), self.x_t, self.transition.t, self.transition.s
+        ).log_variance
 
-    def terms(self, process, out):
+    def terms(self, diffusion, out):
         """Each link's term, (T,) in nats per dimension."""
-        pred = process.interpret(out, self.x_t, self.link.t)
-        return link_bits(process, pred, self.x0.expand_as(self.x_t), self.x_t, self.link) * math.log(2)
+        pred = diffusion.interpret(out, self.x_t, self.transition.t)
+        return transition_bits(diffusion, pred, self.x0.expand_as(self.x_t), self.x_t, self.transition) * math.log(2)
 
 
 DATA = {"1d": ([0.4], 0.5), "3d": ([0.4, -1.0, 2.0], 1.7)}
@@ -362,7 +360,7 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
     """
     data = GaussianData(m, s, schedule)
     terms = data.terms(*data.optimal("v"))
-    information = 0.5 * (data.variance(data.link.t) / data.link.t.sigma**2).log().flatten()
+    information = 0.5 * (data.variance(data.transition.t) / data.transition.t.sigma**2).log().flatten()
     assert_close(terms[1:], information[:-1] - information[1:], rtol=0, atol=1e-9)
     assert_close(terms[0], data.entropy() - information[0], rtol=0, atol=1e-9)
 
@@ -374,9 +372,9 @@ def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s)
     """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""
     data = GaussianData(m, s, schedule)
     best = data.terms(*data.optimal(target, decoder_scale=0.3))
-    process = GaussianDiffusion(target, variance, decoder_scale=0.3)
-    terms = data.terms(process, data.ideal_output(process))
-    t, cleaner, _ = data.link
+    diffusion = GaussianDiffusion(target, variance, decoder_scale=0.3)
+    terms = data.terms(diffusion, data.ideal_output(diffusion))
+    t, cleaner, _ = data.transition
     added = (t.sigma**2 - (t.alpha / cleaner.alpha) ** 2 * cleaner.sigma**2)[1:]
     small = 1 / (1 / cleaner.sigma[1:] ** 2 + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
     # That of x_s given x_t for data of unit variance.
@@ -397,8 +395,8 @@ def test_fixed_variances_bracket_the_optimal_one(schedule):
     """fixed_small is the best for data that are a point, fixed_large for N(0, I) (DDPM sec. 3.2): then no gap."""
     for s, variance in ((1e-8, "fixed_small"), (1.0, "fixed_large")):
         data = GaussianData([0.0], s, schedule)
-        process = GaussianDiffusion("v", variance)
-        fixed = data.terms(process, data.ideal_output(process))
+        diffusion = GaussianDiffusion("v", variance)
+        fixed = data.terms(diffusion, data.ideal_output(diffusion))
         assert_close(fixed[1:], data.terms(*data.optimal("v"))[1:], rtol=0, atol=1e-9)
 
 
@@ -409,8 +407,8 @@ def test_decoder_of_points_costs_little(schedule):
     Of x_0 given x_1 alone the variance is (sigma / alpha)^2, the ideal one for data that are diffuse beside it.
     """
     data = GaussianData([0.4], 1.7, schedule)
-    process = GaussianDiffusion("v", "fixed_small", decoder_scale=schedule.decoder_scale)
-    excess = (data.terms(process, data.ideal_output(process)) - data.terms(*data.optimal("v")))[0]
+    diffusion = GaussianDiffusion("v", "fixed_small", decoder_scale=schedule.decoder_scale)
+    excess = (data.terms(diffusion, data.ideal_output(diffusion)) - data.terms(*data.optimal("v")))[0]
     scale = schedule.decoder_scale
     assert excess.item() == pytest.approx(0.5 * (1 / scale - 1 + math.log(scale)), abs=2e-2)
     assert -1e-9 < excess < 0.15
@@ -421,11 +419,11 @@ def test_objective_estimates_the_bound(name):
     """The mean of `vlb` over the links, drawn as in training in float32, is the sum of the exact terms."""
     schedule = TABLES[name]
     data = GaussianData([0.4], 0.5, schedule)
-    process, out = data.optimal("v")
-    exact = data.terms(process, out).sum() / math.log(2)
+    diffusion, out = data.optimal("v")
+    exact = data.terms(diffusion, out).sum() / math.log(2)
     x0, eps = data.x0.expand_as(data.x_t).float(), data.eps.expand_as(data.x_t).float()
-    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
-    bits = losses.vlb(process, lambda *_: out.float(), x0, link, eps)["vlb"].mean()
+    transition = schedule.transition((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    bits = losses.vlb(diffusion, lambda *_: out.float(), x0, transition, eps)["vlb"].mean()
     # Rounding of float32 on terms that sum to about 1, the first of which has variance 1e-4.
     assert_close(bits.double(), exact, rtol=0, atol=1e-3)
 
@@ -434,18 +432,18 @@ def test_objective_estimates_the_bound(name):
 @pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
 def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
     """Values and gradients, of wrong predictions too: what is computed for other links must not spoil a link's own."""
-    process = GaussianDiffusion(target, "fixed_small", levels=256)
+    diffusion = GaussianDiffusion(target, "fixed_small", num_values=256)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(256, (STEPS, 3, 4, 4), generator=generator) / 127.5 - 1
     eps, wrong = torch.randn(2, STEPS, 3, 4, 4, generator=generator)
-    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
-    x_t = process.add_noise(x0, link.t, eps)
+    transition = schedule.transition((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    x_t = diffusion.add_noise(x0, transition.t, eps)
 
     def bits(part):
-        t, s = (Level(*(field[part] for field in level)) for level in link[:2])
+        t, s = (NoiseLevel(*(field[part] for field in level)) for level in transition[:2])
         out = wrong[part].clone().requires_grad_()
-        pred = process.interpret(out, x_t[part], t)
-        values = link_bits(process, pred, x0[part], x_t[part], Link(t, s, STEPS))
+        pred = diffusion.interpret(out, x_t[part], t)
+        values = transition_bits(diffusion, pred, x0[part], x_t[part], Transition(t, s, STEPS))
         return values.detach(), torch.autograd.grad(values.sum(), out)[0]
 
     together = bits(slice(None))

@@ -12,8 +12,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, schedules
-from src.diffusion.noise import CLEAN, ContinuousSchedule, Level, Link, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, Transition
 from tests.loops import for_each
 
 
@@ -83,7 +83,7 @@ def per_sample_levels(pairs, shape):
     """One (alpha, sigma) for each sample, to broadcast against the data."""
     alpha, sigma = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     one = [-1, *[1] * (len(shape) - 1)]
-    return Level(alpha.view(one), sigma.view(one), torch.linspace(0, 1, len(pairs)).double().view(one))
+    return NoiseLevel(alpha.view(one), sigma.view(one), torch.linspace(0, 1, len(pairs)).double().view(one))
 
 
 def five_levels(shape):
@@ -93,7 +93,7 @@ def five_levels(shape):
 
 def to_clean(t):
     """The link from clean data to t, for objectives that ask only for t."""
-    return Link(t, CLEAN, STEPS)
+    return Transition(t, CLEAN, STEPS)
 
 
 def five_links(schedule, shape):
@@ -102,14 +102,14 @@ def five_links(schedule, shape):
     Not the noisiest, at which rectified flow has no x_0 left.
     """
     places = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
-    return Link(*(stacked([schedule.row(k - back) for k in places], shape) for back in (0, 1)), STEPS)
+    return Transition(*(stacked([schedule.row(k - back) for k in places], shape) for back in (0, 1)), STEPS)
 
 
 def stacked(levels, shape):
-    return Level(*(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True)))
+    return NoiseLevel(*(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True)))
 
 
-def process_of(prediction, variance="fixed_small", **settings):
+def diffusion_of(prediction, variance="fixed_small", **settings):
     return GaussianDiffusion(prediction, variance, sigma_data=SIGMA_DATA, **settings)
 
 
@@ -120,8 +120,8 @@ def expressing(prediction, x0_hat, mix=None):
         eps_hat = (x_t - t.alpha * x0_hat) / t.sigma
         # EDM tab. 1 in its own variables: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
         ratio = t.sigma / t.alpha
-        deviation = (ratio**2 + SIGMA_DATA**2).sqrt()
-        c_skip, c_out = SIGMA_DATA**2 / deviation**2, ratio * SIGMA_DATA / deviation
+        std = (ratio**2 + SIGMA_DATA**2).sqrt()
+        c_skip, c_out = SIGMA_DATA**2 / std**2, ratio * SIGMA_DATA / std
         out = {
             "eps": eps_hat,
             "x0": x0_hat,
@@ -164,13 +164,13 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
         return torch.sin(3 * x_t) + level.time
 
     terms = losses.simple(
-        process_of(prediction),
+        diffusion_of(prediction),
         denoise,
         x0,
         to_clean(t),
         eps,
         weighting=losses.uniform,
-        error=error,
+        type=error,
         huber_delta=delta,
     )
     a, s, u = (field.numpy() for field in t)
@@ -193,12 +193,14 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
 @every_target
 def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
     """Each sample's loss times its own weight; "mse" stays unweighted."""
-    x0, eps, link = normal(shape, 2), normal(shape, 3), to_clean(five_levels(shape))
+    x0, eps, transition = normal(shape, 2), normal(shape, 3), to_clean(five_levels(shape))
 
-    def weighting(process, level):
+    def weighting(diffusion, level):
         return 2 + level.time
 
-    measure = partial(losses.simple, process_of(prediction), lambda x_t, _: x_t.tanh(), x0, link, eps, error=error)
+    measure = partial(
+        losses.simple, diffusion_of(prediction), lambda x_t, _: x_t.tanh(), x0, transition, eps, type=error
+    )
     plain, weighted = measure(weighting=losses.uniform), measure(weighting=weighting)
     factors = torch.tensor([2, 2.25, 2.5, 2.75, 3], dtype=torch.float64)
     assert_close(weighted["loss"], plain["loss"] * factors, rtol=1e-12, atol=0)
@@ -210,11 +212,16 @@ def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
 @every_target
 def test_simple_ignores_a_learned_variance(prediction, variance, shape):
     """The loss is that of the first half of the output by itself, and nothing flows back to the second."""
-    x0, eps, link, half = normal(shape, 4), normal(shape, 5), to_clean(five_levels(shape)), normal(shape, 6)
-    alone = losses.simple(process_of(prediction), lambda *_: half, x0, link, eps, weighting=losses.snr)
+    x0, eps, transition, half = normal(shape, 4), normal(shape, 5), to_clean(five_levels(shape)), normal(shape, 6)
+    alone = losses.simple(diffusion_of(prediction), lambda *_: half, x0, transition, eps, weighting=losses.snr)
     mix = (100 * normal(shape, 7)).requires_grad_()
     both = losses.simple(
-        process_of(prediction, variance), lambda *_: torch.cat([half, mix], 1), x0, link, eps, weighting=losses.snr
+        diffusion_of(prediction, variance),
+        lambda *_: torch.cat([half, mix], 1),
+        x0,
+        transition,
+        eps,
+        weighting=losses.snr,
     )
     assert both.keys() == alone.keys() == {"loss", "mse"}
     assert_close(both, alone, rtol=0, atol=0)
@@ -222,36 +229,38 @@ def test_simple_ignores_a_learned_variance(prediction, variance, shape):
     assert_close(gradient, torch.zeros_like(mix), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("objective", ["simple", "vlb", "hybrid"])
-def test_network_is_asked_once(objective):
+@pytest.mark.parametrize("loss_fn", ["simple", "vlb", "hybrid"])
+def test_network_is_asked_once(loss_fn):
     """One evaluation a step, at x_t and the noisier end of the link: it is what a step costs."""
     shape = (5, 2)
-    x0, eps, link = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
+    x0, eps, transition = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
     asked = []
 
     def denoise(x_t, t):
         asked.append((x_t, t))
         return torch.cat([x_t, x_t], 1)
 
-    settings = {} if objective == "vlb" else {"weighting": losses.uniform}
-    getattr(losses, objective)(process_of("eps", "learned"), denoise, x0, link, eps, **settings)
+    settings = {} if loss_fn == "vlb" else {"weighting": losses.uniform}
+    getattr(losses, loss_fn)(diffusion_of("eps", "learned"), denoise, x0, transition, eps, **settings)
     ((x_t, t),) = asked
-    assert t is link.t
-    assert_close(x_t, link.t.alpha * x0 + link.t.sigma * eps, rtol=1e-15, atol=0)
+    assert t is transition.t
+    assert_close(x_t, transition.t.alpha * x0 + transition.t.sigma * eps, rtol=1e-15, atol=0)
 
 
 def test_unknown_error():
     """The error names the value, the choices and the option."""
-    x, link = normal((5, 2), 10), to_clean(five_levels((5, 2)))
-    with pytest.raises(ValueError, match=r"unknown error 'l3': objective.error is l2, l1 or huber"):
-        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, link, x, weighting=losses.uniform, error="l3")
+    x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
+    with pytest.raises(ValueError, match=r"unknown error 'l3': loss.type is l2, l1 or huber"):
+        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, type="l3")
 
 
 @for_each("delta", [0.0, -1.0])
 def test_huber_delta_must_be_positive(delta):
-    x, link = normal((5, 2), 10), to_clean(five_levels((5, 2)))
+    x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
     with pytest.raises(ValueError, match=rf"huber_delta must be positive, got {delta}: 1 is usual"):
-        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, link, x, weighting=losses.uniform, huber_delta=delta)
+        losses.simple(
+            GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, huber_delta=delta
+        )
 
 
 # Weightings
@@ -264,7 +273,7 @@ def test_weighting_is_its_papers_formula(name):
     t = five_levels((5, 2))
     snrs = [(a / s) ** 2 for a, s in zip(t.alpha.flatten().tolist(), t.sigma.flatten().tolist(), strict=True)]
     expected = torch.tensor([formula(snr) for snr in snrs], dtype=torch.float64).view(5, 1)
-    assert_close(weighting(process_of(units), t), expected, rtol=1e-12, atol=0)
+    assert_close(weighting(diffusion_of(units), t), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -283,20 +292,20 @@ def test_weights_on_v(weighting, formula):
     alphas = [0.01, 0.5, 0.7, 0.8, 0.95, 0.999]
     t = per_sample_levels([(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas], (6, 2))
     expected = [formula(alpha**2 / (1 - alpha**2)) for alpha in alphas]
-    weight = weighting(process_of("v"), t).flatten()
+    weight = weighting(diffusion_of("v"), t).flatten()
     assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_edm_weight_is_one_on_its_own_target():
     """lambda(sigma) c_out(sigma)^2 = 1 (Karras et al. 2022, tab. 1)."""
-    weight = losses.edm(process_of("edm"), five_levels((5, 2)))
+    weight = losses.edm(diffusion_of("edm"), five_levels((5, 2)))
     assert_close(weight, torch.ones_like(weight), rtol=1e-12, atol=0)
 
 
 @every_target
 def test_uniform_weighs_the_target_as_it_is(prediction):
     t = five_levels((5, 2))
-    assert_close(losses.uniform(process_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
+    assert_close(losses.uniform(diffusion_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
 
 
 @every_shape
@@ -307,7 +316,7 @@ def test_one_prediction_has_one_loss(name, prediction, shape):
     weighting, units, formula = PAPERS[name]
     x0, eps, x0_hat, t = normal(shape, 11), normal(shape, 12), normal(shape, 13), five_levels(shape)
     loss = losses.simple(
-        process_of(prediction), expressing(prediction, x0_hat), x0, to_clean(t), eps, weighting=weighting
+        diffusion_of(prediction), expressing(prediction, x0_hat), x0, to_clean(t), eps, weighting=weighting
     )["loss"]
     snrs = (t.alpha / t.sigma).square().flatten()
     # alpha (x_0 - x0_hat) = -sigma (eps - eps_hat): the two squared errors differ by the SNR.
@@ -334,13 +343,13 @@ def test_weights_are_finite_along_every_curve(curve):
     """In float32, ends included."""
     u = torch.linspace(0, 1, 1001)
     with torch.no_grad():
-        check_weights(Level(*curve(u), u))
+        check_weights(NoiseLevel(*curve(u), u))
 
 
 def check_weights(t):
     for prediction in TARGETS:
         for name, weighting in WEIGHTINGS.items():
-            weight = weighting(process_of(prediction), t)
+            weight = weighting(diffusion_of(prediction), t)
             assert weight.dtype == torch.float32
             assert weight.shape == t.alpha.shape
             assert weight.isfinite().all(), (name, prediction)
@@ -359,7 +368,7 @@ def test_loss_at_zero_snr(name, prediction):
     out = {"x0": 1, "v": -t.sigma, "edm": 1 / SIGMA_DATA, "velocity": -1}[prediction] * x0_hat
     eps = normal(shape, 16)
     out = out + eps if prediction == "velocity" else out
-    loss = losses.simple(process_of(prediction), lambda *_: out, x0, to_clean(t), eps, weighting=weighting)["loss"]
+    loss = losses.simple(diffusion_of(prediction), lambda *_: out, x0, to_clean(t), eps, weighting=weighting)["loss"]
     limit = {"truncated_snr": 1.0, "edm": 1 / SIGMA_DATA**2}.get(name, 0.0)
     # An SNR of 1e-20 stands in for 0.
     assert_close(loss, limit * per_sample_mean((x0_hat - x0).square()), rtol=1e-9, atol=1e-18)
@@ -370,14 +379,14 @@ def test_loss_at_zero_snr(name, prediction):
 def test_min_snr_at_extreme_levels(prediction, dtype):
     """Finite and positive up to SNR = 1e12; there it is gamma over the gain (1, SNR, or SNR + 2 + 1 / SNR)."""
     sigmas = torch.tensor([1e-6, 1e-4, 1e-2], dtype=dtype)
-    t = Level((1 - sigmas.double() ** 2).sqrt().to(dtype), sigmas, sigmas)
-    weight = losses.min_snr(process_of(prediction), t)
+    t = NoiseLevel((1 - sigmas.double() ** 2).sqrt().to(dtype), sigmas, sigmas)
+    weight = losses.min_snr(diffusion_of(prediction), t)
     snr = (1 - sigmas.double() ** 2) / sigmas.double() ** 2
     gain = {"x0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction]
     assert weight.dtype == dtype
     assert_close(weight.double(), 5 / gain, rtol=1e-6 if dtype == torch.float32 else 1e-12, atol=0)
-    faint = Level(sigmas, torch.ones_like(sigmas), sigmas)
-    assert losses.min_snr(process_of(prediction), faint).isfinite().all()
+    faint = NoiseLevel(sigmas, torch.ones_like(sigmas), sigmas)
+    assert losses.min_snr(diffusion_of(prediction), faint).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -433,40 +442,42 @@ def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
     For the cleanest link, the decoder: scipy's density, or its probability of the bin. Small variances are
     differences of sigmas near each other, which costs five digits of the sixteen.
     """
-    process = process_of(prediction, variance, decoder_scale=0.3, levels=levels)
+    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=levels)
     x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 20)
-    link = five_links(schedule, shape)
+    transition = five_links(schedule, shape)
     network = expressing(prediction, x0_hat, mix if variance in LEARNED else None)
-    terms = losses.vlb(process, network, x0, link, eps)
+    terms = losses.vlb(diffusion, network, x0, transition, eps)
 
-    x_t = link.t.alpha * x0 + link.t.sigma * eps
-    mean, small, added = bayes(x0, x_t, link.t, link.s)
-    mean_hat, _, _ = bayes(x0_hat, x_t, link.t, link.s)
-    large = 1 / (1 / (link.s.alpha**2 + link.s.sigma**2) + (link.t.alpha / link.s.alpha) ** 2 / added)
+    x_t = transition.t.alpha * x0 + transition.t.sigma * eps
+    mean, small, added = bayes(x0, x_t, transition.t, transition.s)
+    mean_hat, _, _ = bayes(x0_hat, x_t, transition.t, transition.s)
+    large = 1 / (
+        1 / (transition.s.alpha**2 + transition.s.sigma**2) + (transition.t.alpha / transition.s.alpha) ** 2 / added
+    )
     model = reverse_variance(variance, small, large, mix).expand(shape)
     nats = torch.empty(shape, dtype=torch.float64)
-    deviation = small.sqrt().expand(shape)
-    nats[1:] = kl_divergence(Normal(mean[1:], deviation[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
-    clean = 0.3 * (link.t.sigma[0] / link.t.alpha[0]) ** 2
+    std = small.sqrt().expand(shape)
+    nats[1:] = kl_divergence(Normal(mean[1:], std[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
+    clean = 0.3 * (transition.t.sigma[0] / transition.t.alpha[0]) ** 2
     # Both fixed variances are the decoder's there; learned_range reaches up to that for x_0 ~ N(0, 1).
-    large = clean if variance == "fixed_large" else 1 / (1 + (link.t.alpha[0] / link.t.sigma[0]) ** 2)
+    large = clean if variance == "fixed_large" else 1 / (1 + (transition.t.alpha[0] / transition.t.sigma[0]) ** 2)
     clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
     nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
     expected = STEPS * per_sample_mean(nats) / math.log(2)
     assert_close(terms["loss"], expected, rtol=1e-9, atol=1e-9)
     assert_close(terms["vlb"], terms["loss"], rtol=0, atol=0)
-    plain = losses.simple(process, network, x0, link, eps, weighting=losses.uniform)
+    plain = losses.simple(diffusion, network, x0, transition, eps, weighting=losses.uniform)
     assert_close(terms["mse"], plain["mse"], rtol=0, atol=0)
 
 
-def decoder_in_scipy(x, mean, deviation, levels):
-    x, mean, deviation = x.numpy(), mean.numpy(), deviation.numpy()
+def decoder_in_scipy(x, mean, std, levels):
+    x, mean, std = x.numpy(), mean.numpy(), std.numpy()
     if levels is None:
-        return torch.from_numpy(norm.logpdf(x, mean, deviation))
+        return torch.from_numpy(norm.logpdf(x, mean, std))
     half = 1 / (levels - 1)
-    lower = np.where(x == -1, -np.inf, (x - half - mean) / deviation)
-    upper = np.where(x == 1, np.inf, (x + half - mean) / deviation)
+    lower = np.where(x == -1, -np.inf, (x - half - mean) / std)
+    upper = np.where(x == 1, np.inf, (x + half - mean) / std)
     # Of the tails on the side on which they are small, in logarithms.
     lower, upper = np.where(lower + upper > 0, [-upper, -lower], [lower, upper])
     return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
@@ -477,16 +488,16 @@ def decoder_in_scipy(x, mean, deviation, levels):
 @every_schedule
 def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
     """A batch with and without clean ends has the terms of each sample by itself."""
-    process = process_of("v", "learned_range", decoder_scale=0.3, levels=levels)
+    diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=levels)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 24)
-    link = five_links(schedule, shape)
-    together = losses.vlb(process, expressing("v", x0_hat, mix), x0, link, eps)["loss"]
+    transition = five_links(schedule, shape)
+    together = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
     for i in range(len(x0)):
-        t, s = (Level(*(field[i : i + 1] for field in level)) for level in (link.t, link.s))
+        t, s = (NoiseLevel(*(field[i : i + 1] for field in level)) for level in (transition.t, transition.s))
         only = slice(i, i + 1)
         network = expressing("v", x0_hat[only], mix[only])
-        alone = losses.vlb(process, network, x0[only], Link(t, s, STEPS), eps[only])["loss"]
+        alone = losses.vlb(diffusion, network, x0[only], Transition(t, s, STEPS), eps[only])["loss"]
         assert_close(together[only], alone, rtol=1e-14, atol=0)
 
 
@@ -499,12 +510,12 @@ def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
     x0, eps = normal(shape, 25, torch.float32).clamp(-1, 1), normal(shape, 26, torch.float32)
     # eps does not determine x_0 at zero SNR, where rectified flow ends.
     last = 0.9 if prediction == "eps" else 1 - 2**-24
-    link = schedule.link(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, last]), x0)
-    assert (link.s.sigma == 0).flatten().tolist() == [True, True, False, False, False]
-    for levels, clip in product([None, 256], [None, 1.0]):
-        process = process_of(prediction, variance, levels=levels, clip=clip)
-        out = torch.cat([normal(shape, 27, torch.float32)] * process.outputs, 1).requires_grad_()
-        loss = losses.vlb(process, lambda *_, out=out: out, x0, link, eps)["loss"]
+    transition = schedule.transition(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, last]), x0)
+    assert (transition.s.sigma == 0).flatten().tolist() == [True, True, False, False, False]
+    for levels, clip_x0 in product([None, 256], [None, 1.0]):
+        diffusion = diffusion_of(prediction, variance, num_values=levels, clip_x0=clip_x0)
+        out = torch.cat([normal(shape, 27, torch.float32)] * diffusion.outputs, 1).requires_grad_()
+        loss = losses.vlb(diffusion, lambda *_, out=out: out, x0, transition, eps)["loss"]
         assert loss.isfinite().all()
         (gradient,) = torch.autograd.grad(loss.sum(), out)
         assert gradient.isfinite().all()
@@ -516,9 +527,9 @@ def test_gradient_on_a_learned_schedule_is_finite(prediction, variance):
     """Also beside links to clean data, whose variance 0 has a logarithm without a derivative."""
     schedule = ContinuousSchedule(curves.Learned(width=8), STEPS)
     x0, eps = normal((5, 2), 25, torch.float32), normal((5, 2), 26, torch.float32)
-    link = schedule.link(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, 1 - 2**-24]), x0)
-    process = process_of(prediction, variance)
-    loss = losses.vlb(process, lambda x_t, _: torch.cat([x_t] * process.outputs, 1), x0, link, eps)["loss"]
+    transition = schedule.transition(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, 1 - 2**-24]), x0)
+    diffusion = diffusion_of(prediction, variance)
+    loss = losses.vlb(diffusion, lambda x_t, _: torch.cat([x_t] * diffusion.outputs, 1), x0, transition, eps)["loss"]
     gradients = torch.autograd.grad(loss.sum(), list(schedule.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -530,11 +541,11 @@ def test_bound_at_zero_snr(prediction, variance):
     schedule = NoiseSchedule(schedules.zero_terminal_snr(schedules.cosine(STEPS)))
     shape = (STEPS, 2)
     x0, eps = normal(shape, 28, torch.float32), normal(shape, 29, torch.float32)
-    link = schedule.link((torch.arange(STEPS) + 0.5) / STEPS, x0)
-    assert link.t.alpha[-1] == 0
+    transition = schedule.transition((torch.arange(STEPS) + 0.5) / STEPS, x0)
+    assert transition.t.alpha[-1] == 0
     out = normal((STEPS, 4), 30, torch.float32).requires_grad_()
-    process = process_of(prediction, variance)
-    terms = losses.hybrid(process, lambda *_: out, x0, link, eps, weighting=losses.min_snr)
+    diffusion = diffusion_of(prediction, variance)
+    terms = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.min_snr)
     assert all(term.isfinite().all() for term in terms.values())
     (gradient,) = torch.autograd.grad(terms["loss"].sum(), out)
     assert gradient.isfinite().all()
@@ -546,18 +557,18 @@ def test_bound_at_zero_snr(prediction, variance):
 @every_schedule
 def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction, variance, shape):
     """simple's gradient on the mean's half of the output, `vlb_weight` times vlb's on the other (iDDPM eq. 16)."""
-    process = process_of(prediction, variance, decoder_scale=0.3)
-    x0, eps, link = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
+    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3)
+    x0, eps, transition = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
     out = torch.cat([normal(shape, 33), normal(shape, 34).tanh()], 1).requires_grad_()
 
-    def terms_and_gradients(objective, **settings):
-        terms = objective(process, lambda *_: out, x0, link, eps, **settings)
+    def terms_and_gradients(loss_fn, **settings):
+        terms = loss_fn(diffusion, lambda *_: out, x0, transition, eps, **settings)
         (gradient,) = torch.autograd.grad(terms["loss"].sum(), out)
         return terms, *gradient.chunk(2, 1)
 
-    simple, simple_mean, _ = terms_and_gradients(losses.simple, weighting=losses.min_snr, error="huber")
+    simple, simple_mean, _ = terms_and_gradients(losses.simple, weighting=losses.min_snr, type="huber")
     vlb, vlb_mean, vlb_mix = terms_and_gradients(losses.vlb)
-    hybrid, mean, mix = terms_and_gradients(losses.hybrid, weighting=losses.min_snr, error="huber", vlb_weight=0.01)
+    hybrid, mean, mix = terms_and_gradients(losses.hybrid, weighting=losses.min_snr, type="huber", vlb_weight=0.01)
     assert (vlb_mean != 0).all()
     assert (vlb_mix != 0).all()
     # The same operations in the same order, but for the factor.
@@ -572,12 +583,12 @@ def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction,
 def test_outputs_beyond_the_clip_learn_from_the_bound():
     """Each element has a gradient, the same as without a clip, also where the predicted x_0 lies beyond it."""
     shape = (5, 2)
-    x0, eps, link = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
     gradients = []
-    for clip in (None, 0.1):
+    for clip_x0 in (None, 0.1):
         out = normal((5, 4), 41).requires_grad_()
-        process = process_of("eps", "learned_range", clip=clip)
-        loss = losses.vlb(process, lambda *_, out=out: out, x0, link, eps)["loss"]
+        diffusion = diffusion_of("eps", "learned_range", clip_x0=clip_x0)
+        loss = losses.vlb(diffusion, lambda *_, out=out: out, x0, transition, eps)["loss"]
         gradients += torch.autograd.grad(loss.sum(), out)
     assert (gradients[0] != 0).all()
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
@@ -586,13 +597,15 @@ def test_outputs_beyond_the_clip_learn_from_the_bound():
 def test_hybrids_variance_learns_beside_the_clipped_mean():
     """Its bound is that of the clipped prediction, and the mean still learns where it is clipped."""
     shape = (5, 2)
-    x0, eps, link = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
     out = torch.cat([3 * normal(shape, 44), normal(shape, 45).tanh()], 1).requires_grad_()
-    process = process_of("x0", "learned_range", clip=0.1)
-    hybrid = losses.hybrid(process, lambda *_: out, x0, link, eps, weighting=losses.uniform)
+    diffusion = diffusion_of("x0", "learned_range", clip_x0=0.1)
+    hybrid = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.uniform)
     clipped = torch.cat([out[:, :2].clamp(-0.1, 0.1), out[:, 2:]], 1)
-    unclipped = process_of("x0", "learned_range")
-    assert_close(hybrid["vlb"], losses.vlb(unclipped, lambda *_: clipped, x0, link, eps)["vlb"], rtol=1e-9, atol=0)
+    unclipped = diffusion_of("x0", "learned_range")
+    assert_close(
+        hybrid["vlb"], losses.vlb(unclipped, lambda *_: clipped, x0, transition, eps)["vlb"], rtol=1e-9, atol=0
+    )
     (gradient,) = torch.autograd.grad(hybrid["loss"].sum(), out)
     assert (gradient != 0).all()
 
@@ -600,9 +613,9 @@ def test_hybrids_variance_learns_beside_the_clipped_mean():
 def test_vlb_weight_is_a_thousandth():
     """As in iDDPM, sec. 3.1."""
     shape = (5, 2)
-    x0, eps, link = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
     out = normal((5, 4), 37)
-    arguments = process_of("eps", "learned_range"), lambda *_: out, x0, link, eps
+    arguments = diffusion_of("eps", "learned_range"), lambda *_: out, x0, transition, eps
     hybrid = losses.hybrid(*arguments, weighting=losses.uniform)["loss"]
     simple = losses.simple(*arguments, weighting=losses.uniform)["loss"]
     assert_close(hybrid, simple + losses.vlb(*arguments)["loss"] / 1000, rtol=1e-12, atol=0)
@@ -611,6 +624,8 @@ def test_vlb_weight_is_a_thousandth():
 @for_each("variance", ["fixed_small", "fixed_large"])
 def test_hybrid_needs_a_learned_variance(variance):
     """The error names the value and the remedy."""
-    x, link = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
-    with pytest.raises(ValueError, match=rf"process.variance={variance} is fixed: set process.variance=learned_range"):
-        losses.hybrid(process_of("eps", variance), lambda x_t, _: x_t, x, link, x, weighting=losses.uniform)
+    x, transition = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
+    with pytest.raises(
+        ValueError, match=rf"diffusion.variance={variance} is fixed: set diffusion.variance=learned_range"
+    ):
+        losses.hybrid(diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform)

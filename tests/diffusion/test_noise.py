@@ -10,8 +10,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
-from src.diffusion.process import GaussianDiffusion
 from tests.conftest import exact_level
 from tests.loops import for_each
 
@@ -146,8 +146,8 @@ def test_links_are_all_as_likely_and_join_neighbours(name):
     """A lattice of v falls on each of the T links as often; s is the row below t, clean data for the first."""
     levels = schedule(name)
     v = (torch.arange(4000) + 0.5) / 4000
-    t, s, links = levels.link(v, torch.zeros(4000, 2))
-    assert links == 1000
+    t, s, num_transitions = levels.transition(v, torch.zeros(4000, 2))
+    assert num_transitions == 1000
     rows = torch.arange(1000).repeat_interleave(4)
     for field, table in zip(t, (levels.alpha, levels.sigma, levels.time), strict=True):
         assert torch.equal(field[:, 0], table[rows])
@@ -227,8 +227,8 @@ def test_decoder_has_the_posteriors_variance_at_one(name):
     assert levels.decoder_scale * levels.row(0).ratio.item() ** 2 == pytest.approx(expected, rel=1e-9)
     x = torch.zeros(1, 2, dtype=torch.float64)
     t, s = levels.row(1), levels.row(0)
-    process = GaussianDiffusion(decoder_scale=levels.decoder_scale)
-    decoder, posterior = process.posterior(x, x, s, CLEAN), process.posterior(x, x, t, s)
+    diffusion = GaussianDiffusion(decoder_scale=levels.decoder_scale)
+    decoder, posterior = diffusion.posterior(x, x, s, CLEAN), diffusion.posterior(x, x, t, s)
     assert decoder.log_variance.item() == pytest.approx(posterior.log_variance.item(), abs=1e-9)
 
 
@@ -389,8 +389,8 @@ def test_levels_of_curves_are_the_curves(name):
 def test_links_of_curves(name, num_steps, shape):
     """t and s lie where v falls between (k + 1) / n and k / n, clean data for k = 0; float32, data of any rank."""
     v = torch.tensor([0.0, 0.3 / num_steps, 1.5 / num_steps, 1 - 2**-24])
-    t, s, links = continuous(name, num_steps).link(v, torch.zeros(shape))
-    assert links == num_steps
+    t, s, num_transitions = continuous(name, num_steps).transition(v, torch.zeros(shape))
+    assert num_transitions == num_steps
     assert all(f.shape == (4, *[1] * (len(shape) - 1)) and f.dtype == torch.float32 for level in (t, s) for f in level)
     for i, k in enumerate([0, 0, 1, num_steps - 1]):
         # rtol and atol: float32's rounding of log-SNRs up to 15, and of an angle.
@@ -405,7 +405,9 @@ def test_links_of_curves(name, num_steps, shape):
 @every_curve
 def test_links_of_curves_go_towards_clean_data(name):
     """In float32 too each link's s is cleaner than its t, which the reverse step's variance divides by."""
-    t, s, _ = continuous(name).link(torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.zeros(5000))
+    t, s, _ = continuous(name).transition(
+        torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.zeros(5000)
+    )
     assert (s.snr > t.snr).all()
     assert (s.time < t.time).all()
 
@@ -498,7 +500,7 @@ def test_zero_terminal_snr_is_finite(levels):
     for spacing in SPACINGS:
         for level in make_grid(levels, 10, spacing):
             assert all(field.isfinite() for field in level)
-    t, s, _ = levels.link(torch.tensor([0.0, 0.5, 1 - 2**-24]), torch.zeros(3))
+    t, s, _ = levels.transition(torch.tensor([0.0, 0.5, 1 - 2**-24]), torch.zeros(3))
     assert all(field.isfinite().all() for field in (*t, *s))
     assert levels.position(torch.tensor([math.pi / 2], dtype=torch.float64)).item() == pytest.approx(1, abs=1e-9)
 
@@ -515,11 +517,11 @@ def test_what_is_left_of_the_data_at_the_noisiest_level(name):
 def test_decoder_of_curves(name):
     """The variance of x_0 given x_t alone, sigma^2 / alpha^2, wherever on the curve the last link begins."""
     x = torch.zeros(1, 2, dtype=torch.float64)
-    process = GaussianDiffusion(decoder_scale=continuous(name).decoder_scale)
+    diffusion = GaussianDiffusion(decoder_scale=continuous(name).decoder_scale)
     for u in (0.0, 0.004, 0.01):
         alpha, sigma = on_curve(name, u)
         (t,) = continuous(name).at(torch.tensor([u], dtype=torch.float64))
-        decoder = process.posterior(x, x, t, CLEAN)
+        decoder = diffusion.posterior(x, x, t, CLEAN)
         assert decoder.log_variance.item() == pytest.approx(2 * math.log(sigma / alpha), abs=1e-9)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
-from src.diffusion.noise import CLEAN, ContinuousSchedule, Level, NoiseSchedule, make_grid
-from src.diffusion.process import GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, make_grid
 
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 SAMPLERS = {
@@ -21,7 +21,7 @@ SAMPLERS = {
     "dpmpp_2m": samplers.dpmpp_2m,
     "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
     "heun": samplers.heun,
-    "heun_churn": partial(samplers.heun, churn=10.0),
+    "heun_churn": partial(samplers.heun, s_churn=10.0),
     "ddim_inversion": samplers.ddim_inversion,
 }
 TABLES = {
@@ -70,9 +70,9 @@ def ideal(x, t):
     return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
-def walk(name, grid, x):
-    process = GaussianDiffusion("x0", variance="fixed_large")
-    *_, out = SAMPLERS[name](process, ideal, x, grid, noise=torch.ones_like)
+def fn(name, grid, x):
+    diffusion = GaussianDiffusion("x0", variance="fixed_large")
+    *_, out = SAMPLERS[name](diffusion, ideal, x, grid, noise=torch.ones_like)
     return out
 
 
@@ -80,7 +80,7 @@ def check_finite(label, grid):
     for dtype in (torch.float32, torch.float64):
         x = torch.tensor([[-1.0, 0.7]], dtype=dtype)
         for name in SAMPLERS:
-            out = walk(name, grid, x)
+            out = fn(name, grid, x)
             assert out.isfinite().all() and out.dtype == dtype, (label, len(grid) - 1, name, dtype, out)
             # Heun's method diverges on few steps from far above sigma / alpha = 80; the others stay near the data.
             # Inversion ends at noise of the grid's own scale.
@@ -123,7 +123,7 @@ def test_grids_of_thousands_of_steps_descend():
     ):
         levels = make_grid(NoiseSchedule(betas), 30_000, spacing)[:-1]
         alpha, sigma, time = (torch.stack(field) for field in zip(*levels, strict=True))
-        t, s = Level(alpha[:-1], sigma[:-1], time[:-1]), Level(alpha[1:], sigma[1:], time[1:])
+        t, s = NoiseLevel(alpha[:-1], sigma[:-1], time[:-1]), NoiseLevel(alpha[1:], sigma[1:], time[1:])
         ratio = snr_ratio(t, s)
         assert ratio.isfinite().all() and ratio.min() >= 0 and ratio.max() <= 1, name
         assert (alpha.diff() >= 0).all() and (sigma.diff() <= 1e-15).all() and (time.diff() < 0).all(), name
@@ -147,7 +147,7 @@ def test_many_steps_lead_to_the_data(name, tolerance):
         ("sigmoid_geodiff", TABLES["sigmoid_geodiff"](10_000)),
     ):
         grid = make_grid(NoiseSchedule(betas), 1000)
-        out = walk(name, grid, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
+        out = fn(name, grid, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
         mean, std = limit(grid)
         assert out.tolist()[0] == pytest.approx([mean - std, mean + std], abs=tolerance), label
 
@@ -219,9 +219,9 @@ def test_steps_between_equal_levels_change_nothing(name):
         grid = make_grid(schedule, 5)
         doubled = type(grid)([level for level in grid[:-1] for _ in range(2)] + [CLEAN], schedule)
         for variance in ("fixed_small", "fixed_large"):
-            process = GaussianDiffusion("x0", variance=variance)
-            once = list(SAMPLERS[name](process, ideal, x, grid, noise=torch.ones_like))
-            twice = list(SAMPLERS[name](process, ideal, x, doubled, noise=torch.ones_like))
+            diffusion = GaussianDiffusion("x0", variance=variance)
+            once = list(SAMPLERS[name](diffusion, ideal, x, grid, noise=torch.ones_like))
+            twice = list(SAMPLERS[name](diffusion, ideal, x, doubled, noise=torch.ones_like))
             # A repeated level draws noise of deviation 0 (1e-18, the least that a log-variance may say).
             assert_close(twice[-1], once[-1], rtol=1e-9, atol=1e-9)
             for before, after, (t, s) in zip([x, *twice], twice, pairwise(doubled), strict=False):
@@ -230,8 +230,8 @@ def test_steps_between_equal_levels_change_nothing(name):
 
 
 def test_learned_variances_are_finite_between_equal_levels():
-    process = GaussianDiffusion("x0", variance="learned_range")
+    diffusion = GaussianDiffusion("x0", variance="learned_range")
     t = NoiseSchedule(schedules.linear(1000)).row(500)
     x = torch.zeros(1, 2, dtype=torch.float64)
-    mean, log_variance = process.reverse(Prediction(x + 1, x, x + 0.5), x, t, t)
+    mean, log_variance = diffusion.reverse(Prediction(x + 1, x, x + 0.5), x, t, t)
     assert torch.equal(mean, x) and log_variance.isfinite().all() and log_variance.max() < -60

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
-from src.diffusion.process import GaussianDiffusion, Prediction
 from tests.loops import for_each
 
 
@@ -31,7 +31,7 @@ PREDICTIONS = ["eps", "x0", "v"]
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 SHAPES = [(3, 2), (2, 3, 4, 4)]
 NAMES_IN_DIFFUSERS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-CHURN = {"churn": 3.0, "churn_min": 0.05, "churn_max": 50.0, "churn_noise": 1.007}
+CHURN = {"s_churn": 3.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.007}
 SAMPLERS = {
     "ancestral": samplers.ancestral,
     "ddim": samplers.ddim,
@@ -93,8 +93,8 @@ def ideal_for_mixture(x, t):
     return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
-def run(sampler, predict, x, grid, noise=torch.zeros_like, process=None):
-    return list(sampler(process or GaussianDiffusion(), predict, x, grid, noise=noise))
+def run(sampler, predict, x, grid, noise=torch.zeros_like, diffusion=None):
+    return list(sampler(diffusion or GaussianDiffusion(), predict, x, grid, noise=noise))
 
 
 def marginal(level):
@@ -111,16 +111,16 @@ def flow(x, t, s):
 # On Gaussian data: every sampler is affine in x and in its noises.
 
 
-def moments(sampler, process, grid, mean, variance):
+def moments(sampler, diffusion, grid, mean, variance):
     """Mean and variance after each step of a sampler that is affine in x and in its noises, exactly.
 
     Sample 0 starts at 0 and sample 1 at 1, both without noise; sample 2 + k starts at 0 and gets 1 as k-th noise.
     """
-    draws = len(grid) - 1
-    x = torch.zeros(2 + draws, 1, dtype=torch.float64)
+    rng = len(grid) - 1
+    x = torch.zeros(2 + rng, 1, dtype=torch.float64)
     x[1] = 1
-    unit = iter(torch.eye(2 + draws, dtype=torch.float64)[2:, :, None])
-    for out in sampler(process, ideal, x, grid, noise=lambda _: next(unit)):
+    unit = iter(torch.eye(2 + rng, dtype=torch.float64)[2:, :, None])
+    for out in sampler(diffusion, ideal, x, grid, noise=lambda _: next(unit)):
         offset, slope, noises = out[0].item(), (out[1] - out[0]).item(), out[2:] - out[0]
         yield offset + slope * mean, slope**2 * variance + noises.square().sum().item()
 
@@ -162,9 +162,9 @@ def affine_step(name, variance_kind, ratio_t, ratio_s, before, highest, steps):
         noise = ratio_s * math.sqrt(1 - (ratio_s / ratio_t) ** (2 * eta)) if eta else 0.0
     else:
         hat, added = ratio_t, 0.0
-        if name == "heun_churn" and CHURN["churn_min"] <= ratio_t <= CHURN["churn_max"]:
-            hat = min(ratio_t * (1 + min(CHURN["churn"] / steps, math.sqrt(2) - 1)), highest)
-            added = CHURN["churn_noise"] * math.sqrt(hat**2 - ratio_t**2)
+        if name == "heun_churn" and CHURN["s_tmin"] <= ratio_t <= CHURN["s_tmax"]:
+            hat = min(ratio_t * (1 + min(CHURN["s_churn"] / steps, math.sqrt(2) - 1)), highest)
+            added = CHURN["s_noise"] * math.sqrt(hat**2 - ratio_t**2)
         gain, offset = denoiser(hat)
         slope, constant = (1 - gain) / hat, -offset / hat
         step = ratio_s - hat
@@ -200,11 +200,11 @@ def affine_recursion(name, variance_kind, grid, mean, variance):
 def test_gaussian_moments_follow_the_affine_recursion(name, spacing, steps):
     """Mean and standard deviation after each step, with the ideal denoiser, to 1e-10."""
     for variance_kind in ["fixed_small", "fixed_large"] if name == "ancestral" else ["fixed_small"]:
-        process = GaussianDiffusion(variance=variance_kind)
+        diffusion = GaussianDiffusion(variance=variance_kind)
         for levels in ("linear", "cosine", "exploding"):
             grid = make_grid(schedule(levels), steps, spacing)
             start = (-1.3, 2.0) if spacing == "karras" else marginal(grid[0])
-            ours = moments(SAMPLERS[name], process, grid, *start)
+            ours = moments(SAMPLERS[name], diffusion, grid, *start)
             scalars = affine_recursion(name, variance_kind, grid, *start)
             for (our_mean, our_variance), (scalar_mean, scalar_variance) in zip(ours, scalars, strict=True):
                 assert our_mean == pytest.approx(scalar_mean, rel=1e-10, abs=1e-10)
@@ -231,7 +231,7 @@ def test_gaussian_data_come_out(name):
 
     Churn must add unit noise for that; EDM's 1.007 is a correction for networks.
     """
-    sampler = partial(SAMPLERS[name], churn_noise=1.0) if name == "heun_churn" else SAMPLERS[name]
+    sampler = partial(SAMPLERS[name], s_noise=1.0) if name == "heun_churn" else SAMPLERS[name]
 
     def errors(steps):
         grid = make_grid(schedule(), steps, "log_snr")
@@ -339,7 +339,7 @@ def test_euler_ancestral_is_k_diffusions(levels, eta):
     compare(partial(samplers.ddim, eta=eta), formula, levels)
 
 
-@for_each("settings", {"plain": {}, "churn": CHURN, "most": {"churn": 100.0, "churn_max": 50.0}})
+@for_each("settings", {"plain": {}, "s_churn": CHURN, "most": {"s_churn": 100.0, "s_tmax": 50.0}})
 @every_coordinate
 def test_heun_is_edms_algorithm_2(levels, settings):
     """Karras et al. 2022, alg. 2, gamma = min(S_churn / N, sqrt(2) - 1) within [S_min, S_max]."""
@@ -348,11 +348,11 @@ def test_heun_is_edms_algorithm_2(levels, settings):
         steps = len(sigmas) - 1
         for sigma, sigma_next in pairwise(sigmas):
             gamma = 0.0
-            if settings and settings.get("churn_min", 0) <= sigma <= settings["churn_max"]:
-                gamma = min(settings["churn"] / steps, math.sqrt(2) - 1)
+            if settings and settings.get("s_tmin", 0) <= sigma <= settings["s_tmax"]:
+                gamma = min(settings["s_churn"] / steps, math.sqrt(2) - 1)
             hat = sigma + gamma * sigma
             if gamma > 0:
-                z = z + math.sqrt(hat**2 - sigma**2) * settings.get("churn_noise", 1) * noise(z)
+                z = z + math.sqrt(hat**2 - sigma**2) * settings.get("s_noise", 1) * noise(z)
             d = (z - denoise(z, hat)) / hat
             ahead = z + (sigma_next - hat) * d
             if sigma_next != 0:
@@ -367,14 +367,14 @@ def test_heun_is_edms_algorithm_2(levels, settings):
 def test_churn_raises_the_noise_of_the_steps_in_its_range():
     """The levels that are predicted from: (1 + gamma) sigma within [S_min, S_max], else the grid's own."""
     grid = make_grid(schedule("exploding"), 20, "karras")
-    for churn, gamma in ((2.0, 0.1), (1e3, math.sqrt(2) - 1)):
+    for s_churn, gamma in ((2.0, 0.1), (1e3, math.sqrt(2) - 1)):
         seen = []
 
         def predict(x, t, seen=seen):
             seen.append(t.ratio.item())
             return predict_by_denoise(x, t)
 
-        run(partial(samplers.heun, churn=churn, churn_min=0.1, churn_max=20.0), predict, normal((3, 2), 4), grid)
+        run(partial(samplers.heun, s_churn=s_churn, s_tmin=0.1, s_tmax=20.0), predict, normal((3, 2), 4), grid)
         expected = [r * (1 + gamma) if 0.1 <= r <= 20 else r for r in exploding(grid)[:-1]]
         # Each step but the last also predicts at its end.
         assert seen[::2] == pytest.approx(expected, rel=1e-9)
@@ -417,19 +417,19 @@ def test_inversion_leads_to_noise_and_ddim_back_to_the_data(levels):
 # Against each other and for any data.
 
 
-@for_each("clip", [None, 1.0])
+@for_each("clip_x0", [None, 1.0])
 @for_each("steps", [1, 2, 7, 50])
 @every_spacing
 @every_prediction
-def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip):
+def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip_x0):
     """The same noises give the same values all along, for any strides, clipped or not."""
     for name in ["linear", "cosine", "rectified_flow"] + ["zero_terminal"] * (prediction != "eps"):
         if name == "rectified_flow" and prediction == "eps" and spacing in ("trailing", "linspace"):
             continue  # from pure noise
-        process = GaussianDiffusion(prediction, clip=clip)
-        predict = samplers.predictor(process, nonlinear)
+        diffusion = GaussianDiffusion(prediction, clip_x0=clip_x0)
+        predict = samplers.predictor(diffusion, nonlinear)
         grid, x = make_grid(schedule(name), steps, spacing), normal((3, 2), 0)
-        ours = run(samplers.ancestral, predict, x, grid, seeded_noise(1), process)
+        ours = run(samplers.ancestral, predict, x, grid, seeded_noise(1), diffusion)
         other = run(partial(samplers.ddim, eta=1.0), predict, x, grid, seeded_noise(1))
         assert_close(ours, other, rtol=1e-9, atol=1e-9)
 
@@ -447,16 +447,16 @@ def test_two_steps_of_dpmpp_are_of_first_order(name, limit):
 @every_sampler
 def test_a_value_for_every_step(name, shape, steps):
     """Exactly `steps` values of the data's shape; the start is left alone; the last is a predicted x_0."""
-    process = GaussianDiffusion("v")
+    diffusion = GaussianDiffusion("v")
     predictions = []
 
     def predict(x, t):
-        predictions.append(samplers.predictor(process, nonlinear)(x, t))
+        predictions.append(samplers.predictor(diffusion, nonlinear)(x, t))
         return predictions[-1]
 
     grid, x = make_grid(schedule(), steps), normal(shape, 7)
     start = x.clone()
-    values = run(SAMPLERS[name], predict, x, grid, seeded_noise(8), process)
+    values = run(SAMPLERS[name], predict, x, grid, seeded_noise(8), diffusion)
     assert len(values) == steps
     assert all(value.shape == shape and value.dtype == torch.float64 for value in values)
     assert torch.equal(x, start)
@@ -473,19 +473,19 @@ def test_float32_stays_float32(name, shape):
         assert {value.dtype for value in values} == {torch.float32}
 
 
-@for_each("churn_max", [50.0, math.inf])
+@for_each("s_tmax", [50.0, math.inf])
 @pytest.mark.parametrize("levels", ["zero_terminal", "rectified_flow"])
 @every_sampler
-def test_first_step_from_pure_noise_is_finite(name, levels, churn_max):
+def test_first_step_from_pure_noise_is_finite(name, levels, s_tmax):
     """At alpha = 0, where sigma / alpha is infinite, and after it."""
-    sampler = partial(SAMPLERS[name], churn_max=churn_max) if name == "heun_churn" else SAMPLERS[name]
+    sampler = partial(SAMPLERS[name], s_tmax=s_tmax) if name == "heun_churn" else SAMPLERS[name]
     for steps in (1, 2, 9):
         grid = make_grid(schedule(levels), steps)
         assert grid[0].alpha < 1e-16
         for dtype in (torch.float32, torch.float64):
-            process = GaussianDiffusion("v")
+            diffusion = GaussianDiffusion("v")
             values = run(
-                sampler, samplers.predictor(process, nonlinear), normal((3, 2), 10).to(dtype), grid, seeded_noise(2)
+                sampler, samplers.predictor(diffusion, nonlinear), normal((3, 2), 10).to(dtype), grid, seeded_noise(2)
             )
             assert all(value.isfinite().all() and value.abs().max() < 30 for value in values)
 
@@ -494,18 +494,18 @@ def test_first_step_from_pure_noise_is_finite(name, levels, churn_max):
 @every_sampler
 def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
     """None at all for those without; churn draws where it raises; the same noises give the same sample."""
-    process, grid, x = GaussianDiffusion("x0"), make_grid(schedule(), steps), normal((3, 2), 9)
+    diffusion, grid, x = GaussianDiffusion("x0"), make_grid(schedule(), steps), normal((3, 2), 9)
     calls = []
 
     def counting(like):
         calls.append(like.shape)
         return torch.ones_like(like)
 
-    predict = samplers.predictor(process, nonlinear)
-    first, second = (run(SAMPLERS[name], predict, x, grid, counting, process) for _ in "12")
-    churned = sum(CHURN["churn_min"] <= r <= CHURN["churn_max"] for r in exploding(grid)[:-1])
-    draws = 0 if name in DETERMINISTIC else churned if name == "heun_churn" else steps - 1
-    assert calls == [(3, 2)] * (2 * draws)
+    predict = samplers.predictor(diffusion, nonlinear)
+    first, second = (run(SAMPLERS[name], predict, x, grid, counting, diffusion) for _ in "12")
+    churned = sum(CHURN["s_tmin"] <= r <= CHURN["s_tmax"] for r in exploding(grid)[:-1])
+    rng = 0 if name in DETERMINISTIC else churned if name == "heun_churn" else steps - 1
+    assert calls == [(3, 2)] * (2 * rng)
     assert_close(first, second, rtol=0, atol=0)
 
 
@@ -513,16 +513,16 @@ def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
 @every_prediction
 def test_predictor_gives_the_output_its_meaning(prediction, shape):
     """The network is called once, on x and its level; target(x_0, eps) is its output."""
-    process, x, t = GaussianDiffusion(prediction), normal(shape, 10), make_grid(schedule(), 7)[2]
+    diffusion, x, t = GaussianDiffusion(prediction), normal(shape, 10), make_grid(schedule(), 7)[2]
     calls = []
 
     def network(*arguments):
         calls.append(arguments)
         return nonlinear(*arguments)
 
-    pred = samplers.predictor(process, network)(x, t)
+    pred = samplers.predictor(diffusion, network)(x, t)
     assert calls == [(x, t)]
-    assert_close(process.target(pred.x0, t, pred.eps), nonlinear(x, t), rtol=1e-12, atol=1e-12)
+    assert_close(diffusion.target(pred.x0, t, pred.eps), nonlinear(x, t), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -531,7 +531,7 @@ def test_predictor_gives_the_output_its_meaning(prediction, shape):
         *((partial(samplers.ddim, eta=e), rf"eta must lie in \[0, 1\], got {e}.*sampler.eta") for e in (-0.1, 1.1)),
         (partial(samplers.ddim, eta=math.nan), r"eta must lie in \[0, 1\], got nan"),
         (partial(samplers.dpmpp_2m_sde, eta=-1.0), r"eta must not be negative, got -1.0.*sampler.eta"),
-        (partial(samplers.heun, churn=-1.0), "churn and churn_noise must not be negative, got -1.0 and 1.0"),
+        (partial(samplers.heun, s_churn=-1.0), "churn and churn_noise must not be negative, got -1.0 and 1.0"),
     ],
 )
 def test_settings_out_of_range(sampler, message):
@@ -566,9 +566,9 @@ def test_ddim_equals_diffusers(prediction, shape, steps, eta):
     )
     scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(1000), 0)
     scheduler.set_timesteps(steps)
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     x, theirs = normal(shape, 2), seeded_noise(3)
-    predict = samplers.predictor(process, nonlinear)
+    predict = samplers.predictor(diffusion, nonlinear)
     ours = run(partial(samplers.ddim, eta=eta), predict, x, make_grid(levels, steps), seeded_noise(3))
     for t, value in zip(scheduler.timesteps.tolist(), ours, strict=True):
         noise = theirs(x) if eta > 0 else None
@@ -585,10 +585,10 @@ def test_ancestral_equals_diffusers(prediction, shape):
         50, prediction_type=NAMES_IN_DIFFUSERS[prediction], variance_type="fixed_small", clip_sample=False
     )
     scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(50), 0)
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     x, generator = normal(shape, 4), torch.Generator().manual_seed(5)
-    predict = samplers.predictor(process, nonlinear)
-    ours = run(samplers.ancestral, predict, x, make_grid(levels, 50), seeded_noise(5), process)
+    predict = samplers.predictor(diffusion, nonlinear)
+    ours = run(samplers.ancestral, predict, x, make_grid(levels, 50), seeded_noise(5), diffusion)
     for t, value in zip(range(49, -1, -1), ours, strict=True):
         x = scheduler.step(nonlinear(x, row(levels, t)), t, x, generator=generator).prev_sample
         assert_close(value, x, rtol=1e-8, atol=1e-8)
@@ -619,10 +619,10 @@ def test_dpmpp_2m_equals_diffusers(prediction, steps, algorithm):
     scheduler.set_timesteps(steps)
     grid, rows = at_rows(levels, steps)
     assert scheduler.timesteps.tolist() == rows
-    process, x, theirs = GaussianDiffusion(prediction), normal((3, 2), 12), seeded_noise(13)
+    diffusion, x, theirs = GaussianDiffusion(prediction), normal((3, 2), 12), seeded_noise(13)
     sampler = samplers.dpmpp_2m if algorithm == "dpmsolver++" else samplers.dpmpp_2m_sde
     # What is clean at the end gets no noise from the library either.
-    ours = run(sampler, samplers.predictor(process, nonlinear), x, grid, seeded_noise(13))
+    ours = run(sampler, samplers.predictor(diffusion, nonlinear), x, grid, seeded_noise(13))
     for t, value in zip(rows, ours, strict=True):
         noise = theirs(x) if algorithm.startswith("sde") else None
         x = scheduler.step(nonlinear(x, row(levels, t)), t, x, variance_noise=noise).prev_sample.double()
@@ -658,10 +658,10 @@ def test_clipped_prediction_explains_x_t():
     with the raw eps beside the clipped x_0, the library's default, the two belong to different x_t.
     """
     levels, x = schedule(), 3 * normal((4, 2), 15)
-    process = GaussianDiffusion("eps", clip=1.0)
+    diffusion = GaussianDiffusion("eps", clip_x0=1.0)
     grid = make_grid(levels, 10)
     t = grid[4]
-    pred = samplers.predictor(process, nonlinear)(x, t)
+    pred = samplers.predictor(diffusion, nonlinear)(x, t)
     assert pred.x0.abs().max() == 1
     assert_close(t.alpha * pred.x0 + t.sigma * pred.eps, x, rtol=1e-12, atol=1e-12)
 
@@ -669,7 +669,7 @@ def test_clipped_prediction_explains_x_t():
     scheduler.alphas_cumprod = torch.cumprod(1 - schedules.linear(1000), 0)
     scheduler.set_timesteps(10)
     out, time = nonlinear(x, t), int(scheduler.timesteps[4])
-    (ours,) = run(samplers.ddim, samplers.predictor(process, nonlinear), x, grid[4:6])
+    (ours,) = run(samplers.ddim, samplers.predictor(diffusion, nonlinear), x, grid[4:6])
     standard = scheduler.step(out, time, x, use_clipped_model_output=True).prev_sample
     default = scheduler.step(out, time, x).prev_sample
     assert_close(ours, standard, rtol=1e-8, atol=1e-8)
@@ -710,9 +710,9 @@ def test_learned_variances_are_logarithms(kind):
     out = torch.cat([x, mix], 1) if kind == "learned" else x
     assert scheduler.step(out, 500, x).prev_sample.isnan().all()
 
-    process = GaussianDiffusion("x0", variance="learned" if kind == "learned" else "fixed_large")
+    diffusion = GaussianDiffusion("x0", variance="learned" if kind == "learned" else "fixed_large")
     t, s = schedule().row(500), schedule().row(499)
-    _, log_variance = process.reverse(process.interpret(out, x, t), x, t, s)
+    _, log_variance = diffusion.reverse(diffusion.interpret(out, x, t), x, t, s)
     bounds = (1 - (t.alpha / s.alpha) ** 2).log()  # log beta
     posterior = bounds + 2 * (s.sigma / t.sigma).log()
     expected = posterior + mix if kind == "learned" else bounds
@@ -729,9 +729,9 @@ def test_learned_variance_is_the_second_half_of_the_channels(channels):
     scheduler.set_timesteps(10)
     x, out = normal((2, channels, 4, 4), 18), normal((2, 2 * channels, 4, 4), 19)
     theirs = scheduler.step(out, scheduler.timesteps[0], x).prev_sample
-    process = GaussianDiffusion("eps", variance="learned_range")
+    diffusion = GaussianDiffusion("eps", variance="learned_range")
     grid = make_grid(schedule(), 10)
-    ours = run(samplers.dpmpp_2m, samplers.predictor(process, lambda x, _: out), x, grid)[0]
+    ours = run(samplers.dpmpp_2m, samplers.predictor(diffusion, lambda x, _: out), x, grid)[0]
     assert ours.shape == x.shape
     if channels == 3:
         assert_close(ours, theirs.double(), rtol=1e-4, atol=1e-4)

@@ -173,8 +173,8 @@ def test_laplace_log_snr_is_laplace_distributed(mu, scale):
     at_clean = sigmoid(mu - scale * math.log(1e-6))
     for t, alpha_bar in enumerate(alpha_bars(schedules.laplace(num_steps, mu, scale, power=1.0)[:-1]), 1):
         alpha_bar *= at_clean
-        deviation = (math.log(alpha_bar / (1 - alpha_bar)) - mu) / scale
-        exceeded = 1 - math.exp(deviation) / 2 if deviation < 0 else math.exp(-deviation) / 2
+        std = (math.log(alpha_bar / (1 - alpha_bar)) - mu) / scale
+        exceeded = 1 - math.exp(std) / 2 if std < 0 else math.exp(-std) / 2
         assert exceeded == pytest.approx(t / num_steps, abs=1.1e-6)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from src.diffusion import curves, losses, schedules
-from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, NoiseSchedule
 from src.runs.components import build_module
 from tests.conftest import compose
 
@@ -49,7 +49,7 @@ CURVES = {
 
 def levels(schedule, times, dtype=torch.float64):
     u = torch.tensor(times, dtype=dtype)
-    return Level(*schedule.curve(u), u)
+    return NoiseLevel(*schedule.curve(u), u)
 
 
 def test_weight_on_the_error_of_eps():
@@ -74,12 +74,12 @@ def test_weight_on_the_error_of_x0():
         expected = [rate / 2 * math.exp(BIAS) * logistic(log_snr - BIAS) for log_snr, rate in map(by_hand, times)]
         assert losses.sigmoid(GaussianDiffusion("x0"), t, schedule).tolist() == pytest.approx(expected, rel=1e-9)
         for prediction in ("v", "edm", "velocity"):
-            process = GaussianDiffusion(prediction)
+            diffusion = GaussianDiffusion(prediction)
             x_t, out = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 1e-3
             zero = torch.zeros_like(x_t)
-            x0 = [process.interpret(zero + o, x_t, t).x0 for o in (0.0, out)]
+            x0 = [diffusion.interpret(zero + o, x_t, t).x0 for o in (0.0, out)]
             ratio = (out / (x0[1] - x0[0])).square()[0]
-            weight = losses.sigmoid(process, t, schedule) * ratio
+            weight = losses.sigmoid(diffusion, t, schedule) * ratio
             assert weight.tolist() == pytest.approx(expected, rel=1e-6)
 
 
@@ -136,24 +136,30 @@ def test_plain_variant_lacks_the_factor():
 
 
 def test_every_weighting_is_finite_at_the_last_row():
-    """Where `objective=hybrid` trains too: on a flow its SNR is 0."""
-    process = GaussianDiffusion("v")
+    """Where `loss=hybrid` trains too: on a flow its SNR is 0."""
+    diffusion = GaussianDiffusion("v")
     names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
     for curve, _ in CURVES.values():
         for num_steps in (10, 1000):
             schedule = ContinuousSchedule(curve, num_steps)
-            t = schedule.link(torch.tensor([1 - 2**-24]), torch.zeros(1, 1)).t
+            t = schedule.transition(torch.tensor([1 - 2**-24]), torch.zeros(1, 1)).t
             assert t.time.item() == 1
-            weights = [getattr(losses, name)(process, t) for name in names]
-            assert torch.cat([*weights, losses.sigmoid(process, t, schedule)]).isfinite().all()
+            weights = [getattr(losses, name)(diffusion, t) for name in names]
+            assert torch.cat([*weights, losses.sigmoid(diffusion, t, schedule)]).isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
 def test_it_trains_and_validates_by_its_yaml(schedule):
     """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""
-    changes = ["weighting=sigmoid", f"schedule={schedule}", "snr_shift=0.5", "model.width=8", "model.blocks=1"]
-    cfg = compose("train", *changes, "model.head_channels=8", "run_dir=x")
-    module = build_module(cfg, (1, 8, 8), levels=17)
+    changes = [
+        "weighting=sigmoid",
+        f"schedule={schedule}",
+        "snr_shift=0.5",
+        "model.model_channels=8",
+        "model.num_res_blocks=1",
+    ]
+    cfg = compose("train", *changes, "model.num_head_channels=8", "run_dir=x")
+    module = build_module(cfg, (1, 8, 8), num_values=17)
     batch = {"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}
     _, terms = module._train_terms(batch, step=0)
     terms["loss"].mean().backward()
@@ -161,7 +167,7 @@ def test_it_trains_and_validates_by_its_yaml(schedule):
     with torch.inference_mode():
         _, again = module._train_terms(batch, step=0)
     assert again["loss"].tolist() == pytest.approx(terms["loss"].tolist(), rel=1e-4)
-    link = module.schedule.link(torch.tensor([0.3]), torch.zeros(1, 1))
-    weight = losses.sigmoid(module.process, link.t, module.schedule)
-    (bound,) = (module.objective.keywords["weighting"](module.process, link.t),)
+    transition = module.schedule.transition(torch.tensor([0.3]), torch.zeros(1, 1))
+    weight = losses.sigmoid(module.diffusion, transition.t, module.schedule)
+    (bound,) = (module.loss_fn.keywords["weighting"](module.diffusion, transition.t),)
     assert torch.equal(weight, bound)

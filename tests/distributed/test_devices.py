@@ -25,8 +25,8 @@ from tests.runs.test_runs import weights
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global DiffusionModule, CleanStop, Interruption
-    from src.training.callbacks.graceful_shutdown import CleanStop, Interruption
+    global DiffusionModule, GracefulShutdown, Interruption
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
     from src.training.module import DiffusionModule
 
 
@@ -34,9 +34,9 @@ SETTINGS = [
     "trainer.max_steps=20",
     "validate_every=10",
     "lr_scheduler.warmup_steps=0",  # so that the weights move far
-    "timesteps=importance",
-    "timesteps.bins=4",
-    "callbacks.samples.count=5",
+    "timestep_sampler=importance",
+    "timestep_sampler.num_bins=4",
+    "callbacks.samples.num_samples=5",
 ]
 
 
@@ -81,7 +81,7 @@ def stop_at(step: int, folder: Path) -> list[str]:
     fault = {"_target_": "tests.faults.Stop", "rank": 1, "step": step, "once": folder / "once"}
     return [
         *(f"+callbacks.fault.{key}={value}" for key, value in fault.items()),
-        "callbacks.stop.seconds=0.001",
+        "callbacks.graceful_shutdown.check_interval_s=0.001",
         "trust=true",
     ]
 
@@ -201,7 +201,7 @@ def test_after_nans_on_one_process_of_two_both_go_back(tmp_path, sharded):
     fault = {"_target_": "tests.faults.Poison", "rank": 1, "steps": "[3,4]"}
     settings = [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
     settings += ["+callbacks.watch._target_=tests.faults.Watch", "trainer.max_steps=7", "validate_every=100"]
-    settings += ["checkpoint_every=2", "callbacks.guard.patience=2", *(SHARDED if sharded else [])]
+    settings += ["checkpoint_every=2", "callbacks.nan_guard.patience=2", *(SHARDED if sharded else [])]
     done = lightning_starts(2, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     told: dict[tuple[int, int], str] = {}
@@ -243,7 +243,7 @@ def drawn_alone(run: Path, tmp_path: Path) -> Path:
 def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
     from src.evaluate import evaluate
 
-    asked = [f"run='{trained}'", "held_out=30", "batch_size=8", "links=5", "n=20", "sampler.steps=2", "device=cpu"]
+    asked = [f"run='{trained}'", "num_val=30", "batch_size=8", "num_terms=5", "n=20", "sampler.steps=2", "device=cpu"]
     done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("30 held-out samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
@@ -304,5 +304,5 @@ def test_on_slurm_a_run_answers_its_warning_by_itself(tmp_path, monkeypatch):
     )
     train_tiny(tmp_path / "run", "trainer.max_steps=3", "validate_every=2")
     in_training, at_the_end = heard
-    assert isinstance(getattr(in_training, "__self__", None), CleanStop)
+    assert isinstance(getattr(in_training, "__self__", None), GracefulShutdown)
     assert isinstance(at_the_end, Interruption)

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from src.diffusion import losses, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import NoiseSchedule
-from src.diffusion.process import GaussianDiffusion
-from src.diffusion.timesteps import uniform
+from src.diffusion.timestep_samplers import uniform
 from src.distributed.processes import Processes
 from src.errors import UsageError
+from src.evaluate import build_benchmark as command_exam_of
 from src.evaluate import evaluate
-from src.evaluate import exam_of as command_exam_of
-from src.metrics.figures import wilson
-from src.metrics.judge import Seen
+from src.metrics.confidence import wilson
+from src.metrics.detector import Seen
 from src.runs.open import open_run
 from src.viz.tables import markdown
 from tests.conftest import HANG_SECONDS, compose, train_tiny
@@ -29,8 +29,18 @@ from tests.data.test_split import held_out_digits
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global binomtest, LOOKS, ClassExam, Settings, ShapesExam, aligned, best, compared, draw_and_judge, exam_of
-    global shares, spread, ImageDataModule, ATTRIBUTES, Shapes, paint, parse, place, render, shapes, Conditioning
+    global \
+        binomtest, \
+        LOOKS, \
+        ClassBenchmark, \
+        Settings, \
+        ShapesBenchmark, \
+        aligned, \
+        best, \
+        compared, \
+        sample_and_score, \
+        build_benchmark
+    global shares, spread, ImageDataModule, ATTRIBUTES, Shapes, paint, parse, place, render, shapes, ConditionSpec
     global DiffusionModule, Sampler
     from scipy.stats import binomtest
 
@@ -38,18 +48,18 @@ def heavy_imports() -> None:
     from src.data.shapes import ATTRIBUTES, Shapes, paint, parse, place, render, shapes
     from src.evaluation.alignment import (
         LOOKS,
-        ClassExam,
+        ClassBenchmark,
         Settings,
-        ShapesExam,
+        ShapesBenchmark,
         aligned,
         best,
+        build_benchmark,
         compared,
-        draw_and_judge,
-        exam_of,
+        sample_and_score,
         shares,
         spread,
     )
-    from src.training.module import Conditioning, DiffusionModule, Sampler
+    from src.training.module import ConditionSpec, DiffusionModule, Sampler
 
 
 ALONE = Processes(torch.device("cpu"))
@@ -97,7 +107,7 @@ def shapes_data(**settings):
 
 def what_is_seen(placed, scene, number):
     """What a perfect judge sees of scene `number` of those that were placed."""
-    middles = [tuple(middle) for middle in placed.centre[number].tolist()][: len(scene.objects)]
+    middles = [tuple(middle) for middle in placed.center[number].tolist()][: len(scene.objects)]
     looks = [tuple(ATTRIBUTES[look].index(getattr(each, look)) for look in LOOKS) for each in scene.objects]
     return Seen(middles, looks, ATTRIBUTES["background"].index(scene.background))
 
@@ -115,11 +125,11 @@ class Oracle:
 
 
 @pytest.fixture
-def exam(tmp_path, monkeypatch):
+def benchmark(tmp_path, monkeypatch):
     """Of shapes, with no judge yet."""
     monkeypatch.setattr("src.evaluation.alignment.train_judge", lambda *args, **kwargs: None)
-    monkeypatch.setattr(ShapesExam, "_tested", lambda self, steps: {"all_9": wilson(9, 9)})
-    return ShapesExam(shapes_data(), Settings(n=24, cache=tmp_path), torch.device("cpu"), list)
+    monkeypatch.setattr(ShapesBenchmark, "_tested", lambda self, steps: {"all_9": wilson(9, 9)})
+    return ShapesBenchmark(shapes_data(), Settings(n=24, cache=tmp_path), torch.device("cpu"), list)
 
 
 def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
@@ -138,7 +148,7 @@ def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
             changed["relation"] = [scene._replace(relation=table[scene.relation]) for table in (OPPOSITE, TURNED)]
         for attribute, others in changed.items():
             for number, other in enumerate(others):
-                if other == scene or len({each.colour for each in other.objects}) < len(other.objects):
+                if other == scene or len({each.color for each in other.objects}) < len(other.objects):
                     continue  # two objects of one colour are no scene
                 seen = what_is_seen(place([other], [number]), other, 0)
                 wrong = {name for name, right in compared(scene, seen).items() if not right}
@@ -165,30 +175,30 @@ def test_the_number_of_objects_is_an_attribute_of_its_own():
     assert {name for name, right in compared(pair, nothing).items() if right} == {"background"}
 
 
-def pictures(exam, group, per_prompt, change=lambda scene: scene):
+def pictures(benchmark, group, per_prompt, change=lambda scene: scene):
     """Renders as if they were samples, prompt by turns: what is shown in each, and the images."""
-    scenes = [change(parse(prompt)) for prompt in exam.prompts[group]] * per_prompt
+    scenes = [change(parse(prompt)) for prompt in benchmark.prompts[group]] * per_prompt
     return scenes, render(scenes, 32, range(len(scenes)))
 
 
 def other_colour(scene):
     """The first object in a colour that neither has."""
-    free = [c for c in ATTRIBUTES["colour"] if c not in {each.colour for each in scene.objects}]
-    return scene._replace(objects=(scene.objects[0]._replace(colour=free[0]), *scene.objects[1:]))
+    free = [c for c in ATTRIBUTES["colour"] if c not in {each.color for each in scene.objects}]
+    return scene._replace(objects=(scene.objects[0]._replace(color=free[0]), *scene.objects[1:]))
 
 
-def test_real_renders_are_right_and_vary_as_much_and_a_wrong_colour_is_wrong_in_colour_alone(exam):
-    assert [len(exam.prompts[group]) for group in ("seen", "held out")] == [3, 3]
-    assert all(exam.source.is_held_out(parse(prompt)) for prompt in exam.prompts["held out"])
-    assert not any(exam.source.is_held_out(parse(prompt)) for prompt in exam.prompts["seen"])
-    prompts = exam.prompts["seen"]
-    usual = [spread(exam.real(prompt)) for prompt in prompts]
+def test_real_renders_are_right_and_vary_as_much_and_a_wrong_colour_is_wrong_in_colour_alone(benchmark):
+    assert [len(benchmark.prompts[group]) for group in ("seen", "held out")] == [3, 3]
+    assert all(benchmark.source.is_held_out(parse(prompt)) for prompt in benchmark.prompts["held out"])
+    assert not any(benchmark.source.is_held_out(parse(prompt)) for prompt in benchmark.prompts["seen"])
+    prompts = benchmark.prompts["seen"]
+    usual = [spread(benchmark.real(prompt)) for prompt in prompts]
     for change, wrong in ((lambda scene: scene, {}), (other_colour, {"colour", "all"})):
-        scenes, images = pictures(exam, "seen", 20, change)
-        exam.judge = Oracle(scenes, range(len(scenes)))
-        result = aligned(exam, images, prompts, prompts, usual, seed=0)
+        scenes, images = pictures(benchmark, "seen", 20, change)
+        benchmark.detector = Oracle(scenes, range(len(scenes)))
+        result = aligned(benchmark, images, prompts, prompts, usual, seed=0)
         figures = {name.rpartition("_")[0]: figure for name, figure in result.figures.items()}
-        assert figures.keys() == {*exam.attributes, "all", "diversity"}
+        assert figures.keys() == {*benchmark.attributes, "all", "diversity"}
         for name, figure in figures.items():
             if name != "diversity":
                 assert figure.value == (name not in wrong), name
@@ -224,14 +234,14 @@ class Painter(torch.nn.Module):
         return self.painted[torch.where(cond == self.null, len(self.painted) - 1, cond)]
 
 
-def painter(exam, change):
+def painter(benchmark, change):
     """A module that paints the prompts, those that are held out `change`d; and an oracle for its pictures."""
-    texts = [prompt for group in exam.prompts.values() for prompt in group]
-    exam.data.condition(texts)
-    asked = [parse(text) for text in exam.data.condition.texts]
-    shown = [change(scene) if exam.source.is_held_out(scene) else scene for scene in asked]
+    texts = [prompt for group in benchmark.prompts.values() for prompt in group]
+    benchmark.data.condition(texts)
+    asked = [parse(text) for text in benchmark.data.condition.texts]
+    shown = [change(scene) if benchmark.source.is_held_out(scene) else scene for scene in asked]
     images = render(shown, 32, range(len(shown)))
-    net = Painter(exam.data.to_model(images), null=1000)
+    net = Painter(benchmark.data.preprocess(images), null=1000)
     module = DiffusionModule(
         net,
         NoiseSchedule(schedules.cosine(100)),
@@ -240,22 +250,24 @@ def painter(exam, change):
         uniform,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(3, 32, 32),
-        conditioning=Conditioning(torch.tensor([1000]), torch.arange(2), 0.1),
+        conditioning=ConditionSpec(torch.tensor([1000]), torch.arange(2), 0.1),
     )
     return module, Oracle(shown, range(len(shown)))
 
 
-def test_a_model_that_fails_at_held_out_colours_is_found_out(exam):
-    module, exam.judge = painter(exam, other_colour)
+def test_a_model_that_fails_at_held_out_colours_is_found_out(benchmark):
+    module, benchmark.detector = painter(benchmark, other_colour)
     settings = Settings([1], batch_size=7)
-    asked = draw_and_judge(module, module.sampler, exam, exam.data, settings, ALONE, lambda scale, count: None)
+    asked = sample_and_score(
+        module, module.sampler, benchmark, benchmark.data, settings, ALONE, lambda scale, count: None
+    )
     seen, held_out = (
         {name: figure.value for name, figure in asked.found[group][1].figures.items()} for group in ("seen", "held out")
     )
     assert {value for name, value in seen.items() if name != "diversity_24"} == {1}
     assert {name for name, value in held_out.items() if value < 1} == {"colour_24", "all_24", "diversity_24"}
     assert held_out["all_24"] == held_out["diversity_24"] == seen["diversity_24"] == 0  # it paints but one of each
-    titles = [f"{group}: {prompt}" for group, prompts in exam.prompts.items() for prompt in prompts]
+    titles = [f"{group}: {prompt}" for group, prompts in benchmark.prompts.items() for prompt in prompts]
     assert [title for title, _ in asked.shown[1]] == titles
     assert {len(images) for _, images in asked.shown[1]} == {8}
     assert best(asked.found) == 1
@@ -297,11 +309,11 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def digits(told, cache):
     data = open_run(str(told)).data
-    return data, exam_of(data, Settings(n=30, cache=cache), ALONE)
+    return data, build_benchmark(data, Settings(n=30, cache=cache), ALONE)
 
 
 def test_two_processes_find_what_one_finds(told, digits):
-    data, exam = digits
+    data, benchmark = digits
     settings = Settings([1, 3], batch_size=4)
     results = {}
 
@@ -309,7 +321,9 @@ def test_two_processes_find_what_one_finds(told, digits):
 
     def work(processes, name):
         module = modules.pop()
-        asked = draw_and_judge(module, module.sampler, exam, data, settings, processes, lambda scale, count: None)
+        asked = sample_and_score(
+            module, module.sampler, benchmark, data, settings, processes, lambda scale, count: None
+        )
         results[name] = asked
 
     work(ALONE, "alone")
@@ -324,30 +338,30 @@ def test_two_processes_find_what_one_finds(told, digits):
 
 def test_classes_are_judged_by_the_classifier_and_its_own_mistakes_are_told(digits):
     """Held-out digits as samples, a third of them asked to be the next digit: shares by a plain loop."""
-    data, exam = digits
-    assert isinstance(exam, ClassExam) and list(exam.prompts["classes"]) == [str(c) for c in range(10)]
+    data, benchmark = digits
+    assert isinstance(benchmark, ClassBenchmark) and list(benchmark.prompts["classes"]) == [str(c) for c in range(10)]
     numbers = data.source.labels.numbers
     by_class = [[k for k in data.val_indices if numbers[k] == c][:9] for c in range(10)]
     chosen = [by_class[(k + (k < 30)) % 10][k // 10] for k in range(90)]  # number k is asked to be k mod 10
-    images = data.to_display(data.to_model(data.source.fetch(chosen)))
-    names = exam.prompts["classes"]
-    usual = [spread(exam.real(name)) for name in names]
-    found = aligned(exam, images, names, names, usual, seed=0)
-    right = [int(exam.classifier(images[k : k + 1]).probabilities.argmax()) == k % 10 for k in range(90)]
+    images = data.postprocess(data.preprocess(data.source.fetch(chosen)))
+    names = benchmark.prompts["classes"]
+    usual = [spread(benchmark.real(name)) for name in names]
+    found = aligned(benchmark, images, names, names, usual, seed=0)
+    right = [int(benchmark.classifier(images[k : k + 1]).probabilities.argmax()) == k % 10 for k in range(90)]
     assert found.figures["class_90"].value == found.figures["all_90"].value == sum(right) / 90
     assert sum(right) / 90 == pytest.approx(2 / 3, abs=0.05)
     assert found.by_prompt == {str(c): pytest.approx(np.mean(right[c::10])) for c in range(10)}
-    assert {str(n): figure.value for n, figure in exam.own.items()} == {
-        f"{name}_{len(data.val_indices)}": pytest.approx(exam.classifier.accuracy) for name in ("class", "all")
+    assert {str(n): figure.value for n, figure in benchmark.own.items()} == {
+        f"{name}_{len(data.val_indices)}": pytest.approx(benchmark.classifier.accuracy) for name in ("class", "all")
     }
     for name in names:
-        shown = exam.real(name)
-        assert (exam.right(shown, [name] * len(shown)) == 1).double().mean() > 0.95
+        shown = benchmark.real(name)
+        assert (benchmark.right(shown, [name] * len(shown)) == 1).double().mean() > 0.95
 
 
 @pytest.fixture(scope="module")
 def settings(told, cache):
-    small = ["n=20", "batch_size=16", "alignment.n=40", "alignment.scales=[2,1]", "held_out=10", "links=2"]
+    small = ["n=20", "batch_size=16", "alignment.n=40", "alignment.scales=[2,1]", "num_val=10", "num_terms=2"]
     return [f"run='{told}'", f"cache='{cache}'", "device=cpu", *small]
 
 
@@ -390,7 +404,7 @@ def test_alignment_alone_and_without_it(settings, tmp_path):
 
 
 def test_a_run_that_never_was_told_nothing_is_measured_without_guidance(tmp_path, cache, capsys):
-    train_tiny(tmp_path / "run", "conditioning=class", "conditioning.drop=0")
+    train_tiny(tmp_path / "run", "conditioning=class", "conditioning.cond_drop_prob=0")
     asked = [f"run='{tmp_path / 'run'}'", f"cache='{cache}'", "device=cpu", "alignment.n=20"]
     metrics = alone(asked, tmp_path)
     assert [*metrics["alignment"]["asked"]["classes"]] == ["1"]
@@ -427,29 +441,38 @@ def test_a_judge_that_learned_little_is_told_of_or_refused(tmp_path, monkeypatch
     data = shapes_data(objects=1)
     monkeypatch.setattr("src.evaluation.alignment.RENDERS", 100)
     with pytest.warns(UserWarning, match=r"right in \w+ on .* of fresh renders, less than 99%"):
-        first = exam_of(data, Settings(judge_steps=2, cache=tmp_path), ALONE)
+        first = build_benchmark(data, Settings(detector_steps=2, cache=tmp_path), ALONE)
     assert {name.rpartition("_")[0] for name in first.own} == {*first.attributes, "all"}  # of two objects too
     with monkeypatch.context() as patch:
-        patch.setattr("src.metrics.judge.fit", lambda *args: pytest.fail("trained again"))
+        patch.setattr("src.metrics.detector.fit", lambda *args: pytest.fail("trained again"))
         with pytest.warns(UserWarning, match="fresh renders"):
-            again = exam_of(data, Settings(judge_steps=2, cache=tmp_path), ALONE)
+            again = build_benchmark(data, Settings(detector_steps=2, cache=tmp_path), ALONE)
     assert again.own == first.own
-    monkeypatch.setattr("src.evaluation.alignment.JUDGE_STEPS", 2)
-    monkeypatch.setattr("src.data.shapes.COLOUR_JITTER", 11)
+    monkeypatch.setattr("src.evaluation.alignment.DETECTOR_STEPS", 2)
+    monkeypatch.setattr("src.data.shapes.COLOR_JITTER", 11)
     with pytest.raises(ValueError, match=r"raise alignment\.judge_steps=2"):
-        exam_of(data, Settings(judge_steps=2, cache=tmp_path), ALONE)
+        build_benchmark(data, Settings(detector_steps=2, cache=tmp_path), ALONE)
     assert len([*tmp_path.glob("judge-*.safetensors")]) == 2
 
 
 def test_captions_of_shapes_are_measured_seen_and_held_out(tmp_path, cache, monkeypatch):
     """From end to end, with next to no training of anything."""
     monkeypatch.setattr("src.evaluation.alignment.RENDERS", 50)
-    small = ["data.source.num_samples=200", "data.batch_size=8", "callbacks.samples.count=2", "trainer.max_steps=2"]
-    text = ["conditioning.embed.width=16", "conditioning.embed.layers=1", "conditioning.encode.vocabulary=400"]
-    text += ["conditioning.encode.length=64"]
+    small = [
+        "data.source.num_samples=200",
+        "data.batch_size=8",
+        "callbacks.samples.num_samples=2",
+        "trainer.max_steps=2",
+    ]
+    text = [
+        "conditioning.embed.hidden_size=16",
+        "conditioning.embed.num_layers=1",
+        "conditioning.encode.vocab_size=400",
+    ]
+    text += ["conditioning.encode.max_length=64"]
     train_tiny(tmp_path / "run", "data=shapes", "conditioning=text", "validate_every=2", *small, *text)
     asked = [f"run='{tmp_path / 'run'}'", f"cache='{cache}'", "device=cpu", "sampler.steps=2"]
-    asked += ["alignment.n=12", "alignment.scales=[1,2]", "alignment.judge_steps=3"]
+    asked += ["alignment.n=12", "alignment.scales=[1,2]", "alignment.detector_steps=3"]
     with pytest.warns(UserWarning, match="of fresh renders, less than 99%"):
         kept = alone(asked, tmp_path)["alignment"]
     assert [*kept["asked"]] == ["seen", "held out"] and kept["n"] == 12
@@ -468,14 +491,14 @@ def test_captions_of_shapes_are_measured_seen_and_held_out(tmp_path, cache, monk
 def test_the_judge_of_shapes_is_right(tmp_path):
     """On renders of captions, seen and held out, that it has not learned from; and sees a wrong colour in colour."""
     data = shapes_data()
-    exam = exam_of(data, Settings(n=400, cache=tmp_path), ALONE)
-    assert all(figure.value > 0.99 for name, figure in exam.own.items() if not name.startswith("all_"))
+    benchmark = build_benchmark(data, Settings(n=400, cache=tmp_path), ALONE)
+    assert all(figure.value > 0.99 for name, figure in benchmark.own.items() if not name.startswith("all_"))
     for group in ("seen", "held out"):
-        prompts = exam.prompts[group]
-        usual = [spread(exam.real(prompt)) for prompt in prompts]
+        prompts = benchmark.prompts[group]
+        usual = [spread(benchmark.real(prompt)) for prompt in prompts]
         for change, expected in ((lambda scene: scene, 1), (other_colour, 0)):
-            _, images = pictures(exam, group, 8, change)
-            found = aligned(exam, images, prompts, prompts, usual, seed=0)
+            _, images = pictures(benchmark, group, 8, change)
+            found = aligned(benchmark, images, prompts, prompts, usual, seed=0)
             for name, figure in found.figures.items():
                 if name.startswith(("all_", "colour_")):
                     assert figure.value == pytest.approx(expected, abs=0.03), name

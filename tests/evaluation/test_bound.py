@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
-from src.diffusion.process import GaussianDiffusion
-from src.diffusion.timesteps import uniform
+from src.diffusion.timestep_samplers import uniform
 from src.errors import UsageError
 from src.evaluation.callbacks import BitsPerDim
 from src.evaluation.likelihood import bounds, link_shares
@@ -57,11 +57,11 @@ def module_of(
     variance: str = "fixed_small",
     net: nn.Module | None = None,
     levels: int | None = None,
-    objective=lambda *args: losses.simple(*args, weighting=losses.uniform),
+    loss_fn=lambda *args: losses.simple(*args, weighting=losses.uniform),
 ) -> DiffusionModule:
-    process = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, levels=levels)
+    diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, num_values=levels)
     sampler = Sampler(samplers.ddim, 2, "trailing")
-    return DiffusionModule(net or Ideal(schedule), schedule, process, objective, uniform, sampler, shape=(1,))
+    return DiffusionModule(net or Ideal(schedule), schedule, diffusion, loss_fn, uniform, sampler, shape=(1,))
 
 
 def data(count: int) -> Tensor:
@@ -74,9 +74,9 @@ def own_bits(x: Tensor) -> Tensor:
     return (z.square() / 2 + math.log(DEVIATION * math.sqrt(2 * math.pi))) / math.log(2)
 
 
-def totals(module: DiffusionModule, x: Tensor, links: int | None, variance: str) -> Tensor:
+def totals(module: DiffusionModule, x: Tensor, num_terms: int | None, variance: str) -> Tensor:
     """The bound of each sample, (N,)."""
-    (result,) = bounds(module, [range(len(x))], lambda _: (x, None), 0, links, variance)
+    (result,) = bounds(module, [range(len(x))], lambda _: (x, None), 0, num_terms, variance)
     return result.total
 
 
@@ -118,12 +118,12 @@ def test_optimal_variance_reaches_the_entropy_by_both_routes():
         told = math.log1p(DEVIATION**2 * noisiest.snr.item()) / 2 / math.log(2)
         formula = sum(exact_terms(schedule, "optimal")) + exact_prior(schedule)
         assert formula == pytest.approx(expected - told, abs=1e-6), name
-        for links in (None, 40):
-            some = x[:500] if links is None else x  # all links vary less
-            excess = totals(module_of(schedule), some, links, "optimal") - own_bits(some)
+        for num_terms in (None, 40):
+            some = x[:500] if num_terms is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, num_terms, "optimal") - own_bits(some)
             error = excess.std().item() / math.sqrt(len(some))
             # What a variance costs that was measured on so few.
-            assert excess.mean().item() == pytest.approx(formula - ENTROPY, abs=4 * error + 0.01), (name, links)
+            assert excess.mean().item() == pytest.approx(formula - ENTROPY, abs=4 * error + 0.01), (name, num_terms)
             assert error < 0.12
 
 
@@ -138,11 +138,11 @@ def test_estimate_and_all_links_are_the_exact_bound(variance):
         expected = sum(exact_terms(schedule, variance)) + exact_prior(schedule)
         if name in known and variance == "fixed_small":
             assert expected == pytest.approx(known[name], abs=0.01)
-        for links in (None, 40):
-            some = x[:200] if links is None else x  # all links vary less
-            excess = totals(module_of(schedule), some, links, variance) - own_bits(some)
+        for num_terms in (None, 40):
+            some = x[:200] if num_terms is None else x  # all links vary less
+            excess = totals(module_of(schedule), some, num_terms, variance) - own_bits(some)
             error = excess.std().item() / math.sqrt(len(some))
-            assert excess.mean().item() == pytest.approx(expected - ENTROPY, abs=4 * error), (name, links)
+            assert excess.mean().item() == pytest.approx(expected - ENTROPY, abs=4 * error), (name, num_terms)
             assert error < 0.7
     assert totals(module_of(schedule, variance), x[:9], 5, "trained").tolist() == pytest.approx(
         totals(module_of(schedule), x[:9], 5, variance).tolist(), rel=1e-4
@@ -162,9 +162,9 @@ def test_bound_of_short_chains_is_finite():
     """Two or three rows, from one link or more than there are."""
     for steps in (2, 3):
         for schedule in schedules_of(steps).values():
-            for links in (None, 1, 100):
+            for num_terms in (None, 1, 100):
                 for variance in ("optimal", "fixed_small"):
-                    assert totals(module_of(schedule), data(4), links, variance).isfinite().all()
+                    assert totals(module_of(schedule), data(4), num_terms, variance).isfinite().all()
 
 
 def nodes() -> tuple[Tensor, Tensor]:
@@ -183,18 +183,20 @@ def test_objective_is_in_expectation_the_bound_without_the_prior(variance):
         for inside in (0.0, 0.37, 0.99):
             v = (torch.arange(steps, dtype=torch.float64) + inside) / steps
             v = (v + 1e-9).repeat_interleave(len(x0))
-            link = schedule.link(v, v[:, None])
+            transition = schedule.transition(v, v[:, None])
             x, noise = x0.repeat(steps, 1), eps.repeat(steps, 1)
             ideal = Ideal(schedule)
-            process = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale)
-            terms = losses.vlb(process, lambda x_t, t, ideal=ideal: ideal(x_t, t.time.flatten()), x, link, noise)
+            diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale)
+            terms = losses.vlb(
+                diffusion, lambda x_t, t, ideal=ideal: ideal(x_t, t.time.flatten()), x, transition, noise
+            )
             # A table's levels are float32.
             tolerance = 1e-9 if isinstance(schedule, ContinuousSchedule) else 1e-3
             assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
             if variance == "fixed_small":
                 learned = GaussianDiffusion("x0", "learned", decoder_scale=schedule.decoder_scale)
                 denoise = lambda x_t, t, ideal=ideal: torch.cat([ideal(x_t, t.time.flatten()), 0 * x_t], 1)  # noqa: E731
-                terms = losses.hybrid(learned, denoise, x, link, noise, weighting=losses.uniform)
+                terms = losses.hybrid(learned, denoise, x, transition, noise, weighting=losses.uniform)
                 assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
 
 
@@ -203,8 +205,8 @@ def test_simple_trains_at_v_and_the_bound_on_the_chain():
     v = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for schedule in schedules_of(50).values():
         like = torch.zeros(1000, 1)
-        at_v = module_of(schedule).link(v, like).t
-        of_chain = module_of(schedule, objective=losses.vlb).link(v, like)
+        at_v = module_of(schedule).transition(v, like).t
+        of_chain = module_of(schedule, loss_fn=losses.vlb).transition(v, like)
         rows = (v * 50).long()
         for level, row in ((of_chain.t, rows), (of_chain.s, rows - 1)):
             expected = [schedule.row(k) for k in row.tolist()]
@@ -221,7 +223,7 @@ def test_learned_schedule_has_a_gradient():
     schedule = ContinuousSchedule(curves.Learned(width=8), 50)
     with torch.no_grad():
         schedule.curve.heights.add_(3)  # far from a line, where all parameters matter
-    module = module_of(schedule, objective=losses.vlb)
+    module = module_of(schedule, loss_fn=losses.vlb)
     batch = {"x": data(64), "start": 0, "total": 64}
     module._train_terms(batch, 0)[1]["loss"].mean().backward()
     for weight in module.curve_weights:
@@ -234,8 +236,8 @@ def test_optimal_variance_of_a_sample_comes_from_the_other_half():
     x = data(20)
     odd = x.clone()
     odd[6] = 50.0
-    for links in (None, 3):
-        before, after = (totals(module_of(schedule), each, links, "optimal") for each in (x, odd))
+    for num_terms in (None, 3):
+        before, after = (totals(module_of(schedule), each, num_terms, "optimal") for each in (x, odd))
         same = [k for k in range(0, 20, 2) if k != 6]
         assert torch.equal(before[same], after[same])
         assert (after[1::2] - before[1::2]).mean() > 1
@@ -267,11 +269,11 @@ def test_decoder_of_data_with_levels_bears_rare_errors():
     module = module_of(schedule, net=Rounding(), levels=16)
     (result,) = bounds(module, [range(400)], lambda _: (TRUTH, None), 0, None, "optimal")
 
-    def term(deviation: float) -> float:
+    def term(std: float) -> float:
         """Of an inner level, whose bin reaches half a bin to either side."""
 
         def cdf(x: float) -> float:
-            return math.erfc(-x / deviation / math.sqrt(2)) / 2
+            return math.erfc(-x / std / math.sqrt(2)) / 2
 
         right, wrong = (math.log2(cdf(0.5 - e) - cdf(-0.5 - e) + 1e-300) for e in (0.0, 0.9))
         return -0.99 * right - 0.01 * wrong
@@ -279,7 +281,7 @@ def test_decoder_of_data_with_levels_bears_rare_errors():
     best = min(term(0.02 * 1.02**k) for k in range(300))
     assert best < 0.5 * term(math.sqrt(0.01) * 0.9)
     # The two outermost of 16 levels have wider bins.
-    assert result.links[0].item() == pytest.approx(best, abs=0.05)
+    assert result.num_terms[0].item() == pytest.approx(best, abs=0.05)
 
 
 def test_eight_bit_mixture_is_little_above_its_entropy():
@@ -315,28 +317,30 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
     from src.evaluate import evaluate
 
     run = tmp_path_factory.mktemp("runs") / "of_bound"
-    logged = train_tiny(run, "schedule=rectified_flow", "schedule.num_steps=20", "process.variance=fixed_large",
-                        "objective=simple", "callbacks.bits_per_dim.samples=40",
+    logged = train_tiny(run, "schedule=rectified_flow", "schedule.num_steps=20", "diffusion.variance=fixed_large",
+                        "loss=simple", "callbacks.bits_per_dim.num_samples=40",
                         "callbacks.bits_per_dim.reverse_variance=fixed_small")  # fmt: skip
-    alone = [f"run='{run}'", "device=cpu", "quality=false", "held_out=40", f"run_dir='{tmp_path}'"]
+    alone = [f"run='{run}'", "device=cpu", "quality=false", "num_val=40", f"run_dir='{tmp_path}'"]
     asked = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
     found = {
-        (variance, links): evaluate(compose("evaluate", *alone, f"reverse_variance={variance}", f"links={links}"))
-        for variance, links in asked
+        (variance, num_terms): evaluate(
+            compose("evaluate", *alone, f"reverse_variance={variance}", f"links={num_terms}")
+        )
+        for variance, num_terms in asked
     }
     bits = {key: metrics["bits_per_dim"] for key, metrics in found.items()}
     assert all(metrics["reverse_variance"] == variance for (variance, _), metrics in found.items())
     assert bits["trained", 4] == pytest.approx(bits["fixed_large", 4], rel=1e-4)
     assert logged["val/bits_per_dim"] == pytest.approx(bits["fixed_small", 4], rel=1e-4)
     assert bits["optimal", 4] < min(bits["fixed_small", 4], bits["fixed_large", 4])
-    errors = [found["optimal", links]["standard_error"] for links in ("null", 4)]
+    errors = [found["optimal", num_terms]["standard_error"] for num_terms in ("null", 4)]
     assert bits["optimal", "null"] == pytest.approx(bits["optimal", 4], abs=4 * math.hypot(*errors))
     assert all(compose(name).reverse_variance == "optimal" for name in ("evaluate", "compare"))
     assert compose("train").callbacks.bits_per_dim.reverse_variance == "optimal"
 
     wrong = [
         (["reverse_variance=smal"], "reverse_variance=smal "),
-        (["reverse_variance=optimal", "held_out=1"], "reverse_variance=optimal"),
+        (["reverse_variance=optimal", "num_val=1"], "reverse_variance=optimal"),
     ]
     for overrides, message in wrong:
         with pytest.raises(UsageError, match=message):

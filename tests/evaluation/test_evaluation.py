@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
-from src.diffusion.process import GaussianDiffusion
-from src.diffusion.timesteps import uniform
+from src.diffusion.timestep_samplers import uniform
 from tests.conftest import compose, train_tiny
 
 
@@ -46,17 +46,17 @@ class Ideal(nn.Module):
         else:
             alpha, sigma = self.schedule.curve(time.double())
         alpha, sigma = alpha[:, None], sigma[:, None]
-        variance = alpha**2 * DATA.deviations[0].square() + sigma**2
-        share = alpha * DATA.deviations[0].square() / variance
+        variance = alpha**2 * DATA.stds[0].square() + sigma**2
+        share = alpha * DATA.stds[0].square() / variance
         return (DATA.means[0] + share * (x - alpha * DATA.means[0])).to(x)
 
 
 def ideal_module(schedule: Schedule) -> DiffusionModule:
-    process = GaussianDiffusion("x0", "fixed_large", decoder_scale=schedule.decoder_scale)
+    diffusion = GaussianDiffusion("x0", "fixed_large", decoder_scale=schedule.decoder_scale)
     simple = losses.simple
-    walk = Sampler(samplers.ddim, 2, "trailing")
-    objective = lambda *args: simple(*args, weighting=losses.uniform)  # noqa: E731
-    return DiffusionModule(Ideal(schedule), schedule, process, objective, uniform, walk, shape=(2,))
+    fn = Sampler(samplers.ddim, 2, "trailing")
+    loss_fn = lambda *args: simple(*args, weighting=losses.uniform)  # noqa: E731
+    return DiffusionModule(Ideal(schedule), schedule, diffusion, loss_fn, uniform, fn, shape=(2,))
 
 
 def entropy_bits() -> float:
@@ -77,31 +77,31 @@ every_schedule = pytest.mark.parametrize("make_schedule", SCHEDULES.values(), id
 
 
 @every_schedule
-@pytest.mark.parametrize("links", [None, 1000], ids=["exact", "estimated"])
-def test_bound_of_the_ideal_network_is_little_above_the_entropy(make_schedule, links):
+@pytest.mark.parametrize("num_terms", [None, 1000], ids=["exact", "estimated"])
+def test_bound_of_the_ideal_network_is_little_above_the_entropy(make_schedule, num_terms):
     """fixed_large is nearly the optimal variance of small steps; a decoder with half the right one costs the rest.
 
     With r the ratio of the right variance to the decoder's, that is (r - 1 - log r) / 2 nats.
     """
     x = DATA(2000, torch.Generator().manual_seed(0))
     schedule = make_schedule()
-    result = bound(ideal_module(schedule), x, seed=0, links=links, progress=lambda it: it)
+    result = bound(ideal_module(schedule), x, seed=0, num_terms=num_terms, progress=lambda it: it)
     # Of the same samples, so that chance is in both.
     own = -DATA.log_prob(x) / (2 * math.log(2))
     excess = (result.total - own).mean().item()
     ratio = 1 / schedule.decoder_scale
     chance = (result.total - own).std().item() / math.sqrt(len(x))
     assert excess == pytest.approx((ratio - 1 - math.log(ratio)) / 2 / math.log(2), abs=0.02 + 4 * chance)
-    assert chance < (0.05 if links is None else 0.2)
-    if links is None:
-        assert_close(result.total.mean(), result.links.sum() + result.prior.mean(), rtol=1e-9, atol=0)
+    assert chance < (0.05 if num_terms is None else 0.2)
+    if num_terms is None:
+        assert_close(result.total.mean(), result.num_terms.sum() + result.prior.mean(), rtol=1e-9, atol=0)
     assert 0 <= result.prior.mean() < 1e-4
 
 
 def test_bound_from_some_links_is_that_from_all_but_for_chance():
     x = DATA(4000, torch.Generator().manual_seed(1))
     module = ideal_module(cosine(100))
-    whole, part = (bound(module, x, seed=0, links=n, progress=lambda it: it) for n in (None, 25))
+    whole, part = (bound(module, x, seed=0, num_terms=n, progress=lambda it: it) for n in (None, 25))
     error = part.total.std().item() / math.sqrt(len(x))
     assert part.total.mean().item() == pytest.approx(whole.total.mean().item(), abs=5 * error)
     assert error < 0.2
@@ -156,22 +156,22 @@ def test_evaluate_reports_on_a_run(tmp_path, monkeypatch):
     """bits/dim of held-out digits, with its error; terms that add up; the same whatever the batch."""
     from src.evaluate import evaluate
 
-    train_tiny(tmp_path / "run", "schedule.num_steps=20", "objective=hybrid", "trainer.max_steps=3")
+    train_tiny(tmp_path / "run", "schedule.num_steps=20", "loss=hybrid", "trainer.max_steps=3")
     run = f"run='{tmp_path / 'run'}'"
     alone = [run, "device=cpu", "quality=false"]
-    metrics = evaluate(compose("evaluate", *alone, "held_out=40", f"run_dir='{tmp_path / 'a'}'"))
-    assert metrics["held_out"] == 40 and metrics["links"] == 20
+    metrics = evaluate(compose("evaluate", *alone, "num_val=40", f"run_dir='{tmp_path / 'a'}'"))
+    assert metrics["num_val"] == 40 and metrics["num_terms"] == 20
     parts = metrics["prior"] + metrics["decoder"] + metrics["divergences"]
     assert metrics["bits_per_dim"] == pytest.approx(parts, rel=1e-6)
     assert metrics["standard_error"] > 0
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bits_per_dim"] == metrics["bits_per_dim"]
     assert (tmp_path / "a" / "bound.png").stat().st_size > 1000
-    in_batches = [evaluate(compose("evaluate", *alone, "held_out=5", "links=7", f"batch_size={size}",
+    in_batches = [evaluate(compose("evaluate", *alone, "num_val=5", "num_terms=7", f"batch_size={size}",
                                    f"run_dir='{tmp_path / str(size)}'")) for size in (2, 5)]  # fmt: skip
     assert in_batches[0]["bits_per_dim"] == pytest.approx(in_batches[1]["bits_per_dim"], rel=1e-5)
     with_flow = evaluate(
         compose(
-            "evaluate", *alone, "held_out=8", "links=5", "ode=true", "ode_tolerance=1e-2",
+            "evaluate", *alone, "num_val=8", "num_terms=5", "ode=true", "ode_tolerance=1e-2",
             f"run_dir='{tmp_path / 'b'}'",
         )
     )  # fmt: skip

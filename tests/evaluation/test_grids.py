@@ -81,16 +81,16 @@ def test_default_grids_by_kind_of_schedule():
 
 def test_a_typed_spacing_wins():
     """Over the sampler's, and over that of the data, which is for tables only."""
-    for typed in ("karras", "leading"):
+    for typed_overrides in ("karras", "leading"):
         cfg = compose(
             "train",
             "schedule=rectified_flow",
             "sampler=dpmpp_2m",
             "data=mixture",
-            f"sampler.spacing={typed}",
+            f"sampler.spacing={typed_overrides}",
             "run_dir=x",
         )
-        assert build_sampler(cfg.sampler).spacing == typed
+        assert build_sampler(cfg.sampler).spacing == format_override
     cfg = compose("train", "sampler=ancestral", "data=mixture", "run_dir=x")
     spacing = build_sampler(cfg.sampler).spacing
     assert times(schedule_of("cosine"), spacing) == times(schedule_of("cosine"), "karras")

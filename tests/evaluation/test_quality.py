@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from src.config.overrides import take_together
+from src.config.overrides import expand_grid
 from src.diffusion import samplers
 from src.distributed.processes import Processes
 from src.errors import UsageError
@@ -27,11 +27,11 @@ from tests.data.test_split import held_out_digits
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global sqrtm, NearestNeighbors, Sampler, Drawn, Settings, Yardstick
+    global sqrtm, NearestNeighbors, Sampler, GeneratedSamples, Settings, SampleEvaluator
     from scipy.linalg import sqrtm
     from sklearn.neighbors import NearestNeighbors
 
-    from src.evaluation.quality import Drawn, Settings, Yardstick
+    from src.evaluation.quality import GeneratedSamples, SampleEvaluator, Settings
     from src.training.module import Sampler
 
 
@@ -46,13 +46,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(trained, cache) -> list[str]:
-    return [f"run='{trained}'", f"cache='{cache}'", f"n={N}", "batch_size=16", "held_out=10", "links=2", "device=cpu"]
+    return [
+        f"run='{trained}'",
+        f"cache='{cache}'",
+        f"n={N}",
+        "batch_size=16",
+        "num_val=10",
+        "num_terms=2",
+        "device=cpu",
+    ]
 
 
 @pytest.fixture(scope="module")
 def evaluated(asked, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated") / "all"
-    several = take_together("evaluate", ["sampler=ddim,heun", "sampler.steps=2,4", "features=[pixels]"], "sampler")
+    several = expand_grid("evaluate", ["sampler=ddim,heun", "sampler.steps=2,4", "features=[pixels]"], "sampler")
     evaluate(compose("evaluate", *asked, *several, f"run_dir='{folder}'"))
     return folder
 
@@ -71,7 +79,7 @@ def real(trained) -> tuple[np.ndarray, np.ndarray]:
     data = open_run(str(trained)).data
     data.setup()
     return tuple(
-        data.to_display(data.to_model(data.source.fetch(part))).flatten(1).double().numpy()
+        data.postprocess(data.preprocess(data.source.fetch(part))).flatten(1).double().numpy()
         for part in (data.val_indices, data.train_indices)
     )
 
@@ -150,38 +158,43 @@ def test_a_compiled_network_draws_in_batches_of_one_size_and_leaves_the_likeliho
 def test_copies_are_caught_by_memorisation_and_by_nothing_else(trained, cache):
     """Training digits given out as samples are as good as the floor, and lie where the training digits do."""
     data = open_run(str(trained)).data
-    yardstick = Yardstick(data, Settings(["pixels"], n=300, cache=cache), ALONE)
+    evaluator = SampleEvaluator(data, Settings(["pixels"], n=300, cache=cache), ALONE)
     indices = data.train_indices[300:600]
-    copies = data.to_display(data.to_model(data.source.fetch(indices)))
-    (pixels,) = yardstick.extractors
-    given_out = Drawn({"pixels": Collected.of(pixels(copies), 0, 1000)}, copies, 1, 1.0)
-    (measured,) = yardstick.measure([given_out], lambda it: it)
-    floor = yardstick.floor()
+    copies = data.postprocess(data.preprocess(data.source.fetch(indices)))
+    (pixels,) = evaluator.extractors
+    given_out = GeneratedSamples({"pixels": Collected.of(pixels(copies), 0, 1000)}, copies, 1, 1.0)
+    (measured,) = evaluator.measure([given_out], lambda it: it)
+    floor = evaluator.floor()
     for name, figure in measured.figures.items():
         if name in floor:
             assert figure.low <= floor[name].high and floor[name].low <= figure.high, name
     assert measured.figures["nearest_ratio_pixels_300"].value == 0
     assert measured.figures["copies_pixels_300"].value == 1
-    assert measured.neighbours.distances.eq(0).all()
-    assert torch.equal(yardstick.training_samples(measured.neighbours.numbers), copies)
+    assert measured.neighbors.distances.eq(0).all()
+    assert torch.equal(evaluator.training_samples(measured.neighbors.numbers), copies)
 
 
 def test_against_the_training_data_copies_look_like_the_data(trained, cache):
     """Whose own distance to themselves is 0; the floor is then held-out data."""
     data = open_run(str(trained)).data
-    yardstick = Yardstick(data, Settings(["pixels"], n=2000, against="train", cache=cache), ALONE)
-    everything = data.to_display(data.to_model(data.source.fetch(data.train_indices)))
-    (pixels,) = yardstick.extractors
-    copies = Drawn({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
-    (measured,) = yardstick.measure([copies], lambda it: it)
+    evaluator = SampleEvaluator(data, Settings(["pixels"], n=2000, against="train", cache=cache), ALONE)
+    everything = data.postprocess(data.preprocess(data.source.fetch(data.train_indices)))
+    (pixels,) = evaluator.extractors
+    copies = GeneratedSamples({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
+    (measured,) = evaluator.measure([copies], lambda it: it)
     assert measured.figures[f"fd_pixels_{len(data.train_indices)}"].value == pytest.approx(0, abs=1e-4)
-    assert f"fd_pixels_{len(data.val_indices)}" in yardstick.floor()
+    assert f"fd_pixels_{len(data.val_indices)}" in evaluator.floor()
 
 
 def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path):
     """Of held-out digits, when samples are measured against the training data, there are fewer than are drawn."""
     floor = f"fd_pixels_{held_out_digits()}"
-    several = ["samplers=[{sampler:ddim,steps:2},{sampler:ddim,steps:3}]", "features=pixels", "against=train", "n=400"]
+    several = [
+        "samplers=[{sampler:ddim,steps:2},{sampler:ddim,steps:3}]",
+        "features=pixels",
+        "reference=train",
+        "n=400",
+    ]
     folder = tmp_path / "out"
     metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
     assert floor in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
@@ -193,12 +206,12 @@ def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path
 def test_samples_that_are_not_finite_are_told_of(trained, cache):
     opened = open_run(str(trained))
 
-    def diverge(process, predict, x, grid, *, noise):
+    def diverge(diffusion, predict, x, grid, *, noise):
         yield torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 8 == 0, torch.nan, x)
 
-    yardstick = Yardstick(opened.data, Settings(["pixels"], n=24, batch_size=16, cache=cache), ALONE)
+    evaluator = SampleEvaluator(opened.data, Settings(["pixels"], n=24, batch_size=16, cache=cache), ALONE)
     with pytest.raises(ValueError, match="3 of 24 samples are not finite"):
-        yardstick.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
+        evaluator.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
 
 
 def test_too_few_real_samples_and_too_many_pixels_are_refused(trained, cache, monkeypatch):
@@ -207,19 +220,19 @@ def test_too_few_real_samples_and_too_many_pixels_are_refused(trained, cache, mo
     with monkeypatch.context() as patch:
         patch.setattr(data, "val_indices", data.val_indices[:5])
         with pytest.raises(ValueError, match=r"at least 6 held-out .* there are 5"):
-            Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+            SampleEvaluator(data, Settings(["pixels"], cache=cache), ALONE)
     monkeypatch.setattr("src.evaluation.quality.MOST_PIXELS", 63)
     with pytest.raises(ValueError, match="up to 63 numbers, these have 64"):
-        Yardstick(data, Settings(["pixels"], cache=cache), ALONE)
+        SampleEvaluator(data, Settings(["pixels"], cache=cache), ALONE)
 
 
 def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
     """All are in the Fréchet distance, the first few in the rest; and these are the same ones."""
     opened = open_run(str(trained))
-    walk = Sampler(samplers.ddim, 2, "trailing")
+    fn = Sampler(samplers.ddim, 2, "trailing")
     few, many = (
-        Yardstick(opened.data, Settings(["pixels"], n, batch_size=16, keep=24, near=10, cache=cache), ALONE).draw(
-            opened.module, walk, lambda _: None
+        SampleEvaluator(opened.data, Settings(["pixels"], n, batch_size=16, keep=24, near=10, cache=cache), ALONE).draw(
+            opened.module, fn, lambda _: None
         )
         for n in (24, 88)
     )
@@ -231,10 +244,16 @@ def test_what_is_kept_does_not_grow_with_the_number_of_samples(trained, cache):
 def test_points_are_measured_in_their_plane(tmp_path, cache, capsys):
     from src.train import train
 
-    settings = ["data=points", "data.num_samples=400", "data.batch_size=64", "model.width=16", "trainer.max_steps=2"]
+    settings = [
+        "data=points",
+        "data.num_samples=400",
+        "data.batch_size=64",
+        "model.model_channels=16",
+        "trainer.max_steps=2",
+    ]
     settings += ["trainer.accelerator=cpu", "sampler.steps=2", "logger=none", "callbacks.progress.refresh_rate=0"]
     train(compose("train", *settings, f"run_dir='{tmp_path / 'run'}'"))
-    asked = [f"run='{tmp_path / 'run'}'", "n=50", "links=2", "device=cpu", f"cache='{cache}'"]
+    asked = [f"run='{tmp_path / 'run'}'", "n=50", "num_terms=2", "device=cpu", f"cache='{cache}'"]
     metrics = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'out'}'"))
     assert "held-out samples: the figures hang on which ones these are" in capsys.readouterr().out
     (sampler,) = metrics["samplers"].values()
@@ -274,7 +293,7 @@ def test_in_training_what_cannot_be_measured_is_refused_before_the_first_step(tm
     ("overrides", "rule"),
     [
         (["features=[inceptoin]"], "unknown features inceptoin: choose from classifier"),
-        (["against=test"], "held_out or train, got against=test"),
+        (["reference=test"], "held_out or train, got reference=test"),
         (["n=5"], "n must be at least 10, got 5"),
         (["likelihood=false", "quality=false", "alignment.enabled=false"], "nothing to evaluate"),
         (["features=inception", "inception_weights=nowhere.pth"], "no file nowhere.pth"),
@@ -289,27 +308,27 @@ def test_what_cannot_be_measured_is_refused_before_anything_long(asked, override
 
 
 @pytest.mark.parametrize(
-    ("typed", "samplers"),
+    ("format_override", "samplers"),
     [
         (["sampler=ddim,heun", "sampler.steps=2,4"], ["ddim 2", "ddim 4", "heun 2", "heun 4"]),
         (["sampler=ddim", "sampler.eta=0,0.5", "sampler.steps=7"], ["ddim 7 0", "ddim 7 0.5"]),
         (["sampler.steps=range(3,9,3)"], [" 3", " 6"]),
     ],
 )
-def test_several_values_of_a_sampler_are_one_list(typed, samplers):
-    cfg = compose("evaluate", *take_together("evaluate", ["run=x", *typed], "sampler"))
+def test_several_values_of_a_sampler_are_one_list(typed_overrides, samplers):
+    cfg = compose("evaluate", *expand_grid("evaluate", ["run=x", *typed_overrides], "sampler"))
     assert cfg.run == "x" and cfg.sampler._target_ is None
     found = [f"{c.get('sampler', '')} {c.steps}" + (f" {c.eta}" if "eta" in c else "") for c in cfg.samplers]
     assert found == samplers
 
 
 def test_one_value_is_left_alone():
-    typed = ["run=x", "sampler=ddim", "sampler.steps=7"]
-    assert take_together("evaluate", typed, "sampler") == typed
+    typed_overrides = ["run=x", "sampler=ddim", "sampler.steps=7"]
+    assert expand_grid("evaluate", format_override, "sampler") == format_override
 
 
 @pytest.mark.parametrize(
-    ("typed", "rule"),
+    ("format_override", "rule"),
     [
         (["sampler=ddim,huen"], "did you mean heun"),
         (["sampler=ddim,dpmpp_2m", "sampler.eta=0,1"], "sampler.eta"),
@@ -317,9 +336,9 @@ def test_one_value_is_left_alone():
         (["sampler.steps=1,2", "samplers=[{steps:3}]"], "say the same"),
     ],
 )
-def test_values_that_no_sampler_has_are_refused(typed, rule):
+def test_values_that_no_sampler_has_are_refused(typed_overrides, rule):
     with pytest.raises(UsageError, match=rule):
-        take_together("evaluate", typed, "sampler")
+        expand_grid("evaluate", format_override, "sampler")
 
 
 @pytest.mark.parametrize(
@@ -337,7 +356,7 @@ def test_figures_are_shown_to_the_digits_that_tell(figure, shown):
 
 
 def test_a_table_of_the_likelihood_alone():
-    text = markdown({"bits_per_dim": 2.5, "standard_error": math.nan, "held_out": 1})
+    text = markdown({"bits_per_dim": 2.5, "standard_error": math.nan, "num_val": 1})
     assert text.splitlines()[2].split("|")[2].strip() == "one sample" and "brackets" not in text
 
 

@@ -28,7 +28,7 @@ from src.training.checkpoints import read_checkpoint
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global training_utils, EMAModel, everything, kernels, many, quality, sampling, training, glyphs, Given, table
+    global training_utils, EMAModel, everything, kernels, many, quality, sampling, training, glyphs, Covariates, table
     global shares, compose_train
     from diffusers import training_utils
     from diffusers.training_utils import EMAModel
@@ -36,7 +36,7 @@ def heavy_imports() -> None:
     from benchmarks import __main__ as everything
     from benchmarks import kernels, many, quality, sampling, training
     from benchmarks.glyphs import glyphs
-    from benchmarks.quality import Given, table
+    from benchmarks.quality import Covariates, table
     from benchmarks.shares import shares
     from benchmarks.training import compose_train
 
@@ -187,8 +187,13 @@ def processor(monkeypatch: Any) -> Iterator[Processor]:
 
 def test_ours_is_given_the_time_of_the_processor(processor: Processor, tmp_path: Path) -> None:
     """Of 5 s at 1/16 s a step, 95 % are planned: 76 steps. Where a step takes half as long again, 5 s end it."""
-    tiny = ["model.width=8", "model.blocks=1", "model.head_channels=8", "callbacks.bits_per_dim.samples=2"]
-    recipe = [*tiny, "data.batch_size=8", "callbacks.samples.count=1", "sampler.steps=1"]
+    tiny = [
+        "model.model_channels=8",
+        "model.num_res_blocks=1",
+        "model.num_head_channels=8",
+        "callbacks.bits_per_dim.num_samples=2",
+    ]
+    recipe = [*tiny, "data.batch_size=8", "callbacks.samples.num_samples=1", "sampler.steps=1"]
     where, spent, steps = quality.train_ours(recipe, 0, 5.0, tmp_path / "as planned")
     assert (steps, spent) == (76, 76 / 16)
     assert read_checkpoint(open_run(str(where)).checkpoint)["global_step"] == steps
@@ -290,7 +295,7 @@ def test_printed_digits_are_the_same_each_time_and_of_ten_classes(monkeypatch: A
 
 def test_samples_that_are_there_are_given_by_their_numbers() -> None:
     images = torch.arange(5)
-    (given,) = Given(images, 7).sample(range(3, 7), 0, None)
+    (given,) = Covariates(images, 7).sample(range(3, 7), 0, None)
     assert given.tolist() == [3, 4, 0, 1]
 
 

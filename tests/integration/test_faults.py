@@ -30,8 +30,8 @@ SETTINGS = [
     f"trainer.max_steps={40 * (KILLS + 2)}",
     "validate_every=20",
     "checkpoint_every=10",
-    "timesteps=importance",
-    "timesteps.bins=4",
+    "timestep_sampler=importance",
+    "timestep_sampler.num_bins=4",
 ]
 DURATIONS = {"step": 0.02, "epoch's end": 0.02, "save": 0.04, "validation": 0.05, "sampling": 0.02}
 """About as many seconds as each phase takes here."""

@@ -17,8 +17,8 @@ from tests.distributed.test_devices import environment
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global REFERENCE, Row, all_rows, isolated, judge, stated_peak
-    from benchmarks.gpu_check import REFERENCE, Row, all_rows, isolated, judge, stated_peak
+    global REFERENCE, Row, all_rows, isolated, detector, stated_peak
+    from benchmarks.gpu_check import REFERENCE, Row, all_rows, detector, isolated, stated_peak
 
 
 CHOSEN = ["bf16-mixed", "sampling", "16-mixed, made to overflow", "32-true to bf16-mixed"]
@@ -83,16 +83,16 @@ def training(**changes):
 )
 def test_a_training_that_is_off_is_said(changes, fault):
     row, machine = Row("bf16-mixed"), {"peak": 1e13, "matmul": 5e12}
-    cells, faults = judge(row, training(**changes), {REFERENCE: training()}, machine)
+    cells, faults = detector(row, training(**changes), {REFERENCE: training()}, machine)
     assert cells[4] == "10.0%" and len(cells) == 9
     assert any(fault in said for said in faults) if fault else not faults
-    assert judge(row, training(), {}, {**machine, "peak": None})[0][4] == "20.0%"
+    assert detector(row, training(), {}, {**machine, "peak": None})[0][4] == "20.0%"
 
 
 def test_a_compiled_network_may_need_less_than_is_estimated():
     row = Row("compile", ("compile=true",))
     for peak, wrong in ((500, False), (1200, True)):
-        cells, faults = judge(row, training(peak=peak), {REFERENCE: training()}, {"peak": 1e13})
+        cells, faults = detector(row, training(peak=peak), {REFERENCE: training()}, {"peak": 1e13})
         assert cells[-1] == "no" and bool(faults) is wrong
 
 
@@ -108,7 +108,7 @@ def test_a_compiled_network_may_need_less_than_is_estimated():
 def test_a_resumed_run_that_is_off_is_said(changes, fault):
     done = {"32-true": training(losses=[1.0, 2.0]), "another": training(weights=["a"])}
     figures = training(first_step=1, losses=[2.0], weights=["a"]) | changes
-    _, faults = judge(Row("resumed", does="resume", source="32-true"), figures, done, {})
+    _, faults = detector(Row("resumed", does="resume", source="32-true"), figures, done, {})
     assert any(fault in said for said in faults) if fault else not faults
 
 

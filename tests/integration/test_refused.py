@@ -60,8 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(where)
         assert command(patch, "train", *QUICK, "hydra.run.dir=R") == 0
         shutil.copytree("R", "S/0")
-        typed = {"hydra": {"overrides": {"task": [*QUICK, "seed=0"], "hydra": ["hydra.mode=MULTIRUN"]}}}
-        Path("S/multirun.yaml").write_text(json.dumps(typed))
+        typed_overrides = {"hydra": {"overrides": {"task": [*QUICK, "seed=0"], "hydra": ["hydra.mode=MULTIRUN"]}}}
+        Path("S/multirun.yaml").write_text(json.dumps(typed_overrides))
     return where
 
 
@@ -76,7 +76,7 @@ def there(place, monkeypatch, no_network) -> Path:
 NEW_RUN = [
     ["data.batch_size=5000"],
     ["data=folder", "data.root=nowhere"],
-    ["optimize=val/los"],
+    ["optimized_metric=val/los"],
     ["schedule=cosin"],
     ["hydra/job_logging=nope"],
     ["optimizer.lr=0"],
@@ -114,7 +114,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(there, monkeypatch, capsys):
         ["model=unet_small"],
         ["data.batch_size=5000"],
         ["trainer.max_steps=1"],
-        ["optimize=val/los"],
+        ["optimized_metric=val/los"],
         ["logger=[csv,tensorboard]", "+logger.tensorboard.nonsense=1", "trainer.max_steps=4"],
         ["logger=[csv,tensorboard,wandb]", "logger.wandb.id='a/b'", "trainer.max_steps=4"],
     ):
@@ -212,11 +212,11 @@ def test_what_begins_is_recorded_as_hydra_records_it(there, monkeypatch):
     assert set(settings["job_logging"]["root"]["handlers"]) == {"console", "file"}
     assert not list(Path("T/.hydra").glob(".*"))
     shutil.rmtree("T")
-    typed = ["hydra.output_subdir=conf", "hydra/job_logging=stdout", "hydra.job.chdir=true", "names=[cosine]"]
-    assert command(monkeypatch, "schedules", "hydra.run.dir=schedules", *typed) == 0
+    typed_overrides = ["hydra.output_subdir=conf", "hydra/job_logging=stdout", "hydra.job.chdir=true", "names=[cosine]"]
+    assert command(monkeypatch, "schedules", "hydra.run.dir=schedules", *typed_overrides) == 0
     left = sorted(path.name for path in Path("schedules").iterdir())
     assert left == ["conf", "noising.png", "schedules.png", "schedules.txt"]
     settings = yaml.safe_load(Path("schedules/conf/hydra.yaml").read_text())["hydra"]
     assert settings["output_subdir"] == "conf" and settings["job"]["chdir"] is True
-    assert set(typed[:3]) <= set(settings["overrides"]["hydra"])
+    assert set(typed_overrides[:3]) <= set(settings["overrides"]["hydra"])
     shutil.rmtree("schedules")

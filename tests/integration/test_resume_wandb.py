@@ -49,8 +49,8 @@ def test_a_requeued_job_and_a_longer_run_stay_one_wandb_run(stopped, tmp_path, m
     name = (stopped / "wandb_id.txt").read_text().strip()
     assert any(path.is_symlink() and not path.resolve().is_relative_to(stopped) for path in stopped.rglob("*"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    typed = [*TYPED, "logger=[csv,tensorboard,wandb]", "hydra.run.dir=5", "resume=auto"]
-    assert command(monkeypatch, "train", *typed) == 0
+    typed_overrides = [*TYPED, "logger=[csv,tensorboard,wandb]", "hydra.run.dir=5", "resume=auto"]
+    assert command(monkeypatch, "train", *typed_overrides) == 0
     for variable in (*OF_SLURM, "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(variable)
     assert command(monkeypatch, "train", "resume=5", "trainer.max_steps=8") == 0

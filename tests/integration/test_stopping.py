@@ -21,8 +21,8 @@ from tests.runs.test_runs import assert_equal_bits, losses, weights
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global DiffusionModule, CleanStop
-    from src.training.callbacks.graceful_shutdown import CleanStop
+    global DiffusionModule, GracefulShutdown
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown
     from src.training.module import DiffusionModule
 
 
@@ -40,15 +40,15 @@ def in_validation(monkeypatch, act):
 
 def among_samples(monkeypatch, act, number):
     """`act` while so many samples are drawn: 4 in training, 64 after it."""
-    original = DiffusionModule.sample_together
+    original = DiffusionModule.sample_distributed
 
-    def sample_together(self, count, seed):
+    def sample_distributed(self, count, seed):
         for k, x in enumerate(original(self, count, seed)):
             if k == 1 and count == number:
                 act()
             yield x
 
-    monkeypatch.setattr(DiffusionModule, "sample_together", sample_together)
+    monkeypatch.setattr(DiffusionModule, "sample_together", sample_distributed)
 
 
 def assert_ended_as(folder, other):
@@ -109,7 +109,7 @@ def test_a_validation_in_which_a_run_died_is_made_up_for(trained, tmp_path, monk
 def test_dropout_is_drawn_as_if_the_run_had_gone_on(tmp_path, monkeypatch):
     from tests.runs.test_runs import runs_until
 
-    settings = ["model.dropout=0.5", "data.num_workers=2", "data.micro_batch=32"]
+    settings = ["model.dropout=0.5", "data.num_workers=2", "data.microbatch_size=32"]
     train_tiny(tmp_path / "whole", *settings)
     runs_until(monkeypatch, stop_after=4)
     with pytest.raises(SystemExit):
@@ -130,14 +130,14 @@ def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeyp
         return original(self, net, x, t, cond)
 
     monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
-    train_tiny(tmp_path / "run", "data.micro_batch=8", "trainer.max_steps=1", "callbacks.samples.count=20")
+    train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")
     assert max(seen) < 16 and seen.count(4) == 3  # validation has up to twice as many, 20 samples go 8, 8 and 4
     assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)
 
 
 def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(tmp_path):
     """Here at the very moment at which this process tells the others that it has none."""
-    stop = CleanStop(str(tmp_path / "last.ckpt"))
+    stop = GracefulShutdown(str(tmp_path / "last.ckpt"))
     ours = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
     arrives = [signal.SIGTERM]
 

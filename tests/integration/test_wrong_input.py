@@ -47,7 +47,7 @@ def test_numbers_that_are_not_finite_are_refused():
     """NaN anywhere; an infinity wherever the default is finite or none, but where it stands for no bound."""
     for name, override in (
         *(("train", f"optimizer.lr={value}") for value in ("inf", "-inf", "nan", "+inf", "1e999")),
-        *(("train", f"{name}=inf") for name in ("optimizer.weight_decay", "snr_shift", "process.clip")),
+        *(("train", f"{name}=inf") for name in ("optimizer.weight_decay", "snr_shift", "diffusion.clip_x0")),
         *(("train", f"{name}=nan") for name in ("data.val_fraction", "model.dropout", "trainer.gradient_clip_val")),
         ("train", "callbacks.ema.decay=nan"),
         ("train", "optimizer.betas=[0.9,nan]"),
@@ -60,14 +60,14 @@ def test_numbers_that_are_not_finite_are_refused():
         ("evaluate", "ode_tolerance=inf"),
         ("evaluate", "alignment.scales=[1,inf]"),
         ("schedules", "snr_shift=-inf"),
-        ("sample", "sampler=heun sampler.churn_max=-inf"),
+        ("sample", "sampler=heun sampler.s_tmax=-inf"),
     ):
         overrides = override.split()
         setting = overrides[-1].partition("=")[0]
         refused(lambda name=name, overrides=overrides: check_overrides(name, overrides), f"{setting}=", "finite")
     refused(lambda: check_overrides("train", ["optimizer.lr=1e-3,nan"], multirun=True), "optimizer.lr=nan")
     check_overrides("train", ["guidance.interval=[0.2,inf]"])
-    check_overrides("sample", ["sampler=heun", "sampler.churn_max=inf"])
+    check_overrides("sample", ["sampler=heun", "sampler.s_tmax=inf"])
 
 
 def test_every_value_of_a_sweep_is_checked():
@@ -78,10 +78,13 @@ def test_every_value_of_a_sweep_is_checked():
 def test_empty_values_are_refused():
     """An empty folder would be the current one."""
     for command, name in (
-        *(("sample", name) for name in ("run", "ckpt", "encoder", "guidance.weak", "device", "precision", "seed")),
-        *(("evaluate", name) for name in ("run", "data.root", "cache", "features", "against")),
+        *(("sample", name) for name in ("run", "ckpt", "encoder", "guidance.model", "device", "precision", "seed")),
+        *(("evaluate", name) for name in ("run", "data.root", "cache", "features", "reference")),
         *(("compare", name) for name in ("runs", "data.root")),
-        *(("train", name) for name in ("data.root", "compile", "optimize", "trainer.precision", "model", "schedule")),
+        *(
+            ("train", name)
+            for name in ("data.root", "compile", "optimized_metric", "trainer.precision", "model", "schedule")
+        ),
     ):
         for empty in ("", "''", "' '"):
             refused(lambda c=command, o=f"{name}={empty}": check_overrides(c, [o]), name)
@@ -112,7 +115,7 @@ def test_a_setting_is_given_once():
         ["hydra.run.dir=a", "hydra.run.dir=b"],
     ):
         refused(lambda twice=twice: check_repeated(["data=digits", *twice]), *twice)
-    check_repeated(["model=unet_tiny", "model.width=8", "data=digits", "data.root=x", "callbacks.ema=null"])
+    check_repeated(["model=unet_tiny", "model.model_channels=8", "data=digits", "data.root=x", "callbacks.ema=null"])
 
 
 def test_a_setting_of_a_resumed_run_is_given_anew(tmp_path):
@@ -167,8 +170,20 @@ def test_seeds_lie_where_generators_have_them(trained, tmp_path):
 def test_counts_are_at_least_one(trained, tmp_path):
     for name, settings in (
         ("sample", ("n=0", "n=-3", "batch_size=0", "sampler.steps=0", "devices=0", "devices=-1", "num_nodes=0")),
-        ("evaluate", ("n=0", "keep=0", "near=-1", "held_out=-1", "held_out=0", "links=0", "batch_size=0", "devices=0")),
-        ("evaluate", ("alignment.n=0", "alignment.judge_steps=0", "ode_tolerance=0", "ode_tolerance=-1")),
+        (
+            "evaluate",
+            (
+                "n=0",
+                "max_features=0",
+                "near=-1",
+                "held_out=-1",
+                "num_val=0",
+                "num_terms=0",
+                "batch_size=0",
+                "devices=0",
+            ),
+        ),
+        ("evaluate", ("alignment.n=0", "alignment.detector_steps=0", "ode_tolerance=0", "ode_tolerance=-1")),
         ("schedules", ("num_steps=0", "num_steps=-1", "frames=1")),
     ):
         run = [] if name == "schedules" else [f"run='{trained}'"]
@@ -200,7 +215,7 @@ def test_a_run_and_what_is_known_exactly_are_not_evaluated_together(trained, tmp
 def test_any_callback_can_be_left_out(tmp_path):
     names = list(compose("train").callbacks)
     settings = [o for o in TINY if not o.startswith("callbacks.")]
-    assert {"ema", "guard", "stop", "best"} <= set(names)
+    assert {"ema", "nan_guard", "graceful_shutdown", "best"} <= set(names)
     for name in names:
         for out in (f"callbacks.{name}=null", f"~callbacks.{name}"):
             check_overrides("train", [out])
@@ -222,8 +237,8 @@ def test_a_run_trains_with_any_choice_of_callbacks(choice, tmp_path):
         settings += ["callbacks.quality.n=20", "callbacks.quality.features=[pixels]"]
     if "default" in choice:
         settings += [
-            "callbacks.bits_per_dim.samples=3",
-            "callbacks.samples.count=4",
+            "callbacks.bits_per_dim.num_samples=3",
+            "callbacks.samples.num_samples=4",
             "callbacks.progress.refresh_rate=0",
         ]
     settings += ["trainer.max_steps=2", "validate_every=1", f"run_dir='{tmp_path / 'run'}'"]

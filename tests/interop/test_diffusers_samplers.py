@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
-from src.diffusion.process import GaussianDiffusion, Prediction
 from src.interop.diffusers_samplers import CONVENTIONS, _walks_betas, diffusers
 from src.rng import SampleNoise
 from tests.loops import for_each
@@ -63,10 +63,10 @@ def nonlinear(x, t):
     return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
-def run(name, x, steps, predict=ideal, schedule=LINEAR, noise=None, process=None):
+def run(name, x, steps, predict=ideal, schedule=LINEAR, noise=None, diffusion=None):
     grid = make_grid(schedule, steps)
     return list(
-        diffusers(process or GaussianDiffusion(), predict, x, grid, noise=noise or seeded_noise(1), scheduler=name)
+        diffusers(diffusion or GaussianDiffusion(), predict, x, grid, noise=noise or seeded_noise(1), scheduler=name)
     )
 
 
@@ -172,9 +172,9 @@ def test_samples_depend_on_their_own_noise_alone(name):
 
 def test_clipping_is_the_process_own():
     """The scheduler gets what the process makes of the network's output."""
-    process = GaussianDiffusion("x0", clip=0.5)
-    predict = samplers.predictor(process, lambda x, t: 3 * torch.tanh(x))
-    *_, out = run("DDIMScheduler", normal((5, 2), 6), 10, predict, process=process)
+    diffusion = GaussianDiffusion("x0", clip_x0=0.5)
+    predict = samplers.predictor(diffusion, lambda x, t: 3 * torch.tanh(x))
+    *_, out = run("DDIMScheduler", normal((5, 2), 6), 10, predict, diffusion=diffusion)
     assert out.abs().max() == 0.5
 
 
@@ -232,6 +232,6 @@ def test_eps_is_not_enough_at_zero_snr():
 def test_without_diffusers(monkeypatch):
     """The optional extra is asked for only here, in one line."""
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    walk = partial(diffusers, scheduler="DDIMScheduler")
+    fn = partial(diffusers, scheduler="DDIMScheduler")
     with pytest.raises(ValueError, match="pip install diffusers"):
-        next(walk(GaussianDiffusion(), ideal, normal((3, 2), 11), make_grid(LINEAR, 5), noise=torch.zeros_like))
+        next(fn(GaussianDiffusion(), ideal, normal((3, 2), 11), make_grid(LINEAR, 5), noise=torch.zeros_like))

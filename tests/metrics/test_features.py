@@ -12,16 +12,16 @@ from src.cache import cached, digest
 from src.metrics.classifier import train_classifier
 from src.metrics.collected import Collected, collect, collect_once
 from src.metrics.features import INCEPTION, DinoV2, Features, Inception, Pixels, to_rgb
-from src.metrics.memorisation import memorisation
+from src.metrics.memorization import memorization
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global load_digits, frechet_figure, image_figures, memorisation_figures, point_figures
+    global load_digits, frechet_figure, image_metrics, memorization_metrics, point_metrics
     from sklearn.datasets import load_digits
 
-    from src.metrics.measure import frechet_figure, image_figures, memorisation_figures, point_figures
+    from src.metrics.measure import frechet_figure, image_metrics, memorization_metrics, point_metrics
 
 
 ORDER = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
@@ -290,7 +290,7 @@ def test_copies_are_caught_by_memorisation_and_by_nothing_else(digits, classifie
     reference = measured(classifier, images[HELD_OUT])
     generator = torch.Generator().manual_seed(0)
     copies, *others = (images[TRAIN[torch.randperm(1437, generator=generator)[:300]]] for _ in range(9))
-    measure = partial(image_figures, "classifier", reference=reference, seed=0, replicates=10)
+    measure = partial(image_metrics, "classifier", reference=reference, seed=0, replicates=10)
     figures, *floor = (measure(measured(classifier, x)) for x in (copies, *others))
     assert set(figures) == {
         f"{metric}_classifier_300"
@@ -301,12 +301,12 @@ def test_copies_are_caught_by_memorisation_and_by_nothing_else(digits, classifie
         assert abs(figure.value - usual.mean()) < 4 * usual.std(), metric
     for space in (Pixels(), classifier):
         held_out, train = (space(images[part]).features for part in (HELD_OUT, TRAIN))
-        found = memorisation_figures(space.name, memorisation(space(copies).features, held_out, train), seed=0)
+        found = memorization_metrics(space.name, memorization(space(copies).features, held_out, train), seed=0)
         # Wilson's interval of n out of n begins at n / (n + z^2).
         assert found[f"copies_{space.name}_300"] == pytest.approx((1, 300 / (300 + 1.959964**2), 1))
         assert found[f"nearest_ratio_{space.name}_300"] == (0, 0, 0)
         half = len(HELD_OUT) // 2
-        new = memorisation(held_out[:half], held_out[half:], train)
+        new = memorization(held_out[:half], held_out[half:], train)
         assert new.copies.value < 0.15
         assert new.ratio.value == pytest.approx(1, abs=0.2)
 
@@ -316,7 +316,7 @@ def test_noise_is_far_from_the_digits_in_every_figure(digits, classifier):
     reference = measured(classifier, images[HELD_OUT])
     noise = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     bad, good = (
-        image_figures("inception", measured(classifier, x), reference, 0, replicates=20)
+        image_metrics("inception", measured(classifier, x), reference, 0, replicates=20)
         for x in (noise, images[TRAIN[:300]])
     )
     assert {"fid_300", "kid_300", "inception_score_300", "precision_inception_300"} <= set(bad)
@@ -328,6 +328,6 @@ def test_noise_is_far_from_the_digits_in_every_figure(digits, classifier):
 
 def test_figures_of_points():
     x, y = torch.randn(2, 300, 2, generator=torch.Generator().manual_seed(0))
-    figures, far = point_figures(x, y, 0, replicates=20), point_figures(x + 1, y, 0, replicates=20)
+    figures, far = point_metrics(x, y, 0, replicates=20), point_metrics(x + 1, y, 0, replicates=20)
     assert set(figures) == {"sliced_wasserstein_300", "energy_distance_300", "mmd_300"}
     assert all(far[metric].low > figures[metric].high for metric in figures)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src.metrics import kernels, neighbours
-from src.metrics.figures import Statistic, mean_of, median_of, name
+from src.metrics import kernels, neighbors
+from src.metrics.confidence import Statistic, mean_of, median_of, name
 from src.metrics.frechet import Moments, frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, kid_subsets, mmd
-from src.metrics.memorisation import memorisation
-from src.metrics.neighbours import manifolds, nearest
+from src.metrics.memorization import memorization
+from src.metrics.neighbors import manifolds, nearest
 from src.metrics.transport import sliced_wasserstein
 
 
@@ -23,7 +23,7 @@ def heavy_imports() -> None:
     global sqrtm, linear_sum_assignment, scipy_energy, NearestNeighbors, maximum_mean_discrepancy, poly_mmd
     global chi_square, class_counts, inception_score, total_variation
     from scipy.linalg import sqrtm
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimized_metric import linear_sum_assignment
     from scipy.stats import energy_distance as scipy_energy
     from sklearn.neighbors import NearestNeighbors
     from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
@@ -58,7 +58,7 @@ STATISTICS = {
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(neighbours, "CHUNK", 1000)
+    monkeypatch.setattr(neighbors, "CHUNK", 1000)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(10_000, "fid_10k"), (1797, "fid_1797"), (1000, "fid_1k"), (0, "fid_0")])
@@ -334,14 +334,14 @@ def test_memorisation_is_relative_to_new_data():
     """New data are at ratio 1 and 5% copies, copies at 0 and 100%, half of them half."""
     pool = torch.randn(1800, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     train, held_out, new = pool.split(600)
-    honest = memorisation(new, held_out, train)
+    honest = memorization(new, held_out, train)
     assert honest.ratio.value == pytest.approx(1, abs=0.1)
     assert honest.copies.value == pytest.approx(0.05, abs=0.03)
-    assert memorisation(held_out, held_out, train).copies.value == pytest.approx(0.05, abs=1 / 600)
-    copies = memorisation(train[[5, 7, 7]], held_out, train)
+    assert memorization(held_out, held_out, train).copies.value == pytest.approx(0.05, abs=1 / 600)
+    copies = memorization(train[[5, 7, 7]], held_out, train)
     assert (copies.ratio.value, copies.copies.value) == (0, 1)
-    assert copies.neighbours.tolist() == [5, 7, 7]
-    mixed = memorisation(torch.cat([new[:300], train[:300]]), held_out, train)
+    assert copies.neighbors.tolist() == [5, 7, 7]
+    mixed = memorization(torch.cat([new[:300], train[:300]]), held_out, train)
     assert mixed.copies.value == pytest.approx(0.5 + honest.copies.value / 2, abs=0.03)
 
 
@@ -360,8 +360,8 @@ def test_memorisation_is_relative_to_new_data():
         (lambda: sliced_wasserstein(X, Y[:, :2], 0), "same F"),
         (lambda: manifolds(X[:5], Y), r"k must lie in \[1, 4\]"),
         (lambda: nearest(X, Y[:0]), "no samples"),
-        (lambda: memorisation(X, Y, Y), "remove duplicates"),
-        (lambda: memorisation(X, Y, X, quantile=5), "got 5"),
+        (lambda: memorization(X, Y, Y), "remove duplicates"),
+        (lambda: memorization(X, Y, X, quantile=5), "got 5"),
         (lambda: inception_score(X[:5].softmax(1)), "5 samples"),
         (lambda: class_counts(torch.tensor([10]), 10), "got up to 10"),
         (lambda: Statistic(3, lambda c: c.sum(1)).figure(0, replicates=1), "at least 2 replicates"),

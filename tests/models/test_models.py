@@ -23,42 +23,63 @@ from src.models.layers import (
 from src.models.mlp import MLP
 from src.models.unet import Layer, UNet, pad_to_multiple
 
-TINY = {"channels": 1, "image_size": 8, "width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,)}
+TINY = {
+    "channels": 1,
+    "image_size": 8,
+    "model_channels": 8,
+    "channel_mult": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (4,),
+}
 
 ALIKE = {
-    "ddpm": {"channels": 3, "image_size": 16, "width": 32, "multipliers": (1, 2, 2), "blocks": 2, "attention": (8,)},
+    "ddpm": {
+        "channels": 3,
+        "image_size": 16,
+        "model_channels": 32,
+        "channel_mult": (1, 2, 2),
+        "num_res_blocks": 2,
+        "attention_resolutions": (8,),
+    },
     "adm": {
         "channels": 3,
         "image_size": 16,
-        "width": 24,
-        "multipliers": (1, 2, 3),
-        "blocks": 1,
-        "attention": (8, 4),
-        "head_channels": 12,
-        "conditioning": "scale_shift",
-        "resample_blocks": True,
+        "model_channels": 24,
+        "channel_mult": (1, 2, 3),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8, 4),
+        "num_head_channels": 12,
+        "time_conditioning": "scale_shift",
+        "resblock_updown": True,
     },
     "scale_shift with convolutions between": {
         "channels": 1,
         "image_size": 8,
-        "width": 16,
-        "multipliers": (1, 3),
-        "blocks": 2,
-        "attention": (8,),
-        "head_channels": 8,
-        "conditioning": "scale_shift",
+        "model_channels": 16,
+        "channel_mult": (1, 3),
+        "num_res_blocks": 2,
+        "attention_resolutions": (8,),
+        "num_head_channels": 8,
+        "time_conditioning": "scale_shift",
     },
     "add with resampling blocks": {
         "channels": 1,
         "image_size": 16,
-        "width": 8,
-        "multipliers": (1, 2, 4),
-        "blocks": 3,
-        "attention": (),
-        "head_channels": 4,
-        "resample_blocks": True,
+        "model_channels": 8,
+        "channel_mult": (1, 2, 4),
+        "num_res_blocks": 3,
+        "attention_resolutions": (),
+        "num_head_channels": 4,
+        "resblock_updown": True,
     },
-    "one level": {"channels": 1, "image_size": 5, "width": 12, "multipliers": (1,), "blocks": 1, "attention": (5,)},
+    "one level": {
+        "channels": 1,
+        "image_size": 5,
+        "model_channels": 12,
+        "channel_mult": (1,),
+        "num_res_blocks": 1,
+        "attention_resolutions": (5,),
+    },
 }
 
 
@@ -101,7 +122,12 @@ def count(net: nn.Module) -> int:
 
 
 def expected_count(
-    channels: int, width: int, multipliers: tuple[int, ...], blocks: int, attended: set[int], modulations: int = 1
+    channels: int,
+    model_channels: int,
+    channel_mult: tuple[int, ...],
+    num_res_blocks: int,
+    attended: set[int],
+    modulations: int = 1,
 ) -> int:
     """Parameters of Ho et al.'s U-Net, added up layer by layer; `modulations` is 2 for scale and shift."""
 
@@ -113,27 +139,33 @@ def expected_count(
 
     def residual(a: int, b: int) -> int:
         shortcut = conv(a, b, 1) if a != b else 0
-        return 2 * a + conv(a, b) + linear(4 * width, modulations * b) + 2 * b + conv(b, b) + shortcut
+        return 2 * a + conv(a, b) + linear(4 * model_channels, modulations * b) + 2 * b + conv(b, b) + shortcut
 
-    def attention(a: int) -> int:
+    def attention_resolutions(a: int) -> int:
         return 2 * a + 4 * linear(a, a)
 
-    widths = [width * m for m in multipliers]
+    widths = [model_channels * m for m in channel_mult]
     last = len(widths) - 1
-    total = linear(width, 4 * width) + linear(4 * width, 4 * width) + conv(channels, width)
-    skips, c = [width], width
+    total = (
+        linear(model_channels, 4 * model_channels)
+        + linear(4 * model_channels, 4 * model_channels)
+        + conv(channels, model_channels)
+    )
+    skips, c = [model_channels], model_channels
     for level, w in enumerate(widths):
-        for _ in range(blocks):
-            total += residual(c, w) + (attention(w) if level in attended else 0)
+        for _ in range(num_res_blocks):
+            total += residual(c, w) + (attention_resolutions(w) if level in attended else 0)
             c = w
             skips.append(c)
         if level < last:
             total += conv(c, c)
             skips.append(c)
-    total += 2 * residual(c, c) + attention(c)
+    total += 2 * residual(c, c) + attention_resolutions(c)
     for level in range(last, -1, -1):
-        for _ in range(blocks + 1):
-            total += residual(c + skips.pop(), widths[level]) + (attention(widths[level]) if level in attended else 0)
+        for _ in range(num_res_blocks + 1):
+            total += residual(c + skips.pop(), widths[level]) + (
+                attention_resolutions(widths[level]) if level in attended else 0
+            )
             c = widths[level]
         if level > 0:
             total += conv(c, c)
@@ -144,15 +176,15 @@ def diffusers_twin(settings: dict) -> nn.Module:
     """UNet2DModel with the architecture that `settings` give our UNet."""
     from diffusers import UNet2DModel
 
-    resampling = settings.get("resample_blocks", False)
-    sizes = [-(-settings["image_size"] // 2**i) for i in range(len(settings["multipliers"]))]
+    resampling = settings.get("resblock_updown", False)
+    sizes = [-(-settings["image_size"] // 2**i) for i in range(len(settings["channel_mult"]))]
 
     def kind(size: int, way: str) -> str:
-        if size in settings["attention"]:
+        if size in settings["attention_resolutions"]:
             return f"Attn{way}Block2D"
         return f"Resnet{way}sampleBlock2D" if resampling else f"{way}Block2D"
 
-    groups = fit_groups(settings["width"])
+    groups = fit_groups(settings["model_channels"])
     return UNet2DModel(
         sample_size=settings["image_size"],
         in_channels=settings["channels"],
@@ -161,17 +193,17 @@ def diffusers_twin(settings: dict) -> nn.Module:
         freq_shift=1,
         down_block_types=tuple(kind(s, "Down") for s in sizes),
         up_block_types=tuple(kind(s, "Up") for s in reversed(sizes)),
-        block_out_channels=tuple(settings["width"] * m for m in settings["multipliers"]),
-        layers_per_block=settings["blocks"],
+        block_out_channels=tuple(settings["model_channels"] * m for m in settings["channel_mult"]),
+        layers_per_block=settings["num_res_blocks"],
         downsample_padding=1,
         downsample_type="resnet" if resampling else "conv",
         upsample_type="resnet" if resampling else "conv",
-        attention_head_dim=settings.get("head_channels"),
+        attention_head_dim=settings.get("num_head_channels"),
         norm_num_groups=groups,
         attn_norm_num_groups=groups,
         norm_eps=1e-5,
         num_class_embeds=settings.get("classes"),
-        resnet_time_scale_shift="scale_shift" if settings.get("conditioning") == "scale_shift" else "default",
+        resnet_time_scale_shift="scale_shift" if settings.get("time_conditioning") == "scale_shift" else "default",
     ).eval()
 
 
@@ -189,11 +221,11 @@ def copy_weights(ours: UNet, theirs: nn.Module) -> None:
         put(f"{name}.conv2", block.conv2)
         put(f"{name}.conv_shortcut", block.shortcut)
 
-    def put_attention(name: str, attention: SelfAttention) -> None:
-        put(f"{name}.group_norm", attention.norm)
-        put(f"{name}.to_out.0", attention.out)
+    def put_attention(name: str, attention_resolutions: SelfAttention) -> None:
+        put(f"{name}.group_norm", attention_resolutions.norm)
+        put(f"{name}.to_out.0", attention_resolutions.out)
         for kind in ("weight", "bias"):
-            for letter, part in zip("qkv", getattr(attention.qkv, kind).chunk(3), strict=True):
+            for letter, part in zip("qkv", getattr(attention_resolutions.qkv, kind).chunk(3), strict=True):
                 state[f"{name}.to_{letter}.{kind}"] = part
 
     def put_path(side: str, modules: nn.ModuleList, change: str) -> None:
@@ -281,11 +313,11 @@ def test_adm_preset_is_the_64_pixel_network_of_dhariwal_and_nichol():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 8), (9, 16), (28, 28), (3, 1)])
-@pytest.mark.parametrize("resample_blocks", [False, True])
+@pytest.mark.parametrize("resblock_updown", [False, True])
 @torch.no_grad()
-def test_unet_takes_any_height_and_width(size, resample_blocks):
+def test_unet_takes_any_height_and_width(size, resblock_updown):
     """The output has the input's shape and is finite, also where the levels do not divide it."""
-    net = randomise(UNet(**{**TINY, "multipliers": (1, 1, 2), "resample_blocks": resample_blocks}))
+    net = randomise(UNet(**{**TINY, "channel_mult": (1, 1, 2), "resblock_updown": resblock_updown}))
     out = net(normal(2, 1, *size), torch.tensor([0.2, 0.9]))
     assert out.shape == (2, 1, *size)
     assert out.isfinite().all()
@@ -295,7 +327,7 @@ def test_unet_takes_any_height_and_width(size, resample_blocks):
 @torch.no_grad()
 def test_padding_repeats_the_edge_and_crops(size):
     """A U-Net on an odd size equals itself on numpy's edge padding, cropped; on a divisible one nothing is padded."""
-    net = randomise(UNet(**{**TINY, "multipliers": (1, 2, 2)}))
+    net = randomise(UNet(**{**TINY, "channel_mult": (1, 2, 2)}))
     x, time = normal(2, 1, *size), torch.tensor([0.2, 0.9])
     missing = [(-n) % 4 for n in size]
     by_hand = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])), mode="edge"))
@@ -308,9 +340,9 @@ def test_padding_repeats_the_edge_and_crops(size):
     ("make", "outputs"),
     [
         (lambda: UNet(**TINY), 1),
-        (lambda: UNet(**{**TINY, "conditioning": "scale_shift", "resample_blocks": True, "outputs": 2}), 2),
-        (lambda: MLP(2, width=8, blocks=2), 1),
-        (lambda: MLP(2, width=8, blocks=1, outputs=2), 2),
+        (lambda: UNet(**{**TINY, "time_conditioning": "scale_shift", "resblock_updown": True, "outputs": 2}), 2),
+        (lambda: MLP(2, hidden_size=8, num_res_blocks=2), 1),
+        (lambda: MLP(2, hidden_size=8, num_res_blocks=1, outputs=2), 2),
     ],
     ids=["ddpm", "adm of two outputs", "mlp", "mlp of two outputs"],
 )
@@ -326,34 +358,36 @@ def test_fresh_networks_put_out_exactly_zero(make, outputs):
 def test_fresh_residual_branches_are_the_identity():
     """At initialisation residual blocks and attention pass their input through unchanged."""
     x, emb = normal(2, 8, 4, 4), normal(2, 6)
-    for conditioning in ("add", "scale_shift"):
-        assert_close(ResidualBlock(8, 8, 6, 2, conditioning)(x, emb), x, rtol=0, atol=0)
+    for time_conditioning in ("add", "scale_shift"):
+        assert_close(ResidualBlock(8, 8, 6, 2, time_conditioning)(x, emb), x, rtol=0, atol=0)
     assert_close(SelfAttention(8, 2, 2)(x), x, rtol=0, atol=0)
 
 
 def test_attention_where_no_level_is_raises():
     """The message names what was asked for and the resolutions that exist."""
-    with pytest.raises(ValueError, match=r"attention at \[16\] does not occur.*\[28, 14, 7\]"):
-        UNet(channels=1, image_size=28, width=8, multipliers=(1, 1, 1), attention=(16, 14))
+    with pytest.raises(ValueError, match=r"attention_resolutions at \[16\] does not occur.*\[28, 14, 7\]"):
+        UNet(channels=1, image_size=28, model_channels=8, channel_mult=(1, 1, 1), attention_resolutions=(16, 14))
 
 
-@pytest.mark.parametrize("wrong", [{"head_channels": 5}, {"head_channels": 64}, {"heads": 3}])
+@pytest.mark.parametrize("wrong", [{"num_head_channels": 5}, {"num_head_channels": 64}, {"num_heads": 3}])
 def test_heads_that_do_not_divide_raise(wrong):
     """The message names the channels and the setting to change."""
-    with pytest.raises(ValueError, match=r"16 channels do not split into heads.*model\.head_channels"):
+    with pytest.raises(ValueError, match=r"16 channels do not split into heads.*model\.num_head_channels"):
         UNet(**{**TINY, **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"channels": 0}, {"blocks": 0}, {"multipliers": ()}, {"multipliers": (1, 0)}])
+@pytest.mark.parametrize(
+    "wrong", [{"channels": 0}, {"num_res_blocks": 0}, {"channel_mult": ()}, {"channel_mult": (1, 0)}]
+)
 def test_sizes_below_one_raise(wrong):
     with pytest.raises(ValueError, match=r"must be at least 1, got"):
-        UNet(**{**TINY, "attention": (), **wrong})
+        UNet(**{**TINY, "attention_resolutions": (), **wrong})
 
 
-@pytest.mark.parametrize("wrong", [{"features": 0}, {"width": 0}, {"blocks": 0}, {"outputs": 0}])
+@pytest.mark.parametrize("wrong", [{"features": 0}, {"hidden_size": 0}, {"num_res_blocks": 0}, {"outputs": 0}])
 def test_mlp_sizes_below_one_raise(wrong):
     with pytest.raises(ValueError, match=r"must be at least 1, got"):
-        MLP(**{"features": 2, "width": 8, "blocks": 1, "outputs": 1, **wrong})
+        MLP(**{"features": 2, "hidden_size": 8, "num_res_blocks": 1, "outputs": 1, **wrong})
 
 
 def test_odd_time_width_raises():
@@ -364,9 +398,9 @@ def test_odd_time_width_raises():
 @torch.no_grad()
 def test_heads_are_another_word_for_head_channels():
     """`heads` = 2 of 16 channels is head_channels = 8, with the same weights."""
-    settings = {**TINY, "width": 16, "multipliers": (1,), "attention": (8,)}
-    by_heads = randomise(UNet(**settings, heads=2)).eval()
-    by_channels = UNet(**settings, head_channels=8).eval()
+    settings = {**TINY, "model_channels": 16, "channel_mult": (1,), "attention_resolutions": (8,)}
+    by_heads = randomise(UNet(**settings, num_heads=2)).eval()
+    by_channels = UNet(**settings, num_head_channels=8).eval()
     by_channels.load_state_dict(by_heads.state_dict())
     one_head = UNet(**settings).eval()
     one_head.load_state_dict(by_heads.state_dict())
@@ -378,17 +412,17 @@ def test_heads_are_another_word_for_head_channels():
 @torch.no_grad()
 def test_attention_is_softmax_of_scaled_products():
     """One head after another, as Vaswani et al. 2017, eq. 1 writes it, in float64."""
-    attention = randomise(SelfAttention(8, 2, heads=2).double())
+    attention_resolutions = randomise(SelfAttention(8, 2, num_heads=2).double())
     x = normal(2, 8, 3, 5).double()
-    tokens = F.group_norm(x, 2, attention.norm.weight, attention.norm.bias, 1e-5).flatten(2).mT
-    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+    tokens = F.group_norm(x, 2, attention_resolutions.norm.weight, attention_resolutions.norm.bias, 1e-5).flatten(2).mT
+    weights, biases = attention_resolutions.qkv.weight.chunk(3), attention_resolutions.qkv.bias.chunk(3)
     q, k, v = (tokens @ w.T + b for w, b in zip(weights, biases, strict=True))
     mixed = []
     for part in (slice(0, 4), slice(4, 8)):
         shares = torch.exp(q[..., part] @ k[..., part].mT / 2)
         mixed.append(shares / shares.sum(-1, keepdim=True) @ v[..., part])
-    out = torch.cat(mixed, -1) @ attention.out.weight.T + attention.out.bias
-    assert_close(attention(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
+    out = torch.cat(mixed, -1) @ attention_resolutions.out.weight.T + attention_resolutions.out.bias
+    assert_close(attention_resolutions(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
@@ -432,7 +466,7 @@ def test_sinusoids_stay_float32_in_low_precision():
         assert (found[0] - found[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("make", [lambda: UNet(**TINY), lambda: MLP(2, width=16)], ids=["unet", "mlp"])
+@pytest.mark.parametrize("make", [lambda: UNet(**TINY), lambda: MLP(2, hidden_size=16)], ids=["unet", "mlp"])
 @torch.no_grad()
 def test_bfloat16_networks_tell_neighbouring_steps_apart(make):
     """net.to(bfloat16) takes float32 input and time, and sees steps 500 and 501 of 1000 as different."""
@@ -443,16 +477,16 @@ def test_bfloat16_networks_tell_neighbouring_steps_apart(make):
     assert (out[0] - out[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 24, 32, 48, 64, 96, 128, 192, 256])
-def test_groups_are_the_most_that_fit(width):
+@pytest.mark.parametrize("model_channels", [1, 2, 3, 4, 7, 24, 32, 48, 64, 96, 128, 192, 256])
+def test_groups_are_the_most_that_fit(model_channels):
     """They divide the width, are at most 32, leave 4 channels each (or are 1), and one more would break a rule."""
-    groups = fit_groups(width)
+    groups = fit_groups(model_channels)
 
     def fits(g: int) -> bool:
-        return g <= 32 and width % g == 0 and width // g >= 4
+        return g <= 32 and model_channels % g == 0 and model_channels // g >= 4
 
     assert fits(groups) or groups == 1
-    assert not any(fits(g) for g in range(groups + 1, width + 1))
+    assert not any(fits(g) for g in range(groups + 1, model_channels + 1))
 
 
 def test_groups_of_the_published_widths():
@@ -464,8 +498,10 @@ def test_groups_of_the_published_widths():
     "make",
     [
         lambda: UNet(**TINY),
-        lambda: UNet(**{**TINY, "conditioning": "scale_shift", "resample_blocks": True, "attention": (8, 4)}),
-        lambda: MLP(3, width=16, blocks=2),
+        lambda: UNet(
+            **{**TINY, "time_conditioning": "scale_shift", "resblock_updown": True, "attention_resolutions": (8, 4)}
+        ),
+        lambda: MLP(3, hidden_size=16, num_res_blocks=2),
     ],
     ids=["ddpm", "adm", "mlp"],
 )
@@ -478,7 +514,9 @@ def test_every_parameter_receives_a_gradient(make):
     assert idle == []
 
 
-@pytest.mark.parametrize("make", [lambda: UNet(**TINY, dropout=0.3), lambda: MLP(2, width=16)], ids=["unet", "mlp"])
+@pytest.mark.parametrize(
+    "make", [lambda: UNet(**TINY, dropout=0.3), lambda: MLP(2, hidden_size=16)], ids=["unet", "mlp"]
+)
 @torch.no_grad()
 def test_samples_of_a_batch_do_not_influence_each_other(make):
     """Another first sample, at another time, changes its own output and no other by a single bit."""
@@ -508,7 +546,7 @@ def test_dropout_acts_in_training_only():
 @torch.no_grad()
 def test_mlp_is_what_its_docstring_says(outputs):
     """Its forward pass written out in float64 numpy from the weights."""
-    net = randomise(MLP(3, width=16, blocks=2, outputs=outputs))
+    net = randomise(MLP(3, hidden_size=16, num_res_blocks=2, outputs=outputs))
     w = {name: value.double().numpy() for name, value in net.state_dict().items()}
     x, time = normal(5, 3), torch.tensor([0.001, 0.01, 0.02, 0.05, 0.1])
 

@@ -33,7 +33,7 @@ def copy_attention(theirs: nn.MultiheadAttention, weights: dict[str, torch.Tenso
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_cross_attention_is_torchs(masked):
-    ours = randomised(CrossAttention(channels=12, groups=3, heads=2, token_width=10))
+    ours = randomised(CrossAttention(channels=12, groups=3, num_heads=2, token_width=10))
     theirs = nn.MultiheadAttention(12, 2, kdim=10, vdim=10, batch_first=True)
     keys, values = ours.kv.weight.chunk(2)
     bias = torch.cat([ours.query.bias, ours.kv.bias])
@@ -57,7 +57,7 @@ def test_cross_attention_is_torchs(masked):
 
 
 def test_cross_attention_starts_as_the_identity_and_learns():
-    net = CrossAttention(channels=8, groups=2, heads=2, token_width=6)
+    net = CrossAttention(channels=8, groups=2, num_heads=2, token_width=6)
     x, tokens = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 6, requires_grad=True)
     out = net(x, tokens)
     assert_close(out, x, rtol=0, atol=0)
@@ -68,7 +68,7 @@ def test_cross_attention_starts_as_the_identity_and_learns():
 
 
 def test_tokens_that_are_not_there_have_no_part_in_cross_attention():
-    net = randomised(CrossAttention(channels=8, groups=2, heads=4, token_width=6))
+    net = randomised(CrossAttention(channels=8, groups=2, num_heads=4, token_width=6))
     x, tokens = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 6)
     mask = torch.arange(5) < torch.tensor([[2], [5]])
     other = torch.where(mask[:, :, None], tokens, 100.0).requires_grad_()
@@ -83,7 +83,7 @@ def test_tokens_that_are_not_there_have_no_part_in_cross_attention():
 
 
 def test_the_transformer_is_torchs():
-    ours = randomised(TextTransformer(dim=5, vocabulary=11, length=8, width=12, layers=2, heads=3))
+    ours = randomised(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
     mask = IDS != 0
     x = ours.table(IDS) + ours.positions
     for block in ours.blocks:
@@ -109,7 +109,7 @@ def test_the_transformer_is_torchs():
 
 
 def test_more_padding_changes_nothing_and_the_order_of_tokens_something():
-    net = randomised(TextTransformer(dim=5, vocabulary=11, length=8, width=12, layers=2, heads=3))
+    net = randomised(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
     short, long = net(IDS[:1, :5]), net(IDS[:1])
     assert_close(long.vector, short.vector, rtol=1e-5, atol=1e-6)
     assert_close(long.tokens[:, :5], short.tokens, rtol=1e-5, atol=1e-6)
@@ -120,7 +120,7 @@ def test_more_padding_changes_nothing_and_the_order_of_tokens_something():
 
 
 def test_before_training_one_word_makes_a_large_part_of_what_a_text_gives():
-    net = TextTransformer(dim=256, vocabulary=300, length=32, width=128, layers=2, heads=4)
+    net = TextTransformer(dim=256, vocab_size=300, max_length=32, hidden_size=128, num_layers=2, num_heads=4)
     ids = torch.randint(3, 300, (64, 32))
     ids[:, 14:] = 0  # texts of a dozen tokens
     another = ids.clone()
@@ -132,10 +132,10 @@ def test_before_training_one_word_makes_a_large_part_of_what_a_text_gives():
     assert between_places.mean().abs() < 0.1  # words are unlike each other, wherever they stand
 
 
-@pytest.mark.parametrize("settings", [{"layers": 0}, {"heads": 5}, {"heads": 0}])
+@pytest.mark.parametrize("settings", [{"num_layers": 0}, {"num_heads": 5}, {"num_heads": 0}])
 def test_what_a_transformer_cannot_be(settings):
     with pytest.raises(ValueError, match=r"conditioning\.embed") as error:
-        TextTransformer(dim=5, vocabulary=11, length=8, **settings)
+        TextTransformer(dim=5, vocab_size=11, max_length=8, **settings)
     assert "\n" not in str(error.value)
 
 
@@ -143,7 +143,7 @@ def test_what_a_transformer_cannot_be(settings):
 
 
 def test_the_projection_takes_rows_of_zeros_for_padding():
-    net = randomised(TextProjection(dim=5, features=7, width=6))
+    net = randomised(TextProjection(dim=5, features=7, hidden_size=6))
     rows = [3 * torch.randn(count, 7) for count in (4, 1, 6)]
     vector, tokens, mask = net(torch.nn.utils.rnn.pad_sequence(rows, True))
     assert mask.sum(1).tolist() == [4, 1, 6]
@@ -170,7 +170,7 @@ def test_the_projection_needs_a_width():
 @pytest.mark.parametrize(
     ("net", "nothing"),
     [
-        (TextTransformer(dim=5, vocabulary=11, length=4, width=8), torch.zeros(2, 4, dtype=torch.int64)),
+        (TextTransformer(dim=5, vocab_size=11, max_length=4, hidden_size=8), torch.zeros(2, 4, dtype=torch.int64)),
         (TextProjection(dim=5, features=7), torch.zeros(2, 4, 7)),
     ],
     ids=lambda each: type(each).__name__,

@@ -11,15 +11,15 @@ import torch
 
 from src.errors import UsageError
 from src.runs.checkpoints import changed_settings, find_checkpoint
-from src.training.checkpoints import by_age, is_whole
+from src.training.checkpoints import is_intact, newest_first
 from tests.conftest import train_tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global WholeCheckpoints
-    from src.training.checkpoint_io import WholeCheckpoints
+    global AtomicCheckpointIO
+    from src.training.checkpoint_io import AtomicCheckpointIO
 
 
 def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):
@@ -27,13 +27,13 @@ def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):
     original = (trained / "checkpoints" / "last.ckpt").read_bytes()
     path, chance = tmp_path / "a.ckpt", random.Random(0)
     path.write_bytes(original)
-    assert is_whole(path)
+    assert is_intact(path)
     whole = torch.load(path, weights_only=True)["state_dict"]
     for place in [*chance.sample(range(len(original)), 200), *range(len(original) - 200, len(original))]:
         damaged = bytearray(original)
         damaged[place] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
-        if is_whole(path):  # the length of the comment became 0, and all else is what was saved
+        if is_intact(path):  # the length of the comment became 0, and all else is what was saved
             assert place == len(original) - 10
             again = torch.load(path, weights_only=True)["state_dict"]
             assert all(torch.equal(again[name], value) for name, value in whole.items())
@@ -44,19 +44,19 @@ def test_a_file_that_was_cut_short_is_seen(trained, tmp_path, part):
     contents = (trained / "checkpoints" / "last.ckpt").read_bytes()
     path = tmp_path / "a.ckpt"
     path.write_bytes(contents[: int(part * len(contents))])
-    assert not is_whole(path)
+    assert not is_intact(path)
 
 
 def test_a_checkpoint_without_a_seal_is_held_against_its_parts(trained, tmp_path):
     """As torch writes it, and as older ones are."""
     path = tmp_path / "a.ckpt"
     torch.save({"weights": torch.arange(1000.0)}, path)
-    assert is_whole(path)
+    assert is_intact(path)
     contents = bytearray(path.read_bytes())
     at = contents.index(torch.arange(1000.0).numpy().tobytes())
     contents[at + 500] ^= 4
     path.write_bytes(contents)
-    assert not is_whole(path)
+    assert not is_intact(path)
 
 
 def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
@@ -65,7 +65,7 @@ def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
     shutil.copytree(trained, run)
     last, best = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt"
     os.utime(best, ns=(0, last.stat().st_mtime_ns - 10**9))
-    assert by_age(run) == [last, best]
+    assert newest_first(run) == [last, best]
     assert find_checkpoint(str(run), None) == last
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=r"last\.ckpt is corrupted"):
@@ -92,15 +92,15 @@ def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
     for order in ([*paths], [*paths][::-1], [256, 0, 70_000, 255, 3]):
         for age, step in enumerate(order):
             os.utime(paths[step], ns=(age * 10**9, age * 10**9))
-        assert by_age(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
+        assert newest_first(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
     for broken in ({"global_step": "none"}, {"state": torch.ones(2)}):  # of others: no step is no error
         torch.save(broken, checkpoints / "other.ckpt")
-        assert {*by_age(run)} == {*paths.values(), checkpoints / "other.ckpt"}
+        assert {*newest_first(run)} == {*paths.values(), checkpoints / "other.ckpt"}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):
     """Nothing half written stays, nothing older is removed; it writes again as soon as it can."""
-    writer, path, older = WholeCheckpoints(), tmp_path / "last.ckpt", tmp_path / "step_1.ckpt"
+    writer, path, older = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "step_1.ckpt"
     for place in (path, older):
         writer.save_checkpoint({"step": 1}, place)
 
@@ -127,7 +127,7 @@ def test_changed_settings_are_told_but_for_paths():
 
 
 @pytest.mark.parametrize(
-    "other", ["schedule=linear", "process.prediction=x0", "zero_terminal_snr=true", "data.levels=256"]
+    "other", ["schedule=linear", "diffusion.prediction=x0", "zero_terminal_snr=true", "data.num_values=256"]
 )
 def test_another_model_is_not_resumed(trained, tmp_path, other):
     with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 
 from src.config.overrides import CONF, check_overrides, config_groups
 from src.config.resume import check_saved, saved_overrides
+from src.diffusion.gaussian_diffusion import Prediction
 from src.diffusion.noise import make_grid
-from src.diffusion.process import Prediction
 from src.errors import UsageError
 from src.runs.build import build, close
-from src.runs.components import build_module, build_sampler, build_schedule, hollow_network, make
+from src.runs.components import build_module, build_sampler, build_schedule, make, meta_network
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import compose
 from tests.data.test_images import noise, write_cifar, write_mnist
@@ -107,13 +107,13 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_every_recipe_takes_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
     """All of it but the size of the network and of the data: its target, losses, optimizer, precision and sampler."""
     full = recipe(name)
-    small = ["model.width=8", "model.blocks=1"]
-    small += ["model.head_channels=8"] if full.model.get("head_channels") else []
+    small = ["model.model_channels=8", "model.num_res_blocks=1"]
+    small += ["model.num_head_channels=8"] if full.model.get("head_channels") else []
     folder = tmp_path / "run"
     cfg = compose(
         "train", f"experiment={name}", f"run_dir='{folder}'", *small, *tiny_data(name, tmp_path, monkeypatch),
         "trainer.max_steps=2", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "sampler.steps=2",
-        "callbacks.samples.count=2", "callbacks.progress.refresh_rate=0",
+        "callbacks.samples.num_samples=2", "callbacks.progress.refresh_rate=0",
     )  # fmt: skip
     run = build(cfg)
     run.trainer.fit(run.module, datamodule=run.data)
@@ -123,7 +123,7 @@ def test_every_recipe_takes_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
     assert (folder / "samples" / "step_000002.png").exists()
     assert not (folder / "nonfinite.jsonl").exists()
     saved = read_checkpoint(folder / "checkpoints" / "last.ckpt")
-    assert saved["hyper_parameters"]["process"] == OmegaConf.to_container(full.process, resolve=True)
+    assert saved["hyper_parameters"]["diffusion"] == OmegaConf.to_container(full.diffusion, resolve=True)
     assert saved["state_dict"]["net.linear_out.weight" if name == "moons" else "net.conv_out.weight"].any()  # was 0
 
 
@@ -131,21 +131,21 @@ PAPERS = {
     "cifar10_ddpm": {  # Ho et al. 2020, app. B, and scripts/run_cifar.py
         "data.batch_size": 128, "data.flip": True, "model.dropout": 0.1, "optimizer.lr": 2e-4,
         "callbacks.ema.decay": 0.9999, "trainer.gradient_clip_val": 1.0, "trainer.max_steps": 800_000,
-        "process.prediction": "eps", "process.variance": "fixed_large", "sampler.steps": 1000,
+        "diffusion.prediction": "eps", "diffusion.variance": "fixed_large", "sampler.steps": 1000,
         "schedule.beta_start": 1e-4, "schedule.beta_end": 0.02, "schedule.num_steps": 1000,
     },
     "cifar10_iddpm": {  # the README of openai/improved-diffusion, and its defaults
-        "data.batch_size": 128, "data.flip": False, "model.dropout": 0.3, "model.heads": 4, "model.blocks": 3,
-        "model.conditioning": "scale_shift", "model.attention": [16, 8], "optimizer.lr": 1e-4,
+        "data.batch_size": 128, "data.flip": False, "model.dropout": 0.3, "model.num_heads": 4, "model.num_res_blocks": 3,
+        "model.time_conditioning": "scale_shift", "model.attention_resolutions": [16, 8], "optimizer.lr": 1e-4,
         "callbacks.ema.decay": 0.9999, "trainer.gradient_clip_val": None, "trainer.max_steps": 500_000,
-        "process.prediction": "eps", "process.variance": "learned_range", "sampler.steps": 4000,
-        "schedule.num_steps": 4000, "objective.vlb_weight": 0.001,
+        "diffusion.prediction": "eps", "diffusion.variance": "learned_range", "sampler.steps": 4000,
+        "schedule.num_steps": 4000, "loss.vlb_weight": 0.001,
     },
     "cifar10_edm": {  # Karras et al. 2022, tab. 1, and train.py of NVlabs/edm
-        "data.batch_size": 512, "model.dropout": 0.13, "model.width": 128, "model.multipliers": [2, 2, 2],
-        "model.attention": [16], "optimizer.lr": 1e-3, "trainer.gradient_clip_val": None, "process.sigma_data": 0.5,
-        "schedule.curve.sigma_min": 0.002, "schedule.curve.sigma_max": 80, "timesteps.warp.mean": -1.2,
-        "timesteps.warp.deviation": 1.2, "sampler.steps": 18, "sampler.spacing": "karras", "sampler.churn": 0,
+        "data.batch_size": 512, "model.dropout": 0.13, "model.model_channels": 128, "model.channel_mult": [2, 2, 2],
+        "model.attention_resolutions": [16], "optimizer.lr": 1e-3, "trainer.gradient_clip_val": None, "diffusion.sigma_data": 0.5,
+        "schedule.curve.sigma_min": 0.002, "schedule.curve.sigma_max": 80, "timestep_sampler.warp.mean": -1.2,
+        "timestep_sampler.warp.std": 1.2, "sampler.steps": 18, "sampler.spacing": "karras", "sampler.s_churn": 0,
     },
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_recipes_have_the_settings_of_their_papers(name):
 
 def parameters(name: str) -> int:
     cfg = recipe(name)
-    return count(hollow_network(cfg, make(cfg.process).outputs))
+    return count(meta_network(cfg, make(cfg.diffusion).outputs))
 
 
 def test_networks_have_the_parameters_of_their_papers():
@@ -197,9 +197,9 @@ def test_learning_rates_stay_where_the_warm_up_led():
 
 def test_edm_sampler_calls_the_network_as_often_as_theirs():
     """NFE 35 (tab. 2), from sigma 80 to 0.002 (tab. 1)."""
-    cfg = recipe("cifar10_edm", "model.width=16", "model.blocks=1")
-    module = build_module(cfg, (3, 32, 32), levels=256)
-    walk, steps, spacing, _ = build_sampler(cfg.sampler)
+    cfg = recipe("cifar10_edm", "model.model_channels=16", "model.num_res_blocks=1")
+    module = build_module(cfg, (3, 32, 32), num_values=256)
+    fn, steps, spacing, _ = build_sampler(cfg.sampler)
     seen = []
 
     def predict(x, t):
@@ -207,7 +207,7 @@ def test_edm_sampler_calls_the_network_as_often_as_theirs():
         return Prediction(torch.zeros_like(x), x / t.sigma)
 
     x = torch.full((1, 3, 2, 2), 80.0)
-    *_, x = walk(module.process, predict, x, make_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
+    *_, x = fn(module.diffusion, predict, x, make_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
     assert len(seen) == 35
     assert (max(seen), min(seen)) == (pytest.approx(80), pytest.approx(0.002))
     assert x.abs().max() < 1e-5  # where all data are 0
@@ -225,15 +225,15 @@ def test_chains_are_walked_step_by_step(name):
 
 def terms(name: str):
     """The loss (8,) of a recipe with a shrunk network whose output is one constant, and what it is made of."""
-    cfg = recipe(name, "model.width=16", "model.blocks=1")
-    module = build_module(cfg, (3, 32, 32), levels=256)
+    cfg = recipe(name, "model.model_channels=16", "model.num_res_blocks=1")
+    module = build_module(cfg, (3, 32, 32), num_values=256)
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(8, 3, 32, 32, generator=generator) / 2 for _ in range(2))
-    link = module.schedule.link(torch.linspace(0.05, 0.95, 8), x0)
-    outputs = module.process.outputs
+    transition = module.schedule.transition(torch.linspace(0.05, 0.95, 8), x0)
+    outputs = module.diffusion.outputs
     constant = functools.partial(torch.full, (8, 3 * outputs, 32, 32), 0.3)
-    loss = module.objective(module.process, lambda x, t: constant(), x0, link, eps)["loss"]
-    return module, x0, eps, link, loss
+    loss = module.loss_fn(module.diffusion, lambda x, t: constant(), x0, transition, eps)["loss"]
+    return module, x0, eps, transition, loss
 
 
 def test_ddpm_recipe_has_the_simple_loss():
@@ -244,8 +244,8 @@ def test_ddpm_recipe_has_the_simple_loss():
 
 def test_edm_recipe_has_the_loss_of_karras_et_al():
     """Eq. 2 and tab. 1: lambda |D(x_0 + sigma eps) - x_0|^2, D = c_skip x + c_out F, written out."""
-    _, x0, eps, link, loss = terms("cifar10_edm")
-    sigma, d = link.t.sigma, 0.5
+    _, x0, eps, transition, loss = terms("cifar10_edm")
+    sigma, d = transition.t.sigma, 0.5
     x = x0 + sigma * eps
     denoised = d**2 / (sigma**2 + d**2) * x + sigma * d / (sigma**2 + d**2).sqrt() * 0.3
     weight = (sigma**2 + d**2) / (sigma * d) ** 2
@@ -279,9 +279,9 @@ def test_the_moons_have_the_bits_that_their_recipe_says():
     data.setup()
     angle = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000 * math.pi
     upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], dim=1)
-    circles, deviation = 1.5 * torch.cat([upper, -upper]), 1.5 * 0.05  # the lower one is the upper one turned
+    circles, std = 1.5 * torch.cat([upper, -upper]), 1.5 * 0.05  # the lower one is the upper one turned
     squares = torch.cdist(data.examples(len(data.val_indices)).double(), circles).square()
-    log_p = (-squares / (2 * deviation**2)).logsumexp(1) - math.log(len(circles) * 2 * math.pi * deviation**2)
+    log_p = (-squares / (2 * std**2)).logsumexp(1) - math.log(len(circles) * 2 * math.pi * std**2)
     exact = re.search(r"exact density gives ([\d.]+)", statements("moons")["figure"])
     assert exact
     assert (-log_p / math.log(2) / 2).mean().item() == pytest.approx(float(exact[1]), abs=1e-4)
@@ -291,13 +291,15 @@ def test_a_recipe_wins_over_schedule_and_model_and_the_command_line_over_it():
     """`schedule=edm_lognormal` and `model=unet_ddpm` set the weighting, the target, the rate and the length too."""
     cfg = recipe("cifar10_edm")
     assert cfg.weighting._target_ == "src.diffusion.losses.edm"  # the schedule's own, of which the recipe is silent
-    assert (cfg.process.prediction, cfg.sampler.spacing) == ("edm", "karras")
+    assert (cfg.diffusion.prediction, cfg.sampler.spacing) == ("edm", "karras")
     model = compose("train", "model=unet_ddpm", "data=cifar10", "run_dir=runs/x")
     assert (model.optimizer.lr, cfg.optimizer.lr) == (2e-4, 1e-3)
-    typed = recipe("cifar10_edm", "optimizer.lr=3e-4", "weighting=uniform", "model=unet_small", "trainer.max_steps=7")
-    assert (typed.optimizer.lr, typed.trainer.max_steps) == (3e-4, 7)
-    assert typed.weighting._target_ == "src.diffusion.losses.uniform"
-    assert typed.model.width == 64
+    typed_overrides = recipe(
+        "cifar10_edm", "optimizer.lr=3e-4", "weighting=uniform", "model=unet_small", "trainer.max_steps=7"
+    )
+    assert (typed_overrides.optimizer.lr, typed_overrides.trainer.max_steps) == (3e-4, 7)
+    assert typed_overrides.weighting._target_ == "src.diffusion.losses.uniform"
+    assert typed_overrides.model.width == 64
     assert recipe("cifar10_ddpm", "schedule=cosine").schedule._target_ == "src.diffusion.schedules.cosine"
 
 

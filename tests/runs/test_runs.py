@@ -18,7 +18,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from src.runs.build import build
-from src.runs.open import open_run, speed_up
+from src.runs.open import configure_inference, open_run
 from src.training.checkpoints import read_checkpoint
 from src.training.compile import shutil
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
@@ -113,10 +113,15 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_end(trained, tmp_path, monk
 
 def test_importance_sampling_resumes_and_does_not_depend_on_how_the_batch_is_cut(tmp_path, monkeypatch):
     """What was seen of the losses is in the checkpoint, in the order of the global batch."""
-    settings = ["objective=vlb", "process.variance=learned_range", "timesteps=importance", "timesteps.bins=4"]
+    settings = [
+        "loss=vlb",
+        "diffusion.variance=learned_range",
+        "timestep_sampler=importance",
+        "timestep_sampler.num_bins=4",
+    ]
     whole, cut, stopped = (tmp_path / name for name in ("whole", "cut", "stopped"))
     train_tiny(whole, *settings)
-    assert (weights(whole, "current_model_state")["timesteps.seen"].sum() == 6 * 64).all()
+    assert (weights(whole, "current_model_state")["timestep_sampler.seen"].sum() == 6 * 64).all()
     train_tiny(cut, *settings, "trainer.accumulate_grad_batches=4")
     for name, value in weights(whole, "current_model_state").items():
         assert_close(weights(cut, "current_model_state")[name], value, rtol=1e-2, atol=1e-3)
@@ -249,7 +254,7 @@ def test_half_precision_draws_about_the_same_samples(trained):
     opened = open_run(str(trained))
     drawn = []
     for precision in ("32-true", "bf16-mixed"):
-        speed_up(opened, precision, None)
+        configure_inference(opened, precision, None)
         *_, x = opened.module.sample(range(4), 0)
         assert x.dtype == torch.float32
         drawn.append(x)
@@ -311,7 +316,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
 
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match=r"another network: net\.\S+ is \(.*\) there and \(.*\) here"):
-        train_tiny(tmp_path / "run", f"resume='{trained}'", "model.width=16")
+        train_tiny(tmp_path / "run", f"resume='{trained}'", "model.model_channels=16")
 
 
 @pytest.mark.parametrize(
@@ -319,11 +324,11 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
     [
         (["schedule.num_steps=5"], "num_steps must lie in"),
         (["schedule.num_steps=abc"], "schedule.num_steps=abc is of the wrong type: it must be int"),
-        (["process.prediction=noise"], "one of eps, x0, v"),
+        (["diffusion.prediction=noise"], "one of eps, x0, v"),
         (["data.batch_size=2000"], "larger than the training data"),
         (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "make it a multiple of 2"),
-        (["model.attention=[5]"], "attention at [5] does not occur"),
-        (["zero_terminal_snr=true", "process.prediction=eps"], "zero SNR x_T is the noise itself"),
+        (["model.attention_resolutions=[5]"], "attention at [5] does not occur"),
+        (["zero_terminal_snr=true", "diffusion.prediction=eps"], "zero SNR x_T is the noise itself"),
         (["sampler=ddim", "sampler.eta=2"], "eta must lie in [0, 1]"),
         (["sampler.steps=0"], "at least 1 step"),
         (["sampler.spacing=even"], "trailing, leading, linspace, karras or log_snr"),
@@ -532,7 +537,7 @@ def test_a_step_that_overflows_in_fp16_is_skipped_and_said(tmp_path, monkeypatch
     """The scale starts at 2^40, which no gradient survives: it halves at each step, and no step counts as one of 20."""
     allow_fp16(monkeypatch, 2.0**40)
     with pytest.warns(UserWarning, match="skipped step 0: the gradient overflowed in fp16"):
-        train_tiny(tmp_path / "run", "trainer.precision=16-mixed", "callbacks.guard.patience=2")
+        train_tiny(tmp_path / "run", "trainer.precision=16-mixed", "callbacks.nan_guard.patience=2")
     rows = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [*range(6)]
     assert [math.log2(row["fp16_scale"]) for row in rows] == pytest.approx([40 - k for k in range(1, 7)], abs=1)
@@ -562,8 +567,8 @@ def test_points_are_learned_nearly_as_well_as_can_be(tmp_path):
     from src.train import train
 
     cfg = compose(
-        "train", "data=mixture", "model.width=64", "model.blocks=2", "trainer.max_steps=400", "validate_every=400",
-        "data.val_fraction=0.5", "callbacks.samples.count=100", "callbacks.progress.refresh_rate=0", "sampler.steps=5",
+        "train", "data=mixture", "model.model_channels=64", "model.num_res_blocks=2", "trainer.max_steps=400", "validate_every=400",
+        "data.val_fraction=0.5", "callbacks.samples.num_samples=100", "callbacks.progress.refresh_rate=0", "sampler.steps=5",
         "trainer.accelerator=cpu", f"run_dir='{tmp_path / 'run'}'",
     )  # fmt: skip
     metrics = train(cfg)
@@ -594,7 +599,7 @@ def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 @pytest.mark.faults
 def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
-    with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as process:
+    with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as diffusion:
         log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
         deadline = time.monotonic() + HANG_SECONDS
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:

@@ -26,14 +26,14 @@ from torch.testing import assert_close
 from src.config.overrides import check_overrides
 from src.errors import UsageError
 from src.train import train
-from src.training.checkpoint_io import WholeCheckpoints
+from src.training.checkpoint_io import AtomicCheckpointIO
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose
 
 FAST = [
     *TINY,
-    *("trainer.max_steps=4", "validate_every=3", "checkpoint_every=100", "sampler.steps=1", "neighbours.samples=0"),
-    *("~callbacks.samples", "~callbacks.bits_per_dim", "~callbacks.beginning", "~callbacks.speed", "trust=true"),
+    *("trainer.max_steps=4", "validate_every=3", "checkpoint_every=100", "sampler.steps=1", "neighbors.num_samples=0"),
+    *("~callbacks.samples", "~callbacks.bits_per_dim", "~callbacks.run_info", "~callbacks.throughput", "trust=true"),
     "+callbacks.seen._target_=tests.runs.test_trainer_settings.Seen",
 ]
 QUIET = ["logger=none", "~callbacks.loss_by_noise"]
@@ -245,7 +245,7 @@ def fast_dev_run(runs: Runs) -> None:
         assert got.metrics["val/loss"] > 0
         assert not any((got.folder / name).exists() for name in ("logs", "checkpoints", "metrics.json"))
         assert "trainer.fast_dev_run" in got.said
-    assert runs.go("trainer.fast_dev_run=true", "data.micro_batch=16", *QUIET).metrics["steps"] == 1
+    assert runs.go("trainer.fast_dev_run=true", "data.microbatch_size=16", *QUIET).metrics["steps"] == 1
 
 
 def max_steps(runs: Runs) -> None:
@@ -377,14 +377,17 @@ def profiler(runs: Runs) -> None:
 
 def detect_anomaly(runs: Runs) -> None:
     poison = [f"+callbacks.poison.{setting}" for setting in ("_target_=tests.faults.Poison", "rank=0", "steps=[1]")]
-    with pytest.raises(RuntimeError, match="returned nan values"), pytest.warns(UserWarning, match="Error detected"):
+    with (
+        pytest.raises(RuntimeError, match="returned nan values"),
+        pytest.warns(UserWarning, match="Error detected"),
+    ):
         runs.go("trainer.detect_anomaly=true", *QUIET, *poison)
 
 
 def plugins(runs: Runs) -> None:
     """They join those of this project, or take their place; without checkpoints none of a plugin either."""
     assert type(runs.neutral.seen.trainer.strategy.checkpoint_io) is TorchCheckpointIO
-    assert isinstance(runs.base.seen.trainer.strategy.checkpoint_io, WholeCheckpoints)
+    assert isinstance(runs.base.seen.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     assert not runs.other.checkpoints
 
 
@@ -489,12 +492,12 @@ def test_other_values_are_refused_in_one_line_that_names_the_setting(tmp_path, m
             line = refusal(settings, name, value)
             if f"trainer.{name}" not in line or "\n" in line or not in_order(instead.split(".*"), line):
                 wrong.append(f"trainer.{name}={value}: {line}")
-            if not {name} & {*OF_DEVICES} and "trainer=default" in line:
+            if not {name} & {*DEVICE_ARGUMENTS} and "trainer=default" in line:
                 wrong.append(f"trainer.{name}={value} is answered with advice about devices: {line}")
     assert not wrong, "\n".join(wrong)
 
 
-OF_DEVICES = ("accelerator", "strategy", "devices", "num_nodes", "precision")
+DEVICE_ARGUMENTS = ("accelerator", "strategy", "devices", "num_nodes", "precision")
 
 
 def refusal(settings: DictConfig, name: str, value: str) -> str:
@@ -524,7 +527,7 @@ def in_order(parts: list[str], line: str) -> bool:
 
 def test_training_that_cannot_go_on_ends_before_min_steps(tmp_path):
     """A guard that has given up is not made to take more steps."""
-    settings = ["trainer.min_steps=4", "callbacks.guard.patience=1", "optimizer.lr=1e30", "trainer.max_steps=6"]
+    settings = ["trainer.min_steps=4", "callbacks.nan_guard.patience=1", "optimizer.lr=1e30", "trainer.max_steps=6"]
     with pytest.raises(UsageError, match=r"no step from .* had a finite gradient"):
         train(compose("train", *FAST, *QUIET, f"run_dir='{tmp_path}'", *settings))
     assert len(Seen.last.batches) < 6

@@ -48,9 +48,11 @@ def canary(tmp_path: Path) -> Path:
 def run_command(name: str, folder: Path, *overrides: str) -> Path:
     """`src.sample`, `src.evaluate` or `src.export` in this process, with little to do; its output folder."""
     module = importlib.import_module(f"src.{name}")
-    few = {"sample": ["n=2", "sampler.steps=2"], "evaluate": ["held_out=2", "links=2", "quality=false"], "export": []}[
-        name
-    ]
+    few = {
+        "sample": ["n=2", "sampler.steps=2"],
+        "evaluate": ["num_val=2", "num_terms=2", "quality=false"],
+        "export": [],
+    }[name]
     device = [] if name == "export" else ["device=cpu"]
     getattr(module, name)(compose(name, f"run_dir='{folder}'", *few, *device, *overrides))
     return folder
@@ -90,11 +92,11 @@ TRAPS = {
         "sampler",
         lambda c: {"_target_": "src.viz.tables.write_json", "path": {"_target_": "pathlib.Path", "_args_": [c]}},
     ),
-    "our launcher": ("objective", lambda c: {"_target_": "src.config.cli.launch", "config_name": "train", "task": c}),
-    "in a list": ("model.multipliers", lambda c: [1, [touch(c)]]),
-    "deep": ("process.extra", lambda c: {"a": [{"b": touch(c)}]}),
-    "for a known target": ("process", lambda c: {"_target_": "src.diffusion.losses.vlb", "_args_": [touch(c)]}),
-    "left for later": ("timesteps._recursive_", lambda _: False),
+    "our launcher": ("loss", lambda c: {"_target_": "src.config.cli.launch", "config_name": "train", "task": c}),
+    "in a list": ("model.channel_mult", lambda c: [1, [touch(c)]]),
+    "deep": ("diffusion.extra", lambda c: {"a": [{"b": touch(c)}]}),
+    "for a known target": ("diffusion", lambda c: {"_target_": "src.diffusion.losses.vlb", "_args_": [touch(c)]}),
+    "left for later": ("timestep_sampler._recursive_", lambda _: False),
     "partial": ("schedule", lambda c: {"_target_": "subprocess.run", "_partial_": True, "args": ["touch", c]}),
     "get_method": ("schedule", lambda _: {"_target_": "hydra.utils.get_method", "path": "os.system"}),
     "eval": ("model", lambda c: {"_target_": "builtins.eval", "_args_": [f"open({c!r}, 'w')"]}),
@@ -103,7 +105,7 @@ TRAPS = {
         lambda c: {"_target_": "torch.hub.load", "repo_or_dir": c, "model": "net", "source": "local"},
     ),
     "a download for an objective": (
-        "objective", lambda c: {"_target_": "torchvision.datasets.MNIST", "root": c, "download": True}
+        "loss", lambda c: {"_target_": "torchvision.datasets.MNIST", "root": c, "download": True}
     ),
     "a dataset at once": ("data.source", lambda c: {"_target_": "torchvision.datasets.MNIST", "root": c}),
     "data in another place": ("model", lambda c: {"_target_": "src.data.images.digits", "_partial_": True}),
@@ -215,10 +217,10 @@ def test_configurations_are_plain_values_and_not_too_many(trained, tmp_path, val
     [
         ("model", {"_target_": "src.diffusion.curves.Learned"}),
         ("schedule", {"_target_": "src.data.points.rings", "_partial_": True}),
-        ("process", "a text"),
+        ("diffusion", "a text"),
         ("data", None),
         ("data", {"_target_": "src.models.mlp.MLP", "features": 2}),
-        ("timesteps", {"_target_": "src.diffusion.timesteps.Importance", "bins": -1}),
+        ("timestep_sampler", {"_target_": "src.diffusion.timestep_samplers.ImportanceSampler", "bins": -1}),
         ("sampler.steps", "many"),
     ],
     ids=str,
@@ -277,11 +279,11 @@ def run_folder(trained: Path, folder: Path, *overrides: str) -> Path:
         "~hydra.sweep",
         "+data@hydra.callbacks.evil=digits",
         "run_dir={tmp}/elsewhere",
-        "callbacks.stop.path={tmp}/last.ckpt",
+        "callbacks.graceful_shutdown.path={tmp}/last.ckpt",
         "callbacks.best.filename=..",
-        "callbacks.stop.path=README.md",
+        "callbacks.graceful_shutdown.path=README.md",
         "callbacks.samples.directory=docs",
-        "callbacks.guard.directory=.git",
+        "callbacks.nan_guard.directory=.git",
         "callbacks={stop:{path:notes}}",
         "logger.csv.save_dir=src",
         "logger.wandb.entity=somebody",
@@ -299,26 +301,35 @@ def run_folder(trained: Path, folder: Path, *overrides: str) -> Path:
 def test_traps_among_what_was_typed_are_refused_before_hydra_sees_them(trained, tmp_path, canary, line):
     line = line.replace("{tmp}", str(tmp_path)).replace("{canary}", str(canary))
     folder = run_folder(trained, tmp_path / "run", "seed=1", line, "trust=true", "+trust=true")
-    for typed in ([f"resume={folder}"], ["resume=auto", f"hydra.run.dir={folder}"]):
+    for typed_overrides in ([f"resume={folder}"], ["resume=auto", f"hydra.run.dir={folder}"]):
         with pytest.raises(UsageError, match="add trust=true") as error:
-            expand_resume(typed)
+            expand_resume(typed_overrides)
         assert "\n" not in str(error.value)
-        assert line in expand_resume([*typed, "trust=true"])
+        assert line in expand_resume([*typed_overrides, "trust=true"])
     assert not canary.exists()
 
 
 def test_what_people_type_is_resumed(trained, tmp_path):
     """Trust is not among it: a run cannot vouch for itself."""
-    typed = ["data=folder", "data.root=/my/images", "optimizer._target_=torch.optim.SGD", "~callbacks.every"]
-    typed += [
+    typed_overrides = [
+        "data=folder",
+        "data.root=/my/images",
+        "optimizer._target_=torch.optim.SGD",
+        "~callbacks.checkpoint_every",
+    ]
+    typed_overrides += [
         "callbacks.ema.decay=0.99",
-        "callbacks.guard.rewinds=1e1",
+        "callbacks.nan_guard.max_rollbacks=1e1",
         "logger=[csv,wandb]",
         "logger.wandb.offline=true",
     ]
-    typed += ["+trainer.limit_val_batches=3", "trainer.max_time='00:01:00:00'", "schedule.betas=some/betas.npy"]
-    folder = run_folder(trained, tmp_path / "run", *typed, "trust=true", "++trust=true", "resume=/elsewhere")
-    assert expand_resume([f"resume={folder}"])[:-2] == typed
+    typed_overrides += [
+        "+trainer.limit_val_batches=3",
+        "trainer.max_time='00:01:00:00'",
+        "schedule.betas=some/betas.npy",
+    ]
+    folder = run_folder(trained, tmp_path / "run", *typed_overrides, "trust=true", "++trust=true", "resume=/elsewhere")
+    assert expand_resume([f"resume={folder}"])[:-2] == typed_overrides
 
 
 @pytest.mark.parametrize("text", ["a: &a [*a]", "- [", "- 5", "!!python/object/apply:os.system [touch {canary}]"])
@@ -474,7 +485,7 @@ def test_a_shared_model_tells_of_nobody(tmp_path, monkeypatch):
         json.loads((run_command("evaluate", tmp_path / name, *given) / "metrics.json").read_text())
         for name, given in (("a", [f"ckpt='{path}'", f"data.root='{images}'"]), ("b", [f"run='{folder}'"]))
     ]
-    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"] and figures[0]["held_out"] == 2
+    assert figures[0]["bits_per_dim"] == figures[1]["bits_per_dim"] and figures[0]["num_val"] == 2
 
 
 @pytest.mark.parametrize("trap", ["target", "text", "laughs", "header", "no json"])

@@ -81,8 +81,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
             patch.delenv(name, raising=False)
         train_tiny(folder, "logger=[csv,tensorboard,wandb]", "seed=3", f"trainer.max_steps={STEPS}",
-                   "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.samples=512",
-                   "neighbours.samples=16")  # fmt: skip
+                   "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.num_samples=512",
+                   "neighbors.num_samples=16")  # fmt: skip
     assert not (sweep / "home").exists() or not [*(sweep / "home").rglob("staging/*")]
     return folder
 
@@ -165,7 +165,7 @@ def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, o
     opened = open_run(str(watched))
     opened.data.setup()
     *_, x = opened.module.sample(range(64), seed=3)
-    train = opened.data.to_model(opened.data.source.fetch(opened.data.train_indices))
+    train = opened.data.preprocess(opened.data.source.fetch(opened.data.train_indices))
     expected = [(image - train).square().mean((1, 2, 3)).sqrt().min().item() for image in x[:16]]
     assert [row[4] for row in contents["data"]] == pytest.approx(expected, abs=1e-3)
     assert {row[5] for row in contents["data"]} == {len(train)}
@@ -247,7 +247,7 @@ def test_a_run_that_goes_on_goes_on_with_its_history(tmp_path, monkeypatch):
 def test_the_nearest_training_sample_of_a_copy_is_itself(trained):
     data = open_run(str(trained)).data
     data.setup()
-    copies = data.to_model(data.source.fetch(data.train_indices[1200:1204]))
+    copies = data.preprocess(data.source.fetch(data.train_indices[1200:1204]))
     near, distances = nearest_training(data, copies, limit=10_000)
     assert_close(near, copies, rtol=0, atol=0)
     assert distances.abs().max() == 0
@@ -336,7 +336,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "setting", ["schedule=cosine", "timesteps=importance", "schedule=edm_lognormal", "objective=vlb"]
+    "setting", ["schedule=cosine", "timestep_sampler=importance", "schedule=edm_lognormal", "loss=vlb"]
 )
 def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
     watch = ReadsByStep(last=8)

@@ -30,11 +30,11 @@ CPU = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
-def network(checkpointing: bool, resample_blocks: bool = False) -> UNet:
+def network(gradient_checkpointing: bool, resblock_updown: bool = False) -> UNet:
     torch.manual_seed(0)
     net = UNet(
-        channels=1, image_size=8, width=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.2,
-        resample_blocks=resample_blocks, checkpointing=checkpointing,
+        channels=1, image_size=8, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.2,
+        resblock_updown=resblock_updown, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
     for p in net.parameters():
         nn.init.normal_(p, std=0.05)  # none of them zero
@@ -59,10 +59,10 @@ def backward(net: UNet, precision: torch.dtype | None) -> tuple[Tensor, list[Ten
     return loss.detach(), [p.grad for p in net.parameters()], sum(kept.values())
 
 
-@pytest.mark.parametrize("resample_blocks", [False, True])
+@pytest.mark.parametrize("resblock_updown", [False, True])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_checkpointing_keeps_less_and_changes_no_bit(resample_blocks, precision):
-    plain, checkpointed = (network(c, resample_blocks) for c in (False, True))
+def test_checkpointing_keeps_less_and_changes_no_bit(resblock_updown, precision):
+    plain, checkpointed = (network(c, resblock_updown) for c in (False, True))
     assert plain.state_dict().keys() == checkpointed.state_dict().keys()
     (loss, grads, kept), (same_loss, same_grads, less) = (backward(net, precision) for net in (plain, checkpointed))
     assert torch.equal(loss, same_loss)
@@ -96,13 +96,13 @@ def measured(net: nn.Module, shape: tuple[int, ...], batch: int) -> int:
     return peak + sum(t.nbytes for t in [*net.parameters(), *(p.grad for p in net.parameters()), *state])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_estimate_is_what_the_allocator_gives_out(checkpointing):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_estimate_is_what_the_allocator_gives_out(gradient_checkpointing):
     net = UNet(
-        channels=1, image_size=16, width=32, multipliers=(1, 2), blocks=1, attention=(8,), checkpointing=checkpointing
+        channels=1, image_size=16, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(8,), gradient_checkpointing=gradient_checkpointing
     ).to(memory_format=torch.channels_last)  # fmt: skip
     told = estimate(net, (1, 16, 16), 16, CPU, "32-true", ADAMW, average=False)
-    assert told.activations > 2 * told.weights or checkpointing
+    assert told.activations > 2 * told.weights or gradient_checkpointing
     assert sum(told) == pytest.approx(measured(net, (1, 16, 16), 16), rel=0.1)
 
 
@@ -125,12 +125,12 @@ def test_estimate_has_every_part():
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        (["data.micro_batch=24"], r"micro_batch=24 does not divide the 64 samples .* choose 16 or 32"),
-        (["data.micro_batch=65"], r"micro_batch must lie in \[1, data.batch_size = 64\], got 65"),
-        (["data.micro_batch=16", "trainer.accumulate_grad_batches=2"], "makes .* 4, given as 2: leave one"),
-        (["data.micro_batch=auto", "trainer.accumulate_grad_batches=2"], "given as 2: leave one"),
-        (["data.micro_batch=most"], "must be int or one of auto or null"),
-        (["data.micro_batch=auto", "trainer=fsdp", "trainer.accelerator=cpu"], "sharded weights do not allow"),
+        (["data.microbatch_size=24"], r"micro_batch=24 does not divide the 64 samples .* choose 16 or 32"),
+        (["data.microbatch_size=65"], r"micro_batch must lie in \[1, data.batch_size = 64\], got 65"),
+        (["data.microbatch_size=16", "trainer.accumulate_grad_batches=2"], "makes .* 4, given as 2: leave one"),
+        (["data.microbatch_size=auto", "trainer.accumulate_grad_batches=2"], "given as 2: leave one"),
+        (["data.microbatch_size=most"], "must be int or one of auto or null"),
+        (["data.microbatch_size=auto", "trainer=fsdp", "trainer.accelerator=cpu"], "sharded weights do not allow"),
     ],
 )
 def test_impossible_micro_batches_are_refused(tmp_path, settings, rule):
@@ -142,21 +142,26 @@ def test_micro_batches_are_accumulated_and_kept_by_a_resumed_run(tmp_path):
     """As trainer.accumulate_grad_batches does, to the bit; auto's trial leaves no trace in dropout's draws."""
     settings = ["model.dropout=0.3", "trainer.max_steps=4", "validate_every=2", "logger=none"]
     folders = {}
-    for name in ("data.micro_batch=16", "trainer.accumulate_grad_batches=4", "data.micro_batch=auto", "seed=0"):
+    for name in ("data.microbatch_size=16", "trainer.accumulate_grad_batches=4", "data.microbatch_size=auto", "seed=0"):
         folders[name] = tmp_path / name.replace("=", "_")
         train_tiny(folders[name], *settings, name)
     by_hand, by_size, auto, plain = (
         weights(folders[name])
-        for name in ("trainer.accumulate_grad_batches=4", "data.micro_batch=16", "data.micro_batch=auto", "seed=0")
+        for name in (
+            "trainer.accumulate_grad_batches=4",
+            "data.microbatch_size=16",
+            "data.microbatch_size=auto",
+            "seed=0",
+        )
     )
     assert_equal_bits(by_hand, by_size)
     assert_equal_bits(auto, plain)
-    resumed = folders["data.micro_batch=16"]
-    train_tiny(resumed, *settings, "data.micro_batch=auto", f"resume='{resumed}'", "trainer.max_steps=6")
+    resumed = folders["data.microbatch_size=16"]
+    train_tiny(resumed, *settings, "data.microbatch_size=auto", f"resume='{resumed}'", "trainer.max_steps=6")
     saved = read_checkpoint(resumed / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 6 and saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 4
     with pytest.raises(UsageError, match="cannot resume a run that had 4"):
-        train_tiny(resumed, *settings, "data.micro_batch=32", f"resume='{resumed}'", "trainer.max_steps=8")
+        train_tiny(resumed, *settings, "data.microbatch_size=32", f"resume='{resumed}'", "trainer.max_steps=8")
 
 
 @pytest.mark.parametrize(("room", "found"), [(1000, 64), (40, 32), (1, 1)])
@@ -171,7 +176,7 @@ def test_auto_takes_the_largest_micro_batch_that_fits(tmp_path, monkeypatch, roo
 
     monkeypatch.setattr(UNet, "forward", narrow)
     # Samples and validation are no larger than what was found.
-    settings = ["data.micro_batch=auto", "trainer.max_steps=1", "validate_every=1", "logger=none"]
+    settings = ["data.microbatch_size=auto", "trainer.max_steps=1", "validate_every=1", "logger=none"]
     train_tiny(tmp_path / "run", *settings)
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 64 // found
@@ -203,7 +208,7 @@ here = Path(sys.argv[1])
 torch.ones(1, requires_grad=True).sum().backward()  # whose threads take room once and for all
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, resource.RLIM_INFINITY))
-found = said(lambda: run(here / "auto", "data.micro_batch=auto"))
+found = said(lambda: run(here / "auto", "data.microbatch_size=auto"))
 whole = said(lambda: run(here / "whole"))
 batches = read_checkpoint(here / "auto" / "checkpoints" / "last.ckpt")["hyper_parameters"]["trainer"]
 many = ["sampler.steps=2", "n=9000", "batch_size=9000", "device=cpu"]

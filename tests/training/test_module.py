@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers
-from src.diffusion.noise import ContinuousSchedule, Level, Link, make_grid
-from src.diffusion.process import GaussianDiffusion
-from src.diffusion.timesteps import stratified, uniform
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_grid
+from src.diffusion.timestep_samplers import stratified, uniform
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,15 +41,15 @@ class Ideal(nn.Module):
         return self.factor * alpha * DEVIATION**2 / ((alpha * DEVIATION) ** 2 + sigma**2) * x
 
 
-def learning(timesteps=uniform) -> DiffusionModule:
+def learning(timestep_sampler=uniform) -> DiffusionModule:
     schedule = ContinuousSchedule(curves.Learned(width=16), 100)
-    process = GaussianDiffusion("x0", decoder_scale=schedule.decoder_scale)
+    diffusion = GaussianDiffusion("x0", decoder_scale=schedule.decoder_scale)
     return DiffusionModule(
         Ideal(schedule.curve),
         schedule,
-        process,
+        diffusion,
         losses.vlb,
-        timesteps,
+        timestep_sampler,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(2,),
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5),
@@ -74,14 +74,16 @@ def test_network_descends_the_loss_and_the_curve_its_square():
     ours = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()
 
-    x0, draws = module._draws(batch(0), 0)
-    link = module.schedule.link(draws.uniform("t"), x0)
-    loss = losses.vlb(module.process, module.denoise, x0, link, draws.normal("eps", x0.shape[1:]))["loss"]
+    x0, rng = module._step_rng(batch(0), 0)
+    transition = module.schedule.transition(rng.uniform("t"), x0)
+    loss = losses.vlb(module.diffusion, module.denoise, x0, transition, rng.normal("eps", x0.shape[1:]))["loss"]
     assert_close(terms["loss"], loss, rtol=0, atol=0)
-    ends = (Level(*(torch.where(a.time > 0.015, x, x.detach()) for x in a)) for a in (link.t, link.s))
-    held = losses.vlb(module.process, module.denoise, x0, Link(*ends, 100), draws.normal("eps", x0.shape[1:]))["loss"]
-    for parameters, objective in ((module.weights, loss.mean()), (module.curve_weights, held.square().mean())):
-        expected = torch.autograd.grad(objective, parameters, retain_graph=True)
+    ends = (NoiseLevel(*(torch.where(a.time > 0.015, x, x.detach()) for x in a)) for a in (transition.t, transition.s))
+    held = losses.vlb(module.diffusion, module.denoise, x0, Transition(*ends, 100), rng.normal("eps", x0.shape[1:]))[
+        "loss"
+    ]
+    for parameters, loss_fn in ((module.weights, loss.mean()), (module.curve_weights, held.square().mean())):
+        expected = torch.autograd.grad(loss_fn, parameters, retain_graph=True)
         got = [g for p, g in zip(module.parameters(), ours, strict=True) if any(p is q for q in parameters)]
         assert_close(got, list(expected), rtol=1e-3, atol=1e-6)
     assert len(module.weights) + len(module.curve_weights) == len(ours)
@@ -132,13 +134,13 @@ def test_learned_curve_makes_the_bound_vary_less():
         loss = torch.cat([terms["loss"][v > 0.01] for v, terms in drawn])
         return loss.mean().item(), loss.std().item()
 
-    mean, deviation = moments()
+    mean, std = moments()
     for step in range(400):
         optimizer.zero_grad()
         module._train_terms(batch(step), step)[1]["loss"].mean().backward()
         optimizer.step()
     new_mean, new_deviation = moments()
-    assert new_deviation < 0.75 * deviation
+    assert new_deviation < 0.75 * std
     assert new_mean == pytest.approx(mean, abs=0.1 * abs(mean) + 0.1)
 
 
@@ -148,12 +150,12 @@ def test_what_a_compiled_network_puts_out_is_kept_and_its_batches_are_of_one_siz
     module, memory, sizes = learning(), torch.zeros(3, 2), []
     x = batch(0, 7)["x"]
     t = make_grid(module.schedule, 4, "trailing")[1]
-    plain = module.denoise_in_sampling(x, t, at_once=3)
+    plain = module.denoise_for_sampling(x, t, microbatch_size=3)
 
     def replay(x, time):
         sizes.append(len(x))
         return memory.copy_(module.net(x, time))
 
     module.compiled_sampling = replay
-    assert torch.equal(module.denoise_in_sampling(x, t, at_once=3), plain)
+    assert torch.equal(module.denoise_for_sampling(x, t, microbatch_size=3), plain)
     assert sizes == [3, 3, 3]

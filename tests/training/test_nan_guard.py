@@ -106,7 +106,7 @@ def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeyp
     """Steps 5 and 6 are poisoned, a checkpoint is from step 4: step 7 begins as step 4 did, at half the rate."""
     poison(monkeypatch, {5, 6})
     history, rates = watch(monkeypatch)
-    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.guard.patience=2", "validate_every=100"]
+    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2", "validate_every=100"]
     with pytest.warns(UserWarning, match=r"5 to 6 had a finite gradient: the weights go back to those of step 4"):
         train_tiny(tmp_path / "run", *settings)
     assert same(history[7], history[4]) and not same(history[6], history[4])
@@ -131,7 +131,7 @@ def test_the_average_goes_back_too(tmp_path, monkeypatch):
     monkeypatch.setattr(EMA, "on_train_batch_start", on_train_batch_start)
     poison(monkeypatch, {5, 6})
     with pytest.warns(UserWarning, match="go back"):
-        train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.guard.patience=2")
+        train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2")
     assert all(map(torch.equal, averages[7], averages[4]))
     assert not all(map(torch.equal, averages[6], averages[4]))
 
@@ -141,7 +141,11 @@ def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch)
     poison(monkeypatch, range(5, 100))
     with pytest.raises(UsageError) as error:
         train_tiny(
-            tmp_path, "trainer.max_steps=40", "checkpoint_every=2", "callbacks.guard.patience=3", "keep_checkpoints=-1"
+            tmp_path,
+            "trainer.max_steps=40",
+            "checkpoint_every=2",
+            "callbacks.nan_guard.patience=3",
+            "keep_checkpoints=-1",
         )
     said = str(error.value)
     assert "had a finite gradient, and going back to steps [4, 2] did not help" in said
@@ -154,7 +158,7 @@ def test_a_run_that_is_stopped_between_skipped_steps_counts_on(tmp_path, monkeyp
     """So that it turns back where it would have without the stop."""
     from tests.runs.test_runs import assert_equal_bits, runs_until, weights
 
-    settings = ["trainer.max_steps=12", "checkpoint_every=4", "callbacks.guard.patience=4", "validate_every=100"]
+    settings = ["trainer.max_steps=12", "checkpoint_every=4", "callbacks.nan_guard.patience=4", "validate_every=100"]
     poison(monkeypatch, range(5, 9))
     with pytest.warns(UserWarning, match="go back"):
         train_tiny(tmp_path / "whole", *settings)
@@ -171,7 +175,7 @@ def test_a_run_that_is_stopped_between_skipped_steps_counts_on(tmp_path, monkeyp
 
 def test_the_guard_refuses_what_it_cannot_do(tmp_path):
     with pytest.raises(UsageError, match="needs patience >= 1"):
-        train_tiny(tmp_path, "callbacks.guard.patience=0")
+        train_tiny(tmp_path, "callbacks.nan_guard.patience=0")
 
 
 def test_no_step_waits_for_the_device(monkeypatch, tmp_path):

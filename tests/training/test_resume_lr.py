@@ -171,7 +171,7 @@ def test_what_the_guard_left_of_the_rate_stays(tmp_path, monkeypatch):
             out["loss"] = out["loss"] * math.nan
         return out
 
-    settings = (*WARM, "callbacks.guard.patience=2", "lr_scheduler=linear", "checkpoint_every=1")
+    settings = (*WARM, "callbacks.nan_guard.patience=2", "lr_scheduler=linear", "checkpoint_every=1")
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModule, "training_step", training_step)
         with pytest.warns(UserWarning, match="falls to 0.5"):

@@ -56,23 +56,23 @@ class EMA(L.Callback):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._average and self._raw is None:  # else it does already, or nothing was trained
-            self._stand_in()
+            self._swap_in()
 
     # After `on_validation_epoch_end`, in which others draw samples by the average.
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._give_back()
+            self._swap_out()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stand_in()
+        self._swap_in()
 
     @torch.no_grad()
-    def _stand_in(self) -> None:
+    def _swap_in(self) -> None:
         self._raw = [w.clone() for w in self._local()]
         torch._foreach_copy_(self._local(), self._average)
 
     @torch.no_grad()
-    def _give_back(self) -> None:
+    def _swap_out(self) -> None:
         assert self._raw is not None
         torch._foreach_copy_(self._local(), self._raw)
         self._raw = None

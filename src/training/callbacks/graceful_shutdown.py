@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from src.distributed.ranks import heard_by, kill_children
+from src.distributed.ranks import handle_signals, kill_children
 from src.errors import DataReadError
 
 
@@ -26,25 +26,27 @@ class Interruption:
         raise KeyboardInterrupt
 
 
-def let_children_end() -> None:
+def wait_for_children() -> None:
     """Have Lightning no longer watch the processes that this one started: when one ends it would kill this one."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             cast(Any, thread)._child_processes.clear()
 
 
-class CleanStop(L.Callback):
+class GracefulShutdown(L.Callback):
     """On a signal: finish the step of training, validation or sampling at hand, save `path`, then stop.
 
     `signal` is the one that it was, 0 if none. A second Ctrl-C stops at once. Several processes agree first, since the
-    signal may have reached only one of them: about every `seconds`, at a turn that all of them count alike.
+    signal may have reached only one of them: about every `check_interval_s`, at a turn that all of them count alike.
     """
 
-    def __init__(self, path: str, seconds: float = 5.0) -> None:
-        if seconds <= 0:
-            raise ValueError(f"callbacks.stop.seconds must be positive, got {seconds}: 5 is usual")
+    def __init__(self, path: str, check_interval_s: float = 5.0) -> None:
+        if check_interval_s <= 0:
+            raise ValueError(
+                f"callbacks.graceful_shutdown.check_interval_s must be positive, got {check_interval_s}: 5 is usual"
+            )
         self.path = path
-        self.seconds = seconds
+        self.check_interval_s = check_interval_s
         self.signal = 0
         self._listening = ExitStack()
         self._turn = self._next_turn = 0
@@ -54,7 +56,7 @@ class CleanStop(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signal, self._last = 0, None
         self._turn = self._next_turn = 0
-        self._listening.enter_context(heard_by(self._ask))
+        self._listening.enter_context(handle_signals(self._ask))
         # Which has every step wait for the device, to tell all processes of a SIGTERM.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
@@ -84,7 +86,7 @@ class CleanStop(L.Callback):
 
     def _save_and_stop(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        let_children_end()
+        wait_for_children()
         raise KeyboardInterrupt
 
     def _agreed(self, trainer: L.Trainer) -> bool:
@@ -92,12 +94,12 @@ class CleanStop(L.Callback):
         self._turn += 1
         if trainer.world_size > 1 and turn >= self._next_turn:
             now = time.perf_counter()
-            count, since = (turn - self._last[0], now - self._last[1]) if self._last else (1, self.seconds)
+            count, since = (turn - self._last[0], now - self._last[1]) if self._last else (1, self.check_interval_s)
             # The largest of each: any process's signal, and the slowest one's seconds a turn.
             mine = torch.tensor([[self.signal, since / max(count, 1)]], device=trainer.strategy.root_device)
             largest = trainer.strategy.all_gather(mine).flatten(0, -2).amax(0)
             self._last = turn, now
-            self._next_turn = turn + max(1, int(self.seconds / largest[1].item()))
+            self._next_turn = turn + max(1, int(self.check_interval_s / largest[1].item()))
             agreed = int(largest[0])
             self.signal = agreed or self.signal  # one that came meanwhile is for the next time
             return agreed != 0
@@ -112,7 +114,7 @@ class CleanStop(L.Callback):
         """Save the last step that was completed, where data can no longer be read."""
         together = trainer.world_size == 1 or getattr(exception, "everywhere", False)
         if isinstance(exception, DataReadError) and together and trainer.state.fn == TrainerFn.FITTING:
-            let_children_end()
+            wait_for_children()
             if trainer.training:
                 _count_as_at_the_end_of_a_step(trainer)
             trainer.save_checkpoint(self.path)
@@ -143,8 +145,8 @@ def _count_as_at_the_end_of_a_step(trainer: L.Trainer) -> None:
     loop._batches_that_stepped = trainer.global_step - 1
 
 
-def answer_signals(trainer: L.Trainer) -> None:
-    """For what takes long within a hook: a turn of every `CleanStop` of the trainer."""
+def check_stop_requested(trainer: L.Trainer) -> None:
+    """For what takes long within a hook: a turn of every `GracefulShutdown` of the trainer."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, CleanStop):
+        if isinstance(callback, GracefulShutdown):
             callback.look(trainer)

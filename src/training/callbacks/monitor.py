@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.diffusion.noise import Schedule
-from src.training.checkpoint_io import without_room_go_on
+from src.training.checkpoint_io import tolerate_full_disk
 from src.training.loggers import log_picture, log_values, show_pictures
 from src.training.module import DiffusionModule
 from src.training.provenance import code_version, environment
@@ -70,7 +70,7 @@ class LearningRate(LearningRateMonitor):
         super().on_train_batch_start(trainer, *args, **kwargs)
 
 
-class Beginning(L.Callback):
+class RunInfo(L.Callback):
     """At each start of a run: code and environment into `directory`/environment.json, and what loggers show of it.
 
     They are given the configuration, this start, and a picture of the schedule.
@@ -89,7 +89,7 @@ class Beginning(L.Callback):
             **environment(trainer.strategy.root_device, trainer.world_size),
         }
         path = self.directory / "environment.json"
-        with without_room_go_on(path):
+        with tolerate_full_disk(path):
             append_start(path, start)
         log_values(trainer, "environment", start)
         if trainer.global_step == 0 and show_pictures(trainer):
@@ -116,7 +116,7 @@ def schedule_picture(schedule: Schedule) -> Any:
     return charts.schedule_curves({"this run": (1 - (alpha / before).square(), alpha, sigma)})
 
 
-class Speed(L.Callback):
+class Throughput(L.Callback):
     """Every `trainer.log_every_n_steps` steps: how fast the steps since the last time were, and the memory in use.
 
     `speed/samples_per_second` counts those of the global batch; validation is not in it, saving is. `memory/gib` is the

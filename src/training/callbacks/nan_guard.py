@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from src.training.callbacks.ema import EMA
-from src.training.checkpoint_io import without_room_go_on
-from src.training.checkpoints import by_age, is_whole, read_checkpoint
+from src.training.checkpoint_io import tolerate_full_disk
+from src.training.checkpoints import is_intact, newest_first, read_checkpoint
 from src.training.module import DiffusionModule
 
 
@@ -34,28 +34,28 @@ class NonFiniteGuard(L.Callback):
 
     Each goes to `directory`/nonfinite.jsonl: the samples, where on the chain they were, their losses and the norm.
     After `patience` of them in a row, weights, average and optimizer go back to the last whole checkpoint from before,
-    with the learning rate times `factor`; the data go on, so that what led there is not met again (as Chowdhery et al.
-    2022, PaLM, sec. 5.1). After `rewinds` times training ends, with a `diagnosis`. It looks at what has happened
+    with the learning rate times `lr_factor`; the data go on, so that what led there is not met again (as Chowdhery et al.
+    2022, PaLM, sec. 5.1). After `max_rollbacks` times training ends, with a `diagnosis`. It looks at what has happened
     every `trainer.log_every_n_steps`, so that no step waits for the device.
     """
 
-    def __init__(self, directory: str, patience: int = 20, rewinds: int = 3, factor: float = 0.5) -> None:
-        if patience < 1 or rewinds < 0 or not 0 < factor <= 1:
+    def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
+        if patience < 1 or max_rollbacks < 0 or not 0 < lr_factor <= 1:
             raise ValueError(
-                f"callbacks.guard needs patience >= 1, rewinds >= 0 and factor in (0, 1], got {patience}, {rewinds}, "
-                f"{factor}: 20, 3 and 0.5 are usual"
+                f"callbacks.nan_guard needs patience >= 1, rewinds >= 0 and factor in (0, 1], got {patience}, {max_rollbacks}, "
+                f"{lr_factor}: 20, 3 and 0.5 are usual"
             )
         self.directory = Path(directory)
         self.patience = patience
-        self.rewinds = rewinds
-        self.factor = factor
+        self.max_rollbacks = max_rollbacks
+        self.lr_factor = lr_factor
         self.record = self.directory / "nonfinite.jsonl"
         self.diagnosis = ""
         self._blame = ""
         self._steps: list[Step] = []
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._in_a_row: list[int] = []
-        self._turned_back_to: list[int] = []
+        self._rolled_back_to: list[int] = []
         self._limit: int | None = None
         """Of the steps whose checkpoints may be turned back to; None while all goes well."""
 
@@ -83,14 +83,14 @@ class NonFiniteGuard(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        self._look(trainer, pl_module, turn_back=False)
-        checkpoint["skipped"] = ([*self._in_a_row], [*self._turned_back_to], self._limit)
+        self._look(trainer, pl_module, roll_back=False)
+        checkpoint["skipped"] = ([*self._in_a_row], [*self._rolled_back_to], self._limit)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if saved := checkpoint.get("skipped"):
-            self._in_a_row, self._turned_back_to, self._limit = saved
+            self._in_a_row, self._rolled_back_to, self._limit = saved
 
-    def _look(self, trainer: L.Trainer, module: DiffusionModule, turn_back: bool = True) -> None:
+    def _look(self, trainer: L.Trainer, module: DiffusionModule, roll_back: bool = True) -> None:
         """At the steps since the last time, for which the device is waited for once."""
         norms = torch.stack([step.norm for step in self._steps]).tolist() if self._steps else []
         skipped: dict[str, list[int]] = {}
@@ -107,8 +107,8 @@ class NonFiniteGuard(L.Callback):
         self._steps.clear()
         for why, steps in skipped.items() if trainer.is_global_zero else ():
             warnings.warn(f"skipped step {', '.join(map(str, steps))}: {why}; see {self.record}", stacklevel=2)
-        if turn_back and len(self._in_a_row) >= self.patience:
-            self._turn_back(trainer, module)
+        if roll_back and len(self._in_a_row) >= self.patience:
+            self._roll_back(trainer, module)
 
     def _write(self, trainer: L.Trainer, module: DiffusionModule, step: Step, norm: float) -> bool:
         """Write a skipped step down; whether it is only the scaled gradient of fp16 that was too large."""
@@ -137,19 +137,19 @@ class NonFiniteGuard(L.Callback):
                 "v": v,
                 "losses": losses,
             }
-            with without_room_go_on(self.record), self.record.open("a") as file:
+            with tolerate_full_disk(self.record), self.record.open("a") as file:
                 # JSON knows no NaN.
                 file.write(re.sub(r"NaN|-?Infinity", lambda m: f'"{float(m[0])}"', json.dumps(line)) + "\n")
         return step.scale >= 1 and not wrong
 
-    def _turn_back(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+    def _roll_back(self, trainer: L.Trainer, module: DiffusionModule) -> None:
         """To the last checkpoint from before the skipped steps; if that has just been tried, to the one before it."""
         first, last = self._in_a_row[0], self._in_a_row[-1]
         path, step = trainer.strategy.broadcast(self._good_checkpoint() if trainer.is_global_zero else (None, 0))
-        if path is None or len(self._turned_back_to) >= self.rewinds:
+        if path is None or len(self._rolled_back_to) >= self.max_rollbacks:
             tried = (
-                f"and going back to steps {self._turned_back_to} did not help"
-                if self._turned_back_to
+                f"and going back to steps {self._rolled_back_to} did not help"
+                if self._rolled_back_to
                 else ("and no checkpoint from before is to be had")
             )
             self.diagnosis = (
@@ -168,23 +168,23 @@ class NonFiniteGuard(L.Callback):
             if isinstance(callback, EMA):
                 callback.restore(module, checkpoint)
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
-            group["lr"] = self.factor * rate
+            group["lr"] = self.lr_factor * rate
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            scheduler.base_lrs = [self.factor * rate for rate in scheduler.base_lrs]
-        self._turned_back_to.append(step)
+            scheduler.base_lrs = [self.lr_factor * rate for rate in scheduler.base_lrs]
+        self._rolled_back_to.append(step)
         self._in_a_row.clear()
         self._limit = step - 1
         if trainer.is_global_zero:
             warnings.warn(
                 f"no step from {first} to {last} had a finite gradient: the weights go back to those of step {step}, "
-                f"and the learning rate falls to {self.factor:g} of what it was; {self._blame}",
+                f"and the learning rate falls to {self.lr_factor:g} of what it was; {self._blame}",
                 stacklevel=2,
             )
 
     def _good_checkpoint(self) -> tuple[Path | None, int]:
-        for path in by_age(self.directory):
-            if is_whole(path) and self._limit is not None:
+        for path in newest_first(self.directory):
+            if is_intact(path) and self._limit is not None:
                 step = read_checkpoint(path)["global_step"]
                 if step <= self._limit:
                     return path, step

@@ -6,12 +6,12 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
-from src.training.checkpoint_io import without_room_go_on
-from src.training.checkpoints import read_checkpoint, shareable, weights_of, write_exported
+from src.training.checkpoint_io import tolerate_full_disk
+from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
 from src.training.loggers import log_model
 
 
-class BestToWandb(L.Callback):
+class WandbArtifact(L.Callback):
     """At the end of training, W&B is given the best checkpoint as an artifact: the averaged weights, as `src.export`.
 
     The file, `directory`/best.safetensors, is 4 bytes a parameter, and goes where the run goes: up, or offline to wait
@@ -35,7 +35,7 @@ class BestToWandb(L.Callback):
             averaged = "current_model_state" in checkpoint
             weights = weights_of(checkpoint, averaged, source)
             score = callback.best_model_score
-            with without_room_go_on(self.path):
-                write_exported(self.path, weights, averaged, shareable(checkpoint["hyper_parameters"])[0])
+            with tolerate_full_disk(self.path):
+                write_exported(self.path, weights, averaged, exportable_settings(checkpoint["hyper_parameters"])[0])
                 about = {"step": checkpoint["global_step"], "averaged": averaged}
                 log_model(trainer, self.path, about | ({} if score is None else {"val/loss": float(score)}))

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves
-from src.diffusion.timesteps import Importance, log_normal, logit_normal, stratified, uniform
-from src.rng import Draws
+from src.diffusion.timestep_samplers import ImportanceSampler, log_normal, logit_normal, stratified, uniform
+from src.rng import StepRng
 from tests.loops import for_each
 
 
@@ -37,13 +37,13 @@ def random(count, seed=0):
     return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(timesteps, total, sizes, step=0):
+def draw(timestep_sampler, total, sizes, step=0):
     """v and weights of a global batch of `total`, in consecutive pieces of these sizes, as the module asks for them."""
     parts, start = [], 0
     for size in sizes:
-        draws = Draws(3, step, start, size, CPU)
+        rng = StepRng(3, step, start, size, CPU)
         place = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
-        parts.append(timesteps(draws.uniform("t"), draws.shared("t"), place))
+        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), place))
         start += size
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
@@ -53,9 +53,9 @@ def seen_by(importance, seed, count):
     v = random(count, seed)
     losses = torch.exp(3 * torch.randn(count, generator=torch.Generator().manual_seed(seed + 100)))
     importance.update(v, losses)
-    last = [deque(maxlen=importance.history) for _ in range(importance.bins)]
+    last = [deque(maxlen=importance.history_per_bin) for _ in range(importance.num_bins)]
     for place, loss in zip(v.tolist(), losses.tolist(), strict=True):
-        last[int(place * importance.bins)].append(loss)
+        last[int(place * importance.num_bins)].append(loss)
     return v, losses, last
 
 
@@ -75,31 +75,31 @@ TIMESTEPS = {
     "uniform_warped": partial(uniform, warp=logit_normal),
     "stratified": stratified,
     "stratified_warped": partial(stratified, warp=log_normal),
-    "importance": Importance(bins=10, history=2),
-    "importance_ready": Importance(bins=10, history=2),
+    "importance": ImportanceSampler(num_bins=10, history_per_bin=2),
+    "importance_ready": ImportanceSampler(num_bins=10, history_per_bin=2),
 }
 seen_by(TIMESTEPS["importance_ready"], 0, 400)
-every_one = pytest.mark.parametrize("timesteps", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+every_one = pytest.mark.parametrize("timestep_sampler", TIMESTEPS.values(), ids=TIMESTEPS.keys())
 
 
 @every_one
 @for_each("sizes", dict(zip(CUTS, [[32, 32], [16] * 4, [1] * 64, [5, 40, 19]], strict=True)))
-def test_a_cut_batch_sees_the_same_levels(timesteps, sizes):
+def test_a_cut_batch_sees_the_same_levels(timestep_sampler, sizes):
     """However many processes and accumulated parts share it, at each step anew; a kernel's last bit depends on size."""
-    batches = [draw(timesteps, 64, [64], step) for step in range(3)]
+    batches = [draw(timestep_sampler, 64, [64], step) for step in range(3)]
     for step, whole in enumerate(batches):
-        for a, b in zip(whole, draw(timesteps, 64, sizes, step), strict=True):
+        for a, b in zip(whole, draw(timestep_sampler, 64, sizes, step), strict=True):
             assert_close(a, b, rtol=2**-22, atol=0)
     assert not torch.equal(batches[0][0], batches[1][0])
 
 
 @every_one
-def test_places_keep_their_digits_under_a_low_default(timesteps):
+def test_places_keep_their_digits_under_a_low_default(timestep_sampler):
     """`trainer.precision=bf16-true` makes bfloat16 the default, of which only 384 numbers lie in [1/8, 1)."""
-    before = draw(timesteps, 1000, [1000])
+    before = draw(timestep_sampler, 1000, [1000])
     torch.set_default_dtype(torch.bfloat16)
     try:
-        after = draw(timesteps, 1000, [1000])
+        after = draw(timestep_sampler, 1000, [1000])
     finally:
         torch.set_default_dtype(torch.float32)
     for a, b in zip(before, after, strict=True):
@@ -108,11 +108,11 @@ def test_places_keep_their_digits_under_a_low_default(timesteps):
 
 
 @every_one
-def test_extreme_draws_stay_below_one(timesteps):
+def test_extreme_draws_stay_below_one(timestep_sampler):
     """v in [0, 1), also from the smallest and the largest number that can be drawn."""
     extremes = torch.tensor([0.0, 2**-24, 0.5, LAST])
     for shared in extremes:
-        v, weight = timesteps(extremes, shared, torch.tensor([0.0, 0.25, 0.5, 0.75]))
+        v, weight = timestep_sampler(extremes, shared, torch.tensor([0.0, 0.25, 0.5, 0.75]))
         assert v.shape == weight.shape == (4,)
         assert v.min() >= 0 and v.max() < 1
         assert weight.isfinite().all() and weight.min() > 0
@@ -144,40 +144,42 @@ def test_each_position_of_a_stratified_batch_is_uniform(position):
 def test_stratified_means_vary_far_less():
     """For a linear function the mean over B has deviation 1 / (B sqrt 12), against 1 / sqrt(12 B) of uniform ones."""
     means = {
-        timesteps: torch.stack([draw(timesteps, 64, [64], step)[0].double().mean() for step in range(400)])
-        for timesteps in (uniform, stratified)
+        timestep_sampler: torch.stack(
+            [draw(timestep_sampler, 64, [64], step)[0].double().mean() for step in range(400)]
+        )
+        for timestep_sampler in (uniform, stratified)
     }
     # A sample's deviation is off by 1 / sqrt(2 n), 3.5 %; more for the normal, less for the uniform.
     assert means[uniform].std().item() == pytest.approx(1 / math.sqrt(12 * 64), rel=0.15)
     assert means[stratified].std().item() == pytest.approx(1 / math.sqrt(12) / 64, rel=0.15)
 
 
-@pytest.mark.parametrize("timesteps", [uniform, stratified])
-def test_warps_are_applied_last(timesteps):
+@pytest.mark.parametrize("timestep_sampler", [uniform, stratified])
+def test_warps_are_applied_last(timestep_sampler):
     """v is the warp of what it would be without one, and the weight stays 1."""
     arguments = random(64), torch.tensor(0.3), torch.arange(64) / 64
-    v, weight = timesteps(*arguments, warp=rooted)
-    assert torch.equal(v, timesteps(*arguments)[0].sqrt())
+    v, weight = timestep_sampler(*arguments, warp=rooted)
+    assert torch.equal(v, timestep_sampler(*arguments)[0].sqrt())
     assert (weight == 1).all()
 
 
-@for_each("mean, deviation", [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
-def test_logit_normal(mean, deviation):
+@for_each("mean, std", [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
+def test_logit_normal(mean, std):
     """The quantiles of logit(v) are those of the normal distribution."""
-    v = logit_normal(lattice(999), mean, deviation)
-    expected = torch.tensor([NormalDist(mean, deviation).inv_cdf(p) for p in lattice(999).tolist()]).double()
+    v = logit_normal(lattice(999), mean, std)
+    expected = torch.tensor([NormalDist(mean, std).inv_cdf(p) for p in lattice(999).tolist()]).double()
     assert_close(torch.logit(v), expected, rtol=1e-5, atol=1e-6)
 
 
 @for_each("low, high", [(0.002, 80.0), (1e-5, 1e4)])
-@for_each("mean, deviation", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
-def test_log_normal(mean, deviation, low, high):
+@for_each("mean, std", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
+def test_log_normal(mean, std, low, high):
     """On `exploding` with the same ends, the quantiles of log sigma are the normal's, or the end beyond which they lie.
 
     The clamp to 1 - 2^-24 keeps 1e-6 of the curve's length of up to 21.
     """
-    _, sigma = curves.exploding(log_normal(lattice(999), mean, deviation, low, high), low, high)
-    normal = [NormalDist(mean, deviation).inv_cdf(p) for p in lattice(999).tolist()]
+    _, sigma = curves.exploding(log_normal(lattice(999), mean, std, low, high), low, high)
+    normal = [NormalDist(mean, std).inv_cdf(p) for p in lattice(999).tolist()]
     expected = [min(max(value, math.log(low)), math.log(high)) for value in normal]
     assert_close(sigma.log(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-6)
 
@@ -190,10 +192,10 @@ def test_log_normal_moments():
 
 
 @pytest.mark.parametrize("warp", [log_normal, logit_normal])
-@for_each("deviation", [0.0, -1.0, math.nan])
-def test_deviation_out_of_range(warp, deviation):
-    with pytest.raises(ValueError, match=f"deviation must be positive, got {deviation}: 1 is usual") as error:
-        warp(lattice(4), deviation=deviation)
+@for_each("std", [0.0, -1.0, math.nan])
+def test_deviation_out_of_range(warp, std):
+    with pytest.raises(ValueError, match=f"deviation must be positive, got {std}: 1 is usual") as error:
+        warp(lattice(4), std=std)
     assert "\n" not in str(error.value)
 
 
@@ -207,22 +209,22 @@ def test_log_normal_ends_out_of_range(low, high):
 
 @for_each("seed", SEEDS)
 @for_each("bins, history, floor", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
-def test_probabilities_follow_the_second_moments(bins, history, floor, seed):
+def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, uniform_prob, seed):
     """p = floor / bins + (1 - floor) root mean square / their sum, of the last losses of each bin in plain floats."""
-    importance = Importance(bins, history, floor)
+    importance = ImportanceSampler(num_bins, history_per_bin, uniform_prob)
     for fed in range(3):  # goes round the memory of each bin several times
-        _, _, last = seen_by(importance, seed + 10 * fed, 40 * bins * history)
-    roots = [math.sqrt(sum(loss**2 for loss in losses) / history) for losses in last]
-    expected = [floor / bins + (1 - floor) * root / sum(roots) for root in roots]
-    assert all(len(losses) == history for losses in last)
+        _, _, last = seen_by(importance, seed + 10 * fed, 40 * num_bins * history_per_bin)
+    roots = [math.sqrt(sum(loss**2 for loss in losses) / history_per_bin) for losses in last]
+    expected = [uniform_prob / num_bins + (1 - uniform_prob) * root / sum(roots) for root in roots]
+    assert all(len(losses) == history_per_bin for losses in last)
     assert_close(importance.probabilities(), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
 def test_uniform_until_each_bin_has_its_history():
     """One loss short in one bin is short; v is then the draw itself and the weight 1."""
-    importance = Importance(bins=4, history=3)
-    bins = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0, 1])
-    importance.update((bins + 0.5) / 4, torch.arange(1.0, 15))
+    importance = ImportanceSampler(num_bins=4, history_per_bin=3)
+    num_bins = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0, 1])
+    importance.update((num_bins + 0.5) / 4, torch.arange(1.0, 15))
     v, weight = importance(random(100), NONE, NONE)
     assert_close(v, random(100), rtol=0, atol=2**-23)
     assert_close(weight, torch.ones(100), rtol=1e-6, atol=0)
@@ -231,7 +233,7 @@ def test_uniform_until_each_bin_has_its_history():
 
 
 def test_losses_of_zero_leave_it_uniform():
-    importance = Importance(bins=4, history=1)
+    importance = ImportanceSampler(num_bins=4, history_per_bin=1)
     importance.update(lattice(4), torch.zeros(4))
     assert_close(importance.probabilities(), torch.full((4,), 0.25))
 
@@ -242,7 +244,7 @@ def test_importance_draws_bins_with_their_probabilities(seed):
 
     A float32 v may round up to an edge.
     """
-    importance = Importance(bins=10, history=3, floor=0.05)
+    importance = ImportanceSampler(num_bins=10, history_per_bin=3, uniform_prob=0.05)
     seen_by(importance, seed, 500)
     p = importance.probabilities()
     count = 200_000
@@ -261,7 +263,7 @@ def test_importance_draws_bins_with_their_probabilities(seed):
 @for_each("seed", SEEDS)
 def test_importance_is_unbiased(f, seed):
     """The weighted mean of any function of v is its integral; a midpoint rule on 1e5 points with weights below 10."""
-    importance = Importance(bins=8, history=3, floor=0.1)
+    importance = ImportanceSampler(num_bins=8, history_per_bin=3, uniform_prob=0.1)
     seen_by(importance, seed, 400)
     v, weight = importance(lattice(100_000), NONE, NONE)
     assert weight.max() <= 10 * (1 + 1e-6) and weight.min() < 0.9
@@ -271,7 +273,7 @@ def test_importance_is_unbiased(f, seed):
 
 def test_importance_lowers_the_variance():
     """Of losses that depend on the bin alone: weight times loss is nearly the same everywhere."""
-    importance = Importance(bins=10, history=1, floor=0.01)
+    importance = ImportanceSampler(num_bins=10, history_per_bin=1, uniform_prob=0.01)
     losses = torch.logspace(-1, 2, 10)
     importance.update(lattice(10).float(), losses)
     v, weight = importance(random(10_000), NONE, NONE)
@@ -283,7 +285,7 @@ def test_importance_lowers_the_variance():
 @for_each("sizes", {"halves": [150, 150], "one by one": [1] * 300, "odd cuts": [7, 200, 3, 90]})
 def test_update_depends_on_the_order_alone(sizes):
     """Many losses at once are remembered as if one had come after another."""
-    whole, cut = Importance(bins=6, history=4), Importance(bins=6, history=4)
+    whole, cut = ImportanceSampler(num_bins=6, history_per_bin=4), ImportanceSampler(num_bins=6, history_per_bin=4)
     v, losses, _ = seen_by(whole, 1, 300)
     for part_v, part_losses in zip(v.split(sizes), losses.split(sizes), strict=True):
         cut.update(part_v, part_losses)
@@ -292,7 +294,7 @@ def test_update_depends_on_the_order_alone(sizes):
 
 
 def test_of_many_losses_of_one_bin_the_last_stay():
-    importance = Importance(bins=2, history=3)
+    importance = ImportanceSampler(num_bins=2, history_per_bin=3)
     importance.update(torch.full((8,), 0.75), torch.arange(8.0))
     assert sorted(importance.losses[1].tolist()) == [5, 6, 7]
     assert importance.losses[0].tolist() == [0, 0, 0]
@@ -303,7 +305,7 @@ def test_of_many_losses_of_one_bin_the_last_stay():
 
 
 def test_losses_that_are_not_finite_are_forgotten():
-    importance = Importance(bins=2, history=2)
+    importance = ImportanceSampler(num_bins=2, history_per_bin=2)
     importance.update(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, math.nan, math.inf, 2.0]))
     assert importance.seen.tolist() == [2, 0]
     assert sorted(importance.losses[0].tolist()) == [1, 2]
@@ -314,14 +316,14 @@ def test_losses_that_are_not_finite_are_forgotten():
 
 def test_v_at_the_upper_end_belongs_to_the_last_bin():
     """In float32 the largest v times 100 bins rounds to 100 or just below."""
-    importance = Importance(bins=100, history=1)
+    importance = ImportanceSampler(num_bins=100, history_per_bin=1)
     importance.update(torch.tensor([LAST, 0.0]), torch.tensor([3.0, 5.0]))
     assert importance.losses[99, 0] == 3 and importance.losses[0, 0] == 5
 
 
 def test_what_was_seen_is_in_the_checkpoint():
     """A resumed run draws and updates as the one before would have gone on."""
-    before, after = Importance(bins=5, history=3), Importance(bins=5, history=3)
+    before, after = ImportanceSampler(num_bins=5, history_per_bin=3), ImportanceSampler(num_bins=5, history_per_bin=3)
     seen_by(before, 2, 100)
     after.load_state_dict(before.state_dict())
     for _ in range(2):
@@ -333,26 +335,26 @@ def test_what_was_seen_is_in_the_checkpoint():
 
 
 def test_update_takes_no_part_in_gradients():
-    importance = Importance(bins=2, history=1)
+    importance = ImportanceSampler(num_bins=2, history_per_bin=1)
     importance.update(lattice(2), torch.ones(2, requires_grad=True))
     assert not importance.losses.requires_grad
 
 
-@for_each("wrong", [{"bins": 0}, {"history": 0}, {"floor": 0.0}, {"floor": 1.5}])
+@for_each("wrong", [{"num_bins": 0}, {"history_per_bin": 0}, {"uniform_prob": 0.0}, {"uniform_prob": 1.5}])
 def test_importance_settings_out_of_range(wrong):
-    settings = {"bins": 100, "history": 10, "floor": 0.01, **wrong}
+    settings = {"num_bins": 100, "history_per_bin": 10, "uniform_prob": 0.01, **wrong}
     values = ", ".join(str(value) for value in settings.values())
     with pytest.raises(
         ValueError, match=rf"bins >= 1, history >= 1 and floor in \(0, 1\], got {values}: 100, 10"
     ) as error:
-        Importance(**wrong)
+        ImportanceSampler(**wrong)
     assert "\n" not in str(error.value)
 
 
 @for_each("dtype", [torch.float32, torch.float16])
 def test_importance_survives_huge_losses(dtype):
     """Whose square overflows, or which the history cannot hold: probabilities stay finite and sum to 1."""
-    importance = Importance(bins=4, history=2).to(dtype)
+    importance = ImportanceSampler(num_bins=4, history_per_bin=2).to(dtype)
     v = torch.tensor([0.1, 0.3, 0.6, 0.9]).repeat(2)
     importance.update(v, torch.tensor([1e20, 1.0, 1.0, 1.0]).repeat(2))
     importance.update(v, torch.tensor([1e4, 1.0, 1.0, 1.0]).repeat(2))

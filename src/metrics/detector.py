@@ -74,7 +74,7 @@ class Net(nn.Module):
         return there.squeeze(1), looks, self.ground(hidden).mean((2, 3))
 
 
-class Judge:
+class Detector:
     """Says of images which objects they show, and where."""
 
     def __init__(self, net: Net) -> None:
@@ -99,7 +99,7 @@ class Judge:
         return result
 
 
-def train_judge(
+def train_detector(
     made: Callable[[int], Pictures],
     looks: Sequence[int],
     grounds: int,
@@ -109,7 +109,7 @@ def train_judge(
     lr: float = 6e-3,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Judge:
+) -> Detector:
     """Train on what is `made` for steps 0..steps - 1, or read what such a training gave from `cache`.
 
     `looks` is how many answers there are to each question about objects, `grounds` to that about the whole. AdamW with
@@ -118,7 +118,7 @@ def train_judge(
     ValueError for no steps.
     """
     if steps < 1:
-        raise ValueError(f"a judge needs at least 1 step of training, got {steps}: raise alignment.judge_steps")
+        raise ValueError(f"a judge needs at least 1 step of training, got {steps}: raise alignment.detector_steps")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         net = Net(looks, grounds)
@@ -129,7 +129,7 @@ def train_judge(
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"judge-{key}", compute))
-    return Judge(net.to(device))
+    return Detector(net.to(device))
 
 
 def fit(net: Net, made: Callable[[int], Pictures], steps: int, progress: Progress, lr: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Figure(NamedTuple):
+class Metric(NamedTuple):
     """A value, and the interval within which chance may have moved it."""
 
     value: float
@@ -41,7 +41,7 @@ class Statistic:
         """Each sample taken once."""
         return self.of(torch.ones(1, self.n, dtype=torch.float64)).item()
 
-    def figure(self, seed: int, replicates: int = 200, level: float = 0.95) -> Figure:
+    def figure(self, seed: int, replicates: int = 200, level: float = 0.95) -> Metric:
         """The value with a percentile bootstrap interval (Efron 1979) over the samples, drawn with `seed`.
 
         Resampling biases a distance once more by about what sampling did. The percentiles are moved so that the
@@ -61,7 +61,7 @@ class Statistic:
         value, *_ = values = self.of(counts).double().cpu()
         tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
         low, high = values[1:].quantile(tails) + (value - values[1:].mean())
-        return Figure(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
+        return Metric(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
 
 
 SHARE = (0.0, 1.0)
@@ -92,7 +92,7 @@ def median_of(scores: Tensor) -> Statistic:
     return Statistic(len(scores), of)
 
 
-def wilson(right: int, n: int, level: float = 0.95) -> Figure:
+def wilson(right: int, n: int, level: float = 0.95) -> Metric:
     """The share right / n with Wilson's interval (1927), which has a width also where all are right, or none."""
     if not 0 <= right <= n or n < 1 or not 0 < level < 1:
         raise ValueError(
@@ -101,4 +101,4 @@ def wilson(right: int, n: int, level: float = 0.95) -> Figure:
     share, z = right / n, NormalDist().inv_cdf((1 + level) / 2)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    return Figure(share, max(middle - half, SHARE[0]), min(middle + half, SHARE[1]))
+    return Metric(share, max(middle - half, SHARE[0]), min(middle + half, SHARE[1]))

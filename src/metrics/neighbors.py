@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.figures import SHARE, Statistic, linear, mean_of
+from src.metrics.confidence import SHARE, Statistic, linear, mean_of
 
 CHUNK = 2**23
 """The numbers that one chunk of a distance matrix holds: 64 MB."""

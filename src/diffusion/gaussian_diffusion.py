@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from src.diffusion.noise import Level
+from src.diffusion.noise import NoiseLevel
 
 Target = Literal["eps", "x0", "v", "edm", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
@@ -41,13 +41,13 @@ class Gaussian(NamedTuple):
 
 
 class GaussianDiffusion(nn.Module):
-    """Formulas over data (B, *data) of any rank; t and s are `Level`s, s the cleaner one.
+    """Formulas over data (B, *data) of any rank; t and s are `NoiseLevel`s, s the cleaner one.
 
     `prediction` is what the network puts out: eps, x0, v, EDM's preconditioned output for data of deviation
-    `sigma_data`, or the flow's velocity. `variance` is that of the reverse step. `clip` bounds the predicted |x_0|
-    (None: no bound); with `dynamic_clip`, a quantile in (0, 1), only to scale down what exceeds it (Saharia et al.
+    `sigma_data`, or the flow's velocity. `variance` is that of the reverse step. `clip_x0` bounds the predicted |x_0|
+    (None: no bound); with `dynamic_threshold`, a quantile in (0, 1), only to scale down what exceeds it (Saharia et al.
     2022, Imagen, sec. 2.3). Where s is clean data, and the posterior's variance 0, the reverse step's is the
-    schedule's `decoder_scale` times (sigma_t / alpha_t)^2. `levels` is the number of values that the data can take,
+    schedule's `decoder_scale` times (sigma_t / alpha_t)^2. `num_values` is the number of values that the data can take,
     evenly over [-1, 1]; None if they are continuous.
     """
 
@@ -55,49 +55,49 @@ class GaussianDiffusion(nn.Module):
         self,
         prediction: Target = "eps",
         variance: Variance = "fixed_small",
-        clip: float | None = None,
-        dynamic_clip: float | None = None,
+        clip_x0: float | None = None,
+        dynamic_threshold: float | None = None,
         sigma_data: float = 0.5,
         decoder_scale: float = 1.0,
-        levels: int | None = None,
+        num_values: int | None = None,
     ) -> None:
         super().__init__()
         if prediction not in get_args(Target):
-            raise ValueError(f"unknown prediction {prediction!r}: process.prediction is one of {get_args(Target)}")
+            raise ValueError(f"unknown prediction {prediction!r}: diffusion.prediction is one of {get_args(Target)}")
         if variance not in get_args(Variance):
-            raise ValueError(f"unknown variance {variance!r}: process.variance is one of {get_args(Variance)}")
-        if clip is not None and clip <= 0:
-            raise ValueError(f"clip must be positive, got {clip}: 1.0 for images in [-1, 1], null for no bound")
-        if dynamic_clip is not None and (clip is None or not 0 < dynamic_clip < 1):
+            raise ValueError(f"unknown variance {variance!r}: diffusion.variance is one of {get_args(Variance)}")
+        if clip_x0 is not None and clip_x0 <= 0:
+            raise ValueError(f"clip must be positive, got {clip_x0}: 1.0 for images in [-1, 1], null for no bound")
+        if dynamic_threshold is not None and (clip_x0 is None or not 0 < dynamic_threshold < 1):
             raise ValueError(
-                f"dynamic_clip is a quantile in (0, 1) and needs clip, got {dynamic_clip} and clip {clip}: "
-                "process.clip=1.0 process.dynamic_clip=0.995 is usual"
+                f"dynamic_clip is a quantile in (0, 1) and needs clip, got {dynamic_threshold} and clip {clip_x0}: "
+                "diffusion.clip_x0=1.0 diffusion.dynamic_threshold=0.995 is usual"
             )
         if sigma_data <= 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}: 0.5 for images (process.sigma_data)")
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}: 0.5 for images (diffusion.sigma_data)")
         self.prediction: Target = prediction
         self.variance: Variance = variance
-        self.clip = clip
-        self.dynamic_clip = dynamic_clip
+        self.clip_x0 = clip_x0
+        self.dynamic_threshold = dynamic_threshold
         self.sigma_data = sigma_data
         self.decoder_scale = decoder_scale
-        self.levels = levels
+        self.num_values = num_values
         self.outputs = 2 if variance in ("learned_range", "learned") else 1
         """How many numbers the network gives for each of the data's."""
 
-    def step(self, x_s: Tensor, s: Level, t: Level, eps: Tensor) -> Tensor:
+    def step(self, x_s: Tensor, s: NoiseLevel, t: NoiseLevel, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_s): one link of the chain (DDPM eq. 2), or a longer one. (B, *data)."""
         return t.alpha / s.alpha * x_s + t.sigma * (1 - snr_ratio(t, s)).sqrt() * eps
 
-    def add_noise(self, x0: Tensor, t: Level, eps: Tensor) -> Tensor:
+    def add_noise(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), the whole chain at once (DDPM eq. 4). (B, *data)."""
         return t.alpha * x0 + t.sigma * eps
 
-    def scale_input(self, x_t: Tensor, t: Level) -> Tensor:
+    def scale_input(self, x_t: Tensor, t: NoiseLevel) -> Tensor:
         """x_t as the network wants it: of unit variance for EDM's preconditioning (tab. 1, c_in), else as it is."""
         return x_t / self._deviation(t) if self.prediction == "edm" else x_t
 
-    def target(self, x0: Tensor, t: Level, eps: Tensor) -> Tensor:
+    def target(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
         """What the network should put out for x_t = alpha x_0 + sigma eps. (B, *data)."""
         match self.prediction:
             case "eps":
@@ -112,7 +112,7 @@ class GaussianDiffusion(nn.Module):
             case "velocity":  # Liu et al. 2022, eq. 1, from data to noise
                 return eps - x0
 
-    def interpret(self, out: Tensor, x_t: Tensor, t: Level, *, clipped: bool = True) -> Prediction:
+    def interpret(self, out: Tensor, x_t: Tensor, t: NoiseLevel, *, clipped: bool = True) -> Prediction:
         """The inverse of `target`: the network's output (B, outputs * C, *rest) at x_t as x_0, eps and mix.
 
         If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds. `vlb`
@@ -130,17 +130,17 @@ class GaussianDiffusion(nn.Module):
                 norm = t.alpha.square() + t.sigma.square()
                 x0, eps = (t.alpha * x_t - t.sigma * out) / norm, (t.sigma * x_t + t.alpha * out) / norm
             case "edm":
-                d, deviation = self.sigma_data, self._deviation(t)
-                x0 = (t.alpha * d**2 / deviation * x_t + t.sigma * d * out) / deviation
-                eps = (t.sigma / deviation * x_t - t.alpha * d * out) / deviation
+                d, std = self.sigma_data, self._deviation(t)
+                x0 = (t.alpha * d**2 / std * x_t + t.sigma * d * out) / std
+                eps = (t.sigma / std * x_t - t.alpha * d * out) / std
             case "velocity":
                 x0, eps = (x_t - t.sigma * out) / (t.alpha + t.sigma), (x_t + t.alpha * out) / (t.alpha + t.sigma)
-        if clipped and self.clip is not None:
-            x0 = self._clipped(x0, self.clip)
+        if clipped and self.clip_x0 is not None:
+            x0 = self._clipped(x0, self.clip_x0)
             eps = (x_t - t.alpha * x0) / t.sigma
         return Prediction(x0, eps, mix)
 
-    def target_gain(self, t: Level) -> Tensor:
+    def target_gain(self, t: NoiseLevel) -> Tensor:
         """|d target / d x_0|^2 at fixed x_t: squared error of the target = gain * squared error of x_0.
 
         In the level's shape, and positive also at zero SNR.
@@ -157,7 +157,7 @@ class GaussianDiffusion(nn.Module):
             case "velocity":
                 return ((t.alpha + t.sigma) / t.sigma).square()
 
-    def posterior(self, x0: Tensor, x_t: Tensor, t: Level, s: Level) -> Gaussian:
+    def posterior(self, x0: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
         """q(x_s | x_t, x_0) for s cleaner than t (Kingma et al. 2021, App. A; DDPM eq. 6-7 for neighbours).
 
         For clean s the variance is 0, and what is given is the logarithm of the decoder's.
@@ -167,7 +167,7 @@ class GaussianDiffusion(nn.Module):
         mean = root * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
         return Gaussian(mean, self._log_variance(s.sigma.square() * (1 - r), t, s))
 
-    def reverse(self, pred: Prediction, x_t: Tensor, t: Level, s: Level) -> Gaussian:
+    def reverse(self, pred: Prediction, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
         """p(x_s | x_t), the model's reverse step: the posterior at the predicted x_0, with the chosen variance.
 
         fixed_small and fixed_large are the optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2):
@@ -188,28 +188,28 @@ class GaussianDiffusion(nn.Module):
             return Gaussian(mean, small + pred.mix)
         return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.clamp(min=TINY_VARIANCE).log() - small))
 
-    def _deviation(self, t: Level) -> Tensor:
+    def _deviation(self, t: NoiseLevel) -> Tensor:
         """The deviation of x_t for data of deviation `sigma_data`."""
         return torch.hypot(t.alpha * self.sigma_data, t.sigma)
 
-    def _clipped(self, x0: Tensor, clip: float) -> Tensor:
-        if self.dynamic_clip is None:
-            return x0.clamp(-clip, clip)
-        largest = torch.quantile(x0.abs().flatten(1), self.dynamic_clip, dim=1).clamp(min=clip)
+    def _clipped(self, x0: Tensor, clip_x0: float) -> Tensor:
+        if self.dynamic_threshold is None:
+            return x0.clamp(-clip_x0, clip_x0)
+        largest = torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=clip_x0)
         largest = largest.view(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp(-largest, largest) * (clip / largest)
+        return x0.clamp(-largest, largest) * (clip_x0 / largest)
 
-    def _log_variance(self, variance: Tensor, t: Level, s: Level) -> Tensor:
+    def _log_variance(self, variance: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
         variance = torch.where(s.sigma > 0, variance, self.decoder_scale * t.ratio.square())
         # Clamped, since the derivative of log 0 would be NaN also where it is not chosen.
         return variance.clamp(min=TINY_VARIANCE).log()
 
 
-def snr_ratio(t: Level, s: Level) -> Tensor:
+def snr_ratio(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     """r = SNR_t / SNR_s in [0, 1], for t noisier than s; 0 if s is clean data or t pure noise."""
     return _root_snr_ratio(t, s).square().clamp(max=1)
 
 
-def _root_snr_ratio(t: Level, s: Level) -> Tensor:
+def _root_snr_ratio(t: NoiseLevel, s: NoiseLevel) -> Tensor:
     # Two levels of pure noise are the same.
     return torch.where(s.alpha > 0, t.alpha * s.sigma / (s.alpha * t.sigma), 1.0)

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
-from src.diffusion.noise import ContinuousSchedule, Level, NoiseSchedule
-from src.diffusion.process import GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction, snr_ratio
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, NoiseSchedule
 from tests.conftest import exact_level
 from tests.loops import for_each
 
@@ -38,7 +38,7 @@ def normal(shape, seed):
 
 
 def level(alpha, sigma):
-    return Level(*torch.tensor([alpha, sigma, 0.5], dtype=torch.float64))
+    return NoiseLevel(*torch.tensor([alpha, sigma, 0.5], dtype=torch.float64))
 
 
 # Levels of a table, of a flow (alpha + sigma = 1), and of EDM (alpha = 1): each list noisiest first.
@@ -68,9 +68,9 @@ def table():
     return schedules.linear(1000), NoiseSchedule(schedules.linear(1000))
 
 
-def variance_by_step(process, s, t):
+def variance_by_step(diffusion, s, t):
     """Variance that the link s -> t adds: what `step` makes of unit noise on nothing."""
-    return process.step(torch.zeros_like(t.alpha), s, t, torch.ones_like(t.alpha)).square()
+    return diffusion.step(torch.zeros_like(t.alpha), s, t, torch.ones_like(t.alpha)).square()
 
 
 @every_level
@@ -78,9 +78,9 @@ def variance_by_step(process, s, t):
 @every_prediction
 def test_interpret_inverts_target(prediction, shape, t):
     """x_0 and eps come back from the target at x_t; dividing by alpha or sigma of 2e-3 or more keeps 12 digits."""
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     x0, eps = normal(shape, 0), normal(shape, 1)
-    pred = process.interpret(process.target(x0, t, eps), process.add_noise(x0, t, eps), t)
+    pred = diffusion.interpret(diffusion.target(x0, t, eps), diffusion.add_noise(x0, t, eps), t)
     assert_close(pred.x0, x0, rtol=0, atol=1e-11)
     assert_close(pred.eps, eps, rtol=0, atol=1e-11)
 
@@ -90,10 +90,10 @@ def test_interpret_inverts_target(prediction, shape, t):
 @every_prediction
 def test_target_inverts_interpret(prediction, shape, t):
     """An arbitrary network output is the target of the x_0 and eps that it means, and these two make up x_t."""
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     out, x_t = normal(shape, 2), normal(shape, 3)
-    pred = process.interpret(out, x_t, t)
-    assert_close(process.target(pred.x0, t, pred.eps), out, rtol=1e-10, atol=1e-10)
+    pred = diffusion.interpret(out, x_t, t)
+    assert_close(diffusion.target(pred.x0, t, pred.eps), out, rtol=1e-10, atol=1e-10)
     assert_close(t.alpha * pred.x0 + t.sigma * pred.eps, x_t, rtol=1e-10, atol=1e-10)
 
 
@@ -101,7 +101,7 @@ def test_target_inverts_interpret(prediction, shape, t):
 @every_prediction
 def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
     """Targets in plain floats: eps, x_0, alpha eps - sigma x_0, EDM's F, eps - x_0."""
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     alpha, sigma = t.alpha.item(), t.sigma.item()
     # EDM's preconditioning (tab. 1) in x / alpha, whose noise is kappa = sigma / alpha; sigma_data = 0.5.
     kappa, noised = sigma / alpha, 0.5 + sigma / alpha * -1.25
@@ -114,8 +114,8 @@ def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
         "velocity": -1.25 - 0.5,
     }[prediction]
     x0, eps = (torch.tensor([[value]], dtype=torch.float64) for value in (0.5, -1.25))
-    assert process.target(x0, t, eps).item() == pytest.approx(expected, rel=1e-9)
-    assert process.add_noise(x0, t, eps).item() == pytest.approx(alpha * 0.5 - sigma * 1.25, rel=1e-14)
+    assert diffusion.target(x0, t, eps).item() == pytest.approx(expected, rel=1e-9)
+    assert diffusion.add_noise(x0, t, eps).item() == pytest.approx(alpha * 0.5 - sigma * 1.25, rel=1e-14)
 
 
 @for_each("sigma_data", [0.5, 2.0])
@@ -123,53 +123,55 @@ def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
 @every_shape
 def test_edm_output_is_preconditioned(shape, sigma, sigma_data):
     """At alpha = 1: D(x) = c_skip x + c_out F(c_in x), with the coefficients of Karras et al. 2022, tab. 1."""
-    process = GaussianDiffusion("edm", sigma_data=sigma_data)
+    diffusion = GaussianDiffusion("edm", sigma_data=sigma_data)
     x_t, out, t = normal(shape, 36), normal(shape, 37), level(1.0, sigma)
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
     c_out = sigma * sigma_data / math.sqrt(sigma_data**2 + sigma**2)
     c_in = 1 / math.sqrt(sigma**2 + sigma_data**2)
-    pred = process.interpret(out, x_t, t)
+    pred = diffusion.interpret(out, x_t, t)
     assert_close(pred.x0, c_skip * x_t + c_out * out, rtol=1e-12, atol=1e-12)
-    assert_close(process.target(pred.x0, t, pred.eps), out, rtol=1e-10, atol=1e-10)
-    assert_close(process.scale_input(x_t, t), c_in * x_t, rtol=1e-12, atol=0)
-    assert process.target_gain(t).item() == pytest.approx(1 / c_out**2, rel=1e-12)
+    assert_close(diffusion.target(pred.x0, t, pred.eps), out, rtol=1e-10, atol=1e-10)
+    assert_close(diffusion.scale_input(x_t, t), c_in * x_t, rtol=1e-12, atol=0)
+    assert diffusion.target_gain(t).item() == pytest.approx(1 / c_out**2, rel=1e-12)
 
 
 @every_shape
 @every_prediction
 def test_levels_of_each_sample_its_own(prediction, shape):
     """Levels (B, 1, ..., 1): the batch is what its samples are alone, at scalar levels."""
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     levels = [TABLE[1], FLOW[2], EDM[0]]
-    together = Level(*(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True)))
+    together = NoiseLevel(
+        *(torch.stack(field).view(-1, *[1] * (len(shape) - 1)) for field in zip(*levels, strict=True))
+    )
     x0, eps, out = normal(shape, 38), normal(shape, 39), normal(shape, 40)
     target, pred, gain = (
-        process.target(x0, together, eps),
-        process.interpret(out, x0, together),
-        process.target_gain(together),
+        diffusion.target(x0, together, eps),
+        diffusion.interpret(out, x0, together),
+        diffusion.target_gain(together),
     )
     assert gain.shape == together.alpha.shape
     for i, t in enumerate(levels):
-        alone = process.interpret(out[i : i + 1], x0[i : i + 1], t)
-        assert_close(target[i], process.target(x0[i], t, eps[i]), rtol=1e-12, atol=1e-14)
+        alone = diffusion.interpret(out[i : i + 1], x0[i : i + 1], t)
+        assert_close(target[i], diffusion.target(x0[i], t, eps[i]), rtol=1e-12, atol=1e-14)
         assert_close(pred.x0[i], alone.x0[0], rtol=1e-12, atol=1e-14)
         assert_close(pred.eps[i], alone.eps[0], rtol=1e-12, atol=1e-14)
-        assert_close(gain[i].squeeze(), process.target_gain(t), rtol=1e-12, atol=0)
+        assert_close(gain[i].squeeze(), diffusion.target_gain(t), rtol=1e-12, atol=0)
 
 
-@for_each("clip", [0.5, 1.0])
+@for_each("clip_x0", [0.5, 1.0])
 @every_level
 @every_shape
 @every_prediction
-def test_clipping_keeps_x_t(prediction, shape, t, clip):
+def test_clipping_keeps_x_t(prediction, shape, t, clip_x0):
     """x_0 is bounded; where it was inside it is unchanged; x_t = alpha x_0 + sigma eps holds everywhere."""
     out, x_t = normal(shape, 4), normal(shape, 5)
     free = GaussianDiffusion(prediction).interpret(out, x_t, t)
-    pred = GaussianDiffusion(prediction, clip=clip).interpret(out, x_t, t)
-    assert pred.x0.abs().max() <= clip
-    inside = free.x0.abs() <= clip
+    pred = GaussianDiffusion(prediction, clip_x0=clip_x0).interpret(out, x_t, t)
+    assert pred.x0.abs().max() <= clip_x0
+    inside = free.x0.abs() <= clip_x0
     assert_close(pred.x0[inside], free.x0[inside], rtol=0, atol=0)
-    assert ((pred.x0.abs() == clip) | inside).all()
+    assert ((pred.x0.abs() == clip_x0) | inside).all()
     assert_close(t.alpha * pred.x0 + t.sigma * pred.eps, x_t, rtol=0, atol=1e-12)
 
 
@@ -177,42 +179,42 @@ def test_clipping_keeps_x_t(prediction, shape, t, clip):
 @every_prediction
 def test_target_gain_is_the_ratio_of_squared_errors(prediction, t):
     """Two x_0 at one x_t: the squared distance of their targets over that of themselves."""
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     x_t, x0s = normal((3, 2), 6), (normal((3, 2), 7), normal((3, 2), 8))
-    first, second = (process.target(x0, t, (x_t - t.alpha * x0) / t.sigma) for x0 in x0s)
+    first, second = (diffusion.target(x0, t, (x_t - t.alpha * x0) / t.sigma) for x0 in x0s)
     ratio = (first - second).square().sum() / (x0s[0] - x0s[1]).square().sum()
-    assert_close(process.target_gain(t), ratio, rtol=1e-9, atol=0)
+    assert_close(diffusion.target_gain(t), ratio, rtol=1e-9, atol=0)
 
 
 @every_level
 @every_prediction
 def test_target_gain_is_a_squared_slope(prediction, t):
     """d target / d x_0 by autograd, where eps follows from x_0 and a fixed x_t."""
-    process = GaussianDiffusion(prediction, sigma_data=0.8)
+    diffusion = GaussianDiffusion(prediction, sigma_data=0.8)
     x_t = torch.tensor(0.3, dtype=torch.float64)
     x0 = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(process.target(x0, t, (x_t - t.alpha * x0) / t.sigma), x0)
-    assert_close(process.target_gain(t), slope.square(), rtol=1e-9, atol=0)
+    (slope,) = torch.autograd.grad(diffusion.target(x0, t, (x_t - t.alpha * x0) / t.sigma), x0)
+    assert_close(diffusion.target_gain(t), slope.square(), rtol=1e-9, atol=0)
 
 
 @for_each("dtype", [torch.float32, torch.float64])
 @every_prediction
 def test_pure_noise_is_no_special_case(prediction, dtype):
     """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0)."""
-    process = GaussianDiffusion(prediction)
-    noise = Level(*torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
-    s = Level(*torch.tensor([0.6, 0.8, 0.5], dtype=dtype))
+    diffusion = GaussianDiffusion(prediction)
+    noise = NoiseLevel(*torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
+    s = NoiseLevel(*torch.tensor([0.6, 0.8, 0.5], dtype=dtype))
     x0, eps = normal((3, 2), 41).to(dtype), normal((3, 2), 42).to(dtype)
-    gain = process.target_gain(noise)
+    gain = diffusion.target_gain(noise)
     assert gain.isfinite() and gain > 0
-    x_t = process.add_noise(x0, noise, eps)
+    x_t = diffusion.add_noise(x0, noise, eps)
     assert_close(x_t, eps, rtol=0, atol=0)
-    assert process.target(x0, noise, eps).isfinite().all()
+    assert diffusion.target(x0, noise, eps).isfinite().all()
     if prediction != "eps":
-        pred = process.interpret(process.target(x0, noise, eps), x_t, noise)
+        pred = diffusion.interpret(diffusion.target(x0, noise, eps), x_t, noise)
         assert_close(pred.x0, x0, rtol=1e-5, atol=1e-6)
         assert_close(pred.eps, eps, rtol=1e-5, atol=1e-6)
-    mean, log_variance = process.posterior(x0, x_t, noise, s)
+    mean, log_variance = diffusion.posterior(x0, x_t, noise, s)
     assert_close(mean, 0.6 * x0, rtol=1e-6, atol=1e-7)
     assert log_variance.item() == pytest.approx(math.log(0.64), rel=1e-5)
 
@@ -223,9 +225,9 @@ def test_posterior_is_bayes_rule(shape, t, s):
     """The product of q(x_t | x_s), as a function of x_s, and q(x_s | x_0), in precisions."""
     x0, x_t = normal(shape, 9), normal(shape, 10)
     scale = t.alpha / s.alpha
-    link = t.sigma.square() - scale.square() * s.sigma.square()
-    precision = scale.square() / link + 1 / s.sigma.square()
-    mean = (scale * x_t / link + s.alpha * x0 / s.sigma.square()) / precision
+    transition = t.sigma.square() - scale.square() * s.sigma.square()
+    precision = scale.square() / transition + 1 / s.sigma.square()
+    mean = (scale * x_t / transition + s.alpha * x0 / s.sigma.square()) / precision
     posterior = GaussianDiffusion().posterior(x0, x_t, t, s)
     assert posterior.mean.shape == shape
     assert_close(posterior.mean, mean, rtol=0, atol=1e-10)
@@ -258,12 +260,12 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
 def test_reverse_step_to_clean_data(variance, shape, row):
     """For s clean the mean is x_0 itself; the variance grows from the posterior's at t = 1 as (sigma / alpha)^2."""
     _, levels = table()
-    process = GaussianDiffusion(variance=variance, decoder_scale=levels.decoder_scale)
+    diffusion = GaussianDiffusion(variance=variance, decoder_scale=levels.decoder_scale)
     x0, x_t = normal(shape, 13), normal(shape, 14)
     t, clean = (exact_level(levels, torch.full((3,), index), x0) for index in (row, -1))
     one, first = (exact_level(levels, torch.full((3,), index), x0) for index in (1, 0))
-    expected = process.posterior(x0, x_t, one, first).log_variance + (first.snr / t.snr).log()
-    for gaussian in (process.posterior(x0, x_t, t, clean), process.reverse(Prediction(x0, x_t), x_t, t, clean)):
+    expected = diffusion.posterior(x0, x_t, one, first).log_variance + (first.snr / t.snr).log()
+    for gaussian in (diffusion.posterior(x0, x_t, t, clean), diffusion.reverse(Prediction(x0, x_t), x_t, t, clean)):
         assert_close(gaussian.mean, x0, rtol=0, atol=0)
         assert_close(gaussian.log_variance, expected, rtol=0, atol=1e-9)
 
@@ -273,15 +275,15 @@ def test_reverse_step_to_clean_data(variance, shape, row):
 def test_reverse_variances_of_neighbours(variance, row):
     """fixed_large is log beta_t, fixed_small log beta_tilde_t; the mean is the posterior's at the predicted x_0."""
     betas, levels = table()
-    process = GaussianDiffusion(variance=variance)
+    diffusion = GaussianDiffusion(variance=variance)
     x_t, pred = normal((3, 2), 15), Prediction(normal((3, 2), 16), normal((3, 2), 17))
     t, s = (exact_level(levels, torch.full((3,), index), x_t) for index in (row, row - 1))
-    mean, log_variance = process.reverse(pred, x_t, t, s)
+    mean, log_variance = diffusion.reverse(pred, x_t, t, s)
     bar_s = math.prod(1 - b for b in betas[:row].tolist())
     beta = betas[row].item()
     ratio = (1 - bar_s) / (1 - bar_s * (1 - beta)) if variance == "fixed_small" else 1
     assert_close(log_variance, torch.full((3, 1), math.log(ratio * beta), dtype=torch.float64), rtol=0, atol=1e-9)
-    assert_close(mean, process.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
+    assert_close(mean, diffusion.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
 
 
 @for_each("row", [0, 1, 10, 999])
@@ -292,29 +294,29 @@ def test_learned_range_is_iddpm_eq_15(prediction, row):
     The network gives twice the channels; at t = 0 beta_tilde is replaced by its value at t = 1, beta is not.
     """
     betas, levels = table()
-    process = GaussianDiffusion(prediction, "learned_range", decoder_scale=levels.decoder_scale)
-    assert process.outputs == 2
+    diffusion = GaussianDiffusion(prediction, "learned_range", decoder_scale=levels.decoder_scale)
+    assert diffusion.outputs == 2
     x_t, out, mix = normal((3, 2), 28), normal((3, 2), 29), normal((3, 2), 30)
     t, s = levels.row(row), levels.row(row - 1)
-    pred = process.interpret(torch.cat([out, mix], dim=1), x_t, t)
+    pred = diffusion.interpret(torch.cat([out, mix], dim=1), x_t, t)
     plain = GaussianDiffusion(prediction).interpret(out, x_t, t)
     assert_close(pred.x0, plain.x0, rtol=0, atol=0)
-    mean, log_variance = process.reverse(pred, x_t, t, s)
+    mean, log_variance = diffusion.reverse(pred, x_t, t, s)
     at = max(row, 1)
     bar_s = math.prod(1 - b for b in betas[:at].tolist())
     tilde = (1 - bar_s) / (1 - bar_s * (1 - betas[at].item())) * betas[at].item()
     fraction = (mix + 1) / 2
     expected = fraction * math.log(betas[row].item()) + (1 - fraction) * math.log(tilde)
     assert_close(log_variance, expected, rtol=0, atol=1e-9)
-    assert_close(mean, process.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
+    assert_close(mean, diffusion.posterior(pred.x0, x_t, t, s).mean, rtol=0, atol=0)
 
 
 @every_pair
 def test_learned_range_ends_at_the_fixed_variances(t, s):
     """mix = -1 is fixed_small, +1 the variance of x_s given x_t for x_0 ~ N(0, 1), in plain floats."""
     x_t, x0 = normal((3, 2), 43), normal((3, 2), 44)
-    process = GaussianDiffusion(variance="learned_range")
-    low, high = (process.reverse(Prediction(x0, x_t, m * torch.ones_like(x0)), x_t, t, s) for m in (-1, 1))
+    diffusion = GaussianDiffusion(variance="learned_range")
+    low, high = (diffusion.reverse(Prediction(x0, x_t, m * torch.ones_like(x0)), x_t, t, s) for m in (-1, 1))
     small = GaussianDiffusion().posterior(x0, x_t, t, s)
     added = t.sigma.item() ** 2 - (t.alpha / s.alpha).item() ** 2 * s.sigma.item() ** 2
     large = 1 / (1 / (s.alpha.item() ** 2 + s.sigma.item() ** 2) + (t.alpha / s.alpha).item() ** 2 / added)
@@ -328,14 +330,14 @@ def test_learned_range_ends_at_the_fixed_variances(t, s):
 @every_shape
 def test_outputs_for_each_of_the_datas_numbers(shape, variance):
     """Twice as many if the variance is learned: first those of the target, then mix, along the channels."""
-    process = GaussianDiffusion("x0", variance)
-    parts = [normal(shape, 45 + i) for i in range(process.outputs)]
-    pred = process.interpret(torch.cat(parts, dim=1), normal(shape, 47), TABLE[1])
+    diffusion = GaussianDiffusion("x0", variance)
+    parts = [normal(shape, 45 + i) for i in range(diffusion.outputs)]
+    pred = diffusion.interpret(torch.cat(parts, dim=1), normal(shape, 47), TABLE[1])
     assert_close(pred.x0, parts[0], rtol=0, atol=0)
     if variance in VARIANCES:
-        assert process.outputs == 1 and pred.mix is None
+        assert diffusion.outputs == 1 and pred.mix is None
     else:
-        assert process.outputs == 2
+        assert diffusion.outputs == 2
         assert_close(pred.mix, parts[1], rtol=0, atol=0)
 
 
@@ -343,11 +345,11 @@ def test_outputs_for_each_of_the_datas_numbers(shape, variance):
 def test_learned_variances_have_gradients_also_at_clean_data(variance):
     """In a float32 batch whose first sample's s is clean: each output's gradient is finite and none of mix's is 0."""
     _, levels = table()
-    process = GaussianDiffusion("eps", variance, decoder_scale=levels.decoder_scale)
+    diffusion = GaussianDiffusion("eps", variance, decoder_scale=levels.decoder_scale)
     x_t = normal((3, 2), 48).float()
     t, s = (levels.level(torch.tensor([0, 1, 999]) - shift, x_t) for shift in (0, 1))
     out = normal((3, 4), 49).float().requires_grad_()
-    mean, log_variance = process.reverse(process.interpret(out, x_t, t), x_t, t, s)
+    mean, log_variance = diffusion.reverse(diffusion.interpret(out, x_t, t), x_t, t, s)
     (gradient,) = torch.autograd.grad((mean.square() + log_variance.square()).sum(), out)
     assert gradient.isfinite().all()
     assert (gradient[:, 2:] != 0).all()
@@ -358,34 +360,34 @@ def test_learned_levels_have_gradients_also_at_clean_data(prediction):
     """In a float32 batch whose first sample's s is clean the curve's gradients are finite, through every formula."""
     curve = curves.Learned(width=8)
     x0, eps, out = (normal((3, 2), 50 + i).float() for i in range(3))
-    t, s, _ = ContinuousSchedule(curve, 100).link(torch.tensor([0.004, 0.3, 0.95]), x0)
+    t, s, _ = ContinuousSchedule(curve, 100).transition(torch.tensor([0.004, 0.3, 0.95]), x0)
     assert s.sigma[0] == 0
-    process = GaussianDiffusion(prediction, "fixed_large")
-    x_t = process.add_noise(x0, t, eps)
-    pred = process.interpret(out, process.scale_input(x_t, t), t)
-    terms = (*process.posterior(x0, x_t, t, s), *process.reverse(pred, x_t, t, s), process.target(x0, t, eps))
-    gradients = torch.autograd.grad(sum(term.sum() for term in (*terms, process.target_gain(t))), curve.parameters())
+    diffusion = GaussianDiffusion(prediction, "fixed_large")
+    x_t = diffusion.add_noise(x0, t, eps)
+    pred = diffusion.interpret(out, diffusion.scale_input(x_t, t), t)
+    terms = (*diffusion.posterior(x0, x_t, t, s), *diffusion.reverse(pred, x_t, t, s), diffusion.target(x0, t, eps))
+    gradients = torch.autograd.grad(sum(term.sum() for term in (*terms, diffusion.target_gain(t))), curve.parameters())
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
 @every_pair
 def test_learned_variance_is_relative_to_the_posteriors(t, s):
     """log variance = that of fixed_small + mix."""
-    process = GaussianDiffusion(variance="learned")
+    diffusion = GaussianDiffusion(variance="learned")
     x_t, mix = normal((3, 2), 31), normal((3, 2), 32)
-    pred = process.interpret(torch.cat([normal((3, 2), 33), mix], dim=1), x_t, t)
+    pred = diffusion.interpret(torch.cat([normal((3, 2), 33), mix], dim=1), x_t, t)
     small = GaussianDiffusion().reverse(Prediction(pred.x0, pred.eps), x_t, t, s).log_variance
-    assert_close(process.reverse(pred, x_t, t, s).log_variance, small + mix, rtol=0, atol=1e-12)
+    assert_close(diffusion.reverse(pred, x_t, t, s).log_variance, small + mix, rtol=0, atol=1e-12)
 
 
 @every_level
 def test_scaled_input_of_data_as_expected_has_unit_variance(t):
     """EDM's c_in; the other targets take x_t as it is."""
-    process = GaussianDiffusion("edm", sigma_data=0.7)
+    diffusion = GaussianDiffusion("edm", sigma_data=0.7)
     variance = (t.alpha * 0.7) ** 2 + t.sigma**2
     x_t = normal((3, 2), 34)
-    assert_close(process.scale_input(x_t, t), x_t / variance.sqrt(), rtol=1e-12, atol=0)
-    assert process.scale_input(x_t, t).shape == x_t.shape
+    assert_close(diffusion.scale_input(x_t, t), x_t / variance.sqrt(), rtol=1e-12, atol=0)
+    assert diffusion.scale_input(x_t, t).shape == x_t.shape
     assert GaussianDiffusion("v").scale_input(x_t, t) is x_t
 
 
@@ -394,7 +396,7 @@ def test_dynamic_clip_scales_down_what_exceeds(quantile):
     """Imagen: clip at the quantile of |x_0| of each sample if it exceeds the bound, then divide by it."""
     x0 = normal((3, 4, 5), 35) * torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)[:, None, None]
     t = level(0.8, 0.6)
-    pred = GaussianDiffusion("x0", clip=1.0, dynamic_clip=quantile).interpret(x0, x0, t)
+    pred = GaussianDiffusion("x0", clip_x0=1.0, dynamic_threshold=quantile).interpret(x0, x0, t)
     for sample, clipped in zip(x0.numpy(), pred.x0.numpy(), strict=True):
         bound = max(np.quantile(np.abs(sample), quantile), 1.0)
         np.testing.assert_allclose(clipped, np.clip(sample, -bound, bound) / bound, rtol=1e-12)
@@ -421,15 +423,15 @@ def test_fixed_large_is_the_variance_for_unit_gaussian_data(t, s):
 @every_shape
 def test_steps_compose(shape, levels):
     """s -> t -> w is s -> w: means multiply, variances add; from clean data it is add_noise."""
-    process = GaussianDiffusion()
+    diffusion = GaussianDiffusion()
     x, eps, zero = normal(shape, 21), normal(shape, 22), torch.zeros(shape, dtype=torch.float64)
     for w, t, s in combinations([*levels, CLEAN], 3):
-        mean = process.step(process.step(x, s, t, zero), t, w, zero)
-        assert_close(mean, process.step(x, s, w, zero), rtol=1e-12, atol=1e-14)
-        variance = (w.alpha / t.alpha).square() * variance_by_step(process, s, t) + variance_by_step(process, t, w)
-        assert_close(variance, variance_by_step(process, s, w), rtol=1e-10, atol=0)
+        mean = diffusion.step(diffusion.step(x, s, t, zero), t, w, zero)
+        assert_close(mean, diffusion.step(x, s, w, zero), rtol=1e-12, atol=1e-14)
+        variance = (w.alpha / t.alpha).square() * variance_by_step(diffusion, s, t) + variance_by_step(diffusion, t, w)
+        assert_close(variance, variance_by_step(diffusion, s, w), rtol=1e-10, atol=0)
     for t in levels:
-        assert_close(process.step(x, CLEAN, t, eps), process.add_noise(x, t, eps), rtol=1e-14, atol=1e-14)
+        assert_close(diffusion.step(x, CLEAN, t, eps), diffusion.add_noise(x, t, eps), rtol=1e-14, atol=1e-14)
 
 
 @for_each("row", [0, 1, 500, 999])
@@ -466,9 +468,9 @@ def test_reverse_step_equals_diffusers(prediction, shape, row):
     out, x_t = normal(shape, 25), normal(shape, 26)
     expected = scheduler.step(out, row, x_t, generator=torch.Generator().manual_seed(27)).prev_sample
 
-    process = GaussianDiffusion(prediction)
+    diffusion = GaussianDiffusion(prediction)
     t, s = (exact_level(levels, torch.full((3,), index), x_t) for index in (row, row - 1))
-    mean, log_variance = process.reverse(process.interpret(out, x_t, t), x_t, t, s)
+    mean, log_variance = diffusion.reverse(diffusion.interpret(out, x_t, t), x_t, t, s)
     noise = normal(shape, 27) if row > 0 else torch.zeros_like(mean)
     assert_close(mean + torch.exp(log_variance / 2) * noise, expected, rtol=1e-9, atol=1e-9)
 
@@ -476,13 +478,13 @@ def test_reverse_step_equals_diffusers(prediction, shape, row):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'.*process.prediction.*eps"),
-        ({"variance": "small"}, "unknown variance 'small'.*process.variance.*fixed_small"),
-        ({"dynamic_clip": 0.99}, "dynamic_clip is a quantile.*needs clip"),
-        ({"dynamic_clip": 1.5, "clip": 1.0}, "dynamic_clip is a quantile.*got 1.5"),
+        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'.*diffusion.prediction.*eps"),
+        ({"variance": "small"}, "unknown variance 'small'.*diffusion.variance.*fixed_small"),
+        ({"dynamic_threshold": 0.99}, "dynamic_clip is a quantile.*needs clip"),
+        ({"dynamic_threshold": 1.5, "clip_x0": 1.0}, "dynamic_clip is a quantile.*got 1.5"),
         ({"sigma_data": 0.0}, "sigma_data must be positive, got 0.0"),
-        ({"clip": 0.0}, "clip must be positive, got 0.0"),
-        ({"clip": -1.0}, "clip must be positive, got -1.0"),
+        ({"clip_x0": 0.0}, "clip must be positive, got 0.0"),
+        ({"clip_x0": -1.0}, "clip must be positive, got -1.0"),
     ],
 )
 def test_bad_arguments(arguments, message):
