@@ -340,7 +340,7 @@ def check_row(row: Row, figures: Figures, done: Mapping[str, Figures], machine: 
     """A row's cells, and what is wrong with it."""
     if row.does == "sample":
         levels = figures["grey_levels"]
-        seen = ", ".join(f"{apart} of 255 grey levels in {name}" for name, apart in levels.items())
+        seen = ", ".join(f"{apart} of 255 gray levels in {name}" for name, apart in levels.items())
         cells = [f"an image that is drawn with few and with many others differs by at most {seen}"]
         return cells, ["an image is not the same among others"] if levels["32-true"] > GREY_LEVELS else []
     faults = []

@@ -48,7 +48,7 @@ WORKLOADS = {
     "unet_ddpm": ["model=unet_ddpm", "model.dropout=0", *RANDOM_IMAGES],
     "unet_tiny": ["model=unet_tiny"],
 }
-"""The model and its data: random 32x32 colour images, or the digits with their own settings."""
+"""The model and its data: random 32x32 color images, or the digits with their own settings."""
 
 
 COUNT = 2048

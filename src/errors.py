@@ -4,14 +4,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from hydra.errors import CompactHydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory could not be had, of a device or of the machine."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch, not imported here
         return True
     signs = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"]
     signs.append("could not create a primitive")  # oneDNN, on a CPU

@@ -297,7 +297,7 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     """Turn upright, flatten onto white, take the central square and resize it: (channels, size, size) uint8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
-        # 16-bit grey; Pillow's own conversion clips it to white.
+        # 16-bit gray; Pillow's own conversion clips it to white.
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

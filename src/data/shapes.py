@@ -1,4 +1,4 @@
-"""Coloured shapes with captions, made from a grammar as they are asked for: text-to-image without any files.
+"""Colored shapes with captions, made from a grammar as they are asked for: text-to-image without any files.
 
 What is said can be held against what is seen, since each caption leads back to its scene (`parse`), and each scene to
 where everything lies (`place`). Combinations that are held out tell whether a model puts together what it never saw
@@ -22,7 +22,7 @@ from src.rng import key
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "cross"),
-    "colour": ("red", "green", "blue", "yellow", "magenta", "cyan"),
+    "color": ("red", "green", "blue", "yellow", "magenta", "cyan"),
     "size": ("small", "large"),
     "position": ("centre", "top left", "top right", "bottom left", "bottom right"),
     "background": ("black", "grey", "white"),
@@ -46,7 +46,7 @@ COLOURS = {
 """RGB of objects and backgrounds, before jitter."""
 
 COLOR_JITTER = 12
-"""Levels by which each channel of an object's colour may differ, and all of a background's together."""
+"""Levels by which each channel of an object's color may differ, and all of a background's together."""
 
 RADII = {"small": (0.09, 0.11), "large": (0.145, 0.17)}
 """Of the circle of an object's area, as a share of the picture's side: any small shape has less area than any large."""
@@ -186,9 +186,9 @@ def parse(text: str) -> Scene:
 
 
 def place(scenes: Sequence[Scene], seeds: Sequence[int]) -> Placed:
-    """Where everything of N scenes lies, how large and of which exact colour: for each scene by its own seed alone.
+    """Where everything of N scenes lies, how large and of which exact color: for each scene by its own seed alone.
 
-    Jitter makes no attribute doubtful: small and large, the five positions and the colours stay apart, objects do not
+    Jitter makes no attribute doubtful: small and large, the five positions and the colors stay apart, objects do not
     touch, and the one that is left of another lies so by more than it lies above or below.
     """
     if len(seeds) != len(scenes):
@@ -208,7 +208,7 @@ def place(scenes: Sequence[Scene], seeds: Sequence[int]) -> Placed:
     low, high = looked_up(RADII, "size").unbind(-1)
     radius = low + (high - low) * chance[:, 0:2]
     half = radius[..., None] * looked_up(HALVES, "shape")
-    color = looked_up(COLOURS, "colour") + COLOR_JITTER * signed[:, 2:8].view(-1, 2, 3)
+    color = looked_up(COLOURS, "color") + COLOR_JITTER * signed[:, 2:8].view(-1, 2, 3)
     background = torch.tensor([COLOURS[scene.background] for scene in scenes]) + COLOR_JITTER * signed[:, 8:9]
     alone = torch.tensor([PLACES[scene.objects[0].position or "centre"] for scene in scenes], dtype=torch.float64)
     alone = (alone + PLACE_JITTER * signed[:, 9:11])[:, None].expand(-1, 2, -1)
@@ -243,7 +243,7 @@ def render(scenes: Sequence[Scene], image_size: int, seeds: Sequence[int]) -> Te
 
 
 def paint(placed: Placed, image_size: int) -> Tensor:
-    """Pictures (N, 3, S, S) uint8: each pixel takes as much of a colour as the object covers of it."""
+    """Pictures (N, 3, S, S) uint8: each pixel takes as much of a color as the object covers of it."""
     pixels = (torch.arange(image_size) + 0.5) / image_size
     covered = torch.zeros(*placed.shape.shape, image_size, image_size)  # (N, 2, S, S)
     for number, name in enumerate(ATTRIBUTES["shape"]):
@@ -292,8 +292,8 @@ DISTANCES: Mapping[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 class Shapes:
     """`num_samples` pictures (N, 3, S, S) uint8 with captions; number i depends on (seed, i) alone.
 
-    `objects` is how many a scene has, or "both": half of the scenes one, half two, of two colours. Scenes in which some
-    object has all attributes of one of the mappings `held_out`, such as {"shape": "square", "colour": "red"}, are
+    `objects` is how many a scene has, or "both": half of the scenes one, half two, of two colors. Scenes in which some
+    object has all attributes of one of the mappings `held_out`, such as {"shape": "square", "color": "red"}, are
     never among them. Raises ValueError for attributes that do not exist, or of which nothing would be left to learn.
     """
 
@@ -391,7 +391,7 @@ def shapes(
 ) -> Source:
     """Opens `Shapes`; nothing is read from `root`. Raises ValueError as they do, and for grey pictures."""
     if channels != 3:
-        raise ValueError(f"shapes have colours, got data.channels={channels}: set data.channels=3")
+        raise ValueError(f"shapes have colors, got data.channels={channels}: set data.channels=3")
     return Shapes(image_size, num_samples, objects, held_out, seed)
 
 
@@ -417,7 +417,7 @@ class Lazy(Sequence[T]):
 @cache
 def _grammar(count: int) -> tuple[Scene, ...]:
     """All scenes of so many objects."""
-    looks = [ATTRIBUTES[name] for name in ("shape", "colour", "size")]
+    looks = [ATTRIBUTES[name] for name in ("shape", "color", "size")]
     if count == 1:
         alone = product(*looks, ATTRIBUTES["position"])
         return tuple(Scene((Object(*look),), background) for look in alone for background in ATTRIBUTES["background"])
@@ -433,7 +433,7 @@ def _patterns() -> list[re.Pattern[str]]:
         return f"(?P<{name}>{'|'.join(values)})"
 
     first, second = (
-        " ".join(any_of(f"{name}{k}", ATTRIBUTES[name]) for name in ("size", "colour", "shape")) for k in (1, 2)
+        " ".join(any_of(f"{name}{k}", ATTRIBUTES[name]) for name in ("size", "color", "shape")) for k in (1, 2)
     )
     position, background = (any_of(name, ATTRIBUTES[name]) for name in ("position", "background"))
     parts = {"first": first, "second": second, "position": position, "background": background}

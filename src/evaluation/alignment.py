@@ -143,7 +143,7 @@ class ClassBenchmark:
         return shown_of(self.data, shown) if shown else torch.empty(0, *self.data.shape, dtype=torch.uint8)
 
 
-LOOKS = ("shape", "colour", "size")
+LOOKS = ("shape", "color", "size")
 """What the judge of shapes says of each object; of the whole picture it says the background."""
 
 

@@ -144,7 +144,7 @@ def loss_by_noise(log: Path) -> Image.Image:
     mesh = left.pcolormesh([0.0, *steps], edges, table, norm=colors, cmap="viridis")
     figure.colorbar(mesh, ax=left)
     left.set(
-        title="training loss by level of noise (grey: no samples)", xlabel="step", ylabel="log-SNR (0: half noise)"
+        title="training loss by level of noise (gray: no samples)", xlabel="step", ylabel="log-SNR (0: half noise)"
     )
     chosen = evenly(len(steps), 3)
     for k, shade in zip(chosen, ("0.75", "0.45", "black")[-len(chosen) :], strict=True):

@@ -264,7 +264,7 @@ def test_figures_have_the_digits_that_their_spread_leaves(summary, shown):
 
 
 @pytest.mark.parametrize(
-    ("format_override", "means"),
+    ("typed_overrides", "means"),
     [
         (["outputs/a", "n=10", "b c/d"], ["n=10", "runs=['outputs/a','b c/d']"]),
         (["it's/x"], [r"runs=['it\'s/x']"]),
@@ -415,7 +415,7 @@ def test_the_runs_are_a_table_where_wandb_has_them(results, sweep, tmp_path, mon
     with pytest.raises(UsageError, match="none of them was logged by W&B"):
         compared(sweep, tmp_path, "wandb=true")
     logged = {"project": "of-runs", "group": "of-two"}
-    monkeypatch.setattr("src.comparison.survey.wandb_of", lambda found: logged)
+    monkeypatch.setattr("src.compare.wandb_of", lambda found: logged)
     compared(sweep, tmp_path, "wandb=true")
     offline = read_offline(tmp_path)
     assert (offline.run.project, offline.run.run_group) == ("of-runs", "of-two")

@@ -272,7 +272,7 @@ def test_scales_one_and_zero_are_the_conditional_and_the_unconditional_samples(t
     assert (at("far", "cond=[3]", "guidance.scale=9", far) == at("plain", "cond=[3]", "guidance.scale=1")).all()
     # The model itself as the weaker one: nothing to lead away from, but for rounding.
     self_led = at("self", "cond=[3]", "guidance.scale=3", f"guidance.model='{told}'").astype(int)
-    assert abs(self_led - at("plain2", "cond=[3]", "guidance.scale=1")).max() <= 16  # a grey level
+    assert abs(self_led - at("plain2", "cond=[3]", "guidance.scale=1")).max() <= 16  # a gray level
     with pytest.raises(UsageError, match=r"guidance\.model=.* is led away from by guidance alone: set"):
         at("none", "cond=[3]", "guidance.scale=1", f"guidance.model='{told}'")
     assert (at("negative", "cond=[3]", "negative=5") != at("positive", "cond=[3]")).any()

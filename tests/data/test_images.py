@@ -160,7 +160,7 @@ def test_digits_module_reaches_both_ends_of_the_range():
     ],
 )
 def test_every_format_gives_its_pixels(tmp_path, suffix, options, error):
-    """A 12x12 picture of few colours comes out as it went in, up to what its format loses."""
+    """A 12x12 picture of few colors comes out as it went in, up to what its format loses."""
     blocks = noise(3, 3, 3).repeat(4, 0).repeat(4, 1)
     Image.fromarray(blocks).save(tmp_path / f"a.{suffix}", **options)
     assert within(only(tmp_path, 12), chw(blocks), error)
@@ -248,7 +248,7 @@ def test_a_csv_file_of_labels_that_is_not_there_or_is_another_is_refused(tmp_pat
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
 def test_transparency_is_laid_over_white(tmp_path, suffix):
-    """alpha c + (1 - alpha) 255: hidden colours do not show."""
+    """alpha c + (1 - alpha) 255: hidden colors do not show."""
     pixels = noise(9, 9, 4)
     pixels[:3, :, 3], pixels[3:6, :, 3] = 0, 255
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
@@ -272,7 +272,7 @@ def test_gray_with_alpha_is_laid_over_white(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
 def test_transparent_palette_entries_become_white(tmp_path, suffix):
-    """A palette image: each index its colour, the transparent one white."""
+    """A palette image: each index its color, the transparent one white."""
     index = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
     colors = np.array([[200, 0, 0], [0, 180, 40], [10, 20, 30], [250, 240, 0]], dtype=np.uint8)
     image = Image.fromarray(index)
@@ -596,7 +596,7 @@ def test_cifar_files(tmp_path, name):
 
 @pytest.mark.usefixtures("any_checksum")
 def test_cifar_as_small_gray_pictures(tmp_path):
-    """Shrunk and turned gray: a constant colour becomes its luma."""
+    """Shrunk and turned gray: a constant color becomes its luma."""
     colors = noise(10, 1, 1, 3)
     write_cifar(tmp_path, "cifar10", colors.repeat(32, 1).repeat(32, 2))
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.image_size=16", "data.channels=1"]

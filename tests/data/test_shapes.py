@@ -51,12 +51,12 @@ def heavy_imports() -> None:
     ONE, TWO = all_scenes(1), all_scenes(2)
 
 
-HELD_OUT = [{"shape": "circle", "colour": "blue"}, {"colour": "red", "background": "white"}]
+HELD_OUT = [{"shape": "circle", "color": "blue"}, {"color": "red", "background": "white"}]
 
 
 def all_scenes(count: int) -> list[Scene]:
     """Written out once more: every scene of so many objects."""
-    looks = [Object(a, b, c) for a in SHAPES for b in ATTRIBUTES["colour"] for c in SIZES]
+    looks = [Object(a, b, c) for a in SHAPES for b in ATTRIBUTES["color"] for c in SIZES]
     if count == 1:
         alone = [look._replace(position=p) for look in looks for p in ATTRIBUTES["position"]]
         return [Scene((each,), b) for each in alone for b in ATTRIBUTES["background"]]
@@ -166,7 +166,7 @@ def test_two_objects_lie_as_their_relation_says_and_do_not_touch(placed_two):
 
 
 def test_sizes_and_colours_are_never_doubtful(placed_one, placed_two):
-    """Every small object has less area than any large one; each colour is nearest to its own of all nine."""
+    """Every small object has less area than any large one; each color is nearest to its own of all nine."""
     for placed, scenes in ((placed_one, ONE * 4), (placed_two, TWO)):
         large = torch.tensor([[each.size == "large" for each in scene.objects] for scene in scenes])
         radius = placed.radius[:, : large.shape[1]]
@@ -213,7 +213,7 @@ def coverage(outline: np.ndarray, size: int, fine: int = 8) -> np.ndarray:
 @for_each("shape", lambda: SHAPES)
 @pytest.mark.parametrize("size", [32, 96])
 def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
-    """Each pixel has the share of the object's colour that the object covers, counted on a finer grid."""
+    """Each pixel has the share of the object's color that the object covers, counted on a finer grid."""
     scenes = [s for s in ONE if s.objects[0].shape == shape][:: 17 * size // 32]
     placed = placed_alike(scenes)
     white = placed._replace(color=torch.full_like(placed.color, 255), background=torch.zeros_like(placed.background))
@@ -230,7 +230,7 @@ def test_pictures_are_the_shapes_that_an_outline_gives(shape, size):
 
 
 def mask_of(picture: Tensor) -> np.ndarray:
-    """How much of each pixel (3, S, S) is of another colour than the background, the corner's, in [0, 1]."""
+    """How much of each pixel (3, S, S) is of another color than the background, the corner's, in [0, 1]."""
     flat = picture.double().flatten(1)
     away = flat - flat[:, :1]
     farthest = away[:, away.norm(dim=0).argmax()]
@@ -238,7 +238,7 @@ def mask_of(picture: Tensor) -> np.ndarray:
 
 
 def test_what_was_said_is_read_off_the_pictures_at_32_pixels():
-    """Shape by the outline of that area at that centroid that fits best, size by area, colours and position."""
+    """Shape by the outline of that area at that centroid that fits best, size by area, colors and position."""
     scenes = ONE[::3]
     pictures = render(scenes, 32, [7 + k for k in range(len(scenes))])
     assert pictures.dtype == torch.uint8 and pictures.shape == (len(scenes), 3, 32, 32)
@@ -343,12 +343,12 @@ def test_without_anything_held_out_there_is_nothing_to_ask_for():
 @for_each(
     "settings, told",
     lambda: [
-        ({"held_out": [{"color": "red"}]}, r"the attribute 'color': did you mean colour\?"),
-        ({"held_out": [{"colour": "rad"}]}, r"the colour 'rad': did you mean red\?"),
+        ({"held_out": [{"color": "red"}]}, r"the attribute 'color': did you mean color\?"),
+        ({"held_out": [{"color": "rad"}]}, r"the color 'rad': did you mean red\?"),
         ({"held_out": [{"size": "huge"}]}, "there are small, large"),
         ({"held_out": [{}]}, "is empty"),
         ({"held_out": [{"shape": "cross"}]}, "leaves no scene with shape cross"),
-        ({"held_out": [{"shape": s, "colour": "red"} for s in SHAPES]}, "leaves no scene with colour red"),
+        ({"held_out": [{"shape": s, "color": "red"} for s in SHAPES]}, "leaves no scene with color red"),
         ({"num_samples": 1}, "num_samples must be at least 2, got 1"),
         ({"objects": 3}, "must be 1, 2 or both, got 3"),
         ({"image_size": 31}, "from 32x32 pixels on, got data.image_size=31"),
@@ -362,14 +362,14 @@ def test_impossible_settings_are_refused_in_one_line(settings, told):
 
 
 def test_the_preset_holds_out_six_pairs_and_splits():
-    """Each of the six colours with one shape, every shape among them; larger pictures by one setting."""
+    """Each of the six colors with one shape, every shape among them; larger pictures by one setting."""
     data = instantiate(compose("train", "data=shapes", "data.image_size=48", "data.source.num_samples=500").data)
     data.setup()
     source = data.source
     assert isinstance(source, Shapes)
-    assert {mapping["colour"] for mapping in source.held_out} == set(ATTRIBUTES["colour"])
+    assert {mapping["color"] for mapping in source.held_out} == set(ATTRIBUTES["color"])
     assert {mapping["shape"] for mapping in source.held_out} == set(SHAPES)
-    assert all(set(mapping) == {"shape", "colour"} for mapping in source.held_out)
+    assert all(set(mapping) == {"shape", "color"} for mapping in source.held_out)
     assert not data.flip  # which would make lies of left and right
     x = data.examples(4)
     assert x.shape == (4, *data.shape) == (4, 3, 48, 48)

@@ -67,7 +67,7 @@ def test_rows_are_standardised_and_come_back_in_their_units(tmp_path):
 def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
     path, numbers = table(tmp_path / "a.csv")
     assert opened(path).columns == ["height", "weight", "day", "kind"]
-    data = opened(path, given=["day"], label="kind")
+    data = opened(path, condition_columns=["day"], label="kind")
     assert data.columns == ["height", "weight"]
     assert data.source.covariates.names == ["day"]
     assert_close(data.source.covariates.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
@@ -81,8 +81,8 @@ def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
 def test_what_the_table_tells_is_enough_to_show_samples_without_it(tmp_path):
     """The settings that a run keeps: no file is opened for them, until the data are asked for."""
     path, _ = table(tmp_path / "a.csv")
-    data = opened(path, given=["day"], label="kind")
-    again = TableDataModule(None, given=["day"], label="kind", batch_size=4, **data.found)
+    data = opened(path, condition_columns=["day"], label="kind")
+    again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.found)
     assert again.shape == data.shape
     x = torch.randn(5, 2)
     assert_close(again.postprocess(x), data.postprocess(x), rtol=0, atol=0)

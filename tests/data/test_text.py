@@ -62,7 +62,7 @@ def opened(captions=CAPTIONS, **settings):
 
 @pytest.fixture(scope="module")
 def tokens():
-    return opened(vocabulary=400)
+    return opened(vocab_size=400)
 
 
 def byte_alphabet():
@@ -102,8 +102,8 @@ def test_tokens_are_those_of_a_plain_bpe(tokens):
 
 @pytest.mark.parametrize("asked", ANY_TEXT)
 def test_any_text_is_in_its_tokens_byte_for_byte(tokens, asked):
-    vocabulary = json.loads(Tokens.infer_settings(captioned(), {"vocab_size": 400})["tokenizer"])["model"]["vocab"]
-    spelled = {number: letters for letters, number in vocabulary.items()}
+    vocab_size = json.loads(Tokens.infer_settings(captioned(), {"vocab_size": 400})["tokenizer"])["model"]["vocab"]
+    spelled = {number: letters for letters, number in vocab_size.items()}
     bytes_of = {letter: byte for byte, letter in byte_alphabet().items()}
     ids = [number for number in tokens([asked])[0].tolist() if number]
     assert ids[0] == 1 and ids[-1] == 2 and min(ids[1:-1]) >= 3  # nothing in a text spells a special token
@@ -116,14 +116,14 @@ def test_a_file_name_that_is_no_unicode_can_be_encoded(tokens):
 
 
 def test_the_least_vocabulary_is_the_bytes():
-    plain, learned = opened(vocabulary=259), opened(vocabulary=600)
+    plain, learned = opened(vocab_size=259), opened(vocab_size=600)
     ids = plain(["Red Ö"])[0]
     assert (ids != 0).sum() == 1 + len(" red ö".encode()) + 1
     caption = CAPTIONS[5][2]
     assert (learned([caption]) != 0).sum() < (plain([caption]) != 0).sum() / 3
     assert ids.max() < 259
     with pytest.raises(ValueError, match=r"at least 259.*got 258"):
-        opened(vocabulary=258)
+        opened(vocab_size=258)
 
 
 def test_nothing_is_the_blank_text_and_has_a_token(tokens):
@@ -160,7 +160,7 @@ def test_what_is_found_survives_a_configuration(tokens):
     cfg = OmegaConf.create({"tokenizer": found["tokenizer"]})
     read = OmegaConf.create(OmegaConf.to_yaml(cfg)).tokenizer
     assert read == found["tokenizer"]
-    assert_close(Tokens(read, vocabulary=400)(["${amount}"]), opened(captions, vocabulary=400)(["${amount}"]))
+    assert_close(Tokens(read, vocab_size=400)(["${amount}"]), opened(captions, vocab_size=400)(["${amount}"]))
 
 
 def test_what_was_given_is_kept():
@@ -170,7 +170,7 @@ def test_what_was_given_is_kept():
 
 
 def test_texts_that_are_too_long_are_cut_with_one_warning():
-    tokens = opened(length=6, vocabulary=259)
+    tokens = opened(length=6, vocab_size=259)
     with pytest.warns(UserWarning, match=r"a text of 8 tokens is cut to 4 .*conditioning\.encode\.length") as said:
         ids = tokens(["abcdefg", "hijklmnop"])
     assert len(said) == 1
@@ -206,11 +206,11 @@ def test_of_large_data_some_captions_from_all_over_are_read(monkeypatch):
 
 
 def test_examples_are_different_and_from_all_over():
-    examples = opened(vocabulary=300).examples
+    examples = opened(vocab_size=300).examples
     assert len(set(examples)) == 8
     assert sum(color in " ".join(examples) for color in COLOURS) >= 3
     odd = [["one"]] * 50 + [["t\x07wo", "o  ne", "${two}"], ["two"]]
-    assert opened(odd, vocabulary=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
+    assert opened(odd, vocab_size=300).examples == ["one", "o ne", "two"]  # as a configuration can have them
 
 
 def test_a_sample_is_asked_for_by_any_of_its_captions(tokens):
@@ -254,7 +254,7 @@ def asked_in_a_worker(tokens, queue):
 
 
 def test_workers_have_the_same_tokens_and_nothing_to_say(capfd):
-    tokens = opened(vocabulary=400)
+    tokens = opened(vocab_size=400)
     expected = tokens(["a red circle"]).tolist()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -292,8 +292,8 @@ def save_tokenizer(folder, ends=True):
     import tokenizers
     import transformers
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    vocab_size = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab_size, unk_token="<unk>"))
     inner.normalizer = tokenizers.normalizers.Lowercase()
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     if ends:
@@ -304,7 +304,7 @@ def save_tokenizer(folder, ends=True):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", unk_token="<unk>", **special
     ).save_pretrained(folder)
-    return len(vocabulary)
+    return len(vocab_size)
 
 
 def make(kind, folder, seed=0):

@@ -208,7 +208,7 @@ def test_log_normal_ends_out_of_range(low, high):
 
 
 @for_each("seed", SEEDS)
-@for_each("bins, history, floor", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
+@for_each("num_bins, history_per_bin, uniform_prob", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
 def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, uniform_prob, seed):
     """p = floor / bins + (1 - floor) root mean square / their sum, of the last losses of each bin in plain floats."""
     importance = ImportanceSampler(num_bins, history_per_bin, uniform_prob)

@@ -63,7 +63,7 @@ def heavy_imports() -> None:
 
 
 ALONE = Processes(torch.device("cpu"))
-HELD_OUT = [{"shape": "square", "colour": "red"}, {"shape": "circle", "colour": "blue"}]
+HELD_OUT = [{"shape": "square", "color": "red"}, {"shape": "circle", "color": "blue"}]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TURNED = {"left of": "above", "right of": "below", "above": "left of", "below": "right of"}
 
@@ -127,7 +127,7 @@ class Oracle:
 @pytest.fixture
 def benchmark(tmp_path, monkeypatch):
     """Of shapes, with no judge yet."""
-    monkeypatch.setattr("src.evaluation.alignment.train_judge", lambda *args, **kwargs: None)
+    monkeypatch.setattr("src.evaluation.alignment.train_detector", lambda *args, **kwargs: None)
     monkeypatch.setattr(ShapesBenchmark, "_tested", lambda self, steps: {"all_9": wilson(9, 9)})
     return ShapesBenchmark(shapes_data(), Settings(n=24, cache=tmp_path), torch.device("cpu"), list)
 
@@ -138,7 +138,7 @@ def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
     for scene in Shapes(num_samples=10, held_out=HELD_OUT).any_scenes(60, 1):
         assert all(compared(scene, what_is_seen(place([scene], [0]), scene, 0)).values())
         changed = {"background": [scene._replace(background=b) for b in ATTRIBUTES["background"]]}
-        for look in ("shape", "colour", "size", "position")[: 3 if scene.relation else 4]:
+        for look in ("shape", "color", "size", "position")[: 3 if scene.relation else 4]:
             changed[look] = [
                 scene._replace(objects=(*scene.objects[:k], each._replace(**{look: value}), *scene.objects[k + 1 :]))
                 for k, each in enumerate(scene.objects)
@@ -149,12 +149,12 @@ def test_what_differs_in_one_attribute_is_wrong_in_it_alone():
         for attribute, others in changed.items():
             for number, other in enumerate(others):
                 if other == scene or len({each.color for each in other.objects}) < len(other.objects):
-                    continue  # two objects of one colour are no scene
+                    continue  # two objects of one color are no scene
                 seen = what_is_seen(place([other], [number]), other, 0)
                 wrong = {name for name, right in compared(scene, seen).items() if not right}
                 assert wrong == {attribute}, (scene, other)
                 checked.add(attribute)
-    assert checked == {"background", "shape", "colour", "size", "position", "relation"}
+    assert checked == {"background", "shape", "color", "size", "position", "relation"}
 
 
 def test_the_number_of_objects_is_an_attribute_of_its_own():
@@ -164,7 +164,7 @@ def test_the_number_of_objects_is_an_attribute_of_its_own():
     square = parse("a large blue square in the centre on a grey background")
     seen = {scene: what_is_seen(place([scene], [0]), scene, 0) for scene in (pair, square)}
     assert all(compared(same, seen[pair]).values())
-    wrong = {"number", "shape", "colour", "size", "relation"}
+    wrong = {"number", "shape", "color", "size", "relation"}
     assert {name for name, right in compared(pair, seen[square]).items() if not right} == wrong
     middles = [*seen[pair].middles, (0.9, 0.9)]
     more = Seen(middles, [*seen[pair].looks, seen[square].looks[0]], seen[pair].ground)
@@ -182,8 +182,8 @@ def pictures(benchmark, group, per_prompt, change=lambda scene: scene):
 
 
 def other_colour(scene):
-    """The first object in a colour that neither has."""
-    free = [c for c in ATTRIBUTES["colour"] if c not in {each.color for each in scene.objects}]
+    """The first object in a color that neither has."""
+    free = [c for c in ATTRIBUTES["color"] if c not in {each.color for each in scene.objects}]
     return scene._replace(objects=(scene.objects[0]._replace(color=free[0]), *scene.objects[1:]))
 
 
@@ -193,7 +193,7 @@ def test_real_renders_are_right_and_vary_as_much_and_a_wrong_colour_is_wrong_in_
     assert not any(benchmark.source.is_held_out(parse(prompt)) for prompt in benchmark.prompts["seen"])
     prompts = benchmark.prompts["seen"]
     usual = [spread(benchmark.real(prompt)) for prompt in prompts]
-    for change, wrong in ((lambda scene: scene, {}), (other_colour, {"colour", "all"})):
+    for change, wrong in ((lambda scene: scene, {}), (other_colour, {"color", "all"})):
         scenes, images = pictures(benchmark, "seen", 20, change)
         benchmark.detector = Oracle(scenes, range(len(scenes)))
         result = aligned(benchmark, images, prompts, prompts, usual, seed=0)
@@ -202,7 +202,7 @@ def test_real_renders_are_right_and_vary_as_much_and_a_wrong_colour_is_wrong_in_
         for name, figure in figures.items():
             if name != "diversity":
                 assert figure.value == (name not in wrong), name
-        if not wrong:  # another colour differs otherwise from the background
+        if not wrong:  # another color differs otherwise from the background
             assert figures["diversity"].value == pytest.approx(1, abs=0.15)
         assert result.by_prompt == dict.fromkeys(prompts, 1.0 - bool(wrong))
     singles = sum(len(parse(prompt).objects) == 1 for prompt in prompts)
@@ -489,7 +489,7 @@ def test_captions_of_shapes_are_measured_seen_and_held_out(tmp_path, cache, monk
 
 @pytest.mark.slow
 def test_the_judge_of_shapes_is_right(tmp_path):
-    """On renders of captions, seen and held out, that it has not learned from; and sees a wrong colour in colour."""
+    """On renders of captions, seen and held out, that it has not learned from; and sees a wrong color in color."""
     data = shapes_data()
     benchmark = build_benchmark(data, Settings(n=400, cache=tmp_path), ALONE)
     assert all(figure.value > 0.99 for name, figure in benchmark.own.items() if not name.startswith("all_"))
@@ -500,9 +500,9 @@ def test_the_judge_of_shapes_is_right(tmp_path):
             _, images = pictures(benchmark, group, 8, change)
             found = aligned(benchmark, images, prompts, prompts, usual, seed=0)
             for name, figure in found.figures.items():
-                if name.startswith(("all_", "colour_")):
+                if name.startswith(("all_", "color_")):
                     assert figure.value == pytest.approx(expected, abs=0.03), name
-                elif name.startswith("diversity"):  # another colour differs otherwise from the background
+                elif name.startswith("diversity"):  # another color differs otherwise from the background
                     assert not expected or figure.value == pytest.approx(1, abs=0.1), name
                 else:  # eight renders of one caption err together
                     assert figure.value == pytest.approx(1, abs=0.04), name

@@ -281,7 +281,7 @@ def test_decoder_of_data_with_levels_bears_rare_errors():
     best = min(term(0.02 * 1.02**k) for k in range(300))
     assert best < 0.5 * term(math.sqrt(0.01) * 0.9)
     # The two outermost of 16 levels have wider bins.
-    assert result.num_terms[0].item() == pytest.approx(best, abs=0.05)
+    assert result.terms[0].item() == pytest.approx(best, abs=0.05)
 
 
 def test_eight_bit_mixture_is_little_above_its_entropy():

@@ -94,7 +94,7 @@ def test_bound_of_the_ideal_network_is_little_above_the_entropy(make_schedule, n
     assert excess == pytest.approx((ratio - 1 - math.log(ratio)) / 2 / math.log(2), abs=0.02 + 4 * chance)
     assert chance < (0.05 if num_terms is None else 0.2)
     if num_terms is None:
-        assert_close(result.total.mean(), result.num_terms.sum() + result.prior.mean(), rtol=1e-9, atol=0)
+        assert_close(result.total.mean(), result.terms.sum() + result.prior.mean(), rtol=1e-9, atol=0)
     assert 0 <= result.prior.mean() < 1e-4
 
 

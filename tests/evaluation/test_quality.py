@@ -148,7 +148,7 @@ def test_a_compiled_network_draws_in_batches_of_one_size_and_leaves_the_likeliho
 
         return fast
 
-    monkeypatch.setattr("src.runs.open.compiled", compiled)
+    monkeypatch.setattr("src.training.compile.compiled", compiled)
     settings = ["compile=true", "sampler=ddim", "sampler.steps=2", "features=[pixels]"]
     metrics = evaluate(compose("evaluate", *asked, *settings, f"run_dir='{tmp_path}'"))
     assert sizes == [16] * (2 + 2 * 3)  # to tell the time, and two steps of three batches
@@ -308,7 +308,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_long(asked, override
 
 
 @pytest.mark.parametrize(
-    ("format_override", "samplers"),
+    ("typed_overrides", "samplers"),
     [
         (["sampler=ddim,heun", "sampler.steps=2,4"], ["ddim 2", "ddim 4", "heun 2", "heun 4"]),
         (["sampler=ddim", "sampler.eta=0,0.5", "sampler.steps=7"], ["ddim 7 0", "ddim 7 0.5"]),
@@ -328,7 +328,7 @@ def test_one_value_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("format_override", "rule"),
+    ("typed_overrides", "rule"),
     [
         (["sampler=ddim,huen"], "did you mean heun"),
         (["sampler=ddim,dpmpp_2m", "sampler.eta=0,1"], "sampler.eta"),

@@ -47,7 +47,7 @@ def test_every_kind_of_row_runs_on_a_cpu(tmp_path):
         assert (share, peak, ratio, within) == ("-",) * 4  # of a GPU alone
     assert cells["16-mixed, made to overflow"] == ["2 steps overflowed, 2 were skipped and said"]
     assert cells["32-true to bf16-mixed"][0].startswith("went on after step 6 from ")
-    assert cells["sampling"][0].endswith("at most 0 of 255 grey levels in 32-true, 0 of 255 grey levels in bf16-mixed")
+    assert cells["sampling"][0].endswith("at most 0 of 255 gray levels in 32-true, 0 of 255 gray levels in bf16-mixed")
     assert all(float(cells[f"32-true, {count} at once"][0]) > 0 for count in (2, 4))
 
     figures = json.loads((tmp_path / "out" / "figures.json").read_text())

@@ -23,7 +23,7 @@ def heavy_imports() -> None:
     global sqrtm, linear_sum_assignment, scipy_energy, NearestNeighbors, maximum_mean_discrepancy, poly_mmd
     global chi_square, class_counts, inception_score, total_variation
     from scipy.linalg import sqrtm
-    from scipy.optimized_metric import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment
     from scipy.stats import energy_distance as scipy_energy
     from sklearn.neighbors import NearestNeighbors
     from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
