@@ -1,6 +1,7 @@
 """The networks: against diffusers' UNet2DModel, against formulas written out, and in what they promise of shapes."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from src.models.layers import (
     sinusoidal_embedding,
 )
 from src.models.mlp import MLP
-from src.models.unet import Layer, UNet, pad_to_multiple
+from src.models.unet import Layer, UNet, attended_resolutions, pad_to_multiple, stage_resolutions
 
 TINY = {
     "channels": 1,
@@ -363,16 +364,32 @@ def test_fresh_residual_branches_are_the_identity():
     assert_close(SelfAttention(8, 2, 2)(x), x, rtol=0, atol=0)
 
 
-def test_attention_where_no_level_is_raises():
-    """The message names what was asked for and the resolutions that exist."""
-    with pytest.raises(ValueError, match=r"attention_resolutions at \[16\] does not occur.*\[28, 14, 7\]"):
-        UNet(channels=1, image_size=28, model_channels=8, channel_mult=(1, 1, 1), attention_resolutions=(16, 14))
+def test_attention_resolutions_select_the_nearest_stage():
+    """16 pixels select the stage of 14x14 at 28x28 images, and that of 16x16 at any patch size."""
+    for image_size, patch_size, requested, attended in (
+        (28, 1, (16,), {14}), (28, 1, (14,), {14}), (32, 1, (16, 8), {16, 8}), (32, 2, (8, 4), {8, 4}),
+        (28, 2, (8, 4), {7, 4}), (8, 1, (4,), {4}), (5, 1, (2,), {2}), (64, 1, (), set()),
+    ):  # fmt: skip
+        assert attended_resolutions(requested, stage_resolutions(image_size, patch_size, 3)) == attended
+
+
+def test_attention_resolutions_without_a_stage_warn():
+    """ADM ignores them silently."""
+    settings = {"channels": 1, "image_size": 28, "model_channels": 8, "channel_mult": (1, 1, 1)}
+    with pytest.warns(UserWarning, match=r"model\.attention_resolutions=\[64, 14, 2\].*\[64, 2\].*\[28, 14, 7\]"):
+        net = UNet(**settings, attention_resolutions=(64, 14, 2))
+    assert count(net) == count(UNet(**settings, attention_resolutions=(14,)))
+
+
+def test_attention_resolutions_below_one_raise():
+    with pytest.raises(ValueError, match=r"model\.attention_resolutions=\[0\]"):
+        UNet(**{**TINY, "attention_resolutions": (0,)})
 
 
 @pytest.mark.parametrize("wrong", [{"num_head_channels": 5}, {"num_head_channels": 64}, {"num_heads": 3}])
 def test_heads_that_do_not_divide_raise(wrong):
-    """The message names the channels and the setting to change."""
-    with pytest.raises(ValueError, match=r"16 channels do not split into heads.*model\.num_head_channels"):
+    ((setting, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"model\.{setting}={value} .*16"):
         UNet(**{**TINY, **wrong})
 
 
@@ -380,7 +397,10 @@ def test_heads_that_do_not_divide_raise(wrong):
     "wrong", [{"channels": 0}, {"num_res_blocks": 0}, {"channel_mult": ()}, {"channel_mult": (1, 0)}]
 )
 def test_sizes_below_one_raise(wrong):
-    with pytest.raises(ValueError, match=r"must be at least 1, got"):
+    ((setting, value),) = wrong.items()
+    with pytest.raises(
+        ValueError, match=re.escape(f"model.{setting}={list(value) if isinstance(value, tuple) else value} ")
+    ):
         UNet(**{**TINY, "attention_resolutions": (), **wrong})
 
 
@@ -391,7 +411,7 @@ def test_mlp_sizes_below_one_raise(wrong):
 
 
 def test_odd_time_width_raises():
-    with pytest.raises(ValueError, match=r"width 7.*even"):
+    with pytest.raises(ValueError, match=r"width=7 .*even"):
         TimeEmbedding(7, 8)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from src.models import winograd as module
 from src.models.layers import ResidualBlock, Upsample
+from src.models.unet import UNet
 from src.models.winograd import Conv3x3, Tiles, winograd
 
 
@@ -94,3 +95,33 @@ def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.autograd.grad(grow(block(x, emb)).square().mean(), [x, *block.parameters(), *grow.parameters()])
     for ours, theirs in zip(fast, plain, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_backend_of_a_convolution_selects_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(module, "winograd", lambda *args: sizes.append(tuple(args[0].shape)) or winograd(*args))
+    small, large = draw(2, 64, 5, 5, dtype=torch.float32).detach(), draw(4, 64, 16, 16, dtype=torch.float32).detach()
+    outputs = {}
+    for backend, expected in (("torch", []), ("auto", [large.shape]), ("winograd", [small.shape, large.shape])):
+        torch.manual_seed(0)
+        layer = Conv3x3(64, 64, backend)
+        outputs[backend] = [layer(small), layer(large)]
+        assert sizes == expected, backend
+        sizes.clear()
+    for backend in ("auto", "winograd"):
+        for ours, plain in zip(outputs[backend], outputs["torch"], strict=True):
+            assert (ours - plain).norm() < 4e-6 * plain.norm()
+
+
+def test_unet_passes_its_backend_to_all_convolutions() -> None:
+    net = UNet(
+        1, 16, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, resblock_updown=True, conv_backend="torch"
+    )
+    plain = UNet(1, 16, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, conv_backend="winograd")
+    assert {m.backend for m in net.modules() if isinstance(m, Conv3x3)} == {"torch"}
+    assert {m.backend for m in plain.modules() if isinstance(m, Conv3x3)} == {"winograd"}
+
+
+def test_unknown_backend_raises() -> None:
+    with pytest.raises(ValueError, match=r"model\.conv_backend=fast"):
+        UNet(1, 8, model_channels=8, channel_mult=(1,), conv_backend="fast")
