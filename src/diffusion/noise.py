@@ -111,12 +111,12 @@ class Schedule(Protocol):
         ...
 
 
-class Grid(tuple[NoiseLevel, ...]):
+class TimeGrid(tuple[NoiseLevel, ...]):
     """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
 
     schedule: Schedule
 
-    def __new__(cls, levels: Iterable[NoiseLevel], schedule: Schedule) -> "Grid":
+    def __new__(cls, levels: Iterable[NoiseLevel], schedule: Schedule) -> "TimeGrid":
         grid = super().__new__(cls, levels)
         grid.schedule = schedule
         return grid
@@ -129,7 +129,7 @@ class Grid(tuple[NoiseLevel, ...]):
 CLEAN = NoiseLevel(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> Grid:
+def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> TimeGrid:
     """`steps` + 1 levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
 
     The first three names are those of Lin et al. (2305.08891, tab. 2), for positions on the curve:
@@ -168,7 +168,7 @@ def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing 
             raise ValueError(
                 f"unknown spacing {spacing!r}: choose trailing, leading, linspace, karras or log_snr (sampler.spacing)"
             )
-    return Grid([*schedule.at(u), CLEAN], schedule)
+    return TimeGrid([*schedule.at(u), CLEAN], schedule)
 
 
 class NoiseSchedule(nn.Module):

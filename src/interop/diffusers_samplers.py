@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.likelihood import Predict
-from src.diffusion.noise import Grid, NoiseLevel, NoiseSchedule
+from src.diffusion.noise import NoiseLevel, NoiseSchedule, TimeGrid
 from src.diffusion.samplers import Noise
 
 # Every convention on which the schedulers' defaults differ, for those that know it. Clipping is our process's.
@@ -45,16 +45,16 @@ LEAST_ALPHA_BAR = 2**-24
 
 
 def diffusers(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise, scheduler: str
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise, scheduler: str
 ) -> Iterator[Tensor]:
-    """Walk len(grid) - 1 steps with the class `scheduler` of the diffusers library, which chooses its own timesteps.
+    """Walk len(time_grid) - 1 steps with the class `scheduler` of the diffusers library, which chooses its own timesteps.
 
     Some predict more than once a step. Those of the form of k-diffusion hold x / alpha; what is predicted from, and
     yielded, is x. A `diffusion` with learned variances samples with fixed ones here. DDIMScheduler and PNDMScheduler
     want a number of steps that divides the schedule's. Raises ValueError for schedulers that are unknown or made for
     something else, and for schedules without betas.
     """
-    steps, schedule = len(grid) - 1, grid.schedule
+    steps, schedule = len(time_grid) - 1, time_grid.schedule
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(
             "the diffusers library's schedulers want betas, which continuous schedules have not: choose a schedule "

@@ -24,12 +24,12 @@ from src.diffusion.losses import Denoise
 from src.diffusion.noise import (
     CLEAN,
     DefaultSpacing,
-    Grid,
     NoiseLevel,
     Schedule,
     Spacing,
+    TimeGrid,
     Transition,
-    make_grid,
+    make_time_grid,
     terminal_alpha_bar,
 )
 from src.diffusion.samplers import Noise, predictor
@@ -55,7 +55,7 @@ class SamplerFn(Protocol):
     """A sampler of `src.diffusion.samplers` with its own settings bound."""
 
     def __call__(
-        self, diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+        self, diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
     ) -> Iterator[Tensor]: ...
 
 
@@ -426,7 +426,7 @@ class DiffusionModule(L.LightningModule):
                 f"guidance.scale={guidance.scale:g} leads away from the model that is told nothing, as this one never "
                 "was: train with conditioning.cond_drop_prob=0.1, or give a weaker model (guidance.model=RUN)"
             )
-        grid = make_grid(self.schedule, sampler.steps, sampler.spacing)
+        grid = make_time_grid(self.schedule, sampler.steps, sampler.spacing)
         x = torch.zeros(1, *self.shape, device=self.device)
         wrong = x.new_ones(1, self.diffusion.outputs * self.shape[0], *self.shape[1:])
 
@@ -482,7 +482,7 @@ class DiffusionModule(L.LightningModule):
         try:
             predict = predictor(self.diffusion, guided(denoise, cond, self.null, guidance, self.shape[0]))
             noise = SampleNoise(seed, indices, self.device)
-            grid = make_grid(self.schedule, steps, spacing)
+            grid = make_time_grid(self.schedule, steps, spacing)
             x = grid[0].norm * noise.draw(self.shape)
             yield x
             yield from fn(self.diffusion, predict, x, grid, noise=noise)

@@ -34,7 +34,7 @@ GIVEN = {
     *("outputs", "condition", "dim"),  # networks, from the process and the conditions
     *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
     *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
-    *("predict", "x", "grid", "noise"),  # samplers
+    *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     "prepare",

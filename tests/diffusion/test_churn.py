@@ -9,7 +9,7 @@ import torch
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
-from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 
 SCHEDULES = {
     "edm": ContinuousSchedule(curves.exploding),
@@ -70,7 +70,7 @@ def heun(grid, settings):
 def test_heun_with_churn_equals_algorithm_2(name):
     """Also where the first step's noise is raised beyond the noisiest level, by up to sqrt(2)."""
     for spacing in ("karras", "trailing", "linspace"):
-        grid = make_grid(SCHEDULES[name], 8, spacing)
+        grid = make_time_grid(SCHEDULES[name], 8, spacing)
         for settings in SETTINGS:
             expected, sigmas = algorithm_2([level.ratio.item() for level in grid], **settings)
             out, levels = heun(grid, settings)
@@ -82,7 +82,7 @@ def test_heun_with_churn_equals_algorithm_2(name):
 
 def test_the_issues_case_equals_algorithm_2():
     """edm_lognormal, from sigma = 80 with no upper bound, where clamping gave 0.088 more."""
-    grid = make_grid(SCHEDULES["edm"], 8, "karras")
+    grid = make_time_grid(SCHEDULES["edm"], 8, "karras")
     assert grid[0].sigma.item() == pytest.approx(80)
     out, levels = heun(grid, {"s_churn": 40.0})
     assert levels[0].sigma.item() == pytest.approx(80 * math.sqrt(2), rel=1e-9) and levels[0].alpha == 1
@@ -91,7 +91,7 @@ def test_the_issues_case_equals_algorithm_2():
 
 def test_time_beyond_the_end():
     """EDM's network sees log sigma, in which the time of its curve goes on linearly; a table's time stays 1."""
-    (edm, table) = (make_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
+    (edm, table) = (make_time_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
     for ratio in (80.0, 100.0, 113.1):
         level = edm(torch.tensor(ratio))
         expected = math.log(ratio / 0.002) / math.log(80 / 0.002)
@@ -104,7 +104,7 @@ def test_time_beyond_the_end():
 def test_a_curve_without_values_beyond_its_end_stops_there():
     """sigma = u: alpha = sqrt(1 - u^2) is NaN beyond 1; the level is the noisiest that there is."""
     schedule = ContinuousSchedule(lambda u: ((0.999 - u * 0.9).sqrt(), 0.05 + 0.9 * u))
-    level = make_grid(schedule, 2).at_ratio(torch.tensor(1e9))
+    level = make_time_grid(schedule, 2).at_ratio(torch.tensor(1e9))
     assert all(field.isfinite() for field in level) and level.time.item() == pytest.approx(0.999 / 0.9, abs=1e-9)
 
 
@@ -114,7 +114,7 @@ def test_pure_noise_gets_no_churn():
         ContinuousSchedule(curves.rectified_flow),
         NoiseSchedule(schedules.zero_terminal_snr(schedules.constant(10_000))),
     ):
-        grid = make_grid(schedule, 6)
+        grid = make_time_grid(schedule, 6)
         drawn = []
 
         def noise(x, drawn=drawn):

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves
-from src.diffusion.noise import CLEAN, ContinuousSchedule, make_grid
+from src.diffusion.noise import CLEAN, ContinuousSchedule, make_time_grid
 from tests.loops import for_each
 
 U = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]
@@ -224,7 +224,7 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
 def test_grids_walk_down_to_clean_data(curve, spacing, steps):
     """Finite and strictly cleaner at each step, within the curve, from its noisiest level if the spacing reaches it."""
     schedule = ContinuousSchedule(curve)
-    grid = make_grid(schedule, steps, spacing)
+    grid = make_time_grid(schedule, steps, spacing)
     (noisiest,) = schedule.at(floats([1.0]))
     assert len(grid) == steps + 1 and grid[-1] == CLEAN
     assert all(field.isfinite() for level in grid for field in level)

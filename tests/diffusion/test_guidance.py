@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from src.diffusion import samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
-from src.diffusion.noise import NoiseSchedule, make_grid
+from src.diffusion.noise import NoiseSchedule, make_time_grid
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
 NULL = torch.tensor([9])
@@ -141,7 +141,7 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, prediction):
-    diffusion, network, grid = GaussianDiffusion(prediction), Network(), make_grid(SCHEDULE, 6, "trailing")
+    diffusion, network, grid = GaussianDiffusion(prediction), Network(), make_time_grid(SCHEDULE, 6, "trailing")
 
     def combined(x, t):
         asked, nothing = network(x, t, COND), network(x, t, NULL.expand(3))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
-from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_time_grid, terminal_alpha_bar
 from tests.conftest import exact_level
 from tests.loops import for_each
 
@@ -238,7 +238,7 @@ def test_decoder_has_the_posteriors_variance_at_one(name):
 def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
     """steps + 1 finite scalar levels, time falling and SNR rising strictly, within the table, clean data last."""
     levels = schedule(name)
-    grid = make_grid(levels, steps, spacing)
+    grid = make_time_grid(levels, steps, spacing)
     assert len(grid) == steps + 1
     assert all(field.shape == () and field.dtype == torch.float64 for level in grid for field in level)
     alpha, sigma, time = columns(grid)
@@ -260,7 +260,7 @@ def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
     """The levels are the rows that diffusers visits. rtol: an angle's rounding over the smallest alpha (1e-5)."""
     levels = schedule(name)
     rows = diffusers_timesteps(steps, spacing)
-    alpha, sigma, time = columns(make_grid(levels, steps, spacing))
+    alpha, sigma, time = columns(make_time_grid(levels, steps, spacing))
     for field, table in zip((alpha, sigma, time), levels.rows, strict=True):
         assert_close(field[:-1], table[rows], rtol=1e-9, atol=1e-15)
 
@@ -269,7 +269,7 @@ def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
 def test_linspace_grid_equals_diffusers(steps):
     """Where (T - 1) / (steps - 1) is whole."""
     expected = diffusers_timesteps(steps, "linspace")
-    assert rows_of(make_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
+    assert rows_of(make_time_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
 
 
 @for_each("num_steps", [10, 100, 1000])
@@ -277,9 +277,9 @@ def test_linspace_grid_equals_diffusers(steps):
 def test_strides_are_equal(num_steps, steps):
     """trailing: from T - 1 to clean; linspace: from T - 1 to 0; leading: down to 0 by T / steps, if that is >= 1."""
     levels = schedule("cosine", num_steps)
-    trailing = [*rows_of(make_grid(levels, steps, "trailing"), num_steps), -1]
-    linspace = rows_of(make_grid(levels, steps, "linspace"), num_steps)
-    leading = rows_of(make_grid(levels, steps, "leading"), num_steps) if steps <= num_steps else [0]
+    trailing = [*rows_of(make_time_grid(levels, steps, "trailing"), num_steps), -1]
+    linspace = rows_of(make_time_grid(levels, steps, "linspace"), num_steps)
+    leading = rows_of(make_time_grid(levels, steps, "leading"), num_steps) if steps <= num_steps else [0]
     assert trailing[0] == linspace[0] == num_steps - 1
     assert linspace[-1] == pytest.approx(0, abs=1e-9)
     assert leading[-1] == pytest.approx(0, abs=1e-9)
@@ -296,7 +296,7 @@ def test_noisiest_row_is_not_skipped(steps):
     """Trailing and linspace begin at T - 1, even with one step."""
     levels = schedule("linear")
     for spacing in ("trailing", "linspace"):
-        assert_close(make_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
+        assert_close(make_time_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
 
 
 @for_each("steps", [2, 7, 50, 999])
@@ -304,7 +304,7 @@ def test_noisiest_row_is_not_skipped(steps):
 def test_karras_is_uniform_in_the_seventh_root(name, steps):
     """(sigma / alpha)^(1/7) falls evenly from min(80, noisiest row) to row 0 (EDM eq. 5)."""
     levels = schedule(name)
-    alpha, sigma, _ = columns(make_grid(levels, steps, "karras"))
+    alpha, sigma, _ = columns(make_time_grid(levels, steps, "karras"))
     ratio = (sigma / alpha)[:-1]
     high = min(levels.rows.sigma[-2] / levels.rows.alpha[-2] if levels.rows.alpha[-2] > 0 else math.inf, 80.0)
     low = levels.rows.sigma[0] / levels.rows.alpha[0]
@@ -317,7 +317,7 @@ def test_karras_is_uniform_in_the_seventh_root(name, steps):
 def test_log_snr_is_uniform_in_its_logarithm(name, steps):
     """From the log-SNR at sigma / alpha = 80, or at the noisiest row, to that of row 0, in equal steps."""
     levels = schedule(name)
-    alpha, sigma, _ = columns(make_grid(levels, steps, "log_snr"))
+    alpha, sigma, _ = columns(make_time_grid(levels, steps, "log_snr"))
     first, last = (alpha / sigma)[0].item(), (alpha / sigma)[-2].item()
     assert first == pytest.approx(max(1 / 80, (levels.rows.alpha[-2] / levels.rows.sigma[-2]).item()), rel=1e-9)
     assert last == pytest.approx((levels.rows.alpha[0] / levels.rows.sigma[0]).item(), rel=1e-9)
@@ -330,7 +330,7 @@ def test_levels_between_rows(spacing):
     """A level at a fractional row lies at that fraction of the angle atan(sigma / alpha) between its neighbours."""
     levels = schedule("cosine", 100)
     angles = [math.atan2(s, a) for a, s in zip(levels.rows.alpha.tolist(), levels.rows.sigma.tolist(), strict=True)]
-    grid = make_grid(levels, 37, spacing)
+    grid = make_time_grid(levels, 37, spacing)
     for level, row in zip(grid[:-1], rows_of(grid, 100), strict=True):
         below = min(math.floor(row), 98)  # -1 is clean data
         expected = angles[below] + (row - below) * (angles[below + 1] - angles[below])
@@ -341,7 +341,7 @@ def test_levels_between_rows(spacing):
 def test_unknown_spacing(spacing):
     """The error names the value, the choices and the option."""
     with pytest.raises(ValueError, match=f"unknown spacing '{spacing}'.*trailing, leading.*sampler.spacing"):
-        make_grid(schedule("linear"), 10, spacing)
+        make_time_grid(schedule("linear"), 10, spacing)
 
 
 @for_each("steps", [0, -3])
@@ -349,7 +349,7 @@ def test_unknown_spacing(spacing):
 def test_too_few_steps(spacing, steps):
     """The error names the value and the option."""
     with pytest.raises(ValueError, match=f"at least 1 step, got {steps}: raise sampler.steps"):
-        make_grid(schedule("linear"), steps, spacing)
+        make_time_grid(schedule("linear"), steps, spacing)
 
 
 @every_schedule
@@ -418,7 +418,7 @@ def test_links_of_curves_go_towards_clean_data(name):
 def test_grid_of_a_curve(name, spacing, steps):
     """steps + 1 levels of the curve, from its noisiest to clean data, SNR rising strictly."""
     levels = continuous(name)
-    grid = make_grid(levels, steps, spacing)
+    grid = make_time_grid(levels, steps, spacing)
     assert len(grid) == steps + 1
     assert grid.schedule is levels
     alpha, sigma, time = columns(grid)
@@ -460,7 +460,7 @@ def test_grid_of_a_curve(name, spacing, steps):
 def test_level_at_a_ratio(levels, ratio):
     """sigma / alpha is what was asked for, on tables and curves, by scalars of any precision."""
     for dtype, rtol in ((torch.float32, 1e-7), (torch.float64, 1e-9)):
-        level = make_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
+        level = make_time_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
         assert level.ratio.item() == pytest.approx(ratio, rel=rtol)
         assert level.norm.item() == pytest.approx(math.sqrt(level.alpha**2 + level.sigma**2), rel=1e-14)
 
@@ -498,7 +498,7 @@ def test_zero_terminal_snr_is_finite(levels):
     assert terminal_alpha_bar(levels) == 0
     assert math.isfinite(levels.decoder_scale)
     for spacing in SPACINGS:
-        for level in make_grid(levels, 10, spacing):
+        for level in make_time_grid(levels, 10, spacing):
             assert all(field.isfinite() for field in level)
     t, s, _ = levels.transition(torch.tensor([0.0, 0.5, 1 - 2**-24]), torch.zeros(3))
     assert all(field.isfinite().all() for field in (*t, *s))

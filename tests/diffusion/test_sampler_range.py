@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction, snr_ratio
-from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, make_grid
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, make_time_grid
 
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 SAMPLERS = {
@@ -97,21 +97,21 @@ def test_every_sampler_is_finite_on_every_table():
             schedule = NoiseSchedule(betas)
             for k, spacing in enumerate(SPACINGS):
                 for steps in (1, 2, 5) if name.startswith(("constant", "sigmoid_geodiff")) else (1 + k % 2 * 2,):
-                    check_finite(f"{name} {num_steps} {spacing}", make_grid(schedule, steps, spacing))
+                    check_finite(f"{name} {num_steps} {spacing}", make_time_grid(schedule, steps, spacing))
 
 
 def test_every_sampler_is_finite_on_every_curve():
     for k, (name, schedule) in enumerate(continuous()):
         for spacing in SPACINGS[k % 2 :: 2]:
             for steps in (1, 4):
-                check_finite(f"{name} {spacing}", make_grid(schedule, steps, spacing))
+                check_finite(f"{name} {spacing}", make_time_grid(schedule, steps, spacing))
 
 
 def test_every_sampler_is_finite_with_more_steps_than_rows():
     for name in ("constant", "cosine"):
         for betas in (TABLES[name](20), schedules.zero_terminal_snr(TABLES[name](20))):
             for spacing in ("trailing", "leading", "karras"):
-                check_finite(f"{name} 20", make_grid(NoiseSchedule(betas), 60, spacing))
+                check_finite(f"{name} 20", make_time_grid(NoiseSchedule(betas), 60, spacing))
 
 
 def test_grids_of_thousands_of_steps_descend():
@@ -121,7 +121,7 @@ def test_grids_of_thousands_of_steps_descend():
         ("constant zero", schedules.zero_terminal_snr(TABLES["constant"](10_000)), "trailing"),
         ("underflowing", TABLES["underflowing"](10_000), "linspace"),
     ):
-        levels = make_grid(NoiseSchedule(betas), 30_000, spacing)[:-1]
+        levels = make_time_grid(NoiseSchedule(betas), 30_000, spacing)[:-1]
         alpha, sigma, time = (torch.stack(field) for field in zip(*levels, strict=True))
         t, s = NoiseLevel(alpha[:-1], sigma[:-1], time[:-1]), NoiseLevel(alpha[1:], sigma[1:], time[1:])
         ratio = snr_ratio(t, s)
@@ -146,7 +146,7 @@ def test_many_steps_lead_to_the_data(name, tolerance):
         ("constant zero", schedules.zero_terminal_snr(TABLES["constant"](4000))),
         ("sigmoid_geodiff", TABLES["sigmoid_geodiff"](10_000)),
     ):
-        grid = make_grid(NoiseSchedule(betas), 1000)
+        grid = make_time_grid(NoiseSchedule(betas), 1000)
         out = fn(name, grid, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
         mean, std = limit(grid)
         assert out.tolist()[0] == pytest.approx([mean - std, mean + std], abs=tolerance), label
@@ -159,7 +159,7 @@ def test_many_stochastic_steps_lead_to_the_data(name):
     x = torch.zeros(steps + 2, 1, dtype=torch.float64)
     x[1] = 1
     unit = iter(torch.eye(steps + 2, dtype=torch.float64)[2:, :, None])
-    grid = make_grid(schedule, steps)
+    grid = make_time_grid(schedule, steps)
     *_, out = SAMPLERS[name](GaussianDiffusion("x0"), ideal, x, grid, noise=lambda _: next(unit))
     effects = out[1:] - out[0]
     mean, std = limit(grid)
@@ -181,7 +181,7 @@ def test_rows_are_levels_at_their_positions():
                 (last,) = schedule.at(torch.ones(1, dtype=torch.float64))
                 assert last.alpha == 0 and last.sigma == 1
             if num_steps % 10 == 0:
-                trailing = make_grid(schedule, 10)[:-1]
+                trailing = make_time_grid(schedule, 10)[:-1]
                 rows = [schedule.row(t) for t in range(num_steps - 1, -1, -(num_steps // 10))]
                 assert [level.alpha for level in trailing] == [row.alpha for row in rows]
 
@@ -216,7 +216,7 @@ def test_steps_between_equal_levels_change_nothing(name):
         ContinuousSchedule(curves.rectified_flow),
         ContinuousSchedule(curves.exploding),
     ):
-        grid = make_grid(schedule, 5)
+        grid = make_time_grid(schedule, 5)
         doubled = type(grid)([level for level in grid[:-1] for _ in range(2)] + [CLEAN], schedule)
         for variance in ("fixed_small", "fixed_large"):
             diffusion = GaussianDiffusion("x0", variance=variance)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
-from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from tests.loops import for_each
 
 
@@ -202,7 +202,7 @@ def test_gaussian_moments_follow_the_affine_recursion(name, spacing, steps):
     for variance_kind in ["fixed_small", "fixed_large"] if name == "ancestral" else ["fixed_small"]:
         diffusion = GaussianDiffusion(variance=variance_kind)
         for levels in ("linear", "cosine", "exploding"):
-            grid = make_grid(schedule(levels), steps, spacing)
+            grid = make_time_grid(schedule(levels), steps, spacing)
             start = (-1.3, 2.0) if spacing == "karras" else marginal(grid[0])
             ours = moments(SAMPLERS[name], diffusion, grid, *start)
             scalars = affine_recursion(name, variance_kind, grid, *start)
@@ -217,7 +217,7 @@ def test_order_of_the_error(levels, name, order):
     """The distance to the exact flow at the cleanest level falls with this power of the step in log-SNR."""
 
     def error(steps):
-        grid = make_grid(schedule(levels), steps, "log_snr")
+        grid = make_time_grid(schedule(levels), steps, "log_snr")
         x = normal((100, 2), 1) * grid[0].norm
         out = run(SAMPLERS[name], ideal, x, grid)[-2]
         return (out - flow(x, grid[0], grid[-2])).square().mean().sqrt().item()
@@ -234,7 +234,7 @@ def test_gaussian_data_come_out(name):
     sampler = partial(SAMPLERS[name], s_noise=1.0) if name == "heun_churn" else SAMPLERS[name]
 
     def errors(steps):
-        grid = make_grid(schedule(), steps, "log_snr")
+        grid = make_time_grid(schedule(), steps, "log_snr")
         *_, (mean, variance) = moments(sampler, GaussianDiffusion(), grid, *marginal(grid[0]))
         return abs(mean - MEAN), abs(math.sqrt(variance) - STD)
 
@@ -263,7 +263,7 @@ def predict_by_denoise(x, t):
 
 def compare(sampler, formula, levels, spacing="karras", steps=12):
     """Every value of the sampler, as z = x / alpha, with that of a published loop over sigmas."""
-    grid = make_grid(schedule(levels), steps, spacing)
+    grid = make_time_grid(schedule(levels), steps, spacing)
     x = normal((5, 2), 2) * grid[0].norm
     ours = run(sampler, predict_by_denoise, x, grid, noise=seeded_noise(3))
     theirs = formula(x / grid[0].alpha, exploding(grid), seeded_noise(3))
@@ -366,7 +366,7 @@ def test_heun_is_edms_algorithm_2(levels, settings):
 
 def test_churn_raises_the_noise_of_the_steps_in_its_range():
     """The levels that are predicted from: (1 + gamma) sigma within [S_min, S_max], else the grid's own."""
-    grid = make_grid(schedule("exploding"), 20, "karras")
+    grid = make_time_grid(schedule("exploding"), 20, "karras")
     for s_churn, gamma in ((2.0, 0.1), (1e3, math.sqrt(2) - 1)):
         seen = []
 
@@ -383,7 +383,7 @@ def test_churn_raises_the_noise_of_the_steps_in_its_range():
 @every_coordinate
 def test_inversion_is_eulers_method_from_data_to_noise(levels):
     """z' = z + (sigma' - sigma) eps; eps of the first step, from clean data, is that of its end."""
-    grid, data = make_grid(schedule(levels), 12, "karras"), normal((5, 2), 20)
+    grid, data = make_time_grid(schedule(levels), 12, "karras"), normal((5, 2), 20)
     z, last = data, 0.0
     for out, level in zip(run(samplers.ddim_inversion, predict_by_denoise, data, grid), grid[-2::-1], strict=True):
         ratio = level.sigma.item() / level.alpha.item()
@@ -401,7 +401,7 @@ def test_inversion_leads_to_noise_and_ddim_back_to_the_data(levels):
     data = MIXTURE(200, torch.Generator().manual_seed(5)).double()
 
     def error(steps):
-        grid = make_grid(schedule(levels), steps, "log_snr")
+        grid = make_time_grid(schedule(levels), steps, "log_snr")
         noised = run(samplers.ddim_inversion, ideal_for_mixture, data, grid)
         assert len(noised) == steps
         back = run(samplers.ddim, ideal_for_mixture, noised[-1], grid)[-1]
@@ -428,7 +428,7 @@ def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip_x0):
             continue  # from pure noise
         diffusion = GaussianDiffusion(prediction, clip_x0=clip_x0)
         predict = samplers.predictor(diffusion, nonlinear)
-        grid, x = make_grid(schedule(name), steps, spacing), normal((3, 2), 0)
+        grid, x = make_time_grid(schedule(name), steps, spacing), normal((3, 2), 0)
         ours = run(samplers.ancestral, predict, x, grid, seeded_noise(1), diffusion)
         other = run(partial(samplers.ddim, eta=1.0), predict, x, grid, seeded_noise(1))
         assert_close(ours, other, rtol=1e-9, atol=1e-9)
@@ -437,7 +437,7 @@ def test_ancestral_is_ddim_with_eta_one(prediction, spacing, steps, clip_x0):
 @pytest.mark.parametrize(("name", "limit"), [("dpmpp_2m", "ddim"), ("dpmpp_2m_sde", "ancestral")])
 def test_two_steps_of_dpmpp_are_of_first_order(name, limit):
     """The first for want of a second prediction, the last since log-SNR is infinite there."""
-    grid, x = make_grid(schedule("cosine"), 2), normal((3, 2), 6)
+    grid, x = make_time_grid(schedule("cosine"), 2), normal((3, 2), 6)
     ours, theirs = (run(SAMPLERS[n], predict_by_denoise, x, grid, seeded_noise(7)) for n in (name, limit))
     assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
@@ -454,7 +454,7 @@ def test_a_value_for_every_step(name, shape, steps):
         predictions.append(samplers.predictor(diffusion, nonlinear)(x, t))
         return predictions[-1]
 
-    grid, x = make_grid(schedule(), steps), normal(shape, 7)
+    grid, x = make_time_grid(schedule(), steps), normal(shape, 7)
     start = x.clone()
     values = run(SAMPLERS[name], predict, x, grid, seeded_noise(8), diffusion)
     assert len(values) == steps
@@ -469,7 +469,7 @@ def test_float32_stays_float32(name, shape):
     """The levels' float64 does not promote the data."""
     x = normal(shape, 9).float()
     for levels in ("cosine", "rectified_flow"):
-        values = run(SAMPLERS[name], predict_by_denoise, x, make_grid(schedule(levels), 5, "karras"), seeded_noise(1))
+        values = run(SAMPLERS[name], predict_by_denoise, x, make_time_grid(schedule(levels), 5, "karras"), seeded_noise(1))
         assert {value.dtype for value in values} == {torch.float32}
 
 
@@ -480,7 +480,7 @@ def test_first_step_from_pure_noise_is_finite(name, levels, s_tmax):
     """At alpha = 0, where sigma / alpha is infinite, and after it."""
     sampler = partial(SAMPLERS[name], s_tmax=s_tmax) if name == "heun_churn" else SAMPLERS[name]
     for steps in (1, 2, 9):
-        grid = make_grid(schedule(levels), steps)
+        grid = make_time_grid(schedule(levels), steps)
         assert grid[0].alpha < 1e-16
         for dtype in (torch.float32, torch.float64):
             diffusion = GaussianDiffusion("v")
@@ -494,7 +494,7 @@ def test_first_step_from_pure_noise_is_finite(name, levels, s_tmax):
 @every_sampler
 def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
     """None at all for those without; churn draws where it raises; the same noises give the same sample."""
-    diffusion, grid, x = GaussianDiffusion("x0"), make_grid(schedule(), steps), normal((3, 2), 9)
+    diffusion, grid, x = GaussianDiffusion("x0"), make_time_grid(schedule(), steps), normal((3, 2), 9)
     calls = []
 
     def counting(like):
@@ -513,7 +513,7 @@ def test_noise_is_drawn_for_all_but_the_last_step(name, steps):
 @every_prediction
 def test_predictor_gives_the_output_its_meaning(prediction, shape):
     """The network is called once, on x and its level; target(x_0, eps) is its output."""
-    diffusion, x, t = GaussianDiffusion(prediction), normal(shape, 10), make_grid(schedule(), 7)[2]
+    diffusion, x, t = GaussianDiffusion(prediction), normal(shape, 10), make_time_grid(schedule(), 7)[2]
     calls = []
 
     def network(*arguments):
@@ -537,7 +537,7 @@ def test_predictor_gives_the_output_its_meaning(prediction, shape):
 def test_settings_out_of_range(sampler, message):
     """The error names the value, the range and the option."""
     with pytest.raises(ValueError, match=message):
-        run(sampler, ideal, normal((3, 2), 11), make_grid(schedule(), 7))
+        run(sampler, ideal, normal((3, 2), 11), make_time_grid(schedule(), 7))
 
 
 # Against the diffusers library, where its convention is the standard one.
@@ -569,7 +569,7 @@ def test_ddim_equals_diffusers(prediction, shape, steps, eta):
     diffusion = GaussianDiffusion(prediction)
     x, theirs = normal(shape, 2), seeded_noise(3)
     predict = samplers.predictor(diffusion, nonlinear)
-    ours = run(partial(samplers.ddim, eta=eta), predict, x, make_grid(levels, steps), seeded_noise(3))
+    ours = run(partial(samplers.ddim, eta=eta), predict, x, make_time_grid(levels, steps), seeded_noise(3))
     for t, value in zip(scheduler.timesteps.tolist(), ours, strict=True):
         noise = theirs(x) if eta > 0 else None
         x = scheduler.step(nonlinear(x, row(levels, t)), t, x, eta=eta, variance_noise=noise).prev_sample
@@ -588,7 +588,7 @@ def test_ancestral_equals_diffusers(prediction, shape):
     diffusion = GaussianDiffusion(prediction)
     x, generator = normal(shape, 4), torch.Generator().manual_seed(5)
     predict = samplers.predictor(diffusion, nonlinear)
-    ours = run(samplers.ancestral, predict, x, make_grid(levels, 50), seeded_noise(5), diffusion)
+    ours = run(samplers.ancestral, predict, x, make_time_grid(levels, 50), seeded_noise(5), diffusion)
     for t, value in zip(range(49, -1, -1), ours, strict=True):
         x = scheduler.step(nonlinear(x, row(levels, t)), t, x, generator=generator).prev_sample
         assert_close(value, x, rtol=1e-8, atol=1e-8)
@@ -596,7 +596,7 @@ def test_ancestral_equals_diffusers(prediction, shape):
 
 def at_rows(levels, steps):
     """The scheduler's timesteps are the rows of our trailing grid, for a number of steps that divides T."""
-    grid = make_grid(levels, steps)
+    grid = make_time_grid(levels, steps)
     return grid, [round(level.time.item() * 1000) - 1 for level in grid[:-1]]
 
 
@@ -659,7 +659,7 @@ def test_clipped_prediction_explains_x_t():
     """
     levels, x = schedule(), 3 * normal((4, 2), 15)
     diffusion = GaussianDiffusion("eps", clip_x0=1.0)
-    grid = make_grid(levels, 10)
+    grid = make_time_grid(levels, 10)
     t = grid[4]
     pred = samplers.predictor(diffusion, nonlinear)(x, t)
     assert pred.x0.abs().max() == 1
@@ -690,7 +690,7 @@ def test_leading_grids_never_see_pure_noise():
     assert scheduler.timesteps.max() == 900
 
     def mean(spacing):
-        grid = make_grid(schedule("zero_terminal"), 10, spacing)
+        grid = make_time_grid(schedule("zero_terminal"), 10, spacing)
         *_, (mean, _) = moments(samplers.ddim, GaussianDiffusion(), grid, 0.0, 1.0)
         return mean
 
@@ -730,7 +730,7 @@ def test_learned_variance_is_the_second_half_of_the_channels(channels):
     x, out = normal((2, channels, 4, 4), 18), normal((2, 2 * channels, 4, 4), 19)
     theirs = scheduler.step(out, scheduler.timesteps[0], x).prev_sample
     diffusion = GaussianDiffusion("eps", variance="learned_range")
-    grid = make_grid(schedule(), 10)
+    grid = make_time_grid(schedule(), 10)
     ours = run(samplers.dpmpp_2m, samplers.predictor(diffusion, lambda x, _: out), x, grid)[0]
     assert ours.shape == x.shape
     if channels == 3:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
-from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from src.interop.diffusers_samplers import CONVENTIONS, _walks_betas, diffusers
 from src.rng import SampleNoise
 from tests.loops import for_each
@@ -64,7 +64,7 @@ def nonlinear(x, t):
 
 
 def run(name, x, steps, predict=ideal, schedule=LINEAR, noise=None, diffusion=None):
-    grid = make_grid(schedule, steps)
+    grid = make_time_grid(schedule, steps)
     return list(
         diffusers(diffusion or GaussianDiffusion(), predict, x, grid, noise=noise or seeded_noise(1), scheduler=name)
     )
@@ -94,7 +94,7 @@ def test_gaussian_data_come_out(name):
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_first_order_schedulers_have_the_moments_of_ours(name):
     """DDIM and Euler are `ddim`, DDPM and Euler's ancestral `ancestral`, also with the error of 25 steps."""
-    x, grid = standardised((4, 10_000), 0), make_grid(LINEAR, 25)
+    x, grid = standardised((4, 10_000), 0), make_time_grid(LINEAR, 25)
     theirs = run(name, x, 25)
     ours = list(FIRST_ORDER[name](GaussianDiffusion(), ideal, x, grid, noise=seeded_noise(2)))
     tolerance = 1e-4 if FIRST_ORDER[name] is samplers.ddim else 0.02  # the noises are others
@@ -118,7 +118,7 @@ def test_deterministic_schedulers_equal_our_samplers(shape, steps, name, sampler
     """Every value on the same levels, in the same coordinate."""
     x = normal(shape, 3)
     theirs = run(name, x, steps, nonlinear)
-    ours = list(sampler(GaussianDiffusion(), nonlinear, x, make_grid(LINEAR, steps), noise=torch.zeros_like))
+    ours = list(sampler(GaussianDiffusion(), nonlinear, x, make_time_grid(LINEAR, steps), noise=torch.zeros_like))
     for a, b in zip(theirs, ours, strict=True):
         assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
@@ -234,4 +234,4 @@ def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     fn = partial(diffusers, scheduler="DDIMScheduler")
     with pytest.raises(ValueError, match="pip install diffusers"):
-        next(fn(GaussianDiffusion(), ideal, normal((3, 2), 11), make_grid(LINEAR, 5), noise=torch.zeros_like))
+        next(fn(GaussianDiffusion(), ideal, normal((3, 2), 11), make_time_grid(LINEAR, 5), noise=torch.zeros_like))

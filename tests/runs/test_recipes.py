@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from src.config.overrides import CONF, check_overrides, config_groups
 from src.config.resume import check_saved, saved_overrides
 from src.diffusion.gaussian_diffusion import Prediction
-from src.diffusion.noise import make_grid
+from src.diffusion.noise import make_time_grid
 from src.errors import UsageError
 from src.runs.build import build, close
 from src.runs.components import build_module, build_sampler, build_schedule, make, meta_network
@@ -207,7 +207,7 @@ def test_edm_sampler_calls_the_network_as_often_as_theirs():
         return Prediction(torch.zeros_like(x), x / t.sigma)
 
     x = torch.full((1, 3, 2, 2), 80.0)
-    *_, x = fn(module.diffusion, predict, x, make_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
+    *_, x = fn(module.diffusion, predict, x, make_time_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
     assert len(seen) == 35
     assert (max(seen), min(seen)) == (pytest.approx(80), pytest.approx(0.002))
     assert x.abs().max() < 1e-5  # where all data are 0
@@ -219,7 +219,7 @@ def test_chains_are_walked_step_by_step(name):
     cfg = recipe(name)
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     _, steps, spacing, _ = build_sampler(cfg.sampler)
-    walked = [level.alpha.item() for level in make_grid(schedule, steps, spacing)]
+    walked = [level.alpha.item() for level in make_time_grid(schedule, steps, spacing)]
     assert walked == pytest.approx([schedule.row(t).alpha.item() for t in range(cfg.schedule.num_steps - 1, -2, -1)])
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
-from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_time_grid
 from src.diffusion.timestep_samplers import stratified, uniform
 
 
@@ -149,7 +149,7 @@ def test_what_a_compiled_network_puts_out_is_kept_and_its_batches_are_of_one_siz
     """CUDA graphs write each output over the last one."""
     module, memory, sizes = learning(), torch.zeros(3, 2), []
     x = batch(0, 7)["x"]
-    t = make_grid(module.schedule, 4, "trailing")[1]
+    t = make_time_grid(module.schedule, 4, "trailing")[1]
     plain = module.denoise_for_sampling(x, t, microbatch_size=3)
 
     def replay(x, time):
