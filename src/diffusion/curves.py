@@ -17,7 +17,7 @@ from src.diffusion.noise import Curve
 
 
 def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> tuple[Tensor, Tensor]:
-    """Return the cosine schedule, lambda = -2 log tan(a u + b), with a and b such that lambda has the given ends.
+    """Return the cosine schedule lambda = -2 log tan(a u + b), with a and b such that lambda has the given ends.
 
     Source: Hoogeboom et al. 2023 (arXiv 2301.11093), app. A.
     """
@@ -40,7 +40,7 @@ def exploding(u: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0) -> t
     """
     if not 0 < sigma_min < sigma_max:
         raise ValueError(
-            f"schedule.curve.sigma_min={sigma_min} must be positive and less than schedule.curve.sigma_max={sigma_max}; "
+            f"schedule.curve.sigma_min={sigma_min} must be positive and below schedule.curve.sigma_max={sigma_max}; "
             "EDM uses 0.002 and 80"
         )
     sigma = torch.exp(math.log(sigma_min) + u * math.log(sigma_max / sigma_min))

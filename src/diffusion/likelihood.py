@@ -130,8 +130,8 @@ def flow_slope(predict: Predict, z: Tensor, angle: Tensor, level: NoiseLevel, pr
     """Return the probability flow at z = x / sqrt(alpha^2 + sigma^2), (B, *data), and its divergence, (B,).
 
     With tan(angle) = sigma / alpha, every schedule has z = cos(angle) x_0 + sin(angle) eps, and the flow is
-    dz/dangle = -sin(angle) x_0 + cos(angle) eps at the prediction. The divergence is Hutchinson's estimate with `probe`,
-    random values like z of unit variance.
+    dz/dangle = -sin(angle) x_0 + cos(angle) eps at the prediction. The divergence is Hutchinson's estimate
+    with `probe`, random values like z of unit variance.
 
     Source: Song et al. 2021 (arXiv 2011.13456), eq. 13 in these coordinates, and app. D.2.
     """

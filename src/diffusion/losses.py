@@ -79,8 +79,8 @@ def hybrid(
 ) -> dict[str, Tensor]:
     """Return the simple loss plus `vlb_weight` times the bound, whose gradient reaches the variance only.
 
-    The mean in the bound is detached and clipped as in sampling, so that the variance fits the sampled mean. Terms as in
-    `vlb`.
+    The mean in the bound is detached and clipped as in sampling, so that the variance fits the sampled mean. Terms as
+    in `vlb`.
 
     Raises:
         ValueError: If the variance is not learned.

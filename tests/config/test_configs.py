@@ -33,7 +33,7 @@ GIVEN = {
     *("decoder_scale", "num_values"),  # GaussianDiffusion, from the schedule and the data
     *("outputs", "condition", "dim"),  # networks, from the process and the conditions
     *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
-    *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
+    *("u", "shared_u", "position", "v"),  # timestep samplers, curves and warps
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
