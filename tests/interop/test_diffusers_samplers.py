@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
-from src.interop.diffusers_samplers import CONVENTIONS, _walks_betas, diffusers
+from src.interop.diffusers_samplers import CONVENTIONS, _uses_betas, diffusers
 from src.rng import SampleNoise
 from tests.loops import for_each
 
@@ -24,7 +24,7 @@ def heavy_imports() -> None:
     global library
     import diffusers as library
 
-    EVERY = [name for name in dir(library) if name.endswith("Scheduler") and _walks_betas(library, name)]
+    EVERY = [name for name in dir(library) if name.endswith("Scheduler") and _uses_betas(library, name)]
 
 
 # Data N(MEAN, STD^2).
