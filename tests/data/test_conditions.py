@@ -291,7 +291,7 @@ def write(path, text):
         (["cond=[11]"], "unknown class '11': did you mean 1"),
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
         (["cond=[]"], r"cond=\[\] asks for nothing"),
-        (["guidance.scale=-2"], "guidance.scale must be at least 0"),
+        (["guidance.scale=-2"], "guidance.scale=-2"),
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 is led away from by guidance alone"),

@@ -80,7 +80,7 @@ def test_heun_with_churn_equals_algorithm_2(name):
                 assert out == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
-def test_the_issues_case_equals_algorithm_2():
+def test_churn_above_sigma_max_equals_algorithm_2():
     """edm_lognormal, from sigma = 80 with no upper bound, where clamping gave 0.088 more."""
     grid = make_time_grid(SCHEDULES["edm"], 8, "karras")
     assert grid[0].sigma.item() == pytest.approx(80)
@@ -89,7 +89,7 @@ def test_the_issues_case_equals_algorithm_2():
     assert out == pytest.approx(algorithm_2([level.ratio.item() for level in grid], 40.0)[0], abs=1e-9)
 
 
-def test_time_beyond_the_end():
+def test_time_beyond_the_noisiest_level():
     """EDM's network sees log sigma, in which the time of its curve goes on linearly; a table's time stays 1."""
     (edm, table) = (make_time_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
     for ratio in (80.0, 100.0, 113.1):
@@ -101,14 +101,14 @@ def test_time_beyond_the_end():
     assert level.ratio > SCHEDULES["linear table"].row(999).ratio
 
 
-def test_a_curve_without_values_beyond_its_end_stops_there():
+def test_undefined_curve_stops_at_its_end():
     """sigma = u: alpha = sqrt(1 - u^2) is NaN beyond 1; the level is the noisiest that there is."""
     schedule = ContinuousSchedule(lambda u: ((0.999 - u * 0.9).sqrt(), 0.05 + 0.9 * u))
     level = make_time_grid(schedule, 2).at_ratio(torch.tensor(1e9))
     assert all(field.isfinite() for field in level) and level.time.item() == pytest.approx(0.999 / 0.9, abs=1e-9)
 
 
-def test_pure_noise_gets_no_churn():
+def test_churn_skips_pure_noise():
     """Where sigma / alpha is infinite there is nothing to raise: the step is DDIM's."""
     for schedule in (
         ContinuousSchedule(curves.rectified_flow),

@@ -58,7 +58,7 @@ def test_linear_log_snr_is_linear(high, low):
 
 
 @every_end
-def test_cosine_log_snr_is_hoogebooms(high, low):
+def test_cosine_log_snr_equals_hoogeboom_et_al(high, low):
     """lambda = -2 log tan(a u + b), b = atan(e^(-high/2)), a + b = atan(e^(-low/2)) (2301.11093, app. A)."""
     b = math.atan(math.exp(-high / 2))
     a = math.atan(math.exp(-low / 2)) - b
@@ -81,7 +81,7 @@ def test_variance_is_preserved(name):
 
 
 @for_each("low, high", [(0.002, 80.0), (0.01, 50.0), (1.0, 1.5)])
-def test_exploding_is_geometric(low, high):
+def test_exploding_sigma_is_geometric(low, high):
     """alpha = 1; equal strides of u multiply sigma by equal factors, from the one end to the other."""
     alpha, sigma = curves.exploding(torch.linspace(0, 1, 41, dtype=torch.float64), low, high)
     assert (alpha == 1).all()
@@ -93,7 +93,7 @@ def test_exploding_is_geometric(low, high):
 
 @for_each("start", [1e-4, 0.02, 0.5])
 @for_each("dtype", [torch.float32, torch.float64])
-def test_rectified_flow_is_straight(dtype, start):
+def test_rectified_flow_is_linear(dtype, start):
     """alpha + sigma = 1, sigma even from `start` to exactly 1, so that the noisiest level is pure noise."""
     u = torch.linspace(0, 1, 17, dtype=dtype)
     alpha, sigma = curves.rectified_flow(u, start)
@@ -105,7 +105,7 @@ def test_rectified_flow_is_straight(dtype, start):
 
 
 @every_curve
-def test_noise_rises_strictly(curve):
+def test_noise_increases_strictly(curve):
     """sigma / alpha, and with it the angle by which positions are found."""
     with torch.no_grad():
         alpha, sigma = curve(torch.linspace(0, 1, 2001, dtype=torch.float64))
@@ -114,7 +114,7 @@ def test_noise_rises_strictly(curve):
 
 
 @every_curve
-def test_any_shape_and_precision(curve):
+def test_curves_keep_shape_and_dtype(curve):
     """Both results like u; in float32 they are those of float64 up to its rounding, of log-SNRs up to 15 or of 1."""
     u = torch.rand(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
         assert values[-1].item() == pytest.approx(low, abs=share * (high - low))
 
 
-def test_learned_starts_out_nearly_linear():
+def test_learned_is_nearly_linear_at_initialization():
     """Within a tenth of its range of the line between its ends."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_learned_is_differentiable(seed):
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_learned_keeps_its_digits_in_a_low_precision():
+def test_learned_is_accurate_with_low_precision_weights():
     """Under `trainer.precision=bf16-true` its weights are rounded, but of 1000 levels no two coincide or swap."""
     curve = curves.Learned().bfloat16()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_learned_keeps_its_digits_in_a_low_precision():
     assert_close(values[[0, -1]], torch.tensor([10.0, -10.0]), rtol=1e-4, atol=0)
 
 
-def test_learned_moves_between_its_ends_only():
+def test_learned_training_keeps_its_ends():
     """No parameter has any influence on the ends."""
     curve = learned(3, width=6).double()
     for u in (0.0, 1.0):
@@ -190,7 +190,7 @@ def angles(levels):
 
 
 @every_curve
-def test_positions_on_a_schedule_are_found_again(curve):
+def test_position_inverts_at(curve):
     """at(position(angle)) has that angle, also where a curve that has learned is nearly flat or computes in float32."""
     schedule = ContinuousSchedule(curve, 100)
     noisiest, cleanest = angles(schedule.at(floats([1.0, 0.0])))
@@ -200,7 +200,7 @@ def test_positions_on_a_schedule_are_found_again(curve):
 
 @for_each("num_steps", [2, 10, 1000])
 @every_curve
-def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
+def test_transitions_have_width_one_over_num_steps(curve, num_steps):
     """t and s lie at (k + 1) / n and k / n around v, clean data for k = 0; `level_at` at v itself."""
     v = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     schedule = ContinuousSchedule(curve, num_steps)
@@ -221,7 +221,7 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
 @for_each("steps", [1, 2, 30])
 @for_each("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
 @every_curve
-def test_grids_walk_down_to_clean_data(curve, spacing, steps):
+def test_time_grids_descend_to_clean_data(curve, spacing, steps):
     """Finite and strictly cleaner at each step, within the curve, from its noisiest level if the spacing reaches it."""
     schedule = ContinuousSchedule(curve)
     grid = make_time_grid(schedule, steps, spacing)
@@ -239,21 +239,21 @@ def test_grids_walk_down_to_clean_data(curve, spacing, steps):
 
 @pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
 @for_each("high, low", [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
-def test_ends_in_the_wrong_order(curve, high, low):
-    with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve") as error:
+def test_log_snr_ends_in_wrong_order_raise(curve, high, low):
+    with pytest.raises(ValueError, match=f"schedule.curve.max_log_snr={high} .*min_log_snr={low}") as error:
         curve(floats([0.5]), high, low)
     assert "\n" not in str(error.value)
 
 
 @for_each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
-def test_exploding_out_of_range(low, high):
-    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
+def test_exploding_sigmas_out_of_range_raise(low, high):
+    with pytest.raises(ValueError, match=f"schedule.curve.sigma_min={low} .*sigma_max={high}") as error:
         curves.exploding(floats([0.5]), low, high)
     assert "\n" not in str(error.value)
 
 
 @for_each("start", [0.0, -0.1, 1.0])
-def test_rectified_flow_out_of_range(start):
-    with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4") as error:
+def test_rectified_flow_start_out_of_range_raises(start):
+    with pytest.raises(ValueError, match=f"schedule.curve.start={start} ") as error:
         curves.rectified_flow(floats([0.5]), start)
     assert "\n" not in str(error.value)

@@ -78,7 +78,7 @@ def gaussian(mean, std):
 
 @for_each("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)])
 @for_each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
-def test_gaussian_kl_is_its_integral(p, q):
+def test_gaussian_kl_equals_its_integral(p, q):
     """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
     (mean, std), (other_mean, other_deviation) = p, q
 
@@ -90,7 +90,7 @@ def test_gaussian_kl_is_its_integral(p, q):
 
 
 @every_shape
-def test_gaussian_kl_element_by_element(shape):
+def test_gaussian_kl_is_elementwise(shape):
     """Against torch.distributions; the log-variance may be one for all. Zero for equals, positive else."""
     p = Gaussian(normal(shape, 0), normal(shape, 1))
     q = Gaussian(normal(shape, 2), scalar(0.3))
@@ -100,7 +100,7 @@ def test_gaussian_kl_element_by_element(shape):
     assert_close(gaussian_kl(p, p), torch.zeros(shape, dtype=torch.float64), rtol=0, atol=0)
 
 
-def test_discrete_kl_on_the_worked_example():
+def test_discrete_kl_equals_a_worked_example():
     """100 worms: the theory's figures, of which the second is 0.42735 rounded up, and the sums written out."""
     counts = scalar(WORMS)
     binomial = torch.from_numpy(binom.pmf(np.arange(11), 10, 0.544))
@@ -114,7 +114,7 @@ def test_discrete_kl_on_the_worked_example():
     assert discrete_kl(counts, counts / 100).item() == pytest.approx(0, abs=1e-15)
 
 
-def test_discrete_kl_where_something_is_missing():
+def test_discrete_kl_with_zero_probabilities():
     """0 log 0 is 0, also against 0; what q cannot produce is infinitely surprising."""
     p, q = scalar([0.5, 0.5, 0, 0]), scalar([0.25, 0.25, 0.5, 0])
     assert_close(discrete_kl(p, q), scalar(math.log(2)), rtol=1e-15, atol=0)
@@ -150,7 +150,7 @@ def bins_by_scipy(x, mean, std, levels):
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("std", DEVIATIONS)
 @every_levels
-def test_bins_sum_to_one(levels, std, dtype):
+def test_bin_probabilities_sum_to_one(levels, std, dtype):
     """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
     means = torch.tensor(MEANS, dtype=dtype)[:, None]
     q = Gaussian(means, torch.tensor(std, dtype=dtype).log() * 2)
@@ -162,7 +162,7 @@ def test_bins_sum_to_one(levels, std, dtype):
 @for_each("std", DEVIATIONS)
 @for_each("mean", MEANS)
 @every_levels
-def test_bins_are_differences_of_the_normal_distribution(levels, mean, std):
+def test_bins_are_differences_of_the_normal_cdf(levels, mean, std):
     """Against scipy, as far as its probabilities do not underflow."""
     x = values(levels)
     ours = discretized_gaussian_log_prob(x, gaussian(mean, std), levels).numpy()
@@ -174,7 +174,7 @@ def test_bins_are_differences_of_the_normal_distribution(levels, mean, std):
 
 
 @every_levels
-def test_outer_bins_are_open(levels):
+def test_outer_bins_extend_to_infinity(levels):
     """-1 and 1 take all the mass beyond them."""
     half = 1 / (levels - 1)
     first, last = values(levels)[[0, -1]]
@@ -188,7 +188,7 @@ def test_outer_bins_are_open(levels):
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
 @every_levels
-def test_far_tails_stay_finite(levels, distance, dtype):
+def test_far_tails_are_finite(levels, distance, dtype):
     """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
     for std in (1e-4, 1e-2, 1.0):
         for side in (-1, 1):
@@ -217,7 +217,7 @@ def test_far_tails_stay_finite(levels, distance, dtype):
 
 
 @for_each("dtype", [torch.float64, torch.float32])
-def test_log_ndtr_keeps_its_digits(dtype):
+def test_log_ndtr_gradient_is_accurate(dtype):
     """Against scipy, and its gradient against Mills' ratio as a continued fraction, to 1e6 deviations.
 
     Where torch's own gradient in float32 is noise.
@@ -239,7 +239,7 @@ def test_log_ndtr_keeps_its_digits(dtype):
 
 
 @every_shape
-def test_decoder_is_that_of_the_data(shape):
+def test_decoder_depends_on_num_values(shape):
     """A bin if the process knows a number of levels, else a density."""
     x = normal(shape, 3).sign()
     q = Gaussian(0.8 * x, scalar(-3.0))
@@ -266,7 +266,7 @@ def test_prior_is_the_kl_at_the_noisiest_level(shape, schedule):
 
 
 @every_shape
-def test_prior_at_zero_snr(shape):
+def test_prior_is_zero_at_zero_snr(shape):
     """Pure noise knows nothing of the data."""
     noisiest = ZERO_TERMINAL.row(ZERO_TERMINAL.num_steps - 1)
     assert_close(prior_bits(noisiest, normal(shape, 5)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
@@ -353,7 +353,7 @@ def test_bound_is_exact_on_gaussian_data(schedule, target, m, s):
 
 @every_data
 @pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
-def test_bound_is_exact_link_by_link(schedule, m, s):
+def test_bound_is_exact_for_each_transition(schedule, m, s):
     """Each link is worth the information that x_t lacks about x_0 and x_s has: half the log of a ratio of variances.
 
     I(x_0; x_s) - I(x_0; x_t), I(x_0; x_t) = log(V_t / sigma_t^2) / 2; the decoder the entropy that x_1 leaves.
@@ -368,7 +368,7 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
 @every_data
 @for_each("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
-def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
+def test_suboptimal_variance_costs_its_kl(schedule, target, variance, m, s):
     """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""
     data = GaussianData(m, s, schedule)
     best = data.terms(*data.optimal(target, decoder_scale=0.3))
@@ -401,7 +401,7 @@ def test_fixed_variances_bracket_the_optimal_one(schedule):
 
 
 @pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
-def test_decoder_of_points_costs_little(schedule):
+def test_decoder_gap_of_points_is_small(schedule):
     """With the ideal mean it costs 0.15 nats at most, which its variance's half, the tables' convention, is worth.
 
     Of x_0 given x_1 alone the variance is (sigma / alpha)^2, the ideal one for data that are diffuse beside it.
@@ -415,7 +415,7 @@ def test_decoder_of_points_costs_little(schedule):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_objective_estimates_the_bound(name):
+def test_vlb_loss_is_an_unbiased_bound(name):
     """The mean of `vlb` over the links, drawn as in training in float32, is the sum of the exact terms."""
     schedule = TABLES[name]
     data = GaussianData([0.4], 0.5, schedule)
@@ -430,7 +430,7 @@ def test_objective_estimates_the_bound(name):
 
 @pytest.mark.parametrize("target", ["eps", "x0"])
 @pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
-def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
+def test_transitions_of_a_batch_are_independent(schedule, target):
     """Values and gradients, of wrong predictions too: what is computed for other links must not spoil a link's own."""
     diffusion = GaussianDiffusion(target, "fixed_small", num_values=256)
     generator = torch.Generator().manual_seed(0)
@@ -458,7 +458,7 @@ def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
 
 @every_data
 @pytest.mark.parametrize("schedule", [TABLES["linear"], *CURVES.values()], ids=["linear", *CURVES])
-def test_flow_of_gaussian_data(schedule, m, s):
+def test_flow_of_gaussian_data_is_exact(schedule, m, s):
     """z = cos(angle) m + root(V) n for a constant n, V = cos^2 s^2 + sin^2: its derivative, and D times V' / 2V.
 
     The Jacobian is a multiple of the identity, for which a probe of signs gives the trace exactly.

@@ -191,7 +191,7 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
 @for_each("error", ["l2", "l1", "huber"])
 @every_shape
 @every_target
-def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
+def test_weighting_multiplies_only_the_loss(prediction, shape, error):
     """Each sample's loss times its own weight; "mse" stays unweighted."""
     x0, eps, transition = normal(shape, 2), normal(shape, 3), to_clean(five_levels(shape))
 
@@ -230,7 +230,7 @@ def test_simple_ignores_a_learned_variance(prediction, variance, shape):
 
 
 @pytest.mark.parametrize("loss_fn", ["simple", "vlb", "hybrid"])
-def test_network_is_asked_once(loss_fn):
+def test_losses_call_the_network_once(loss_fn):
     """One evaluation a step, at x_t and the noisier end of the link: it is what a step costs."""
     shape = (5, 2)
     x0, eps, transition = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
@@ -247,17 +247,17 @@ def test_network_is_asked_once(loss_fn):
     assert_close(x_t, transition.t.alpha * x0 + transition.t.sigma * eps, rtol=1e-15, atol=0)
 
 
-def test_unknown_error():
+def test_unknown_loss_type_raises():
     """The error names the value, the choices and the option."""
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
-    with pytest.raises(ValueError, match=r"unknown error 'l3': loss.type is l2, l1 or huber"):
+    with pytest.raises(ValueError, match=r"loss.type=l3 "):
         losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, type="l3")
 
 
 @for_each("delta", [0.0, -1.0])
-def test_huber_delta_must_be_positive(delta):
+def test_huber_delta_out_of_range_raises(delta):
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
-    with pytest.raises(ValueError, match=rf"huber_delta must be positive, got {delta}: 1 is usual"):
+    with pytest.raises(ValueError, match=f"loss.huber_delta={delta} "):
         losses.simple(
             GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, huber_delta=delta
         )
@@ -267,7 +267,7 @@ def test_huber_delta_must_be_positive(delta):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_weighting_is_its_papers_formula(name):
+def test_weighting_equals_its_formula(name):
     """In the units in which the paper states it."""
     weighting, units, formula = PAPERS[name]
     t = five_levels((5, 2))
@@ -287,7 +287,7 @@ def test_weighting_is_its_papers_formula(name):
     ],
     ids=["snr", "truncated_snr", "min_snr"],
 )
-def test_weights_on_v(weighting, formula):
+def test_weighting_on_v_equals_its_formula(weighting, formula):
     """Where alpha^2 + sigma^2 = 1 the squared error of v is SNR + 1 times that of x_0."""
     alphas = [0.01, 0.5, 0.7, 0.8, 0.95, 0.999]
     t = per_sample_levels([(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas], (6, 2))
@@ -296,14 +296,14 @@ def test_weights_on_v(weighting, formula):
     assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_edm_weight_is_one_on_its_own_target():
+def test_edm_weight_of_edm_target_is_one():
     """lambda(sigma) c_out(sigma)^2 = 1 (Karras et al. 2022, tab. 1)."""
     weight = losses.edm(diffusion_of("edm"), five_levels((5, 2)))
     assert_close(weight, torch.ones_like(weight), rtol=1e-12, atol=0)
 
 
 @every_target
-def test_uniform_weighs_the_target_as_it_is(prediction):
+def test_uniform_weight_is_one(prediction):
     t = five_levels((5, 2))
     assert_close(losses.uniform(diffusion_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
 
@@ -311,7 +311,7 @@ def test_uniform_weighs_the_target_as_it_is(prediction):
 @every_shape
 @every_target
 @pytest.mark.parametrize("name", PAPERS)
-def test_one_prediction_has_one_loss(name, prediction, shape):
+def test_loss_does_not_depend_on_the_target(name, prediction, shape):
     """The paper's weight times the squared error of x_0 or eps, in whichever units the network speaks."""
     weighting, units, formula = PAPERS[name]
     x0, eps, x0_hat, t = normal(shape, 11), normal(shape, 12), normal(shape, 13), five_levels(shape)
@@ -339,7 +339,7 @@ def test_weights_are_finite_at_every_row(name, zero_terminal):
 
 
 @pytest.mark.parametrize("curve", [*CURVES.values(), curves.Learned()], ids=[*CURVES, "learned"])
-def test_weights_are_finite_along_every_curve(curve):
+def test_weights_are_finite_on_every_curve(curve):
     """In float32, ends included."""
     u = torch.linspace(0, 1, 1001)
     with torch.no_grad():
@@ -358,7 +358,7 @@ def check_weights(t):
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
 @pytest.mark.parametrize("name", PAPERS)
-def test_loss_at_zero_snr(name, prediction):
+def test_loss_is_finite_at_zero_snr(name, prediction):
     """At pure noise the error of x_0 keeps the weight that the formula tends to: 1, 1 / sigma_data^2 or none."""
     weighting = WEIGHTINGS[name]
     shape = (2, 3)
@@ -376,7 +376,7 @@ def test_loss_at_zero_snr(name, prediction):
 
 @for_each("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_min_snr_at_extreme_levels(prediction, dtype):
+def test_min_snr_is_finite_at_extreme_levels(prediction, dtype):
     """Finite and positive up to SNR = 1e12; there it is gamma over the gain (1, SNR, or SNR + 2 + 1 / SNR)."""
     sigmas = torch.tensor([1e-6, 1e-4, 1e-2], dtype=dtype)
     t = NoiseLevel((1 - sigmas.double() ** 2).sqrt().to(dtype), sigmas, sigmas)
@@ -392,14 +392,13 @@ def test_min_snr_at_extreme_levels(prediction, dtype):
 @pytest.mark.parametrize(
     ("weighting", "message"),
     [
-        (partial(losses.min_snr, gamma=0.0), "gamma must be positive, got 0.0: 5 is usual .weighting.gamma"),
-        (partial(losses.min_snr, gamma=-5.0), "gamma must be positive, got -5.0: 5 is usual .weighting.gamma"),
-        (partial(losses.p2, k=0.0), "needs k > 0 and gamma >= 0, got 0.0 and 1.0: 1 and 1 are usual"),
-        (partial(losses.p2, gamma=-1.0), "needs k > 0 and gamma >= 0, got 1.0 and -1.0: 1 and 1 are usual"),
+        (partial(losses.min_snr, gamma=0.0), "weighting.gamma=0.0 "),
+        (partial(losses.min_snr, gamma=-5.0), "weighting.gamma=-5.0 "),
+        (partial(losses.p2, k=0.0), "weighting.k=0.0 "),
+        (partial(losses.p2, gamma=-1.0), "weighting.gamma=-1.0 "),
     ],
 )
-def test_parameters_out_of_range(weighting, message):
-    """The error names the value, a usual one and the option."""
+def test_weighting_parameters_out_of_range_raise(weighting, message):
     with pytest.raises(ValueError, match=message):
         weighting(GaussianDiffusion(), five_levels((5, 2)))
 
@@ -436,7 +435,7 @@ def reverse_variance(variance, small, large, mix):
 @every_variance
 @every_target
 @every_schedule
-def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
+def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, levels):
     """T times the KL between Bayes' posterior and the model's Gaussian, by torch.distributions, in bits/dim.
 
     For the cleanest link, the decoder: scipy's density, or its probability of the bin. Small variances are
@@ -486,7 +485,7 @@ def decoder_in_scipy(x, mean, std, levels):
 @for_each("levels", {"density": None, "bins": 17})
 @every_shape
 @every_schedule
-def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
+def test_vlb_of_a_batch_equals_single_samples(schedule, shape, levels):
     """A batch with and without clean ends has the terms of each sample by itself."""
     diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=levels)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
@@ -536,7 +535,7 @@ def test_gradient_on_a_learned_schedule_is_finite(prediction, variance):
 
 @every_learned
 @pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
-def test_bound_at_zero_snr(prediction, variance):
+def test_bound_is_finite_at_zero_snr(prediction, variance):
     """Finite with finite gradients at each link of a table that ends in pure noise, for all targets but eps."""
     schedule = NoiseSchedule(schedules.zero_terminal_snr(schedules.cosine(STEPS)))
     shape = (STEPS, 2)
@@ -555,7 +554,7 @@ def test_bound_at_zero_snr(prediction, variance):
 @every_learned
 @every_target
 @every_schedule
-def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction, variance, shape):
+def test_hybrid_bound_trains_only_the_variance(schedule, prediction, variance, shape):
     """simple's gradient on the mean's half of the output, `vlb_weight` times vlb's on the other (iDDPM eq. 16)."""
     diffusion = diffusion_of(prediction, variance, decoder_scale=0.3)
     x0, eps, transition = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
@@ -580,7 +579,7 @@ def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction,
     assert_close(hybrid["mse"], simple["mse"], rtol=0, atol=0)
 
 
-def test_outputs_beyond_the_clip_learn_from_the_bound():
+def test_vlb_has_gradients_beyond_the_clip():
     """Each element has a gradient, the same as without a clip, also where the predicted x_0 lies beyond it."""
     shape = (5, 2)
     x0, eps, transition = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
@@ -594,7 +593,7 @@ def test_outputs_beyond_the_clip_learn_from_the_bound():
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
-def test_hybrids_variance_learns_beside_the_clipped_mean():
+def test_hybrid_variance_fits_the_clipped_mean():
     """Its bound is that of the clipped prediction, and the mean still learns where it is clipped."""
     shape = (5, 2)
     x0, eps, transition = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
@@ -610,7 +609,7 @@ def test_hybrids_variance_learns_beside_the_clipped_mean():
     assert (gradient != 0).all()
 
 
-def test_vlb_weight_is_a_thousandth():
+def test_default_vlb_weight_is_a_thousandth():
     """As in iDDPM, sec. 3.1."""
     shape = (5, 2)
     x0, eps, transition = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
@@ -623,9 +622,6 @@ def test_vlb_weight_is_a_thousandth():
 
 @for_each("variance", ["fixed_small", "fixed_large"])
 def test_hybrid_needs_a_learned_variance(variance):
-    """The error names the value and the remedy."""
     x, transition = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
-    with pytest.raises(
-        ValueError, match=rf"diffusion.variance={variance} is fixed: set diffusion.variance=learned_range"
-    ):
+    with pytest.raises(ValueError, match=f"diffusion.variance={variance} "):
         losses.hybrid(diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform)

@@ -114,7 +114,7 @@ def test_every_sampler_is_finite_with_more_steps_than_rows():
                 check_finite(f"{name} 20", make_time_grid(NoiseSchedule(betas), 60, spacing))
 
 
-def test_grids_of_thousands_of_steps_descend():
+def test_time_grids_of_thousands_of_steps_descend():
     """30,000 steps on the tables that end near pure noise: every SNR ratio lies in [0, 1]."""
     for name, betas, spacing in (
         ("constant", TABLES["constant"](10_000), "leading"),
@@ -139,7 +139,7 @@ def limit(grid):
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("ddim", 0.02), ("dpmpp_2m", 1e-3), ("heun", 2e-3)])
-def test_many_steps_lead_to_the_data(name, tolerance):
+def test_many_steps_recover_the_data(name, tolerance):
     """From -1 and 1 in pure noise the flow leads to one standard deviation on either side of the mean."""
     for label, betas in (
         ("constant", TABLES["constant"](4000)),
@@ -153,7 +153,7 @@ def test_many_steps_lead_to_the_data(name, tolerance):
 
 
 @pytest.mark.parametrize("name", ["ancestral", "euler_ancestral", "dpmpp_2m_sde"])
-def test_many_stochastic_steps_lead_to_the_data(name):
+def test_many_stochastic_steps_recover_the_data(name):
     """Mean and standard deviation, exactly: sample 0 starts at 0, 1 at 1, and sample 2 + k gets the k-th noise."""
     schedule, steps = NoiseSchedule(schedules.zero_terminal_snr(TABLES["sigmoid_geodiff"](10_000))), 500
     x = torch.zeros(steps + 2, 1, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_rows_are_levels_at_their_positions():
                 assert [level.alpha for level in trailing] == [row.alpha for row in rows]
 
 
-def test_levels_between_rows_keep_their_digits():
+def test_levels_between_rows_are_accurate():
     """Linear in the angle between two rows, which next to pure noise is linear in alpha; in plain floats."""
     schedule = NoiseSchedule(schedules.zero_terminal_snr(TABLES["constant"](10_000)))
     for t in (100, 5000, 9000, 9997, 9998):
@@ -207,7 +207,7 @@ def test_ends_of_flows_are_pure_noise():
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("heun_churn", "ddim_inversion")])
-def test_steps_between_equal_levels_change_nothing(name):
+def test_steps_between_equal_levels_are_identities(name):
     """Repeated levels within a grid, pure noise and clean data included, leave the result as without them."""
     x = torch.tensor([[-1.0, 0.2, 0.7]], dtype=torch.float64)
     for schedule in (

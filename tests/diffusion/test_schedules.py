@@ -79,14 +79,14 @@ def sigmoid(x):
     ],
     ids=["linear", "linear_ldm", "quadratic", "scaled_linear", "cosine", "sigmoid_geodiff", "laplace", "exponential"],
 )
-def test_equals_diffusers(ours, theirs):
+def test_betas_equal_diffusers(ours, theirs):
     """The library computes in float32, whose rounding is 6e-8."""
     assert_close(ours().float(), theirs(), rtol=1e-6, atol=0)
 
 
 @every_schedule
 def test_zero_terminal_snr_equals_diffusers(make):
-    """Both in float64. A difference of neighbouring alpha_bar loses up to 1e-13 of a beta of 1e-4."""
+    """Both in float64. A difference of neighboring alpha_bar loses up to 1e-13 of a beta of 1e-4."""
     betas = make(1000)
     assert_close(schedules.zero_terminal_snr(betas), rescale_zero_terminal_snr(betas.clone()), rtol=1e-9, atol=0)
 
@@ -102,7 +102,7 @@ def test_betas_are_float64_inside_zero_and_one(make, num_steps):
 
 
 @for_each("num_steps", LENGTHS)
-def test_linear_ends_are_rescaled(num_steps):
+def test_linear_ends_scale_with_one_over_t(num_steps):
     """beta runs evenly between the ends times 1000 / T, capped at max_beta."""
     start, end = 1e-4 * 1000 / num_steps, 0.02 * 1000 / num_steps
     expected = [min(start + (end - start) * t / (num_steps - 1), 0.999) for t in range(num_steps)]
@@ -110,13 +110,13 @@ def test_linear_ends_are_rescaled(num_steps):
 
 
 @for_each("num_steps", [20, 100, 4000, 10_000])
-def test_linear_reaches_the_same_noise_at_any_length(num_steps):
+def test_linear_terminal_noise_does_not_depend_on_t(num_steps):
     """Rescaled, alpha_bar at the end stays that of T = 1000 (4e-5) or below; unrescaled, T = 100 ends at 0.36."""
     assert alpha_bars(schedules.linear(num_steps))[-1] < 1e-4
 
 
 @for_each("num_steps", [10, 100, 1000])
-def test_quadratic_ends_are_kept(num_steps):
+def test_quadratic_ends_do_not_depend_on_t(num_steps):
     """sqrt(beta) runs evenly between the roots of the ends, whatever T."""
     low, high = math.sqrt(1e-4), math.sqrt(0.02)
     expected = [(low + (high - low) * t / (num_steps - 1)) ** 2 for t in range(num_steps)]
@@ -131,7 +131,7 @@ def test_constant_decays_as_a_power(num_steps):
 
 
 @for_each("num_steps", LENGTHS)
-def test_inverse_falls_linearly(num_steps):
+def test_inverse_alpha_bar_is_linear(num_steps):
     """alpha_bar_t = 1 - t / T for all but the last step, whose beta is capped."""
     betas = schedules.inverse(num_steps)
     expected = [1 - (t + 1) / num_steps for t in range(num_steps - 1)]
@@ -178,7 +178,7 @@ def test_laplace_log_snr_is_laplace_distributed(mu, scale):
         assert exceeded == pytest.approx(t / num_steps, abs=1.1e-6)
 
 
-def test_custom_returns_what_it_is_given():
+def test_custom_returns_its_betas():
     """The betas themselves, in float64."""
     betas = [0.01 * (t + 1) for t in range(12)]
     assert schedules.custom(betas).tolist() == betas
@@ -197,14 +197,14 @@ def test_snr_shift_moves_log_snr(make, num_steps, factor):
 
 
 @every_schedule
-def test_snr_shift_by_one_changes_nothing(make):
+def test_snr_shift_of_one_is_the_identity(make):
     """Factor 1 is the identity, up to the rounding of 1 - ratio."""
     betas = make(1000)
     assert_close(schedules.snr_shift(betas, 1.0), betas, rtol=1e-9, atol=1e-14)
 
 
 @every_schedule
-def test_snr_shifts_multiply(make):
+def test_snr_shifts_compose_by_multiplication(make):
     """Shifts by 2 and then by 1/8 are one by 1/4."""
     betas = make(1000)
     twice = schedules.snr_shift(schedules.snr_shift(betas, 2.0), 0.125)
@@ -237,46 +237,44 @@ def test_zero_terminal_snr_is_algorithm_1(num_steps):
 
 @for_each("num_steps", [-1, 0, 1, 9, 10_001])
 @every_schedule
-def test_number_of_steps_out_of_range(make, num_steps):
-    """The error names the value, the range and what to set."""
-    with pytest.raises(ValueError, match=rf"num_steps must lie in \[10, 10000\], got {num_steps}: set schedule"):
+def test_num_steps_out_of_range_raises(make, num_steps):
+    with pytest.raises(ValueError, match=f"schedule.num_steps={num_steps} "):
         make(num_steps)
 
 
-def test_custom_of_the_wrong_length():
-    """Too few betas are refused by the same rule."""
-    with pytest.raises(ValueError, match="got 9: set schedule"):
+def test_custom_with_too_few_betas_raises():
+    with pytest.raises(ValueError, match=r"schedule.num_steps=9 "):
         schedules.custom([0.1] * 9)
 
 
 @pytest.mark.parametrize(
-    ("call", "value", "remedy"),
+    ("call", "message"),
     [
-        (lambda: schedules.linear(1000, 1e-4, -0.02), "-0.02", "change"),
-        (lambda: schedules.linear(1000, 0.0, 0.02), r"\[0, 0.02\]", "change"),
-        (lambda: schedules.linear(10, max_beta=1.5), "1.5", "change"),
-        (lambda: schedules.quadratic(1000, -0.1, 0.02), "-0.1", "beta_start"),
-        (lambda: schedules.quadratic(1000, 1e-4, 2.0), r", 2\]", "change"),
-        (lambda: schedules.cosine(1000, max_beta=1.0), "1.0", "0.999"),
-        (lambda: schedules.sigmoid_geodiff(1000, 1e-4, 1.5), r", 1\.49", "change"),
-        (lambda: schedules.constant(1000, 0.0), r"\[0, 0\]", "change"),
-        (lambda: schedules.constant(1000, 1.0), r"\[1, 1\]", "change"),
-        (lambda: schedules.constant(1000, float("nan")), "nan", "change"),
-        (lambda: schedules.inverse(1000, max_beta=1.0), r", 1\]", "change"),
-        (lambda: schedules.exponential(1000, 0.0), r"\[0, 0\]", "change"),
-        (lambda: schedules.exponential(1000, -1.0), "-0.001", "change"),
-        (lambda: schedules.laplace(1000, scale=0.0), "0.0", "schedule.scale"),
-        (lambda: schedules.laplace(1000, power=-1.0), "-1.0", "power"),
-        (lambda: schedules.sigmoid_jabri(1000, start=3.0, end=-3.0), "-3.0", "schedule.start"),
-        (lambda: schedules.sigmoid_jabri(1000, tau=0.0), "0.0", "tau"),
-        (lambda: schedules.sigmoid_jabri(1000, tau=0.004), "", "tau|change"),
-        (lambda: schedules.custom([0.1] * 9 + [1.0]), r"\[0.1, 1\]", "change"),
-        (lambda: schedules.custom([0.1] * 9 + [float("nan")]), "nan", "change"),
-        (lambda: schedules.snr_shift(schedules.linear(1000), 0.0), "0.0", "64 / image size"),
-        (lambda: schedules.snr_shift(schedules.linear(1000), -2.0), "-2.0", "64 / image size"),
+        (lambda: schedules.linear(1000, 1e-4, -0.02), "-0.02"),
+        (lambda: schedules.linear(1000, 0.0, 0.02), r"\[0, 0.02\]"),
+        (lambda: schedules.linear(10, max_beta=1.5), "1.5"),
+        (lambda: schedules.quadratic(1000, -0.1, 0.02), "schedule.beta_start=-0.1 "),
+        (lambda: schedules.quadratic(1000, 1e-4, 2.0), r", 2\]"),
+        (lambda: schedules.cosine(1000, max_beta=1.0), "schedule.max_beta=1.0 "),
+        (lambda: schedules.sigmoid_geodiff(1000, 1e-4, 1.5), r", 1\.49"),
+        (lambda: schedules.constant(1000, 0.0), r"\[0, 0\]"),
+        (lambda: schedules.constant(1000, 1.0), r"\[1, 1\]"),
+        (lambda: schedules.constant(1000, float("nan")), "nan"),
+        (lambda: schedules.inverse(1000, max_beta=1.0), r", 1\]"),
+        (lambda: schedules.exponential(1000, 0.0), r"\[0, 0\]"),
+        (lambda: schedules.exponential(1000, -1.0), "-0.001"),
+        (lambda: schedules.laplace(1000, scale=0.0), "schedule.scale=0.0 "),
+        (lambda: schedules.laplace(1000, power=-1.0), "schedule.power=-1.0 "),
+        (lambda: schedules.sigmoid_jabri(1000, start=3.0, end=-3.0), "schedule.start=3.0 .*schedule.end=-3.0 "),
+        (lambda: schedules.sigmoid_jabri(1000, tau=0.0), "schedule.tau=0.0 "),
+        (lambda: schedules.sigmoid_jabri(1000, tau=0.004), "schedule"),
+        (lambda: schedules.custom([0.1] * 9 + [1.0]), r"\[0.1, 1\]"),
+        (lambda: schedules.custom([0.1] * 9 + [float("nan")]), "nan"),
+        (lambda: schedules.snr_shift(schedules.linear(1000), 0.0), "snr_shift=0.0 "),
+        (lambda: schedules.snr_shift(schedules.linear(1000), -2.0), "snr_shift=-2.0 "),
     ],
 )
-def test_values_out_of_range(call, value, remedy):
-    """A parameter that leads betas out of (0, 1) raises; the message holds the value, then the remedy."""
-    with pytest.raises(ValueError, match=f"{value}.*({remedy})"):
+def test_schedule_arguments_out_of_range_raise(call, message):
+    """So do arguments that lead to betas outside of (0, 1)."""
+    with pytest.raises(ValueError, match=message):
         call()

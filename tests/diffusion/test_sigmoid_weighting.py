@@ -99,7 +99,7 @@ def test_integral_does_not_depend_on_the_schedule():
         assert weights.mean().item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_tables_take_the_differences_of_rows():
+def test_table_rate_is_a_central_difference():
     """Central ones within, one-sided ones at the ends, T times as large; at zero SNR the last that is finite."""
     for zero in (False, True):
         betas = schedules.linear(50)
@@ -119,7 +119,7 @@ def test_tables_take_the_differences_of_rows():
         assert weight.isfinite().all() and (weight >= 0).all()
 
 
-def test_tables_have_the_integral_too():
+def test_integral_holds_for_tables():
     """That between the ends of the linear table, whose rows are close enough for a sum over them."""
     schedule = NoiseSchedule(schedules.linear(1000))
     t = schedule.level(torch.arange(1000), torch.zeros(1000))
@@ -128,14 +128,14 @@ def test_tables_have_the_integral_too():
     assert mean == pytest.approx((softplus(BIAS - low) - softplus(BIAS - high)) / 2, rel=0.01)
 
 
-def test_plain_variant_lacks_the_factor():
+def test_sigmoid_plain_omits_the_rate():
     schedule = ContinuousSchedule(curves.cosine)
     t = levels(schedule, [0.1, 0.5, 0.9])
     plain = losses.sigmoid_plain(GaussianDiffusion("eps"), t)
     assert plain.tolist() == pytest.approx([logistic(BIAS - cosine(u)[0]) for u in (0.1, 0.5, 0.9)], rel=1e-9)
 
 
-def test_every_weighting_is_finite_at_the_last_row():
+def test_weightings_are_finite_at_the_last_row():
     """Where `loss=hybrid` trains too: on a flow its SNR is 0."""
     diffusion = GaussianDiffusion("v")
     names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
@@ -149,7 +149,7 @@ def test_every_weighting_is_finite_at_the_last_row():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
-def test_it_trains_and_validates_by_its_yaml(schedule):
+def test_sigmoid_weighting_trains_from_its_yaml(schedule):
     """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""
     changes = [
         "weighting=sigmoid",

@@ -18,7 +18,7 @@ def draw(*size: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 12), (7, 14), (5, 3), (1, 1)])
 @pytest.mark.parametrize("last", [torch.channels_last, torch.contiguous_format])
-def test_it_is_the_convolution_and_so_are_its_gradients(size: tuple[int, int], last: torch.memory_format) -> None:
+def test_winograd_and_its_gradients_equal_conv2d(size: tuple[int, int], last: torch.memory_format) -> None:
     x, weight, bias = draw(3, 5, *size), draw(6, 5, 3, 3, seed=1), draw(6, seed=2)
     given = x.contiguous(memory_format=last)
     y, plain = winograd(given, weight, bias), F.conv2d(given, weight, bias, padding=1)
@@ -30,27 +30,27 @@ def test_it_is_the_convolution_and_so_are_its_gradients(size: tuple[int, int], l
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-def test_gradients_of_gradients_are_right() -> None:
+def test_winograd_passes_gradgradcheck() -> None:
     inputs = draw(1, 2, 5, 6), draw(2, 2, 3, 3, seed=1), draw(2, seed=2)
     assert torch.autograd.gradcheck(winograd, inputs)
     assert torch.autograd.gradgradcheck(winograd, inputs)
 
 
-def test_tiles_hold_each_pixel_as_often_as_they_overlap_there() -> None:
+def test_tile_gradient_counts_overlaps() -> None:
     counts = torch.autograd.grad(Tiles.apply(x := draw(1, 1, 8, 8)).sum(), x)[0][0, 0]
     # Where there are two, they are the last of one tile and the first of another.
     along = torch.tensor([1, 1, 1, 2, 2, 1, 1, 1], dtype=torch.float64)
     assert torch.equal(counts, along[:, None] * along)
 
 
-def test_in_single_precision_it_errs_by_a_few_roundings() -> None:
+def test_winograd_float32_error_is_small() -> None:
     x, weight, bias = (v.detach() for v in (draw(4, 128, 16, 16), draw(128, 128, 3, 3, seed=1) / 34, draw(128, seed=2)))
     exact = F.conv2d(x, weight, bias, padding=1)
     y = winograd(x.float(), weight.float(), bias.float())
     assert (y - exact).norm() < 2e-6 * exact.norm()
 
 
-def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_backend_uses_winograd_where_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(module, "winograd", lambda *args: taken.append(args[0].shape) or winograd(*args))
     layer = Conv3x3(64, 64)
@@ -85,7 +85,7 @@ def test_a_layer_takes_it_where_it_pays_and_is_the_same_layer(monkeypatch: pytes
     assert layer.winograd_pays(draw(8, 64, 16, 16, dtype=torch.float32))
 
 
-def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_equal_with_either_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     block, grow = ResidualBlock(64, 128, 32, 16), Upsample(128)
     torch.nn.init.normal_(block.conv2.weight, std=0.02)
     x, emb = draw(4, 64, 16, 16, dtype=torch.float32), draw(4, 32, dtype=torch.float32, seed=1)
@@ -97,7 +97,7 @@ def test_blocks_are_the_same_by_either(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_backend_of_a_convolution_selects_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_selects_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     monkeypatch.setattr(module, "winograd", lambda *args: sizes.append(tuple(args[0].shape)) or winograd(*args))
     small, large = draw(2, 64, 5, 5, dtype=torch.float32).detach(), draw(4, 64, 16, 16, dtype=torch.float32).detach()
