@@ -11,23 +11,19 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.keys import renamed_key
+from src.config.compose import compose, flatten, key_hint
 from src.config.rules import check_combinations, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, nearest, unknown_option
 from src.errors import UsageError, first_line
-from src.quoting import format_override, quoted
+from src.quoting import format_override
 
 __all__ = ["CONF", "config_groups", "nearest"]  # imported from here elsewhere
-
-PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
-"""Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
 
 PATHS = (
     *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),
@@ -139,8 +135,7 @@ def check_overrides(
     values that no run can use.
     """
     groups = config_groups(folders := config_folders(added))
-    if spaced := re.search(r"(?:^| )([\w.@/+~]+)(?: = ?| ?= )([^\s=]+)(?= |$)", " ".join(overrides)):
-        raise UsageError(f"{spaced[0].strip()} has spaces around its '='; type {spaced[1]}={spaced[2]}")
+    _check_spaces(overrides)
     read = [_parse(config_name, word, groups) for word in overrides]
     foreign = any("pkg://" in each for each in added)  # whose options cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
@@ -156,12 +151,12 @@ def check_overrides(
                 f"-m {name}={','.join(options)}"
             )
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        base = _compose(config_name, [_first_value(o) for o in choices], added, None, groups)
+        base = compose(config_name, [_first_value(o) for o in choices], added, (), groups)
         for override in read:
             _check_sweep(override, read, multirun, groups)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                 _check_key(override, base, groups)
-        final = _compose(config_name, [_first_value(o) for o in read], added, base, groups)
+        final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
     plain = OmegaConf.to_container(base, resolve=False)
     for override in read:
         name = override.key_or_group
@@ -210,14 +205,16 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """Return the dotted names of all keys."""
-    names: list[str] = []
-    for key in cfg:
-        names.append(f"{prefix}{key!s}")
-        if isinstance(child := cfg._get_node(key), DictConfig):
-            names += flatten(child, f"{names[-1]}.")
-    return names
+def _check_spaces(words: Sequence[str]) -> None:
+    """Raise UsageError for an override that spaces around `=` split into several words."""
+    for k, word in enumerate(words):
+        after = next(iter(words[k + 1 :]), "")
+        before = words[k - 1] if k else ""
+        split = [word, after] if word.endswith("=") and word != "=" and after and "=" not in after else []
+        if word.startswith("=") and before:
+            split = [before, word, after] if word == "=" else [before, word]
+        if split:
+            raise UsageError(f"{' '.join(split)} has spaces around its '='; type {''.join(split)}")
 
 
 def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
@@ -270,7 +267,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     parent = key.rpartition(".")[0]
     node = OmegaConf.select(base, parent) if parent in names else None
     target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
-    hint = _key_hint(key, override.get_value_element_as_str(), names, groups)
+    hint = key_hint(key, override.get_value_element_as_str(), names, groups)
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
         raise UsageError(f"{line}: {target} has no argument '{key}'{hint or f'; it takes {_arguments(node)}'}")
     if hint and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
@@ -279,16 +276,6 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
 
 def _arguments(node: DictConfig) -> str:
     return ", ".join(str(key) for key in node if not str(key).startswith("_"))
-
-
-def _key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
-    known = [*names, *groups]
-    if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
-        return f"; type {new if '=' in new else f'{new}={value}'}"
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in names if name.startswith(f"{parent}.")] if parent else []
-    return nearest(key, siblings) or nearest(key, known)
 
 
 def _select(plain: Any, name: str) -> Any:
@@ -325,45 +312,3 @@ def _values(override: Override) -> list[Any]:
     if isinstance(value, RangeSweep):
         return [value.start]
     return list(override.sweep_iterator(Override._convert_value)) if override.is_sweep_override() else [value]
-
-
-def _compose(
-    config_name: str,
-    overrides: Sequence[str],
-    added: Sequence[str],
-    base: DictConfig | None,
-    groups: dict[str, list[str]],
-) -> DictConfig:
-    """Compose a configuration. Raises UsageError with Hydra's message and a hint if it cannot."""
-    search = [f"hydra.searchpath=[{','.join(map(quoted, added))}]"] if added else []
-    rest = [override for override in overrides if key_of(override) != "hydra.searchpath"]
-    try:
-        return hydra.compose(config_name, [*rest, *search], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        message = " ".join(str(error).partition("\nConfig search path")[0].split())
-        if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
-            choice = match[1].replace("/_", "=").replace("/", "=")
-            group = choice.split("=")[0]
-            message = f"{choice} needs {match[2]}, which src.{config_name} lacks; choose another {group}"
-        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
-            message = _missing_plugin(match[1], match[2])
-        elif match := re.search(r"Multiple values for (\S+)\. To override", message):
-            message = f"{match[1]} is chosen already; type {match[1]}=... without the +"
-        elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
-            line = next((each for each in overrides if key_of(each) == match[1]), match[1])
-            hint = _key_hint(match[1], line.partition("=")[2] or "VALUE", flatten(base) if base else [], groups)
-            append = re.search(r"To append to your config use .*", message)
-            known = (
-                "; --cfg hydra prints all settings of Hydra" if match[1].startswith("hydra") else "; --help lists all"
-            )
-            message = f"unknown setting '{match[1]}' in {line}{hint or known}" + (f" {append[0]}" if append else "")
-        raise UsageError(message) from error
-
-
-def _missing_plugin(group: str, name: str) -> str:
-    """Return the message for a launcher or sweeper that is unknown or not installed."""
-    if name in PLUGINS:
-        extra = name.split("_")[0]
-        return f"{group}={name} needs the extra {extra}, which is not installed: pip install -e '.[{extra}]'"
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
-    return unknown_option(group, name, known)
