@@ -172,7 +172,7 @@ def test_a_signal_in_the_last_step_is_answered(trained, tmp_path, monkeypatch, c
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
     """The lock is the process's: it goes with it, however that ends."""
-    code = f"import sys; from pathlib import Path; from src.runs.build import lock_run_dir; lock_run_dir(Path({str(tmp_path / 'run')!r}));"
+    code = f"import sys; from pathlib import Path; from src.runs.lock import lock_run_dir; lock_run_dir(Path({str(tmp_path / 'run')!r}));"
     code += "print('held', flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     other = subprocess.Popen(

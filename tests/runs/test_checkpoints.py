@@ -130,7 +130,7 @@ def test_changed_settings_are_told_but_for_paths():
     "other", ["schedule=linear", "diffusion.prediction=x0", "zero_terminal_snr=true", "data.num_values=256"]
 )
 def test_another_model_is_not_resumed(trained, tmp_path, other):
-    with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
+    with pytest.raises(UsageError, match=r"-> .* changes the model of a resumed run"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", other)
 
 
@@ -141,7 +141,7 @@ def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tm
     metrics = train_tiny(run, "resume=auto")
     assert metrics == json.loads((trained / "metrics.json").read_text())
     assert f"{run} is finished: skipped" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"is of another job \(seed: 0 -> 1\)"):
+    with pytest.raises(UsageError, match=r"belongs to another job \(seed: 0 -> 1\)"):
         train_tiny(run, "resume=auto", "seed=1")
     metrics["val/loss"] = None  # of one that diverged, which is not passed over in silence
     (run / "metrics.json").write_text(json.dumps(metrics))
