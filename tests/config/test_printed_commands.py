@@ -182,7 +182,7 @@ def test_out_of_memory_says_how_to_go_on(run_and_text):
     cfg = compose("train", *TINY, "trust=true", f"resume={literal(folder)}", f"run_dir={literal(folder)}")
     run = build(cfg)
     try:
-        words = printed(out_of_memory.while_training(cfg, run), "train")
+        words = printed(out_of_memory.while_training(run), "train")
     finally:
         close(run)
     assert last_value(words, "resume") == str(folder)

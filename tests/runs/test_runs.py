@@ -336,7 +336,7 @@ def test_a_checkpoint_of_another_network_is_named_as_such(trained, tmp_path):
         (["lr_scheduler.warmup_steps=-1"], "warmup_steps must not be negative"),
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be positive"),
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
-        (["trainer.devices=0"], "trainer.devices must be at least 1, or auto"),
+        (["trainer.devices=0"], "trainer.devices=0 must be at least 1"),
         (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
         (["trainer.max_epochs=3"], "set trainer.max_steps"),
         (["callbacks.ema.decay=1.5"], "must lie in [0, 1)"),
@@ -599,7 +599,7 @@ def start_two_processes(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 @pytest.mark.faults
 def test_ctrl_c_in_one_of_two_processes_stops_and_saves_both(tmp_path):
-    with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as diffusion:
+    with start_two_processes(tmp_path / "run", "trainer.max_steps=100000", "validate_every=100000") as process:
         log = tmp_path / "run" / "logs" / "version_0" / "metrics.csv"
         deadline = time.monotonic() + HANG_SECONDS
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:

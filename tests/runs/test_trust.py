@@ -369,7 +369,7 @@ def test_a_resumed_run_builds_what_conf_names(trained, tmp_path, canary):
     """The composed configuration is held against it; with trust it is built."""
     trap = f"+callbacks.evil={{_target_:pathlib.Path.touch,_args_:[{{_target_:pathlib.Path,_args_:['{canary}']}}]}}"
     for override in (trap, "optimizer._target_=src.runs.build.os.system", "model._target_=${oc.env:HOME}"):
-        with pytest.raises(UsageError, match=r"which no file under conf/ has.*add trust=true"):
+        with pytest.raises(UsageError, match=r"which conf/ does not have.*add trust=true"):
             train_tiny(tmp_path / "run", f"resume='{trained}'", override)
     assert not canary.exists()
     with pytest.raises(Exception, match=r"NoneType|callback"):  # it is no callback, but was called

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from src.runs.build import build, close, start
+from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
 
@@ -23,9 +24,9 @@ def train_alone(folder: Path, *overrides: str) -> None:
     """Train as `src.train` does, without the pictures that it draws at the end, which take longer."""
     cfg = compose("train", *TINY, *overrides, f"run_dir='{folder}'")
     run = build(cfg)
-    start(cfg, run)
+    start(run)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from, weights_only=True)
-    run.save()
+    save_last_checkpoint(run)
     close(run)
 
 
