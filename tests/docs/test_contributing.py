@@ -1,5 +1,6 @@
 """The worked examples of CONTRIBUTING.md run as they stand, from a folder outside the repository."""
 
+import json
 import os
 import re
 import shlex
@@ -37,12 +38,12 @@ def train_commands() -> list[str]:
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     """Write the files of CONTRIBUTING.md, run its commands with few steps, and return what they print."""
-    import json
-
     folder = tmp_path_factory.mktemp("outside") / "mylab"
     for language, text in code_blocks():
         if language in ("python", "yaml"):
-            path = folder / text.splitlines()[0].removeprefix("# ")
+            match = re.search(r"^# ((?:mylab|conf)/\S+)$", text, re.MULTILINE)
+            assert match, text
+            path = folder / match[1]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
     export, *commands = [line.replace("../mylab", str(folder)) for line in train_commands()]
