@@ -47,8 +47,8 @@ def reference() -> str:
         "# Settings",
         "",
         "`make reference` generates this page from the comments in `conf/`. `python -m src.train --cfg job` prints the",
-        "composed configuration of a command. Each option is a file, `conf/<group>/<option>.yaml`. Settings have the names",
-        "that you type; an option lists those in which it differs from the options of its group above it.",
+        "composed configuration of a command. Each option is a file, `conf/<group>/<option>.yaml`. Settings have the",
+        "names that you type. An option lists the settings in which it differs from the options above it.",
         "",
     ]
     for command in COMMANDS:
