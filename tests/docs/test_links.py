@@ -33,7 +33,7 @@ def test_files_that_the_documentation_names_exist():
     missing = [
         f"{page.relative_to(ROOT)}: {name}"
         for page in PAGES
-        for name in path.findall(page.read_text())
+        for name in path.findall(FENCE.sub("", page.read_text()))
         if not (ROOT / name).exists()
     ]
     assert missing == []
