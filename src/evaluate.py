@@ -283,6 +283,7 @@ def leave_pictures(
     floor: Mapping[str, "Metric"],
 ) -> None:
     """Samples of each sampler from the same noise, their nearest training samples, classes, quality against cost."""
+    from src.metrics.confidence import wilson
     from src.viz import charts, images
 
     data = evaluator.data
@@ -291,21 +292,23 @@ def leave_pictures(
     if real.ndim == 4:
         rows = [*(d.first[:shown] for d in drawn.values()), real]
         count = min(map(len, rows))
-        images.labelled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
+        images.labeled_rows([row[:count] for row in rows], [*drawn, "real, held out"]).save(folder / "samples.png")
         first, nearest = next(iter(drawn.values())).first, measured[0].neighbors
         closest = nearest.distances.argsort()[:shown]
         pairs = [first[closest], evaluator.training_samples(nearest.numbers[closest])]
-        images.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
+        images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
     else:
         held_out_points = data.postprocess(data.examples(2000))
-        clouds = [images.captioned(charts.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
+        clouds = [images.add_title(charts.scatter(d.first, held_out_points), name) for name, d in drawn.items()]
         images.side_by_side(clouds, gap=8).save(folder / "samples.png")
     classes = {"real data": evaluator.reference} | {name: d.collected for name, d in drawn.items()}
     seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
     if seen and data.source and data.source.labels:
         names = data.source.labels.names
         shares = {
-            name: p.argmax(1).bincount(minlength=len(names)) / len(p) for name, p in seen.items() if p is not None
+            name: [wilson(int(c), len(p)) for c in p.argmax(1).bincount(minlength=len(names))]
+            for name, p in seen.items()
+            if p is not None
         }
         charts.class_shares(names, shares).save(folder / "classes.png")
     if len(drawn) > 1:
@@ -397,7 +400,7 @@ def alignment(
     found, scale = asked.found, best(asked.found)
     charts.alignment_against_diversity(curves(found), right_of(benchmark.own).value).save(folder / "alignment.png")
     titles, rows = zip(*asked.shown[scale], strict=True)
-    images.captioned(images.rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
+    images.add_title(images.titled_rows(rows, titles), f"asked for, at guidance {scale:g}").save(folder / "asked.png")
     return {
         "alignment": {
             "sampler": name,

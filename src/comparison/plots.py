@@ -69,7 +69,7 @@ def both(paint: "Callable[[Axes], None]", width: float, height: float, entries: 
             figure.savefig(buffer, format="png", metadata={"Software": None})
         picture = Image.open(buffer).convert("RGB").quantize(192)
         small = io.BytesIO()
-        picture.save(small, "PNG", optimized_metric=True)
+        picture.save(small, "PNG", optimize=True)
         made.append(small.getvalue())
     return made[0], made[1]
 
@@ -201,9 +201,9 @@ def strip(report: Report, group: int | None) -> bytes | None:
     if not len(samples):
         return None
     if samples.ndim == 4:
-        picture = images.grid(samples[:16], columns=len(samples[:16]), cell=32)
+        picture = images.image_grid(samples[:16], columns=len(samples[:16]), cell=32)
     else:
-        picture = charts.scatter(samples, extent=_extent(report), size=2.6)
+        picture = charts.scatter(samples, limits=_extent(report), size=2.6)
     return png(picture)
 
 
@@ -215,21 +215,21 @@ def _samples(report: Report) -> bytes | None:
         return None
     if report.real.ndim == 4:
         count = min(16, *(len(row) for row in rows.values()))
-        return png(images.labelled_rows([row[:count] for row in rows.values()], list(rows)))
-    extent = _extent(report)
-    clouds = [images.captioned(charts.scatter(row, extent=extent, size=2.6), name) for name, row in rows.items()]
+        return png(images.labeled_rows([row[:count] for row in rows.values()], list(rows)))
+    limits = _extent(report)
+    clouds = [images.add_title(charts.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
     return png(images.side_by_side(clouds, gap=8))
 
 
-def _extent(report: Report) -> charts.Extent | None:
+def _extent(report: Report) -> charts.AxisLimits | None:
     """So that all clouds of points are seen at one scale; None for histograms of numbers."""
-    return charts.extent_of(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
+    return charts.axis_limits(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
 
 
 def png(picture: Image.Image) -> bytes:
     """A picture as a file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimized_metric=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -23,7 +23,7 @@ from src.comparison.statistics import (
     text,
     with_spread,
 )
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 TITLES = {
     "fid": "FID",
@@ -232,7 +232,7 @@ def markdown(report: Report) -> str:
     if report.floors:
         floors = [number(report.floors[r.metric][0]) if r.metric in report.floors else "" for r in shown]
         rows.append(["*real data (floor)*", *[""] * (len(header) - 1 - len(shown)), *floors])
-    lines += [table(header, rows), "", LEGEND, ""]
+    lines += [markdown_table(header, rows), "", LEGEND, ""]
     lines += ["## By each metric", ""]
     lines += [f"- {sentence(report.groups, r, title_of)}" for r in shown]
     lines += ["", "## Against the best", ""]
@@ -242,8 +242,8 @@ def markdown(report: Report) -> str:
         for r in shown
         for p in r.against_best
     ]
-    lines += [table(["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"], rows)]
-    lines += ["", "## Cost", "", table(*cost_table(report)), ""]
+    lines += [markdown_table(["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"], rows)]
+    lines += ["", "## Cost", "", markdown_table(*cost_table(report)), ""]
     if report.notes:
         lines += ["## Left out", "", *(f"- {note}" for note in report.notes), ""]
     lines += ["## How it was measured", "", *(f"- {name}: {value}" for name, value in report.how.items()), ""]
