@@ -81,7 +81,7 @@ def write_report(
     """Put together what is known of the runs, write it into the output folder and say where. Returns all figures."""
     from src.comparison import report
     from src.comparison.measure import baselines_of, with_metrics
-    from src.comparison.page import write
+    from src.comparison.page import write_files
     from src.viz import charts, tables
 
     records = [with_metrics(run.record, each) for run, each in zip(found, measured, strict=True)]
@@ -93,7 +93,9 @@ def write_report(
         logs = [sorted((run.folder / "logs").glob("version_*/metrics.csv")) for run, _ in of_group]
         seen.append(
             [
-                report.Seen(each["samples"], each["error"].numpy(), charts.read_logs(log, ("train/loss", "val/loss")))
+                report.RunData(
+                    each["samples"], each["error"].numpy(), charts.read_logs(log, ("train/loss", "val/loss"))
+                )
                 for (_, each), log in zip(of_group, logs, strict=True)
             ]
         )
@@ -102,14 +104,14 @@ def write_report(
         groups=groups,
         implied=implied,
         rankings=[ranked(groups, metric) for metric in metrics_of(groups)],
-        floors=baselines_of(measured[0]),
-        seen=seen,
+        baselines=baselines_of(measured[0]),
+        runs=seen,
         real=measured[0]["real"],
         notes=notes,
-        how=how_measured(cfg, processes),
+        setup=how_measured(cfg, processes),
     )
     folder = begin(Path(cfg.run_dir))
-    path = write(folder, page)
+    path = write_files(folder, page)
     results = report.as_json(page)
     tables.write_json(folder / "comparison.json", results)
     print(f"\n{results['headline']}\nLook at:")

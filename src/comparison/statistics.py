@@ -12,6 +12,8 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
+from src.viz.tables import better_direction, format_number
+
 LEVEL = 0.05
 """Of the tests: how often one or more of a family of pairs that do not differ would be called real."""
 OF_WORK = (
@@ -33,11 +35,6 @@ OF_DATA = (
     *("columns", "mean", "std"),  # of a table, wherever it lies
 )
 """Settings of the data with which figures measure something else; of a generated distribution all are."""
-LOWER = (
-    *("bits_per_dim", "fid", "fd_", "kid", "kd_", "class_variation", "sliced_wasserstein", "energy_distance", "mmd"),
-    "val/",
-)
-HIGHER = ("precision", "recall", "density", "coverage", "class_score", "inception_score")
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
 """By which of the figures, the first that there is, the page says what is best."""
 
@@ -244,13 +241,6 @@ def summary(values: Sequence[float]) -> Summary | None:
     return Summary(fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
-def direction_of(metric: str) -> Literal["lower", "higher"] | None:
-    """Which values of a metric are better; None where neither are."""
-    if metric.startswith(LOWER):
-        return "lower"
-    return "higher" if metric.startswith(HIGHER) else None
-
-
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """p of Welch's t-test, and the 95% interval of mean(a) - mean(b); NaN where either has fewer than two values.
 
@@ -296,7 +286,7 @@ def ranked(groups: Sequence[Group], metric: str) -> Ranking:
     summaries = [summary(each) for each in values]
     there = [k for k, each in enumerate(summaries) if each is not None]
     pairs = tested(values, list(combinations(there, 2)))
-    direction, why = direction_of(metric), ""
+    direction, why = better_direction(metric), ""
     if direction is None:
         why = "neither more nor less of it is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
@@ -340,28 +330,22 @@ def common_settings(groups: Sequence[Group]) -> dict[str, Any]:
     return {n: v for n, v in first.items() if all(n in each and each[n] == v for each in others)}
 
 
-def number(value: float) -> str:
-    """Four digits."""
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
 def with_spread(each: Summary | None) -> str:
     """Mean ± standard deviation, to the second digit of the latter."""
     if each is None:
         return "-"
     if each.n == 1 or each.std == 0:
-        return number(each.mean)
-    places = max(0, min(8, 1 - math.floor(math.log10(each.std))))
-    return f"{each.mean:.{places}f} ± {each.std:.{places}f}"
+        return format_number(each.mean)
+    return f"{format_number(each.mean, each.std)} ± {format_number(each.std, each.std)}"
 
 
 def interval(pair: Pair) -> str:
     """The difference with its 95% interval, to the second digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
-        return f"{pair.difference:+.3g}"
-    places = max(0, min(8, 1 - math.floor(math.log10(width))))
-    return f"{pair.difference:+.{places}f} [{pair.low:+.{places}f}, {pair.high:+.{places}f}]"
+        return format_number(pair.difference, sign="+")
+    value, low, high = (format_number(x, width, "+") for x in (pair.difference, pair.low, pair.high))
+    return f"{value} [{low}, {high}]"
 
 
 def chance(p: float) -> str:
