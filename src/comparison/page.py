@@ -98,7 +98,7 @@ def matrix(report: Report, ranking: Ranking) -> list[list[dict[str, str] | None]
         for a, b, sign in ((pair.first, pair.second, 1), (pair.second, pair.first, -1)):
             difference = sign * pair.difference
             better = (difference < 0) == (ranking.direction == "lower")
-            kind = ("better" if better else "worse") if pair.verdict == "real" else "same"
+            kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
             whom = f"{report.groups[a].label} minus {report.groups[b].label}"
             low, high = sorted((sign * pair.low, sign * pair.high))
             words = f"{whom}: {interval(pair._replace(difference=difference, low=low, high=high))}, "

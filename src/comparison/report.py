@@ -106,10 +106,10 @@ def as_json(report: Report) -> dict[str, Any]:
             r.metric: {
                 "better": r.direction,
                 "best": None if r.best is None else report.groups[r.best].label,
-                "not_ranked": r.why,
+                "not_ranked": r.reason,
                 "floor": report.floors.get(r.metric),
-                "against_best": [pair_row(report, pair) for pair in r.against_best],
-                "each_against_each": [pair_row(report, pair) for pair in r.pairs],
+                "pairs_with_best": [pair_row(report, pair) for pair in r.pairs_with_best],
+                "pairs": [pair_row(report, pair) for pair in r.pairs],
             }
             for r in report.rankings
         },
@@ -182,7 +182,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def mark(ranking: Ranking, group: int) -> str:
     """The verdict on a group as one sign: ★ the best, ≈ not told apart from it, ? one seed only."""
-    signs = {"best": "★", "not told apart by so few seeds": "≈", "one seed only: cannot be told": "?"}
+    signs = {"best": "★", "not significant": "≈", "single seed": "?"}
     return signs.get(ranking.verdict(group) or "", "")
 
 
@@ -240,7 +240,7 @@ def markdown(report: Report) -> str:
     rows = [
         [title_of(r.metric), labels[p.first], labels[p.second], interval(p), chance(p.adjusted), p.verdict]
         for r in shown
-        for p in r.against_best
+        for p in r.pairs_with_best
     ]
     lines += [table(["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"], rows)]
     lines += ["", "## Cost", "", table(*cost_table(report)), ""]

@@ -51,11 +51,11 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
     if "bits_per_dim" in metrics:
         error = metrics["standard_error"]
         bits = f"{metrics['bits_per_dim']:.4f} ± {error:.4f}" if not math.isnan(error) else "one sample"
-        rows.append([f"bits/dim of {metrics['held_out']} held-out", *[bits] * len(columns), ""])
-    floor: Mapping[str, Any] = metrics.get("floor", {})
-    names = {name: None for each in samplers.values() for name in each["figures"]}
+        rows.append([f"bits/dim of {metrics['num_val']} held-out", *[bits] * len(columns), ""])
+    floor: Mapping[str, Any] = metrics.get("baseline", {})
+    names = {name: None for each in samplers.values() for name in each["metrics"]}
     for name in names:
-        cells = [interval(each["figures"][name]) for each in samplers.values()]
+        cells = [interval(each["metrics"][name]) for each in samplers.values()]
         real = next((figure for key, figure in floor.items() if stem(key) == stem(name)), None)
         rows.append([name, *cells, interval(real) if real else USUAL.get(name.split("_")[0], "")])
     if samplers:
@@ -78,14 +78,14 @@ def _of_quality(metrics: Mapping[str, Any]) -> str:
 
 def _of_alignment(alignment: Mapping[str, Any]) -> str:
     """A row for each scale and group of prompts, and one for the judge; a column for each figure."""
-    groups: Mapping[str, Mapping[str, Any]] = alignment["asked"]
-    detector = {stem(named): figure for named, figure in alignment["judge"].items()}
-    of_all = [each["figures"] for scales in groups.values() for each in scales.values()]
+    groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
+    detector = {stem(named): figure for named, figure in alignment["detector"].items()}
+    of_all = [each["metrics"] for scales in groups.values() for each in scales.values()]
     names = list(dict.fromkeys(stem(named) for figures in of_all for named in figures))
     rows = []
     for scale in next(iter(groups.values())):
         for group, scales in groups.items():
-            figures = {stem(named): figure for named, figure in scales[scale]["figures"].items()}
+            figures = {stem(named): figure for named, figure in scales[scale]["metrics"].items()}
             rows.append([scale, group, *(interval(figures[n]) if n in figures else "" for n in names)])
     real = [interval(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
     rows.append(["", "real images, as judged", *real])
