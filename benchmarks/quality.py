@@ -33,7 +33,8 @@ from benchmarks.peers import PEERS, Contender, as_large_as
 from benchmarks.training import OURS, compose_train
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
-from src.evaluation.quality import SampleEvaluator, Settings
+from src.evaluation.quality import SampleEvaluator
+from src.evaluation.settings import QualitySettings
 from src.metrics.confidence import Metric
 from src.runs.build import build
 from src.runs.open import open_run
@@ -152,7 +153,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     data.setup()
     assert data.source is not None
     if name == FLOOR:
-        return {"figures": named(measured_by(data, n, args.seed).floor())}
+        return {"figures": named(measured_by(data, n, args.seed).baseline())}
     if name == OURS:
         where, spent, steps = train_ours(recipe, args.seed, budget, folder)
         module = open_run(str(where), trust=True).module  # of data that conf/ does not name
@@ -171,7 +172,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     images.draw_samples(drawn.first[:64]).save(folder / "grid.png")
     (measured,) = evaluator.measure([drawn], lambda batches: batches)
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
-    return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.figures)}
+    return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.metrics)}
 
 
 def named(figures: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
@@ -181,7 +182,7 @@ def named(figures: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
 
 def measured_by(data: BaseDataModule, n: int, seed: int) -> SampleEvaluator:
     """What measures n samples against the data's held-out images."""
-    settings = Settings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
+    settings = QualitySettings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
     return SampleEvaluator(data, settings, Processes(torch.device("cpu"), 0, 1))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from src.comparison.statistics import (
-    LEVEL,
+    ALPHA,
     Group,
     Pair,
     Ranking,
@@ -83,10 +83,10 @@ def as_json(report: Report) -> dict[str, Any]:
             r.metric: {
                 "better": r.direction,
                 "best": None if r.best is None else report.groups[r.best].label,
-                "not_ranked": r.why,
+                "not_ranked": r.reason,
                 "baseline": report.baselines.get(r.metric),
-                "against_best": [_pair_row(report, pair) for pair in r.against_best],
-                "all_pairs": [_pair_row(report, pair) for pair in r.pairs],
+                "pairs_with_best": [_pair_row(report, pair) for pair in r.pairs_with_best],
+                "pairs": [_pair_row(report, pair) for pair in r.pairs],
             }
             for r in report.rankings
         },
@@ -154,14 +154,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def is_significant(pair: Pair) -> bool:
     """Return whether the corrected test rejects that both groups have the same mean."""
-    return pair.adjusted < LEVEL
+    return pair.adjusted < ALPHA
 
 
 def mark(ranking: Ranking, group: int) -> str:
     """Return the sign that `LEGEND` explains."""
     if group == ranking.best:
         return "★"
-    pair = next((pair for pair in ranking.against_best if pair.second == group), None)
+    pair = next((pair for pair in ranking.pairs_with_best if pair.second == group), None)
     if pair is None or is_significant(pair):
         return ""
     return "?" if math.isnan(pair.adjusted) else "≈"
@@ -222,7 +222,7 @@ def report_markdown(report: Report) -> str:
     pairs = [
         [metric_title(r.metric), labels[p.first], labels[p.second], interval(p), chance(p.adjusted), p.verdict]
         for r in rankings
-        for p in r.against_best
+        for p in r.pairs_with_best
     ]
     lines = [f"# {report.title}", "", f"**{headline(report.groups, report.rankings, metric_title)}**", ""]
     lines += [markdown_table(*group_table(report, rankings)), "", LEGEND, "", "## By metric", ""]

@@ -124,9 +124,9 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
         bits = format_number(metrics["bits_per_dim"], error)
         bits = "one sample" if math.isnan(error) else f"{bits} ± {format_number(error, error)}"
         rows.append([f"bits/dim of {metrics['num_val']} validation samples ↓", *[bits] * len(columns), ""])
-    baseline: Mapping[str, Any] = metrics.get("floor", {})
-    for name in dict.fromkeys(name for each in samplers.values() for name in each["figures"]):
-        cells = [format_metric(each["figures"][name]) for each in samplers.values()]
+    baseline: Mapping[str, Any] = metrics.get("baseline", {})
+    for name in dict.fromkeys(name for each in samplers.values() for name in each["metrics"]):
+        cells = [format_metric(each["metrics"][name]) for each in samplers.values()]
         real = next((metric for key, metric in baseline.items() if stem(key) == stem(name)), None)
         usual = format_metric(real) if real else USUAL.get(name.split("_")[0], "")
         rows.append([metric_title(name) + direction_arrow(name), *cells, usual])
@@ -152,14 +152,14 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
 
 def _alignment_table(alignment: Mapping[str, Any]) -> str:
     """Return a row per guidance scale and group of prompts, one for real images, and a column per metric."""
-    groups: Mapping[str, Mapping[str, Any]] = alignment["asked"]
-    detector = {stem(name): metric for name, metric in alignment["judge"].items()}
-    every = [each["figures"] for scales in groups.values() for each in scales.values()]
+    groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
+    detector = {stem(name): metric for name, metric in alignment["detector"].items()}
+    every = [each["metrics"] for scales in groups.values() for each in scales.values()]
     names = list(dict.fromkeys(stem(name) for values in every for name in values))
     rows = []
     for scale in next(iter(groups.values())):
         for group, scales in groups.items():
-            values = {stem(name): metric for name, metric in scales[scale]["figures"].items()}
+            values = {stem(name): metric for name, metric in scales[scale]["metrics"].items()}
             rows.append([scale, group, *(format_metric(values[n]) if n in values else "" for n in names)])
     real = [format_metric(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
     note = (
