@@ -16,13 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.training import compose
 from src.config.overrides import CONF
-from src.evaluation.quality import seconds_of_call
+from src.evaluation.quality import time_network_call
 from src.runs import components
 from src.runs.build import build, close
 from src.runs.open import pick_device
 from src.training.compile import PRECISIONS, compiled
 from src.training.provenance import device_name
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 
 def main() -> None:
@@ -61,12 +61,12 @@ def main() -> None:
             seconds.append(time.perf_counter() - began)
         rate = args.batches * args.microbatch_size / sum(seconds[1:])
         calls = module.network_calls(sampler)
-        outside = 1 - seconds_of_call(module, args.microbatch_size) * calls * args.batches / sum(seconds[1:])
+        outside = 1 - time_network_call(module, args.microbatch_size) * calls * args.batches / sum(seconds[1:])
         cells = [f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}", f"{outside:.0%}"]
         rows.append([way, name, str(calls), *cells])
     print(f"{args.model}, {args.microbatch_size} at once, {device_name(device)}, torch {torch.__version__}\n")
     header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
-    print(table(header, rows))
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ from benchmarks.peers import PEERS, Contender, as_large_as
 from benchmarks.training import OURS, compose_train
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
-from src.evaluation.quality import SampleEvaluator, Settings
+from src.evaluation.quality import SampleEvaluator
+from src.evaluation.settings import QualitySettings
 from src.metrics.confidence import Metric
 from src.runs.build import build
 from src.runs.open import open_run
 from src.training.provenance import code_version
 from src.viz import images
-from src.viz.tables import interval, stem
-from src.viz.tables import table as markdown_table
+from src.viz.tables import format_metric, markdown_table, stem
 
 RECIPES = {
     "digits": ["experiment=digits"],
@@ -153,7 +153,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     data.setup()
     assert data.source is not None
     if name == FLOOR:
-        return {"figures": named(measured_by(data, n, args.seed).floor())}
+        return {"figures": named(measured_by(data, n, args.seed).baseline())}
     if name == OURS:
         where, spent, steps = train_ours(recipe, args.seed, budget, folder)
         module = open_run(str(where), trust=True).module  # of data that conf/ does not name
@@ -169,10 +169,10 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     sampling = time.process_time() - began
     evaluator = measured_by(data, n, args.seed)
     drawn = evaluator.draw(FixedSamples(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
-    images.draw(drawn.first[:64]).save(folder / "grid.png")
+    images.draw_samples(drawn.first[:64]).save(folder / "grid.png")
     (measured,) = evaluator.measure([drawn], lambda batches: batches)
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
-    return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.figures)}
+    return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.metrics)}
 
 
 def named(figures: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
@@ -182,7 +182,7 @@ def named(figures: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
 
 def measured_by(data: BaseDataModule, n: int, seed: int) -> SampleEvaluator:
     """What measures n samples against the data's held-out images."""
-    settings = Settings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
+    settings = QualitySettings(["classifier", "pixels"], n=n, seed=seed, cache=Path("outputs/cache"))
     return SampleEvaluator(data, settings, Processes(torch.device("cpu"), 0, 1))
 
 
@@ -209,7 +209,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         sampling = f"{row['sampling']:.0f}" if "sampling" in row else ""
         cells = [*start, spent, row["contender"], (row.get("commit") or "")[:7], size]
         cells += [str(row.get("steps", "")), str(row.get("calls", "")), sampling]
-        figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
+        figures = [format_metric(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
         lines.append([*cells, *figures, ratio])
     return markdown_table([*header, "distance / ours"], lines)
 

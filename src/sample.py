@@ -81,7 +81,7 @@ def sample(cfg: DictConfig) -> Path:
     write_samples(folder, samples, opened.data.columns)
     shown = samples[:256] if samples.ndim == 4 else samples
     titles = [condition.title(prompts[k]) for k in prompt_of] if condition else []
-    images.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
+    images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "asked.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")

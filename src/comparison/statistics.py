@@ -1,7 +1,7 @@
-"""What differs between runs and how much of it is chance: pure functions over records, for `src.compare`.
+"""Group runs by their settings and compare the groups: pure functions over records, for `src.compare`.
 
-Runs with the same settings but for the seed are a group. Groups are compared by Welch's t-test (Welch 1947) of their
-seeds' figures, with Holm's correction (Holm 1979) over the pairs that are asked about.
+Runs whose settings differ in the seed alone form a group. Groups are compared by Welch's t-test (Welch 1947) over
+seeds, with Holm's correction (Holm 1979) over the tested pairs.
 """
 
 import math
@@ -12,9 +12,11 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
-LEVEL = 0.05
-"""Of the tests: how often one or more of a family of pairs that do not differ would be called real."""
-OF_WORK = (
+from src.viz.tables import better_direction, format_number
+
+ALPHA = 0.05
+"""Significance level: the probability of a false positive in a family of tests."""
+RUNTIME_SETTINGS = (
     *("run_dir", "resume", "trust", "optimized_metric", "keep_checkpoints", "checkpoint_every", "validate_every"),
     *("data.num_workers", "data.microbatch_size", "data.root", "data.skip_unreadable", "neighbors", "logger"),
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
@@ -25,58 +27,53 @@ OF_WORK = (
     ),
     *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact")),
 )
-"""Settings, or nodes of them, that say how and where a run works, not what it learns."""
+"""Settings, or nodes of settings, that do not change the trained model."""
 LOSS_KEYS = ("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr")
-"""Settings with which the loss measures something else."""
-OF_DATA = (
+"""Settings that change the meaning of the loss."""
+DATA_SETTINGS = (
     *("_target_", "source", "root", "image_size", "channels", "num_values", "val_fraction", "split_seed"),
-    *("columns", "mean", "std"),  # of a table, wherever it lies
+    *("columns", "mean", "std"),  # of a table
 )
-"""Settings of the data with which figures measure something else; of a generated distribution all are."""
-LOWER = (
-    *("bits_per_dim", "fid", "fd_", "kid", "kd_", "class_variation", "sliced_wasserstein", "energy_distance", "mmd"),
-    "val/",
-)
-HIGHER = ("precision", "recall", "density", "coverage", "class_score", "inception_score")
+"""Settings of the data that change the meaning of metrics. For a generated distribution these are all settings."""
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
-"""By which of the figures, the first that there is, the page says what is best."""
+"""Metrics in the order of priority for the headline."""
 
-Verdict = Literal["best", "real", "not told apart by so few seeds", "one seed only: cannot be told"]
+Verdict = Literal["best", "significant", "not significant", "single seed"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one run: its settings by dotted names, and figures by theirs."""
+    """One run: its settings by dotted names, and its metrics."""
 
     name: str
     seed: int
     settings: Mapping[str, Any]
     values: Mapping[str, float]
     choices: Mapping[str, str] = field(default_factory=dict)
-    """The file chosen of each group of conf/."""
+    """The chosen file of each config group."""
     typed_overrides: Sequence[str] = ()
-    """Names of the settings and choices that were given on the command line."""
+    """Names of the settings and groups in the command line's overrides."""
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Of the figures that have one: how far chance in sampling, not in training, may have moved them."""
+    """Intervals that cover the randomness of sampling, not of training."""
     costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `settings` are the few that tell this group from the others."""
+    """Runs that differ in their seed alone; `settings` are those that name the group."""
 
     label: str
     settings: Mapping[str, Any]
     records: Sequence[Record]
 
     def values(self, metric: str) -> list[float]:
-        """The finite ones, a run each."""
-        found = (record.values.get(metric) for record in self.records)
-        return [x for x in found if x is not None and math.isfinite(x)]
+        """Return the finite values of a metric, one per run."""
+        values = (record.values.get(metric) for record in self.records)
+        return [x for x in values if x is not None and math.isfinite(x)]
 
 
 class Summary(NamedTuple):
-    """Of n seeds; `std` is NaN for one."""
+    """Mean and standard deviation over n seeds; `std` is NaN for n = 1."""
 
     mean: float
     std: float
@@ -84,9 +81,9 @@ class Summary(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Groups by their numbers, the mean of `first` minus that of `second` with its 95% interval, and the test.
+    """The difference mean(first) - mean(second) of two groups, its 95% interval, and the test.
 
-    `p` is Welch's, `adjusted` Holm's; all four are NaN where a group has one seed only.
+    `p` is Welch's p-value, `adjusted` Holm's. All but the difference are NaN where a group has a single seed.
     """
 
     first: int
@@ -99,124 +96,123 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the difference is more than seeds make of themselves."""
+        """Whether the difference is significant at `ALPHA`."""
         if math.isnan(self.adjusted):
-            return "one seed only: cannot be told"
-        return "real" if self.adjusted < LEVEL else "not told apart by so few seeds"
+            return "single seed"
+        return "significant" if self.adjusted < ALPHA else "not significant"
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """One metric over the groups. `best` is None where it is not ranked, and `why` says the reason."""
+    """The groups by one metric. `best` is None if it is not ranked, for the given `reason`."""
 
     metric: str
     direction: Literal["lower", "higher"] | None
     summaries: Sequence[Summary | None]
     best: int | None
-    why: str
-    against_best: Sequence[Pair]
-    """The best, and each of the others; corrected over these."""
+    reason: str
+    pairs_with_best: Sequence[Pair]
+    """The best group with each other one, corrected over these pairs."""
     pairs: Sequence[Pair]
-    """Each with each; corrected over all of them."""
+    """All pairs of groups, corrected over all of them."""
 
     def verdict(self, group: int) -> Verdict | None:
-        """Of a group's difference from the best one."""
+        """Return the verdict on a group's difference from the best one."""
         if group == self.best:
             return "best"
-        return next((pair.verdict for pair in self.against_best if pair.second == group), None)
+        return next((pair.verdict for pair in self.pairs_with_best if pair.second == group), None)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    found: dict[str, Any] = {}
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    result: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            result |= flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            result[f"{prefix}{key}"] = value
+    return result
 
 
-def of_node(name: str, nodes: Sequence[str]) -> bool:
-    """Whether a dotted name is, or lies below, one of the nodes."""
+def is_below(name: str, nodes: Sequence[str]) -> bool:
+    """Return whether a dotted name equals one of the nodes or lies below one."""
     return any(name == node or name.startswith(f"{node}.") for node in nodes)
 
 
-def compared(record: Record) -> dict[str, Any]:
-    """The settings that make a run what it is: without its seed and folder, in whatever place, and how it works."""
+def identity_settings(record: Record) -> dict[str, Any]:
+    """Return the settings that determine the model: all but the seed, the run folder and `RUNTIME_SETTINGS`."""
     seed, folder = record.settings.get("seed"), record.settings.get("run_dir")
     return {
         name: value.replace(folder, "") if folder and isinstance(value, str) else value
         for name, value in record.settings.items()
-        if not of_node(name, OF_WORK) and not (name.rpartition(".")[2] == "seed" and value == seed)
+        if not is_below(name, RUNTIME_SETTINGS) and not (name.rpartition(".")[2] == "seed" and value == seed)
     }
 
 
 def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
-    """The settings that say which data a run has, and which of them it held out; `root` with where they lie."""
-    found = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
-    points = "num_samples" in found
-    of_work = ("batch_size", "microbatch_size", "num_workers", "seed")
+    """Return the settings that determine a run's data and its split, with their location if `root`."""
+    own = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
+    points = "num_samples" in own
+    runtime = ("batch_size", "microbatch_size", "num_workers", "seed")
     return {
         name: value
-        for name, value in found.items()
-        if (name not in of_work if points else of_node(name, OF_DATA)) and (root or name != "root")
+        for name, value in own.items()
+        if (name not in runtime if points else is_below(name, DATA_SETTINGS)) and (root or name != "root")
     }
 
 
 def without_repeats(records: Sequence[Record]) -> tuple[list[Record], list[tuple[Record, Record]]]:
-    """Runs of which no two have the same settings and seed, the last of each; and the pairs (left out, kept).
+    """Return the last run of each settings and seed, and the pairs (dropped, kept).
 
-    The same run twice would count as two seeds, and make the spread seem smaller than it is.
+    A repeated run would count as a second seed and reduce the standard deviation.
     """
     last: dict[str, Record] = {}
     repeats = []
     for record in records:
-        key = repr((record.seed, sorted(compared(record).items(), key=lambda item: item[0])))
+        key = repr((record.seed, sorted(identity_settings(record).items(), key=lambda item: item[0])))
         if key in last:
             repeats.append((last.pop(key), record))
         last[key] = record
     return list(last.values()), repeats
 
 
-def grouped(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]]]:
-    """Groups of runs that differ in their seed alone, and the settings that came along with those that name them.
+def group_by_settings(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]]]:
+    """Return groups of runs that differ in their seed alone, and the implied settings with their value per group.
 
-    Of the settings that differ, those that were typed come first, then choices of files, then the others; one that
-    tells no groups apart that those before it have not told apart is not needed to name them: it is among the second,
-    with its value in each group.
+    Settings that differ name the groups: first those typed on the command line, then chosen files, then the others.
+    A setting that separates no further groups is implied by those before it.
     """
     members: dict[str, list[Record]] = {}
     for record in records:
-        key = repr(sorted(compared(record).items(), key=lambda item: item[0]))
+        key = repr(sorted(identity_settings(record).items(), key=lambda item: item[0]))
         members.setdefault(key, []).append(record)
     runs = [sorted(group, key=lambda record: record.seed) for group in members.values()]
-    settings = [compared(group[0]) for group in runs]
+    settings = [identity_settings(group[0]) for group in runs]
     names = list(dict.fromkeys(name for each in settings for name in each))
     columns: dict[str, list[Any]] = {}
     for name in dict.fromkeys(name for group in runs for record in group for name in record.choices):
         chosen = [{record.choices.get(name) for record in group} for group in runs]
-        if name not in OF_WORK and all(len(each) == 1 for each in chosen):
+        if name not in RUNTIME_SETTINGS and all(len(each) == 1 for each in chosen):
             columns[name] = [each.pop() for each in chosen]
     columns |= {name: [each.get(name) for each in settings] for name in names if name not in columns}
     differing = {name: values for name, values in columns.items() if len(set(map(repr, values))) > 1}
     typed_overrides = {name for group in runs for record in group for name in record.typed_overrides}
     order = sorted(differing, key=lambda name: (name not in typed_overrides, name not in runs[0][0].choices))
     naming: dict[str, list[Any]] = {}
-    apart = [""] * len(runs)
+    split = [""] * len(runs)
     for name in order:
-        finer = [f"{before};{value!r}" for before, value in zip(apart, differing[name], strict=True)]
-        if len(set(finer)) > len(set(apart)):
-            naming[name], apart = differing[name], finer
+        finer = [f"{before};{value!r}" for before, value in zip(split, differing[name], strict=True)]
+        if len(set(finer)) > len(set(split)):
+            naming[name], split = differing[name], finer
     groups = []
     for k, group in enumerate(runs):
         own = {name: values[k] for name, values in naming.items()}
-        groups.append(Group(label_of(own), own, group))
+        groups.append(Group(group_label(own), own, group))
     return groups, {name: differing[name] for name in order if name not in naming}
 
 
-def label_of(settings: Mapping[str, Any]) -> str:
-    """What a group is called: the values of what tells it from others, with names where they are numbers."""
+def group_label(settings: Mapping[str, Any]) -> str:
+    """Return a group's name: the values of its settings, with the names of those that are numbers."""
     if not settings:
         return "all runs"
     parts = []
@@ -227,7 +223,7 @@ def label_of(settings: Mapping[str, Any]) -> str:
 
 
 def text(value: Any) -> str:
-    """A setting as it is typed."""
+    """Return a setting as typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -237,24 +233,19 @@ def text(value: Any) -> str:
     return str(value)
 
 
-def summary(values: Sequence[float]) -> Summary | None:
-    """Mean and standard deviation (of n - 1); None of nothing."""
+def summarize_seeds(values: Sequence[float]) -> Summary | None:
+    """Return the mean and the sample standard deviation (n - 1); None without values."""
     if not values:
         return None
     return Summary(fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
-def direction_of(metric: str) -> Literal["lower", "higher"] | None:
-    """Which values of a metric are better; None where neither are."""
-    if metric.startswith(LOWER):
-        return "lower"
-    return "higher" if metric.startswith(HIGHER) else None
-
-
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """p of Welch's t-test, and the 95% interval of mean(a) - mean(b); NaN where either has fewer than two values.
+    """Return the p-value of Welch's t-test and the 95% interval of mean(a) - mean(b); NaN for fewer than two values.
 
-    Of two groups that do not vary at all, any difference is certain: p is 0, or 1 if there is none.
+    Two groups without variance have p = 0, or p = 1 if they are equal.
+
+    Source: Welch 1947.
     """
     if min(len(a), len(b)) < 2:
         return math.nan, math.nan, math.nan
@@ -263,15 +254,15 @@ def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
         return float(difference == 0), difference, difference
     from scipy import stats
 
-    with warnings.catch_warnings():  # of a group whose values are all but one, whose mean is as exact as they are
+    with warnings.catch_warnings():  # for nearly equal values, whose mean is exact
         warnings.filterwarnings("ignore", "Precision loss")
         test = stats.ttest_ind(a, b, equal_var=False)
-    interval = test.confidence_interval(1 - LEVEL)
+    interval = test.confidence_interval(1 - ALPHA)
     return float(test.pvalue), float(interval.low), float(interval.high)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: below the level are those that a family of tests rejects. NaN are no part of it."""
+    """Return Holm's adjusted p-values; the family of tests excludes NaN. Source: Holm 1979."""
     known = sorted((k for k in range(len(p)) if not math.isnan(p[k])), key=lambda k: p[k])
     adjusted, largest = list(p), 0.0
     for rank, k in enumerate(known):
@@ -280,8 +271,8 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def tested(values: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> list[Pair]:
-    """The pairs of groups, corrected over all of them."""
+def compare_pairs(values: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) -> list[Pair]:
+    """Test the pairs of groups, corrected over all of them."""
     tests = [welch(values[a], values[b]) for a, b in pairs]
     adjusted = holm([p for p, _, _ in tests])
     return [
@@ -290,25 +281,25 @@ def tested(values: Sequence[Sequence[float]], pairs: Sequence[tuple[int, int]]) 
     ]
 
 
-def ranked(groups: Sequence[Group], metric: str) -> Ranking:
-    """The groups by one metric, if it measures the same in all of them and has a better side."""
+def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
+    """Rank the groups by one metric, if it has a better direction and the same meaning in all groups."""
     values = [group.values(metric) for group in groups]
-    summaries = [summary(each) for each in values]
-    there = [k for k, each in enumerate(summaries) if each is not None]
-    pairs = tested(values, list(combinations(there, 2)))
-    direction, why = direction_of(metric), ""
+    summaries = [summarize_seeds(each) for each in values]
+    present = [k for k, each in enumerate(summaries) if each is not None]
+    pairs = compare_pairs(values, list(combinations(present, 2)))
+    direction, reason = better_direction(metric), ""
     if direction is None:
-        why = "neither more nor less of it is better"
+        reason = "neither direction is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
-        why = f"it measures something else where {listed(names)} differ{'s' if len(names) == 1 else ''}"
-    elif len({value for k in there for value in values[k]}) == 1 and len(there) > 1:
-        why = "it is the same in all groups"
-    if why or len(there) < 2:
-        return Ranking(metric, direction, summaries, None, why, [], pairs)
+        reason = f"its meaning depends on {listed(names)}, which differ{'s' if len(names) == 1 else ''}"
+    elif len({value for k in present for value in values[k]}) == 1 and len(present) > 1:
+        reason = "it is equal in all groups"
+    if reason or len(present) < 2:
+        return Ranking(metric, direction, summaries, None, reason, [], pairs)
     sign = 1 if direction == "lower" else -1
-    best = min(there, key=lambda k: sign * _mean(summaries[k]))
-    against = tested(values, [(best, k) for k in there if k != best])
-    return Ranking(metric, direction, summaries, best, "", against, pairs)
+    best = min(present, key=lambda k: sign * _mean(summaries[k]))
+    with_best = compare_pairs(values, [(best, k) for k in present if k != best])
+    return Ranking(metric, direction, summaries, best, "", with_best, pairs)
 
 
 def _mean(each: Summary | None) -> float:
@@ -317,114 +308,110 @@ def _mean(each: Summary | None) -> float:
 
 
 def differing_in(groups: Sequence[Group], nodes: Sequence[str]) -> list[str]:
-    """Those of the nodes below which the groups' settings differ."""
-    settings = [{n: v for n, v in compared(group.records[0]).items() if of_node(n, nodes)} for group in groups]
+    """Return the nodes below which the groups' settings differ."""
+    settings = [
+        {n: v for n, v in identity_settings(group.records[0]).items() if is_below(n, nodes)} for group in groups
+    ]
     names = {name for each in settings for name in each}
-    found = [n for n in names if len({repr(each.get(n)) for each in settings}) > 1]
-    return [node for node in nodes if any(of_node(name, [node]) for name in found)]
+    differing = [n for n in names if len({repr(each.get(n)) for each in settings}) > 1]
+    return [node for node in nodes if any(is_below(name, [node]) for name in differing)]
 
 
 def metrics_of(groups: Sequence[Group]) -> list[str]:
-    """The metrics that any run has: first the main ones, then as the runs list them."""
+    """Return the metrics of all runs: the main ones first, then in the order of the runs."""
     names = dict.fromkeys(name for group in groups for record in group.records for name in record.values)
 
-    def place(name: str) -> int:
+    def priority(name: str) -> int:
         return next((k for k, start in enumerate(MAIN) if name.startswith(start)), len(MAIN))
 
-    return sorted(names, key=place)
+    return sorted(names, key=priority)
 
 
 def common_settings(groups: Sequence[Group]) -> dict[str, Any]:
-    """What all runs have in common, of the settings that are compared."""
-    first, *others = (compared(group.records[0]) for group in groups)
+    """Return the identity settings that are equal in all runs."""
+    first, *others = (identity_settings(group.records[0]) for group in groups)
     return {n: v for n, v in first.items() if all(n in each and each[n] == v for each in others)}
 
 
-def number(value: float) -> str:
-    """Four digits."""
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
 def with_spread(each: Summary | None) -> str:
-    """Mean ± standard deviation, to the second digit of the latter."""
+    """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
     if each.n == 1 or each.std == 0:
-        return number(each.mean)
-    places = max(0, min(8, 1 - math.floor(math.log10(each.std))))
-    return f"{each.mean:.{places}f} ± {each.std:.{places}f}"
+        return format_number(each.mean)
+    return f"{format_number(each.mean, each.std)} ± {format_number(each.std, each.std)}"
 
 
 def interval(pair: Pair) -> str:
-    """The difference with its 95% interval, to the second digit of half the width."""
+    """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
-        return f"{pair.difference:+.3g}"
-    places = max(0, min(8, 1 - math.floor(math.log10(width))))
-    return f"{pair.difference:+.{places}f} [{pair.low:+.{places}f}, {pair.high:+.{places}f}]"
+        return format_number(pair.difference, sign="+")
+    value, low, high = (format_number(x, width, "+") for x in (pair.difference, pair.low, pair.high))
+    return f"{value} [{low}, {high}]"
 
 
 def chance(p: float) -> str:
-    """A p-value as it is written."""
+    """Format a p-value."""
     return "-" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """a, b and c."""
+    """Format names as `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
-    """Which group is better by one metric, and whether the difference is real; `title` is what a metric is called."""
+    """Return which group is better by one metric, and whether the difference is significant.
+
+    `title` returns the readable name of a metric.
+    """
     metric = title(ranking.metric)
     if ranking.best is None:
-        only = ranking.why or "only one group has it"
-        return f"{metric} is not ranked: {only}."
-    best, others = ranking.best, ranking.against_best
-    shown = {k: with_spread(each) for k, each in enumerate(ranking.summaries)}
-    by = f"{metric} ({ranking.direction} is better)"
+        return f"{metric} is not ranked: {ranking.reason or 'only one group has it'}."
+    best, others = ranking.best, ranking.pairs_with_best
+    values = {k: with_spread(each) for k, each in enumerate(ranking.summaries)}
+    metric = f"{metric} ({ranking.direction} is better)"
     if len(others) == 1:
         (pair,) = others
         a, b = groups[best].label, groups[pair.second].label
-        figures = f"{shown[best]} against {shown[pair.second]}"
+        shown = f"{values[best]} and {values[pair.second]}"
+        counts = " and ".join(str(len(groups[k].values(ranking.metric))) for k in (best, pair.second))
         match pair.verdict:
-            case "real":
-                counts = " and ".join(str(len(groups[k].values(ranking.metric))) for k in (best, pair.second))
+            case "significant":
                 return (
-                    f"{a} is better than {b} by {by}: {figures}. The difference, {interval(pair)} with {counts} seeds, "
-                    f"is real ({chance(pair.adjusted)})."
+                    f"{a} is better than {b} in {metric}: {shown}. The difference, {interval(pair)} with {counts} "
+                    f"seeds, is significant ({chance(pair.adjusted)})."
                 )
-            case "not told apart by so few seeds":
+            case "not significant":
                 return (
-                    f"By {by}, {a} and {b} cannot be told apart by so few seeds: {figures}. The difference, "
-                    f"{interval(pair)}, may be chance ({chance(pair.adjusted)})."
+                    f"{a} and {b} do not differ significantly in {metric}: {shown}. The difference is "
+                    f"{interval(pair)} with {counts} seeds ({chance(pair.adjusted)})."
                 )
             case _:
                 return (
-                    f"{a} came out better than {b} by {by}: {figures}. Whether the difference is real cannot be told "
-                    "from one seed: add seed=0,1,2."
+                    f"{a} has a better value than {b} in {metric}: {shown}. A single seed does not show whether the "
+                    "difference is significant: add seed=0,1,2."
                 )
-    parts = [f"{groups[best].label} comes out best by {by}: {shown[best]}."]
+    parts = [f"{groups[best].label} is best in {metric}: {values[best]}."]
     by_verdict: dict[str, list[str]] = {}
     for pair in sorted(others, key=lambda pair: abs(pair.difference)):
         by_verdict.setdefault(pair.verdict, []).append(groups[pair.second].label)
-    if real := by_verdict.get("real"):
-        parts.append(f"Its advantage is real over {'all others' if len(real) == len(others) else listed(real)}.")
-    if same := by_verdict.get("not told apart by so few seeds"):
-        whom = "all others" if len(same) == len(others) else listed(same)
-        parts.append(f"Not told apart from it by so few seeds: {whom}.")
-    if untold := by_verdict.get("one seed only: cannot be told"):
-        whom = "any of it" if len(untold) == len(others) else f"it over {listed(untold)}"
-        parts.append(f"Whether {whom} is real cannot be told from one seed: add seed=0,1,2.")
+    for verdict, words in (
+        ("significant", "The difference is significant from"),
+        ("not significant", "It is not significant from"),
+        ("single seed", "A single seed does not show the significance (add seed=0,1,2) of the difference from"),
+    ):
+        if labels := by_verdict.get(verdict):
+            parts.append(f"{words} {'all others' if len(labels) == len(others) else listed(labels)}.")
     return " ".join(parts)
 
 
 def headline(groups: Sequence[Group], rankings: Sequence[Ranking], title: Callable[[str], str] = str) -> str:
-    """Which is better, and is the difference real: by the main metric."""
+    """Return the sentence on the main metric."""
     if len(groups) == 1:
-        counts = len(groups[0].records)
-        return f"All {counts} runs have the same settings: there is nothing to compare but their spread over seeds."
+        return f"All {len(groups[0].records)} runs have the same settings and differ in their seed alone."
     main = next((ranking for ranking in rankings if ranking.best is not None), None)
     if main is None:
-        return "No figure that could be ranked was measured in two groups or more."
+        return "No metric can be ranked: none was measured in two groups."
     return sentence(groups, main, title)

@@ -14,19 +14,20 @@ from src.data.conditions import shown
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
-from src.evaluation.likelihood import Errors, ReverseVariance, bounds, check_halves, check_reverse_variance
-from src.evaluation.quality import SampleEvaluator, Settings, log, seconds_of_call
+from src.evaluation.likelihood import bounds
+from src.evaluation.quality import SampleEvaluator, estimate_seconds, log
+from src.evaluation.reverse_variance import ErrorSums
+from src.evaluation.settings import QualitySettings, ReverseVariance, check_num_val, check_reverse_variance
 from src.training.callbacks.graceful_shutdown import check_stop_requested
 from src.training.module import DiffusionModule, Sampler
 
 
 class BitsPerDim(L.Callback):
-    """`val/bits_per_dim`: the averaged weights' bound on held-out data, estimated by `likelihood.bounds`.
+    """Log `val/bits_per_dim`: an estimate of the bound with the averaged weights by `likelihood.bounds`.
 
-    Of the first `num_samples` of them, from the decoder's term and `num_terms` others each, as many passes of the network,
-    and with the reverse variance `optimal` as many again (5120 by default, about a validation's on 5120 samples).
-    At every validation, or only at the `end` of training. Processes take equal shares, for which a few samples may be
-    left out.
+    The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
+    network call per term; `optimal` doubles the calls (5120 by default, as many as validation on 5120 samples). It
+    runs at the end of training, or at every validation. Processes take equal shares and drop the remainder.
     """
 
     def __init__(
@@ -37,13 +38,11 @@ class BitsPerDim(L.Callback):
         every_validation: bool = False,
         seed: int = 0,
     ) -> None:
-        if num_samples < 1 or num_terms < 1:
-            raise ValueError(
-                f"callbacks.bits_per_dim needs num_samples and links of at least 1, got {num_samples} and {num_terms}: 512 and 4 "
-                "are usual"
-            )
+        for name, value in (("num_samples", num_samples), ("num_terms", num_terms)):
+            if value < 1:
+                raise ValueError(f"callbacks.bits_per_dim.{name}={value} must be at least 1")
         check_reverse_variance(reverse_variance, "callbacks.bits_per_dim.reverse_variance")
-        check_halves(reverse_variance, num_samples, "callbacks.bits_per_dim.reverse_variance")
+        check_num_val(reverse_variance, num_samples, "callbacks.bits_per_dim.reverse_variance")
         self.num_samples = num_samples
         self.num_terms = num_terms
         self.reverse_variance: ReverseVariance = reverse_variance
@@ -66,35 +65,35 @@ class BitsPerDim(L.Callback):
         stop = first + share
         if self.reverse_variance == "optimal" and share * trainer.world_size < 2:
             rank_zero_warn(
-                "val/bits_per_dim is left out: callbacks.bits_per_dim.reverse_variance=optimal needs at least 2 "
-                "held-out samples, and there is 1; hold out more, or set it to fixed_large"
+                "skipping val/bits_per_dim: callbacks.bits_per_dim.reverse_variance=optimal needs at least 2 "
+                "validation samples, found 1; raise data.val_fraction, or use reverse_variance=fixed_large"
             )
             return
 
-        def load(places: range) -> tuple[Tensor, Tensor | None]:
+        def load(positions: range) -> tuple[Tensor, Tensor | None]:
             if trainer.state.fn == TrainerFn.FITTING:
                 check_stop_requested(trainer)
-            part = slice(places.start, places.stop)
+            part = slice(positions.start, positions.stop)
             return x[part].to(device), None if cond is None else cond[part].to(device)
 
-        def together(errors: Errors) -> Errors:
+        def reduce_errors(errors: ErrorSums) -> ErrorSums:
             flat = torch.cat([part.flatten() for part in errors]).to(device, torch.float32)
             summed = trainer.strategy.all_gather(flat).view(-1, len(flat)).sum(0).cpu().double()
             pieces = torch.split(summed, [part.numel() for part in errors])
-            return Errors(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
+            return ErrorSums(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
 
         parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
         settings = self.seed, self.num_terms, self.reverse_variance
-        found = bounds(pl_module, parts, load, *settings, together=together)
-        mine = torch.cat([part.total for part in found]).mean().to(device, torch.float32)
-        pl_module.log("val/bits_per_dim", trainer.strategy.all_gather(mine).mean(), rank_zero_only=False)
+        results = bounds(pl_module, parts, load, *settings, reduce_errors=reduce_errors)
+        mean = torch.cat([part.total for part in results]).mean().to(device, torch.float32)
+        pl_module.log("val/bits_per_dim", trainer.strategy.all_gather(mean).mean(), rank_zero_only=False)
 
 
 class Quality(L.Callback):
-    """Measures samples at every `every`-th validation and logs their figures as `quality/<name>`; off by default.
+    """Measure samples at every `every`-th validation and log the metrics as `quality/<name>`. Off by default.
 
-    What it will cost is said when training starts. The samples are the averaged weights', by the run's own sampler or
-    one with so many `steps`, drawn by all processes.
+    All processes draw samples with the averaged weights, by the run's sampler or the same with other `steps`. The
+    expected time is logged when training starts.
     """
 
     def __init__(
@@ -109,34 +108,35 @@ class Quality(L.Callback):
         dinov2_model: str = "facebook/dinov2-large",
     ) -> None:
         if every < 1:
-            raise ValueError(f"callbacks.quality.every must be at least 1 validation, got {every}")
+            raise ValueError(f"callbacks.quality.every={every} must be at least 1 validation")
         weights = inception_weights and Path(inception_weights)
-        self.settings = Settings(
+        self.settings = QualitySettings(
             features, n, seed, cache=Path(cache), inception_weights=weights or None, dinov2_model=dinov2_model
         )
         self.settings.check()
         self.every = every
         self.steps = steps
-        self._yardstick: SampleEvaluator | None = None
+        self._evaluator: SampleEvaluator | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
         processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
         settings = self.settings._replace(batch_size=min(data.microbatch_size(trainer), self.settings.batch_size))
-        with usage_errors():  # such as weights that are not to be had
-            self._yardstick = SampleEvaluator(data, settings, processes)
+        with usage_errors():  # such as missing weights of an extractor
+            self._evaluator = SampleEvaluator(data, settings, processes)
         calls = pl_module.network_calls(self._sampler(pl_module))
         size = min(settings.batch_size, settings.n)
-        seconds = seconds_of_call(pl_module, size) * calls * -(-settings.n // (size * processes.count))
+        seconds = estimate_seconds(pl_module, settings.n, calls, size, processes.count)
         if trainer.is_global_zero:
+            period = "validation" if self.every == 1 else f"{self.every} validations"
             log.info(
-                f"at every {f'{self.every} validations' if self.every > 1 else 'validation'} {settings.n} samples are "
-                f"measured ({calls} network calls each), about {seconds:.0f} s each time"
+                f"callbacks.quality measures {settings.n} samples every {period} ({calls} network calls each), about "
+                f"{seconds:.0f} s each time"
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._yardstick is None:  # a validation that is made up for, or nothing was left to train
+        if self._evaluator is None:  # a validation before training, or nothing was left to train
             return
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -145,7 +145,7 @@ class Quality(L.Callback):
         if fitting and trainer.global_step % every and trainer.global_step < trainer.max_steps:
             return
         try:
-            drawn = self._yardstick.draw(
+            generated = self._evaluator.draw(
                 pl_module,
                 self._sampler(pl_module),
                 lambda _: None,
@@ -154,11 +154,11 @@ class Quality(L.Callback):
             )
         except ValueError as error:
             if trainer.is_global_zero:
-                warnings.warn(f"not measured: {error}", stacklevel=2)
+                warnings.warn(f"skipping callbacks.quality: {error}", stacklevel=2)
             return
-        measured = self._yardstick.measure([drawn], lambda batches: batches)
-        figures = {name: figure.value for each in measured for name, figure in each.figures.items()}
-        for name, value in trainer.strategy.broadcast(figures).items():
+        measured = self._evaluator.measure([generated], lambda batches: batches)
+        values = {name: metric.value for each in measured for name, metric in each.metrics.items()}
+        for name, value in trainer.strategy.broadcast(values).items():
             pl_module.log(f"quality/{name}", value)
 
     def _sampler(self, module: DiffusionModule) -> Sampler:

@@ -9,19 +9,19 @@ from torch import Tensor
 from src.data.analytic import GaussianMixture
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import NoiseLevel, Schedule, make_time_grid
-from src.evaluation.likelihood import Progress
+from src.evaluation.reverse_variance import Progress
 from src.training.module import Sampler
 
 
 class SamplerErrors(NamedTuple):
-    """Errors of one sampler, an entry for each number of steps."""
+    """Errors of one sampler, one entry per number of steps."""
 
     evaluations: list[int]
-    """Of the network, per sample."""
+    """Network calls per sample."""
     flow: list[float]
-    """Root mean square distance to where the exact flow leads; empty if the sampler adds noise."""
+    """Root mean square distance from the exact endpoint of the flow; empty for a stochastic sampler."""
     moments: list[float]
-    """2-Wasserstein distance between Gaussians of the samples' and of the data's mean and covariance."""
+    """`moments_distance` of the samples."""
 
 
 def compare_samplers(
@@ -33,9 +33,9 @@ def compare_samplers(
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, SamplerErrors], float]:
-    """Every sampler with the ideal denoiser in place of the network, on `count` samples from the same noise.
+    """Return the errors of every sampler with the ideal denoiser, on `count` samples from the same noise, in float64.
 
-    All in float64. Also returns the moments' distance of the exact flow's own samples, which is chance's share.
+    The second value is the `moments_distance` of the exact flow's samples: the sampling error of a perfect sampler.
     """
     unit = torch.randn(count, data.means.shape[1], generator=_generator(seed), dtype=torch.float64)
     flows: dict[float, Tensor] = {}
@@ -48,17 +48,17 @@ def compare_samplers(
         if (start := grid[0].time.item()) not in flows:
             flows[start] = data.flow(x, grid[0].alpha.item(), grid[0].sigma.item())
         ideal = IdealPredictor(data)
-        fresh = FreshNoise(_generator(seed + 1))
-        *_, out = samplers[name].fn(GaussianDiffusion("x0"), ideal, x, grid, noise=fresh)
+        noise = CountingNoise(_generator(seed + 1))
+        *_, out = samplers[name].fn(GaussianDiffusion("x0"), ideal, x, grid, noise=noise)
         results[name].evaluations.append(ideal.calls)
-        if fresh.calls == 0:
+        if noise.calls == 0:
             results[name].flow.append((out - flows[start]).square().sum(1).mean().sqrt().item())
         results[name].moments.append(moments_distance(out, data))
     return results, moments_distance(next(iter(flows.values())), data)
 
 
 class IdealPredictor:
-    """The exact E[x_0 | x_t] of a mixture where a network's prediction would be; counts how often it is asked."""
+    """Predict the exact E[x_0 | x_t] of a mixture in place of a network, and count the calls."""
 
     def __init__(self, data: GaussianMixture) -> None:
         self.data = data
@@ -70,8 +70,8 @@ class IdealPredictor:
         return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
-class FreshNoise:
-    """Noise for samplers, from one generator; counts how often it is asked."""
+class CountingNoise:
+    """Draw noise for samplers from one generator, and count the calls."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -83,7 +83,10 @@ class FreshNoise:
 
 
 def moments_distance(x: Tensor, data: GaussianMixture) -> float:
-    """How far mean and covariance of x (N, D) are from the data's: the 2-Wasserstein distance between Gaussians."""
+    """Return the 2-Wasserstein distance between the Gaussians with the moments of x (N, D) and of the data.
+
+    Source: Dowson and Landau 1982; the square is `metrics.frechet.frechet_distance`.
+    """
     mean, covariance = data.moments()
     root = _square_root(covariance)
     middle = _square_root(root @ torch.cov(x.T) @ root)
@@ -92,7 +95,7 @@ def moments_distance(x: Tensor, data: GaussianMixture) -> float:
 
 
 def _square_root(matrix: Tensor) -> Tensor:
-    """Of a symmetric positive matrix (D, D)."""
+    """Return the square root of a symmetric positive semidefinite matrix (D, D)."""
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     return root

@@ -18,7 +18,7 @@ class Metric(NamedTuple):
     high: float
 
 
-def name(metric: str, n: int) -> str:
+def metric_name(metric: str, n: int) -> str:
     """`fid` of 10,000 samples is `fid_10k`, of 1,797 it is `fid_1797`."""
     return f"{metric}_{n // 1000}k" if n and n % 1000 == 0 else f"{metric}_{n}"
 
@@ -41,7 +41,7 @@ class Statistic:
         """Each sample taken once."""
         return self.of(torch.ones(1, self.n, dtype=torch.float64)).item()
 
-    def figure(self, seed: int, replicates: int = 200, level: float = 0.95) -> Metric:
+    def bootstrap(self, seed: int, replicates: int = 200, level: float = 0.95) -> Metric:
         """The value with a percentile bootstrap interval (Efron 1979) over the samples, drawn with `seed`.
 
         Resampling biases a distance once more by about what sampling did. The percentiles are moved so that the

@@ -1,4 +1,7 @@
-"""Which objects images show, and where: a small network that is trained on images which are made as it learns."""
+"""A small network that detects objects and their attributes, trained on images that are rendered on the fly.
+
+The loss and the peaks of its heat map follow CenterNet. Source: Zhou et al. 2019 (arXiv 1904.07850).
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,97 +15,96 @@ from src.cache import Tensors, cached, digest
 from src.metrics.features import check_images
 
 SIDE, CELLS = 32, 16
-"""Pixels of an image as the network sees it, and cells in which it looks for the middles of objects."""
-APART = 2
-"""Cells around an object's middle, to each side, in which no other object has its own."""
-SURE = 0.4
-"""Of an object from here on; in training its middle has 1, the nearest cell's middle at least 0.78."""
+"""Side of the network's input in pixels, and of its grid of cells."""
+NEIGHBORHOOD = 2
+"""Cells to each side of an object's center that hold no other center."""
+THRESHOLD = 0.4
+"""Smallest score of an object. The training target is 1 at its center, and at least 0.78 in the nearest cell."""
 WARMUP = 50
 """Steps over which the learning rate rises."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Passes its argument on, and shows how far it has come."""
+"""Pass the items on and show a progress bar."""
 
 
-class Pictures(NamedTuple):
-    """B images with what they show; each question has its answers by number."""
+class LabeledImages(NamedTuple):
+    """B images with the objects that they show; attributes are class indices."""
 
     images: Tensor
     """(B, 3, H, W) uint8."""
-    middles: Tensor
-    """(B, K, 2): x and y of up to K objects, in shares of the side, y downwards; NaN for none."""
-    looks: Tensor
-    """(B, K, Q) int64: the answers to Q questions about each object."""
-    ground: Tensor
-    """(B,) int64: the answer to one question about all of the image."""
+    centers: Tensor
+    """(B, K, 2): x and y of up to K objects, as fractions of the side, y downward; NaN for absent ones."""
+    attributes: Tensor
+    """(B, K, Q) int64: Q attributes of each object."""
+    background: Tensor
+    """(B,) int64: the attribute of the background."""
 
 
-class Seen(NamedTuple):
-    """What the judge sees in one image."""
+class Detections(NamedTuple):
+    """The objects detected in one image."""
 
-    middles: list[tuple[float, float]]
-    """x and y of each object, in shares of the side, y downwards."""
-    looks: list[tuple[int, ...]]
-    """The answers about each object."""
-    ground: int
+    centers: list[tuple[float, float]]
+    """x and y of each object, as fractions of the side, y downward."""
+    attributes: list[tuple[int, ...]]
+    """Attributes of each object."""
+    background: int
 
 
-class Net(nn.Module):
-    """uint8 images (N, 3, H, W) -> for each of `CELLS` x `CELLS` cells the logits of an object and of its looks.
+class DetectorNet(nn.Module):
+    """uint8 images (N, 3, H, W) -> logits of an object and its attributes in `CELLS` x `CELLS` cells.
 
-    Whatever their size, images are seen at 32x32.
+    Images of any size are resized to 32x32.
     """
 
-    def __init__(self, looks: Sequence[int], grounds: int, width: int = 16) -> None:
+    def __init__(self, attributes: Sequence[int], backgrounds: int, width: int = 16) -> None:
         super().__init__()
-        self.looks = list(looks)
+        self.attributes = list(attributes)
         layers: list[nn.Module] = []
-        # To 32, 16, 8 and 8 pixels a side: a cell of the last sees 20 pixels.
+        # Sides of 32, 16, 8 and 8: a cell of the last has a receptive field of 20 pixels.
         for before, after, size, stride in ((0, 1, 3, 1), (1, 2, 4, 2), (2, 4, 4, 2), (4, 4, 3, 1)):
             convolution = nn.Conv2d(before * width or 3, after * width, size, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(after * width), nn.ReLU()]
         self.body = nn.Sequential(*layers)
-        self.objects = nn.Sequential(nn.Conv2d(4 * width, 4 * (1 + sum(looks)), 1), nn.PixelShuffle(2))
-        self.ground = nn.Conv2d(4 * width, grounds, 1)
+        self.objects = nn.Sequential(nn.Conv2d(4 * width, 4 * (1 + sum(attributes)), 1), nn.PixelShuffle(2))
+        self.background = nn.Conv2d(4 * width, backgrounds, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Logits of an object (N, G, G), of each question's answers (N, A, G, G), and of the ground (N, A)."""
+        """Return the logits of an object (N, G, G), of each attribute (N, A, G, G), and of the background (N, A)."""
         x = images.float() / 127.5 - 1
         if x.shape[-2:] != (SIDE, SIDE):
             x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", antialias=True)
         hidden = self.body(x)
-        there, *looks = self.objects(hidden).split([1, *self.looks], dim=1)
-        return there.squeeze(1), looks, self.ground(hidden).mean((2, 3))
+        heatmap, *attributes = self.objects(hidden).split([1, *self.attributes], dim=1)
+        return heatmap.squeeze(1), attributes, self.background(hidden).mean((2, 3))
 
 
 class Detector:
-    """Says of images which objects they show, and where."""
+    """Detect objects in images (N, 3, H, W) uint8."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: DetectorNet) -> None:
         self.net = net.eval()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[Seen]:
-        """Of images (N, 3, H, W) uint8."""
-        device = self.net.ground.weight.device
-        return [seen for part in torch.split(check_images(images), 256) for seen in self._seen(part.to(device))]
+    def __call__(self, images: Tensor) -> list[Detections]:
+        device = self.net.background.weight.device
+        return [each for part in torch.split(check_images(images), 256) for each in self._detect(part.to(device))]
 
-    def _seen(self, images: Tensor) -> list[Seen]:
-        there, looks, ground = self.net(images)
-        highest = F.max_pool2d(there, 2 * APART + 1, stride=1, padding=APART)
-        found = ((there == highest) & (there.sigmoid() > SURE)).nonzero()  # (M, 3): image, row, column
-        numbers, rows, columns = found.unbind(1)
-        answers = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in looks], dim=1)
-        result = [Seen([], [], number) for number in ground.argmax(1).tolist()]
-        for (number, row, column), answer in zip(found.tolist(), answers.tolist(), strict=True):
-            result[number].middles.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
-            result[number].looks.append(tuple(answer))
+    def _detect(self, images: Tensor) -> list[Detections]:
+        heatmap, attributes, background = self.net(images)
+        highest = F.max_pool2d(heatmap, 2 * NEIGHBORHOOD + 1, stride=1, padding=NEIGHBORHOOD)
+        peaks = ((heatmap == highest) & (heatmap.sigmoid() > THRESHOLD)).nonzero()  # (M, 3): image, row, column
+        numbers, rows, columns = peaks.unbind(1)
+        classes = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in attributes], dim=1)
+        result = [Detections([], [], k) for k in background.argmax(1).tolist()]
+        for (number, row, column), each in zip(peaks.tolist(), classes.tolist(), strict=True):
+            result[number].centers.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
+            result[number].attributes.append(tuple(each))
         return result
 
 
 def train_detector(
-    made: Callable[[int], Pictures],
-    looks: Sequence[int],
-    grounds: int,
+    render_batch: Callable[[int], LabeledImages],
+    attributes: Sequence[int],
+    backgrounds: int,
     steps: int,
     cache: Path,
     progress: Progress,
@@ -110,57 +112,55 @@ def train_detector(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Detector:
-    """Train on what is `made` for steps 0..steps - 1, or read what such a training gave from `cache`.
+    """Train a detector on `render_batch(step)` for steps 0..steps - 1, or read it from `cache`.
 
-    `looks` is how many answers there are to each question about objects, `grounds` to that about the whole. AdamW with
-    a learning rate that rises, and then falls linearly to 0. What is made for step 0 stands in the cache's key for all
-    of it, so that a change of what makes it trains another judge. `progress` shows how far it has come. Raises
-    ValueError for no steps.
+    `attributes` and `backgrounds` are numbers of classes. The optimizer is AdamW with warmup and linear decay to 0.
+    The first batch is part of the cache key, so a change of the renderer trains another detector.
     """
-    if steps < 1:
-        raise ValueError(f"a judge needs at least 1 step of training, got {steps}: raise alignment.detector_steps")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = Net(looks, grounds)
-    key = digest(str(net), steps, lr, seed, *made(0))
+        net = DetectorNet(attributes, backgrounds)
+    key = digest(str(net), steps, lr, seed, *render_batch(0))
 
     def compute() -> Tensors:
-        fit(net.to(device), made, steps, progress, lr)
+        fit_detector(net.to(device), render_batch, steps, progress, lr)
         return net.state_dict()
 
-    net.load_state_dict(cached(cache, f"judge-{key}", compute))
+    net.load_state_dict(cached(cache, f"detector-{key}", compute))
     return Detector(net.to(device))
 
 
-def fit(net: Net, made: Callable[[int], Pictures], steps: int, progress: Progress, lr: float) -> None:
-    """Train `net` by cross-entropy: of the cells that have an object, of its looks there, and of the ground."""
+def fit_detector(
+    net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, progress: Progress, lr: float
+) -> None:
+    """Minimize `detection_loss` for this many steps."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps))
-    device = net.ground.weight.device
+    device = net.background.weight.device
     for step in progress(range(steps)):
-        pictures = Pictures(*(part.to(device) for part in made(step)))
+        batch = LabeledImages(*(part.to(device) for part in render_batch(step)))
         optimizer.zero_grad()
-        loss_of(net, pictures).backward()  # type: ignore[no-untyped-call]
+        detection_loss(net, batch).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         rate.step()
 
 
-def loss_of(net: Net, pictures: Pictures) -> Tensor:
-    """() the sum of all cross-entropies: of where objects are, of their looks, and of the background.
+def detection_loss(net: DetectorNet, batch: LabeledImages) -> Tensor:
+    """Return the sum () of the cross-entropies of the heat map, of the attributes, and of the background.
 
-    A cell at a distance of d cells from the middle of an object has it by exp(-d^2 / 2), whose own entropy is large: at
-    full weight it drowns what is to be learned of shapes.
+    The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). The entropy of these soft targets is
+    large; at full weight it would drown the gradient of the attributes.
     """
-    there, looks, ground = net(pictures.images)
-    cells = (torch.arange(CELLS, device=there.device) + 0.5) / CELLS
-    x, y = (cells - pictures.middles[..., axis, None] for axis in (0, 1))  # (B, K, G)
-    far = CELLS**2 * (x[:, :, None, :].square() + y[:, :, :, None].square())  # (B, K, G, G)
-    near, which = torch.exp(-far / 2).nan_to_num(0).max(1)  # (B, G, G): of the nearest object
-    objects = pictures.middles[..., 0].isfinite().sum()
-    loss = F.binary_cross_entropy_with_logits(there, near, reduction="sum") / (20 * objects)
-    loss = loss + F.cross_entropy(ground, pictures.ground)
-    image, row, column = (near > SURE).nonzero(as_tuple=True)
-    answers = pictures.looks[image, which[image, row, column]]
-    for logits, answer in zip(looks, answers.T, strict=True):
-        loss = loss + F.cross_entropy(logits[image, :, row, column], answer)
+    heatmap, attributes, background = net(batch.images)
+    cells = (torch.arange(CELLS, device=heatmap.device) + 0.5) / CELLS
+    x, y = (cells - batch.centers[..., axis, None] for axis in (0, 1))  # (B, K, G)
+    squared = CELLS**2 * (x[:, :, None, :].square() + y[:, :, :, None].square())  # (B, K, G, G)
+    target, nearest = torch.exp(-squared / 2).nan_to_num(0).max(1)  # (B, G, G): of the nearest object
+    objects = batch.centers[..., 0].isfinite().sum()
+    loss = F.binary_cross_entropy_with_logits(heatmap, target, reduction="sum") / (20 * objects)
+    loss = loss + F.cross_entropy(background, batch.background)
+    image, row, column = (target > THRESHOLD).nonzero(as_tuple=True)
+    classes = batch.attributes[image, nearest[image, row, column]]
+    for logits, column_classes in zip(attributes, classes.T, strict=True):
+        loss = loss + F.cross_entropy(logits[image, :, row, column], column_classes)
     return loss

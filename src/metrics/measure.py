@@ -6,7 +6,7 @@ from torch import Tensor
 
 from src.metrics.classes import inception_score, total_variation
 from src.metrics.collected import Collected
-from src.metrics.confidence import Metric, name, wilson
+from src.metrics.confidence import Metric, metric_name, wilson
 from src.metrics.frechet import frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
 from src.metrics.memorization import Memorization
@@ -26,28 +26,29 @@ def image_metrics(
     has the extractor in it: `fd_classifier_1k`. Classes are compared with those that the extractor sees in the
     reference, so that its mistakes cancel.
     """
-    figures = {"fd": frechet_figure(samples, reference, seed, replicates)}
+    figures = {"fd": frechet_metric(samples, reference, seed, replicates)}
     x, y = samples.features, reference.features
     statistics = {"kd": kid(x, y), **manifolds(x, y, k)._asdict()}
     if samples.probabilities is not None and reference.probabilities is not None:
         classes = reference.probabilities.argmax(1).bincount(minlength=reference.probabilities.shape[1])
         statistics["class_score"] = inception_score(samples.probabilities, splits=min(10, len(x)))
         statistics["class_variation"] = total_variation(samples.probabilities.argmax(1), classes)
-    figures |= {key: each.figure(seed, replicates) for key, each in statistics.items()}
+    figures |= {key: each.bootstrap(seed, replicates) for key, each in statistics.items()}
     known = {"fd": "fid", "kd": "kid", "class_score": "inception_score"} if extractor == "inception" else {}
     numbers = {"fd": int(samples.moments.number)}
     return {
-        name(known.get(key, f"{key}_{extractor}"), numbers.get(key, len(x))): figure for key, figure in figures.items()
+        metric_name(known.get(key, f"{key}_{extractor}"), numbers.get(key, len(x))): figure
+        for key, figure in figures.items()
     }
 
 
-def frechet_figure(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Metric:
+def frechet_metric(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Metric:
     """The Fréchet distance of all samples; its interval by resampling those that were kept.
 
     Where more came by than were kept, the interval shrinks by the root of their ratio.
     """
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
-    kept = resampled(samples.features, reference.moments).figure(seed, replicates)
+    kept = resampled(samples.features, reference.moments).bootstrap(seed, replicates)
     value = frechet_distance(samples.moments, reference.moments)
     narrower = math.sqrt(len(samples.features) / samples.moments.number.item())
     return Metric(value, *(value + narrower * (end - kept.value) for end in kept[1:]))
@@ -60,12 +61,12 @@ def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int
         "energy_distance": energy_distance(samples, reference),
         "mmd": mmd(samples, reference),
     }
-    return {name(key, len(samples)): each.figure(seed, replicates) for key, each in statistics.items()}
+    return {metric_name(key, len(samples)): each.bootstrap(seed, replicates) for key, each in statistics.items()}
 
 
 def memorization_metrics(space: str, found: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
     """The ratio of nearest training distances and the share of copies, in the named feature space."""
     n = len(found.distances)
-    ratio = found.ratio.figure(seed, replicates)
-    copies = wilson(round(found.copies.figure(seed, 2).value * n), n)
-    return {name(f"nearest_ratio_{space}", n): ratio, name(f"copies_{space}", n): copies}
+    ratio = found.ratio.bootstrap(seed, replicates)
+    copies = wilson(round(found.copies.bootstrap(seed, 2).value * n), n)
+    return {metric_name(f"nearest_ratio_{space}", n): ratio, metric_name(f"copies_{space}", n): copies}

@@ -19,7 +19,7 @@ from src.metrics.collected import Collected
 from src.models.unet import UNet
 from src.runs.open import open_run
 from src.sample import sample
-from src.viz.tables import duration, interval, markdown
+from src.viz.tables import duration, format_metric, markdown
 from tests.conftest import compose, train_tiny
 from tests.data.test_split import held_out_digits
 
@@ -198,8 +198,8 @@ def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path
     folder = tmp_path / "out"
     metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
     assert floor in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
-    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| fd_pixels")]
-    assert row.split("|")[-2].strip() == interval(metrics["floor"][floor])
+    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| Fréchet distance (pixels")]
+    assert row.split("|")[-2].strip() == format_metric(metrics["floor"][floor])
     assert (folder / "quality.png").stat().st_size > 1000
 
 
@@ -352,7 +352,7 @@ def test_values_that_no_sampler_has_are_refused(typed_overrides, rule):
     ],
 )
 def test_figures_are_shown_to_the_digits_that_tell(figure, shown):
-    assert interval(dict(zip(("value", "low", "high"), figure, strict=True))) == shown
+    assert format_metric(dict(zip(("value", "low", "high"), figure, strict=True))) == shown
 
 
 def test_a_table_of_the_likelihood_alone():

@@ -18,10 +18,10 @@ from src.metrics.memorization import memorization
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global load_digits, frechet_figure, image_metrics, memorization_metrics, point_metrics
+    global load_digits, frechet_metric, image_metrics, memorization_metrics, point_metrics
     from sklearn.datasets import load_digits
 
-    from src.metrics.measure import frechet_figure, image_metrics, memorization_metrics, point_metrics
+    from src.metrics.measure import frechet_metric, image_metrics, memorization_metrics, point_metrics
 
 
 ORDER = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
@@ -279,7 +279,7 @@ def test_real_images_are_seen_by_an_extractor_once(digits, classifier, tmp_path)
 def test_the_interval_of_more_samples_than_are_kept_is_narrower():
     x, y = torch.randn(2, 4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     reference = Collected.of(Features(y + 1), 0, 10_000)
-    all_kept, few = (frechet_figure(Collected.of(Features(x), 0, n), reference, 0) for n in (10_000, 1000))
+    all_kept, few = (frechet_metric(Collected.of(Features(x), 0, n), reference, 0) for n in (10_000, 1000))
     assert few.value == pytest.approx(all_kept.value, rel=1e-12)
     assert few.high - few.low == pytest.approx(all_kept.high - all_kept.low, rel=0.25)
 

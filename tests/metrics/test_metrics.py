@@ -291,16 +291,16 @@ def test_counts_are_repetitions(metric):
 @pytest.mark.parametrize("metric", STATISTICS)
 def test_figures_are_seeded_and_hold_their_value(metric):
     statistic = STATISTICS[metric](X, Y)
-    figure = statistic.figure(seed=3, replicates=50)
-    assert figure == statistic.figure(seed=3, replicates=50)
-    assert figure != statistic.figure(seed=4, replicates=50)
+    figure = statistic.bootstrap(seed=3, replicates=50)
+    assert figure == statistic.bootstrap(seed=3, replicates=50)
+    assert figure != statistic.bootstrap(seed=4, replicates=50)
     assert figure.low <= figure.value <= figure.high
     assert figure.value == pytest.approx(statistic.value, rel=1e-12)
 
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     x = normal(2000, 1, 0)[:, 0]
-    value, low, high = mean_of(x).figure(seed=0, replicates=2000)
+    value, low, high = mean_of(x).bootstrap(seed=0, replicates=2000)
     error = 1.96 * x.std().item() / math.sqrt(len(x))
     assert high - value == pytest.approx(error, rel=0.1)
     assert value - low == pytest.approx(error, rel=0.1)
@@ -314,7 +314,7 @@ def test_intervals_cover_what_the_metric_is_on_average_as_often_as_they_say(metr
     sets = [torch.randn(50, 2, generator=generator, dtype=torch.float64) for _ in range(200)]
     statistics = [STATISTICS[metric](x, reference) for x in sets]
     truth = np.mean([statistic.value for statistic in statistics])
-    figures = [statistic.figure(seed, replicates=40, level=0.9) for seed, statistic in enumerate(statistics)]
+    figures = [statistic.bootstrap(seed, replicates=40, level=0.9) for seed, statistic in enumerate(statistics)]
     covered = np.mean([figure.low <= truth <= figure.high for figure in figures])
     assert covered > 0.9 - 4 * math.sqrt(0.9 * 0.1 / 200)
     assert covered < 0.9 + 4 * math.sqrt(0.9 * 0.1 / 200) or metric in ("coverage", "recall")  # which are cautious
@@ -322,7 +322,7 @@ def test_intervals_cover_what_the_metric_is_on_average_as_often_as_they_say(metr
 
 def test_the_linear_interval_is_about_that_of_resampling():
     x, y = normal(400, 8, 0, shift=0.3), Moments.of(normal(1000, 8, 1))
-    exact, linear = frechet(x, y).figure(seed=0), frechet_linear(x, y).figure(seed=0)
+    exact, linear = frechet(x, y).bootstrap(seed=0), frechet_linear(x, y).bootstrap(seed=0)
     assert linear.value == pytest.approx(exact.value, rel=1e-12)
     assert linear.high - linear.low == pytest.approx(exact.high - exact.low, rel=0.15)
 
@@ -364,7 +364,7 @@ def test_memorisation_is_relative_to_new_data():
         (lambda: memorization(X, Y, X, quantile=5), "got 5"),
         (lambda: inception_score(X[:5].softmax(1)), "5 samples"),
         (lambda: class_counts(torch.tensor([10]), 10), "got up to 10"),
-        (lambda: Statistic(3, lambda c: c.sum(1)).figure(0, replicates=1), "at least 2 replicates"),
+        (lambda: Statistic(3, lambda c: c.sum(1)).bootstrap(0, replicates=1), "at least 2 replicates"),
     ],
 )
 def test_errors_are_one_line_with_the_value(attempt, message):

@@ -1,0 +1,274 @@
+"""Prompt benchmarks: prompts for a run's samples, and a classifier or detector that scores the samples.
+
+The scorer is trained once on real images. Its accuracy on other real images is reported next to its scores.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from src.data.conditions import Classes
+from src.data.module import BaseDataModule
+from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
+from src.distributed.processes import Processes
+from src.evaluation.quality import fetch_for_display, train_data_classifier
+from src.evaluation.reverse_variance import Progress
+from src.evaluation.settings import DETECTOR_STEPS, AlignmentSettings
+from src.metrics.confidence import Metric, metric_name, wilson
+from src.metrics.detector import Detections, LabeledImages, train_detector
+from src.rng import key
+
+MIN_ACCURACY = 0.99
+"""Accuracy that the detector needs in each attribute, on renders that it was not trained on."""
+TEST_RENDERS = 2000
+"""Renders that measure this accuracy."""
+PER_CAPTION = 8
+"""Samples per caption, if there are enough."""
+MAX_REAL = 32
+"""Real images per prompt that set the scale of diversity."""
+OBJECT_ATTRIBUTES = ("shape", "color", "size")
+"""Attributes that the detector of shapes predicts for each object."""
+
+
+class PromptBenchmark(Protocol):
+    """Prompts, and a scorer of the samples drawn for them."""
+
+    prompts: Mapping[str, Sequence[Any]]
+    """Prompts by group, in the form that the condition accepts."""
+    n: int
+    """Samples per group."""
+    attributes: Sequence[str]
+    detector_accuracy: Mapping[str, Metric]
+    """The scorer's accuracy on real images in each attribute, and in all at once."""
+
+    def correct(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        """Score images (N, C, H, W) uint8 for N prompts: (N, attributes), 1 correct, 0 wrong, NaN not in the prompt."""
+        ...
+
+    def real(self, prompt: Any) -> Tensor:
+        """Return real images (M, C, H, W) uint8 that show the prompt."""
+        ...
+
+
+def build_benchmark(
+    data: BaseDataModule, settings: AlignmentSettings, processes: Processes, progress: Progress = lambda steps: steps
+) -> PromptBenchmark | None:
+    """Return the benchmark for a run's data, or None if there is none. Every process must call this.
+
+    Rank 0 trains the scorer while the others wait and then read it from the cache. `progress` wraps the detector's
+    training steps. Raises ValueError for invalid settings, and for a detector that is not accurate enough.
+    """
+    settings.check()
+    data.setup()
+    shapes = isinstance(data.source, Shapes) and data.condition is not None
+    if not shapes and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
+        return None
+
+    def build() -> PromptBenchmark:
+        if shapes:
+            return ShapesBenchmark(data, settings, device, progress)
+        return ClassBenchmark(data, settings, device)
+
+    # MPS has no float64, which the metrics need.
+    device = torch.device("cpu") if processes.device.type == "mps" else processes.device
+    benchmark = build() if processes.rank == 0 else None
+    processes.gather(None)
+    return benchmark or build()
+
+
+class ClassBenchmark:
+    """The classes of a run in turn, scored by a classifier trained on the same images."""
+
+    attributes: Sequence[str] = ("class",)
+
+    def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
+        assert data.source is not None and data.source.labels is not None
+        self.data = data
+        num_classes = len(data.source.labels.names)
+        self.n = max(500, 2 * num_classes) if settings.n is None else settings.n
+        if self.n < 2 * num_classes:
+            raise ValueError(
+                f"alignment.n={self.n} must be at least {2 * num_classes}: 2 samples for each of {num_classes} classes"
+            )
+        self.classes = list(data.source.labels.names)
+        self.prompts: Mapping[str, Sequence[str]] = {"classes": self.classes}
+        self.device = device
+        self.classifier, tested = train_data_classifier(data, settings.cache, device)
+        accuracy = wilson(round(self.classifier.accuracy * tested), tested)
+        self.detector_accuracy: Mapping[str, Metric] = {
+            metric_name(each, tested): accuracy for each in ("class", "all")
+        }
+
+    def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = [self.classifier(part.to(self.device)).probabilities for part in torch.split(images, 256)]
+        predicted = torch.cat([p.argmax(1).cpu() for p in parts if p is not None])
+        return (predicted == torch.tensor([self.classes.index(prompt) for prompt in prompts])).double()[:, None]
+
+    def real(self, prompt: str) -> Tensor:
+        assert self.data.source is not None and self.data.source.labels is not None
+        labels = self.data.source.labels.numbers
+        indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
+        if not indices:
+            return torch.empty(0, *self.data.shape, dtype=torch.uint8)
+        return fetch_for_display(self.data, indices)
+
+
+def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
+    """Return whether the detected objects show the scene, by attribute.
+
+    Each object of the scene is assigned to a detected one, so that most attributes match, and among equals so that
+    the position or relation does. `shape`, `color` and `size` must match in all objects. A surplus object counts
+    against `number` only. `position` is the nearest named position; `relation` is `spatial_relation`.
+    """
+    wanted = [tuple(ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES) for each in scene.objects]
+    found = len(detected.attributes)
+    candidates = [*range(found), *[None] * len(wanted)][: max(found, len(wanted))]
+    best: tuple[tuple[int, bool], dict[str, bool]] | None = None
+    for assigned in itertools.permutations(candidates, len(wanted)):
+        matches = [
+            [k is not None and detected.attributes[k][q] == own[q] for q in range(len(OBJECT_ATTRIBUTES))]
+            for k, own in zip(assigned, wanted, strict=True)
+        ]
+        columns = zip(*matches, strict=True)
+        correct = {a: all(column) for a, column in zip(OBJECT_ATTRIBUTES, columns, strict=True)}
+        centers = [None if k is None else detected.centers[k] for k in assigned]
+        if scene.relation is None:
+            spatial = centers[0] is not None and nearest_position(centers[0]) == scene.objects[0].position
+            correct["position"] = spatial
+        else:
+            first, second = centers
+            spatial = first is not None and second is not None and spatial_relation(first, second) == scene.relation
+            correct["relation"] = spatial
+        score = (sum(map(sum, matches)), spatial)
+        if best is None or score > best[0]:
+            best = score, correct
+    assert best is not None
+    background = detected.background == ATTRIBUTES["background"].index(scene.background)
+    return {"number": found == len(wanted), **best[1], "background": background}
+
+
+def nearest_position(center: tuple[float, float]) -> str:
+    """Return the named position nearest to a center (x, y)."""
+    return min(PLACES, key=lambda position: math.dist(PLACES[position], center))
+
+
+def spatial_relation(first: tuple[float, float], second: tuple[float, float]) -> str:
+    """Return the relation of the first center (x, y) to the second, along the axis of larger distance; y downward."""
+    right, down = first[0] - second[0], first[1] - second[1]
+    if abs(right) > abs(down):
+        return "right of" if right > 0 else "left of"
+    return "below" if down > 0 else "above"
+
+
+class ShapesBenchmark:
+    """Captions of shapes, with attributes seen in training and held out of it, scored by a detector.
+
+    Raises ValueError if the detector's accuracy in an attribute is below `MIN_ACCURACY`. With fewer than
+    `DETECTOR_STEPS` training steps this is a warning.
+    """
+
+    attributes: Sequence[str] = ("number", *OBJECT_ATTRIBUTES, "position", "relation", "background")
+
+    def __init__(
+        self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device, progress: Progress
+    ) -> None:
+        assert isinstance(data.source, Shapes)
+        self.data, self.source = data, data.source
+        self.seed = settings.seed
+        self.n = 200 if settings.n is None else settings.n
+        count = -(-self.n // PER_CAPTION)
+        scenes = {"seen": self.source.seen_scenes(count, settings.seed)}
+        if self.source.held_out:
+            scenes["held out"] = self.source.held_out_scenes(count, settings.seed)
+        self.prompts: Mapping[str, Sequence[str]] = {
+            group: [caption(scene, key(settings.seed, "wording", k) % WORDINGS) for k, scene in enumerate(some)]
+            for group, some in scenes.items()
+        }
+        # A detector trained on single objects would overlook a surplus object in a sample.
+        self._train_source = Shapes(self.source.image_size, 2, "both", (), settings.seed)
+        self.detector = train_detector(
+            self._render_batch,
+            [len(ATTRIBUTES[attribute]) for attribute in OBJECT_ATTRIBUTES],
+            len(ATTRIBUTES["background"]),
+            settings.detector_steps,
+            settings.cache,
+            progress,
+            device=device,
+        )
+        self.detector_accuracy: Mapping[str, Metric] = self._test_detector(settings.detector_steps)
+
+    def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(images, [parse(prompt) for prompt in prompts])
+
+    def real(self, prompt: str) -> Tensor:
+        seeds = [key(self.seed, "real", prompt, k) for k in range(MAX_REAL)]
+        return self._display(render([parse(prompt)] * MAX_REAL, self.source.image_size, seeds))
+
+    def _score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)
+        for k, (scene, detected) in enumerate(zip(scenes, self.detector(images), strict=True)):
+            matches = match_scene(scene, detected)
+            for column, attribute in enumerate(self.attributes):
+                if attribute in matches:
+                    result[k, column] = matches[attribute]
+        return result
+
+    def _render_batch(self, step: int, count: int = 32) -> LabeledImages:
+        """Render random scenes of one and two objects to train the detector on."""
+        scenes = self._train_source.any_scenes(count, key("judge", step))
+        seeds = [key("judge", step, k) for k in range(count)]
+        placed = place(scenes, seeds)
+        attributes = torch.zeros(count, 2, len(OBJECT_ATTRIBUTES), dtype=torch.int64)
+        for n, scene in enumerate(scenes):
+            for k, each in enumerate(scene.objects):
+                attributes[n, k] = torch.tensor([ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES])
+        background = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
+        present = placed.shape >= 0
+        centers = torch.where(present[..., None], placed.center, math.nan).float()
+        images = self._display(paint(placed, self.source.image_size))
+        return LabeledImages(images, centers, attributes, background)
+
+    def _test_detector(self, steps: int) -> dict[str, Metric]:
+        """Return the detector's accuracy on renders that it was not trained on."""
+        scenes = self._train_source.any_scenes(TEST_RENDERS, key("judge", "tested"))
+        seeds = [key("judge", "tested", k) for k in range(TEST_RENDERS)]
+        images = self._display(render(scenes, self.source.image_size, seeds))
+        accuracy = attribute_accuracy(self.attributes, self._score(images, scenes))
+        worst = min(accuracy, key=lambda each: accuracy[each].value if not each.startswith("all_") else math.inf)
+        if accuracy[worst].value < MIN_ACCURACY:
+            message = (
+                f"alignment.detector_steps={steps} gives the detector an accuracy of {accuracy[worst].value:.1%} in "
+                f"{worst.rpartition('_')[0]}, below {MIN_ACCURACY:.0%}: use more steps"
+            )
+            if steps >= DETECTOR_STEPS:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+        return accuracy
+
+    def _display(self, images: Tensor) -> Tensor:
+        """Quantize images to the data's number of values, like generated samples."""
+        return self.data.postprocess(self.data.preprocess(images))
+
+
+def attribute_accuracy(attributes: Sequence[str], correct: Tensor) -> dict[str, Metric]:
+    """Return the share of correct samples in each attribute, among prompts that name it, and in all at once.
+
+    `correct` (N, attributes) is the output of `PromptBenchmark.correct`.
+    """
+    metrics = {}
+    for attribute, column in zip(attributes, correct.T, strict=True):
+        named = column[~column.isnan()]
+        if len(named):
+            metrics[metric_name(attribute, len(named))] = wilson(int(named.sum()), len(named))
+    metrics[metric_name("all", len(correct))] = wilson(int(all_correct(correct).sum()), len(correct))
+    return metrics
+
+
+def all_correct(correct: Tensor) -> Tensor:
+    """Return (N,) bool: whether no attribute of the prompt is wrong."""
+    return (correct != 0).all(1)

@@ -1,0 +1,271 @@
+"""The parts of an evaluation: each measures, saves its pictures in a folder, and returns metrics for a JSON file.
+
+All processes call these functions; pictures and metrics come from rank 0.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from src.data.conditions import Condition, shown
+from src.data.module import BaseDataModule
+from src.distributed.processes import Processes
+from src.errors import usage_errors
+from src.evaluation.alignment import best_scale, diversity_curves, sample_and_score, share_correct, with_scale
+from src.evaluation.benchmarks import PromptBenchmark
+from src.evaluation.likelihood import Bound, bounds, flow_bits
+from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics
+from src.evaluation.reverse_variance import sum_errors
+from src.evaluation.sampler_accuracy import SamplerErrors
+from src.evaluation.settings import AlignmentSettings, ReverseVariance
+from src.metrics.confidence import Metric, wilson
+from src.training.module import DiffusionModule, Sampler
+from src.viz import charts, images
+from src.viz.tables import stem
+
+T = TypeVar("T")
+
+PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
+"""Metrics plotted over the cost of sampling, in the first feature space."""
+NUM_SHOWN = 12
+"""Samples per row of a picture."""
+
+
+def evaluate_likelihood(
+    module: DiffusionModule,
+    data: BaseDataModule,
+    processes: Processes,
+    folder: Path,
+    *,
+    num_val: int,
+    num_terms: int | None,
+    reverse_variance: ReverseVariance,
+    ode_tolerance: float | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the variational bound of `num_val` validation samples in bits/dim, its terms, and its standard error.
+
+    With `ode_tolerance` also the likelihood by the probability flow. Saves `bound.png`.
+    """
+    size = min(batch_size, -(-num_val // processes.count))
+    batches = [range(start, min(start + size, num_val)) for start in range(0, num_val, size)]
+    own = processes.share(batches)
+    load = partial(load_val, module, data, data.condition)
+
+    def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
+        return progress_bar(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
+
+    parts = bounds(
+        module, own, load, seed, num_terms, reverse_variance, show, lambda errors: sum_errors(processes.gather(errors))
+    )
+    prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
+    result = Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
+    flows = []
+    if ode_tolerance is not None:
+        for batch in progress_bar(own, "Flow", processes.rank):
+            x, cond = load(batch)
+            flows.append(flow_bits(module, x, seed, ode_tolerance, batch.start, cond))
+    metrics: dict[str, Any] = {
+        "num_val": num_val,
+        "num_terms": num_terms or module.schedule.num_steps,
+        "reverse_variance": reverse_variance,
+        "bits_per_dim": result.total.mean().item(),
+        "standard_error": standard_error(result.total),
+        "prior": result.prior.mean().item(),
+    }
+    metrics["decoder"] = result.terms[0].item()
+    metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
+    if ode_tolerance is not None:
+        flow = torch.cat(processes.gather_in_turn(flows))
+        metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
+    if processes.rank == 0:
+        log_snr = torch.stack([module.schedule.row(t).snr.log() for t in range(module.schedule.num_steps)])
+        charts.bound_curves(result.terms, result.mse, log_snr).save(folder / "bound.png")
+    return metrics
+
+
+def load_val(
+    module: DiffusionModule, data: BaseDataModule, condition: Condition | None, positions: range
+) -> tuple[Tensor, Tensor | None]:
+    """Return the validation samples at these positions after `preprocess`, and their conditions, on the device."""
+    assert data.source is not None
+    indices = data.val_indices[positions.start : positions.stop]
+    cond = shown(condition, data.source, indices)
+    x = data.preprocess(data.source.fetch(indices)).to(module.device)
+    return x, None if cond is None else cond.to(module.device)
+
+
+def evaluate_quality(
+    module: DiffusionModule, samplers: Mapping[str, Sampler], evaluator: SampleEvaluator, folder: Path
+) -> dict[str, Any]:
+    """Return the metrics of each sampler's samples and their real-data baseline, and save pictures. Rank 0 only."""
+    processes, n = evaluator.processes, evaluator.settings.n
+    calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
+    generated = {}
+    with call_bar("Samples", n * sum(calls.values()), processes.rank) as bar, usage_errors():
+        for name, sampler in samplers.items():
+
+            def advance(samples: int, calls: int = calls[name]) -> None:
+                bar.update(calls * samples)
+
+            generated[name] = evaluator.draw(module, sampler, advance, condition=evaluator.data.condition)
+    baseline = evaluator.baseline()
+    measured = evaluator.measure(list(generated.values()), lambda it: progress_bar(it, "Nearest", processes.rank))
+    if processes.rank > 0:
+        return {}
+    metrics: dict[str, Any] = {
+        "n": n,
+        "reference": evaluator.settings.reference,
+        "baseline": as_dicts(baseline),
+        "samplers": {
+            name: {
+                "calls_per_image": samples.calls,
+                "seconds_per_image": samples.seconds,
+                "metrics": as_dicts(each.metrics),
+            }
+            for (name, samples), each in zip(generated.items(), measured, strict=True)
+        },
+    }
+    if evaluator.accuracy is not None:
+        metrics["classifier_accuracy"] = evaluator.accuracy
+    save_samples(folder, evaluator, generated, measured)
+    save_class_shares(folder, evaluator, generated)
+    if len(generated) > 1:
+        save_quality_curves(folder, samplers, generated, measured, baseline)
+    return metrics
+
+
+def save_samples(
+    folder: Path,
+    evaluator: SampleEvaluator,
+    generated: Mapping[str, GeneratedSamples],
+    measured: Sequence[SampleMetrics],
+) -> None:
+    """Save samples of each sampler from the same noise, and those nearest to the training data beside it."""
+    data = evaluator.data
+    real = data.postprocess(data.examples(NUM_SHOWN))
+    if real.ndim != 4:
+        val = data.postprocess(data.examples(2000))
+        plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
+        images.side_by_side(plots, gap=8).save(folder / "samples.png")
+        return
+    rows = [*(each.first[:NUM_SHOWN] for each in generated.values()), real]
+    count = min(map(len, rows))
+    images.labeled_rows([row[:count] for row in rows], [*generated, "validation data"]).save(folder / "samples.png")
+    first, nearest = next(iter(generated.values())).first, measured[0].neighbors
+    closest = nearest.distances.argsort()[:NUM_SHOWN]
+    pairs = [first[closest], evaluator.training_samples(nearest.numbers[closest])]
+    images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
+
+
+def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
+    """Save how often the classifier predicts each class in real data and in samples, if there is a classifier."""
+    source = evaluator.data.source
+    collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
+    probs = {name: each["classifier"].probabilities for name, each in collected.items() if "classifier" in each}
+    if probs and source and source.labels:
+        names = source.labels.names
+        shares = {
+            name: [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
+            for name, p in probs.items()
+            if p is not None
+        }
+        charts.class_shares(names, shares).save(folder / "classes.png")
+
+
+def save_quality_curves(
+    folder: Path,
+    samplers: Mapping[str, Sampler],
+    generated: Mapping[str, GeneratedSamples],
+    measured: Sequence[SampleMetrics],
+    baseline: Mapping[str, Metric],
+) -> None:
+    """Save up to three metrics over network calls, one line per sampler, next to the baseline."""
+    baselines = {stem(name): metric for name, metric in baseline.items()}  # the numbers of samples may differ
+    titles = [name for name in measured[0].metrics if name.startswith(PLOTTED) and stem(name) in baselines][:3]
+    curves: dict[str, list[tuple[int, list[Metric]]]] = {}
+    for (name, samples), each in zip(generated.items(), measured, strict=True):
+        label = name.replace(f" {samplers[name].steps}", "", 1)
+        curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
+    picture = charts.quality_against_cost(titles, curves, [baselines[stem(title)] for title in titles])
+    picture.save(folder / "quality.png")
+
+
+def evaluate_alignment(
+    module: DiffusionModule,
+    data: BaseDataModule,
+    sampler: Sampler,
+    benchmark: PromptBenchmark,
+    settings: AlignmentSettings,
+    processes: Processes,
+    folder: Path,
+) -> dict[str, Any]:
+    """Return how often samples match their prompts, and their diversity, at each guidance scale. Rank 0 only."""
+    calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
+    total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
+    with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
+        result = sample_and_score(
+            module,
+            sampler,
+            benchmark,
+            data,
+            settings,
+            processes,
+            lambda scale, samples: bar.update(calls[scale] * samples),
+        )
+    if processes.rank > 0:
+        return {}
+    accuracy = share_correct(benchmark.detector_accuracy).value
+    charts.alignment_against_diversity(diversity_curves(result.groups), accuracy).save(folder / "alignment.png")
+    scale = best_scale(result.groups)
+    titles, rows = zip(*result.examples[scale], strict=True)
+    images.add_title(images.titled_rows(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
+    groups = {
+        group: {
+            f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
+            for scale, each in by_scale.items()
+        }
+        for group, by_scale in result.groups.items()
+    }
+    return {"n": benchmark.n, "detector": as_dicts(benchmark.detector_accuracy), "groups": groups}
+
+
+def format_sampler_errors(
+    results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
+) -> str:
+    """Return the errors of samplers against the exact solution as a text of two tables."""
+    width = max(18, *(len(name) + 1 for name in results))
+    header = f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps)
+    lines = [f"Root mean square distance from the exact flow, {grid}:", header]
+    lines += [f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.flow) for name, r in results.items() if r.flow]
+    lines += ["", f"Distance of mean and covariance ({sampling_error:.1e} for exact samples):", header]
+    lines += [f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.moments) for name, r in results.items()]
+    return "\n".join(lines)
+
+
+def as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
+    """Return metrics as plain dictionaries of value, low and high."""
+    return {name: metric._asdict() for name, metric in metrics.items()}
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of values (N,); NaN for N = 1."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def progress_bar(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
+    """Pass the items on and show a progress bar on rank 0."""
+    bar: Iterable[T] = tqdm(items, desc=label, disable=rank > 0)
+    return bar
+
+
+def call_bar(label: str, total: int, rank: int) -> Any:
+    """Return a progress bar of network calls, shown on rank 0."""
+    return tqdm(total=total, unit="call", unit_scale=True, desc=label, disable=rank > 0)

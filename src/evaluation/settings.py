@@ -1,0 +1,87 @@
+"""Settings of an evaluation and their rules. Nothing here imports torch, so a command refuses a setting at once."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+ReverseVariance = Literal["optimal", "fixed_small", "fixed_large", "trained"]
+"""The variance of the reverse steps in the bound; `trained` is the variance of the run's diffusion process."""
+FEATURES = ("classifier", "pixels", "inception", "dinov2")
+"""Feature extractors for images."""
+DETECTOR_STEPS = 600
+"""Training steps after which the detector of shapes reaches the required accuracy."""
+
+
+class QualitySettings(NamedTuple):
+    """How sample quality is measured."""
+
+    features: Sequence[str] | None = None
+    """Names in `FEATURES`. None: the classifier for images with labels, else pixels. Points use their own values."""
+    n: int = 1000
+    """Number of generated samples."""
+    seed: int = 0
+    """Seed of the sampling noise, of the training samples in the baseline, and of the bootstrap."""
+    batch_size: int = 256
+    max_features: int = 10_000
+    """Largest number of samples in metrics that compare pairs: all but the Fréchet distance."""
+    num_memorization: int = 1000
+    """Number of generated and of validation samples whose nearest training samples are searched."""
+    reference: str = "val"
+    """`val` or `train`: the data that samples are compared with. The baseline uses the other of the two."""
+    cache: Path = Path("outputs/cache")
+    inception_weights: Path | None = None
+    dinov2_model: str = "facebook/dinov2-large"
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is out of range."""
+        for name in ("n", "batch_size", "max_features", "num_memorization"):
+            least = 1 if name == "batch_size" else 10
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if self.reference not in ("val", "train"):
+            raise ValueError(f"reference={self.reference} must be val or train")
+        if unknown := [name for name in self.features or () if name not in FEATURES]:
+            raise ValueError(f"features={','.join(unknown)} must be one or a list of {', '.join(FEATURES)}")
+
+
+class AlignmentSettings(NamedTuple):
+    """How prompt alignment is measured."""
+
+    scales: Sequence[float] = (1, 1.5, 2, 3, 5)
+    """Guidance scales."""
+    n: int | None = None
+    """Samples per scale and group of prompts. None: 200 for captions; for classes 500, at least 2 per class."""
+    detector_steps: int = DETECTOR_STEPS
+    seed: int = 0
+    """Seed of the sampling noise, of the captions, and of the bootstrap."""
+    batch_size: int = 256
+    cache: Path = Path("outputs/cache")
+
+    def check(self) -> None:
+        """Raise ValueError for a value that is out of range."""
+        numbers = [scale for scale in self.scales if isinstance(scale, int | float) and 0 <= scale < math.inf]
+        if not numbers or len(numbers) < len(self.scales):
+            raise ValueError(
+                f"alignment.scales={list(self.scales)} must hold one or more guidance scales of at least 0, such as "
+                "[1,1.5,2,3,5]"
+            )
+        if self.n is not None and self.n < 2:
+            raise ValueError(f"alignment.n={self.n} must be at least 2, or null for 200 (captions) or 500 (classes)")
+        if self.detector_steps < 1:
+            raise ValueError(f"alignment.detector_steps={self.detector_steps} must be at least 1")
+
+
+def check_reverse_variance(variance: str, setting: str) -> None:
+    """Raise ValueError that names `setting` unless `variance` is a `ReverseVariance`."""
+    if variance not in get_args(ReverseVariance):
+        raise ValueError(f"{setting}={variance} must be one of {', '.join(get_args(ReverseVariance))}")
+
+
+def check_num_val(variance: str, count: int, setting: str) -> None:
+    """Raise ValueError that names `setting` if `count` validation samples are too few for the reverse variance."""
+    if variance == "optimal" and count < 2:
+        raise ValueError(
+            f"{setting}=optimal needs at least 2 validation samples, got {count}; use more, or set "
+            f"{setting}=fixed_large"
+        )

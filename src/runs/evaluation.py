@@ -1,0 +1,125 @@
+"""Build the parts of an evaluation from its configuration. Nothing here imports torch to refuse a setting."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from src.config.arguments import check_arguments, check_counts, check_names, check_seeds
+from src.config.overrides import CONF, config_groups, nearest
+from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
+from src.runs import components
+from src.runs.checkpoints import find_checkpoint
+from src.runs.open import OpenedRun, sampler_of
+
+if TYPE_CHECKING:
+    from src.data.analytic import GaussianMixture
+    from src.diffusion.noise import Schedule
+    from src.training.module import Sampler
+
+
+def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSettings]:
+    """Check all settings without importing torch, and return those of quality and alignment."""
+    find_checkpoint(cfg.run, cfg.ckpt)
+    check_counts(cfg, "n", "batch_size", "max_features", "num_memorization", "num_val", "num_terms", "sampler.steps")
+    check_counts(cfg, "alignment.n", "alignment.detector_steps")
+    check_seeds(cfg)
+    check_names(cfg, "features")
+    if not all(isinstance(each, DictConfig) for each in sampler_list(cfg)):
+        raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
+    if not cfg.ode_tolerance > 0:
+        raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive, such as 1e-5")
+    check_reverse_variance(cfg.reverse_variance, "reverse_variance")
+    if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
+        raise ValueError("likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate")
+    quality = QualitySettings(
+        components.names_of(cfg.features),
+        cfg.n,
+        cfg.seed,
+        cfg.batch_size,
+        cfg.max_features,
+        cfg.num_memorization,
+        cfg.reference,
+        Path(cfg.cache),
+        cfg.inception_weights and Path(cfg.inception_weights),
+        cfg.dinov2_model,
+    )
+    own = cfg.alignment
+    scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
+    alignment = AlignmentSettings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+    if cfg.quality:
+        quality.check()
+    if own.enabled:
+        alignment.check()
+    return quality, alignment
+
+
+def sampler_list(cfg: DictConfig) -> list[Any]:
+    """Return the settings of each sampler in `samplers`; empty if `sampler` alone is used."""
+    return list(cfg.samplers) if isinstance(cfg.samplers, ListConfig) else [cfg.samplers] if cfg.samplers else []
+
+
+def build_samplers(cfg: DictConfig, opened: OpenedRun) -> dict[str, "Sampler"]:
+    """Return the samplers of `samplers`, or that of `sampler`, by the names of `sampler_name`."""
+    samplers, own = {}, opened.config.sampler
+    for each in sampler_list(cfg) or [None]:
+        settings = components.named_sampler(each, own) if each else components.sampler_settings(cfg.sampler, own)
+        sampler = sampler_of(opened, settings, cfg.guidance)
+        scale = sampler.guidance.scale
+        samplers[sampler_name(settings) + (f" guidance {scale:g}" if scale != 1 else "")] = sampler
+    return samplers
+
+
+def sampler_name(settings: DictConfig) -> str:
+    """Return the name of a sampler in tables, such as `ddim 20`, with settings that differ from its file in conf/."""
+    name = str(settings._target_).rpartition(".")[2]
+    file = CONF / "sampler" / f"{name}.yaml"
+    defaults = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    others = {str(k): v for k, v in settings.items() if k != "steps" and not str(k).startswith("_")}
+    changed = [
+        f"{k} {v}"
+        for k, v in others.items()
+        if not (v is None or isinstance(v, DictConfig) or v == OmegaConf.select(defaults, k))
+    ]
+    return " ".join([name, str(settings.steps), *changed])
+
+
+def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[str, Sampler], str]":
+    """Return the distribution, the schedule, the samplers, and the name of their time grid, for `analytic=...`.
+
+    Raises ValueError for a setting that is out of range.
+    """
+    names = [name for name in config_groups()["schedule"] if name != "custom"]  # custom needs betas
+    if cfg.analytic_schedule not in names:
+        hint = nearest(cfg.analytic_schedule, names) or f": choose from {', '.join(names)}"
+        raise ValueError(f"analytic_schedule={cfg.analytic_schedule} is unknown{hint}")
+    steps = list(cfg.analytic_steps or [])
+    if not steps or min(steps) < 2:
+        raise ValueError(f"analytic_steps={steps} must hold numbers of at least 2")
+    if cfg.analytic_samples < 10:
+        raise ValueError(f"analytic_samples={cfg.analytic_samples} must be at least 10")
+    check_seeds(cfg)
+    check_arguments(cfg.analytic, "analytic")
+    from src.diffusion.noise import Spacing
+
+    spacings: list[Any] = components.names_of(cfg.analytic_spacing) or [None]
+    if unknown := set(spacings) - {None, *get_args(Spacing)}:
+        raise ValueError(
+            f"analytic_spacing={','.join(map(str, unknown))} must be null, or one or a list of "
+            f"{', '.join(get_args(Spacing))}"
+        )
+    node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
+    assert isinstance(node, DictConfig)
+    schedule = components.build_schedule(node.get("schedule", node), 1.0, False)
+    samplers = {}
+    for name in config_groups()["sampler"]:
+        if name == "diffusers":
+            continue
+        settings = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
+        assert isinstance(settings, DictConfig)
+        sampler = components.build_sampler(settings)
+        for spacing in spacings:
+            label = f"{name} {spacing}" if len(spacings) > 1 else name
+            samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)
+    grid = "each sampler's own spacing" if spacings == [None] else f"spacing {', '.join(spacings)}"
+    return components.make(cfg.analytic), schedule, samplers, grid
