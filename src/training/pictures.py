@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from src.data.module import BaseDataModule
-from src.diffusion.noise import make_grid
+from src.diffusion.noise import make_time_grid
 from src.metrics.neighbors import Nearest, nearest
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
@@ -51,7 +51,7 @@ def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDat
     for x in module.sample_distributed(count, seed):
         frames.append(data.postprocess(x[:shown]).cpu())
     _, steps, spacing, _ = module.sampler
-    sigmas = [level.sigma.item() for level in make_grid(module.schedule, steps, spacing)]
+    sigmas = [level.sigma.item() for level in make_time_grid(module.schedule, steps, spacing)]
     return Trajectory(frames, x.cpu(), sigmas if len(sigmas) == len(frames) else [])
 
 
