@@ -1,4 +1,4 @@
-"""Schedulers of the diffusers library, with the exact denoiser of Gaussian data in place of a network."""
+"""Schedulers of diffusers with the exact denoiser of Gaussian data."""
 
 import inspect
 import sys
@@ -19,7 +19,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global EVERY
     global library
     import diffusers as library
@@ -71,7 +71,7 @@ def run(name, x, steps, predict=ideal, schedule=LINEAR, noise=None, diffusion=No
 
 
 def standardized(shape, seed):
-    """Numbers of mean 0 and deviation 1, exactly, so that chance is left out of what comes of them."""
+    """Return values with mean 0 and std 1 exactly."""
     x = normal(shape, seed)
     return (x - x.mean()) / x.std()
 
@@ -83,7 +83,7 @@ def test_common_schedulers_are_supported():
 
 @for_each("name", lambda: sorted({*EVERY} - DISTILLED))
 def test_schedulers_recover_gaussian_data(name):
-    """Mean and deviation of the data after 100 steps, to the error of first order; of second where it is so."""
+    """To first order with 100 steps, and to second order where the scheduler has it."""
     *_, out = run(name, standardized((4, 10_000), 0), 100)
     assert out.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert out.std().item() == pytest.approx(STD, abs=0.04)
@@ -93,7 +93,7 @@ def test_schedulers_recover_gaussian_data(name):
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_first_order_schedulers_match_our_moments(name):
-    """DDIM and Euler are `ddim`, DDPM and Euler's ancestral `ancestral`, also with the error of 25 steps."""
+    """DDIM and Euler equal `ddim`, DDPM and Euler ancestral `ancestral`, with 25 steps."""
     x, grid = standardized((4, 10_000), 0), make_time_grid(LINEAR, 25)
     theirs = run(name, x, 25)
     ours = list(FIRST_ORDER[name](GaussianDiffusion(), ideal, x, grid, noise=seeded_noise(2)))
@@ -115,7 +115,7 @@ def test_first_order_schedulers_match_our_moments(name):
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3, 4, 4)], ids=str)
 def test_deterministic_schedulers_equal_our_samplers(shape, steps, name, sampler, tolerance):
-    """Every value on the same levels, in the same coordinate."""
+    """On equal levels, in the same coordinate."""
     x = normal(shape, 3)
     theirs = run(name, x, steps, nonlinear)
     ours = list(sampler(GaussianDiffusion(), nonlinear, x, make_time_grid(LINEAR, steps), noise=torch.zeros_like))
@@ -125,7 +125,7 @@ def test_deterministic_schedulers_equal_our_samplers(shape, steps, name, sampler
 
 @for_each("name", lambda: EVERY)
 def test_schedulers_predict_from_x_at_its_level(name):
-    """What is predicted from has the deviation that noised data have at the level, second halves of steps included."""
+    """The std of x is that of noised data at the level, even in the second halves of steps."""
     seen = []
 
     def watched(x, t):
@@ -146,7 +146,7 @@ def test_schedulers_predict_from_x_at_its_level(name):
 
 @for_each("name", lambda: sorted({*EVERY} - {"PNDMScheduler"}))
 def test_schedulers_are_finite_at_zero_snr(name):
-    """Finite, and from pure noise to the right mean: x_0 is what is predicted there."""
+    """And start from pure noise with the correct mean, since they predict x_0."""
     values = run(name, standardized((4, 2000), 5).float(), 20, schedule=ZERO_TERMINAL)
     assert all(value.isfinite().all() for value in values)
     assert values[-1].mean().item() == pytest.approx(MEAN, abs=0.02)
@@ -157,7 +157,7 @@ def test_schedulers_are_finite_at_zero_snr(name):
     "name", ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler"]
 )
 def test_samples_do_not_depend_on_the_batch(name):
-    """Sample k is the same whatever it is drawn together with, and another for another seed."""
+    """A sample depends on its seed and index only."""
 
     def drawn(seed, indices):
         noise = SampleNoise(seed, indices, torch.device("cpu"))
@@ -171,7 +171,7 @@ def test_samples_do_not_depend_on_the_batch(name):
 
 
 def test_diffusion_clips_for_schedulers():
-    """The scheduler gets what the process makes of the network's output."""
+    """The scheduler gets the clipped prediction."""
     diffusion = GaussianDiffusion("x0", clip_x0=0.5)
     predict = samplers.predictor(diffusion, lambda x, t: 3 * torch.tanh(x))
     *_, out = run("DDIMScheduler", normal((5, 2), 6), 10, predict, diffusion=diffusion)
@@ -180,7 +180,7 @@ def test_diffusion_clips_for_schedulers():
 
 @for_each("name", lambda: EVERY)
 def test_conventions_set_every_differing_default(name):
-    """No scheduler has a clipping, spacing or last step that is left to its default."""
+    """No clipping, spacing or last step is left to the default of a scheduler."""
     known = inspect.signature(getattr(library, name).__init__).parameters
     assert {
         k for k in known if k.startswith(("clip_sample", "thresh", "timestep_sp", "set_alpha", "final_s", "rescale"))

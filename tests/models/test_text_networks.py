@@ -1,4 +1,4 @@
-"""The networks of text conditions and cross-attention: against torch's own, and in what padding may not change."""
+"""Text embeddings and cross-attention against torch, and their invariance to padding."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ IDS = torch.tensor([[1, 7, 5, 9, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [1, 3, 4
 
 
 def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, those that start at zero too."""
+    """Set every parameter to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():

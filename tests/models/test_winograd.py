@@ -1,4 +1,4 @@
-"""The fast convolution against the plain one."""
+"""Winograd convolution against the direct one."""
 
 import copy
 
