@@ -74,7 +74,7 @@ def test_heun_with_churn_equals_algorithm_2(name):
         for settings in SETTINGS:
             expected, sigmas = algorithm_2([level.ratio.item() for level in grid], **settings)
             out, levels = heun(grid, settings)
-            rel = 1e-4 if name == "learned" else 1e-9  # which computes its log-SNR in float32
+            rel = 1e-4 if name == "learned" else 1e-9  # log-SNR in float32
             assert [level.ratio.item() for level in levels] == pytest.approx(sigmas, rel=rel)
             if name != "learned":
                 assert out == pytest.approx(expected, rel=1e-8, abs=1e-9)

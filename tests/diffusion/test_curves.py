@@ -233,7 +233,7 @@ def test_time_grids_descend_to_clean_data(curve, spacing, steps):
     if spacing in ("trailing", "linspace"):
         assert grid[0] == noisiest
     elif spacing != "leading":
-        # rtol: a position's rounding, of a log-SNR in float32 where the curve is learned.
+        # rtol: the rounding of a position; a learned curve computes its log-SNR in float32.
         assert grid[0].ratio.item() == pytest.approx(min(noisiest.ratio.item(), 80), rel=1e-4)
 
 

@@ -103,7 +103,7 @@ def test_targets_equal_their_definitions(prediction, t):
     """In plain floats: eps, x_0, alpha eps - sigma x_0, EDM's F, eps - x_0."""
     diffusion = GaussianDiffusion(prediction)
     alpha, sigma = t.alpha.item(), t.sigma.item()
-    # EDM's preconditioning (tab. 1) in x / alpha, whose noise is kappa = sigma / alpha; sigma_data = 0.5.
+    # EDM's preconditioning (tab. 1) for x / alpha with noise kappa = sigma / alpha; sigma_data = 0.5.
     kappa, noised = sigma / alpha, 0.5 + sigma / alpha * -1.25
     c_skip, c_out = 0.25 / (kappa**2 + 0.25), kappa * 0.5 / math.sqrt(kappa**2 + 0.25)
     expected = {

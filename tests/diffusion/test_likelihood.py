@@ -202,11 +202,11 @@ def test_far_tails_are_finite(levels, distance, dtype):
             assert pull.isfinite().all()
             assert widen.isfinite().all()
             if distance >= 5 and distance * std > 4 / (levels - 1):
-                # Beyond the edge of an inner bin: nearer is likelier, and so is wider.
+                # Beyond the edge of an inner bin, smaller distances and larger variances are more likely.
                 assert (side * pull[1:-1] < 0).all()
                 assert (widen[1:-1] > 0).all()
-                # And by how much, whatever the precision: log p falls with the square of the distance to the edge,
-                # but for a little at 5 deviations; float32 rounds that edge by 1e-7.
+                # log p decreases with the square of the distance to the edge, up to a small term at 5 std;
+                # float32 rounds the edge by 1e-7.
                 edge = distance * std - 1 / (levels - 1)
                 assert_close(
                     -side * pull[1:-1].double(),
@@ -223,7 +223,7 @@ def test_log_ndtr_gradient_is_accurate(dtype):
     log_prob = log_ndtr(x)
     (slope,) = torch.autograd.grad(log_prob.sum(), x)
     at = x.detach().double()
-    # In float32 the rounding of x^2 / 2, 72 at most on the right, is an error relative to what it is the exponent of.
+    # In float32 the rounding of the exponent x^2 / 2, at most 72 on the right, is a relative error.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_close(log_prob.double(), torch.from_numpy(norm.logcdf(at.numpy())), rtol=tolerance, atol=0)
     far = at < -5
@@ -258,7 +258,7 @@ def test_prior_is_the_kl_at_the_noisiest_level(shape, schedule):
     spread = 1.0 if schedule in TABLES.values() else math.hypot(alpha, sigma)
     nats = kl_divergence(Normal(alpha * x0, sigma), Normal(torch.zeros_like(x0), spread))
     expected = torch.stack([sample.mean() for sample in nats]) / math.log(2)
-    # What cancels is of order 1.
+    # Terms of order 1 cancel.
     assert_close(prior_bits(schedule.row(schedule.num_steps - 1), x0), expected, rtol=1e-9, atol=1e-15)
 
 
@@ -373,14 +373,14 @@ def test_suboptimal_variance_costs_its_kl(schedule, target, variance, m, s):
     t, cleaner, _ = data.transition
     added = (t.sigma**2 - (t.alpha / cleaner.alpha) ** 2 * cleaner.sigma**2)[1:]
     small = 1 / (1 / cleaner.sigma[1:] ** 2 + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
-    # That of x_s given x_t for data of unit variance.
+    # The variance of x_s given x_t for data of unit variance.
     prior = cleaner.alpha[1:] ** 2 + cleaner.sigma[1:] ** 2
     large = 1 / (1 / prior + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
     decoder = 0.3 * (t.sigma[0] / t.alpha[0]) ** 2
     chosen = torch.cat([decoder.flatten(), (small if variance == "fixed_small" else large).flatten()])
     ratio = data.reverse_variance().flatten() / chosen
     excess = 0.5 * (ratio - 1 - ratio.log())
-    # The decoder's ratio, of two arbitrary variances, may be large.
+    # The ratio of the decoder may be large.
     assert_close(terms - best, excess, rtol=1e-7, atol=1e-9)
     assert (terms - best > -1e-12).all()
     assert terms.sum() > best.sum() + 1e-3
@@ -417,7 +417,7 @@ def test_vlb_loss_is_an_unbiased_bound(name):
     x0, eps = data.x0.expand_as(data.x_t).float(), data.eps.expand_as(data.x_t).float()
     transition = schedule.transition((torch.arange(STEPS) + 0.5) / STEPS, x0)
     bits = losses.vlb(diffusion, lambda *_: out.float(), x0, transition, eps)["vlb"].mean()
-    # Rounding of float32 on terms that sum to about 1, the first of which has variance 1e-4.
+    # float32 rounding of terms that sum to about 1; the first has variance 1e-4.
     assert_close(bits.double(), exact, rtol=0, atol=1e-3)
 
 

@@ -31,8 +31,8 @@ SHAPES = [(5, 2), (5, 3, 4, 4)]
 SIGMA_DATA = 0.7
 STEPS = 100
 
-# The papers' own weights, on the squared error of x_0 or of eps, by SNR = alpha^2 / sigma^2. k, gamma and bias are
-# not the defaults, so that they are seen to be used.
+# The weights of the papers, on the squared error of x_0 or eps, as functions of SNR = alpha^2 / sigma^2.
+# k, gamma and bias differ from the defaults.
 PAPERS = {
     "snr": (losses.snr, "eps", lambda snr: 1),
     "truncated_snr": (losses.truncated_snr, "x0", lambda snr: max(snr, 1)),
@@ -96,7 +96,7 @@ def to_clean(t):
     return Transition(t, CLEAN, STEPS)
 
 
-def five_links(schedule, shape):
+def five_transitions(schedule, shape):
     """Return the cleanest transition, which ends at clean data, and four others, in float64.
 
     Not the noisiest, at which rectified flow does not determine x_0.
@@ -118,7 +118,7 @@ def expressing(prediction, x0_hat, mix=None):
 
     def denoise(x_t, t):
         eps_hat = (x_t - t.alpha * x0_hat) / t.sigma
-        # EDM tab. 1 in its own variables: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
+        # EDM tab. 1: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
         ratio = t.sigma / t.alpha
         std = (ratio**2 + SIGMA_DATA**2).sqrt()
         c_skip, c_out = SIGMA_DATA**2 / std**2, ratio * SIGMA_DATA / std
@@ -233,16 +233,16 @@ def test_simple_ignores_a_learned_variance(prediction, variance, shape):
 def test_losses_call_the_network_once(loss_fn):
     """At x_t and the noisier end of the transition."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
-    asked = []
+    x0, eps, transition = normal(shape, 8), normal(shape, 9), five_transitions(SCHEDULES["cosine"], shape)
+    calls = []
 
     def denoise(x_t, t):
-        asked.append((x_t, t))
+        calls.append((x_t, t))
         return torch.cat([x_t, x_t], 1)
 
     settings = {} if loss_fn == "vlb" else {"weighting": losses.uniform}
     getattr(losses, loss_fn)(diffusion_of("eps", "learned"), denoise, x0, transition, eps, **settings)
-    ((x_t, t),) = asked
+    ((x_t, t),) = calls
     assert t is transition.t
     assert_close(x_t, transition.t.alpha * x0 + transition.t.sigma * eps, rtol=1e-15, atol=0)
 
@@ -369,7 +369,7 @@ def test_loss_is_finite_at_zero_snr(name, prediction):
     out = out + eps if prediction == "velocity" else out
     loss = losses.simple(diffusion_of(prediction), lambda *_: out, x0, to_clean(t), eps, weighting=weighting)["loss"]
     limit = {"truncated_snr": 1.0, "edm": 1 / SIGMA_DATA**2}.get(name, 0.0)
-    # An SNR of 1e-20 stands in for 0.
+    # An SNR of 1e-20 replaces 0.
     assert_close(loss, limit * per_sample_mean((x0_hat - x0).square()), rtol=1e-9, atol=1e-18)
 
 
@@ -443,7 +443,7 @@ def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, le
     diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=levels)
     x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 20)
-    transition = five_links(schedule, shape)
+    transition = five_transitions(schedule, shape)
     network = expressing(prediction, x0_hat, mix if variance in LEARNED else None)
     terms = losses.vlb(diffusion, network, x0, transition, eps)
 
@@ -458,7 +458,7 @@ def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, le
     std = small.sqrt().expand(shape)
     nats[1:] = kl_divergence(Normal(mean[1:], std[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
     clean = 0.3 * (transition.t.sigma[0] / transition.t.alpha[0]) ** 2
-    # Both fixed variances are the decoder's there; learned_range reaches up to that for x_0 ~ N(0, 1).
+    # Both fixed variances are that of the decoder; learned_range extends to that for x_0 ~ N(0, 1).
     large = clean if variance == "fixed_large" else 1 / (1 + (transition.t.alpha[0] / transition.t.sigma[0]) ** 2)
     clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
     nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
@@ -476,7 +476,7 @@ def decoder_in_scipy(x, mean, std, levels):
     half = 1 / (levels - 1)
     lower = np.where(x == -1, -np.inf, (x - half - mean) / std)
     upper = np.where(x == 1, np.inf, (x + half - mean) / std)
-    # Of the tails on the side on which they are small, in logarithms.
+    # Logarithms of the tails, on the side where they are small.
     lower, upper = np.where(lower + upper > 0, [-upper, -lower], [lower, upper])
     return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
 
@@ -489,7 +489,7 @@ def test_vlb_of_a_batch_equals_single_samples(schedule, shape, levels):
     diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=levels)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 24)
-    transition = five_links(schedule, shape)
+    transition = five_transitions(schedule, shape)
     together = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
     for i in range(len(x0)):
         t, s = (NoiseLevel(*(field[i : i + 1] for field in level)) for level in (transition.t, transition.s))
@@ -556,7 +556,7 @@ def test_bound_is_finite_at_zero_snr(prediction, variance):
 def test_hybrid_bound_trains_only_the_variance(schedule, prediction, variance, shape):
     """The mean gets the gradient of `simple`, the variance `vlb_weight` times that of `vlb` (iDDPM eq. 16)."""
     diffusion = diffusion_of(prediction, variance, decoder_scale=0.3)
-    x0, eps, transition = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
+    x0, eps, transition = normal(shape, 31), normal(shape, 32), five_transitions(schedule, shape)
     out = torch.cat([normal(shape, 33), normal(shape, 34).tanh()], 1).requires_grad_()
 
     def terms_and_gradients(loss_fn, **settings):
@@ -569,9 +569,9 @@ def test_hybrid_bound_trains_only_the_variance(schedule, prediction, variance, s
     hybrid, mean, mix = terms_and_gradients(losses.hybrid, weighting=losses.min_snr, type="huber", vlb_weight=0.01)
     assert (vlb_mean != 0).all()
     assert (vlb_mix != 0).all()
-    # The same operations in the same order, but for the factor.
+    # The same operations in the same order, except for the factor.
     assert_close(mean, simple_mean, rtol=0, atol=0)
-    # Of this, parts that differ by orders of magnitude cancel.
+    # Terms of different orders of magnitude cancel.
     assert_close(mix, 0.01 * vlb_mix, rtol=1e-9, atol=1e-15)
     assert_close(hybrid["loss"], simple["loss"] + 0.01 * vlb["loss"], rtol=1e-12, atol=0)
     assert_close(hybrid["vlb"], vlb["loss"], rtol=0, atol=0)
@@ -581,7 +581,7 @@ def test_hybrid_bound_trains_only_the_variance(schedule, prediction, variance, s
 def test_vlb_has_gradients_beyond_the_clip():
     """The same gradients as without a clip."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 39), normal(shape, 40), five_transitions(SCHEDULES["table_cosine"], shape)
     gradients = []
     for clip_x0 in (None, 0.1):
         out = normal((5, 4), 41).requires_grad_()
@@ -595,7 +595,7 @@ def test_vlb_has_gradients_beyond_the_clip():
 def test_hybrid_variance_fits_the_clipped_mean():
     """Its bound is that of the clipped prediction, and the mean has gradients where it is clipped."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 42), normal(shape, 43), five_transitions(SCHEDULES["table_cosine"], shape)
     out = torch.cat([3 * normal(shape, 44), normal(shape, 45).tanh()], 1).requires_grad_()
     diffusion = diffusion_of("x0", "learned_range", clip_x0=0.1)
     hybrid = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.uniform)
@@ -611,7 +611,7 @@ def test_hybrid_variance_fits_the_clipped_mean():
 def test_default_vlb_weight_is_a_thousandth():
     """As in iDDPM, sec. 3.1."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 35), normal(shape, 36), five_transitions(SCHEDULES["table_cosine"], shape)
     out = normal((5, 4), 37)
     arguments = diffusion_of("eps", "learned_range"), lambda *_: out, x0, transition, eps
     hybrid = losses.hybrid(*arguments, weighting=losses.uniform)["loss"]
@@ -621,6 +621,6 @@ def test_default_vlb_weight_is_a_thousandth():
 
 @for_each("variance", ["fixed_small", "fixed_large"])
 def test_hybrid_needs_a_learned_variance(variance):
-    x, transition = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
+    x, transition = normal((5, 2), 38), five_transitions(SCHEDULES["table_cosine"], (5, 2))
     with pytest.raises(ValueError, match=f"diffusion.variance={variance} "):
         losses.hybrid(diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform)

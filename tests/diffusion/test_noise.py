@@ -444,7 +444,7 @@ def test_time_grid_of_a_curve(name, spacing, steps):
             roots = [(1 - f) * high ** (1 / 7) + f * low ** (1 / 7) for f in fraction]
             logs = [(1 - f) * math.log(high) + f * math.log(low) for f in fraction]
             expected = [root**7 for root in roots] if spacing == "karras" else [math.exp(log) for log in logs]
-            # A position's rounding moves pure noise by more; what is learned is in float32.
+            # The rounding of a position changes pure noise by more; a learned curve computes in float32.
             rtol = 1e-4 if name == "learned" else 1e-9
             assert (sigma / alpha)[:-1].tolist() == pytest.approx(expected, rel=rtol)
 
@@ -481,7 +481,7 @@ def test_table_of_a_curve_equals_the_curve(name):
     u = torch.linspace(0.2, 1, 77, dtype=torch.float64)
     for a, b in zip(table.at(u), curve.at(u), strict=True):
         angle, expected = torch.atan2(a.sigma, a.alpha).item(), torch.atan2(b.sigma, b.alpha).item()
-        # cos(angle) = cos(expected) / cos(angle at 0); the links' bend is second order in 1 / T.
+        # cos(angle) = cos(expected) / cos(angle at 0); the curvature within a transition is of second order in 1 / T.
         assert angle == pytest.approx(expected, abs=2e-5 + noise / math.tan(expected))
     positions = torch.linspace(0.2, 1.3, 50, dtype=torch.float64)
     assert_close(table.position(positions), curve.position(positions), rtol=0, atol=1e-3)

@@ -31,7 +31,7 @@ TABLES = {
     "sigmoid_jabri": schedules.sigmoid_jabri,
     "scaled_linear": partial(schedules.quadratic, beta_start=0.00085, beta_end=0.012),
     "custom": lambda num_steps: schedules.custom([0.02] * num_steps),
-    # alpha_bar ends at 1e-3011, which no float64 holds.
+    # alpha_bar ends at 1e-3011, which underflows float64.
     "underflowing": partial(schedules.constant, beta=0.5),
 }
 CURVES = {
@@ -82,8 +82,8 @@ def check_finite(label, grid):
         for name in SAMPLERS:
             out = fn(name, grid, x)
             assert out.isfinite().all() and out.dtype == dtype, (label, len(grid) - 1, name, dtype, out)
-            # Heun's method diverges on few steps from far above sigma / alpha = 80; the others stay near the data.
-            # Inversion ends at noise of the grid's own scale.
+            # Heun's method diverges with few steps from far above sigma / alpha = 80.
+            # Inversion ends at noise of the scale of the time grid.
             if not name.startswith("heun"):
                 assert out.abs().max() < 40 * max(1, grid[0].norm), (label, len(grid) - 1, name, dtype, out)
 
@@ -222,7 +222,7 @@ def test_steps_between_equal_levels_are_identities(name):
             diffusion = GaussianDiffusion("x0", variance=variance)
             once = list(SAMPLERS[name](diffusion, ideal, x, grid, noise=torch.ones_like))
             twice = list(SAMPLERS[name](diffusion, ideal, x, doubled, noise=torch.ones_like))
-            # A repeated level draws noise of deviation 0 (1e-18, the least that a log-variance may say).
+            # A repeated level draws noise with std 0 (1e-18, the lower limit of a log-variance).
             assert_close(twice[-1], once[-1], rtol=1e-9, atol=1e-9)
             for before, after, (t, s) in zip([x, *twice], twice, pairwise(doubled), strict=False):
                 if t is s:

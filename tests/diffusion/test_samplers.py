@@ -108,7 +108,7 @@ def flow(x, t, s):
     return mean_s + math.sqrt(variance_s / variance_t) * (x - mean_t)
 
 
-# On Gaussian data: every sampler is affine in x and in its noises.
+# On Gaussian data every sampler is affine in x and its noise.
 
 
 def moments(sampler, diffusion, grid, mean, variance):
@@ -243,7 +243,7 @@ def test_samplers_recover_gaussian_data(name):
         assert many < few / 5 + 1e-4
 
 
-# Against the papers' own coordinates.
+# In the coordinates of the papers.
 
 
 def exploding(grid):
@@ -376,7 +376,7 @@ def test_churn_acts_only_within_its_range():
 
         run(partial(samplers.heun, s_churn=s_churn, s_tmin=0.1, s_tmax=20.0), predict, normal((3, 2), 4), grid)
         expected = [r * (1 + gamma) if 0.1 <= r <= 20 else r for r in exploding(grid)[:-1]]
-        # Each step but the last also predicts at its end.
+        # Every step except the last also predicts at its end.
         assert seen[::2] == pytest.approx(expected, rel=1e-9)
 
 
@@ -414,7 +414,7 @@ def test_ddim_inverts_ddim_inversion(levels):
     assert noise.std(0) == pytest.approx([1, 1], abs=0.15)
 
 
-# Against each other and for any data.
+# Against each other, for any data.
 
 
 @for_each("clip_x0", [None, 1.0])
@@ -541,7 +541,7 @@ def test_sampler_settings_out_of_range_raise(sampler, message):
         run(sampler, ideal, normal((3, 2), 11), make_time_grid(schedule(), 7))
 
 
-# Against the diffusers library, where its convention is the standard one.
+# Against diffusers, where its convention is standard.
 
 
 def row(levels, t):
@@ -622,7 +622,7 @@ def test_dpmpp_2m_equals_diffusers(prediction, steps, algorithm):
     assert scheduler.timesteps.tolist() == rows
     diffusion, x, theirs = GaussianDiffusion(prediction), normal((3, 2), 12), seeded_noise(13)
     sampler = samplers.dpmpp_2m if algorithm == "dpmsolver++" else samplers.dpmpp_2m_sde
-    # What is clean at the end gets no noise from the library either.
+    # diffusers does not add noise in the last step either.
     ours = run(sampler, samplers.predictor(diffusion, nonlinear), x, grid, seeded_noise(13))
     for t, value in zip(rows, ours, strict=True):
         noise = theirs(x) if algorithm.startswith("sde") else None
@@ -649,7 +649,7 @@ def test_heun_equals_diffusers(steps):
         assert_close(value, z * level.alpha, rtol=1e-4, atol=1e-4)
 
 
-# Where its convention is not the standard one: which is right, and why.
+# Against conventions of diffusers that are not standard.
 
 
 def test_clipped_prediction_reproduces_x_t():

@@ -129,7 +129,7 @@ def test_stratified_is_evenly_spaced(total, step):
     """Sorted, the i-th of B is i / B plus a shared offset below 1 / B."""
     v, weight = draw(stratified, total, [total], step)
     offset = v.double().sort().values - torch.arange(total) / total
-    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # the places' and the sums' rounding
+    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # rounding of positions and sums
     assert -2e-7 < offset[0] < 1 / total
     assert (weight == 1).all()
 
@@ -149,7 +149,7 @@ def test_stratified_means_have_less_variance():
         )
         for timestep_sampler in (uniform, stratified)
     }
-    # A sample's deviation is off by 1 / sqrt(2 n), 3.5 %; more for the normal, less for the uniform.
+    # The relative error of a sample std is about 1 / sqrt(2 n) = 3.5%.
     assert means[uniform].std().item() == pytest.approx(1 / math.sqrt(12 * 64), rel=0.15)
     assert means[stratified].std().item() == pytest.approx(1 / math.sqrt(12) / 64, rel=0.15)
 
@@ -212,7 +212,7 @@ def test_log_normal_sigmas_out_of_range_raise(low, high):
 def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, uniform_prob, seed):
     """p = uniform_prob / num_bins + (1 - uniform_prob) rms / sum of rms, in plain floats."""
     importance = ImportanceSampler(num_bins, history_per_bin, uniform_prob)
-    for fed in range(3):  # goes round the memory of each bin several times
+    for fed in range(3):  # overwrites the history of each bin several times
         _, _, last = seen_by(importance, seed + 10 * fed, 40 * num_bins * history_per_bin)
     roots = [math.sqrt(sum(loss**2 for loss in losses) / history_per_bin) for losses in last]
     expected = [uniform_prob / num_bins + (1 - uniform_prob) * root / sum(roots) for root in roots]

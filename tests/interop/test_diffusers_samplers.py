@@ -31,7 +31,7 @@ def heavy_imports() -> None:
 MEAN, STD = 0.7, 0.5
 LINEAR = NoiseSchedule(schedules.linear(1000))
 ZERO_TERMINAL = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(1000)))
-# Their steps are those of networks distilled to jump, and spread the data too little with any other.
+# Their steps are for distilled networks, and reduce the variance of the data with others.
 DISTILLED = {"LCMScheduler", "TCDScheduler"}
 FIRST_ORDER = {
     "DDIMScheduler": samplers.ddim,
@@ -97,7 +97,7 @@ def test_first_order_schedulers_match_our_moments(name):
     x, grid = standardized((4, 10_000), 0), make_time_grid(LINEAR, 25)
     theirs = run(name, x, 25)
     ours = list(FIRST_ORDER[name](GaussianDiffusion(), ideal, x, grid, noise=seeded_noise(2)))
-    tolerance = 1e-4 if FIRST_ORDER[name] is samplers.ddim else 0.02  # the noises are others
+    tolerance = 1e-4 if FIRST_ORDER[name] is samplers.ddim else 0.02  # different noise
     for a, b in zip(theirs, ours, strict=True):
         assert a.mean().item() == pytest.approx(b.mean().item(), abs=tolerance)
         assert a.std().item() == pytest.approx(b.std().item(), abs=tolerance)
@@ -107,7 +107,7 @@ def test_first_order_schedulers_match_our_moments(name):
     ("name", "sampler", "tolerance"),
     [
         ("DDIMScheduler", samplers.ddim, 1e-10),  # with our float64 tables
-        ("EulerDiscreteScheduler", samplers.ddim, 1e-4),  # computes in float32, as does what follows
+        ("EulerDiscreteScheduler", samplers.ddim, 1e-4),  # these compute in float32
         ("HeunDiscreteScheduler", samplers.heun, 1e-4),
         ("DPMSolverMultistepScheduler", samplers.dpmpp_2m, 1e-4),
     ],
@@ -128,19 +128,19 @@ def test_schedulers_predict_from_x_at_its_level(name):
     """The std of x is that of noised data at the level, even in the second halves of steps."""
     seen = []
 
-    def watched(x, t):
+    def recorded(x, t):
         expected = (t.alpha.item() * STD) ** 2 + t.sigma.item() ** 2
         seen.append((x.std().item() / expected**0.5, t.time.item()))
         return ideal(x, t)
 
-    values = run(name, standardized((4, 2000), 4), 40, watched)
+    values = run(name, standardized((4, 2000), 4), 40, recorded)
     assert len(values) == 40
     assert all(value.shape == (4, 2000) for value in values)
     ratios, times = zip(*seen, strict=True)
     if name not in DISTILLED:
         assert all(ratio == pytest.approx(1, abs=0.15) for ratio in ratios)
     assert times[0] == 1
-    # Ancestral KDPM2 predicts twice at one level, up to rounding.
+    # KDPM2 ancestral predicts twice at one level, up to rounding.
     assert all(before >= after - 1e-6 for before, after in pairwise(times))
 
 
@@ -159,15 +159,15 @@ def test_schedulers_are_finite_at_zero_snr(name):
 def test_samples_do_not_depend_on_the_batch(name):
     """A sample depends on its seed and index only."""
 
-    def drawn(seed, indices):
+    def samples(seed, indices):
         noise = SampleNoise(seed, indices, torch.device("cpu"))
         return run(name, noise.draw((2,)), 10, nonlinear, noise=noise)[-1]
 
-    together = drawn(0, range(4))
-    assert_close(drawn(0, [2, 3]), together[2:], rtol=1e-6, atol=1e-6)
-    assert_close(drawn(0, [1]), together[1:2], rtol=1e-6, atol=1e-6)
-    assert (drawn(1, range(4)) != together).all()
-    assert len({tuple(row.tolist()) for row in together}) == 4
+    batch = samples(0, range(4))
+    assert_close(samples(0, [2, 3]), batch[2:], rtol=1e-6, atol=1e-6)
+    assert_close(samples(0, [1]), batch[1:2], rtol=1e-6, atol=1e-6)
+    assert (samples(1, range(4)) != batch).all()
+    assert len({tuple(row.tolist()) for row in batch}) == 4
 
 
 def test_diffusion_clips_for_schedulers():

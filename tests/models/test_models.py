@@ -73,7 +73,7 @@ ALIKE = {
         "num_head_channels": 4,
         "resblock_updown": True,
     },
-    "one level": {
+    "one stage": {
         "channels": 1,
         "image_size": 5,
         "model_channels": 12,
@@ -102,7 +102,7 @@ def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
-                parameter.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))  # a norm's weight, or a bias
+                parameter.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))  # weight of a norm, or bias
     return net
 
 
@@ -142,7 +142,7 @@ def expected_count(
         shortcut = conv(a, b, 1) if a != b else 0
         return 2 * a + conv(a, b) + linear(4 * model_channels, modulations * b) + 2 * b + conv(b, b) + shortcut
 
-    def attention_resolutions(a: int) -> int:
+    def attention(a: int) -> int:
         return 2 * a + 4 * linear(a, a)
 
     widths = [model_channels * m for m in channel_mult]
@@ -153,22 +153,20 @@ def expected_count(
         + conv(channels, model_channels)
     )
     skips, c = [model_channels], model_channels
-    for level, w in enumerate(widths):
+    for stage, w in enumerate(widths):
         for _ in range(num_res_blocks):
-            total += residual(c, w) + (attention_resolutions(w) if level in attended else 0)
+            total += residual(c, w) + (attention(w) if stage in attended else 0)
             c = w
             skips.append(c)
-        if level < last:
+        if stage < last:
             total += conv(c, c)
             skips.append(c)
-    total += 2 * residual(c, c) + attention_resolutions(c)
-    for level in range(last, -1, -1):
+    total += 2 * residual(c, c) + attention(c)
+    for stage in range(last, -1, -1):
         for _ in range(num_res_blocks + 1):
-            total += residual(c + skips.pop(), widths[level]) + (
-                attention_resolutions(widths[level]) if level in attended else 0
-            )
-            c = widths[level]
-        if level > 0:
+            total += residual(c + skips.pop(), widths[stage]) + (attention(widths[stage]) if stage in attended else 0)
+            c = widths[stage]
+        if stage > 0:
             total += conv(c, c)
     return total + 2 * c + conv(c, channels)
 
@@ -222,11 +220,11 @@ def copy_weights(ours: UNet, theirs: nn.Module) -> None:
         put(f"{name}.conv2", block.conv2)
         put(f"{name}.conv_shortcut", block.shortcut)
 
-    def put_attention(name: str, attention_resolutions: SelfAttention) -> None:
-        put(f"{name}.group_norm", attention_resolutions.norm)
-        put(f"{name}.to_out.0", attention_resolutions.out)
+    def put_attention(name: str, attention: SelfAttention) -> None:
+        put(f"{name}.group_norm", attention.norm)
+        put(f"{name}.to_out.0", attention.out)
         for kind in ("weight", "bias"):
-            for letter, part in zip("qkv", getattr(attention_resolutions.qkv, kind).chunk(3), strict=True):
+            for letter, part in zip("qkv", getattr(attention.qkv, kind).chunk(3), strict=True):
                 state[f"{name}.to_{letter}.{kind}"] = part
 
     def put_path(side: str, modules: nn.ModuleList, change: str) -> None:
@@ -272,9 +270,9 @@ def test_unet_equals_diffusers_unet2d(name):
 
     size = settings["image_size"]
     x = normal(3, settings["channels"], size, size)
-    time = torch.tensor([1 / 1000, 0.05, 0.5])  # later, float32 angles alone would differ by 1e-4
+    time = torch.tensor([1 / 1000, 0.05, 0.5])  # float32 angles differ by 1e-4 at later times
     expected = theirs(x, 1000 * time).sample
-    assert expected.abs().mean() > 0.1  # else the comparison would say little
+    assert expected.abs().mean() > 0.1  # not a trivial comparison
     assert_close(ours(x, time), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -431,17 +429,17 @@ def test_num_heads_equals_num_head_channels():
 @torch.no_grad()
 def test_attention_equals_softmax_of_scaled_products():
     """Head by head in float64 (Vaswani et al. 2017, eq. 1)."""
-    attention_resolutions = randomize(SelfAttention(8, 2, num_heads=2).double())
+    attention = randomize(SelfAttention(8, 2, num_heads=2).double())
     x = normal(2, 8, 3, 5).double()
-    tokens = F.group_norm(x, 2, attention_resolutions.norm.weight, attention_resolutions.norm.bias, 1e-5).flatten(2).mT
-    weights, biases = attention_resolutions.qkv.weight.chunk(3), attention_resolutions.qkv.bias.chunk(3)
+    tokens = F.group_norm(x, 2, attention.norm.weight, attention.norm.bias, 1e-5).flatten(2).mT
+    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     q, k, v = (tokens @ w.T + b for w, b in zip(weights, biases, strict=True))
     mixed = []
     for part in (slice(0, 4), slice(4, 8)):
         shares = torch.exp(q[..., part] @ k[..., part].mT / 2)
         mixed.append(shares / shares.sum(-1, keepdim=True) @ v[..., part])
-    out = torch.cat(mixed, -1) @ attention_resolutions.out.weight.T + attention_resolutions.out.bias
-    assert_close(attention_resolutions(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
+    out = torch.cat(mixed, -1) @ attention.out.weight.T + attention.out.bias
+    assert_close(attention(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
@@ -548,7 +546,7 @@ def test_samples_of_a_batch_are_independent(make):
     before, after = net(x, time), net(changed_x, changed_time)
     assert_close(after[1:], before[1:], rtol=0, atol=0)
     assert (after[0] - before[0]).abs().max() > 1e-2
-    # alone: another batch size may take another kernel, which adds in another order
+    # another batch size may select a kernel that adds in another order
     assert_close(net(x[2:3], time[2:3]), before[2:3], rtol=1e-4, atol=1e-5)
 
 
