@@ -210,9 +210,9 @@ def test_transitions_have_width_one_over_num_steps(curve, num_steps):
     k = (v * num_steps).floor()
     clean = k == 0
     at = schedule.level_at(v, torch.zeros(2000, 1, 1))
-    for level, place in ((t, (k + 1) / num_steps), (s, k / num_steps), (at, v)):
+    for level, position in ((t, (k + 1) / num_steps), (s, k / num_steps), (at, v)):
         kept = ~clean if level is s else slice(None)
-        for field, expected in zip(level, (*curve(place[kept]), place[kept]), strict=True):
+        for field, expected in zip(level, (*curve(position[kept]), position[kept]), strict=True):
             assert_close(field.flatten()[kept], expected, rtol=1e-14, atol=0)
     assert all((field.flatten()[clean] == value).all() for field, value in zip(s, CLEAN, strict=True))
     assert (torch.atan2(s.sigma, s.alpha) < torch.atan2(t.sigma, t.alpha)).all()

@@ -101,8 +101,8 @@ def five_transitions(schedule, shape):
 
     Not the noisiest, at which rectified flow does not determine x_0.
     """
-    places = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
-    return Transition(*(stacked([schedule.row(k - back) for k in places], shape) for back in (0, 1)), STEPS)
+    rows = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
+    return Transition(*(stacked([schedule.row(k - back) for k in rows], shape) for back in (0, 1)), STEPS)
 
 
 def stacked(levels, shape):

@@ -392,8 +392,8 @@ def test_continuous_transitions_join_multiples_of_one_over_t(name, num_steps, sh
     assert all(f.shape == (4, *[1] * (len(shape) - 1)) and f.dtype == torch.float32 for level in (t, s) for f in level)
     for i, k in enumerate([0, 0, 1, num_steps - 1]):
         # rtol and atol: float32's rounding of log-SNRs up to 15, and of an angle.
-        place, below = (k + 1) / num_steps, k / num_steps
-        assert [f[i].item() for f in t] == pytest.approx([*on_curve(name, place), place], rel=1e-5, abs=1e-6)
+        position, below = (k + 1) / num_steps, k / num_steps
+        assert [f[i].item() for f in t] == pytest.approx([*on_curve(name, position), position], rel=1e-5, abs=1e-6)
         expected = [*on_curve(name, below), below] if k > 0 else [1.0, 0.0, 0.0]
         assert [f[i].item() for f in s] == pytest.approx(expected, rel=1e-5, abs=1e-6)
         if k == 0:

@@ -42,8 +42,8 @@ def draw(timestep_sampler, total, sizes, step=0):
     parts, start = [], 0
     for size in sizes:
         rng = StepRng(3, step, start, size, CPU)
-        place = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
-        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), place))
+        position = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
+        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), position))
         start += size
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
@@ -54,8 +54,8 @@ def seen_by(importance, seed, count):
     losses = torch.exp(3 * torch.randn(count, generator=torch.Generator().manual_seed(seed + 100)))
     importance.update(v, losses)
     last = [deque(maxlen=importance.history_per_bin) for _ in range(importance.num_bins)]
-    for place, loss in zip(v.tolist(), losses.tolist(), strict=True):
-        last[int(place * importance.num_bins)].append(loss)
+    for position, loss in zip(v.tolist(), losses.tolist(), strict=True):
+        last[int(position * importance.num_bins)].append(loss)
     return v, losses, last
 
 
@@ -66,11 +66,11 @@ def deviation_from_uniform(v):
     return max(above.max().item(), (1 / n - above).max().item())
 
 
-def rooted(place):
-    return place.sqrt()
+def sqrt_warp(position):
+    return position.sqrt()
 
 
-TIMESTEPS = {
+SAMPLERS = {
     "uniform": uniform,
     "uniform_warped": partial(uniform, warp=logit_normal),
     "stratified": stratified,
@@ -78,8 +78,8 @@ TIMESTEPS = {
     "importance": ImportanceSampler(num_bins=10, history_per_bin=2),
     "importance_ready": ImportanceSampler(num_bins=10, history_per_bin=2),
 }
-seen_by(TIMESTEPS["importance_ready"], 0, 400)
-every_one = pytest.mark.parametrize("timestep_sampler", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+seen_by(SAMPLERS["importance_ready"], 0, 400)
+every_one = pytest.mark.parametrize("timestep_sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 
 
 @every_one
@@ -158,7 +158,7 @@ def test_stratified_means_have_less_variance():
 def test_warp_is_applied_last(timestep_sampler):
     """The weight stays 1."""
     arguments = random(64), torch.tensor(0.3), torch.arange(64) / 64
-    v, weight = timestep_sampler(*arguments, warp=rooted)
+    v, weight = timestep_sampler(*arguments, warp=sqrt_warp)
     assert torch.equal(v, timestep_sampler(*arguments)[0].sqrt())
     assert (weight == 1).all()
 
