@@ -58,7 +58,7 @@ CHAINS = {
 }
 
 every_shape = for_each("shape", SHAPES)
-every_levels = for_each("levels", [2, 17, 256])
+every_num_values = for_each("num_values", [2, 17, 256])
 
 
 def normal(shape, seed):
@@ -131,17 +131,17 @@ def test_gaussian_log_prob_integrates_to_one(mean, std):
 # The decoder
 
 
-def values(levels):
-    return torch.linspace(-1, 1, levels, dtype=torch.float64)
+def values(num_values):
+    return torch.linspace(-1, 1, num_values, dtype=torch.float64)
 
 
 MEANS = [-30.0, -1.5, -1.0, -0.99, -0.3, 0.0, 1 / 255, 0.5, 1.0, 1.001, 3.0]
 DEVIATIONS = [1e-3, 1e-2, 0.1, 0.5, 1.0, 20.0]
 
 
-def bins_by_scipy(x, mean, std, levels):
+def bins_by_scipy(x, mean, std, num_values):
     """Return differences of tails, on the side where they are small."""
-    half = 1 / (levels - 1)
+    half = 1 / (num_values - 1)
     lower = np.where(np.isclose(x, -1), -np.inf, (x - half - mean) / std)
     upper = np.where(np.isclose(x, 1), np.inf, (x + half - mean) / std)
     return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
@@ -149,65 +149,65 @@ def bins_by_scipy(x, mean, std, levels):
 
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("std", DEVIATIONS)
-@every_levels
-def test_bin_probabilities_sum_to_one(levels, std, dtype):
+@every_num_values
+def test_bin_probabilities_sum_to_one(num_values, std, dtype):
     """For means inside of, outside of and at the edges of [-1, 1]."""
     means = torch.tensor(MEANS, dtype=dtype)[:, None]
     q = Gaussian(means, torch.tensor(std, dtype=dtype).log() * 2)
-    total = discretized_gaussian_log_prob(values(levels).to(dtype), q, levels).exp().sum(1)
+    total = discretized_gaussian_log_prob(values(num_values).to(dtype), q, num_values).exp().sum(1)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
 
 
 @for_each("std", DEVIATIONS)
 @for_each("mean", MEANS)
-@every_levels
-def test_bins_are_differences_of_the_normal_cdf(levels, mean, std):
+@every_num_values
+def test_bins_are_differences_of_the_normal_cdf(num_values, mean, std):
     """Against scipy, where its probabilities do not underflow."""
-    x = values(levels)
-    ours = discretized_gaussian_log_prob(x, gaussian(mean, std), levels).numpy()
-    theirs = bins_by_scipy(x.numpy(), mean, std, levels)
+    x = values(num_values)
+    ours = discretized_gaussian_log_prob(x, gaussian(mean, std), num_values).numpy()
+    theirs = bins_by_scipy(x.numpy(), mean, std, num_values)
     seen = theirs > 1e-290
     assert seen.any() or abs(mean) > 1
     np.testing.assert_allclose(ours[seen], np.log(theirs[seen]), rtol=1e-9, atol=1e-11)
     assert (ours[~seen] < math.log(1e-289)).all()
 
 
-@every_levels
-def test_outer_bins_extend_to_infinity(levels):
+@every_num_values
+def test_outer_bins_extend_to_infinity(num_values):
     """-1 and 1 have all the mass beyond them."""
-    half = 1 / (levels - 1)
-    first, last = values(levels)[[0, -1]]
+    half = 1 / (num_values - 1)
+    first, last = values(num_values)[[0, -1]]
     for mean, std in [(-5.0, 1.0), (5.0, 0.1), (0.3, 2.0)]:
         q = gaussian(mean, std)
-        below, above = (discretized_gaussian_log_prob(x, q, levels) for x in (first, last))
+        below, above = (discretized_gaussian_log_prob(x, q, num_values) for x in (first, last))
         assert_close(below, scalar(norm.logcdf(-1 + half, mean, std)), rtol=1e-10, atol=1e-14)
         assert_close(above, scalar(norm.logsf(1 - half, mean, std)), rtol=1e-10, atol=1e-14)
 
 
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
-@every_levels
-def test_far_tails_are_finite(levels, distance, dtype):
+@every_num_values
+def test_far_tails_are_finite(num_values, distance, dtype):
     """Finite with finite gradients, which pull the mean toward the data."""
     for std in (1e-4, 1e-2, 1.0):
         for side in (-1, 1):
-            x = values(levels).to(dtype)
+            x = values(num_values).to(dtype)
             mean = (x + side * distance * std).requires_grad_()
             log_variance = torch.full_like(x, 2 * math.log(std)).requires_grad_()
-            log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), levels)
+            log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), num_values)
             assert log_prob.isfinite().all()
             assert (log_prob <= 0).all()
             pull, widen = torch.autograd.grad(log_prob.sum(), (mean, log_variance))
             assert pull.isfinite().all()
             assert widen.isfinite().all()
-            if distance >= 5 and distance * std > 4 / (levels - 1):
+            if distance >= 5 and distance * std > 4 / (num_values - 1):
                 # Beyond the edge of an inner bin, smaller distances and larger variances are more likely.
                 assert (side * pull[1:-1] < 0).all()
                 assert (widen[1:-1] > 0).all()
                 # log p decreases with the square of the distance to the edge, up to a small term at 5 std;
                 # float32 rounds the edge by 1e-7.
-                edge = distance * std - 1 / (levels - 1)
+                edge = distance * std - 1 / (num_values - 1)
                 assert_close(
                     -side * pull[1:-1].double(),
                     torch.full_like(x, edge / std**2).double()[1:-1],

@@ -430,17 +430,17 @@ def reverse_variance(variance, small, large, mix):
     }[variance]
 
 
-@for_each("shape, levels", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
+@for_each("shape, num_values", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
 @every_variance
 @every_target
 @every_schedule
-def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, levels):
+def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, num_values):
     """T times the KL between the posterior and the reverse step by torch.distributions, in bits/dim.
 
     For the cleanest transition it is scipy's density, or the probability of the bin. Small variances are differences of
     similar sigmas, which costs five of sixteen digits.
     """
-    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=levels)
+    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=num_values)
     x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 20)
     transition = five_transitions(schedule, shape)
@@ -460,8 +460,8 @@ def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, le
     clean = 0.3 * (transition.t.sigma[0] / transition.t.alpha[0]) ** 2
     # Both fixed variances are that of the decoder; learned_range extends to that for x_0 ~ N(0, 1).
     large = clean if variance == "fixed_large" else 1 / (1 + (transition.t.alpha[0] / transition.t.sigma[0]) ** 2)
-    clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
-    nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
+    clean_std = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
+    nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_std, num_values)
     expected = STEPS * per_sample_mean(nats) / math.log(2)
     assert_close(terms["loss"], expected, rtol=1e-9, atol=1e-9)
     assert_close(terms["vlb"], terms["loss"], rtol=0, atol=0)
@@ -469,11 +469,11 @@ def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, le
     assert_close(terms["mse"], plain["mse"], rtol=0, atol=0)
 
 
-def decoder_in_scipy(x, mean, std, levels):
+def decoder_in_scipy(x, mean, std, num_values):
     x, mean, std = x.numpy(), mean.numpy(), std.numpy()
-    if levels is None:
+    if num_values is None:
         return torch.from_numpy(norm.logpdf(x, mean, std))
-    half = 1 / (levels - 1)
+    half = 1 / (num_values - 1)
     lower = np.where(x == -1, -np.inf, (x - half - mean) / std)
     upper = np.where(x == 1, np.inf, (x + half - mean) / std)
     # Logarithms of the tails, on the side where they are small.
@@ -481,22 +481,22 @@ def decoder_in_scipy(x, mean, std, levels):
     return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
 
 
-@for_each("levels", {"density": None, "bins": 17})
+@for_each("num_values", {"density": None, "bins": 17})
 @every_shape
 @every_schedule
-def test_vlb_of_a_batch_equals_single_samples(schedule, shape, levels):
+def test_vlb_of_a_batch_equals_single_samples(schedule, shape, num_values):
     """With and without clean ends."""
-    diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=levels)
+    diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=num_values)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 24)
     transition = five_transitions(schedule, shape)
-    together = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
+    batch = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
     for i in range(len(x0)):
         t, s = (NoiseLevel(*(field[i : i + 1] for field in level)) for level in (transition.t, transition.s))
         only = slice(i, i + 1)
         network = expressing("v", x0_hat[only], mix[only])
         alone = losses.vlb(diffusion, network, x0[only], Transition(t, s, STEPS), eps[only])["loss"]
-        assert_close(together[only], alone, rtol=1e-14, atol=0)
+        assert_close(batch[only], alone, rtol=1e-14, atol=0)
 
 
 @every_shape
