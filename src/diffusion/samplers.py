@@ -137,9 +137,9 @@ def heun(
 ) -> Iterator[Tensor]:
     """Sample with Heun's method and EDM's churn: two predictions per step, one for the last step.
 
-    Steps with sigma / alpha in [s_tmin, s_tmax] first add noise of standard deviation `s_noise`, `s_churn` in all over
-    the steps. This may exceed the noisiest level of the schedule; `Schedule.at_ratio` defines the time there. A step
-    from pure noise, alpha <= 1e-6, is a DDIM step without churn.
+    Churn multiplies sigma / alpha by 1 + min(s_churn / steps, sqrt(2) - 1) at the start of steps in [s_tmin, s_tmax],
+    with noise of standard deviation `s_noise`. This may exceed the noisiest level of the schedule; `Schedule.at_ratio`
+    defines the time there. A step from pure noise, alpha <= 1e-6, is a DDIM step without churn.
 
     Raises:
         ValueError: If s_churn or s_noise is negative.

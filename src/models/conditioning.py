@@ -48,20 +48,20 @@ class ClassEmbedding(nn.Module):
 
 
 class ContinuousEmbedding(nn.Module):
-    """Embed cond (B, K), of unit variance or NaN for the empty condition, by an MLP."""
+    """Embed cond (B, num_covariates), of unit variance or NaN for the empty condition, by an MLP."""
 
     token_width = None
 
-    def __init__(self, dim: int, num_values: int) -> None:
+    def __init__(self, dim: int, num_covariates: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(num_values, dim)
+        self.linear1 = nn.Linear(num_covariates, dim)
         self.linear2 = nn.Linear(dim, dim)
         self.nothing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, cond: Tensor) -> Embedded:
         is_null = cond.isnan().any(1, keepdim=True)
-        values = cond.masked_fill(is_null, 0).to(self.linear1.weight.dtype)
-        return Embedded(torch.where(is_null, self.nothing, self.linear2(F.silu(self.linear1(values)))))
+        covariates = cond.masked_fill(is_null, 0).to(self.linear1.weight.dtype)
+        return Embedded(torch.where(is_null, self.nothing, self.linear2(F.silu(self.linear1(covariates)))))
 
 
 class TextTransformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Guidance against its formulas, against diffusers' rescaling, and through every sampler."""
+"""Guidance against its formulas, diffusers' rescaling, and every sampler."""
 
 import math
 from functools import partial
@@ -17,7 +17,7 @@ NULL = torch.tensor([9])
 
 
 class Network:
-    """Another function of x for each condition, which counts the samples that it is conditional for."""
+    """A function of x and the condition that counts its calls and samples."""
 
     def __init__(self, outputs: int = 1, factor: float = 1.0) -> None:
         self.outputs = outputs
@@ -37,7 +37,7 @@ def normal(*shape):
 
 
 def level(ratio):
-    """The level of the schedule at which sigma / alpha is `ratio`."""
+    """Return the level of the schedule where sigma / alpha equals `ratio`."""
     return SCHEDULE.at(SCHEDULE.position(torch.tensor([math.atan(ratio)], dtype=torch.float64)))[0]
 
 
@@ -61,7 +61,7 @@ def test_scale_zero_calls_the_unconditional_model_once():
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm", "velocity"])
 def test_guiding_any_target_equals_guiding_eps(prediction):
-    """Ho & Salimans 2022, eq. 6 with 1 + w = scale, whatever the network predicts."""
+    """Ho & Salimans 2022, eq. 6 with 1 + w = scale."""
     diffusion, network = GaussianDiffusion(prediction), Network()
     out = guided(network, COND, NULL, Guidance(3.0), 2)(X, T)
     conditional, unconditional = (diffusion.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
@@ -85,7 +85,7 @@ def test_guidance_keeps_the_conditional_variance():
 
 @pytest.mark.parametrize(("ratio", "acts"), [(0.1, False), (0.5, False), (0.6, True), (2.0, True), (2.1, False)])
 def test_guidance_acts_only_within_its_interval(ratio, acts):
-    """(0.5, 2] of sigma / alpha; elsewhere it costs one call and is the conditional model."""
+    """Elsewhere it is the conditional model in one call."""
     network = Network()
     t = level(ratio)
     ratio_there = (t.sigma / t.alpha).item()
@@ -113,7 +113,7 @@ def test_guidance_rescale_equals_diffusers(share):
 
 
 def test_autoguidance_uses_the_same_condition():
-    """Karras et al. 2024 (arXiv 2406.02507), eq. 2: also where there are no conditions."""
+    """Karras et al. 2024 (arXiv 2406.02507), eq. 2, with and without conditions."""
     network, weak = Network(), Network(factor=0.5)
     out = guided(network, COND, NULL, Guidance(2.5, model=weak), 2)(X, T)
     assert_close(out, 0.5 * network(X, T, COND) + 2.5 * 0.5 * network(X, T, COND))

@@ -24,7 +24,7 @@ def softplus(x):
 
 
 def cosine(u):
-    """lambda = -2 log tan(angle): lambda and -d lambda / du = 4 angle' / sin(2 angle)."""
+    """Return lambda = -2 log tan(angle) and -d lambda / du = 4 angle' / sin(2 angle)."""
     low, high = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
     angle = low + (high - low) * u
     return -2 * math.log(math.tan(angle)), 4 * (high - low) / math.sin(2 * angle)
@@ -53,7 +53,7 @@ def levels(schedule, times, dtype=torch.float64):
 
 
 def test_weight_on_the_error_of_eps():
-    """Kingma & Gao: 1/2 (-d lambda / dt) sigmoid(b - lambda), for every curve, in float64 and float32."""
+    """Kingma & Gao: 1/2 (-d lambda / dt) sigmoid(b - lambda), in float64 and float32."""
     times = [0.01, 0.2, 0.5, 0.77, 0.99]
     for curve, by_hand in CURVES.values():
         schedule = ContinuousSchedule(curve)
@@ -66,7 +66,7 @@ def test_weight_on_the_error_of_eps():
 
 
 def test_weight_on_the_error_of_x0():
-    """Hoogeboom et al.: -1/2 d lambda / dt e^b sigmoid(lambda - b); of other targets by their errors' ratio to it."""
+    """Hoogeboom et al.: -1/2 d lambda / dt e^b sigmoid(lambda - b)."""
     times = [0.05, 0.4, 0.8]
     for curve, by_hand in CURVES.values():
         schedule = ContinuousSchedule(curve)
@@ -84,7 +84,7 @@ def test_weight_on_the_error_of_x0():
 
 
 def test_integral_does_not_depend_on_the_schedule():
-    """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 between the ends of lambda."""
+    """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 over lambda."""
     times = [(k + 0.5) / 4000 for k in range(4000)]
     bent = partial(curves.shifted(curves.linear, 0.5))
     for curve, low, high in (
@@ -100,7 +100,7 @@ def test_integral_does_not_depend_on_the_schedule():
 
 
 def test_table_rate_is_a_central_difference():
-    """Central ones within, one-sided ones at the ends, T times as large; at zero SNR the last that is finite."""
+    """One-sided at the ends; at zero SNR the last finite one."""
     for zero in (False, True):
         betas = schedules.linear(50)
         schedule = NoiseSchedule(schedules.zero_terminal_snr(betas) if zero else betas)
@@ -120,7 +120,7 @@ def test_table_rate_is_a_central_difference():
 
 
 def test_integral_holds_for_tables():
-    """That between the ends of the linear table, whose rows are close enough for a sum over them."""
+    """The rows of the linear table are close enough for a sum."""
     schedule = NoiseSchedule(schedules.linear(1000))
     t = schedule.level(torch.arange(1000), torch.zeros(1000))
     mean = losses.sigmoid(GaussianDiffusion("eps"), t, schedule).mean().item()
@@ -136,7 +136,7 @@ def test_sigmoid_plain_omits_the_rate():
 
 
 def test_weightings_are_finite_at_the_last_row():
-    """Where `loss=hybrid` trains too: on a flow its SNR is 0."""
+    """With loss=hybrid too; on a flow its SNR is 0."""
     diffusion = GaussianDiffusion("v")
     names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
     for curve, _ in CURVES.values():
@@ -150,7 +150,7 @@ def test_weightings_are_finite_at_the_last_row():
 
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
 def test_sigmoid_weighting_trains_from_its_yaml(schedule):
-    """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""
+    """The weighting gets the shifted schedule of the run, and works in inference mode."""
     changes = [
         "weighting=sigmoid",
         f"schedule={schedule}",

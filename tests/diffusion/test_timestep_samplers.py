@@ -1,4 +1,4 @@
-"""Which levels training sees: their distributions, and the weights that keep the mean of the loss what it was."""
+"""Timestep samplers: their distributions, and the weights that keep the mean loss unbiased."""
 
 import math
 from collections import deque
@@ -17,7 +17,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global DiffusionModule
     from src.training.module import DiffusionModule
 
@@ -38,39 +38,39 @@ def random(count, seed=0):
 
 
 def draw(timestep_sampler, total, sizes, step=0):
-    """v and weights of a global batch of `total`, in consecutive pieces of these sizes, as the module asks for them."""
+    """Return v and weights of a global batch of `total`, drawn in consecutive pieces of these sizes."""
     parts, start = [], 0
     for size in sizes:
         rng = StepRng(3, step, start, size, CPU)
-        place = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
-        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), place))
+        position = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
+        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), position))
         start += size
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 def seen_by(importance, seed, count):
-    """Feed `count` losses, large and small, at random v; the bins' last losses, kept one by one in plain Python."""
+    """Feed `count` losses at random v, and return the last losses of each bin, tracked in plain Python."""
     v = random(count, seed)
     losses = torch.exp(3 * torch.randn(count, generator=torch.Generator().manual_seed(seed + 100)))
     importance.update(v, losses)
     last = [deque(maxlen=importance.history_per_bin) for _ in range(importance.num_bins)]
-    for place, loss in zip(v.tolist(), losses.tolist(), strict=True):
-        last[int(place * importance.num_bins)].append(loss)
+    for position, loss in zip(v.tolist(), losses.tolist(), strict=True):
+        last[int(position * importance.num_bins)].append(loss)
     return v, losses, last
 
 
 def deviation_from_uniform(v):
-    """Kolmogorov's distance between the sample v (N,) and the uniform distribution."""
+    """Return Kolmogorov's distance of the sample v (N,) from the uniform distribution."""
     v, n = v.double().sort().values, len(v)
     above = torch.arange(1, n + 1) / n - v
     return max(above.max().item(), (1 / n - above).max().item())
 
 
-def rooted(place):
-    return place.sqrt()
+def sqrt_warp(position):
+    return position.sqrt()
 
 
-TIMESTEPS = {
+SAMPLERS = {
     "uniform": uniform,
     "uniform_warped": partial(uniform, warp=logit_normal),
     "stratified": stratified,
@@ -78,14 +78,14 @@ TIMESTEPS = {
     "importance": ImportanceSampler(num_bins=10, history_per_bin=2),
     "importance_ready": ImportanceSampler(num_bins=10, history_per_bin=2),
 }
-seen_by(TIMESTEPS["importance_ready"], 0, 400)
-every_one = pytest.mark.parametrize("timestep_sampler", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+seen_by(SAMPLERS["importance_ready"], 0, 400)
+every_one = pytest.mark.parametrize("timestep_sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 
 
 @every_one
 @for_each("sizes", dict(zip(CUTS, [[32, 32], [16] * 4, [1] * 64, [5, 40, 19]], strict=True)))
 def test_microbatches_use_the_same_levels(timestep_sampler, sizes):
-    """However many processes and accumulated parts share it, at each step anew; a kernel's last bit depends on size."""
+    """For any number of processes and accumulation steps, up to the last bit."""
     batches = [draw(timestep_sampler, 64, [64], step) for step in range(3)]
     for step, whole in enumerate(batches):
         for a, b in zip(whole, draw(timestep_sampler, 64, sizes, step), strict=True):
@@ -95,7 +95,7 @@ def test_microbatches_use_the_same_levels(timestep_sampler, sizes):
 
 @every_one
 def test_positions_are_accurate_in_low_default_precision(timestep_sampler):
-    """`trainer.precision=bf16-true` makes bfloat16 the default, of which only 384 numbers lie in [1/8, 1)."""
+    """bfloat16 has only 384 numbers in [1/8, 1)."""
     before = draw(timestep_sampler, 1000, [1000])
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -109,7 +109,7 @@ def test_positions_are_accurate_in_low_default_precision(timestep_sampler):
 
 @every_one
 def test_v_is_below_one_for_extreme_draws(timestep_sampler):
-    """v in [0, 1), also from the smallest and the largest number that can be drawn."""
+    """From the smallest and the largest random number."""
     extremes = torch.tensor([0.0, 2**-24, 0.5, LAST])
     for shared in extremes:
         v, weight = timestep_sampler(extremes, shared, torch.tensor([0.0, 0.25, 0.5, 0.75]))
@@ -126,39 +126,39 @@ def test_uniform_returns_u():
 @for_each("total", [1, 7, 64, 1000])
 @for_each("step", [0, 1, 2])
 def test_stratified_is_evenly_spaced(total, step):
-    """In order, the i-th of B lies at i / B and the same offset, which is less than 1 / B, from it."""
+    """Sorted, the i-th of B is i / B plus a shared offset below 1 / B."""
     v, weight = draw(stratified, total, [total], step)
     offset = v.double().sort().values - torch.arange(total) / total
-    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # the places' and the sums' rounding
+    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # rounding of positions and sums
     assert -2e-7 < offset[0] < 1 / total
     assert (weight == 1).all()
 
 
 @for_each("position", [0, 1, 6, 9])
 def test_each_position_of_a_stratified_batch_is_uniform(position):
-    """Over the steps. 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
+    """Over the steps. 1 in 1500 samples of a uniform distribution exceeds 2 / sqrt(n)."""
     v = torch.stack([draw(stratified, 10, [10], step)[0][position] for step in range(800)])
     assert deviation_from_uniform(v) < 2 / math.sqrt(len(v))
 
 
 def test_stratified_means_have_less_variance():
-    """For a linear function the mean over B has deviation 1 / (B sqrt 12), against 1 / sqrt(12 B) of uniform ones."""
+    """For a linear function, the std of the mean is 1 / (B sqrt 12) instead of 1 / sqrt(12 B)."""
     means = {
         timestep_sampler: torch.stack(
             [draw(timestep_sampler, 64, [64], step)[0].double().mean() for step in range(400)]
         )
         for timestep_sampler in (uniform, stratified)
     }
-    # A sample's deviation is off by 1 / sqrt(2 n), 3.5 %; more for the normal, less for the uniform.
+    # The relative error of a sample std is about 1 / sqrt(2 n) = 3.5%.
     assert means[uniform].std().item() == pytest.approx(1 / math.sqrt(12 * 64), rel=0.15)
     assert means[stratified].std().item() == pytest.approx(1 / math.sqrt(12) / 64, rel=0.15)
 
 
 @pytest.mark.parametrize("timestep_sampler", [uniform, stratified])
 def test_warp_is_applied_last(timestep_sampler):
-    """v is the warp of what it would be without one, and the weight stays 1."""
+    """The weight stays 1."""
     arguments = random(64), torch.tensor(0.3), torch.arange(64) / 64
-    v, weight = timestep_sampler(*arguments, warp=rooted)
+    v, weight = timestep_sampler(*arguments, warp=sqrt_warp)
     assert torch.equal(v, timestep_sampler(*arguments)[0].sqrt())
     assert (weight == 1).all()
 
@@ -174,9 +174,9 @@ def test_logit_normal_quantiles(mean, std):
 @for_each("low, high", [(0.002, 80.0), (1e-5, 1e4)])
 @for_each("mean, std", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
 def test_log_normal_quantiles(mean, std, low, high):
-    """On `exploding` with the same ends, the quantiles of log sigma are the normal's, or the end beyond which they lie.
+    """On `exploding` with the same ends, those of log sigma are normal, clamped to the ends.
 
-    The clamp to 1 - 2^-24 keeps 1e-6 of the curve's length of up to 21.
+    The clamp to 1 - 2^-24 keeps 1e-6 of the length of the curve of up to 21.
     """
     _, sigma = curves.exploding(log_normal(lattice(999), mean, std, low, high), low, high)
     normal = [NormalDist(mean, std).inv_cdf(p) for p in lattice(999).tolist()]
@@ -185,7 +185,7 @@ def test_log_normal_quantiles(mean, std, low, high):
 
 
 def test_log_normal_moments():
-    """Mean -1.2 and deviation 1.2 of log sigma with EDM's settings, where the ends cut off 1 in 10^5."""
+    """With EDM's settings, where the ends cut off 1 in 10^5."""
     _, sigma = curves.exploding(log_normal(lattice(100_000)))
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=1e-3)
     assert sigma.log().std().item() == pytest.approx(1.2, abs=1e-3)
@@ -210,9 +210,9 @@ def test_log_normal_sigmas_out_of_range_raise(low, high):
 @for_each("seed", SEEDS)
 @for_each("num_bins, history_per_bin, uniform_prob", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
 def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, uniform_prob, seed):
-    """p = floor / bins + (1 - floor) root mean square / their sum, of the last losses of each bin in plain floats."""
+    """p = uniform_prob / num_bins + (1 - uniform_prob) rms / sum of rms, in plain floats."""
     importance = ImportanceSampler(num_bins, history_per_bin, uniform_prob)
-    for fed in range(3):  # goes round the memory of each bin several times
+    for fed in range(3):  # overwrites the history of each bin several times
         _, _, last = seen_by(importance, seed + 10 * fed, 40 * num_bins * history_per_bin)
     roots = [math.sqrt(sum(loss**2 for loss in losses) / history_per_bin) for losses in last]
     expected = [uniform_prob / num_bins + (1 - uniform_prob) * root / sum(roots) for root in roots]
@@ -221,7 +221,7 @@ def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, unif
 
 
 def test_importance_is_uniform_until_histories_are_full():
-    """One loss short in one bin is short; v is then the draw itself and the weight 1."""
+    """If one loss of one bin is missing, v is u and the weight is 1."""
     importance = ImportanceSampler(num_bins=4, history_per_bin=3)
     num_bins = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0, 1])
     importance.update((num_bins + 0.5) / 4, torch.arange(1.0, 15))
@@ -240,7 +240,7 @@ def test_zero_losses_keep_importance_uniform():
 
 @for_each("seed", SEEDS)
 def test_importance_draws_bins_with_their_probabilities(seed):
-    """Of evenly spaced draws each bin gets its share, evenly spread inside it, and 1 / (p bins) for a weight.
+    """With weight 1 / (p num_bins), uniformly within a bin.
 
     A float32 v may round up to an edge.
     """
@@ -262,7 +262,7 @@ def test_importance_draws_bins_with_their_probabilities(seed):
 )
 @for_each("seed", SEEDS)
 def test_importance_is_unbiased(f, seed):
-    """The weighted mean of any function of v is its integral; a midpoint rule on 1e5 points with weights below 10."""
+    """The weighted mean of any function of v is its integral."""
     importance = ImportanceSampler(num_bins=8, history_per_bin=3, uniform_prob=0.1)
     seen_by(importance, seed, 400)
     v, weight = importance(lattice(100_000), NONE, NONE)
@@ -272,7 +272,7 @@ def test_importance_is_unbiased(f, seed):
 
 
 def test_importance_lowers_the_variance():
-    """Of losses that depend on the bin alone: weight times loss is nearly the same everywhere."""
+    """If the loss depends on the bin only, weight times loss is nearly constant."""
     importance = ImportanceSampler(num_bins=10, history_per_bin=1, uniform_prob=0.01)
     losses = torch.logspace(-1, 2, 10)
     importance.update(lattice(10).float(), losses)
@@ -284,7 +284,7 @@ def test_importance_lowers_the_variance():
 
 @for_each("sizes", {"halves": [150, 150], "one by one": [1] * 300, "odd cuts": [7, 200, 3, 90]})
 def test_update_depends_only_on_the_order(sizes):
-    """Many losses at once are remembered as if one had come after another."""
+    """One update with many losses equals many updates with one."""
     whole, cut = ImportanceSampler(num_bins=6, history_per_bin=4), ImportanceSampler(num_bins=6, history_per_bin=4)
     v, losses, _ = seen_by(whole, 1, 300)
     for part_v, part_losses in zip(v.split(sizes), losses.split(sizes), strict=True):
@@ -315,14 +315,14 @@ def test_non_finite_losses_are_ignored():
 
 
 def test_v_near_one_is_in_the_last_bin():
-    """In float32 the largest v times 100 bins rounds to 100 or just below."""
+    """In float32, the largest v times 100 bins may round to 100."""
     importance = ImportanceSampler(num_bins=100, history_per_bin=1)
     importance.update(torch.tensor([LAST, 0.0]), torch.tensor([3.0, 5.0]))
     assert importance.losses[99, 0] == 3 and importance.losses[0, 0] == 5
 
 
 def test_state_dict_holds_the_history():
-    """A resumed run draws and updates as the one before would have gone on."""
+    """A resumed run draws and updates as without the interruption."""
     before, after = ImportanceSampler(num_bins=5, history_per_bin=3), ImportanceSampler(num_bins=5, history_per_bin=3)
     seen_by(before, 2, 100)
     after.load_state_dict(before.state_dict())
@@ -350,7 +350,7 @@ def test_importance_settings_out_of_range_raise(wrong):
 
 @for_each("dtype", [torch.float32, torch.float16])
 def test_importance_handles_huge_losses(dtype):
-    """Whose square overflows, or which the history cannot hold: probabilities stay finite and sum to 1."""
+    """Losses whose square overflows, or which the buffer cannot hold: probabilities are finite."""
     importance = ImportanceSampler(num_bins=4, history_per_bin=2).to(dtype)
     v = torch.tensor([0.1, 0.3, 0.6, 0.9]).repeat(2)
     importance.update(v, torch.tensor([1e20, 1.0, 1.0, 1.0]).repeat(2))

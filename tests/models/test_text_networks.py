@@ -1,4 +1,4 @@
-"""The networks of text conditions and cross-attention: against torch's own, and in what padding may not change."""
+"""Text embeddings and cross-attention against torch, and their invariance to padding."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ IDS = torch.tensor([[1, 7, 5, 9, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [1, 3, 4
 
 
 def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, those that start at zero too."""
+    """Set every parameter to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -79,7 +79,7 @@ def test_cross_attention_ignores_masked_tokens():
     assert ((gradient.abs().amax(2) > 0) == mask).all()
 
 
-# The transformer over token ids
+# TextTransformer
 
 
 def test_text_transformer_equals_torch():
@@ -122,14 +122,14 @@ def test_text_transformer_ignores_padding_but_not_order():
 def test_one_word_changes_the_initial_embedding():
     net = TextTransformer(dim=256, vocab_size=300, max_length=32, hidden_size=128, num_layers=2, num_heads=4)
     ids = torch.randint(3, 300, (64, 32))
-    ids[:, 14:] = 0  # texts of a dozen tokens
+    ids[:, 14:] = 0  # texts of 14 tokens
     another = ids.clone()
     another[:, 5] = torch.randint(3, 300, (64,))
     vector, tokens, mask = net(ids)
-    by_one_word = (net(another).vector - vector).square().mean() / (2 / 14)  # of 14 words, each a 14th of the variance
+    by_one_word = (net(another).vector - vector).square().mean() / (2 / 14)  # one of 14 words has 1/14 of the variance
     assert 0.7 < by_one_word < 1.4
     between_places = torch.corrcoef(tokens[mask])[~torch.eye(int(mask.sum()), dtype=torch.bool)]
-    assert between_places.mean().abs() < 0.1  # words are unlike each other, wherever they stand
+    assert between_places.mean().abs() < 0.1  # tokens at different positions are dissimilar
 
 
 @pytest.mark.parametrize("settings", [{"num_layers": 0}, {"num_heads": 5}, {"num_heads": 0}])
@@ -139,7 +139,7 @@ def test_text_transformer_arguments_out_of_range_raise(settings):
     assert "\n" not in str(error.value)
 
 
-# The projection of frozen embeddings
+# TextProjection
 
 
 def test_text_projection_masks_rows_of_zeros():
@@ -168,15 +168,15 @@ def test_text_projection_without_features_raises():
 
 
 @pytest.mark.parametrize(
-    ("net", "nothing"),
+    ("net", "padding"),
     [
         (TextTransformer(dim=5, vocab_size=11, max_length=4, hidden_size=8), torch.zeros(2, 4, dtype=torch.int64)),
         (TextProjection(dim=5, features=7), torch.zeros(2, 4, 7)),
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_text_of_padding_only_is_finite(net, nothing):
-    vector, tokens, mask = net(nothing)
+def test_text_of_padding_only_is_finite(net, padding):
+    vector, tokens, mask = net(padding)
     attended = randomized(CrossAttention(8, 2, 2, net.token_width))(torch.randn(2, 8, 3, 3), tokens, mask)
     assert mask.sum(1).tolist() == [1, 1]
     assert all(each.isfinite().all() for each in (vector, tokens, attended))

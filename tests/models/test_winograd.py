@@ -1,4 +1,4 @@
-"""The fast convolution against the plain one."""
+"""Winograd convolution against the direct one."""
 
 import copy
 
@@ -38,7 +38,7 @@ def test_winograd_passes_gradgradcheck() -> None:
 
 def test_tile_gradient_counts_overlaps() -> None:
     counts = torch.autograd.grad(Tiles.apply(x := draw(1, 1, 8, 8)).sum(), x)[0][0, 0]
-    # Where there are two, they are the last of one tile and the first of another.
+    # Two where the end of one tile overlaps the start of another.
     along = torch.tensor([1, 1, 1, 2, 2, 1, 1, 1], dtype=torch.float64)
     assert torch.equal(counts, along[:, None] * along)
 
@@ -56,7 +56,7 @@ def test_auto_backend_uses_winograd_where_faster(monkeypatch: pytest.MonkeyPatch
     layer = Conv3x3(64, 64)
     plain = torch.nn.Conv2d(64, 64, 3, padding=1)
     plain.load_state_dict(layer.state_dict())
-    # The last two have little to do (3 x 16 tiles), and padding for the most part (5 of 8).
+    # The last two sizes have too few tiles (3 x 16), and mostly padding (5 of 8 pixels).
     for size in ((4, 64, 16, 16), (64, 64, 4, 4), (4, 64, 14, 14), (3, 64, 16, 16), (64, 64, 5, 5)):
         x = draw(*size, dtype=torch.float32).detach()
         torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=5e-5)
@@ -70,17 +70,19 @@ def test_auto_backend_uses_winograd_where_faster(monkeypatch: pytest.MonkeyPatch
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
         layer(x)
     Conv3x3(32, 64)(draw(4, 32, 16, 16, dtype=torch.float32))
-    Conv3x3(256, 256)(draw(31, 256, 4, 4, dtype=torch.float32))  # enough to do, but few tiles for so large filters
+    Conv3x3(256, 256)(
+        draw(31, 256, 4, 4, dtype=torch.float32)
+    )  # enough work, but too few tiles for the filter transforms
     assert not taken
     Conv3x3(256, 256)(draw(32, 256, 4, 4, dtype=torch.float32))
     assert taken.pop() == (32, 256, 4, 4)
-    with torch.no_grad():  # without a backward pass it pays later
+    with torch.no_grad():  # higher thresholds without a backward pass
         Conv3x3(64, 64)(draw(8, 64, 16, 16, dtype=torch.float32))
         Conv3x3(96, 96)(draw(5, 96, 16, 16, dtype=torch.float32))
         assert not taken
         Conv3x3(96, 96)(draw(6, 96, 16, 16, dtype=torch.float32))
     assert taken == [(6, 96, 16, 16)]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # each of which must have enough to do
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # the threshold of work is per thread
     assert not layer.winograd_pays(x)
     assert layer.winograd_pays(draw(8, 64, 16, 16, dtype=torch.float32))
 
