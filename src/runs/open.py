@@ -43,10 +43,10 @@ def open_run(
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`.
 
-    It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the data and
-    of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are instantiated. The
-    allocator of this process keeps freed memory from then on. Raises FileNotFoundError or ValueError if the run does
-    not exist or cannot be read.
+    It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the
+    data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are
+    instantiated. The allocator of this process keeps freed memory from then on. Raises FileNotFoundError or ValueError
+    if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Recipes in conf/experiment: each states its source, composes, trains on tiny data, and has the settings of its paper."""
+"""Recipes in conf/experiment: each states its source, trains on tiny data, and has the settings of its paper."""
 
 import copy
 import functools
@@ -105,7 +105,7 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_train_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
-    """Only the network and the data are smaller: prediction, loss, optimizer, precision and sampler are the recipe's."""
+    """Only network and data are smaller: prediction, loss, optimizer, precision and sampler are the recipe's."""
     full = recipe(name)
     small = ["model.model_channels=8", "model.num_res_blocks=1"]
     small += ["model.num_head_channels=8"] if full.model.get("num_head_channels") else []
@@ -138,7 +138,8 @@ PAPERS = {
     },
     "cifar10_iddpm": {  # the README of openai/improved-diffusion, and its defaults
         "data.batch_size": 128, "data.flip": False, "model.dropout": 0.3, "model.num_heads": 4,
-        "model.num_res_blocks": 3, "model.time_conditioning": "scale_shift", "model.attention_resolutions": [16, 8], "optimizer.lr": 1e-4,
+        "model.num_res_blocks": 3, "model.time_conditioning": "scale_shift", "model.attention_resolutions": [16, 8],
+        "optimizer.lr": 1e-4,
         "callbacks.ema.decay": 0.9999, "trainer.gradient_clip_val": None, "trainer.max_steps": 500_000,
         "diffusion.prediction": "eps", "diffusion.variance": "learned_range", "sampler.steps": 4000,
         "schedule.num_steps": 4000, "loss.vlb_weight": 0.001,
