@@ -43,10 +43,8 @@ def while_training(run: "Run") -> str:
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
         needs = f"about {step_memory(run)}"
-    except (
-        RuntimeError,
-        MemoryError,
-    ):  # Under a memory limit, even the threads of the backward pass may fail to start.
+    except (RuntimeError, MemoryError):
+        # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
     remedies = {
