@@ -134,7 +134,7 @@ def resume_hint(run: "Run") -> str:
     if saved is None:
         return f"at step {run.trainer.global_step}: nothing was saved yet."
     step = read_checkpoint(saved)["global_step"]
-    return f"saved at step {step}. Go on with: {command('train', format_override('resume', relative(run.directory)))}"
+    return f"saved at step {step}. Resume with: {command('train', format_override('resume', relative(run.directory)))}"
 
 
 def relative(path: Path) -> Path:

@@ -55,7 +55,7 @@ def while_training(run: "Run") -> str:
     settings = [setting for setting, helps in remedies.items() if helps]
     advice = ", then ".join(settings) if settings else "a smaller model, or shard it with trainer=fsdp"
     line = command("train", format_override("resume", run.directory), *settings)
-    again = f"; saved: go on with {line}" if saved else ""
+    again = f"; saved: resume with {line}" if saved else ""
     return (
         f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
         f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"

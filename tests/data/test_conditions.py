@@ -292,7 +292,7 @@ def write(path, text):
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
         (["cond=[]"], r"cond=\[\] asks for nothing"),
         (["guidance.scale=-2"], "guidance.scale must be at least 0"),
-        (["guidance.interval=[1]"], "two levels of noise"),
+        (["guidance.interval=[1]"], "two noise levels"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 has no effect"),
         (["cond=[1,2,3]", "n=2"], "n=2 leaves out some of the 3 that cond asks for: set n=3"),

@@ -204,16 +204,16 @@ def test_edm_sampler_has_the_nfe_of_the_paper():
     cfg = recipe("cifar10_edm", "model.model_channels=16", "model.num_res_blocks=1")
     module = build_module(cfg, (3, 32, 32), num_values=256)
     fn, steps, spacing, _ = build_sampler(cfg.sampler)
-    seen = []
+    ratios = []
 
     def predict(x, t):
-        seen.append(t.ratio.item())
+        ratios.append(t.ratio.item())
         return Prediction(torch.zeros_like(x), x / t.sigma)
 
     x = torch.full((1, 3, 2, 2), 80.0)
     *_, x = fn(module.diffusion, predict, x, make_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
-    assert len(seen) == 35
-    assert (max(seen), min(seen)) == (pytest.approx(80), pytest.approx(0.002))
+    assert len(ratios) == 35
+    assert (max(ratios), min(ratios)) == (pytest.approx(80), pytest.approx(0.002))
     assert x.abs().max() < 1e-5  # The data are all 0.
 
 

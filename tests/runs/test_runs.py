@@ -101,9 +101,9 @@ def test_stopped_run_saves_and_resumes_to_the_same_bits(trained, tmp_path, monke
     with pytest.raises(SystemExit) as stop:
         train_tiny(folder)
     assert stop.value.code == 128 + number
-    said = capsys.readouterr().out
-    assert f"saved at step {step}" in said
-    assert re.search(rf"python -m src\.train resume=\S*{folder.name}", said)
+    output = capsys.readouterr().out
+    assert f"saved at step {step}" in output
+    assert re.search(rf"python -m src\.train resume=\S*{folder.name}", output)
     monkeypatch.undo()
     train_tiny(folder, f"resume='{folder}'")
     assert losses(folder) == losses(trained)
@@ -606,7 +606,7 @@ def test_ctrl_c_stops_and_saves_both_processes(tmp_path):
         while not log.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 130, said[-3000:]
+        output, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 130, output[-3000:]
     step = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
-    assert step > 0 and f"saved at step {step}" in said
+    assert step > 0 and f"saved at step {step}" in output
