@@ -13,7 +13,7 @@ from src.training.checkpoints import exportable_settings, write_exported
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write `model.safetensors` with the weights and the model configuration into the output folder; return its path."""
+    """Write `model.safetensors`, the weights and the model configuration, into the output folder; return its path."""
     from src.runs import components
     from src.runs.open import open_run
 

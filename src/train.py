@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             return metrics
         start(run)
         record_data(run)
-    print_summary(run)
+    print_training_summary(run)
     metrics = fit_or_explain(run)
     print_results(run, metrics)
     if not math.isfinite(metrics.get("val/loss", 0)):
@@ -60,13 +60,13 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     from src.errors import DataReadError
     from src.runs import out_of_memory
     from src.runs.build import close
-    from src.runs.fit import fit
+    from src.runs.fit import fit_run
     from src.training.callbacks.graceful_shutdown import Interruption, wait_for_children
 
     interruption = Interruption()
     try:
         with memory_errors(lambda: out_of_memory.while_training(run)), handle_signals(interruption):
-            return fit(run)
+            return fit_run(run)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning exits with 1 after the exception of `GracefulShutdown`.
         if isinstance(stop, SystemExit) and stop.code not in (1, None):
@@ -88,7 +88,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def print_summary(run: "Run") -> None:
+def print_training_summary(run: "Run") -> None:
     """Print the network, the data, the devices and the run folder on one line."""
     parameters = sum(p.numel() for p in run.module.net.parameters())
     devices = run.trainer.num_devices * run.trainer.num_nodes
@@ -134,7 +134,7 @@ def resume_hint(run: "Run") -> str:
     if saved is None:
         return f"at step {run.trainer.global_step}: nothing was saved yet."
     step = read_checkpoint(saved)["global_step"]
-    return f"saved at step {step}. Go on with: {command('train', format_override('resume', relative(run.directory)))}"
+    return f"saved at step {step}. Resume with: {command('train', format_override('resume', relative(run.directory)))}"
 
 
 def relative(path: Path) -> Path:

@@ -136,8 +136,8 @@ def instantiate_run(
         check_steps(checkpoint, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
-            f"{directory} already holds a run: go on with {format_override('resume', directory)}, or choose another "
-            "run_dir"
+            f"{directory} already holds a run: resume it with {format_override('resume', directory)}, or choose "
+            "another run_dir"
         )
     trainer = build_trainer(cfg, directory)
     environment = getattr(trainer.strategy, "cluster_environment", None)  # of strategies with several processes

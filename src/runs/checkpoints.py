@@ -33,21 +33,22 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
             raise ValueError(
                 f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}"
             )
-    if ckpt is not None:
-        path = Path(str(ckpt))
-        if not path.is_file():
-            of_run = path.parent if path.name == "checkpoints" else path
-            hint = (
-                f"; did you mean {format_override('run', of_run)}?"
-                if any((of_run / "checkpoints").glob("*.ckpt"))
-                else ""
-            )
-            hint = hint or newest_run("ckpt", path) or _nearest(path, "ckpt", "*.ckpt")
-            raise FileNotFoundError(
-                f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
-            )
+    return _existing_file(Path(str(ckpt))) if ckpt is not None else _newest_intact(Path(str(run)))
+
+
+def _existing_file(path: Path) -> Path:
+    if path.is_file():
         return path
-    folder = Path(str(run))
+    folder = path.parent if path.name == "checkpoints" else path
+    is_run = any((folder / "checkpoints").glob("*.ckpt"))
+    hint = f"; did you mean {format_override('run', folder)}?" if is_run else newest_run("ckpt", path)
+    hint = hint or _nearest(path, "ckpt", "*.ckpt")
+    raise FileNotFoundError(
+        f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
+    )
+
+
+def _newest_intact(folder: Path) -> Path:
     if folder.is_file():
         raise FileNotFoundError(
             f"{folder} is a file, and run= takes a folder: use {format_override('ckpt', folder)} for one checkpoint"
@@ -62,7 +63,7 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     for path in newest_first(folder):
         if is_intact(path):
             return path
-        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=3)
     hint = newest_run("run", folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 

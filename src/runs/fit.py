@@ -33,7 +33,7 @@ def record_data(run: "Run") -> None:
             run.data.write_record(path)
 
 
-def fit(run: "Run") -> dict[str, float]:
+def fit_run(run: "Run") -> dict[str, float]:
     """Train, save the last checkpoint, validate it and write the results; return the metrics.
 
     Raises UsageError if the guard against non-finite steps gave up.

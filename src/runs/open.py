@@ -1,6 +1,5 @@
 """Open a trained run from its folder or from a checkpoint."""
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, record_path
 from src.runs.components import build_condition, build_module, build_sampler, make
+from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
 from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint, weights_of
@@ -43,10 +43,10 @@ def open_run(
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`.
 
-    It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the data and
-    of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are instantiated. The
-    allocator of this process keeps freed memory from then on. Raises FileNotFoundError or ValueError if the run does
-    not exist or cannot be read.
+    It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the
+    data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are
+    instantiated. The allocator of this process keeps freed memory from then on. Raises FileNotFoundError or ValueError
+    if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()
@@ -57,15 +57,7 @@ def open_run(
         check_targets({name: settings.get(name) for name in (*MODEL_KEYS, "conditioning")}, known_targets(), path)
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
-    if data_root is not None:
-        setting = "path" if "path" in config.data else "root"  # A table is one file.
-        if setting not in config.data:
-            raise ValueError(
-                f"{format_override('data.root', data_root)} is for images, and {path} was trained on points: leave it "
-                "out"
-            )
-        config.data[setting] = data_root
-    config = with_encoder(config, encoder, path)
+    config = relocate(config, data_root, encoder, path)
     built = OmegaConf.masked_copy(config, [*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
@@ -92,26 +84,6 @@ def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | b
 
     opened.module.sampling_dtype = product_dtype(precision)
     opened.module.compiled_sampling = compiled(opened.module.net, compile_mode)
-
-
-def with_encoder(config: DictConfig, encoder: str | None, path: Path) -> DictConfig:
-    """Return a copy of `config` with the location of the pretrained text encoder and its cache on this machine.
-
-    The cache is never where the file says. Raises ValueError for a run without such an encoder.
-    """
-    config = copy.deepcopy(config)
-    node = OmegaConf.select(config, "conditioning.encode")
-    if node is None or "fingerprint" not in node:
-        if encoder is not None:
-            raise ValueError(
-                f"{format_override('encoder', encoder)} needs a run with conditioning=pretrained, and {path} has none: "
-                "leave it out"
-            )
-        return config
-    node.update({"cache": "outputs/cache", "device": "auto", "model": encoder or node.model})
-    if node.model is None:
-        raise ValueError(f"{path} does not name its text encoder: add its folder or hub name as encoder=...")
-    return config
 
 
 def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":

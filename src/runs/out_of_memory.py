@@ -43,10 +43,8 @@ def while_training(run: "Run") -> str:
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
         needs = f"about {step_memory(run)}"
-    except (
-        RuntimeError,
-        MemoryError,
-    ):  # Under a memory limit, even the threads of the backward pass may fail to start.
+    except (RuntimeError, MemoryError):
+        # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
     remedies = {
@@ -57,7 +55,7 @@ def while_training(run: "Run") -> str:
     settings = [setting for setting, helps in remedies.items() if helps]
     advice = ", then ".join(settings) if settings else "a smaller model, or shard it with trainer=fsdp"
     line = command("train", format_override("resume", run.directory), *settings)
-    again = f"; saved: go on with {line}" if saved else ""
+    again = f"; saved: resume with {line}" if saved else ""
     return (
         f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
         f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"

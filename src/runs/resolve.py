@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
 from src.errors import sentence
+from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import plain
 from src.runs.trainer import world_size
@@ -72,6 +73,35 @@ def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
             "a new one"
         )
     return read_metrics(folder)
+
+
+def relocate(config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path) -> DictConfig:
+    """Return a copy of a trained run's configuration with the paths of this machine.
+
+    `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
+    The cache of an encoder is never where the file `checkpoint` says. Raises ValueError for a run without such paths.
+    """
+    config = copy.deepcopy(config)
+    if data_root is not None:
+        setting = "path" if "path" in config.data else "root"  # A table is one file.
+        if setting not in config.data:
+            raise ValueError(
+                f"{format_override('data.root', data_root)} is for images, and {checkpoint} was trained on points: "
+                "leave it out"
+            )
+        config.data[setting] = data_root
+    node = OmegaConf.select(config, "conditioning.encode")
+    if node is None or "fingerprint" not in node:
+        if encoder is not None:
+            raise ValueError(
+                f"{format_override('encoder', encoder)} needs a run with conditioning=pretrained, and {checkpoint} has "
+                "none: leave it out"
+            )
+        return config
+    node.update({"cache": "outputs/cache", "device": "auto", "model": encoder or node.model})
+    if node.model is None:
+        raise ValueError(f"{checkpoint} does not name its text encoder: add its folder or hub name as encoder=...")
+    return config
 
 
 def _infer_folders(cfg: DictConfig) -> None:

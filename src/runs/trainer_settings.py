@@ -95,29 +95,31 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
     """
     for name, (neutral, rule) in UNSUPPORTED.items():
         if name in settings and not _is_same(settings[name], neutral):
-            raise ValueError(f"{shown(name, settings)} {rule}")
+            raise ValueError(f"{_shown(name, settings)} {rule}")
     for name, (is_valid, rule) in RULES.items():
         if name in settings and not is_valid(settings[name]):
-            raise ValueError(f"{shown(name, settings)} {rule}")
+            raise ValueError(f"{_shown(name, settings)} {rule}")
     if "max_steps" not in settings:
         raise ValueError(f"trainer.max_steps=null {RULES['max_steps'][1]}")
     if not 0 <= settings.get("min_steps", 0) <= settings["max_steps"]:
         raise ValueError(
-            f"{shown('min_steps', settings)} must be in [0, trainer.max_steps]; trainer.max_steps is "
+            f"{_shown('min_steps', settings)} must be in [0, trainer.max_steps]; trainer.max_steps is "
             f"{settings['max_steps']}"
         )
     if match := re.match(r"fsdp|deepspeed|ddp_(spawn|fork|notebook)", str(settings.get("strategy", "auto"))):
         raise ValueError(
-            f"{shown('strategy', settings)} is not supported; use {'trainer=ddp' if match[1] else 'trainer=fsdp'}"
+            f"{_shown('strategy', settings)} is not supported; use {'trainer=ddp' if match[1] else 'trainer=fsdp'}"
         )
     logger = settings.get("logger", False)
     if not isinstance(logger, bool) or (logger and not has_loggers):
         raise ValueError(
-            f"{shown('logger', settings)} has no effect; choose logger=csv, tensorboard or wandb, or add one as "
+            f"{_shown('logger', settings)} has no effect; choose logger=csv, tensorboard or wandb, or add one as "
             "+logger.NAME._target_=..."
         )
     if resumes and settings.get("fast_dev_run"):
-        raise ValueError(f"{shown('fast_dev_run', settings)} trains from the start and saves nothing; leave resume out")
+        raise ValueError(
+            f"{_shown('fast_dev_run', settings)} trains from the start and saves nothing; leave resume out"
+        )
 
 
 def validation_interval(settings: Mapping[str, Any], validate_every: int, counts_steps: bool = False) -> int:
@@ -139,7 +141,7 @@ def validation_interval(settings: Mapping[str, Any], validate_every: int, counts
         rule = f"must be a multiple of trainer.accumulate_grad_batches={batches}; or set validate_every, in steps"
     else:
         rule = "must be a number of batches, or a fraction of the run in (0.0, 1.0]; or set validate_every, in steps"
-    raise ValueError(f"{shown('val_check_interval', settings)} {rule}")
+    raise ValueError(f"{_shown('val_check_interval', settings)} {rule}")
 
 
 def enabled_callbacks(callbacks: Sequence[L.Callback], settings: Mapping[str, Any]) -> list[L.Callback]:
@@ -166,7 +168,7 @@ def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
     likely = [name for name, default in DEVICE_DEFAULTS.items() if settings.get(name, default) not in (default, "cpu")]
     causes = named or likely or [name for name in DEVICE_DEFAULTS if name in settings]
     fix = "; trainer=default uses the devices of this machine" if set(causes) & set(DEVICE_DEFAULTS) else ""
-    return f"{' '.join(shown(name, settings) for name in causes)}: {sentence(error)}{fix}"
+    return f"{' '.join(_shown(name, settings) for name in causes)}: {sentence(error)}{fix}"
 
 
 def check_strategy(trainer: L.Trainer) -> None:
@@ -183,7 +185,7 @@ def check_strategy(trainer: L.Trainer) -> None:
         )
 
 
-def shown(name: str, settings: Mapping[str, Any]) -> str:
+def _shown(name: str, settings: Mapping[str, Any]) -> str:
     """Return the argument and its value as a user types them."""
     value = settings[name]
     return f"trainer.{name}={value}" if isinstance(value, dict) else format_override(f"trainer.{name}", value)

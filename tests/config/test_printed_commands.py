@@ -168,7 +168,7 @@ def test_a_finished_run_and_an_exported_model_say_how_to_sample(run_and_text, tm
     folder, text = run_and_text
     monkeypatch.chdir(folder.parent)
     few = ["batch_size=2", "sampler.steps=2", "device=cpu", f"run_dir='{tmp_path}'"]
-    exported = text[text.index("as one file to share") :]
+    exported = text[text.index("exported to") :]
     for words in (printed(text, "sample"), printed(exported, "sample")):
         overrides, flags = split_arguments(words)
         assert not flags and "n=64" in overrides

@@ -76,10 +76,10 @@ def test_full_disk_neither_ends_nor_changes_a_run(tmp_path):
     command += [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=HANG_SECONDS)
-    said = run.stdout + run.stderr
-    assert run.returncode == 0, said[-3000:]
-    assert re.search(r"could not be written .* the run goes on.* make room", said), said[-3000:]
-    assert re.search(r"^[1-9]\d* checkpoints, whole: True$", said, re.MULTILINE), said[-3000:]
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output[-3000:]
+    assert re.search(r"could not be written .* the run goes on.* make room", output), output[-3000:]
+    assert re.search(r"^[1-9]\d* checkpoints, whole: True$", output, re.MULTILINE), output[-3000:]
     train_tiny(tmp_path / "uninterrupted", *settings)
     assert_same_checkpoints(folder, tmp_path / "uninterrupted")
     assert losses(folder) == losses(tmp_path / "uninterrupted")

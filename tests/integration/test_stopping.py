@@ -110,31 +110,31 @@ def test_resumed_run_has_the_same_dropout_masks(tmp_path, monkeypatch):
     from tests.runs.test_runs import runs_until
 
     settings = ["model.dropout=0.5", "data.num_workers=2", "data.microbatch_size=32"]
-    train_tiny(tmp_path / "whole", *settings)
+    train_tiny(tmp_path / "uninterrupted", *settings)
     runs_until(monkeypatch, stop_after=4)
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "stopped", *settings)
     monkeypatch.undo()
     torch.manual_seed(7)  # another state than that of a fresh process
     train_tiny(tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
-    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_results(tmp_path / "stopped", tmp_path / "uninterrupted")
 
 
 def test_sampling_uses_the_microbatch_of_training(tmp_path, monkeypatch):
     """The network gets at most a micro-batch, also for the 64 samples at the end."""
-    seen = []
+    batch_sizes = []
     original = DiffusionModule._denoise
 
     def denoise(self, net, x, t, cond):
-        seen.append(len(x))
+        batch_sizes.append(len(x))
         return original(self, net, x, t, cond)
 
     monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
     train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")
     assert (
-        max(seen) < 16 and seen.count(4) == 3
+        max(batch_sizes) < 16 and batch_sizes.count(4) == 3
     )  # Validation has up to twice as many; 20 samples split into 8, 8 and 4.
-    assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)
+    assert sum(size == 8 for size in batch_sizes) >= 3 * (64 // 8 + 2)
 
 
 def test_signal_during_all_gather_counts_at_the_next_one(tmp_path):

@@ -12,6 +12,7 @@ from src.errors import UsageError
 from src.runs.build import build, close
 from src.runs.components import make
 from src.runs.resolve import resolve
+from src.runs.trainer import world_size
 from src.train import train
 from tests.conftest import TINY, compose, train_tiny
 
@@ -63,6 +64,24 @@ def test_resolve_infers_settings_on_a_copy_once(tmp_path):
     assert OmegaConf.to_container(cfg, resolve=False) == before
     assert list(resolved.schedule.betas) == [0.1, 0.2]
     assert resolve(resolved, data, None) == resolved
+
+
+def test_microbatches_count_the_processes(tmp_path):
+    """A batch of 64 on two processes is two micro-batches of 16 on each."""
+    processes = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
+    cfg = compose("train", "data.microbatch_size=16", *processes, f"run_dir='{tmp_path}'")
+    assert world_size(cfg) == 2
+    assert resolve(cfg, make(cfg.data), None).trainer.accumulate_grad_batches == 2
+
+
+def test_val_check_interval_counts_steps_with_microbatches():
+    from src.runs.trainer_settings import validation_interval
+
+    settings = {"max_steps": 10, "accumulate_grad_batches": 4}
+    assert validation_interval(settings, 3) == 12
+    assert validation_interval({**settings, "val_check_interval": 8}, 3) == 8
+    assert validation_interval({**settings, "val_check_interval": 2}, 3, counts_steps=True) == 8
+    assert validation_interval({**settings, "val_check_interval": 0.5}, 3) == 20
 
 
 def test_fp16_turns_the_fused_optimizer_off(tmp_path):

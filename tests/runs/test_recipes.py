@@ -1,4 +1,4 @@
-"""Recipes in conf/experiment: each states its source, composes, trains on tiny data, and has the settings of its paper."""
+"""Recipes in conf/experiment: each states its source, trains on tiny data, and has the settings of its paper."""
 
 import copy
 import functools
@@ -105,7 +105,7 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_train_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
-    """Only the network and the data are smaller: prediction, loss, optimizer, precision and sampler are the recipe's."""
+    """Only network and data are smaller: prediction, loss, optimizer, precision and sampler are the recipe's."""
     full = recipe(name)
     small = ["model.model_channels=8", "model.num_res_blocks=1"]
     small += ["model.num_head_channels=8"] if full.model.get("num_head_channels") else []
@@ -138,7 +138,8 @@ PAPERS = {
     },
     "cifar10_iddpm": {  # the README of openai/improved-diffusion, and its defaults
         "data.batch_size": 128, "data.flip": False, "model.dropout": 0.3, "model.num_heads": 4,
-        "model.num_res_blocks": 3, "model.time_conditioning": "scale_shift", "model.attention_resolutions": [16, 8], "optimizer.lr": 1e-4,
+        "model.num_res_blocks": 3, "model.time_conditioning": "scale_shift", "model.attention_resolutions": [16, 8],
+        "optimizer.lr": 1e-4,
         "callbacks.ema.decay": 0.9999, "trainer.gradient_clip_val": None, "trainer.max_steps": 500_000,
         "diffusion.prediction": "eps", "diffusion.variance": "learned_range", "sampler.steps": 4000,
         "schedule.num_steps": 4000, "loss.vlb_weight": 0.001,
@@ -203,16 +204,16 @@ def test_edm_sampler_has_the_nfe_of_the_paper():
     cfg = recipe("cifar10_edm", "model.model_channels=16", "model.num_res_blocks=1")
     module = build_module(cfg, (3, 32, 32), num_values=256)
     fn, steps, spacing, _ = build_sampler(cfg.sampler)
-    seen = []
+    ratios = []
 
     def predict(x, t):
-        seen.append(t.ratio.item())
+        ratios.append(t.ratio.item())
         return Prediction(torch.zeros_like(x), x / t.sigma)
 
     x = torch.full((1, 3, 2, 2), 80.0)
     *_, x = fn(module.diffusion, predict, x, make_time_grid(module.schedule, steps, spacing), noise=torch.zeros_like)
-    assert len(seen) == 35
-    assert (max(seen), min(seen)) == (pytest.approx(80), pytest.approx(0.002))
+    assert len(ratios) == 35
+    assert (max(ratios), min(ratios)) == (pytest.approx(80), pytest.approx(0.002))
     assert x.abs().max() < 1e-5  # The data are all 0.
 
 
