@@ -58,7 +58,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
             record_data(run)
     print_summary(run)
     from src.errors import DataReadError
-    from src.training.callbacks.graceful_shutdown import Interruption, wait_for_children
+    from src.training.callbacks.graceful_shutdown import Interruption
+    from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
     try:

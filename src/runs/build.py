@@ -172,10 +172,6 @@ def build(cfg: DictConfig) -> Run:
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
-    from src.training.memory import MicrobatchFinder, keep_freed_memory
-
-    if not any(isinstance(callback, MicrobatchFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        keep_freed_memory(trainer.strategy.root_device)
     from src.distributed.sharding import FullyShardedStrategy
 
     if isinstance(trainer.strategy, FullyShardedStrategy) and module.curve_weights:

@@ -36,7 +36,7 @@ def build_module(
     import torch
 
     from src.models.mlp import MLP
-    from src.training.module import DiffusionModule
+    from src.training.learned_schedule import module_class
 
     if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
         raise ValueError(
@@ -51,7 +51,7 @@ def build_module(
     diffusion = make(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
     net = make(cfg.model, {"outputs": diffusion.outputs, **condition_network(cfg)})
     conditioning = None if condition is None else conditioning_of(condition, cfg.conditioning.cond_drop_prob)
-    module = DiffusionModule(
+    module = module_class(schedule)(
         net=net,
         schedule=schedule,
         diffusion=diffusion,

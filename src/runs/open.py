@@ -76,11 +76,6 @@ def open_run(
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # kinds of things in others' places
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
-    import torch
-
-    from src.training.memory import keep_freed_memory
-
-    keep_freed_memory(torch.device("cpu"))  # for samples; what a GPU draws needs next to nothing there
     return OpenedRun(config, path, module.eval(), data)
 
 

@@ -21,12 +21,12 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
     Of its arguments null stands for Lightning's default. Raises ValueError for those that are to be set in another way.
     """
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     from src.runs.trainer_settings import check_built, check_settings, explain_error, kept, validation_interval
     from src.training.callbacks.monitor import LearningRate
     from src.training.checkpoint_io import AtomicCheckpointIO, NoCheckpoints
+    from src.training.lightning_internals import disable_slurm_requeue
     from src.training.memory import MicrobatchFinder
 
     settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
@@ -77,10 +77,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         cause = error.__cause__
         raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
     check_built(trainer)
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment):
-        # Else SIGUSR1 before and after training saves a checkpoint that is none of the run's, and requeues the job.
-        environment.auto_requeue = False
+    disable_slurm_requeue(trainer)
     return trainer
 
 

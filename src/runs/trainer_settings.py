@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from src.errors import sentence
+from src.training.lightning_internals import copies_this_process
 
 BY_STEPS = "counts epochs, and training counts steps"
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -167,7 +168,7 @@ def check_built(trainer: L.Trainer) -> None:
     So it is with processes that are copies of this one, whose callbacks and weights do not come back to it.
     """
     strategy = trainer.strategy
-    copies = isinstance(strategy, DDPStrategy) and strategy._start_method != "popen"
+    copies = copies_this_process(strategy)
     if copies or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         how = "starts copies of this process" if copies else "deals weights out in its own way"
         raise ValueError(

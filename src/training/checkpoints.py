@@ -5,10 +5,9 @@ import json
 import math
 import pickletools
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from src.config.resume import PATH_KEYS
 
@@ -32,6 +31,10 @@ def step_of(path: Path) -> float:
     return _step_of(path, stat.st_mtime_ns, stat.st_size)
 
 
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""Errors of `zipfile` and `pickletools` for corrupted files."""
+
+
 @functools.lru_cache
 def _step_of(path: Path, written: int, size: int) -> float:
     try:
@@ -46,54 +49,28 @@ def _step_of(path: Path, written: int, size: int) -> float:
                     value for code, value, _ in operations if code.name in ("BININT", "BININT1", "BININT2", "LONG1")
                 )
                 return float(next(numbers, None) or 0)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
-        return math.inf
+    except UNREADABLE:
+        pass
     return math.inf
 
 
-CHECKSUM_BYTES = 8
-"""Bytes of a checkpoint's comment, with which it ends: the CRC-32 of all that stands before, in hexadecimal."""
-
-
-def with_checksum(archive: memoryview) -> Iterator[bytes | memoryview]:
-    """A zip archive without a comment, as it ends now, and its seal as comment: the parts of what is to be written."""
-    body, length = (
-        archive[:-2],
-        CHECKSUM_BYTES.to_bytes(2, "little"),
-    )  # an archive ends with the length of its comment, 0 here
-    yield from (body, length, f"{zlib.crc32(length, zlib.crc32(body)):0{CHECKSUM_BYTES}x}".encode())
-
-
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is what was written: by its seal, or if it has none, by the CRC-32 of each of its parts."""
+    """Return whether a checkpoint is a complete zip archive whose members all match their CRC-32."""
     stat = path.stat()
     return _is_intact(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache
 def _is_intact(path: Path, written: int, size: int) -> bool:
-    """As of a time and size, so that a large file is read through once only."""
+    """Cached by time and size, so that a large file is read only once."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            # Torch compresses nothing: so what is read is bounded by the size of the file.
-            stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-            if not stored or sum(part.file_size for part in parts) > size:
-                return False
-            if archive.comment:
-                return archive.comment == f"{_checksum(file, size - CHECKSUM_BYTES):0{CHECKSUM_BYTES}x}".encode()
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            # torch.save does not compress; reading only stored members bounds the memory by the file size.
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            return stored and sum(member.file_size for member in members) <= size and archive.testzip() is None
+    except UNREADABLE:
         return False
-
-
-def _checksum(file: IO[bytes], size: int) -> int:
-    """CRC-32 of the first `size` bytes."""
-    file.seek(0)
-    total = 0
-    for start in range(0, size, 2**24):
-        total = zlib.crc32(file.read(min(2**24, size - start)), total)
-    return total
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

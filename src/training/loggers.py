@@ -18,6 +18,8 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from src.training.lightning_internals import logged_step
+
 Cell = str | float | int | bool | Image.Image | None
 
 
@@ -77,12 +79,12 @@ def show_pictures(trainer: L.Trainer) -> bool:
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
-    """Give a picture to every logger that shows pictures, as of this step."""
+    """Log a picture to every logger that shows pictures, at the step of the metrics of the same validation."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture], trainer.global_step)
+            logger.log_image(name, [picture], logged_step(trainer))
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(name, np.asarray(picture), logged_step(trainer), dataformats="HWC")
 
 
 def log_values(trainer: L.Trainer, name: str, values: Mapping[str, Any]) -> None:
@@ -94,6 +96,36 @@ def log_values(trainer: L.Trainer, name: str, values: Mapping[str, Any]) -> None
             text = json.dumps(values, indent=2, default=str)
             # Indented text is code in Markdown, and keeps its lines.
             logger.experiment.add_text(name, "\t" + text.replace("\n", "\n\t"), trainer.global_step)
+
+
+HPARAMS = {
+    "lr": "optimizer.lr",
+    "batch_size": "data.batch_size",
+    "schedule": "schedule._target_",
+    "model": "model._target_",
+    "loss": "loss._target_",
+    "prediction": "diffusion.prediction",
+    "max_steps": "trainer.max_steps",
+    "seed": "seed",
+}
+"""Columns of TensorBoard's HPARAMS tab and their settings."""
+
+
+def log_hparams(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
+    """Fill TensorBoard's HPARAMS tab with the main settings and `val/loss`, which it reads from the curve."""
+    from torch.utils.tensorboard.summary import hparams
+
+    values: dict[str, Any] = {}
+    for name, key in HPARAMS.items():
+        node: Any = settings
+        for part in key.split("."):
+            node = (node or {}).get(part)
+        if node is not None:
+            values[name] = node.rpartition(".")[2] if key.endswith("_target_") else node
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for summary in hparams(values, {"val/loss": 0}):  # type: ignore[no-untyped-call]
+                logger.experiment.file_writer.add_summary(summary)
 
 
 def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:

@@ -178,7 +178,7 @@ def test_guidance_calls_a_compiled_network_with_no_other_size():
     assert sizes == [3] * 4  # two steps, each of what is asked for and of nothing
 
 
-def test_conditions_are_dropped_sample_by_sample_in_training_alone():
+def test_conditions_are_dropped_sample_by_sample_in_training_alone(monkeypatch):
     """p = 0.1 of 10,000 samples, within 4 deviations of the binomial; which ones belongs to step and position."""
     net = Told()
     module = module_of(net, 0.1)
@@ -187,7 +187,8 @@ def test_conditions_are_dropped_sample_by_sample_in_training_alone():
         return {"x": torch.zeros(size, 2), "start": start, "total": 100, "cond": torch.arange(start, start + size) % 5}
 
     for step in range(100):
-        module._train_terms(batch(0, 100), step)
+        monkeypatch.setattr(type(module), "global_step", step)
+        module.training_step(batch(0, 100), 0)
     told = torch.stack(net.told)
     dropped = told == 5
     assert abs(dropped.sum().item() - 1000) < 4 * math.sqrt(10_000 * 0.1 * 0.9)
@@ -199,7 +200,8 @@ def test_conditions_are_dropped_sample_by_sample_in_training_alone():
 
     net.told.clear()
     for start in range(0, 100, 25):  # four processes
-        module._train_terms(batch(start, 25), 3)
+        monkeypatch.setattr(type(module), "global_step", 3)
+        module.training_step(batch(start, 25), 0)
     assert torch.equal(torch.cat(net.told), told[3])
 
     net.told.clear()

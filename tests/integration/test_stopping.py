@@ -144,14 +144,14 @@ def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(tmp
     def all_gather(mine):
         told = torch.stack([mine, torch.zeros_like(mine)])
         for number in arrives:
-            stop._ask(number, None)
+            stop._request_stop(number, None)
         arrives.clear()
         return told
 
     ours.strategy.all_gather = all_gather
-    assert not stop._agreed(ours)
-    stop._next_turn = 0
-    assert stop._agreed(ours) and stop.signal == signal.SIGTERM
+    assert not stop._stop_agreed(ours)
+    stop._next_collective = 0
+    assert stop._stop_agreed(ours) and stop.signal == signal.SIGTERM
 
 
 def test_a_signal_in_the_last_step_is_answered(trained, tmp_path, monkeypatch, capsys):

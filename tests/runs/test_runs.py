@@ -31,7 +31,7 @@ def heavy_imports() -> None:
     import lightning as L
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from src.training.module import seed_networks
+    from src.training.callbacks.seeding import seed_networks
 
 
 def losses(folder: Path, name: str = "train/loss") -> list[str]:

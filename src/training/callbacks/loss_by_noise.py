@@ -61,7 +61,7 @@ class LossByNoise(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._parts.append((outputs["v"], outputs["losses"]))
+        self._parts.append((outputs["v"], outputs["terms"]["loss"]))
         if len(self._parts) == trainer.accumulate_grad_batches:
             self._pending += self._parts
             self._parts.clear()
