@@ -52,7 +52,7 @@ def fit(folder: Path, *callbacks, ckpt_path: Path | None = None, **settings) -> 
     trainer = L.Trainer(
         accelerator="cpu", logger=CSVLogger(folder, name=""), default_root_dir=folder, callbacks=[*callbacks],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        **{"max_steps": 4, "log_every_n_steps": 1, "num_sanity_val_steps": 0, **settings},
+        **{"max_steps": 4, "log_every_n_steps": 1, "num_sanity_val_steps": 0, "min_epochs": 0, **settings},
     )  # fmt: skip
     loaders = [torch.utils.data.DataLoader(torch.ones(count, 1)) for count in (100, 2)]
     trainer.fit(Linear(), *loaders, ckpt_path=ckpt_path)
@@ -67,7 +67,8 @@ def logged(folder: Path, name: str) -> list[tuple[int, float]]:
 
 def test_undocumented_attributes_occur_in_one_file_only():
     """By the names that this project has used, in code that imports lightning."""
-    names = r"\._(results|batches_that_stepped|broadcast_sigterm|accelerator_connector|start_method|call_children|train_progress_bar)|child-process-observer|fit_loop"
+    private = "results batches_that_stepped broadcast_sigterm accelerator_connector start_method train_progress_bar"
+    names = "|".join([rf"\._({'|'.join(private.split())})", "child-process-observer", "fit_loop"])
     users = {p.name for p in SRC.rglob("*.py") if re.search(names, p.read_text())}
     assert users == {"lightning_internals.py"}
 
@@ -87,7 +88,8 @@ def test_cleared_metrics_are_not_logged_again(tmp_path):
 
 def test_extra_validation_is_logged_at_the_last_step(tmp_path):
     class Validate(L.Callback):
-        steps: list[int] = []
+        def __init__(self):
+            self.steps = []
 
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 3:
@@ -97,8 +99,8 @@ def test_extra_validation_is_logged_at_the_last_step(tmp_path):
         def on_validation_epoch_end(self, trainer, pl_module):
             self.steps.append(internals.logged_step(trainer))
 
-    fit(tmp_path, Validate(), limit_val_batches=2, val_check_interval=100)
-    assert logged(tmp_path, "val") == [(2, 3.0)] and Validate.steps == [2]
+    fit(tmp_path, validate := Validate(), limit_val_batches=2, val_check_interval=100)
+    assert logged(tmp_path, "val") == [(2, 3.0)] and validate.steps == [2]
     assert [step for step, _ in logged(tmp_path, "train")] == [0, 1, 2, 3]
 
 
@@ -108,14 +110,14 @@ def test_counted_step_resumes_at_the_next_one(tmp_path):
             if trainer.global_step == 2:
                 internals.count_step_as_ended(trainer)
                 trainer.save_checkpoint(tmp_path / "a.ckpt")
-                internals.stop_training(trainer)
-                return -1
+                raise KeyboardInterrupt
 
     class Correct(L.Callback):
         def on_train_batch_start(self, trainer, *_):
             internals.correct_logged_step(trainer)
 
-    fit(tmp_path, Stop())
+    with pytest.raises(SystemExit):
+        fit(tmp_path, Stop())
     trainer = fit(tmp_path, Correct(), ckpt_path=tmp_path / "a.ckpt")
     assert trainer.global_step == 4
     assert logged(tmp_path, "train") == [(k, float(k)) for k in range(4)]
@@ -152,7 +154,7 @@ def test_child_process_observer_is_stopped():
     from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    observer = _ChildProcessObserver([child], main_pid=0)
+    observer = _ChildProcessObserver(main_pid=0, child_processes=[child])
     observer.start()
     try:
         internals.wait_for_children()
