@@ -206,7 +206,7 @@ class DiffusionModule(SamplingModule):
         return norm
 
     def check_loss(self) -> dict[str, Tensor]:
-        """Return the terms (1,) of a constant output at the noisiest level, so that bad settings fail before training."""
+        """Return the terms (1,) of a constant output at the noisiest level, so that bad settings fail early."""
         x = torch.zeros(1, *self.shape)
         transition = self.schedule.transition(torch.ones(1) - 2**-24, x)
         ones = torch.ones(1, self.diffusion.outputs * self.shape[0], *self.shape[1:])

@@ -74,8 +74,8 @@ class SamplingModule(L.LightningModule):
         # Below this, x_0 = (x_T - sigma eps) / alpha overflows float32.
         if diffusion.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
             raise ValueError(
-                "diffusion.prediction=eps needs a schedule with alpha > 1e-30 at its end, which zero_terminal_snr and "
-                "schedule=rectified_flow lack: x_0 = (x_T - sigma eps) / alpha divides by 0; use diffusion.prediction=v "
+                "diffusion.prediction=eps needs a schedule whose alpha ends above 1e-30, unlike zero_terminal_snr=true "
+                "and schedule=rectified_flow: x_0 = (x_T - sigma eps) / alpha divides by 0; set diffusion.prediction=v "
                 "or diffusion.prediction=x0"
             )
         self.net = net
@@ -193,8 +193,8 @@ class SamplingModule(L.LightningModule):
         guidance.check()
         if guidance.rescale and math.prod(self.shape) == 1:
             raise ValueError(
-                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, to compute their standard "
-                "deviation: set guidance.rescale=0"
+                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, whose standard deviation it "
+                "rescales: set guidance.rescale=0"
             )
         if guidance.scale != 1 and guidance.model is None:
             if self.null is None:

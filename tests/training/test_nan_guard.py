@@ -63,7 +63,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path,
     """Sample 5 of the fourth batch is poisoned: that step is skipped, the others are not."""
     poison(monkeypatch, {3}, sample=5)
     history, _ = watch(monkeypatch)
-    with pytest.warns(UserWarning, match="skipped step 3: loss or gradient was not finite"):
+    with pytest.warns(UserWarning, match="skipped step 3"):
         train_tiny(tmp_path / "run", f"optimizer.fused={fused}")
     assert same(history[4], history[3])
     assert not any(same(history[k + 1], history[k]) for k in (0, 1, 2, 4))
@@ -107,7 +107,7 @@ def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeyp
     poison(monkeypatch, {5, 6})
     history, rates = watch(monkeypatch)
     settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2", "validate_every=100"]
-    with pytest.warns(UserWarning, match=r"5 to 6 had a finite gradient: the weights go back to those of step 4"):
+    with pytest.warns(UserWarning, match="rolled back to step 4"):
         train_tiny(tmp_path / "run", *settings)
     assert same(history[7], history[4]) and not same(history[6], history[4])
     monkeypatch.undo()
@@ -130,7 +130,7 @@ def test_the_average_goes_back_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EMA, "on_train_batch_start", on_train_batch_start)
     poison(monkeypatch, {5, 6})
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2")
     assert all(map(torch.equal, averages[7], averages[4]))
     assert not all(map(torch.equal, averages[6], averages[4]))
@@ -148,8 +148,8 @@ def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch)
             "keep_checkpoints=-1",
         )
     said = str(error.value)
-    assert "had a finite gradient, and going back to steps [4, 2] did not help" in said
-    assert "the loss of every sample was not finite" in said and "lower optimizer.lr" in said and "\n" not in said
+    assert "[4, 2]" in said and "the loss of every sample was not finite" in said and "optimizer.lr" in said
+    assert "\n" not in said
     assert len(rows(tmp_path)) == 9
     assert read_checkpoint(tmp_path / "checkpoints" / "step_000004.ckpt")["global_step"] == 4
 
@@ -160,21 +160,21 @@ def test_a_run_that_is_stopped_between_skipped_steps_counts_on(tmp_path, monkeyp
 
     settings = ["trainer.max_steps=12", "checkpoint_every=4", "callbacks.nan_guard.patience=4", "validate_every=100"]
     poison(monkeypatch, range(5, 9))
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path / "whole", *settings)
     runs_until(monkeypatch, stop_after=7)
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "stopped", *settings)
     monkeypatch.undo()
     poison(monkeypatch, range(5, 9))
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
     for key in ("state_dict", "current_model_state"):
         assert_equal_bits(weights(tmp_path / "stopped", key), weights(tmp_path / "whole", key))
 
 
 def test_the_guard_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(UsageError, match="needs patience >= 1"):
+    with pytest.raises(UsageError, match=r"nan_guard\.patience=0"):
         train_tiny(tmp_path, "callbacks.nan_guard.patience=0")
 
 

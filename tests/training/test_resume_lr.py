@@ -174,7 +174,7 @@ def test_what_the_guard_left_of_the_rate_stays(tmp_path, monkeypatch):
     settings = (*WARM, "callbacks.nan_guard.patience=2", "lr_scheduler=linear", "checkpoint_every=1")
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModule, "training_step", training_step)
-        with pytest.warns(UserWarning, match="falls to 0.5"):
+        with pytest.warns(UserWarning, match="rolled back"):
             train_alone(tmp_path / "run", *settings, "trainer.max_steps=6")
     rate = formula("linear", 2e-3, 50, 6)
     assert rates(tmp_path / "run") == pytest.approx([*map(rate, range(4)), rate(4) / 2, rate(5) / 2], rel=1e-6)
