@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from functools import partial
 
 import pytest
@@ -309,7 +308,7 @@ def test_a_run_without_conditions_says_that_it_takes_none(trained, tmp_path):
     for override in ("cond=[3]", "negative=3"):
         with pytest.raises(UsageError, match="a run that takes no conditions: leave it out, or train"):
             draw(trained, tmp_path, override)
-    with pytest.raises(UsageError, match=re.escape("guidance.scale=2 needs a run that was trained with")):
+    with pytest.raises(UsageError, match=r"guidance\.scale=2"):
         draw(trained, tmp_path, "guidance.scale=2")
 
 

@@ -120,6 +120,29 @@ def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeyp
     assert len(rows(tmp_path / "run")) == 2
 
 
+def test_rollback_saves_a_diverged_run(tmp_path, monkeypatch):
+    """One bad step ruins the weights for good: with a rollback the run finishes, without it ends."""
+    original = DiffusionModule.training_step
+    ruined = []
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5 and not ruined:
+            ruined.append(True)
+            with torch.no_grad():
+                for weight in self.weights:
+                    weight.mul_(1e30)
+        return original(self, batch, batch_idx)
+
+    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2", "validate_every=100"]
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    with pytest.warns(UserWarning, match="rolled back to step 4"):
+        metrics = train_tiny(tmp_path / "saved", *settings)
+    assert metrics["steps"] == 10 and math.isfinite(metrics["val/loss"])
+    ruined.clear()
+    with pytest.raises(UsageError, match="the weights have diverged"):
+        train_tiny(tmp_path / "lost", *settings, "callbacks.nan_guard.max_rollbacks=0")
+
+
 def test_the_average_goes_back_too(tmp_path, monkeypatch):
     from src.training.callbacks.ema import EMA
 

@@ -21,7 +21,7 @@ class EMA(L.Callback):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}: 0.999 is usual")
+            raise ValueError(f"callbacks.ema.decay={decay} must be in [0, 1): 0.999 is usual")
         self.decay = decay
         self._names: list[str] = []
         self._weights: list[nn.Parameter] = []
