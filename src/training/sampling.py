@@ -193,8 +193,8 @@ class SamplingModule(L.LightningModule):
         guidance.check()
         if guidance.rescale and math.prod(self.shape) == 1:
             raise ValueError(
-                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, whose standard deviation it "
-                "rescales: set guidance.rescale=0"
+                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, for their standard "
+                "deviation: set guidance.rescale=0"
             )
         if guidance.scale != 1 and guidance.model is None:
             if self.null is None:
