@@ -123,7 +123,7 @@ def _read_exported(path: Path) -> dict[str, Any]:
             }
     except Exception as error:  # untrusted bytes can raise anything
         raise ValueError(
-            f"{path} cannot be read as an exported model: it is corrupted or was not written by src.export; use another one"
+            f"{path} cannot be read as an exported model: it is corrupted or not from src.export; use another one"
         ) from error
 
 
@@ -200,7 +200,7 @@ def check_plain(settings: Any, source: object) -> None:
     for count, (name, value) in enumerate(walk_settings(settings)):
         if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
             raise ValueError(
-                f"{source} is not a configuration of this project: it has over {MAX_VALUES} values or {MAX_DEPTH} levels"
+                f"{source} is not a configuration of this project: it has too many or too deeply nested values"
             )
         if type(value) not in PLAIN:
             raise ValueError(f"{source} is not a configuration of this project: {name} is a {type(value).__name__}")

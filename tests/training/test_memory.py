@@ -21,7 +21,7 @@ from tests.runs.test_runs import assert_equal_bits, weights
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import here what takes seconds, so that collecting tests stays fast."""
     global estimate
     from src.training.memory import estimate
 
