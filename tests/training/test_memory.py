@@ -161,7 +161,7 @@ def test_microbatches_equal_accumulation_and_survive_resume(tmp_path):
     train_tiny(resumed, *settings, "data.microbatch_size=auto", f"resume='{resumed}'", "trainer.max_steps=6")
     saved = read_checkpoint(resumed / "checkpoints" / "last.ckpt")
     assert saved["global_step"] == 6 and saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 4
-    with pytest.raises(UsageError, match="accumulate_grad_batches|microbatch_size"):
+    with pytest.raises(UsageError, match=r"accumulate_grad_batches|microbatch_size"):
         train_tiny(resumed, *settings, "data.microbatch_size=32", f"resume='{resumed}'", "trainer.max_steps=8")
 
 
