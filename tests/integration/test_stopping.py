@@ -48,7 +48,7 @@ def among_samples(monkeypatch, act, number):
                 act()
             yield x
 
-    monkeypatch.setattr(DiffusionModule, "sample_together", sample_distributed)
+    monkeypatch.setattr(DiffusionModule, "sample_distributed", sample_distributed)
 
 
 def assert_ended_as(folder, other):
@@ -129,7 +129,7 @@ def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeyp
         seen.append(len(x))
         return original(self, net, x, t, cond)
 
-    monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
+    monkeypatch.setattr(DiffusionModule, "_call_network", denoise)
     train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")
     assert max(seen) < 16 and seen.count(4) == 3  # validation has up to twice as many, 20 samples go 8, 8 and 4
     assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)

@@ -449,7 +449,7 @@ def test_tables_sinusoids_losses_and_average_are_float32_in_every_precision(trai
 
     look(layers, "sinusoidal_embedding", lambda time, _, out: [time, out])
     look(DiffusionModule, "_terms", lambda module, args, out: [*module.schedule.level(torch.tensor([3]), args[1])])
-    look(DiffusionModule, "training_step", lambda module, _, out: [out["loss"], out["losses"], out["v"]])
+    look(DiffusionModule, "training_step", lambda module, _, out: [out["loss"], out["terms"]["loss"], out["v"]])
     look(EMA, "on_train_batch_end", lambda ema, *_: ema._average)
     look(layers.ResidualBlock, "forward", lambda _, __, out: [out])
     if precision == "16-mixed":
