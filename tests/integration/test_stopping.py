@@ -123,7 +123,7 @@ def test_dropout_is_drawn_as_if_the_run_had_gone_on(tmp_path, monkeypatch):
 def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeypatch):
     """The network never sees more than a micro-batch, though 64 samples are drawn at the end."""
     seen = []
-    original = DiffusionModule._denoise
+    original = DiffusionModule._call_network
 
     def denoise(self, net, x, t, cond):
         seen.append(len(x))
