@@ -61,7 +61,8 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     from src.runs import out_of_memory
     from src.runs.build import close
     from src.runs.fit import fit_run
-    from src.training.callbacks.graceful_shutdown import Interruption, wait_for_children
+    from src.training.callbacks.graceful_shutdown import Interruption
+    from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
     try:

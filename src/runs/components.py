@@ -36,7 +36,7 @@ def build_module(
     import torch
 
     from src.models.mlp import MLP
-    from src.training.module import DiffusionModule
+    from src.training.learned_schedule import module_class
 
     if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
         raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
@@ -45,7 +45,7 @@ def build_module(
     diffusion = make(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
     net = make(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
     spec = None if condition is None else _condition_spec(condition, cfg.conditioning.cond_drop_prob)
-    module = DiffusionModule(
+    module = module_class(schedule)(
         net=net,
         schedule=schedule,
         diffusion=diffusion,

@@ -70,11 +70,6 @@ def open_run(
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # objects of wrong types in a file
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
-    import torch
-
-    from src.training.memory import keep_freed_memory
-
-    keep_freed_memory(torch.device("cpu"))  # Sampling on a GPU needs little memory of the CPU.
     return OpenedRun(config, path, module.eval(), data)
 
 

@@ -22,12 +22,12 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
     Null stands for Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     from src.runs.trainer_settings import check_strategy, enabled_callbacks, validation_interval
     from src.training.callbacks.monitor import LearningRate
     from src.training.checkpoint_io import AtomicCheckpointIO, NoCheckpoints
+    from src.training.lightning_internals import disable_slurm_requeue
     from src.training.memory import MicrobatchFinder
 
     settings = trainer_settings(cfg)
@@ -74,10 +74,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     }
     trainer = _construct(cfg.trainer, settings, arguments)
     check_strategy(trainer)
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment):
-        # Lightning would save a checkpoint of its own on SIGUSR1 and requeue the job.
-        environment.auto_requeue = False
+    disable_slurm_requeue(trainer)
     return trainer
 
 

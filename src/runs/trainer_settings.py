@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from src.errors import sentence
 from src.quoting import format_override
+from src.training.lightning_internals import copies_this_process
 
 COUNTS_EPOCHS = "counts epochs, and training counts steps"
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -177,7 +178,7 @@ def check_strategy(trainer: L.Trainer) -> None:
     Spawned and forked processes do not return their callbacks and weights to this process.
     """
     strategy = trainer.strategy
-    copies = isinstance(strategy, DDPStrategy) and strategy._start_method != "popen"
+    copies = copies_this_process(strategy)
     if copies or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         how = "starts copies of this process" if copies else "shards weights in its own way"
         raise ValueError(

@@ -198,7 +198,9 @@ def test_a_floor_of_fewer_samples_stands_beside_several_samplers(asked, tmp_path
     folder = tmp_path / "out"
     metrics = evaluate(compose("evaluate", *asked, *several, "likelihood=false", f"run_dir='{folder}'"))
     assert floor in metrics["floor"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["figures"]
-    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| Fréchet distance (pixels")]
+    (row,) = [
+        line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| Fréchet distance (pixels")
+    ]
     assert row.split("|")[-2].strip() == format_metric(metrics["floor"][floor])
     assert (folder / "quality.png").stat().st_size > 1000
 

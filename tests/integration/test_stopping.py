@@ -123,13 +123,13 @@ def test_resumed_run_has_the_same_dropout_masks(tmp_path, monkeypatch):
 def test_sampling_uses_the_microbatch_of_training(tmp_path, monkeypatch):
     """The network gets at most a micro-batch, also for the 64 samples at the end."""
     batch_sizes = []
-    original = DiffusionModule._denoise
+    original = DiffusionModule._call_network
 
     def denoise(self, net, x, t, cond):
         batch_sizes.append(len(x))
         return original(self, net, x, t, cond)
 
-    monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
+    monkeypatch.setattr(DiffusionModule, "_call_network", denoise)
     train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")
     assert (
         max(batch_sizes) < 16 and batch_sizes.count(4) == 3
@@ -146,14 +146,14 @@ def test_signal_during_all_gather_counts_at_the_next_one(tmp_path):
     def all_gather(mine):
         gathered = torch.stack([mine, torch.zeros_like(mine)])
         for number in arrives:
-            stop._ask(number, None)
+            stop._request_stop(number, None)
         arrives.clear()
         return gathered
 
     ours.strategy.all_gather = all_gather
-    assert not stop._agreed(ours)
-    stop._next_turn = 0
-    assert stop._agreed(ours) and stop.signal == signal.SIGTERM
+    assert not stop._stop_agreed(ours)
+    stop._next_collective = 0
+    assert stop._stop_agreed(ours) and stop.signal == signal.SIGTERM
 
 
 def test_signal_in_the_last_step_saves(trained, tmp_path, monkeypatch, capsys):

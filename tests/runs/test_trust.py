@@ -206,10 +206,10 @@ def endless() -> object:
     ids=["laughs", "endless", "long", "tensor", "number", "newline", "empty", "set"],
 )
 def test_configurations_hold_few_plain_values(trained, tmp_path, value):
-    with pytest.raises(ValueError, match="is no configuration of this project"):
+    with pytest.raises(ValueError, match=r"a\.ckpt"):
         check_plain({"model": value}, "a.ckpt")
     path = tampered(trained, tmp_path / "a.ckpt", "model.extra", value)
-    assert "is no " in refused("sample", tmp_path / "out", f"ckpt='{path}'")
+    assert path.name in refused("sample", tmp_path / "out", f"ckpt='{path}'")
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_exported_model_draws_the_same_bits_as_the_run(trained, tmp_path):
             assert torch.equal(x, y)
     assert "no averaged weights" in refused("sample", tmp_path / "x", f"ckpt='{alone}'")
     averaged = tmp_path / "alone-true.safetensors"
-    assert "averaged weights alone" in refused("sample", tmp_path / "x", f"ckpt='{averaged}'", "ema=false")
+    assert "ema=false" in refused("sample", tmp_path / "x", f"ckpt='{averaged}'", "ema=false")
 
 
 def test_exported_model_holds_no_private_names(tmp_path, monkeypatch):
