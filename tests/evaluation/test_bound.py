@@ -16,7 +16,8 @@ from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
 from src.diffusion.timestep_samplers import uniform
 from src.errors import UsageError
 from src.evaluation.callbacks import BitsPerDim
-from src.evaluation.likelihood import bounds, link_shares
+from src.evaluation.likelihood import bounds
+from src.evaluation.reverse_variance import sample_halves, transition_probs
 from src.training.module import DiffusionModule, Sampler
 from tests.conftest import compose, train_tiny
 
@@ -152,7 +153,7 @@ def test_estimate_and_all_links_are_the_exact_bound(variance):
 def test_shares_of_links_cover_the_chain():
     """They are probabilities, at least half an even share each."""
     for schedule in [*schedules_of(40).values(), *schedules_of(2).values()]:
-        shares = link_shares(schedule)
+        shares = transition_probs(schedule)
         assert shares.shape == (schedule.num_steps - 1,)
         assert shares.sum().item() == pytest.approx(1, abs=1e-12)
         assert (shares >= 0.5 / len(shares) - 1e-15).all()
@@ -230,17 +231,33 @@ def test_learned_schedule_has_a_gradient():
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0
 
 
-def test_optimal_variance_of_a_sample_comes_from_the_other_half():
-    """A sample that is far off changes the others of its half not at all, and makes the other half's bound worse."""
+def test_optimal_variance_comes_from_the_other_half():
+    """An outlier leaves its half unchanged and raises the bound of the other."""
     schedule = ContinuousSchedule(curves.rectified_flow, 30)
     x = data(20)
-    odd = x.clone()
-    odd[6] = 50.0
+    outlier = x.clone()
+    halves = sample_halves(x)
+    outlier[6] = next(value for k in range(50, 99) if sample_halves(value := torch.tensor([[float(k)]])) == halves[6])
+    same = [k for k in range(20) if halves[k] == halves[6] and k != 6]
+    assert 4 < len(same) < 15
     for num_terms in (None, 3):
-        before, after = (totals(module_of(schedule), each, num_terms, "optimal") for each in (x, odd))
-        same = [k for k in range(0, 20, 2) if k != 6]
+        before, after = (totals(module_of(schedule), each, num_terms, "optimal") for each in (x, outlier))
         assert torch.equal(before[same], after[same])
-        assert (after[1::2] - before[1::2]).mean() > 1
+        assert (after - before)[halves != halves[6]].mean() > 1
+
+
+def test_equal_samples_share_a_half():
+    x = torch.randn(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    halves = sample_halves(x)
+    assert torch.equal(sample_halves(-torch.zeros(1, 4)), sample_halves(torch.zeros(1, 4)))
+    assert torch.equal(sample_halves(torch.cat([x.flip(0), x])), torch.cat([halves.flip(0), halves]))
+    assert 70 < halves.sum() < 130
+
+
+def test_optimal_variance_of_equal_samples_is_fixed_large():
+    """Their other half is empty."""
+    module, x = module_of(NoiseSchedule(schedules.cosine(10))), data(1).repeat(4, 1)
+    assert torch.equal(totals(module, x, None, "optimal"), totals(module, x, None, "fixed_large"))
 
 
 def test_optimal_variance_does_not_depend_on_parts_or_on_the_process():
@@ -324,7 +341,7 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
     asked = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
     found = {
         (variance, num_terms): evaluate(
-            compose("evaluate", *alone, f"reverse_variance={variance}", f"links={num_terms}")
+            compose("evaluate", *alone, f"reverse_variance={variance}", f"num_terms={num_terms}")
         )
         for variance, num_terms in asked
     }
@@ -352,7 +369,7 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
 def test_callback_refuses_a_wrong_reverse_variance():
     for settings, message in (
         ({"reverse_variance": "smal"}, "callbacks.bits_per_dim.reverse_variance=smal "),
-        ({"samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),
+        ({"num_samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),
     ):
         with pytest.raises(ValueError, match=message):
             BitsPerDim(**settings)

@@ -90,7 +90,7 @@ def test_a_typed_spacing_wins():
             f"sampler.spacing={typed_overrides}",
             "run_dir=x",
         )
-        assert build_sampler(cfg.sampler).spacing == format_override
+        assert build_sampler(cfg.sampler).spacing == typed_overrides
     cfg = compose("train", "sampler=ancestral", "data=mixture", "run_dir=x")
     spacing = build_sampler(cfg.sampler).spacing
     assert times(schedule_of("cosine"), spacing) == times(schedule_of("cosine"), "karras")
