@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.models.winograd import num_tiles, winograd
 from src.training.memory import keep_freed_memory
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 SHAPES = [  # (batch, channels in, out, height and width)
     *((16, c, c, 32) for c in (32, 48, 64, 96, 128)),
@@ -83,7 +83,8 @@ def main() -> None:
     keep_freed_memory(torch.device("cpu"))
     header = ["convolution", "tiles", "forward, ms", "over Winograd's", "both passes, ms", "over Winograd's"]
     rows = [row(*shape, args.rounds) for shape in SHAPES]
-    print(f"threads: {args.threads}, torch {torch.__version__}\n\n{table([*header, 'error', 'of Winograd'], rows)}")
+    table = markdown_table([*header, "error", "of Winograd"], rows)
+    print(f"threads: {args.threads}, torch {torch.__version__}\n\n{table}")
 
 
 if __name__ == "__main__":

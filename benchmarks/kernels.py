@@ -16,7 +16,7 @@ from benchmarks.peers import flops
 from benchmarks.training import BareLoop, compose, random_images, timed
 from src.runs.open import pick_device
 from src.training.provenance import device_name
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
         f"{torch.__version__}: {1e3 * seconds:.1f} ms a step, {1e-12 * count / seconds:.3g} TFLOP/s; "
         f"{1e-3 * total / args.steps:.1f} ms in {kernel_count} kernels\n"
     )
-    print(table(["ms", "share", "times", "kernel"], rows))
+    print(markdown_table(["ms", "share", "times", "kernel"], rows))
 
 
 if __name__ == "__main__":

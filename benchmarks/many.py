@@ -22,7 +22,7 @@ from src.runs.build import build, close
 from src.runs.open import pick_device
 from src.training.compile import PRECISIONS, compiled
 from src.training.provenance import device_name
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
         rows.append([way, name, str(calls), *cells])
     print(f"{args.model}, {args.microbatch_size} at once, {device_name(device)}, torch {torch.__version__}\n")
     header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
-    print(table(header, rows))
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

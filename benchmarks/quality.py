@@ -40,8 +40,7 @@ from src.runs.build import build
 from src.runs.open import open_run
 from src.training.provenance import code_version
 from src.viz import images
-from src.viz.tables import interval, stem
-from src.viz.tables import table as markdown_table
+from src.viz.tables import format_metric, markdown_table, stem
 
 RECIPES = {
     "digits": ["experiment=digits"],
@@ -170,7 +169,7 @@ def one(name: str, data_name: str, minutes: float, args: argparse.Namespace, fol
     sampling = time.process_time() - began
     evaluator = measured_by(data, n, args.seed)
     drawn = evaluator.draw(FixedSamples(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
-    images.draw(drawn.first[:64]).save(folder / "grid.png")
+    images.draw_samples(drawn.first[:64]).save(folder / "grid.png")
     (measured,) = evaluator.measure([drawn], lambda batches: batches)
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
     return {**row, "parameters": sum(p.numel() for p in net.parameters()), "figures": named(measured.metrics)}
@@ -210,7 +209,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         sampling = f"{row['sampling']:.0f}" if "sampling" in row else ""
         cells = [*start, spent, row["contender"], (row.get("commit") or "")[:7], size]
         cells += [str(row.get("steps", "")), str(row.get("calls", "")), sampling]
-        figures = [interval(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
+        figures = [format_metric(row["figures"][name]) if name in row["figures"] else "" for name in FIGURES]
         lines.append([*cells, *figures, ratio])
     return markdown_table([*header, "distance / ours"], lines)
 

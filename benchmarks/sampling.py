@@ -29,8 +29,7 @@ from src.runs import components
 from src.runs.build import build
 from src.runs.open import open_run
 from src.training.module import DiffusionModule, Sampler
-from src.viz.tables import interval, stem
-from src.viz.tables import table as markdown_table
+from src.viz.tables import format_metric, markdown_table, stem
 
 SAMPLERS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
 
@@ -135,7 +134,7 @@ def rows_of(ways: dict[str, Way], net: Watched, evaluator: SampleEvaluator, n: i
         outside = 1 - net.seconds / seconds
         drawn = evaluator.draw(FixedSamples(images, way.calls), None, lambda _: None)  # type: ignore[arg-type]
         (measured,) = evaluator.measure([drawn], lambda batches: batches)
-        figures = {stem(key): interval(figure._asdict()) for key, figure in measured.metrics.items()}
+        figures = {stem(key): format_metric(figure._asdict()) for key, figure in measured.metrics.items()}
         ratio = statistics.median(a / b for a, b in zip(few[name], few[first], strict=True))
         cells = [f"{statistics.median(few[name]):.2f}", f"{ratio:.2f}", f"{seconds / n * 10_000:.0f}", f"{outside:.1%}"]
         rows.append([name, str(way.calls), *cells, figures["fd_classifier"], figures["precision_classifier"]])
@@ -174,7 +173,7 @@ def main() -> None:
         "lucidrains, sampling_timesteps=250": lucidrains(net, module.shape[-1], 250),
     }
     rows = rows_of(ways, net, evaluator, args.n, args.rounds)
-    floor = {stem(key): interval(figure._asdict()) for key, figure in evaluator.baseline().items()}
+    floor = {stem(key): format_metric(figure._asdict()) for key, figure in evaluator.baseline().items()}
     rows.append(["training digits (floor)", "", "", "", "", "", floor["fd_classifier"], floor["precision_classifier"]])
     header = ["sampler", "calls", "s for 64", "over the first", "s for 10,000", "outside", "fd_classifier", "precision"]
     print(f"{args.n} samples, threads: {args.threads}, torch {torch.__version__}\n\n{markdown_table(header, rows)}")

@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from benchmarks.training import compose_train
 from src.runs.build import build
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 PARTS = {
     "data": r"train_dataloader_next$|batch_to_device$",
@@ -67,7 +67,7 @@ def main() -> None:
     seconds["all else (loops, logs)"] = total - sum(seconds.values())
     rows = [[name, f"{value:.2f}", f"{value / total:.1%}"] for name, value in seconds.items()]
     rows.append([f"all of {run.trainer.global_step} steps", f"{total:.2f}", "100%"])
-    print(f"threads: {args.threads}, torch {torch.__version__}\n\n{table(['', 'seconds', 'share'], rows)}")
+    print(f"threads: {args.threads}, torch {torch.__version__}\n\n{markdown_table(['', 'seconds', 'share'], rows)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from src.viz.tables import table
+from src.viz.tables import markdown_table
 
 
 class FirstStep(L.Callback):
@@ -61,7 +61,7 @@ def main() -> None:
     rows = [[str(k), f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}"] for k, (a, b) in enumerate(pairs, 1)]
     medians = [statistics.median(column) for column in zip(*((a, b, a / b) for a, b in pairs), strict=True)]
     rows.append(["median", *(f"{each:.2f}" for each in medians)])
-    print(table(["round", "to the first step, s", "import torch, lightning, s", "ratio"], rows))
+    print(markdown_table(["round", "to the first step, s", "import torch, lightning, s", "ratio"], rows))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from src.runs.build import build
 from src.training.compile import compiled
 from src.training.module import DiffusionModule
 from src.training.provenance import device_name
-from src.viz.tables import table as markdown_table
+from src.viz.tables import markdown_table
 
 RANDOM_IMAGES = [
     "data.source._target_=benchmarks.training.random_images",

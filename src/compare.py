@@ -60,11 +60,11 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         return {}
     from src.comparison import report
     from src.comparison.assemble import build_report
-    from src.comparison.page import write
+    from src.comparison.page import write_files
 
     built = build_report(runs, measurements, notes, cfg, processes)
     folder = begin(Path(cfg.run_dir))
-    path = write(folder, built)
+    path = write_files(folder, built)
     results = report.as_json(built)
     write_json(folder / "comparison.json", results)
     print(f"\n{results['headline']}\nOutput:")

@@ -53,7 +53,7 @@ def sections() -> dict[str, list[Any]]:
             media("samples from the same noise, over training", "samples"),
             media("at the end", "samples/final"),
             media("from noise to data", "samples/film"),
-            media("nearest training samples", "samples/neighbours"),
+            media("nearest training samples", "samples/neighbors"),
             WeavePanelSummaryTable(table_name="samples/table"),
         ],
         "Loss": [

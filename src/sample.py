@@ -102,7 +102,7 @@ def sample(cfg: DictConfig) -> Path:
     write_samples(folder, samples, opened.data.columns)
     shown = samples[:256] if samples.ndim == 4 else samples
     titles = [condition.title(things[place]) for place in places] if condition else []
-    images.draw(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
+    images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if titles:
         lines = [each if isinstance(each, str) else condition.title(each) for each in things] if condition else []
         (folder / "asked.txt").write_text("".join(f"{lines[place]}\n" for place in places), encoding="utf-8")

@@ -72,9 +72,9 @@ def show_schedules(cfg: DictConfig) -> Path:
     charts.schedule_curves(curves).save(folder / "schedules.png")
     # The same noise under every schedule: a row each, from clean data to the last step.
     eps = StepRng(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
-    shown = [-1, *charts.evenly(cfg.num_steps, cfg.frames - 1)]
+    shown = [-1, *charts.evenly_spaced_indices(cfg.num_steps, cfg.frames - 1)]
     strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
-    images.labelled_rows([data.postprocess(row) for row in strips], list(tables)).save(folder / "noising.png")
+    images.labeled_rows([data.postprocess(row) for row in strips], list(tables)).save(folder / "noising.png")
     print(f"Look at {folder / 'schedules.png'} and {folder / 'noising.png'}")
     return folder
 

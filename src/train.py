@@ -137,7 +137,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
         early = " (trainer.max_time is over)" if steps < run.trainer.max_steps and is_time_over(run.trainer) else ""
         print(f"Done: {count(steps, 'step')} in {took}{early}, {loss}. Look at:")
-        pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbours.png")]
+        pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbors.png")]
         for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
             if (path := run.directory / name).exists():
                 print(f"  {relative(path)}")

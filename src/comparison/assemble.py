@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from src.comparison.measure import Measurements, baselines_of, with_metrics
-from src.comparison.report import Report, Seen
+from src.comparison.report import Report, RunData
 from src.comparison.statistics import group_by_settings, metrics_of, rank_groups
 from src.comparison.survey import SurveyedRun
 from src.distributed.processes import Processes
@@ -27,24 +27,24 @@ def build_report(
     records = [with_metrics(run.record, each) for run, each in zip(runs, measurements, strict=True)]
     sources = {id(record): (run, each) for record, run, each in zip(records, runs, measurements, strict=True)}
     groups, implied = group_by_settings(records)
-    seen = []
+    run_data = []
     for group in groups:
         parts = []
         for run, each in (sources[id(record)] for record in group.records):
             logs = sorted((run.folder / "logs").glob("version_*/metrics.csv"))
             curves = charts.read_logs(logs, ("train/loss", "val/loss"))
-            parts.append(Seen(each["samples"], each["error"].numpy(), curves))
-        seen.append(parts)
+            parts.append(RunData(each["samples"], each["error"].numpy(), curves))
+        run_data.append(parts)
     return Report(
         title=f"{len(records)} runs compared: {', '.join(map(str, cfg.runs))}",
         groups=groups,
         implied=implied,
         rankings=[rank_groups(groups, metric) for metric in metrics_of(groups)],
-        floors=baselines_of(measurements[0]),
-        seen=seen,
+        baselines=baselines_of(measurements[0]),
+        runs=run_data,
         real=measurements[0]["real"],
         notes=notes,
-        how=describe_method(cfg, processes),
+        setup=describe_method(cfg, processes),
     )
 
 

@@ -1,57 +1,49 @@
-"""A comparison as files: a page that needs nothing else, its plots, tables and Markdown."""
+"""Write a comparison: a self-contained HTML page, Markdown, CSV tables and charts."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from src.comparison.plots import COLORS, file_name, pictures, strip
+from src.comparison.plots import chart_name, draw_charts, sample_row
 from src.comparison.report import (
     LEGEND,
     Report,
-    arrow,
-    columns_of,
+    column_title,
     cost_table,
+    group_order,
     group_rows,
-    mark,
-    markdown,
-    order_of,
+    group_table,
+    is_significant,
+    report_markdown,
     run_rows,
-    shown_metrics,
-    title_of,
+    sorted_rankings,
     write_csv,
 )
-from src.comparison.statistics import (
-    Ranking,
-    chance,
-    common_settings,
-    headline,
-    interval,
-    number,
-    sentence,
-    text,
-    with_spread,
-)
+from src.comparison.statistics import Ranking, chance, common_settings, headline, interval, sentence, text
+from src.viz.charts import series_style
+from src.viz.tables import format_number, metric_title
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+MAX_COLUMNS = 9
+"""Metrics in one table, so that it fits a page of 1200 pixels."""
 
 
-def write(folder: Path, report: Report) -> Path:
-    """All files into `folder`; returns the page."""
+def write_files(folder: Path, report: Report) -> Path:
+    """Write all files into `folder` and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = pictures(report)
-    for name, (light, _) in drawn.items():
-        (folder / f"{name}.png").write_bytes(light)
-    rows = run_rows(report)
-    write_csv(folder / "runs.csv", rows)
+    charts = draw_charts(report)
+    for name, png in charts.items():
+        (folder / f"{name}.png").write_bytes(png)
+    write_csv(folder / "runs.csv", run_rows(report))
     write_csv(folder / "groups.csv", group_rows(report))
-    (folder / "comparison.md").write_text(markdown(report))
+    (folder / "comparison.md").write_text(report_markdown(report))
     page = folder / "comparison.html"
-    page.write_text(html(report, drawn))
+    page.write_text(render_page(report, charts))
     return page
 
 
-def html(report: Report, drawn: Mapping[str, tuple[bytes, bytes]]) -> str:
-    """The page, with all that it shows inside it."""
+def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
+    """Return the page as HTML with its pictures embedded."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -59,49 +51,55 @@ def html(report: Report, drawn: Mapping[str, tuple[bytes, bytes]]) -> str:
         "text": text,
         "chance": chance,
         "interval": interval,
-        "spread": with_spread,
-        "number": number,
-        "title": title_of,
+        "title": metric_title,
         "uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
     }
-    shown = shown_metrics(report)
-    costs_header, costs = cost_table(report)
-    strips = [strip(report, k) for k in range(len(report.groups))]
+    rankings = sorted_rankings(report)
+    ranked, unranked = ([r for r in rankings if (r.best is None) == without] for without in (False, True))
+    chunks = [rankings[k : k + MAX_COLUMNS] for k in range(0, len(rankings), MAX_COLUMNS)]
+    cost_header, costs = cost_table(report)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        headline=headline(report.groups, report.rankings, title_of),
-        sentences=[sentence(report.groups, r, title_of) for r in shown if r.best is not None][1:],
-        not_ranked=[sentence(report.groups, r, title_of) for r in shown if r.best is None],
-        shown=shown,
-        order=order_of(report),
-        columns=columns_of(report),
-        colors=[COLORS[k % len(COLORS)] for k in range(len(report.groups))],
-        mark=mark,
-        arrow=arrow,
+        headline=headline(report.groups, report.rankings, metric_title),
+        sentences=[sentence(report.groups, r, metric_title) for r in [*ranked[1:], *unranked]],
+        ranked=ranked,
+        unranked=unranked,
+        tables=[group_table(report, chunk) for chunk in chunks],
+        num_settings=len(report.groups[0].settings) or 1,
+        best_cells=[[r.best for r in chunk] for chunk in chunks],
+        order=group_order(report),
+        symbols=[_symbol(k) for k in range(len(report.groups))],
         legend=LEGEND,
-        drawn=drawn,
-        dots=[(r, drawn[f"metric_{file_name(r.metric)}"]) for r in shown if f"metric_{file_name(r.metric)}" in drawn],
-        strips=[(strip is not None and strip) or b"" for strip in strips],
-        real=strip(report, None) or b"",
-        costs_header=costs_header,
+        charts=charts,
+        chart_name=chart_name,
+        rows=[sample_row(report, k) for k in range(len(report.groups))],
+        real=sample_row(report, None),
+        cost_header=cost_header,
         costs=costs,
         common=common_settings(report.groups),
-        matrix=matrix,
+        difference_matrix=difference_matrix,
+        column_title=column_title,
     )
 
 
-def matrix(report: Report, ranking: Ranking) -> list[list[dict[str, str] | None]]:
-    """Each group against each, in the page's order: the row's mean minus the column's, and what it means."""
-    order = order_of(report)
+def _symbol(group: int) -> tuple[str, str]:
+    """Return color and character of a group: the marker that its lines have in the charts."""
+    style = series_style(group)
+    return style["color"], {"o": "●", "s": "■", "^": "▲"}[style["marker"]]
+
+
+def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Mapping[str, str] | None]]:
+    """Return the difference of means, row minus column, of all pairs in the order of the page."""
+    order = group_order(report)
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for pair in ranking.pairs:
         for a, b, sign in ((pair.first, pair.second, 1), (pair.second, pair.first, -1)):
-            difference = sign * pair.difference
-            better = (difference < 0) == (ranking.direction == "lower")
-            kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
-            whom = f"{report.groups[a].label} minus {report.groups[b].label}"
             low, high = sorted((sign * pair.low, sign * pair.high))
-            words = f"{whom}: {interval(pair._replace(difference=difference, low=low, high=high))}, "
-            words += f"{chance(pair.adjusted)}, {pair.verdict}"
-            cells[a, b] = {"kind": kind, "value": f"{difference:+.2g}", "words": words}
+            signed = pair._replace(difference=sign * pair.difference, low=low, high=high)
+            better = (signed.difference < 0) == (ranking.direction == "lower")
+            kind = ("better" if better else "worse") if is_significant(pair) else "same"
+            names = f"{report.groups[a].label} minus {report.groups[b].label}"
+            hint = f"{names}: {interval(signed)}, {chance(pair.adjusted)}, {pair.verdict}"
+            width = (pair.high - pair.low) / 2
+            cells[a, b] = {"kind": kind, "value": format_number(signed.difference, width, "+"), "hint": hint}
     return [[cells.get((a, b)) for b in order] for a in order]

@@ -1,4 +1,4 @@
-"""The plots and pictures of a comparison, as PNG: for light pages and for dark ones."""
+"""Draw the charts and sample pictures of a comparison as PNG."""
 
 import io
 import math
@@ -8,231 +8,173 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from src.comparison.report import Report, order_of, shown_metrics, title_of
+from src.comparison.report import Report, group_order, sorted_rankings
 from src.comparison.statistics import Ranking
 from src.evaluation.likelihood import SPECTRUM
 from src.viz import charts, images
+from src.viz.tables import metric_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = (
-    *("#3b7dd8", "#e07b39", "#3a9e5c", "#c94f4f", "#8a63d2", "#9a6b4f", "#d667a8", "#7d8590", "#a9a51f", "#2aa7b8"),
-    *("#8fb8f0", "#f2b98a", "#8fd0a5", "#eb9c9c", "#c3aef0", "#c9a88f", "#f0b0d6", "#b7bdc5", "#d8d67c", "#86d5df"),
-)
-"""Of groups, in their order: legible on white and on black."""
-LINES = ("-", "--", ":")
-DARK: dict[Any, Any] = {
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), "#171a1f"),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#d9dde3"),
-    **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), "#5b626c"),
-}
 
-
-def pictures(report: Report) -> dict[str, tuple[bytes, bytes]]:
-    """Every plot as PNG by its name, for light pages and for dark ones."""
+def draw_charts(report: Report) -> dict[str, bytes]:
+    """Return every chart and the sample picture as PNG by name."""
     drawn = {}
-    for ranking in shown_metrics(report):
+    for ranking in sorted_rankings(report):
         if len({x for group in report.groups for x in group.values(ranking.metric)}) > 1:
-            height = 0.9 + 0.26 * len(report.groups)
-            paint = _dots(report, ranking)
-            drawn[f"metric_{file_name(ranking.metric)}"] = both(paint, 5.2, height)
-    if any(np.isfinite(seen.error).any() for runs in report.seen for seen in runs):
-        drawn["loss_over_log_snr"] = both(_spectra(report, relative=False), 5.2, 4.0, _legend(report))
+            drawn[chart_name(ranking.metric)] = _seed_chart(report, ranking)
+    runs = [run for group in report.runs for run in group]
+    if any(np.isfinite(run.error).any() for run in runs):
+        drawn["loss_over_log_snr"] = _error_chart(report, relative=False)
         if len(report.groups) > 1:
-            drawn["loss_over_log_snr_relative"] = both(_spectra(report, relative=True), 5.2, 4.0, _legend(report))
-    for name, smooth in (("train/loss", True), ("val/loss", False)):
-        if any(name in seen.curves for runs in report.seen for seen in runs):
-            drawn[f"training_{file_name(name)}"] = both(_training(report, name, smooth), 5.2, 4.0, _legend(report))
-    if (samples := _samples(report)) is not None:
-        drawn["samples"] = (samples, samples)
+            drawn["loss_over_log_snr_relative"] = _error_chart(report, relative=True)
+    for name in ("train/loss", "val/loss"):
+        if any(name in run.curves for run in runs):
+            drawn[f"training_{name.replace('/', '_')}"] = _training_chart(report, name)
+    if (samples := _all_samples(report)) is not None:
+        drawn["samples"] = samples
     return drawn
 
 
-def both(paint: "Callable[[Axes], None]", width: float, height: float, entries: int = 0) -> tuple[bytes, bytes]:
-    """One plot as PNG on white and on black; `entries` of a legend stand below it."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    made = []
-    columns = 2 if entries <= 4 else 3
-    height += 0.2 * math.ceil(entries / columns)
-    for style in ({}, DARK):
-        with matplotlib.rc_context({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, **style}):
-            figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-            axes = figure.subplots()
-            paint(axes)
-            if entries:
-                handles, labels = axes.get_legend_handles_labels()
-                figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", metadata={"Software": None})
-        picture = Image.open(buffer).convert("RGB").quantize(192)
-        small = io.BytesIO()
-        picture.save(small, "PNG", optimized_metric=True)
-        made.append(small.getvalue())
-    return made[0], made[1]
+def chart_name(metric: str) -> str:
+    """Return the name of a metric's chart, without slashes."""
+    return f"metric_{metric.replace('/', '_')}"
 
 
-def _legend(report: Report) -> int:
-    return len(report.groups)
+def _seed_chart(report: Report, ranking: Ranking) -> bytes:
+    """Draw a row per group: a dot per seed, a bar at their mean, or the interval of a single seed."""
+    order = group_order(report)
+    left = 0.3 + 0.075 * max(len(group.label) for group in report.groups)
+    figure, ((axes,),) = charts.new_figure(max(5.4, left + 3), 1.2 + 0.26 * len(order), left=left, top=0.6)
+    for row, k in enumerate(order):
+        group, style = report.groups[k], charts.series_style(k)
+        values, color = group.values(ranking.metric), style["color"]
+        axes.plot(values, [row] * len(values), style["marker"], color=color, markersize=5, alpha=0.75)
+        if values:
+            mean = sum(values) / len(values)
+            axes.plot([mean, mean], [row - 0.32, row + 0.32], "-", color=color, linewidth=2.2)
+        if len(values) == 1 and (limits := group.records[0].intervals.get(ranking.metric)):
+            axes.plot(limits, [row, row], "-", color=color, linewidth=1.0)
+    if baseline := report.baselines.get(ranking.metric):
+        axes.axvline(baseline[0], color="0.5", linestyle="-.", linewidth=1.2)
+        where = {"xycoords": ("data", "axes fraction"), "xytext": (3, 1), "textcoords": "offset points"}
+        axes.annotate("real data", (baseline[0], 1.0), color="0.4", fontsize=8, **where)
+    axes.set_yticks(range(len(order)), [report.groups[k].label for k in order])
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=6)
+    direction = f"{ranking.direction} is better" if ranking.best is not None else "not ranked"
+    axes.set_title(metric_title(ranking.metric), pad=16)
+    axes.set_xlabel(f"value per seed ({direction})")
+    axes.grid(alpha=0.35, axis="x", linewidth=0.6)
+    return _png(charts.render(figure).quantize(192))  # half the size
 
 
-def _style(k: int) -> dict[str, Any]:
-    return {"color": COLORS[k % len(COLORS)], "linestyle": LINES[k // len(COLORS) % len(LINES)]}
-
-
-def _dots(report: Report, ranking: Ranking) -> "Callable[[Axes], None]":
-    """A row for each group: a dot for each seed, a bar at their mean, whiskers where one seed has an interval."""
-
-    def paint(axes: "Axes") -> None:
-        order = order_of(report)
-        for place, k in enumerate(order):
-            group, color = report.groups[k], COLORS[k % len(COLORS)]
-            values = group.values(ranking.metric)
-            axes.plot(values, [place] * len(values), "o", color=color, markersize=5, alpha=0.75, markeredgewidth=0)
-            if values:
-                mean = sum(values) / len(values)
-                axes.plot([mean, mean], [place - 0.32, place + 0.32], "-", color=color, linewidth=2.2)
-            if len(values) == 1 and (ends := group.records[0].intervals.get(ranking.metric)):
-                axes.plot(ends, [place, place], "-", color=color, linewidth=1.0)
-        if floor := report.floors.get(ranking.metric):
-            axes.axvline(floor[0], color="0.5", linestyle="--", linewidth=1.2)
-            axes.annotate(
-                "real data", (floor[0], 1.0), xycoords=("data", "axes fraction"), xytext=(3, 2),
-                textcoords="offset points", color="0.5", fontsize=8, ha="left", va="bottom",
-            )  # fmt: skip
-        axes.set_yticks(range(len(order)), [report.groups[k].label for k in order])
-        axes.set_ylim(len(order) - 0.5, -0.5)
-        better = f", {ranking.direction} is better" if ranking.best is not None else ""
-        axes.set_xlabel(f"{title_of(ranking.metric)}{better}")
-        axes.grid(alpha=0.35, axis="x", linewidth=0.6)
-
-    return paint
-
-
-def _spectra(report: Report, relative: bool) -> "Callable[[Axes], None]":
-    """The error of eps over log-SNR, a line for each group and a band from its least to its greatest seed."""
+def _error_chart(report: Report, relative: bool) -> bytes:
+    """Draw the error of eps over log-SNR: a line per group, and a band from the lowest to the highest seed."""
     centers = ((SPECTRUM[:-1] + SPECTRUM[1:]) / 2).numpy()
-    errors = [np.stack([seen.error for seen in runs]) for runs in report.seen]
+    errors = [np.stack([run.error for run in runs]) for runs in report.runs]
+    means = np.stack([_reduce_finite(np.mean, each) for each in errors])
+    with np.errstate(all="ignore"):
+        scale = np.exp(_reduce_finite(np.mean, np.log(means))) if relative else np.ones(len(centers))
+    # The mean over groups is comparable only in bins that all groups have.
+    known = np.isfinite(means).all(0) if relative else np.ones(len(centers), bool)
 
-    def paint(axes: "Axes") -> None:
-        with np.errstate(all="ignore"):
-            means = np.stack([_nan(np.mean, each) for each in errors])
-            usual = np.exp(_nan(np.mean, np.log(means))) if relative else np.ones(len(centers))
-            # Where few groups have been, the mean over groups is another one.
-            there = np.isfinite(means).all(0) if relative else np.ones(len(centers), bool)
-            for k, each in enumerate(errors):
-                line = np.where(there, means[k] / usual, np.nan)
-                style = {"linewidth": 1.4, "marker": ".", "markersize": 3, **_style(k)}  # a bin may stand alone
-                axes.plot(centers, line, label=report.groups[k].label, **style)
-                low, high = (np.where(there, _nan(end, each) / usual, np.nan) for end in (np.min, np.max))
-                axes.fill_between(centers, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
-        axes.set(
-            xlabel="log-SNR: noise on the left, clean data on the right",
-            ylabel="error over the groups' geometric mean" if relative else "mean squared error of ε",
-        )
-        axes.grid(alpha=0.35, linewidth=0.6)
-        _scale(axes)
+    def draw(axes: "Axes") -> None:
+        for k, each in enumerate(errors):
+            style = {**charts.series_style(k), "linewidth": 1.4, "markersize": 3}
+            axes.plot(centers, np.where(known, means[k] / scale, np.nan), label=report.groups[k].label, **style)
+            low, high = (np.where(known, _reduce_finite(end, each) / scale, np.nan) for end in (np.min, np.max))
+            axes.fill_between(centers, low, high, color=style["color"], alpha=0.18, linewidth=0)
         if relative:
             axes.axhline(1, color="0.5", linewidth=0.8)
 
-    return paint
+    title = "Relative error of the predicted noise" if relative else "Error of the predicted noise"
+    label = "error / geometric mean of groups" if relative else "mean squared error"
+    return _line_chart(report, draw, title, "log-SNR (noise left, data right)", f"{label} {charts.LOWER_IS_BETTER}")
 
 
-def _nan(of: Callable[..., Any], values: np.ndarray) -> np.ndarray:
-    """`of` over the first axis, without what is not finite; NaN where nothing is left."""
-    masked = np.ma.masked_invalid(values)
-    result: np.ndarray = np.ma.filled(of(masked, axis=0).astype(float), np.nan)
-    return result
+def _training_chart(report: Report, name: str) -> bytes:
+    """Draw a logged loss by step: per group the mean over seeds, at the steps that all seeds have logged.
 
+    `train/loss` is smoothed; `val/loss` has a band from the lowest to the highest seed.
+    """
 
-def _scale(axes: "Axes") -> None:
-    """A logarithmic axis where the lines span it, with numbers as people write them."""
-    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) and drawn.min() > 0 and drawn.max() > 3 * drawn.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(_plain)
-        if drawn.max() < 100 * drawn.min():
-            axes.yaxis.set_minor_formatter(_plain)
-
-
-def _plain(value: float, _: float) -> str:
-    """On a logarithmic axis: 0.1, 0.2, 0.5, 1, 2, 5, and nothing between them."""
-    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
-
-
-def _training(report: Report, name: str, smooth: bool) -> "Callable[[Axes], None]":
-    """What was logged over the steps: a line for each group, the mean over its seeds where all have logged."""
-
-    def paint(axes: "Axes") -> None:
-        for k, runs in enumerate(report.seen):
-            logged = [dict(zip(*seen.curves[name], strict=True)) for seen in runs if name in seen.curves]
+    def draw(axes: "Axes") -> None:
+        for k, runs in enumerate(report.runs):
+            logged = [dict(zip(*run.curves[name], strict=True)) for run in runs if name in run.curves]
             if not logged:
                 continue
             steps = sorted(set.intersection(*(set(each) for each in logged)))
             values = np.array([[each[step] for step in steps] for each in logged])
-            line = _nan(np.mean, values)
-            if smooth:
+            line, style = _reduce_finite(np.mean, values), charts.series_style(k)
+            if name == "train/loss":
                 line = smoothed(line, max(1, len(steps) // 40))
-            marker = "o" if len(steps) < 15 else ""
-            axes.plot(
-                steps, line, label=report.groups[k].label, linewidth=1.4, marker=marker, markersize=3, **_style(k)
-            )
-            if not smooth and len(logged) > 1:
-                low, high = _nan(np.min, values), _nan(np.max, values)
-                axes.fill_between(steps, low, high, color=COLORS[k % len(COLORS)], alpha=0.18, linewidth=0)
-        axes.set(xlabel="step", ylabel=name)
-        axes.grid(alpha=0.35, linewidth=0.6, which="both")
-        _scale(axes)
+            elif len(logged) > 1:
+                low, high = _reduce_finite(np.min, values), _reduce_finite(np.max, values)
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+            style |= {} if len(steps) < 15 else {"marker": ""}
+            axes.plot(steps, line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
 
-    return paint
+    titles = {"train/loss": "Training loss (smoothed)", "val/loss": "Validation loss"}
+    return _line_chart(report, draw, titles[name], "step", f"{name} {charts.LOWER_IS_BETTER}")
 
 
-def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
-    """Each value's mean with those up to `reach` places before and after it."""
-    return np.array([np.nanmean(values[max(0, k - reach) : k + reach + 1]) for k in range(len(values))])
+def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlabel: str, ylabel: str) -> bytes:
+    """Draw one chart with the legend of the groups below it."""
+    bottom = 0.65 + 0.17 * math.ceil(len(report.groups) / 2)
+    figure, ((axes,),) = charts.new_figure(5.4, 3.3 + bottom, bottom=bottom)
+    draw(axes)
+    charts.set_log_scale(axes, "y")
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.35, linewidth=0.6)
+    legend: dict[str, Any] = {"loc": "lower center", "ncols": 2, "fontsize": 8, "frameon": False}
+    figure.legend(*axes.get_legend_handles_labels(), **legend)
+    return _png(charts.render(figure).quantize(192))  # half the size
 
 
-def strip(report: Report, group: int | None) -> bytes | None:
-    """The samples of a group's first seed, or real data, as one picture: images in a row, points scattered."""
-    samples = report.real if group is None else report.seen[group][0].samples
+def _reduce_finite(reduce: Callable[..., Any], values: np.ndarray) -> np.ndarray:
+    """Reduce the first axis over finite values; return NaN where there are none."""
+    masked = np.ma.masked_invalid(values)
+    result: np.ndarray = np.ma.filled(reduce(masked, axis=0).astype(float), np.nan)
+    return result
+
+
+def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
+    """Return the moving average over `radius` values before and after each value."""
+    return np.array([np.nanmean(values[max(0, k - radius) : k + radius + 1]) for k in range(len(values))])
+
+
+def sample_row(report: Report, group: int | None) -> bytes | None:
+    """Draw samples of a group's first seed, or real data for None: a row of images or a scatter plot."""
+    samples = report.real if group is None else report.runs[group][0].samples
     if not len(samples):
         return None
     if samples.ndim == 4:
-        picture = images.grid(samples[:16], columns=len(samples[:16]), cell=32)
-    else:
-        picture = charts.scatter(samples, extent=_extent(report), size=2.6)
-    return png(picture)
+        return _png(images.image_grid(samples[:16], columns=len(samples[:16]), cell=32))
+    return _png(charts.scatter(samples, limits=_sample_limits(report), size=2.6))
 
 
-def _samples(report: Report) -> bytes | None:
-    """All groups' samples with their names, as one picture."""
-    rows = {group.label: runs[0].samples for group, runs in zip(report.groups, report.seen, strict=True)}
-    rows["real, held out"] = report.real
+def _all_samples(report: Report) -> bytes | None:
+    """Draw the samples of all groups with their labels."""
+    rows = {group.label: runs[0].samples for group, runs in zip(report.groups, report.runs, strict=True)}
+    rows["validation data"] = report.real
     if not all(len(row) for row in rows.values()):
         return None
     if report.real.ndim == 4:
         count = min(16, *(len(row) for row in rows.values()))
-        return png(images.labelled_rows([row[:count] for row in rows.values()], list(rows)))
-    extent = _extent(report)
-    clouds = [images.captioned(charts.scatter(row, extent=extent, size=2.6), name) for name, row in rows.items()]
-    return png(images.side_by_side(clouds, gap=8))
+        return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows)))
+    limits = _sample_limits(report)
+    plots = [images.add_title(charts.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
+    return _png(images.side_by_side(plots, gap=8))
 
 
-def _extent(report: Report) -> charts.Extent | None:
-    """So that all clouds of points are seen at one scale; None for histograms of numbers."""
-    return charts.extent_of(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
+def _sample_limits(report: Report) -> charts.AxisLimits | None:
+    """Return limits that all scatter plots share, None for images and histograms."""
+    return charts.axis_limits(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
 
 
-def png(picture: Image.Image) -> bytes:
-    """A picture as a file."""
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimized_metric=True)
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def file_name(metric: str) -> str:
-    """A metric's name as part of a file's."""
-    return metric.replace("/", "_")

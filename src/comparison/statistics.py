@@ -12,6 +12,8 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
+from src.viz.tables import better_direction, format_number
+
 ALPHA = 0.05
 """Significance level: the probability of a false positive in a family of tests."""
 RUNTIME_SETTINGS = (
@@ -33,11 +35,6 @@ DATA_SETTINGS = (
     *("columns", "mean", "std"),  # of a table
 )
 """Settings of the data that change the meaning of metrics. For a generated distribution these are all settings."""
-LOWER = (
-    *("bits_per_dim", "fid", "fd_", "kid", "kd_", "class_variation", "sliced_wasserstein", "energy_distance", "mmd"),
-    "val/",
-)
-HIGHER = ("precision", "recall", "density", "coverage", "class_score", "inception_score")
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
 """Metrics in the order of priority for the headline."""
 
@@ -243,13 +240,6 @@ def summarize_seeds(values: Sequence[float]) -> Summary | None:
     return Summary(fmean(values), stdev(values) if len(values) > 1 else math.nan, len(values))
 
 
-def direction_of(metric: str) -> Literal["lower", "higher"] | None:
-    """Return which values of a metric are better; None if neither are."""
-    if metric.startswith(LOWER):
-        return "lower"
-    return "higher" if metric.startswith(HIGHER) else None
-
-
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     """Return the p-value of Welch's t-test and the 95% interval of mean(a) - mean(b); NaN for fewer than two values.
 
@@ -297,7 +287,7 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     summaries = [summarize_seeds(each) for each in values]
     present = [k for k, each in enumerate(summaries) if each is not None]
     pairs = compare_pairs(values, list(combinations(present, 2)))
-    direction, reason = direction_of(metric), ""
+    direction, reason = better_direction(metric), ""
     if direction is None:
         reason = "neither direction is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
@@ -343,28 +333,22 @@ def common_settings(groups: Sequence[Group]) -> dict[str, Any]:
     return {n: v for n, v in first.items() if all(n in each and each[n] == v for each in others)}
 
 
-def number(value: float) -> str:
-    """Format a number to four significant digits."""
-    return "-" if math.isnan(value) else f"{value:.4g}"
-
-
 def with_spread(each: Summary | None) -> str:
     """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
     if each.n == 1 or each.std == 0:
-        return number(each.mean)
-    places = max(0, min(8, 1 - math.floor(math.log10(each.std))))
-    return f"{each.mean:.{places}f} ± {each.std:.{places}f}"
+        return format_number(each.mean)
+    return f"{format_number(each.mean, each.std)} ± {format_number(each.std, each.std)}"
 
 
 def interval(pair: Pair) -> str:
     """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
-        return f"{pair.difference:+.3g}"
-    places = max(0, min(8, 1 - math.floor(math.log10(width))))
-    return f"{pair.difference:+.{places}f} [{pair.low:+.{places}f}, {pair.high:+.{places}f}]"
+        return format_number(pair.difference, sign="+")
+    value, low, high = (format_number(x, width, "+") for x in (pair.difference, pair.low, pair.high))
+    return f"{value} [{low}, {high}]"
 
 
 def chance(p: float) -> str:

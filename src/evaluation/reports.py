@@ -24,7 +24,7 @@ from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetr
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
-from src.metrics.confidence import Metric
+from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
 from src.viz.tables import stem
@@ -153,16 +153,16 @@ def save_samples(
     real = data.postprocess(data.examples(NUM_SHOWN))
     if real.ndim != 4:
         val = data.postprocess(data.examples(2000))
-        plots = [images.captioned(charts.scatter(each.first, val), name) for name, each in generated.items()]
+        plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
         images.side_by_side(plots, gap=8).save(folder / "samples.png")
         return
     rows = [*(each.first[:NUM_SHOWN] for each in generated.values()), real]
     count = min(map(len, rows))
-    images.labelled_rows([row[:count] for row in rows], [*generated, "real, validation"]).save(folder / "samples.png")
+    images.labeled_rows([row[:count] for row in rows], [*generated, "validation data"]).save(folder / "samples.png")
     first, nearest = next(iter(generated.values())).first, measured[0].neighbors
     closest = nearest.distances.argsort()[:NUM_SHOWN]
     pairs = [first[closest], evaluator.training_samples(nearest.numbers[closest])]
-    images.labelled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
+    images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
 
 
 def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
@@ -173,7 +173,9 @@ def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mappi
     if probs and source and source.labels:
         names = source.labels.names
         shares = {
-            name: p.argmax(1).bincount(minlength=len(names)) / len(p) for name, p in probs.items() if p is not None
+            name: [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
+            for name, p in probs.items()
+            if p is not None
         }
         charts.class_shares(names, shares).save(folder / "classes.png")
 
@@ -224,7 +226,7 @@ def evaluate_alignment(
     charts.alignment_against_diversity(diversity_curves(result.groups), accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
-    images.captioned(images.rows(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
+    images.add_title(images.titled_rows(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
     groups = {
         group: {
             f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}

@@ -8,6 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from src.data.module import BaseDataModule
+from src.diffusion.noise import make_grid
 from src.metrics.neighbors import Nearest, nearest
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
@@ -38,6 +39,8 @@ class Trajectory(NamedTuple):
     """The first few samples at each step, postprocessed."""
     final: Tensor
     """All samples, as the network returns them (N, *data)."""
+    sigmas: list[float]
+    """Noise level sigma of each frame; empty if the sampler yields other levels than its time grid."""
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
@@ -47,7 +50,9 @@ def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDat
     frames = []
     for x in module.sample_distributed(count, seed):
         frames.append(data.postprocess(x[:shown]).cpu())
-    return Trajectory(frames, x.cpu())
+    _, steps, spacing, _ = module.sampler
+    sigmas = [level.sigma.item() for level in make_grid(module.schedule, steps, spacing)]
+    return Trajectory(frames, x.cpu(), sigmas if len(sigmas) == len(frames) else [])
 
 
 def save_pictures(
@@ -61,15 +66,22 @@ def save_pictures(
     """Save the final grid beside validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
     final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
     pictures = {
-        "samples/final": images.draw(final, data.postprocess(data.examples(len(final))), titles, data.columns),
-        "samples/film": images.film_strip(trajectory.frames),
+        "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),
+        "samples/film": images.film_strip(trajectory.frames, [f"σ={sigma:.2g}" for sigma in trajectory.sigmas]),
     }
     if final.ndim == 4 and num_neighbors and num_candidates:
         near, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
         near, count = data.postprocess(near), min(num_candidates, len(data.train_indices))
-        pictures["samples/neighbours"] = images.neighbors(final[:num_neighbors], near, distances, count)
+        pictures["samples/neighbors"] = images.neighbor_rows(final[:num_neighbors], near, distances, count)
         rows = [
-            [k, titles[k] if titles else "", images.grid(final[k : k + 1]), images.grid(near[k : k + 1]), d, count]
+            [
+                k,
+                titles[k] if titles else "",
+                images.image_grid(final[k : k + 1]),
+                images.image_grid(near[k : k + 1]),
+                d,
+                count,
+            ]
             for k, d in enumerate(distances.tolist())
         ]
         columns = ["index", "asked", "drawn", "nearest", "rms_difference", "among"]

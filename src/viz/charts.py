@@ -1,7 +1,6 @@
 """Charts drawn with matplotlib."""
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,91 +11,114 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from src.viz.tables import better_direction, metric_title
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-GAP = 2
-
 Interval = tuple[float, float, float]
-"""A value and the interval about it, such as a `metrics.confidence.Metric`."""
+"""A value and its confidence limits (value, low, high), such as a `metrics.confidence.Metric`."""
 
-Extent = tuple[tuple[float, float], tuple[float, float]]
-"""The ends of a plot's two axes."""
+AxisLimits = tuple[tuple[float, float], tuple[float, float]]
+"""(left, right) and (bottom, top) of a plot."""
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+"""Palette of Okabe and Ito 2008 for color-blind readers, without yellow, which is too light for lines."""
+LINE_STYLES, MARKERS = ("-", "--", ":"), ("o", "s", "^")
+LOWER_IS_BETTER = "(lower is better)"
 
 
-MOST_ROWS = 16
-"""Of samples that were asked to be different things: beyond so many they are not told apart."""
+def series_style(k: int) -> dict[str, Any]:
+    """Return color, line style and marker for series k; the first 21 differ from each other."""
+    cycle = k // len(COLORS) % len(LINE_STYLES)
+    return {"color": COLORS[k % len(COLORS)], "linestyle": LINE_STYLES[cycle], "marker": MARKERS[cycle]}
 
 
 def scatter(
     points: Tensor,
     real: Tensor | None = None,
-    extent: Extent | None = None,
+    limits: AxisLimits | None = None,
     size: float = 5.0,
     columns: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Points (N, D): the first two features, over `real` data if given; with D = 1, histograms.
+    """Draw the first two features of points (N, D) over `real` data (M, D), or histograms if D = 1.
 
-    Without an `extent` the axes are those of `extent_of` the data, or the points. Only where they differ do they have
-    numbers.
+    Without `limits`, `axis_limits` of `real` or of the points apply. A square plot about 0 has no ticks, since its
+    scale is arbitrary; all other plots have them.
     """
-    figure, axes = _figure(size, size)
-    layers = [(real, "0.75", "data")] if real is not None else []
-    for cloud, color, label in [*layers, (points, "tab:blue", "samples")]:
+    one_feature = points.shape[1] == 1
+    across, up = limits or ((0.0, 0.0), (0.0, 1.0))
+    if not one_feature and limits is None:
+        across, up = axis_limits(points if real is None else real)
+    ticks = one_feature or across != up
+    narrow = 0.08
+    figure, ((axes,),) = new_figure(
+        size,
+        size,
+        left=(1.0 if columns else 0.75) if ticks else 0.3 if columns else narrow,
+        bottom=0.5 if ticks else 0.3 if columns else narrow,
+        top=narrow,
+        right=narrow,
+    )
+    clouds = [(real, "0.75", "real data")] if real is not None else []
+    for cloud, color, label in [*clouds, (points, COLORS[0], "samples")]:
         xy = cloud.float().cpu().numpy()
-        if xy.shape[1] == 1:
+        if one_feature:
             axes.hist(xy[:, 0], bins=60, density=True, color=color, alpha=0.7, label=label)
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
     if columns:
         axes.set_xlabel(columns[0])
-    if columns and points.shape[1] > 1:
-        axes.set_ylabel(columns[1])
-    if points.shape[1] > 1:
-        across, up = extent or extent_of(points if real is None else real)
-        axes.set(xlim=across, ylim=up)
-        if across == up:
-            axes.set(aspect="equal", xticks=[], yticks=[])
+    if one_feature:
+        axes.set_ylabel("density")
+    else:
+        axes.set(xlim=across, ylim=up, ylabel=columns[1] if columns else "")
+    if not ticks:
+        axes.set(aspect="equal", xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(visible=True, color="0.7")
     if real is not None:
         axes.legend(loc="upper right", markerscale=4)
-    return _render(figure)
+    return render(figure)
 
 
-def pairs(
-    points: Tensor, real: Tensor | None = None, most: int = 4, columns: Sequence[str] | None = None
+def pair_plot(
+    points: Tensor, real: Tensor | None = None, max_features: int = 4, columns: Sequence[str] | None = None
 ) -> Image.Image:
-    """Points (N, D), D > 1: each two of the first `most` features as a scatter plot, each by itself as a histogram."""
-    count = min(points.shape[1], most)
+    """Draw each pair of the first `max_features` of points (N, D > 1) as a scatter plot, each one as a histogram."""
+    count = min(points.shape[1], max_features)
     names = columns or [f"column {k + 1}" for k in range(count)]
-    figure, panels = _figure(2.4 * count, 2.4 * count, rows=count, columns=count)
-    layers = [(real, "0.75")] if real is not None else []
-    clouds = [(cloud.float().cpu(), color) for cloud, color in [*layers, (points, "tab:blue")]]
-    shown = clouds[0][0]
+    size = 2.2 * count
+    figure, panels = new_figure(size, size, rows=count, columns=count, left=0.5, bottom=0.4, right=0.08, top=0.08)
+    reference = [(real, "0.75")] if real is not None else []
+    clouds = [(cloud.float().cpu(), color) for cloud, color in [*reference, (points, COLORS[0])]]
     for row in range(count):
         for column in range(count):
             axes = panels[row][column]
             if column > row:
                 axes.set_axis_off()
                 continue
-            across, up = extent_of(shown[:, [column, row]], alike=False)
+            across, up = axis_limits(clouds[0][0][:, [column, row]], symmetric=False)
             for cloud, color in clouds:
                 if row == column:
-                    axes.hist(cloud[:, row], bins=40, range=across, density=True, color=color, alpha=0.7)
+                    axes.hist(cloud[:, row].numpy(), bins=40, range=across, density=True, color=color, alpha=0.7)
                 else:
-                    axes.scatter(cloud[:, column], cloud[:, row], s=3, color=color, alpha=0.6, linewidths=0)
+                    xy = cloud[:, [column, row]].numpy()
+                    axes.scatter(xy[:, 0], xy[:, 1], s=3, color=color, alpha=0.6, linewidths=0)
                     axes.set_ylim(up)
             axes.set_xlim(across)
+            axes.locator_params(nbins=4)
             axes.tick_params(labelsize=7)
             if row == count - 1:
                 axes.set_xlabel(names[column], fontsize=8)
-            if column == 0 and row:
-                axes.set_ylabel(names[row], fontsize=8)
-    return _render(figure)
+            if column == 0:
+                axes.set_ylabel(names[row] if row else "density", fontsize=8)
+    return render(figure)
 
 
 def read_logs(logs: Sequence[Path], names: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of what was logged by these names, from the CSV logs of a run and its resumptions."""
+    """Return steps and values logged under each of `names`, from the CSV logs of a run and its resumptions."""
     series: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
     for log in logs:
         with log.open(newline="") as file:
@@ -109,205 +131,313 @@ def read_logs(logs: Sequence[Path], names: Sequence[str]) -> dict[str, tuple[lis
 
 
 def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
-    """Loss and gradient norm over the steps, from the CSV logs of a run and its resumptions; None if there are none."""
-    shown = read_logs(logs, ("train/loss", "val/loss", "train/grad_norm"))
-    if not shown:
+    """Draw losses and gradient norm by step from the CSV logs of a run; return None if nothing was logged."""
+    labels = {"train/loss": LOWER_IS_BETTER, "val/loss": LOWER_IS_BETTER, "train/grad_norm": "(L2)"}
+    series = read_logs(logs, [*labels])
+    if not series:
         return None
-    figure, panels = _figure(7.0, 2.4 * len(shown), rows=len(shown))
-    for panel, (name, (steps, values)) in zip(np.atleast_1d(panels), shown.items(), strict=True):
-        panel.plot(steps, values, linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)
-        panel.set(ylabel=name, yscale="log")
-        panel.grid(alpha=0.3)
-    panel.set_xlabel("step")
-    return _render(figure)
+    height = 2.0 * len(series) + 1.0
+    figure, panels = new_figure(7.0, height, rows=len(series), left=0.9, row_gap=0.2, shared_x=True)
+    panels[0, 0].set_title("Training curves")
+    for axes, (name, (steps, values)) in zip(panels[:, 0], series.items(), strict=True):
+        axes.plot(steps, values, color=COLORS[0], linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)
+        axes.set_ylabel(f"{name}\n{labels[name]}")
+        set_log_scale(axes, "y")
+        axes.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("step")
+    return render(figure)
 
 
 def loss_by_noise(log: Path) -> Image.Image:
-    """From the table of `LossByNoise`: the loss over steps and log-SNR as a heat-map, and its profile at some steps."""
+    """Draw the table of `LossByNoise`: loss over steps and log-SNR as a heat map, and profiles at three steps."""
     from matplotlib.colors import LogNorm
 
     with log.open(newline="") as file:
         rows = [[float(row[name] or "nan") for name in ("step", "log_snr", "loss")] for row in csv.DictReader(file)]
-    steps, levels = (sorted({row[k] for row in rows}) for k in (0, 1))
-    table = np.full((len(levels), len(steps)), np.nan)
+    steps, log_snr = (sorted({row[k] for row in rows}) for k in (0, 1))
+    table = np.full((len(log_snr), len(steps)), np.nan)
     for step, level, loss in rows:
-        table[levels.index(level), steps.index(step)] = loss if loss > 0 else np.nan  # the decoder's term may be less
-    half = (levels[1] - levels[0]) / 2 if len(levels) > 1 else 0.5
-    edges = [levels[0] - half, *(level + half for level in levels)]
-    seen = table[np.isfinite(table)]
-    high = float(seen.max()) if len(seen) else 1.0
-    # Weightings take the loss of pure noise towards 0: of many decades those that matter.
-    low = max(float(seen.min()) if len(seen) else 0.1, 1e-4 * high)
-    figure, (left, right) = _figure(10.0, 4.2, columns=2)
-    colors = LogNorm(0.999 * low, 1.001 * high, clip=True)
+        # The decoder's term is negative where the data have a density.
+        table[log_snr.index(level), steps.index(step)] = loss if loss > 0 else np.nan
+    half = (log_snr[1] - log_snr[0]) / 2 if len(log_snr) > 1 else 0.5
+    edges = [log_snr[0] - half, *(level + half for level in log_snr)]
+    finite = table[np.isfinite(table)]
+    high = float(finite.max()) if len(finite) else 1.0
+    # Some weightings take the loss of pure noise towards 0: show the four decades that matter.
+    low = max(float(finite.min()) if len(finite) else 0.1, 1e-4 * high)
+    figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, right=0.35)
     left.set_facecolor("0.85")
-    mesh = left.pcolormesh([0.0, *steps], edges, table, norm=colors, cmap="viridis")
-    figure.colorbar(mesh, ax=left)
-    left.set(
-        title="training loss by level of noise (gray: no samples)", xlabel="step", ylabel="log-SNR (0: half noise)"
+    norm = LogNorm(0.999 * low, 1.001 * high, clip=True)
+    mesh = left.pcolormesh([0.0, *steps], edges, table, norm=norm, cmap="cividis")
+    bar = figure.colorbar(mesh, ax=left, pad=0.02)
+    set_log_ticks(bar.ax.yaxis, low, high)
+    bar.ax.tick_params(labelsize=8)
+    left.set(title="Training loss by noise level (gray: no samples)", xlabel="step")
+    profiles = evenly_spaced_indices(len(steps), 3)
+    for k, shade in zip(profiles, ("0.7", COLORS[4], COLORS[0])[-len(profiles) :], strict=True):
+        label = f"steps {int(steps[k - 1]) if k else 0:,} to {int(steps[k]):,}"
+        right.plot(table[:, k], log_snr, color=shade, marker=".", linewidth=1.3, label=label)
+    set_log_scale(right, "x")
+    right.set(
+        title="Loss profile during training", xlabel=f"training loss {LOWER_IS_BETTER}", xlim=(0.7 * low, 1.4 * high)
     )
-    chosen = evenly(len(steps), 3)
-    for k, shade in zip(chosen, ("0.75", "0.45", "black")[-len(chosen) :], strict=True):
-        label = f"steps {int(steps[k - 1]) if k else 0} to {int(steps[k])}"
-        right.semilogx(table[:, k], levels, color=shade, marker=".", linewidth=1.3, label=label)
-    right.set(title="its profile over training", xlabel="training loss", xlim=(0.5 * low, 2 * high))
-    right.set(ylim=(edges[0], edges[-1]), ylabel="log-SNR")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
-    return _render(figure)
+    for axes in (left, right):
+        axes.set(ylim=(edges[0], edges[-1]), ylabel="log-SNR (noise below, data above)")
+    return render(figure)
 
 
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
-    """beta, alpha_bar and log-SNR over t / T for each name: (betas, alpha, sigma), all (T,)."""
-    figure, (left, middle, right) = _figure(13.0, 4.2, columns=3)
+    """Draw beta, alpha_bar and log-SNR over t / T of each named schedule: (betas, alpha, sigma), each (T,)."""
+    names = [*schedules]
+    legend = 0.08 * max(map(len, names)) + 0.5 if len(names) > 1 else 0.0
+    figure, (panels,) = new_figure(12.5 + legend, 4.2, columns=3, legend_width=legend)
     for k, (name, (betas, alpha, sigma)) in enumerate(schedules.items()):
         u = (np.arange(len(betas)) + 1) / len(betas)
-        style = {"label": name, "color": f"C{k % 10}", "linestyle": "-" if k < 10 else "--", "linewidth": 1.3}
-        left.semilogy(u, betas, **style)
-        middle.plot(u, alpha.square(), **style)
-        right.plot(u, 2 * (alpha.log() - sigma.log()), **style)
-    for axes, title in ((left, "beta"), (middle, "alpha_bar"), (right, "log-SNR")):
-        axes.set(title=title, xlabel="t / T")
+        style = {"label": name, "linewidth": 1.3, **series_style(k), "markersize": 3, "markevery": (k * 0.02, 0.15)}
+        log_snr = 2 * (alpha.log() - sigma.log())
+        for axes, values in zip(panels, (betas, alpha.square(), log_snr), strict=True):
+            axes.plot(u, values.cpu().numpy(), **style)
+    for axes, title, label in zip(
+        panels,
+        ("Step variance", "Signal power", "Signal-to-noise ratio"),
+        ("beta", "alpha_bar", "log-SNR"),
+        strict=True,
+    ):
+        axes.set(title=title, xlabel="t / T (0: data, 1: noise)", ylabel=label)
         axes.grid(alpha=0.3)
-    right.set_ylim(-15, 15)
-    figure.legend(*middle.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return _render(figure)
+    set_log_scale(panels[0], "y")
+    panels[2].set_ylim(-15, 15)
+    if len(names) > 1:
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
+    return render(figure)
 
 
-def bound_curves(links: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
-    """The bound's terms (T,) over t, as in Nichol & Dhariwal 2021, fig. 2, and the error of eps over log-SNR (T,)."""
-    figure, (left, right) = _figure(10.0, 4.0, columns=2)
-    seen = ~links.isnan()
-    t = torch.arange(len(links))[seen] + 1
-    marker = "" if seen.all() else "."
-    terms = links[seen]
-    left.loglog(t, torch.where(terms > 0, terms, math.nan), linewidth=1.2, marker=marker)
-    if (terms < 0).any():  # the decoder's where the data have a density
-        left.loglog(t[terms < 0], -terms[terms < 0], "v", color="C3", markersize=4, label="less than 0: its size")
+def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
+    """Draw the terms (T,) of the variational bound over t, and the error of eps (T,) over log-SNR (T,).
+
+    NaN marks terms that were not estimated.
+
+    Source: Nichol and Dhariwal 2021 (arXiv 2102.09672), fig. 2.
+    """
+    figure, ((left, right),) = new_figure(10.5, 4.2, columns=2)
+    known = ~terms.isnan()
+    t = (torch.arange(len(terms))[known] + 1).numpy()
+    style = {"color": COLORS[0], "linewidth": 1.2, "marker": "" if known.all() else "."}
+    values = terms[known].cpu().numpy()
+    positive = values > 0
+    left.plot(t, np.where(positive, values, np.nan), **style)
+    if (values < 0).any():  # the decoder's term where the data have a density
+        style_below = {"color": COLORS[1], "marker": "v", "markersize": 5, "linestyle": "", "label": "minus the term"}
+        left.plot(t[values < 0], -values[values < 0], **style_below)
         left.legend(fontsize=8)
-    left.set(title="terms of the bound", xlabel="t", ylabel="bits/dim")
-    left.set_ylim(bottom=1e-7 * float(terms.abs().max().clamp(min=1e-5)))
-    right.semilogy(log_snr[seen], mse[seen], linewidth=1.2, marker=marker)
-    right.set(title="squared error of eps", xlabel="log-SNR")
+    set_log_scale(left, "x")
+    set_log_scale(left, "y")
+    left.set_ylim(bottom=max(left.get_ylim()[0], 1e-7 * float(np.abs(values).max(initial=1e-5))))
+    left.set(title="Terms of the variational bound", xlabel="t (1: decoder)", ylabel=f"bits/dim {LOWER_IS_BETTER}")
+    right.plot(log_snr[known].cpu().numpy(), mse[known].cpu().numpy(), **style)
+    set_log_scale(right, "y")
+    label = f"mean squared error {LOWER_IS_BETTER}"
+    right.set(title="Error of the predicted noise", xlabel="log-SNR (noise left, data right)", ylabel=label)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    return _render(figure)
+    return render(figure)
 
 
 def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[float]]], chance: float) -> Image.Image:
-    """Errors over network evaluations: (evaluations, distance to the flow if any, distance of the moments) by name."""
-    figure, (left, right) = _figure(11.0, 4.4, columns=2)
+    """Draw errors over network evaluations by sampler: (evaluations, flow errors or empty, moment errors).
+
+    `chance` is the moment error of exact samples.
+    """
+    legend = 0.08 * max(len(name) for name in (*results, "exact samples")) + 0.4
+    figure, ((left, right),) = new_figure(10.5 + legend, 4.6, columns=2, legend_width=legend)
     for k, (name, (evaluations, flow, moments)) in enumerate(results.items()):
-        style = {"label": name, "color": f"C{k}", "marker": "o", "markersize": 3, "linewidth": 1.3}
+        style = {"label": name, "markersize": 4, "linewidth": 1.3, **series_style(k)}
         if flow:
-            left.loglog(evaluations, flow, **style)
-        right.loglog(evaluations, moments, **style)
-    right.axhline(chance, color="0.6", linestyle="--", linewidth=1, label="chance")
-    left.set(title="distance to the exact flow", xlabel="network evaluations")
-    right.set(title="distance of mean and covariance", xlabel="network evaluations")
+            left.plot(evaluations, flow, **style)
+        right.plot(evaluations, moments, **style)
+    right.axhline(chance, color="0.6", linestyle="-.", linewidth=1, label="exact samples")
+    left.set(title="Error of the probability flow", ylabel=f"RMS distance to exact solution {LOWER_IS_BETTER}")
+    right.set(title="Error of the distribution", ylabel=f"distance of mean and covariance {LOWER_IS_BETTER}")
     for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
-    return _render(figure)
+        axes.set_xlabel("network evaluations")
+        set_log_scale(axes, "x")
+        set_log_scale(axes, "y")
+        axes.grid(alpha=0.3)
+    figure.legend(*right.get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
+    return render(figure)
 
 
 def quality_against_cost(
-    titles: Sequence[str], curves: Mapping[str, Sequence[tuple[int, Sequence[Interval]]]], floor: Sequence[Interval]
+    metrics: Sequence[str], curves: Mapping[str, Sequence[tuple[int, Sequence[Interval]]]], baseline: Sequence[Interval]
 ) -> Image.Image:
-    """A panel for each of the titled metrics: its figures over network calls for a sample, a line for each sampler.
+    """Draw one panel per metric: its value over network calls per sample, one line per sampler.
 
-    `curves` has for each name the calls, and the figure of each metric; so has `floor`, what real data come to.
+    `curves` maps a sampler to (calls, value of each metric); `baseline` holds each metric of real data.
     """
-    figure, panels = _figure(5.4 * len(titles), 4.2, columns=len(titles))
-    for place, (axes, title) in enumerate(zip(np.atleast_1d(panels), titles, strict=True)):
-        for name, points in curves.items():
-            calls, found = zip(*sorted((calls, tuple(figures[place])) for calls, figures in points), strict=True)
-            value, low, high = np.array(found).T
-            # A bootstrap interval may leave the value out.
-            error = np.maximum(0, [value - low, high - value])
-            axes.errorbar(calls, value, error, label=name, marker="o", markersize=4, linewidth=1.3, capsize=2)
-        value, low, high = floor[place]
-        axes.axhline(value, color="0.5", linestyle="--", linewidth=1, label="real data (floor)")
+    figure, (panels,) = new_figure(5.0 * len(metrics), 4.2, columns=len(metrics))
+    for m, (axes, metric) in enumerate(zip(panels, metrics, strict=True)):
+        for k, (name, points) in enumerate(curves.items()):
+            calls, intervals = zip(*sorted((calls, tuple(values[m])) for calls, values in points), strict=True)
+            values = np.array(intervals)
+            style = {"label": name, "markersize": 4, "linewidth": 1.3, "capsize": 2, **series_style(k)}
+            axes.errorbar(calls, values[:, 0], error_bars(values), **style)
+        value, low, high = baseline[m]
+        axes.axhline(value, color="0.5", linestyle="-.", linewidth=1, label="real data")
         axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
-        ticks = sorted({calls for points in curves.values() for calls, _ in points})
-        axes.set(title=title, xlabel="network calls for a sample", xscale="log")
-        axes.set_xticks(ticks, map(str, ticks))
-        axes.set_xticks([], minor=True)
+        axes.set(
+            ylabel=f"{metric_title(metric)}\n({better_direction(metric)} is better)", xlabel="network calls per sample"
+        )
+        set_log_scale(axes, "x")
         axes.grid(alpha=0.3)
-    np.atleast_1d(panels)[-1].legend(fontsize=8)
-    return _render(figure)
+    panels[0].set_title("Quality against cost (bars: 95% intervals)", loc="left")
+    panels[-1].legend(fontsize=8)
+    return render(figure)
 
 
 def alignment_against_diversity(
     curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], detector: float
 ) -> Image.Image:
-    """The share of samples that show all that they were asked to, over how much they vary, a line for each group.
+    """Draw the share of samples that match their prompt over their diversity, one line per group of prompts.
 
-    `curves` has for each name the scales of guidance with the figures of diversity and of the share; `detector` is the
-    share of real images that are seen as what they are.
+    `curves` maps a group to (guidance scale, diversity, share); `detector` is the share of real images that match.
     """
-    figure, axes = _figure(6.4, 4.6)
+    figure, ((axes,),) = new_figure(6.8, 4.8)
     for k, (name, points) in enumerate(curves.items()):
-        scales, *found = zip(*points, strict=True)
-        x, y = (np.array(figures).T for figures in found)
-        # A bootstrap interval may leave the value out.
-        errors = [np.maximum(0, [value - low, high - value]) for value, low, high in (x, y)]
-        style = {"marker": "o", "markersize": 4, "linewidth": 1.3, "capsize": 2, "elinewidth": 0.8}
-        axes.errorbar(x[0], y[0], errors[1], errors[0], label=name, color=f"C{k}", **style)
-        for scale, *place in zip(scales, x[0], y[0], strict=True):
-            axes.annotate(f"{scale:g}", place, (5, 5), textcoords="offset points", fontsize=8, color=f"C{k}")
-    axes.axhline(detector, color="0.5", linestyle="--", linewidth=1, label="real images, as they are judged")
+        scales, *intervals = zip(*points, strict=True)
+        x, y = (np.array(values) for values in intervals)
+        style = {"markersize": 4, "linewidth": 1.3, "capsize": 2, "elinewidth": 0.8, **series_style(k)}
+        axes.errorbar(x[:, 0], y[:, 0], error_bars(y), error_bars(x), label=name, **style)
+        for scale, *point in zip(scales, x[:, 0], y[:, 0], strict=True):
+            axes.annotate(f"{scale:g}", point, (5, 5), textcoords="offset points", fontsize=8, color=style["color"])
+    axes.axhline(detector, color="0.5", linestyle="-.", linewidth=1, label="real images")
     axes.axvline(1, color="0.8", linewidth=1, zorder=0)
-    axes.set(xlabel="diversity of one prompt's samples (real images: 1)", ylabel="share that shows all it was asked to")
-    axes.set(title="alignment against diversity, by scale of guidance", ylim=(-0.03, 1.05))
+    axes.set(
+        title="Alignment against diversity, by guidance scale",
+        xlabel="diversity of the samples of one prompt (real images: 1)",
+        ylabel="share that matches the prompt (higher is better)",
+        ylim=(-0.03, 1.05),
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _render(figure)
+    return render(figure)
 
 
-def class_shares(names: Sequence[str], shares: Mapping[str, Tensor]) -> Image.Image:
-    """How often each class is seen: for each label the shares (K,) of the named classes, as bars side by side."""
-    figure, axes = _figure(max(6.0, 0.16 * len(names) * (len(shares) + 1)), 3.6)
-    width = 0.8 / len(shares)
-    for k, (label, share) in enumerate(shares.items()):
-        place = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * width
-        axes.bar(place, 100 * share, width, label=label, color="0.7" if k == 0 else f"C{k - 1}")
-    axes.set(ylabel="% of samples", xticks=np.arange(len(names)))
-    axes.set_xticklabels(names, rotation=90 if max(map(len, names)) > 3 else 0)
+def class_shares(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
+    """Draw how often each class occurs: one bar per class for each label, with confidence intervals, as fractions."""
+    vertical = max(map(len, names)) > 3
+    bottom = 0.55 + (0.08 * max(map(len, names)) if vertical else 0)
+    width = max(6.0, 0.16 * len(names) * (len(shares) + 1))
+    figure, ((axes,),) = new_figure(width, 3.2 + bottom, bottom=bottom)
+    bar = 0.8 / len(shares)
+    for k, (label, intervals) in enumerate(shares.items()):
+        values = 100 * np.array(intervals)
+        place = np.arange(len(names)) + (k - (len(shares) - 1) / 2) * bar
+        color = "0.7" if k == 0 else COLORS[(k - 1) % len(COLORS)]
+        bars = {"ecolor": "0.25", "elinewidth": 0.8, "capsize": 1.5}
+        axes.bar(place, values[:, 0], bar, yerr=error_bars(values), label=label, color=color, error_kw=bars)
+    axes.set(title="Class frequencies (bars: 95% intervals)", xlabel="class", ylabel="% of samples", ylim=(0, None))
+    axes.set_xticks(np.arange(len(names)), names, rotation=90 if vertical else 0)
+    axes.margins(x=0.01)
     axes.legend(fontsize=8)
-    return _render(figure)
+    return render(figure)
 
 
-def extent_of(points: Tensor, alike: bool = True) -> Extent:
-    """Where nearly all points (N, D >= 2) lie in the first two features.
+def axis_limits(points: Tensor, symmetric: bool = True) -> AxisLimits:
+    """Return axis limits that hold nearly all points (N, D >= 2) in their first two features.
 
-    For points about 0 that are about as far spread to either side, a square about 0, if the axes are to be `alike`.
+    If `symmetric`, and the points spread about equally around 0, the limits are a square about 0.
     """
-    seen = points[points.isfinite().all(1), :2].float()
-    if not len(seen):
+    finite = points[points.isfinite().all(1), :2].float()
+    if not len(finite):
         return (-1.0, 1.0), (-1.0, 1.0)
-    bound = 1.15 * float(seen.abs().quantile(0.999))
-    low, high = seen.quantile(torch.tensor([0.001, 0.999], device=seen.device), dim=0)
-    if alike and float((high - low).min()) > bound / 2:
+    bound = 1.15 * float(finite.abs().quantile(0.999))
+    low, high = finite.quantile(torch.tensor([0.001, 0.999], device=finite.device), dim=0)
+    if symmetric and float((high - low).min()) > bound / 2:
         return (-bound, bound), (-bound, bound)
-    room = torch.where(high > low, 0.08 * (high - low), 1)
-    (left, bottom), (right, top) = (low - room).tolist(), (high + room).tolist()
+    margin = torch.where(high > low, 0.08 * (high - low), 1)
+    (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
     return (left, right), (bottom, top)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", Any]:
+def evenly_spaced_indices(length: int, count: int) -> list[int]:
+    """Return up to `count` indices spread over 0..length - 1, including both ends."""
+    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
+
+
+def error_bars(intervals: np.ndarray) -> np.ndarray:
+    """Return lengths (2, N) of error bars for (value, low, high) rows; a bootstrap interval may exclude its value."""
+    value, low, high = intervals.T
+    return np.maximum(0, [value - low, high - value])
+
+
+def set_log_scale(axes: "Axes", which: str) -> None:
+    """Make the x or y axis logarithmic if its positive data span a factor of 5 or more."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_data_interval()
+    low = max(low, axis.get_minpos())
+    if 0 < low < math.inf and high >= 5 * low:
+        axes.set(**{f"{which}scale": "log"})
+        set_log_ticks(axis, low, high)
+
+
+def set_log_ticks(axis: Any, low: float, high: float) -> None:
+    """Label powers of ten, and 2 and 5 times these below two decades, in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    decades = math.log10(high / low)
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
+    if decades < 0.7:  # as few as one of these would remain
+        subs = tuple(float(k) for k in range(1, 10))
+    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def new_figure(
+    width: float,
+    height: float,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    left: float = 0.8,
+    right: float = 0.2,
+    bottom: float = 0.55,
+    top: float = 0.4,
+    row_gap: float | None = None,
+    legend_width: float = 0.0,
+    shared_x: bool = False,
+) -> tuple["Figure", Any]:
+    """Return a figure and its panels, an array (rows, columns) of axes. All lengths are in inches.
+
+    Margins around each panel are fixed: matplotlib's constrained layout takes as long as the drawing itself.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots(rows, columns)
+    figure = Figure(figsize=(width, height), dpi=110)
+    row_gap = bottom + top if row_gap is None else row_gap
+    panel_width = (width - legend_width) / columns - left - right
+    panel_height = (height - bottom - top - (rows - 1) * row_gap) / rows
+    grid = {
+        "left": left / width,
+        "right": 1 - (right + legend_width) / width,
+        "bottom": bottom / height,
+        "top": 1 - top / height,
+        "wspace": (left + right) / panel_width,
+        "hspace": row_gap / panel_height,
+    }
+    style: dict[Any, Any] = {"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7)}
+    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x, gridspec_kw=grid)
 
 
-def _render(figure: "Figure") -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+def render(figure: "Figure") -> Image.Image:
+    """Draw a figure in memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-
-def evenly(length: int, count: int) -> list[int]:
-    """Up to `count` indices spread over 0..length - 1, both ends among them."""
-    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")

@@ -1,122 +1,170 @@
-"""Tables as text and Markdown, and results as JSON."""
+"""Tables in Markdown, number formats, and metrics as JSON."""
 
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+METRICS: Mapping[str, tuple[str, Literal["lower", "higher"] | None]] = {
+    "bits_per_dim": ("bits/dim", "lower"),
+    "fid": ("FID", "lower"),
+    "kid": ("KID", "lower"),
+    "fd": ("Fréchet distance", "lower"),
+    "kd": ("kernel distance", "lower"),
+    "precision": ("precision", "higher"),
+    "recall": ("recall", "higher"),
+    "density": ("density", "higher"),
+    "coverage": ("coverage", "higher"),
+    "class_score": ("class score", "higher"),
+    "class_variation": ("error of class shares", "lower"),
+    "inception_score": ("inception score", "higher"),
+    "nearest_ratio": ("distance to training data", None),
+    "copies": ("copies", None),
+    "sliced_wasserstein": ("sliced Wasserstein distance", "lower"),
+    "energy_distance": ("energy distance", "lower"),
+    "mmd": ("MMD", "lower"),
+}
+"""Title of each metric and which direction is better. Full names append features and the number of samples."""
+USUAL = {"nearest": "1", "copies": "0.05"}
+"""Expected memorization metrics of a model that does not copy its training data."""
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """`values` as indented JSON, replacing the file at once."""
+    """Write `values` as indented JSON and replace the file atomically. NaN and infinities become null."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_of_json(values), indent=2) + "\n")
+    temporary.write_text(json.dumps(_json_value(values), indent=2) + "\n")
     os.replace(temporary, path)
 
 
-def _of_json(value: Any) -> Any:
-    """A value without NaN and infinities, which JSON does not know."""
+def _json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _of_json(v) for k, v in value.items()}
+        return {k: _json_value(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_of_json(v) for v in value]
+        return [_json_value(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, a line for each row, with no newline at the end."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table without a newline at its end."""
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 
-def markdown(metrics: Mapping[str, Any]) -> str:
-    """All figures of likelihood and quality in one table, and those of alignment in another."""
-    tables = []
-    if "bits_per_dim" in metrics or metrics.get("samplers") or "alignment" not in metrics:
-        tables.append(_of_quality(metrics))
-    if "alignment" in metrics:
-        tables.append(_of_alignment(metrics["alignment"]))
-    return "\n".join(tables)
+def metric_title(metric: str) -> str:
+    """Return a metric's readable name: `Fréchet distance (classifier, 1k)` for `fd_classifier_1k`."""
+    for prefix, (title, _) in METRICS.items():
+        if metric == prefix or metric.startswith(f"{prefix}_"):
+            rest = metric.removeprefix(prefix).strip("_").replace("_", ", ")
+            return f"{title} ({rest})" if rest else title
+    return metric
 
 
-def _of_quality(metrics: Mapping[str, Any]) -> str:
-    """A row for each figure, a column for each sampler, and one for the floor."""
-    samplers: Mapping[str, Any] = metrics.get("samplers", {})
-    columns = [*samplers] or ["the model"]
-    rows = []
-    if "bits_per_dim" in metrics:
-        error = metrics["standard_error"]
-        bits = f"{metrics['bits_per_dim']:.4f} ± {error:.4f}" if not math.isnan(error) else "one sample"
-        rows.append([f"bits/dim of {metrics['num_val']} held-out", *[bits] * len(columns), ""])
-    floor: Mapping[str, Any] = metrics.get("baseline", {})
-    names = {name: None for each in samplers.values() for name in each["metrics"]}
-    for name in names:
-        cells = [interval(each["metrics"][name]) for each in samplers.values()]
-        real = next((figure for key, figure in floor.items() if stem(key) == stem(name)), None)
-        rows.append([name, *cells, interval(real) if real else USUAL.get(name.split("_")[0], "")])
-    if samplers:
-        rows.append(["network calls/sample", *(str(each["calls_per_image"]) for each in samplers.values()), ""])
-        rows.append(["seconds/sample", *(f"{each['seconds_per_image']:.2g}" for each in samplers.values()), ""])
-    header = ["", *columns, "real data (floor)" if samplers else ""]
-    reference, others = "held-out", "training"
-    if metrics.get("reference") == "train":
-        reference, others = others, reference
-    right = metrics.get("classifier_accuracy")
-    note = (
-        f"\n± is one standard error; brackets hold 95% bootstrap intervals. Everything is against {reference} data; "
-        f"the floor is {others} data against them, as many as were drawn or as there are. `nearest_ratio` is the "
-        "median distance to the nearest training sample over that of held-out data, `copies` the share of samples "
-        "nearer to one than 95% of held-out data are: far below 1, and far above 0.05, tell of copies; far above 1, of "
-        "samples that are unlike all data. What each figure is, and which way is better: docs/metrics.md.\n"
-    ) + (f"The classifier is right on {right:.1%} of held-out images.\n" if right is not None else "")
-    return table(header, rows) + "\n" + (note if samplers else "")
+def better_direction(metric: str) -> Literal["lower", "higher"] | None:
+    """Return which values of a metric are better, None if neither are."""
+    if metric.startswith("val/"):
+        return "lower"
+    return next((side for name, (_, side) in METRICS.items() if metric == name or metric.startswith(f"{name}_")), None)
 
 
-def _of_alignment(alignment: Mapping[str, Any]) -> str:
-    """A row for each scale and group of prompts, and one for the judge; a column for each figure."""
-    groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
-    detector = {stem(named): figure for named, figure in alignment["detector"].items()}
-    of_all = [each["metrics"] for scales in groups.values() for each in scales.values()]
-    names = list(dict.fromkeys(stem(named) for figures in of_all for named in figures))
-    rows = []
-    for scale in next(iter(groups.values())):
-        for group, scales in groups.items():
-            figures = {stem(named): figure for named, figure in scales[scale]["metrics"].items()}
-            rows.append([scale, group, *(interval(figures[n]) if n in figures else "" for n in names)])
-    real = [interval(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
-    rows.append(["", "real images, as judged", *real])
-    note = (
-        f"\nShares of {alignment['n']} samples by {alignment['sampler']} that show what they were asked to, in each "
-        "attribute (among those asked for it) and in `all` at once, with 95% Wilson intervals, for these prompts; "
-        "`diversity` is how much the samples of one prompt differ, where real images of it differ by 1.\n"
-    )
-    return table(["guidance", "asked for", *names], rows) + "\n" + note
+def direction_arrow(metric: str) -> str:
+    """Return ` ↓` for a metric of which lower values are better, ` ↑` for higher, or nothing."""
+    return {"lower": " ↓", "higher": " ↑", None: ""}[better_direction(metric)]
 
 
-USUAL = {"nearest": "1", "copies": "0.05"}
-"""What the figures of memorisation are for data that were not trained on."""
+def stem(metric: str) -> str:
+    """Return a metric's name without the number of samples: `fid` for `fid_10k`."""
+    return metric.rpartition("_")[0]
 
 
-def stem(named: str) -> str:
-    """A figure's name without the number of samples: `fid` of `fid_10k`."""
-    return named.rpartition("_")[0]
+def format_number(value: float, error: float = math.nan, sign: Literal["", "+"] = "") -> str:
+    """Format a number to the second significant digit of `error`, or to four significant digits without one."""
+    if math.isnan(value):
+        return "-"
+    if 0 < error < math.inf:
+        places = min(8, max(0, 1 - math.floor(math.log10(error))))
+        value = round(value, places) + 0.0  # turns -0.0 into 0.0
+        return f"{value:{sign}{',' if abs(value) >= 1e4 else ''}.{places}f}"
+    return f"{value:{sign},.0f}" if 1e4 <= abs(value) < math.inf else f"{value:{sign}.4g}"
 
 
-def interval(figure: Mapping[str, float]) -> str:
-    """A figure and its interval, to as many digits as tell something."""
-    value, low, high = figure["value"], figure["low"], figure["high"]
-    digits = max(0, 1 - math.floor(math.log10(high - low))) if high > low else 3
-    shown = [f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high)]  # + 0.0 takes the sign off -0
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+def format_metric(metric: Mapping[str, float]) -> str:
+    """Format a metric with its interval: `12.3 [11.2, 13.5]`."""
+    value, low, high = (metric[name] for name in ("value", "low", "high"))
+    error = (high - low) / 2 or 0.01
+    return f"{format_number(value, error)} [{format_number(low, error)}, {format_number(high, error)}]"
 
 
 def duration(seconds: float) -> str:
-    """A time to one or two digits, in the unit that fits it."""
+    """Format a time to two digits in the unit that fits it."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.2g} {unit}"
     return f"{seconds:.2g} seconds"
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """Return the tables of one evaluated run: likelihood and sample quality, and prompt alignment."""
+    tables = []
+    if "bits_per_dim" in metrics or metrics.get("samplers") or "alignment" not in metrics:
+        tables.append(_quality_table(metrics))
+    if "alignment" in metrics:
+        tables.append(_alignment_table(metrics["alignment"]))
+    return "\n".join(tables)
+
+
+def _quality_table(metrics: Mapping[str, Any]) -> str:
+    """Return a row per metric, a column per sampler, and a column for real data."""
+    samplers: Mapping[str, Any] = metrics.get("samplers", {})
+    columns = [*samplers] or ["model"]
+    rows = []
+    if "bits_per_dim" in metrics:
+        error = metrics["standard_error"]
+        bits = format_number(metrics["bits_per_dim"], error)
+        bits = "one sample" if math.isnan(error) else f"{bits} ± {format_number(error, error)}"
+        rows.append([f"bits/dim of {metrics['num_val']} validation samples ↓", *[bits] * len(columns), ""])
+    baseline: Mapping[str, Any] = metrics.get("baseline", {})
+    for name in dict.fromkeys(name for each in samplers.values() for name in each["metrics"]):
+        cells = [format_metric(each["metrics"][name]) for each in samplers.values()]
+        real = next((metric for key, metric in baseline.items() if stem(key) == stem(name)), None)
+        usual = format_metric(real) if real else USUAL.get(name.split("_")[0], "")
+        rows.append([metric_title(name) + direction_arrow(name), *cells, usual])
+    for title, key in (("network calls per sample", "calls_per_image"), ("seconds per sample", "seconds_per_image")):
+        if samplers:
+            rows.append([title, *(format_number(each[key]) for each in samplers.values()), ""])
+    table = markdown_table(["", *columns, "real data" if samplers else ""], rows) + "\n"
+    if not samplers:
+        return table
+    reference, others = (
+        ("training", "validation") if metrics.get("reference") == "train" else ("validation", "training")
+    )
+    accuracy = metrics.get("classifier_accuracy")
+    return (
+        f"{table}\n± is one standard error; brackets hold 95% bootstrap intervals. ↓ lower is better, ↑ higher. The "
+        f"reference is {reference} data; the last column compares {others} data to it, with as many samples as there "
+        "are, at most n. The distance to training data is the median over samples, divided by that of validation data. "
+        "Copies is the share of samples closer to a training sample than 95% of validation data are. A distance far "
+        "below 1 with copies far above 0.05 indicates memorization; a distance far above 1 indicates samples unlike "
+        "any data. Definitions: docs/metrics.md.\n"
+    ) + (f"The classifier is correct on {accuracy:.1%} of validation images.\n" if accuracy is not None else "")
+
+
+def _alignment_table(alignment: Mapping[str, Any]) -> str:
+    """Return a row per guidance scale and group of prompts, one for real images, and a column per metric."""
+    groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
+    detector = {stem(name): metric for name, metric in alignment["detector"].items()}
+    every = [each["metrics"] for scales in groups.values() for each in scales.values()]
+    names = list(dict.fromkeys(stem(name) for values in every for name in values))
+    rows = []
+    for scale in next(iter(groups.values())):
+        for group, scales in groups.items():
+            values = {stem(name): metric for name, metric in scales[scale]["metrics"].items()}
+            rows.append([scale, group, *(format_metric(values[n]) if n in values else "" for n in names)])
+    real = [format_metric(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
+    note = (
+        f"\nShares of {alignment['n']} samples by {alignment['sampler']} that match their prompt, in each attribute "
+        "(among prompts that name it) and in `all` attributes at once, with 95% Wilson intervals; higher is better. "
+        "`diversity` is the variation among samples of one prompt, relative to real images of it.\n"
+    )
+    return markdown_table(["guidance", "prompts", *names], [*rows, ["", "real images", *real]]) + "\n" + note

@@ -320,14 +320,14 @@ def test_the_figures_of_four_runs(results, sweep):
         for metric in ("fd_pixels_24", "bits_per_dim", "val/loss"):
             values = [run[metric] for run in own]
             assert row[metric] == pytest.approx(mean(values)) and row[f"{metric} seeds"] == 2
-            assert row[f"{metric} deviation"] == pytest.approx(stdev(values))
+            assert row[f"{metric} std"] == pytest.approx(stdev(values))
     metrics = json.loads((sweep / "2" / "metrics.json").read_text())
     assert results["runs"][2]["val/loss"] == metrics["val/loss"]
     assert results["runs"][2]["parameters"] == metrics["parameters"]
     assert results["runs"][0]["calls_per_image"] == 3
     assert results["metrics"]["val/loss"]["best"] is None
-    assert results["metrics"]["fd_pixels_24"]["floor"] is not None
-    assert results["in_common"]["trainer.max_steps"] == "4" and "seed" not in results["in_common"]
+    assert results["metrics"]["fd_pixels_24"]["baseline"] is not None
+    assert results["common_settings"]["trainer.max_steps"] == "4" and "seed" not in results["common_settings"]
 
 
 def test_the_files_say_the_same(results, sweep):
@@ -401,7 +401,7 @@ def test_what_was_measured_is_not_measured_again(results, sweep, tmp_path, monke
     calls = []
     real = measured
     monkeypatch.setattr("src.comparison.measure.measured", lambda *args: calls.append(1) or real(*args))
-    monkeypatch.setattr("src.comparison.page.pictures", lambda _: {})  # which take the most time
+    monkeypatch.setattr("src.comparison.page.draw_charts", lambda _: {})  # which take the most time
     again = compared(sweep, tmp_path / "again")
     assert not calls and again["groups"] == results["groups"]
     other = compared(sweep, tmp_path / "other", "num_terms=3")

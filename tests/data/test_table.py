@@ -214,20 +214,20 @@ def test_tables_are_drawn_whatever_their_width(features):
     """Two columns on axes of their own, in units; more in pairs, of which the first four are shown."""
     units = torch.tensor([1.0, 300.0, 1e-3, 5.0, 7.0, 9.0])[:features]
     x = torch.randn(200, features, generator=torch.Generator().manual_seed(0)) * units + 20 * units
-    picture = images.draw(x, real=x + units)
+    picture = images.draw_samples(x, real=x + units)
     assert len(set(picture.convert("L").tobytes())) > 20
     assert images.film_strip([x, x]).width > 0
     if features > 1:
-        (left, right), (bottom, top) = charts.extent_of(x)
+        (left, right), (bottom, top) = charts.axis_limits(x)
         inside = (x[:, 0] > left) & (x[:, 0] < right) & (x[:, 1] > bottom) & (x[:, 1] < top)
         assert inside.float().mean() > 0.98
         assert right - left < 10 * units[0] and top - bottom < 10 * units[1]
-    assert images.draw(x, titles=["a"] * 100 + ["b"] * 100).width > 0
+    assert images.draw_samples(x, titles=["a"] * 100 + ["b"] * 100).width > 0
 
 
 def test_points_in_a_plane_are_drawn_on_a_square_about_0():
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
-    across, up = charts.extent_of(x)
+    across, up = charts.axis_limits(x)
     assert across == up and across[0] == -across[1]
-    assert charts.extent_of(torch.full((3, 2), torch.nan)) == ((-1, 1), (-1, 1))
-    assert charts.extent_of(torch.ones(3, 2))[0] == (0, 2)
+    assert charts.axis_limits(torch.full((3, 2), torch.nan)) == ((-1, 1), (-1, 1))
+    assert charts.axis_limits(torch.ones(3, 2))[0] == (0, 2)

@@ -298,7 +298,7 @@ def test_pictures_at_the_end_that_fail_are_made_up_for(photos, copied, undisturb
     restore(photos, copied)
     assert quietly(run, *root_of(copied), f"resume='{run}'")["steps"] == 8
     assert_equal_bits(weights(run, "state_dict"), weights(undisturbed, "state_dict"))
-    assert (run / "samples" / "neighbours.png").exists() and (run / "metrics.json").exists()
+    assert (run / "samples" / "neighbors.png").exists() and (run / "metrics.json").exists()
 
 
 def test_skipping_trains_on_and_counts(photos, copied, undisturbed, tmp_path):

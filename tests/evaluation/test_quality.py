@@ -19,7 +19,7 @@ from src.metrics.collected import Collected
 from src.models.unet import UNet
 from src.runs.open import open_run
 from src.sample import sample
-from src.viz.tables import duration, interval, markdown
+from src.viz.tables import duration, format_metric, markdown
 from tests.conftest import compose, train_tiny
 from tests.data.test_split import held_out_digits
 
@@ -199,8 +199,9 @@ def test_baseline_may_have_fewer_samples(arguments, tmp_path):
     folder = tmp_path / "out"
     metrics = evaluate(compose("evaluate", *arguments, *several, "likelihood=false", f"run_dir='{folder}'"))
     assert name in metrics["baseline"] and "fd_pixels_400" in metrics["samplers"]["ddim 3"]["metrics"]
-    (row,) = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| fd_pixels")]
-    assert row.split("|")[-2].strip() == interval(metrics["baseline"][name])
+    lines = (folder / "table.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.startswith("| Fréchet distance (pixels")]
+    assert row.split("|")[-2].strip() == format_metric(metrics["baseline"][name])
     assert (folder / "quality.png").stat().st_size > 1000
 
 
@@ -357,7 +358,7 @@ def test_invalid_sampler_values_are_refused(typed_overrides, rule):
     ],
 )
 def test_metrics_have_significant_digits(metric, shown):
-    assert interval(dict(zip(("value", "low", "high"), metric, strict=True))) == shown
+    assert format_metric(dict(zip(("value", "low", "high"), metric, strict=True))) == shown
 
 
 def test_table_of_likelihood_alone():

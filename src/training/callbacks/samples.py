@@ -10,7 +10,7 @@ from src.training.callbacks.graceful_shutdown import check_stop_requested
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.loggers import log_picture
 from src.training.module import DiffusionModule
-from src.viz.images import draw
+from src.viz.images import draw_samples
 
 
 class SampleGrid(L.Callback):
@@ -37,7 +37,7 @@ class SampleGrid(L.Callback):
             real = data.examples(self.num_samples) if trainer.is_global_zero else last
         if not trainer.is_global_zero:
             return
-        picture = draw(data.postprocess(last), data.postprocess(real), data.titles(self.num_samples), data.columns)
+        picture = draw_samples(data.postprocess(last), data.postprocess(real), data.titles(self.num_samples), data.columns)
         with tolerate_full_disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
