@@ -21,7 +21,7 @@ from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import wilson
 from src.metrics.detector import Detections
 from src.runs.open import open_run
-from src.viz.tables import markdown
+from src.viz.tables import markdown, metric_title
 from tests.conftest import HANG_SECONDS, compose, train_tiny
 from tests.data.test_split import held_out_digits
 
@@ -372,13 +372,13 @@ def test_evaluate_writes_table_pictures_and_metrics(settings, tmp_path, capsys):
     assert kept["detector"][f"class_{held_out_digits()}"]["value"] > 0.95
     table = (folder / "table.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
-    header = rows.index(["guidance", "asked for", "class", "all", "diversity"])
+    header = rows.index(["guidance", "prompts", "class", "all", "diversity"])
     assert [row[:2] for row in rows[header + 2 :]] == [
         ["1", "classes"],
         ["2", "classes"],
-        ["", "real images, as judged"],
+        ["", "real images"],
     ]
-    assert "bits/dim of 10 held-out" in table and "fd_classifier_20" in table
+    assert "bits/dim of 10" in table and metric_title("fd_classifier_20") in table
     for picture in ("alignment.png", "prompts.png"):
         assert (folder / picture).stat().st_size > 1000
     said = capsys.readouterr().out
