@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.comparison.grouping import common_settings, text
 from src.comparison.plots import chart_name, draw_charts, sample_row
 from src.comparison.report import (
     LEGEND,
@@ -19,7 +20,7 @@ from src.comparison.report import (
     sorted_rankings,
     write_csv,
 )
-from src.comparison.statistics import Ranking, chance, common_settings, headline, interval, sentence, text
+from src.comparison.statistics import Ranking, chance, headline, interval, sentence
 from src.viz.charts import series_style
 from src.viz.tables import format_number, metric_title
 

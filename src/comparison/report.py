@@ -10,18 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from src.comparison.grouping import Group, Record, common_settings, text
 from src.comparison.statistics import (
     ALPHA,
-    Group,
     Pair,
     Ranking,
-    Record,
     chance,
-    common_settings,
     headline,
     interval,
     sentence,
-    text,
     with_spread,
 )
 from src.viz.tables import direction_arrow, format_number, markdown_table, metric_title

@@ -22,18 +22,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from src.compare import compare, with_runs
+from src.comparison.grouping import RUNTIME_SETTINGS, Record, group_by_settings, without_repeats
 from src.comparison.measure import measure_run
 from src.comparison.statistics import (
-    RUNTIME_SETTINGS,
-    Record,
     Summary,
-    group_by_settings,
     headline,
     holm,
     rank_groups,
     welch,
     with_spread,
-    without_repeats,
 )
 from src.comparison.survey import run_folders, survey
 from src.config.overrides import CONF
