@@ -151,19 +151,19 @@ def group_label(settings: Mapping[str, Any]) -> str:
         return "all runs"
     parts = []
     for name, value in settings.items():
-        shown = text(value).rpartition(".")[2] if name.endswith("_target_") else text(value)
+        shown = format_setting(value).rpartition(".")[2] if name.endswith("_target_") else format_setting(value)
         parts.append(shown if isinstance(value, str) else f"{name.rpartition('.')[2]} {shown}")
     return ", ".join(parts)
 
 
-def text(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """Return a setting as typed on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(text, value))}]"
+        return f"[{', '.join(map(format_setting, value))}]"
     return str(value)
 
 

@@ -132,7 +132,7 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     if direction is None:
         reason = "neither direction is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
-        reason = f"its meaning depends on {listed(names)}, which differ{'s' if len(names) == 1 else ''}"
+        reason = f"its meaning depends on {join_names(names)}, which differ{'s' if len(names) == 1 else ''}"
     elif len({value for k in present for value in values[k]}) == 1 and len(present) > 1:
         reason = "it is equal in all groups"
     if reason or len(present) < 2:
@@ -158,7 +158,7 @@ def metrics_of(groups: Sequence[Group]) -> list[str]:
     return sorted(names, key=priority)
 
 
-def with_spread(each: Summary | None) -> str:
+def format_summary(each: Summary | None) -> str:
     """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
@@ -167,7 +167,7 @@ def with_spread(each: Summary | None) -> str:
     return f"{format_number(each.mean, each.std)} ± {format_number(each.std, each.std)}"
 
 
-def interval(pair: Pair) -> str:
+def format_difference(pair: Pair) -> str:
     """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
@@ -176,17 +176,17 @@ def interval(pair: Pair) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def chance(p: float) -> str:
+def format_p_value(p: float) -> str:
     """Format a p-value."""
     return "-" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Format names as `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
+def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
     """Return which group is better by one metric, and whether the difference is significant.
 
     `title` returns the readable name of a metric.
@@ -195,7 +195,7 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
     if ranking.best is None:
         return f"{metric} is not ranked: {ranking.reason or 'only one group has it'}."
     best, others = ranking.best, ranking.pairs_with_best
-    values = {k: with_spread(each) for k, each in enumerate(ranking.summaries)}
+    values = {k: format_summary(each) for k, each in enumerate(ranking.summaries)}
     metric = f"{metric} ({ranking.direction} is better)"
     if len(others) == 1:
         (pair,) = others
@@ -205,13 +205,13 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
         match pair.verdict:
             case "significant":
                 return (
-                    f"{a} is better than {b} in {metric}: {shown}. The difference, {interval(pair)} with {counts} "
-                    f"seeds, is significant ({chance(pair.adjusted)})."
+                    f"{a} is better than {b} in {metric}: {shown}. The difference, {format_difference(pair)} with "
+                    f"{counts} seeds, is significant ({format_p_value(pair.adjusted)})."
                 )
             case "not significant":
                 return (
                     f"{a} and {b} do not differ significantly in {metric}: {shown}. The difference is "
-                    f"{interval(pair)} with {counts} seeds ({chance(pair.adjusted)})."
+                    f"{format_difference(pair)} with {counts} seeds ({format_p_value(pair.adjusted)})."
                 )
             case _:
                 return (
@@ -228,7 +228,7 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
         ("single seed", "A single seed does not show the significance (add seed=0,1,2) of the difference from"),
     ):
         if labels := by_verdict.get(verdict):
-            parts.append(f"{words} {'all others' if len(labels) == len(others) else listed(labels)}.")
+            parts.append(f"{words} {'all others' if len(labels) == len(others) else join_names(labels)}.")
     return " ".join(parts)
 
 
@@ -239,4 +239,4 @@ def headline(groups: Sequence[Group], rankings: Sequence[Ranking], title: Callab
     main = next((ranking for ranking in rankings if ranking.best is not None), None)
     if main is None:
         return "No metric can be ranked: none was measured in two groups."
-    return sentence(groups, main, title)
+    return describe_ranking(groups, main, title)

@@ -26,11 +26,11 @@ from src.comparison.grouping import RUNTIME_SETTINGS, Record, group_by_settings,
 from src.comparison.measure import measure_run
 from src.comparison.statistics import (
     Summary,
+    format_summary,
     headline,
     holm,
     rank_groups,
     welch,
-    with_spread,
 )
 from src.comparison.survey import run_folders, survey
 from src.config.overrides import CONF
@@ -250,7 +250,7 @@ def test_non_finite_metrics_are_excluded():
     ],
 )
 def test_metrics_are_rounded_to_their_std(summary, shown):
-    assert with_spread(summary) == shown
+    assert format_summary(summary) == shown
 
 
 # Command line.
