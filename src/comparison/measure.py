@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.cache import cached, digest
-from src.comparison.statistics import Record
+from src.comparison.grouping import Record
 from src.comparison.survey import SurveyedRun
 from src.config.arguments import check_arguments
 from src.config.overrides import CONF

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from src.comparison.statistics import Record, data_of, flatten, without_repeats
+from src.comparison.grouping import Record, data_of, flatten, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
 from src.runs.checkpoints import find_checkpoint
