@@ -104,11 +104,14 @@ class Schedule(Protocol):
         ...
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
+        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level.
+
+        Beyond it, the time of a table is 1, and a curve is extrapolated.
+        """
         ...
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
-        """Return -d log SNR / d time at `time`, in its shape."""
+        """Return -d log SNR / d time at `time`, in its shape; a table uses central differences."""
         ...
 
 
@@ -141,8 +144,7 @@ def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpa
 
     The last two start at sigma / alpha = 80, or at the noisiest level if that is less, and end at `schedule.first`.
 
-    Raises:
-        ValueError: If steps < 1 or the spacing is unknown.
+    Raises ValueError if steps < 1 or the spacing is unknown.
 
     Source: Lin et al. 2023 (arXiv 2305.08891), tab. 2, for the first three; Karras et al. 2022 (arXiv 2206.00364),
     eq. 5; Lu et al. 2022 (DPM-Solver, arXiv 2206.00927).
@@ -179,13 +181,8 @@ def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpa
 class NoiseSchedule(nn.Module):
     """The T levels of betas (T,) in (0, 1], and clean data as the last row, so that index -1 is x_0.
 
-    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar). `rows` holds them in float64 on the CPU. Non-persistent
-    float32 buffers follow the device but not the dtype of the module.
-
-    Raises:
-        ValueError: If a beta is outside of (0, 1] or fewer than 2 are below 1.
-
-    Source: Ho et al. 2020, eq. 4.
+    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) (Ho et al. 2020, eq. 4). `rows` has them in float64.
+    Non-persistent float32 buffers follow the device but not the dtype. Raises ValueError for betas out of range.
     """
 
     alpha: Tensor
@@ -197,10 +194,8 @@ class NoiseSchedule(nn.Module):
         super().__init__()
         betas = betas.double()
         if not (betas.min() > 0 and betas.max() <= 1):
-            raise ValueError(
-                f"schedule: betas in [{betas.min():.4g}, {betas.max():.4g}] must be in (0, 1]; "
-                "change the arguments of the schedule"
-            )
+            low, high = betas.min(), betas.max()
+            raise ValueError(f"schedule: betas in [{low:.4g}, {high:.4g}] must be in (0, 1]; change its arguments")
         self.num_steps = len(betas)
         self.first = 1 / self.num_steps
         # The posterior variance at t = 1 is 0; use that at t = 2, (1 - alpha_bar_1) / (1 - alpha_bar_2) beta_2, as in
@@ -268,12 +263,10 @@ class NoiseSchedule(nn.Module):
         return ((above - 1 + fraction) / self.num_steps).clamp(0, 1)
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the level where sigma / alpha equals `ratio`; its time is 1 beyond the noisiest row."""
         norm = torch.hypot(torch.ones_like(ratio), ratio)
         return NoiseLevel(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
-        """Return -d log SNR / d time of rows by central differences."""
         return self.rate[(time * self.num_steps).round().long() - 1]
 
 
@@ -284,9 +277,8 @@ Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
 class ContinuousSchedule(nn.Module):
     """A curve of noise levels whose time is u, with `num_steps` transitions for the variational bound.
 
-    The curve starts nearly clean, at u = 0. The last transition, and the last step of a sampler, end at clean data.
-
-    Source: Kingma et al. 2021 (arXiv 2107.00630).
+    The curve starts nearly clean, at u = 0. The last transition, and the last step of a sampler, end at clean data
+    (Kingma et al. 2021, arXiv 2107.00630).
     """
 
     def __init__(self, curve: Curve, num_steps: int = 1000) -> None:
@@ -322,7 +314,6 @@ class ContinuousSchedule(nn.Module):
 
     @torch.no_grad()
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the level where sigma / alpha equals `ratio`; beyond the noisiest level, extrapolate the curve."""
         (noisiest,) = self.at(torch.ones_like(ratio)[None])
         u = self._bisect(ratio.atan()[None], 1.0 if ratio <= noisiest.ratio else 2.0)
         return self.at(u)[0]
