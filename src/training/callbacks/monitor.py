@@ -63,7 +63,8 @@ class Progress(TQDMProgressBar):
         if self._prints_lines and trainer.global_step > step and (is_last or now - before >= SECONDS_PER_LINE):
             metrics = ", ".join(f"{name} {float(v):.4g}" for name, v in self.get_metrics(trainer, pl_module).items())
             rate = (trainer.global_step - step) / max(now - before, 1e-9)
-            print(f"step {trainer.global_step} of {trainer.max_steps}: {metrics}, {rate:.3g} steps/s", flush=True)  # noqa: T201
+            sys.stdout.write(f"step {trainer.global_step} of {trainer.max_steps}: {metrics}, {rate:.3g} steps/s\n")
+            sys.stdout.flush()
             self._last_line = now, trainer.global_step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
