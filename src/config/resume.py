@@ -62,7 +62,7 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         return overrides
     if folder != "auto":
         raise UsageError(
-            f"resume={folder} must be auto for a sweep; add hydra.sweep.dir=... if it is not the newest one"
+            f"{format_override('resume', folder)} must be auto for a sweep; add hydra.sweep.dir=... if it is not the newest"
         )
     if last_value(overrides, "hydra.sweep.dir") is not None:
         return overrides
