@@ -1,15 +1,15 @@
-"""Denoising diffusion models: trained with Lightning, configured with Hydra.
+"""Denoising diffusion models, trained with Lightning and configured with Hydra.
 
 Conventions that hold everywhere:
 
-- x_t = alpha_t x_0 + sigma_t eps. A noise *level* is the pair (alpha, sigma); SNR = alpha^2 / sigma^2.
+- x_t = alpha_t x_0 + sigma_t eps. A noise level is the pair (alpha, sigma); SNR = alpha^2 / sigma^2.
 - Code index t in {0..T-1} stands for the papers' step t + 1. The last row of every table is clean data,
-  so that index -1 means "x_0": alpha[-1] = 1, sigma[-1] = 0.
+  so index -1 means x_0: alpha[-1] = 1, sigma[-1] = 0.
 - v = alpha eps - sigma x_0 (Salimans & Ho 2022). No formula assumes alpha^2 + sigma^2 = 1.
-- Time lies in [0, 1]: (t + 1) / T for index t, 0 for clean data. It is all that a network sees of a level.
-- Images are in [-1, 1] inside and uint8 at the edges. Shape letters: B batch, C channels, H W height and
-  width, D features, T steps.
-- Randomness enters as an argument; it belongs to (seed, step, position in the global batch), see `rng`.
+- Time is in [0, 1]: (t + 1) / T for index t, 0 for clean data. A network receives the noise level as time alone.
+- Images are in [-1, 1] inside and uint8 at the edges. Shape letters: B batch, C channels, H height, W width,
+  D features, T steps.
+- Randomness is an argument, keyed by (seed, purpose, step, position in the global batch); see `rng`.
 """
 
 import sys
@@ -22,7 +22,7 @@ COMMANDS = ("compare", "dashboard", "evaluate", "export", "sample", "schedules",
 
 
 def _check_command(module: str) -> None:
-    """Exit with status 2 if `module` is not a command: run as one, it would only define functions."""
+    """Exit with status 2 if `module` is not a command; `python -m` would only define its functions."""
     import difflib
 
     name = module.partition(".")[2]
@@ -35,10 +35,10 @@ def _check_command(module: str) -> None:
     sys.exit(2)
 
 
-if sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m`, and only then
-    # After the options of Python come -m, the module, and what `sys.argv` has after its "-m".
+if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m`
+    # sys.orig_argv has Python's options, -m, the module, and then the words that follow in sys.argv.
     _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
-    if _module.partition(".")[0] == __name__:  # not a package of the user's that imports this one
+    if _module.partition(".")[0] == __name__:  # a package of the user's own may import this one
         _check_command(_module)
         from src.distributed.ranks import end_on_ctrl_c
 

@@ -1,4 +1,4 @@
-"""Lay out a project's W&B workspace: `python -m src.dashboard entity=NAME`, with `report=true` a report of its runs."""
+"""Create the W&B workspace of a project: `python -m src.dashboard entity=TEAM`; `report=true` makes a report."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,31 +15,31 @@ STEP = "trainer/global_step"
 
 
 def show_dashboard(cfg: DictConfig) -> str:
-    """Save the workspace, or the report, to the account; returns where it is to be seen."""
+    """Save the workspace or the report to the account; return its URL."""
     with usage_errors():
         if not cfg.entity:
-            raise ValueError("entity=... is missing: the W&B account or team that the project belongs to")
+            raise ValueError("entity=null must be the W&B account or team of the project; add entity=TEAM")
         try:
-            import wandb_workspaces  # noqa: F401 - whether it is there
+            import wandb_workspaces  # noqa: F401 - only whether it is installed
         except ImportError as error:
             raise ValueError(
-                f"src.dashboard needs wandb-workspaces, which is not installed ({sentence(error)}): "
+                f"src.dashboard needs wandb-workspaces, which is not installed ({sentence(error)}); run "
                 "pip install -e '.[wandb,dashboard]'"
             ) from error
         made = report(cfg.entity, cfg.project, cfg.name) if cfg.report else workspace(cfg.entity, cfg.project, cfg.name)
         try:
             made.save()
-        except Exception as error:  # whatever stands between here and the account
+        except Exception as error:  # network, login and server errors alike
             raise UsageError(
-                f"W&B did not take {'the report' if cfg.report else 'the workspace'} for {cfg.entity}/{cfg.project} "
-                f"({sentence(error)}): log in by `wandb login`, be online, and let the project have a run"
+                f"W&B rejected the {'report' if cfg.report else 'workspace'} of {cfg.entity}/{cfg.project} "
+                f"({sentence(error)}); run `wandb login`, and check the network and that the project has a run"
             ) from error
     print(f"{'Report' if cfg.report else 'Workspace'} of {cfg.entity}/{cfg.project}: {made.url}")
     return str(made.url)
 
 
 def sections() -> dict[str, list[Any]]:
-    """Panels by the name of their section. docs/dashboards.md says what is under their keys."""
+    """Return the panels by section. docs/dashboards.md documents their keys."""
     from wandb_workspaces.reports.v2 import LinePlot, MediaBrowser, RunComparer, WeavePanelSummaryTable
 
     def line(title: str, *keys: str, log: bool = False) -> LinePlot:
@@ -81,7 +81,7 @@ def sections() -> dict[str, list[Any]]:
 
 
 def workspace(entity: str, project: str, name: str) -> "Workspace":
-    """A view of the project with these sections, all open."""
+    """Return a workspace of the project with all sections open."""
     from wandb_workspaces.workspaces import Section, Workspace, WorkspaceSettings
 
     return Workspace(
@@ -94,7 +94,7 @@ def workspace(entity: str, project: str, name: str) -> "Workspace":
 
 
 def report(entity: str, project: str, name: str) -> "Report":
-    """The same panels one section under the other, of all runs of the project, grouped as sweeps group them."""
+    """Return a report with the same sections, of all runs of the project grouped by sweep."""
     from wandb_workspaces.reports.v2 import H1, PanelGrid, Report, Runset, TableOfContents
 
     blocks: list[Any] = [TableOfContents()]

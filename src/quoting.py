@@ -10,15 +10,15 @@ from omegaconf import ListConfig
 
 
 def format_override(name: str, value: object) -> str:
-    """Return `name=value` as one word of a shell's command line, from which Hydra reads this very value.
+    """Return `name=value` as one shell word, from which Hydra parses exactly this value.
 
-    A text stays a text, also one like `null` or `1e3`, and in one piece with its commas; a sequence becomes a list.
+    Text stays text, even `null`, `1e3` or text with commas; a sequence becomes a list.
     """
     return shell_word(f"{name}={literal(value)}")
 
 
 def command(name: str, *words: str) -> str:
-    """Return the line that runs `src.<name>` with overrides that `format_override` wrote, or that need no quotes."""
+    """Return the command line of `src.<name>` with overrides from `format_override`, or that need no quotes."""
     return " ".join([f"python -m src.{name}", *words])
 
 
@@ -42,17 +42,17 @@ def quoted(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return `text` so that OmegaConf gives it back as it is, and looks nothing up in it."""
+    """Return `text` with `${` escaped, so that OmegaConf resolves nothing in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _read(text: str) -> object:
-    """Return the value that Hydra reads from an override `name=text`."""
+    """Return the value that Hydra parses from an override `name=text`."""
     return OverridesParser.create().parse_override(f"name={text}").value()
 
 
 def shell_word(text: str) -> str:
-    """Return `text` quoted for bash and zsh; on one line, whatever it holds."""
+    """Return `text` quoted for bash and zsh, always on one line."""
     if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
         return text
     if not text.isprintable():

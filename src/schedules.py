@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from src.config.cli import launch
 from src.config.output import begin
-from src.config.overrides import CONF, config_groups, nearest
+from src.config.rules import check_values
+from src.config.search_path import config_groups, load_option, nearest
 from src.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def show_schedules(cfg: DictConfig) -> Path:
-    """Print a table of the chosen schedules; write it, plots of their course, and a strip of noised data for each."""
+    """Print and write a table of the chosen schedules, plot their curves, and draw a strip of noised data for each."""
     available = [name for name in config_groups()["schedule"] if name != "custom"]
     names = available if cfg.names is None else [cfg.names] if isinstance(cfg.names, str) else list(cfg.names)
-    if not names or cfg.frames < 2:
-        raise UsageError(f"needs at least one of names and two frames, got names={names} frames={cfg.frames}")
+    if not names:
+        raise UsageError("names=[] must name at least one schedule; leave it out for all")
     for name in names:
         if name not in available:
             raise UsageError(
@@ -31,7 +32,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     import torch
     from hydra.utils import instantiate
 
-    from src.config.arguments import check_arguments, check_counts, check_seeds
+    from src.config.arguments import check_arguments
     from src.diffusion.noise import NoiseLevel, terminal_alpha_bar
     from src.rng import StepRng
     from src.runs.components import build_schedule
@@ -39,12 +40,10 @@ def show_schedules(cfg: DictConfig) -> Path:
 
     tables = {}
     with usage_errors():
-        check_counts(cfg, "num_steps")
-        check_seeds(cfg)
+        check_values(cfg)
         for name in names:
-            node = OmegaConf.load(CONF / "schedule" / f"{name}.yaml")
-            assert isinstance(node, DictConfig)
-            node = node.get("schedule", node)  # some bring more than a schedule
+            node = load_option("schedule", name)
+            node = node.get("schedule", node)  # some files set more than the schedule
             node.num_steps = cfg.num_steps
             tables[name] = build_schedule(node, cfg.snr_shift, cfg.zero_terminal_snr)
         check_arguments(cfg.data, "data")
@@ -70,7 +69,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     folder = begin(Path(cfg.run_dir))
     (folder / "schedules.txt").write_text(table + "\n")
     charts.schedule_curves(curves).save(folder / "schedules.png")
-    # The same noise under every schedule: a row each, from clean data to the last step.
+    # One row per schedule, from clean data to the last step, all with the same noise.
     eps = StepRng(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
     shown = [-1, *charts.evenly_spaced_indices(cfg.num_steps, cfg.frames - 1)]
     strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
@@ -80,7 +79,7 @@ def show_schedules(cfg: DictConfig) -> Path:
 
 
 def _noised(image: "Tensor", eps: "Tensor", t: "NoiseLevel") -> "Tensor":
-    """The noised image, at the same contrast where the variance grows."""
+    """Return x_t (B, *data) divided by its scale if that exceeds 1, so that images keep their contrast."""
     return (t.alpha * image + t.sigma * eps) / t.norm.clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""The rules of the layers, checked by walking every import: one test per rule, which lists all offenders."""
+"""The rules of the layers, checked on every import: one test per rule, which lists all offenders."""
 
 import ast
 import sys
@@ -18,11 +18,11 @@ FLOORS = (
     {"comparison"},
     COMMANDS,
 )
-"""Folders and modules of src; each imports only from floors below its own. Docs: docs/design.md."""
+"""Folders and modules of src; each imports only from floors below its own (docs/design.md)."""
 
 
 def imports(path: Path) -> set[str]:
-    """Return every module that a file imports, at any depth of it, in full, type-checking imports included."""
+    """Return the full name of every module that a file imports, inside functions and for type checking too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -52,7 +52,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 def offenders(rule: object) -> list[str]:
     assert callable(rule)
-    return [f"{p.relative_to(SRC)}: {found}" for p in FILES if (found := rule(p))]
+    return [f"{p.relative_to(SRC)}: {names}" for p in FILES if (names := rule(p))]
 
 
 def test_every_room_has_a_floor():
@@ -93,7 +93,7 @@ def test_mathematics_and_networks_need_torch_only():
 
 def test_hydra_appears_only_in_config_runs_and_commands():
     def rule(path):
-        allowed = {"config", "runs", "comparison", "errors", "quoting", *COMMANDS}
+        allowed = {"config", "runs", "comparison", "quoting", *COMMANDS}
         return set() if room_of(path) in allowed else third_party(path) & {"hydra", "omegaconf"}
 
     assert offenders(rule) == []

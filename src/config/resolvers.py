@@ -1,4 +1,4 @@
-"""What `${name:...}` in conf/ stands for: importing this registers it with OmegaConf."""
+"""Resolvers for `${name:...}` in conf/; importing this module registers them with OmegaConf."""
 
 import os
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from src.distributed.ranks import fresh_folder
 
 
 def length(items: Sequence[object] | None) -> int:
-    """How many there are; 0 before it is known which."""
+    """Return the number of items; 0 for null."""
     return len(items or ())
 
 
 def wandb_offline() -> bool:
-    """Whether W&B has no account to log to: no key in the environment or where `wandb login` leaves it."""
+    """Return whether W&B has no credentials: no key in the environment or in the file of `wandb login`."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
         return True
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -28,21 +28,21 @@ def wandb_offline() -> bool:
 
 
 def sweep_name(folder: str) -> str | None:
-    """The sweep that a run is a job of, by the name of its folder; None for a run by itself."""
+    """Return the name of the sweep that a run belongs to; None for a single run."""
     path = Path(folder).resolve().parent
     of_sweep = any((path / name).is_file() for name in ("multirun.yaml", "optimization_results.yaml"))
-    # A search writes its file when it is over.
+    # A search writes its file when it ends.
     of_sweep = of_sweep or (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN)
     return path.name if of_sweep else None
 
 
 def run_name(folder: str) -> str:
-    """A run by what distinguishes it: of a sweep's job what was typed for it and not for all, else its folder."""
+    """Return the overrides that only this job of a sweep has, or the name of a single run's folder."""
     path = Path(folder).resolve()
     if sweep_name(folder) is None:
         return path.name
     if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == path:
-        typed_overrides = list(HydraConfig.get().overrides.task)  # the files are not written yet
+        typed_overrides = list(HydraConfig.get().overrides.task)  # `begin` has not written the file yet
     else:
         typed_overrides = _overrides(path / ".hydra" / "overrides.yaml")
     common = _overrides(path.parent / "multirun.yaml")
@@ -51,7 +51,7 @@ def run_name(folder: str) -> str:
 
 
 def _overrides(file: Path) -> list[str]:
-    """Those that Hydra wrote down, of a run or of a sweep; none if it did not."""
+    """Return the overrides in a file of Hydra's, of a run or a sweep; empty if there is no such file."""
     if not file.is_file():
         return []
     written = yaml.safe_load(file.read_text())

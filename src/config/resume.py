@@ -1,4 +1,4 @@
-"""Find the run that `resume=...` names and the overrides that it was started with."""
+"""Find the run that `resume=...` names and the overrides that started it."""
 
 import difflib
 import re
@@ -15,20 +15,20 @@ from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted
 
 PATH_KEYS = ("data.root", "data.path", "data.source.labels")
-"""Settings that name files which are read, never written."""
+"""Settings of files that a run only reads."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
-"""Overrides that say how a run goes on, not what it is."""
+"""Overrides that select a run without describing it."""
 
 CHOICE = re.compile(r"\w*|\[[\w,]*\]")
-"""Of files under conf/, by their names."""
+"""Names of options under conf/."""
 
 NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
 
 
 def expand_resume(overrides: list[str]) -> list[str]:
-    """`resume=DIR` stands for the overrides of the run in DIR, what else is typed, and DIR as its run folder.
+    """Replace `resume=DIR` by the overrides of the run in DIR, then the typed ones, and DIR as the run folder.
 
-    `resume=auto` is the unfinished run that was started with just what is typed, and nothing if there is none.
+    `resume=auto` selects the unfinished run that the same overrides started, or starts a new run if there is none.
     """
     folder = last_value(overrides, "resume")
     if folder is None:
@@ -39,7 +39,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
             return overrides
         overrides = [*overrides, f"resume={_quoted(folder)}"]
     if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
-        hint = newest_run("resume", Path(folder)) or ": give a folder that holds .hydra and checkpoints"
+        hint = newest_run("resume", Path(folder)) or "; name a folder with .hydra and checkpoints"
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
@@ -54,22 +54,24 @@ def expand_resume(overrides: list[str]) -> list[str]:
 
 
 def expand_sweep(overrides: list[str]) -> list[str]:
-    """Of a sweep, `resume=auto` stands for the folder of the newest one that was started with what is typed.
+    """Replace `resume=auto` of a sweep by the folder of the newest sweep that the same overrides started.
 
-    Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.resume_job`).
+    Each job then finds out whether it is finished, started or new (`runs.resolve.resume_job`).
     """
     if (folder := last_value(overrides, "resume")) is None:
         return overrides
     if folder != "auto":
-        raise UsageError("a sweep goes on by resume=auto, with hydra.sweep.dir=... if it is not the newest of its kind")
+        raise UsageError(
+            f"{format_override('resume', folder)} must be auto for a sweep; add hydra.sweep.dir=... if it is not the newest"
+        )
     if last_value(overrides, "hydra.sweep.dir") is not None:
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
         try:
-            # Not by OmegaConf, which would look `${...}` up.
+            # YAML alone: OmegaConf would resolve `${...}`.
             before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
             typed_overrides = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
-        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # of a sweep that died as it began
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # a sweep that ended while it started
             continue
         of_place = "hydra.sweep.dir="
         if {
@@ -82,9 +84,9 @@ def expand_sweep(overrides: list[str]) -> list[str]:
 
 
 def unfinished_run(overrides: Sequence[str]) -> str | None:
-    """The folder named by hydra.run.dir, else the newest under outputs/train that had these overrides and no end.
+    """Return the folder in hydra.run.dir, or the newest unfinished run under outputs/train with the same overrides.
 
-    None if it holds no checkpoint, so that there is nothing to go on from.
+    Returns None if it holds no checkpoint.
     """
     named = last_value(overrides, "hydra.run.dir")
     folders = [Path(named)] if named else sorted(Path("outputs/train").glob("*/"), reverse=True)
@@ -99,55 +101,55 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
 
 
 def saved_overrides(folder: Path) -> list[str]:
-    """What was typed for the run in `folder`, but for what it resumed and whether that was trusted."""
+    """Return the overrides of the run in `folder`, without `resume` and `trust`."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
-        lines = yaml.safe_load(path.read_text())  # as it stands: OmegaConf would look up what is in ${...}
+        lines = yaml.safe_load(path.read_text())  # YAML alone: OmegaConf would resolve `${...}`
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path} cannot be read ({first_line(error)}): start a new run") from error
+        raise UsageError(f"{path} cannot be read ({first_line(error)}); start a new run") from error
     if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
         lines = [line for line in lines if not RESUME_OVERRIDE.match(line)]
         if all(line.isprintable() for line in lines):
             return lines
-    raise UsageError(f"{path} is not the list of overrides that Hydra writes: start a new run")
+    raise UsageError(f"{path} must be a list of overrides, as Hydra writes it; start a new run")
 
 
 def check_saved(folder: Path, overrides: Sequence[str]) -> None:
-    """Raise UsageError if going on with the run could do more than train in its folder, since it may be a stranger's.
+    """Raise UsageError for saved overrides that could do more than train in the run's folder; the files are untrusted.
 
-    What is built is held against conf/ when it is known (`runs.build`).
+    `runs.build` checks the targets that they build.
     """
-    remedy = f": add trust=true if you started {folder} yourself, else start a new run"
+    remedy = f"; add trust=true if you started {folder} yourself, or start a new run"
     for line in overrides:
         try:
             (override,) = OverridesParser.create().parse_overrides([line])
         except HydraException as error:
-            raise UsageError(f"{folder} was started with {line!r:.100}, which is no override{remedy}") from error
+            raise UsageError(f"{folder} contains {line!r:.100}, which is not an override{remedy}") from error
         key, value = override.key_or_group, line.partition("=")[2]
         if re.match(r"hydra\b|run_dir\b", key) or override.package is not None:
-            what = "says how and where to start"
+            what = "sets where or how a run starts"
         elif "${" in value:
-            what = "would be looked up"
+            what = "OmegaConf would resolve"
         elif re.match(r"(callbacks|logger)\b", key) and not (NUMBER_OR_SWITCH if "." in key else CHOICE).fullmatch(
             value
         ):
-            what = "may say where to write, or to whom"
+            what = "may set where a run writes or logs"
         elif key not in (*PATH_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(r"[/\\]|\.\.", value):
             what = "may be a path to write to"
         else:
             continue
-        raise UsageError(f"{folder} was started with {line!r:.100}, which {what}{remedy}")
+        raise UsageError(f"{folder} contains {line!r:.100}, which {what}{remedy}")
     for path in folder.rglob("*"):
         if is_wandb_log(path.relative_to(folder)):
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"{path} leads out of the run's folder{remedy}")
+            raise UsageError(f"{path} links out of the run's folder{remedy}")
 
 
 def is_wandb_log(path: Path) -> bool:
-    """Whether a path in a run's folder is W&B's own link to its log in the user's cache.
+    """Return whether a path in a run's folder is the link that W&B creates to its log in the user's cache.
 
-    W&B makes it at each start, in a new folder, and writes nothing through it.
+    W&B creates one at each start and writes nothing through it.
     """
     return len(path.parts) == 4 and path.match("wandb/*run-*/logs/debug-core.log")
 
@@ -157,11 +159,11 @@ def _quoted(folder: str) -> str:
 
 
 def check_writable(overrides: Sequence[str]) -> None:
-    """Make the folder that is named for the run. Raises UsageError if it cannot be made."""
+    """Create the typed output folder. Raises UsageError if that fails."""
     for name in ("hydra.run.dir", "hydra.sweep.dir"):
         folder = last_value(overrides, name)
         if any(key_of(o) == name and "\\${" in o for o in overrides):
-            raise UsageError(f"{name}={folder} holds ${{, which Hydra would look up: choose another folder")
+            raise UsageError(f"{name}={folder} contains ${{, which OmegaConf would resolve; choose another folder")
         if folder is not None and "${" not in folder:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -172,27 +174,25 @@ def check_writable(overrides: Sequence[str]) -> None:
 
 
 def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
-    """Raise UsageError if the folder that is named is a run already, or a sweep whose first job is one.
-
-    Hydra would write over what that one was told.
-    """
+    """Raise UsageError if the typed folder holds a run or a sweep, whose files Hydra would overwrite."""
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
     folder = last_value(overrides, name)
     if folder is None or last_value(overrides, "resume") is not None:
         return
-    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
+    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # which names the folders of its jobs
         return
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
         raise UsageError(
-            f"{folder} already holds a {kind}: go on with {format_override('resume', how)}, or choose another folder"
+            f"{folder} already holds a {kind}; continue it with {format_override('resume', how)}, or choose "
+            "another folder"
         )
 
 
 def newest_run(name: str, folder: Path) -> str:
-    """Return the end of an error: the newest run in a folder that is none itself, as the setting `name` takes it.
+    """Return the end of an error: the newest run at most two folders below `folder`, as an override of `name`.
 
-    Empty if there is none, at most two folders down.
+    Returns an empty text if there is none.
     """
     found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
     if not found:
@@ -203,6 +203,6 @@ def newest_run(name: str, folder: Path) -> str:
 
 
 def _nearest(path: Path, name: str, pattern: str) -> str:
-    """Return the end of an error: what lies beside `path` and has nearly its name; empty if nothing has."""
+    """Return the end of an error: the file beside `path` with the most similar name; empty if there is none."""
     close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
     return f"; did you mean {format_override(name, path.parent / close[0])}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a sweep does by itself when its last job is done: `hydra/callbacks=compare`."""
+"""Hydra callbacks for sweeps: `hydra/callbacks=compare`."""
 
 import os
 import subprocess
@@ -18,17 +18,17 @@ from src.quoting import command, format_override, literal
 
 
 class CompareRuns(Callback):
-    """Compares the runs of the sweep by `src.compare`, into the folder comparison/ of the sweep; W&B's runs also there.
+    """Compare the runs of a sweep with `src.compare`, in its folder comparison/, and in W&B if they log there.
 
-    In a process of its own, since Hydra cannot be entered twice. If it fails, the sweep does not: a warning says so.
+    Runs in a process of its own, because Hydra cannot run twice in one. A failure only warns.
     """
 
     def __init__(self, devices: int | None = None, overrides: Sequence[str] = ()) -> None:
         self.devices = devices
-        self.overrides = list(map(str, overrides))  # plain, since launchers send it to other processes
+        self.overrides = list(map(str, overrides))  # plain strings, which launchers can pickle
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called once, where the sweep was started."""
+        """Run the comparison in the process that started the sweep."""
         if rank() > 0:
             return
         sweep = Path(config.hydra.sweep.dir)
@@ -40,7 +40,7 @@ class CompareRuns(Callback):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
         }
-        if any(sweep.glob("*/wandb_id.txt")):  # that runs which W&B logs leave
+        if any(sweep.glob("*/wandb_id.txt")):  # left by runs that W&B logs
             settings["wandb"] = True
         own = set(map(key_of, self.overrides))
         words = [f"{name}={literal(value)}" for name, value in settings.items() if name not in own]
@@ -49,7 +49,7 @@ class CompareRuns(Callback):
         )
         if done.returncode:
             warnings.warn(
-                f"the jobs of the sweep are done, but comparing them failed (status {done.returncode}, see above): try "
-                f"again with {command('compare', format_override('runs', [sweep]))}",
+                f"comparing the runs of the sweep failed (status {done.returncode}, see above); repeat it with "
+                f"{command('compare', format_override('runs', [sweep]))}",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""The jobs of a sweep that run side by side on one machine share its devices out."""
+"""Assign the devices of a machine to the jobs of a sweep that run on it at the same time."""
 
 import functools
 import os
@@ -9,26 +9,26 @@ from typing import IO
 
 @functools.cache
 def gpus() -> tuple[str, ...]:
-    """The GPUs that the jobs of this sweep may use, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """Return the GPUs that the jobs of this sweep may use, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
-    # Counted without CUDA being initialised, after which the environment is no longer heeded.
+    # Counting does not initialize CUDA, which would ignore later changes of the environment.
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     return tuple(names.split(",")[: torch.cuda.device_count()])
 
 
 @functools.cache
 def parallel_jobs() -> int:
-    """One for each GPU; where there is none, one for each core."""
+    """Return the number of GPUs, or of cores on a machine without GPUs."""
     import joblib
 
     return len(gpus()) or int(joblib.cpu_count())
 
 
 def assign_devices(sweep: Path, n_jobs: int) -> None:
-    """Let this process, which runs jobs of `sweep` beside up to `n_jobs` - 1 others, see its share of the GPUs.
+    """Make a share of the GPUs visible to this worker, one of up to `n_jobs` that run jobs of `sweep`.
 
-    It keeps them until it ends: CUDA cannot change its devices once it is initialised.
+    The worker keeps them until it ends: CUDA cannot change its devices once it is initialized.
     """
     import joblib
 
@@ -38,7 +38,7 @@ def assign_devices(sweep: Path, n_jobs: int) -> None:
 
 
 def share(devices: tuple[str, ...], place: int, workers: int) -> str:
-    """The devices of the worker at `place` among `workers`: several if there are more than workers, else one."""
+    """Return the devices of worker number `place` of `workers`: at least one, several if there are more devices."""
     if workers >= len(devices):
         return devices[place % len(devices)]
     return ",".join(devices[place * len(devices) // workers : (place + 1) * len(devices) // workers])
@@ -49,11 +49,11 @@ _locks: list[IO[str]] = []
 
 @functools.cache
 def _place(sweep: Path, workers: int) -> int:
-    """The lowest place that no living process holds. The system frees it when this one ends, however that be."""
+    """Return the lowest worker number that no process has locked. The lock ends with the process, even if killed."""
     import fcntl
 
     sweep.mkdir(parents=True, exist_ok=True)
-    for _ in range(600):  # a worker that this one replaces may still be on its way out
+    for _ in range(600):  # a worker that this one replaces may still be ending
         for place in range(workers):
             file = (sweep / f".worker_{place}").open("w")
             try:
@@ -64,4 +64,4 @@ def _place(sweep: Path, workers: int) -> int:
             _locks.append(file)
             return place
         time.sleep(0.1)
-    raise RuntimeError(f"all {workers} places of {sweep} are taken: another sweep runs in this folder")
+    raise RuntimeError(f"another sweep runs in {sweep}: all {workers} workers are locked")

@@ -1,4 +1,4 @@
-"""The processes that share the work of `src.sample` or `src.evaluate`, one to a device."""
+"""The processes that share the work of `src.sample`, `src.evaluate` or `src.compare`, one per device."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ _nothing: Any = object()
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number `rank` of `count`, and works on `device`."""
+    """The rank, count and device of this process."""
 
     device: torch.device
     rank: int = 0
     count: int = 1
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th item, from number `rank` on."""
+        """Return every `count`-th item, starting at `rank`."""
         return items[self.rank :: self.count]
 
     def gather(self, part: T) -> list[T]:
-        """What every process has, in their order. All must take part."""
+        """Return the `part` of every process by rank. A collective call."""
         if self.count == 1:
             return [part]
         parts: list[Any] = [None] * self.count
@@ -37,30 +37,28 @@ class Processes:
         return parts
 
     def gather_in_turn(self, results: Sequence[T]) -> list[T]:
-        """The results of every process for its `share` of some items, in the order of the items."""
+        """Return the results of all processes for their `share` of some items, in the order of the items."""
         turns = zip_longest(*self.gather(list(results)), fillvalue=_nothing)
         return [result for turn in turns for result in turn if result is not _nothing]
 
 
 def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: int, environment: Any) -> None:
-    """Raise ValueError for more processes than the machine can use, or nodes on which no process would be started.
+    """Raise ValueError for more processes than the machine supports, or for nodes on which nothing starts a process.
 
-    On a CPU a "device" is a process, so nothing else bounds them: one for each core, and up to 8 in any case, for
-    trying out what several do. `environment` is Lightning's, or None for a single process; `prefix` is that of the
-    settings' names.
+    On a CPU a "device" is a process: one per core is allowed, and always 8, for tests. `environment` is Lightning's
+    cluster environment, or None for a single process; `prefix` precedes the names of the settings.
     """
     most = max(8, os.cpu_count() or 1)
     if device.type == "cpu" and devices > most:
         raise ValueError(
-            f"{prefix}devices={devices} is more than this machine can use: at most {most} processes on its "
-            f"{os.cpu_count()} cores"
+            f"{prefix}devices={devices} must be at most {most} on this machine, which has {os.cpu_count()} cores"
         )
     alone = environment is None or not environment.creates_processes_externally
-    # By either of them a node that was started by hand says which it is.
+    # A node that is started by hand has one of these variables.
     if num_nodes > 1 and alone and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         raise ValueError(
-            f"{prefix}num_nodes={num_nodes} needs the command to be started on each node, by torchrun or srun: leave "
-            "it out for this machine alone"
+            f"{prefix}num_nodes={num_nodes} needs torchrun or srun to start the command on each node; leave it out to "
+            "use this machine alone"
         )
 
 
@@ -86,24 +84,24 @@ def start_quietly(strategy: Any) -> None:
 
 
 def start_processes(device: torch.device, devices: int, num_nodes: int) -> Processes:
-    """One process for each of `devices` devices of the kind of `device`, on each of `num_nodes` nodes.
+    """Start one process for each of `devices` devices like `device`, on each of `num_nodes` nodes.
 
-    This command is started again for all but the first, unless torchrun or SLURM have done so already. Raises
-    ValueError if there are not so many, or another number of processes runs.
+    Runs this command again for all but the first, unless torchrun or SLURM did. Raises ValueError if the devices are
+    not available or another number of processes runs.
     """
     if min(devices, num_nodes) < 1:
-        raise ValueError(f"devices and num_nodes must be at least 1, got {devices} and {num_nodes}")
+        raise ValueError(f"devices={devices} and num_nodes={num_nodes} must be at least 1")
     count = devices * num_nodes
     running = int(os.environ.get("WORLD_SIZE", slurm_tasks()))
     if running not in (1, count):
         raise ValueError(
-            f"{running} processes were started for devices={devices} num_nodes={num_nodes}: give devices="
-            f"{running // num_nodes or 1}, the processes on each node"
+            f"devices={devices} num_nodes={num_nodes} needs {count} processes, but {running} run; set devices="
+            f"{running // num_nodes or 1}, the number of processes on each node"
         )
     if count == 1:
         return Processes(device)
     if device.index is not None:
-        raise ValueError(f"device={device} is one device, devices={devices} asks for several: use device={device.type}")
+        raise ValueError(f"device={device} names one of devices={devices} devices; set device={device.type}")
     from lightning import Fabric
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is, and the folder that all of them agree on. Torch is not imported for one."""
+"""Rank, output folder and signals of a process. Imports no torch, except for runs that torchrun starts."""
 
 import atexit
 import logging
@@ -21,90 +21,94 @@ FRESH = "FRESH_FOLDER_"
 
 
 def fresh_folder(parent: str) -> str:
-    """A new folder under `parent` named after the time; of runs that start in the same second each has its own.
+    """Return a new folder under `parent`, named after the time and unique among runs of the same second.
 
-    Asked again, also by the processes that this one starts, the same: the environment remembers.
+    Later calls return the same folder, in this process and in those that it starts: an environment variable stores it.
     """
     memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
         return os.environ[memory]
     record_missing_dirs(Path(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        os.environ[memory] = _agreed_folder(parent)
+        os.environ[memory] = _shared_folder(parent)
         _missing.append(Path(os.environ[memory]).resolve())
         return os.environ[memory]
     if slurm_tasks() > 1:
-        # Its processes know no more of each other yet than the job that they belong to.
+        # The tasks cannot communicate yet; they share the ids of their job and step.
         name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
         os.environ[memory] = str(Path(parent) / name)
     else:
-        os.environ[memory] = _made_folder(parent)
+        os.environ[memory] = _create_folder(parent)
     _missing.append(Path(os.environ[memory]).resolve())
     return os.environ[memory]
 
 
 _missing: list[Path] = []
-"""Folders that were not there when this process began, or are its own, from the outermost."""
+"""Folders that this process created or that were missing when it started, outermost first."""
 
 
 def record_missing_dirs(folder: Path) -> None:
-    """Remember which of `folder` and its parents do not exist, for `remove_empty_dirs`."""
+    """Record which of `folder` and its parents do not exist, for `remove_empty_dirs`."""
     path = folder.absolute()
     _missing.extend(p for p in [*reversed(path.parents), path] if not p.exists() and p not in _missing)
 
 
 def remove_empty_dirs() -> None:
-    """Remove the folders that were made since `record_missing_dirs`, as far as nothing is in them."""
+    """Remove the recorded folders that are empty."""
     while _missing:
         with suppress(OSError):
             _missing.pop().rmdir()
 
 
-def _made_folder(parent: str) -> str:
+def _create_folder(parent: str) -> str:
+    """Create a folder named after the time; append a number if the name is taken."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in count(1):
         path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
         try:
             path.mkdir(parents=True)
-        except (FileExistsError, FileNotFoundError):  # the latter if a refused process has just removed the parent
+        except (FileExistsError, FileNotFoundError):  # a refused process may just have removed the parent
             continue
         return str(path)
     raise AssertionError
 
 
-def _agreed_folder(parent: str) -> str:
-    """The folder that the first process of `torchrun` makes, which tells the others through the store they share."""
+def _shared_folder(parent: str) -> str:
+    """Return the folder that the first process of `torchrun` creates, shared through torchrun's own store.
+
+    Hydra names the folder before any process group exists; without this every process would train in its own.
+    """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0)
     name = f"folder of {parent}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if rank() == 0:
-        store.set(name, _made_folder(parent))
+        store.set(name, _create_folder(parent))
     return str(store.get(name).decode())
 
 
 def slurm_tasks() -> int:
-    """The processes of the step that this one is of; 1 also within a job's script, which srun did not start."""
+    """Return the number of processes in this SLURM step; 1 outside a step, as in a batch script."""
     return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_STEP_ID" in os.environ else 1
 
 
 def rank() -> int:
-    """This process's number among those of the run: as torchrun, SLURM or Lightning's launcher says."""
+    """Return the global rank that torchrun, SLURM or Lightning's launcher assigned; 0 for a single process."""
     names = ["RANK", *(["SLURM_PROCID"] if slurm_tasks() > 1 else []), "LOCAL_RANK"]
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 def local_rank() -> int:
-    """Its number among those on this machine."""
+    """Return the rank among the processes on this machine."""
     names = ["LOCAL_RANK", *(["SLURM_LOCALID"] if slurm_tasks() > 1 else [])]
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 @contextmanager
 def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
-    """Within this, a signal to stop calls `handler`."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may listen to signals
+    """Call `handler` on a stop signal within this context."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     previous = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
@@ -116,16 +120,16 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[
 
 
 def run_as_worker() -> None:
-    """Be one of the processes that leave it to the first to warn, and do not outlive it."""
+    """Silence warnings, which the first process prints, and end when the first process ends."""
     warnings.simplefilter("ignore")
     if "TORCHELASTIC_RUN_ID" not in os.environ and slurm_tasks() == 1:
-        # Started by the first process, which is killed when this one ends before it has understood a signal.
+        # Lightning kills the first process if this one ends before it handles signals.
         ignore_signals()
     end_with_parent()
 
 
 def ignore_signals() -> None:
-    """Ignore signals to stop, also those that came while `signals_blocked` kept them from this process."""
+    """Ignore stop signals, pending ones that `signals_blocked` held back included."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -134,10 +138,10 @@ def ignore_signals() -> None:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Start processes within this: a signal to stop reaches them only when they know what to do with it.
+    """Block stop signals for processes started within this context, until they handle or ignore them.
 
-    Else each of them would answer Ctrl-C with the traceback of an import. This process hears a signal afterwards, or in
-    another of its threads.
+    Otherwise Ctrl-C would end each of them with the traceback of an import. This process receives a pending signal
+    afterwards, or in another thread.
     """
     if not hasattr(signal, "pthread_sigmask"):  # not on Windows
         yield
@@ -153,22 +157,22 @@ _launchers: list[Any] = []
 
 
 def remember_children(launcher: Any) -> None:
-    """Have `kill_children` know the processes that a launcher of Lightning starts."""
+    """Register the processes of a Lightning launcher for `kill_children`."""
     _launchers.append(launcher)
 
 
 def kill_children() -> None:
-    """End the other processes at once: they have nothing to save, and would say at length that this one is gone."""
+    """Kill the processes that this one started: they have nothing to save and would print tracebacks."""
     while _launchers:
         children = _launchers.pop().procs
         started = [*children]
-        children.clear()  # else Lightning, which watches them, ends this process too
+        children.clear()  # otherwise Lightning's watcher ends this process too
         for child in started:
             child.kill()
 
 
 def end_on_ctrl_c() -> None:
-    """Have Ctrl-C end this process in one line, whatever it is importing."""
+    """Let Ctrl-C end this process with one line during imports."""
 
     def end(number: int, frame: FrameType | None) -> None:
         if rank() == 0:
@@ -177,19 +181,19 @@ def end_on_ctrl_c() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, end)
-        _leaves_at_once.append(True)
+        _is_command.append(True)
 
 
-_leaves_at_once: list[bool] = []
-"""Whether this process is a command, and not one that calls it."""
+_is_command: list[bool] = []
+"""Not empty if this process is a command rather than a program that calls one."""
 
 
 def leave(status: int) -> None:
-    """End an interrupted process with `status`, and in a command without what libraries still log.
+    """End an interrupted process with `status`; in a command, silence what libraries log at exit.
 
-    Where the interruption went through code that a library had as text, Python would end with the signal instead.
+    Python would end with the signal instead if the interruption passed through code that a library compiled from text.
     """
-    if not _leaves_at_once:
+    if not _is_command:
         sys.exit(status)
     logging.disable(logging.CRITICAL)
     atexit._run_exitfuncs()
@@ -203,12 +207,12 @@ _watched: set[int] = set()
 
 
 def is_orphan() -> bool:
-    """Whether the process that started this one, and with which it is to end, is gone."""
+    """Return whether the parent process has ended, if `end_with_parent` watches it."""
     return bool(_watched) and os.getppid() not in _watched
 
 
 def end_with_parent(seconds: float = 5.0) -> None:
-    """Have this process end when the one that started it is gone, which it might wait for in vain for half an hour."""
+    """End this process when its parent ends; a collective would wait half an hour for it."""
     _watched.add(os.getppid())
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Weights that lie in shares on several devices (FSDP2), and plain ones alike."""
+"""Weights that are sharded over devices (FSDP2), with the same functions for plain ones."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(net: nn.Module, mesh: DeviceMesh) -> None:
-    """Deal the weights of each block of `net`, and of what is left, out over a one-dimensional mesh of devices.
+    """Shard the weights of each block of `net`, and the remaining ones, over a one-dimensional device mesh.
 
-    A block is gathered while it computes and let go after it (Zhao et al. 2023, arXiv 2304.11277).
+    FSDP gathers a block while it computes and frees it afterwards.
+
+    Source: Zhao et al. 2023 (arXiv 2304.11277).
     """
     if isinstance(net, FSDPModule):
         return
-    net.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other
     for child in net.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
@@ -25,22 +27,22 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local(weight: Tensor) -> Tensor:
-    """This process's share of a weight, in place; all of it if it is not sharded."""
+    """Return this process's shard of a weight, without a copy; a weight that is not sharded is its own shard."""
     return weight.to_local() if isinstance(weight, DTensor) else weight.data
 
 
 def whole(part: Tensor, like: Tensor) -> Tensor:
-    """A copy on the CPU of the weight of which each process has a share, as `like` is dealt out. All must take part."""
+    """Return a copy on the CPU of the weight whose shards have the layout of `like`. A collective call."""
     if isinstance(like, DTensor):
-        dealt = DTensor.from_local(
+        sharded = DTensor.from_local(
             part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
-        part = dealt.full_tensor()
+        part = sharded.full_tensor()
     return part.detach().to("cpu", copy=True)
 
 
 def share(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of this process's share of a whole weight, as `like` is dealt out."""
+    """Return a copy of this process's shard of a full weight, in the layout of `like`."""
     value = value.detach().to(like.device, copy=True)
     return (
         distribute_tensor(value, like.device_mesh, like.placements).to_local() if isinstance(like, DTensor) else value
@@ -48,7 +50,7 @@ def share(value: Tensor, like: Tensor) -> Tensor:
 
 
 def total_norm(norm: Tensor) -> Tensor:
-    """The norm of all shares together, from what `clip_grad_norm_` gives. All must take part."""
+    """Return the norm over all shards from the result of `clip_grad_norm_`. A collective call."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -1,4 +1,4 @@
-"""What is typed wrongly gets one line with the remedy, before anything heavy is imported."""
+"""The command line: overrides, resuming, output folders."""
 
 import json
 import os
@@ -34,8 +34,8 @@ from tests.conftest import HANG_SECONDS
     ],
     ids=repr,
 )
-def test_what_is_said_to_be_typed_is_read_as_it_was_meant(value):
-    """By a shell, and then by Hydra."""
+def test_format_override_survives_shell_and_hydra(value):
+    """A shell splits it, then Hydra parses it."""
     words = subprocess.run(
         ["bash", "-c", f"printf '%s' {format_override('cond', value)}"], capture_output=True, text=True
     ).stdout
@@ -86,22 +86,22 @@ def test_wrong_value_is_refused(override, fragments):
         ["model.model_channels=${data.batch_size}", "trainer.max_time='00:01:00:00'"],
     ],
 )
-def test_what_is_right_passes(overrides):
+def test_valid_overrides_pass(overrides):
     check_overrides("train", overrides)
 
 
-def test_sweeps_are_checked_value_by_value():
+def test_every_value_of_a_sweep_is_checked():
     check_overrides("train", ["schedule=linear,cosine", "seed=range(0,3)"], multirun=True)
     with pytest.raises(UsageError, match="cosin"):
         check_overrides("train", ["schedule=linear,cosin"], multirun=True)
 
 
-def test_flags_are_told_from_overrides():
+def test_split_arguments_separates_flags_and_overrides():
     words = ["-m", "schedule=linear", "--cfg", "job", "--package", "model", "seed=1"]
     assert split_arguments(words) == (["schedule=linear", "seed=1"], ["-m", "--cfg", "job", "--package", "model"])
 
 
-def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
+def test_resume_expands_to_the_saved_overrides(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- schedule=linear\n- resume=old\n- seed=3\n")
     expanded = expand_resume([f"resume={tmp_path}", "trainer.max_steps=9"])
@@ -112,16 +112,16 @@ def test_resume_stands_for_the_overrides_of_the_run(tmp_path):
         "trainer.max_steps=9",
         f"hydra.run.dir='{tmp_path}'",
     ]
-    # What is typed again comes last, where it counts.
+    # The last override wins, so typed ones follow the saved ones.
     again = expand_resume([f"resume={tmp_path}", "schedule=linear"])
     assert again == ["seed=3", f"resume={tmp_path}", "schedule=linear", f"hydra.run.dir='{tmp_path}'"]
     with pytest.raises(UsageError, match="no run to resume"):
         expand_resume([f"resume={tmp_path / 'nowhere'}"])
 
 
-def test_a_run_that_exists_keeps_what_it_was_told(tmp_path):
+def test_existing_run_is_not_overwritten(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    check_unused([f"hydra.run.dir='{tmp_path}'"])  # nothing was saved, so nothing is lost
+    check_unused([f"hydra.run.dir='{tmp_path}'"])  # it holds no checkpoint
     (tmp_path / "checkpoints" / "last.ckpt").touch()
     with pytest.raises(UsageError, match="already holds a run"):
         check_unused(["seed=1", f"hydra.run.dir='{tmp_path}'"])
@@ -130,7 +130,7 @@ def test_a_run_that_exists_keeps_what_it_was_told(tmp_path):
 
 
 def started(folder, *overrides, saved=True, ended=False):
-    """What a run leaves of itself, as far as going on with it is concerned."""
+    """Create the files of a run that resuming reads."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(list(overrides)))
     (folder / "checkpoints").mkdir()
@@ -141,8 +141,8 @@ def started(folder, *overrides, saved=True, ended=False):
     return folder
 
 
-def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
-    """Its launcher too, which Hydra files apart; folders of sweeps that died as they began are passed over."""
+def test_resume_auto_finds_sweep_with_same_overrides(tmp_path, monkeypatch):
+    """Hydra stores the launcher separately; sweeps that ended while they started are skipped."""
     monkeypatch.chdir(tmp_path)
     typed_overrides = ["seed=0,1", "hydra/launcher=local", "resume=auto"]
     for name, task, hydra in (("1", ["seed=0,1"], ["hydra/launcher=local"]), ("2", ["seed=0,1"], [])):
@@ -158,7 +158,7 @@ def test_a_sweep_is_found_again_by_what_was_typed_for_it(tmp_path, monkeypatch):
     assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
 
 
-def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
+def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name in ("hydra.run.dir", "hydra.sweep.dir"):
         with pytest.raises(UsageError, match="Not a directory"):
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path):
     assert (tmp_path / "a" / "b").is_dir()
 
 
-def test_a_script_of_slurm_is_one_process_until_srun_starts_several(monkeypatch):
+def test_slurm_batch_script_counts_as_one_process(monkeypatch):
     for name, value in {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}.items():
         monkeypatch.setenv(name, value)
     assert (slurm_tasks(), rank()) == (1, 0)
@@ -176,8 +176,8 @@ def test_a_script_of_slurm_is_one_process_until_srun_starts_several(monkeypatch)
     assert (slurm_tasks(), rank()) == (8, 3)
 
 
-def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_path, monkeypatch):
-    """The newest of those; it names the folder, so that other processes need not search."""
+def test_resume_auto_finds_newest_unfinished_run(tmp_path, monkeypatch):
+    """The override names the folder, so that other processes do not search."""
     monkeypatch.chdir(tmp_path)
     runs = tmp_path / "outputs" / "train"
     typed_overrides = ["seed=1", "data=points"]
@@ -191,8 +191,8 @@ def test_resume_auto_goes_on_with_the_unfinished_run_of_the_same_command(tmp_pat
     assert expand_resume(["seed=3", "resume=auto"]) == ["seed=3"]
 
 
-def test_resume_auto_in_a_given_folder(tmp_path):
-    """Whatever else is typed; a new run if nothing was saved there."""
+def test_resume_auto_uses_the_typed_folder(tmp_path):
+    """It starts a new run if the folder holds no checkpoint."""
     new, old = tmp_path / "new", started(tmp_path / "it's old", "seed=1")
     assert expand_resume(["resume=auto", f"hydra.run.dir={new}"]) == [f"hydra.run.dir={new}"]
     quoted = str(old).replace("'", "\\'")
@@ -210,7 +210,7 @@ def test_refused_commands_leave_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+def test_runs_of_one_second_get_different_folders(tmp_path, monkeypatch):
     folders = []
     for _ in range(5):
         monkeypatch.setattr(os, "environ", dict(os.environ))  # another process
@@ -220,13 +220,13 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch
     assert len({Path(f) for f in folders if Path(f).is_dir()}) == 5
 
 
-def test_groups_leave_out_what_is_shared():
+def test_config_groups_omit_base_files():
     groups = config_groups()
     assert {"schedule", "model", "data", "sampler", "trainer", "logger"} <= groups.keys()
     assert "_points" not in groups["data"]
 
 
-def test_commands_import_nothing_heavy_to_read_the_command_line():
+def test_commands_import_nothing_heavy_at_start():
     heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
     commands = "src.train, src.sample, src.evaluate, src.export, src.schedules"
     code = f"import sys, {commands}; print([m for m in {heavy} if m in sys.modules])"
@@ -265,7 +265,7 @@ def test_commands_answer_without_a_traceback(words, code, fragment, tmp_path):
     ("own", "expected"),
     [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
-def test_threads_spin_for_a_while_unless_the_user_has_said_how_long(own, expected, monkeypatch):
+def test_spin_count_is_set_unless_user_sets_it(own, expected, monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():

@@ -78,8 +78,8 @@ def test_every_choice_composes_and_fits_its_target(group, option):
 )
 def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     cfg = compose(
-        "train", f"{group}={option}", "run_dir=runs/x", "model.model_channels=8", "model.num_res_blocks=1", "model.num_head_channels=8",
-        *ALSO.get((group, option), []),
+        "train", f"{group}={option}", "run_dir=runs/x", "model.model_channels=8", "model.num_res_blocks=1",
+        "model.num_head_channels=8", *ALSO.get((group, option), []),
     )  # fmt: skip
     module = build_module(cfg, (1, 8, 8), num_values=17)
     out = module.training_step({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, 0)

@@ -1,4 +1,4 @@
-"""Every command that is printed can be pasted: a shell, then Hydra, then OmegaConf give back the very value."""
+"""Every printed command can be pasted: a shell, Hydra and OmegaConf return the same value."""
 
 import ast
 import random
@@ -29,7 +29,7 @@ from tests.conftest import TINY, compose
 NASTY = "out, (a=b) 'q\" é~"
 SRC = Path(__file__).parents[2] / "src"
 PATHS = ("run", "resume", "ckpt", "runs", "data.root", "encoder", "guidance.model", "hydra.run.dir", "hydra.sweep.dir")
-"""Settings whose value is a folder or a file."""
+"""Settings of folders and files."""
 
 NAMES = [
     *("plain", "outputs/train/2026-01-01_10-00-00", "2026", "007", "1_000", "1e3", "null", "true", "nan", "inf", "-x"),
@@ -41,26 +41,26 @@ NAMES = [
 
 
 def words_of(line: str) -> list[str]:
-    """The arguments that a command gets which is typed into a shell."""
+    """Return the arguments that a shell passes for a command line."""
     done = subprocess.run(["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}\n{line}"], capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
 def read(override: str) -> object:
-    """The value that a configuration gets from an override."""
+    """Return the value that an override sets."""
     return OmegaConf.create({"value": parsed(override).value()})["value"]
 
 
 def printed(text: str, name: str) -> list[str]:
-    """The words of the command `src.<name>` that a text ends a line with, as a shell understands them."""
+    """Return the words of the command `src.<name>` at the end of a line of `text`, as a shell splits them."""
     line = next(line for line in text.splitlines() if f"python -m src.{name}" in line)
     words = words_of(line[line.index("python -m src.") :])
     assert words[:2] == ["-m", f"src.{name}"]
     return words[2:]
 
 
-def test_a_shell_and_hydra_give_back_what_was_meant():
+def test_quoted_names_survive_shell_and_hydra():
     names = [*NAMES]
     chance = random.Random(0)
     letters = "ab'\"\\ ,${}[]()=:~#!%&|;<>*?\n\té日`"
@@ -76,19 +76,19 @@ def test_a_shell_and_hydra_give_back_what_was_meant():
     assert list(read(words[-1])) == names
 
 
-def test_other_values_keep_their_type():
+def test_quoted_values_keep_their_type():
     for value in (None, True, False, 7, 1e-5, 1.5e300, ["a", 1, None], [["x, y", 2.5]], []):
         (word,) = words_of(f"python {format_override('cond', value)}")
         got = read(word)
         assert (list(map(list, got)) if value == [["x, y", 2.5]] else got) == value and literal(value) in word
 
 
-def test_what_needs_no_quotes_has_none():
+def test_plain_paths_get_no_quotes():
     for path in ("outputs/train/2026-01-01_10-00-00", "a-b.c+d@e%f", "/x/007"):
         assert format_override("run", Path(path)) == f"run={path}"
 
 
-def test_overrides_are_read_in_every_way_of_typing_them():
+def test_last_value_reads_every_override_form():
     for override in ("resume='it\\'s'", '++resume="it\'s"', '+resume="it\'s"', "resume= 'it\\'s'"):
         assert last_value(["seed=1", override], "resume") == "it's"
     assert last_value(["resume=a", "seed=1", "resume=b"], "resume") == "b"
@@ -97,8 +97,8 @@ def test_overrides_are_read_in_every_way_of_typing_them():
         assert last_value(none, "resume") is None
 
 
-def test_no_other_code_puts_commands_together():
-    """Commands come from `command`, and folders behind a `=` from `format_override`."""
+def test_commands_are_printed_by_quoting_alone():
+    """`command` writes commands, and `format_override` writes folders after `=`."""
     behind = re.compile(rf"(?:^|[^\w.])(?:{'|'.join(map(re.escape, PATHS))})=\[?['\"]?$")
     wrong = []
     for path in SRC.rglob("*.py"):
@@ -112,7 +112,7 @@ def test_no_other_code_puts_commands_together():
         }
         for node in ast.walk(tree):
             text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
-            if "python -m src" in str(text) and path.name != "quoting.py":
+            if "python -m src" in str(text) and path.name not in ("quoting.py", "help.py"):
                 wrong.append(f"{path.name}:{node.lineno}")
             if isinstance(node, ast.JoinedStr):
                 for text, value in zip(node.values, node.values[1:], strict=False):
@@ -123,7 +123,7 @@ def test_no_other_code_puts_commands_together():
     assert not wrong, f"use src.quoting.command and format_override: {wrong}"
 
 
-# One run in a folder with such a name: what is printed about it is typed, and means it.
+# One run in a folder with such a name; the tests type the commands that it prints.
 
 
 def train_into(folder: Path, *overrides: str) -> None:
@@ -133,7 +133,7 @@ def train_into(folder: Path, *overrides: str) -> None:
 
 @pytest.fixture(scope="module")
 def run_and_text(tmp_path_factory):
-    """A folder, and what was printed when a run in it was stopped, resumed and exported."""
+    """Return a folder, and the output of a run in it that stops, resumes and is exported."""
     parent = tmp_path_factory.mktemp("printed") / "outputs" / "train"
     parent.mkdir(parents=True)
     folder = parent / NASTY
@@ -151,7 +151,7 @@ def run_and_text(tmp_path_factory):
     return folder, "\n".join(said)
 
 
-def test_a_stopped_run_says_how_to_go_on(run_and_text, monkeypatch):
+def test_stopped_run_prints_resume_command(run_and_text, monkeypatch):
     folder, text = run_and_text
     monkeypatch.chdir(folder.parent)
     (folder / ".hydra").mkdir(exist_ok=True)  # which only the command line writes
@@ -164,7 +164,7 @@ def test_a_stopped_run_says_how_to_go_on(run_and_text, monkeypatch):
     assert Path(compose("train", *expanded[:-1]).resume).resolve() == folder
 
 
-def test_a_finished_run_and_an_exported_model_say_how_to_sample(run_and_text, tmp_path, monkeypatch):
+def test_finished_run_and_export_print_sample_commands(run_and_text, tmp_path, monkeypatch):
     folder, text = run_and_text
     monkeypatch.chdir(folder.parent)
     few = ["batch_size=2", "sampler.steps=2", "device=cpu", f"run_dir='{tmp_path}'"]
@@ -177,7 +177,7 @@ def test_a_finished_run_and_an_exported_model_say_how_to_sample(run_and_text, tm
     assert last_value(printed(exported, "sample"), "ckpt") == str(folder / "model.safetensors")
 
 
-def test_out_of_memory_says_how_to_go_on(run_and_text):
+def test_out_of_memory_prints_resume_command(run_and_text):
     folder, _ = run_and_text
     cfg = compose("train", *TINY, "trust=true", f"resume={literal(folder)}", f"run_dir={literal(folder)}")
     run = build(cfg)
@@ -188,7 +188,7 @@ def test_out_of_memory_says_how_to_go_on(run_and_text):
     assert last_value(words, "resume") == str(folder)
 
 
-def test_refusals_name_what_to_type(run_and_text, monkeypatch):
+def test_refusals_print_valid_overrides(run_and_text, monkeypatch):
     folder, _ = run_and_text
     parent = folder.parent
     last = folder / "checkpoints" / "last.ckpt"
@@ -218,7 +218,7 @@ def test_refusals_name_what_to_type(run_and_text, monkeypatch):
         assert any(format_override(name, each) in message for each in right), message
 
 
-def test_folders_that_are_typed_alone_may_have_any_name(tmp_path, monkeypatch):
+def test_compare_accepts_any_folder_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (NASTY, "a=b", "~x", "+x"):
         Path(name).mkdir()
@@ -226,11 +226,11 @@ def test_folders_that_are_typed_alone_may_have_any_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_comparison_that_fails_says_how_to_try_again(tmp_path, monkeypatch, capfd):
+def test_failed_comparison_prints_its_command(tmp_path, monkeypatch, capfd):
     sweep = tmp_path / NASTY
     (sweep / "0").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match="comparing them failed") as caught:
+    with pytest.warns(UserWarning, match="comparing") as caught:
         CompareRuns(overrides=["devices=2"]).on_multirun_end(
             OmegaConf.create({"hydra": {"sweep": {"dir": str(sweep)}}})
         )

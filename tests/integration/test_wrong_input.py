@@ -1,4 +1,4 @@
-"""What cannot be meant is refused in one line that names the setting, before any work; what can be meant works."""
+"""Invalid values are refused with one line that names the setting; unusual valid ones work."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ COMMANDS = {"sample": sample, "evaluate": evaluate, "compare": compare, "schedul
 
 
 def refused(call, *fragments: str) -> None:
-    """That a call raises what becomes one line, and what the line names."""
+    """Check that a call raises an error of one line with the fragments."""
     with pytest.raises((UsageError, ValueError, OSError)) as error:
         call()
     message = str(error.value)
@@ -43,8 +43,8 @@ def refused(call, *fragments: str) -> None:
 # Values.
 
 
-def test_numbers_that_are_not_finite_are_refused():
-    """NaN anywhere; an infinity wherever the default is finite or none, but where it stands for no bound."""
+def test_non_finite_numbers_are_refused():
+    """NaN is refused everywhere, an infinity unless it means that there is no bound."""
     for name, override in (
         *(("train", f"optimizer.lr={value}") for value in ("inf", "-inf", "nan", "+inf", "1e999")),
         *(("train", f"{name}=inf") for name in ("optimizer.weight_decay", "snr_shift", "diffusion.clip_x0")),
@@ -76,7 +76,7 @@ def test_every_value_of_a_sweep_is_checked():
 
 
 def test_empty_values_are_refused():
-    """An empty folder would be the current one."""
+    """An empty path would be the current folder."""
     for command, name in (
         *(("sample", name) for name in ("run", "ckpt", "encoder", "guidance.model", "device", "precision", "seed")),
         *(("evaluate", name) for name in ("run", "data.root", "cache", "features", "reference")),
@@ -88,8 +88,8 @@ def test_empty_values_are_refused():
     ):
         for empty in ("", "''", "' '"):
             refused(lambda c=command, o=f"{name}={empty}": check_overrides(c, [o]), name)
-    check_overrides("train", ["logger.csv.prefix=''"])  # which is its default
-    check_overrides("sample", ["cond=''", "negative=''"])  # which ask for something
+    check_overrides("train", ["logger.csv.prefix=''"])  # its default
+    check_overrides("sample", ["cond=''", "negative=''"])  # texts may be empty
     for call in (
         lambda: expand_resume(["resume="]),
         lambda: expand_resume(["++resume=''"]),
@@ -105,15 +105,15 @@ def test_empty_values_are_refused():
         refused(lambda given=runs_given: compare(compose("compare", f"runs={given}")), "runs")
 
 
-def test_a_setting_of_a_resumed_run_is_given_anew(tmp_path):
-    """What is typed now counts, whatever was typed for it before, once or several times."""
+def test_typed_settings_override_those_of_resumed_run(tmp_path):
+    """The typed value wins over saved ones, even repeated ones."""
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text("[trainer.max_steps=4, seed=1, ++trainer.max_steps=6]\n")
     expanded = expand_resume([f"resume={literal(tmp_path)}", "trainer.max_steps=9"])
     check_overrides("train", expanded)
     cfg = compose("train", *expanded[:-1])
     assert cfg.trainer.max_steps == 9 and cfg.seed == 1
-    # A run goes on in its own folder, and the last of two settings that exclude each other counts.
+    # A run resumes in its own folder, and null cancels one of two exclusive settings.
     refused(lambda: expand_resume([f"resume={literal(tmp_path)}", "hydra.run.dir=elsewhere"]), "hydra.run.dir")
     check_overrides("train", ["trainer.val_check_interval=3", "trainer.val_check_interval=null", "validate_every=2"])
     for words in (["analytic=mixture", "n=5"], ["run=x", "analytic_steps=[5,10]"]):
@@ -125,7 +125,7 @@ def test_a_setting_of_a_resumed_run_is_given_anew(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["seed=1.5"], ["resume="], ["-m", "resume="], ["hydra.run.dir="]], ids=str)
-def test_the_command_line_refuses_with_status_two(words, monkeypatch, capsys, tmp_path):
+def test_refused_command_exits_with_status_two(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train", *words])
     with pytest.raises(SystemExit) as ended:
@@ -136,7 +136,7 @@ def test_the_command_line_refuses_with_status_two(words, monkeypatch, capsys, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_seeds_lie_where_generators_have_them(trained, tmp_path):
+def test_seeds_out_of_range_are_refused(trained, tmp_path):
     for name, setting in (
         ("sample", "seed=-1"),
         ("sample", f"seed={2**32}"),
@@ -154,7 +154,7 @@ def test_seeds_lie_where_generators_have_them(trained, tmp_path):
     check_seeds(compose("train", f"seed={2**32 - 1}"))
 
 
-def test_counts_are_at_least_one(trained, tmp_path):
+def test_counts_below_one_are_refused(trained, tmp_path):
     for name, settings in (
         ("sample", ("n=0", "n=-3", "batch_size=0", "sampler.steps=0", "devices=0", "devices=-1", "num_nodes=0")),
         (
@@ -162,8 +162,7 @@ def test_counts_are_at_least_one(trained, tmp_path):
             (
                 "n=0",
                 "max_features=0",
-                "near=-1",
-                "held_out=-1",
+                "num_memorization=-1",
                 "num_val=0",
                 "num_terms=0",
                 "batch_size=0",
@@ -179,8 +178,8 @@ def test_counts_are_at_least_one(trained, tmp_path):
             refused(call, setting.split("=")[0])
 
 
-def test_no_more_processes_than_a_machine_can_use(trained, tmp_path):
-    """On a CPU 8, or one for each core; on nodes none that nobody starts."""
+def test_too_many_processes_are_refused(trained, tmp_path):
+    """A CPU allows 8 processes, or one per core; several nodes need a launcher."""
     cpu, many = torch.device("cpu"), max(8, os.cpu_count() or 1)
     check_processes("", cpu, many, 1, None)
     refused(lambda: check_processes("trainer.", cpu, many + 1, 1, None), f"trainer.devices={many + 1}", str(many))
@@ -190,16 +189,16 @@ def test_no_more_processes_than_a_machine_can_use(trained, tmp_path):
         refused(lambda s=setting: train_tiny(tmp_path / "run", f"trainer.{s}"), f"trainer.{setting}")
 
 
-def test_a_run_and_what_is_known_exactly_are_not_evaluated_together(trained, tmp_path):
+def test_evaluate_takes_run_or_analytic(trained, tmp_path):
     for name, value in (("run", trained), ("ckpt", trained / "checkpoints" / "last.ckpt")):
         cfg = compose("evaluate", f"{name}='{value}'", "analytic=mixture", f"run_dir='{tmp_path}'")
         refused(lambda cfg=cfg: evaluate(cfg), f"{name}=", "analytic")
 
 
-# Callbacks and loggers that are left out.
+# Callbacks and loggers that are removed.
 
 
-def test_any_callback_can_be_left_out(tmp_path):
+def test_any_callback_can_be_removed(tmp_path):
     names = list(compose("train").callbacks)
     settings = [o for o in TINY if not o.startswith("callbacks.")]
     assert {"ema", "nan_guard", "graceful_shutdown", "best"} <= set(names)
@@ -217,7 +216,7 @@ def test_any_callback_can_be_left_out(tmp_path):
     "choice",
     ["callbacks=quality", "callbacks=[quality,default]", "callbacks=null", "callbacks=none", "~callbacks"],
 )
-def test_a_run_trains_with_any_choice_of_callbacks(choice, tmp_path):
+def test_run_trains_with_any_callbacks_option(choice, tmp_path):
     check_overrides("train", choose_none([choice]))
     settings = [o for o in TINY if not o.startswith("callbacks.")]
     if "quality" in choice:
@@ -236,7 +235,7 @@ def test_a_run_trains_with_any_choice_of_callbacks(choice, tmp_path):
     assert any(name.startswith("quality/") for name in metrics) == ("quality" in choice)
 
 
-def test_any_logger_can_be_left_out(tmp_path):
+def test_any_logger_can_be_removed(tmp_path):
     for choice in ("logger=null", "logger=none", "logger.csv=null", "~logger", "logger=[csv,tensorboard]"):
         chosen = choose_none([choice])
         check_overrides("train", chosen)
@@ -256,8 +255,8 @@ def python(*words: str, cwd: Path, **variables: str) -> "subprocess.CompletedPro
     )  # fmt: skip
 
 
-def test_what_is_no_command_names_the_commands(tmp_path):
-    """These end before anything is imported, and so cost next to nothing."""
+def test_unknown_command_lists_the_commands(tmp_path):
+    """The process ends before any import."""
     for module, near in (
         *(
             ("src.evaluation", "src.evaluate"),
@@ -279,7 +278,7 @@ def test_what_is_no_command_names_the_commands(tmp_path):
         assert "src.train" in done.stderr and "src.__init__" not in done.stderr
 
 
-def test_a_package_of_the_users_may_import_this_one(tmp_path):
+def test_user_package_may_import_src(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "__init__.py").write_text("import src\n")
     (tmp_path / "mine" / "analyze.py").write_text("print('analyzed')\n")
@@ -287,7 +286,7 @@ def test_a_package_of_the_users_may_import_this_one(tmp_path):
     assert (done.returncode, done.stdout) == (0, "analyzed\n")
 
 
-def test_the_commands_are_the_files_with_a_main():
+def test_commands_are_the_files_with_a_main():
     files = (ROOT / "src").rglob("*.py")
     assert sorted(src.COMMANDS) == sorted(f.stem for f in files if '__name__ == "__main__"' in f.read_text())
 
@@ -303,7 +302,7 @@ class Interrupt:
 
 sys.meta_path.insert(0, Interrupt())
 """
-"""As a file that Python imports as it starts: one process has Ctrl-C pressed when it imports a module."""
+"""A sitecustomize.py that sends a signal to all processes when one of them imports a module."""
 
 
 @pytest.mark.parametrize(
@@ -316,7 +315,7 @@ sys.meta_path.insert(0, Interrupt())
     ],
 )
 def test_ctrl_c_while_a_run_starts_prints_one_line(name, rank, signal_name, tmp_path):
-    """To all processes, as a terminal does; the moment is that of an import, not of a clock."""
+    """The signal goes to all processes, as from a terminal, at an import rather than after a time."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "work").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(INTERRUPT.format(name=name, rank=rank, signal=signal_name))
