@@ -27,7 +27,7 @@ DATA_SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """One run: its settings by dotted names, and its metrics."""
 
     name: str
@@ -49,7 +49,7 @@ class Group:
 
     label: str
     settings: Mapping[str, Any]
-    records: Sequence[Record]
+    records: Sequence[RunRecord]
 
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, one per run."""
@@ -57,12 +57,12 @@ class Group:
         return [x for x in values if x is not None and math.isfinite(x)]
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            result |= flatten(value, f"{prefix}{key}.")
+            result |= flatten_settings(value, f"{prefix}{key}.")
         else:
             result[f"{prefix}{key}"] = value
     return result
@@ -73,7 +73,7 @@ def is_below(name: str, nodes: Sequence[str]) -> bool:
     return any(name == node or name.startswith(f"{node}.") for node in nodes)
 
 
-def identity_settings(record: Record) -> dict[str, Any]:
+def identity_settings(record: RunRecord) -> dict[str, Any]:
     """Return the settings that determine the model: all but the seed, the run folder and `RUNTIME_SETTINGS`."""
     seed, folder = record.settings.get("seed"), record.settings.get("run_dir")
     return {
@@ -95,12 +95,12 @@ def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
     }
 
 
-def without_repeats(records: Sequence[Record]) -> tuple[list[Record], list[tuple[Record, Record]]]:
+def without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[tuple[RunRecord, RunRecord]]]:
     """Return the last run of each settings and seed, and the pairs (dropped, kept).
 
     A repeated run would count as a second seed and reduce the standard deviation.
     """
-    last: dict[str, Record] = {}
+    last: dict[str, RunRecord] = {}
     repeats = []
     for record in records:
         key = repr((record.seed, sorted(identity_settings(record).items(), key=lambda item: item[0])))
@@ -110,13 +110,13 @@ def without_repeats(records: Sequence[Record]) -> tuple[list[Record], list[tuple
     return list(last.values()), repeats
 
 
-def group_by_settings(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]]]:
+def group_by_settings(records: Sequence[RunRecord]) -> tuple[list[Group], dict[str, list[Any]]]:
     """Return groups of runs that differ in their seed alone, and the implied settings with their value per group.
 
     Settings that differ name the groups: first those typed on the command line, then chosen files, then the others.
     A setting that separates no further groups is implied by those before it.
     """
-    members: dict[str, list[Record]] = {}
+    members: dict[str, list[RunRecord]] = {}
     for record in records:
         key = repr(sorted(identity_settings(record).items(), key=lambda item: item[0]))
         members.setdefault(key, []).append(record)

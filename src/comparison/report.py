@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from src.comparison.grouping import Group, Record, common_settings, format_setting
+from src.comparison.grouping import Group, RunRecord, common_settings, format_setting
 from src.comparison.statistics import (
     ALPHA,
     Pair,
@@ -114,7 +114,7 @@ def run_rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _metric_cells(record: Record) -> dict[str, float]:
+def _metric_cells(record: RunRecord) -> dict[str, float]:
     cells: dict[str, float] = {}
     for name, value in record.values.items():
         cells[name] = value

@@ -70,7 +70,7 @@ SHARE = (0.0, 1.0)
 """The range of a share."""
 
 
-def linear(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
+def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
     """Return a metric () that changes by slope (N,) per additional count of a sample."""
     return Statistic(len(slope), lambda counts: value + (counts.to(slope) - 1) @ slope, within)
 
@@ -79,7 +79,7 @@ def mean_of(scores: Tensor) -> Statistic:
     """Return the mean of the samples' scores (N,); for booleans the share of True."""
     within = SHARE if scores.dtype == torch.bool else (-math.inf, math.inf)
     scores = scores.double()
-    return linear(scores.mean(), scores / len(scores), within)
+    return linear_statistic(scores.mean(), scores / len(scores), within)
 
 
 def median_of(scores: Tensor) -> Statistic:

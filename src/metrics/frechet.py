@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.confidence import Statistic, linear
+from src.metrics.confidence import Statistic, linear_statistic
 
 
 class Moments(NamedTuple):
@@ -80,7 +80,7 @@ def frechet_linear(x: Tensor, reference: Moments) -> Statistic:
     apart = x - moments.mean
     slope = 2 * apart @ (moments.mean - reference.mean) + apart.square().sum(1) - (apart @ half).square().sum(1)
     slope = (slope - slope.mean()) / len(x)
-    return linear(_distance(moments, reference, reference_root), slope)
+    return linear_statistic(_distance(moments, reference, reference_root), slope)
 
 
 def root(covariance: Tensor) -> Tensor:

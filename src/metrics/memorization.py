@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from src.metrics.confidence import Statistic, mean_of, median_of
-from src.metrics.neighbors import Nearest, nearest
+from src.metrics.neighbors import Nearest, nearest_neighbors
 
 
 class Memorization(NamedTuple):
@@ -46,4 +46,4 @@ def memorization(samples: Tensor, val: Tensor, train: Tensor, quantile: float = 
 
     Source: Meehan et al. 2020 (arXiv 2004.05675), without the partition into cells.
     """
-    return Memorization.of(nearest(samples, train), nearest(val, train).distances, quantile)
+    return Memorization.of(nearest_neighbors(samples, train), nearest_neighbors(val, train).distances, quantile)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.confidence import SHARE, Statistic, linear, mean_of
+from src.metrics.confidence import SHARE, Statistic, linear_statistic, mean_of
 
 CHUNK = 2**23
 """Elements per chunk of a distance matrix: 64 MB."""
@@ -51,7 +51,7 @@ class Nearest(NamedTuple):
         return Nearest(*(torch.where(take, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
 
 
-def nearest(x: Tensor, y: Tensor, first: int = 0) -> Nearest:
+def nearest_neighbors(x: Tensor, y: Tensor, first: int = 0) -> Nearest:
     """Return the nearest of y (M, F) for each of x (N, F); indices start at `first`."""
     if len(y) == 0:
         raise ValueError("the reference has no samples: raise n")
@@ -88,7 +88,7 @@ def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
         alone = torch.cat(
             [((distances(samples[rows], real) <= ball(rows)) & (hits_per_real == 1)).sum(1) for rows in parts]
         )
-        return linear((hits_per_real > 0).double().mean(), alone.double() / len(real), SHARE)
+        return linear_statistic((hits_per_real > 0).double().mean(), alone.double() / len(real), SHARE)
 
     return Manifolds(
         precision=mean_of(hits > 0),

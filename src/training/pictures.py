@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.data.module import BaseDataModule
 from src.diffusion.noise import make_time_grid
-from src.metrics.neighbors import Nearest, nearest
+from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
 from src.viz import charts, images
@@ -26,7 +26,7 @@ def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple
     indices: list[int] = []
     for start in range(0, len(data.train_indices[:limit]), 1024):
         samples_read, ids = data.fetch(data.train_indices[start : min(start + 1024, limit)])
-        best = best.or_nearer(nearest(flat, data.preprocess(samples_read).cpu().flatten(1), start))
+        best = best.or_nearer(nearest_neighbors(flat, data.preprocess(samples_read).cpu().flatten(1), start))
         indices += ids
     neighbors = data.preprocess(data.fetch([indices[k] for k in best.numbers.tolist()])[0]).cpu()
     return neighbors, best.distances / math.sqrt(flat.shape[1])

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from src.compare import compare, with_runs
-from src.comparison.grouping import RUNTIME_SETTINGS, Record, group_by_settings, without_repeats
+from src.comparison.grouping import RUNTIME_SETTINGS, RunRecord, group_by_settings, without_repeats
 from src.comparison.measure import measure_run
 from src.comparison.statistics import (
     Summary,
@@ -67,7 +67,7 @@ def record(
     named = {name.replace("__", "."): x for name, x in settings.items()}
     name = f"{settings}{seed}"
     values = {"fd_pixels_1k": value, "val/loss": value}
-    return Record(
+    return RunRecord(
         name, seed, {"seed": seed, "run_dir": f"/runs/{name}", **named}, values, choices or {}, typed_overrides
     )
 
@@ -86,7 +86,9 @@ def test_seed_folder_and_runtime_settings_share_a_group():
         for k in range(3)
     ]
     runs = [
-        Record(r.name, r.seed, {**r.settings, "callbacks.nan_guard.directory": f"{r.settings['run_dir']}/x"}, r.values)
+        RunRecord(
+            r.name, r.seed, {**r.settings, "callbacks.nan_guard.directory": f"{r.settings['run_dir']}/x"}, r.values
+        )
         for r in runs
     ]
     (group,), implied = group_by_settings(runs)
@@ -206,7 +208,7 @@ def test_headline_of_two_groups(a, b, text):
 
 def test_direction_depends_on_the_metric():
     runs = [
-        Record(f"{x}{k}", k, {"seed": k, "lr": x}, {"recall_pixels_1k": x + k / 100, "nearest_ratio_pixels_1k": x})
+        RunRecord(f"{x}{k}", k, {"seed": k, "lr": x}, {"recall_pixels_1k": x + k / 100, "nearest_ratio_pixels_1k": x})
         for x in (0.2, 0.9)
         for k in range(2)
     ]

@@ -13,7 +13,7 @@ from src.metrics.confidence import Statistic, mean_of, median_of, metric_name
 from src.metrics.frechet import Moments, frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, kid_subsets, mmd
 from src.metrics.memorization import memorization
-from src.metrics.neighbors import manifolds, nearest
+from src.metrics.neighbors import manifolds, nearest_neighbors
 from src.metrics.transport import sliced_wasserstein
 
 
@@ -213,14 +213,14 @@ def test_manifold_metrics_equal_brute_force(small_chunks):
 
 def test_nearest_neighbors_equal_scikit_learn(small_chunks):
     expected, which = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(Y).kneighbors(X)
-    found, indices = nearest(X, Y)
+    found, indices = nearest_neighbors(X, Y)
     np.testing.assert_allclose(found, expected[:, 0], rtol=1e-10)
     np.testing.assert_array_equal(indices, which[:, 0])
 
 
 def test_copies_far_from_the_origin_have_distance_zero():
     far = X.float() + 1e4
-    assert nearest(far[:50], far)[0].eq(0).all()
+    assert nearest_neighbors(far[:50], far)[0].eq(0).all()
 
 
 def test_partial_samples_have_precision_without_coverage():
@@ -359,7 +359,7 @@ def test_memorization_is_relative_to_new_data():
         (lambda: mmd(X, torch.zeros(5, 6)), "bandwidth=0"),
         (lambda: sliced_wasserstein(X, Y[:, :2], 0), "same F"),
         (lambda: manifolds(X[:5], Y), r"k=5 must be in \[1, 4\]"),
-        (lambda: nearest(X, Y[:0]), "no samples"),
+        (lambda: nearest_neighbors(X, Y[:0]), "no samples"),
         (lambda: memorization(X, Y, Y), "remove duplicates"),
         (lambda: memorization(X, Y, X, quantile=5), "quantile=5"),
         (lambda: inception_score(X[:5].softmax(1)), "splits=10 .* 5 samples"),
