@@ -1,13 +1,13 @@
 """Measure sample quality after a fixed training time on two cores, for `src.train` and for other projects.
 
-`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. `src.train` uses `RECIPES`, which were tuned on these
-data; its time includes one validation, pictures and checkpoints. The other projects use their own learning rate, batch
-size, schedule, prediction target, average and sampler, with `--calls` network calls where their default is 1,000, and
-no validation. Their networks have the channels, blocks and attention stages of the recipe but no patches: the networks
+`python -m benchmarks.quality --data digits glyphs --minutes 2 5 10`. `src.train` uses `RECIPES`, tuned on these data;
+its time includes one validation, pictures and checkpoints. The other projects use their own learning rate, batch size,
+schedule, prediction target, average and sampler, with `--calls` network calls where their default is 1,000, and no
+validation. Their networks have the channels, blocks and attention stages of the recipe but no patches: the networks
 that they ship are far too large for these times.
 
-Two processes of one thread run at a time, each for twice as long in CPU time. The metrics are those of `src.evaluate` on
-the same validation images; the baseline is training images.
+Two processes of one thread run at a time, each for twice as long in CPU time. The metrics are those of `src.evaluate`
+on the same validation images; the baseline is training images.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Measure cost and quality of samplers for a run on the embedded digits: `python -m benchmarks.sampling [RUN]`.
 
-Compares our samplers, those of diffusers' pipelines and that of lucidrains' GaussianDiffusion, all with the same network
+Compares our samplers, those of diffusers' pipelines and that of lucidrains' GaussianDiffusion, with the same network
 and averaged weights. The time for 64 images is the median of several alternating rounds; the time for 10,000 is
 extrapolated from `--n` images in batches of 250. "Outside" is the share of time outside the network. The distance is
 that of `src.evaluate` to validation digits.

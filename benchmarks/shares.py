@@ -1,7 +1,7 @@
 """Measure which parts of a run take how much time: `python -m benchmarks.shares [OVERRIDES]`.
 
-The overrides are those of `src.train`; the default is `make train`. Lightning's profiler provides the times. The time to
-move batches to the device includes validation.
+The overrides are those of `src.train`; by default the run is `make train`. Times come from Lightning's profiler. The
+time to move batches to the device includes validation.
 """
 
 import argparse
@@ -58,7 +58,9 @@ def main() -> None:
         run = build(compose_train(args.arguments, Path(folder) / "run"))
         if (device := run.trainer.strategy.root_device.type) != "cpu":
             raise SystemExit(
-                f"trainer.accelerator={device} must be cpu, since the profiler times kernel launches; add trainer.accelerator=cpu"
+            raise SystemExit(
+                f"trainer.accelerator must be cpu, not {device}: the profiler times launches; add trainer.accelerator=cpu"
+            )
             )
         profiler = SimpleProfiler()
         run.trainer.profiler = profiler  # type: ignore[attr-defined]

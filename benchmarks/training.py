@@ -1,10 +1,10 @@
 """Measure the speed of training steps of `src.train`, of a bare loop over the same network, and of other projects.
 
-`python -m benchmarks.training --model unet_small --batch 32`. All loops alternate in one process, a few steps at a time,
-so that other load affects all of them equally. Ratios are medians over rounds; more than 1 means that `src.train` is
-faster. GFLOP counts the matrix products and convolutions of one step. The peak is the measured speed of a large product
-and of a convolution like those of the network, in the same rounds and in the precision of `src.train`; loops in another
-precision have no share of it.
+`python -m benchmarks.training --model unet_small --batch 32`. The loops alternate in one process, a few steps at a
+time, so that other load affects all of them equally. Ratios are medians over rounds; more than 1 means that `src.train`
+is faster. GFLOP counts the matrix products and convolutions of one step. The peak is the measured speed of a large
+product and of a convolution like those of the network, in the same rounds and in the precision of `src.train`; loops in
+another precision have no share of it.
 """
 
 import argparse
@@ -120,8 +120,8 @@ class BareLoop:
 class AlternateLoops(L.Callback):
     """Run segments of `warmup` + `steps` steps of every loop in turn; time the last `steps` of each segment.
 
-    Must be the last callback. A segment starts and ends with the end of a step, so it contains everything that Lightning
-    does in between.
+    Must be the last callback. A segment starts and ends with the end of a step, and includes all work of
+    Lightning between steps.
     """
 
     def __init__(self, cfg: DictConfig, peers: Sequence[str], warmup: int, steps: int) -> None:
