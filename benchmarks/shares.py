@@ -57,11 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = build(compose_train(args.arguments, Path(folder) / "run"))
         if (device := run.trainer.strategy.root_device.type) != "cpu":
-            raise SystemExit(
-            raise SystemExit(
-                f"trainer.accelerator must be cpu, not {device}: the profiler times launches; add trainer.accelerator=cpu"
-            )
-            )
+            raise SystemExit(f"trainer.accelerator must be cpu, not {device}; add trainer.accelerator=cpu")
         profiler = SimpleProfiler()
         run.trainer.profiler = profiler  # type: ignore[attr-defined]
         start = time.perf_counter()
