@@ -178,7 +178,11 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     errors = {name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}
     charts.sampler_errors(errors, sampling_error).save(folder / "samplers.png")
     print(f"{text}\nPlot: {folder / 'samplers.png'}")
-    return {"steps": steps, "chance": sampling_error, "samplers": {name: r._asdict() for name, r in results.items()}}
+    return {
+        "steps": steps,
+        "sampling_error": sampling_error,
+        "samplers": {name: r._asdict() for name, r in results.items()},
+    }
 
 
 if __name__ == "__main__":

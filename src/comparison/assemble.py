@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from src.comparison.grouping import group_by_settings
 from src.comparison.measure import Measurements, baselines_of, with_metrics
 from src.comparison.report import Report, RunData
-from src.comparison.statistics import group_by_settings, metrics_of, rank_groups
+from src.comparison.statistics import metrics_of, rank_groups
 from src.comparison.survey import SurveyedRun
 from src.distributed.processes import Processes
 from src.training.provenance import code_version, device_name

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from src.cache import cached, digest
-from src.comparison.statistics import Record
+from src.comparison.grouping import RunRecord
 from src.comparison.survey import SurveyedRun
 from src.config.arguments import check_arguments
 from src.config.overrides import CONF
@@ -93,7 +93,7 @@ def measure_run(
     return result
 
 
-def with_metrics(record: Record, measurements: Measurements) -> Record:
+def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
     """Return a run's record with its measurements."""
     metrics = {k.removeprefix("metric/"): v.tolist() for k, v in measurements.items() if k.startswith("metric/")}
     costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}

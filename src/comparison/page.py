@@ -4,6 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.comparison.grouping import common_settings, format_setting
 from src.comparison.plots import chart_name, draw_charts, sample_row
 from src.comparison.report import (
     LEGEND,
@@ -19,7 +20,7 @@ from src.comparison.report import (
     sorted_rankings,
     write_csv,
 )
-from src.comparison.statistics import Ranking, chance, common_settings, headline, interval, sentence, text
+from src.comparison.statistics import Ranking, describe_ranking, format_difference, format_p_value, headline
 from src.viz.charts import series_style
 from src.viz.tables import format_number, metric_title
 
@@ -48,9 +49,9 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "text": text,
-        "chance": chance,
-        "interval": interval,
+        "text": format_setting,
+        "chance": format_p_value,
+        "interval": format_difference,
         "title": metric_title,
         "uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
     }
@@ -61,7 +62,7 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
         headline=headline(report.groups, report.rankings, metric_title),
-        sentences=[sentence(report.groups, r, metric_title) for r in [*ranked[1:], *unranked]],
+        sentences=[describe_ranking(report.groups, r, metric_title) for r in [*ranked[1:], *unranked]],
         ranked=ranked,
         unranked=unranked,
         tables=[group_table(report, chunk) for chunk in chunks],
@@ -99,7 +100,7 @@ def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Map
             better = (signed.difference < 0) == (ranking.direction == "lower")
             kind = ("better" if better else "worse") if is_significant(pair) else "same"
             names = f"{report.groups[a].label} minus {report.groups[b].label}"
-            hint = f"{names}: {interval(signed)}, {chance(pair.adjusted)}, {pair.verdict}"
+            hint = f"{names}: {format_difference(signed)}, {format_p_value(pair.adjusted)}, {pair.verdict}"
             width = (pair.high - pair.low) / 2
             cells[a, b] = {"kind": kind, "value": format_number(signed.difference, width, "+"), "hint": hint}
     return [[cells.get((a, b)) for b in order] for a in order]

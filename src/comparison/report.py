@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from src.comparison.grouping import Group, RunRecord, common_settings, format_setting
 from src.comparison.statistics import (
     ALPHA,
-    Group,
     Pair,
     Ranking,
-    Record,
-    chance,
-    common_settings,
+    describe_ranking,
+    format_difference,
+    format_p_value,
+    format_summary,
     headline,
-    interval,
-    sentence,
-    text,
-    with_spread,
 )
 from src.viz.tables import direction_arrow, format_number, markdown_table, metric_title
 
@@ -90,8 +87,8 @@ def as_json(report: Report) -> dict[str, Any]:
             }
             for r in report.rankings
         },
-        "implied_settings": {name: list(map(text, values)) for name, values in report.implied.items()},
-        "common_settings": {name: text(value) for name, value in common_settings(report.groups).items()},
+        "implied_settings": {name: list(map(format_setting, values)) for name, values in report.implied.items()},
+        "common_settings": {name: format_setting(value) for name, value in common_settings(report.groups).items()},
         "left_out": list(report.notes),
         "setup": dict(report.setup),
     }
@@ -107,7 +104,7 @@ def run_rows(report: Report) -> list[dict[str, Any]]:
     return [
         {
             "run": record.name,
-            **{name: text(value) for name, value in group.settings.items()},
+            **{name: format_setting(value) for name, value in group.settings.items()},
             "seed": record.seed,
             **_metric_cells(record),
             **record.costs,
@@ -117,7 +114,7 @@ def run_rows(report: Report) -> list[dict[str, Any]]:
     ]
 
 
-def _metric_cells(record: Record) -> dict[str, float]:
+def _metric_cells(record: RunRecord) -> dict[str, float]:
     cells: dict[str, float] = {}
     for name, value in record.values.items():
         cells[name] = value
@@ -130,7 +127,7 @@ def group_rows(report: Report) -> list[dict[str, Any]]:
     """Return a row per group: mean, standard deviation, number of seeds and verdict of every metric."""
     rows = []
     for k, group in enumerate(report.groups):
-        row: dict[str, Any] = {"group": group.label, **{n: text(v) for n, v in group.settings.items()}}
+        row: dict[str, Any] = {"group": group.label, **{n: format_setting(v) for n, v in group.settings.items()}}
         for ranking in report.rankings:
             name, summary = ranking.metric, ranking.summaries[k]
             if summary is None:
@@ -195,8 +192,8 @@ def group_table(report: Report, rankings: Sequence[Ranking]) -> tuple[list[str],
     rows = []
     for k in group_order(report):
         group = report.groups[k]
-        settings = [text(value) for value in group.settings.values()] or [group.label]
-        metrics = [f"{with_spread(r.summaries[k])} {mark(r, k)}".rstrip() for r in rankings]
+        settings = [format_setting(value) for value in group.settings.values()] or [group.label]
+        metrics = [f"{format_summary(r.summaries[k])} {mark(r, k)}".rstrip() for r in rankings]
         rows.append([*settings, str(len(group.records)), *metrics])
     if any(r.metric in report.baselines for r in rankings):
         real = [format_number(report.baselines[r.metric][0]) if r.metric in report.baselines else "" for r in rankings]
@@ -220,13 +217,20 @@ def report_markdown(report: Report) -> str:
     rankings = sorted_rankings(report)
     labels = [group.label for group in report.groups]
     pairs = [
-        [metric_title(r.metric), labels[p.first], labels[p.second], interval(p), chance(p.adjusted), p.verdict]
+        [
+            metric_title(r.metric),
+            labels[p.first],
+            labels[p.second],
+            format_difference(p),
+            format_p_value(p.adjusted),
+            p.verdict,
+        ]
         for r in rankings
         for p in r.pairs_with_best
     ]
     lines = [f"# {report.title}", "", f"**{headline(report.groups, report.rankings, metric_title)}**", ""]
     lines += [markdown_table(*group_table(report, rankings)), "", LEGEND, "", "## By metric", ""]
-    lines += [f"- {sentence(report.groups, r, metric_title)}" for r in rankings]
+    lines += [f"- {describe_ranking(report.groups, r, metric_title)}" for r in rankings]
     header = ["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"]
     lines += ["", "## Compared with the best", "", markdown_table(header, pairs)]
     lines += ["", "## Cost", "", markdown_table(*cost_table(report)), ""]

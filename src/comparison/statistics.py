@@ -1,75 +1,26 @@
-"""Group runs by their settings and compare the groups: pure functions over records, for `src.compare`.
+"""Compare groups of runs and put the results into words.
 
-Runs whose settings differ in the seed alone form a group. Groups are compared by Welch's t-test (Welch 1947) over
-seeds, with Holm's correction (Holm 1979) over the tested pairs.
+Groups are compared by Welch's t-test (Welch 1947) over seeds, with Holm's correction (Holm 1979) over the tested
+pairs.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from src.comparison.grouping import LOSS_KEYS, Group, differing_in
 from src.viz.tables import better_direction, format_number
 
 ALPHA = 0.05
 """Significance level: the probability of a false positive in a family of tests."""
-RUNTIME_SETTINGS = (
-    *("run_dir", "resume", "trust", "optimized_metric", "keep_checkpoints", "checkpoint_every", "validate_every"),
-    *("data.num_workers", "data.microbatch_size", "data.root", "data.skip_unreadable", "neighbors", "logger"),
-    *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),
-    *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "compile"),
-    *(
-        f"callbacks.{name}"
-        for name in ("progress", "samples", "best", "checkpoint_every", "graceful_shutdown", "quality", "bits_per_dim")
-    ),
-    *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact")),
-)
-"""Settings, or nodes of settings, that do not change the trained model."""
-LOSS_KEYS = ("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr")
-"""Settings that change the meaning of the loss."""
-DATA_SETTINGS = (
-    *("_target_", "source", "root", "image_size", "channels", "num_values", "val_fraction", "split_seed"),
-    *("columns", "mean", "std"),  # of a table
-)
-"""Settings of the data that change the meaning of metrics. For a generated distribution these are all settings."""
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
 """Metrics in the order of priority for the headline."""
 
 Verdict = Literal["best", "significant", "not significant", "single seed"]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One run: its settings by dotted names, and its metrics."""
-
-    name: str
-    seed: int
-    settings: Mapping[str, Any]
-    values: Mapping[str, float]
-    choices: Mapping[str, str] = field(default_factory=dict)
-    """The chosen file of each config group."""
-    typed_overrides: Sequence[str] = ()
-    """Names of the settings and groups in the command line's overrides."""
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Intervals that cover the randomness of sampling, not of training."""
-    costs: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed alone; `settings` are those that name the group."""
-
-    label: str
-    settings: Mapping[str, Any]
-    records: Sequence[Record]
-
-    def values(self, metric: str) -> list[float]:
-        """Return the finite values of a metric, one per run."""
-        values = (record.values.get(metric) for record in self.records)
-        return [x for x in values if x is not None and math.isfinite(x)]
 
 
 class Summary(NamedTuple):
@@ -121,116 +72,6 @@ class Ranking:
         if group == self.best:
             return "best"
         return next((pair.verdict for pair in self.pairs_with_best if pair.second == group), None)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= flatten(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
-def is_below(name: str, nodes: Sequence[str]) -> bool:
-    """Return whether a dotted name equals one of the nodes or lies below one."""
-    return any(name == node or name.startswith(f"{node}.") for node in nodes)
-
-
-def identity_settings(record: Record) -> dict[str, Any]:
-    """Return the settings that determine the model: all but the seed, the run folder and `RUNTIME_SETTINGS`."""
-    seed, folder = record.settings.get("seed"), record.settings.get("run_dir")
-    return {
-        name: value.replace(folder, "") if folder and isinstance(value, str) else value
-        for name, value in record.settings.items()
-        if not is_below(name, RUNTIME_SETTINGS) and not (name.rpartition(".")[2] == "seed" and value == seed)
-    }
-
-
-def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
-    """Return the settings that determine a run's data and its split, with their location if `root`."""
-    own = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
-    points = "num_samples" in own
-    runtime = ("batch_size", "microbatch_size", "num_workers", "seed")
-    return {
-        name: value
-        for name, value in own.items()
-        if (name not in runtime if points else is_below(name, DATA_SETTINGS)) and (root or name != "root")
-    }
-
-
-def without_repeats(records: Sequence[Record]) -> tuple[list[Record], list[tuple[Record, Record]]]:
-    """Return the last run of each settings and seed, and the pairs (dropped, kept).
-
-    A repeated run would count as a second seed and reduce the standard deviation.
-    """
-    last: dict[str, Record] = {}
-    repeats = []
-    for record in records:
-        key = repr((record.seed, sorted(identity_settings(record).items(), key=lambda item: item[0])))
-        if key in last:
-            repeats.append((last.pop(key), record))
-        last[key] = record
-    return list(last.values()), repeats
-
-
-def group_by_settings(records: Sequence[Record]) -> tuple[list[Group], dict[str, list[Any]]]:
-    """Return groups of runs that differ in their seed alone, and the implied settings with their value per group.
-
-    Settings that differ name the groups: first those typed on the command line, then chosen files, then the others.
-    A setting that separates no further groups is implied by those before it.
-    """
-    members: dict[str, list[Record]] = {}
-    for record in records:
-        key = repr(sorted(identity_settings(record).items(), key=lambda item: item[0]))
-        members.setdefault(key, []).append(record)
-    runs = [sorted(group, key=lambda record: record.seed) for group in members.values()]
-    settings = [identity_settings(group[0]) for group in runs]
-    names = list(dict.fromkeys(name for each in settings for name in each))
-    columns: dict[str, list[Any]] = {}
-    for name in dict.fromkeys(name for group in runs for record in group for name in record.choices):
-        chosen = [{record.choices.get(name) for record in group} for group in runs]
-        if name not in RUNTIME_SETTINGS and all(len(each) == 1 for each in chosen):
-            columns[name] = [each.pop() for each in chosen]
-    columns |= {name: [each.get(name) for each in settings] for name in names if name not in columns}
-    differing = {name: values for name, values in columns.items() if len(set(map(repr, values))) > 1}
-    typed_overrides = {name for group in runs for record in group for name in record.typed_overrides}
-    order = sorted(differing, key=lambda name: (name not in typed_overrides, name not in runs[0][0].choices))
-    naming: dict[str, list[Any]] = {}
-    split = [""] * len(runs)
-    for name in order:
-        finer = [f"{before};{value!r}" for before, value in zip(split, differing[name], strict=True)]
-        if len(set(finer)) > len(set(split)):
-            naming[name], split = differing[name], finer
-    groups = []
-    for k, group in enumerate(runs):
-        own = {name: values[k] for name, values in naming.items()}
-        groups.append(Group(group_label(own), own, group))
-    return groups, {name: differing[name] for name in order if name not in naming}
-
-
-def group_label(settings: Mapping[str, Any]) -> str:
-    """Return a group's name: the values of its settings, with the names of those that are numbers."""
-    if not settings:
-        return "all runs"
-    parts = []
-    for name, value in settings.items():
-        shown = text(value).rpartition(".")[2] if name.endswith("_target_") else text(value)
-        parts.append(shown if isinstance(value, str) else f"{name.rpartition('.')[2]} {shown}")
-    return ", ".join(parts)
-
-
-def text(value: Any) -> str:
-    """Return a setting as typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(text, value))}]"
-    return str(value)
 
 
 def summarize_seeds(values: Sequence[float]) -> Summary | None:
@@ -291,7 +132,7 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     if direction is None:
         reason = "neither direction is better"
     elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
-        reason = f"its meaning depends on {listed(names)}, which differ{'s' if len(names) == 1 else ''}"
+        reason = f"its meaning depends on {join_names(names)}, which differ{'s' if len(names) == 1 else ''}"
     elif len({value for k in present for value in values[k]}) == 1 and len(present) > 1:
         reason = "it is equal in all groups"
     if reason or len(present) < 2:
@@ -307,16 +148,6 @@ def _mean(each: Summary | None) -> float:
     return each.mean
 
 
-def differing_in(groups: Sequence[Group], nodes: Sequence[str]) -> list[str]:
-    """Return the nodes below which the groups' settings differ."""
-    settings = [
-        {n: v for n, v in identity_settings(group.records[0]).items() if is_below(n, nodes)} for group in groups
-    ]
-    names = {name for each in settings for name in each}
-    differing = [n for n in names if len({repr(each.get(n)) for each in settings}) > 1]
-    return [node for node in nodes if any(is_below(name, [node]) for name in differing)]
-
-
 def metrics_of(groups: Sequence[Group]) -> list[str]:
     """Return the metrics of all runs: the main ones first, then in the order of the runs."""
     names = dict.fromkeys(name for group in groups for record in group.records for name in record.values)
@@ -327,13 +158,7 @@ def metrics_of(groups: Sequence[Group]) -> list[str]:
     return sorted(names, key=priority)
 
 
-def common_settings(groups: Sequence[Group]) -> dict[str, Any]:
-    """Return the identity settings that are equal in all runs."""
-    first, *others = (identity_settings(group.records[0]) for group in groups)
-    return {n: v for n, v in first.items() if all(n in each and each[n] == v for each in others)}
-
-
-def with_spread(each: Summary | None) -> str:
+def format_summary(each: Summary | None) -> str:
     """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
@@ -342,7 +167,7 @@ def with_spread(each: Summary | None) -> str:
     return f"{format_number(each.mean, each.std)} ± {format_number(each.std, each.std)}"
 
 
-def interval(pair: Pair) -> str:
+def format_difference(pair: Pair) -> str:
     """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
@@ -351,17 +176,17 @@ def interval(pair: Pair) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def chance(p: float) -> str:
+def format_p_value(p: float) -> str:
     """Format a p-value."""
     return "-" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Format names as `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
+def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
     """Return which group is better by one metric, and whether the difference is significant.
 
     `title` returns the readable name of a metric.
@@ -370,7 +195,7 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
     if ranking.best is None:
         return f"{metric} is not ranked: {ranking.reason or 'only one group has it'}."
     best, others = ranking.best, ranking.pairs_with_best
-    values = {k: with_spread(each) for k, each in enumerate(ranking.summaries)}
+    values = {k: format_summary(each) for k, each in enumerate(ranking.summaries)}
     metric = f"{metric} ({ranking.direction} is better)"
     if len(others) == 1:
         (pair,) = others
@@ -380,13 +205,13 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
         match pair.verdict:
             case "significant":
                 return (
-                    f"{a} is better than {b} in {metric}: {shown}. The difference, {interval(pair)} with {counts} "
-                    f"seeds, is significant ({chance(pair.adjusted)})."
+                    f"{a} is better than {b} in {metric}: {shown}. The difference, {format_difference(pair)} with "
+                    f"{counts} seeds, is significant ({format_p_value(pair.adjusted)})."
                 )
             case "not significant":
                 return (
                     f"{a} and {b} do not differ significantly in {metric}: {shown}. The difference is "
-                    f"{interval(pair)} with {counts} seeds ({chance(pair.adjusted)})."
+                    f"{format_difference(pair)} with {counts} seeds ({format_p_value(pair.adjusted)})."
                 )
             case _:
                 return (
@@ -403,7 +228,7 @@ def sentence(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], s
         ("single seed", "A single seed does not show the significance (add seed=0,1,2) of the difference from"),
     ):
         if labels := by_verdict.get(verdict):
-            parts.append(f"{words} {'all others' if len(labels) == len(others) else listed(labels)}.")
+            parts.append(f"{words} {'all others' if len(labels) == len(others) else join_names(labels)}.")
     return " ".join(parts)
 
 
@@ -414,4 +239,4 @@ def headline(groups: Sequence[Group], rankings: Sequence[Ranking], title: Callab
     main = next((ranking for ranking in rankings if ranking.best is not None), None)
     if main is None:
         return "No metric can be ranked: none was measured in two groups."
-    return sentence(groups, main, title)
+    return describe_ranking(groups, main, title)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from src.comparison.statistics import Record, data_of, flatten, without_repeats
+from src.comparison.grouping import RunRecord, data_of, flatten_settings, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
 from src.runs.checkpoints import find_checkpoint
@@ -18,7 +18,7 @@ from src.training.checkpoints import read_checkpoint
 class SurveyedRun(NamedTuple):
     """A finished run with an intact checkpoint."""
 
-    record: Record
+    record: RunRecord
     checkpoint: Path
     settings: dict[str, Any]
     """Nested settings from the checkpoint."""
@@ -83,10 +83,10 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
             continue
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         typed_overrides, choices = saved_choices(folder)
-        record = Record(
+        record = RunRecord(
             name=str(folder),
             seed=settings.get("seed", 0),
-            settings=flatten(settings),
+            settings=flatten_settings(settings),
             values={k: v for k, v in numbers.items() if k.startswith("val/")},
             choices=choices,
             typed_overrides=typed_overrides,

@@ -28,7 +28,7 @@ from src.metrics.confidence import Metric
 from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
 from src.metrics.measure import image_metrics, memorization_metrics, point_metrics
 from src.metrics.memorization import Memorization
-from src.metrics.neighbors import Nearest, nearest
+from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.rng import key
 from src.training.module import DiffusionModule, Sampler
 
@@ -284,7 +284,7 @@ class SampleEvaluator:
         for _ in progress(self.processes.share(range(0, len(self.data.train_indices), size))):
             start, x = next(batches)
             for name, space in self.spaces.items():
-                result[name] = result[name].or_nearer(nearest(queries[name], space(x).features, start))
+                result[name] = result[name].or_nearer(nearest_neighbors(queries[name], space(x).features, start))
         return {
             name: reduce(Nearest.or_nearer, self.processes.gather(Nearest(*(x.cpu() for x in own))))
             for name, own in result.items()

@@ -1,5 +1,5 @@
-"""Sample quality and memorisation: functions of features (N, F), and the extractors that make these of images.
+"""Metrics of sample quality and memorization as functions of features (N, F), and feature extractors for images.
 
-Every figure is of a set of n samples against a reference; what needs distances or kernels goes through them in
-chunks, so that memory grows with n alone and never with n^2.
+Every metric compares n samples with a reference. Distances and kernels are computed in chunks, so memory grows with
+n and not with n^2.
 """

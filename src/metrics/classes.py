@@ -1,4 +1,4 @@
-"""What the class probabilities of samples say: the Inception score, and the classes against those of the data."""
+"""Metrics of class probabilities: the Inception score, and class frequencies compared with the data."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from src.metrics.confidence import SHARE, Statistic
 
 
 class ChiSquare(NamedTuple):
-    """Pearson's statistic, its degrees of freedom, and the chance of one at least as large if nothing differs."""
+    """Pearson's statistic, its degrees of freedom, and its p-value."""
 
     statistic: float
     freedom: int
@@ -19,13 +19,15 @@ class ChiSquare(NamedTuple):
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> Statistic:
-    """exp E KL(p(class | x) || p(class)) of probabilities (N, K), the mean over `splits` parts of the samples.
+    """Return exp E KL(p(class | x) || p(class)) for probabilities (N, K), averaged over `splits` parts: in [1, K].
 
-    Salimans et al. 2016, section 4. Between 1 and K; the parts are consecutive, and differ by one sample at most.
+    The parts are consecutive, and their sizes differ by at most one sample.
+
+    Source: Salimans et al. 2016 (arXiv 1606.03498), section 4.
     """
     n = len(probabilities)
     if not 1 <= splits <= n:
-        raise ValueError(f"{n} samples do not split into {splits} parts: splits must lie in [1, {n}]")
+        raise ValueError(f"splits={splits} must be in [1, {n}] for {n} samples")
     p = probabilities.double()
     entropy = torch.special.entr(p).sum(1)
     parts = [slice(i * n // splits, (i + 1) * n // splits) for i in range(splits)]
@@ -39,16 +41,14 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> Statistic:
 
 
 def class_counts(labels: Tensor, classes: int) -> Tensor:
-    """How many of the labels (N,) are each of `classes`: (classes,)."""
+    """Return the number of labels (N,) in each class: (classes,)."""
     if labels.numel() and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
-            f"labels must lie in [0, {classes - 1}], got up to {labels.max()}: raise the number of classes"
-        )
+        raise ValueError(f"labels must be in [0, {classes - 1}], got up to {labels.max()}: raise the number of classes")
     return torch.bincount(labels, minlength=classes)
 
 
 def total_variation(labels: Tensor, reference: Tensor) -> Statistic:
-    """Half the summed difference of the classes' shares: labels (N,) against the data's counts (K,). In [0, 1]."""
+    """Return the total variation distance between labels (N,) and the data's class counts (K,): in [0, 1]."""
     counts_of = class_counts(labels, len(reference))
     one_hot = F.one_hot(labels, len(counts_of)).double()
     expected = reference.to(one_hot) / reference.sum()
@@ -61,10 +61,10 @@ def total_variation(labels: Tensor, reference: Tensor) -> Statistic:
 
 
 def chi_square(counts: Tensor, reference: Tensor) -> ChiSquare:
-    """Pearson's test that samples with class counts (K,) and data with theirs (K,) share one distribution."""
+    """Return Pearson's test that class counts (K,) of samples and of data share one distribution."""
     table = torch.stack([counts.cpu(), reference.cpu()]).double()
     table = table[:, table.sum(0) > 0]
     if not table.sum(1).all():
-        raise ValueError(f"needs samples on both sides, got {table.sum(1).tolist()}: raise n")
+        raise ValueError(f"both sides need samples, got {table.sum(1).tolist()}: raise n")
     statistic, p, freedom, _ = chi2_contingency(table.numpy(), correction=False)
     return ChiSquare(float(statistic), int(freedom), float(p))

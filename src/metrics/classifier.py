@@ -1,4 +1,4 @@
-"""Features without a download: a small classifier, trained once on the data's own labels."""
+"""Features without a download: a small classifier, trained once on the labels of the data."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from src.metrics.features import Features, check_images
 
 
 class Classifier:
-    """The last hidden layer (N, F) of a classifier and its probabilities (N, K); `accuracy` is on held-out images."""
+    """Extract a classifier's last hidden layer (N, F) and probabilities (N, K); `accuracy` is on validation images."""
 
     name = "classifier"
 
-    def __init__(self, net: "Net", accuracy: float, fingerprint: str) -> None:
+    def __init__(self, net: "ClassifierNet", accuracy: float, fingerprint: str) -> None:
         self.net = net.eval()
         self.accuracy = accuracy
         self.fingerprint = fingerprint
@@ -26,8 +26,8 @@ class Classifier:
         return Features(hidden.double(), self.net.head(hidden).double().softmax(1))
 
 
-class Net(nn.Module):
-    """uint8 images (N, C, H, W) of about `size` -> logits (N, K): convolutions down to 4x4, one hidden layer."""
+class ClassifierNet(nn.Module):
+    """uint8 images (N, C, H, W) of side `size` -> logits (N, K): convolutions down to 4x4, one hidden layer."""
 
     def __init__(self, channels: int, size: int, classes: int, width: int = 32, features: int = 64) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 def train_classifier(
     images: Tensor,
     labels: Tensor,
-    held_out: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
     cache: Path,
     epochs: int = 20,
     batch_size: int = 64,
@@ -58,29 +58,29 @@ def train_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Train on images (N, C, H, W) uint8 with labels (N,) 0..K-1, or read what such a training gave from `cache`.
+    """Train a classifier on images (N, C, H, W) uint8 with labels (N,) in 0..K-1, or read it from `cache`.
 
-    AdamW with a learning rate that falls linearly to 0. `held_out` are images and labels for `accuracy`.
-    Raises ValueError for labels that do not fit the images, or of one class only.
+    The optimizer is AdamW with linear decay to 0. `val` holds the images and labels for `accuracy`.
+    Raises ValueError for labels that do not match the images, or for a single class.
     """
     check_images(images)
     classes = int(labels.max()) + 1 if len(labels) else 0
     if len(labels) != len(images) or classes < 2 or labels.min() < 0:
         raise ValueError(
-            f"a classifier needs a label from 0 on for each image and two classes, got {len(labels)} labels up to "
-            f"{classes - 1} for {len(images)} images: use other features for data without labels"
+            f"features=classifier needs a label of at least 0 for each image, and 2 classes; got {len(labels)} labels "
+            f"up to {classes - 1} for {len(images)} images: use other features=..."
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = Net(images.shape[1], max(images.shape[2:]), classes)
-    description = (str(net), epochs, batch_size, lr, seed, images, labels, *held_out)
+        net = ClassifierNet(images.shape[1], max(images.shape[2:]), classes)
+    description = (str(net), epochs, batch_size, lr, seed, images, labels, *val)
     fingerprint = digest(*description)
 
     def compute() -> Tensors:
-        fit(net.to(device), images.to(device), labels.to(device), epochs, batch_size, lr, seed)
+        fit_classifier(net.to(device), images.to(device), labels.to(device), epochs, batch_size, lr, seed)
         with torch.no_grad():
-            guesses = torch.cat([net(part.to(device)).argmax(1) for part in torch.split(held_out[0], 1024)])
-        return {**net.state_dict(), "accuracy": (guesses.cpu() == held_out[1].cpu()).double().mean()}
+            guesses = torch.cat([net(part.to(device)).argmax(1) for part in torch.split(val[0], 1024)])
+        return {**net.state_dict(), "accuracy": (guesses.cpu() == val[1].cpu()).double().mean()}
 
     weights = cached(cache, f"classifier-{fingerprint}", compute)
     accuracy = weights.pop("accuracy").item()
@@ -88,15 +88,17 @@ def train_classifier(
     return Classifier(net.to(device), accuracy, fingerprint)
 
 
-def fit(net: Net, images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train `net` on images in an order drawn with `seed`."""
+def fit_classifier(
+    net: ClassifierNet, images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, seed: int
+) -> None:
+    """Minimize the cross-entropy on images in a random order of `seed`."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     steps = epochs * -(-len(images) // batch_size)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
     for _ in range(epochs):
         for batch in torch.split(torch.randperm(len(images), generator=generator).to(images.device), batch_size):
             optimizer.zero_grad()
             F.cross_entropy(net(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            falling.step()
+            scheduler.step()

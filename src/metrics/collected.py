@@ -1,4 +1,4 @@
-"""What is kept of a stream of features, which batches and processes fill in any order: memory does not grow with n."""
+"""Features of a stream of samples in bounded memory, merged over batches and processes in any order."""
 
 from collections.abc import Callable, Iterable
 from functools import reduce
@@ -14,7 +14,7 @@ from src.metrics.frechet import Moments
 
 
 class Collected(NamedTuple):
-    """Moments of all samples that came by, and features of those with the lowest numbers, in order."""
+    """Moments of all samples, and the features of those with the lowest numbers, in order."""
 
     moments: Moments
     numbers: Tensor  # (M,) int64, ascending
@@ -23,20 +23,20 @@ class Collected(NamedTuple):
 
     @classmethod
     def of(cls, batch: Features, start: int, limit: int) -> "Collected":
-        """Of samples number `start`, `start` + 1, ...: at most `limit` are kept, here and after each merge.
+        """Collect samples number `start`, `start` + 1, ..., and keep the features of at most `limit`.
 
-        Raises ValueError for features that are not finite, of which no figure could be made.
+        Raises ValueError for features that are not finite.
         """
         if num_corrupted := int((~batch.features.isfinite().all(1)).sum()):
             raise ValueError(
-                f"{num_corrupted} of {len(batch.features)} samples from number {start} on have features that are not finite: "
-                "look at the samples, or choose another extractor"
+                f"{num_corrupted} of {len(batch.features)} samples from number {start} have features that are not "
+                "finite: inspect the samples, or choose other features=..."
             )
         numbers = torch.arange(start, start + len(batch.features))
         return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
 
     def merge(self, other: "Collected", limit: int) -> "Collected":
-        """Of both; but for rounding of the moments the same whatever came first."""
+        """Merge both; the order matters only for rounding of the moments."""
         probabilities = None
         if self.probabilities is not None and other.probabilities is not None:
             probabilities = torch.cat([self.probabilities, other.probabilities])
@@ -48,18 +48,18 @@ class Collected(NamedTuple):
         )._first(limit)
 
     def to(self, device: torch.device | str) -> "Collected":
-        """The same on another device; numbers stay on the CPU."""
+        """Move to a device; numbers stay on the CPU."""
         probabilities = None if self.probabilities is None else self.probabilities.to(device)
         moments = Moments(*(part.to(device) for part in self.moments))
         return Collected(moments, self.numbers, self.features.to(device), probabilities)
 
     def below(self, number: int) -> "Collected":
-        """Without the features of samples from `number` on, which no set of `number` samples would keep."""
+        """Drop the features of samples from `number` on, which a merge with this limit would drop."""
         return self._first(int((self.numbers < number).sum()), least=0)
 
     def _first(self, limit: int, least: int = 2) -> "Collected":
         if limit < least:
-            raise ValueError(f"at least 2 samples must be kept, got {limit}: 10000 is usual")
+            raise ValueError(f"max_features={limit} must be at least 2: 10000 is usual")
         order = self.numbers.argsort()[:limit]
         places = order.to(self.features.device)
         probabilities = None if self.probabilities is None else self.probabilities[places]
@@ -67,29 +67,26 @@ class Collected(NamedTuple):
 
 
 Batches = Iterable[tuple[int, Tensor]]
-"""The number of the first image of each batch, and its images (B, C, H, W) uint8."""
+"""The number of the first image in each batch, and its images (B, C, H, W) uint8."""
 
 
 def collect(extractor: Extractor, batches: Batches, limit: int) -> Collected:
-    """The features of all images, batch by batch, of which `limit` are kept."""
+    """Collect the features of all images, and keep at most `limit`."""
     parts = (Collected.of(extractor(images), start, limit) for start, images in batches)
-    return reduce(lambda whole, part: whole.merge(part, limit), parts)
+    return reduce(lambda merged, part: merged.merge(part, limit), parts)
 
 
 def collect_once(
     folder: Path, data: str, extractor: Extractor, batches: Callable[[], Batches], limit: int
 ) -> Collected:
-    """As `collect`, but read from `folder` if the same was collected before; for real images.
-
-    `data` stands for the images: of many, `digest(*(digest(images) for _, images in batches()))` streams too.
-    """
+    """Collect the features of real images, or read them from `folder`. `data` is a digest of the images."""
 
     def compute() -> Tensors:
-        whole = collect(extractor, batches(), limit)
-        named = {**whole.moments._asdict(), **whole._asdict()}
+        result = collect(extractor, batches(), limit)
+        named = {**result.moments._asdict(), **result._asdict()}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
     key = f"{extractor.name}-{digest(data, extractor.fingerprint, limit)}"
-    found = cached(folder, key, compute)
-    moments = Moments(*(found[name] for name in Moments._fields))
-    return Collected(moments, found["numbers"], found["features"], found.get("probabilities"))
+    saved = cached(folder, key, compute)
+    moments = Moments(*(saved[name] for name in Moments._fields))
+    return Collected(moments, saved["numbers"], saved["features"], saved.get("probabilities"))

@@ -1,6 +1,6 @@
 """A small network that detects objects and their attributes, trained on images that are rendered on the fly.
 
-The loss and the peaks of its heat map follow CenterNet. Source: Zhou et al. 2019 (arXiv 1904.07850).
+The heat map and its peaks follow CenterNet. Source: Zhou et al. 2019 (arXiv 1904.07850).
 """
 
 from collections.abc import Callable, Iterable, Sequence

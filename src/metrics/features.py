@@ -1,6 +1,6 @@
-"""Extractors of features: pixels, the FID network, DINOv2; `classifier` has the one that is trained here.
+"""Feature extractors: pixels, the FID network and DINOv2. `classifier` has the one that is trained on the data.
 
-An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels, on the device where it is.
+An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels on its own device.
 """
 
 import hashlib
@@ -20,25 +20,25 @@ INCEPTION_SHA256 = "6726825d"
 
 
 class Features(NamedTuple):
-    """Features (N, F) float64, and class probabilities (N, K) float64 where the extractor has classes."""
+    """Features (N, F) float64, and class probabilities (N, K) float64 if the extractor has classes."""
 
     features: Tensor
     probabilities: Tensor | None = None
 
 
 class Extractor(Protocol):
-    """`fingerprint` stands for all that its features depend on, besides the images."""
+    """A feature extractor; `fingerprint` identifies everything but the images that its features depend on."""
 
     name: str
     fingerprint: str
 
     def __call__(self, images: Tensor, /) -> Features:
-        """Of images (N, C, H, W) uint8."""
+        """Extract features of images (N, C, H, W) uint8."""
         ...
 
 
 class Pixels:
-    """The pixels themselves, 0..255: for small images, and for finding copies."""
+    """Use pixels 0..255 as features: for small images, and to find copies."""
 
     name = fingerprint = "pixels"
 
@@ -47,7 +47,7 @@ class Pixels:
 
 
 class Values:
-    """The values themselves, of points and tables of measurements (N, D), divided by `scale` (D,) if that is given."""
+    """Use the values of points and tables (N, D) as features, divided by `scale` (D,) if not None."""
 
     name = "values"
 
@@ -61,11 +61,14 @@ class Values:
 
 
 class Inception:
-    """The network of FID, KID and the Inception score (Szegedy et al. 2015), as torch-fidelity has it: F = 2048.
+    """Use torch-fidelity's Inception network, the one of FID, KID and the Inception score: F = 2048.
 
-    It resizes as the original does, so that figures compare with published ones. `weights` is the file `INCEPTION`;
-    without a path it is looked for in torch's own folder of downloads, and downloaded to there if need be. Its sha256
-    must begin with `sha256`. Raises ValueError if it is not to be had, is another file, or torch-fidelity is missing.
+    It resizes like the original, so metrics are comparable with published ones. `weights` is the path of the file
+    `INCEPTION`, whose SHA-256 must begin with `sha256`; None uses torch's download folder, and downloads it if missing.
+
+    Raises ValueError if the file or torch-fidelity is missing, or if it is another file.
+
+    Source: Szegedy et al. 2015 (arXiv 1512.00567).
     """
 
     name = "inception"
@@ -77,8 +80,7 @@ class Inception:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
             raise ValueError(
-                "the inception features need torch-fidelity, which is not installed: pip install torch-fidelity, or "
-                "choose the classifier's features"
+                "features=inception needs torch-fidelity: pip install torch-fidelity, or use features=classifier"
             ) from error
         path = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
         if weights is None and not path.exists():
@@ -86,19 +88,21 @@ class Inception:
         try:
             contents = path.read_bytes()
         except OSError as error:
-            raise ValueError(f"no file {path} ({error.strerror}): put {INCEPTION} there, or give its path") from error
+            raise ValueError(
+                f"no file {path} ({error.strerror}): put {INCEPTION} there, or set inception_weights=..."
+            ) from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         if not self.fingerprint.startswith(sha256):
             raise ValueError(
                 f"{path} has the sha256 {self.fingerprint[:8]}..., {INCEPTION} has {sha256}...: download it again"
             )
-        # torch-fidelity unpickles whatever it is given, so it is given only what is written here.
+        # torch-fidelity unpickles its file without restrictions, so it receives a copy that holds tensors only.
         safe = io.BytesIO()
         try:
             torch.save(torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), safe)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"{path} holds more than weights, and is not loaded: download {INCEPTION} again"
+                f"refusing to load {path}: it holds more than weights; download {INCEPTION} again"
             ) from error
         safe.seek(0)
         net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], safe)
@@ -111,10 +115,12 @@ class Inception:
 
 
 class DinoV2:
-    """The class token of DINOv2 (Oquab et al. 2023), which ranks images more as people do (Stein et al. 2023).
+    """Use the class token of DINOv2, whose distances agree better with human ratings than Inception's.
 
-    `model` is a local folder or the name of a model for the transformers library, whose safetensors file is read.
-    Images are resized to `size` x `size` without cropping. Raises ValueError if it is not to be had.
+    `model` is a local folder or a Hugging Face name; its safetensors file is read. Images are resized to
+    `size` x `size` without cropping. Raises ValueError if the model is not available.
+
+    Source: Oquab et al. 2023 (arXiv 2304.07193); Stein et al. 2023 (arXiv 2306.04675).
     """
 
     name = "dinov2"
@@ -126,42 +132,41 @@ class DinoV2:
             from transformers import AutoModel
         except ImportError as error:
             raise ValueError(
-                "the dinov2 features need transformers, which is not installed: pip install transformers, or choose "
-                "the classifier's features"
+                "features=dinov2 needs transformers: pip install transformers, or use features=classifier"
             ) from error
         try:
             net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"no model {model} on this machine, and none downloaded ({reason}): give the folder with its "
-                "config.json and model.safetensors"
+                f"dinov2_model={model} is not available and could not be downloaded ({reason}): set it to a "
+                "folder with config.json and model.safetensors"
             ) from error
         self.net = net.to(device).eval()
         self.size = size
         self.fingerprint = digest(size, *(part for item in net.state_dict().items() for part in item))
         self._mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
-        self._deviation = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+        self._std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         x = to_rgb(images).float() / 255
         x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = self.net((x - self._mean) / self._deviation).last_hidden_state
+        tokens = self.net((x - self._mean) / self._std).last_hidden_state
         return Features(tokens[:, 0].double())
 
 
 def check_images(images: Tensor) -> Tensor:
-    """The images. Raises ValueError unless they are uint8 (N, 1 or 3, H, W)."""
+    """Return the images. Raises ValueError unless they are uint8 (N, 1 or 3, H, W)."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"features are of uint8 images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}: use to_display"
+            f"features need uint8 images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}: use postprocess"
         )
     return images
 
 
 def to_rgb(images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W) uint8 as (N, 3, H, W), gray ones repeated."""
+    """Return images (N, 1 or 3, H, W) uint8 as (N, 3, H, W); gray channels are repeated."""
     return check_images(images).expand(-1, 3, -1, -1)
 
 
@@ -172,6 +177,6 @@ def _download(url: str, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} is not there and could not be downloaded ({reason}): put the file {INCEPTION} there, give its "
-            "path, or choose the classifier's features"
+            f"{path} is missing and could not be downloaded ({reason}): put the file {INCEPTION} there, set "
+            "inception_weights=..., or use features=classifier"
         ) from error

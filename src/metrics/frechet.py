@@ -1,7 +1,9 @@
-"""The Fréchet distance between the Gaussians of two feature sets, from moments that combine over batches and ranks.
+"""The Fréchet distance between Gaussians fitted to two feature sets, from moments that merge over batches and ranks.
 
-|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson & Landau 1982; as FID over Inception features Heusel et al. 2017,
-eq. 6), in the squared unit of the features. It falls with the number of samples: only equal numbers compare.
+|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in squared units of the features. Its bias decreases with the number of
+samples, so only equal numbers are comparable.
+
+Source: Dowson and Landau 1982; as FID, Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
 """
 
 from typing import NamedTuple
@@ -9,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.confidence import Statistic, linear
+from src.metrics.confidence import Statistic, linear_statistic
 
 
 class Moments(NamedTuple):
-    """How many samples, their mean (F,) and their scatter (F, F) about it, all float64."""
+    """The number of samples, their mean (F,), and their scatter matrix (F, F), all float64."""
 
     number: Tensor
     mean: Tensor
@@ -21,18 +23,18 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, counts: Tensor | None = None) -> "Moments":
-        """Of samples x (N, F), each taken once or `counts` (N,) times."""
+        """Return the moments of samples x (N, F), each counted once or `counts` (N,) times."""
         if x.ndim != 2 or len(x) == 0:
-            raise ValueError(f"moments are of features (N, F) with N >= 1, got {tuple(x.shape)}: flatten each sample")
+            raise ValueError(f"moments need features (N, F) with N >= 1, got {tuple(x.shape)}: flatten each sample")
         x = x.double()
         weights = torch.ones(len(x), dtype=x.dtype, device=x.device) if counts is None else counts.to(x)
         number = weights.sum()
         mean = weights @ x / number
-        centred = x - mean
-        return cls(number, mean, (centred * weights[:, None]).T @ centred)
+        centered = x - mean
+        return cls(number, mean, (centered * weights[:, None]).T @ centered)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together (Chan et al. 1983): exact, in any order of the parts."""
+        """Return the moments of both sets, exact in any order. Source: Chan et al. 1983."""
         number = self.number + other.number
         apart = other.mean - self.mean
         scatter = self.scatter + other.scatter + torch.outer(apart, apart) * (self.number * other.number / number)
@@ -47,12 +49,12 @@ class Moments(NamedTuple):
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Between the Gaussians with these moments. Raises ValueError for features of different widths."""
+    """Return the distance between Gaussians with these moments. Raises ValueError for different numbers of features."""
     return _distance(a, b, root(b.covariance)).item()
 
 
 def frechet(x: Tensor, reference: Moments) -> Statistic:
-    """The distance of samples x (N, F) to the reference; each replicate of its bootstrap costs O(N F^2 + F^3)."""
+    """Return the distance of samples x (N, F) to the reference. A bootstrap replicate costs O(N F^2 + F^3)."""
     reference_root = root(reference.covariance)
 
     def of(counts: Tensor) -> Tensor:
@@ -62,11 +64,13 @@ def frechet(x: Tensor, reference: Moments) -> Statistic:
 
 
 def frechet_linear(x: Tensor, reference: Moments) -> Statistic:
-    """As `frechet`, but linear in the counts, so that all replicates together cost one: for wide features.
+    """Return `frechet` linearized in the counts, for many features: all replicates cost as much as one.
 
-    The slope is the influence function (Hampel 1974): with T = C1^(-1/2) (C1^(1/2) C2 C1^(1/2))^(1/2) C1^(-1/2), the
-    map that carries one Gaussian into the other, a sample at d from the mean adds 2 (m1 - m2) . d + d^T (I - T) d,
-    less its mean. Near zero distance, where the slope vanishes, the interval comes out too narrow.
+    The slope is the influence function. With T = C1^(-1/2) (C1^(1/2) C2 C1^(1/2))^(1/2) C1^(-1/2), the optimal
+    transport map between the Gaussians, a sample at d from the mean contributes 2 (m1 - m2) . d + d^T (I - T) d,
+    minus the mean of this. Near zero distance the slope vanishes and the interval is too narrow.
+
+    Source: Hampel 1974.
     """
     x = x.double()
     moments, reference_root = Moments.of(x), root(reference.covariance)
@@ -76,11 +80,11 @@ def frechet_linear(x: Tensor, reference: Moments) -> Statistic:
     apart = x - moments.mean
     slope = 2 * apart @ (moments.mean - reference.mean) + apart.square().sum(1) - (apart @ half).square().sum(1)
     slope = (slope - slope.mean()) / len(x)
-    return linear(_distance(moments, reference, reference_root), slope)
+    return linear_statistic(_distance(moments, reference, reference_root), slope)
 
 
 def root(covariance: Tensor) -> Tensor:
-    """The symmetric square root of a covariance (F, F)."""
+    """Return the symmetric square root of a covariance (F, F)."""
     values, vectors = torch.linalg.eigh(covariance)
     square_root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return square_root
@@ -88,9 +92,7 @@ def root(covariance: Tensor) -> Tensor:
 
 def _distance(a: Moments, b: Moments, b_root: Tensor) -> Tensor:
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
-            f"features of {len(a.mean)} and {len(b.mean)} numbers do not compare: extract both with the same extractor"
-        )
+        raise ValueError(f"cannot compare {len(a.mean)} and {len(b.mean)} features: use one extractor for both")
     # The eigenvalues of C1 C2 are the squared singular values of C1^(1/2) C2^(1/2), which are never complex.
     cross = torch.linalg.svdvals(root(a.covariance) @ b_root).sum()
     gap = (a.mean - b.mean).square().sum()

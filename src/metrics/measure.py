@@ -1,4 +1,4 @@
-"""All figures of a set of samples against a reference, by name: what a command shows as a table."""
+"""All metrics of a set of samples, by name."""
 
 import math
 
@@ -14,38 +14,38 @@ from src.metrics.neighbors import manifolds
 from src.metrics.transport import sliced_wasserstein
 
 WIDE = 512
-"""Features from here on have the Fréchet distance's interval by its linear form."""
+"""Number of features from which the interval of the Fréchet distance is linearized."""
 
 
 def image_metrics(
     extractor: str, samples: Collected, reference: Collected, seed: int, k: int = 5, replicates: int = 200
 ) -> dict[str, Metric]:
-    """Fréchet and kernel distance, precision, recall, density, coverage; with probabilities also those of classes.
+    """Return Fréchet and kernel distance, precision, recall, density, coverage, and metrics of class probabilities.
 
-    Over `inception` alone are they called fid, kid and inception_score; else fd, kd and class_score, and every name
-    has the extractor in it: `fd_classifier_1k`. Classes are compared with those that the extractor sees in the
-    reference, so that its mistakes cancel.
+    The names are fid, kid and inception_score for `inception` only; otherwise fd, kd and class_score with the
+    extractor, such as `fd_classifier_1k`. Classes are compared with predictions for the reference, so that errors of
+    the classifier cancel.
     """
-    figures = {"fd": frechet_metric(samples, reference, seed, replicates)}
+    metrics = {"fd": frechet_metric(samples, reference, seed, replicates)}
     x, y = samples.features, reference.features
     statistics = {"kd": kid(x, y), **manifolds(x, y, k)._asdict()}
     if samples.probabilities is not None and reference.probabilities is not None:
         classes = reference.probabilities.argmax(1).bincount(minlength=reference.probabilities.shape[1])
         statistics["class_score"] = inception_score(samples.probabilities, splits=min(10, len(x)))
         statistics["class_variation"] = total_variation(samples.probabilities.argmax(1), classes)
-    figures |= {key: each.bootstrap(seed, replicates) for key, each in statistics.items()}
+    metrics |= {key: each.bootstrap(seed, replicates) for key, each in statistics.items()}
     known = {"fd": "fid", "kd": "kid", "class_score": "inception_score"} if extractor == "inception" else {}
     numbers = {"fd": int(samples.moments.number)}
     return {
-        metric_name(known.get(key, f"{key}_{extractor}"), numbers.get(key, len(x))): figure
-        for key, figure in figures.items()
+        metric_name(known.get(key, f"{key}_{extractor}"), numbers.get(key, len(x))): metric
+        for key, metric in metrics.items()
     }
 
 
 def frechet_metric(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Metric:
-    """The Fréchet distance of all samples; its interval by resampling those that were kept.
+    """Return the Fréchet distance of all samples, with an interval from those whose features were kept.
 
-    Where more came by than were kept, the interval shrinks by the root of their ratio.
+    The interval is scaled by the root of kept over all samples.
     """
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
     kept = resampled(samples.features, reference.moments).bootstrap(seed, replicates)
@@ -55,7 +55,7 @@ def frechet_metric(samples: Collected, reference: Collected, seed: int, replicat
 
 
 def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int = 200) -> dict[str, Metric]:
-    """Sliced Wasserstein, energy distance and MMD of samples (N, D) to reference points (M, D)."""
+    """Return sliced Wasserstein, energy distance and MMD of samples (N, D) to reference points (M, D)."""
     statistics = {
         "sliced_wasserstein": sliced_wasserstein(samples, reference, seed),
         "energy_distance": energy_distance(samples, reference),
@@ -64,9 +64,9 @@ def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int
     return {metric_name(key, len(samples)): each.bootstrap(seed, replicates) for key, each in statistics.items()}
 
 
-def memorization_metrics(space: str, found: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
-    """The ratio of nearest training distances and the share of copies, in the named feature space."""
-    n = len(found.distances)
-    ratio = found.ratio.bootstrap(seed, replicates)
-    copies = wilson(round(found.copies.bootstrap(seed, 2).value * n), n)
+def memorization_metrics(space: str, memory: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
+    """Return the ratio of nearest training distances and the share of copies, in a feature space."""
+    n = len(memory.distances)
+    ratio = memory.ratio.bootstrap(seed, replicates)
+    copies = wilson(round(memory.copies.bootstrap(seed, 2).value * n), n)
     return {metric_name(f"nearest_ratio_{space}", n): ratio, metric_name(f"copies_{space}", n): copies}

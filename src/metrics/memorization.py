@@ -1,50 +1,49 @@
-"""Are samples copies of the training set? Their distance to it, against that of held-out data."""
+"""Detect copies of training data by the distance to the nearest training sample, relative to validation data."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 from src.metrics.confidence import Statistic, mean_of, median_of
-from src.metrics.neighbors import Nearest, nearest
+from src.metrics.neighbors import Nearest, nearest_neighbors
 
 
 class Memorization(NamedTuple):
-    """`ratio` is 1 and `copies` the quantile (0.05) for samples like new data; 0 and 1 for copies."""
+    """`ratio` is 1 and `copies` equals the quantile (0.05) for new data; they are 0 and 1 for copies."""
 
-    ratio: Statistic  # median distance to the nearest training sample over that of held-out data
-    copies: Statistic  # share of samples no farther than the quantile of held-out data
-    distances: Tensor  # (N,) of each sample to the nearest training sample
-    neighbors: Tensor  # (N,) which that is
-    threshold: float  # up to which a sample counts as a copy
+    ratio: Statistic  # median distance to the nearest training sample, divided by that of validation data
+    copies: Statistic  # share of samples within the quantile of validation data
+    distances: Tensor  # (N,) distance to the nearest training sample
+    neighbors: Tensor  # (N,) index of the nearest training sample
+    threshold: float  # largest distance of a copy
 
     @classmethod
-    def of(cls, found: Nearest, usual: Tensor, quantile: float = 0.05) -> "Memorization":
-        """Of samples whose nearest training samples were found, `usual` (M,) being held-out data's distances to theirs.
+    def of(cls, samples: Nearest, val_distances: Tensor, quantile: float = 0.05) -> "Memorization":
+        """Compare the samples' nearest training samples with the distances (M,) of validation data to theirs.
 
-        Raises ValueError where held-out data are copies themselves.
+        Raises ValueError if half of the validation data are copies themselves.
         """
         if not 0 < quantile < 1:
-            raise ValueError(f"the quantile of held-out data must lie in (0, 1), got {quantile}: 0.05 is usual")
-        threshold = usual.quantile(quantile).item()
-        middle = median_of(usual).value
+            raise ValueError(f"quantile={quantile} must be in (0, 1): 0.05 is usual")
+        threshold = val_distances.quantile(quantile).item()
+        middle = median_of(val_distances).value
         if middle == 0:
-            raise ValueError(
-                "half of the held-out data are copies of training data, of which nothing can be told: remove duplicates"
-            )
-        medians = median_of(found.distances)
+            raise ValueError("half of the validation data are copies of training data: remove duplicates")
+        medians = median_of(samples.distances)
         return cls(
-            ratio=Statistic(len(found.distances), lambda counts: medians.of(counts) / middle),
-            copies=mean_of(found.distances <= threshold),
-            distances=found.distances,
-            neighbors=found.numbers,
+            ratio=Statistic(len(samples.distances), lambda counts: medians.of(counts) / middle),
+            copies=mean_of(samples.distances <= threshold),
+            distances=samples.distances,
+            neighbors=samples.numbers,
             threshold=threshold,
         )
 
 
-def memorization(samples: Tensor, held_out: Tensor, train: Tensor, quantile: float = 0.05) -> Memorization:
-    """Of samples (N, F), held-out (M, F) and training data (K, F) in one feature space, such as flattened pixels.
+def memorization(samples: Tensor, val: Tensor, train: Tensor, quantile: float = 0.05) -> Memorization:
+    """Compare samples (N, F) with validation (M, F) and training data (K, F) in one feature space.
 
-    The distances to the nearest training sample, against those of data that were not trained on (as in the test of
-    Meehan et al. 2020, 2004.05675, without its cells). Raises ValueError where held-out data are copies themselves.
+    Raises ValueError if half of the validation data are copies themselves.
+
+    Source: Meehan et al. 2020 (arXiv 2004.05675), without the partition into cells.
     """
-    return Memorization.of(nearest(samples, train), nearest(held_out, train).distances, quantile)
+    return Memorization.of(nearest_neighbors(samples, train), nearest_neighbors(val, train).distances, quantile)

@@ -1,4 +1,4 @@
-"""Distances in feature space, in chunks: nearest neighbours, precision and recall, density and coverage."""
+"""Distances in feature space, in chunks: nearest neighbors, precision and recall, density and coverage."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -6,90 +6,93 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.confidence import SHARE, Statistic, linear, mean_of
+from src.metrics.confidence import SHARE, Statistic, linear_statistic, mean_of
 
 CHUNK = 2**23
-"""The numbers that one chunk of a distance matrix holds: 64 MB."""
+"""Elements per chunk of a distance matrix: 64 MB."""
 
 
 class Manifolds(NamedTuple):
-    """How well samples and real ones lie within each other's neighbourhoods; 1 is best, density has no bound."""
+    """How well samples and real data cover each other's neighborhoods; 1 is best, and density is unbounded."""
 
-    precision: Statistic  # share of samples in some real sample's ball
-    density: Statistic  # mean number of real samples' balls that a sample is in, over k
-    recall: Statistic  # share of real samples in some sample's ball
-    coverage: Statistic  # share of real samples with some sample in their ball
+    precision: Statistic  # share of samples inside a real sample's ball
+    density: Statistic  # mean number of real samples' balls around a sample, divided by k
+    recall: Statistic  # share of real samples inside a sample's ball
+    coverage: Statistic  # share of real samples whose ball holds a sample
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices of the rows of a (rows, columns) matrix, of at most `CHUNK` numbers each (but one row at least)."""
+    """Yield slices of the rows of a (rows, columns) matrix, each with at most `CHUNK` elements or one row."""
     size = max(1, CHUNK // max(columns, 1))
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean, between x (N, F) and y (M, F): (N, M) float64, from differences, so that a copy is at exactly 0."""
+    """Return Euclidean distances between x (N, F) and y (M, F): (N, M) float64, exactly 0 for copies."""
     return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 class Nearest(NamedTuple):
-    """For each of N samples the distance (N,) to the nearest of some others, and the number (N,) of that one."""
+    """The distance (N,) of each sample to its nearest neighbor, and the index (N,) of that neighbor."""
 
     distances: Tensor
     numbers: Tensor
 
     @classmethod
     def none(cls, x: Tensor) -> "Nearest":
-        """Of x (N, F) among nothing yet: infinitely far."""
+        """Return an infinite distance for each of x (N, F)."""
         numbers = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return cls(torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device), numbers)
 
     def or_nearer(self, other: "Nearest") -> "Nearest":
-        """The nearest among more others; of several as near, the one with the lowest number."""
+        """Merge with the nearest of other candidates; ties take the lowest index."""
         same = other.distances == self.distances
         take = (other.distances < self.distances) | (same & (other.numbers < self.numbers))
         return Nearest(*(torch.where(take, theirs, ours) for ours, theirs in zip(self, other, strict=True)))
 
 
-def nearest(x: Tensor, y: Tensor, first: int = 0) -> Nearest:
-    """For each of x (N, F) the nearest of y (M, F), which are numbered from `first` on."""
+def nearest_neighbors(x: Tensor, y: Tensor, first: int = 0) -> Nearest:
+    """Return the nearest of y (M, F) for each of x (N, F); indices start at `first`."""
     if len(y) == 0:
-        raise ValueError("there is nothing to be near to: the reference has no samples; raise n")
+        raise ValueError("the reference has no samples: raise n")
     parts = [distances(x[rows], y).min(1) for rows in chunks(len(x), len(y))]
     return Nearest(torch.cat([p.values for p in parts]), first + torch.cat([p.indices for p in parts]))
 
 
 def radii(x: Tensor, k: int) -> Tensor:
-    """For each of x (N, F) the distance (N,) to its k-th nearest among the others."""
+    """Return the distance (N,) of each of x (N, F) to its k-th nearest neighbor."""
     if not 1 <= k < len(x):
-        raise ValueError(f"{len(x)} samples have no neighbour number {k} each: k must lie in [1, {len(x) - 1}]")
-    # The sample itself, at 0, is the first.
+        raise ValueError(f"k={k} must be in [1, {len(x) - 1}] for {len(x)} samples")
+    # The sample itself, at distance 0, is the first.
     return torch.cat([distances(x[rows], x).kthvalue(k + 1).values for rows in chunks(len(x), len(x))])
 
 
 def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
-    """Of samples (M, F) against real ones (N, F), each with a ball that reaches to its k-th neighbour.
+    """Compare samples (M, F) with real data (N, F), where each sample has a ball that reaches its k-th neighbor.
 
-    Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-2; they take k = 3), density and coverage (Naeem et
-    al. 2020, section 3; k = 5). What recall and coverage lose without a sample, its balls staying as they are, is what
-    only this sample reaches: linear in that, their intervals are rather too wide (Efron & Stein 1981) than too narrow,
-    as those of repeated samples would be.
+    The bootstrap of recall and coverage is linear: a sample contributes the real samples that it alone covers.
+    Their intervals are therefore too wide rather than too narrow (Efron and Stein 1981).
+
+    Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1-2 (with k = 3), for precision and recall; Naeem et al.
+    2020 (arXiv 2002.09797), section 3 (with k = 5), for density and coverage.
     """
     ours, theirs = radii(samples, k), radii(real, k)
     parts = list(chunks(len(samples), len(real)))
     hits = torch.cat([(distances(samples[rows], real) <= theirs).sum(1) for rows in parts]).double()
 
-    def reached(ball: Callable[[slice], Tensor]) -> Statistic:
-        """The share of real samples that are in one ball with some sample."""
-        times = torch.zeros(len(real), dtype=torch.int64, device=real.device)
+    def covered_share(ball: Callable[[slice], Tensor]) -> Statistic:
+        """Return the share of real samples within `ball` of a sample."""
+        hits_per_real = torch.zeros(len(real), dtype=torch.int64, device=real.device)
         for rows in parts:
-            times += (distances(samples[rows], real) <= ball(rows)).sum(0)
-        alone = torch.cat([((distances(samples[rows], real) <= ball(rows)) & (times == 1)).sum(1) for rows in parts])
-        return linear((times > 0).double().mean(), alone.double() / len(real), SHARE)
+            hits_per_real += (distances(samples[rows], real) <= ball(rows)).sum(0)
+        alone = torch.cat(
+            [((distances(samples[rows], real) <= ball(rows)) & (hits_per_real == 1)).sum(1) for rows in parts]
+        )
+        return linear_statistic((hits_per_real > 0).double().mean(), alone.double() / len(real), SHARE)
 
     return Manifolds(
         precision=mean_of(hits > 0),
         density=mean_of(hits / k),
-        recall=reached(lambda rows: ours[rows, None]),
-        coverage=reached(lambda rows: theirs),
+        recall=covered_share(lambda rows: ours[rows, None]),
+        coverage=covered_share(lambda rows: theirs),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.data.module import BaseDataModule
 from src.diffusion.noise import make_grid
-from src.metrics.neighbors import Nearest, nearest
+from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
 from src.viz import charts, images
@@ -26,7 +26,7 @@ def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple
     indices: list[int] = []
     for start in range(0, len(data.train_indices[:limit]), 1024):
         some, which = data.fetch(data.train_indices[start : min(start + 1024, limit)])
-        found = found.or_nearer(nearest(flat, data.preprocess(some).cpu().flatten(1), start))
+        found = found.or_nearer(nearest_neighbors(flat, data.preprocess(some).cpu().flatten(1), start))
         indices += which
     neighbors = data.preprocess(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
     return neighbors, found.distances / math.sqrt(flat.shape[1])

@@ -246,16 +246,16 @@ def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
     asked = [f"run='{trained}'", "num_val=30", "batch_size=8", "num_terms=5", "n=20", "sampler.steps=2", "device=cpu"]
     done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("30 held-out samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    assert done.stdout.count("30 validation samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
     (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
     alone = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'alone'}'"))
     together = json.loads((folder / "metrics.json").read_text())
     for found, expected in (
-        (together["floor"], alone.pop("floor")),
-        (together["samplers"]["ancestral 2"]["figures"], alone["samplers"]["ancestral 2"]["figures"]),
+        (together["baseline"], alone.pop("baseline")),
+        (together["samplers"]["ancestral 2"]["metrics"], alone["samplers"]["ancestral 2"]["metrics"]),
     ):
         assert found == {name: pytest.approx(figure, rel=1e-5, abs=1e-6) for name, figure in expected.items()}
-    assert {n: v for n, v in together.items() if n not in ("floor", "samplers")} == {
+    assert {n: v for n, v in together.items() if n not in ("baseline", "samplers")} == {
         name: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
         for name, value in alone.items()
         if name != "samplers"

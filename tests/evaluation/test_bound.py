@@ -1,6 +1,6 @@
-"""The bound of all links, its estimate from some, the objective that trains it, and the choice of reverse variance.
+"""The variational bound, its estimate, the loss that trains it, and the reverse variance.
 
-Mostly of the ideal denoiser of N(0.3, 0.5^2), for which each term is a formula.
+Most tests use the ideal denoiser of N(0.3, 0.5^2), for which each term has a closed form.
 """
 
 import math
@@ -16,12 +16,13 @@ from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
 from src.diffusion.timestep_samplers import uniform
 from src.errors import UsageError
 from src.evaluation.callbacks import BitsPerDim
-from src.evaluation.likelihood import bounds, link_shares
+from src.evaluation.likelihood import bounds
+from src.evaluation.reverse_variance import sample_halves, transition_probs
 from src.training.module import DiffusionModule, Sampler
 from tests.conftest import compose, train_tiny
 
-MEAN, DEVIATION = 0.3, 0.5
-ENTROPY = math.log2(DEVIATION * math.sqrt(2 * math.pi * math.e))  # 1.0471 bits
+MEAN, STD = 0.3, 0.5
+ENTROPY = math.log2(STD * math.sqrt(2 * math.pi * math.e))  # 1.0471 bits
 
 
 def schedules_of(steps: int) -> dict[str, Schedule]:
@@ -35,7 +36,7 @@ def schedules_of(steps: int) -> dict[str, Schedule]:
 
 
 class Ideal(nn.Module):
-    """E[x_0 | x_t] for x_0 ~ N(MEAN, DEVIATION^2)."""
+    """E[x_0 | x_t] for x_0 ~ N(MEAN, STD^2)."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Ideal(nn.Module):
         else:
             alpha, sigma = self.schedule.curve(time.double())
         alpha, sigma = alpha[:, None], sigma[:, None]
-        share = alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2)
+        share = alpha * STD**2 / (alpha**2 * STD**2 + sigma**2)
         return (MEAN + share * (x - alpha * MEAN)).to(x)
 
 
@@ -56,36 +57,36 @@ def module_of(
     schedule: Schedule,
     variance: str = "fixed_small",
     net: nn.Module | None = None,
-    levels: int | None = None,
+    num_values: int | None = None,
     loss_fn=lambda *args: losses.simple(*args, weighting=losses.uniform),
 ) -> DiffusionModule:
-    diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, num_values=levels)
+    diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, num_values=num_values)
     sampler = Sampler(samplers.ddim, 2, "trailing")
     return DiffusionModule(net or Ideal(schedule), schedule, diffusion, loss_fn, uniform, sampler, shape=(1,))
 
 
 def data(count: int) -> Tensor:
-    return MEAN + DEVIATION * torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
+    return MEAN + STD * torch.randn(count, 1, generator=torch.Generator().manual_seed(0))
 
 
 def own_bits(x: Tensor) -> Tensor:
-    """-log2 of the density at x (N, 1): what the bound is compared with, so that the samples' chance is in both."""
-    z = (x[:, 0].double() - MEAN) / DEVIATION
-    return (z.square() / 2 + math.log(DEVIATION * math.sqrt(2 * math.pi))) / math.log(2)
+    """Return -log2 of the density at x (N, 1), whose sampling error the bound shares."""
+    z = (x[:, 0].double() - MEAN) / STD
+    return (z.square() / 2 + math.log(STD * math.sqrt(2 * math.pi))) / math.log(2)
 
 
 def totals(module: DiffusionModule, x: Tensor, num_terms: int | None, variance: str) -> Tensor:
-    """The bound of each sample, (N,)."""
+    """Return the bound of each sample, (N,)."""
     (result,) = bounds(module, [range(len(x))], lambda _: (x, None), 0, num_terms, variance)
     return result.total
 
 
 def exact_terms(schedule: Schedule, variance: str) -> list[float]:
-    """The expectation of each term in bits, the decoder's first, by Kingma et al. 2021, app. A, in plain floats."""
+    """Return the expectation of each term in bits, the decoder's first. Source: Kingma et al. 2021, appendix A."""
     terms = []
     for k in range(schedule.num_steps):
         (a_t, s_t, _), (a_s, s_s, _) = ([f.item() for f in schedule.row(row)] for row in (k, k - 1))
-        mse = DEVIATION**2 * s_t**2 / (a_t**2 * DEVIATION**2 + s_t**2)
+        mse = STD**2 * s_t**2 / (a_t**2 * STD**2 + s_t**2)
         if k == 0:
             chosen = mse if variance == "optimal" else schedule.decoder_scale * (s_t / a_t) ** 2
             terms.append((math.log(2 * math.pi * chosen) + mse / chosen) / 2)
@@ -100,36 +101,36 @@ def exact_terms(schedule: Schedule, variance: str) -> list[float]:
 
 
 def exact_prior(schedule: Schedule) -> float:
-    """KL(q(x_T | x_0) || p(x_T)) in bits, averaged over the data."""
+    """Return KL(q(x_T | x_0) || p(x_T)) in bits, averaged over the data."""
     alpha, sigma, _ = (f.item() for f in schedule.row(schedule.num_steps - 1))
     spread = alpha**2 + sigma**2
-    square = alpha**2 * (MEAN**2 + DEVIATION**2)
+    square = alpha**2 * (MEAN**2 + STD**2)
     return ((sigma**2 + square) / spread - 1 - math.log(sigma**2 / spread)) / 2 / math.log(2)
 
 
-def test_optimal_variance_reaches_the_entropy_by_both_routes():
-    """The entropy and what x_T still tells; the formula too, whose reverse steps are the exact ones."""
+def test_optimal_variance_reaches_the_entropy():
+    """Both the closed form and the measured bound equal the entropy plus the prior term."""
     x = data(1500)
-    of_issue = ContinuousSchedule(curves.rectified_flow, 1000)  # 10.71 bits when it was estimated
-    for name, schedule in {**schedules_of(40), "of the issue": of_issue}.items():
+    long = ContinuousSchedule(curves.rectified_flow, 1000)
+    for name, schedule in {**schedules_of(40), "rectified_flow with 1000 steps": long}.items():
         expected = ENTROPY + exact_prior(schedule)
         noisiest = schedule.row(schedule.num_steps - 1)
-        # The prior's term is to N(0, alpha^2 + sigma^2), and not to the samples' own distribution.
-        told = math.log1p(DEVIATION**2 * noisiest.snr.item()) / 2 / math.log(2)
+        # The prior is N(0, alpha^2 + sigma^2), not the marginal distribution of x_T.
+        information = math.log1p(STD**2 * noisiest.snr.item()) / 2 / math.log(2)
         formula = sum(exact_terms(schedule, "optimal")) + exact_prior(schedule)
-        assert formula == pytest.approx(expected - told, abs=1e-6), name
+        assert formula == pytest.approx(expected - information, abs=1e-6), name
         for num_terms in (None, 40):
-            some = x[:500] if num_terms is None else x  # all links vary less
+            some = x[:500] if num_terms is None else x  # all terms have less variance
             excess = totals(module_of(schedule), some, num_terms, "optimal") - own_bits(some)
             error = excess.std().item() / math.sqrt(len(some))
-            # What a variance costs that was measured on so few.
+            # The measured variance has a sampling error.
             assert excess.mean().item() == pytest.approx(formula - ENTROPY, abs=4 * error + 0.01), (name, num_terms)
             assert error < 0.12
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_estimate_and_all_links_are_the_exact_bound(variance):
-    """With fixed_small 2.84 bits on rectified flow and 2.41 on the continuous cosine, where 1.047 is the entropy."""
+def test_bound_and_estimate_equal_the_closed_form(variance):
+    """fixed_small has 2.84 bits on rectified_flow and 2.41 on the continuous cosine; the entropy is 1.047."""
     x = data(1000)
     known = {"continuous_rectified_flow": 2.84, "continuous_cosine": 2.41}
     for name, schedule in schedules_of(40).items():
@@ -139,7 +140,7 @@ def test_estimate_and_all_links_are_the_exact_bound(variance):
         if name in known and variance == "fixed_small":
             assert expected == pytest.approx(known[name], abs=0.01)
         for num_terms in (None, 40):
-            some = x[:200] if num_terms is None else x  # all links vary less
+            some = x[:200] if num_terms is None else x  # all terms have less variance
             excess = totals(module_of(schedule), some, num_terms, variance) - own_bits(some)
             error = excess.std().item() / math.sqrt(len(some))
             assert excess.mean().item() == pytest.approx(expected - ENTROPY, abs=4 * error), (name, num_terms)
@@ -149,17 +150,16 @@ def test_estimate_and_all_links_are_the_exact_bound(variance):
     )
 
 
-def test_shares_of_links_cover_the_chain():
-    """They are probabilities, at least half an even share each."""
+def test_transition_probs_are_at_least_half_uniform():
     for schedule in [*schedules_of(40).values(), *schedules_of(2).values()]:
-        shares = link_shares(schedule)
-        assert shares.shape == (schedule.num_steps - 1,)
-        assert shares.sum().item() == pytest.approx(1, abs=1e-12)
-        assert (shares >= 0.5 / len(shares) - 1e-15).all()
+        probs = transition_probs(schedule)
+        assert probs.shape == (schedule.num_steps - 1,)
+        assert probs.sum().item() == pytest.approx(1, abs=1e-12)
+        assert (probs >= 0.5 / len(probs) - 1e-15).all()
 
 
 def test_bound_of_short_chains_is_finite():
-    """Two or three rows, from one link or more than there are."""
+    """Chains of two or three rows, with one term or more than exist."""
     for steps in (2, 3):
         for schedule in schedules_of(steps).values():
             for num_terms in (None, 1, 100):
@@ -168,14 +168,14 @@ def test_bound_of_short_chains_is_finite():
 
 
 def nodes() -> tuple[Tensor, Tensor]:
-    """x_0 = m +- s and eps = +-1: the mean over these is the expectation of any quadratic function."""
+    """Return x_0 = m +- s and eps = +-1, whose mean is the expectation of any quadratic function."""
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 2)
-    return MEAN + DEVIATION * signs[:, :1], signs[:, 1:]
+    return MEAN + STD * signs[:, :1], signs[:, 1:]
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_objective_is_in_expectation_the_bound_without_the_prior(variance):
-    """vlb at v anywhere in each link, and hybrid's term beside a variance that is not learned yet."""
+def test_vlb_loss_has_the_expectation_of_the_bound(variance):
+    """Check vlb at several v within each transition, and hybrid with an untrained variance."""
     x0, eps = nodes()
     steps = 20
     for name, schedule in schedules_of(steps).items():
@@ -190,7 +190,7 @@ def test_objective_is_in_expectation_the_bound_without_the_prior(variance):
             terms = losses.vlb(
                 diffusion, lambda x_t, t, ideal=ideal: ideal(x_t, t.time.flatten()), x, transition, noise
             )
-            # A table's levels are float32.
+            # Tables are float32.
             tolerance = 1e-9 if isinstance(schedule, ContinuousSchedule) else 1e-3
             assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
             if variance == "fixed_small":
@@ -200,8 +200,8 @@ def test_objective_is_in_expectation_the_bound_without_the_prior(variance):
                 assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
 
 
-def test_simple_trains_at_v_and_the_bound_on_the_chain():
-    """On a continuous schedule; on a table both are rows."""
+def test_simple_trains_at_v_and_vlb_on_the_chain():
+    """They differ on continuous schedules; in tables both are rows."""
     v = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for schedule in schedules_of(50).values():
         like = torch.zeros(1000, 1)
@@ -222,7 +222,7 @@ def test_simple_trains_at_v_and_the_bound_on_the_chain():
 def test_learned_schedule_has_a_gradient():
     schedule = ContinuousSchedule(curves.Learned(width=8), 50)
     with torch.no_grad():
-        schedule.curve.heights.add_(3)  # far from a line, where all parameters matter
+        schedule.curve.heights.add_(3)  # far from linear, so all parameters have a gradient
     module = module_of(schedule, loss_fn=losses.vlb)
     batch = {"x": data(64), "start": 0, "total": 64}
     module._train_terms(batch, 0)[1]["loss"].mean().backward()
@@ -230,20 +230,36 @@ def test_learned_schedule_has_a_gradient():
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0
 
 
-def test_optimal_variance_of_a_sample_comes_from_the_other_half():
-    """A sample that is far off changes the others of its half not at all, and makes the other half's bound worse."""
+def test_optimal_variance_comes_from_the_other_half():
+    """An outlier leaves its half unchanged and raises the bound of the other."""
     schedule = ContinuousSchedule(curves.rectified_flow, 30)
     x = data(20)
-    odd = x.clone()
-    odd[6] = 50.0
+    outlier = x.clone()
+    halves = sample_halves(x)
+    outlier[6] = next(value for k in range(50, 99) if sample_halves(value := torch.tensor([[float(k)]])) == halves[6])
+    same = [k for k in range(20) if halves[k] == halves[6] and k != 6]
+    assert 4 < len(same) < 15
     for num_terms in (None, 3):
-        before, after = (totals(module_of(schedule), each, num_terms, "optimal") for each in (x, odd))
-        same = [k for k in range(0, 20, 2) if k != 6]
+        before, after = (totals(module_of(schedule), each, num_terms, "optimal") for each in (x, outlier))
         assert torch.equal(before[same], after[same])
-        assert (after[1::2] - before[1::2]).mean() > 1
+        assert (after - before)[halves != halves[6]].mean() > 1
 
 
-def test_optimal_variance_does_not_depend_on_parts_or_on_the_process():
+def test_equal_samples_share_a_half():
+    x = torch.randn(200, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    halves = sample_halves(x)
+    assert torch.equal(sample_halves(-torch.zeros(1, 4)), sample_halves(torch.zeros(1, 4)))
+    assert torch.equal(sample_halves(torch.cat([x.flip(0), x])), torch.cat([halves.flip(0), halves]))
+    assert 70 < halves.sum() < 130
+
+
+def test_optimal_variance_of_equal_samples_is_fixed_large():
+    """Their other half is empty."""
+    module, x = module_of(NoiseSchedule(schedules.cosine(10))), data(1).repeat(4, 1)
+    assert torch.equal(totals(module, x, None, "optimal"), totals(module, x, None, "fixed_large"))
+
+
+def test_optimal_variance_is_independent_of_batches():
     schedule = NoiseSchedule(schedules.cosine(30))
     x = data(24)
     one = totals(module_of(schedule), x, 6, "optimal")
@@ -253,7 +269,7 @@ def test_optimal_variance_does_not_depend_on_parts_or_on_the_process():
 
 
 class Rounding(nn.Module):
-    """Knows 4-bit data from its neighbours, but is 0.9 bins off for 1 sample in 100."""
+    """Predict 4-bit data exactly, but with an error of 0.9 bins for 1 sample in 100."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         wrong = (torch.arange(len(x)) % 200 < 2)[:, None]
@@ -263,14 +279,14 @@ class Rounding(nn.Module):
 TRUTH = torch.linspace(-1, 1, 16)[torch.arange(400) % 16][:, None]
 
 
-def test_decoder_of_data_with_levels_bears_rare_errors():
-    """The best variance costs half of what the mean square would, by a search over deviations in plain floats."""
+def test_decoder_variance_tolerates_rare_errors():
+    """Compare with a search over standard deviations: the mean square costs twice as many bits."""
     schedule = ContinuousSchedule(curves.rectified_flow, 20)
-    module = module_of(schedule, net=Rounding(), levels=16)
+    module = module_of(schedule, net=Rounding(), num_values=16)
     (result,) = bounds(module, [range(400)], lambda _: (TRUTH, None), 0, None, "optimal")
 
     def term(std: float) -> float:
-        """Of an inner level, whose bin reaches half a bin to either side."""
+        """Return the term of an inner value, whose bin extends half a bin to each side."""
 
         def cdf(x: float) -> float:
             return math.erfc(-x / std / math.sqrt(2)) / 2
@@ -280,12 +296,12 @@ def test_decoder_of_data_with_levels_bears_rare_errors():
 
     best = min(term(0.02 * 1.02**k) for k in range(300))
     assert best < 0.5 * term(math.sqrt(0.01) * 0.9)
-    # The two outermost of 16 levels have wider bins.
+    # The outermost 2 of 16 values have wider bins.
     assert result.terms[0].item() == pytest.approx(best, abs=0.05)
 
 
-def test_eight_bit_mixture_is_little_above_its_entropy():
-    """Against the entropy of its 256 probabilities, on the samples; fixed_small is 0.7 bits above it."""
+def test_bound_of_eight_bit_mixture_is_near_entropy():
+    """Compare with the entropy of the samples; fixed_small is 0.7 bits above."""
     values = torch.linspace(-1, 1, 256, dtype=torch.float64)
     edges = torch.cat([torch.tensor([-math.inf]), values[:-1] + 1 / 255, torch.tensor([math.inf])]).double()
     parts = [(0.3, -0.4, 0.1), (0.7, 0.45, 0.2)]
@@ -301,7 +317,7 @@ def test_eight_bit_mixture_is_little_above_its_entropy():
             return (joint.softmax(1) @ values)[:, None].to(x)
 
     x = values[index].float()[:, None]
-    module = module_of(schedule, net=Posterior(), levels=256)
+    module = module_of(schedule, net=Posterior(), num_values=256)
     for variance, above, below in (("optimal", 0.03, 0.01), ("fixed_small", 0.85, -0.6)):
         excess = totals(module, x, 60, variance) + p[index].log() / math.log(2)
         chance = 4 * excess.std().item() / math.sqrt(len(x))
@@ -311,29 +327,29 @@ def test_eight_bit_mixture_is_little_above_its_entropy():
 # Commands
 
 
-def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path):
-    """Each choice, of a run whose process has another; wrong ones are refused before anything is measured."""
+def test_evaluate_and_compare_accept_reverse_variance(tmp_path_factory, tmp_path):
+    """Every choice works for a run with another variance; others are refused before measuring."""
     from src.compare import compare
     from src.evaluate import evaluate
 
-    run = tmp_path_factory.mktemp("runs") / "of_bound"
+    run = tmp_path_factory.mktemp("runs") / "run"
     logged = train_tiny(run, "schedule=rectified_flow", "schedule.num_steps=20", "diffusion.variance=fixed_large",
                         "loss=simple", "callbacks.bits_per_dim.num_samples=40",
                         "callbacks.bits_per_dim.reverse_variance=fixed_small")  # fmt: skip
-    alone = [f"run='{run}'", "device=cpu", "quality=false", "num_val=40", f"run_dir='{tmp_path}'"]
-    asked = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
-    found = {
+    arguments = [f"run='{run}'", "device=cpu", "quality=false", "num_val=40", f"run_dir='{tmp_path}'"]
+    choices = [("optimal", "null"), ("optimal", 4), ("fixed_small", 4), ("fixed_large", 4), ("trained", 4)]
+    results = {
         (variance, num_terms): evaluate(
-            compose("evaluate", *alone, f"reverse_variance={variance}", f"links={num_terms}")
+            compose("evaluate", *arguments, f"reverse_variance={variance}", f"num_terms={num_terms}")
         )
-        for variance, num_terms in asked
+        for variance, num_terms in choices
     }
-    bits = {key: metrics["bits_per_dim"] for key, metrics in found.items()}
-    assert all(metrics["reverse_variance"] == variance for (variance, _), metrics in found.items())
+    bits = {key: metrics["bits_per_dim"] for key, metrics in results.items()}
+    assert all(metrics["reverse_variance"] == variance for (variance, _), metrics in results.items())
     assert bits["trained", 4] == pytest.approx(bits["fixed_large", 4], rel=1e-4)
     assert logged["val/bits_per_dim"] == pytest.approx(bits["fixed_small", 4], rel=1e-4)
     assert bits["optimal", 4] < min(bits["fixed_small", 4], bits["fixed_large", 4])
-    errors = [found["optimal", num_terms]["standard_error"] for num_terms in ("null", 4)]
+    errors = [results["optimal", num_terms]["standard_error"] for num_terms in ("null", 4)]
     assert bits["optimal", "null"] == pytest.approx(bits["optimal", 4], abs=4 * math.hypot(*errors))
     assert all(compose(name).reverse_variance == "optimal" for name in ("evaluate", "compare"))
     assert compose("train").callbacks.bits_per_dim.reverse_variance == "optimal"
@@ -344,15 +360,15 @@ def test_evaluate_and_compare_take_a_reverse_variance(tmp_path_factory, tmp_path
     ]
     for overrides, message in wrong:
         with pytest.raises(UsageError, match=message):
-            evaluate(compose("evaluate", *alone, *overrides))
+            evaluate(compose("evaluate", *arguments, *overrides))
     with pytest.raises(UsageError, match="reverse_variance=smal "):
         compare(compose("compare", f"runs=['{run}']", "reverse_variance=smal", f"run_dir='{tmp_path}'"))
 
 
-def test_callback_refuses_a_wrong_reverse_variance():
+def test_callback_refuses_invalid_reverse_variance():
     for settings, message in (
         ({"reverse_variance": "smal"}, "callbacks.bits_per_dim.reverse_variance=smal "),
-        ({"samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),
+        ({"num_samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),
     ):
         with pytest.raises(ValueError, match=message):
             BitsPerDim(**settings)

@@ -1,4 +1,4 @@
-"""The bound, the flow's likelihood and the comparison of samplers, where the right answer is known."""
+"""The bound, the flow likelihood and the comparison of samplers, on data with a known solution."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import compose, train_tiny
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global DATA
     global GaussianMixture, bound, compare_samplers, flow_bits, moments_distance, DiffusionModule, Sampler
     from src.data.analytic import GaussianMixture
@@ -33,7 +33,7 @@ def heavy_imports() -> None:
 
 
 class Ideal(nn.Module):
-    """A network that knows the data: x_0 as expected given x_t, at the level that its time stands for."""
+    """Predict E[x_0 | x_t] of the data at the noise level of the given time."""
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
@@ -78,15 +78,14 @@ every_schedule = pytest.mark.parametrize("make_schedule", SCHEDULES.values(), id
 
 @every_schedule
 @pytest.mark.parametrize("num_terms", [None, 1000], ids=["exact", "estimated"])
-def test_bound_of_the_ideal_network_is_little_above_the_entropy(make_schedule, num_terms):
-    """fixed_large is nearly the optimal variance of small steps; a decoder with half the right one costs the rest.
+def test_bound_of_ideal_network_is_near_entropy(make_schedule, num_terms):
+    """fixed_large is close to the optimal variance of small steps; the decoder's variance adds a known excess.
 
-    With r the ratio of the right variance to the decoder's, that is (r - 1 - log r) / 2 nats.
+    It is (r - 1 - log r) / 2 nats, where r is the ratio of the correct variance to the decoder's.
     """
     x = DATA(2000, torch.Generator().manual_seed(0))
     schedule = make_schedule()
     result = bound(ideal_module(schedule), x, seed=0, num_terms=num_terms, progress=lambda it: it)
-    # Of the same samples, so that chance is in both.
     own = -DATA.log_prob(x) / (2 * math.log(2))
     excess = (result.total - own).mean().item()
     ratio = 1 / schedule.decoder_scale
@@ -98,44 +97,43 @@ def test_bound_of_the_ideal_network_is_little_above_the_entropy(make_schedule, n
     assert 0 <= result.prior.mean() < 1e-4
 
 
-def test_bound_from_some_links_is_that_from_all_but_for_chance():
+def test_estimated_bound_matches_all_terms():
     x = DATA(4000, torch.Generator().manual_seed(1))
     module = ideal_module(cosine(100))
-    whole, part = (bound(module, x, seed=0, num_terms=n, progress=lambda it: it) for n in (None, 25))
-    error = part.total.std().item() / math.sqrt(len(x))
-    assert part.total.mean().item() == pytest.approx(whole.total.mean().item(), abs=5 * error)
+    exact, estimate = (bound(module, x, seed=0, num_terms=n, progress=lambda it: it) for n in (None, 25))
+    error = estimate.total.std().item() / math.sqrt(len(x))
+    assert estimate.total.mean().item() == pytest.approx(exact.total.mean().item(), abs=5 * error)
     assert error < 0.2
 
 
-def test_bound_depends_on_the_seed_alone():
+def test_bound_depends_on_seed_not_batch():
     x = DATA(8, torch.Generator().manual_seed(2))
     module = ideal_module(cosine(20))
     first, again, other = (bound(module, x, s, None, lambda it: it).total for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    # Nor on the batch: each sample's noise is its own.
     rest = bound(module, x[5:], 0, None, lambda it: it, start=5).total
     assert_close(rest, first[5:], rtol=1e-5, atol=1e-6)
 
 
-def test_flow_likelihood_of_the_ideal_network_is_the_density():
-    """Point by point: in two dimensions Hutchinson's probe of a diagonal Jacobian is exact."""
+def test_flow_likelihood_equals_the_density():
+    """Hutchinson's estimate is exact for a diagonal Jacobian."""
     x = DATA(20, torch.Generator().manual_seed(3))
     bits = flow_bits(ideal_module(cosine()), x, seed=0, tolerance=1e-5)
     exact = -DATA.log_prob(x) / (2 * math.log(2))
-    # float32 within the network, and the first level's noise, whose variance is 4e-5.
+    # The network is float32, and the first level's noise has a variance of 4e-5.
     assert_close(bits, exact, rtol=0, atol=2e-3)
 
 
-def test_moments_distance_is_the_wasserstein_distance():
-    """Of Gaussians along the same axes: the deviations' differences, and the means'."""
+def test_moments_distance_equals_wasserstein_distance():
+    """For equal axes it is the distance of the means and standard deviations."""
     data = GaussianMixture([1], [[1.0, 0.0]], [[2.0, 3.0]])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200_000, 2, generator=generator, dtype=torch.float64) * torch.tensor([1.0, 3.5])
     assert moments_distance(x, data) == pytest.approx(math.sqrt(1 + 1 + 0.25), abs=0.02)
 
 
-def test_samplers_come_closer_to_the_exact_answer_with_more_steps():
+def test_sampler_errors_decrease_with_steps():
     schedule = NoiseSchedule(schedules.cosine(1000))
     chosen = {
         "ddim": Sampler(samplers.ddim, 0, "log_snr"),
@@ -152,26 +150,26 @@ def test_samplers_come_closer_to_the_exact_answer_with_more_steps():
     assert all(error < 0.5 for r in results.values() for error in r.moments)
 
 
-def test_evaluate_reports_on_a_run(tmp_path, monkeypatch):
-    """bits/dim of held-out digits, with its error; terms that add up; the same whatever the batch."""
+def test_evaluate_reports_the_likelihood(tmp_path, monkeypatch):
+    """The terms add up, and the bound is independent of the batch size."""
     from src.evaluate import evaluate
 
     train_tiny(tmp_path / "run", "schedule.num_steps=20", "loss=hybrid", "trainer.max_steps=3")
     run = f"run='{tmp_path / 'run'}'"
-    alone = [run, "device=cpu", "quality=false"]
-    metrics = evaluate(compose("evaluate", *alone, "num_val=40", f"run_dir='{tmp_path / 'a'}'"))
+    arguments = [run, "device=cpu", "quality=false"]
+    metrics = evaluate(compose("evaluate", *arguments, "num_val=40", f"run_dir='{tmp_path / 'a'}'"))
     assert metrics["num_val"] == 40 and metrics["num_terms"] == 20
     parts = metrics["prior"] + metrics["decoder"] + metrics["divergences"]
     assert metrics["bits_per_dim"] == pytest.approx(parts, rel=1e-6)
     assert metrics["standard_error"] > 0
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bits_per_dim"] == metrics["bits_per_dim"]
     assert (tmp_path / "a" / "bound.png").stat().st_size > 1000
-    in_batches = [evaluate(compose("evaluate", *alone, "num_val=5", "num_terms=7", f"batch_size={size}",
+    in_batches = [evaluate(compose("evaluate", *arguments, "num_val=5", "num_terms=7", f"batch_size={size}",
                                    f"run_dir='{tmp_path / str(size)}'")) for size in (2, 5)]  # fmt: skip
     assert in_batches[0]["bits_per_dim"] == pytest.approx(in_batches[1]["bits_per_dim"], rel=1e-5)
     with_flow = evaluate(
         compose(
-            "evaluate", *alone, "num_val=8", "num_terms=5", "ode=true", "ode_tolerance=1e-2",
+            "evaluate", *arguments, "num_val=8", "num_terms=5", "ode=true", "ode_tolerance=1e-2",
             f"run_dir='{tmp_path / 'b'}'",
         )
     )  # fmt: skip
@@ -193,12 +191,12 @@ def test_evaluate_compares_samplers(tmp_path, capsys):
     [
         ([], "give run=FOLDER"),
         (["run=nowhere"], "no run folder"),
-        (["analytic=gaussian", "analytic_schedule=cosin"], "did you mean cosine"),
-        (["analytic=gaussian", "analytic_schedule=custom"], "choose from constant"),
-        (["analytic=gaussian", "analytic_steps=[1]"], "at least 2"),
+        (["analytic=gaussian", "analytic_schedule=cosin"], "analytic_schedule=cosin .*cosine"),
+        (["analytic=gaussian", "analytic_schedule=custom"], "analytic_schedule=custom "),
+        (["analytic=gaussian", "analytic_steps=[1]"], "analytic_steps="),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused_with_a_sentence(overrides, message, tmp_path):
+def test_invalid_settings_are_refused(overrides, message, tmp_path):
     from src.errors import UsageError
     from src.evaluate import evaluate
 

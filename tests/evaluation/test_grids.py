@@ -1,4 +1,4 @@
-"""Default grids of continuous schedules, and the shift of their SNR."""
+"""Default time grids of continuous schedules, and the shift of their SNR."""
 
 import math
 from functools import partial
@@ -37,8 +37,8 @@ def times(schedule, spacing, steps=20):
 # Default grids.
 
 
-def test_default_grids_have_the_least_error_of_all():
-    """By 20 steps on the Gaussian, whose exact flow is known; within a tenth of the best of the other spacings."""
+def test_default_grids_are_near_the_best():
+    """With 20 steps on a Gaussian, the error is within 10% of the best spacing."""
     data = instantiate(OmegaConf.load(CONF / "analytic" / "gaussian.yaml"), _convert_="all")
     for name in CONTINUOUS:
         choices = {"": lambda s: s} | {
@@ -52,8 +52,8 @@ def test_default_grids_have_the_least_error_of_all():
             assert own <= 1.1 * min(error for (error,) in others), (name, k, own, others)
 
 
-def test_flows_start_with_equal_steps_of_time():
-    """The issue's case: dpmpp_2m on rectified_flow, where the log-SNR grid costs twice the error and more."""
+def test_flows_use_equal_time_steps():
+    """On rectified_flow, the log-SNR grid has more than twice the error of dpmpp_2m."""
     flow = schedule_of("rectified_flow")
     for name in SAMPLERS:
         assert times(flow, sampler_of(name).spacing) == times(flow, "trailing")
@@ -64,7 +64,7 @@ def test_flows_start_with_equal_steps_of_time():
     assert results["own"].flow[0] < results["log_snr"].flow[0] / 2
 
 
-def test_default_grids_by_kind_of_schedule():
+def test_default_grids_by_schedule_type():
     cosine, table = schedule_of("cosine_continuous"), schedule_of("cosine")
     for name, on_curve, on_table in (
         ("ancestral", "trailing", "trailing"),
@@ -79,18 +79,18 @@ def test_default_grids_by_kind_of_schedule():
         assert times(table, spacing) == times(table, on_table)
 
 
-def test_a_typed_spacing_wins():
-    """Over the sampler's, and over that of the data, which is for tables only."""
-    for typed_overrides in ("karras", "leading"):
+def test_typed_spacing_overrides_defaults():
+    """It overrides the spacing of the sampler and of the data, which applies to tables only."""
+    for typed in ("karras", "leading"):
         cfg = compose(
             "train",
             "schedule=rectified_flow",
             "sampler=dpmpp_2m",
             "data=mixture",
-            f"sampler.spacing={typed_overrides}",
+            f"sampler.spacing={typed}",
             "run_dir=x",
         )
-        assert build_sampler(cfg.sampler).spacing == format_override
+        assert build_sampler(cfg.sampler).spacing == typed
     cfg = compose("train", "sampler=ancestral", "data=mixture", "run_dir=x")
     spacing = build_sampler(cfg.sampler).spacing
     assert times(schedule_of("cosine"), spacing) == times(schedule_of("cosine"), "karras")
@@ -100,8 +100,8 @@ def test_a_typed_spacing_wins():
 # The shift of the SNR.
 
 
-def test_shift_of_flows_is_that_of_sd3():
-    """Eq. 23: t_m = sqrt(m/n) t_n / (1 + (sqrt(m/n) - 1) t_n) for m pixels instead of n, in plain floats."""
+def test_shift_of_flows_equals_sd3():
+    """Esser et al. 2024, eq. 23: t_m = sqrt(m/n) t_n / (1 + (sqrt(m/n) - 1) t_n) for m pixels instead of n."""
     start = 1e-4
     for size, larger in ((64, 64), (64, 128), (64, 256), (256, 64)):
         root = larger / size
@@ -116,7 +116,7 @@ def test_shift_of_flows_is_that_of_sd3():
 
 
 def test_shift_multiplies_the_snr_everywhere():
-    """By factor^2, as on tables; what is 1 on the curve stays 1. In the precision of training too."""
+    """The factor is squared, the norm of the curve is kept, and float32 works too."""
     norms = {
         "cosine_continuous": torch.hypot,
         "linear_continuous": torch.hypot,
@@ -133,27 +133,27 @@ def test_shift_multiplies_the_snr_everywhere():
                 assert_close(norm(*shifted), torch.ones_like(u), rtol=0, atol=1e-6 if rtol > 1e-6 else 1e-14)
 
 
-def test_shift_agrees_with_that_of_tables():
-    """A table with the curve's alpha_bar, shifted, has the shifted curve's levels at its rows."""
+def test_shift_of_curves_equals_that_of_tables():
+    """A shifted table with the curve's alpha_bar has the noise levels of the shifted curve."""
     for curve in (partial(curves.cosine, max_log_snr=30.0), partial(curves.linear, max_log_snr=30.0)):
         betas = schedules.from_alpha_bar(lambda u, curve=curve: curve(u)[0].square(), 100, max_beta=0.99999)
         for factor in (0.25, 2.0):
             table = NoiseSchedule(schedules.snr_shift(betas, factor))
             schedule = ContinuousSchedule(curves.shifted(curve, factor), 100)
-            for t in (50, 80, 99):  # further down a table lacks the little noise of the curve at 0
+            for t in (50, 80, 99):  # at smaller t the table lacks the curve's noise at 0
                 ours, theirs = schedule.row(t), table.row(t)
                 assert ours.alpha.item() == pytest.approx(theirs.alpha.item(), rel=1e-8)
                 assert ours.sigma.item() == pytest.approx(theirs.sigma.item(), rel=1e-6)
 
 
-def test_shifts_multiply_and_sample_from_their_own_ends():
+def test_shifts_multiply_and_scale_the_first_level():
     twice = curves.shifted(curves.shifted(curves.exploding, 0.5), 0.25)
     assert_close(twice(U), curves.shifted(curves.exploding, 0.125)(U), rtol=1e-14, atol=0)
     grid = make_grid(schedule_of("edm_lognormal", snr_shift=0.5), 5, "trailing")
     assert grid[0].ratio.item() == pytest.approx(160)
 
 
-def test_what_cannot_be_shifted():
+def test_invalid_shifts_are_refused():
     for name, factor, setting in (
         ("learned", 0.5, "schedule.curve.max_log_snr"),
         ("cosine_continuous", 0.0, "snr_shift"),
@@ -168,7 +168,7 @@ def test_what_cannot_be_shifted():
 
 
 def test_zero_terminal_snr_of_curves():
-    """Of a flow it already holds; elsewhere the curve has to be changed itself."""
+    """Flows already have it; other curves need another end."""
     assert schedule_of("rectified_flow", zero_terminal_snr=True).row(999).alpha == 0
     for name in ("cosine_continuous", "edm_lognormal", "learned", "linear_continuous"):
         with pytest.raises(ValueError, match=r"zero_terminal_snr=true.*schedule\.curve"):
