@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from src.viz import charts, images
+from src.viz import charts, figures, images
 
 INTERVAL = (0.5, 0.4, 0.6)
 
 
 def test_first_21_series_differ():
-    styles = {tuple(charts.series_style(k).values()) for k in range(21)}
+    styles = {tuple(figures.series_style(k).values()) for k in range(21)}
     assert len(styles) == 21
 
 
@@ -26,10 +26,10 @@ def test_first_21_series_differ():
     ],
 )
 def test_log_axes_have_plain_labels(low, high, scale, labels):
-    figure, ((axes,),) = charts.new_figure(4, 3)
+    figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [low, high])
-    charts.set_log_scale(axes, "y")
-    charts.render(figure)
+    figures.set_log_scale(axes, "y")
+    figures.render(figure)
     assert axes.get_yscale() == scale
     bottom, top = axes.get_ylim()
     inside = [t.get_text() for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top]
@@ -37,9 +37,9 @@ def test_log_axes_have_plain_labels(low, high, scale, labels):
 
 
 def test_linear_axes_have_no_offsets():
-    figure, ((axes,),) = charts.new_figure(4, 3)
+    figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [1.00104, 1.00106])
-    charts.render(figure)
+    figures.render(figure)
     assert not axes.yaxis.get_offset_text().get_text()
 
 
@@ -50,43 +50,43 @@ def test_training_curves_share_their_steps(tmp_path, monkeypatch):
         writer.writeheader()
         writer.writerows({"step": k, "train/loss": 1 / (k + 1)} for k in range(20))
         writer.writerow({"step": 19, "val/loss": 0.1})
-    figures = []
+    drawn = []
     render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: figures.append(figure) or render(figure))
+    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
     assert charts.loss_curves([log]) is not None
-    first, second = figures[0].axes
+    first, second = drawn[0].axes
     assert first.get_xlim() == second.get_xlim() and first.get_title()
     assert charts.loss_curves([]) is None
 
 
 def test_charts_have_titles_and_labels(monkeypatch):
-    figures = []
+    drawn = []
     render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: figures.append(figure) or render(figure))
+    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
     t = torch.linspace(0.01, 0.99, 50)
     charts.schedule_curves({f"s{k}": (t, (1 - t).sqrt(), t.sqrt()) for k in range(14)})
     charts.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
     charts.sampler_errors({"ddim": ([5, 50], [0.1, 0.01], [0.2, 0.02]), "ancestral": ([5, 50], [], [0.3, 0.1])}, 0.01)
     charts.alignment_against_diversity({"all": [(1.0, INTERVAL, INTERVAL)]}, 0.9)
     charts.class_shares(["0", "1"], {"real data": [INTERVAL] * 2, "ddim 5": [INTERVAL] * 2})
-    for figure in figures:
+    for figure in drawn:
         for axes in figure.axes:
             assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
-    assert len(figures[-1].axes[0].containers) == 4  # bars and error bars of both labels
+    assert len(drawn[-1].axes[0].containers) == 4  # bars and error bars of both labels
 
 
 def test_quality_chart_tells_direction(monkeypatch):
-    figures = []
+    drawn = []
     render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: figures.append(figure) or render(figure))
+    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
     curves = {"ddim": [(5, [INTERVAL, INTERVAL]), (50, [INTERVAL, INTERVAL])]}
     charts.quality_against_cost(["fd_pixels_1k", "recall_pixels_1k"], curves, [INTERVAL, INTERVAL])
-    left, right = (axes.get_ylabel() for axes in figures[0].axes)
+    left, right = (axes.get_ylabel() for axes in drawn[0].axes)
     assert "lower is better" in left and "higher is better" in right
 
 
 def test_error_bars_are_never_negative():
-    assert (charts.error_bars(np.array([[1.0, 1.1, 1.2], [1.0, 0.5, 0.9]])) >= 0).all()
+    assert (figures.error_bars(np.array([[1.0, 1.1, 1.2], [1.0, 0.5, 0.9]])) >= 0).all()
 
 
 @pytest.mark.parametrize("frame", [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.randn(50, 2)])
