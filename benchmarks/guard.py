@@ -43,9 +43,10 @@ class AlternateGuard(L.Callback):
             callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             (guard,) = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
             if is_guarded:
-                self._disabled.enter_context(patch.object(guard, "on_train_batch_end", lambda *_: None))
+                for hook in ("on_before_backward", "on_train_batch_end"):
+                    self._disabled.enter_context(patch.object(guard, hook, lambda *_: None))
                 # The optimizer step must not check the norm either.
-                self._disabled.enter_context(patch("src.training.optim.skip_unless", never_skip))
+                self._disabled.enter_context(patch("src.training.module.skip_unless", never_skip))
             else:
                 self._disabled.close()
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from src.models.unet import attended_resolutions, stage_resolutions
 from src.models.winograd import Conv3x3
 from src.training.compile import compiled
 
@@ -226,14 +227,15 @@ IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
 
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
     """Return the work of a network as large as `model`: the same channels, blocks and attention resolutions."""
-    sizes = [-(-data.image_size // (model.patch_size * 2**stage)) for stage in range(len(model.channel_mult))]
+    resolutions = stage_resolutions(data.image_size, model.patch_size, len(model.channel_mult))
+    attended = attended_resolutions(model.attention_resolutions, resolutions)
     return Work(
         images,
         data.batch_size,
         model.model_channels,
         tuple(model.channel_mult),
         model.num_res_blocks,
-        tuple(any(r**2 <= 2 * size**2 <= 4 * r**2 for r in model.attention_resolutions) for size in sizes),
+        tuple(resolution in attended for resolution in resolutions),
         model.num_head_channels or model.model_channels * model.channel_mult[-1],
         device,
         num_values=data.num_values,

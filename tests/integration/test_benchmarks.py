@@ -56,7 +56,8 @@ def test_peer_batches_lie_between_minus_one_and_one() -> None:
 def test_peers_have_attention_at_our_stages() -> None:
     cfg = compose_train(["model=unet_patched", "data=mnist"], Path("unused"))
     work = as_large_as(cfg.model, cfg.data, torch.zeros(0, 1, 28, 28), torch.device("cpu"))
-    assert work.attention == (False, True, True)  # of 14, 7 and 4 patches per side
+    assert list(cfg.model.attention_resolutions) == [8, 4]  # the stages are 14, 7 and 4 patches wide
+    assert work.attention == (False, True, True)
 
 
 def test_diffusers_samples_with_ema_and_keeps_its_weights(monkeypatch: Any) -> None:
