@@ -1,7 +1,7 @@
-"""All that benchmarks/ measures, one section after the other: `make bench`, and on a GPU `make bench-gpu`.
+"""Run all benchmarks, one section after another: `make bench`, or `make bench-gpu` on a GPU.
 
-Leaves `table.md` in outputs/bench/<time>/, after each section what there is so far. Nothing else should run beside it.
-It takes hours: with the `--folder` of an earlier run it goes on there, and does only what is missing.
+Writes `table.md` in outputs/bench/<time>/ after each section. Takes hours on an otherwise idle machine; with
+`--folder` of an earlier run it continues that run.
 """
 
 import argparse
@@ -26,18 +26,19 @@ TABLE = "table.md"
 
 
 def training(*arguments: str) -> list[str]:
+    """Return a command of `benchmarks.training`."""
     return ["benchmarks.training", *arguments]
 
 
 def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
-    """The module and arguments of each, by its title."""
+    """Return module and arguments of each section by its title."""
     if gpu:
-        # Of ours and the network tuned by hand; the others' loops are as they ship them, in float32. What tells most
-        # comes first: to compile two networks for each size of batch takes minutes.
+        # Precision and compilation apply to our network and the hand-tuned one; the other loops run as shipped, in
+        # float32. The most informative sections come first, since compilation takes minutes for each batch size.
         bf16 = ["--precision", "bf16-mixed", "--rounds", "7", "--steps", "10", "--warmup", "5", "--compile"]
         steps = {
             f"A step of {model}, {batch} images": training(
-                # The last one holds a whole graph while it waits for its turn.
+                # The last peer keeps the graph of a loss in memory while others run.
                 *("--model", model, "--batch", str(batch), *bf16, "reduce-overhead" if batch < 128 else "default"),
                 *(PEERS if batch < 128 else PEERS[:-1]),
             )
@@ -49,10 +50,10 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
         first = next(iter(steps))
         return {
             first: steps.pop(first),
-            "Where the time of such a step goes": ["benchmarks.kernels"],
-            "Images by the thousand": ["benchmarks.many"],
+            "GPU kernels of a training step": ["benchmarks.kernels"],
+            "Sampling throughput": ["benchmarks.many"],
             **steps,
-            "From the command to the first step": ["benchmarks.startup"],
+            "Startup time": ["benchmarks.startup"],
         }
     few = ["--steps", "1", "--warmup", "1", *PEERS]
     large = ["--rounds", "2", "--steps", "1", "--warmup", "0", *PEERS[:-1]]
@@ -67,15 +68,15 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
         "A step of unet_ddpm, 64 images": training("--model", "unet_ddpm", "--batch", "64", *large),
         "A step of unet_tiny on the digits": training("--model", "unet_tiny", "--rounds", "15"),
         "Convolutions": ["benchmarks.convolutions"],
-        "From the command to the first step": ["benchmarks.startup"],
-        "Where the time of make train goes": ["benchmarks.shares"],
-        "Quality for time": ["benchmarks.quality", "--data", "digits", "glyphs", "--folder", str(quality)],
+        "Startup time": ["benchmarks.startup"],
+        "Time shares of make train": ["benchmarks.shares"],
+        "Quality by training time": ["benchmarks.quality", "--data", "digits", "glyphs", "--folder", str(quality)],
         "Sampling": ["benchmarks.sampling"],
     }
 
 
-def setting() -> str:
-    """The machine and the versions, in a line."""
+def describe_machine() -> str:
+    """Return the hardware and the package versions in one line."""
     device = device_name(torch.device("cpu"))
     if torch.cuda.is_available():
         device = f"{device_name(torch.device('cuda'))}, {device}"
@@ -90,13 +91,13 @@ def setting() -> str:
 
 
 def measure(title: str, command: Sequence[str], folder: Path) -> bool:
-    """Run a section unless it is there already, and add it to the table; whether it went well."""
-    typed_overrides, own = shlex.join(["python", "-m", *command]), folder / title.replace(" ", "_")
+    """Run a section that has no result yet, add it to the table, and return whether it succeeded."""
+    typed, own = shlex.join(["python", "-m", *command]), folder / title.replace(" ", "_")
     good, bad, log = (own.with_suffix(suffix) for suffix in (".md", ".failed", ".log"))
     if good.is_file():
-        print(f"{title}: is in {good} already", flush=True)
+        print(f"{title}: already in {good}", flush=True)
         return True
-    print(f"{title}: {typed_overrides}", flush=True)
+    print(f"{title}: {typed}", flush=True)
     began = time.monotonic()
     with log.open("w") as errors:
         ended = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -105,23 +106,23 @@ def measure(title: str, command: Sequence[str], folder: Path) -> bool:
     bad.unlink(missing_ok=True)
     minutes = (time.monotonic() - began) / 60
     (bad if ended.returncode else good).write_text(
-        f"## {title}\n{setting()}: `{typed_overrides}`, {minutes:.0f} minutes\n\n{text}\n"
+        f"## {title}\n{describe_machine()}: `{typed}`, {minutes:.0f} minutes\n\n{text}\n"
     )
-    there = sorted([*folder.glob("*.md"), *folder.glob("*.failed")], key=lambda path: path.stat().st_mtime)
-    parts = [path.read_text() for path in there if path.name != TABLE]
+    written = sorted([*folder.glob("*.md"), *folder.glob("*.failed")], key=lambda path: path.stat().st_mtime)
+    parts = [path.read_text() for path in written if path.name != TABLE]
     (folder / TABLE).write_text("\n".join(parts))
     return not ended.returncode
 
 
 def main() -> None:
-    """Run them; one that fails says so in the table, and the status is 1."""
+    """Run the sections; exit with status 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="what wants a GPU, in place of what a CPU can do")
-    parser.add_argument("--folder", type=Path, help="where the table goes; sections that are there are not done again")
-    parser.add_argument("--only", nargs="+", default=[], help="words of the titles of sections")
+    parser.add_argument("--gpu", action="store_true", help="run the GPU sections instead of the CPU sections")
+    parser.add_argument("--folder", type=Path, help="output folder; existing sections are kept")
+    parser.add_argument("--only", nargs="+", default=[], help="run sections whose titles contain one of these words")
     args = parser.parse_args()
     if args.gpu and not torch.cuda.is_available():
-        raise SystemExit("no GPU that torch can use is to be found here: `make bench` is for a CPU")
+        raise SystemExit("--gpu needs a GPU that torch can use; run `make bench` for the CPU sections")
     folder = args.folder or Path("outputs/bench") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {
@@ -130,13 +131,15 @@ def main() -> None:
         if not args.only or any(word in title for word in args.only)
     }
     if not chosen:
-        raise SystemExit(f"no section has any of {args.only} in its title: {', '.join(sections(args.gpu, folder))}")
-    print(f"Into {folder}; if it is cut short, --folder {folder} goes on with what is not done", flush=True)
+        raise SystemExit(
+            f"--only={' '.join(args.only)} matches no section: choose from {', '.join(sections(args.gpu, folder))}"
+        )
+    print(f"Output: {folder}; to continue an interrupted run add --folder {folder}", flush=True)
     try:
         done = [measure(title, command, folder) for title, command in chosen.items()]
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"All of it: {folder / TABLE}")
+    print(f"Results: {folder / TABLE}")
     sys.exit(not all(done))
 
 

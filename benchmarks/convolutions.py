@@ -1,7 +1,7 @@
-"""Where Winograd's convolution pays on this machine: `python -m benchmarks.convolutions`.
+"""Measure where Winograd convolution is faster on this machine: `python -m benchmarks.convolutions`.
 
-Time of the direct one over its own, in turns, forward alone and with the backward pass, and the relative errors of both
-in single precision: what the thresholds of `src.models.winograd` stand on.
+Prints the time of direct convolution divided by that of Winograd convolution, forward and with the backward pass, and
+the relative errors of both in float32. The thresholds of `src.models.winograd` follow from these results.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch import Tensor
 from src.models.winograd import num_tiles, winograd
 from src.viz.tables import markdown_table
 
-SHAPES = [  # (batch, channels in, out, height and width)
+SHAPES = [  # (batch, input channels, output channels, height and width)
     *((16, c, c, 32) for c in (32, 48, 64, 96, 128)),
     *((16, c, c, 16) for c in (64, 96, 128, 256)),
     (16, 256, 128, 16),
@@ -29,7 +29,7 @@ SHAPES = [  # (batch, channels in, out, height and width)
 
 
 def ratio(direct: Callable[[], object], other: Callable[[], object], rounds: int) -> tuple[float, float]:
-    """Milliseconds of the first, and the median of its time over the other's."""
+    """Return the median milliseconds of `direct`, and the median ratio of its time to that of `other`."""
     pairs = []
     for _ in range(rounds + 2):
         marks = [time.perf_counter_ns()]
@@ -41,6 +41,7 @@ def ratio(direct: Callable[[], object], other: Callable[[], object], rounds: int
 
 
 def row(batch: int, c_in: int, c_out: int, size: int, rounds: int) -> list[str]:
+    """Return the table row of one shape."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -63,25 +64,25 @@ def row(batch: int, c_in: int, c_out: int, size: int, rounds: int) -> list[str]:
         errors = [((each() - exact).norm() / exact.norm()).item() for each in (direct, other)]
         forward = ratio(direct, other, rounds)
 
-    def passes(way: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def with_backward(way: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: torch.autograd.grad(way(), (x, weight, bias), upstream)
 
-    both = ratio(passes(direct), passes(other), rounds)
+    both = ratio(with_backward(direct), with_backward(other), rounds)
     shape = f"{batch} x {c_in} to {c_out} at {size}x{size}"
     cells = [f"{forward[0]:.1f}", f"{forward[1]:.2f}", f"{both[0]:.1f}", f"{both[1]:.2f}"]
     return [shape, str(batch * num_tiles(size) ** 2), *cells, *(f"{error:.1e}" for error in errors)]
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    header = ["convolution", "tiles", "forward, ms", "over Winograd's", "both passes, ms", "over Winograd's"]
+    header = ["convolution", "tiles", "forward, ms", "direct / Winograd", "both passes, ms", "direct / Winograd"]
     rows = [row(*shape, args.rounds) for shape in SHAPES]
-    table = markdown_table([*header, "error", "of Winograd"], rows)
+    table = markdown_table([*header, "error", "Winograd error"], rows)
     print(f"threads: {args.threads}, torch {torch.__version__}\n\n{table}")
 
 

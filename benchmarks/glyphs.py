@@ -1,6 +1,6 @@
-"""Printed digits, 28x28 and gray, of many faces, slants and weights: like MNIST in all but the hand.
+"""Render printed digits, 28x28 grayscale, in many fonts, slants and weights, as an MNIST substitute without a download.
 
-Nothing is downloaded: they are drawn from a seed, with the fonts that matplotlib brings along.
+The fonts come with matplotlib; the images depend on a fixed seed.
 """
 
 import math
@@ -20,20 +20,20 @@ STYLES = ("", "-Bold", "-Oblique", "-Italic", "-BoldOblique", "-BoldItalic", "Bo
 
 
 def glyphs(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
-    """10,000 images with their digits, for `data.source`: each of another size, angle, slant, place and weight."""
+    """Return 10,000 labeled images for `data.source`, random in size, angle, slant, position and weight."""
     if (image_size, channels) != (28, 1):
         raise ValueError(
-            f"printed digits are 28x28 and gray, got {image_size}x{image_size}x{channels}: set data.image_size=28 "
-            "data.channels=1"
+            f"data.image_size={image_size} data.channels={channels} must be 28 and 1 for glyphs; "
+            "set data.image_size=28 data.channels=1"
         )
     generator = np.random.default_rng(0)
     digits = torch.arange(COUNT) % 10
-    images = np.stack([_draw(int(digit), generator) for digit in digits])
+    images = np.stack([_render_digit(int(digit), generator) for digit in digits])
     return InMemory(torch.from_numpy(images)[:, None], Labels(digits, [str(k) for k in range(10)]))
 
 
-def _draw(digit: int, generator: np.random.Generator) -> np.ndarray:
-    """Four times as large, turned and slanted about its middle, made bolder or not, and reduced."""
+def _render_digit(digit: int, generator: np.random.Generator) -> np.ndarray:
+    """Render at four times the size, rotate and shear about the center, dilate, and downsample."""
     paths = _fonts()
     font = ImageFont.truetype(paths[generator.integers(len(paths))], int(generator.uniform(72, 100)))
     image = Image.new("L", (112, 112))
@@ -53,5 +53,5 @@ def _fonts() -> list[Path]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     found = [path for face in FACES for style in STYLES if (path := folder / f"{face}{style}.ttf").is_file()]
     if not found:
-        raise FileNotFoundError(f"no {', '.join(FACES)} in {folder}: install matplotlib anew, which brings them along")
+        raise FileNotFoundError(f"no {', '.join(FACES)} in {folder}; reinstall matplotlib, which contains these fonts")
     return found

@@ -1,7 +1,7 @@
-"""What the guard against steps that are not finite costs: a run's steps with it against the same run's without it.
+"""Measure the overhead of `NonFiniteGuard`: `python -m benchmarks.guard --model unet_tiny`.
 
-Both in one process and in turns, a few steps at a time, so that what else the machine does slows both alike:
-`python -m benchmarks.guard --model unet_tiny`. A ratio of 1 means that the guard costs nothing.
+One process alternates between segments of steps with and without the guard, so that other load affects both equally. A
+ratio of 1 means no overhead.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from src.runs.build import build
 from src.training.callbacks.nan_guard import NonFiniteGuard
 
 
-class WithAndWithout(L.Callback):
-    """Has the guard watch every second segment of `warmup` + `steps` steps, and times the last `steps` of each."""
+class AlternateGuard(L.Callback):
+    """Enable the guard in every second segment of `warmup` + `steps` steps; time the last `steps` of each."""
 
     def __init__(self, warmup: int, steps: int) -> None:
         self.warmup = warmup
@@ -29,7 +29,7 @@ class WithAndWithout(L.Callback):
         self.guarded: list[Clock] = []
         self.unguarded: list[Clock] = []
         self._start = now()
-        self._blind = ExitStack()
+        self._disabled = ExitStack()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,30 +44,31 @@ class WithAndWithout(L.Callback):
             (guard,) = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
             if is_guarded:
                 for hook in ("on_before_backward", "on_train_batch_end"):
-                    self._blind.enter_context(patch.object(guard, hook, lambda *_: None))
-                # Nor does the optimizer's step look whether the norm is finite.
-                self._blind.enter_context(patch("src.training.module.skip_unless", take_every_step))
+                    self._disabled.enter_context(patch.object(guard, hook, lambda *_: None))
+                # The optimizer step must not check the norm either.
+                self._disabled.enter_context(patch("src.training.module.skip_unless", never_skip))
             else:
-                self._blind.close()
+                self._disabled.close()
 
 
-def take_every_step(fine: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+def never_skip(fine: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Replace `skip_unless`: take the step in any case."""
     cast(Any, optimizer).found_inf = None
 
 
 def main() -> None:
-    """Measure, and print the median and range of the ratio over all pairs."""
+    """Print median and quartiles of the time ratio over all pairs of segments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="unet_tiny")
     parser.add_argument("--rounds", type=int, default=20, help="pairs of segments")
-    parser.add_argument("--steps", type=int, default=20, help="timed per segment; the guard looks every 10")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per segment; the guard checks every 10")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         steps = 2 * args.rounds * (args.warmup + args.steps)
         run = build(compose(args.model, steps, "32-true", Path(folder) / "run"))
-        turns = WithAndWithout(args.warmup, args.steps)
+        turns = AlternateGuard(args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
         run.trainer.fit(run.module, datamodule=run.data)
     for name in Clock._fields:
@@ -75,7 +76,7 @@ def main() -> None:
         ratios = sorted(getattr(a, name) / getattr(b, name) for a, b in pairs)
         median = statistics.median(ratios)
         print(
-            f"{args.model}, {name} time with the guard over without: median {median:.4f} of {len(ratios)} pairs, "
+            f"{args.model}, {name} time with guard / without: median {median:.4f} of {len(ratios)} pairs, "
             f"quartiles {ratios[len(ratios) // 4]:.4f} to {ratios[-1 - len(ratios) // 4]:.4f}"
         )
 

@@ -1,6 +1,6 @@
-"""Where a GPU's time goes in a training step: `python -m benchmarks.kernels --batch 512`, the longest kernels of one.
+"""List the longest kernels of a training step on a GPU: `python -m benchmarks.kernels --batch 512`.
 
-Of the bare loop over our network, in bf16 and compiled unless told otherwise.
+Profiles the bare loop over our network; the default is bf16 and compiled.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from src.viz.tables import markdown_table
 
 
 def main() -> None:
-    """Profile, and print a Markdown table."""
+    """Print the kernels as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("unet_small", "unet_ddpm"), default="unet_ddpm")
     parser.add_argument("--batch", type=int, default=512)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="bf16-mixed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=3, help="that are profiled; as many are not, before")
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps, after as many warmup steps")
     args = parser.parse_args()
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def main() -> None:
     kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU  # type: ignore[attr-defined]
     each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in seen.key_averages()]
     kernels = sorted(
-        # What annotates a span of kernels is not one more.
+        # Annotations cover spans of kernels.
         (pair for pair in each if pair[0] > 0 and pair[1].device_type == kind and not pair[1].is_user_annotation),
         key=lambda pair: -pair[0],
     )

@@ -1,8 +1,7 @@
-"""How fast a GPU draws images by the thousand: `python -m benchmarks.many`, in float32, in bf16, and compiled.
+"""Measure the sampling throughput of a GPU in float32, in bf16 and compiled: `python -m benchmarks.many`.
 
-In 20 steps, 1,024 at once, with and without fresh noise in each step, from a network whose weights are random: what
-they show does not change the time, which is that of noise, network and sampler, not of files. "Outside" is what is
-left of it without the network's calls, timed by themselves.
+Samples batches of 1,024 images in 20 steps from a network with random weights. The time includes noise, network and
+sampler, not files. "Outside" is the share of time outside network calls, whose time is measured separately.
 """
 
 import argparse
@@ -26,15 +25,15 @@ from src.viz.tables import markdown_table
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("unet_small", "unet_ddpm"), default="unet_ddpm")
-    parser.add_argument("--at-once", type=int, default=1024)
-    parser.add_argument("--batches", type=int, default=5, help="that are timed, after one that is not")
+    parser.add_argument("--batch", type=int, default=1024, help="images per batch")
+    parser.add_argument("--batches", type=int, default=5, help="timed batches, after one warmup batch")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m", "dpmpp_2m_sde"])
-    parser.add_argument("--ways", nargs="+", default=["32-true", "bf16-mixed", "bf16-mixed compiled"])
+    parser.add_argument("--modes", nargs="+", default=["32-true", "bf16-mixed", "bf16-mixed compiled"])
     args = parser.parse_args()
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -44,28 +43,26 @@ def main() -> None:
     for p in module.parameters():
         p.data += 0.02 * torch.randn_like(p)
     rows = []
-    for way, name in itertools.product(args.ways, args.samplers):
+    for mode, name in itertools.product(args.modes, args.samplers):
         cfg = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
         assert isinstance(cfg, DictConfig)
         sampler = components.build_sampler(cfg)._replace(steps=args.steps)
-        precision, *compilation = way.split()
+        precision, *compilation = mode.split()
         module.sampling_dtype = PRECISIONS[precision]
         module.compiled_sampling = compiled(module.net, bool(compilation))
         seconds = []
         for k in range(args.batches + 1):
-            began = time.perf_counter()
-            *_, x = module.sample(
-                range(k * args.microbatch_size, (k + 1) * args.microbatch_size), 0, sampler, args.microbatch_size
-            )
+            start = time.perf_counter()
+            *_, x = module.sample(range(k * args.batch, (k + 1) * args.batch), 0, sampler, args.batch)
             x.sum().item()  # waits for the device
-            seconds.append(time.perf_counter() - began)
-        rate = args.batches * args.microbatch_size / sum(seconds[1:])
+            seconds.append(time.perf_counter() - start)
+        rate = args.batches * args.batch / sum(seconds[1:])
         calls = module.network_calls(sampler)
-        outside = 1 - time_network_call(module, args.microbatch_size) * calls * args.batches / sum(seconds[1:])
+        outside = 1 - time_network_call(module, args.batch) * calls * args.batches / sum(seconds[1:])
         cells = [f"{seconds[0]:.1f}", f"{rate:.0f}", f"{50_000 / rate:.0f}", f"{outside:.0%}"]
-        rows.append([way, name, str(calls), *cells])
-    print(f"{args.model}, {args.microbatch_size} at once, {device_name(device)}, torch {torch.__version__}\n")
-    header = ["way", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
+        rows.append([mode, name, str(calls), *cells])
+    print(f"{args.model}, batches of {args.batch}, {device_name(device)}, torch {torch.__version__}\n")
+    header = ["mode", "sampler", "calls", "first batch, s", "images/s", "50,000 images, s", "outside"]
     print(markdown_table(header, rows))
 
 

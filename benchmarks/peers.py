@@ -1,9 +1,9 @@
-"""Training steps of other projects, as they ship them, and of diffusers' network with all that a hand can do for it.
+"""Training steps of other projects as shipped, and of the diffusers network with hand-tuned training.
 
-Each function makes a network for `Work` and gives what takes one optimizer step on random images of it, in the order of
-that project's own loop: batch, noise, loss, backward pass, clipping, optimizer, weight average. What a loop leaves out
-(smalldiffusion: clipping and average), it leaves out here. Bars, trackers and data loaders are left out for all. What
-samples is the project's own sampler, with the averaged weights where there are any.
+Each function builds a network for a `Work` and returns a function that takes one optimizer step, in the order of that
+project's own loop: batch, noise, loss, backward pass, clipping, optimizer, weight average. smalldiffusion has no
+clipping and no average. Progress bars, trackers and data loaders are omitted. Sampling uses the project's own sampler
+and, if it has them, its averaged weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,43 +22,43 @@ from src.training.compile import compiled
 
 
 class Work(NamedTuple):
-    """What a network is trained on, and how large it is: width * multipliers[i] channels at level i."""
+    """Data and size of a network: model_channels * channel_mult[i] channels at stage i."""
 
     images: Tensor
-    """(N, C, H, W) whole numbers, on the device: no loop here waits for data."""
+    """Integers (N, C, H, W) on the device, so that no loop waits for data."""
     batch_size: int
-    width: int
-    multipliers: tuple[int, ...]
-    blocks: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_res_blocks: int
     attention: tuple[bool, ...]
-    """Of each level."""
-    head_channels: int
+    """Of each stage."""
+    num_head_channels: int
     device: torch.device
     bf16: bool = False
     compile_mode: str | None = None
-    """Of torch.compile, for the network that is tuned by hand."""
+    """Of torch.compile, for the hand-tuned network."""
     num_steps: int = 100_000
-    """After which a learning rate that falls is 0."""
-    levels: int = 256
-    """That the images have."""
+    """Length of the learning-rate decay."""
+    num_values: int = 256
+    """Number of values of a pixel."""
 
     def batch(self) -> Tensor:
-        """(B, C, H, W) in [-1, 1] on the device."""
+        """Return random images (B, C, H, W) in [-1, 1] on the device."""
         chosen = torch.randint(len(self.images), (self.batch_size,), device=self.images.device)
-        return self.images[chosen].float() * (2 / (self.levels - 1)) - 1
+        return self.images[chosen].float() * (2 / (self.num_values - 1)) - 1
 
 
 class Contender(NamedTuple):
-    """A network, what takes one step of its training, and what samples."""
+    """A network, a function that takes one training step, and one that samples."""
 
     net: nn.Module
     step: Callable[[], None]
     sample: Callable[[int, int], Tensor] | None = None
-    """(n, calls of the network for each) -> (n, C, H, W) in [-1, 1]."""
+    """(number of samples, network calls per sample) -> images (n, C, H, W) in [-1, 1]."""
 
 
 def diffusers(work: Work) -> Contender:
-    """examples/unconditional_image_generation/train_unconditional.py with --use_ema, on one device."""
+    """Follow examples/unconditional_image_generation/train_unconditional.py with --use_ema on one device."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
@@ -83,7 +83,7 @@ def diffusers(work: Work) -> Contender:
         loss.detach().item()  # for its logs
 
     def sample(n: int, calls: int) -> Tensor:
-        """As the script does with --ddpm_num_inference_steps=`calls`, which is better here than its DDIM."""
+        """Sample as the script with --ddpm_num_inference_steps=`calls`, which is better here than DDIM."""
         ema.store(net.parameters())
         ema.copy_to(net.parameters())
         scheduler.set_timesteps(calls)
@@ -98,8 +98,8 @@ def diffusers(work: Work) -> Contender:
 
 
 def tuned_diffusers(work: Work) -> Contender:
-    """Its network as well as a hand can have it: channels last, few heads, fused AdamW, bf16, compiled as ours is."""
-    net = diffusers_net(work, work.head_channels).to(memory_format=torch.channels_last)
+    """Train the diffusers network with channels_last, fewer heads, fused AdamW, bf16, and our compile mode."""
+    net = diffusers_net(work, work.num_head_channels).to(memory_format=torch.channels_last)
     parameters = list(net.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -127,7 +127,7 @@ def tuned_diffusers(work: Work) -> Contender:
 
 
 def diffusers_net(work: Work, head_channels: int) -> nn.Module:
-    """`UNet2DModel`, whose weights have the shapes of ours if the heads have; its norms have 32 groups, ours fewer."""
+    """Return a `UNet2DModel` with the weight shapes of our network; its norms have 32 groups, ours fewer."""
     from diffusers import UNet2DModel
 
     down = tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in work.attention)
@@ -137,8 +137,8 @@ def diffusers_net(work: Work, head_channels: int) -> nn.Module:
         sample_size=work.images.shape[-1],
         in_channels=channels,
         out_channels=channels,
-        layers_per_block=work.blocks,
-        block_out_channels=tuple(work.width * m for m in work.multipliers),
+        layers_per_block=work.num_res_blocks,
+        block_out_channels=tuple(work.model_channels * m for m in work.channel_mult),
         down_block_types=down,
         up_block_types=up,
         attention_head_dim=head_channels,
@@ -147,15 +147,15 @@ def diffusers_net(work: Work, head_channels: int) -> nn.Module:
 
 
 def lucidrains(work: Work) -> Contender:
-    """denoising-diffusion-pytorch: `Trainer.train` without accelerate, which on one device adds nothing to it.
+    """Follow `Trainer.train` of denoising-diffusion-pytorch, without accelerate.
 
-    Its levels have two blocks on either side, and linear attention where there is no full one.
+    Each stage has two blocks, and linear attention where it has no full attention.
     """
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
     channels, size = work.images.shape[1], work.images.shape[-1]
-    net = Unet(work.width, dim_mults=work.multipliers, channels=channels, full_attn=work.attention)
+    net = Unet(work.model_channels, dim_mults=work.channel_mult, channels=channels, full_attn=work.attention)
     diffusion = GaussianDiffusion(net, image_size=size).to(work.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10).to(work.device)
@@ -180,7 +180,7 @@ def lucidrains(work: Work) -> Contender:
 
 
 def smalldiffusion(work: Work) -> Contender:
-    """Its own `training_loop`, a generator that waits with the whole graph of a loss in memory."""
+    """Run smalldiffusion's own `training_loop`, a generator that keeps the graph of a loss between steps."""
     from smalldiffusion import ScheduleDDPM, Unet, training_loop
 
     channels, size = work.images.shape[1], work.images.shape[-1]
@@ -188,13 +188,13 @@ def smalldiffusion(work: Work) -> Contender:
         size,
         channels,
         channels,
-        ch=work.width,
-        ch_mult=tuple(work.multipliers),
-        num_res_blocks=work.blocks,
-        attn_resolutions=tuple(size >> level for level, has in enumerate(work.attention) if has),
+        ch=work.model_channels,
+        ch_mult=tuple(work.channel_mult),
+        num_res_blocks=work.num_res_blocks,
+        attn_resolutions=tuple(size >> stage for stage, has in enumerate(work.attention) if has),
         dropout=0.0,
     ).to(work.device)
-    steps = training_loop(_Endless(work), net, ScheduleDDPM(), epochs=1)
+    steps = training_loop(_EndlessBatches(work), net, ScheduleDDPM(), epochs=1)
     next(steps)
 
     def step() -> None:
@@ -203,8 +203,8 @@ def smalldiffusion(work: Work) -> Contender:
     return Contender(net, step)
 
 
-class _Endless(NamedTuple):
-    """What gives one batch after another, for a loop that asks for a loader."""
+class _EndlessBatches(NamedTuple):
+    """An infinite loader of batches."""
 
     work: Work
 
@@ -222,11 +222,11 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
 
 
 IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
-"""Those whose own loops train in float32 unless they are told otherwise."""
+"""Projects whose loops train in float32 by default."""
 
 
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
-    """The work of a network with the widths, blocks and levels of attention of one of ours, on our batches."""
+    """Return the work of a network as large as `model`: the same channels, blocks and attention resolutions."""
     resolutions = stage_resolutions(data.image_size, model.patch_size, len(model.channel_mult))
     attended = attended_resolutions(model.attention_resolutions, resolutions)
     return Work(
@@ -238,20 +238,20 @@ def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: tor
         tuple(resolution in attended for resolution in resolutions),
         model.num_head_channels or model.model_channels * model.channel_mult[-1],
         device,
-        levels=data.num_values,
+        num_values=data.num_values,
     )
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Floating-point operations of the matrix products and convolutions of one step, both passes, done plainly.
+    """Return the FLOP of the matrix products and direct convolutions of one step, forward and backward.
 
-    Winograd's way does the same work with fewer, so it may seem to go beyond the machine's peak. Fused attention counts
-    the product that its backward pass does again: 0.4% of a step of unet_ddpm.
+    Winograd convolution needs fewer operations, so its apparent speed may exceed the peak. Fused attention counts the
+    product that its backward pass recomputes: 0.4% of a step of unet_ddpm.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    plainly = patch.object(Conv3x3, "winograd_pays", lambda *_: False)
+    direct = patch.object(Conv3x3, "winograd_pays", lambda *_: False)
     eager = torch.compiler.set_stance("force_eager")
-    with FlopCounterMode(display=False) as counter, plainly, eager:
+    with FlopCounterMode(display=False) as counter, direct, eager:
         step()
     return int(counter.get_total_flops())

@@ -1,7 +1,7 @@
-"""Where the time of a run goes: `python -m benchmarks.shares [ARGUMENTS of src.train]`, by default `make train`'s.
+"""Measure which parts of a run take how much time: `python -m benchmarks.shares [OVERRIDES]`.
 
-Lightning's profiler takes the time of everything that it calls. What is not the step itself, the network waits for.
-The time of batches on their way to the device is that of training and validation together.
+The overrides are those of `src.train`; by default the run is `make train`. Times come from Lightning's profiler. The
+time to move batches to the device includes validation.
 """
 
 import argparse
@@ -27,28 +27,28 @@ PARTS = {
     "pictures": r"\[Callback\]SampleGrid\.on_validation",
     "validation": r"\.validation_step$|val_next$|\[Callback\]BitsPerDim\.",
 }
-"""What of the profiler's actions a part has; none of these holds another."""
+"""Profiler actions of each part; no action contains another."""
 
 
 def shares(durations: Mapping[str, list[float]]) -> dict[str, float]:
-    """Seconds of each part."""
+    """Return the seconds of each part."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for action, each in durations.items():
         part = next((name for name, pattern in PARTS.items() if re.search(pattern, action)), None)
         if part:
             seconds[part] += sum(each)
-    whole_step = sum(
+    optimizer_step = sum(
         sum(each) for action, each in durations.items() if re.search(r"\[LightningModule\].*\.optimizer_step$", action)
     )
-    if not (whole_step and all(seconds[name] for name in ("data", "forward", "backward"))):
-        raise ValueError(f"the profiler names its actions otherwise than PARTS has them: {', '.join(durations)}")
-    # Lightning's step of the optimizer holds the passes through the network.
-    seconds["clipping, optimizer"] = whole_step - seconds["forward"] - seconds["backward"]
+    if not (optimizer_step and all(seconds[name] for name in ("data", "forward", "backward"))):
+        raise ValueError(f"PARTS does not match the profiler's actions: {', '.join(durations)}")
+    # Lightning's optimizer step contains the forward and backward pass.
+    seconds["clipping, optimizer"] = optimizer_step - seconds["forward"] - seconds["backward"]
     return seconds
 
 
 def main() -> None:
-    """Train, and print a Markdown table."""
+    """Train, and print the shares as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("arguments", nargs="*")
@@ -57,16 +57,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = build(compose_train(args.arguments, Path(folder) / "run"))
         if (device := run.trainer.strategy.root_device.type) != "cpu":
-            raise SystemExit(f"on {device} the profiler times launches, not work: add trainer.accelerator=cpu")
+            raise SystemExit(f"trainer.accelerator must be cpu, not {device}; add trainer.accelerator=cpu")
         profiler = SimpleProfiler()
         run.trainer.profiler = profiler  # type: ignore[attr-defined]
-        began = time.perf_counter()
+        start = time.perf_counter()
         run.trainer.fit(run.module, datamodule=run.data)
-        total = time.perf_counter() - began
+        total = time.perf_counter() - start
     seconds = shares(profiler.recorded_durations)
-    seconds["all else (loops, logs)"] = total - sum(seconds.values())
+    seconds["other (loops, logs)"] = total - sum(seconds.values())
     rows = [[name, f"{value:.2f}", f"{value / total:.1%}"] for name, value in seconds.items()]
-    rows.append([f"all of {run.trainer.global_step} steps", f"{total:.2f}", "100%"])
+    rows.append([f"total of {run.trainer.global_step} steps", f"{total:.2f}", "100%"])
     print(f"threads: {args.threads}, torch {torch.__version__}\n\n{markdown_table(['', 'seconds', 'share'], rows)}")
 
 

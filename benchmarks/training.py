@@ -1,10 +1,10 @@
-"""How fast training steps are: `src.train`'s, those of a bare loop over the same network, and other projects'.
+"""Measure the speed of training steps of `src.train`, of a bare loop over the same network, and of other projects.
 
-All run in one process and take turns, a few steps at a time, so that what else the machine does slows all alike:
-`python -m benchmarks.training --model unet_small --batch 32`. Ratios are the medians of those of each round: more than
-1 means that `src.train` is faster. GFLOP are those of products and convolutions in one step; the peak is the machine's
-own speed at a large product and at a convolution of the network's kind, in the same rounds and in the precision of
-`src.train`; loops that ship in another one are given no share of it.
+`python -m benchmarks.training --model unet_small --batch 32`. The loops alternate in one process, a few steps at a
+time, so that other load affects all of them equally. Ratios are medians over rounds; more than 1 means that `src.train`
+is faster. GFLOP counts the matrix products and convolutions of one step. The peak is the measured speed of a large
+product and of a convolution like those of the network, in the same rounds and in the precision of `src.train`; loops in
+another precision have no share of it.
 """
 
 import argparse
@@ -48,29 +48,29 @@ WORKLOADS = {
     "unet_ddpm": ["model=unet_ddpm", "model.dropout=0", *RANDOM_IMAGES],
     "unet_tiny": ["model=unet_tiny"],
 }
-"""The model and its data: random 32x32 color images, or the digits with their own settings."""
+"""Model and data: random 32x32 color images, or the digits with their own settings."""
 
 
 COUNT = 2048
-"""Of random images, of which the largest batches need 512 to train on."""
+"""Number of random images; the largest batches need 512 training images."""
 
 
 def random_images(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
-    """Images of uniform noise in memory: what they show does not change the time that they take."""
+    """Return images of uniform noise for `data.source`; their content does not affect the speed."""
     generator = torch.Generator().manual_seed(0)
     size = (COUNT, channels, image_size, image_size)
     return InMemory(torch.randint(256, size, dtype=torch.uint8, generator=generator))
 
 
 class Clock(NamedTuple):
-    """Seconds that went by, and seconds that this process had a processor for: steadier on a busy machine."""
+    """Wall-clock seconds and CPU seconds of this process; the latter vary less on a busy machine."""
 
     wall: float
     cpu: float
 
 
 class BareLoop:
-    """The training step as one would write it by hand, with nothing logged: own weights, optimizer and average."""
+    """A hand-written training step without logging, with its own weights, optimizer and average."""
 
     def __init__(self, cfg: DictConfig, images: Tensor, betas: Tensor, device: torch.device) -> None:
         self.net = hydra.utils.instantiate(cfg.model).to(device, memory_format=torch.channels_last).train()
@@ -88,12 +88,12 @@ class BareLoop:
         alpha_bar = (1 - betas.double()).cumprod(0)
         self.alpha, self.sigma = (x.sqrt().float().to(device) for x in (alpha_bar, 1 - alpha_bar))
         self.taken = 0
-        self.images, self.batch_size, self.levels = images, cfg.data.batch_size, cfg.data.num_values
+        self.images, self.batch_size, self.num_values = images, cfg.data.batch_size, cfg.data.num_values
         self.gamma, self.decay = cfg.weighting.gamma, cfg.callbacks.ema.decay
         self.max_norm, self.precision, self.device = cfg.trainer.gradient_clip_val, cfg.trainer.precision, device
 
     def loss(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Squared error of the predicted x_0, weighted by min(SNR, gamma)."""
+        """Return the squared error of the predicted x_0, weighted by min(SNR, gamma)."""
         alpha, sigma = self.alpha[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
         x = (alpha * x0 + sigma * eps).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
@@ -102,8 +102,9 @@ class BareLoop:
         return ((alpha / sigma).square().clamp(max=self.gamma).flatten() * mse).mean()
 
     def step(self) -> None:
+        """Take one optimizer step on a random batch."""
         chosen = torch.randint(len(self.images), (self.batch_size,), device=self.images.device)
-        x0 = self.images[chosen].float() * (2 / (self.levels - 1)) - 1
+        x0 = self.images[chosen].float() * (2 / (self.num_values - 1)) - 1
         t = torch.randint(len(self.alpha), (len(x0),), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.loss(x0, t, torch.randn_like(x0)).backward()  # type: ignore[no-untyped-call]
@@ -116,11 +117,11 @@ class BareLoop:
         self.taken += 1
 
 
-class TakeTurns(L.Callback):
-    """Every `warmup` + `steps` steps after the first, has each other loop take as many; times the last `steps` of all.
+class AlternateLoops(L.Callback):
+    """Run segments of `warmup` + `steps` steps of every loop in turn; time the last `steps` of each segment.
 
-    Must stand last in the list of callbacks. A segment runs from the end of one step to the end of another, so
-    it holds all that Lightning does in between.
+    Must be the last callback. A segment starts and ends with the end of a step, and includes all work of
+    Lightning between steps.
     """
 
     def __init__(self, cfg: DictConfig, peers: Sequence[str], warmup: int, steps: int) -> None:
@@ -151,7 +152,7 @@ class TakeTurns(L.Callback):
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                print(f"{name}: out of memory with batches of {work.batch_size}, left out", file=sys.stderr)
+                print(f"{name}: out of memory with batches of {work.batch_size}, skipped", file=sys.stderr)
             else:
                 self.loops[name] = contender
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
@@ -165,11 +166,11 @@ class TakeTurns(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        taken = batch_idx % (self.warmup + self.steps)  # the first step of all makes the optimizer's state, untimed
+        taken = batch_idx % (self.warmup + self.steps)  # the first step creates the optimizer's state
         if taken == 0 and batch_idx:
             self.clocks[OURS].append(since(self._start))
             loops = list(self.loops.items())
-            first = len(self.clocks[OURS]) % len(loops)  # each time another one
+            first = len(self.clocks[OURS]) % len(loops)  # rotate the order
             for name, each in loops[first:] + loops[:first]:
                 self.clocks.setdefault(name, []).append(timed(each.step, self.warmup, self.steps))
             for name, (count, work) in self.probes.items():
@@ -179,17 +180,17 @@ class TakeTurns(L.Callback):
 
 
 def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
-    """Both must compute the same loss from the same weights and draws, or the comparison means nothing."""
+    """Raise AssertionError unless both compute the same loss from the same weights and random numbers."""
     nets = (loop.net, module.net)
     weights = [{name: value.clone() for name, value in net.state_dict().items()} for net in nets]
     with torch.no_grad():
         for p in loop.net.parameters():
-            p += 0.02 * torch.randn_like(p)  # before training they put out nothing, whatever they are given
+            p += 0.02 * torch.randn_like(p)  # the output layer is initialized to 0
     module.net.load_state_dict(loop.net.state_dict())
-    # As many as in training: a compiler takes a second size for a sign that sizes will vary.
+    # The batch size of training: a second size would make torch.compile assume dynamic sizes.
     x0, eps = torch.rand(2, loop.batch_size, *module.shape, device=module.device) * 2 - 1
     t = torch.arange(loop.batch_size, device=module.device) * 60 % module.schedule.num_steps
-    with module.trainer.precision_plugin.forward_context():  # with gradients, for which the networks are compiled
+    with module.trainer.precision_plugin.forward_context():  # with gradients, as the networks are compiled
         transition = module.schedule.transition((t + 0.5) / module.schedule.num_steps, x0)
         terms = module.loss_fn(module.diffusion, module.denoise, x0, transition, eps)
         torch.testing.assert_close(loop.loss(x0, t, eps), terms["loss"].mean(), rtol=1e-3, atol=0)
@@ -198,14 +199,14 @@ def check_same_loss(loop: BareLoop, module: DiffusionModule) -> None:
 
 
 def matmul(device: torch.device, dtype: torch.dtype) -> tuple[int, Callable[[], Any]]:
-    """How many operations a large product of matrices takes, and the product."""
+    """Return the FLOP of a large matrix product, and a function that computes it."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2 * size**3, lambda: a @ b
 
 
 def convolution(device: torch.device, dtype: torch.dtype, channels: int) -> tuple[int, Callable[[], Any]]:
-    """The same of a 3x3 convolution at 16x16, both passes."""
+    """Return the FLOP of a 3x3 convolution at 16x16, both passes, and a function that computes it."""
     batch = 512 if device.type == "cuda" else 32
     x = torch.randn(batch, channels, 16, 16, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False).to(device, dtype)
@@ -216,6 +217,7 @@ def convolution(device: torch.device, dtype: torch.dtype, channels: int) -> tupl
 
 
 def timed(step: Callable[[], Any], warmup: int, steps: int) -> Clock:
+    """Return the time of `steps` steps after `warmup` steps."""
     for _ in range(warmup):
         step()
     start = now()
@@ -225,19 +227,20 @@ def timed(step: Callable[[], Any], warmup: int, steps: int) -> Clock:
 
 
 def now() -> Clock:
-    """The time once the device has done all that it was asked to."""
+    """Return the time after the device has finished its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return Clock(time.perf_counter(), time.process_time())
 
 
 def since(start: Clock) -> Clock:
+    """Return the time elapsed since `start`."""
     stop = now()
     return Clock(stop.wall - start.wall, stop.cpu - start.cpu)
 
 
 def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequence[str] = ()) -> DictConfig:
-    """The configuration of `src.train`, with validation (once, at the very end) and pictures cut to a minimum."""
+    """Compose `src.train` with one validation at the end and minimal pictures."""
     overrides = [
         *WORKLOADS[model],
         "diffusion.prediction=x0",
@@ -254,14 +257,14 @@ def compose(model: str, num_steps: int, precision: str, folder: Path, more: Sequ
 
 
 def compose_train(overrides: Sequence[str], folder: Path, bar: bool = False) -> DictConfig:
-    """The configuration of `src.train` for a run in `folder`, whose bar may leave the output to the tables."""
+    """Compose `src.train` for a run in `folder`, with or without a progress bar."""
     quiet = [] if bar else ["~callbacks.progress", "+trainer.enable_progress_bar=false"]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return hydra.compose("train", [*overrides, *quiet, f"run_dir='{folder}'"])
 
 
-def table(turns: TakeTurns) -> str:
-    """A row for each loop: size, arithmetic, speed, how much faster `src.train` is, and its share of the peak."""
+def table(turns: AlternateLoops) -> str:
+    """Return a row per loop: size, FLOP, time, ratio to `src.train`, and share of the peak."""
     clocks, steps = turns.clocks, turns.steps
     peak = {name: statistics.median(values) for name, values in turns.peaks.items()}
     rows = []
@@ -279,24 +282,24 @@ def table(turns: TakeTurns) -> str:
         size = f"{turns.sizes.get(name, turns.sizes[BARE]) / 1e6:.2f}"
         ratio = f"{statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         rows.append([name, how, size, f"{1e-9 * count:.1f}", f"{1e3 * seconds:.1f}", ratio, f"{by_cpu:.3f}", *shares])
-    figures = ["M parameters", "GFLOP", "ms", "time / ours (range)", "by CPU time"]
-    header = ["loop", "network", *figures, *(f"of {name}'s peak" for name in peak)]
+    columns = ["M parameters", "GFLOP", "ms", "time / ours (range)", "by CPU time"]
+    header = ["loop", "network", *columns, *(f"of {name} peak" for name in peak)]
     peaks = ", ".join(f"{name} {1e-9 * top:,.0f} GFLOP/s" for name, top in peak.items())
     return f"{markdown_table(header, rows)}\n\nPeak: {peaks}.\n"
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="unet_small")
-    parser.add_argument("--batch", type=int, help="samples a step, else the data's own")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other projects, which must be installed")
-    parser.add_argument("--rounds", type=int, default=7, help="segments of each")
-    parser.add_argument("--steps", type=int, default=10, help="timed per segment; logs are written every 10")
+    parser.add_argument("--batch", type=int, help="batch size; default: that of the data")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other projects; they must be installed")
+    parser.add_argument("--rounds", type=int, default=7, help="segments per loop")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per segment; logs are written every 10")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps before each segment")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--compile", nargs="?", const="default", help="a mode of torch.compile, for all but loops as shipped"
+        "--compile", nargs="?", const="default", help="a mode of torch.compile for our loops and the hand-tuned one"
     )
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
     args = parser.parse_args()
@@ -307,9 +310,12 @@ def main() -> None:
         num_steps = 1 + args.rounds * (args.warmup + args.steps)
         cfg = compose(args.model, num_steps, args.precision, Path(folder) / "run", more)
         run = build(cfg)
-        turns = TakeTurns(cfg, args.peers, args.warmup, args.steps)
+        turns = AlternateLoops(cfg, args.peers, args.warmup, args.steps)
         run.trainer.callbacks.append(turns)  # type: ignore[attr-defined]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # the bar is a part of the loop
+        with (
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+        ):  # the bar is part of the measured loop
             run.trainer.fit(run.module, datamodule=run.data)
     print(
         f"{args.model}, batches of {cfg.data.batch_size} x {run.module.shape}, {args.precision}, "

@@ -21,7 +21,7 @@ from src.comparison.report import (
     write_csv,
 )
 from src.comparison.statistics import Ranking, describe_ranking, format_difference, format_p_value, headline
-from src.viz.charts import series_style
+from src.viz.figures import series_style
 from src.viz.tables import format_number, metric_title
 
 TEMPLATE = Path(__file__).with_suffix(".html")

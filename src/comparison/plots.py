@@ -11,7 +11,7 @@ from PIL import Image
 from src.comparison.report import Report, group_order, sorted_rankings
 from src.comparison.statistics import Ranking
 from src.evaluation.likelihood import SPECTRUM
-from src.viz import charts, images
+from src.viz import charts, figures, images
 from src.viz.tables import metric_title
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     """Draw a row per group: a dot per seed, a bar at their mean, or the interval of a single seed."""
     order = group_order(report)
     left = 0.3 + 0.075 * max(len(group.label) for group in report.groups)
-    figure, ((axes,),) = charts.new_figure(max(5.4, left + 3), 1.2 + 0.26 * len(order), left=left, top=0.6)
+    figure, ((axes,),) = figures.new_figure(max(5.4, left + 3), 1.2 + 0.26 * len(order), left=left, top=0.6)
     for row, k in enumerate(order):
-        group, style = report.groups[k], charts.series_style(k)
+        group, style = report.groups[k], figures.series_style(k)
         values, color = group.values(ranking.metric), style["color"]
         axes.plot(values, [row] * len(values), style["marker"], color=color, markersize=5, alpha=0.75)
         if values:
@@ -67,7 +67,7 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     axes.set_title(metric_title(ranking.metric), pad=16)
     axes.set_xlabel(f"value per seed ({direction})")
     axes.grid(alpha=0.35, axis="x", linewidth=0.6)
-    return _png(charts.render(figure).quantize(192))  # half the size
+    return _png(figures.render(figure).quantize(192))  # half the size
 
 
 def _error_chart(report: Report, relative: bool) -> bytes:
@@ -82,7 +82,7 @@ def _error_chart(report: Report, relative: bool) -> bytes:
 
     def draw(axes: "Axes") -> None:
         for k, each in enumerate(errors):
-            style = {**charts.series_style(k), "linewidth": 1.4, "markersize": 3}
+            style = {**figures.series_style(k), "linewidth": 1.4, "markersize": 3}
             axes.plot(centers, np.where(known, means[k] / scale, np.nan), label=report.groups[k].label, **style)
             low, high = (np.where(known, _reduce_finite(end, each) / scale, np.nan) for end in (np.min, np.max))
             axes.fill_between(centers, low, high, color=style["color"], alpha=0.18, linewidth=0)
@@ -107,7 +107,7 @@ def _training_chart(report: Report, name: str) -> bytes:
                 continue
             steps = sorted(set.intersection(*(set(each) for each in logged)))
             values = np.array([[each[step] for step in steps] for each in logged])
-            line, style = _reduce_finite(np.mean, values), charts.series_style(k)
+            line, style = _reduce_finite(np.mean, values), figures.series_style(k)
             if name == "train/loss":
                 line = smoothed(line, max(1, len(steps) // 40))
             elif len(logged) > 1:
@@ -123,14 +123,14 @@ def _training_chart(report: Report, name: str) -> bytes:
 def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlabel: str, ylabel: str) -> bytes:
     """Draw one chart with the legend of the groups below it."""
     bottom = 0.65 + 0.17 * math.ceil(len(report.groups) / 2)
-    figure, ((axes,),) = charts.new_figure(5.4, 3.3 + bottom, bottom=bottom)
+    figure, ((axes,),) = figures.new_figure(5.4, 3.3 + bottom, bottom=bottom)
     draw(axes)
-    charts.set_log_scale(axes, "y")
+    figures.set_log_scale(axes, "y")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.35, linewidth=0.6)
     legend: dict[str, Any] = {"loc": "lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
-    return _png(charts.render(figure).quantize(192))  # half the size
+    return _png(figures.render(figure).quantize(192))  # half the size
 
 
 def _reduce_finite(reduce: Callable[..., Any], values: np.ndarray) -> np.ndarray:

@@ -67,7 +67,9 @@ def save_pictures(
     final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
     pictures = {
         "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),
-        "samples/film": images.film_strip(trajectory.frames, [f"σ={sigma:.2g}" for sigma in trajectory.sigmas]),
+        "samples/film": images.film_strip(
+            trajectory.frames, [f"\N{GREEK SMALL LETTER SIGMA}={sigma:.2g}" for sigma in trajectory.sigmas]
+        ),
     }
     if final.ndim == 4 and num_neighbors and num_candidates:
         neighbors, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)

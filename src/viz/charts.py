@@ -1,38 +1,23 @@
 """Charts drawn with matplotlib."""
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from src.viz.figures import COLORS, error_bars, new_figure, render, series_style, set_log_scale, set_log_ticks
 from src.viz.tables import better_direction, metric_title
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Interval = tuple[float, float, float]
 """A value and its confidence limits (value, low, high), such as a `metrics.confidence.Metric`."""
 
 AxisLimits = tuple[tuple[float, float], tuple[float, float]]
 """(left, right) and (bottom, top) of a plot."""
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-"""Palette of Okabe and Ito 2008 for color-blind readers, without yellow, which is too light for lines."""
-LINE_STYLES, MARKERS = ("-", "--", ":"), ("o", "s", "^")
 LOWER_IS_BETTER = "(lower is better)"
-
-
-def series_style(k: int) -> dict[str, Any]:
-    """Return color, line style and marker for series k; the first 21 differ from each other."""
-    cycle = k // len(COLORS) % len(LINE_STYLES)
-    return {"color": COLORS[k % len(COLORS)], "linestyle": LINE_STYLES[cycle], "marker": MARKERS[cycle]}
 
 
 def scatter(
@@ -364,80 +349,3 @@ def axis_limits(points: Tensor, symmetric: bool = True) -> AxisLimits:
 def evenly_spaced_indices(length: int, count: int) -> list[int]:
     """Return up to `count` indices spread over 0..length - 1, including both ends."""
     return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
-
-
-def error_bars(intervals: np.ndarray) -> np.ndarray:
-    """Return lengths (2, N) of error bars for (value, low, high) rows; a bootstrap interval may exclude its value."""
-    value, low, high = intervals.T
-    return np.maximum(0, [value - low, high - value])
-
-
-def set_log_scale(axes: "Axes", which: str) -> None:
-    """Make the x or y axis logarithmic if its positive data span a factor of 5 or more."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axis.get_data_interval()
-    low = max(low, axis.get_minpos())
-    if 0 < low < math.inf and high >= 5 * low:
-        axes.set(**{f"{which}scale": "log"})
-        set_log_ticks(axis, low, high)
-
-
-def set_log_ticks(axis: Any, low: float, high: float) -> None:
-    """Label powers of ten, and 2 and 5 times these below two decades, in plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    decades = math.log10(high / low)
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    if decades < 0.7:  # as few as one of these would remain
-        subs = tuple(float(k) for k in range(1, 10))
-    axis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def new_figure(
-    width: float,
-    height: float,
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    left: float = 0.8,
-    right: float = 0.2,
-    bottom: float = 0.55,
-    top: float = 0.4,
-    row_gap: float | None = None,
-    legend_width: float = 0.0,
-    shared_x: bool = False,
-) -> tuple["Figure", Any]:
-    """Return a figure and its panels, an array (rows, columns) of axes. All lengths are in inches.
-
-    Margins around each panel are fixed: matplotlib's constrained layout takes as long as the drawing itself.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110)
-    row_gap = bottom + top if row_gap is None else row_gap
-    panel_width = (width - legend_width) / columns - left - right
-    panel_height = (height - bottom - top - (rows - 1) * row_gap) / rows
-    grid = {
-        "left": left / width,
-        "right": 1 - (right + legend_width) / width,
-        "bottom": bottom / height,
-        "top": 1 - top / height,
-        "wspace": (left + right) / panel_width,
-        "hspace": row_gap / panel_height,
-    }
-    style: dict[Any, Any] = {"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7)}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
-        return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x, gridspec_kw=grid)
-
-
-def render(figure: "Figure") -> Image.Image:
-    """Draw a figure in memory."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
