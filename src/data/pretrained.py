@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.cache import digest
+from src.data.embedding_cache import EmbeddingCache, Embeddings
 from src.data.sources import Source
-from src.data.store import Rows, Store
 from src.data.text import Texts, captions_of, clean, distinct, library, one_line, sample
 from src.rng import key
 
@@ -60,13 +60,13 @@ class Pretrained(Texts):
         self.features = features
         self.fingerprint = fingerprint
         self.examples = list(examples)
-        self._store = Store(Path(cache) / f"texts-{digest(fingerprint, max_length)}", features)
+        self._cache = EmbeddingCache(Path(cache) / f"texts-{digest(fingerprint, max_length)}", features)
         self._encoder: _Encoder | None = None
 
     def __call__(self, asked: Sequence[str | None]) -> Tensor:
         texts = {key(text): text for text in map(clean, asked)}
         out = torch.zeros(len(asked), self.max_length, self.features)
-        arrays = self._store.get([key(clean(each)) for each in asked], partial(self._encode, texts))
+        arrays = self._cache.get([key(clean(each)) for each in asked], partial(self._encode, texts))
         for row, array in zip(out, arrays, strict=True):
             row[: len(array)] = torch.from_numpy(array.astype(np.float32))
         return out
@@ -90,19 +90,19 @@ class Pretrained(Texts):
         texts = map(clean, chain(["", *self.examples], chain.from_iterable(captions)))
         while some := list(islice(texts, 512)):
             named = {key(text): text for text in some}
-            lacking = self._store.lacks(list(named))
+            lacking = self._cache.missing(list(named))
             if lacking and not said:
                 said = True
                 warnings.warn(
-                    f"{self.model} reads the captions, once: later runs find them in {self._store.folder}", stacklevel=2
+                    f"{self.model} reads the captions, once: later runs find them in {self._cache.folder}", stacklevel=2
                 )
             if lacking:
-                self._store.get(lacking, partial(self._encode, named))
+                self._cache.get(lacking, partial(self._encode, named))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoder": None}
 
-    def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Rows]:
+    def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Embeddings]:
         if self._encoder is None or self._encoder.process != os.getpid():
             self._encoder = _Encoder(self.model, self.max_length, self.device, self.fingerprint)
         return self._encoder([texts[k] for k in keys])
@@ -137,9 +137,9 @@ class _Encoder:
         self._warned = False
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[Rows]:
+    def __call__(self, texts: Sequence[str]) -> list[Embeddings]:
         """The last hidden states of each text, (tokens, features) float16."""
-        found: dict[int, Rows] = {}
+        found: dict[int, Embeddings] = {}
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike in length: little padding
         for start in range(0, len(order), 64):
             some = order[start : start + 64]
