@@ -303,7 +303,7 @@ def leave_pictures(
     classes = {"real data": evaluator.reference} | {name: d.collected for name, d in drawn.items()}
     seen = {name: each["classifier"].probabilities for name, each in classes.items() if "classifier" in each}
     if seen and data.source and data.source.labels:
-        names = data.source.labels.names
+        names = data.source.labels.classes
         shares = {
             name: p.argmax(1).bincount(minlength=len(names)) / len(p) for name, p in seen.items() if p is not None
         }
@@ -453,11 +453,11 @@ def held_out(opened: "OpenedRun", places: range) -> "torch.Tensor":
 
 def conditions(opened: "OpenedRun", places: range) -> "torch.Tensor | None":
     """What held-out samples show, of a run that takes conditions, on its device."""
-    from src.data.conditions import shown
+    from src.data.conditions import encode_conditions
 
     data = opened.data
     assert data.source is not None
-    cond = shown(data.condition, data.source, data.val_indices[places.start : places.stop])
+    cond = encode_conditions(data.condition, data.source, data.val_indices[places.start : places.stop])
     return None if cond is None else cond.to(opened.module.device)
 
 

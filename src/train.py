@@ -44,8 +44,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         if run.trainer.is_global_zero:  # what is wrong with the data shows here, and not in every process
             run.data.prepare_data()
             run.data.setup()
-            run.data.stream(run.trainer)
-            run.data.validation_stream(run.trainer)
+            run.data.train_sampler(run.trainer)
+            run.data.val_sampler(run.trainer)
         if run.resume_from is not None and (metrics := run.finished):
             if rank() == 0:
                 print(
@@ -109,7 +109,7 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
-    run.data.agree()
+    run.data.sync_read_errors()
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
     if cfg.trainer.get("fast_dev_run"):
         if run.trainer.is_global_zero:
@@ -130,8 +130,8 @@ def fit(cfg: DictConfig, run: "Run") -> dict[str, float]:
                 cfg.neighbors.num_candidates,
             )
         if run.data.skip_unreadable:
-            run.data.warn_of_skipped()
-            metrics["unreadable_files"] = len(run.data.unreadable)
+            run.data.read_errors.warn()
+            metrics["unreadable_files"] = len(run.data.read_errors.names)
         finished = run.directory / "metrics.json"  # last, since it says that the run is finished
         retry_until_written(lambda: tables.write_json(finished, metrics), finished)
         took = f"{seconds:.0f} s{' since it was resumed' if resume_from else ''}"
@@ -180,14 +180,14 @@ def is_time_over(trainer: "L.Trainer") -> bool:
 
 def record_data(run: "Run") -> None:
     """Write down what data the run begins with, unless it has done so."""
-    from src.data.split import RECORD
+    from src.data.split import FINGERPRINT_FILE
     from src.training.checkpoint_io import tolerate_full_disk
 
-    path = run.directory / RECORD
+    path = run.directory / FINGERPRINT_FILE
     if not path.exists():
         with tolerate_full_disk(path):
             run.directory.mkdir(parents=True, exist_ok=True)
-            run.data.write_record(path)
+            run.data.write_fingerprint(path)
 
 
 def print_summary(run: "Run") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from src.comparison.statistics import Record
 from src.comparison.survey import SurveyedRun
 from src.config.overrides import CONF
-from src.data.conditions import Condition, shown
+from src.data.conditions import Condition, encode_conditions
 from src.errors import usage_errors
 from src.evaluation.likelihood import SPECTRUM, ReverseVariance, bounds, error_by_log_snr
 from src.evaluation.quality import SampleEvaluator
@@ -67,7 +67,7 @@ def measured(
 
     def load(places: range) -> tuple[Tensor, Tensor | None]:
         indices = data.val_indices[places.start : places.stop]
-        cond = shown(condition, source, indices)
+        cond = encode_conditions(condition, source, indices)
         return data.preprocess(source.fetch(indices)).to(module.device), None if cond is None else cond.to(
             module.device
         )

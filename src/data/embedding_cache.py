@@ -74,9 +74,9 @@ class EmbeddingCache:
                 continue
             self._opened.add(path.name)
             try:
-                file = safe_open(path, "numpy")
+                file: Any = safe_open(path, "numpy")
                 keys, counts = file.get_tensor("keys"), file.get_tensor("counts")
-                if file.get_slice("embeddings").get_shape() != [counts.sum(), self.width]:
+                if list(file.get_slice("embeddings").get_shape()) != [counts.sum(), self.width]:
                     raise ValueError("wrong shape")
             except (OSError, SafetensorError, ValueError) as error:
                 self._warn(f"{path.name} is corrupted ({error}); computing its embeddings again")

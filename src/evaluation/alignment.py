@@ -117,14 +117,14 @@ class ClassBenchmark:
     def __init__(self, data: BaseDataModule, settings: Settings, device: torch.device) -> None:
         assert data.source is not None and data.source.labels is not None
         self.data = data
-        classes = len(data.source.labels.names)
+        classes = len(data.source.labels.classes)
         self.n = max(500, 2 * classes) if settings.n is None else settings.n
         if self.n < 2 * classes:
             raise ValueError(
                 f"alignment.n={self.n} leaves less than two samples to each of {classes} classes: make it at least "
                 f"{2 * classes}"
             )
-        self.names = list(data.source.labels.names)
+        self.names = list(data.source.labels.classes)
         self.prompts: Mapping[str, Sequence[str]] = {"classes": self.names}
         self.device = device
         self.classifier, tested = classifier_of(data, settings.cache, device)
@@ -138,7 +138,7 @@ class ClassBenchmark:
 
     def real(self, prompt: str) -> Tensor:
         assert self.data.source is not None and self.data.source.labels is not None
-        numbers = self.data.source.labels.numbers
+        numbers = self.data.source.labels.targets
         shown = [k for k in self.data.train_indices if numbers[k] == self.names.index(prompt)][:REAL]
         return shown_of(self.data, shown) if shown else torch.empty(0, *self.data.shape, dtype=torch.uint8)
 

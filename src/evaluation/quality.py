@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.cache import digest
-from src.data.conditions import Condition, shown
+from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.metrics.classifier import Classifier, train_classifier
@@ -163,7 +163,8 @@ class SampleEvaluator:
             start = (turn * count + self.processes.rank) * size
             began = time.perf_counter()
             numbers = range(start, start + size)
-            cond = shown(condition, self.data.source, self.data.training_places(numbers, self.settings.seed))
+            indices = self.data.condition_indices(numbers, self.settings.seed)
+            cond = encode_conditions(condition, self.data.source, indices)
             for x in module.sample(numbers, self.settings.seed, sampler, cond=cond):  # noqa: B007
                 on_step()
             x = x[: max(0, n - start)]
@@ -273,7 +274,7 @@ class SampleEvaluator:
                 "of its own, or use pixels, inception or dinov2"
             )
         made, _ = classifier_of(self.data, self.settings.cache, self.device)
-        if made.accuracy < 0.1 + 1 / len(labels.names) and self.processes.rank == 0:
+        if made.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
             warnings.warn(
                 f"the classifier is right on {made.accuracy:.0%} of held-out images, little more than chance, so its "
                 "features tell little: choose others by features=...",
@@ -342,7 +343,7 @@ class SampleEvaluator:
 def classifier_of(data: BaseDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
     """A classifier of images with labels, and on how many held-out ones its accuracy is; trained once."""
     assert data.source is not None and data.source.labels is not None
-    numbers = data.source.labels.numbers
+    numbers = data.source.labels.targets
     x, train = data.fetch(data.train_indices[:CLASSIFIER_TRAINS_ON])
     y, held_out = data.fetch(data.val_indices[: CLASSIFIER_TRAINS_ON // 4])
     learned, tested = data.postprocess(data.preprocess(x)), data.postprocess(data.preprocess(y))

@@ -149,7 +149,7 @@ def build(cfg: DictConfig) -> Run:
     data = make(cfg.data)
     infer_data_settings(cfg, data)
     infer_condition_settings(cfg, data)
-    data.record_path = resume_from and record_path(resume_from)
+    data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.num_values, data.condition)
     warn_of_schedule(module)
@@ -222,9 +222,9 @@ def start(cfg: DictConfig, run: Run) -> None:
 
 def record_path(checkpoint: Path) -> Path | None:
     """Where the record of the data is, of a checkpoint in a run's folder."""
-    from src.data.split import RECORD
+    from src.data.split import FINGERPRINT_FILE
 
-    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint.parent.parent / FINGERPRINT_FILE if checkpoint.parent.name == "checkpoints" else None
 
 
 _locks: dict[Path, IO[str]] = {}

@@ -23,8 +23,8 @@ import json
 
 def infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
     """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
-    check_texts(dict(data.found), "the data")
-    cfg.data.update(data.found)
+    check_texts(dict(data.inferred), "the data")
+    cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
 

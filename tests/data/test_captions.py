@@ -74,7 +74,7 @@ def test_captions_stay_with_their_pictures(tmp_path):
     assert source.captions == [["x/a"], ["y/b"]]
     assert source.fetch([1]).unique().tolist() == [20]
     assert source.fetch([0]).unique().tolist() == [0]
-    assert source.labels is not None and source.labels.names == ["x", "y"]
+    assert source.labels is not None and source.labels.classes == ["x", "y"]
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "captions"])

@@ -117,7 +117,7 @@ def test_one_of_several_captions_is_drawn_by_step_and_position():
         def __call__(self, asked):
             return torch.tensor(asked)
 
-        def of(self, source, index, choice):
+        def of_sample(self, source, index, choice):
             return choice % 3
 
     dataset = BatchDataset(LABELLED, Texts(), seed=1)

@@ -125,8 +125,8 @@ def test_digits_are_scikit_learns():
     assert x.unique().tolist() == list(range(17))
     assert_close(x.flatten(1).numpy(), load_digits().data, rtol=0, atol=0, check_dtype=False)
     assert source.labels is not None
-    assert source.labels.numbers.tolist() == load_digits().target.tolist()
-    assert source.labels.names == list("0123456789")
+    assert source.labels.targets.tolist() == load_digits().target.tolist()
+    assert source.labels.classes == list("0123456789")
 
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
@@ -191,7 +191,7 @@ def test_images_are_of_the_kind_of_the_folder_that_they_lie_in(tmp_path):
         Image.new("L", (6, 6)).save(tmp_path / name)
     labels = folder(str(tmp_path), 6, 1).labels
     assert labels is not None
-    assert [labels.names[k] for k in labels.numbers] == ["cats", "dogs", "dogs"]
+    assert [labels.classes[k] for k in labels.targets] == ["cats", "dogs", "dogs"]
     assert folder(str(tmp_path / "dogs"), 6, 1).labels is None
     (tmp_path / "cats" / "b.png").unlink()
     assert folder(str(tmp_path), 6, 1).labels is None
@@ -212,11 +212,11 @@ def test_a_csv_file_says_of_which_kind_images_are(tmp_path, column):
     rows = ["cats/d.png,10", "dogs/a.png,9", "cats/c.png,9", f"{tmp_path}/dogs/b.png,10"]
     labels = labelled(tmp_path, "\n".join([f"{column},label", *rows])).labels
     assert labels is not None
-    assert [labels.names[k] for k in labels.numbers] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
-    assert labels.names == ["9", "10"]
+    assert [labels.classes[k] for k in labels.targets] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
+    assert labels.classes == ["9", "10"]
     data = configured("folder", f"data.root='{tmp_path}'", "data.source.labels=classes.csv", "data.val_fraction=0.25")
     data.setup()
-    assert labels_of(data) == labels.numbers.tolist()
+    assert labels_of(data) == labels.targets.tolist()
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_many_unreadable_files_are_counted(tmp_path):
 
 def labels_of(data: ImageDataModule) -> list[int]:
     assert data.source is not None and data.source.labels is not None
-    return data.source.labels.numbers.tolist()
+    return data.source.labels.targets.tolist()
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -536,7 +536,7 @@ def test_mnist_files(tmp_path, name, kind):
     data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
     assert labels_of(data) == list(range(10))
-    assert data.source.labels.names[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
+    assert data.source.labels.classes[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
     assert found.dtype == torch.uint8
     assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
 
@@ -589,7 +589,7 @@ def test_cifar_files(tmp_path, name):
     data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
     assert labels_of(data) == [0, 1] * 5
-    assert data.source.labels.names == ["thing", "being"]
+    assert data.source.labels.classes == ["thing", "being"]
     assert found.dtype == torch.uint8
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 

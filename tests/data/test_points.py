@@ -74,9 +74,9 @@ def test_rings_have_equally_spaced_radii(count):
     number = x.norm(dim=1) * count / 2
     nearest = number.round()
     assert_close(number, nearest, rtol=0, atol=1e-5)
-    assert torch.equal(labels.numbers, nearest.long() - 1)  # from the innermost outwards
+    assert torch.equal(labels.targets, nearest.long() - 1)  # from the innermost outwards
     names = {1: ["ring 1"], 3: ["inner", "middle", "outer"]}
-    assert labels.names == names.get(count, [f"ring {k}" for k in range(1, count + 1)])
+    assert labels.classes == names.get(count, [f"ring {k}" for k in range(1, count + 1)])
     shares = torch.bincount(nearest.long(), minlength=count + 1)[1:] / n
     assert len(shares) == count
     assert (shares - 1 / count).abs().max() < 5 * math.sqrt(1 / count / n)
@@ -122,7 +122,7 @@ def test_moons_lie_on_two_half_circles():
     assert distance_to_moons(clean).max() < 1e-5
     on_upper = np.abs(np.hypot(clean[:, 0] / 1.5 + 0.5, clean[:, 1] / 1.5 + 0.25) - 1) < 1e-5
     assert abs(on_upper.mean() - 0.5) < 5 * math.sqrt(0.25 / n)
-    assert [labels.names[k] for k in labels.numbers] == np.where(on_upper, "upper", "lower").tolist()
+    assert [labels.classes[k] for k in labels.targets] == np.where(on_upper, "upper", "lower").tolist()
     noisy = moons(n, seeded(), noise=0.05)[0].double().numpy()
     away = distance_to_moons(noisy)
     assert away.max() < 1.5 * 0.05 * 5
@@ -183,10 +183,10 @@ def test_a_mixture_knows_the_component_of_each_point():
     data = configured("mixture")
     data.setup()
     points, labels = data.source.fetch(range(20_000)), data.source.labels
-    assert labels.names == [f"component {k}" for k in range(1, 6)]
+    assert labels.classes == [f"component {k}" for k in range(1, 6)]
     mixture = data.distribution
     for k in range(5):
-        own = points[labels.numbers == k].double()
+        own = points[labels.targets == k].double()
         assert abs(len(own) / 20_000 - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 20_000)
         standing = ((own - mixture.means[k]) / mixture.stds[k]).flatten()
         assert kstest(standing.numpy(), "norm").pvalue > 1e-3

@@ -166,9 +166,9 @@ def test_what_few_samples_hold_out_stays_when_others_come(tmp_path):
     names = sorted((f"{k}.png" for k in range(8)), key=lambda each: int(hash_ids([each], 0)[0]))
     first = module(names[1:])
     first.setup()
-    first.write_record(tmp_path / "record")
+    first.write_fingerprint(tmp_path / "record")
     second = module(names)
-    second.record_path = tmp_path / "record"
+    second.fingerprint_path = tmp_path / "record"
     with pytest.warns(UserWarning, match="1 added .*1 of the added held out, no other changes sides"):
         second.setup()
     assert [names[k] for k in second.val_indices] == names[:2]
@@ -211,8 +211,8 @@ def test_samples_that_change_sides_by_a_setting_are_counted(tmp_path):
     source = InMemory(torch.zeros(200, 2), ids=ids)
     before, after = (BaseDataModule(lambda: source, (2,), 1, f, 0, 0, 0) for f in (0.5, 0.2))
     before.setup()
-    before.write_record(tmp_path / "record")
-    after.record_path = tmp_path / "record"
+    before.write_fingerprint(tmp_path / "record")
+    after.fingerprint_path = tmp_path / "record"
     moved = sum(is_held_out(each, 0.5) and not is_held_out(each, 0.2) for each in ids)
     with pytest.warns(UserWarning, match=f"{moved} held-out samples are now trained on"):
         after.setup()
@@ -222,9 +222,9 @@ def test_a_record_that_is_missing_or_damaged_is_said(tmp_path):
     source = InMemory(torch.zeros(9, 2))
     for contents in (None, b"", b"\xff" * 40):
         data = BaseDataModule(lambda: source, (2,), 1, 0.3, 0, 0, 0)
-        data.record_path = tmp_path / "record"
+        data.fingerprint_path = tmp_path / "record"
         if contents is not None:
-            data.record_path.write_bytes(contents)
+            data.fingerprint_path.write_bytes(contents)
         with pytest.warns(UserWarning, match="record (is missing|cannot be read).*is unknown"):
             data.setup()
         assert len(data.val_indices) + len(data.train_indices) == 9

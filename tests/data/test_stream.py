@@ -239,7 +239,7 @@ def test_data_too_few_to_split_or_fill_a_batch_raise():
     data.setup()
     count = len(data.train_indices)
     with pytest.raises(ValueError, match=rf"data\.batch_size 40 is larger than the training data \({count} samples\)"):
-        data.stream(stub())
+        data.train_sampler(stub())
 
 
 def test_use_outside_a_trainer_or_before_setup_raises():

@@ -71,9 +71,9 @@ def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
     assert data.columns == ["height", "weight"]
     assert data.source.covariates.names == ["day"]
     assert_close(data.source.covariates.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
-    assert data.source.labels.names == ["5", "10", "15"]  # as numbers, not as texts
-    assert data.source.labels.numbers.tolist() == [k % 3 for k in range(ROWS)]
-    assert opened(path, label="code").source.labels.numbers.tolist() == [
+    assert data.source.labels.classes == ["5", "10", "15"]  # as numbers, not as texts
+    assert data.source.labels.targets.tolist() == [k % 3 for k in range(ROWS)]
+    assert opened(path, label="code").source.labels.targets.tolist() == [
         sorted(f"x{k}" for k in range(ROWS)).index(f"x{k}") for k in range(ROWS)
     ]
 
@@ -82,11 +82,11 @@ def test_what_the_table_tells_is_enough_to_show_samples_without_it(tmp_path):
     """The settings that a run keeps: no file is opened for them, until the data are asked for."""
     path, _ = table(tmp_path / "a.csv")
     data = opened(path, condition_columns=["day"], label="kind")
-    again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.found)
+    again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.inferred)
     assert again.shape == data.shape
     x = torch.randn(5, 2)
     assert_close(again.postprocess(x), data.postprocess(x), rtol=0, atol=0)
-    assert again.found == data.found
+    assert again.found == data.inferred
     with pytest.raises(FileNotFoundError, match=r"set data\.path"):
         again.setup()
 

@@ -340,7 +340,7 @@ def test_classes_are_judged_by_the_classifier_and_its_own_mistakes_are_told(digi
     """Held-out digits as samples, a third of them asked to be the next digit: shares by a plain loop."""
     data, benchmark = digits
     assert isinstance(benchmark, ClassBenchmark) and list(benchmark.prompts["classes"]) == [str(c) for c in range(10)]
-    numbers = data.source.labels.numbers
+    numbers = data.source.labels.targets
     by_class = [[k for k in data.val_indices if numbers[k] == c][:9] for c in range(10)]
     chosen = [by_class[(k + (k < 30)) % 10][k // 10] for k in range(90)]  # number k is asked to be k mod 10
     images = data.postprocess(data.preprocess(data.source.fetch(chosen)))
