@@ -173,7 +173,7 @@ def torchvision_images(
     Raises ValueError if the files are missing and cannot be downloaded.
     """
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
-    _require(root is not None, f"data.root=null must be the folder of {name}; it is downloaded there if missing")
+    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}, or to one to download it to")
     try:
         opened = dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
@@ -181,7 +181,7 @@ def torchvision_images(
         reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
         raise ValueError(
             f"data.root={Path(root or '.').resolve()} has no complete {name}, and it cannot be downloaded ({reason}); "
-            "connect to the network, copy the original files there, or set data.root to their folder"
+            "connect to the network, put the dataset's original files there, or set data.root to their folder"
         ) from error
     labels = _labels_of(opened)
     data = getattr(opened, "data", None)
@@ -220,13 +220,13 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(
-            f"data.root={root and path.resolve()} is not a folder; set it to the folder with your images"
+            f"data.root={path.resolve() if root else 'null'} is not a folder; set data.root to the folder with your images"
         )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:
         raise ValueError(
-            f"data.root={path.resolve()} has no images ({' '.join(sorted(EXTENSIONS))}); set it to the folder with "
-            "your images"
+            f"data.root={path.resolve()} has no images ({' '.join(sorted(EXTENSIONS))}); set data.root to the folder "
+            "with your images"
         )
     if prepare:
         with ThreadPoolExecutor() as pool:  # decoding releases the GIL

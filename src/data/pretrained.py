@@ -229,7 +229,7 @@ def _from_hub(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"conditioning.encode.model={model} is not a folder and cannot be downloaded ({one_line(error)}); set it to "
+            f"conditioning.encode.model={model} is neither a folder nor downloadable ({one_line(error)}); set it to "
             "a folder with config.json, tokenizer.json and model.safetensors"
         ) from error
 

@@ -126,7 +126,7 @@ def test_estimate_has_every_part():
     ("settings", "rule"),
     [
         (["data.microbatch_size=24"], r"micro_batch=24 does not divide the 64 samples .* choose 16 or 32"),
-        (["data.microbatch_size=65"], r"micro_batch must lie in \[1, data.batch_size = 64\], got 65"),
+        (["data.microbatch_size=65"], r"data.microbatch_size=65 must be in \[1, 64\]"),
         (["data.microbatch_size=16", "trainer.accumulate_grad_batches=2"], "makes .* 4, given as 2: leave one"),
         (["data.microbatch_size=auto", "trainer.accumulate_grad_batches=2"], "given as 2: leave one"),
         (["data.microbatch_size=most"], "must be int or one of auto or null"),
