@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.config.overrides import CONF
-from tests.data.test_split import is_held_out
+from tests.data.test_split import is_validation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -776,7 +776,7 @@ def test_a_trainer_sees_the_same_images_with_and_without_accumulation():
         assert seen[0].abs().max() <= 1
     for recorder in (whole, parts):
         x = torch.cat([recorder.validated[start] for start in sorted(recorder.validated)])
-        assert len(x) == sum(is_held_out(str(k), 0.1) for k in range(40))
+        assert len(x) == sum(is_validation(str(k), 0.1) for k in range(40))
         assert (x[..., :2] == -1).all()
     assert any((x[..., :2] != -1).any() for seen in whole.trained.values() for x in seen.values())
 
