@@ -194,8 +194,8 @@ def test_flow_of_a_gaussian_agrees_with_the_solver():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1], [[0, 0], [1, 1]], [1, 1]), "one weight, mean and deviation each, got 1, 2, 2"),
-        (([1, 1], [[0, 0], [1, 1]], [1]), "one weight, mean and deviation each, got 2, 2, 1"),
+        (([1], [[0, 0], [1, 1]], [1, 1]), "equal lengths, got 1, 2, 2"),
+        (([1, 1], [[0, 0], [1, 1]], [1]), "equal lengths, got 2, 2, 1"),
         (([1, 0], [[0, 0], [1, 1]], [1, 1]), "must be positive"),
         (([1, 1], [[0, 0], [1, 1]], [1, -0.5]), "must be positive"),
     ],

@@ -51,7 +51,7 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def test_each_line_of_a_text_file_is_a_caption(tmp_path):
+def test_each_line_of_a_text_is_a_caption(tmp_path):
     """Lines are stripped; empty lines, a byte order mark and Windows line ends are ignored."""
     images(tmp_path)
     (tmp_path / "b.txt").write_bytes("\ufeffa café\r\n\r\n  two  words \r\n".encode())

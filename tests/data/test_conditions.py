@@ -370,8 +370,8 @@ def test_an_exported_text_model_keeps_tokenizer_and_examples(tmp_path):
     (file,) = (tmp_path / "export").rglob("*.safetensors")
     drawn = []
     for name, where in (("a", f"ckpt='{file}'"), ("b", f"run='{tmp_path / 'run'}'")):
-        asked = ["n=2", "device=cpu", "sampler.steps=2", "guidance.scale=2"]
-        folder = sample(compose("sample", where, f"run_dir='{tmp_path / name}'", *asked))
+        arguments = ["n=2", "device=cpu", "sampler.steps=2", "guidance.scale=2"]
+        folder = sample(compose("sample", where, f"run_dir='{tmp_path / name}'", *arguments))
         assert (folder / "asked.txt").read_text() == 2 * "a red circle and/or a blue square\n"
         drawn.append(np.load(folder / "samples.npz")["arr_0"])
     assert (drawn[0] == drawn[1]).all()

@@ -626,8 +626,8 @@ def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None
     base = root / "celeba"
     (base / "img_align_celeba").mkdir(parents=True)
     names = [f"{i + 1:06d}.jpg" for i in range(len(pixels))]
-    for name, picture in zip(names, pixels, strict=True):
-        Image.fromarray(picture).save(base / "img_align_celeba" / name, quality=100, subsampling=0)
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(base / "img_align_celeba" / name, quality=100, subsampling=0)
 
     def rows(values: list[int]) -> str:
         return "".join(f"{name}  {' '.join(map(str, values))}\n" for name in names)
@@ -645,8 +645,8 @@ def test_celeba_files_are_read(tmp_path):
     """The central squares of the training images, decoded lazily."""
     colors = noise(6, 3)
     pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colors]
-    for picture, color in zip(pixels, colors, strict=True):
-        picture[20:198] = color  # the central square; black above and below
+    for image, color in zip(pixels, colors, strict=True):
+        image[20:198] = color  # the central square; black above and below
     write_celeba(tmp_path, pixels, [0, 0, 1, 0, 2, 0])
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.val_fraction=0.25"]
     found = fetch_all(configured("celeba", *options))

@@ -30,7 +30,7 @@ from src.evaluate import evaluate
 from src.runs.components import make
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
-from tests.data.test_split import pictures
+from tests.data.test_split import write_images
 from tests.integration.test_stopping import assert_ended_as
 from tests.runs.test_runs import assert_equal_bits, weights
 
@@ -65,7 +65,7 @@ class RemoveOn(L.Callback):
         if trainer.global_step == 5 and (batch_idx + 1) % 2 == 0 and trainer.global_rank == 1:
             # Rank 1's part of the second micro-batch.
             file = trainer.datamodule.source.files[trainer.train_dataloader.sampler.batch(5)[3]]
-            file.rename(file.with_suffix(".gone"))
+            file.rename(file.with_suffix(".deleted"))
 
 
 def act(step: int, ahead: int = 1) -> list[str]:
@@ -82,7 +82,7 @@ def root_of(path: Path) -> list[str]:
 def photos(tmp_path_factory) -> Path:
     """Images that no test changes."""
     root = tmp_path_factory.mktemp("photos")
-    pictures(root)
+    write_images(root)
     return root
 
 
@@ -104,7 +104,7 @@ def restore(photos: Path, copied: Path) -> None:
     shutil.copytree(photos, copied)
 
 
-def gone(path: Path) -> None:
+def deleted(path: Path) -> None:
     path.unlink()
 
 
@@ -130,7 +130,7 @@ def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-DAMAGES = [gone, truncated, empty, text, a_folder, a_loop]
+DAMAGES = [deleted, truncated, empty, text, a_folder, a_loop]
 
 
 def test_every_damage_raises_and_names_the_file(copied):
@@ -186,7 +186,7 @@ def test_unreadable_samples_are_replaced(copied):
     replacements = list(range(4, 12))
     whole = source.fetch(range(24))
     for k in (1, 5, 6):
-        gone(source.files[k])
+        deleted(source.files[k])
     wanted = BatchIndices(8, 16, [0, 1, 2, 5, 6], 3)
     x, used, skipped = fetch_batch(source, wanted, 7, replacements)
     assert torch.equal(x, whole[used])
@@ -231,10 +231,10 @@ def quietly(run: Path, *overrides: str) -> dict[str, float]:
 def refused(run: Path, *overrides: str) -> str:
     with pytest.raises(UsageError) as error:
         quietly(run, *overrides)
-    said = str(error.value)
-    assert "\n" not in said and f"python -m src.train resume={run}" in said, said
+    message = str(error.value)
+    assert "\n" not in message and f"python -m src.train resume={run}" in message, message
     assert not (run / "metrics.json").exists()
-    return said
+    return message
 
 
 def saved_step(run: Path) -> int:
@@ -249,7 +249,7 @@ def test_a_run_with_failing_data_saves_and_resumes(photos, copied, undisturbed, 
         "last": (7, 1, 0, lambda files: empty(files[1]), 7),
         "validation": (4, 0, 0, lambda files: a_folder(files[-1]), 4),
         "all": (2, 1, 0, lambda files: shutil.rmtree(copied), 2),
-        "workers": (1, 6, 2, lambda files: gone(files[2]), None),
+        "workers": (1, 6, 2, lambda files: deleted(files[2]), None),
     }
     for name, (step, ahead, workers, damage, wanted) in cases.items():
         restore(photos, copied)
@@ -262,12 +262,12 @@ def test_a_run_with_failing_data_saves_and_resumes(photos, copied, undisturbed, 
 
         Act.action = staticmethod(action)
         settings = [*root_of(copied), f"data.num_workers={workers}"]
-        said = refused(run, *settings, *act(step, ahead))
-        assert any(str(file) in said for file in named), name
+        message = refused(run, *settings, *act(step, ahead))
+        assert any(str(file) in message for file in named), name
         saved = saved_step(run)
         # Batches that workers read before the damage are used; the file is in the batch of step 7.
         assert saved == wanted if wanted is not None else 1 < saved <= 6, name
-        assert f"saved at step {saved}" in said
+        assert f"saved at step {saved}" in message
         restore(photos, copied)
         quietly(run, *settings, f"resume='{run}'")
         assert_ended_as(run, undisturbed)
@@ -283,8 +283,8 @@ def test_a_killed_worker_ends_the_run_saved(photos, undisturbed, tmp_path):
 
     Act.action = staticmethod(kill)
     run, settings = tmp_path / "run", [*root_of(photos), "data.num_workers=2"]
-    said = refused(run, *settings, *act(2))
-    assert "a process that loads data died" in said and "data.num_workers=2" in said
+    message = refused(run, *settings, *act(2))
+    assert "a process that loads data died" in message and "data.num_workers=2" in message
     assert 2 <= saved_step(run) < 8
     quietly(run, *settings, f"resume='{run}'")
     assert_ended_as(run, undisturbed)
@@ -299,8 +299,8 @@ def test_failing_final_images_are_saved_on_resume(photos, copied, undisturbed, t
 
     globals()["Remove"] = Remove
     run = tmp_path / "run"
-    said = refused(run, *root_of(copied), f"+callbacks.act._target_={__name__}.Remove")
-    assert "cannot be read" in said and "saved at step 8" in said
+    message = refused(run, *root_of(copied), f"+callbacks.act._target_={__name__}.Remove")
+    assert "cannot be read" in message and "saved at step 8" in message
     restore(photos, copied)
     assert quietly(run, *root_of(copied), f"resume='{run}'")["steps"] == 8
     assert_equal_bits(weights(run, "state_dict"), weights(undisturbed, "state_dict"))
@@ -320,7 +320,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         validation = [trainer.datamodule.source.files[i] for i in trainer.datamodule.val_indices]
         for file in (files[0], files[1], validation[0]):
             names.append(str(file))
-            gone(file)
+            deleted(file)
 
     for name in ("alone", "again"):
         restore(photos, copied)
@@ -328,8 +328,8 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         Act.action = staticmethod(action)
         with pytest.warns(UserWarning, match="another sample replaces it") as warned:
             metrics = train_tiny(tmp_path / name, *skipping, *act(2))
-        said = [str(w.message) for w in warned if "replaces it" in str(w.message)]
-        assert sorted(line.split(" cannot")[0] for line in said) == sorted(names)
+        message = [str(w.message) for w in warned if "replaces it" in str(w.message)]
+        assert sorted(line.split(" cannot")[0] for line in message) == sorted(names)
         kept = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["unreadable_files"] == kept["unreadable_files"] == 3
     assert_ended_as(tmp_path / "again", tmp_path / "alone")
@@ -342,18 +342,24 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):
         train_tiny(tmp_path / "strict", *root_of(copied))
     # The likelihood needs all validation samples; unreadable training samples do not matter.
-    asked = [f"run='{tmp_path / 'alone'}'", f"run_dir='{tmp_path / 'e'}'", "device=cpu", "quality=false", "num_terms=2"]
+    arguments = [
+        f"run='{tmp_path / 'alone'}'",
+        f"run_dir='{tmp_path / 'e'}'",
+        "device=cpu",
+        "quality=false",
+        "num_terms=2",
+    ]
     restore(photos, copied)
     data = make(compose("train", *skipping, "run_dir=x").data)
     data.setup()
     for index in data.train_indices[:3]:
         (copied / data.source.ids[index]).write_text("damaged")
     with pytest.warns(UserWarning, match="3 of 24 images"):
-        assert math.isfinite(evaluate(compose("evaluate", *asked))["bits_per_dim"])
+        assert math.isfinite(evaluate(compose("evaluate", *arguments))["bits_per_dim"])
     for file in copied.rglob("*.png"):
         file.write_text("damaged")
     with pytest.raises(UsageError, match="cannot be read"):
-        evaluate(compose("evaluate", *asked))
+        evaluate(compose("evaluate", *arguments))
 
 
 def test_failing_data_of_one_rank_end_all_ranks(photos, copied, undisturbed, tmp_path):
@@ -371,10 +377,10 @@ def test_failing_data_of_one_rank_end_all_ranks(photos, copied, undisturbed, tmp
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if "error" in line]
-    (gone_file,) = copied.rglob("*.gone")
-    assert len(errors) == 1 and str(gone_file.with_suffix(".png")) in errors[0], done.stderr
+    (deleted_file,) = copied.rglob("*.deleted")
+    assert len(errors) == 1 and str(deleted_file.with_suffix(".png")) in errors[0], done.stderr
     assert "saved at step 5" in errors[0] and f"resume={run}" in errors[0]
-    gone_file.rename(gone_file.with_suffix(".png"))
+    deleted_file.rename(deleted_file.with_suffix(".png"))
     quietly(run, *root_of(copied), f"resume='{run}'")
     ours, theirs = weights(run, "current_model_state"), weights(undisturbed, "current_model_state")
     apart = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])

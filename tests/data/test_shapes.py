@@ -229,23 +229,23 @@ def test_images_match_rasterized_outlines(shape, size):
         assert found[k, 0].mean() == pytest.approx(expected.mean(), rel=0.05)
 
 
-def mask_of(picture: Tensor) -> np.ndarray:
+def mask_of(image: Tensor) -> np.ndarray:
     """Return the foreground part of each pixel of (3, S, S) in [0, 1]; the corner is background."""
-    flat = picture.double().flatten(1)
+    flat = image.double().flatten(1)
     away = flat - flat[:, :1]
     farthest = away[:, away.norm(dim=0).argmax()]
-    return (farthest @ away / farthest.square().sum()).clamp(0, 1).view(picture.shape[1:]).numpy()
+    return (farthest @ away / farthest.square().sum()).clamp(0, 1).view(image.shape[1:]).numpy()
 
 
 def test_captions_can_be_read_off_images():
     """Shape by the best outline of equal area and centroid, size by area; colors and position directly."""
     scenes = ONE[::3]
-    pictures = render(scenes, 32, [7 + k for k in range(len(scenes))])
-    assert pictures.dtype == torch.uint8 and pictures.shape == (len(scenes), 3, 32, 32)
+    images = render(scenes, 32, [7 + k for k in range(len(scenes))])
+    assert images.dtype == torch.uint8 and images.shape == (len(scenes), 3, 32, 32)
     ticks = (np.arange(32) + 0.5) / 32
     table = torch.tensor(list(COLORS.values())).double()
-    for scene, picture in zip(scenes, pictures, strict=True):
-        mask, one = mask_of(picture), scene.objects[0]
+    for scene, image in zip(scenes, images, strict=True):
+        mask, one = mask_of(image), scene.objects[0]
         area, centroid = mask.mean(), np.array([(mask.sum(0) * ticks).sum(), (mask.sum(1) * ticks).sum()]) / mask.sum()
         misfit = {name: np.abs(mask - coverage(corners(name, area) + centroid, 32, 4)).sum() for name in SHAPES}
         ordered = sorted(misfit, key=lambda name: misfit[name])
@@ -254,9 +254,9 @@ def test_captions_can_be_read_off_images():
         assert (area > math.pi * 0.128**2) == (one.size == "large")
         nearest = min(PLACES, key=lambda name: math.dist(PLACES[name], centroid))
         assert nearest == one.position
-        inside = picture[:, torch.from_numpy(mask > 0.95)].double().mean(1)
+        inside = image[:, torch.from_numpy(mask > 0.95)].double().mean(1)
         assert list(COLORS)[int((table - inside).norm(dim=1).argmin())] == one.color
-        assert list(COLORS)[int((table - picture[:, 0, 0].double()).norm(dim=1).argmin())] == scene.background
+        assert list(COLORS)[int((table - image[:, 0, 0].double()).norm(dim=1).argmin())] == scene.background
 
 
 def test_larger_images_show_the_same():

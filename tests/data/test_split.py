@@ -35,17 +35,17 @@ def held_out_digits() -> int:
     return sum(is_validation(str(k), 0.2) for k in range(1797))
 
 
-def picture(path: Path, seed: int, size: int = 8) -> None:
+def write_image(path: Path, seed: int, size: int = 8) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
-def pictures(root: Path, count: int = 24) -> list[str]:
+def write_images(root: Path, count: int = 24) -> list[str]:
     """Write images into two subfolders, the classes, and return their names."""
     names = [f"{('cats', 'dogs')[k % 2]}/{k:02d}.png" for k in range(count)]
     for k, name in enumerate(names):
-        picture(root / name, k)
+        write_image(root / name, k)
     return names
 
 
@@ -59,7 +59,7 @@ def sides(choice: str, *overrides: str) -> tuple[set[str], set[str]]:
 
 def test_files_split_by_relative_path(tmp_path):
     """Independent of the root's path, following the documented rule and the split seed."""
-    names = pictures(tmp_path / "here" / "photos")
+    names = write_images(tmp_path / "here" / "photos")
     wanted = {name for name in names if is_validation(name)}
     assert 0 < len(wanted) < 24
     shutil.copytree(tmp_path / "here", tmp_path / "elsewhere")
@@ -73,12 +73,12 @@ def test_files_split_by_relative_path(tmp_path):
 
 @pytest.mark.parametrize("choice", ["folder", "captions"])
 def test_added_and_removed_files_move_no_others(tmp_path, choice):
-    names = pictures(tmp_path)
+    names = write_images(tmp_path)
     for name in names:
-        (tmp_path / name).with_suffix(".txt").write_text("a picture")
+        (tmp_path / name).with_suffix(".txt").write_text("an image")
     before = sides(choice, f"data.root='{tmp_path}'", *TINY_IMAGES)
     for name in ("aaa/0.png", "cats/000.png", "zzz/9.png"):
-        picture(tmp_path / name, 1)
+        write_image(tmp_path / name, 1)
         (tmp_path / name).with_suffix(".txt").write_text("another")
     (tmp_path / names[3]).unlink()
     after = sides(choice, f"data.root='{tmp_path}'", *TINY_IMAGES)
@@ -90,7 +90,7 @@ def test_unicode_forms_of_names_split_equally(tmp_path):
     """File systems store accents in different forms."""
     for form in ("NFC", "NFD"):
         for k in range(12):
-            picture(tmp_path / form / unicodedata.normalize(form, f"é{k}.png"), k)
+            write_image(tmp_path / form / unicodedata.normalize(form, f"é{k}.png"), k)
     one, other = (sides("folder", f"data.root='{tmp_path / form}'", *TINY_IMAGES) for form in ("NFC", "NFD"))
     assert one == other and {unicodedata.normalize("NFC", name) for name in one[0]} == one[0]
 
@@ -176,7 +176,7 @@ def test_the_stored_threshold_keeps_the_split(tmp_path):
 
 def test_a_resumed_run_warns_of_changed_data(tmp_path):
     """Evaluation warns too: of an added, a removed and a changed file, but not of another folder."""
-    names = pictures(tmp_path / "photos")
+    names = write_images(tmp_path / "photos")
     run, moved = tmp_path / "run", tmp_path / "moved"
     settings = ["data=folder", *TINY_IMAGES]
     train_tiny(run, *settings, f"data.root='{tmp_path / 'photos'}'", "trainer.max_steps=2", "validate_every=2")
@@ -193,9 +193,9 @@ def test_a_resumed_run_warns_of_changed_data(tmp_path):
     assert not [w for w in caught if "data changed" in str(w.message)]
 
     new = next(f"cats/new{k}.png" for k in range(99) if is_validation(f"cats/new{k}.png"))
-    picture(moved / new, 99)
+    write_image(moved / new, 99)
     (moved / names[0]).unlink()
-    picture(moved / names[5], 5, size=16)
+    write_image(moved / names[5], 5, size=16)
     for start in (partial(train_tiny, run, *again, "trainer.max_steps=4"), partial(evaluate, evaluation)):
         with pytest.warns(UserWarning, match="data changed") as caught:
             start()

@@ -43,8 +43,8 @@ def opened(path: Path, **settings) -> TableDataModule:
     return data
 
 
-def refused(path: Path, kind: type[Exception] = ValueError, **settings) -> str:
-    with pytest.raises(kind) as error:
+def refused(path: Path, error_type: type[Exception] = ValueError, **settings) -> str:
+    with pytest.raises(error_type) as error:
         opened(path, **settings)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -87,9 +87,9 @@ def test_tokens_match_a_plain_bpe(tokens):
     model = json.loads(found["tokenizer"])["model"]
     order = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     letters = byte_alphabet()
-    for asked in ("a small red square on a blue background", "yellow triangles", "Unseen wording, zebra"):
+    for prompt in ("a small red square on a blue background", "yellow triangles", "Unseen wording, zebra"):
         expected = [1]
-        for word in asked.lower().replace(",", " ,").split():
+        for word in prompt.lower().replace(",", " ,").split():
             blank = "" if word == "," else " "
             parts = [letters[byte] for byte in (blank + word).encode()]
             while pairs := [(order[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in order]:
@@ -97,18 +97,18 @@ def test_tokens_match_a_plain_bpe(tokens):
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             expected += [3 + model["vocab"][part] for part in parts]
         expected.append(2)
-        assert tokens([asked])[0].tolist() == expected + [0] * (64 - len(expected))
+        assert tokens([prompt])[0].tolist() == expected + [0] * (64 - len(expected))
 
 
-@pytest.mark.parametrize("asked", ANY_TEXT)
-def test_tokens_decode_to_the_text(tokens, asked):
+@pytest.mark.parametrize("prompt", ANY_TEXT)
+def test_tokens_decode_to_the_text(tokens, prompt):
     vocab_size = json.loads(Tokens.infer_settings(captioned(), {"vocab_size": 400})["tokenizer"])["model"]["vocab"]
     spelled = {number: letters for letters, number in vocab_size.items()}
     bytes_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    ids = [number for number in tokens([asked])[0].tolist() if number]
+    ids = [number for number in tokens([prompt])[0].tolist() if number]
     assert ids[0] == 1 and ids[-1] == 2 and min(ids[1:-1]) >= 3  # no text contains special tokens
     letters = "".join(spelled[number - 3] for number in ids[1:-1])
-    assert bytes(bytes_of[letter] for letter in letters).decode() == f" {normal(asked)}"
+    assert bytes(bytes_of[letter] for letter in letters).decode() == f" {normal(prompt)}"
 
 
 def test_invalid_unicode_is_encoded(tokens):
@@ -140,10 +140,10 @@ def test_case_spaces_and_unicode_forms_are_normalized(tokens):
     assert_close(tokens([7, 2.5]), tokens(["7", "2.5"]))  # YAML parses these as numbers
 
 
-@pytest.mark.parametrize("asked", [["a"], True, {"a": 1}])
-def test_other_values_than_texts_raise(tokens, asked):
+@pytest.mark.parametrize("prompt", [["a"], True, {"a": 1}])
+def test_other_values_than_texts_raise(tokens, prompt):
     with pytest.raises(ValueError, match="is not a text") as error:
-        tokens([asked])
+        tokens([prompt])
     assert "\n" not in str(error.value)
 
 
@@ -271,9 +271,9 @@ def test_workers_encode_equally_without_warnings(capfd):
 @pytest.mark.parametrize("package", ["tokenizers", "transformers"])
 def test_missing_packages_are_named(package, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, package, None)
-    kind = Tokens if package == "tokenizers" else Pretrained
+    architecture = Tokens if package == "tokenizers" else Pretrained
     with pytest.raises(ValueError, match=f"pip install {package}"):
-        kind.infer_settings(captioned(), {"model": "openai/clip-vit-large-patch14", "cache": str(tmp_path)})
+        architecture.infer_settings(captioned(), {"model": "openai/clip-vit-large-patch14", "cache": str(tmp_path)})
 
 
 def test_optional_packages_are_imported_lazily():
@@ -309,16 +309,16 @@ def save_tokenizer(folder, ends=True):
     return len(vocab_size)
 
 
-def make(kind, folder, seed=0):
+def make(architecture, folder, seed=0):
     """Save a model, and return its text encoder."""
     transformers = pytest.importorskip("transformers")
-    size = save_tokenizer(folder, ends=kind != "gpt2")
+    size = save_tokenizer(folder, ends=architecture != "gpt2")
     torch.manual_seed(seed)
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if kind in ("clip", "clip text"):
+    if architecture in ("clip", "clip text"):
         ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
         config = transformers.CLIPTextConfig(vocab_size=size, max_position_embeddings=20, **small, **ends)
-        if kind == "clip text":
+        if architecture == "clip text":
             net = part = transformers.CLIPTextModel(config)
         else:
             sight = transformers.CLIPVisionConfig(**small, image_size=8, patch_size=4)
@@ -326,20 +326,20 @@ def make(kind, folder, seed=0):
                 transformers.CLIPConfig(text_config=config.to_dict(), vision_config=sight.to_dict(), projection_dim=8)
             )
             part = net.text_model
-    elif kind in ("t5", "t5 in parts"):
+    elif architecture in ("t5", "t5 in parts"):
         config = transformers.T5Config(vocab_size=size, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
         net = transformers.T5ForConditionalGeneration(config)
         part = net.encoder
-    elif kind == "bert":
+    elif architecture == "bert":
         net = part = transformers.BertModel(transformers.BertConfig(vocab_size=size, **small))
     else:
         net = part = transformers.GPT2Model(transformers.GPT2Config(vocab_size=size, n_embd=16, n_layer=2, n_head=2))
-    net.save_pretrained(folder, max_shard_size="20KB" if kind == "t5 in parts" else "1GB")
-    assert (folder / "model.safetensors").exists() != (kind == "t5 in parts")
+    net.save_pretrained(folder, max_shard_size="20KB" if architecture == "t5 in parts" else "1GB")
+    assert (folder / "model.safetensors").exists() != (architecture == "t5 in parts")
     return part.eval()
 
 
-KINDS = ["clip", "clip text", "t5", "t5 in parts", "bert", "gpt2"]
+ARCHITECTURES = ["clip", "clip text", "t5", "t5 in parts", "bert", "gpt2"]
 
 
 def encoder(folder, cache, captions=CAPTIONS, **settings):
@@ -349,20 +349,20 @@ def encoder(folder, cache, captions=CAPTIONS, **settings):
         return {**settings, **Pretrained.infer_settings(captioned(captions), settings)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_match_transformers_and_stay_cached(kind, tmp_path):
-    part = make(kind, tmp_path / "model")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embeddings_match_transformers_and_stay_cached(architecture, tmp_path):
+    part = make(architecture, tmp_path / "model")
     settings = encoder(tmp_path / "model", tmp_path / "cache")
     assert settings["features"] == 16
     assert len(set(settings["examples"])) == 8
-    asked = ["a red circle", None, CAPTIONS[3][2], "a red circle", " "]
-    found = Pretrained(**settings)(asked)
+    prompt = ["a red circle", None, CAPTIONS[3][2], "a red circle", " "]
+    found = Pretrained(**settings)(prompt)
     assert found.dtype == torch.float32
     assert found.shape == (5, 16, 16)
     words = ["a red circle", "", CAPTIONS[3][2], "a red circle", ""]
     for row, each in zip(found, words, strict=True):  # one at a time, without padding
         ids = [4 + WORDS.index(word) for word in each.lower().split()]
-        ids = [1, *ids, 2] if kind != "gpt2" else ids or [2]
+        ids = [1, *ids, 2] if architecture != "gpt2" else ids or [2]
         with torch.no_grad():
             expected = part(input_ids=torch.tensor([ids])).last_hidden_state[0]
         assert_close(row[: len(ids)], expected, rtol=2e-3, atol=2e-3)  # float16 has 11 bits
@@ -371,7 +371,7 @@ def test_embeddings_match_transformers_and_stay_cached(kind, tmp_path):
 
     shutil.rmtree(tmp_path / "model")
     again = pickle.loads(pickle.dumps(Pretrained(**settings)))
-    assert_close(again(asked), found, rtol=0, atol=0)
+    assert_close(again(prompt), found, rtol=0, atol=0)
     for several in CAPTIONS:
         again(several)
     again(settings["examples"])
