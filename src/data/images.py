@@ -173,7 +173,7 @@ def torchvision_images(
     Raises ValueError if the files are missing and cannot be downloaded.
     """
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
-    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}, or to one to download it to")
+    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
     try:
         opened = dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
@@ -220,7 +220,8 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(
-            f"data.root={path.resolve() if root else 'null'} is not a folder; set data.root to the folder with your images"
+            f"data.root={path.resolve() if root else 'null'} is not a folder; set data.root to the folder with your "
+            "images"
         )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:

@@ -154,7 +154,9 @@ class _Encoder:
         self.process = os.getpid()
         # Memory on an accelerator does not survive the fork of a worker.
         in_worker = torch.utils.data.get_worker_info() is not None
-        self.device = torch.device("cpu" if in_worker else _accelerator() if device == "auto" else device)
+        if device == "auto":
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.device = torch.device("cpu" if in_worker else device)
         self.net = _open_net(folder).to(self.device)
         self._warned = False
 
@@ -349,7 +351,3 @@ def _quiet(package: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _accelerator() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
