@@ -1,4 +1,4 @@
-"""What is expensive to compute of data that stay the same, kept on disk under the hash of all that it depends on."""
+"""A cache on disk for tensors that take long to compute, keyed by a hash of their inputs."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 
 
 def digest(*parts: Tensor | str | float | None) -> str:
-    """32 hexadecimal digits that stand for these tensors (type, shape and contents) and values, in this order."""
+    """Return 32 hexadecimal digits that identify these tensors (dtype, shape and contents) and values, in order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -28,48 +28,48 @@ def digest(*parts: Tensor | str | float | None) -> str:
 
 
 def cached(folder: Path, key: str, compute: Callable[[], Tensors]) -> Tensors:
-    """The tensors that `compute` gives, read from `folder` if they were computed under this `key` before.
+    """Return the tensors stored in `folder` under `key`, or those of `compute` after storing them.
 
-    Written in whole or not at all. A file that does not hold what was written is computed again, and one that cannot
-    be written is done without, each with a warning.
+    Computes again, with a warning, if the file is corrupted. Warns if the file cannot be written.
     """
     path = folder / f"{key}.safetensors"
     if path.exists():
         try:
             return _read(path)
         except (OSError, SafetensorError, ValueError) as error:
-            warnings.warn(f"{path} is damaged ({_line(error)}): computed again", stacklevel=2)
+            warnings.warn(f"{path} is corrupted ({_line(error)}); computing it again", stacklevel=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
     try:
-        _write(path, tensors)
+        write_atomically(path, safetensors.torch.save(tensors, {"digest": _digest_of(tensors)}))
     except OSError as error:
         warnings.warn(
-            f"{path} could not be written ({_line(error)}): it is computed each time; make room", stacklevel=2
+            f"{path} cannot be written ({_line(error)}); computing it each time: free disk space", stacklevel=2
         )
     return tensors
 
 
-def _read(path: Path) -> Tensors:
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        noted = (file.metadata() or {}).get("digest")
-    if noted != _digest_of(tensors):
-        raise ValueError("its contents do not have the digest that was noted")
-    return tensors
-
-
-def _write(path: Path, tensors: Tensors) -> None:
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Write a file, and its folder if missing, so that other processes see all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(safetensors.torch.save(tensors, {"digest": _digest_of(tensors)}))
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Tensors:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        stored = (file.metadata() or {}).get("digest")
+    if stored != _digest_of(tensors):
+        raise ValueError("its contents do not match its digest")
+    return tensors
 
 
 def _digest_of(tensors: Tensors) -> str:

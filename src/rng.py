@@ -1,8 +1,7 @@
-"""Random draws that belong to (seed, purpose, step, position in the global batch), never to a process.
+"""Random numbers keyed by (seed, purpose, step, position in the global batch), independent of processes.
 
-One process, or any number of them that share a global batch between them, draw the same numbers for the same
-sample. Positions are drawn in blocks, each from a generator seeded by its key, and a process generates only the
-blocks that its share touches.
+Any number of processes that share a global batch draw the same numbers for the same sample. Positions are drawn in
+blocks, each from its own generator, and a process draws only the blocks that its share touches.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class StepRng:
-    """The draws for positions start..start + count - 1 of the global batch of one step."""
+    """Random numbers for positions start, ..., start + count - 1 of the global batch of one step."""
 
     seed: int
     step: int
@@ -26,15 +25,15 @@ class StepRng:
     device: torch.device
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
-        """(count, *shape) standard normal, float32."""
+        """Draw (count, *shape) standard normal float32."""
         return self._blocks(purpose, lambda g: _randn(shape, g))
 
     def uniform(self, purpose: str) -> Tensor:
-        """(count,) uniform in [0, 1), float32."""
+        """Draw (count,) uniform float32 in [0, 1)."""
         return self._blocks(purpose, lambda g: torch.rand(BLOCK, generator=g, device=g.device, dtype=torch.float32))
 
     def shared(self, purpose: str) -> Tensor:
-        """() uniform in [0, 1), float32, the same for all positions of the step."""
+        """Draw one uniform float32 () in [0, 1), the same for all positions of the step."""
         generator = torch.Generator(self.device).manual_seed(key(self.seed, purpose, self.step, "shared"))
         return torch.rand((), generator=generator, device=self.device, dtype=torch.float32)
 
@@ -47,31 +46,31 @@ class StepRng:
 
 
 class SampleNoise:
-    """Standard normal noise for images `indices`, whole blocks of them from one generator each: (seed, block).
+    """Standard normal noise for the samples `indices`, in blocks keyed by (seed, block).
 
-    So image k is the same whatever batch or process it is drawn in. Called with x (B, *data), gives the next
-    noise like x, float32 on x's device.
+    Sample k gets the same noise in any batch and process. Calling it with x (B, *data) returns the next noise with
+    x's shape, dtype and device.
     """
 
     def __init__(self, seed: int, indices: Sequence[int], device: torch.device) -> None:
         blocks = {block: k for k, block in enumerate(dict.fromkeys(i // BLOCK for i in indices))}
         self.generators = [torch.Generator(device).manual_seed(key(seed, "sample", block)) for block in blocks]
-        self.places = torch.tensor([blocks[i // BLOCK] * BLOCK + i % BLOCK for i in indices], device=device)
+        self.positions = torch.tensor([blocks[i // BLOCK] * BLOCK + i % BLOCK for i in indices], device=device)
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """(B, *shape) fresh noise."""
-        return torch.cat([_randn(shape, g) for g in self.generators])[self.places]
+        """Draw the next noise (B, *shape)."""
+        return torch.cat([_randn(shape, g) for g in self.generators])[self.positions]
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.draw(x.shape[1:]).to(x.dtype)
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """(BLOCK, *shape) in float32, also where the default is a lower precision."""
+    """Draw (BLOCK, *shape) in float32, whatever torch's default dtype is."""
     return torch.randn(BLOCK, *shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def key(*parts: int | str) -> int:
-    """A 63-bit seed from the parts; unlike their sum, no two lists of parts share it but by chance."""
+    """Return a 63-bit seed from the parts. Different lists of parts share it only by chance, unlike their sum."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

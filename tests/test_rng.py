@@ -1,4 +1,4 @@
-"""Random numbers belong to (seed, purpose, step, position), however the work is divided."""
+"""Random numbers depend on (seed, purpose, step, position) only, not on processes or micro-batches."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def rng(start: int = 0, count: int = 64, seed: int = 3, step: int = 5) -> StepRn
 
 
 def pieces(sizes: list[int]) -> list[tuple[int, int]]:
-    """(start, count) of consecutive pieces of these sizes."""
+    """Return (start, count) of consecutive pieces of these sizes."""
     ends = list(itertools.accumulate(sizes))
     return [(end - size, size) for end, size in zip(ends, sizes, strict=True)]
 
@@ -33,8 +33,8 @@ def same(a: Tensor, b: Tensor) -> bool:
     ids=["halves", "odd cuts", "one by one", "at a block", "around a block", "all but one"],
 )
 @pytest.mark.parametrize("shape", [(), (2,), (1, 3, 5)])
-def test_a_cut_batch_draws_the_same_numbers(sizes, shape):
-    """The draws of consecutive pieces, one after another, are those of the whole, bit for bit."""
+def test_micro_batches_draw_the_same_numbers(sizes, shape):
+    """The numbers of consecutive pieces are those of the complete batch, bit for bit."""
     whole = rng(0, 64)
     cut = [rng(start, count) for start, count in pieces(sizes)]
     assert same(torch.cat([d.normal("eps", shape) for d in cut]), whole.normal("eps", shape))
@@ -43,7 +43,7 @@ def test_a_cut_batch_draws_the_same_numbers(sizes, shape):
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (8, 8)])
 def test_ranks_and_accumulation_draw_the_same_numbers(world, accumulate):
-    """Each of world x accumulate processes' micro-batches draws its own stretch of the global batch."""
+    """Each micro-batch of each process draws its part of the global batch."""
     micro = 64 // (world * accumulate)
     whole = rng(0, 64).normal("eps", (3,))
     for part, rank in itertools.product(range(accumulate), range(world)):
@@ -51,8 +51,8 @@ def test_ranks_and_accumulation_draw_the_same_numbers(world, accumulate):
         assert same(rng(start, micro).normal("eps", (3,)), whole[start : start + micro])
 
 
-def test_draws_repeat_and_leave_the_global_generator_alone():
-    """A second call gives the same numbers, and torch's own stream goes on as if nothing had been drawn."""
+def test_draws_repeat_without_the_global_generator():
+    """A second call returns the same numbers, and torch's global generator does not move."""
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
@@ -63,10 +63,10 @@ def test_draws_repeat_and_leave_the_global_generator_alone():
 
 
 def test_each_part_of_the_key_matters():
-    """Another seed, step or purpose gives other numbers everywhere, and no two positions share theirs."""
+    """Another seed, step or purpose changes all numbers, and all positions differ."""
     base = rng().uniform("t")
     others = [rng(seed=4).uniform("t"), rng(step=6).uniform("t"), rng().uniform("eps")]
-    others.append(rng(seed=5, step=3).uniform("t"))  # the same sum, and swapped
+    others.append(rng(seed=5, step=3).uniform("t"))  # equal sum, swapped
     for other in others:
         assert (other == base).sum() <= 1  # 24 bits: equal numbers are possible, but rare
     vectors = rng(0, 8 * BLOCK).normal("eps", (4,))
@@ -74,8 +74,8 @@ def test_each_part_of_the_key_matters():
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 3), (32, 32), (1000, 7)])
-def test_shared_draws_are_the_same_at_all_positions(start, count):
-    """One number a step, whichever part of the batch asks, and another for each seed, step and purpose."""
+def test_shared_draws_are_equal_at_all_positions(start, count):
+    """One number per step, whatever the part of the batch; it differs by seed, step and purpose."""
     shared = rng(start, count).shared("t")
     assert shared.shape == () and shared.dtype == torch.float32
     assert same(shared, rng().shared("t"))
@@ -84,7 +84,7 @@ def test_shared_draws_are_the_same_at_all_positions(start, count):
     assert shared not in rng(0, 1024).uniform("t")
 
 
-def test_shared_draws_are_uniform_over_the_steps():
+def test_shared_draws_are_uniform_over_steps():
     """Kolmogorov's distance; 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
     n = 2000
     v = torch.stack([rng(step=step).shared("t") for step in range(n)]).double().sort().values
@@ -93,7 +93,7 @@ def test_shared_draws_are_uniform_over_the_steps():
 
 
 @pytest.mark.parametrize("count", [1, BLOCK, BLOCK + 1])
-def test_counts_and_types(count):
+def test_draws_have_shape_and_dtype(count):
     """(count, *shape) float32 from any start."""
     d = rng(start=21, count=count)
     assert d.normal("eps", (2, 3)).shape == (count, 2, 3)
@@ -101,8 +101,8 @@ def test_counts_and_types(count):
     assert d.normal("eps", ()).dtype == d.uniform("t").dtype == torch.float32
 
 
-def test_moments_are_those_of_the_distributions():
-    """Mean, variance, fourth moment and neighbours' correlation within 5 standard errors, over positions and steps."""
+def test_moments_match_the_distributions():
+    """Mean, variance, fourth moment and correlation of neighbors, within 5 standard errors."""
     x = torch.cat([rng(0, 1024, step=s).normal("eps", (16,)) for s in range(8)]).double()
     n = x.numel()
     assert abs(x.mean()) < 5 / math.sqrt(n)
@@ -119,8 +119,8 @@ def test_moments_are_those_of_the_distributions():
 
 
 @pytest.mark.parametrize("indices", [[0, 1, 2, 3], [3, 1], [2], [7, 3, 0, 2, 100], [*range(12, 37)]])
-def test_image_k_has_its_own_noise(indices):
-    """Alone or among any others, image k gets the same noise, now and in the draws that follow."""
+def test_sample_noise_depends_on_the_index_only(indices):
+    """Sample k gets the same noise alone or with others, in every draw."""
     together = SampleNoise(9, indices, CPU)
     alone = [SampleNoise(9, [i], CPU) for i in indices]
     for _ in range(3):
@@ -130,8 +130,8 @@ def test_image_k_has_its_own_noise(indices):
         assert same(noise, torch.cat([a.draw((2, 5)) for a in alone]))
 
 
-def test_successive_sample_noise_goes_on_in_one_stream():
-    """Draws follow each other in the generator of (seed, block): the second is not the first again."""
+def test_sample_noise_continues_one_stream():
+    """Successive draws come from one generator per (seed, block)."""
     noise = SampleNoise(9, [4, BLOCK + 6], CPU)
     drawn = [noise.draw((32,)) for _ in range(3)]
     for block, place in enumerate((4, 6)):
@@ -142,8 +142,8 @@ def test_successive_sample_noise_goes_on_in_one_stream():
     assert not same(drawn[0], SampleNoise(10, [4, 6], CPU).draw((32,)))
 
 
-def test_sample_noise_called_with_x_is_like_x():
-    """Same shape and type as x, and the numbers of draw()."""
+def test_sample_noise_takes_shape_and_dtype_of_x():
+    """With the numbers of draw()."""
     x = torch.zeros(2, 3, 4)
     assert same(SampleNoise(1, [0, 1], CPU)(x), SampleNoise(1, [0, 1], CPU).draw((3, 4)))
     half = SampleNoise(1, [0, 1], CPU)(x.to(torch.bfloat16))
@@ -151,18 +151,18 @@ def test_sample_noise_called_with_x_is_like_x():
     assert_close(half.float(), SampleNoise(1, [0, 1], CPU).draw((3, 4)), rtol=2**-8, atol=0)
 
 
-def test_keys_of_parts_that_read_alike_differ():
-    """The parts are kept apart and so are numbers and their names; a key fits a generator's seed."""
-    alike = [("ab", "c"), ("a", "bc"), ("abc",), (1, 23), (12, 3), (123,), ("1", 23), (1, "23"), (-1,), (0,), ()]
-    alike += [("a', 'b",), ("a", "b"), (0, 0), (1, 0), (0, 1)]
-    keys = [key(*parts) for parts in alike]
+def test_keys_of_similar_parts_differ():
+    """Parts do not concatenate, and an integer differs from its text; a key is a valid seed."""
+    similar = [("ab", "c"), ("a", "bc"), ("abc",), (1, 23), (12, 3), (123,), ("1", 23), (1, "23"), (-1,), (0,), ()]
+    similar += [("a', 'b",), ("a", "b"), (0, 0), (1, 0), (0, 1)]
+    keys = [key(*parts) for parts in similar]
     assert len(set(keys)) == len(keys)
     assert all(0 <= k < 2**63 for k in keys)
     assert len({key(seed, "t", step, block) for seed in range(8) for step in range(64) for block in range(8)}) == 4096
     assert key(2, "order", 0) == key(2, "order", 0)
 
 
-def test_noise_is_float32_whatever_the_default():
+def test_draws_ignore_the_default_dtype():
     """Under `trainer.precision=bf16-true` the default is bfloat16, in which 1 in 400 draws of t would be 1.0."""
     before = rng().normal("eps", (3,)), rng().uniform("t"), rng().shared("t"), SampleNoise(0, [1], CPU).draw((3,))
     torch.set_default_dtype(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""CSV files that people made: a row of names, then rows of cells, with the lines where they stand."""
+"""CSV files with a header, read with line numbers for error messages."""
 
 import csv
 import difflib
@@ -12,73 +12,73 @@ from src.data.sources import Labels
 
 
 class Table(NamedTuple):
-    """The `names` of the columns, and each row's cells, as many, without the blanks about them."""
+    """The column `names` and the stripped cells of each row, as many as there are names."""
 
     path: Path
     names: list[str]
     rows: list[list[str]]
     lines: list[int]
-    """In which line of the file each row ends."""
+    """The line of the file in which each row ends."""
 
     def column(self, name: str) -> list[str]:
-        place = self.names.index(name)
-        return [row[place] for row in self.rows]
+        index = self.names.index(name)
+        return [row[index] for row in self.rows]
 
     def one_of(self, names: Sequence[str], setting: str) -> str:
-        """The one column that has one of these names. Raises ValueError if none has, or several have."""
+        """Return the only column with one of these names. Raises ValueError if none has, or several have."""
         found = [name for name in self.names if name in names]
         if len(found) != 1:
             raise ValueError(
-                f"{self.path} needs one column named {' or '.join(names)}, and has {', '.join(self.names)}: rename or "
-                f"remove some, or choose another file by {setting}"
+                f"{self.path} needs exactly one column named {' or '.join(names)}, found {', '.join(self.names)}; "
+                f"rename or remove columns, or set {setting} to another file"
             )
         return found[0]
 
 
 def read_table(path: Path, setting: str) -> Table:
-    """The table in a CSV file that `setting` names; empty lines are passed over.
+    """Read the CSV file that `setting` names, without empty lines.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is no table: not UTF-8, without rows, with a row
-    of another length than the first, with two columns of one name.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8, has no rows, rows of different lengths, or two columns with one name.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path.resolve()}: set {setting} to a CSV file with a row of names first")
+        raise FileNotFoundError(f"{setting}={path.resolve()} does not exist; set it to a CSV file with a header")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             read = [([cell.strip() for cell in row], reader.line_num) for row in reader if any(map(str.strip, row))]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file in UTF-8 ({error}): write it again, or set {setting}") from error
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save it again, or set {setting}") from error
     if len(read) < 2:
-        raise ValueError(f"{path} has {len(read)} rows: {setting} needs a row of names and at least one below it")
+        raise ValueError(f"{path} has {len(read)} rows; {setting} needs a header and at least one row below it")
     names = read[0][0]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path} has several columns named {', '.join(map(repr, twice))}: give each its own name")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has several columns named {', '.join(map(repr, duplicates))}; rename them")
     for cells, line in read[1:]:
         if len(cells) != len(names):
             raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; cells with a comma in them need "
-                "quotes about them"
+                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; quote cells that contain a comma"
             )
     return Table(path, names, [cells for cells, _ in read[1:]], [line for _, line in read[1:]])
 
 
-def kinds(each: Iterable[str]) -> Labels:
-    """Labels from the name of each sample's kind, numbered in order: of numbers if all are whole ones."""
-    each = list(each)
-    names = sorted(set(each))
-    if all(name.isdecimal() for name in names):
-        names.sort(key=int)
-    places = {name: k for k, name in enumerate(names)}
-    return Labels(torch.tensor([places[name] for name in each], dtype=torch.int64), names)
+def labels_from_names(names: Iterable[str]) -> Labels:
+    """Return labels from the class name of each sample. Classes are sorted, as numbers if all are integers."""
+    names = list(names)
+    classes = sorted(set(names))
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
+    index = {name: k for k, name in enumerate(classes)}
+    return Labels(torch.tensor([index[name] for name in names], dtype=torch.int64), classes)
 
 
-def some(names: Sequence[str], count: int = 5) -> str:
-    """The first of the names, and how many more there are."""
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names and how many more there are, for a message."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What was probably meant by an unknown name, as the end of a sentence."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {some(known)}"
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return a hint at the known names closest to an unknown one, to end a message with."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"

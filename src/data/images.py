@@ -1,4 +1,4 @@
-"""One datamodule for images, and the sources it draws on: embedded digits, torchvision's sets, own folders."""
+"""The image data module and its sources: scikit-learn's digits, torchvision's datasets, folders."""
 
 import os
 import pickle
@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.csv_files import kinds, read_table, some
+from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.module import BaseDataModule
+from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
-from src.data.unreadable import read
 from src.errors import DataReadError
 from src.rng import StepRng
 
@@ -29,20 +29,24 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 class OpenImages(Protocol):
     """Opens a source of images (N, channels, image_size, image_size) uint8 from `root`.
 
-    With `prepare`, asked once on each machine before training, it first sees to it that the files are there and
-    whole: downloads them or looks at each.
+    `prepare`, set once per machine before training, downloads the files or checks that each can be read.
     """
 
     def __call__(self, root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source: ...
 
 
 class ImageDataModule(BaseDataModule):
-    """Images of `channels` x `image_size` x `image_size`, uint8 until they are on the device, then in [-1, 1].
+    """Images (channels, image_size, image_size): uint8 until on the device, then float32 in [-1, 1].
 
-    `source` opens them from `root`; `num_values` is the number of values a pixel can take (256 for 8 bits); `flip`
-    mirrors half of the training images left to right. With `skip_unreadable` others take the place of images that
-    cannot be read.
+    Args:
+        source: opens the images under `root`.
+        num_values: the number of values of a pixel, 256 for 8 bits.
+        flip: mirror half of the training images left to right.
+
+    The other arguments are those of `BaseDataModule`.
     """
+
+    num_values: int
 
     def __init__(
         self,
@@ -71,32 +75,33 @@ class ImageDataModule(BaseDataModule):
             microbatch_size,
             skip_unreadable,
         )
-        if channels not in (1, 3) or image_size < 1 or not 2 <= num_values <= 256:
-            raise ValueError(
-                "needs data.channels 1 or 3, data.image_size >= 1 and data.num_values in [2, 256], got "
-                f"{channels}, {image_size}, {num_values}"
-            )
+        if channels not in (1, 3):
+            raise ValueError(f"data.channels={channels} must be 1 (gray) or 3 (RGB)")
+        if image_size < 1:
+            raise ValueError(f"data.image_size={image_size} must be at least 1")
+        if not 2 <= num_values <= 256:
+            raise ValueError(f"data.num_values={num_values} must be in [2, 256]; 8-bit images have 256")
         self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
-        self.num_values = self.pixel_levels = num_values
+        self.num_values = num_values
         self.flip = flip
 
     def prepare_data(self) -> None:
-        if self._prepared:  # Lightning asks again at each fit and validate
+        if self._prepared:  # Lightning calls this at each fit and validate
             return
         self._prepared = True
         try:
             self._prepare()
         except DataReadError as error:
             if not self.skip_unreadable:
-                raise ValueError(f"{error}: remove them, or train without them by data.skip_unreadable=true") from error
-            warnings.warn(f"{error}: other samples take their places", stacklevel=2)
+                raise ValueError(f"{error}; remove them, or add data.skip_unreadable=true") from error
+            warnings.warn(f"{error}; other samples replace them", stacklevel=2)
 
     def preprocess(self, x: Tensor) -> Tensor:
-        return normalize(x, self.pixel_levels)
+        return normalize(x, self.num_values)
 
     def postprocess(self, x: Tensor) -> Tensor:
-        return to_uint8(x, self.pixel_levels)
+        return to_uint8(x, self.num_values)
 
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         if not self.flip:
@@ -106,9 +111,9 @@ class ImageDataModule(BaseDataModule):
 
 
 class ImageFiles:
-    """Images decoded as they are asked for: `open_image(i)` gives number i, of any size and mode.
+    """A source that decodes images lazily: `open_image(i)` returns image i, of any size and mode.
 
-    Where they are files, these are `files`, and `ids` what they are known by. `fetch` raises DataReadError.
+    `files` are the paths if the images are files. `fetch` raises DataReadError.
     """
 
     def __init__(
@@ -136,11 +141,11 @@ class ImageFiles:
         return self.count
 
     def stamps(self) -> Sequence[int] | None:
-        """The sizes of the files: a copy has another time, and to read all takes too long."""
+        """Return the file sizes: copying changes the time stamps, and reading all files takes too long."""
         return None if self.files is None else [_size(file) for file in self.files]
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([read(self._name(i), partial(self._read, i)) for i in indices])
+        return torch.stack([read_with_retries(self._name(i), partial(self._read, i)) for i in indices])
 
     def _read(self, i: int) -> Tensor:
         with self.open_image(i) as image:
@@ -151,12 +156,10 @@ class ImageFiles:
 
 
 def digits(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
-    """scikit-learn's 1,797 handwritten digits, 8x8, pixel values 0..16: installed with it, nothing to download."""
+    """Open scikit-learn's 1,797 handwritten digits, 8x8 with pixel values 0 to 16; needs no download."""
     from sklearn.datasets import load_digits
 
-    _require(
-        image_size == 8 and channels == 1, "the embedded digits are 8x8 and gray: data.image_size=8 data.channels=1"
-    )
+    _require(image_size == 8 and channels == 1, "data=digits are 8x8 and gray; set data.image_size=8 data.channels=1")
     loaded = load_digits()
     labels = Labels(torch.from_numpy(loaded.target).long(), [str(name) for name in loaded.target_names])
     return InMemory(torch.from_numpy(loaded.images.astype(np.uint8))[:, None], labels)
@@ -165,25 +168,25 @@ def digits(root: str | None, image_size: int, channels: int, prepare: bool = Fal
 def torchvision_images(
     root: str | None, image_size: int, channels: int, prepare: bool = False, *, dataset: Callable[..., Any]
 ) -> Source:
-    """A torchvision dataset, `dataset(root=..., download=...)`: in memory where it holds arrays, else decoded lazily.
+    """Open a torchvision dataset, `dataset(root=..., download=...)`: in memory if it holds arrays, else lazily.
 
-    Raises ValueError, naming the folder, if the files are not there and cannot be downloaded.
+    Raises ValueError if the files are missing and cannot be downloaded.
     """
     name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
-    _require(root is not None, f"set data.root to the folder where {name} lies, or is to be downloaded to")
+    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
     try:
         opened = dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        # Not there and no network, or there but broken off: torchvision has no one error for either.
+        # Torchvision has no single error for missing files without network, nor for incomplete files.
         reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
         raise ValueError(
-            f"{name} is not (or not whole) in {Path(root or '.').resolve()} and could not be downloaded ({reason}): "
-            "connect to the network, put the dataset's original files there, or set data.root to where they are"
+            f"data.root={Path(root or '.').resolve()} has no complete {name}, and it cannot be downloaded ({reason}); "
+            "connect to the network, put the dataset's original files there, or set data.root to their folder"
         ) from error
     labels = _labels_of(opened)
     data = getattr(opened, "data", None)
     if data is None:
-        return ImageFiles(partial(_first_of, opened), len(opened), image_size, channels, labels)
+        return ImageFiles(partial(_image_of, opened), len(opened), image_size, channels, labels)
     images = torch.as_tensor(data)
     if images.ndim == 3:
         images = images[:, None]  # (N, H, W)
@@ -199,39 +202,40 @@ def torchvision_images(
 def folder(
     root: str | None, image_size: int, channels: int, prepare: bool = False, *, labels: str | None = None
 ) -> Source:
-    """Every image file under `root`, however nested, sorted by path. `prepare` looks at all of them.
+    """Open every image file under `root`, recursively, sorted by path. `prepare` checks that each can be read.
 
-    Their kinds are what the CSV file `labels` (absolute, or relative to `root`) says, in the columns `file` (or
-    `file_name`) and `label`; without one, the folders of `root` that they lie in, if all lie in two or more of these.
+    The CSV file `labels` (absolute or relative to `root`) lists their classes in columns `file` (or `file_name`) and
+    `label`. Without it, the subfolders of `root` are the classes if there are two or more and all images are in one.
 
-    Raises FileNotFoundError if there is no such folder or file, ValueError if it holds no images or unreadable ones, or
-    if the CSV file does not give each image its kind.
+    Raises FileNotFoundError for a missing folder or file; ValueError for no images, unreadable images, or images
+    without a class in the CSV file.
     """
     path, files = find_images(root, prepare)
-    found = folder_kinds(path, files) if labels is None else _kinds_in(path / labels, path, files)
-    return image_files(path, files, image_size, channels, found)
+    classes = classes_from_folders(path, files) if labels is None else _classes_from_csv(path / labels, path, files)
+    return image_files(path, files, image_size, channels, classes)
 
 
 def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
-    """`root` as a path, and every image file under it. Raises as `folder` does."""
+    """Return `root` as a path, and every image file under it. Raises as `folder` does."""
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(
-            f"no folder {root and path.resolve()}: set data.root to the folder that holds your images"
+            f"data.root={path.resolve() if root else 'null'} is not a folder; set data.root to the folder with your "
+            "images"
         )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:
         raise ValueError(
-            f"no images under {path.resolve()} (looked for {' '.join(sorted(EXTENSIONS))}): set data.root to the "
-            "folder that holds your images"
+            f"data.root={path.resolve()} has no images ({' '.join(sorted(EXTENSIONS))}); set data.root to the folder "
+            "with your images"
         )
     if prepare:
-        with ThreadPoolExecutor() as pool:  # decoding releases the interpreter
+        with ThreadPoolExecutor() as pool:  # decoding releases the GIL
             readable = list(pool.map(_is_readable, files))
         unreadable = [str(f.relative_to(path)) for f, ok in zip(files, readable, strict=True) if not ok]
         if unreadable:
             raise DataReadError(
-                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({some(unreadable)})"
+                f"{len(unreadable)} of {len(files)} images under {path} cannot be read ({first_names(unreadable)})"
             )
     return path, files
 
@@ -244,60 +248,60 @@ def image_files(
     labels: Labels | None,
     captions: Sequence[Sequence[str]] | None = None,
 ) -> ImageFiles:
-    """Files under `path`, each known by how it is reached from there, whatever the system writes between folders.
+    """Return files under `path` as a source, with their relative POSIX paths as ids.
 
-    Names are taken in Unicode's normal form C, since systems differ in how they keep accents.
+    Ids are in Unicode normal form C, since file systems store accents differently.
     """
     ids = [unicodedata.normalize("NFC", file.relative_to(path).as_posix()) for file in files]
     return ImageFiles(partial(open_file, files), len(files), image_size, channels, labels, captions, files, ids)
 
 
 def open_file(files: Sequence[Path], i: int) -> Image.Image:
-    """Image number i of the files."""
+    """Open image i of the files."""
     return Image.open(files[i])
 
 
-def folder_kinds(path: Path, files: Sequence[Path]) -> Labels | None:
-    """The folders of `path` that the files lie in, as their kinds; None unless all lie in two or more of these."""
+def classes_from_folders(path: Path, files: Sequence[Path]) -> Labels | None:
+    """Return the subfolders of `path` as classes; None unless there are two or more and all files are in one."""
     parts = [f.relative_to(path).parts for f in files]
     if all(len(each) > 1 for each in parts) and len({each[0] for each in parts}) > 1:
-        return kinds(each[0] for each in parts)
+        return labels_from_names(each[0] for each in parts)
     return None
 
 
-def by_image(
-    said: Iterable[tuple[str, str]], path: Path, files: Sequence[Path], source: Path, what: str
+def group_by_image(
+    pairs: Iterable[tuple[str, str]], path: Path, files: Sequence[Path], source: Path, what: str
 ) -> list[list[str]]:
-    """What the file `source` says of each image, from its pairs of file name (relative to `path`) and text.
+    """Return the texts of each image, from pairs of file name (relative to `path`) and text in the file `source`.
 
-    Raises ValueError if it names images that are not there, or says nothing of some; `what` it says is for the message.
+    Raises ValueError for names without an image, and for images without a text; `what` names the text in messages.
     """
-    found: dict[str, list[str]] = {os.path.abspath(f): [] for f in files}
+    texts_of: dict[str, list[str]] = {os.path.abspath(f): [] for f in files}
     unknown = []
-    for name, text in said:
-        place = os.path.abspath(path / name)
-        if place in found:
-            found[place].append(text)
+    for name, text in pairs:
+        file = os.path.abspath(path / name)
+        if file in texts_of:
+            texts_of[file].append(text)
         else:
             unknown.append(name)
     if unknown:
         raise ValueError(
-            f"{source} names {len(unknown)} files that are no images under {path} ({some(unknown)}): remove these "
-            "rows, or give file names relative to data.root"
+            f"{source} lists {len(unknown)} files that are not images under {path} ({first_names(unknown)}); remove "
+            "these rows, or write file names relative to data.root"
         )
-    if missing := [str(f.relative_to(path)) for f, texts in zip(files, found.values(), strict=True) if not texts]:
+    if missing := [str(f.relative_to(path)) for f, texts in zip(files, texts_of.values(), strict=True) if not texts]:
         raise ValueError(
-            f"{source} has no {what} for {len(missing)} of {len(files)} images under {path} ({some(missing)}): add "
-            "rows, or remove these images"
+            f"{source} has no {what} for {len(missing)} of {len(files)} images under {path} ({first_names(missing)}); "
+            "add rows, or remove these images"
         )
-    return list(found.values())
+    return list(texts_of.values())
 
 
 def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
-    """Turn upright, flatten onto white, take the central square and resize it: (channels, size, size) uint8."""
+    """Rotate upright, composite onto white, crop the central square, resize; return (channels, size, size) uint8."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
-        # 16-bit gray; Pillow's own conversion clips it to white.
+        # Pillow's conversion clips 16-bit gray to white.
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -311,45 +315,45 @@ def fit_image(image: Image.Image, image_size: int, channels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _kinds_in(source: Path, path: Path, files: Sequence[Path]) -> Labels:
-    """What a CSV file says of which kind each image is."""
+def _classes_from_csv(source: Path, path: Path, files: Sequence[Path]) -> Labels:
+    """Return the class of each image from a CSV file."""
     table = read_table(source, "data.source.labels")
     names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
     labels = table.column(table.one_of(("label",), "data.source.labels"))
     if "" in labels:
         raise ValueError(f"{source}, line {table.lines[labels.index('')]}: the label is empty; fill it in")
-    each = by_image(zip(names, labels, strict=True), path, files, source, "label")
-    for file, said in zip(files, each, strict=True):
-        if len(set(said)) > 1:
+    labels_of = group_by_image(zip(names, labels, strict=True), path, files, source, "label")
+    for file, several in zip(files, labels_of, strict=True):
+        if len(set(several)) > 1:
             raise ValueError(
-                f"{source} gives {file.relative_to(path)} the labels {' and '.join(sorted(set(said)))}: keep one"
+                f"{source} lists the labels {' and '.join(sorted(set(several)))} for {file.relative_to(path)}; keep one"
             )
-    return kinds(said[0] for said in each)
+    return labels_from_names(several[0] for several in labels_of)
 
 
 def _labels_of(dataset: Any) -> Labels | None:
-    """Of a torchvision dataset, which calls them `targets`, or `labels`; None where they are no classes."""
-    numbers = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    if numbers is None:
+    """Return the labels of a torchvision dataset, its `targets` or `labels`; None if it has none."""
+    targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if targets is None:
         return None
-    numbers = torch.as_tensor(numbers).long()
-    names = getattr(dataset, "classes", None) or range(int(numbers.max()) + 1)
-    return Labels(numbers, [str(name) for name in names])
+    targets = torch.as_tensor(targets).long()
+    classes = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
+    return Labels(targets, [str(name) for name in classes])
 
 
-def _first_of(dataset: Any, i: int) -> Image.Image:
-    """The image of a torchvision dataset's pair of image and label."""
+def _image_of(dataset: Any, i: int) -> Image.Image:
+    """Return the image of a torchvision dataset's pair of image and target."""
     image: Image.Image = dataset[i][0]
     return image
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:
-    """Whether it is a file, and neither it nor a folder that it is in (below `root`) is hidden."""
+    """Return whether it is a file that is not hidden, nor in a hidden folder below `root`."""
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _size(path: Path) -> int:
-    """In bytes; of a file that is gone 0."""
+    """Return the size in bytes; 0 for a deleted file."""
     try:
         return path.stat().st_size
     except OSError:
@@ -357,14 +361,14 @@ def _size(path: Path) -> int:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether the whole file goes through `fit_image`: a truncated one fails only when its pixels are read."""
+    """Return whether the file passes `fit_image`: a truncated one fails only when its pixels are decoded."""
 
     def decode() -> None:
         with Image.open(path) as image:
             fit_image(image, 8, 3)
 
     try:
-        read(str(path), decode)
+        read_with_retries(str(path), decode)
     except DataReadError:
         return False
     return True

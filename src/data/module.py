@@ -1,4 +1,9 @@
-"""The base data module."""
+"""The base data module.
+
+A sample takes this path from a dataset to the training step:
+
+source.fetch (loader process) -> BatchDataset -> transfer to the device -> preprocess -> augment -> training_step
+"""
 
 import getpass
 import os
@@ -7,46 +12,49 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from src.data.batches import Batch, BatchDataset, Loader, _remedy, fetch
+from src.data.batches import Batch, BatchDataset, BatchLoader, fetch_batch
+from src.data.conditions import Condition
+from src.data.read_errors import ReadErrors, remedy
 from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
 from src.data.sources import InMemory, Source
-from src.data.split import Record, bound_of, hash_ids, ids_of, split
+from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split
 from src.distributed.ranks import local_rank, rank
 from src.errors import DataReadError
 from src.rng import StepRng, key
 
-if TYPE_CHECKING:
-    from src.data.conditions import Condition
-
 
 class BaseDataModule(L.LightningDataModule):
-    """Training and validation batches from the source that `open_source` opens, split by seed.
+    """Training and validation batches from the source that `open_source` returns.
 
-    `shape` is that of one sample as the network sees it, known before any data are. `batch_size` is what the
-    optimizer sees per step, whatever the number of devices and accumulation. About `val_fraction` of the samples are
-    held out; which ones depends on `split_seed` and on what each is known by (`src.data.split`), never on the run's
-    seed. `num_values` is the number of values that the data can take, evenly over [-1, 1]; None if they are continuous.
-    `microbatch_size`, the samples in one forward pass on one device, is for what builds the Trainer: here it only has to be
-    possible. With a `condition` batches say what each sample is asked to be.
+    Args:
+        open_source: opens the dataset.
+        shape: of one sample as the network sees it.
+        batch_size: samples per optimizer step, over all devices and accumulated batches.
+        val_fraction: approximate share of the samples held out for validation.
+        split_seed: selects these samples, together with their ids (`src.data.split`); the run's seed does not.
+        seed: of the order of the data and of augmentation.
+        num_workers: processes that load data.
+        microbatch_size: samples per device and forward pass. The Trainer's builder applies it.
+        skip_unreadable: replace samples that cannot be read by others, instead of failing.
     """
 
     num_values: int | None = None
+    """The number of values, evenly spaced over [-1, 1], that the data can take; None if continuous."""
     std: Tensor | None = None
-    """(D,) of samples in units of their own, as `postprocess` gives them, by which figures make them comparable."""
+    """(D,) standard deviation of postprocessed samples, by which metrics scale samples with units."""
     columns: Sequence[str] | None = None
-    """(D,) names of what samples of numbers consist of."""
-    condition: "Condition | None" = None
+    """(D,) names of the features of a sample."""
+    condition: Condition | None = None
     overfit_batches: int | float = 0
-    """The number of batches that are trained on again and again, or their share of the data; 0 for all data."""
-    record_path: Path | None = None
-    """Where a run that goes on, or is opened, has the record of the data that it began with."""
+    """The number of batches to repeat, or their share of the data; 0 trains on all data."""
+    fingerprint_path: Path | None = None
+    """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or their share."""
 
@@ -63,15 +71,17 @@ class BaseDataModule(L.LightningDataModule):
         skip_unreadable: bool = False,
     ) -> None:
         super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         if isinstance(microbatch_size, int) and not 1 <= microbatch_size <= batch_size:
             raise ValueError(
-                f"data.microbatch_size must lie in [1, data.batch_size = {batch_size}], got {microbatch_size}: auto finds one"
+                f"data.microbatch_size={microbatch_size} must be in [1, {batch_size}], at most data.batch_size; "
+                "auto finds the largest that fits"
             )
-        if batch_size < 1 or num_workers < 0 or not 0 < val_fraction < 1:
-            raise ValueError(
-                "needs data.batch_size >= 1, data.num_workers >= 0 and data.val_fraction in (0, 1), got "
-                f"{batch_size}, {num_workers}, {val_fraction}"
-            )
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers={num_workers} must be at least 0")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"data.val_fraction={val_fraction} must be in (0, 1)")
         self.open_source = open_source
         self.shape = shape
         self.batch_size = batch_size
@@ -80,65 +90,45 @@ class BaseDataModule(L.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.skip_unreadable = skip_unreadable
-        self.unreadable: set[str] = set()
-        """Names of samples that could not be read so far and had others in their place."""
-        self._skipped: dict[str, str] = {}
-        """Those of which the other processes have not been told, and what was said of them."""
-        self._talk: Any = None
-        """The group of processes in which they tell each other, without waiting for their devices."""
+        self.read_errors = ReadErrors()
         self.source: Source | None = None
         self.train_indices: list[int] = []
         self.val_indices: list[int] = []
 
     @property
-    def found(self) -> Mapping[str, Any]:
-        """Settings of its own that only the data tell, for the run's configuration, so that it needs no data later."""
+    def inferred(self) -> Mapping[str, Any]:
+        """Settings of the data module computed from the data; a run stores them and needs no data for them later."""
         return {}
 
-    def preprocess(self, x: Tensor) -> Tensor:
-        """Samples as the source has them -> float32 as the network sees them."""
-        return x
-
-    def postprocess(self, x: Tensor) -> Tensor:
-        """Samples as the network gives them -> what pictures and files show."""
-        return x
-
-    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
-        """Random changes to training samples (B, *data), already as the network sees them."""
-        return x
+    # From the source to a batch on the device
 
     def setup(self, stage: str | None = None) -> None:
+        """Open and split the source, once."""
         if self.source is not None:
             return
         source = self.open_source()
-        record = Record.read(self.record_path) if self.record_path else None
-        bound = bound_of(self.val_fraction)
-        if record and (record.split_seed, record.val_fraction) == (self.split_seed, self.val_fraction):
-            bound = record.bound
+        before = DataFingerprint.read(self.fingerprint_path) if self.fingerprint_path else None
+        threshold = hash_threshold(self.val_fraction)
+        if before and (before.split_seed, before.val_fraction) == (self.split_seed, self.val_fraction):
+            threshold = before.bound
         try:
-            val, train, self.bound = split(hash_ids(ids_of(source), self.split_seed), bound)
+            val, train, self.threshold = split(hash_ids(sample_ids(source), self.split_seed), threshold)
         except ValueError as error:
             raise ValueError(
-                f"{len(source)} samples do not split into training and validation at data.val_fraction="
-                f"{self.val_fraction} ({error}): use more data"
+                f"data.val_fraction={self.val_fraction} cannot split {len(source)} samples ({error}); use more data"
             ) from error
         if self.condition is not None:
             self.condition.check(source)
-        if record and rank() == 0 and (changes := record.changes(source, val)):
+        if before and rank() == 0 and (changes := before.changes(source, val)):
             warnings.warn(changes, stacklevel=2)
         self.source, self.val_indices, self.train_indices = source, val, train
 
-    def write_record(self, path: Path) -> None:
-        """Write down which samples there are and which are held out, against which a resumed run sees changes."""
-        Record.of(self._source(), self.split_seed, self.val_fraction, self.bound).write(path)
-
-    def stream(self, trainer: L.Trainer) -> InfiniteBatchSampler:
-        """The training batches of this process. Raises ValueError if there are too few validation samples."""
+    def train_sampler(self, trainer: L.Trainer) -> InfiniteBatchSampler:
+        """Return the training batches of this process. Raises ValueError if there are too few validation samples."""
         if len(self.val_indices) < trainer.world_size:
             raise ValueError(
                 f"{trainer.world_size} processes need at least {trainer.world_size} validation samples, found "
-                f"{len(self.val_indices)}: lower "
-                "trainer.devices, or raise data.val_fraction"
+                f"{len(self.val_indices)}; lower trainer.devices, or raise data.val_fraction"
             )
         repeat = self.overfit_batches
         if isinstance(repeat, float):
@@ -146,7 +136,7 @@ class BaseDataModule(L.LightningDataModule):
             if repeat == 0 < share:
                 raise ValueError(
                     f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
-                    f"one batch: use a whole number, or lower data.batch_size ({self.batch_size})"
+                    f"one batch; use an integer, or lower data.batch_size ({self.batch_size})"
                 )
         return InfiniteBatchSampler(
             self.train_indices,
@@ -160,118 +150,103 @@ class BaseDataModule(L.LightningDataModule):
             repeat=repeat,
         )
 
-    def validation_stream(self, trainer: L.Trainer) -> EvalBatchSampler:
-        """The validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""
+    def val_sampler(self, trainer: L.Trainer) -> EvalBatchSampler:
+        """Return the validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""
         size, limit = self.microbatch_size(trainer), self.limit_val_batches
         return EvalBatchSampler(self.val_indices, size, trainer.global_rank, trainer.world_size, limit)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.stream(self._trainer()), self.train_indices)
-
-    def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.validation_stream(self._trainer()), self.val_indices)
-
     def microbatch_size(self, trainer: L.Trainer) -> int:
-        """The samples in one forward pass of one process in training, for which its device has room."""
+        """Return the number of samples in one forward pass of one process in training."""
         return max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
 
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.train_sampler(self._trainer()), self.train_indices)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._loader(self.val_sampler(self._trainer()), self.val_indices)
+
+    def _loader(self, sampler: Sampler[BatchIndices], replacements: Sequence[int]) -> DataLoader[Batch]:
+        return BatchLoader(
+            BatchDataset(self._source(), self.condition, self.seed, replacements if self.skip_unreadable else None),
+            sampler=sampler,
+            batch_size=None,  # the sampler yields batches
+            num_workers=self.num_workers,
+            pin_memory=self._trainer().strategy.root_device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+        )
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        self._skipped |= batch.pop("skipped", {})
-        self.agree(batch.pop("failure", ""))
+        self.read_errors.skipped |= batch.pop("skipped", {})
+        self.sync_read_errors(batch.pop("failure", ""))
         x = self.preprocess(batch["x"])
         trainer = self._trainer()
         if trainer.training:
             x = self.augment(x, StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device))
         return {**batch, "x": x}
 
-    def agree(self, failure: str = "") -> None:
-        """Raise DataReadError in all processes if there was a `failure` in any; else warn of what each has skipped.
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Map samples of the source to float32 as the network sees them."""
+        return x
 
-        Of several processes all must take part.
-        """
-        count = self.trainer.world_size if self.trainer else 1
-        in_memory = self.num_workers == 0 and isinstance(self.source, InMemory) and self.condition is None
-        # Data in memory do not fail.
-        told = [(failure, self._skipped)] if count == 1 or in_memory else self._tell(failure, count)
-        if failure := next((each for each, _ in told if each), ""):
-            raise DataReadError(failure, everywhere=True)
-        for _, skipped in told:
-            self._skipped = self._skipped | skipped
-        self.warn_of_skipped()
+    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
+        """Transform preprocessed training samples (B, *data) at random."""
+        return x
 
-    def warn_of_skipped(self) -> None:
-        """Once of each sample that has another in its place."""
-        new = {name: said for name, said in self._skipped.items() if name not in self.unreadable}
-        self.unreadable |= new.keys()
-        self._skipped = {}
-        for said in new.values():
-            warnings.warn(f"{said}: another sample takes its place", stacklevel=2)
+    def postprocess(self, x: Tensor) -> Tensor:
+        """Map samples of the network to the form in which they are shown and saved."""
+        return x
 
-    def _tell(self, failure: str, count: int) -> list[tuple[str, dict[str, str]]]:
-        """What each of `count` processes has to tell; what is passed on each time is only whether any has something."""
-        from torch import distributed
-
-        if self._talk is None:
-            self._talk = distributed.new_group(backend="gloo")
-        any_news = torch.tensor(int(bool(failure or self._skipped)))
-        distributed.all_reduce(any_news, distributed.ReduceOp.MAX, self._talk)
-        told: list[Any] = [("", {})] * count
-        if any_news:
-            distributed.all_gather_object(told, (failure, self._skipped), self._talk)
-        return told
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Within this some processes read data by themselves: if one cannot, all raise. All must take part."""
-        failure = ""
-        try:
-            yield
-        except DataReadError as error:
-            failure = f"{error}: {_remedy(self.skip_unreadable)}"
-        self.agree(failure)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"unreadable": sorted(self.unreadable)} if self.unreadable else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.unreadable |= {*state_dict["unreadable"]}
+    # Samples outside the loaders
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Samples of one side of the split as the source has them, (N, *data), and which ones these are.
+        """Return samples of the source (N, *data) from one side of the split, and their indices.
 
-        With `skip_unreadable` others of that side take the place of those that cannot be read.
+        With `skip_unreadable`, others of the same side replace those that cannot be read.
         """
-        spare = None
+        replacements = None
         if self.skip_unreadable and len(indices):
-            spare = self.val_indices if indices[0] in self.val_indices else self.train_indices
-        places = BatchIndices(0, len(indices), list(indices))
-        x, used, skipped = fetch(self._source(), places, self.seed, spare)
-        self._skipped |= skipped
+            replacements = self.val_indices if indices[0] in self.val_indices else self.train_indices
+        wanted = BatchIndices(0, len(indices), list(indices))
+        x, used, skipped = fetch_batch(self._source(), wanted, self.seed, replacements)
+        self.read_errors.skipped |= skipped
         return x, used
 
-    def held_out(self, count: int) -> tuple[Tensor, list[int]]:
-        """The first `count` held-out samples, as the network sees them: (N, *data), and which ones these are."""
+    def validation_samples(self, count: int) -> tuple[Tensor, list[int]]:
+        """Return the first `count` validation samples, preprocessed (N, *data), and their indices."""
         self.setup()
         x, indices = self.fetch(self.val_indices[:count])
         return self.preprocess(x), indices
 
     def examples(self, count: int) -> Tensor:
-        """The first `count` held-out samples, as the network sees them: (N, *data)."""
-        return self.held_out(count)[0]
+        """Return the first `count` validation samples, preprocessed (N, *data)."""
+        return self.validation_samples(count)[0]
+
+    def titles(self, count: int) -> list[str] | None:
+        """Return titles of the first samples drawn with the condition's examples; None without a condition."""
+        if self.condition is None:
+            return None
+        examples = self.condition.examples or [None]
+        return [self.condition.title(examples[k % len(examples)]) for k in range(count)]
+
+    def condition_indices(self, sample_numbers: Sequence[int], seed: int) -> list[int]:
+        """Return a random training sample, keyed by (seed, number), to provide the condition of each sample to draw."""
+        return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in sample_numbers]
+
+    # Preparation, and agreement between processes
 
     def prepare_once_per_node(self) -> None:
-        """Prepare and open the data before processes know of each other: the first of each machine prepares them.
+        """Prepare and open the data before processes can communicate. The first process of each machine prepares.
 
-        The others open what is there, or else wait for it.
+        The others open prepared data, or wait.
         """
         from filelock import FileLock
 
-        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a container's may have no name
+        user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # users in containers may have no name
         lock = FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{user}-{key(*self.shape):x}.lock")
         if local_rank() > 0:
             try:
                 self.setup()
-            except (FileNotFoundError, ValueError):  # not there yet, if it will ever be
+            except (FileNotFoundError, ValueError):  # not prepared yet, or wrong settings
                 pass
             else:
                 return
@@ -279,26 +254,34 @@ class BaseDataModule(L.LightningDataModule):
             self.prepare_data()
         self.setup()
 
-    def titles(self, count: int) -> list[str] | None:
-        """What the first samples show that are drawn when no one says what they should; None without a condition."""
-        if self.condition is None:
-            return None
-        examples = self.condition.examples or [None]
-        return [self.condition.title(examples[k % len(examples)]) for k in range(count)]
+    def write_fingerprint(self, path: Path) -> None:
+        """Write the `DataFingerprint` by which a resumed run sees changes of its data."""
+        DataFingerprint.of(self._source(), self.split_seed, self.val_fraction, self.threshold).write(path)
 
-    def training_places(self, numbers: Sequence[int], seed: int) -> list[int]:
-        """For samples to draw, number k among them, any training sample that they are to be like, by (seed, k)."""
-        return [self.train_indices[key(seed, "condition", k) % len(self.train_indices)] for k in numbers]
+    def sync_read_errors(self, failure: str = "") -> None:
+        """Raise DataReadError in all processes if any has a `failure`; else warn about skipped samples.
 
-    def _loader(self, stream: Sampler[BatchIndices], spare: Sequence[int]) -> DataLoader[Batch]:
-        return Loader(
-            BatchDataset(self._source(), self.condition, self.seed, spare if self.skip_unreadable else None),
-            sampler=stream,
-            batch_size=None,  # the stream's items are batches already
-            num_workers=self.num_workers,
-            pin_memory=self._trainer().strategy.root_device.type == "cuda",
-            persistent_workers=self.num_workers > 0,
-        )
+        Every process of the run must call it.
+        """
+        world_size = self.trainer.world_size if self.trainer else 1
+        in_memory = self.num_workers == 0 and isinstance(self.source, InMemory) and self.condition is None
+        self.read_errors.sync(failure, 1 if in_memory else world_size)  # data in memory do not fail
+
+    @contextmanager
+    def reading_on_one_rank(self) -> Iterator[None]:
+        """Raise in all processes if data cannot be read in one of them within this block. All must enter it."""
+        failure = ""
+        try:
+            yield
+        except DataReadError as error:
+            failure = f"{error}; {remedy(self.skip_unreadable)}"
+        self.sync_read_errors(failure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"unreadable": sorted(self.read_errors.names)} if self.read_errors.names else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.read_errors.names |= {*state_dict["unreadable"]}
 
     def _source(self) -> Source:
         if self.source is None:
@@ -307,5 +290,5 @@ class BaseDataModule(L.LightningDataModule):
 
     def _trainer(self) -> L.Trainer:
         if self.trainer is None:
-            raise RuntimeError("loaders exist only inside a Trainer: they depend on its devices and steps")
+            raise RuntimeError("loaders need a Trainer: they depend on its devices and steps")
         return self.trainer

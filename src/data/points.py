@@ -1,7 +1,7 @@
-"""Points in a plane: distributions to learn in a minute; `analytic` has one whose density is known exactly.
+"""Distributions of points in the plane, learned within a minute.
 
-Each distribution is a callable (n, generator) -> (n, 2) float32, centred, its deviation on each axis
-between 0.5 and 1.6. Where the points are of several kinds, these come with them.
+Each is a callable (n, generator) -> (n, 2) float32, centered, with a standard deviation of 0.5 to 1.6 on each axis.
+Distributions with several components return labels too. `src.data.analytic` has one with a known density.
 """
 
 import math
@@ -20,7 +20,7 @@ Distribution = Callable[[int, torch.Generator], Tensor | tuple[Tensor, Labels]]
 
 
 class PointsDataModule(BaseDataModule):
-    """`num_samples` points (N, 2) drawn once from `source` with the split's seed, a part of them held out."""
+    """`num_samples` points (N, 2) drawn once from the distribution `source`, keyed by the split's seed."""
 
     def __init__(
         self,
@@ -35,22 +35,22 @@ class PointsDataModule(BaseDataModule):
     ) -> None:
         super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         if num_samples < 2:
-            raise ValueError(f"data.num_samples must be at least 2, got {num_samples}: 20000 is usual")
+            raise ValueError(f"data.num_samples={num_samples} must be at least 2; the default is 20000")
         self.distribution = source
         self.num_samples = num_samples
 
     def _draw(self) -> Source:
         generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
-        # A mixture called gives points alone, as all that asks what is known of it needs them.
+        # Calling a mixture returns points without labels, as its other users need them.
         draw = self.distribution.draw if isinstance(self.distribution, GaussianMixture) else self.distribution
         drawn = draw(self.num_samples, generator)
         return InMemory(*drawn) if isinstance(drawn, tuple) else InMemory(drawn)
 
 
 def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> tuple[Tensor, Labels]:
-    """Two interleaved half circles (scikit-learn's make_moons), centred and scaled by 1.5; `noise` before scaling.
+    """Draw from two interleaved half circles (scikit-learn's make_moons), centered, then scaled by 1.5.
 
-    A point's kind is its half circle.
+    `noise` is the standard deviation before scaling. The half circles are the classes.
     """
     angle = math.pi * torch.rand(n, generator=generator)
     upper = torch.rand(n, generator=generator) < 0.5
@@ -61,7 +61,7 @@ def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> tuple[Tens
 
 
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
-    """A spiral of one and a half turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5, then centred."""
+    """Draw from a spiral of 1.5 turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5, then centered."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
     center = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # the mean of (r cos r, r sin r) over r
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5 - center
@@ -69,18 +69,18 @@ def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tenso
 
 
 def rings(n: int, generator: torch.Generator, count: int = 3, noise: float = 0.03) -> tuple[Tensor, Labels]:
-    """`count` concentric circles of equal weight, the outermost of radius 2. A point's kind is its circle."""
+    """Draw from `count` concentric circles of equal weight, the classes; the outermost has radius 2."""
     angle = 2 * math.pi * torch.rand(n, generator=generator)
     ring = torch.randint(1, count + 1, (n,), generator=generator)
     points = (2 * ring / count)[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    names = ["inner", "middle", "outer"] if count == 3 else [f"ring {k + 1}" for k in range(count)]
-    return points + noise * torch.randn(n, 2, generator=generator), Labels(ring - 1, names)
+    classes = ["inner", "middle", "outer"] if count == 3 else [f"ring {k + 1}" for k in range(count)]
+    return points + noise * torch.randn(n, 2, generator=generator), Labels(ring - 1, classes)
 
 
 def checkerboard(n: int, generator: torch.Generator, cells: int = 4) -> Tensor:
-    """Uniform on the dark squares of a `cells` x `cells` board over [-2, 2]^2; `cells` is even."""
+    """Draw uniformly from the dark squares of a `cells` x `cells` board over [-2, 2]^2; `cells` is even."""
     if cells < 2 or cells % 2:
-        raise ValueError(f"a checkerboard needs an even number of cells, got {cells}: set data.source.cells=4")
+        raise ValueError(f"data.source.cells={cells} must be an even number of at least 2, such as 4")
     row = torch.randint(cells, (n,), generator=generator)
     column = 2 * torch.randint(cells // 2, (n,), generator=generator) + row % 2
     corner = torch.stack([column, row], dim=1)

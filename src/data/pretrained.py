@@ -1,4 +1,4 @@
-"""Conditions of text: what a pretrained encoder makes of it, computed once and kept on disk."""
+"""Text conditions from a frozen pretrained encoder, computed once and cached on disk."""
 
 import json
 import os
@@ -16,27 +16,45 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.cache import digest
+from src.data.embedding_cache import EmbeddingCache, Embeddings
 from src.data.sources import Source
-from src.data.store import Rows, Store
-from src.data.text import Texts, captions_of, clean, distinct, library, one_line, sample
+from src.data.text import (
+    TextCondition,
+    captions_of,
+    clean_text,
+    distinct_texts,
+    import_optional,
+    one_line,
+    sample_captions,
+)
 from src.rng import key
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
-BESIDE = ("config.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+CONFIG_FILES = ("config.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-class Pretrained(Texts):
-    """Texts -> (N, max_length, features) float32: what a frozen encoder makes of their tokens, rows of padding being 0.
+class Pretrained(TextCondition):
+    """Encodes texts as the encoder's last hidden states (N, max_length, features) float32, with zeros as padding.
 
-    `model` is a folder or a name on the Hugging Face hub of CLIP, T5 or any other encoder of texts that the
-    transformers library knows, its weights in safetensors; the last hidden states are taken. Texts have one blank for
-    several, and are cut at `length` tokens, with a warning; `None` and a blank text are the same, and give the
-    encoder's answer to the empty text.
+    Args:
+        model: a folder or a name on the Hugging Face hub of CLIP, T5 or another text encoder of the transformers
+            library, with weights in safetensors.
+        max_length: tokens; longer texts are truncated with a warning.
+        cache: folder for embeddings, in float16. `infer_settings` fills it for all captions of the data.
+        device: on which the encoder computes embeddings missing from the cache; auto prefers an accelerator.
+        features: width of the hidden states, inferred.
+        fingerprint: of the encoder's weights and tokenizer, inferred.
+        examples: prompts to draw samples for.
 
-    What was computed is kept in `cache` as float16. The encoder is opened only for a text that is not there, on
-    `device`: `auto` is an accelerator where there is one. `infer_settings` has it read all captions of the data;
-    `features` and `fingerprint` are of the encoder that it found.
+    Texts have single spaces. None and a blank text mean no condition, encoded as the empty text.
     """
 
     def __init__(
@@ -51,8 +69,8 @@ class Pretrained(Texts):
     ) -> None:
         if features is None or fingerprint is None:
             raise ValueError(
-                "conditioning=pretrained needs the features and the fingerprint of its encoder, which are found as a "
-                "run starts"
+                "conditioning.encode needs features and fingerprint for conditioning=pretrained; a new run takes those "
+                "of its encoder"
             )
         self.model = model
         self.max_length = max_length
@@ -60,13 +78,15 @@ class Pretrained(Texts):
         self.features = features
         self.fingerprint = fingerprint
         self.examples = list(examples)
-        self._store = Store(Path(cache) / f"texts-{digest(fingerprint, max_length)}", features)
+        self._cache = EmbeddingCache(Path(cache) / f"texts-{digest(fingerprint, max_length)}", features)
         self._encoder: _Encoder | None = None
 
-    def __call__(self, asked: Sequence[str | None]) -> Tensor:
-        texts = {key(text): text for text in map(clean, asked)}
-        out = torch.zeros(len(asked), self.max_length, self.features)
-        arrays = self._store.get([key(clean(each)) for each in asked], partial(self._encode, texts))
+    def __call__(self, values: Sequence[str | None]) -> Tensor:
+        texts = [clean_text(value) for value in values]
+        out = torch.zeros(len(texts), self.max_length, self.features)
+        arrays = self._cache.get(
+            [key(text) for text in texts], partial(self._encode, {key(text): text for text in texts})
+        )
         for row, array in zip(out, arrays, strict=True):
             row[: len(array)] = torch.from_numpy(array.astype(np.float32))
         return out
@@ -75,98 +95,102 @@ class Pretrained(Texts):
     def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         captions = captions_of(source)
         folder = _folder(settings["model"])
-        found: dict[str, Any] = {
+        inferred: dict[str, Any] = {
             "features": _features(folder, settings.get("max_length", 64)),
             "fingerprint": _fingerprint(folder),
         }
-        found["examples"] = list(settings.get("examples") or distinct(sample(captions)))
+        inferred["examples"] = list(settings.get("examples") or distinct_texts(sample_captions(captions)))
         given = {name: settings[name] for name in ("model", "max_length", "cache", "device") if name in settings}
-        Pretrained(**given, **found).prepare(captions)
-        return found
+        Pretrained(**given, **inferred).prepare(captions)
+        return inferred
 
     def prepare(self, captions: Sequence[Sequence[str]]) -> None:
-        """Compute what the cache lacks of all captions, the examples and the empty text, some hundreds at a time."""
-        said = False
-        texts = map(clean, chain(["", *self.examples], chain.from_iterable(captions)))
-        while some := list(islice(texts, 512)):
-            named = {key(text): text for text in some}
-            lacking = self._store.lacks(list(named))
-            if lacking and not said:
-                said = True
+        """Fill the cache with all captions, the examples and the empty text, 512 at a time."""
+        warned = False
+        texts = map(clean_text, chain(["", *self.examples], chain.from_iterable(captions)))
+        while chunk := list(islice(texts, 512)):
+            by_key = {key(text): text for text in chunk}
+            missing = self._cache.missing(list(by_key))
+            if missing and not warned:
+                warned = True
                 warnings.warn(
-                    f"{self.model} reads the captions, once: later runs find them in {self._store.folder}", stacklevel=2
+                    f"{self.model} encodes the captions; later runs read them from {self._cache.folder}", stacklevel=2
                 )
-            if lacking:
-                self._store.get(lacking, partial(self._encode, named))
+            if missing:
+                self._cache.get(missing, partial(self._encode, by_key))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoder": None}
 
-    def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Rows]:
+    def _encode(self, texts: Mapping[int, str], keys: Sequence[int]) -> list[Embeddings]:
         if self._encoder is None or self._encoder.process != os.getpid():
             self._encoder = _Encoder(self.model, self.max_length, self.device, self.fingerprint)
         return self._encoder([texts[k] for k in keys])
 
 
 class _Encoder:
-    """A pretrained encoder of texts, frozen, with its tokenizer."""
+    """A frozen pretrained text encoder with its tokenizer."""
 
     def __init__(self, model: str, max_length: int, device: str, fingerprint: str) -> None:
         folder = _folder(model)
         if _fingerprint(folder) != fingerprint:
             raise ValueError(
-                f"{model} is not the encoder that this run was trained with: give that one by encoder=..., or train "
-                "anew"
+                f"{model} is not the encoder that this run was trained with; set encoder=... to that one, or train a "
+                "new run"
             )
-        _features(folder, max_length)  # which knows what cannot be
-        package = library("transformers")
+        _features(folder, max_length)  # checks max_length
+        package = import_optional("transformers")
         try:
             self.tokenizer = package.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # whatever the many tokenizers raise
-            raise ValueError(f"the tokenizer in {folder} cannot be opened ({one_line(error)}): save it anew") from error
+        except Exception as error:  # tokenizers raise almost anything
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be opened ({one_line(error)}); save it again"
+            ) from error
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.max_length = max_length
         self.process = os.getpid()
-        # What a process has on an accelerator does not outlive a fork, by which workers come to be.
+        # Memory on an accelerator does not survive the fork of a worker.
         in_worker = torch.utils.data.get_worker_info() is not None
-        self.device = torch.device("cpu" if in_worker else _accelerator() if device == "auto" else device)
+        if device == "auto":
+            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        self.device = torch.device("cpu" if in_worker else device)
         self.net = _open_net(folder).to(self.device)
         self._warned = False
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[Rows]:
-        """The last hidden states of each text, (tokens, features) float16."""
-        found: dict[int, Rows] = {}
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike in length: little padding
+    def __call__(self, texts: Sequence[str]) -> list[Embeddings]:
+        """Return the last hidden states of each text, (tokens, features) float16."""
+        states_of: dict[int, Embeddings] = {}
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
         for start in range(0, len(order), 64):
-            some = order[start : start + 64]
-            ids, mask = self._tokenize([texts[i] for i in some])
+            chunk = order[start : start + 64]
+            ids, mask = self._tokenize([texts[i] for i in chunk])
             states = self.net(input_ids=ids, attention_mask=mask).last_hidden_state.half()
             if not states.isfinite().all():
                 raise ValueError(
-                    "the encoder's hidden states are not finite in float16, in which they are kept: choose another "
+                    "the encoder's hidden states are not finite in float16, the format of the cache; choose another "
                     "conditioning.encode.model"
                 )
-            for i, row, count in zip(some, states.cpu(), mask.sum(1).tolist(), strict=True):
-                found[i] = row[:count].numpy()
-        return [found[i] for i in range(len(texts))]
+            for i, row, count in zip(chunk, states.cpu(), mask.sum(1).tolist(), strict=True):
+                states_of[i] = row[:count].numpy()
+        return [states_of[i] for i in range(len(texts))]
 
     def _tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, (N, L <= max_length), padding last."""
-        whole = max(len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        if whole > self.max_length and not self._warned:
+        """Return ids and mask, (N, L <= max_length), padded at the end."""
+        longest = max(len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
+        if longest > self.max_length and not self._warned:
             self._warned = True
             warnings.warn(
-                f"a text of {whole} tokens is cut to {self.max_length} (and so are others that are longer): raise "
-                "conditioning.encode.max_length for all of it, if the encoder takes as much",
+                f"conditioning.encode.max_length={self.max_length} truncates a text of {longest} tokens; raise it, if "
+                "the encoder allows, to keep all of them (further truncations are not reported)",
                 stacklevel=2,
             )
         ids, masks = [], []
         for each in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]:
-            # A tokenizer without tokens for the ends makes nothing of the empty text.
+            # A tokenizer without begin and end tokens returns no ids for the empty text.
             ids.append(torch.tensor(each or [self.tokenizer.pad_token_id]))
             masks.append(torch.ones(len(ids[-1]), dtype=torch.int64))
         padded = torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad_token_id or 0)
@@ -174,57 +198,57 @@ class _Encoder:
 
 
 def _folder(model: str) -> Path:
-    """Where the files of a pretrained model lie, downloaded if need be. Raises ValueError if they are not to be had."""
+    """Return the folder of a pretrained model, after downloading it if necessary. Raises ValueError on failure."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _from_hub(model)
-    if lacking := _lacking(folder):
+    if missing := _missing_files(folder):
         raise ValueError(
-            f"{model} is no text encoder that can be opened: it has no {' and no '.join(lacking)}; put there what "
-            "save_pretrained writes of the encoder and of its tokenizer"
+            f"conditioning.encode.model={model} has no {' and no '.join(missing)}; save the encoder and its tokenizer "
+            "there with save_pretrained"
         )
     return folder
 
 
-def _lacking(folder: Path) -> list[str]:
-    """Names of files without which it holds no encoder and tokenizer."""
-    wanted = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS, INDEX), "tokenizer.json": TOKENIZERS}
+def _missing_files(folder: Path) -> list[str]:
+    """Return the required files of an encoder and its tokenizer that are missing."""
+    wanted = {"config.json": ("config.json",), WEIGHTS: (WEIGHTS, INDEX), "tokenizer.json": TOKENIZER_FILES}
     return [name for name, any_of in wanted.items() if not any((folder / each).is_file() for each in any_of)]
 
 
 def _from_hub(model: str) -> Path:
-    library("transformers")
+    import_optional("transformers")
     from huggingface_hub import snapshot_download
 
-    wanted = [*TOKENIZERS, *BESIDE, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
+    wanted = [*TOKENIZER_FILES, *CONFIG_FILES, WEIGHTS, INDEX, "model-*-of-*.safetensors"]
     try:
         try:
             folder = Path(snapshot_download(model, allow_patterns=wanted, local_files_only=True))
-            if not _lacking(folder) and all(path.is_file() for path in _weights(folder)):
-                return folder  # whole: a download may have been interrupted
+            if not _missing_files(folder) and all(path.is_file() for path in _weights(folder)):
+                return folder  # complete; a download may have been interrupted
         except OSError:
-            pass  # nothing of it was downloaded before
+            pass  # not downloaded before
         return Path(snapshot_download(model, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no text encoder {model}: there is no such folder, and none was downloaded ({one_line(error)}): give the "
-            "folder with its config.json, tokenizer.json and model.safetensors as conditioning.encode.model"
+            f"conditioning.encode.model={model} is neither a folder nor downloadable ({one_line(error)}); set it to "
+            "a folder with config.json, tokenizer.json and model.safetensors"
         ) from error
 
 
 def _fingerprint(folder: Path) -> str:
-    """What stands for an encoder and its tokenizer: all of their small files, and samples of every weight."""
+    """Return a digest of an encoder and its tokenizer: all small files, and excerpts of every weight."""
     parts: list[str] = []
-    for name in (*TOKENIZERS, *BESIDE):
+    for name in (*TOKENIZER_FILES, *CONFIG_FILES):
         path = folder / name
         parts += [name, path.read_bytes().hex()] if path.is_file() else []
     for path in _weights(folder):
         try:
             with safe_open(path, "pt"):
-                pass  # it is whole, and its header can be believed
+                pass  # the file is complete and its header valid
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} holds no weights that can be read ({one_line(error)}): save it anew") from error
-        parts += [path.name, *_samples(path)]
+            raise ValueError(f"{path} is corrupted ({one_line(error)}); save it again") from error
+        parts += [path.name, *_excerpts(path)]
     return digest(*parts)
 
 
@@ -234,67 +258,66 @@ def _weights(folder: Path) -> list[Path]:
     try:
         names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{folder / INDEX} names no files of weights ({one_line(error)}): save it anew") from error
+        raise ValueError(f"{folder / INDEX} lists no weight files ({one_line(error)}); save it again") from error
     return [folder / name for name in sorted(names)]
 
 
-def _samples(path: Path, count: int = 4, size: int = 4096) -> Iterator[str]:
-    """The header of a safetensors file, and `count` pieces of each tensor: files of many GB are not read in whole."""
+def _excerpts(path: Path, count: int = 4, size: int = 4096) -> Iterator[str]:
+    """Yield the header of a safetensors file and `count` excerpts of each tensor, since files may have many GB."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
         yield header.hex()
-        for name, about in sorted(json.loads(header).items()):
+        for name, entry in sorted(json.loads(header).items()):
             if name == "__metadata__":
                 continue
-            first, stop = about["data_offsets"]
+            first, stop = entry["data_offsets"]
             last = max(first, stop - size)
-            for place in sorted({first + (last - first) * i // (count - 1) for i in range(count)}):
-                file.seek(8 + length + place)
-                yield file.read(min(size, stop - place)).hex()
+            for offset in sorted({first + (last - first) * i // (count - 1) for i in range(count)}):
+                file.seek(8 + length + offset)
+                yield file.read(min(size, stop - offset)).hex()
 
 
 def _config(folder: Path) -> Any:
-    """The configuration of the text part of the model in `folder`. Raises ValueError if it has none."""
+    """Return the configuration of the model's text encoder. Raises ValueError if it has none."""
     try:
-        config = library("transformers").AutoConfig.from_pretrained(
+        config = import_optional("transformers").AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"the model in {folder} is none that the transformers library knows ({one_line(error)}): choose another "
+            f"the transformers library does not know the model in {folder} ({one_line(error)}); choose another "
             "conditioning.encode.model"
         ) from error
     text = config.get_text_config(encoder=True) if config.is_encoder_decoder else config.get_text_config()
     if not getattr(text, "vocab_size", None):
         raise ValueError(
-            f"the model in {folder} is a {config.model_type}, which has no part for texts: choose CLIP, T5 or another "
-            "encoder of texts as conditioning.encode.model"
+            f"the model in {folder} is a {config.model_type} without a text encoder; set conditioning.encode.model to "
+            "CLIP, T5 or another text encoder"
         )
     return text
 
 
 def _features(folder: Path, max_length: int) -> int:
-    """The width of the encoder's hidden states. Raises ValueError if it does not take `length` tokens."""
+    """Return the width of the encoder's hidden states. Raises ValueError if it does not take `max_length` tokens."""
     config = _config(folder)
-    most = getattr(config, "max_position_embeddings", None) or max_length
-    if not 1 <= max_length <= most:
+    limit = getattr(config, "max_position_embeddings", None) or max_length
+    if not 1 <= max_length <= limit:
         raise ValueError(
-            f"conditioning.encode.max_length must lie in [1, {most}], the tokens that the encoder in {folder} takes, got "
-            f"{max_length}"
+            f"conditioning.encode.max_length={max_length} must be in [1, {limit}], the limit of the encoder in {folder}"
         )
     return int(config.hidden_size)
 
 
 def _open_net(folder: Path) -> torch.nn.Module:
-    """The encoder of texts in `folder`, in float32. Raises ValueError if its weights do not make one."""
-    package = library("transformers")
+    """Load the text encoder in float32. Raises ValueError if its weights are incomplete."""
+    package = import_optional("transformers")
     config = _config(folder)
     try:
         known = type(config) in package.MODEL_FOR_TEXT_ENCODING_MAPPING
-        kind = package.AutoModelForTextEncoding if known else package.AutoModel
+        auto_class = package.AutoModelForTextEncoding if known else package.AutoModel
         with _quiet(package):
-            net, loaded = kind.from_pretrained(
+            net, loaded = auto_class.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -304,11 +327,11 @@ def _open_net(folder: Path) -> torch.nn.Module:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the encoder in {folder} cannot be opened ({one_line(error)}): save it anew") from error
-    missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)  # which is not used
+        raise ValueError(f"the encoder in {folder} cannot be opened ({one_line(error)}); save it again") from error
+    missing = sorted(name for name in loaded["missing_keys"] if "pooler" not in name)  # unused
     if missing:
         raise ValueError(
-            f"the weights in {folder} lack {len(missing)} of the encoder's, among them {missing[0]}: save it anew"
+            f"the weights in {folder} lack {len(missing)} of the encoder's, such as {missing[0]}; save it again"
         )
     if net.config.is_encoder_decoder:
         net = net.get_encoder()
@@ -317,7 +340,7 @@ def _open_net(folder: Path) -> torch.nn.Module:
 
 @contextmanager
 def _quiet(package: Any) -> Iterator[None]:
-    """No table of the weights that are not of the text part, and no progress bar."""
+    """Suppress the table of unused weights and the progress bar."""
     logging = package.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -328,7 +351,3 @@ def _quiet(package: Any) -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _accelerator() -> torch.device:
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

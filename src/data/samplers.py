@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +12,12 @@ from torch.utils.data import Sampler
 
 from src.rng import key
 
-if TYPE_CHECKING:
-    pass
-
-
 VALIDATION = -1
-"""The step that validation's draws belong to: always the same, so that equal weights give equal figures."""
+"""The step that keys random numbers in validation: a constant, so that equal weights give equal losses."""
 
 
 class BatchIndices(NamedTuple):
-    """What a sampler asks of a dataset: the samples `indices`, the first at position `start` of `total` of a step."""
+    """The samples `indices` of one batch; the first has position `start` among the `total` of the step."""
 
     start: int
     total: int
@@ -30,11 +26,11 @@ class BatchIndices(NamedTuple):
 
 
 class InfiniteBatchSampler(Sampler[BatchIndices]):
-    """The batches of a whole run: step k takes samples k B .. (k + 1) B - 1 of one shuffled epoch after another.
+    """Training batches: step k takes samples k B, ..., (k + 1) B - 1 of a sequence of shuffled epochs.
 
-    A pure function of (seed, step), cut first into `accumulate` micro-batches and these over `world` processes,
-    so that neither changes what the optimizer sees. `first_step` is where a resumed run goes on. With `repeat` the
-    first so many batches of the data come again and again.
+    The global batch is a pure function of (seed, step). It is cut into `accumulate` micro-batches, and each of these
+    over `world` processes, so that neither changes what the optimizer sees. A resumed run starts at `first_step`. A
+    positive `repeat` cycles through that many batches.
     """
 
     def __init__(
@@ -50,15 +46,15 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         repeat: int = 0,
     ) -> None:
         if accumulate < 1:
-            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulate}")
+            raise ValueError(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
         if batch_size > len(indices):
             raise ValueError(
-                f"data.batch_size {batch_size} is larger than the training data ({len(indices)} samples): lower it"
+                f"data.batch_size={batch_size} must be at most {len(indices)}, the number of training samples; lower it"
             )
         if batch_size % (accumulate * world):
             raise ValueError(
-                f"data.batch_size {batch_size} is the global batch, and does not split over {world} processes with "
-                f"{accumulate} accumulated batches each: make it a multiple of {accumulate * world}"
+                f"data.batch_size={batch_size} is the global batch and must be a multiple of {accumulate * world} "
+                f"({world} processes with {accumulate} accumulated batches each); change it"
             )
         self.indices = torch.as_tensor(indices)
         self.batch_size = batch_size
@@ -71,7 +67,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         self.repeat = repeat
 
     def __len__(self) -> int:
-        """The batches of the whole run, also when it was resumed: Lightning counts on from where it stopped."""
+        """Return the number of batches of the run, including those before `first_step`, which Lightning counts too."""
         return self.num_steps * self.accumulate
 
     def __iter__(self) -> Iterator[BatchIndices]:
@@ -83,7 +79,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
                 yield BatchIndices(start, self.batch_size, batch[start : start + micro], step)
 
     def batch(self, step: int) -> list[int]:
-        """The dataset indices of the global batch of `step`."""
+        """Return the dataset indices of the global batch of `step`."""
         step = step % self.repeat if self.repeat else step
         epoch, offset = divmod(step * self.batch_size, len(self.indices))
         taken = self._epoch(epoch)[offset : offset + self.batch_size]
@@ -91,17 +87,17 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
             taken = torch.cat([taken, self._epoch(epoch + 1)[: self.batch_size - len(taken)]])
         return taken.tolist()
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one stream lives as long as its run
+    @lru_cache(maxsize=2)  # noqa: B019 - the sampler lives as long as its run
     def _epoch(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 
 class EvalBatchSampler(Sampler[BatchIndices]):
-    """All `indices` once and in order, in batches of `batch_size` to twice that, dealt out over `world`.
+    """Validation batches: all `indices` once and in order, `batch_size` to twice as many at a time, over `world`.
 
-    Every process has as many batches as every other, of which sharded weights are gathered together. `limit` is a
-    number of them, or a share: the samples in these alone count as the validation set.
+    All processes have equally many batches, since they gather sharded weights together. `limit` is the number of
+    these batches, or their share; the validation set consists of the samples in them.
     """
 
     def __init__(
@@ -115,13 +111,13 @@ class EvalBatchSampler(Sampler[BatchIndices]):
         if kept == 0 < limit:
             raise ValueError(
                 f"trainer.limit_val_batches={limit} (or trainer.overfit_batches) leaves none of {self.rounds} "
-                f"validation batches: use at least {math.ceil(100 / self.rounds) / 100}, or a whole number"
+                f"validation batches; use at least {math.ceil(100 / self.rounds) / 100}, or an integer"
             )
         self.total = edges[kept * world]
         self.spans = list(pairwise(edges))[rank : kept * world : world]
 
     def __len__(self) -> int:
-        """The batches without a limit, of which Lightning takes the same share."""
+        """Return the number of batches before the limit, since Lightning applies the same limit to it."""
         return self.rounds
 
     def __iter__(self) -> Iterator[BatchIndices]:

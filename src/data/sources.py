@@ -1,35 +1,32 @@
-"""Sources of samples: what a data set provides, and its labels and covariates."""
+"""Sources of samples, with their labels, covariates and captions, and the conversion of pixel values."""
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class Labels(NamedTuple):
-    """What kind each sample of a source is: `numbers` (N,) int64, which count through `names`."""
+    """The class of each sample: `targets` (N,) int64 index into the names `classes`."""
 
-    numbers: Tensor
-    names: Sequence[str]
+    targets: Tensor
+    classes: Sequence[str]
 
 
 class Covariates(NamedTuple):
-    """What was measured beside each sample of a source: `values` (N, K) float32 of so many `names`."""
+    """Measurements that accompany each sample: `values` (N, K) float32 and their K `names`."""
 
     values: Tensor
     names: Sequence[str]
 
 
 class Source(Protocol):
-    """Where samples come from, and what is known of them: their kinds, measurements, or texts that describe each.
+    """A dataset that returns several samples per call.
 
-    `ids` are what each sample is known by wherever the data lie and in whatever order: whether it is held out depends
-    on that alone. None stands for its number.
+    Any of `labels`, `covariates` and `captions` (one or several per sample) may be None. `ids` identify samples
+    wherever the data are stored and in whatever order: the split depends on nothing else. None means the index.
     """
 
     labels: Labels | None
@@ -40,16 +37,16 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        """The samples as (N, *data)."""
+        """Return the samples (N, *data)."""
         ...
 
     def stamps(self) -> Sequence[int] | None:
-        """A number for each sample that tells whether its content has changed; None where there is none."""
+        """Return an integer per sample that changes with its contents; None if unknown."""
         ...
 
 
 class InMemory:
-    """Samples (N, *data) in one tensor."""
+    """A source whose samples (N, *data) are one tensor."""
 
     def __init__(
         self,
@@ -72,17 +69,17 @@ class InMemory:
         return self.samples[torch.as_tensor(indices)]
 
     def stamps(self) -> Sequence[int] | None:
-        if self.samples.dtype != torch.uint8:  # computed: another machine may round otherwise
+        if self.samples.dtype != torch.uint8:  # computed samples may be rounded differently on another machine
             return None
         return [zlib.crc32(sample) for sample in self.samples.numpy()]
 
 
 def normalize(x: Tensor, num_values: int = 256) -> Tensor:
-    """Integers 0..levels - 1 -> float32 in [-1, 1]."""
+    """Map integers in {0, ..., num_values - 1} to float32 in [-1, 1]."""
     return x.float() * (2 / (num_values - 1)) - 1
 
 
 def to_uint8(x: Tensor, num_values: int = 256) -> Tensor:
-    """Floats in [-1, 1] (clipped) -> the nearest of `num_values` values, as uint8 0..255 for showing and saving."""
+    """Round floats, clipped to [-1, 1], to the nearest of `num_values` values and return them as uint8 in [0, 255]."""
     index = ((x.float().clamp(-1, 1) + 1) * ((num_values - 1) / 2)).round()
     return (index * (255 / (num_values - 1))).round().to(torch.uint8)

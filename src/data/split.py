@@ -1,7 +1,8 @@
-"""Which samples are held out, and what a run remembers of its data.
+"""The split into training and validation data, and a fingerprint by which a resumed run sees changes of its data.
 
-A sample is held out if its hash lies below `val_fraction` of all: the 8 bytes of BLAKE2b over "<split_seed>/<id>" in
-UTF-8, as a number, big-endian, divided by 2^64. Nothing else enters: samples that come or go move no others.
+A sample belongs to the validation set if its hash is below the threshold val_fraction * 2^64. The hash is the 8 bytes
+of BLAKE2b over "<split_seed>/<id>" in UTF-8, as a big-endian integer. It depends on nothing else, so samples that are
+added or removed move no others.
 """
 
 import hashlib
@@ -10,150 +11,149 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from src.data.sources import Source
+from src.data.sources import Source
 
 Hashes = npt.NDArray[np.uint64]
 
-RECORD = "data.safetensors"
-"""The file in a run's folder with its `Record`."""
+FINGERPRINT_FILE = "data.safetensors"
+"""The file in a run folder with its `DataFingerprint`."""
 
 
-def ids_of(source: "Source") -> Iterable[str]:
-    """What each sample is known by; its number where the source says nothing else."""
+def sample_ids(source: Source) -> Iterable[str]:
+    """Return the id of each sample; its index if the source has no ids."""
     return map(str, range(len(source))) if source.ids is None else source.ids
 
 
 def hash_ids(ids: Iterable[str], split_seed: int) -> Hashes:
-    """The hash (N,) of each id, as the module's docstring defines it. About a microsecond each."""
-    # File names may hold bytes that are no UTF-8, which Python has as surrogates.
+    """Return the hash (N,) of each id. Takes about a microsecond each."""
+    # File names may contain bytes that are not UTF-8, which Python represents as surrogates.
     texts = (f"{split_seed}/{each}".encode("utf-8", "surrogatepass") for each in ids)
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
     return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
-def bound_of(val_fraction: float) -> int:
-    """The hash from which on samples are for training."""
+def hash_threshold(val_fraction: float) -> int:
+    """Return the smallest hash of a training sample."""
     return math.ceil(val_fraction * 2**64)
 
 
-def split(hashes: Hashes, bound: int) -> tuple[list[int], list[int], int]:
-    """Indices of the held-out samples, of those for training, and the bound between them; both in order of the hashes.
+def split(hashes: Hashes, threshold: int) -> tuple[list[int], list[int], int]:
+    """Return the indices of validation and training samples, each ordered by hash, and the threshold between them.
 
-    That is `bound`, unless one side would be empty: then the sample with the smallest hash is held out, or that with
-    the largest is for training. Raises ValueError if all hashes are the same.
+    The returned threshold differs if one side would be empty: then the sample with the smallest hash is for
+    validation, or the one with the largest for training. Raises ValueError if all hashes are equal.
     """
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     if not len(ordered) or ordered[0] == ordered[-1]:
-        raise ValueError("there are not two different samples")
-    bound = min(max(bound, int(ordered[0]) + 1), int(ordered[-1]))
-    count = int(np.searchsorted(ordered, np.uint64(bound)))
-    return order[:count].tolist(), order[count:].tolist(), bound
+        raise ValueError("all samples are equal")
+    threshold = min(max(threshold, int(ordered[0]) + 1), int(ordered[-1]))
+    count = int(np.searchsorted(ordered, np.uint64(threshold)))
+    return order[:count].tolist(), order[count:].tolist(), threshold
 
 
-class Record(NamedTuple):
-    """The data that a run began with: the hash of each sample, in order, and its stamp (both (N,)), and their split."""
+class DataFingerprint(NamedTuple):
+    """The data of a run at its start: hash and stamp (both (N,)) of each sample in order of hashes, and the split."""
 
     hashes: Hashes
     stamps: Hashes
     split_seed: int
     val_fraction: float
     bound: int
+    """The threshold of the split."""
 
     @classmethod
-    def of(cls, source: "Source", split_seed: int, val_fraction: float, bound: int) -> "Record":
-        hashes = hash_ids(ids_of(source), split_seed)
+    def of(cls, source: Source, split_seed: int, val_fraction: float, bound: int) -> "DataFingerprint":
+        hashes = hash_ids(sample_ids(source), split_seed)
         order = np.argsort(hashes, kind="stable")
-        return cls(hashes[order], stamps_of(source)[order], split_seed, val_fraction, bound)
+        return cls(hashes[order], _stamps(source)[order], split_seed, val_fraction, bound)
 
     def write(self, path: Path) -> None:
         from safetensors.numpy import save_file
 
-        about = {name: str(value) for name, value in self._asdict().items() if name not in ("hashes", "stamps")}
+        metadata = {name: str(value) for name, value in self._asdict().items() if name not in ("hashes", "stamps")}
         partial = path.with_name(f"{path.name}.partial")
         try:
-            save_file({"hashes": self.hashes, "stamps": self.stamps}, partial, about)
+            save_file({"hashes": self.hashes, "stamps": self.stamps}, partial, metadata)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, path: Path) -> "Record | None":
-        """The record in a file. None, with a warning, if it is not there or damaged."""
+    def read(cls, path: Path) -> "DataFingerprint | None":
+        """Return the fingerprint in a file. Warns and returns None if it is missing or corrupted."""
         from safetensors import safe_open
 
         try:
             with safe_open(path, "numpy") as file:
-                about: dict[str, Any] = file.metadata()
+                metadata: dict[str, str] = file.metadata()
                 hashes, stamps = file.get_tensor("hashes"), file.get_tensor("stamps")
             if not hashes.dtype == stamps.dtype == np.uint64 or not hashes.shape == stamps.shape == (hashes.size,):
-                raise ValueError("its arrays have other types or shapes")
-            seed, fraction, bound = int(about["split_seed"]), float(about["val_fraction"]), int(about["bound"])
-            return cls(hashes, stamps, seed, fraction, bound)
+                raise ValueError("wrong type or shape")
+            fraction, bound = float(metadata["val_fraction"]), int(metadata["bound"])
+            return cls(hashes, stamps, int(metadata["split_seed"]), fraction, bound)
         except FileNotFoundError:
             reason = "is missing"
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # whatever a corrupted file leads to
             reason = f"cannot be read ({' '.join(str(error).split()):.100})"
         warnings.warn(
-            f"{path} {reason}: whether the data and their split are those that the run began with is unknown; a run "
-            "from before there was such a file held out other samples",
+            f"{path} {reason}: cannot check whether the data and their split changed since the run began; runs from "
+            "before this file existed had another split",
             stacklevel=2,
         )
         return None
 
-    def changes(self, source: "Source", held_out: Sequence[int]) -> str:
-        """What is different in the data now, of which the samples `held_out` are; empty if nothing is."""
-        ids = list(ids_of(source))
-        now, stamps = hash_ids(ids, self.split_seed), stamps_of(source)
-        added = np.flatnonzero(_beyond(now, self.hashes))
-        removed = int(_beyond(self.hashes, now).sum())
-        place = np.searchsorted(self.hashes, now).clip(max=len(self.hashes) - 1)
-        known = self.hashes[place] == now
-        changed = np.flatnonzero(known & (self.stamps[place] != stamps))
+    def changes(self, source: Source, val_indices: Sequence[int]) -> str:
+        """Describe how the data differ now, with validation samples `val_indices`; empty if they do not."""
+        ids = list(sample_ids(source))
+        now, stamps = hash_ids(ids, self.split_seed), _stamps(source)
+        added = np.flatnonzero(_surplus(now, self.hashes))
+        removed = int(_surplus(self.hashes, now).sum())
+        position = np.searchsorted(self.hashes, now).clip(max=len(self.hashes) - 1)
+        known = self.hashes[position] == now
+        changed = np.flatnonzero(known & (self.stamps[position] != stamps))
         before, after = now < np.uint64(self.bound), np.zeros(len(now), bool)
-        after[np.asarray(held_out, np.int64)] = True
+        after[np.asarray(val_indices, np.int64)] = True
         moved = {
-            "held-out samples are now trained on": int((known & before & ~after).sum()),
-            "training samples are now held out": int((known & ~before & after).sum()),
+            "validation samples moved to training": int((known & before & ~after).sum()),
+            "training samples moved to validation": int((known & ~before & after).sum()),
         }
         if not (len(added) or removed or len(changed) or any(moved.values())):
             return ""
-        parts = [f"{len(added)} added{_named(ids, added)}", f"{removed} removed"]
-        parts.append(f"{len(changed)} changed{_named(ids, changed)}")
-        joined = int(after[added].sum())
+        parts = [f"{len(added)} added{_examples(ids, added)}", f"{removed} removed"]
+        parts.append(f"{len(changed)} changed{_examples(ids, changed)}")
         moves = [f"{count} {what}" for what, count in moved.items() if count]
         return (
             f"the data changed since the run began ({len(self.hashes)} samples then, {len(now)} now): "
-            f"{', '.join(parts)}; {joined} of the added held out, {', '.join(moves) or 'no other changes sides'}"
+            f"{', '.join(parts)}; {int(after[added].sum())} of the added are for validation, "
+            f"{', '.join(moves) or 'no other sample changed sides'}"
         )
 
 
-def stamps_of(source: "Source") -> Hashes:
-    """A number (N,) for each sample that tells another content under the same id, as far as the source can tell."""
+def _stamps(source: Source) -> Hashes:
     stamps = source.stamps()
     return np.zeros(len(source), np.uint64) if stamps is None else np.asarray(stamps, np.uint64)
 
 
-def _beyond(some: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
-    """Which of some hashes (N,) are more often among them than among others: so many of them, the last ones."""
+def _surplus(some: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which hashes (N,) exceed their number among `others`; of equal hashes, the last ones."""
     order = np.argsort(some, kind="stable")
     ordered = some[order]
-    turn = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # 0 for the first of each value, then 1, ...
+    repeat = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # 0 for the first of equal hashes, then 1, ...
     others = np.sort(others)
-    there = np.searchsorted(others, ordered, side="right") - np.searchsorted(others, ordered)
-    found = np.zeros(len(some), bool)
-    found[order] = turn >= there
-    return found
+    count = np.searchsorted(others, ordered, side="right") - np.searchsorted(others, ordered)
+    surplus = np.zeros(len(some), bool)
+    surplus[order] = repeat >= count
+    return surplus
 
 
-def _named(ids: Sequence[str], which: npt.NDArray[np.int64], most: int = 3) -> str:
+def _examples(ids: Sequence[str], which: npt.NDArray[np.int64], limit: int = 3) -> str:
     if not len(which):
         return ""
-    names = ", ".join(f"{ids[k]:.60}".replace("\x1f", ",") for k in which[:most])
-    return f" ({names}{', ...' if len(which) > most else ''})"
+    names = ", ".join(f"{ids[k]:.60}".replace("\x1f", ",") for k in which[:limit])
+    return f" ({names}{', ...' if len(which) > limit else ''})"

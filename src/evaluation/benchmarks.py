@@ -89,13 +89,13 @@ class ClassBenchmark:
     def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
         assert data.source is not None and data.source.labels is not None
         self.data = data
-        num_classes = len(data.source.labels.names)
+        num_classes = len(data.source.labels.classes)
         self.n = max(500, 2 * num_classes) if settings.n is None else settings.n
         if self.n < 2 * num_classes:
             raise ValueError(
                 f"alignment.n={self.n} must be at least {2 * num_classes}: 2 samples for each of {num_classes} classes"
             )
-        self.classes = list(data.source.labels.names)
+        self.classes = list(data.source.labels.classes)
         self.prompts: Mapping[str, Sequence[str]] = {"classes": self.classes}
         self.device = device
         self.classifier, tested = train_data_classifier(data, settings.cache, device)
@@ -111,7 +111,7 @@ class ClassBenchmark:
 
     def real(self, prompt: str) -> Tensor:
         assert self.data.source is not None and self.data.source.labels is not None
-        labels = self.data.source.labels.numbers
+        labels = self.data.source.labels.targets
         indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
         if not indices:
             return torch.empty(0, *self.data.shape, dtype=torch.uint8)

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from src.data.conditions import shown
+from src.data.conditions import encode_conditions
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
@@ -55,11 +55,11 @@ class BitsPerDim(L.Callback):
         if not (self.every_validation or last) or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
-        with data.together():
-            x, indices = data.held_out(max(self.num_samples, trainer.world_size))
+        with data.reading_on_one_rank():
+            x, indices = data.validation_samples(max(self.num_samples, trainer.world_size))
         assert data.source is not None
         device = pl_module.device
-        cond = shown(data.condition, data.source, indices)
+        cond = encode_conditions(data.condition, data.source, indices)
         share, size = len(x) // trainer.world_size, data.microbatch_size(trainer)
         first = trainer.global_rank * share
         stop = first + share

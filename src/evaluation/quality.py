@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.cache import digest
-from src.data.conditions import Condition, shown
+from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.evaluation.reverse_variance import Progress
@@ -124,7 +124,8 @@ class SampleEvaluator:
             start = (turn * count + self.processes.rank) * size
             began = time.perf_counter()
             numbers = range(start, start + size)
-            cond = shown(condition, self.data.source, self.data.training_places(numbers, self.settings.seed))
+            indices = self.data.condition_indices(numbers, self.settings.seed)
+            cond = encode_conditions(condition, self.data.source, indices)
             for x in module.sample(numbers, self.settings.seed, sampler, cond=cond):  # noqa: B007
                 on_step()
             x = x[: max(0, n - start)]
@@ -229,7 +230,7 @@ class SampleEvaluator:
                 "features=pixels, inception or dinov2"
             )
         classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
-        if classifier.accuracy < 0.1 + 1 / len(labels.names) and self.processes.rank == 0:
+        if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
             warnings.warn(
                 f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to chance: choose "
                 "other features=...",
@@ -294,7 +295,7 @@ class SampleEvaluator:
 def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
     """Return a classifier of the data's labels, trained once, and the number of images behind its accuracy."""
     assert data.source is not None and data.source.labels is not None
-    labels = data.source.labels.numbers
+    labels = data.source.labels.targets
     x, train = data.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
     y, val = data.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
     train_images, val_images = data.postprocess(data.preprocess(x)), data.postprocess(data.preprocess(y))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from src.data.conditions import Condition, shown
+from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
@@ -97,7 +97,7 @@ def load_val(
     """Return the validation samples at these positions after `preprocess`, and their conditions, on the device."""
     assert data.source is not None
     indices = data.val_indices[positions.start : positions.stop]
-    cond = shown(condition, data.source, indices)
+    cond = encode_conditions(condition, data.source, indices)
     x = data.preprocess(data.source.fetch(indices)).to(module.device)
     return x, None if cond is None else cond.to(module.device)
 
@@ -171,7 +171,7 @@ def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mappi
     collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
     probs = {name: each["classifier"].probabilities for name, each in collected.items() if "classifier" in each}
     if probs and source and source.labels:
-        names = source.labels.names
+        names = source.labels.classes
         shares = {
             name: [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
             for name, p in probs.items()

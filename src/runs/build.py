@@ -123,7 +123,7 @@ def instantiate_run(
     from src.training.compile import check_graphs, compiled
 
     directory = Path(cfg.run_dir)
-    data.record_path = resume_from and record_path(resume_from)
+    data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.num_values, data.condition)
     warn_of_schedule(module)

@@ -70,9 +70,9 @@ def _newest_intact(folder: Path) -> Path:
 
 def record_path(checkpoint: Path) -> Path | None:
     """Return where the run of a checkpoint keeps the record of its data; None for a file outside a run folder."""
-    from src.data.split import RECORD
+    from src.data.split import FINGERPRINT_FILE
 
-    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint.parent.parent / FINGERPRINT_FILE if checkpoint.parent.name == "checkpoints" else None
 
 
 def read_metrics(folder: Path) -> dict[str, Any] | None:

@@ -17,20 +17,20 @@ def load_data(run: "Run") -> None:
     if run.trainer.is_global_zero:
         run.data.prepare_data()
         run.data.setup()
-        run.data.stream(run.trainer)
-        run.data.validation_stream(run.trainer)
+        run.data.train_sampler(run.trainer)
+        run.data.val_sampler(run.trainer)
 
 
 def record_data(run: "Run") -> None:
     """Write the record of the data at the start of a run, unless the run has one."""
-    from src.data.split import RECORD
+    from src.data.split import FINGERPRINT_FILE
     from src.training.checkpoint_io import tolerate_full_disk
 
-    path = run.directory / RECORD
+    path = run.directory / FINGERPRINT_FILE
     if run.trainer.is_global_zero and not run.config.trainer.get("fast_dev_run") and not path.exists():
         with tolerate_full_disk(path):
             run.directory.mkdir(parents=True, exist_ok=True)
-            run.data.write_record(path)
+            run.data.write_fingerprint(path)
 
 
 def fit_run(run: "Run") -> dict[str, float]:
@@ -56,7 +56,7 @@ def fit_run(run: "Run") -> dict[str, float]:
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
-    run.data.agree()
+    run.data.sync_read_errors()
     if not run.config.trainer.get("fast_dev_run"):
         _write_results(run, metrics)
     return metrics
@@ -94,8 +94,8 @@ def _write_results(run: "Run", metrics: dict[str, float]) -> None:
     with tolerate_full_disk(run.directory / "samples"):
         save_pictures(run.directory, run.trainer, run.data, trajectory, neighbors.num_samples, neighbors.num_candidates)
     if run.data.skip_unreadable:
-        run.data.warn_of_skipped()
-        metrics["unreadable_files"] = len(run.data.unreadable)
+        run.data.read_errors.warn()
+        metrics["unreadable_files"] = len(run.data.read_errors.names)
     path = run.directory / "metrics.json"
     retry_until_written(lambda: tables.write_json(path, metrics), path)
 

@@ -62,7 +62,7 @@ def open_run(
     check_arguments(built)
     try:
         data = make(config.data)
-        data.record_path = record_path(path)
+        data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition)
         weights = weights_of(checkpoint, ema, path)

@@ -184,8 +184,8 @@ def _infer_wandb_id(cfg: DictConfig) -> None:
 
 def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
     """Set what only the data determine, and the number of features of a network for points."""
-    check_texts(dict(data.found), "the data")
-    cfg.data.update(data.found)
+    check_texts(dict(data.inferred), "the data")
+    cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
 

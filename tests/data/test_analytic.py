@@ -1,4 +1,4 @@
-"""The mixture is the distribution that it claims, at every level of noise; its flow carries noise to it."""
+"""Gaussian mixtures: density, score, ideal denoiser and flow at every noise level."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def density(mixture: GaussianMixture, x: np.ndarray) -> np.ndarray:
-    """The mixture's density at x (N, D), term by term from scipy."""
+    """Return the mixture's density at x (N, D), from scipy."""
     terms = zip(mixture.weights.tolist(), mixture.means.numpy(), mixture.stds.numpy(), strict=True)
     return sum(w * multivariate_normal(m, np.diag(s**2)).pdf(x) for w, m, s in terms)
 
 
-def test_mixture_density_is_the_sum_of_its_gaussians():
+def test_density_is_the_weighted_sum_of_gaussians():
     """log_prob against scipy's normal densities, weighted and summed."""
     x = 2 * torch.randn(200, 2, generator=seeded(), dtype=torch.float64)
     assert_close(PLANE.log_prob(x).numpy(), np.log(density(PLANE, x.numpy())), rtol=1e-10, atol=1e-10)
 
 
 def test_mixture_density_integrates_to_one():
-    """The sum over a grid: for smooth densities that vanish at its ends the trapezoid rule is all but exact."""
+    """By the trapezoid rule, which is accurate for smooth densities that vanish at the ends."""
     axis = torch.linspace(-6, 6, 301, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).view(-1, 2)
     total = PLANE.log_prob(grid).exp().sum() * (axis[1] - axis[0]) ** 2
@@ -52,7 +52,7 @@ def test_mixture_density_integrates_to_one():
 
 
 @for_each("mixture", lambda: {"plane": PLANE, "line": LINE, "noised": PLANE.noised(0.4, 0.9)})
-def test_mixture_score_is_the_gradient_of_the_log_density(mixture):
+def test_score_is_the_gradient_of_log_prob(mixture):
     x = 2 * torch.randn(100, mixture.means.shape[1], generator=seeded(), dtype=torch.float64)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(mixture.log_prob(x).sum(), x)
@@ -60,10 +60,10 @@ def test_mixture_score_is_the_gradient_of_the_log_density(mixture):
 
 
 def test_far_points_have_finite_density_and_score():
-    """Where every Gaussian underflows, logarithms still hold: the nearest component rules."""
+    """Logarithms stay finite where densities underflow; the component with the largest std dominates."""
     far = torch.tensor([[1000.0, 0.0]], dtype=torch.float64)
     assert PLANE.log_prob(far).isfinite().all()
-    widest = (-1 - 1000) / 0.8**2  # the nearest, counted in deviations
+    widest = (-1 - 1000) / 0.8**2  # fewest standard deviations away
     assert PLANE.score(far)[0, 0] == pytest.approx(widest, rel=1e-9)
 
 
@@ -83,7 +83,7 @@ def test_mixture_samples_have_its_mean_and_covariance():
 
 
 def test_mixture_samples_follow_its_density():
-    """Samples of the line against the cumulative density, integrated numerically."""
+    """Samples against the numerically integrated density."""
     axis = np.linspace(-5, 5, 4001)
     cumulative = np.cumsum(density(LINE, axis[:, None])) * (axis[1] - axis[0])
     x = LINE(4000, seeded()).double().numpy()[:, 0]
@@ -128,8 +128,8 @@ def test_tweedie_gives_the_posterior_mean(alpha, sigma):
     assert_close(LINE.denoise(y, alpha, sigma)[:, 0].numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-def test_weights_are_normalised():
-    """Weights count relative to each other."""
+def test_weights_are_normalized():
+    """Scaling all weights changes nothing."""
     x = torch.randn(9, 1, generator=seeded())
     scaled = GaussianMixture([10, 30], LINE.means.tolist(), LINE.stds.tolist())
     assert_close(scaled.log_prob(x), LINE.log_prob(x))
@@ -137,7 +137,7 @@ def test_weights_are_normalised():
 
 
 def test_denoising_pure_noise_gives_the_mean():
-    """At alpha = 0 nothing is known of x_0, and at sigma = 0 everything."""
+    """At alpha = 0 the ideal denoiser returns the mean, at sigma = 0 its input."""
     x = torch.randn(5, 2, generator=seeded(), dtype=torch.float64)
     assert_close(PLANE.denoise(x, 0.0, 1.0), (PLANE.weights @ PLANE.means).expand(5, 2))
     assert_close(PLANE.denoise(x, 1.0, 0.0), x)
@@ -150,8 +150,8 @@ def test_moments_are_those_of_many_samples():
     assert_close(covariance, torch.cov(x.T), rtol=0, atol=0.01)
 
 
-def test_entropy_of_a_gaussian_is_exact_and_of_a_mixture_estimated():
-    """Against the entropy integrated numerically, axis by axis or over the line."""
+def test_entropy_is_exact_or_estimated():
+    """Against the numerically integrated entropy."""
     axes = zip(GAUSSIAN.means[0].tolist(), GAUSSIAN.stds[0].tolist(), strict=True)
     assert GAUSSIAN.entropy() == pytest.approx(sum(norm(m, s).entropy() for m, s in axes), rel=1e-12)
 
@@ -160,18 +160,18 @@ def test_entropy_of_a_gaussian_is_exact_and_of_a_mixture_estimated():
         return -p * math.log(p)
 
     exact, _ = quad(integrand, -4, 5, points=[-1, 0.7], limit=200)
-    # The deviation of -log p over a million samples is below 1.
+    # The standard deviation of -log p over a million samples is below 1.
     assert LINE.entropy() == pytest.approx(exact, abs=0.005)
 
 
 @for_each("distribution", lambda: {"gaussian": GAUSSIAN, "plane": PLANE, "line": LINE})
-def test_flow_from_little_noise_hardly_moves_and_preserves_the_distribution(distribution):
+def test_flow_preserves_the_distribution(distribution):
     x = distribution(50, seeded()).double()
     assert_close(distribution.flow(x, 1.0, 1e-4), x, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), [(0.6, 0.8), (0.02, math.sqrt(1 - 0.02**2)), (1.0, 7.0), (0.3, 0.7)])
-def test_flow_on_a_line_keeps_the_order_of_points(alpha, sigma):
+def test_flow_on_a_line_preserves_order(alpha, sigma):
     """In one dimension the flow is the monotone map between the two distributions: equal quantiles."""
     q = np.linspace(0.02, 0.98, 25)
 
@@ -185,7 +185,7 @@ def test_flow_on_a_line_keeps_the_order_of_points(alpha, sigma):
 
 
 def test_flow_of_a_gaussian_agrees_with_the_solver():
-    """Two equal components are one Gaussian, but take the general way."""
+    """Two equal components are one Gaussian, but use the solver."""
     twice = GaussianMixture([1, 1], GAUSSIAN.means.tolist() * 2, GAUSSIAN.stds.tolist() * 2)
     x = torch.randn(6, 3, generator=seeded(), dtype=torch.float64)
     assert_close(twice.flow(x, 0.2, 0.9), GAUSSIAN.flow(x, 0.2, 0.9), rtol=0, atol=1e-7)
@@ -194,12 +194,12 @@ def test_flow_of_a_gaussian_agrees_with_the_solver():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1], [[0, 0], [1, 1]], [1, 1]), "one weight, mean and deviation each, got 1, 2, 2"),
-        (([1, 1], [[0, 0], [1, 1]], [1]), "one weight, mean and deviation each, got 2, 2, 1"),
+        (([1], [[0, 0], [1, 1]], [1, 1]), "equal lengths, got 1, 2, 2"),
+        (([1, 1], [[0, 0], [1, 1]], [1]), "equal lengths, got 2, 2, 1"),
         (([1, 0], [[0, 0], [1, 1]], [1, 1]), "must be positive"),
         (([1, 1], [[0, 0], [1, 1]], [1, -0.5]), "must be positive"),
     ],
 )
-def test_impossible_mixtures_raise(arguments, message):
+def test_invalid_mixtures_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         GaussianMixture(*arguments)

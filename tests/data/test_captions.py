@@ -1,4 +1,4 @@
-"""Own images with texts beside them, or in a metadata file: each finds its image, and what is amiss is named."""
+"""Image folders with captions in text files or a metadata file, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ def by_name(path: Path) -> dict[str, list[str]]:
 
 
 def refused(path: Path) -> str:
-    """What is said of images whose captions will not do, one line."""
+    """Return the error, one line, for images with invalid captions."""
     with pytest.raises(ValueError) as error:
         opened(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_each_line_of_the_text_beside_an_image_is_a_caption(tmp_path):
-    """Without blanks and empty lines, in any alphabet, with a byte order mark or Windows' ends of lines."""
+def test_each_line_of_a_text_is_a_caption(tmp_path):
+    """Lines are stripped; empty lines, a byte order mark and Windows line ends are ignored."""
     images(tmp_path)
     (tmp_path / "b.txt").write_bytes("\ufeffa café\r\n\r\n  two  words \r\n".encode())
     (tmp_path / "dogs" / "a.txt").write_text("犬 on a sofa", encoding="utf-8")
     (tmp_path / "cats" / "c.txt").write_text("one\n\n\ntwo\n")
-    (tmp_path / "notes.txt").write_text("of no image")
+    (tmp_path / "notes.txt").write_text("without an image")
     assert by_name(tmp_path) == {
         "b.png": ["a café", "two  words"],
         "dogs/a.jpg": ["犬 on a sofa"],
@@ -65,8 +65,8 @@ def test_each_line_of_the_text_beside_an_image_is_a_caption(tmp_path):
     }
 
 
-def test_captions_stay_with_their_pictures(tmp_path):
-    """Image and text have one number, and images in folders have classes besides."""
+def test_captions_belong_to_their_images(tmp_path):
+    """Image and caption share an index; images in subfolders have classes too."""
     images(tmp_path, "x/a.png", "y/b.png")
     for name in ("x/a", "y/b"):
         (tmp_path / f"{name}.txt").write_text(name)
@@ -74,12 +74,12 @@ def test_captions_stay_with_their_pictures(tmp_path):
     assert source.captions == [["x/a"], ["y/b"]]
     assert source.fetch([1]).unique().tolist() == [20]
     assert source.fetch([0]).unique().tolist() == [0]
-    assert source.labels is not None and source.labels.names == ["x", "y"]
+    assert source.labels is not None and source.labels.classes == ["x", "y"]
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "captions"])
 def test_rows_of_a_csv_file_are_captions(tmp_path, column):
-    """In any order, several of one image, quoted where there are commas, other columns passed over."""
+    """Rows in any order, several per image, quoted commas, and other columns ignored."""
     images(tmp_path)
     rows = ["c.png,no", 'b.png,"one, two"', "dogs/a.jpg,woof", "./cats/../cats/c.png,meow", "b.png,three"]
     lines = [f"{name},{rest},extra" for name, rest in (row.split(",", 1) for row in rows[1:])]
@@ -88,7 +88,7 @@ def test_rows_of_a_csv_file_are_captions(tmp_path, column):
     assert by_name(tmp_path) == {"b.png": ["one, two", "three"], "dogs/a.jpg": ["woof"], "cats/c.png": ["meow", "purr"]}
 
 
-def test_lines_of_json_have_a_caption_or_a_list_of_them(tmp_path):
+def test_json_lines_hold_one_or_several_captions(tmp_path):
     images(tmp_path)
     entries = [
         {"file_name": "b.png", "text": "one"},
@@ -100,13 +100,13 @@ def test_lines_of_json_have_a_caption_or_a_list_of_them(tmp_path):
     assert by_name(tmp_path) == {"b.png": ["one"], "dogs/a.jpg": ["woof", "bark"], "cats/c.png": ["meow", "purr"]}
 
 
-def test_no_captions_at_all_says_what_was_looked_for(tmp_path):
-    told = refused(images(tmp_path))
-    for part in (str(tmp_path), "metadata.csv, metadata.jsonl", "such as b.txt", "data=folder"):
-        assert part in told
+def test_missing_captions_name_the_supported_files(tmp_path):
+    message = refused(images(tmp_path))
+    for part in (str(tmp_path), "metadata.csv", "metadata.jsonl", "b.txt", "data=folder"):
+        assert part in message
 
 
-def test_images_without_a_caption_are_counted_and_named(tmp_path):
+def test_images_without_caption_are_named(tmp_path):
     images(tmp_path, *(f"{k}.png" for k in range(9)))
     (tmp_path / "3.txt").write_text("one")
     assert "8 of 9 images" in refused(tmp_path) and "(0.png, 1.png, 2.png, 4.png, 5.png and 3 more)" in refused(
@@ -116,54 +116,54 @@ def test_images_without_a_caption_are_counted_and_named(tmp_path):
     assert "metadata.csv has no caption for 8 of 9 images" in refused(tmp_path)
 
 
-def test_rows_without_an_image_are_counted_and_named(tmp_path):
-    """Also where the file is there and is no image, or lies elsewhere."""
+def test_rows_without_image_are_named(tmp_path):
+    """Including files that are not images or lie outside of the root."""
     images(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,one\nb.png,two\nmetadata.csv,three\n../a.png,four\n")
-    told = refused(tmp_path)
-    assert "names 3 files that are no images" in told and "(b.png, metadata.csv, ../a.png)" in told
+    message = refused(tmp_path)
+    assert "3 files" in message and "(b.png, metadata.csv, ../a.png)" in message
 
 
 @pytest.mark.parametrize(
-    ("name", "contents", "told"),
+    ("name", "contents", "message"),
     [
         ("a.txt", " \n\n", "1 captions under .* are empty (a.txt)"),
-        ("a.txt", b"\xff\xfe\x00", "no text in UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
         ("metadata.csv", "file_name,text\na.png,\n", "metadata.csv, line 2: the caption is empty"),
         ("metadata.csv", "file_name,text\n", "has 1 rows"),
-        ("metadata.csv", "file,text\na.png,x\n", "one column named file_name, and has file, text"),
+        ("metadata.csv", "file,text\na.png,x\n", "one column named file_name, found file, text"),
         ("metadata.csv", "file_name,words\na.png,x\n", "one column named text or caption or captions"),
         ("metadata.csv", "file_name,text,caption\na.png,x,y\n", "one column named text or caption or captions"),
         ("metadata.csv", "file_name,text\na.png,one, two\n", "line 2: 3 cells under 2 names"),
-        ("metadata.csv", b"file_name,text\na.png,\xff\n", "no CSV file in UTF-8"),
+        ("metadata.csv", b"file_name,text\na.png,\xff\n", "is not a CSV file in UTF-8"),
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "x"}\n\n{"file_name"\n',
-            "metadata.jsonl, line 3 is no JSON",
+            "metadata.jsonl, line 3 is not JSON",
         ),
-        ("metadata.jsonl", '{"file_name": "a.png"}', 'line 1 has file_name: it needs "file_name" and one of text'),
+        ("metadata.jsonl", '{"file_name": "a.png"}', 'line 1 has file_name; it needs "file_name" and one of text'),
         ("metadata.jsonl", '["a.png", "x"]', "line 1 has no keys"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "text is 3, and must be a text"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "text is [], and must be a text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "text is 3; it must be a text"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "text is []; it must be a text"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["x", " "]}', "line 1: the caption is empty"),
         ("metadata.jsonl", "", "has no caption for 1 of 1 images"),
     ],
 )
-def test_what_is_amiss_is_named_in_one_line(tmp_path, name, contents, told):
+def test_invalid_captions_raise_with_their_line(tmp_path, name, contents, message):
     images(tmp_path, "a.png")
     (tmp_path / name).write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    found = refused(tmp_path)
-    assert all(part in found for part in told.split(".* "))
+    error = refused(tmp_path)
+    assert all(part in error for part in message.split(".* "))
 
 
-def test_two_metadata_files_are_one_too_many(tmp_path):
+def test_two_metadata_files_raise(tmp_path):
     images(tmp_path, "a.png")
     for name in ("metadata.csv", "metadata.jsonl"):
         (tmp_path / name).write_text("")
     assert "has both metadata.csv and metadata.jsonl" in refused(tmp_path)
 
 
-def test_the_preset_opens_and_does_not_flip(tmp_path):
+def test_the_config_does_not_flip(tmp_path):
     images(tmp_path, *(f"{k}.png" for k in range(10)))
     for k in range(10):
         (tmp_path / f"{k}.txt").write_text(f"number {k}")

@@ -1,4 +1,4 @@
-"""Images from files of every kind, from torchvision's formats and from memory, until they reach the network."""
+"""Images from files, torchvision's datasets and memory, up to the network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.config.overrides import CONF
-from tests.data.test_split import is_held_out
+from tests.data.test_split import is_validation
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +36,7 @@ def heavy_imports() -> None:
     from src.data.sources import InMemory, Source
 
     class Recorder(L.LightningModule):
-        """Keeps the batches that a Trainer hands to it."""
+        """Records the batches of a Trainer."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -60,7 +60,7 @@ ORIENTATION = 0x0112
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    """Every attempt to reach another machine fails at once, as without a network."""
+    """Make every connection fail at once."""
 
     def refuse(*args, **kwargs):
         raise URLError("no network in tests")
@@ -72,12 +72,12 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def any_checksum(monkeypatch):
-    """Tiny files stand for the published ones: torchvision takes any contents."""
+    """Let torchvision accept tiny files in place of the published ones."""
     monkeypatch.setattr(torchvision_utils, "check_md5", lambda *args, **kwargs: True)
 
 
 def configured(name: str, *overrides: str) -> ImageDataModule:
-    """The datamodule of a YAML; in small batches, since the data are few."""
+    """Return the data module of a YAML."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("train", overrides=[f"data={name}", "data.num_workers=0", *overrides])
     return instantiate(cfg.data)
@@ -88,7 +88,7 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def chw(pixels: np.ndarray) -> Tensor:
-    """(H, W, C) or (H, W) pixels as (C, H, W)."""
+    """Return (H, W, C) or (H, W) pixels as (C, H, W)."""
     return torch.from_numpy(np.atleast_3d(pixels).transpose(2, 0, 1).copy())
 
 
@@ -99,7 +99,7 @@ def fetch_all(data: ImageDataModule) -> Tensor:
 
 
 def only(path: Path, size: int, channels: int = 3) -> Tensor:
-    """The one image under `path`, (C, size, size) uint8, as a run would read it."""
+    """Return the only image under `path`, (C, size, size) uint8, as a run reads it."""
     source = folder(str(path), size, channels, prepare=True)
     assert len(source) == 1
     (x,) = source.fetch([0])
@@ -108,13 +108,13 @@ def only(path: Path, size: int, channels: int = 3) -> Tensor:
     return x
 
 
-def within(found: Tensor, expected, most: int) -> bool:
-    """Whether no pixel is more than `most` levels from the expected ones."""
-    return bool((found.int() - torch.as_tensor(expected).int()).abs().max() <= most)
+def within(found: Tensor, expected, tolerance: int) -> bool:
+    """Return whether all pixels are within `tolerance` of the expected ones."""
+    return bool((found.int() - torch.as_tensor(expected).int()).abs().max() <= tolerance)
 
 
-def test_digits_are_scikit_learns():
-    """1,797 of 8x8 with 17 levels, as uint8, pixel for pixel those of load_digits."""
+def test_digits_match_scikit_learn():
+    """1,797 images of 8x8 with 17 pixel values, as uint8."""
     from sklearn.datasets import load_digits
 
     source = digits(None, 8, 1)
@@ -125,8 +125,8 @@ def test_digits_are_scikit_learns():
     assert x.unique().tolist() == list(range(17))
     assert_close(x.flatten(1).numpy(), load_digits().data, rtol=0, atol=0, check_dtype=False)
     assert source.labels is not None
-    assert source.labels.numbers.tolist() == load_digits().target.tolist()
-    assert source.labels.names == list("0123456789")
+    assert source.labels.targets.tolist() == load_digits().target.tolist()
+    assert source.labels.classes == list("0123456789")
 
 
 @pytest.mark.parametrize(("size", "channels"), [(16, 1), (8, 3)])
@@ -135,8 +135,8 @@ def test_digits_of_another_shape_raise(size, channels):
         digits(None, size, channels)
 
 
-def test_digits_module_reaches_both_ends_of_the_range():
-    """Levels 0..16 become -1..1 in steps of 1/8, and come back as 0..255."""
+def test_preprocessed_digits_cover_the_range():
+    """Values 0 to 16 map to [-1, 1] in steps of 1/8, and back to [0, 255]."""
     data = configured("digits")
     data.prepare_data()
     x = data.examples(300)
@@ -159,21 +159,21 @@ def test_digits_module_reaches_both_ends_of_the_range():
         ("gif", {}, 0),
     ],
 )
-def test_every_format_gives_its_pixels(tmp_path, suffix, options, error):
-    """A 12x12 picture of few colors comes out as it went in, up to what its format loses."""
+def test_every_format_is_decoded(tmp_path, suffix, options, error):
+    """A 12x12 image of few colors is preserved up to lossy compression."""
     blocks = noise(3, 3, 3).repeat(4, 0).repeat(4, 1)
     Image.fromarray(blocks).save(tmp_path / f"a.{suffix}", **options)
     assert within(only(tmp_path, 12), chw(blocks), error)
 
 
-def test_folders_are_searched_however_deep_and_in_order_of_path(tmp_path):
-    """All formats at all depths, sorted; other and hidden files are passed over."""
+def test_folders_are_searched_recursively_in_path_order(tmp_path):
+    """Other and hidden files are ignored."""
     names = ["b.png", "a/z.jpg", "a/b/c/d.webp", "c/x.bmp", "c/a.gif", "UPPER.PNG"]
     order = sorted(names, key=lambda n: Path(n))
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        level = 10 + 40 * order.index(name)
-        Image.fromarray(np.full((6, 6), level, dtype=np.uint8)).save(tmp_path / name)
+        value = 10 + 40 * order.index(name)
+        Image.fromarray(np.full((6, 6), value, dtype=np.uint8)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_text("nor this")
     source = folder(str(tmp_path), 6, 1, prepare=True)
@@ -181,24 +181,24 @@ def test_folders_are_searched_however_deep_and_in_order_of_path(tmp_path):
     found = source.fetch(range(len(names)))
     assert within(found, (10 + 40 * torch.arange(len(names)))[:, None, None, None], 1)
     assert_close(source.fetch([4, 1]), found[[4, 1]], rtol=0, atol=0)
-    assert source.labels is None  # some lie in no folder of the root
+    assert source.labels is None  # some are in no subfolder
 
 
-def test_images_are_of_the_kind_of_the_folder_that_they_lie_in(tmp_path):
-    """However deep below it; of one folder alone nothing is told."""
+def test_subfolders_are_classes(tmp_path):
+    """At any depth; a single subfolder gives no labels."""
     for name in ("dogs/old/a.png", "cats/b.png", "dogs/c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (6, 6)).save(tmp_path / name)
     labels = folder(str(tmp_path), 6, 1).labels
     assert labels is not None
-    assert [labels.names[k] for k in labels.numbers] == ["cats", "dogs", "dogs"]
+    assert [labels.classes[k] for k in labels.targets] == ["cats", "dogs", "dogs"]
     assert folder(str(tmp_path / "dogs"), 6, 1).labels is None
     (tmp_path / "cats" / "b.png").unlink()
     assert folder(str(tmp_path), 6, 1).labels is None
 
 
-def labelled(path: Path, contents: str, name: str = "classes.csv") -> Source:
-    """Four images in two folders, and a CSV file that says of which kind they are."""
+def labeled(path: Path, contents: str, name: str = "classes.csv") -> Source:
+    """Write four images in two subfolders and a CSV file of classes; return their source."""
     for image in ("dogs/a.png", "dogs/b.png", "cats/c.png", "cats/d.png"):
         (path / image).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (6, 6)).save(path / image)
@@ -207,48 +207,48 @@ def labelled(path: Path, contents: str, name: str = "classes.csv") -> Source:
 
 
 @pytest.mark.parametrize("column", ["file", "file_name"])
-def test_a_csv_file_says_of_which_kind_images_are(tmp_path, column):
-    """Whatever folders they lie in and whatever order the rows have; whole numbers are in their order."""
+def test_a_csv_file_gives_the_classes(tmp_path, column):
+    """Independent of subfolders and of the order of rows; integer names are sorted as numbers."""
     rows = ["cats/d.png,10", "dogs/a.png,9", "cats/c.png,9", f"{tmp_path}/dogs/b.png,10"]
-    labels = labelled(tmp_path, "\n".join([f"{column},label", *rows])).labels
+    labels = labeled(tmp_path, "\n".join([f"{column},label", *rows])).labels
     assert labels is not None
-    assert [labels.names[k] for k in labels.numbers] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
-    assert labels.names == ["9", "10"]
+    assert [labels.classes[k] for k in labels.targets] == ["9", "10", "9", "10"]  # c, d, a, b in order of path
+    assert labels.classes == ["9", "10"]
     data = configured("folder", f"data.root='{tmp_path}'", "data.source.labels=classes.csv", "data.val_fraction=0.25")
     data.setup()
-    assert labels_of(data) == labels.numbers.tolist()
+    assert labels_of(data) == labels.targets.tolist()
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y"], "has no label for 1 of 4 images under .* (cats/d.png)"),
-        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "names 1 files .* (e.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "lists 1 files .* (e.png)"),
         (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,"], "line 5: the label is empty"),
         (
             ["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "dogs/a.png,y"],
-            "dogs/a.png the labels x and",
+            "the labels x and y for dogs/a.png",
         ),
         ([], "has 1 rows"),
     ],
 )
-def test_a_csv_file_that_does_not_fit_the_images_is_refused(tmp_path, rows, told):
+def test_a_csv_file_must_match_the_images(tmp_path, rows, message):
     with pytest.raises(ValueError) as error:
-        labelled(tmp_path, "\n".join(["file,label", *rows]))
-    assert all(part in str(error.value) for part in [str(tmp_path / "classes.csv"), *told.split(" .* ")])
+        labeled(tmp_path, "\n".join(["file,label", *rows]))
+    assert all(part in str(error.value) for part in [str(tmp_path / "classes.csv"), *message.split(" .* ")])
     assert "\n" not in str(error.value)
 
 
-def test_a_csv_file_of_labels_that_is_not_there_or_is_another_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"one column named label, and has file, kind.*data\.source\.labels"):
-        labelled(tmp_path, "file,kind\ndogs/a.png,x")
-    with pytest.raises(FileNotFoundError, match=r"other\.csv: set data\.source\.labels to a CSV file"):
+def test_a_missing_or_invalid_csv_file_raises(tmp_path):
+    with pytest.raises(ValueError, match=r"one column named label, found file, kind.*data\.source\.labels"):
+        labeled(tmp_path, "file,kind\ndogs/a.png,x")
+    with pytest.raises(FileNotFoundError, match=r"data\.source\.labels=.*other\.csv does not exist"):
         folder(str(tmp_path), 6, 1, labels="other.csv")
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
-def test_transparency_is_laid_over_white(tmp_path, suffix):
-    """alpha c + (1 - alpha) 255: hidden colors do not show."""
+def test_transparency_is_composited_onto_white(tmp_path, suffix):
+    """alpha c + (1 - alpha) 255; colors of transparent pixels do not show."""
     pixels = noise(9, 9, 4)
     pixels[:3, :, 3], pixels[3:6, :, 3] = 0, 255
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
@@ -260,7 +260,7 @@ def test_transparency_is_laid_over_white(tmp_path, suffix):
     assert (found[:, :3] == 255).all()
 
 
-def test_gray_with_alpha_is_laid_over_white(tmp_path):
+def test_gray_with_alpha_is_composited_onto_white(tmp_path):
     pixels = noise(9, 9, 2)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     alpha = pixels[..., 1:] / 255.0
@@ -272,7 +272,7 @@ def test_gray_with_alpha_is_laid_over_white(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "gif"])
 def test_transparent_palette_entries_become_white(tmp_path, suffix):
-    """A palette image: each index its color, the transparent one white."""
+    """Each index gets its color, the transparent one white."""
     index = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4
     colors = np.array([[200, 0, 0], [0, 180, 40], [10, 20, 30], [250, 240, 0]], dtype=np.uint8)
     image = Image.fromarray(index)
@@ -283,8 +283,8 @@ def test_transparent_palette_entries_become_white(tmp_path, suffix):
     assert within(only(tmp_path, 8), chw(colors[index]), 0)
 
 
-def test_gray_levels_named_transparent_become_white(tmp_path):
-    """A PNG may call one gray level transparent (its tRNS chunk)."""
+def test_transparent_gray_values_become_white(tmp_path):
+    """A PNG may declare one gray value transparent (its tRNS chunk)."""
     pixels = np.array([[10, 20], [20, 200]], dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png", transparency=20)
     assert only(tmp_path, 2, channels=1).flatten().tolist() == [10, 255, 255, 200]
@@ -298,7 +298,7 @@ def test_one_bit_images_are_black_and_white(tmp_path):
 
 
 def test_cmyk_becomes_rgb(tmp_path):
-    """Without a profile R = 255 (1 - C) (1 - K), and so on."""
+    """Without a profile R = 255 (1 - C) (1 - K), likewise for G and B."""
     inks = np.zeros((8, 8, 4), dtype=np.uint8)
     inks[:4, :, 0], inks[4:, :, 1], inks[:, 4:, 3] = 255, 128, 64
     Image.fromarray(inks, mode="CMYK").save(tmp_path / "a.tif")
@@ -310,10 +310,10 @@ def test_cmyk_becomes_rgb(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sixteen_bit_gray_keeps_its_brightness(tmp_path, suffix, channels):
-    """257 v of 65535 is v of 255, black and white included; the middle, 32768, is 127 or 128."""
-    levels = np.array([[0, 100], [150, 255]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)
-    Image.fromarray(257 * levels).save(tmp_path / f"a.{suffix}")
-    assert within(only(tmp_path, 8, channels), chw(levels.astype(np.uint8)).expand(channels, -1, -1), 0)
+    """257 v of 65535 is v of 255; the middle, 32768, is 127 or 128."""
+    values = np.array([[0, 100], [150, 255]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(257 * values).save(tmp_path / f"a.{suffix}")
+    assert within(only(tmp_path, 8, channels), chw(values.astype(np.uint8)).expand(channels, -1, -1), 0)
     Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(tmp_path / f"a.{suffix}")
     assert within(2 * only(tmp_path, 8, channels).int(), 255, 1)
 
@@ -321,9 +321,9 @@ def test_sixteen_bit_gray_keeps_its_brightness(tmp_path, suffix, channels):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
-    """A picture stored as a camera stores it comes out upright, for all eight orientations of the EXIF standard."""
+    """Images are rotated upright for all eight orientations of the EXIF standard."""
     upright = np.array([[10, 90], [170, 250]], dtype=np.uint8).repeat(16, 0).repeat(16, 1)
-    # EXIF: where the stored image's 0th row and 0th column are seen
+    # EXIF: where the stored image's row 0 and column 0 are displayed
     stored = {
         1: upright,  # top, left
         2: upright[:, ::-1],  # top, right
@@ -335,7 +335,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
         8: upright.T[:, ::-1],  # left, bottom
     }[orientation]
     if orientation == 6:
-        assert stored[0, 0] == upright[0, -1]  # its first row is the right-hand column, from the top
+        assert stored[0, 0] == upright[0, -1]  # its first row is the right column, from the top
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if suffix == "webp" else {}
@@ -344,8 +344,8 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 9), (9, 8)])
-def test_the_central_square_is_kept(tmp_path, shape):
-    """A picture of the wanted height or width is cropped, not squeezed: its middle, pixel for pixel."""
+def test_the_central_square_is_cropped(tmp_path, shape):
+    """An image of the right height or width is cropped, not resized."""
     pixels = noise(*shape, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
@@ -353,8 +353,8 @@ def test_the_central_square_is_kept(tmp_path, shape):
 
 
 @pytest.mark.parametrize(("width", "height", "size"), [(2000, 1500, 64), (300, 800, 32), (5, 9, 16), (64, 64, 64)])
-def test_large_and_small_pictures_are_resized(tmp_path, width, height, size):
-    """A ramp stays a ramp: output pixel j shows what lay at its centre, away from the edges."""
+def test_large_and_small_images_are_resized(tmp_path, width, height, size):
+    """A linear ramp stays linear: an output pixel has the value at its center, except near edges."""
     x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
     ramps = np.stack([240 * x, 240 * y, np.full_like(x, 77)], -1).round().astype(np.uint8)
     Image.fromarray(ramps).save(tmp_path / "a.png")
@@ -371,19 +371,19 @@ def test_large_and_small_pictures_are_resized(tmp_path, width, height, size):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1)])
-def test_single_pixels_and_lines_fill_the_picture(tmp_path, shape):
+def test_single_pixels_and_lines_fill_the_image(tmp_path, shape):
     Image.fromarray(np.full((*shape, 3), [10, 130, 250], dtype=np.uint8)).save(tmp_path / "a.png")
     assert within(only(tmp_path, 16), torch.tensor([10, 130, 250])[:, None, None], 0)
 
 
-def test_downsampling_averages(tmp_path):
-    """A fine checkerboard becomes its mean gray, not a pattern."""
+def test_downsampling_is_antialiased(tmp_path):
+    """A fine checkerboard becomes its mean gray."""
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "a.png")
     assert within(only(tmp_path, 16, channels=1), 127, 2)
 
 
-def test_colour_becomes_gray_by_luma(tmp_path):
+def test_color_becomes_gray_by_luma(tmp_path):
     """0.299 R + 0.587 G + 0.114 B (ITU-R 601), and gray becomes three equal channels."""
     pixels = noise(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -393,8 +393,8 @@ def test_colour_becomes_gray_by_luma(tmp_path):
     assert within(only(tmp_path, 8, channels=3), chw(gray).expand(3, -1, -1), 0)
 
 
-def test_animations_give_their_first_frame(tmp_path):
-    frames = [Image.fromarray(np.full((8, 8), level, dtype=np.uint8)) for level in (40, 200)]
+def test_animations_become_their_first_frame(tmp_path):
+    frames = [Image.fromarray(np.full((8, 8), value, dtype=np.uint8)) for value in (40, 200)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert within(only(tmp_path, 8, channels=1), 40, 0)
 
@@ -408,7 +408,7 @@ def test_fit_image_does_not_change_its_argument():
 
 
 def test_missing_folder_raises(tmp_path):
-    """Also in place of a file, and where none is given; the message names the path and the setting."""
+    """Also a file, or none; the message names the path and the setting."""
     (tmp_path / "file.png").write_bytes(b"")
     for path in (tmp_path / "nowhere", tmp_path / "file.png"):
         with pytest.raises(FileNotFoundError) as error:
@@ -419,17 +419,17 @@ def test_missing_folder_raises(tmp_path):
         folder(None, 8, 3, prepare=True)
 
 
-def test_a_dataset_without_a_folder_asks_for_one():
-    """A model that was shared does not say where its data lay."""
+def test_torchvision_datasets_need_a_folder():
+    """An exported model does not store the folder of its data."""
     from torchvision.datasets import MNIST
 
-    with pytest.raises(ValueError, match=r"set data\.root to the folder where MNIST lies"):
+    with pytest.raises(ValueError, match=r"set data\.root to the folder of MNIST"):
         torchvision_images(None, 28, 1, prepare=True, dataset=MNIST)
 
 
 def test_empty_folder_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing to see")
-    with pytest.raises(ValueError, match=r"no images under") as error:
+    with pytest.raises(ValueError, match=r"has no images") as error:
         folder(str(tmp_path), 8, 3, prepare=True)
     for part in (str(tmp_path), ".png", ".jpg", "data.root"):
         assert part in str(error.value)
@@ -463,12 +463,12 @@ def damaged_png(path: Path) -> Path:
 
 @pytest.mark.parametrize("damage", [damaged_text, damaged_nothing, damaged_jpeg, damaged_png])
 def test_unreadable_files_raise_before_training(tmp_path, damage):
-    """One line that names the folder, the file in it, how many there are and what to do."""
+    """The message names the folder, the file and the number of files."""
     (tmp_path / "deep").mkdir()
     bad = damage(tmp_path / "deep")
     for i in range(3):
         Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"{i}.png")
-    with pytest.raises(ValueError, match=r"1 of 4 images under .* cannot be read.*: remove them") as error:
+    with pytest.raises(ValueError, match=r"1 of 4 images under .* cannot be read.*; remove them") as error:
         configured("folder", f"data.root={tmp_path}").prepare_data()
     assert str(tmp_path) in str(error.value)
     assert f"deep/{bad.name}" in str(error.value)
@@ -476,26 +476,26 @@ def test_unreadable_files_raise_before_training(tmp_path, damage):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_what_passes_the_check_can_be_fetched(tmp_path, suffix):
-    """A picture whose EXIF data are garbage is read without them, or named before training; it never fails later."""
+def test_files_that_pass_the_check_can_be_fetched(tmp_path, suffix):
+    """An image with invalid EXIF data is read without them or refused before training."""
     Image.fromarray(np.full((8, 8), 90, dtype=np.uint8)).save(tmp_path / f"a.{suffix}", exif=b"Exif\0\0garbage garbage")
     try:
         source = folder(str(tmp_path), 8, 1, prepare=True)
     except ValueError as error:
-        assert f"a.{suffix}" in str(error)  # noqa: PT017 - either answer will do
+        assert f"a.{suffix}" in str(error)  # noqa: PT017 - both are valid
     else:
         assert within(source.fetch([0]), 90, 1)
 
 
-def test_sources_reach_worker_processes_that_are_spawned(tmp_path):
-    """Where processes are not forked, a source travels to them pickled."""
+def test_sources_can_be_pickled(tmp_path):
+    """Spawned workers receive a pickled source."""
     Image.fromarray(noise(8, 8, 3)).save(tmp_path / "a.png")
     source = folder(str(tmp_path), 8, 3)
     assert torch.equal(pickle.loads(pickle.dumps(source)).fetch([0]), source.fetch([0]))
 
 
 def test_folders_named_like_images_are_searched(tmp_path):
-    """Every image file under the root: a folder called holiday.png is no file, but may hold some."""
+    """A folder called holiday.png may contain images."""
     (tmp_path / "holiday.png").mkdir()
     pixels = noise(8, 8, 3)
     Image.fromarray(pixels).save(tmp_path / "holiday.png" / "a.png")
@@ -511,11 +511,11 @@ def test_many_unreadable_files_are_counted(tmp_path):
 
 def labels_of(data: ImageDataModule) -> list[int]:
     assert data.source is not None and data.source.labels is not None
-    return data.source.labels.numbers.tolist()
+    return data.source.labels.targets.tolist()
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
-    """LeCun's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, the bytes."""
+    """Write LeCun's IDX format: two zero bytes, type 8 (uint8), number of dimensions, big-endian sizes, bytes."""
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(header + array.tobytes())
 
@@ -528,22 +528,22 @@ def write_mnist(root: Path, name: str, images: np.ndarray) -> None:
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images) if part == "train" else 1, dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_mnist_files(tmp_path, name, kind):
-    """IDX files in <root>/<name>/raw come out in order and unchanged, with their labels and what these stand for."""
+@pytest.mark.parametrize(("name", "dataset"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_files_are_read(tmp_path, name, dataset):
+    """IDX files in <root>/<name>/raw, in order, with targets and classes."""
     images = noise(10, 28, 28)
-    write_mnist(tmp_path, kind, images)
+    write_mnist(tmp_path, dataset, images)
     data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
     assert labels_of(data) == list(range(10))
-    assert data.source.labels.names[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
+    assert data.source.labels.classes[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
     assert found.dtype == torch.uint8
     assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("size", "channels"), [(32, 1), (14, 3), (28, 3)])
-def test_mnist_of_another_size_or_colour(tmp_path, size, channels):
-    """Resized and repeated over the channels; a constant picture stays what it is."""
+def test_mnist_is_resized_and_converted_to_rgb(tmp_path, size, channels):
+    """A constant image stays constant."""
     images = np.arange(0, 250, 25, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
     write_mnist(tmp_path, "MNIST", images)
     options = [f"data.root={tmp_path}", "data.batch_size=2", f"data.image_size={size}", f"data.channels={channels}"]
@@ -554,8 +554,8 @@ def test_mnist_of_another_size_or_colour(tmp_path, size, channels):
 
 
 @pytest.mark.parametrize("keep", [0, 2, 16, 1000])
-def test_half_written_mnist_files_raise(tmp_path, keep):
-    """A download that was broken off leaves a file that is too short: ValueError, naming the folder, in one line."""
+def test_truncated_mnist_files_raise(tmp_path, keep):
+    """As after an interrupted download."""
     write_mnist(tmp_path, "MNIST", noise(10, 28, 28))
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:keep])
@@ -566,7 +566,7 @@ def test_half_written_mnist_files_raise(tmp_path, keep):
 
 
 def write_cifar(root: Path, name: str, images: np.ndarray) -> None:
-    """CIFAR's pickles: rows of 3072 bytes, all of red, then green, then blue."""
+    """Write CIFAR's pickles: rows of 3072 bytes, first red, then green, then blue."""
     rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     if name == "cifar10":
         base, label, meta = root / "cifar-10-batches-py", "labels", ("batches.meta", "label_names")
@@ -582,21 +582,21 @@ def write_cifar(root: Path, name: str, images: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 @pytest.mark.usefixtures("any_checksum")
-def test_cifar_files(tmp_path, name):
-    """Pickled batches come out in order, as (N, 3, 32, 32), with their labels."""
+def test_cifar_files_are_read(tmp_path, name):
+    """In order, as (N, 3, 32, 32), with targets and classes."""
     images = noise(10, 32, 32, 3)
     write_cifar(tmp_path, name, images)
     data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
     assert labels_of(data) == [0, 1] * 5
-    assert data.source.labels.names == ["thing", "being"]
+    assert data.source.labels.classes == ["thing", "being"]
     assert found.dtype == torch.uint8
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("any_checksum")
-def test_cifar_as_small_gray_pictures(tmp_path):
-    """Shrunk and turned gray: a constant color becomes its luma."""
+def test_cifar_is_resized_and_converted_to_gray(tmp_path):
+    """A constant color becomes its luma."""
     colors = noise(10, 1, 1, 3)
     write_cifar(tmp_path, "cifar10", colors.repeat(32, 1).repeat(32, 2))
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.image_size=16", "data.channels=1"]
@@ -607,8 +607,8 @@ def test_cifar_as_small_gray_pictures(tmp_path):
 
 
 @pytest.mark.usefixtures("any_checksum")
-def test_svhn_files(tmp_path):
-    """A MATLAB file with X (32, 32, 3, N) comes out as (N, 3, 32, 32)."""
+def test_svhn_files_are_read(tmp_path):
+    """A MATLAB file with X (32, 32, 3, N) becomes (N, 3, 32, 32)."""
     from scipy.io import savemat
 
     images = noise(60, 32, 32, 3)
@@ -616,18 +616,18 @@ def test_svhn_files(tmp_path):
     savemat(tmp_path / "train_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": labels})
     data = configured("svhn", f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
-    assert labels_of(data) == (labels[:, 0] % 10).tolist()  # the file calls 0 ten
+    assert labels_of(data) == (labels[:, 0] % 10).tolist()  # the file stores 0 as 10
     assert found.dtype == torch.uint8
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 
 
 def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None:
-    """CelebA's folder of aligned pictures and its five lists; `split` is 0 for training pictures."""
+    """Write CelebA's folder of aligned images and its five lists; `split` is 0 for training images."""
     base = root / "celeba"
     (base / "img_align_celeba").mkdir(parents=True)
     names = [f"{i + 1:06d}.jpg" for i in range(len(pixels))]
-    for name, picture in zip(names, pixels, strict=True):
-        Image.fromarray(picture).save(base / "img_align_celeba" / name, quality=100, subsampling=0)
+    for name, image in zip(names, pixels, strict=True):
+        Image.fromarray(image).save(base / "img_align_celeba" / name, quality=100, subsampling=0)
 
     def rows(values: list[int]) -> str:
         return "".join(f"{name}  {' '.join(map(str, values))}\n" for name in names)
@@ -641,12 +641,12 @@ def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None
 
 
 @pytest.mark.usefixtures("any_checksum")
-def test_celeba_files(tmp_path):
-    """Only the training pictures, decoded as they are asked for, their central squares."""
+def test_celeba_files_are_read(tmp_path):
+    """The central squares of the training images, decoded lazily."""
     colors = noise(6, 3)
     pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colors]
-    for picture, color in zip(pixels, colors, strict=True):
-        picture[20:198] = color  # the central square; black above and below
+    for image, color in zip(pixels, colors, strict=True):
+        image[20:198] = color  # the central square; black above and below
     write_celeba(tmp_path, pixels, [0, 0, 1, 0, 2, 0])
     options = [f"data.root={tmp_path}", "data.batch_size=2", "data.val_fraction=0.25"]
     found = fetch_all(configured("celeba", *options))
@@ -657,27 +657,26 @@ def test_celeba_files(tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba"])
 @pytest.mark.parametrize("prepared", [True, False], ids=["download", "no download"])
-def test_data_that_cannot_be_downloaded_raise(tmp_path, name, prepared):
-    """One line that names the data set, the folder and what to do, when asked to download and when not."""
+def test_failed_downloads_raise(tmp_path, name, prepared):
+    """The message names the dataset and the folder, when preparing and when not."""
     data = configured(name, f"data.root={tmp_path}")
-    with pytest.raises(ValueError, match=r"could not be downloaded") as error:
+    with pytest.raises(ValueError, match=r"cannot be downloaded") as error:
         data.prepare_data() if prepared else data.setup()
     message = str(error.value)
-    kind = {"fashion_mnist": "FashionMNIST", "celeba": "CelebA"}.get(name, name.upper())
-    assert message.startswith(f"{kind} is not (or not whole) in {tmp_path}")
-    assert "data.root" in message
+    dataset = {"fashion_mnist": "FashionMNIST", "celeba": "CelebA"}.get(name, name.upper())
+    assert message.startswith(f"data.root={tmp_path} has no complete {dataset}")
     assert "\n" not in message
 
 
 def halves(num: int) -> Tensor:
-    """Pictures (num, 1, 4, 4) that are black on the left and of a level of their own on the right."""
+    """Return images (num, 1, 4, 4), black on the left, each with its own gray on the right."""
     x = torch.zeros(num, 1, 4, 4, dtype=torch.uint8)
     x[..., 2:] = (55 + torch.arange(num) % 200).to(torch.uint8)[:, None, None, None]
     return x
 
 
-def picture_module(images: Tensor, **settings) -> ImageDataModule:
-    """A datamodule over pictures in memory."""
+def in_memory_module(images: Tensor, **settings) -> ImageDataModule:
+    """Return a data module of images in memory."""
     shape = {"root": None, "channels": images.shape[1], "image_size": images.shape[2]}
     return ImageDataModule(lambda root, image_size, channels, prepare=False: InMemory(images), **shape, **settings)
 
@@ -695,9 +694,9 @@ def in_training(data: ImageDataModule, training: bool = True, step: int = 0) -> 
     return data
 
 
-def test_batches_are_uint8_until_they_are_on_the_device():
-    """From the loader as stored; after the transfer float32, 2 v / 255 - 1."""
-    data = in_training(picture_module(halves(40), batch_size=8))
+def test_batches_are_uint8_until_on_the_device():
+    """After the transfer they are float32, 2 v / 255 - 1."""
+    data = in_training(in_memory_module(halves(40), batch_size=8))
     data.setup()
     for batch in itertools.chain(data.train_dataloader(), data.val_dataloader()):
         assert batch["x"].dtype == torch.uint8
@@ -709,19 +708,19 @@ def test_batches_are_uint8_until_they_are_on_the_device():
 
 
 @pytest.mark.parametrize(("flip", "training"), [(False, True), (False, False), (True, False)])
-def test_nothing_is_flipped_without_flip_or_training(flip, training):
+def test_images_are_flipped_in_training_only(flip, training):
     images = halves(500)
-    data = in_training(picture_module(images, flip=flip), training)
+    data = in_training(in_memory_module(images, flip=flip), training)
     moved = data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"]
     assert_close(data.postprocess(moved), images, rtol=0, atol=0)
 
 
 def test_half_of_the_training_images_are_flipped():
-    """Each is itself or its mirror image; as many of either as fair coins give, others at another step or seed."""
+    """Within 5 standard deviations of a fair coin, independent between steps and seeds."""
     images = halves(2000)
 
     def flipped(step: int = 0, seed: int = 0) -> Tensor:
-        data = in_training(picture_module(images, flip=True, seed=seed), step=step)
+        data = in_training(in_memory_module(images, flip=True, seed=seed), step=step)
         x = data.postprocess(data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"])
         mirrored = (x == images.flip(-1)).flatten(1).all(1)
         assert (mirrored | (x == images).flatten(1).all(1)).all()
@@ -735,10 +734,10 @@ def test_half_of_the_training_images_are_flipped():
 
 
 @pytest.mark.parametrize("sizes", [[32, 32], [7, 13, 44], [16] * 4])
-def test_flips_do_not_depend_on_how_the_batch_is_cut(sizes):
-    """Pieces of the global batch, each with its position, are flipped as the whole is."""
+def test_flips_do_not_depend_on_micro_batches(sizes):
+    """Parts of a global batch are flipped like the complete batch."""
     images = halves(64)
-    data = in_training(picture_module(images, flip=True), step=3)
+    data = in_training(in_memory_module(images, flip=True), step=3)
     whole = data.on_after_batch_transfer({"x": images, "start": 0}, 0)["x"]
     starts = [0, *itertools.accumulate(sizes)]
     cut = [data.on_after_batch_transfer({"x": images[a:b], "start": a}, 0)["x"] for a, b in itertools.pairwise(starts)]
@@ -746,7 +745,7 @@ def test_flips_do_not_depend_on_how_the_batch_is_cut(sizes):
 
 
 def recorded(accumulate: int) -> Recorder:
-    """What a Trainer feeds in 5 steps, over more than one epoch, with validation in between."""
+    """Return the batches of 5 steps, more than one epoch, with validation."""
     recorder = Recorder()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -760,13 +759,13 @@ def recorded(accumulate: int) -> Recorder:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(recorder, picture_module(halves(40), batch_size=16, flip=True))
+    trainer.fit(recorder, in_memory_module(halves(40), batch_size=16, flip=True))
     return recorder
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_trainer_sees_the_same_images_with_and_without_accumulation():
-    """Step by step the same pictures, flipped alike, in halves or whole; validation has each once and unflipped."""
+def test_accumulation_does_not_change_the_images():
+    """Nor their flips; validation has each image once, not flipped."""
     whole, parts = recorded(1), recorded(2)
     assert sorted(whole.trained) == sorted(parts.trained) == list(range(5))
     for step, seen in whole.trained.items():
@@ -776,13 +775,13 @@ def test_a_trainer_sees_the_same_images_with_and_without_accumulation():
         assert seen[0].abs().max() <= 1
     for recorder in (whole, parts):
         x = torch.cat([recorder.validated[start] for start in sorted(recorder.validated)])
-        assert len(x) == sum(is_held_out(str(k), 0.1) for k in range(40))
+        assert len(x) == sum(is_validation(str(k), 0.1) for k in range(40))
         assert (x[..., :2] == -1).all()
     assert any((x[..., :2] != -1).any() for seen in whole.trained.values() for x in seen.values())
 
 
 @pytest.mark.parametrize("wrong", [{"channels": 2}, {"image_size": 0}, {"num_values": 1}, {"num_values": 257}])
-def test_impossible_settings_raise(wrong):
+def test_invalid_settings_raise(wrong):
     settings = {"root": None, "channels": 1, "image_size": 8, **wrong}
-    with pytest.raises(ValueError, match=rf"needs data\.channels 1 or 3.*got.*{next(iter(wrong.values()))}"):
+    with pytest.raises(ValueError, match="data\\.{}={} must be".format(*next(iter(wrong.items())))):
         ImageDataModule(digits, **settings)

@@ -1,4 +1,4 @@
-"""Points in a plane: each shape lies where its formula says, and the mixture is the distribution that it claims."""
+"""Points in the plane: each distribution lies where its formula says, and mixture labels are right."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def points_of(drawn) -> Tensor:
-    """Without their kinds."""
+    """Return the points without labels."""
     return drawn[0] if isinstance(drawn, tuple) else drawn
 
 
@@ -42,8 +42,8 @@ def configured(name: str):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_give_centred_points_of_about_unit_size(name):
-    """(n, 2) float32, finite, each axis centred and of a deviation that pure noise can cover."""
+def test_configs_give_centered_points_of_unit_size(name):
+    """(n, 2) float32, finite; each axis is centered with a standard deviation near 1."""
     points = points_of(configured(name).distribution(4000, seeded()))
     assert points.shape == (4000, 2)
     assert points.dtype == torch.float32
@@ -54,8 +54,8 @@ def test_presets_give_centred_points_of_about_unit_size(name):
 
 
 @for_each("draw", lambda: [moons, swiss_roll, rings, checkerboard])
-def test_points_belong_to_the_generator(draw):
-    """The same seed gives the same points, another seed others, and torch's own stream is left alone."""
+def test_points_depend_on_the_generator_only(draw):
+    """The same seed gives the same points, another seed others; torch's global generator does not move."""
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -67,16 +67,16 @@ def test_points_belong_to_the_generator(draw):
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_rings_have_equally_spaced_radii(count):
-    """Without noise every radius is 2 k / count, each as often as the others, at angles that are uniform."""
+    """Without noise, radii are 2 k / count, equally frequent, at uniform angles."""
     n = 6000
     points, labels = rings(n, seeded(), count=count, noise=0.0)
     x = points.double()
     number = x.norm(dim=1) * count / 2
     nearest = number.round()
     assert_close(number, nearest, rtol=0, atol=1e-5)
-    assert torch.equal(labels.numbers, nearest.long() - 1)  # from the innermost outwards
+    assert torch.equal(labels.targets, nearest.long() - 1)  # from the innermost outwards
     names = {1: ["ring 1"], 3: ["inner", "middle", "outer"]}
-    assert labels.names == names.get(count, [f"ring {k}" for k in range(1, count + 1)])
+    assert labels.classes == names.get(count, [f"ring {k}" for k in range(1, count + 1)])
     shares = torch.bincount(nearest.long(), minlength=count + 1)[1:] / n
     assert len(shares) == count
     assert (shares - 1 / count).abs().max() < 5 * math.sqrt(1 / count / n)
@@ -85,8 +85,8 @@ def test_rings_have_equally_spaced_radii(count):
 
 
 @pytest.mark.parametrize("cells", [2, 4, 6])
-def test_checkerboard_fills_the_squares_of_one_colour(cells):
-    """Column and row add up to an even number; all such squares are filled alike, and evenly inside."""
+def test_checkerboard_fills_the_dark_squares(cells):
+    """Column plus row is even; all such squares are equally and uniformly filled."""
     n = 12_000
     x = checkerboard(n, seeded(), cells=cells).double()
     scaled = (x + 2) * cells / 4
@@ -103,7 +103,7 @@ def test_checkerboard_fills_the_squares_of_one_colour(cells):
 
 
 def distance_to_moons(points: np.ndarray) -> np.ndarray:
-    """Distance to the nearer of the two half circles that moons() draws before noise, scaled and centred."""
+    """Distance to the nearer of the two half circles that moons() draws before noise, scaled and centered."""
     p = points / 1.5 + [0.5, 0.25]
 
     def to_arc(q: np.ndarray) -> np.ndarray:
@@ -115,14 +115,14 @@ def distance_to_moons(points: np.ndarray) -> np.ndarray:
 
 
 def test_moons_lie_on_two_half_circles():
-    """Without noise on them exactly, with it 1.5 noise away; half of the points on each."""
+    """Exactly without noise, otherwise at a distance of 1.5 noise; half of the points on each."""
     n = 4000
     points, labels = moons(n, seeded(), noise=0.0)
     clean = points.double().numpy()
     assert distance_to_moons(clean).max() < 1e-5
     on_upper = np.abs(np.hypot(clean[:, 0] / 1.5 + 0.5, clean[:, 1] / 1.5 + 0.25) - 1) < 1e-5
     assert abs(on_upper.mean() - 0.5) < 5 * math.sqrt(0.25 / n)
-    assert [labels.names[k] for k in labels.numbers] == np.where(on_upper, "upper", "lower").tolist()
+    assert [labels.classes[k] for k in labels.targets] == np.where(on_upper, "upper", "lower").tolist()
     noisy = moons(n, seeded(), noise=0.05)[0].double().numpy()
     away = distance_to_moons(noisy)
     assert away.max() < 1.5 * 0.05 * 5
@@ -130,7 +130,7 @@ def test_moons_lie_on_two_half_circles():
     assert np.mean(away**2) == pytest.approx((1.5 * 0.05) ** 2, rel=0.15)
 
 
-def test_moons_are_those_of_scikit_learn():
+def test_moons_match_scikit_learn():
     """scikit-learn's points (without noise) lie on the same two half circles."""
     from sklearn.datasets import make_moons
 
@@ -139,9 +139,9 @@ def test_moons_are_those_of_scikit_learn():
 
 
 def test_swiss_roll_has_radius_equal_to_angle():
-    """radius x 7.5 is the angle, uniform over one and a half turns; noise moves points by its own size."""
+    """radius x 7.5 is the angle, uniform over 1.5 turns; noise has its standard deviation."""
     clean = swiss_roll(4000, seeded(), noise=0.0).double()
-    clean = clean + torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # undo the centring
+    clean = clean + torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # undo the centering
     angle = 7.5 * clean.norm(dim=1)
     on_spiral = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5
     assert_close(on_spiral, clean, rtol=0, atol=1e-5)
@@ -155,12 +155,12 @@ def test_swiss_roll_has_radius_equal_to_angle():
 
 @pytest.mark.parametrize("cells", [0, 1, 3, -2])
 def test_odd_checkerboards_raise(cells):
-    with pytest.raises(ValueError, match=rf"even number of cells, got {cells}"):
+    with pytest.raises(ValueError, match=rf"data\.source\.cells={cells} must be"):
         checkerboard(4, seeded(), cells=cells)
 
 
-def test_module_draws_its_points_with_the_split_seed():
-    """The data set and its split are the same for any seed of the run; another split seed gives other points."""
+def test_points_depend_on_the_split_seed():
+    """Dataset and split do not depend on the run's seed."""
 
     def opened(**seeds) -> PointsDataModule:
         data = PointsDataModule(moons, num_samples=200, batch_size=10, **seeds)
@@ -178,15 +178,15 @@ def test_module_draws_its_points_with_the_split_seed():
     assert len(set(map(tuple, points(first).tolist()))) == 200
 
 
-def test_a_mixture_knows_the_component_of_each_point():
-    """Each point is likelier, by far, of its own component than chance would have it; the others have no kinds."""
+def test_a_mixture_labels_its_components():
+    """Points of each class follow their component; distributions without components have no labels."""
     data = configured("mixture")
     data.setup()
     points, labels = data.source.fetch(range(20_000)), data.source.labels
-    assert labels.names == [f"component {k}" for k in range(1, 6)]
+    assert labels.classes == [f"component {k}" for k in range(1, 6)]
     mixture = data.distribution
     for k in range(5):
-        own = points[labels.numbers == k].double()
+        own = points[labels.targets == k].double()
         assert abs(len(own) / 20_000 - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 20_000)
         standing = ((own - mixture.means[k]) / mixture.stds[k]).flatten()
         assert kstest(standing.numpy(), "norm").pvalue > 1e-3
@@ -199,13 +199,13 @@ def test_a_mixture_knows_the_component_of_each_point():
 
 @pytest.mark.parametrize("num", [1, 0, -5])
 def test_too_few_points_raise(num):
-    with pytest.raises(ValueError, match=rf"data\.num_samples must be at least 2, got {num}"):
+    with pytest.raises(ValueError, match=rf"data\.num_samples={num} must be at least 2"):
         PointsDataModule(moons, num_samples=num)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_open_and_split(name):
-    """Each YAML builds a datamodule whose samples are the points of its distribution."""
+def test_configs_open_and_split(name):
+    """Each YAML builds a data module with distinct points, split by val_fraction."""
     data = configured(name)
     data.setup()
     assert abs(len(data.val_indices) - 2000) < 4 * math.sqrt(20_000 * 0.1 * 0.9)

@@ -1,4 +1,4 @@
-"""Which samples are held out: by a hash of what each is known by, so that samples that come or go move no others."""
+"""The split by hash of sample ids, and the fingerprint that reveals changes of the data."""
 
 import hashlib
 import math
@@ -18,67 +18,67 @@ from PIL import Image
 
 from src.data.module import BaseDataModule
 from src.data.sources import InMemory
-from src.data.split import Record, hash_ids, split
+from src.data.split import DataFingerprint, hash_ids, split
 from src.evaluate import evaluate
 from tests.conftest import compose, train_tiny
 
 TINY_IMAGES = ["data.image_size=8", "data.batch_size=4", "data.val_fraction=0.3", "data.num_workers=0"]
 
 
-def is_held_out(name: str, fraction: float = 0.3, seed: int = 0) -> bool:
-    """The rule as docs/data.md has it, once more."""
+def is_validation(name: str, fraction: float = 0.3, seed: int = 0) -> bool:
+    """Return whether a sample is for validation, by an independent implementation of docs/data.md."""
     return int(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).hexdigest(), 16) / 16**16 < fraction
 
 
 def held_out_digits() -> int:
-    """How many of the 1,797, at the fraction of conf/data/digits.yaml."""
-    return sum(is_held_out(str(k), 0.2) for k in range(1797))
+    """Return the number of validation samples at the fraction of conf/data/digits.yaml."""
+    return sum(is_validation(str(k), 0.2) for k in range(1797))
 
 
-def picture(path: Path, seed: int, size: int = 8) -> None:
+def write_image(path: Path, seed: int, size: int = 8) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
 
 
-def pictures(root: Path, count: int = 24) -> list[str]:
-    """Files in two folders, of which each is a class."""
+def write_images(root: Path, count: int = 24) -> list[str]:
+    """Write images into two subfolders, the classes, and return their names."""
     names = [f"{('cats', 'dogs')[k % 2]}/{k:02d}.png" for k in range(count)]
     for k, name in enumerate(names):
-        picture(root / name, k)
+        write_image(root / name, k)
     return names
 
 
 def sides(choice: str, *overrides: str) -> tuple[set[str], set[str]]:
-    """What is held out and what is trained on, as a configuration has it."""
+    """Return the ids of validation and training samples of a configuration."""
     data = instantiate(compose("train", f"data={choice}", *overrides).data)
     data.setup()
     ids = [str(k) for k in range(len(data.source))] if data.source.ids is None else data.source.ids
     return {ids[k] for k in data.val_indices}, {ids[k] for k in data.train_indices}
 
 
-def test_files_go_by_their_path_under_the_root_alone(tmp_path):
-    """Wherever the root lies and however it is written; by the documented rule; with another seed by another."""
-    names = pictures(tmp_path / "here" / "photos")
-    wanted = {name for name in names if is_held_out(name)}
+def test_files_split_by_relative_path(tmp_path):
+    """Independent of the root's path, following the documented rule and the split seed."""
+    names = write_images(tmp_path / "here" / "photos")
+    wanted = {name for name in names if is_validation(name)}
     assert 0 < len(wanted) < 24
     shutil.copytree(tmp_path / "here", tmp_path / "elsewhere")
     for root in (tmp_path / "here" / "photos", tmp_path / "elsewhere" / ".." / "elsewhere" / "photos"):
         assert sides("folder", f"data.root='{root}'", *TINY_IMAGES) == (wanted, set(names) - wanted)
-    other = {name for name in names if is_held_out(name, seed=7)}
+    other = {name for name in names if is_validation(name, seed=7)}
     assert sides("folder", f"data.root='{root}'", *TINY_IMAGES, "data.split_seed=7")[0] == other != wanted
-    more = {name for name in names if is_held_out(name, 0.5)}
+    more = {name for name in names if is_validation(name, 0.5)}
     assert sides("folder", f"data.root='{root}'", *TINY_IMAGES, "data.val_fraction=0.5")[0] == more > wanted
 
 
 @pytest.mark.parametrize("choice", ["folder", "captions"])
-def test_files_that_come_and_go_move_no_others(tmp_path, choice):
-    names = pictures(tmp_path)
+def test_added_and_removed_files_move_no_others(tmp_path, choice):
+    names = write_images(tmp_path)
     for name in names:
-        (tmp_path / name).with_suffix(".txt").write_text("a picture")
+        (tmp_path / name).with_suffix(".txt").write_text("an image")
     before = sides(choice, f"data.root='{tmp_path}'", *TINY_IMAGES)
     for name in ("aaa/0.png", "cats/000.png", "zzz/9.png"):
-        picture(tmp_path / name, 1)
+        write_image(tmp_path / name, 1)
         (tmp_path / name).with_suffix(".txt").write_text("another")
     (tmp_path / names[3]).unlink()
     after = sides(choice, f"data.root='{tmp_path}'", *TINY_IMAGES)
@@ -86,24 +86,24 @@ def test_files_that_come_and_go_move_no_others(tmp_path, choice):
         assert old - new <= {names[3]} and new - old <= {"aaa/0.png", "cats/000.png", "zzz/9.png"}
 
 
-def test_accents_may_be_composed_or_not(tmp_path):
-    """As one file system or another keeps the same name."""
+def test_unicode_forms_of_names_split_equally(tmp_path):
+    """File systems store accents in different forms."""
     for form in ("NFC", "NFD"):
         for k in range(12):
-            picture(tmp_path / form / unicodedata.normalize(form, f"é{k}.png"), k)
+            write_image(tmp_path / form / unicodedata.normalize(form, f"é{k}.png"), k)
     one, other = (sides("folder", f"data.root='{tmp_path / form}'", *TINY_IMAGES) for form in ("NFC", "NFD"))
     assert one == other and {unicodedata.normalize("NFC", name) for name in one[0]} == one[0]
 
 
-def test_rows_go_by_their_cells_wherever_they_stand(tmp_path):
-    """Rows are added on top and removed, others stand elsewhere, lines end otherwise; the same rows share a side."""
+def test_rows_split_by_their_cells(tmp_path):
+    """Independent of order, line ends and other rows; equal rows are on the same side."""
     chance = random.Random(0)
     rows = [f"{chance.gauss(0, 1):.6f},{chance.random():.6f}" for _ in range(40)]
     table, path = "a,b\n" + "\n".join(rows), tmp_path / "a.csv"
     settings = ["data.val_fraction=0.3", "data.batch_size=4"]
     path.write_text(table)
     before = sides("table", f"data.path='{path}'", *settings)
-    assert before[0] == {row.replace(",", "\x1f") for row in rows if is_held_out(row.replace(",", "\x1f"))}
+    assert before[0] == {row.replace(",", "\x1f") for row in rows if is_validation(row.replace(",", "\x1f"))}
     chance.shuffle(rows)
     other = tmp_path / "moved" / "b.csv"
     other.parent.mkdir()
@@ -114,27 +114,27 @@ def test_rows_go_by_their_cells_wherever_they_stand(tmp_path):
         assert old - new <= {rows[0].replace(",", "\x1f")} and new - old <= {"9.5\x1f0.25"}
 
 
-def test_fixed_sets_go_by_number():
-    held_out, _ = sides("digits")
-    assert held_out == {str(k) for k in range(1797) if is_held_out(str(k), 0.2)}
+def test_fixed_datasets_split_by_index():
+    validation, _ = sides("digits")
+    assert validation == {str(k) for k in range(1797) if is_validation(str(k), 0.2)}
 
 
-def test_the_fraction_is_about_that_which_was_asked_for():
-    """Over 10,000 ids within 4 deviations of a binomial, whatever the seed, and seeds do not depend on each other."""
+def test_the_fraction_is_about_val_fraction():
+    """Within 4 standard deviations of a binomial over 10,000 ids; splits by different seeds are independent."""
     hashes = {seed: hash_ids((f"img_{k}.png" for k in range(10_000)), seed) for seed in range(4)}
     for fraction in (0.02, 0.1, 0.5, 0.9):
         four = 4 * math.sqrt(10_000 * fraction * (1 - fraction))
         chosen = []
         for each in hashes.values():
-            held_out, train, _ = split(each, math.ceil(fraction * 2**64))
-            assert sorted(held_out + train) == list(range(10_000))
-            assert abs(len(held_out) - 10_000 * fraction) < four
-            chosen.append(set(held_out))
+            validation, train, _ = split(each, math.ceil(fraction * 2**64))
+            assert sorted(validation + train) == list(range(10_000))
+            assert abs(len(validation) - 10_000 * fraction) < four
+            chosen.append(set(validation))
         both = fraction**2
         assert abs(len(chosen[0] & chosen[1]) - 10_000 * both) < 4 * math.sqrt(10_000 * both * (1 - both))
 
 
-def test_the_order_does_not_depend_on_how_samples_are_listed():
+def test_the_split_order_ignores_the_listing_order():
     ids = [f"{k}.png" for k in range(50)]
     shuffled = random.Random(1).sample(ids, 50)
     first, second = (
@@ -143,21 +143,21 @@ def test_the_order_does_not_depend_on_how_samples_are_listed():
     assert first == second
 
 
-def test_few_samples_leave_no_side_empty():
-    """The one with the smallest hash is held out, or the one with the largest is trained on; the same do not split."""
+def test_no_side_of_a_split_is_empty():
+    """The smallest hash is for validation, the largest for training; equal samples cannot be split."""
     ids = ["a", "b", "c"]
     by_hash = sorted(ids, key=lambda each: hashlib.blake2b(f"0/{each}".encode(), digest_size=8).digest())
     for fraction, count in ((1e-9, 1), (1 - 1e-9, 2)):
-        held_out, train, _ = split(hash_ids(ids, 0), math.ceil(fraction * 2**64))
-        assert [ids[k] for k in held_out] == by_hash[:count] and [ids[k] for k in train] == by_hash[count:]
+        validation, train, _ = split(hash_ids(ids, 0), math.ceil(fraction * 2**64))
+        assert [ids[k] for k in validation] == by_hash[:count] and [ids[k] for k in train] == by_hash[count:]
     source = InMemory(torch.zeros(5, 2), ids=["same"] * 5)
     data = BaseDataModule(lambda: source, (2,), 1, 0.2, 0, 0, 0)
-    with pytest.raises(ValueError, match=r"5 samples do not split .*data\.val_fraction=0\.2"):
+    with pytest.raises(ValueError, match=r"data\.val_fraction=0\.2 cannot split 5 samples"):
         data.setup()
 
 
-def test_what_few_samples_hold_out_stays_when_others_come(tmp_path):
-    """Also where none was below the fraction, and one that comes has a smaller hash: the run has written down which."""
+def test_the_stored_threshold_keeps_the_split(tmp_path):
+    """Even if no hash was below the fraction, and an added sample has a smaller one."""
 
     def module(ids: list[str]) -> BaseDataModule:
         source = InMemory(torch.zeros(len(ids), 2), ids=ids)
@@ -166,81 +166,81 @@ def test_what_few_samples_hold_out_stays_when_others_come(tmp_path):
     names = sorted((f"{k}.png" for k in range(8)), key=lambda each: int(hash_ids([each], 0)[0]))
     first = module(names[1:])
     first.setup()
-    first.write_record(tmp_path / "record")
+    first.write_fingerprint(tmp_path / "record")
     second = module(names)
-    second.record_path = tmp_path / "record"
-    with pytest.warns(UserWarning, match="1 added .*1 of the added held out, no other changes sides"):
+    second.fingerprint_path = tmp_path / "record"
+    with pytest.warns(UserWarning, match="1 added .*1 of the added are for validation, no other sample changed sides"):
         second.setup()
     assert [names[k] for k in second.val_indices] == names[:2]
 
 
-def test_a_resumed_run_says_what_changed_in_its_data(tmp_path):
-    """One file more, one less, one of another size, all in another folder; evaluation says so too. Else nothing."""
-    names = pictures(tmp_path / "photos")
+def test_a_resumed_run_warns_of_changed_data(tmp_path):
+    """Evaluation warns too: of an added, a removed and a changed file, but not of another folder."""
+    names = write_images(tmp_path / "photos")
     run, moved = tmp_path / "run", tmp_path / "moved"
     settings = ["data=folder", *TINY_IMAGES]
     train_tiny(run, *settings, f"data.root='{tmp_path / 'photos'}'", "trainer.max_steps=2", "validate_every=2")
     shutil.move(tmp_path / "photos", moved)
     for path in moved.rglob("*.png"):
-        os.utime(path, (1, 1))  # a copy is another file
+        os.utime(path, (1, 1))  # as after copying
     evaluating = ["device=cpu", "quality=false", "alignment.enabled=false", "num_terms=2", "num_val=2"]
     evaluation = compose("evaluate", f"run='{run}'", f"data.root='{moved}'", f"run_dir='{tmp_path / 'e'}'", *evaluating)
     again = [*settings, f"data.root='{moved}'", f"resume='{run}'"]
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train_tiny(run, *again, "trainer.max_steps=3", "validate_every=1")
         evaluate(evaluation)
-    assert not [w for w in said if "data changed" in str(w.message)]
+    assert not [w for w in caught if "data changed" in str(w.message)]
 
-    new = next(f"cats/new{k}.png" for k in range(99) if is_held_out(f"cats/new{k}.png"))
-    picture(moved / new, 99)
+    new = next(f"cats/new{k}.png" for k in range(99) if is_validation(f"cats/new{k}.png"))
+    write_image(moved / new, 99)
     (moved / names[0]).unlink()
-    picture(moved / names[5], 5, size=16)
+    write_image(moved / names[5], 5, size=16)
     for start in (partial(train_tiny, run, *again, "trainer.max_steps=4"), partial(evaluate, evaluation)):
-        with pytest.warns(UserWarning, match="data changed") as said:
+        with pytest.warns(UserWarning, match="data changed") as caught:
             start()
-        (line,) = [str(w.message) for w in said if "data changed" in str(w.message)]
+        (line,) = [str(w.message) for w in caught if "data changed" in str(w.message)]
         assert "\n" not in line
         for part in ("24 samples then, 24 now", f"1 added ({new})", "1 removed", f"1 changed ({names[5]})"):
             assert part in line
-        assert "1 of the added held out, no other changes sides" in line
+        assert "1 of the added are for validation, no other sample changed sides" in line
 
 
-def test_samples_that_change_sides_by_a_setting_are_counted(tmp_path):
+def test_samples_moved_by_a_setting_are_counted(tmp_path):
     ids = [f"{k}.png" for k in range(200)]
     source = InMemory(torch.zeros(200, 2), ids=ids)
     before, after = (BaseDataModule(lambda: source, (2,), 1, f, 0, 0, 0) for f in (0.5, 0.2))
     before.setup()
-    before.write_record(tmp_path / "record")
-    after.record_path = tmp_path / "record"
-    moved = sum(is_held_out(each, 0.5) and not is_held_out(each, 0.2) for each in ids)
-    with pytest.warns(UserWarning, match=f"{moved} held-out samples are now trained on"):
+    before.write_fingerprint(tmp_path / "record")
+    after.fingerprint_path = tmp_path / "record"
+    moved = sum(is_validation(each, 0.5) and not is_validation(each, 0.2) for each in ids)
+    with pytest.warns(UserWarning, match=f"{moved} validation samples moved to training"):
         after.setup()
 
 
-def test_a_record_that_is_missing_or_damaged_is_said(tmp_path):
+def test_a_missing_or_corrupted_fingerprint_warns(tmp_path):
     source = InMemory(torch.zeros(9, 2))
     for contents in (None, b"", b"\xff" * 40):
         data = BaseDataModule(lambda: source, (2,), 1, 0.3, 0, 0, 0)
-        data.record_path = tmp_path / "record"
+        data.fingerprint_path = tmp_path / "record"
         if contents is not None:
-            data.record_path.write_bytes(contents)
-        with pytest.warns(UserWarning, match="record (is missing|cannot be read).*is unknown"):
+            data.fingerprint_path.write_bytes(contents)
+        with pytest.warns(UserWarning, match="record (is missing|cannot be read)"):
             data.setup()
         assert len(data.val_indices) + len(data.train_indices) == 9
 
 
-def test_changes_are_those_of_an_independent_count():
-    """Of several samples with one id as many as there are more or fewer."""
+def test_changes_match_an_independent_count():
+    """Also where several samples share an id."""
     chance = random.Random(3)
     for _ in range(20):
         then, now = ([chance.choice("abcdefgh") for _ in range(chance.randint(2, 12))] for _ in "12")
         if {*then} == {then[0]}:
             continue
         was = InMemory(torch.zeros(len(then), 1), ids=then)
-        record = Record.of(was, 0, 0.3, 2**62)
-        said = record.changes(InMemory(torch.zeros(len(now), 1), ids=now), [])
+        before = DataFingerprint.of(was, 0, 0.3, 2**62)
+        message = before.changes(InMemory(torch.zeros(len(now), 1), ids=now), [])
         more = sum(max(0, now.count(c) - then.count(c)) for c in "abcdefgh")
         fewer = sum(max(0, then.count(c) - now.count(c)) for c in "abcdefgh")
         if more or fewer:
-            assert f" {more} added" in said and f" {fewer} removed" in said
+            assert f" {more} added" in message and f" {fewer} removed" in message

@@ -1,4 +1,4 @@
-"""Rows of a CSV file as samples: standardised and back, columns to go by, kinds, and what is amiss in a cell."""
+"""Rows of a CSV file as samples: standardization, covariates, classes, and errors that name the cell."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 40
 
 
 def table(path: Path) -> tuple[Path, np.ndarray]:
-    """Columns height, code (texts), weight, day, kind; and the numbers of the three."""
+    """Write columns height, code (texts), weight, day, kind; return the path and height, weight, day."""
     draw = np.random.default_rng(0)
     numbers = np.stack([170 + 10 * draw.normal(size=ROWS), 1e9 + 5 * draw.normal(size=ROWS), np.arange(ROWS) % 7], 1)
     lines = [f"{a!r},x{k},{b!r},{c:g},{k % 3 * 5 + 5}" for k, (a, b, c) in enumerate(numbers.tolist())]
@@ -43,15 +43,15 @@ def opened(path: Path, **settings) -> TableDataModule:
     return data
 
 
-def refused(path: Path, kind: type[Exception] = ValueError, **settings) -> str:
-    with pytest.raises(kind) as error:
+def refused(path: Path, error_type: type[Exception] = ValueError, **settings) -> str:
+    with pytest.raises(error_type) as error:
         opened(path, **settings)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def test_rows_are_standardised_and_come_back_in_their_units(tmp_path):
-    """Mean 0 and deviation 1 over the whole table, in the order of its rows; also where numbers are large."""
+def test_postprocess_undoes_standardization(tmp_path):
+    """Samples have mean 0 and std 1 over the table, in its order, even where numbers are large."""
     path, numbers = table(tmp_path / "a.csv")
     data = opened(path, columns=["weight", "height"])
     assert data.shape == (2,) and data.num_values is None
@@ -64,35 +64,35 @@ def test_rows_are_standardised_and_come_back_in_their_units(tmp_path):
     assert_close(data.examples(3), x[data.val_indices[:3]], rtol=0, atol=0)
 
 
-def test_without_columns_all_numbers_that_are_nothing_else_are_taken(tmp_path):
+def test_columns_default_to_unused_numeric_columns(tmp_path):
     path, numbers = table(tmp_path / "a.csv")
     assert opened(path).columns == ["height", "weight", "day", "kind"]
     data = opened(path, condition_columns=["day"], label="kind")
     assert data.columns == ["height", "weight"]
     assert data.source.covariates.names == ["day"]
     assert_close(data.source.covariates.values.numpy(), numbers[:, 2:], rtol=0, atol=0)
-    assert data.source.labels.names == ["5", "10", "15"]  # as numbers, not as texts
-    assert data.source.labels.numbers.tolist() == [k % 3 for k in range(ROWS)]
-    assert opened(path, label="code").source.labels.numbers.tolist() == [
+    assert data.source.labels.classes == ["5", "10", "15"]  # sorted as numbers
+    assert data.source.labels.targets.tolist() == [k % 3 for k in range(ROWS)]
+    assert opened(path, label="code").source.labels.targets.tolist() == [
         sorted(f"x{k}" for k in range(ROWS)).index(f"x{k}") for k in range(ROWS)
     ]
 
 
-def test_what_the_table_tells_is_enough_to_show_samples_without_it(tmp_path):
-    """The settings that a run keeps: no file is opened for them, until the data are asked for."""
+def test_inferred_settings_replace_the_file(tmp_path):
+    """The file is opened only when its samples are needed."""
     path, _ = table(tmp_path / "a.csv")
     data = opened(path, condition_columns=["day"], label="kind")
-    again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.found)
+    again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.inferred)
     assert again.shape == data.shape
     x = torch.randn(5, 2)
     assert_close(again.postprocess(x), data.postprocess(x), rtol=0, atol=0)
-    assert again.found == data.found
-    with pytest.raises(FileNotFoundError, match=r"set data\.path"):
+    assert again.inferred == data.inferred
+    with pytest.raises(FileNotFoundError, match=r"data\.path"):
         again.setup()
 
 
-def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
-    """Also by a config: the network is as wide as the table, and the checkpoint's settings open without the file."""
+def test_a_run_stores_the_inferred_settings(tmp_path):
+    """The network's width follows the table, and the stored settings open without the file."""
     from hydra.utils import instantiate
 
     from src.runs.components import make
@@ -110,11 +110,11 @@ def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"columns": ["hight"]}, r"data.columns names 'hight', no column of"),
-        ({"columns": ["hight"]}, r"did you mean height"),
-        ({"condition_columns": ["tag"]}, "data.condition_columns names 'tag'"),
+        ({"columns": ["hight"]}, "data.columns: 'hight' is not a column"),
+        ({"columns": ["hight"]}, "height"),
+        ({"condition_columns": ["tag"]}, "data.condition_columns: 'tag'"),
         ({"label": "kinds"}, "did you mean kind"),
         (
             {"columns": ["height"], "condition_columns": ["height"]},
@@ -122,58 +122,58 @@ def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
         ),
         ({"columns": ["height", "height"]}, "'height' is in data.columns twice"),
         ({"condition_columns": ["day"], "label": "day"}, "both data.condition_columns and data.label"),
-        ({"columns": ["code"]}, "line 2: column 'code' is 'x0', which is no finite number"),
+        ({"columns": ["code"]}, "line 2: column 'code' is 'x0'"),
         ({"condition_columns": ["height", "weight", "day", "kind"]}, "no column of numbers among code"),
         (
             {"columns": ["height"], "mean": [1.0, 2.0], "std": [1.0]},
-            "need a number for each of the columns height",
+            "data.mean and data.std must have 1 numbers",
         ),
     ],
 )
-def test_columns_that_will_not_do_are_named(tmp_path, settings, told):
-    assert told in refused(table(tmp_path / "a.csv")[0], **settings)
+def test_invalid_columns_raise(tmp_path, settings, message):
+    assert message in refused(table(tmp_path / "a.csv")[0], **settings)
 
 
 @pytest.mark.parametrize(
-    ("contents", "told"),
+    ("contents", "message"),
     [
-        ("a,b\n1,2\n3,\n5,6\n", "line 3: column 'b' is '', which is no finite number"),
+        ("a,b\n1,2\n3,\n5,6\n", "line 3: column 'b' is ''"),
         ("a,b\n1,2\n3,nan\n5,6\n", "line 3: column 'b' is 'nan'"),
         ("a,b\n1,2\n\n3,n/a\n5,6\n", "line 4: column 'b' is 'n/a'"),
         ("a,b\n1,2\n3,inf\n5,6\n", "'inf'"),
-        ("a,b\n1,2\n3,2.0\n5,2\n", "column 'b' is 2 in all rows: leave it out of data.columns"),
+        ("a,b\n1,2\n3,2.0\n5,2\n", "column 'b' is 2 in all rows"),
         ("a,b\n1,2\n3\n5,6\n", "line 3: 1 cells under 2 names"),
         ("a,a\n1,2\n3,4\n", "several columns named 'a'"),
         ("a,b\n", "has 1 rows"),
         ("", "has 0 rows"),
-        ('a,b\n1,"2\n', "no CSV file"),
+        ('a,b\n1,"2\n', "is not a CSV file"),
     ],
 )
-def test_cells_that_are_no_numbers_are_named_with_row_and_column(tmp_path, contents, told):
+def test_invalid_cells_raise_with_line_and_column(tmp_path, contents, message):
     (tmp_path / "a.csv").write_text(contents)
-    assert told in refused(tmp_path / "a.csv")
+    assert message in refused(tmp_path / "a.csv")
 
 
-def test_empty_labels_and_missing_files_are_named(tmp_path):
+def test_empty_labels_and_missing_files_raise(tmp_path):
     (tmp_path / "a.csv").write_text("a,k\n1,x\n2,\n3,x\n4,y\n")
     assert "line 3: the label 'k' is empty" in refused(tmp_path / "a.csv", label="k")
     assert str(tmp_path / "b.csv") in refused(tmp_path / "b.csv", FileNotFoundError)
 
 
-def test_a_run_may_say_where_its_table_lies(tmp_path):
-    """Going on with it reads the file as it reads images from data.root."""
+def test_a_stored_path_of_a_table_is_accepted(tmp_path):
+    """Resuming reads the file, as it reads images from data.root."""
     check_saved(tmp_path, ["data=table", "data.path=/some/where/a.csv"])
 
 
-def test_a_run_of_a_table_that_has_grown_goes_on_with_its_own_units(tmp_path):
-    """And samples of it are what they are asked to be: by numbers, or by lines of a file."""
+def test_a_resumed_run_keeps_its_mean_and_std(tmp_path):
+    """Although the table has grown. Conditions are given by numbers or by lines of a file."""
     path, _ = table(tmp_path / "t.csv")
     folder = tmp_path / "run"
     settings = [
         *("data=table", f"data.path='{path}'", "data.columns=[height,weight,day]", "data.batch_size=8"),
         *(
             "model=mlp",
-            "model.model_channels=8",
+            "model.hidden_size=8",
             "model.num_res_blocks=1",
             "trainer.accelerator=cpu",
             "validate_every=3",
@@ -210,8 +210,8 @@ def test_a_run_of_a_table_that_has_grown_goes_on_with_its_own_units(tmp_path):
 
 
 @pytest.mark.parametrize("features", [1, 2, 6])
-def test_tables_are_drawn_whatever_their_width(features):
-    """Two columns on axes of their own, in units; more in pairs, of which the first four are shown."""
+def test_tables_of_any_width_are_drawn(features):
+    """Two columns as a scatter plot in their units; more as pairs of the first four."""
     units = torch.tensor([1.0, 300.0, 1e-3, 5.0, 7.0, 9.0])[:features]
     x = torch.randn(200, features, generator=torch.Generator().manual_seed(0)) * units + 20 * units
     picture = images.draw_samples(x, real=x + units)
@@ -225,7 +225,7 @@ def test_tables_are_drawn_whatever_their_width(features):
     assert images.draw_samples(x, titles=["a"] * 100 + ["b"] * 100).width > 0
 
 
-def test_points_in_a_plane_are_drawn_on_a_square_about_0():
+def test_points_are_drawn_on_a_centered_square():
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
     across, up = charts.axis_limits(x)
     assert across == up and across[0] == -across[1]

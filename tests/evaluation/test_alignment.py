@@ -335,7 +335,7 @@ def test_class_scores_equal_a_plain_loop(digits):
     """Validation digits as samples; a third of them have the prompt of the next digit."""
     data, benchmark = digits
     assert isinstance(benchmark, ClassBenchmark) and list(benchmark.prompts["classes"]) == [str(c) for c in range(10)]
-    numbers = data.source.labels.numbers
+    numbers = data.source.labels.targets
     by_class = [[k for k in data.val_indices if numbers[k] == c][:9] for c in range(10)]
     chosen = [by_class[(k + (k < 30)) % 10][k // 10] for k in range(90)]  # the prompt of image k is k mod 10
     images = data.postprocess(data.preprocess(data.source.fetch(chosen)))

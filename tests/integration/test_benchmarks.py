@@ -287,7 +287,7 @@ def test_glyphs_are_deterministic_and_balanced(monkeypatch: Any) -> None:
     assert images.shape == (60, 1, 28, 28)
     assert images.flatten(1).unique(dim=0).shape[0] == 60
     assert source.labels is not None
-    assert source.labels.numbers.bincount().tolist() == [6] * 10
+    assert source.labels.targets.bincount().tolist() == [6] * 10
     ink = (images > 127).flatten(1).float().mean(1)
     assert ink.min() > 0.02
     assert ink.max() < 0.5

@@ -128,7 +128,7 @@ class NonFiniteGuard(L.Callback):
             for part in (step.v, step.losses)
         )
         data = trainer.datamodule  # type: ignore[attr-defined]
-        samples = data.stream(trainer).batch(step.number)
+        samples = data.train_sampler(trainer).batch(step.number)
         bad = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
         if not bad:
             self._cause = "the losses were finite and their gradient was not"

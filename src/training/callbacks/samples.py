@@ -33,7 +33,7 @@ class SampleGrid(L.Callback):
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
         for samples in pl_module.sample_distributed(self.num_samples, self.seed):  # noqa: B007 - only the last is used
             check_stop_requested(trainer)
-        with data.together():
+        with data.reading_on_one_rank():
             real = data.examples(self.num_samples) if trainer.is_global_zero else samples
         if not trainer.is_global_zero:
             return

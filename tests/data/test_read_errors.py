@@ -1,4 +1,4 @@
-"""Files that are gone or damaged while a run lasts: one line, the last step saved, and the same end after a resume."""
+"""Files deleted or damaged during a run: a one-line error, the last step saved, and equal results after resuming."""
 
 import errno
 import json
@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from src.data import unreadable
-from src.data.batches import BatchDataset, fetch
+from src.data import read_errors
+from src.data.batches import BatchDataset, fetch_batch
 from src.data.conditions import Classes
 from src.data.images import ImageFiles, folder
 from src.data.samplers import BatchIndices
@@ -30,7 +30,7 @@ from src.evaluate import evaluate
 from src.runs.components import make
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
-from tests.data.test_split import pictures
+from tests.data.test_split import write_images
 from tests.integration.test_stopping import assert_ended_as
 from tests.runs.test_runs import assert_equal_bits, weights
 
@@ -41,7 +41,7 @@ SETTINGS = [
 
 
 class Act(L.Callback):
-    """At the end of a step, `action` is told the files of the batch of the step `ahead` (held-out ones: ahead=0)."""
+    """Calls `action` after `step` with the files of the batch `ahead` steps later, or of validation (ahead=0)."""
 
     action: ClassVar[Callable[[L.Trainer, list[Path]], object]]
 
@@ -59,17 +59,17 @@ class Act(L.Callback):
 
 
 class RemoveOn(L.Callback):
-    """For a run of several processes: removes the file at a place of the next batch in one of them."""
+    """On rank 1, removes a file of the next micro-batch."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 5 and (batch_idx + 1) % 2 == 0 and trainer.global_rank == 1:
-            # Of the second part of the step, the second process's share.
+            # Rank 1's part of the second micro-batch.
             file = trainer.datamodule.source.files[trainer.train_dataloader.sampler.batch(5)[3]]
-            file.rename(file.with_suffix(".gone"))
+            file.rename(file.with_suffix(".deleted"))
 
 
 def act(step: int, ahead: int = 1) -> list[str]:
-    """Overrides with the callback `Act`."""
+    """Return overrides that add the callback `Act`."""
     node = f"{{_target_: {__name__}.Act, step: {step}, ahead: {ahead}}}"
     return [f"+callbacks.act={node}"]
 
@@ -80,9 +80,9 @@ def root_of(path: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Images, never to be changed."""
+    """Images that no test changes."""
     root = tmp_path_factory.mktemp("photos")
-    pictures(root)
+    write_images(root)
     return root
 
 
@@ -99,12 +99,12 @@ def copied(photos, tmp_path) -> Path:
 
 
 def restore(photos: Path, copied: Path) -> None:
-    """The images as they were."""
+    """Restore all images."""
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(photos, copied)
 
 
-def gone(path: Path) -> None:
+def deleted(path: Path) -> None:
     path.unlink()
 
 
@@ -130,11 +130,11 @@ def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-DAMAGES = [gone, truncated, empty, text, a_folder, a_loop]
+DAMAGES = [deleted, truncated, empty, text, a_folder, a_loop]
 
 
-def test_every_damage_is_one_line_that_names_the_file(copied):
-    """Of whole files others stay readable, and a file of another size and mode is read."""
+def test_every_damage_raises_and_names_the_file(copied):
+    """Other files stay readable, including those of another size and mode."""
     source = folder(str(copied), 8, 3)
     before = source.fetch([0])
     for k, damage in enumerate(DAMAGES, 1):
@@ -158,10 +158,10 @@ def test_every_damage_is_one_line_that_names_the_file(copied):
         source.fetch([1])
 
 
-def test_errors_of_a_network_that_pass_are_waited_for(monkeypatch):
-    """Twice ETIMEDOUT, ESTALE or EIO, then the image; without end, the line; what does not pass is not tried again."""
-    monkeypatch.setattr(unreadable, "WAITS", (0.0, 0.0, 0.0))
-    for number, passes in ((errno.ETIMEDOUT, True), (errno.ESTALE, True), (errno.EIO, True), (errno.EACCES, False)):
+def test_transient_errors_are_retried(monkeypatch):
+    """Two transient errors lead to the image, more to an error; permanent errors are not retried."""
+    monkeypatch.setattr(read_errors, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    for number, transient in ((errno.ETIMEDOUT, True), (errno.ESTALE, True), (errno.EIO, True), (errno.EACCES, False)):
         calls: list[int] = []
 
         def opened(i: int, number: int = number, calls: list[int] = calls) -> Image.Image:
@@ -171,43 +171,49 @@ def test_errors_of_a_network_that_pass_are_waited_for(monkeypatch):
             return Image.new("L", (8, 8), 77)
 
         source = ImageFiles(opened, 3, 8, 1)
-        if passes:
+        if transient:
             assert source.fetch([0, 2]).unique().tolist() == [77]
             assert calls == [0, 0, 0, 2]
         calls.clear()
         with pytest.raises(DataReadError, match=rf"image 1 cannot be read \({os.strerror(number)}\)"):
             source.fetch([1])
-        assert len(calls) == (4 if passes else 1)
+        assert len(calls) == (4 if transient else 1)
 
 
-def test_others_take_the_place_of_what_cannot_be_read(copied):
-    """By (seed, step, position) alone, from among those that may; the rest of the batch is as it was."""
+def test_unreadable_samples_are_replaced(copied):
+    """Replacements depend only on (seed, step, position); the other samples do not change."""
     source = folder(str(copied), 8, 3)
-    spare = list(range(4, 12))
+    replacements = list(range(4, 12))
     whole = source.fetch(range(24))
     for k in (1, 5, 6):
-        gone(source.files[k])
-    places = BatchIndices(8, 16, [0, 1, 2, 5, 6], 3)
-    x, used, skipped = fetch(source, places, 7, spare)
+        deleted(source.files[k])
+    wanted = BatchIndices(8, 16, [0, 1, 2, 5, 6], 3)
+    x, used, skipped = fetch_batch(source, wanted, 7, replacements)
     assert torch.equal(x, whole[used])
-    assert used[0] == 0 and used[2] == 2 and {used[1], used[3], used[4]} <= {*spare} - {5, 6}
+    assert used[0] == 0 and used[2] == 2 and {used[1], used[3], used[4]} <= {*replacements} - {5, 6}
     assert {str(source.files[k]) for k in (1, 5, 6)} == {*skipped}
-    assert fetch(source, BatchIndices(9, 16, [1], 3), 7, spare)[1] == [used[1]]  # however the batch is cut
-    drawn = [fetch(source, BatchIndices(0, 1, [1], step), seed, spare)[1][0] for step in range(9) for seed in range(9)]
+    assert fetch_batch(source, BatchIndices(9, 16, [1], 3), 7, replacements)[1] == [
+        used[1]
+    ]  # independent of the micro-batch
+    drawn = [
+        fetch_batch(source, BatchIndices(0, 1, [1], step), seed, replacements)[1][0]
+        for step in range(9)
+        for seed in range(9)
+    ]
     assert len({*drawn}) > 3
-    for k in spare:
+    for k in replacements:
         source.files[k].unlink(missing_ok=True)
-    with pytest.raises(DataReadError, match="nor can 10 others"):
-        fetch(source, places, 7, spare)
-    batch = BatchDataset(source, None, 7, spare)[places]
-    assert "nor can 10 others" in batch["failure"] and "\n" not in batch["failure"]
+    with pytest.raises(DataReadError, match="nor can 10 other samples"):
+        fetch_batch(source, wanted, 7, replacements)
+    batch = BatchDataset(source, None, 7, replacements)[wanted]
+    assert "nor can 10 other samples" in batch["failure"] and "\n" not in batch["failure"]
 
 
-def test_a_condition_that_can_no_longer_be_computed_is_a_line_too(copied):
-    """Such as that of a pretrained encoder whose cache and files are gone."""
+def test_a_failing_condition_fails_the_batch(copied):
+    """Such as a pretrained encoder whose cache and files were deleted."""
 
     class Broken(Classes):
-        def __call__(self, asked):
+        def __call__(self, values):
             raise OSError(errno.ENOENT, "No such file or directory", "model.safetensors")
 
     source = folder(str(copied), 8, 3)
@@ -225,10 +231,10 @@ def quietly(run: Path, *overrides: str) -> dict[str, float]:
 def refused(run: Path, *overrides: str) -> str:
     with pytest.raises(UsageError) as error:
         quietly(run, *overrides)
-    said = str(error.value)
-    assert "\n" not in said and f"python -m src.train resume={run}" in said, said
+    message = str(error.value)
+    assert "\n" not in message and f"python -m src.train resume={run}" in message, message
     assert not (run / "metrics.json").exists()
-    return said
+    return message
 
 
 def saved_step(run: Path) -> int:
@@ -236,14 +242,14 @@ def saved_step(run: Path) -> int:
     return int(checkpoint["global_step"])
 
 
-def test_a_run_whose_data_fail_ends_saved_and_resumes_as_if_they_had_not(photos, copied, undisturbed, tmp_path):
-    """In the second part of a step that is cut in two, at the last step, in validation, with and without workers."""
+def test_a_run_with_failing_data_saves_and_resumes(photos, copied, undisturbed, tmp_path):
+    """In the second micro-batch, at the last step, in validation, with and without workers."""
     cases = {
         "part": (5, 1, 0, lambda files: truncated(files[3]), 5),
         "last": (7, 1, 0, lambda files: empty(files[1]), 7),
         "validation": (4, 0, 0, lambda files: a_folder(files[-1]), 4),
         "all": (2, 1, 0, lambda files: shutil.rmtree(copied), 2),
-        "workers": (1, 6, 2, lambda files: gone(files[2]), None),
+        "workers": (1, 6, 2, lambda files: deleted(files[2]), None),
     }
     for name, (step, ahead, workers, damage, wanted) in cases.items():
         restore(photos, copied)
@@ -256,12 +262,12 @@ def test_a_run_whose_data_fail_ends_saved_and_resumes_as_if_they_had_not(photos,
 
         Act.action = staticmethod(action)
         settings = [*root_of(copied), f"data.num_workers={workers}"]
-        said = refused(run, *settings, *act(step, ahead))
-        assert any(str(file) in said for file in named), name
+        message = refused(run, *settings, *act(step, ahead))
+        assert any(str(file) in message for file in named), name
         saved = saved_step(run)
-        # What workers had read before the damage is used; the file is in the batch of the step 1 + 6.
+        # Batches that workers read before the damage are used; the file is in the batch of step 7.
         assert saved == wanted if wanted is not None else 1 < saved <= 6, name
-        assert f"saved at step {saved}" in said
+        assert f"saved at step {saved}" in message
         restore(photos, copied)
         quietly(run, *settings, f"resume='{run}'")
         assert_ended_as(run, undisturbed)
@@ -269,23 +275,23 @@ def test_a_run_whose_data_fail_ends_saved_and_resumes_as_if_they_had_not(photos,
         assert (run / table).read_text() == (undisturbed / table).read_text(), name
 
 
-def test_a_worker_that_is_killed_ends_the_run_saved(photos, undisturbed, tmp_path):
-    """Noticed between steps only, however deep in one it dies."""
+def test_a_killed_worker_ends_the_run_saved(photos, undisturbed, tmp_path):
+    """The run stops between steps, whenever the worker dies."""
 
     def kill(trainer, files):
         os.kill(active_children()[0].pid, signal.SIGKILL)
 
     Act.action = staticmethod(kill)
     run, settings = tmp_path / "run", [*root_of(photos), "data.num_workers=2"]
-    said = refused(run, *settings, *act(2))
-    assert "a process that loads data died" in said and "data.num_workers (2 now)" in said
+    message = refused(run, *settings, *act(2))
+    assert "a process that loads data died" in message and "data.num_workers=2" in message
     assert 2 <= saved_step(run) < 8
     quietly(run, *settings, f"resume='{run}'")
     assert_ended_as(run, undisturbed)
 
 
-def test_pictures_at_the_end_that_fail_are_made_up_for(photos, copied, undisturbed, tmp_path):
-    """The last step is saved before them."""
+def test_failing_final_images_are_saved_on_resume(photos, copied, undisturbed, tmp_path):
+    """The last step is saved before the images."""
 
     class Remove(L.Callback):
         def on_fit_end(self, trainer, pl_module):
@@ -293,16 +299,16 @@ def test_pictures_at_the_end_that_fail_are_made_up_for(photos, copied, undisturb
 
     globals()["Remove"] = Remove
     run = tmp_path / "run"
-    said = refused(run, *root_of(copied), f"+callbacks.act._target_={__name__}.Remove")
-    assert "cannot be read" in said and "saved at step 8" in said
+    message = refused(run, *root_of(copied), f"+callbacks.act._target_={__name__}.Remove")
+    assert "cannot be read" in message and "saved at step 8" in message
     restore(photos, copied)
     assert quietly(run, *root_of(copied), f"resume='{run}'")["steps"] == 8
     assert_equal_bits(weights(run, "state_dict"), weights(undisturbed, "state_dict"))
     assert (run / "samples" / "neighbors.png").exists() and (run / "metrics.json").exists()
 
 
-def test_skipping_trains_on_and_counts(photos, copied, undisturbed, tmp_path):
-    """The same bits with workers as without; each file is told of once; with whole files nothing is different."""
+def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_path):
+    """It is deterministic, warns once per file, and changes nothing if all files are readable."""
     skipping = [*root_of(copied), "data.skip_unreadable=true"]
     metrics = train_tiny(tmp_path / "whole", *skipping)
     assert metrics["unreadable_files"] == 0
@@ -311,47 +317,53 @@ def test_skipping_trains_on_and_counts(photos, copied, undisturbed, tmp_path):
     names: list[str] = []
 
     def action(trainer, files):
-        held_out = [trainer.datamodule.source.files[i] for i in trainer.datamodule.val_indices]
-        for file in (files[0], files[1], held_out[0]):
+        validation = [trainer.datamodule.source.files[i] for i in trainer.datamodule.val_indices]
+        for file in (files[0], files[1], validation[0]):
             names.append(str(file))
-            gone(file)
+            deleted(file)
 
     for name in ("alone", "again"):
         restore(photos, copied)
         names.clear()
         Act.action = staticmethod(action)
-        with pytest.warns(UserWarning, match="another sample takes its place") as told:
+        with pytest.warns(UserWarning, match="another sample replaces it") as warned:
             metrics = train_tiny(tmp_path / name, *skipping, *act(2))
-        said = [str(w.message) for w in told if "takes its place" in str(w.message)]
-        assert sorted(line.split(" cannot")[0] for line in said) == sorted(names)
+        message = [str(w.message) for w in warned if "replaces it" in str(w.message)]
+        assert sorted(line.split(" cannot")[0] for line in message) == sorted(names)
         kept = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["unreadable_files"] == kept["unreadable_files"] == 3
     assert_ended_as(tmp_path / "again", tmp_path / "alone")
-    # From the start, where all images are looked at: also with workers.
+    # Images unreadable from the start, with workers.
     for file in names:
         Path(file).write_text("damaged")
-    with pytest.warns(UserWarning, match="3 of 24 images .*: other samples take their places"):
+    with pytest.warns(UserWarning, match="3 of 24 images .*; other samples replace them"):
         metrics = train_tiny(tmp_path / "workers", *skipping, "data.num_workers=2", "trainer.max_steps=6")
     assert 1 <= metrics["unreadable_files"] <= 3
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):
         train_tiny(tmp_path / "strict", *root_of(copied))
-    # The likelihood is that of all held-out samples or of none; damaged training samples do not matter to it.
-    asked = [f"run='{tmp_path / 'alone'}'", f"run_dir='{tmp_path / 'e'}'", "device=cpu", "quality=false", "num_terms=2"]
+    # The likelihood needs all validation samples; unreadable training samples do not matter.
+    arguments = [
+        f"run='{tmp_path / 'alone'}'",
+        f"run_dir='{tmp_path / 'e'}'",
+        "device=cpu",
+        "quality=false",
+        "num_terms=2",
+    ]
     restore(photos, copied)
     data = make(compose("train", *skipping, "run_dir=x").data)
     data.setup()
     for index in data.train_indices[:3]:
         (copied / data.source.ids[index]).write_text("damaged")
     with pytest.warns(UserWarning, match="3 of 24 images"):
-        assert math.isfinite(evaluate(compose("evaluate", *asked))["bits_per_dim"])
+        assert math.isfinite(evaluate(compose("evaluate", *arguments))["bits_per_dim"])
     for file in copied.rglob("*.png"):
         file.write_text("damaged")
     with pytest.raises(UsageError, match="cannot be read"):
-        evaluate(compose("evaluate", *asked))
+        evaluate(compose("evaluate", *arguments))
 
 
-def test_all_processes_end_when_the_data_of_one_fail(photos, copied, undisturbed, tmp_path):
-    """One line, status 2, the last step saved; one process goes on from there to about the same weights."""
+def test_failing_data_of_one_rank_end_all_ranks(photos, copied, undisturbed, tmp_path):
+    """One error line, status 2, the last step saved; one process resumes to about the same weights."""
     run = tmp_path / "run"
     settings = [*TINY, *root_of(copied), "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings += ["checkpoint_every=100", f"hydra.run.dir='{run}'", f"+callbacks.act._target_={__name__}.RemoveOn"]
@@ -365,13 +377,13 @@ def test_all_processes_end_when_the_data_of_one_fail(photos, copied, undisturbed
     )
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if "error" in line]
-    (gone_file,) = copied.rglob("*.gone")
-    assert len(errors) == 1 and str(gone_file.with_suffix(".png")) in errors[0], done.stderr
+    (deleted_file,) = copied.rglob("*.deleted")
+    assert len(errors) == 1 and str(deleted_file.with_suffix(".png")) in errors[0], done.stderr
     assert "saved at step 5" in errors[0] and f"resume={run}" in errors[0]
-    gone_file.rename(gone_file.with_suffix(".png"))
+    deleted_file.rename(deleted_file.with_suffix(".png"))
     quietly(run, *root_of(copied), f"resume='{run}'")
     ours, theirs = weights(run, "current_model_state"), weights(undisturbed, "current_model_state")
     apart = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
-    # Sums in another order may flip Adam's step where a gradient is almost 0; a step that was left out would move all
-    # weights by about 1e-3.
+    # A different order of sums may flip Adam's step where a gradient is almost 0; a missing step would move all weights
+    # by about 1e-3.
     assert apart.mean() < 1e-4
