@@ -179,7 +179,7 @@ def test_guidance_keeps_the_batch_size_of_compiled_networks():
     assert sizes == [3] * 4  # two steps, each with and without condition
 
 
-def test_conditions_are_dropped_per_sample_in_training():
+def test_conditions_are_dropped_per_sample_in_training(monkeypatch):
     """Within 4 standard deviations of a binomial with p = 0.1, keyed by step and position; never in validation."""
     net = Recorder()
     module = module_of(net, 0.1)
@@ -188,7 +188,8 @@ def test_conditions_are_dropped_per_sample_in_training():
         return {"x": torch.zeros(size, 2), "start": start, "total": 100, "cond": torch.arange(start, start + size) % 5}
 
     for step in range(100):
-        module._train_terms(batch(0, 100), step)
+        monkeypatch.setattr(type(module), "global_step", step)
+        module.training_step(batch(0, 100), 0)
     conds = torch.stack(net.conds)
     dropped = conds == 5
     assert abs(dropped.sum().item() - 1000) < 4 * math.sqrt(10_000 * 0.1 * 0.9)
@@ -200,7 +201,8 @@ def test_conditions_are_dropped_per_sample_in_training():
 
     net.conds.clear()
     for start in range(0, 100, 25):  # four processes
-        module._train_terms(batch(start, 25), 3)
+        monkeypatch.setattr(type(module), "global_step", 3)
+        module.training_step(batch(start, 25), 0)
     assert torch.equal(torch.cat(net.conds), conds[3])
 
     net.conds.clear()
