@@ -99,6 +99,10 @@ def test_hydra_appears_only_in_config_runs_and_commands():
     assert offenders(rule) == []
 
 
+def test_errors_need_the_standard_library_alone():
+    assert imports(SRC / "errors.py") <= STANDARD | {"collections.abc"}
+
+
 def test_configuration_imports_no_torch_at_its_top():
     def rule(path):
         top = ast.parse(path.read_text()).body

@@ -153,6 +153,9 @@ def _launch(
         if full_error:
             raise
         sys.exit(_report(error))
+    finally:
+        if not full_error:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 def _prepare(

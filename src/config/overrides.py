@@ -156,7 +156,9 @@ def check_overrides(
             _check_sweep(override, read, multirun, groups)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                 _check_key(override, base, groups)
-        final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
+        final = base  # if only options of groups are typed
+        if len(choices) < len(read):
+            final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
     plain = OmegaConf.to_container(base, resolve=False)
     for override in read:
         name = override.key_or_group

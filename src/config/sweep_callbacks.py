@@ -40,6 +40,7 @@ class CompareRuns(Callback):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
         }
+        environment.pop("HYDRA_FULL_ERROR", None)  # which the launcher sets for a sweep
         if any(sweep.glob("*/wandb_id.txt")):  # left by runs that W&B logs
             settings["wandb"] = True
         own = set(map(key_of, self.overrides))

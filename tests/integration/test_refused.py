@@ -1,4 +1,4 @@
-"""A command that is refused or interrupted leaves every file and folder as it found them, and no new one."""
+"""A refused or interrupted command changes no file and creates none."""
 
 import hashlib
 import importlib
@@ -23,7 +23,7 @@ QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "trainer.max_st
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> Any:
-    """Run `python -m src.<module> <words>` in this process; its exit status."""
+    """Run `python -m src.<module> <words>` in this process; return its exit status."""
     task = getattr(importlib.import_module(f"src.{module}"), TASKS.get(module, module))
     environment = dict(os.environ)
     with monkeypatch.context() as patch:
@@ -39,7 +39,7 @@ def command(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> Any:
 
 
 def tree(folder: Path) -> dict[str, Any]:
-    """Every path below a folder, with what it is, when it was written and what is in it."""
+    """Return every path below a folder with its kind, modification time and contents."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         stat, name = path.lstat(), str(path.relative_to(folder))
@@ -54,7 +54,7 @@ def tree(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds a run of two steps, R, and a sweep of one such job, S."""
+    """Return a folder with a run of two steps, R, and a sweep of one such job, S."""
     where = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
@@ -86,22 +86,22 @@ NEW_RUN = [
     ["hydra.output_subdir=conf", "data.batch_size=5000"],
     ["hydra.job.chdir=true", "data.batch_size=5000"],
 ]
-"""Each is refused in another place: before Hydra starts, in it, by a constructor, by the data, by a logger."""
+"""Refused before Hydra starts, by Hydra, by a constructor, by the data, and by a logger."""
 
 
 def refused(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, module: str, *words: str) -> str:
-    """What a command says that must be refused; checks that it says so in one line and changes nothing."""
+    """Run a command that must be refused and change nothing; return its message."""
     before = tree(place)
     capsys.readouterr()
     status = command(monkeypatch, module, *words)
     said = capsys.readouterr().err
-    assert status == (1 if "-m" in words else 2), (words, status, said)
+    assert status == 2, (words, status, said)
     assert tree(place) == before, words
     assert "Traceback" not in said, said
     return said
 
 
-def test_a_refused_run_leaves_no_folder(there, monkeypatch, capsys):
+def test_refused_run_leaves_no_folder(there, monkeypatch, capsys):
     for k, wrong in enumerate(NEW_RUN):
         folder = ([], ["hydra.run.dir=new/of/its/own"], ["hydra.run.dir='new/${seed}/x'"])[k % 3]
         refused(there, monkeypatch, capsys, "train", *QUICK, *wrong, *folder)
@@ -109,7 +109,7 @@ def test_a_refused_run_leaves_no_folder(there, monkeypatch, capsys):
     assert "hydra.run.dir" in said and "nowhere" in said
 
 
-def test_a_refused_resume_leaves_the_run_as_it_was(there, monkeypatch, capsys):
+def test_refused_resume_changes_no_file(there, monkeypatch, capsys):
     for wrong in (
         ["model=unet_small"],
         ["data.batch_size=5000"],
@@ -123,7 +123,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(there, monkeypatch, capsys):
     assert "already holds a run" in said
 
 
-def test_a_run_that_another_process_trains_stays(there, monkeypatch, capsys):
+def test_run_locked_by_another_process_is_unchanged(there, monkeypatch, capsys):
     code = "import fcntl, sys; f = open('R/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
     code += "sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -137,7 +137,7 @@ def test_a_run_that_another_process_trains_stays(there, monkeypatch, capsys):
         other.wait()
 
 
-def test_a_refused_sweep_leaves_nothing(there, monkeypatch, capsys):
+def test_refused_sweep_leaves_no_file(there, monkeypatch, capsys):
     for wrong in (
         ["data.batch_size=5000,6000"],
         ["data.batch_size=5000,6000", "hydra.sweep.dir=new/sweep"],
@@ -151,15 +151,15 @@ def test_a_refused_sweep_leaves_nothing(there, monkeypatch, capsys):
     assert tree(there) == before
 
 
-def test_of_a_sweep_only_the_refused_job_leaves_nothing(there, monkeypatch, capsys):
-    assert command(monkeypatch, "train", "-m", *QUICK, "data.batch_size=5000,64", "hydra.sweep.dir=half") == 1
+def test_refused_job_leaves_no_file_beside_others(there, monkeypatch, capsys):
+    assert command(monkeypatch, "train", "-m", *QUICK, "data.batch_size=5000,64", "hydra.sweep.dir=half") == 2
     assert sorted(path.name for path in Path("half").iterdir()) == ["1", "multirun.yaml"]
     assert "data.batch_size=64" in yaml.safe_load(Path("half/1/.hydra/overrides.yaml").read_text())
     assert Path("half/1/metrics.json").is_file() and Path("half/1/train.log").is_file()
     shutil.rmtree("half")
 
 
-def test_other_commands_that_are_refused_leave_nothing(there, monkeypatch, capsys):
+def test_other_refused_commands_leave_no_file(there, monkeypatch, capsys):
     own = "hydra.run.dir=new/of/its/own"
     for module, *words in (
         ("sample", "run=nowhere", own),
@@ -175,8 +175,8 @@ def test_other_commands_that_are_refused_leave_nothing(there, monkeypatch, capsy
         refused(there, monkeypatch, capsys, module, *words)
 
 
-def test_a_signal_during_the_start_leaves_nothing(there, monkeypatch):
-    """While the run is built: of a new one, of one that is resumed, and of a sweep's job."""
+def test_signal_during_start_leaves_no_file(there, monkeypatch):
+    """The signal arrives while a new run, a resumed run or a sweep's job is built."""
     from src.runs.build import warn_of_schedule
 
     original, before = warn_of_schedule, tree(there)
@@ -197,8 +197,8 @@ def test_a_signal_during_the_start_leaves_nothing(there, monkeypatch):
         assert signal.getsignal(number) == handler
 
 
-def test_what_begins_is_recorded_as_hydra_records_it(there, monkeypatch):
-    """In the folder that was typed, with the settings that were typed, after a refused command too."""
+def test_started_run_has_the_files_of_hydra(there, monkeypatch):
+    """They are in the typed folder with the typed settings, even after a refused command."""
     shutil.copytree("R", "T")
     assert command(monkeypatch, "train", "resume=T", "model=unet_small") == 2
     assert command(monkeypatch, "train", "resume=T", "trainer.max_steps=3") == 0
