@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from src.models.winograd import num_tiles, winograd
-from src.training.memory import keep_freed_memory
 from src.viz.tables import markdown_table
 
 SHAPES = [  # (batch, channels in, out, height and width)
@@ -80,7 +79,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory(torch.device("cpu"))
     header = ["convolution", "tiles", "forward, ms", "over Winograd's", "both passes, ms", "over Winograd's"]
     rows = [row(*shape, args.rounds) for shape in SHAPES]
     table = markdown_table([*header, "error", "of Winograd"], rows)

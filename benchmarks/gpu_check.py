@@ -219,7 +219,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Figures:
         ),
         "devices": run.trainer.world_size,
         "peak": statistics.median(watch.peaks) if watch.peaks else None,
-        "estimate": sum(out_of_memory.step_memory(cfg, run)),
+        "estimate": sum(out_of_memory.step_memory(run)),
     }
 
 

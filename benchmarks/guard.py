@@ -43,9 +43,10 @@ class WithAndWithout(L.Callback):
             callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             (guard,) = (callback for callback in callbacks if isinstance(callback, NonFiniteGuard))
             if is_guarded:
-                self._blind.enter_context(patch.object(guard, "on_train_batch_end", lambda *_: None))
+                for hook in ("on_before_backward", "on_train_batch_end"):
+                    self._blind.enter_context(patch.object(guard, hook, lambda *_: None))
                 # Nor does the optimizer's step look whether the norm is finite.
-                self._blind.enter_context(patch("src.training.optim.skip_unless", take_every_step))
+                self._blind.enter_context(patch("src.training.module.skip_unless", take_every_step))
             else:
                 self._blind.close()
 

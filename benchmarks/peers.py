@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from src.models.unet import attended_resolutions, stage_resolutions
 from src.models.winograd import Conv3x3
 from src.training.compile import compiled
 
@@ -226,15 +227,16 @@ IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
 
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
     """The work of a network with the widths, blocks and levels of attention of one of ours, on our batches."""
-    sizes = [-(-data.image_size // (model.patch * 2**level)) for level in range(len(model.multipliers))]
+    resolutions = stage_resolutions(data.image_size, model.patch_size, len(model.channel_mult))
+    attended = attended_resolutions(model.attention_resolutions, resolutions)
     return Work(
         images,
         data.batch_size,
-        model.width,
-        tuple(model.multipliers),
-        model.blocks,
-        tuple(size in model.attention for size in sizes),
-        model.head_channels or model.width * model.multipliers[-1],
+        model.model_channels,
+        tuple(model.channel_mult),
+        model.num_res_blocks,
+        tuple(resolution in attended for resolution in resolutions),
+        model.num_head_channels or model.model_channels * model.channel_mult[-1],
         device,
         levels=data.num_values,
     )

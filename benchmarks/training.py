@@ -156,7 +156,10 @@ class TakeTurns(L.Callback):
                 self.loops[name] = contender
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.probes = {"matmul": matmul(device, dtype), "convolution": convolution(device, dtype, model.width * 2)}
+        self.probes = {
+            "matmul": matmul(device, dtype),
+            "convolution": convolution(device, dtype, model.model_channels * 2),
+        }
         self._start = now()
 
     def on_train_batch_end(

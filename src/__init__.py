@@ -14,6 +14,9 @@ Conventions that hold everywhere:
 
 import sys
 
+__version__ = "0.1.0"
+NAME = "denoising-diffusion-lab"
+
 COMMANDS = ("compare", "dashboard", "evaluate", "export", "sample", "schedules", "train")
 """The modules that are commands."""
 

@@ -1,64 +1,70 @@
-"""Errors for users: one line that names the setting, the rule and the fix."""
+"""Errors for users: one line that names the setting, the rule and the fix. Imports the standard library alone."""
 
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hydra.errors import CompactHydraException, InstantiationException
-from omegaconf.errors import OmegaConfBaseException
+
+class UsageError(Exception):
+    """A request that cannot be satisfied; the message is one line that names the setting, the rule and the fix."""
+
+
+class DataReadError(ValueError):
+    """A sample that cannot be read; `name` is its file or index, and the message is one line.
+
+    `everywhere` means that all processes raise it at the same step.
+    """
+
+    def __init__(self, message: str, name: str = "", everywhere: bool = False) -> None:
+        super().__init__(message, name, everywhere)  # all arguments, so that it can be pickled
+        self.name = name
+        self.everywhere = everywhere
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, of a device or of the machine."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # of torch, not imported here
+    """Return whether an error reports that a device or the machine ran out of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, without importing it
         return True
     signs = ["can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED", "bad_alloc"]
     signs.append("could not create a primitive")  # oneDNN, on a CPU
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-class UsageError(CompactHydraException):
-    """What the user asked for cannot be done; the message says why and what to do instead, in one line.
-
-    Hydra prints such an error of a sweep's job without a traceback.
-    """
-
-
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError, InstantiationException, OmegaConfBaseException)
-
-
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Within this, nothing has been computed yet: what constructors and loaders refuse is for the user to mend."""
+    """Turn errors of constructors and loaders into UsageError. Use it only before any computation starts."""
     try:
         yield
-    except USER_ERRORS as error:
-        cause = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
-        what = " ".join(str(cause).split())
+    except Exception as error:
+        configures = any(kind.__module__.startswith(("hydra.", "omegaconf.")) for kind in type(error).__mro__)
+        if not (configures or isinstance(error, ValueError | TypeError | OSError | ImportError)):
+            raise
+        # Hydra wraps the error of a constructor into an InstantiationException.
+        cause = error.__cause__ if type(error).__name__ == "InstantiationException" and error.__cause__ else error
+        message = " ".join(str(cause).split())
         if isinstance(cause, TypeError):
-            what = f"a setting has a value of the wrong type ({what}); HYDRA_FULL_ERROR=1 shows which"
-        raise UsageError(what) from error
+            message = f"a setting has a value of the wrong type ({message}); HYDRA_FULL_ERROR=1 shows which"
+        raise UsageError(message) from error
 
 
 @contextmanager
 def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
-    """Within this, running out of memory ends in one line, that of `explain`."""
+    """Turn an out-of-memory error into a UsageError with the message that `explain` returns."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        from src.errors import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what took the room
+        traceback.clear_frames(error.__traceback__)  # its frames hold tensors
         raise UsageError(explain()) from error
 
 
 @contextmanager
 def data_errors() -> Iterator[None]:
-    """Within this, data that cannot be read any more end in one line."""
-    from src.errors import DataReadError
-
+    """Turn an error that reports unreadable data into a UsageError."""
     try:
         yield
     except DataReadError as error:
@@ -66,25 +72,11 @@ def data_errors() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error that is not blank, or its class name."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def sentence(error: BaseException) -> str:
-    """The first sentence of an error, without its final stop."""
+    """Return the first sentence of an error, without its final period."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
-
-
-class DataReadError(ValueError):
-    """A sample, of the file or with the number `name`, cannot be read; the message is one line.
-
-    `everywhere` says that it is raised in all processes at the same turn.
-    """
-
-    def __init__(self, message: str, name: str = "", everywhere: bool = False) -> None:
-        super().__init__(message, name, everywhere)  # with which it is made again, in another process
-        self.name = name
-        self.everywhere = everywhere
-
-    def __str__(self) -> str:
-        return str(self.args[0])

@@ -1,4 +1,4 @@
-"""Write a trained model as one file to share: `python -m src.export run=outputs/train/...`."""
+"""Export a trained model to one file: `python -m src.export run=outputs/train/...`."""
 
 from pathlib import Path
 
@@ -13,19 +13,19 @@ from src.training.checkpoints import exportable_settings, write_exported
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write `model.safetensors` into the output folder: the weights, and what others need of the configuration."""
+    """Write `model.safetensors`, the weights and the model configuration, into the output folder; return its path."""
     from src.runs import components
     from src.runs.open import open_run
 
     with usage_errors():
-        find_checkpoint(cfg.run, cfg.ckpt)  # before anything heavy is imported
+        find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = exportable_settings(components.plain(opened.config))
     path = begin(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), cfg.ema, config)
-    print(f"{opened.checkpoint} as one file to share: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{opened.checkpoint} exported to {path} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
-        print(f"Left out, since it would tell of this machine: {', '.join(left_out)}")
+        print(f"Left out paths and names of this machine: {', '.join(left_out)}")
     print(f"Sample from it with: {command('sample', format_override('ckpt', path), 'n=64')}")
     return path
 

@@ -1,4 +1,4 @@
-"""What the tests share: configurations composed as on the command line, and one small trained run."""
+"""Shared by the tests: configurations composed as on the command line, and one small trained run."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
 from src.config.overrides import CONF
 from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
 
-# Tiny convolutions gain nothing from a second thread, and lose much of their speed to it beside other processes.
+# Tiny convolutions gain nothing from a second thread and become much slower beside other processes.
 torch.set_num_threads(1)
 
 HANG_SECONDS = 3600
-"""After so long something that a test waits for counts as hanging: no machine is so busy."""
+"""A test that waits longer for something is hanging; no machine is this slow."""
 
 TINY = [
     "model.model_channels=8",
     "model.num_res_blocks=1",
     "model.num_head_channels=8",
-    "diffusion.prediction=v",  # whose samples show the network's output even before it has learned anything
+    "diffusion.prediction=v",  # an untrained network already changes the samples
     "trainer.accelerator=cpu",
     "trainer.log_every_n_steps=1",
     "callbacks.samples.num_samples=4",
@@ -30,16 +30,16 @@ TINY = [
     "sampler.steps=3",
     "callbacks.progress.refresh_rate=0",
 ]
-"""A network that trains in milliseconds a step."""
+"""Overrides for a network that trains in milliseconds per step."""
 
 
 def once(*overrides: str) -> list[str]:
-    """The last override of each key, since the command line takes no key twice."""
+    """Return the last override of each key, since the command line refuses repeated keys."""
     return list({override.partition("=")[0]: override for override in overrides}.values())
 
 
 def compose(config_name: str, *overrides: str) -> DictConfig:
-    """The configuration of a command, as Hydra gives it."""
+    """Return the configuration of a command as Hydra composes it."""
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         return hydra.compose(config_name, list(overrides))
 
@@ -53,13 +53,13 @@ def train_tiny(folder: Path, *overrides: str) -> dict[str, float]:
 
 
 def exact_level(schedule: NoiseSchedule, t: torch.Tensor, like: torch.Tensor) -> NoiseLevel:
-    """`schedule.level` in float64."""
+    """Return `schedule.level` in float64."""
     return NoiseLevel(*(per_sample(table[t], like) for table in schedule.rows))
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of six steps."""
+    """Return the folder of a run of six steps."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     train_tiny(folder)
     return folder
@@ -71,7 +71,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to open a connection fails as it does on a machine without network."""
+    """Make every attempt to open a connection fail as on a machine without a network."""
     import socket
 
     connect = socket.socket.connect

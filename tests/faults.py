@@ -1,4 +1,4 @@
-"""Faults that a run does to itself, put into it as callbacks: `+callbacks.fault._target_=tests.faults.Poison`."""
+"""Callbacks that inject faults into a run: `+callbacks.fault._target_=tests.faults.Poison`."""
 
 import math
 import multiprocessing
@@ -17,7 +17,7 @@ from src.training.checkpoints import is_intact
 
 
 class Poison(L.Callback):
-    """At these steps the data of one process hold a NaN."""
+    """Put a NaN into the data of one process at these steps."""
 
     def __init__(self, rank: int, steps: list[int]) -> None:
         self.rank = rank
@@ -29,7 +29,7 @@ class Poison(L.Callback):
 
 
 class Stop(L.Callback):
-    """At this step one process gets a signal, the first time only: it leaves a file `once`."""
+    """Send a signal to one process at this step, the first time only: the file `once` records it."""
 
     def __init__(self, rank: int, step: int, once: str, number: int = signal.SIGTERM) -> None:
         self.rank = rank
@@ -38,14 +38,14 @@ class Stop(L.Callback):
         self.number = number
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        asked = trainer.global_rank == self.rank and trainer.global_step == self.step
-        if asked and not self.once.exists():
+        is_due = trainer.global_rank == self.rank and trainer.global_step == self.step
+        if is_due and not self.once.exists():
             self.once.touch()
             os.kill(os.getpid(), self.number)
 
 
 class KillWorker(L.Callback):
-    """At this step a process that loads data is gone, the first time only."""
+    """Kill a data-loading process at this step, the first time only."""
 
     def __init__(self, step: int, once: str) -> None:
         self.step = step
@@ -58,9 +58,9 @@ class KillWorker(L.Callback):
 
 
 class FullDisk(L.Callback):
-    """From step `begin` to step `end` no file may grow beyond 2 kB, as on a disk without room.
+    """Limit files to 2 kB from step `begin` to step `end`, as on a full disk.
 
-    At the end it prints whether all checkpoints are whole.
+    Print at the end whether all checkpoints are intact.
     """
 
     def __init__(self, begin: int, end: int) -> None:
@@ -77,19 +77,18 @@ class FullDisk(L.Callback):
 
 
 class Watch(L.Callback):
-    """Prints what the weights come to as each step begins, the same bits as the same text."""
+    """Print the sum of the weights before each step; equal text means equal bits."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         total = torch.stack([local(p).double().sum() for p in pl_module.parameters()]).sum()
         line = f"rank {trainer.global_rank} step {trainer.global_step} weights {total.item()!r}\n"
-        os.write(1, line.encode())  # in one piece, beside other processes
+        os.write(1, line.encode())  # one write, so that lines of several processes do not mix
 
 
 class Kill(L.Callback):
-    """SIGKILL some seconds after the n-th time that the run enters a phase, as KILL="phase n seconds" says.
+    """Send SIGKILL some seconds after the run enters a phase for the n-th time: KILL="phase n seconds".
 
-    Each entering and leaving of that phase is noted in the file `KILL_NOTES`, so that its last line tells whether the
-    run died within it.
+    The file `KILL_NOTES` records each start and end of that phase, so its text tells whether the run died within it.
     """
 
     PHASES = ("step", "epoch's end", "save", "validation", "sampling")
@@ -146,6 +145,6 @@ class Kill(L.Callback):
 
 
 def spans_one_epoch(stream: InfiniteBatchSampler, step: int) -> bool:
-    """Whether the batch of `step` has no sample of the next epoch."""
+    """Return whether the batch of `step` contains no sample of the next epoch."""
     count = len(stream.indices)
     return step * stream.batch_size // count == ((step + 1) * stream.batch_size - 1) // count

@@ -1,4 +1,4 @@
-"""Loops in place of cases: a test is called for each of many values without a case for each, which costs more."""
+"""Run a test over many values within one case, which costs less than a case for each value."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -11,10 +11,9 @@ Values = Iterable[Any] | Mapping[str, Any]
 def for_each(names: str, values: Values | Callable[[], Values]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Call a test once for each of `values`, as `pytest.mark.parametrize` would, but within one case.
 
-    `names` are its arguments, separated by commas; a mapping's keys name its values; a function of no arguments gives
-    values that are known only when the test runs. All values are tried; the first error is raised, with a note that
-    names the values of all that failed. Fixtures are shared by all calls: what needs a folder or a patch of its own
-    should be parametrized.
+    `names` are its arguments, separated by commas. The keys of a mapping name its values; a function without arguments
+    returns values that are known only when the test runs. All values run; the first error is raised with a note that
+    names the values that failed. All calls share the fixtures: parametrize a test that needs its own folder or patch.
     """
     arguments = [name.strip() for name in names.split(",")]
 
@@ -23,14 +22,14 @@ def for_each(names: str, values: Values | Callable[[], Values]) -> Callable[[Cal
 
         @wraps(test)
         def loop(**fixtures: Any) -> None:
-            found = values() if callable(values) else values
-            named = [*found.items()] if isinstance(found, Mapping) else [(repr(value), value) for value in found]
+            cases = values() if callable(values) else values
+            named = [*cases.items()] if isinstance(cases, Mapping) else [(repr(value), value) for value in cases]
             assert named, f"no values of {names}: nothing is tested"
             errors: dict[str, Exception] = {}
             for name, value in named:
-                given = (value,) if len(arguments) == 1 else value
+                row = (value,) if len(arguments) == 1 else value
                 try:
-                    test(**dict(zip(arguments, given, strict=True)), **fixtures)
+                    test(**dict(zip(arguments, row, strict=True)), **fixtures)
                 except Exception as error:
                     errors[name] = error
             if errors:
@@ -38,7 +37,7 @@ def for_each(names: str, values: Values | Callable[[], Values]) -> Callable[[Cal
                 first.add_note(f"fails for {names} = {', '.join(errors)}")
                 raise first
 
-        # What pytest takes for fixtures.
+        # pytest treats the remaining parameters as fixtures.
         rest = [parameter for name, parameter in signature.parameters.items() if name not in arguments]
         loop.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
         return loop

@@ -1,4 +1,4 @@
-"""Hold a configuration against the signatures of what it builds, before anything is built."""
+"""Check a configuration against the signatures of its targets before anything is built."""
 
 import difflib
 import inspect
@@ -12,55 +12,57 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 GRID_SETTINGS = ("steps", "spacing")
-"""What a sampler's YAML holds beside the arguments of its function: the grid that it walks."""
-
-SAMPLERS = ("src.diffusion.samplers", "src.interop.diffusers_samplers")
+"""Settings of a sampler's YAML beside the arguments of its function: they define the time grid."""
 
 
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
-    """Hold every `_target_` against its signature: unknown arguments, and values of another type than declared."""
+    """Check every node with a `_target_` against the target's signature.
+
+    Raises ValueError for unknown arguments and for values of another type than annotated.
+    """
     if "_target_" in cfg:
         target = get_method(cfg._target_)
         signature = inspect.signature(target)
         hints = _hints(target)
         open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
         for key in map(str, cfg):
-            of_grid = key in GRID_SETTINGS and str(cfg._target_).startswith(SAMPLERS)
-            if key == "steps" and of_grid and not _matches(cfg[key], int):
-                raise ValueError(f"{name}.steps={cfg[key]} is of the wrong type: it must be int")
-            if key.startswith("_") or of_grid:
+            if key.startswith("_"):
+                continue
+            if name == "sampler" and key in GRID_SETTINGS:
+                if key == "steps" and not _matches(cfg[key], int):
+                    raise ValueError(f"{name}.steps={cfg[key]} must be an integer")
                 continue
             dotted = f"{name}.{key}"
             if key not in signature.parameters and not open_ended:
-                # What has no default is given by the program, in functions of ours.
+                # The program passes the arguments without default of our own functions.
                 ours = str(cfg._target_).startswith("src.")
                 known = [k for k, p in signature.parameters.items() if p.default is not p.empty or not ours]
-                known += GRID_SETTINGS if str(cfg._target_).startswith("src.diffusion.samplers") else ()
+                known += GRID_SETTINGS if name == "sampler" else ()
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
-                if cfg[key] is not None:  # perhaps brought along by another choice
-                    hint += f"; if you did not give it, another choice brought it along, and ~{dotted} leaves it out"
-                raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}: {hint}")
+                if cfg[key] is not None:  # perhaps set by another option
+                    hint += f"; if another option sets it, type ~{dotted}"
+                raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}; {hint}")
             try:
                 value = cfg[key]
             except InterpolationKeyError as error:
                 absent = str(error).split("'")[1]
                 raise ValueError(
-                    f"{dotted} asks for {absent}, which the configuration lacks: leave it in, and "
-                    "choose a model that fits the data, model=mlp for points, model=unet_* for images"
+                    f"{dotted} refers to {absent}, which the configuration lacks; choose a model that fits the data: "
+                    "model=mlp for points, model=unet_* for images"
                 ) from error
             if isinstance(value, DictConfig) or (name == "trainer" and value is None):  # Lightning's default
                 continue
             if key in hints and not _matches(value, hints[key]):
                 shown = "null" if value is None else value
-                raise ValueError(f"{dotted}={shown} is of the wrong type: it must be {_describe(hints[key])}")
+                raise ValueError(f"{dotted}={shown} must be {_describe(hints[key])}")
     for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))
 
 
 def check_counts(cfg: DictConfig, *names: str) -> None:
-    """Raise ValueError if one of these settings, where it is not null, is below 1."""
+    """Raise ValueError if one of these settings is below 1; null passes."""
     for name in names:
         value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
@@ -68,21 +70,21 @@ def check_counts(cfg: DictConfig, *names: str) -> None:
 
 
 def check_names(cfg: DictConfig, name: str) -> None:
-    """Raise ValueError if a setting is neither null, a name nor a list of names."""
+    """Raise ValueError unless a setting is null, a name or a list of names."""
     value = cfg[name]
     if not all(isinstance(each, str) for each in (value if isinstance(value, ListConfig) else [value or ""])):
         raise ValueError(f"{name}={value} must be a name or a list of names")
 
 
 def check_seeds(cfg: DictConfig, prefix: str = "") -> None:
-    """Raise ValueError if a seed, at any depth, does not lie in [0, 2^32), for which NumPy has generators."""
+    """Raise ValueError if a seed, at any depth, is outside [0, 2^32), the range that NumPy accepts."""
     for key in map(str, cfg):
         node = cfg._get_node(key)
         if isinstance(node, DictConfig):
             if not node._is_none():
                 check_seeds(node, f"{prefix}{key}.")
         elif (key == "seed" or key.endswith("_seed")) and isinstance(seed := cfg[key], int) and not 0 <= seed < 2**32:
-            raise ValueError(f"{prefix}{key}={seed} must lie in [0, 2^32): 0 is usual")
+            raise ValueError(f"{prefix}{key}={seed} must be in [0, 2^32)")
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -93,13 +95,13 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Whether a configured value can be what the annotation says; annotations beyond plain values always match."""
+    """Return whether a value matches an annotation; annotations of other than plain values always match."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_matches(value, option) for option in args)
     if origin is Literal:
         return value in args
-    if origin is Callable:  # given by a node with a _target_, which is checked by itself
+    if origin is Callable:  # a node with a _target_, which is checked by itself
         return False
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
@@ -121,5 +123,7 @@ def _describe(hint: Any) -> str:
     if hint is type(None):
         return "null"
     if origin is Callable:
-        return "a function, by its _target_"
+        return "a node with the _target_ of a function"
+    if hint in (bool, int, float, str):
+        return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[hint]
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FrameType
@@ -19,10 +19,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+import src
 from src.config import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
-from src.config.output import Record, defer_output, discard_output, store_output, sweep_kept
-from src.config.overrides import CONF, check_overrides, check_repeated, choose_none, expand_grid, split_arguments
+from src.config.help import help_text
+from src.config.output import DeferredOutput, defer_output, discard_output, preserve_sweep, store_output
+from src.config.overrides import check_overrides, choose_none, expand_grid, expand_home, key_of, split_arguments
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.search_path import CONF, config_folders, config_groups, extra_folders
 from src.distributed.ranks import (
     handle_signals,
     ignore_signals,
@@ -37,28 +40,27 @@ from src.distributed.ranks import (
 from src.errors import UsageError
 from src.quoting import escaped
 
-SPINS = 5_000
-"""How often a thread looks for more to do before it sleeps, where libgomp, which torch computes with, has 300,000.
+SPIN_COUNT = 5_000
+"""How often a thread of libgomp, with which torch computes, polls for work before it sleeps; its default is 300,000.
 
-While it looks no other process has its core, which may be the one that it waits for (docs/design.md).
+A polling thread occupies the core of another process, which may be the one that it waits for (docs/design.md).
 """
 Program = tuple[ModuleSpec | None, str]
-"""The command that was typed: what `python -m` found, and the file."""
+"""The typed command: the module that `python -m` found, and its file."""
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | None = None) -> None:
-    """Run `task` with the configuration that the command line asks for. Exits with 2 if it asks for nonsense.
+    """Run `task` with the configuration that the command line composes. Exits with status 2 on a UsageError.
 
-    Several values of the group `together` are no sweep, but all for one task (`overrides.expand_grid`).
-    A UsageError from the task ends the process with one line; HYDRA_FULL_ERROR=1 shows where it comes from.
+    Several values of the group `together` are one task's list instead of a sweep (`overrides.expand_grid`).
+    HYDRA_FULL_ERROR=1 shows the traceback of a UsageError.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    overrides, flags = split_arguments(sys.argv[1:])
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     interruption = _Interruption()
     try:
         with handle_signals(interruption):
-            _launch(config_name, task, overrides, flags, together, interruption)
+            _launch(config_name, task, together, interruption)
     except KeyboardInterrupt:  # before there was anything to save
         kill_children()
         remove_empty_dirs()
@@ -70,126 +72,169 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
 
 
 class _Interruption:
-    """As a handler, ends what is going on, and remembers the signal's `number`. A second signal ends the process."""
+    """A signal handler that raises KeyboardInterrupt and stores the signal's `number`; a second signal kills."""
 
     number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)  # what waits within a library hears the first one too late
+        signal.signal(number, signal.SIG_DFL)  # code that waits in a library receives the first one too late
         sys.unraisablehook = self.again
         raise KeyboardInterrupt
 
     def again(self, unraisable: Any) -> None:
-        """Interrupt once more where it was raised in a callback, of an import for example, which Python ignores."""
+        """Interrupt again if Python ignored the exception because it was raised in a callback, such as an import's."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             signal.signal(self.number, self)
             os.kill(os.getpid(), self.number)
 
 
 def _launch(
-    config_name: str,
-    task: Callable[[DictConfig], Any],
-    overrides: list[str],
-    flags: list[str],
-    together: str | None,
-    interruption: _Interruption,
+    config_name: str, task: Callable[[DictConfig], Any], together: str | None, interruption: _Interruption
 ) -> None:
-    multirun = bool({"-m", "--multirun"} & set(flags))
-    record: Record | None = None
+    warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # without the place in the code
+    deferred: DeferredOutput | None = None
     folder = Path()
     try:
-        if any(flag.startswith("--e") for flag in flags):  # --experimental-rerun, or as much of it as is enough
-            raise UsageError("--experimental-rerun would unpickle a file: use resume=FOLDER")
-        if rank() == 0:  # Lightning tells the processes that it starts some settings once more
-            check_repeated(overrides)
-        overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
-        overrides = choose_none(overrides)
-        check_unused(overrides, multirun)
-        if together and not multirun:
-            overrides = expand_grid(config_name, overrides, together)
-        if rank() > 0:  # the first process writes down what was asked for, and the log
-            overrides += ["hydra.output_subdir=null", "hydra/job_logging=stdout"]
-            run_as_worker()
-        if not any(flag in flags for flag in ("--help", "-h", "--hydra-help", "--version", "--info", "-i")):
-            check_overrides(config_name, overrides, multirun)
-            if not any(flag in flags for flag in ("--cfg", "-c", "--shell-completion", "-sc")):
-                overrides, record, folder = defer_output(config_name, overrides, multirun)
-                check_writable(overrides)
+        overrides, flags = split_arguments(sys.argv[1:])
+        if "--version" in flags:
+            print(f"{src.NAME} {src.__version__}")
+            return
+        added = extra_folders(overrides, _flag_value(flags, "--config-dir", "-cd"))
+        if {"--help", "-h"} & set(flags):
+            print(help_text(config_name, config_groups(config_folders(added))))
+            return
+        multirun = bool({"-m", "--multirun"} & set(flags))
+        overrides, deferred, folder = _prepare(config_name, overrides, flags, multirun, added, together)
         sys.argv[1:] = [*flags, *overrides]
     except UsageError as error:
-        sys.exit(_say(error, code=2))
+        sys.exit(_report(error))
 
-    warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # not where in the code
     program = sys.modules["__main__"].__spec__, sys.argv[0]
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
-    def guarded(cfg: DictConfig) -> Any:
-        if record is not None:
-            store_output(record, cfg)
-        name_folder_for_children()
+    def run_task(cfg: DictConfig) -> Any:
+        if deferred is not None:
+            store_output(deferred, cfg)
+        quote_run_dir()
+        sweeps_jobs = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
-            return sweep_job(task, cfg, program) if HydraConfig.get().mode == RunMode.MULTIRUN else task(cfg)
+            return run_sweep_job(task, cfg, program, full_error) if sweeps_jobs else task(cfg)
         except UsageError as error:
-            if interruption.number:  # what a library made of it
+            if interruption.number:  # a library turned the interruption into an error
                 raise KeyboardInterrupt from error
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
             discard_output()
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs are still to run
+            if full_error or sweeps_jobs:  # a sweep runs its other jobs first
                 raise
-            sys.exit(_say(error, code=2))
+            sys.exit(_report(error))
         except Exception as error:
             if interruption.number:
                 raise KeyboardInterrupt from error
             for _ in range(100 if rank() > 0 else 0):
                 if is_orphan():
-                    os._exit(1)  # that the connection to the first process broke is no news
+                    os._exit(1)  # the first process reports its own end
                 time.sleep(0.1)
             raise
         finally:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                with suppress(OSError):  # the job's folder, if nothing was written into it
+            if sweeps_jobs:
+                with suppress(OSError):  # fails if the job wrote into its folder
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    with sweep_kept(folder, record.output_subdir) if record and multirun else nullcontext(), heard_aside(multirun):
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_flag_value(flags, "-cn") or config_name)
+    if not (multirun and deferred):
+        run(run_task)()
+        return
+    if not full_error:  # Hydra then raises a job's error here instead of ending the process with status 1
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers():
+            run(run_task)()
+    except UsageError as error:
+        if full_error:
+            raise
+        sys.exit(_report(error))
+
+
+def _prepare(
+    config_name: str, overrides: list[str], flags: list[str], multirun: bool, added: list[str], together: str | None
+) -> tuple[list[str], DeferredOutput | None, Path]:
+    """Return the overrides for Hydra, the deferred output and the output folder. Raises UsageError."""
+    if _flag_value(flags, "--experimental-rerun") or any(flag.startswith("--e") for flag in flags):
+        raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
+    if rank() == 0:  # Lightning repeats settings for the processes that it starts
+        warn_repeated(overrides)
+    overrides = expand_home(overrides)
+    overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
+    overrides = choose_none(overrides, config_folders(added))
+    check_unused(overrides, multirun)
+    if rank() > 0:
+        run_as_worker()
+    if {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"} & {
+        flag.partition("=")[0] for flag in flags
+    }:
+        return overrides, None, Path()
+    if together and not multirun:
+        overrides = expand_grid(config_name, overrides, together, added)
+    cfg = check_overrides(config_name, overrides, multirun, added)
+    if {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
+        return overrides, None, Path()
+    overrides, deferred, folder = defer_output(cfg, overrides, multirun)
+    check_writable(overrides)
+    return overrides, deferred, folder
+
+
+def _flag_value(flags: list[str], *names: str) -> str | None:
+    """Return the value of one of Hydra's flags; None if it is not typed."""
+    for flag, following in zip(flags, [*flags[1:], None], strict=False):
+        name, equals, value = flag.partition("=")
+        if name in names:
+            return value if equals else following
+    return None
+
+
+def warn_repeated(overrides: list[str]) -> None:
+    """Warn if two overrides set the same key, of which Hydra takes the last."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        if (key := key_of(override)) in seen and seen[key] != override:
+            warnings.warn(f"{seen[key]} has no effect: {override} follows and sets {key} too", stacklevel=2)
+        seen[key] = override
 
 
 @contextmanager
-def heard_aside(multirun: bool) -> Iterator[None]:
-    """Have the processes in which a launcher runs jobs start with signals to stop blocked, which this one hears."""
-    if not multirun:
-        yield
-        return
-    with suppress(ImportError):  # started later, the trackers of resources would unblock them
+def block_signals_of_workers() -> Iterator[None]:
+    """Start the worker processes of a launcher with stop signals blocked; this process receives them."""
+    with suppress(ImportError):  # a resource tracker that starts later unblocks them
         from multiprocessing import resource_tracker
 
         from joblib.externals.loky.backend import resource_tracker as tracker_of_loky
 
         resource_tracker.ensure_running()
         tracker_of_loky.ensure_running()
-    threading.Thread(target=threading.Event().wait, daemon=True).start()  # it hears them for the main thread
+    threading.Thread(target=threading.Event().wait, daemon=True).start()  # receives them for the main thread
     with signals_blocked():
         yield
 
 
-def name_folder_for_children() -> None:
-    """Give the run's folder as Lightning puts it on the command lines of its processes, between double quotes."""
+def quote_run_dir() -> None:
+    """Escape the run folder: Lightning writes it between double quotes into the command lines of its processes."""
     settings: Any = HydraConfig.get()
     with read_write(settings), read_write(settings.run):
-        typed_overrides = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
-        settings.run.dir = escaped(typed_overrides)  # since it is looked up
+        quoted = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
+        settings.run.dir = escaped(quoted)  # once more, since OmegaConf resolves it
 
 
 @contextmanager
-def as_a_single_run(program: Program) -> Iterator[None]:
-    """A job of a sweep as if it had been started by itself, for the processes that it starts are told what it was told.
+def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
+    """Make a sweep job look like a single run to the processes that it launches.
 
-    What it leaves behind of them is taken away, so that the next job starts its own.
+    Restores the environment and ends the process group afterwards, so that the next job starts its own.
     """
-    main = sys.modules["__main__"]  # which in a launcher's worker is the launcher's own
+    main = sys.modules["__main__"]  # in a launcher's worker, the launcher's own module
     arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
     main.__spec__, sys.argv = program[0], [program[1], *HydraConfig.get().overrides.task]
+    if not full_error:
+        os.environ.pop("HYDRA_FULL_ERROR", None)  # set by `_launch`
     try:
         yield
     finally:
@@ -204,21 +249,20 @@ def as_a_single_run(program: Program) -> Iterator[None]:
                 distributed.destroy_process_group()
 
 
-def sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program) -> Any:
-    """Run `task` as one job of a sweep, on its share of the devices. Gives the metric that `optimized_metric` names, if any."""
+def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program, full_error: bool) -> Any:
+    """Run `task` as one job of a sweep on its share of the devices; return the metric that `optimized_metric` names."""
     settings = HydraConfig.get()
-    if rank() > 0:  # of the tasks of a SLURM job
+    if rank() > 0:  # one of the tasks of a SLURM job
         run_as_worker()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
-        ignore_signals()  # until the job listens to them; the command itself ends its workers
+        ignore_signals()  # until the job handles them; the command itself ends its workers
         sweeps.assign_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
-    with as_a_single_run(program):
+    with as_single_run(program, full_error):
         result = task(cfg)
-    return (
-        result.get(cfg.optimized_metric) if cfg.get("optimized_metric") else result
-    )  # without validation there is none
+    return result.get(cfg.optimized_metric) if cfg.get("optimized_metric") else result
 
 
-def _say(error: Exception, code: int) -> int:
+def _report(error: Exception) -> int:
+    """Print an error on one line; return the exit status of a refused command."""
     print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
-    return code
+    return 2

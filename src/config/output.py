@@ -1,8 +1,7 @@
-"""The output folder of a command: nothing is written into it before everything is built.
+"""Defer the output of a command until everything is built.
 
-Hydra writes `.hydra/` and opens the job's log before it calls the task, so a command that the task refuses would
-already have changed a run that it was to resume. Here Hydra is told to write neither, and `begin` writes both once
-nothing can be refused any more.
+Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task refuses would
+therefore have changed the run that it was to resume. `defer_output` makes Hydra write neither, and `begin` writes both.
 """
 
 import logging
@@ -15,34 +14,32 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import configure_log
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.overrides import CONF, _one_value
 from src.distributed.ranks import rank, record_missing_dirs
 from src.errors import UsageError, first_line
 
 OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
-"""Overrides that say what Hydra writes into the output folder."""
+"""Overrides of what Hydra writes into the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
-"""With these it writes nothing."""
+"""Overrides with which Hydra writes nothing."""
 
 
-class Record(NamedTuple):
-    """What Hydra would have written, by its own settings. Launchers send it to their workers."""
+class DeferredOutput(NamedTuple):
+    """The output that Hydra's own settings ask for. Launchers send it to their workers."""
 
     output_subdir: str | None
     job_logging: dict[str, Any]
-    """Interpolations as they stand."""
-    typed_overrides: list[str]
+    """With interpolations unresolved."""
+    overrides: list[str]
+    """The typed overrides of these settings."""
 
 
-class Pending(NamedTuple):
-    """The record of the job that runs, until `begin` writes it."""
+class PendingOutput(NamedTuple):
+    """The output of the running job, until `begin` writes it."""
 
     subdir: str | None
     texts: dict[str, str]
@@ -50,66 +47,63 @@ class Pending(NamedTuple):
     job_logging: DictConfig
     verbose: Any
     lines: MemoryHandler
-    """What has been logged so far."""
+    """The log so far."""
 
 
-_pending: Pending | None = None
-_written: list[Path] = []
-"""What `begin` wrote into a folder that held nothing before."""
+_pending: PendingOutput | None = None
 
 
-def defer_output(config_name: str, overrides: Sequence[str], multirun: bool) -> tuple[list[str], Record, Path]:
-    """Return overrides with which Hydra writes nothing into the output folder, what it would have written, and where.
+def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[list[str], DeferredOutput, Path]:
+    """Return overrides with which Hydra writes no output, the output that it would write, and the output folder.
 
-    Remembers which of the output folder and its parents do not exist yet. Raises UsageError if the folder's name
-    cannot be resolved.
+    `cfg` is the composed configuration with Hydra's node. Records which of the output folder and its parents are
+    missing. Raises UsageError if the name of the folder cannot be resolved.
     """
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        first = [_one_value(o) for o in OverridesParser.create().parse_overrides(list(overrides))]
-        cfg = hydra.compose(config_name, first, return_hydra_config=True)
     before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(cfg)  # `${hydra:...}` may be part of the folder's name
+    HydraConfig.instance().set_config(cfg)  # the folder's name may contain `${hydra:...}`
     try:
         folder = str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
     except OmegaConfBaseException as error:
         setting = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-        raise UsageError(f"{setting} cannot be resolved ({first_line(error)}): name a folder") from error
+        raise UsageError(f"{setting} cannot be resolved ({first_line(error)}); name a folder") from error
     finally:
         HydraConfig.instance().cfg = before
     record_missing_dirs(Path(folder))
     job_logging = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
     assert isinstance(job_logging, dict)
-    typed_overrides = [o for o in overrides if OUTPUT_OVERRIDE.match(o)]
+    own = [o for o in overrides if OUTPUT_OVERRIDE.match(o)]
     kept = [o for o in overrides if not OUTPUT_OVERRIDE.match(o)]
-    record = Record(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, typed_overrides)
-    return [*kept, *NO_OUTPUT], record, Path(folder)
+    deferred = DeferredOutput(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, own)
+    return [*kept, *NO_OUTPUT], deferred, Path(folder)
 
 
-def store_output(record: Record, cfg: DictConfig) -> None:
-    """Give Hydra's settings back what `defer_output` took, log to the console alone, and keep the rest for `begin`."""
+def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
+    """Restore Hydra's output settings, log to the console alone, and store the rest for `begin`."""
     global _pending
     settings: Any = HydraConfig.get()
     with read_write(settings), open_dict(settings):
-        settings.output_subdir = record.output_subdir
-        settings.job_logging = record.job_logging
+        settings.output_subdir = deferred.output_subdir
+        settings.job_logging = deferred.job_logging
         settings.overrides.hydra = [
             *(o for o in settings.overrides.hydra if o not in NO_OUTPUT),
-            *record.typed_overrides,
+            *deferred.overrides,
         ]
     job_logging: Any = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
     configure_log(without_files(job_logging), settings.verbose)
+    if rank() > 0:  # the first process writes for all
+        return
     lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.getLogger().addHandler(lines)
     texts = {
-        "config.yaml": OmegaConf.to_yaml(cfg),  # as it stands before the task adds to it
+        "config.yaml": OmegaConf.to_yaml(cfg),  # before the task changes it
         "hydra.yaml": OmegaConf.to_yaml(HydraConfig.instance().cfg),
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
     }
-    _pending = Pending(record.output_subdir, texts, job_logging, settings.verbose, lines)
+    _pending = PendingOutput(deferred.output_subdir, texts, job_logging, settings.verbose, lines)
 
 
 def without_files(job_logging: DictConfig) -> DictConfig:
-    """A logging configuration without the handlers that write files."""
+    """Return a logging configuration without the handlers that write files."""
     plain: Any = OmegaConf.to_container(job_logging)
     files = {name for name, handler in (plain.get("handlers") or {}).items() if "filename" in handler}
     for node in (plain.get("root"), *(plain.get("loggers") or {}).values()):
@@ -121,10 +115,7 @@ def without_files(job_logging: DictConfig) -> DictConfig:
 
 
 def begin(folder: Path) -> Path:
-    """Make the output folder of a command, in which from here on it works: write `.hydra/` and open the log.
-
-    Called by the first process alone, or by all, of which the others do nothing. Each file is replaced at once.
-    """
+    """Create the output folder of a command, write `.hydra/` and open the log. Does nothing in other processes."""
     global _pending
     if rank() > 0:
         return folder
@@ -132,7 +123,6 @@ def begin(folder: Path) -> Path:
     if _pending is None:
         return folder
     pending, _pending = _pending, None
-    new = not any(path.name not in (".lock", "wandb", "wandb_id.txt") for path in folder.iterdir())
     if pending.subdir is not None:
         write_texts(folder / pending.subdir, pending.texts)
     logging.getLogger().removeHandler(pending.lines)
@@ -141,13 +131,11 @@ def begin(folder: Path) -> Path:
     for line in pending.lines.buffer:
         for handler in files:
             handler.handle(line)
-    if new:
-        _written.extend(folder.iterdir())
     return folder
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files by name, each replaced at once, after all of them are on the disk. None is left if that fails."""
+    """Write files by name and replace the old ones once all are on the disk. Leaves none behind if that fails."""
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     partials = {folder / f".{name}.partial": folder / name for name in texts}
@@ -166,22 +154,14 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def discard_output() -> None:
-    """Forget the record of a job that was refused; what `begin` wrote goes, if nothing else was written."""
+    """Drop the output of a refused job."""
     global _pending
     _pending = None
-    folders = {path.parent for path in _written}
-    if all({*folder.iterdir()} <= {*_written, folder / ".lock"} for folder in folders if folder.is_dir()):
-        close_log()
-        for path in [*_written, *(folder / ".lock" for folder in folders)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    _written.clear()
+    close_log()
 
 
 def close_log() -> None:
-    """Close the job's log file, if one is open."""
+    """Close the job's log file if one is open."""
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler | MemoryHandler)]:
         root.removeHandler(handler)
@@ -189,32 +169,32 @@ def close_log() -> None:
 
 
 @contextmanager
-def sweep_kept(sweep: Path, subdir: str | None) -> Iterator[None]:
-    """Within this a sweep runs in the folder `sweep`. Take its own files back if none of its jobs began.
+def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
+    """Run a sweep in the folder `sweep`; restore the folder's own files if no job started.
 
-    Hydra writes `multirun.yaml` before the first job, so that of an earlier start is put aside.
+    Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is set aside.
     """
     if rank() > 0:
         yield
         return
     file, aside = sweep / "multirun.yaml", sweep / ".multirun.yaml.before"
-    if found := file.is_file():
+    if existed := file.is_file():
         os.replace(file, aside)
-    jobs = _jobs(sweep, subdir)
+    jobs = _start_times(sweep, subdir)
     try:
         yield
     finally:
-        began = _jobs(sweep, subdir) != jobs
-        if found and began and file.is_file():
+        started = _start_times(sweep, subdir) != jobs
+        if existed and started and file.is_file():
             aside.unlink()
-        elif found:
+        elif existed:
             os.replace(aside, file)
-        elif not began and sweep.is_dir() and all(path.is_file() for path in sweep.iterdir()):
+        elif not started and sweep.is_dir() and all(path.is_file() for path in sweep.iterdir()):
             for path in [file, *sweep.glob(".worker_*")]:
                 path.unlink(missing_ok=True)
 
 
-def _jobs(sweep: Path, subdir: str | None) -> dict[Path, int]:
-    """When each job of a sweep was last started."""
-    found = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
-    return {path: path.stat().st_mtime_ns for path in found}
+def _start_times(sweep: Path, subdir: str | None) -> dict[Path, int]:
+    """Return when each job of a sweep last started."""
+    files = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
+    return {path: path.stat().st_mtime_ns for path in files}

@@ -1,150 +1,83 @@
-"""Check and expand Hydra overrides before the configuration is composed."""
+"""Check overrides before anything heavy is imported: Hydra's own errors, with a hint of what to type instead."""
 
 import difflib
 import itertools
-import math
 import re
-from collections.abc import Sequence, Set
+import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.compose import compose, flatten, key_hint
+from src.config.rules import check_combinations, check_type, check_value, check_values
+from src.config.search_path import CONF, config_folders, config_groups, nearest, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+__all__ = ["CONF", "config_groups", "nearest"]  # imported from here elsewhere
 
-PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
-"""Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
+PATHS = (
+    *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),
+    *("data.root", "data.path", "data.source.labels", "schedule.betas", "hydra.run.dir", "hydra.sweep.dir"),
+    "conditioning.encode.model",
+)
+"""Settings whose value is a file or a folder."""
 
-OPTIONAL = ("callbacks", "conditioning", "experiment", "logger", "sweep")
-"""Groups without which a run can be: null chooses none."""
-
-ALLOW_EMPTY = ("cond", "negative")
-"""Texts of which the empty one is one too."""
-
-ALLOW_INFINITE = ("guidance.interval",)
+MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
+"""Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides, and Hydra's own flags with the values that they take."""
-    overrides: list[str] = []
-    flags: list[str] = []
-    valued = {"--cfg", "-c", "--package", "-p", "--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
-    valued |= {"--experimental-rerun", "--info", "-i", "--shell-completion", "-sc"}
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word.startswith("-"):
-            flags.append(word)
-            if word in valued and rest and "=" not in rest[0]:
-                flags.append(rest.pop(0))
+    """Return the overrides among the arguments, and Hydra's flags with their values.
+
+    Raises UsageError for an unknown flag.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message}; overrides look like key=value, and --hydra-help lists the flags")
+
+    parser.error = refuse  # type: ignore[assignment, method-assign]
+    words = [word for word in arguments if word != "--version"]  # which argparse would answer with Hydra's version
+    known, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        overrides = [*known.overrides, *unknown]
+        value = value or next((word for word in overrides[: overrides.index(unknown[0])][-1:]), "VALUE")
+        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
+    overrides, flags, rest = list(known.overrides), [], list(known.overrides)
+    for word in arguments:
+        if rest and word == rest[0]:
+            rest.pop(0)
         else:
-            overrides.append(word)
+            flags.append(word)
     return overrides, flags
 
 
-def choose_none(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with `group=null`, which Hydra does not read, as it does read that none is chosen."""
-    chosen: list[str] = []
-    for override in overrides:
-        group, _, value = override.partition("=")
-        if group in OPTIONAL and value == "null":
-            chosen = [each for each in chosen if key_of(each) != group]
-            chosen += [f"{group}=none"] if group in ("callbacks", "logger") else []
-        else:
-            chosen.append(override)
-    return chosen
-
-
-def check_overrides(config_name: str, overrides: Sequence[str], multirun: bool = False) -> None:
-    """Raise UsageError for an override that names no group, option or key, with the nearest that exists."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise UsageError(f"cannot read the override: {first_line(error)} ({_as_one_text(overrides)})") from error
-    groups = config_groups()
-    chosen: list[str] = []
-    for override in parsed:
-        name = override.key_or_group
-        if name in groups and override.is_add() and not override.is_force_add():
-            raise UsageError(f"{override.input_line}: {name} is chosen already, drop the +")
-        if name in groups and not override.is_delete():
-            for option in _options(override):
-                _check_option(name, option, groups[name])
-            chosen.append(_one_value(override))
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        base = _compose(config_name, chosen)
-        for override in parsed:
-            if override.key_or_group not in groups:
-                _check_key(override, base, groups)
-            elif override.is_delete() and override.key_or_group in base and override.key_or_group not in OPTIONAL:
-                raise UsageError(
-                    f"~{override.key_or_group} leaves no {override.key_or_group}: choose one of "
-                    f"{', '.join(groups[override.key_or_group])}"
-                )
-            if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in parsed}:
-                raise UsageError(f"{override.input_line} has no values to go through: add hydra/sweeper=search")
-            if override.is_sweep_override() and not multirun:
-                name, _, value = str(override.input_line).partition("=")
-                whole = "" if name in groups else f", or type {format_override(name, value)} where it is one value"
-                raise UsageError(f"{override.input_line} is a sweep: add -m to run one job per value{whole}")
-        final = _compose(config_name, [_one_value(o) for o in parsed])
-    counted = {o.key_or_group: o for o in parsed}  # a resumed run repeats keys: the last one counts
-    names = {name for name, override in counted.items() if override.value() is not None}
-    if "sweep" in names and not multirun and "resume" not in names:  # a job of a sweep is resumed by itself
-        raise UsageError("sweep=... names the values of a sweep: add -m to run one job for each")
-    if {"validate_every", "trainer.val_check_interval"} <= names:
-        raise UsageError(
-            "validate_every and trainer.val_check_interval both say when to validate: give one of them "
-            "(trainer.val_check_interval=null takes that one back)"
-        )
-    if config_name == "evaluate":
-        given_names = {name for name in names if name.split("/")[0].split(".")[0] != "hydra"}
-        _check_evaluation(given_names - {"analytic", "seed", "run", "ckpt"}, bool(final.get("analytic")))
-    for override in parsed:
-        name = override.key_or_group
-        if name not in groups and not name.startswith("hydra") and not override.is_delete():
-            for value in _values(override):
-                _check_value(name, _raw(base, name), value)
-    for name in flatten(final):
-        parent, _, last = name.rpartition(".")
-        if OmegaConf.is_missing(OmegaConf.select(final, parent) if parent else final, last):
-            raise UsageError(f"{name} has no default: add {name}=...")
-
-
-def _check_evaluation(names: Set[str], analytic: bool) -> None:
-    """Raise UsageError for a setting that is given and that only the evaluation of a run, or of samplers, reads."""
-    of_samplers = {name for name in names if name.startswith("analytic")}
-    if analytic and (others := sorted(names - of_samplers)):
-        raise UsageError(f"{others[0]} is not read with analytic=...; leave it out, or give run=FOLDER instead")
-    if of_samplers and not analytic:
-        raise UsageError(f"{min(of_samplers)} is read with analytic=... alone; leave it out, or add analytic=mixture")
-
-
 def parsed(override: str) -> Override:
-    """Return what Hydra reads from one override. Raises HydraException if it cannot."""
+    """Return an override as Hydra parses it. Raises HydraException if it cannot."""
     return OverridesParser.create().parse_override(override)
 
 
 def key_of(override: str) -> str:
-    """Return the group or setting that an override is of."""
+    """Return the group or setting of an override."""
     try:
         return str(parsed(override).key_or_group)
-    except HydraException:  # which check_overrides will say
+    except HydraException:  # which `check_overrides` reports
         return override.lstrip("+~").partition("=")[0]
 
 
-def given(overrides: Sequence[str], name: str) -> str | None:
-    """Return the text that the last override of the setting `name` gives it; None if none does, or null.
+def last_value(overrides: Sequence[str], name: str) -> str | None:
+    """Return the value of the last override of the setting `name` as text; None if there is none, or it is null.
 
     Raises UsageError for an empty one.
     """
@@ -154,7 +87,7 @@ def given(overrides: Sequence[str], name: str) -> str | None:
             continue
         try:
             value = parsed(override)
-        except HydraException:  # which check_overrides will say
+        except HydraException:  # which `check_overrides` reports
             text = override.partition("=")[2]
             continue
         if value.is_delete() or value.is_sweep_override() or value.value() is None:
@@ -162,170 +95,198 @@ def given(overrides: Sequence[str], name: str) -> str | None:
             continue
         text = str(value.value())
         if not text.strip():
-            raise UsageError(f"{name}= is empty: give a value, or leave it out")
-        with suppress(OmegaConfBaseException):  # what only Hydra can look up stays as it is
+            raise UsageError(f"{name}= is empty; give a value, or leave it out")
+        with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
             text = str(OmegaConf.create({"value": text})["value"])
     return text
 
 
-def _as_one_text(overrides: Sequence[str]) -> str:
-    """How to type the first override that Hydra cannot read, if its value is one text."""
+def expand_home(overrides: Sequence[str]) -> list[str]:
+    """Replace `~` at the start of a path by the home folder: shells leave it alone after `data.root=`."""
+    home, expanded = str(Path.home()), []
     for override in overrides:
         name, _, value = override.partition("=")
-        try:
-            parsed(override)
-        except HydraException:
-            if value and re.fullmatch(r"[+~]*[\w./]+", name):
-                return f"if its value is one text, type {format_override(name, value)}"
-            break
-    return "overrides look like key=value"
+        if name.lstrip("+") in PATHS:
+            value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: m[1] + m[2] + home, value)
+            override = f"{name}={value}"
+        expanded.append(override)
+    return expanded
 
 
-def expand_grid(config_name: str, overrides: Sequence[str], group: str) -> list[str]:
-    """Several values of `group` and its settings are taken together, all combinations, as the list `<group>s`.
+def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
+    """Replace `group=null`, which Hydra takes only in a defaults list, by its option `none` or by `~group`."""
+    groups = config_groups(folders)
+    chosen: list[str] = []
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in groups and value in ("null", "none") and value not in groups[group]:
+            chosen = [each for each in chosen if key_of(each) != group]
+            override = f"{group}=none" if "none" in groups[group] else f"~{group}"
+        chosen.append(override)
+    return chosen
 
-    `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`; each is checked as if it
-    stood alone. Raises UsageError for values that do not end, such as intervals.
+
+def check_overrides(
+    config_name: str, overrides: Sequence[str], multirun: bool = False, added: Sequence[str] = ()
+) -> DictConfig:
+    """Return the configuration, with Hydra's own node, that the overrides compose; of a sweep that of its first job.
+
+    `added` are the folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra refuses and
+    values that no run can use.
+    """
+    groups = config_groups(folders := config_folders(added))
+    _check_spaces(overrides)
+    read = [_parse(config_name, word, groups) for word in overrides]
+    foreign = any("pkg://" in each for each in added)  # whose options cannot be listed here
+    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
+    for override in choices:
+        name, options = override.key_or_group, _options(override)
+        for option in options:
+            exists = option in groups[name] or any((f / name / f"{option}.yaml").is_file() for f in folders)
+            if not (exists or foreign):
+                raise UsageError(unknown_option(name, option, groups[name]))
+        if isinstance(override.value(), list) and len(options) > 1 and name not in MERGED_GROUPS:
+            raise UsageError(
+                f"{override.input_line} would merge several files into one {name}; to run one job for each type "
+                f"-m {name}={','.join(options)}"
+            )
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        base = compose(config_name, [_first_value(o) for o in choices], added, (), groups)
+        for override in read:
+            _check_sweep(override, read, multirun, groups)
+            if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
+                _check_key(override, base, groups)
+        final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
+    plain = OmegaConf.to_container(base, resolve=False)
+    for override in read:
+        name = override.key_or_group
+        if name not in groups and not name.startswith("hydra") and not override.is_delete():
+            for value in _values(override):
+                check_type(name, _select(plain, name), value)
+                check_value(name, value)
+    last = {override.key_or_group: override for override in read}
+    names = {name for name, override in last.items() if override.value() is not None}
+    if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
+        raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
+    task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
+    check_combinations(config_name, names, task)
+    for name in flatten(task):
+        parent, _, key = name.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(task, parent) if parent else task, key):
+            raise UsageError(f"{name} has no default; add {name}=...")
+    check_values(task)
+    return final
+
+
+def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: Sequence[str] = ()) -> list[str]:
+    """Turn several values of `group` and its settings into the list `<group>s` of all their combinations.
+
+    `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`; each combination is
+    checked by itself. Raises UsageError for values that cannot be listed, such as intervals.
     """
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException:  # which check_overrides will say
+        read = [parsed(override) for override in overrides]
+    except HydraException:  # which `check_overrides` reports
         return list(overrides)
-    own = [o for o in parsed if o.key_or_group.split(".")[0] == group]
+    own = [o for o in read if o.key_or_group.split(".")[0] == group]
     if not any(o.is_sweep_override() for o in own):
         return list(overrides)
-    rest = [str(o.input_line) for o in parsed if o not in own]
-    if any(o.key_or_group == f"{group}s" for o in parsed):
-        raise UsageError(f"{group}=... and {group}s=... say the same: give one of them")
+    rest = [str(o.input_line) for o in read if o not in own]
+    if any(o.key_or_group == f"{group}s" for o in read):
+        raise UsageError(f"{group}=... and {group}s=... exclude each other; leave one out")
     if wrong := [o for o in own if o.is_sweep_override() and not (o.is_choice_sweep() or o.is_range_sweep())]:
-        raise UsageError(f"{wrong[0].input_line} has no values to go through: give them one by one, as in 10,20,50")
+        raise UsageError(f"{wrong[0].input_line} is an interval; list its values, as in 10,20,50")
     values = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in own]
     names = [o.key_or_group for o in own]
     combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
     for combination in combinations:
-        check_overrides(config_name, [*rest, *(f"{name}={value}" for name, value in combination.items())])
+        check_overrides(config_name, [*rest, *(f"{name}={v}" for name, v in combination.items())], added=added)
     items = [",".join(f"{name.removeprefix(f'{group}.')}:{value}" for name, value in c.items()) for c in combinations]
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def config_groups() -> dict[str, list[str]]:
-    """Every config group of ours and its options, from the folders of conf/; Hydra's own are its affair."""
-    folders = {f.parent for f in CONF.rglob("*.yaml") if f.parent not in (CONF, *(CONF / "hydra").iterdir())}
-    return {str(d.relative_to(CONF)): sorted(f.stem for f in d.glob("[!_]*.yaml")) for d in sorted(folders)}
+def _check_spaces(words: Sequence[str]) -> None:
+    """Raise UsageError for an override that spaces around `=` split into several words."""
+    for k, word in enumerate(words):
+        after = next(iter(words[k + 1 :]), "")
+        before = words[k - 1] if k else ""
+        split = [word, after] if word.endswith("=") and word != "=" and after and "=" not in after else []
+        if word.startswith("=") and before:
+            split = [before, word, after] if word == "=" else [before, word]
+        if split:
+            raise UsageError(f"{' '.join(split)} has spaces around its '='; type {''.join(split)}")
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A question after the known word nearest to `word`, to end an error with; empty if none is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
+    """Return one override as Hydra parses it. Raises UsageError with the form to type if it cannot."""
+    name, equals, value = word.partition("=")
+    if not equals and not word.startswith("~"):
+        raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, word, groups)}")
+    try:
+        override = parsed(word)
+    except HydraException as error:
+        fix = "overrides look like key=value"
+        if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
+            fix = f"if its value is one text, type {format_override(name, value)}"
+        raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
+    if override.key_or_group in PATHS and not override.is_delete() and isinstance(override.value(), dict):
+        raise UsageError(f"{word} is a dictionary; for a path of that name type {format_override(name, value)}")
+    return override
 
 
-def _check_option(group: str, option: str, options: Sequence[str]) -> None:
-    if option not in options:
-        hint = nearest(option, options).replace("?", "? The")
-        raise UsageError(f"unknown {group} '{option}'{hint or ': the'} choices are {', '.join(options)}")
+def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str:
+    """Return the hint for a word without `=`."""
+    setting = {"train": "resume", "compare": "runs"}.get(config_name, "run")
+    if Path(word).exists() or "/" in word:
+        if word.endswith((".ckpt", ".safetensors")) and setting == "run":
+            setting = "ckpt"
+        return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
+    choices = [f"{group}={word}" for group, options in groups.items() if word in options]
+    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value"
+
+
+def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
+    """Raise UsageError for several values without -m, and for an interval without a sweeper that draws from it."""
+    if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in read}:
+        raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
+    if override.is_sweep_override() and not multirun:
+        name, _, value = str(override.input_line).partition("=")
+        as_text = "" if name in groups else f", or type {format_override(name, value)} if it is one value"
+        raise UsageError(f"{override.input_line} is a sweep; add -m to run one job per value{as_text}")
 
 
 def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
-    key = override.key_or_group
-    parts = key.split(".")
-    if parts[0].split("/")[0] == "hydra":
+    """Raise UsageError for a key that nothing reads; warn of an added key that may be misspelled."""
+    key, line = str(override.key_or_group), str(override.input_line)
+    if key == "run_dir":  # Hydra's own files must lie beside the checkpoints
+        folder = last_value([line], "run_dir") or "FOLDER"
+        raise UsageError(f"{line} is set by Hydra's run folder; type {format_override('hydra.run.dir', folder)}")
+    names = flatten(base)
+    if key in names or not (override.is_add() or override.is_force_add()):
         return
-    if key == "run_dir":  # without Hydra's own files beside its checkpoints a run cannot be opened
-        raise UsageError(
-            f"{override.input_line} follows from where Hydra puts a run: "
-            f"type {format_override('hydra.run.dir', given([str(override.input_line)], 'run_dir') or 'FOLDER')}"
-        )
-    node: Any = base
-    for depth, part in enumerate(parts):
-        if isinstance(node, DictConfig) and part in node.keys():  # keys() also names what is still to be given
-            node = node._get_node(part)
-            if isinstance(node, DictConfig) or depth == len(parts) - 1:
-                continue
-        # A `+` may give a third-party class an argument that its YAML does not list, or a free dictionary a key;
-        # the YAMLs of our own classes list every argument.
-        target = str(OmegaConf.select(node, "_target_", default="")) if isinstance(node, DictConfig) else "src."
-        adds = override.is_add() or override.is_force_add()
-        if adds and depth > 0 and not target.startswith("src."):
-            return
-        known = [*flatten(base), *groups]
-        local = [k for k in known if k.startswith(".".join(parts[:depth]) + ".")] if depth else known
-        hint = nearest(key, local) or nearest(key, known)
-        if not hint and isinstance(node, DictConfig) and depth:
-            hint = f": {'.'.join(parts[:depth])} has {', '.join(str(k) for k in node)}"
-        hint = hint or "; --cfg job prints all that there are"
-        raise UsageError(f"unknown setting '{key}' in {override.input_line}{hint}")
+    parent = key.rpartition(".")[0]
+    node = OmegaConf.select(base, parent) if parent in names else None
+    target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
+    hint = key_hint(key, override.get_value_element_as_str(), names, groups)
+    if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
+        raise UsageError(f"{line}: {target} has no argument '{key}'{hint or f'; it takes {_arguments(node)}'}")
+    if hint and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
+        warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
 
 
-def _check_value(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError if a value is of another type than the default's; a text or null as default says nothing.
-
-    Likewise for an empty text, which as a folder would be the current one, and for a number that is not finite.
-    """
-    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
-        return
-    if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
-        raise UsageError(f"{name}= is empty: give a value, or leave it out")
-    _check_finite(name, default, value)
-    for kind, fits, rule in (
-        (bool, bool, "true or false"),
-        (int, int, "a whole number"),
-        (float, (int, float), "a number"),
-        (list, list, "a list"),
-    ):
-        if isinstance(default, kind):
-            if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) else f", such as {default}"
-                raise UsageError(f"{name}={value} is of the wrong type: it must be {rule}{example}")
-            return
+def _arguments(node: DictConfig) -> str:
+    return ", ".join(str(key) for key in node if not str(key).startswith("_"))
 
 
-def _check_finite(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError for NaN, and for an infinity where the default is none, in numbers, lists and dictionaries."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            _check_finite(f"{name}.{key}", default.get(key) if isinstance(default, dict) else None, each)
-    elif isinstance(value, list):
-        for each in value:
-            _check_finite(name, next(iter(default), None) if isinstance(default, list) else None, each)
-    elif isinstance(value, float) and not math.isfinite(value):
-        endless = isinstance(default, float) and math.isinf(default)
-        if not (value > 0 and (endless or name in ALLOW_INFINITE)):
-            raise UsageError(f"{name}={value} must be a finite number")
-
-
-def check_repeated(overrides: Sequence[str]) -> None:
-    """Raise UsageError if two overrides are of one key, of which Hydra would take the last without a word."""
-    first: dict[str, str] = {}
-    for override in overrides:
-        key = re.split("[=]", override.lstrip("+~ "), maxsplit=1)[0].strip()
-        if key in first:
-            raise UsageError(f"{first[key]} and {override} both set {key}: leave one of them out")
-        first[key] = override
-
-
-def _raw(cfg: DictConfig, name: str) -> Any:
-    """The value at a dotted name, interpolations as they stand; None if there is none."""
-    value: Any = OmegaConf.to_container(cfg, resolve=False)
+def _select(plain: Any, name: str) -> Any:
+    """Return the value at a dotted name in nested plain values; None if there is none."""
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """The dotted names of all keys."""
-    names: list[str] = []
-    for key in cfg:
-        name = f"{prefix}{key!s}"
-        names.append(name)
-        child = cfg._get_node(key)
-        if isinstance(child, DictConfig):
-            names += flatten(child, f"{name}.")
-    return names
+        plain = plain.get(part) if isinstance(plain, dict) else None
+    return plain
 
 
 def _options(override: Override) -> list[str]:
-    """The option or options that an override of a group names, one by one."""
+    """Return the options that an override of a group names."""
     if override.is_sweep_override():
         values = [str(v) for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
     else:
@@ -333,8 +294,8 @@ def _options(override: Override) -> list[str]:
     return [part.strip().strip("'\"") for v in values for part in v.strip("[]").split(",") if part.strip()]
 
 
-def _one_value(override: Override) -> str:
-    """The override itself, or with the first of its values if it is a sweep."""
+def _first_value(override: Override) -> str:
+    """Return the override, or of a sweep the override with its first value."""
     if not override.is_sweep_override():
         return str(override.input_line)
     prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
@@ -344,37 +305,10 @@ def _one_value(override: Override) -> str:
 
 
 def _values(override: Override) -> list[Any]:
-    """Return the value of an override, or those of a sweep; of a range or an interval its ends."""
+    """Return the value of an override, or the values of a sweep; of a range or an interval its ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [value.start, value.end]
     if isinstance(value, RangeSweep):
         return [value.start]
     return list(override.sweep_iterator(Override._convert_value)) if override.is_sweep_override() else [value]
-
-
-def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    try:
-        return hydra.compose(config_name, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        line = first_line(error)
-        if match := re.match(r"In '(.+)': Could not override '(.+)'\.", line):
-            what = match[1].replace("/_", "=").replace("/", "=")
-            line = f"{what} is not for src.{config_name}, which has no {match[2]}: choose another {what.split('=')[0]}"
-        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", line):
-            line = _missing_plugin(match[1], match[2])
-        elif match := re.search(r"An item is already at '(.+)'", line):
-            line = f"+{match[1]}=... adds what is there already: leave out the +"
-        elif "Could not override 'hydra." in line:
-            line += " Settings of a launcher or sweeper need it chosen; --cfg hydra prints all that there are"
-        raise UsageError(line) from error
-
-
-def _missing_plugin(group: str, name: str) -> str:
-    """What to say if a launcher or sweeper of that name is not there."""
-    if name in PLUGINS:
-        extra = name.split("_")[0]
-        return f"{group}: {name} comes with the extra {extra}, which is not installed: pip install -e '.[{extra}]'"
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
-    hint = nearest(name, known).replace("?", "? The")
-    return f"unknown {group} '{name}'{hint or ': the'} choices are {', '.join(known)}"

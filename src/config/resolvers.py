@@ -13,12 +13,6 @@ from src.config import sweeps
 from src.distributed.ranks import fresh_folder
 
 
-def level_size(image_size: int, level: int) -> int:
-    """The resolution of level `level` of a U-Net, 0 being the image's own."""
-    size: int = -(-image_size // 2**level)
-    return size
-
-
 def length(items: Sequence[object] | None) -> int:
     """How many there are; 0 before it is known which."""
     return len(items or ())
@@ -67,7 +61,6 @@ def _overrides(file: Path) -> list[str]:
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
 OmegaConf.register_new_resolver("gpus_per_job", lambda: min(1, len(sweeps.gpus())), replace=True)
 OmegaConf.register_new_resolver("length", length, replace=True)
-OmegaConf.register_new_resolver("level_size", level_size, replace=True)
 OmegaConf.register_new_resolver("parallel_jobs", sweeps.parallel_jobs, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)

@@ -4,20 +4,15 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import given, key_of
+from src.config.overrides import key_of, last_value
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted
-
-if TYPE_CHECKING:
-    pass
-
 
 PATH_KEYS = ("data.root", "data.path", "data.source.labels")
 """Settings that name files which are read, never written."""
@@ -35,7 +30,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
 
     `resume=auto` is the unfinished run that was started with just what is typed, and nothing if there is none.
     """
-    folder = given(overrides, "resume")
+    folder = last_value(overrides, "resume")
     if folder is None:
         return overrides
     if folder == "auto":
@@ -47,12 +42,12 @@ def expand_resume(overrides: list[str]) -> list[str]:
         hint = newest_run("resume", Path(folder)) or ": give a folder that holds .hydra and checkpoints"
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
-    if given(overrides, "trust") != "True":
+    if last_value(overrides, "trust") != "True":
         check_saved(Path(folder), before)
-    named = given(overrides, "hydra.run.dir")
+    named = last_value(overrides, "hydra.run.dir")
     if named is not None and Path(named).resolve() != Path(folder).resolve():
         raise UsageError(
-            f"{format_override('hydra.run.dir', named)} is another folder than that of the resumed run, {folder}: leave it out"
+            f"{format_override('hydra.run.dir', named)} is not the folder of the resumed run, {folder}; leave it out"
         )
     now = [o for o in overrides if key_of(o) != "hydra.run.dir"]
     return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
@@ -63,11 +58,11 @@ def expand_sweep(overrides: list[str]) -> list[str]:
 
     Its jobs then look for themselves which of them are finished, begun or still to do (`checkpoints.resume_job`).
     """
-    if (folder := given(overrides, "resume")) is None:
+    if (folder := last_value(overrides, "resume")) is None:
         return overrides
     if folder != "auto":
         raise UsageError("a sweep goes on by resume=auto, with hydra.sweep.dir=... if it is not the newest of its kind")
-    if given(overrides, "hydra.sweep.dir") is not None:
+    if last_value(overrides, "hydra.sweep.dir") is not None:
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
         try:
@@ -91,7 +86,7 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
 
     None if it holds no checkpoint, so that there is nothing to go on from.
     """
-    named = given(overrides, "hydra.run.dir")
+    named = last_value(overrides, "hydra.run.dir")
     folders = [Path(named)] if named else sorted(Path("outputs/train").glob("*/"), reverse=True)
     for folder in folders:
         saved = folder / ".hydra" / "overrides.yaml"
@@ -164,7 +159,7 @@ def _quoted(folder: str) -> str:
 def check_writable(overrides: Sequence[str]) -> None:
     """Make the folder that is named for the run. Raises UsageError if it cannot be made."""
     for name in ("hydra.run.dir", "hydra.sweep.dir"):
-        folder = given(overrides, name)
+        folder = last_value(overrides, name)
         if any(key_of(o) == name and "\\${" in o for o in overrides):
             raise UsageError(f"{name}={folder} holds ${{, which Hydra would look up: choose another folder")
         if folder is not None and "${" not in folder:
@@ -172,8 +167,7 @@ def check_writable(overrides: Sequence[str]) -> None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UsageError(
-                    f"{format_override(name, folder)}: the folder cannot be made ({error.strerror}): choose one that can be "
-                    "written to"
+                    f"{format_override(name, folder)} cannot be created ({error.strerror}); choose a writable folder"
                 ) from error
 
 
@@ -183,10 +177,10 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     Hydra would write over what that one was told.
     """
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
-    folder = given(overrides, name)
-    if folder is None or given(overrides, "resume") is not None:
+    folder = last_value(overrides, name)
+    if folder is None or last_value(overrides, "resume") is not None:
         return
-    if multirun and given(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
+    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # its jobs lie elsewhere
         return
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):

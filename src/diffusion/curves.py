@@ -1,7 +1,8 @@
-"""Schedules in continuous time: curves u in [0, 1] -> (alpha, sigma), nearly clean at 0 and noise at 1.
+"""Continuous-time schedules: curves from u in [0, 1] to (alpha, sigma), nearly clean at 0 and noise at 1.
 
-Each takes u of any shape and precision and gives two tensors like it. What is given by its log-SNR lambda has
-alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda); the ends of lambda bound it (Kingma et al. 2021, VDM).
+Each maps u of any shape and dtype to two tensors like it. A curve defined by its log-SNR lambda has
+alpha^2 = sigmoid(lambda) and sigma^2 = sigmoid(-lambda), with lambda in [min_log_snr, max_log_snr] (Kingma et al. 2021,
+arXiv 2107.00630).
 """
 
 import math
@@ -16,7 +17,10 @@ from src.diffusion.noise import Curve
 
 
 def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> tuple[Tensor, Tensor]:
-    """lambda = -2 log tan(a u + b), a quarter circle cut to the given ends (Hoogeboom et al., 2301.11093, app. A)."""
+    """Return the cosine schedule lambda = -2 log tan(a u + b), with a and b such that lambda has the given ends.
+
+    Source: Hoogeboom et al. 2023 (arXiv 2301.11093), app. A.
+    """
     _check_ends(max_log_snr, min_log_snr)
     low, high = math.atan(math.exp(-max_log_snr / 2)), math.atan(math.exp(-min_log_snr / 2))
     angle = low + (high - low) * u
@@ -24,49 +28,60 @@ def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> 
 
 
 def linear(u: Tensor, max_log_snr: float = 10.0, min_log_snr: float = -10.0) -> tuple[Tensor, Tensor]:
-    """lambda linear in u: every octave of noise gets the same time."""
+    """Return the schedule with lambda linear in u: every octave of noise takes the same time."""
     _check_ends(max_log_snr, min_log_snr)
     return variance_preserving(max_log_snr + (min_log_snr - max_log_snr) * u)
 
 
 def exploding(u: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0) -> tuple[Tensor, Tensor]:
-    """alpha = 1, sigma rising geometrically (Karras et al. 2022, EDM; the ends of tab. 1)."""
+    """Return the variance-exploding schedule: alpha = 1, log sigma linear in u.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), tab. 1 for the ends.
+    """
     if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}: EDM has 0.002 and 80")
+        raise ValueError(
+            f"schedule.curve.sigma_min={sigma_min} must be positive and below schedule.curve.sigma_max={sigma_max}; "
+            "EDM uses 0.002 and 80"
+        )
     sigma = torch.exp(math.log(sigma_min) + u * math.log(sigma_max / sigma_min))
     return torch.ones_like(u), sigma
 
 
 def rectified_flow(u: Tensor, start: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """alpha = 1 - u, sigma = u, straight from data to noise (Liu et al., 2209.03003; Lipman et al., 2210.02747).
+    """Return alpha = 1 - u, sigma = u, with u rescaled to [start, 1] to keep 1 / sigma finite.
 
-    Begins at sigma = `start`, where the targets that divide by sigma are still finite.
+    Source: Liu et al. 2022 (arXiv 2209.03003); Lipman et al. 2022 (arXiv 2210.02747).
     """
     if not 0 < start < 1:
-        raise ValueError(f"start must lie in (0, 1), got {start}: 1e-4 is usual (schedule.curve.start)")
+        raise ValueError(f"schedule.curve.start={start} must be in (0, 1); 1e-4 is usual")
     return (1 - start) * (1 - u), start + (1 - start) * u
 
 
 def shifted(curve: Curve, factor: float) -> Curve:
-    """Multiply alpha / sigma by `factor` everywhere, the SNR by factor^2 (Hoogeboom et al., 2301.11093).
+    """Multiply alpha / sigma by `factor` at every u, and so the SNR by factor^2.
 
-    What the curve keeps at 1 stays at 1: alpha^2 + sigma^2, alpha + sigma, or alpha. For `rectified_flow` it is SD3's
-    shift of time, t sqrt(m / n) / (1 + (sqrt(m / n) - 1) t) with sqrt(m / n) = 1 / factor (Esser et al., 2403.03206,
-    eq. 23). Raises ValueError for a curve that keeps none of these, and for a learned one.
+    Rescale such that the invariant of the curve still equals 1: alpha^2 + sigma^2, alpha + sigma, or alpha. For
+    `rectified_flow` this is the timestep shift of Stable Diffusion 3, t sqrt(m / n) / (1 + (sqrt(m / n) - 1) t) with
+    sqrt(m / n) = 1 / factor.
+
+    Raises:
+        ValueError: If the curve is learned or has none of these invariants.
+
+    Source: Hoogeboom et al. 2023 (arXiv 2301.11093); Esser et al. 2024 (arXiv 2403.03206), eq. 23.
     """
     if not 0 < factor < math.inf:
-        raise ValueError(f"snr_shift must be positive, got {factor}: 64 / image size is usual, 1 changes nothing")
+        raise ValueError(f"snr_shift={factor} must be positive; 64 / image size is usual, 1 has no effect")
     if isinstance(curve, nn.Module):
         raise ValueError(
-            f"snr_shift={factor:g} moves a curve that stays as it is, and this one learns its shape between its ends: "
+            f"snr_shift={factor:g} does not apply to a learned schedule; "
             "add 2 log(snr_shift) to schedule.curve.max_log_snr and schedule.curve.min_log_snr"
         )
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
     norm = next((n for n in (torch.hypot, torch.add, _alpha) if torch.allclose(n(*curve(u)), torch.ones_like(u))), None)
     if norm is None:
         raise ValueError(
-            f"snr_shift={factor:g} needs a curve on which alpha^2 + sigma^2, alpha + sigma or alpha is 1: "
-            "set snr_shift=1 and shift schedule.curve itself"
+            f"snr_shift={factor:g} needs a schedule.curve with alpha^2 + sigma^2, alpha + sigma or alpha equal to 1; "
+            "set snr_shift=1 and shift the curve itself"
         )
     return partial(_shift, curve=curve, factor=factor, norm=norm)
 
@@ -83,24 +98,26 @@ def _alpha(alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Learned(nn.Module):
-    """lambda falls from `max_log_snr` to `min_log_snr` along a monotone network (VDM, 2107.00630, app. H).
+    """A learned schedule: lambda decreases from `max_log_snr` to `min_log_snr` along a monotone network.
 
-    The network is a linear term plus a layer of `width` sigmoids, all with positive weights, scaled so that the ends
-    stay where they are. It starts out nearly linear; see `DiffusionModule` for how it is trained.
+    The network is a linear term plus `width` sigmoids, all with positive weights, rescaled to keep the ends. It is
+    nearly linear at initialization. `DiffusionModule` trains it to minimize the variance of the bound.
+
+    Source: Kingma et al. 2021 (arXiv 2107.00630), app. H.
     """
 
     def __init__(self, max_log_snr: float = 10.0, min_log_snr: float = -10.0, width: int = 256) -> None:
         super().__init__()
         _check_ends(max_log_snr, min_log_snr)
         self.max_log_snr, self.min_log_snr = max_log_snr, min_log_snr
-        # softplus(-7) is about 0.001 a sigmoid; the line weighs 1.
+        # softplus(-7), about 0.001, weighs each sigmoid; softplus(log(e - 1)) = 1 weighs the linear term.
         self.line = nn.Parameter(torch.tensor(math.log(math.e - 1)))
         self.heights = nn.Parameter(torch.full((width,), -7.0))
         self.centers = nn.Parameter(torch.linspace(0, 1, width))
         self.slopes = nn.Parameter(torch.full((width,), 10.0))
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        # At least float32, in whatever precision the weights are: neighbouring levels differ by little.
+        # At least float32, whatever the dtype of the weights, since neighboring levels differ by little.
         x = u.to(self.line.device, torch.promote_types(self.line.dtype, torch.float32))
         start, stop = self._rise(x.new_zeros(())), self._rise(x.new_ones(()))
         fraction = (self._rise(x) - start) / (stop - start)
@@ -108,19 +125,19 @@ class Learned(nn.Module):
         return variance_preserving(log_snr.to(u))
 
     def _rise(self, x: Tensor) -> Tensor:
-        """A rising function of x (...)."""
+        """Return an increasing function of x (...)."""
         steps = torch.sigmoid(F.softplus(self.slopes) * (x[..., None] - self.centers))
         return F.softplus(self.line) * x + (F.softplus(self.heights) * steps).sum(-1)
 
 
 def variance_preserving(log_snr: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) with alpha^2 + sigma^2 = 1 at these log-SNRs."""
+    """Return the (alpha, sigma) with alpha^2 + sigma^2 = 1 and the given log-SNR."""
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
 
 def _check_ends(max_log_snr: float, min_log_snr: float) -> None:
     if not max_log_snr > min_log_snr:
         raise ValueError(
-            f"needs max_log_snr > min_log_snr, got {max_log_snr} and {min_log_snr}: 15 and -15 are usual "
-            "(schedule.curve)"
+            f"schedule.curve.max_log_snr={max_log_snr} must exceed schedule.curve.min_log_snr={min_log_snr}; "
+            "15 and -15 are usual"
         )

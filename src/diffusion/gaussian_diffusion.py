@@ -1,9 +1,13 @@
-"""The Gaussian diffusion process between any two noise levels: forward, posterior, reverse.
+"""The Gaussian diffusion process between any two noise levels: forward, posterior and reverse distributions.
 
-With r = SNR_t / SNR_s <= 1 for a level t noisier than s, everything about the pair follows from alpha, sigma
-and r (Kingma et al. 2021, App. A, rewritten): q(x_t | x_s) has mean (alpha_t / alpha_s) x_s and variance
-sigma_t^2 (1 - r); q(x_s | x_t, x_0) has mean sqrt(r) (sigma_s / sigma_t) x_t + alpha_s (1 - r) x_0 and variance
-sigma_s^2 (1 - r). Clean data (sigma_s = 0, r = 0) and pure noise (alpha_t = 0, r = 0) need no special case.
+For a level t noisier than s, let r = SNR_t / SNR_s <= 1. Then
+
+    q(x_t | x_s)      has mean (alpha_t / alpha_s) x_s                              and variance sigma_t^2 (1 - r),
+    q(x_s | x_t, x_0) has mean sqrt(r) (sigma_s / sigma_t) x_t + alpha_s (1 - r) x_0 and variance sigma_s^2 (1 - r).
+
+Clean data (sigma_s = 0, r = 0) and pure noise (alpha_t = 0, r = 0) need no special case.
+
+Source: Kingma et al. 2021 (arXiv 2107.00630), app. A, rewritten.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -16,16 +20,16 @@ from src.diffusion.noise import NoiseLevel
 Target = Literal["eps", "x0", "v", "edm", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
 
-# Below this an SNR counts as zero; weights relative to it stay finite in float32.
+# SNRs below this count as zero; weights that divide by it are finite in float32.
 TINY_SNR = 1e-20
-# Below this a variance counts as zero.
+# Variances below this count as zero.
 TINY_VARIANCE = 1e-36
 
 
 class Prediction(NamedTuple):
-    """What a network's output means: the clean data and the noise that it saw in x_t, each (B, *data).
+    """The predicted clean data and noise, each (B, *data), with x_t = alpha x0 + sigma eps.
 
-    `mix` (B, *data) is what it says of the reverse step's variance, if that is learned.
+    `mix` (B, *data) is the output for the variance of the reverse step, or None if the variance is fixed.
     """
 
     x0: Tensor
@@ -41,14 +45,19 @@ class Gaussian(NamedTuple):
 
 
 class GaussianDiffusion(nn.Module):
-    """Formulas over data (B, *data) of any rank; t and s are `NoiseLevel`s, s the cleaner one.
+    """Formulas for data (B, *data) of any rank between a `NoiseLevel` t and a cleaner one s.
 
-    `prediction` is what the network puts out: eps, x0, v, EDM's preconditioned output for data of deviation
-    `sigma_data`, or the flow's velocity. `variance` is that of the reverse step. `clip_x0` bounds the predicted |x_0|
-    (None: no bound); with `dynamic_threshold`, a quantile in (0, 1), only to scale down what exceeds it (Saharia et al.
-    2022, Imagen, sec. 2.3). Where s is clean data, and the posterior's variance 0, the reverse step's is the
-    schedule's `decoder_scale` times (sigma_t / alpha_t)^2. `num_values` is the number of values that the data can take,
-    evenly over [-1, 1]; None if they are continuous.
+    - `prediction`: the target of the network: eps, x0, v, edm (the preconditioned output of EDM for data with standard
+      deviation `sigma_data`) or velocity (of the flow).
+    - `variance`: the variance of the reverse step, see `reverse`.
+    - `clip_x0`: bound on the predicted |x_0|, or None. With `dynamic_threshold`, a quantile in (0, 1), samples that
+      exceed it are scaled down instead of clamped (Saharia et al. 2022, arXiv 2205.11487, sec. 2.3).
+    - `decoder_scale`: variance of the last reverse step, to clean data, in units of (sigma_t / alpha_t)^2. The schedule
+      defines it.
+    - `num_values`: number of values of the data, evenly spaced over [-1, 1], or None for continuous data.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -63,18 +72,20 @@ class GaussianDiffusion(nn.Module):
     ) -> None:
         super().__init__()
         if prediction not in get_args(Target):
-            raise ValueError(f"unknown prediction {prediction!r}: diffusion.prediction is one of {get_args(Target)}")
+            raise ValueError(f"diffusion.prediction={prediction} must be one of {', '.join(get_args(Target))}")
         if variance not in get_args(Variance):
-            raise ValueError(f"unknown variance {variance!r}: diffusion.variance is one of {get_args(Variance)}")
+            raise ValueError(f"diffusion.variance={variance} must be one of {', '.join(get_args(Variance))}")
         if clip_x0 is not None and clip_x0 <= 0:
-            raise ValueError(f"clip must be positive, got {clip_x0}: 1.0 for images in [-1, 1], null for no bound")
+            raise ValueError(
+                f"diffusion.clip_x0={clip_x0} must be positive; 1.0 for images in [-1, 1], null for no bound"
+            )
         if dynamic_threshold is not None and (clip_x0 is None or not 0 < dynamic_threshold < 1):
             raise ValueError(
-                f"dynamic_clip is a quantile in (0, 1) and needs clip, got {dynamic_threshold} and clip {clip_x0}: "
-                "diffusion.clip_x0=1.0 diffusion.dynamic_threshold=0.995 is usual"
+                f"diffusion.dynamic_threshold={dynamic_threshold} must be a quantile in (0, 1) and needs "
+                f"diffusion.clip_x0, got {clip_x0}; diffusion.clip_x0=1.0 diffusion.dynamic_threshold=0.995 is usual"
             )
         if sigma_data <= 0:
-            raise ValueError(f"sigma_data must be positive, got {sigma_data}: 0.5 for images (diffusion.sigma_data)")
+            raise ValueError(f"diffusion.sigma_data={sigma_data} must be positive; 0.5 is usual for images")
         self.prediction: Target = prediction
         self.variance: Variance = variance
         self.clip_x0 = clip_x0
@@ -83,40 +94,49 @@ class GaussianDiffusion(nn.Module):
         self.decoder_scale = decoder_scale
         self.num_values = num_values
         self.outputs = 2 if variance in ("learned_range", "learned") else 1
-        """How many numbers the network gives for each of the data's."""
+        """Output channels of the network per data channel: 2 if the variance is learned, else 1."""
 
     def step(self, x_s: Tensor, s: NoiseLevel, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_s): one link of the chain (DDPM eq. 2), or a longer one. (B, *data)."""
+        """Draw x_t ~ q(x_t | x_s), (B, *data), for any stride.
+
+        Source: Ho et al. 2020, eq. 2, for neighbors.
+        """
         return t.alpha / s.alpha * x_s + t.sigma * (1 - snr_ratio(t, s)).sqrt() * eps
 
     def add_noise(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0), the whole chain at once (DDPM eq. 4). (B, *data)."""
+        """Draw x_t ~ q(x_t | x_0), (B, *data).
+
+        Source: Ho et al. 2020, eq. 4.
+        """
         return t.alpha * x0 + t.sigma * eps
 
     def scale_input(self, x_t: Tensor, t: NoiseLevel) -> Tensor:
-        """x_t as the network wants it: of unit variance for EDM's preconditioning (tab. 1, c_in), else as it is."""
-        return x_t / self._deviation(t) if self.prediction == "edm" else x_t
+        """Return the network input for x_t: c_in x_t for prediction edm, which has unit variance, else x_t.
+
+        Source: Karras et al. 2022, tab. 1.
+        """
+        return x_t / self._std(t) if self.prediction == "edm" else x_t
 
     def target(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """What the network should put out for x_t = alpha x_0 + sigma eps. (B, *data)."""
+        """Return the regression target of the network at x_t = alpha x_0 + sigma eps, (B, *data)."""
         match self.prediction:
             case "eps":
                 return eps
             case "x0":
                 return x0
-            case "v":  # Salimans & Ho 2022, App. D
+            case "v":  # Salimans & Ho 2022 (arXiv 2202.00512), app. D
                 return t.alpha * eps - t.sigma * x0
             case "edm":  # Karras et al. 2022, eq. 8, for any alpha
                 d = self.sigma_data
-                return (t.sigma / d * x0 - t.alpha * d * eps) / self._deviation(t)
-            case "velocity":  # Liu et al. 2022, eq. 1, from data to noise
+                return (t.sigma / d * x0 - t.alpha * d * eps) / self._std(t)
+            case "velocity":  # Liu et al. 2022 (arXiv 2209.03003), eq. 1, from data to noise
                 return eps - x0
 
     def interpret(self, out: Tensor, x_t: Tensor, t: NoiseLevel, *, clipped: bool = True) -> Prediction:
-        """The inverse of `target`: the network's output (B, outputs * C, *rest) at x_t as x_0, eps and mix.
+        """Convert the network output at x_t, (B, outputs * C, *rest), to x_0, eps and mix: the inverse of `target`.
 
-        If x_0 is clipped, eps is derived again from it, so that x_t = alpha x_0 + sigma eps still holds. `vlb`
-        asks for it not `clipped`, since what is beyond the bound would learn nothing.
+        If x_0 is clipped, eps is derived from the clipped value, so that x_t = alpha x_0 + sigma eps holds. `vlb` uses
+        clipped=False, since clipped values have no gradient.
         """
         mix = None
         if self.outputs == 2:
@@ -130,20 +150,20 @@ class GaussianDiffusion(nn.Module):
                 norm = t.alpha.square() + t.sigma.square()
                 x0, eps = (t.alpha * x_t - t.sigma * out) / norm, (t.sigma * x_t + t.alpha * out) / norm
             case "edm":
-                d, std = self.sigma_data, self._deviation(t)
+                d, std = self.sigma_data, self._std(t)
                 x0 = (t.alpha * d**2 / std * x_t + t.sigma * d * out) / std
                 eps = (t.sigma / std * x_t - t.alpha * d * out) / std
             case "velocity":
                 x0, eps = (x_t - t.sigma * out) / (t.alpha + t.sigma), (x_t + t.alpha * out) / (t.alpha + t.sigma)
         if clipped and self.clip_x0 is not None:
-            x0 = self._clipped(x0, self.clip_x0)
+            x0 = self._clip(x0, self.clip_x0)
             eps = (x_t - t.alpha * x0) / t.sigma
         return Prediction(x0, eps, mix)
 
     def target_gain(self, t: NoiseLevel) -> Tensor:
-        """|d target / d x_0|^2 at fixed x_t: squared error of the target = gain * squared error of x_0.
+        """Return |d target / d x_0|^2 at fixed x_t, in the shape of the level and positive even at zero SNR.
 
-        In the level's shape, and positive also at zero SNR.
+        The squared error of the target is this factor times the squared error of x_0.
         """
         match self.prediction:
             case "eps":
@@ -153,63 +173,65 @@ class GaussianDiffusion(nn.Module):
             case "v":
                 return ((t.alpha.square() + t.sigma.square()) / t.sigma).square()
             case "edm":  # 1 / c_out^2
-                return (self._deviation(t) / (t.sigma * self.sigma_data)).square()
+                return (self._std(t) / (t.sigma * self.sigma_data)).square()
             case "velocity":
                 return ((t.alpha + t.sigma) / t.sigma).square()
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
-        """q(x_s | x_t, x_0) for s cleaner than t (Kingma et al. 2021, App. A; DDPM eq. 6-7 for neighbours).
+        """Return q(x_s | x_t, x_0) for s cleaner than t. For clean s, return the variance of the decoder instead of 0.
 
-        For clean s the variance is 0, and what is given is the logarithm of the decoder's.
+        Source: Kingma et al. 2021 (arXiv 2107.00630), app. A; for neighbors Ho et al. 2020, eq. 6-7.
         """
-        root = _root_snr_ratio(t, s)
-        r = root.square()
-        mean = root * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
+        sqrt_r = _sqrt_snr_ratio(t, s)
+        r = sqrt_r.square()
+        mean = sqrt_r * (s.sigma / t.sigma) * x_t + s.alpha * (1 - r) * x0
         return Gaussian(mean, self._log_variance(s.sigma.square() * (1 - r), t, s))
 
     def reverse(self, pred: Prediction, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
-        """p(x_s | x_t), the model's reverse step: the posterior at the predicted x_0, with the chosen variance.
+        """Return p(x_s | x_t), the reverse step: the posterior at the predicted x_0 with the variance `variance`.
 
-        fixed_small and fixed_large are the optimal ones for data that are a point and a unit Gaussian (DDPM sec. 3.2):
-        the posterior's own variance, and q(x_t | x_s)'s, brought from the scale of t to that of s (beta_t for
-        neighbours in a table). learned_range interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15), mix in
-        [-1, 1] from the first to the second, which for clean s nearly coincide in continuous time; learned is the
-        first times exp(mix), free of bounds, and meaningful for any stride.
+        - fixed_small: the variance of the posterior, optimal for data that are one point.
+        - fixed_large: the variance of q(x_t | x_s), rescaled from t to s (beta_t for neighbors), optimal for data from
+          a unit Gaussian.
+        - learned_range: interpolates between their logarithms, from the first at mix = -1 to the second at mix = 1.
+        - learned: fixed_small times exp(mix), unbounded and valid for any stride.
+
+        Source: Ho et al. 2020, sec. 3.2; Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 15.
         """
-        mean, small = self.posterior(pred.x0, x_t, t, s)
+        mean, log_small = self.posterior(pred.x0, x_t, t, s)
         large = (t.sigma * s.norm / t.norm).square() * (1 - snr_ratio(t, s))
         match self.variance:
             case "fixed_small":
-                return Gaussian(mean, small)
+                return Gaussian(mean, log_small)
             case "fixed_large":
                 return Gaussian(mean, self._log_variance(large, t, s))
         assert pred.mix is not None
         if self.variance == "learned":
-            return Gaussian(mean, small + pred.mix)
-        return Gaussian(mean, small + (pred.mix + 1) / 2 * (large.clamp(min=TINY_VARIANCE).log() - small))
+            return Gaussian(mean, log_small + pred.mix)
+        return Gaussian(mean, log_small + (pred.mix + 1) / 2 * (large.clamp(min=TINY_VARIANCE).log() - log_small))
 
-    def _deviation(self, t: NoiseLevel) -> Tensor:
-        """The deviation of x_t for data of deviation `sigma_data`."""
+    def _std(self, t: NoiseLevel) -> Tensor:
+        """Return the standard deviation of x_t for data with standard deviation `sigma_data`."""
         return torch.hypot(t.alpha * self.sigma_data, t.sigma)
 
-    def _clipped(self, x0: Tensor, clip_x0: float) -> Tensor:
+    def _clip(self, x0: Tensor, clip_x0: float) -> Tensor:
         if self.dynamic_threshold is None:
             return x0.clamp(-clip_x0, clip_x0)
-        largest = torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=clip_x0)
-        largest = largest.view(-1, *[1] * (x0.ndim - 1))
-        return x0.clamp(-largest, largest) * (clip_x0 / largest)
+        limit = torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=clip_x0)
+        limit = limit.view(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-limit, limit) * (clip_x0 / limit)
 
     def _log_variance(self, variance: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
         variance = torch.where(s.sigma > 0, variance, self.decoder_scale * t.ratio.square())
-        # Clamped, since the derivative of log 0 would be NaN also where it is not chosen.
+        # Without the clamp, the gradient of log 0 is NaN even where torch.where does not select it.
         return variance.clamp(min=TINY_VARIANCE).log()
 
 
 def snr_ratio(t: NoiseLevel, s: NoiseLevel) -> Tensor:
-    """r = SNR_t / SNR_s in [0, 1], for t noisier than s; 0 if s is clean data or t pure noise."""
-    return _root_snr_ratio(t, s).square().clamp(max=1)
+    """Return r = SNR_t / SNR_s in [0, 1] for t noisier than s; 0 if s is clean data or t is pure noise."""
+    return _sqrt_snr_ratio(t, s).square().clamp(max=1)
 
 
-def _root_snr_ratio(t: NoiseLevel, s: NoiseLevel) -> Tensor:
-    # Two levels of pure noise are the same.
+def _sqrt_snr_ratio(t: NoiseLevel, s: NoiseLevel) -> Tensor:
+    # Two levels of pure noise are equal: r = 1.
     return torch.where(s.alpha > 0, t.alpha * s.sigma / (s.alpha * t.sigma), 1.0)

@@ -1,4 +1,4 @@
-"""Guidance: samples that show more of what was asked for, by leading away from a network that asks for less."""
+"""Classifier-free guidance and autoguidance: extrapolate from a reference output to the conditional one."""
 
 import math
 from collections.abc import Callable
@@ -11,37 +11,36 @@ from src.diffusion.losses import Denoise
 from src.diffusion.noise import NoiseLevel
 
 Conditional = Callable[[Tensor, NoiseLevel, Tensor | None], Tensor]
-"""(x_t (B, *data), level, conditions (B, ...) or None) -> a network's raw output (B, outputs * C, *rest)."""
+"""(x_t (B, *data), level, conditions (B, ...) or None) -> raw output of the network (B, outputs * C, *rest)."""
 
 
 class Guidance(NamedTuple):
-    """How samples are guided. Scale 1 is the conditional model itself, 0 the reference; above 1 leads away from it."""
+    """Settings of guidance: reference + scale * (conditional - reference), so that scale 1 is no guidance."""
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
-    """Of sigma / alpha, without its lower end, where guidance acts (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
+    """Range (low, high] of sigma / alpha in which guidance acts (Kynkäänniemi et al. 2024, arXiv 2404.07724)."""
     rescale: float = 0.0
-    """The share in which the output's deviation is brought back to the conditional one's (Lin et al. 2024, arXiv
-    2305.08891, sec. 3.4)."""
+    """Fraction of the guided output that is rescaled to the standard deviation of the conditional one (Lin et al. 2023,
+    arXiv 2305.08891, sec. 3.4)."""
     model: Conditional | None = None
-    """The reference: a weaker model, asked for the same (Karras et al. 2024, arXiv 2406.02507); None for the model
-    itself with nothing asked for (Ho & Salimans 2022, arXiv 2207.12598)."""
+    """The reference: a weaker model with the same condition (autoguidance, Karras et al. 2024, arXiv 2406.02507), or
+    None for the model without a condition (classifier-free guidance, Ho & Salimans 2022, arXiv 2207.12598)."""
 
     def check(self) -> None:
-        """Raise ValueError for what is no guidance."""
+        """Raise ValueError if a setting is out of range."""
         low, high = self.interval
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"guidance.scale must be at least 0, got {self.scale}: 1 is no guidance, 2 to 5 are usual")
+            raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 is no guidance, 2 to 5 are usual")
         if not 0 <= low < high:
             raise ValueError(
-                f"guidance.interval must be two rising levels of noise sigma / alpha, got [{low}, {high}]: [0.2, 5] "
-                "leaves out the cleanest and the noisiest"
+                f"guidance.interval=[{low},{high}] must be two increasing values of sigma / alpha; [0.2,5] is usual"
             )
         if not 0 <= self.rescale <= 1:
-            raise ValueError(f"guidance.rescale must lie in [0, 1], got {self.rescale}: 0.7 is usual, 0 is none")
+            raise ValueError(f"guidance.rescale={self.rescale} must be in [0, 1]; 0.7 is usual, 0 has no effect")
 
     def acts(self, t: NoiseLevel) -> bool:
-        """Whether a level, a scalar one, lies within the interval."""
+        """Return whether the scalar level t is in the interval."""
         alpha = t.alpha.item()
         ratio = t.sigma.item() / alpha if alpha > 0 else math.inf
         return self.interval[0] < ratio <= self.interval[1]
@@ -50,38 +49,37 @@ class Guidance(NamedTuple):
 def guided(
     denoise: Conditional, cond: Tensor | None, null: Tensor | None, guidance: Guidance, channels: int
 ) -> Denoise:
-    """A network guided towards `cond` (B, ...), as one without conditions.
+    """Return the denoiser guided toward `cond` (B, ...).
 
-    With reference r and conditional output c it is r + scale (c - r), of the first `channels` channels: what else there
-    is, a learned variance, stays c's. Outputs of every prediction target are one affine function of eps at a given x_t,
-    so guiding them is guiding eps. `null` (1, ...) asks for nothing; with it and without a `model` the reference
-    costs no call of its own but twice the batch. Where scale is 1 or the interval does not reach, c is all that is
-    computed; where it is 0, r.
+    With reference r and conditional output c, it returns r + scale (c - r) for the first `channels` channels and c for
+    the rest, a learned variance. Every prediction target is an affine function of eps at fixed x_t, so guiding it is
+    guiding eps. `null` (1, ...) is the empty condition; without a `model`, the reference is computed in the same call
+    with a doubled batch. Only c is computed if scale is 1 or outside of the interval, and only r if scale is 0.
     """
     scale, model = guidance.scale, guidance.model
-    nothing = None if cond is None or null is None else null.expand_as(cond)
+    null_cond = None if cond is None or null is None else null.expand_as(cond)
 
     def reference(x: Tensor, t: NoiseLevel) -> Tensor:
-        return model(x, t, cond) if model else denoise(x, t, nothing)
+        return model(x, t, cond) if model else denoise(x, t, null_cond)
 
     def both(x: Tensor, t: NoiseLevel) -> tuple[Tensor, Tensor]:
-        if model or cond is None or nothing is None:
+        if model or cond is None or null_cond is None:
             return denoise(x, t, cond), reference(x, t)
-        asked, other = denoise(torch.cat([x, x]), t, torch.cat([cond, nothing])).chunk(2)
-        return asked, other
+        cond_out, ref_out = denoise(torch.cat([x, x]), t, torch.cat([cond, null_cond])).chunk(2)
+        return cond_out, ref_out
 
     def out(x: Tensor, t: NoiseLevel) -> Tensor:
         if scale == 1 or not guidance.acts(t):
             return denoise(x, t, cond)
         if scale == 0:
             return reference(x, t)
-        asked, other = both(x, t)
-        mean, ref = asked[:, :channels], other[:, :channels]
-        led = ref + scale * (mean - ref)
+        cond_out, ref_out = both(x, t)
+        mean, ref = cond_out[:, :channels], ref_out[:, :channels]
+        guided_mean = ref + scale * (mean - ref)
         if guidance.rescale:
-            axes = tuple(range(1, led.ndim))
-            ratio = mean.std(axes, keepdim=True) / led.std(axes, keepdim=True).clamp(min=1e-12)
-            led = led * (guidance.rescale * ratio + 1 - guidance.rescale)
-        return torch.cat([led, asked[:, channels:]], dim=1)
+            axes = tuple(range(1, guided_mean.ndim))
+            ratio = mean.std(axes, keepdim=True) / guided_mean.std(axes, keepdim=True).clamp(min=1e-12)
+            guided_mean = guided_mean * (guidance.rescale * ratio + 1 - guidance.rescale)
+        return torch.cat([guided_mean, cond_out[:, channels:]], dim=1)
 
     return out

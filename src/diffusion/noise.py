@@ -1,33 +1,34 @@
-"""Noise levels, the currency of every formula, and the two kinds of schedule that issue them.
+"""Noise levels, and the two kinds of schedules that define them.
 
-A schedule is a curve u in [0, 1] -> (alpha, sigma), from clean data to noise. `NoiseSchedule` runs through the rows
-of a table of betas and trains on these; `ContinuousSchedule` is given as functions and trains on all of it. Both
-cut the curve into `num_steps` links, and whoever asks gets levels, links or grids and need not know which it is.
+A schedule maps u in [0, 1] to (alpha, sigma), from clean data to noise. `NoiseSchedule` is a table of betas, and
+training uses its rows; `ContinuousSchedule` is a function, and training uses any u. Both divide [0, 1] into `num_steps`
+transitions and share the interface `Schedule`.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 Spacing = Literal["trailing", "leading", "linspace", "karras", "log_snr"]
 
-# EDM's noisiest level and the bend of its grid (Karras et al. 2022, tab. 1).
+# sigma_max and rho of EDM's time grid (Karras et al. 2022, tab. 1).
 MAX_RATIO = 80.0
 KARRAS_RHO = 7.0
 
 
 class DefaultSpacing(NamedTuple):
-    """The spacings of a sampler where none is chosen, by the kind of schedule, as measured in docs/results.md."""
+    """The default spacings of a sampler by the kind of schedule, as measured in docs/results.md."""
 
     table: Spacing
-    """On a table of betas."""
+    """For a table of betas."""
     curve: Spacing
-    """On a continuous schedule; one that ends in pure noise takes `trailing`, which alone starts there."""
+    """For a continuous schedule, unless it ends in pure noise: only `trailing` starts there."""
 
     def on(self, schedule: "Schedule") -> Spacing:
+        """Return the default spacing for `schedule`."""
         if isinstance(schedule, NoiseSchedule):
             return self.table
         return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
@@ -36,8 +37,8 @@ class DefaultSpacing(NamedTuple):
 class NoiseLevel(NamedTuple):
     """x = alpha x_0 + sigma eps. Fields are scalars, or (B, 1, ..., 1) to broadcast against data (B, *data).
 
-    `time` in [0, 1] is what a network sees: (t + 1) / T for row t of a table, 0 for clean data. Scalars are float64
-    on the CPU, which neither promote data nor wait for a device.
+    `time` in [0, 1] is the input of the network: (t + 1) / T for row t of a table, 0 for clean data. Scalars are
+    float64 on the CPU, which neither promote the dtype of data nor synchronize with a GPU.
     """
 
     alpha: Tensor
@@ -46,7 +47,7 @@ class NoiseLevel(NamedTuple):
 
     @property
     def snr(self) -> Tensor:
-        """alpha^2 / sigma^2, in the fields' shape; infinite for clean data."""
+        """alpha^2 / sigma^2, in the shape of the fields; infinite for clean data."""
         return (self.alpha / self.sigma).square()
 
     @property
@@ -56,12 +57,12 @@ class NoiseLevel(NamedTuple):
 
     @property
     def norm(self) -> Tensor:
-        """sqrt(alpha^2 + sigma^2): the deviation of noised data whose own deviation is 1."""
+        """sqrt(alpha^2 + sigma^2): the standard deviation of noised data of unit variance."""
         return torch.hypot(self.alpha, self.sigma)
 
 
 class Transition(NamedTuple):
-    """One of the `num_transitions` links of the chain, from level s to the noisier level t."""
+    """One of the `num_transitions` steps of the forward process, from level s to the noisier level t."""
 
     t: NoiseLevel
     s: NoiseLevel
@@ -69,10 +70,10 @@ class Transition(NamedTuple):
 
 
 class Schedule(Protocol):
-    """What a schedule issues.
+    """The interface of schedules.
 
-    `first` is the position of its cleanest level that is not clean data. `decoder_scale` is the variance of the
-    decoder p(x_0 | x_t) in units of (sigma / alpha)^2, that of x_0 given x_t alone.
+    `first` is the position u of the cleanest level besides clean data. `decoder_scale` is the variance of the decoder
+    p(x_0 | x_t) in units of (sigma / alpha)^2.
     """
 
     num_steps: int
@@ -80,68 +81,74 @@ class Schedule(Protocol):
     decoder_scale: float
 
     def row(self, t: int) -> NoiseLevel:
-        """The noisier end of link t in [0, num_steps - 1], or clean data for -1, as scalars."""
+        """Return the scalar level t in [0, num_steps - 1], the noisier end of transition t, or clean data for -1."""
         ...
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
-        """The chain's links on which v (B,) in [0, 1) falls, as (B, 1, ..., 1) against `like` (B, *data).
+        """Return the transitions that contain v (B,) in [0, 1), as (B, 1, ..., 1) to broadcast against `like`.
 
-        Link t, from row t to row t - 1, has the share [t / T, (t + 1) / T).
+        Transition t, between the levels t - 1 and t, contains [t / T, (t + 1) / T).
         """
         ...
 
     def level_at(self, v: Tensor, like: Tensor) -> NoiseLevel:
-        """The levels on which v (B,) in [0, 1) falls, as (B, 1, ..., 1): of a table the links' noisier ends."""
+        """Return the levels at v (B,) in [0, 1), as (B, 1, ..., 1); a table rounds up to its next row."""
         ...
 
     def at(self, u: Tensor) -> list[NoiseLevel]:
-        """Scalar levels at positions u (N,) float64 in [0, 1]."""
+        """Return the scalar levels at positions u (N,) float64 in [0, 1]."""
         ...
 
     def position(self, angle: Tensor) -> Tensor:
-        """The positions (N,) at which atan(sigma / alpha) takes these values (N,), float64."""
+        """Return the positions (N,) where atan(sigma / alpha) equals `angle` (N,), float64."""
         ...
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """The scalar level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
+        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
         ...
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
-        """-d log SNR / d time at the levels of these times, in their shape."""
+        """Return -d log SNR / d time at `time`, in its shape."""
         ...
 
 
-class Grid(tuple[NoiseLevel, ...]):
-    """The scalar levels that a sampler walks, noisiest first, clean data last, and the schedule they come from."""
+class TimeGrid(tuple[NoiseLevel, ...]):
+    """The scalar levels that a sampler visits, noisiest first, clean data last, and their schedule."""
 
     schedule: Schedule
 
-    def __new__(cls, levels: Iterable[NoiseLevel], schedule: Schedule) -> "Grid":
+    def __new__(cls, levels: Iterable[NoiseLevel], schedule: Schedule) -> "TimeGrid":
         grid = super().__new__(cls, levels)
         grid.schedule = schedule
         return grid
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """The level at which sigma / alpha is `ratio`, a finite scalar, also beyond the noisiest level."""
+        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
         return self.schedule.at_ratio(ratio.double())
 
 
 CLEAN = NoiseLevel(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
 
-def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> Grid:
-    """`steps` + 1 levels for a sampler, noisiest first, clean data last; any number of steps >= 1.
+def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing = "trailing") -> TimeGrid:
+    """Return `steps` + 1 levels for a sampler, noisiest first, clean data last.
 
-    The first three names are those of Lin et al. (2305.08891, tab. 2), for positions on the curve:
-    - trailing: from the noisiest down to clean in equal strides (never skips the noisiest row);
-    - leading: multiples of 1 / steps up from the first row, which do not reach the last one;
-    - linspace: from the last row to the first inclusive;
-    - karras: uniform in (sigma / alpha)^(1/7) (EDM, 2206.00364, eq. 5), and
-    - log_snr: uniform in log-SNR (Lu et al. 2022, DPM-Solver), both from 80, or from the noisiest level if that is
-      less, to the first row.
+    - trailing: u from 1 to 0 in equal strides;
+    - leading: u in multiples of 1 / steps up from `schedule.first`, which do not reach 1;
+    - linspace: u from 1 to `schedule.first` inclusive, in equal strides;
+    - karras: uniform in (sigma / alpha)^(1/7);
+    - log_snr: uniform in log-SNR.
+
+    The last two start at sigma / alpha = 80, or at the noisiest level if that is less, and end at `schedule.first`.
+
+    Raises:
+        ValueError: If steps < 1 or the spacing is unknown.
+
+    Source: Lin et al. 2023 (arXiv 2305.08891), tab. 2, for the first three; Karras et al. 2022 (arXiv 2206.00364),
+    eq. 5; Lu et al. 2022 (DPM-Solver, arXiv 2206.00927).
     """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step, got {steps}: raise sampler.steps")
+        raise ValueError(f"sampler.steps={steps} must be at least 1; 20 to 100 is usual")
     if isinstance(spacing, DefaultSpacing):
         spacing = spacing.on(schedule)
     count = torch.arange(steps, dtype=torch.float64)
@@ -149,9 +156,9 @@ def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing 
     first = schedule.first
     match spacing:
         case "trailing":
-            u = (steps - count) / steps  # exactly the rows' own positions where steps divides their number
+            u = (steps - count) / steps  # exactly the positions of rows if steps divides their number
         case "leading":
-            # More steps than rows would overshoot the noisiest.
+            # Limit the stride, so that more steps than rows do not exceed u = 1.
             u = first + min(1 / steps, (1 - first) / max(steps - 1, 1)) * (steps - 1 - count)
         case "linspace":
             u = 1 - (1 - first) * fraction
@@ -159,23 +166,26 @@ def make_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpacing 
             noisiest, cleanest = schedule.at(torch.tensor([1.0, first], dtype=torch.float64))
             high, low = min(noisiest.ratio.item(), MAX_RATIO), cleanest.ratio.item()
             if spacing == "karras":
-                bend = 1 / KARRAS_RHO
-                ratio = (high**bend + fraction * (low**bend - high**bend)).pow(KARRAS_RHO)
+                power = 1 / KARRAS_RHO
+                ratio = (high**power + fraction * (low**power - high**power)).pow(KARRAS_RHO)
             else:
                 ratio = torch.exp(math.log(high) + fraction * (math.log(low) - math.log(high)))
             u = schedule.position(ratio.atan()).clamp(first, 1)
         case _:
-            raise ValueError(
-                f"unknown spacing {spacing!r}: choose trailing, leading, linspace, karras or log_snr (sampler.spacing)"
-            )
-    return Grid([*schedule.at(u), CLEAN], schedule)
+            raise ValueError(f"sampler.spacing={spacing} must be one of {', '.join(get_args(Spacing))}")
+    return TimeGrid([*schedule.at(u), CLEAN], schedule)
 
 
 class NoiseSchedule(nn.Module):
-    """The T levels of a chain with betas (T,) in (0, 1], and clean data as last row, so that index -1 is x_0.
+    """The T levels of betas (T,) in (0, 1], and clean data as the last row, so that index -1 is x_0.
 
-    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) (Ho et al. 2020, eq. 4). Derived in float64; kept so on the
-    CPU, and in float32 in buffers that no checkpoint stores and no change of precision touches.
+    alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar). `rows` holds them in float64 on the CPU. Non-persistent
+    float32 buffers follow the device but not the dtype of the module.
+
+    Raises:
+        ValueError: If a beta is outside of (0, 1] or fewer than 2 are below 1.
+
+    Source: Ho et al. 2020, eq. 4.
     """
 
     alpha: Tensor
@@ -188,16 +198,17 @@ class NoiseSchedule(nn.Module):
         betas = betas.double()
         if not (betas.min() > 0 and betas.max() <= 1):
             raise ValueError(
-                f"betas must lie in (0, 1], got [{betas.min():.4g}, {betas.max():.4g}]: change the schedule's ends"
+                f"schedule: betas in [{betas.min():.4g}, {betas.max():.4g}] must be in (0, 1]; "
+                "change the arguments of the schedule"
             )
         self.num_steps = len(betas)
         self.first = 1 / self.num_steps
-        # The posterior's variance at t = 2 stands in for that at t = 1, which is 0 (Ho et al. 2020, sec. 3.2, as in
-        # their code): (1 - alpha_bar_1) / (1 - alpha_bar_2) beta_2.
+        # The posterior variance at t = 1 is 0; use that at t = 2, (1 - alpha_bar_1) / (1 - alpha_bar_2) beta_2, as in
+        # the code of Ho et al. 2020.
         b1, b2 = betas[0].item(), betas[min(1, len(betas) - 1)].item()
         self.decoder_scale = (1 - b1) * b2 / (b1 + b2 - b1 * b2)
         self.betas = betas
-        # log1p and expm1: 1 - alpha_bar, taken plainly, loses the digits of the first steps.
+        # log1p and expm1: the difference 1 - alpha_bar cancels in the first steps.
         log_alpha_bar = torch.log1p(-betas).cumsum(0)
         alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
         time = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
@@ -208,19 +219,19 @@ class NoiseSchedule(nn.Module):
         log_snr = 2 * (alpha.log() - sigma.log())
         finite = log_snr[log_snr.isfinite()]
         if len(finite) < 2:
-            raise ValueError(f"a table needs at least 2 betas below 1, got {len(finite)}: add steps to schedule.betas")
+            raise ValueError(f"schedule: {len(finite)} betas below 1 must be at least 2; add steps to schedule.betas")
         (rate,) = torch.gradient(-finite, spacing=1 / self.num_steps)
-        # Where log-SNR is infinite, at pure noise and clean data, the rate is that of the next row where it is not.
+        # At pure noise and clean data, where log-SNR is infinite, use the rate of the neighboring row.
         rate = torch.cat([rate, rate[-1:].expand(self.num_steps - len(rate)), rate[:1]])
         self.register_buffer("rate", rate.float(), persistent=False)
-        # Clean data first here, so that the position rises with the noise.
+        # Here clean data come first, so that the angle increases with the position.
         alpha, sigma = rows[0].roll(1), rows[1].roll(1)
         self._alpha, self._sigma, self._angle = alpha, sigma, torch.atan2(sigma, alpha)
-        # What the angle lacks of pi / 2: near pure noise its digits are those of alpha, which the angle rounds away.
-        self._rest = torch.atan2(alpha, sigma)
+        # pi / 2 - angle: near pure noise it keeps the digits of alpha, which the angle rounds off.
+        self._complement = torch.atan2(alpha, sigma)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseSchedule":
-        # The tables follow the network to its device, but not to a lower precision.
+        # Move the buffers to the device of the network, but keep float32.
         super()._apply(lambda table: table.to(fn(table).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -228,7 +239,7 @@ class NoiseSchedule(nn.Module):
         return NoiseLevel(*(table[t] for table in self.rows))
 
     def level(self, t: Tensor, like: Tensor) -> NoiseLevel:
-        """The levels of indices t (B,), integers in [-1, T - 1], as (B, 1, ..., 1) against `like` (B, *data)."""
+        """Return the levels of integers t (B,) in [-1, T - 1], as (B, 1, ..., 1) to broadcast against `like`."""
         return NoiseLevel(*(per_sample(table[t], like) for table in (self.alpha, self.sigma, self.time)))
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
@@ -239,47 +250,49 @@ class NoiseSchedule(nn.Module):
         return self.level((v * self.num_steps).long(), like)
 
     def at(self, u: Tensor) -> list[NoiseLevel]:
-        """The rows themselves at their positions; between them interpolated in the angle atan(sigma / alpha)."""
-        place = u * self.num_steps
-        row = place.round()
+        """Return rows at their positions; between rows, interpolate linearly in atan(sigma / alpha)."""
+        index = u * self.num_steps
+        row = index.round()
         is_row, row = row / self.num_steps == u, row.long()
-        below = place.floor().clamp(max=self.num_steps - 1).long()
-        angle, rest = (torch.lerp(x[below], x[below + 1], place - below) for x in (self._angle, self._rest))
-        alpha = torch.where(is_row, self._alpha[row], rest.sin())
+        below = index.floor().clamp(max=self.num_steps - 1).long()
+        angle, complement = (torch.lerp(x[below], x[below + 1], index - below) for x in (self._angle, self._complement))
+        alpha = torch.where(is_row, self._alpha[row], complement.sin())
         sigma = torch.where(is_row, self._sigma[row], angle.sin())
         return [NoiseLevel(*level) for level in zip(alpha, sigma, u, strict=True)]
 
     def position(self, angle: Tensor) -> Tensor:
         above = torch.searchsorted(self._angle, angle).clamp(1, self.num_steps)
         start, stop = self._angle[above - 1], self._angle[above]
-        # Rows near pure noise may share an angle.
+        # Rows near pure noise may have equal angles.
         fraction = torch.where(stop > start, (angle - start) / (stop - start), 1.0)
         return ((above - 1 + fraction) / self.num_steps).clamp(0, 1)
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Beyond the noisiest row the time stays 1."""
+        """Return the level where sigma / alpha equals `ratio`; its time is 1 beyond the noisiest row."""
         norm = torch.hypot(torch.ones_like(ratio), ratio)
         return NoiseLevel(1 / norm, ratio / norm, self.position(ratio.atan()[None])[0])
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
-        """Of rows, by the differences between their neighbors'."""
+        """Return -d log SNR / d time of rows by central differences."""
         return self.rate[(time * self.num_steps).round().long() - 1]
 
 
 Curve = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""u in [0, 1], of any shape and precision -> (alpha, sigma); see `curves`."""
+"""u in [0, 1], of any shape and dtype -> (alpha, sigma); see `src.diffusion.curves`."""
 
 
 class ContinuousSchedule(nn.Module):
-    """Levels anywhere on a curve (Kingma et al. 2021, VDM), its time being u; `num_steps` links for the bound.
+    """A curve of noise levels whose time is u, with `num_steps` transitions for the variational bound.
 
-    The curve's start is nearly clean; beyond it lies clean data, where the last link of every chain ends.
+    The curve starts nearly clean, at u = 0. The last transition, and the last step of a sampler, end at clean data.
+
+    Source: Kingma et al. 2021 (arXiv 2107.00630).
     """
 
     def __init__(self, curve: Curve, num_steps: int = 1000) -> None:
         super().__init__()
         if num_steps < 2:
-            raise ValueError(f"num_steps must be at least 2, got {num_steps}: 1000 is usual (schedule.num_steps)")
+            raise ValueError(f"schedule.num_steps={num_steps} must be at least 2; 1000 is usual")
         self.decoder_scale = 1.0
         self.curve = curve
         self.num_steps = num_steps
@@ -289,9 +302,9 @@ class ContinuousSchedule(nn.Module):
         return CLEAN if t == -1 else self.at(torch.tensor([(t + 1) / self.num_steps], dtype=torch.float64))[0]
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
-        # Both ends on the chain's grid, as VDM's code rounds its draws up (Kingma et al. 2021).
+        # Round to multiples of 1 / num_steps, as in the code of Kingma et al. 2021.
         below = (v * self.num_steps).floor()
-        t, s = (self._level(place / self.num_steps) for place in (below + 1, below))
+        t, s = (self._level(index / self.num_steps) for index in (below + 1, below))
         s = NoiseLevel(*(torch.where(below > 0, x, clean) for x, clean in zip(s, (1.0, 0.0, 0.0), strict=True)))
         t, s = (NoiseLevel(*(per_sample(x, like) for x in level)) for level in (t, s))
         return Transition(t, s, self.num_steps)
@@ -309,26 +322,26 @@ class ContinuousSchedule(nn.Module):
 
     @torch.no_grad()
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Beyond the noisiest level the curve is continued, and its time with it."""
+        """Return the level where sigma / alpha equals `ratio`; beyond the noisiest level, extrapolate the curve."""
         (noisiest,) = self.at(torch.ones_like(ratio)[None])
         u = self._bisect(ratio.atan()[None], 1.0 if ratio <= noisiest.ratio else 2.0)
         return self.at(u)[0]
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            # At zero SNR the rate is infinite: there it is that of half a step before.
+            # At zero SNR the rate is infinite; use that of half a step earlier.
             u = time.clamp(max=1 - 0.5 / self.num_steps).requires_grad_()
             alpha, sigma = self.curve(u)
             (rate,) = torch.autograd.grad(2 * (sigma.log() - alpha.log()).sum(), u)
         return rate
 
     def _bisect(self, angle: Tensor, end: float) -> Tensor:
-        """The positions (N,) in [0, end] of these angles (N,), for which it is enough that the curve is monotone."""
+        """Return the positions (N,) in [0, end] of the angles (N,) by bisection of the monotone curve."""
         low, high = torch.zeros_like(angle), torch.full_like(angle, end)
         for _ in range(60):
             middle = (low + high) / 2
             alpha, sigma, _ = self._level(middle)
-            # Where a curve has no values beyond 1, its end is the last position that has.
+            # NaN counts as above: a curve may be undefined beyond u = 1.
             above = ~(torch.atan2(sigma, alpha) <= angle)
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return (low + high) / 2
@@ -338,11 +351,11 @@ class ContinuousSchedule(nn.Module):
 
 
 def terminal_alpha_bar(schedule: Schedule) -> float:
-    """The share of the data's variance that is left at the noisiest level: alpha^2 / (alpha^2 + sigma^2)."""
+    """Return alpha^2 / (alpha^2 + sigma^2) at the noisiest level, which is alpha_bar_T for tables."""
     noisiest = schedule.row(schedule.num_steps - 1)
     return (noisiest.alpha / noisiest.norm).square().item()
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
+    """Reshape (B,) to (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
     return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,9 +1,9 @@
-"""Samplers: generators with one signature that walk a grid of levels from noise to data.
+"""Samplers: generators with one signature that step through a time grid from noise to data.
 
-`sampler(process, predict, x, grid, *, ..., noise)` starts at x (B, *data) of level grid[0] and yields x at
-grid[1], grid[2], ... up to clean data. Nothing here draws random numbers of its own: `noise(x)` gives fresh
-standard normal values like x. Formulas are written for any alpha and sigma; in the variance-exploding coordinate
-x / alpha with noise level sigma / alpha they are those of the papers.
+`sampler(diffusion, predict, x, time_grid, *, ..., noise)` starts at x (B, *data) of level time_grid[0] and yields x at
+time_grid[1], time_grid[2], ..., clean data. The only source of randomness is `noise(x)`, which returns fresh standard
+normal values like x. Formulas hold for any alpha and sigma; in the variance-exploding coordinate x / alpha with noise
+level sigma / alpha they are those of the papers.
 """
 
 import math
@@ -16,19 +16,26 @@ from torch import Tensor
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, snr_ratio
 from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import Grid
+from src.diffusion.noise import TimeGrid
 
 Noise = Callable[[Tensor], Tensor]
+"""x (B, *data) -> standard normal values like x."""
+
+# Levels with an alpha below this are pure noise: division by alpha is unstable.
+TINY_ALPHA = 1e-6
 
 
 def ancestral(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
-    """Sample the reverse chain x_s ~ p(x_s | x_t) link by link (Ho et al. 2020, alg. 2), for any strides."""
-    for t, s in pairwise(grid):
+    """Sample the reverse process x_s ~ p(x_s | x_t) step by step, for any strides.
+
+    Source: Ho et al. 2020, alg. 2.
+    """
+    for t, s in pairwise(time_grid):
         mean, log_variance = diffusion.reverse(predict(x, t), x, t, s)
-        # The last link ends at clean data: its mean is the sample.
-        x = mean if s is grid[-1] else mean + torch.exp(log_variance / 2) * noise(x)
+        # The last step, to clean data, returns the mean.
+        x = mean if s is time_grid[-1] else mean + torch.exp(log_variance / 2) * noise(x)
         yield x
 
 
@@ -36,22 +43,26 @@ def ddim(
     diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
-    grid: Grid,
+    time_grid: TimeGrid,
     *,
     eta: float = 0.0,
     noise: Noise,
 ) -> Iterator[Tensor]:
-    """DDIM (Song et al. 2021, eq. 12 and 16): deterministic for eta = 0, ancestral sampling for eta = 1.
+    """Sample with DDIM: deterministic for eta = 0, ancestral sampling for eta = 1.
 
-    In the coordinate x / alpha it is Euler's method for the probability flow, and for eta > 0 the ancestral Euler
-    method of k-diffusion, whose sigma_up is eta times the posterior's deviation. Raises ValueError for eta outside
-    [0, 1].
+    In the coordinate x / alpha it is Euler's method for the probability flow. For eta > 0 it is the ancestral Euler
+    method of k-diffusion, whose sigma_up is eta times the standard deviation of the posterior.
+
+    Raises:
+        ValueError: If eta is outside of [0, 1].
+
+    Source: Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}: 0 is deterministic, 1 ancestral (sampler.eta)")
-    for t, s in pairwise(grid):
+        raise ValueError(f"sampler.eta={eta} must be in [0, 1]; 0 is deterministic, 1 is ancestral sampling")
+    for t, s in pairwise(time_grid):
         pred = predict(x, t)
-        if eta == 0 or s is grid[-1]:
+        if eta == 0 or s is time_grid[-1]:
             x = s.alpha * pred.x0 + s.sigma * pred.eps
         else:
             variance = eta**2 * s.sigma.square() * (1 - snr_ratio(t, s))
@@ -61,53 +72,62 @@ def ddim(
 
 
 def ddim_inversion(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
-    """DDIM walked from data to noise (Song et al. 2021, sec. 4.3): x is data; yields x at grid[-2], ..., grid[0].
+    """Encode data x to noise by running DDIM backward; yields x at time_grid[-2], ..., time_grid[0].
 
-    The noise that data stand for, from which `ddim` with eta = 0 leads back to them, the better the more steps. The
-    noise of the first step is predicted as at grid[-2], since clean data hold none.
+    `ddim` with eta = 0 decodes the result, with an error that decreases with the number of steps. The first step
+    evaluates the network at time_grid[-2], since clean data contain no noise.
+
+    Source: Song et al. 2021 (arXiv 2010.02502), sec. 4.3.
     """
-    for s, t in pairwise(reversed(grid)):
-        is_first = s is grid[-1]
+    for s, t in pairwise(reversed(time_grid)):
+        is_first = s is time_grid[-1]
         pred = predict(x, t if is_first else s)
         x = t.alpha * (x if is_first else pred.x0) + t.sigma * pred.eps
         yield x
 
 
 def dpmpp_2m(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
-    """DPM-Solver++(2M): second order from the last two predictions of x_0 (Lu et al., 2211.01095, alg. 2).
+    """Sample with DPM-Solver++(2M), of second order from the last two predictions of x_0.
 
-    The first step, the one from pure noise and the last one, to clean data, are of first order, which is DDIM.
+    The first step, a step from pure noise and the last step are of first order, which is DDIM.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), alg. 2.
     """
-    return _dpmpp(predict, x, grid, 0.0, noise)
+    return _dpmpp(predict, x, time_grid, 0.0, noise)
 
 
 def dpmpp_2m_sde(
     diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
-    grid: Grid,
+    time_grid: TimeGrid,
     *,
     eta: float = 1.0,
     noise: Noise,
 ) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) for the reverse stochastic equation (Lu et al., 2211.01095, app. B; midpoint form).
+    """Sample with DPM-Solver++(2M) for the reverse SDE, in its midpoint form.
 
-    `eta` is the share of its noise: 0 gives `dpmpp_2m`, and 1 in steps of first order `ancestral`.
+    `eta` scales the noise: 0 gives `dpmpp_2m`; 1 gives `ancestral` in steps of first order.
+
+    Raises:
+        ValueError: If eta is negative.
+
+    Source: Lu et al. 2022 (arXiv 2211.01095), app. B.
     """
     if eta < 0:
-        raise ValueError(f"eta must not be negative, got {eta}: 1 is usual, 0 adds no noise (sampler.eta)")
-    return _dpmpp(predict, x, grid, eta, noise)
+        raise ValueError(f"sampler.eta={eta} must be at least 0; 1 is usual, 0 adds no noise")
+    return _dpmpp(predict, x, time_grid, eta, noise)
 
 
 def heun(
     diffusion: GaussianDiffusion,
     predict: Predict,
     x: Tensor,
-    grid: Grid,
+    time_grid: TimeGrid,
     *,
     s_churn: float = 0.0,
     s_tmin: float = 0.0,
@@ -115,59 +135,61 @@ def heun(
     s_noise: float = 1.0,
     noise: Noise,
 ) -> Iterator[Tensor]:
-    """Heun's method with EDM's churn (Karras et al. 2022, alg. 2): two predictions a step, one for the last.
+    """Sample with Heun's method and EDM's churn: two predictions per step, one for the last step.
 
-    `s_churn` spreads over the steps whose sigma / alpha lies in [churn_min, churn_max], adding noise of deviation
-    `s_noise`, also beyond the noisiest level of the schedule (`Schedule.at_ratio` says at which time the network is
-    called there). A step from pure noise, where alpha is at most 1e-6, is DDIM's and gets no churn.
+    Churn multiplies sigma / alpha by 1 + min(s_churn / steps, sqrt(2) - 1) at the start of steps in [s_tmin, s_tmax],
+    with noise of standard deviation `s_noise`. This may exceed the noisiest level of the schedule; `Schedule.at_ratio`
+    defines the time there. A step from pure noise, alpha <= 1e-6, is a DDIM step without churn.
+
+    Raises:
+        ValueError: If s_churn or s_noise is negative.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364), alg. 2.
     """
-    if s_churn < 0 or s_noise < 0:
-        raise ValueError(f"churn and churn_noise must not be negative, got {s_churn} and {s_noise}: 0 and 1 are usual")
-    raised = min(s_churn / (len(grid) - 1), 2**0.5 - 1)
-    for t, s in pairwise(grid):
+    for name, value in (("s_churn", s_churn), ("s_noise", s_noise)):
+        if value < 0:
+            raise ValueError(f"sampler.{name}={value} must be at least 0; s_churn=0 and s_noise=1 are usual")
+    gamma = min(s_churn / (len(time_grid) - 1), 2**0.5 - 1)
+    for t, s in pairwise(time_grid):
         from_noise = t.alpha <= TINY_ALPHA
-        if raised > 0 and s_tmin <= t.ratio <= s_tmax and not from_noise:
-            # Raise the noise a little.
-            hat = grid.at_ratio(t.ratio * (1 + raised))
+        if gamma > 0 and s_tmin <= t.ratio <= s_tmax and not from_noise:
+            # Increase the noise temporarily.
+            hat = time_grid.at_ratio(t.ratio * (1 + gamma))
             added = (hat.ratio.square() - t.ratio.square()).clamp(min=0).sqrt() * s_noise
             x, t = hat.alpha * (x / t.alpha + added * noise(x)), hat
         # Euler step.
         pred = predict(x, t)
-        ahead = s.alpha * pred.x0 + s.sigma * pred.eps
-        if s is not grid[-1] and not from_noise:
-            # Second-order correction: the slope of x / alpha is eps.
-            change = (predict(ahead, s).eps - pred.eps) / 2
-            ahead = ahead + s.alpha * (s.ratio - t.ratio) * change
-        x = ahead
+        x_next = s.alpha * pred.x0 + s.sigma * pred.eps
+        if s is not time_grid[-1] and not from_noise:
+            # Second-order correction; d(x / alpha) / d(sigma / alpha) = eps.
+            correction = (predict(x_next, s).eps - pred.eps) / 2
+            x_next = x_next + s.alpha * (s.ratio - t.ratio) * correction
+        x = x_next
         yield x
 
 
-# Below this alpha a level is pure noise, and nothing can be divided by it.
-TINY_ALPHA = 1e-6
-
-
 def predictor(diffusion: GaussianDiffusion, denoise: Denoise) -> Predict:
-    """`denoise` followed by its meaning: (x_t, level) -> Prediction."""
+    """Return the function (x_t, level) -> Prediction of the raw network `denoise`."""
     return lambda x, t: diffusion.interpret(denoise(x, t), x, t)
 
 
-def _dpmpp(predict: Predict, x: Tensor, grid: Grid, eta: float, noise: Noise) -> Iterator[Tensor]:
-    """With h the step in log(alpha / sigma), x <- (sigma_s / sigma_t) e^(-eta h) x + alpha_s (1 - e^(-(1 + eta) h)) D.
+def _dpmpp(predict: Predict, x: Tensor, time_grid: TimeGrid, eta: float, noise: Noise) -> Iterator[Tensor]:
+    """Step x <- (sigma_s / sigma_t) e^(-eta h) x + alpha_s (1 - e^(-(1 + eta) h)) D + noise.
 
-    D is x_0 as predicted, extrapolated to the middle of the step from the last two predictions.
+    h is the step in log(alpha / sigma); D is x_0 extrapolated to the middle of the step from the last two predictions.
     """
-    before: tuple[Tensor, Tensor] | None = None
-    for t, s in pairwise(grid):
+    previous: tuple[Tensor, Tensor] | None = None
+    for t, s in pairwise(time_grid):
         pred = predict(x, t)
         decay = snr_ratio(t, s).sqrt()  # e^-h
         h = -decay.log()
-        data = pred.x0
-        if before is not None and s is not grid[-1]:
-            data = data + h / (2 * before[1]) * (pred.x0 - before[0])
-        x_next = s.sigma / t.sigma * decay**eta * x + s.alpha * (1 - decay ** (1 + eta)) * data
-        if eta > 0 and s is not grid[-1]:
+        d = pred.x0
+        if previous is not None and s is not time_grid[-1]:
+            d = d + h / (2 * previous[1]) * (pred.x0 - previous[0])
+        x_next = s.sigma / t.sigma * decay**eta * x + s.alpha * (1 - decay ** (1 + eta)) * d
+        if eta > 0 and s is not time_grid[-1]:
             x_next = x_next + s.sigma * (1 - decay ** (2 * eta)).sqrt() * noise(x)
-        if 0 < h < math.inf:  # else it came from pure noise, or t and s are the same level
-            before = pred.x0, h
+        if 0 < h < math.inf:  # else t is pure noise, or t and s are equal
+            previous = pred.x0, h
         x = x_next
         yield x

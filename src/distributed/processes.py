@@ -1,7 +1,8 @@
 """The processes that share the work of `src.sample` or `src.evaluate`, one to a device."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -64,16 +65,24 @@ def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: 
 
 
 def start_quietly(strategy: Any) -> None:
-    """Have Lightning start the other processes with signals to stop blocked, until they ignore them."""
+    """Make Lightning start the other processes with stop signals blocked, until they ignore them."""
     launcher = strategy.launcher
-    if start := getattr(launcher, "_call_children_scripts", None):
+    if launcher is None:
+        return
+    launch = launcher.launch
 
-        def start_blocked() -> None:
-            with signals_blocked():
-                start()
+    def launch_blocked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as blocked:
+            blocked.enter_context(signals_blocked())
 
-        launcher._call_children_scripts = start_blocked
-        remember_children(launcher)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                blocked.close()
+                return function(*args, **kwargs)
+
+            return launch(run, *args, **kwargs)
+
+    launcher.launch = launch_blocked
+    remember_children(launcher)
 
 
 def start_processes(device: torch.device, devices: int, num_nodes: int) -> Processes:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from src.data.analytic import GaussianMixture
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
-from src.diffusion.noise import NoiseLevel, Schedule, make_grid
+from src.diffusion.noise import NoiseLevel, Schedule, make_time_grid
 from src.evaluation.reverse_variance import Progress
 from src.training.module import Sampler
 
@@ -43,7 +43,7 @@ def compare_samplers(
     jobs = [(name, n) for name in samplers for n in steps]
     for job in progress(range(len(jobs))):
         name, n = jobs[job]
-        grid = make_grid(schedule, n, samplers[name].spacing)
+        grid = make_time_grid(schedule, n, samplers[name].spacing)
         x = grid[0].norm * unit
         if (start := grid[0].time.item()) not in flows:
             flows[start] = data.flow(x, grid[0].alpha.item(), grid[0].sigma.item())

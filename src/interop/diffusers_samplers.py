@@ -1,4 +1,4 @@
-"""Sample with the schedulers of the diffusers library, an optional extra: our network, our betas, their steps."""
+"""Sample with the schedulers of the diffusers library, an optional extra, on our network and betas."""
 
 import difflib
 import importlib
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.likelihood import Predict
-from src.diffusion.noise import Grid, NoiseLevel, NoiseSchedule
+from src.diffusion.noise import NoiseLevel, NoiseSchedule, TimeGrid
 from src.diffusion.samplers import Noise
 
-# Every convention on which the schedulers' defaults differ, for those that know it. Clipping is our process's.
+# Arguments whose defaults differ between schedulers, passed to those that accept them. GaussianDiffusion clips x_0.
 CONVENTIONS = {
     "clip_sample": False,
     "thresholding": False,
-    "timestep_spacing": "trailing",  # the others never visit the noisiest row (Lin et al., 2305.08891, tab. 2)
+    "timestep_spacing": "trailing",  # other spacings skip the noisiest row (Lin et al. 2023, arXiv 2305.08891, tab. 2)
     "steps_offset": 0,
-    "set_alpha_to_one": True,  # end at clean data
+    "set_alpha_to_one": True,  # the last step ends at clean data
     "final_sigmas_type": "zero",
     "lower_order_final": True,
     "variance_type": "fixed_small",
-    "rescale_betas_zero_snr": False,  # our betas are what they are to be
+    "rescale_betas_zero_snr": False,  # zero_terminal_snr does that
     "snr_shift_scale": 1.0,
     "interpolation_type": "linear",
     "use_karras_sigmas": False,
@@ -32,7 +32,7 @@ CONVENTIONS = {
     "use_beta_sigmas": False,
     "skip_prk_steps": True,
 }
-# Most schedulers take x_0. These know it not; PNDM extrapolates what it is given, which only eps allows.
+# Most schedulers accept x_0 as prediction type. These do not; PNDM extrapolates its input, which must be eps.
 OTHER_PREDICTIONS = {
     "PNDMScheduler": "epsilon",
     "EulerAncestralDiscreteScheduler": "v_prediction",
@@ -40,77 +40,79 @@ OTHER_PREDICTIONS = {
     "KDPM2AncestralDiscreteScheduler": "v_prediction",
     "DPMSolverSDEScheduler": "v_prediction",
 }
-# The library's own stand-in for an alpha_bar of 0, whose sigma / alpha would be infinite.
-LEAST_ALPHA_BAR = 2**-24
+# Replaces an alpha_bar of 0, whose sigma / alpha is infinite; the value is that of diffusers.
+MIN_ALPHA_BAR = 2**-24
 
 
 def diffusers(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, grid: Grid, *, noise: Noise, scheduler: str
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise, scheduler: str
 ) -> Iterator[Tensor]:
-    """Walk len(grid) - 1 steps with the class `scheduler` of the diffusers library, which chooses its own timesteps.
+    """Sample with the class `scheduler` of diffusers in len(time_grid) - 1 steps at the timesteps that it selects.
 
-    Some predict more than once a step. Those of the form of k-diffusion hold x / alpha; what is predicted from, and
-    yielded, is x. A `diffusion` with learned variances samples with fixed ones here. DDIMScheduler and PNDMScheduler
-    want a number of steps that divides the schedule's. Raises ValueError for schedulers that are unknown or made for
-    something else, and for schedules without betas.
+    Some schedulers predict more than once per step. Those derived from k-diffusion store x / alpha; this function
+    predicts from x and yields x. Learned variances are ignored. DDIMScheduler and PNDMScheduler need a number of steps
+    that divides `schedule.num_steps`.
+
+    Raises:
+        ValueError: If the scheduler is unknown or not for sampling with betas, or if the schedule has no betas.
     """
-    steps, schedule = len(grid) - 1, grid.schedule
+    steps, schedule = len(time_grid) - 1, time_grid.schedule
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(
-            "the diffusers library's schedulers want betas, which continuous schedules have not: choose a schedule "
-            "such as cosine or linear, or another sampler"
+            "sampler=diffusers needs a schedule with betas, not a continuous one; "
+            "choose schedule=cosine or schedule=linear, or another sampler"
         )
     make = _scheduler_class(scheduler)
-    # A generator for each sample, so that none depends on what it is drawn together with.
+    # One generator per sample, so that a sample does not depend on the batch.
     seeds = ((noise(x).double().flatten(1)[:, 0] * 2**32).long() % 2**62).tolist()
     generators = [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
-    kind = OTHER_PREDICTIONS.get(scheduler, "sample")
-    stepper = _build(make, schedule, kind, seeds)
-    stepper.set_timesteps(steps)
-    if hasattr(stepper, "set_begin_index"):
-        stepper.set_begin_index(0)
+    prediction_type = OTHER_PREDICTIONS.get(scheduler, "sample")
+    sampler = _build(make, schedule, prediction_type, seeds)
+    sampler.set_timesteps(steps)
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(0)
     extra = {"generator": generators} if "generator" in inspect.signature(make.step).parameters else {}
 
-    times = stepper.timesteps
+    times = sampler.timesteps
     levels = schedule.at((times.double() + 1) / schedule.num_steps)
-    # x is standard normal; the scheduler's x is what it scales to that.
-    x = x / stepper.scale_model_input(torch.ones((), dtype=torch.float64), times[0])
-    scaled = stepper.scale_model_input(x, times[0])
+    # x is standard normal; convert it to the scale of the scheduler.
+    x = x / sampler.scale_model_input(torch.ones((), dtype=torch.float64), times[0])
+    scaled = sampler.scale_model_input(x, times[0])
     for i, (time, level) in enumerate(zip(times, levels, strict=True)):
-        out = _output(kind, predict(scaled, level), level)
-        x = stepper.step(out, time, x, return_dict=False, **extra)[0]
+        out = _output(prediction_type, predict(scaled, level), level)
+        x = sampler.step(out, time, x, return_dict=False, **extra)[0]
         is_last = i + 1 == len(times)
-        scaled = x if is_last else stepper.scale_model_input(x, times[i + 1])
-        # However many predictions are made, `steps` values come out, evenly spread over them.
+        scaled = x if is_last else sampler.scale_model_input(x, times[i + 1])
+        # Yield `steps` values, evenly spaced over the predictions.
         if (i + 1) * steps // len(times) > i * steps // len(times):
             yield scaled
 
 
-def _build(make: Any, schedule: NoiseSchedule, kind: str, seeds: list[int]) -> Any:
-    """The scheduler with our betas, its float32 tables replaced by ours."""
+def _build(make: Any, schedule: NoiseSchedule, prediction_type: str, seeds: list[int]) -> Any:
+    """Build the scheduler with our betas, and replace its float32 alpha_bar by ours in float64."""
     known = inspect.signature(make.__init__).parameters
     conventions = {**CONVENTIONS, "noise_sampler_seed": seeds}
-    stepper = make(
+    sampler = make(
         num_train_timesteps=schedule.num_steps,
         trained_betas=schedule.betas.tolist(),
-        prediction_type=kind,
+        prediction_type=prediction_type,
         **{name: value for name, value in conventions.items() if name in known},
     )
     alpha_bar = schedule.rows.alpha[:-1].square()
     if alpha_bar[-1] == 0:
-        if kind == "epsilon":
+        if prediction_type == "epsilon":
             raise ValueError(
-                f"{make.__name__} takes eps, from which no x_0 follows at zero SNR: choose another scheduler, such as "
-                "UniPCMultistepScheduler, or zero_terminal_snr=false"
+                f"sampler.scheduler={make.__name__} predicts eps and does not support zero SNR; "
+                "choose sampler.scheduler=UniPCMultistepScheduler or zero_terminal_snr=false"
             )
-        alpha_bar[-1] = min(LEAST_ALPHA_BAR, alpha_bar[-2].item() / 2)
-    stepper.alphas_cumprod = alpha_bar
-    return stepper
+        alpha_bar[-1] = min(MIN_ALPHA_BAR, alpha_bar[-2].item() / 2)
+    sampler.alphas_cumprod = alpha_bar
+    return sampler
 
 
-def _output(kind: str, pred: Prediction, level: NoiseLevel) -> Tensor:
-    """The prediction as the scheduler wants it, (B, *data)."""
-    match kind:
+def _output(prediction_type: str, pred: Prediction, level: NoiseLevel) -> Tensor:
+    """Convert the prediction to the prediction type of the scheduler, (B, *data)."""
+    match prediction_type:
         case "sample":
             return pred.x0
         case "epsilon":
@@ -119,30 +121,32 @@ def _output(kind: str, pred: Prediction, level: NoiseLevel) -> Tensor:
 
 
 def _scheduler_class(name: str) -> Any:
-    """The class of the diffusers library of this name, if it can walk a chain of betas from noise to data."""
+    """Return the class `name` of diffusers; raise ValueError unless it samples along betas from noise to data."""
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:
-        raise ValueError("sampler=diffusers needs the diffusers library: pip install diffusers") from error
+        raise ValueError("sampler=diffusers needs the diffusers library; pip install diffusers") from error
     names = [known for known in dir(library) if known.endswith("Scheduler")]
     if name not in names:
-        # Compared without the ending that they all have in common.
-        usable = {known.removesuffix("Scheduler"): known for known in names if _walks_betas(library, known)}
+        # Compare without the common suffix.
+        usable = {known.removesuffix("Scheduler"): known for known in names if _uses_betas(library, known)}
         stems = difflib.get_close_matches(name.removesuffix("Scheduler"), usable, n=3, cutoff=0.5)
         close = " or ".join(usable[stem] for stem in stems)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(usable.values())}"
-        raise ValueError(f"the diffusers library has no scheduler {name!r}: {hint} (sampler.scheduler)")
-    if getattr(getattr(library, name), "_backends", None):  # what the library has in place of what it cannot import
-        raise ValueError(f"{name} needs {' and '.join(getattr(library, name)._backends)}: pip install them")
-    if not _walks_betas(library, name):
+        raise ValueError(f"sampler.scheduler={name} must be a scheduler of diffusers; {hint}")
+    if getattr(getattr(library, name), "_backends", None):  # a placeholder for a class with missing dependencies
         raise ValueError(
-            f"{name} does not lead from noise to data along a chain of betas: choose another, such as "
-            "UniPCMultistepScheduler (sampler.scheduler)"
+            f"sampler.scheduler={name} needs packages; pip install {' '.join(getattr(library, name)._backends)}"
+        )
+    if not _uses_betas(library, name):
+        raise ValueError(
+            f"sampler.scheduler={name} must sample along betas from noise to data; "
+            "choose sampler.scheduler=UniPCMultistepScheduler"
         )
     return getattr(library, name)
 
 
-def _walks_betas(library: Any, name: str) -> bool:
+def _uses_betas(library: Any, name: str) -> bool:
     try:
         make = getattr(library, name)
         settings = inspect.signature(make.__init__).parameters

@@ -1,4 +1,4 @@
-"""Conditions in networks: what was asked for -> a vector that joins the time embedding, and tokens to attend to."""
+"""Embeddings of conditions: a vector for the time embedding, and tokens for cross-attention."""
 
 from typing import NamedTuple, Protocol
 
@@ -10,20 +10,20 @@ from src.models.layers import zero_init
 
 
 class Embedded(NamedTuple):
-    """A condition as networks use it."""
+    """An embedded condition."""
 
     vector: Tensor
-    """(B, dim), added to the time embedding."""
+    """(B, dim), to add to the time embedding."""
     tokens: Tensor | None = None
-    """(B, L, token_width), which cross-attention attends to."""
+    """(B, L, token_width), for cross-attention."""
     mask: Tensor | None = None
-    """(B, L) bool: which of them are there, at least one of each sample's."""
+    """(B, L), True for tokens and False for padding, with at least one token per sample."""
 
 
 class Embedding(Protocol):
-    """A network for conditions (B, ...), among them the one that asks for nothing.
+    """A module that embeds conditions (B, ...), including the empty condition.
 
-    `token_width` is that of its tokens; None for one that gives a vector alone.
+    `token_width` is the width of its tokens, or None if it returns a vector only.
     """
 
     token_width: int | None
@@ -32,7 +32,10 @@ class Embedding(Protocol):
 
 
 class ClassEmbedding(nn.Module):
-    """cond (B,) in 0..classes -> a vector for each class and one, the last, for none (Ho & Salimans 2022, sec. 3.2)."""
+    """Embed class indices cond (B,) in [0, num_classes]; the last index is the empty condition.
+
+    Source: Ho & Salimans 2022 (arXiv 2207.12598), sec. 3.2.
+    """
 
     token_width = None
 
@@ -45,32 +48,36 @@ class ClassEmbedding(nn.Module):
 
 
 class ContinuousEmbedding(nn.Module):
-    """cond (B, K) of deviation about 1, or NaN for nothing -> a vector, by an MLP of the values."""
+    """Embed cond (B, num_covariates), of unit variance or NaN for the empty condition, by an MLP."""
 
     token_width = None
 
-    def __init__(self, dim: int, num_values: int) -> None:
+    def __init__(self, dim: int, num_covariates: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(num_values, dim)
+        self.linear1 = nn.Linear(num_covariates, dim)
         self.linear2 = nn.Linear(dim, dim)
         self.nothing = nn.Parameter(torch.zeros(dim))
 
     def forward(self, cond: Tensor) -> Embedded:
-        missing = cond.isnan().any(1, keepdim=True)
-        values = cond.masked_fill(missing, 0).to(self.linear1.weight.dtype)
-        return Embedded(torch.where(missing, self.nothing, self.linear2(F.silu(self.linear1(values)))))
+        is_null = cond.isnan().any(1, keepdim=True)
+        covariates = cond.masked_fill(is_null, 0).to(self.linear1.weight.dtype)
+        return Embedded(torch.where(is_null, self.nothing, self.linear2(F.silu(self.linear1(covariates)))))
 
 
 class TextTransformer(nn.Module):
-    """Token ids (B, L) -> what a transformer encoder, trained along, makes of each, and a vector for all of them.
+    """Embed token ids (B, L) by a transformer encoder, trained with the network, into tokens and a vector.
 
-    L <= `max_length` and ids < `vocab_size`; id 0 is padding, which nothing attends to, and the first id is never padding.
-    Pre-norm blocks (Xiong et al. 2020) and learned positions; the vector is the sum over n tokens, over sqrt(n), made
-    `dim` long.
+    L <= `max_length` and ids < `vocab_size`. Id 0 is masked padding, except in the first position. The blocks are
+    pre-norm with learned positional embeddings. The vector is a projection of the sum of the n tokens over sqrt(n).
 
-    Before training, words are far apart, blocks are the identity, and the vector has about deviation 1: what a caption
-    says is a large part of what it gives. Random blocks would make all tokens alike, and a mean the vector small; at
-    high noise, where there is nothing else to go by, a network does not learn from that.
+    At initialization, token embeddings are far apart, blocks are the identity, and the vector has about unit variance,
+    so that captions differ. Random blocks would make all tokens similar, and a mean over tokens would make the
+    vector small: the network would not learn from either at high noise, where the condition is the only information.
+
+    Raises:
+        ValueError: If `num_heads` does not divide `hidden_size`.
+
+    Source: Xiong et al. 2020 (arXiv 2002.04745) for pre-norm.
     """
 
     def __init__(
@@ -83,10 +90,12 @@ class TextTransformer(nn.Module):
         num_heads: int = 4,
     ) -> None:
         super().__init__()
-        if num_layers < 1 or num_heads < 1 or hidden_size % num_heads:
+        if num_layers < 1:
+            raise ValueError(f"conditioning.embed.num_layers={num_layers} must be at least 1; 2 is usual")
+        if num_heads < 1 or hidden_size % num_heads:
             raise ValueError(
-                f"the text's transformer needs num_layers >= 1 and a hidden_size that num_heads divide, got num_layers={num_layers}, "
-                f"hidden_size={hidden_size}, num_heads={num_heads}: change conditioning.embed"
+                f"conditioning.embed.num_heads={num_heads} must divide conditioning.embed.hidden_size={hidden_size}; "
+                "choose a divisor"
             )
         self.token_width = hidden_size
         self.table = nn.Embedding(vocab_size, hidden_size)
@@ -97,25 +106,27 @@ class TextTransformer(nn.Module):
         self.vector = _to_vector(hidden_size, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
-        mask = _there(cond != 0)
+        mask = _unmask_first(cond != 0)
         tokens = self.table(cond) + self.positions[: cond.shape[1]]
         for block in self.blocks:
             tokens = block(tokens, mask)
         tokens = self.norm(tokens)
-        return Embedded(self.vector(_sum(tokens, mask)), tokens, mask)
+        return Embedded(self.vector(_scaled_sum(tokens, mask)), tokens, mask)
 
 
 class TextProjection(nn.Module):
-    """What a frozen encoder made of texts, (B, L, features) -> tokens `hidden_size` wide, and a vector for all of them.
+    """Project the outputs of a frozen text encoder, (B, L, features), to tokens of width `hidden_size` and a vector.
 
-    Rows of zeros are padding, which nothing attends to; the first row is never padding. Each row is normalised, since
-    encoders differ in scale; the vector is the mean over tokens, normalised and made `dim` long.
+    Rows of zeros are masked padding, except the first row. Rows are normalized, since encoders differ in scale. The
+    vector is a projection of the normalized mean over tokens.
     """
 
     def __init__(self, dim: int, features: int | None, hidden_size: int = 256) -> None:
         super().__init__()
         if features is None:
-            raise ValueError("conditioning=pretrained needs features, the width of the encoder, found as a run starts")
+            raise ValueError(
+                "conditioning.embed.features=null must be the width of the encoder, which src.train infers"
+            )
         self.token_width = hidden_size
         self.norm1 = nn.LayerNorm(features)
         self.linear = nn.Linear(features, hidden_size)
@@ -123,14 +134,14 @@ class TextProjection(nn.Module):
         self.vector = _to_vector(hidden_size, dim)
 
     def forward(self, cond: Tensor) -> Embedded:
-        mask = _there(cond.any(2))
+        mask = _unmask_first(cond.any(2))
         tokens = self.norm2(self.linear(self.norm1(cond.to(self.linear.weight.dtype))))
-        # Rows of one encoder have much in common, so that their sum grows with their number: normalised, not scaled.
-        return Embedded(self.vector(F.layer_norm(_sum(tokens, mask), (self.token_width,))), tokens, mask)
+        # Rows of one encoder are correlated, so that their sum grows with n: normalize instead of scaling.
+        return Embedded(self.vector(F.layer_norm(_scaled_sum(tokens, mask), (self.token_width,))), tokens, mask)
 
 
 class _Block(nn.Module):
-    """Self-attention among the tokens (B, L, hidden_size) that are there, then an MLP of each, both residual."""
+    """A transformer block: self-attention over unmasked tokens (B, L, hidden_size), then an MLP, both residual."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -143,31 +154,31 @@ class _Block(nn.Module):
         self.linear2 = zero_init(nn.Linear(4 * hidden_size, hidden_size))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        b, max_length, hidden_size = x.shape
-        query, keys, values = self.qkv(self.norm1(x)).view(b, max_length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        b, length, hidden_size = x.shape
+        query, keys, values = self.qkv(self.norm1(x)).view(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         # (B, num_heads, L, hidden_size / num_heads)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask[:, None, None])
-        x = x + self.out(attended.transpose(1, 2).reshape(b, max_length, hidden_size))
+        x = x + self.out(attended.transpose(1, 2).reshape(b, length, hidden_size))
         out: Tensor = x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
         return out
 
 
-def _there(mask: Tensor) -> Tensor:
-    """`mask` (B, L) with the first token of each sample there whatever it is: attention to nothing would be NaN."""
+def _unmask_first(mask: Tensor) -> Tensor:
+    """Return `mask` (B, L) with the first token always unmasked, since attention without any token is NaN."""
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
 
 
-def _sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The sum over the n tokens (B, L, hidden_size) that are there, as (B, hidden_size), over sqrt(n).
+def _scaled_sum(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum over the n unmasked tokens (B, L, hidden_size), divided by sqrt(n): (B, hidden_size).
 
-    It has the deviation of one of them if they are uncorrelated.
+    It has the variance of one token if they are uncorrelated.
     """
     weights = mask.to(tokens.dtype)[:, :, None]
     return (tokens * weights).sum(1) / weights.sum(1).sqrt()
 
 
 def _to_vector(hidden_size: int, dim: int) -> nn.Linear:
-    """Linear, of the deviation of what it is given."""
+    """Return a linear layer that preserves the variance of its input."""
     linear = nn.Linear(hidden_size, dim)
     nn.init.normal_(linear.weight, std=hidden_size**-0.5)
     return linear

@@ -1,13 +1,13 @@
-"""Building blocks of the networks: time embedding, residual block, self- and cross-attention, resampling."""
+"""Layers of the networks: time embedding, residual block, self- and cross-attention, resampling."""
 
 import math
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.winograd import Conv3x3
+from src.models.winograd import Conv3x3, ConvBackend
 
 TimeConditioning = Literal["add", "scale_shift"]
 Resample = Literal["up", "down"]
@@ -15,10 +15,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
-    """time (B,) in [0, 1] -> (B, dim): sines, then cosines, of scale * time at geometric frequencies.
+    """Return sines, then cosines, of scale * time at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
 
-    Vaswani et al. 2017, sec. 3.5, laid out as in Ho et al. 2020. Always float32: in bfloat16 the steps 500 and
-    501 of 1000 would be one number.
+    Always float32: bfloat16 rounds the steps 500 and 501 of 1000 to one value.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), sec. 3.5, in the layout of Ho et al. 2020.
     """
     half = dim // 2
     exponent = torch.arange(half, dtype=torch.float32, device=time.device) / max(half - 1, 1)
@@ -27,14 +28,12 @@ def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_peri
 
 
 class TimeEmbedding(nn.Module):
-    """time (B,) in [0, 1] -> (B, dim): `width` sinusoidal features through a two-layer MLP."""
+    """Map time (B,) in [0, 1] to (B, dim): `width` sinusoidal features through a two-layer MLP."""
 
     def __init__(self, width: int, dim: int, time_scale: float = 1000.0) -> None:
         super().__init__()
         if width % 2:
-            raise ValueError(
-                f"the time embedding pairs sines with cosines, got width {width}: make model.model_channels even"
-            )
+            raise ValueError(f"the time embedding width={width} must be even; make model.model_channels even")
         self.width = width
         self.time_scale = time_scale
         self.linear1 = nn.Linear(width, dim)
@@ -48,10 +47,11 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x (B, C_in, H, W), emb (B, E) -> (B, C_out, H', W'); BigGAN-style when `resample` is given.
+    """Map x (B, C_in, H, W) and emb (B, E) to (B, C_out, H', W').
 
-    GroupNorm, SiLU, convolution, twice, with the time embedding between the two (Ho et al. 2020, App. B), either
-    added or as scale and shift of the second norm; resampling inside the block as in Dhariwal & Nichol (2021).
+    GroupNorm, SiLU and convolution, twice (Ho et al. 2020, app. B). The time embedding is added between the two, or
+    scales and shifts the second norm (`time_conditioning`). `resample` halves or doubles H and W inside the block, as
+    in BigGAN and ADM (Dhariwal & Nichol 2021).
     """
 
     def __init__(
@@ -60,19 +60,22 @@ class ResidualBlock(nn.Module):
         out_channels: int,
         emb_dim: int,
         groups: int,
-        conditioning: TimeConditioning = "add",
+        time_conditioning: TimeConditioning = "add",
         dropout: float = 0.0,
         resample: Resample | None = None,
+        conv_backend: ConvBackend = "auto",
     ) -> None:
         super().__init__()
-        self.conditioning: TimeConditioning = conditioning
+        if time_conditioning not in get_args(TimeConditioning):
+            raise ValueError(f"model.time_conditioning={time_conditioning} must be add or scale_shift")
+        self.time_conditioning: TimeConditioning = time_conditioning
         self.resample: Resample | None = resample
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels)
-        self.emb = nn.Linear(emb_dim, out_channels * (2 if conditioning == "scale_shift" else 1))
+        self.conv1 = Conv3x3(in_channels, out_channels, conv_backend)
+        self.emb = nn.Linear(emb_dim, out_channels * (2 if time_conditioning == "scale_shift" else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
+        self.conv2 = zero_init(Conv3x3(out_channels, out_channels, conv_backend))
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -82,7 +85,7 @@ class ResidualBlock(nn.Module):
             x, h = resample(x, self.resample), resample(h, self.resample)
         h = self.conv1(h)
         emb = self.emb(F.silu(emb))[:, :, None, None]
-        if self.conditioning == "add":
+        if self.time_conditioning == "add":
             h = self.norm2(h + emb)
         else:
             scale, shift = emb.chunk(2, dim=1)
@@ -93,7 +96,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Residual self-attention over the positions of x (B, C, H, W), with `heads` heads."""
+    """Add multi-head self-attention over the positions of x (B, C, H, W)."""
 
     def __init__(self, channels: int, groups: int, num_heads: int) -> None:
         super().__init__()
@@ -112,9 +115,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Residual attention from the positions of x (B, C, H, W) to tokens (B, L, token_width), with `heads` heads.
+    """Add multi-head attention from the positions of x (B, C, H, W) to tokens (B, L, token_width).
 
-    `mask` (B, L) bool says which tokens are there, at least one of each sample's; without one, all are.
+    `mask` (B, L) is True for tokens and False for padding, with at least one token per sample; None means no padding.
     """
 
     def __init__(self, channels: int, groups: int, num_heads: int, token_width: int) -> None:
@@ -130,14 +133,16 @@ class CrossAttention(nn.Module):
         query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
         query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
         keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        there = None if mask is None else mask[:, None, None]  # for all heads and positions
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=there)  # (B, heads, H W, C / heads)
+        attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
+        attended = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=attn_mask
+        )  # (B, heads, H W, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2) by a strided convolution."""
+    """Halve H and W of (B, C, H, W) by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -149,11 +154,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbours, then a convolution."""
+    """Double H and W of (B, C, H, W) by nearest neighbors, then apply a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, conv_backend: ConvBackend = "auto") -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = Conv3x3(channels, channels, conv_backend)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(resample(x, "up"))
@@ -161,21 +166,21 @@ class Upsample(nn.Module):
 
 
 def resample(x: Tensor, direction: Resample) -> Tensor:
-    """Twice the height and width by nearest neighbours, or half of them by averaging."""
+    """Double the height and width by nearest neighbors, or halve them by averaging."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else F.avg_pool2d(x, 2)
 
 
-def fit_groups(width: int, most: int = 32, least_channels: int = 4) -> int:
-    """The number of GroupNorm groups for channels in multiples of `width`: 32 (Wu & He 2018) or the nearest below.
+def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
+    """Return the number of GroupNorm groups for multiples of `channels`: 32 (Wu & He 2018) if possible.
 
-    The largest divisor of `width` up to `most` that leaves each group `least_channels` channels, or 1.
+    It is the largest divisor of `channels` up to `max_groups` with at least `min_channels` channels per group, or 1.
     """
-    allowed = [g for g in range(1, most + 1) if width % g == 0 and width // g >= least_channels]
+    allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= min_channels]
     return max(allowed, default=1)
 
 
 def zero_init(module: M) -> M:
-    """`module` with every parameter 0: the end of a residual branch that starts as the identity."""
+    """Set every parameter of `module` to 0, so that its residual branch starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -1,4 +1,4 @@
-"""A residual MLP for points in a plane and vectors of measurements."""
+"""A residual MLP for vectors: points in a plane, rows of tables."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,14 @@ from src.models.layers import TimeEmbedding, zero_init
 
 
 class MLP(nn.Module):
-    """x (B, D), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, D * outputs), by `num_res_blocks` residual num_res_blocks.
+    """Map x (B, D), time (B,) in [0, 1] and cond (B, ...) to (B, D * outputs) by `num_res_blocks` residual blocks.
 
-    Each block, of `hidden_size` features, is LayerNorm, the time embedding as scale and shift, SiLU and two linear layers,
-    the last starting at 0. `condition`, given the hidden_size of the time embedding, makes the network for conditions, whose
-    vector joins that; tokens, if it has any, are not looked at.
+    A block consists of LayerNorm, scale and shift by the time embedding, SiLU and two linear layers of `hidden_size`
+    features, the last one initialized to 0. `condition` maps the width of the time embedding to the embedding of
+    conditions, whose vector is added to the time embedding; tokens are ignored.
+
+    Raises:
+        ValueError: If a size is below 1.
     """
 
     def __init__(
@@ -27,10 +30,10 @@ class MLP(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
-        if min(features, hidden_size, num_res_blocks, outputs) < 1:
-            raise ValueError(
-                f"features, hidden_size, num_res_blocks and outputs must be at least 1, got {features}, {hidden_size}, {num_res_blocks}, {outputs}"
-            )
+        sizes = {"features": features, "hidden_size": hidden_size, "num_res_blocks": num_res_blocks, "outputs": outputs}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model/mlp.yaml")
         self.time = TimeEmbedding(hidden_size, 2 * hidden_size, time_scale)
         self.condition = None if condition is None else condition(2 * hidden_size)
         self.linear_in = nn.Linear(features, hidden_size)
@@ -51,7 +54,7 @@ class MLP(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """x (B, hidden_size), emb (B, emb_dim) -> (B, hidden_size)."""
+    """A residual block: x (B, hidden_size), emb (B, emb_dim) -> (B, hidden_size)."""
 
     def __init__(self, hidden_size: int, emb_dim: int) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""The U-Net of DDPM and ADM (Ho et al. 2020, App. B; Dhariwal & Nichol 2021, sec. 3)."""
+"""The U-Net of DDPM and ADM (Ho et al. 2020, app. B; Dhariwal & Nichol 2021, sec. 3)."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +13,7 @@ from src.models.conditioning import Embedded, Embedding
 from src.models.layers import (
     CrossAttention,
     Downsample,
+    Resample,
     ResidualBlock,
     SelfAttention,
     TimeConditioning,
@@ -19,24 +22,32 @@ from src.models.layers import (
     fit_groups,
     zero_init,
 )
+from src.models.winograd import ConvBackend
 
 
 class UNet(nn.Module):
-    """x (B, C, H, W), time (B,) in [0, 1], cond (B, ...) if it takes any -> (B, C * outputs, H, W), for any H and W.
+    """Map x (B, C, H, W), time (B,) in [0, 1] and cond (B, ...) to (B, C * outputs, H, W), for any H and W.
 
-    Level i has model_channels * channel_mult[i] channels at image_size / (patch_size 2^i), with `num_res_blocks` residual blocks going down
-    and one more coming up; those at a resolution in `attention_resolutions` (in pixels, at `image_size`) are followed by
-    self-attention, and so is the middle. Attention has `num_heads` heads, or heads of `num_head_channels` channels.
-    `resblock_updown` changes resolution inside residual blocks (ADM) rather than by plain convolutions (DDPM).
-    `patch_size` x `patch_size` pixels are one position of level 0, which for small networks holds most of the work (Hoogeboom et
-    al. 2023, arXiv 2301.11093, sec. 3.3, have it for large images). Sizes that the levels do not divide are padded by
-    repeating the edge, and the output is cropped back.
-    `condition`, given the width of the time embedding, makes the network for conditions: its vector joins the time
-    embedding, and its tokens, if it has any, are attended to wherever there is self-attention (Rombach et al. 2022).
-    `gradient_checkpointing` keeps only what goes into each block, and computes its inside again in the backward pass (Chen et
-    al. 2016, arXiv 1604.06174).
+    Stage i has model_channels * channel_mult[i] channels, resolution image_size / (patch_size * 2^i),
+    `num_res_blocks` residual blocks on the way down and one more on the way up.
 
-    With num_head_channels (or one head) it is weight for weight the diffusers library's `UNet2DModel`.
+    - `attention_resolutions`, in pixels of the feature map: each entry selects the stage of the nearest resolution,
+      within a factor of sqrt(2), so that 16 selects 14x14 for 28x28 images. The blocks of a selected stage end in
+      self-attention. An entry without such a stage is ignored, as in ADM, with a warning. The middle always attends.
+    - Attention has `num_heads` heads, or heads of `num_head_channels` channels.
+    - `resblock_updown` resamples inside residual blocks (ADM) instead of by plain convolutions (DDPM).
+    - `patch_size`: the first stage sees patches of patch_size x patch_size pixels (Hoogeboom et al. 2023, arXiv
+      2301.11093, sec. 3.3). Other image sizes are padded by repeating the edge, and the output is cropped.
+    - `condition` maps the width of the time embedding to the embedding of conditions. Its vector is added to the time
+      embedding; cross-attention to its tokens follows each self-attention (Rombach et al. 2022, arXiv 2112.10752).
+    - `gradient_checkpointing` stores the input of each block only and recomputes the block in the backward pass (Chen
+      et al. 2016, arXiv 1604.06174).
+    - `conv_backend` selects the algorithm of the 3x3 convolutions: see `src.models.winograd.Conv3x3`.
+
+    With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
+
+    Raises:
+        ValueError: If a size is below 1, or if the heads do not divide the channels.
     """
 
     def __init__(
@@ -57,24 +68,25 @@ class UNet(nn.Module):
         gradient_checkpointing: bool = False,
         condition: Callable[[int], Embedding] | None = None,
         patch_size: int = 1,
+        conv_backend: ConvBackend = "auto",
     ) -> None:
-        """Raises ValueError if attention is asked for at a resolution that no level has, or heads do not fit."""
         super().__init__()
-        if (
-            min(channels, image_size, model_channels, num_res_blocks, num_heads, patch_size, *channel_mult) < 1
-            or not channel_mult
-        ):
-            raise ValueError(
-                "channels, image_size, model_channels, num_res_blocks, num_heads, patch_size and channel_mult must be at least 1, got "
-                f"{channels}, {image_size}, {model_channels}, {num_res_blocks}, {num_heads}, {patch_size}, {list(channel_mult)}: see conf/model"
-            )
+        sizes = {
+            "channels": [channels],
+            "image_size": [image_size],
+            "model_channels": [model_channels],
+            "num_res_blocks": [num_res_blocks],
+            "num_heads": [num_heads],
+            "patch_size": [patch_size],
+            "channel_mult": list(channel_mult),
+        }
+        for name, values in sizes.items():
+            if min(values, default=0) < 1:
+                value = values if name == "channel_mult" else values[0]
+                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
         widths = [model_channels * m for m in channel_mult]
-        sizes = [-(-image_size // (patch_size * 2**i)) for i in range(len(widths))]
-        if unknown := set(attention_resolutions) - set(sizes):
-            raise ValueError(
-                f"attention_resolutions at {sorted(unknown)} does not occur: at image_size {image_size} the {len(sizes)} levels "
-                f"have resolutions {sizes}; set model.attention_resolutions to some of these"
-            )
+        resolutions = stage_resolutions(image_size, patch_size, len(widths))
+        attended = attended_resolutions(attention_resolutions, resolutions)
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(widths) - 1)
         self.gradient_checkpointing = gradient_checkpointing
@@ -83,63 +95,56 @@ class UNet(nn.Module):
         self.condition = None if condition is None else condition(emb_dim)
         token_width = None if self.condition is None else self.condition.token_width
 
-        def residual(c_in: int, c_out: int) -> ResidualBlock:
-            return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout)
+        def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
+            return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend)
 
-        def heads_of(c: int) -> int:
+        def heads(c: int) -> int:
             n = num_heads if num_head_channels is None else c // num_head_channels
             if n < 1 or c % n or (num_head_channels is not None and c % num_head_channels):
-                raise ValueError(
-                    f"{c} channels do not split into heads (num_heads={num_heads}, num_head_channels={num_head_channels}): "
-                    "choose a divisor for model.num_head_channels"
+                setting = (
+                    f"num_heads={num_heads}" if num_head_channels is None else f"num_head_channels={num_head_channels}"
                 )
+                raise ValueError(f"model.{setting} must divide {c} channels; choose a divisor of {c}")
             return n
 
-        def attend(c: int) -> SelfAttention:
-            return SelfAttention(c, groups, heads_of(c))
+        def self_attention(c: int) -> SelfAttention:
+            return SelfAttention(c, groups, heads(c))
 
-        def look_up(c: int) -> CrossAttention | None:
-            return None if token_width is None else CrossAttention(c, groups, heads_of(c), token_width)
+        def cross_attention(c: int) -> CrossAttention | None:
+            return None if token_width is None else CrossAttention(c, groups, heads(c), token_width)
 
-        def layer(c_in: int, c_out: int, size: int) -> Layer:
-            if size not in attention_resolutions:
+        def layer(c_in: int, c_out: int, resolution: int) -> Layer:
+            if resolution not in attended:
                 return Layer(residual(c_in, c_out), None)
-            return Layer(residual(c_in, c_out), attend(c_out), look_up(c_out))
+            return Layer(residual(c_in, c_out), self_attention(c_out), cross_attention(c_out))
 
         self.time = TimeEmbedding(model_channels, emb_dim, time_scale)
         self.conv_in = nn.Conv2d(channels * patch_size**2, model_channels, 3, padding=1)
 
+        stages = list(enumerate(zip(widths, resolutions, strict=True)))
         self.down = nn.ModuleList()
         skips = [model_channels]
         c = model_channels
-        for i, (c_out, size) in enumerate(zip(widths, sizes, strict=True)):
+        for i, (c_out, resolution) in stages:
             for _ in range(num_res_blocks):
-                self.down.append(layer(c, c_out, size))
+                self.down.append(layer(c, c_out, resolution))
                 c = c_out
                 skips.append(c)
             if i < len(widths) - 1:
-                shrink = (
-                    ResidualBlock(c, c, emb_dim, groups, time_conditioning, dropout, "down")
-                    if resblock_updown
-                    else None
-                )
-                self.down.append(shrink or Downsample(c))
+                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c))
                 skips.append(c)
 
-        looking = look_up(c)
-        middle = [residual(c, c), attend(c), *([] if looking is None else [looking]), residual(c, c)]
+        cross = cross_attention(c)
+        middle = [residual(c, c), self_attention(c), *([] if cross is None else [cross]), residual(c, c)]
         self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
-        for i, (c_out, size) in reversed(list(enumerate(zip(widths, sizes, strict=True)))):
+        for i, (c_out, resolution) in reversed(stages):
             for _ in range(num_res_blocks + 1):
-                self.up.append(layer(c + skips.pop(), c_out, size))
+                self.up.append(layer(c + skips.pop(), c_out, resolution))
                 c = c_out
             if i > 0:
-                grow = (
-                    ResidualBlock(c, c, emb_dim, groups, time_conditioning, dropout, "up") if resblock_updown else None
-                )
-                self.up.append(grow or Upsample(c))
+                self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend))
 
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, channels * outputs * patch_size**2, 3, padding=1))
@@ -163,11 +168,11 @@ class UNet(nn.Module):
             h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         out = out if self.patch_size == 1 else F.pixel_shuffle(out, self.patch_size)
-        # A view of all of it, which sharded networks warn of, is spared where nothing was padded.
+        # Sharded networks warn about a view of the whole output, so crop only if there is padding.
         return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
     def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
-        """Run a block; with gradient_checkpointing, the inside of those that are more than one convolution is let go."""
+        """Run a block, checkpointed if enabled and if it is more than one convolution."""
         if self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):
             out: Tensor = checkpoint(_apply, module, h, context, skip, use_reentrant=False)
             return out
@@ -175,7 +180,7 @@ class UNet(nn.Module):
 
 
 class Layer(nn.Module):
-    """A residual block, and attention after it where the resolution has it, to tokens too where there are any."""
+    """A residual block, followed by self-attention and cross-attention if given."""
 
     def __init__(
         self, residual: ResidualBlock, attention: SelfAttention | None, cross: CrossAttention | None = None
@@ -191,14 +196,38 @@ class Layer(nn.Module):
         return h if self.cross is None else self.cross(h, context.tokens, context.mask)
 
 
+def stage_resolutions(image_size: int, patch_size: int, num_stages: int) -> list[int]:
+    """Return the feature map size of each stage in pixels, rounded up."""
+    return [-(-image_size // (patch_size * 2**i)) for i in range(num_stages)]
+
+
+def attended_resolutions(requested: Sequence[int], resolutions: Sequence[int]) -> set[int]:
+    """Return the stage resolution nearest to each requested one; warn about those further than a factor of sqrt(2).
+
+    Raises:
+        ValueError: If a requested resolution is below 1.
+    """
+    if min(requested, default=1) < 1:
+        raise ValueError(f"model.attention_resolutions={list(requested)} must be at least 1; use [] for no stage")
+    nearest = {r: min(resolutions, key=lambda s: abs(math.log(s / r))) for r in requested}
+    ignored = [r for r, s in nearest.items() if not r / math.sqrt(2) <= s <= r * math.sqrt(2)]
+    if ignored:
+        warnings.warn(
+            f"model.attention_resolutions={list(requested)}: {ignored} ignored, the stages have resolutions "
+            f"{list(resolutions)}",
+            stacklevel=3,
+        )
+    return {s for r, s in nearest.items() if r not in ignored}
+
+
 def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
-    """x (B, C, H, W) with its bottom and right edges repeated until `factor` divides H and W."""
+    """Repeat the bottom and right edges of x (B, C, H, W) until `factor` divides H and W."""
     bottom, right = (-x.shape[-2]) % factor, (-x.shape[-1]) % factor
     return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
 
 
 def _apply(module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None) -> Tensor:
-    """Run a block, on its input and the skip connection's if there is one, with what it takes of the context."""
+    """Run a block on its input and skip connection with the parts of the context that it takes."""
     h = h if skip is None else torch.cat([h, skip], dim=1)
     match module:
         case Layer():

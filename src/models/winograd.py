@@ -1,26 +1,30 @@
-"""3x3 convolutions on a CPU in 2.25 multiplications a pixel instead of 9: Winograd's minimal filtering, F(4x4, 3x3).
+"""3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3): 2.25 multiplications per output instead of 9.
 
-Of each 6x6 tile d of the input and each 3x3 filter g, the 4x4 outputs are A^T [(G g G^T) * (B^T d B)] A, where * is by
-element (Lavin & Gray 2016, arXiv 1509.09308, eq. 8 and sec. 4.3): all that mixes channels are 36 products of
-matrices, one for each place of a tile. What PyTorch calls on a CPU does not do it.
+For each 6x6 input tile d and 3x3 filter g, the 4x4 outputs are A^T [(G g G^T) * (B^T d B)] A, where * is the
+elementwise product. Only 36 matrix products, one per tile position, mix channels. PyTorch's CPU backend uses the direct
+algorithm.
+
+Source: Lavin & Gray 2016 (arXiv 1509.09308), eq. 8 and sec. 4.3.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+ConvBackend = Literal["auto", "winograd", "torch"]
+
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
-"""Where polynomials are evaluated, besides infinity. Points decide the error (Barabasz et al. 2018, arXiv 1803.10986);
-these, which oneDNN has for its F(4x4, 3x3), have half of that of 0, 1, -1, 2, -2 here."""
+"""Interpolation points besides infinity, as in oneDNN's F(4x4, 3x3). They halve the error of 0, 1, -1, 2, -2 (compare
+Barabasz et al. 2018, arXiv 1803.10986)."""
 
 
 def polynomial(roots: Sequence[float]) -> list[float]:
-    """The coefficients of prod (x - root), that of the lowest power first, for the powers up to 5."""
+    """Return the coefficients of prod (x - root) for the powers 0 to 5, lowest power first."""
     coefficients = [1.0]
     for root in roots:
         shifted, scaled = [0.0, *coefficients], [root * c for c in coefficients] + [0.0]
@@ -28,7 +32,7 @@ def polynomial(roots: Sequence[float]) -> list[float]:
     return coefficients + [0.0] * (6 - len(coefficients))
 
 
-# The algorithm of Toom and Cook, transposed: of each, a row or column belongs to a point, the last to infinity.
+# The transposed Toom-Cook algorithm: one row or column per point, infinity last.
 OTHERS = [[q for q in POINTS if q != p] for p in POINTS]
 A_T = [[p**power for p in POINTS] + [float(power == 3)] for power in range(4)]
 B_T = [*(polynomial(others) for others in OTHERS), polynomial(POINTS)]
@@ -39,53 +43,66 @@ G = [
 G.append([0.0, 0.0, 1.0])
 
 
-class Least(NamedTuple):
-    """From where on it pays, on an AVX2 machine with one and two threads (docs/results.md)."""
+class Threshold(NamedTuple):
+    """The smallest problem on which Winograd is faster: AVX2 CPU, 1 and 2 threads (docs/results.md)."""
 
     channels: int
-    """Where the products begin to outweigh the transforms."""
+    """Channels from which the matrix products outweigh the transforms."""
     work: int
-    """Tiles times channels for each thread: where the products begin to outweigh what a call costs."""
+    """Tiles times channels per thread from which the products outweigh the overhead of a call."""
 
 
-LEAST_TILES = 32
-"""Where they begin to outweigh the filters, whose transforms have four times their weights."""
-FORWARD, BOTH_PASSES = Least(channels=96, work=8192), Least(channels=48, work=4096)
+MIN_TILES = 32
+"""Tiles from which the products outweigh the filter transforms, which hold four times the weights."""
+FORWARD, BOTH_PASSES = Threshold(channels=96, work=8192), Threshold(channels=48, work=4096)
 
 
 class Conv3x3(nn.Conv2d):
-    """x (B, C_in, H, W) -> (B, C_out, H, W): a 3x3 convolution with a border of zeros, by the faster way.
+    """A zero-padded 3x3 convolution, x (B, C_in, H, W) -> (B, C_out, H, W), by a choice of algorithms.
 
-    On a CPU, where it pays, Winograd's; equal to the direct one up to rounding. In float32 its relative error is 1.1e-6
-    where the other's is 6e-7.
+    - "torch": PyTorch's convolution. In float32 its relative error is 6e-7.
+    - "winograd": `winograd` on every device and in every precision. Equal up to rounding: in float32 its relative error
+      is 1.1e-6. Half precision loses accuracy, since the transforms add numbers of different size.
+    - "auto": "winograd" where it is faster (see `winograd_pays`), else "torch".
+
+    Raises:
+        ValueError: If the backend is unknown.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, backend: ConvBackend = "auto") -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
+        if backend not in get_args(ConvBackend):
+            raise ValueError(f"model.conv_backend={backend} must be auto, winograd or torch")
+        self.backend: ConvBackend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
-        return winograd(x, self.weight, self.bias) if self.winograd_pays(x) else super().forward(x)
+        if self.backend == "winograd" or (self.backend == "auto" and self.winograd_pays(x)):
+            return winograd(x, self.weight, self.bias)
+        return super().forward(x)
 
     def winograd_pays(self, x: Tensor) -> bool:
-        """Never where a compiler sees the network, which knows the direct one only, nor in half precision."""
+        """Return whether Winograd is faster for x: in float32 or float64 on a CPU, uncompiled, and large enough."""
         b, _, height, width = x.shape
         tiles, channels = num_tiles(height) * num_tiles(width), min(self.in_channels, self.out_channels)
-        least = BOTH_PASSES if torch.is_grad_enabled() else FORWARD
+        threshold = BOTH_PASSES if torch.is_grad_enabled() else FORWARD
         return (
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and channels >= least.channels
-            and b * tiles >= LEAST_TILES
-            and b * tiles * channels >= least.work * torch.get_num_threads()
-            and 16 * tiles <= 1.5 * height * width  # the rest of them is padding
+            and channels >= threshold.channels
+            and b * tiles >= MIN_TILES
+            and b * tiles * channels >= threshold.work * torch.get_num_threads()
+            and 16 * tiles <= 1.5 * height * width  # at most a third of the outputs is padding
         )
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W), with channels last."""
+    """Convolve x (B, C, H, W) with weight (O, C, 3, 3), add bias (O,), and return (B, O, H, W) in channels_last.
+
+    Zero-padded by 1 as `F.conv2d(x, weight, bias, padding=1)`, to which it is equal up to rounding.
+    """
     batch, channels, height, width = x.shape
     out_channels = len(weight)
     rows, columns = num_tiles(height), num_tiles(width)
@@ -98,7 +115,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def sandwich(matrix: list[list[float]], x: Tensor) -> Tensor:
-    """M x M^T for each of the N p-by-p matrices in x (p^2, N) and M (q, p): (q^2, N)."""
+    """Return M X M^T, (q^2, N), for each of the N p-by-p matrices X in x (p^2, N) and M (q, p)."""
     m = x.new_tensor(matrix)
     q, p = m.shape
     half = (m @ x.reshape(p, -1)).view(q, p, -1)
@@ -106,7 +123,7 @@ def sandwich(matrix: list[list[float]], x: Tensor) -> Tensor:
 
 
 class Tiles(torch.autograd.Function):
-    """x (B, C, H, W) -> (36, B rows columns C): the places of its 6x6 tiles, which overlap by 2, beyond the edges 0."""
+    """Split x (B, C, H, W) into zero-padded 6x6 tiles that overlap by 2: (36, B * rows * columns * C)."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -119,11 +136,11 @@ class Tiles(torch.autograd.Function):
         return tiles.reshape(36, -1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
         batch, channels, height, width = ctx.size  # type: ignore[attr-defined]
         rows, columns = num_tiles(height), num_tiles(width)
-        tiles = gradients[0].view(6, 6, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
-        # In steps of 4, each tile adds to the one after it what it overlaps with.
+        tiles = grads[0].view(6, 6, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+        # Tiles are 4 apart: the last 2 rows and columns of each add to the next tile.
         x = tiles.new_zeros(batch, rows + 1, 4, columns + 1, 4, channels)
         x[:, :rows, :, :columns] = tiles[:, :, :4, :, :4]
         x[:, :rows, :, 1:, :2] += tiles[:, :, :4, :, 4:]
@@ -134,5 +151,5 @@ class Tiles(torch.autograd.Function):
 
 
 def num_tiles(size: int) -> int:
-    """Tiles of four outputs that cover `size`."""
+    """Return the number of tiles of 4 outputs that cover `size`."""
     return -(-size // 4)

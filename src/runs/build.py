@@ -1,14 +1,13 @@
 """Build a training run from its configuration."""
 
-import json
 import math
-import os
-import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments, check_seeds
@@ -21,15 +20,12 @@ from src.runs.checkpoints import (
     check_optimizer,
     check_steps,
     find_checkpoint,
+    read_metrics,
+    record_path,
 )
 from src.runs.components import build_condition, build_module, make, plain, start_wandb, warn_of_schedule
-from src.runs.resolve import (
-    infer_accumulation,
-    infer_condition_settings,
-    infer_data_settings,
-    inline_betas,
-    restore_found,
-)
+from src.runs.lock import lock_run_dir, unlock_run_dir
+from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
 from src.runs.trust import check_targets, known_targets
 from src.training.checkpoints import read_checkpoint
@@ -44,19 +40,21 @@ if TYPE_CHECKING:
 class Run(NamedTuple):
     """A run that is ready to train."""
 
+    config: DictConfig
+    """The resolved configuration."""
     directory: Path
     module: "DiffusionModule"
     data: "BaseDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
     steps: int = 0
-    """How many it has taken."""
+    """Steps that the run took before it was resumed."""
     changes: Sequence[str] = ()
-    """The settings of a resumed run that are not those of its checkpoint, as "name: old -> new"."""
+    """Settings of a resumed run that differ from its checkpoint, as "name: old -> new"."""
 
     @property
     def averages(self) -> bool:
-        """Whether its checkpoints hold averaged weights."""
+        """Whether the checkpoints hold averaged weights."""
         from src.training.callbacks.ema import EMA
 
         return any(isinstance(c, EMA) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -65,52 +63,31 @@ class Run(NamedTuple):
     def last_checkpoint(self) -> Path:
         return self.directory / "checkpoints" / "last.ckpt"
 
-    def save(self) -> None:
-        """Save the last checkpoint, however long it takes until there is room for it."""
-        from src.training.checkpoint_io import AtomicCheckpointIO
-
-        while True:
-            self.trainer.save_checkpoint(self.last_checkpoint)
-            written = self.trainer.strategy.checkpoint_io
-            failed = isinstance(written, AtomicCheckpointIO) and written.failed
-            if not self.trainer.strategy.broadcast(failed):
-                return
-            if self.trainer.is_global_zero:
-                warnings.warn(
-                    f"training is over and waits for room at {self.directory}: make some, or stop it; what the last "
-                    "whole checkpoint has stays",
-                    stacklevel=2,
-                )
-            time.sleep(10)
-
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The metrics of a run that has taken all its steps and ended well; else None."""
-        path = self.directory / "metrics.json"
-        if self.steps < self.trainer.max_steps or not path.is_file():
-            return None
-        metrics: dict[str, Any] = json.loads(path.read_text())
-        ended = metrics.get("steps") == self.steps and metrics.get("val/loss", 0.0) is not None
-        return metrics if ended else None
+        """The metrics of a run that took all its steps and did not diverge; else None."""
+        metrics = read_metrics(self.directory)
+        done = metrics is not None and metrics.get("steps") == self.steps >= self.trainer.max_steps
+        return metrics if done else None
 
     @property
     def saves(self) -> bool:
-        """Whether checkpoints are written."""
+        """Whether training writes checkpoints."""
         from src.training.checkpoint_io import NoCheckpoints
 
         return not isinstance(self.trainer.strategy.checkpoint_io, NoCheckpoints)
 
     @property
     def stop_signal(self) -> int:
-        """The signal that ended training; 0 if no callback was there to say."""
+        """The signal that ended training, or 0."""
         from src.training.callbacks.graceful_shutdown import GracefulShutdown
 
-        asked = [c.signal for c in self.trainer.callbacks if isinstance(c, GracefulShutdown)]  # type: ignore[attr-defined]
-        return max(asked, default=0)
+        signals = [c.signal for c in self.trainer.callbacks if isinstance(c, GracefulShutdown)]  # type: ignore[attr-defined]
+        return max(signals, default=0)
 
     @property
     def diagnosis(self) -> str:
-        """Why training was given up; empty if it was not."""
+        """Why the guard against non-finite steps gave up training; empty if it did not."""
         from src.training.callbacks.nan_guard import NonFiniteGuard
 
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -118,19 +95,71 @@ class Run(NamedTuple):
 
 
 def build(cfg: DictConfig) -> Run:
-    """Everything that a training run consists of, of which nothing is written yet.
+    """Return the run that a composed configuration describes. It writes neither `cfg` nor the run folder.
 
-    Raises ValueError for settings that cannot work together.
+    Raises ValueError for settings that do not work together, and FileNotFoundError without the run to resume.
     """
-    if cfg.resume is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), format_override("resume", cfg.resume))
-    resume_from = None if cfg.resume is None else find_checkpoint(cfg.resume, None)
-    saved = read_checkpoint(resume_from) if resume_from else None
-    before = saved and saved["hyper_parameters"]
-    inline_betas(cfg, before)
-    if before is not None:
-        restore_found(cfg, before)
-    if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+    folder = resumed_folder(cfg)
+    if folder is not None and not cfg.trust:
+        check_targets(plain(cfg, resolve=False), known_targets(training=True), format_override("resume", folder))
+    resume_from = None if folder is None else find_checkpoint(str(folder), None)
+    checkpoint = None if resume_from is None else read_checkpoint(resume_from)
+    cfg = resolve(cfg, None, checkpoint)
+    check_config(cfg)
+    quiet_libraries()
+    import lightning as L
+
+    L.seed_everything(cfg.seed, verbose=False)
+    data = make(cfg.data)
+    cfg = resolve(cfg, data, checkpoint)
+    return instantiate_run(cfg, data, resume_from, checkpoint)
+
+
+def instantiate_run(
+    cfg: DictConfig, data: "BaseDataModule", resume_from: Path | None, checkpoint: Mapping[str, Any] | None
+) -> Run:
+    """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
+    from src.distributed.processes import check_processes, start_quietly
+    from src.training.compile import check_graphs, compiled
+
+    directory = Path(cfg.run_dir)
+    data.record_path = resume_from and record_path(resume_from)
+    data.condition = build_condition(cfg)
+    module = build_module(cfg, data.shape, data.num_values, data.condition)
+    warn_of_schedule(module)
+    module.compiled_training = compiled(module.net, cfg.compile)
+    if checkpoint is not None:  # Refuse before loggers write.
+        assert resume_from is not None
+        check_fit(checkpoint["state_dict"], module, resume_from)
+        changed_settings(checkpoint["hyper_parameters"], plain(cfg))
+        check_steps(checkpoint, cfg)
+    elif any((directory / "checkpoints").glob("*.ckpt")):
+        raise ValueError(
+            f"{directory} already holds a run: resume it with {format_override('resume', directory)}, or choose "
+            "another run_dir"
+        )
+    trainer = build_trainer(cfg, directory)
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # of strategies with several processes
+    check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
+    start_quietly(trainer.strategy)
+    data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
+    check_sharding(cfg, module, trainer)
+    check_optimized_metric(cfg, module, trainer)
+    microbatch = cfg.data.get("microbatch_size")
+    check_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
+    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
+    if checkpoint is None:
+        return Run(cfg, directory, module, data, trainer, resume_from)
+    check_accumulation(checkpoint, cfg)
+    check_optimizer(checkpoint, module)
+    changes = changed_settings(checkpoint["hyper_parameters"], module.hparams)
+    return Run(cfg, directory, module, data, trainer, resume_from, checkpoint["global_step"], changes)
+
+
+def check_config(cfg: DictConfig) -> None:
+    """Raise ValueError for a setting out of its range. Needs neither data nor networks."""
+    is_points = cfg.data.get("num_samples") or cfg.data.get("path")
+    if is_points and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
@@ -138,129 +167,81 @@ def build(cfg: DictConfig) -> Run:
     if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
         raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
     check_seeds(cfg)
-    for name, least in (("keep_checkpoints", -1), ("neighbors.num_samples", 0), ("neighbors.num_candidates", 0)):
-        if (number := OmegaConf.select(cfg, name)) < least:
-            raise ValueError(f"{name}={number} must be at least {least}")
-    quiet_libraries()
-    import lightning as L
+    minima = {
+        "validate_every": 1,
+        "checkpoint_every": 1,
+        "keep_checkpoints": -1,
+        "neighbors.num_samples": 0,
+        "neighbors.num_candidates": 0,
+    }
+    for name, minimum in minima.items():
+        if (value := OmegaConf.select(cfg, name)) < minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
 
-    directory = Path(cfg.run_dir)
-    L.seed_everything(cfg.seed, verbose=False)
-    data = make(cfg.data)
-    infer_data_settings(cfg, data)
-    infer_condition_settings(cfg, data)
-    data.record_path = resume_from and record_path(resume_from)
-    data.condition = build_condition(cfg)
-    module = build_module(cfg, data.shape, data.num_values, data.condition)
-    warn_of_schedule(module)
-    from src.training.compile import check_graphs, compiled
 
-    module.compiled_training = compiled(module.net, cfg.compile)
-    if saved is not None:  # what cannot be resumed is refused before loggers write
-        assert resume_from is not None
-        check_fit(saved["state_dict"], module, resume_from)
-        changed_settings(saved["hyper_parameters"], plain(cfg))
-        check_steps(saved, cfg)
-    elif any((directory / "checkpoints").glob("*.ckpt")):
-        raise ValueError(
-            f"{directory} already holds a run: go on with {format_override('resume', directory)}, or choose another run_dir"
-        )
-    trainer = build_trainer(cfg, directory)
-    from src.distributed.processes import check_processes, start_quietly
-
-    environment = getattr(trainer.strategy, "cluster_environment", None)  # of several processes
-    check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
-    start_quietly(trainer.strategy)
-    data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
-    from src.training.memory import MicrobatchFinder, keep_freed_memory
-
-    if not any(isinstance(callback, MicrobatchFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        keep_freed_memory(trainer.strategy.root_device)
+def check_sharding(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Trainer") -> None:
+    """Raise ValueError for settings that do not work with sharded weights."""
     from src.distributed.sharding import FullyShardedStrategy
 
-    if isinstance(trainer.strategy, FullyShardedStrategy) and module.curve_weights:
-        raise ValueError("trainer=fsdp deals out the network alone, and a learned schedule learns too: use trainer=ddp")
-    infer_accumulation(cfg, trainer, saved)
-    check_graphs(cfg.compile, "auto" if cfg.data.get("microbatch_size") == "auto" else trainer.accumulate_grad_batches)
-    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
-    if saved is not None:
-        check_accumulation(saved, cfg)
-        check_optimizer(saved, module)
-    changes = changed_settings(saved["hyper_parameters"], module.hparams) if saved is not None else []
-    return Run(directory, module, data, trainer, resume_from, saved["global_step"] if saved else 0, changes)
+    if not isinstance(trainer.strategy, FullyShardedStrategy):
+        return
+    if module.curve_weights:
+        raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
+    if cfg.data.get("microbatch_size") == "auto":
+        raise ValueError(
+            "data.microbatch_size=auto tries a step on each device alone, which sharded weights do not allow: set "
+            "data.microbatch_size=1, and double it while it fits"
+        )
 
 
-def start(cfg: DictConfig, run: Run) -> None:
-    """Lock the folder of a run that nothing can be said against any more, start its loggers, and write its record.
+def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Trainer") -> None:
+    """Raise ValueError if `optimized_metric` is not a validation metric of this run."""
+    known = [f"val/{name}" for name in module.validation]
+    if cfg.optimized_metric not in (None, *known):
+        raise ValueError(
+            f"optimized_metric={cfg.optimized_metric} is no metric of this run: choose one of {', '.join(known)}"
+        )
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    searches = multirun and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
+    if searches and trainer.limit_val_batches == 0:
+        raise ValueError(
+            f"trainer.limit_val_batches=0 leaves optimized_metric={cfg.optimized_metric} without a value: use at least "
+            "one batch"
+        )
 
-    Before this nothing is written into the folder, and if this fails nothing stays. Raises ValueError if another
-    process trains there, or W&B cannot start.
+
+def start(run: Run) -> None:
+    """Lock the folder of a run, start its loggers, and write its record.
+
+    Nothing is written into the folder before, and if this fails nothing stays. Raises ValueError if another process
+    trains there, or if W&B cannot start.
     """
     from src.training.loggers import folder_of, rollback_logger_files
 
     lock = run.directory / ".lock"
-    found = lock.exists()
+    existed = lock.exists()
     if run.trainer.is_global_zero:
         lock_run_dir(run.directory)
     try:
         loggers = run.trainer.loggers if run.trainer.is_global_zero else []
         folders = [folder for logger in loggers if (folder := folder_of(logger, run.directory))]
         with rollback_logger_files(folders):
-            start_wandb(cfg, run.trainer, run.directory)
+            start_wandb(run.config, run.trainer, run.directory)
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
             begin(run.directory)
-        for line in run.changes:  # not before: a refused command resumes nothing
+        for line in run.changes:  # Not before: a refused command resumes nothing.
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     except BaseException:
-        if run.trainer.is_global_zero and not found:
+        if run.trainer.is_global_zero and not existed:
             lock.unlink(missing_ok=True)
-        if held := _locks.pop(run.directory.resolve(), None):
-            held.close()
+        unlock_run_dir(run.directory)
         raise
 
 
-def record_path(checkpoint: Path) -> Path | None:
-    """Where the record of the data is, of a checkpoint in a run's folder."""
-    from src.data.split import RECORD
-
-    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
-
-
-_locks: dict[Path, IO[str]] = {}
-
-
-def lock_run_dir(directory: Path) -> None:
-    """Keep a run's folder for this process until it ends. Raises ValueError if another trains there."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    if before := _locks.pop(directory.resolve(), None):
-        before.close()
-    path = directory / ".lock"
-    for _ in range(30):  # seconds: one that was stopped may still be on its way out
-        file = path.open("a")  # which changes nothing of a file that is there
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which processes that load data do not inherit
-        except BlockingIOError:
-            file.close()
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return
-        else:
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                _locks[directory.resolve()] = file
-                return
-            file.close()  # its process was refused, and has removed it
-    raise ValueError(f"another process trains in {directory}: wait for it or stop it, or choose another run_dir")
-
-
 def close(run: Run) -> None:
-    """End what would otherwise live on into the next run of the same process."""
+    """Release the lock and end the loggers, so that the next run of this process is independent."""
     from src.training.loggers import finish
 
-    if held := _locks.pop(run.directory.resolve(), None):
-        held.close()
+    unlock_run_dir(run.directory)
     finish(run.trainer)

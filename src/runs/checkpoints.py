@@ -1,5 +1,6 @@
 """Find a checkpoint and check that it fits the configuration."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
-    """Return the checkpoint that `run=` (the newest whole one in the folder) or `ckpt=` means.
+    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`.
 
-    Raises FileNotFoundError if there is none, ValueError unless one of the two is given.
+    Raises FileNotFoundError without one, and ValueError unless exactly one of the two is given.
     """
     if (run is None) == (ckpt is None):
         raise ValueError(
@@ -32,55 +33,70 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
             raise ValueError(
                 f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}"
             )
-    if ckpt is not None:
-        path = Path(str(ckpt))
-        if not path.is_file():
-            of_run = path.parent if path.name == "checkpoints" else path
-            hint = (
-                f"; did you mean {format_override('run', of_run)}?"
-                if any((of_run / "checkpoints").glob("*.ckpt"))
-                else ""
-            )
-            hint = hint or newest_run("ckpt", path) or _nearest(path, "ckpt", "*.ckpt")
-            raise FileNotFoundError(
-                f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
-            )
+    return _existing_file(Path(str(ckpt))) if ckpt is not None else _newest_intact(Path(str(run)))
+
+
+def _existing_file(path: Path) -> Path:
+    if path.is_file():
         return path
-    folder = Path(str(run))
+    folder = path.parent if path.name == "checkpoints" else path
+    is_run = any((folder / "checkpoints").glob("*.ckpt"))
+    hint = f"; did you mean {format_override('run', folder)}?" if is_run else newest_run("ckpt", path)
+    hint = hint or _nearest(path, "ckpt", "*.ckpt")
+    raise FileNotFoundError(
+        f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
+    )
+
+
+def _newest_intact(folder: Path) -> Path:
     if folder.is_file():
         raise FileNotFoundError(
-            f"{folder} is a file, and a run is a folder: use {format_override('ckpt', folder)} for one checkpoint"
+            f"{folder} is a file, and run= takes a folder: use {format_override('ckpt', folder)} for one checkpoint"
         )
     if not folder.is_dir():
         near = _nearest(folder, "run", "*/")
-        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs lie under outputs/train'}")
+        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs are in outputs/train'}")
     if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
         raise FileNotFoundError(
-            f"{folder} holds the checkpoints of a run, and is no run folder: did you mean "
-            f"{format_override('run', folder.parent)}?"
+            f"{folder} holds checkpoints but is not a run folder: did you mean {format_override('run', folder.parent)}?"
         )
     for path in newest_first(folder):
         if is_intact(path):
             return path
-        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=3)
     hint = newest_run("run", folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 
 
-def check_fit(theirs: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
-    """Raise ValueError, naming the first difference, if these weights, from the file `path`, are another network's."""
+def record_path(checkpoint: Path) -> Path | None:
+    """Return where the run of a checkpoint keeps the record of its data; None for a file outside a run folder."""
+    from src.data.split import RECORD
+
+    return checkpoint.parent.parent / RECORD if checkpoint.parent.name == "checkpoints" else None
+
+
+def read_metrics(folder: Path) -> dict[str, Any] | None:
+    """Return the final metrics of a run, or None if it has not finished or has diverged."""
+    path = folder / "metrics.json"
+    metrics: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    diverged = metrics is not None and metrics.get("val/loss", 0.0) is None
+    return None if diverged else metrics
+
+
+def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
+    """Raise ValueError, naming the first difference, if the `weights` of the file `path` do not fit the module."""
     ours = module.state_dict()
-    for name in [*ours, *theirs]:
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (theirs, ours)]
-        if shapes[0] != shapes[1]:
+    for name in [*ours, *weights]:
+        saved, built = (tuple(state[name].shape) if name in state else "absent" for state in (weights, ours))
+        if saved != built:
             raise ValueError(
-                f"{path} holds another network: {name} is {shapes[0]} there and {shapes[1]} here; use the settings "
-                "that it was trained with, or start a new run"
+                f"{path} holds another network: {name} is {saved} there and {built} here; use the settings of its "
+                "training, or start a new run"
             )
 
 
-def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if batches were cut otherwise: Lightning's count of them would lie across the steps."""
+def check_accumulation(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
+    """Raise ValueError if a resumed run accumulates another number of batches, which Lightning's counter counts."""
     before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
     now = cfg.trainer.accumulate_grad_batches
     if before != now:
@@ -90,8 +106,8 @@ def check_accumulation(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
         )
 
 
-def check_optimizer(checkpoint: dict[str, Any], module: "DiffusionModule") -> None:
-    """Raise ValueError if the optimizer keeps something of each weight that the checkpoint does not have."""
+def check_optimizer(checkpoint: Mapping[str, Any], module: "DiffusionModule") -> None:
+    """Raise ValueError if the optimizer keeps a state of each weight that the checkpoint lacks."""
     states = checkpoint["optimizer_states"][0]["state"]
     before = set(next(iter(states.values()), ()))
     if before and (missing := module.optimizer_state() - before):
@@ -102,8 +118,8 @@ def check_optimizer(checkpoint: dict[str, Any], module: "DiffusionModule") -> No
         )
 
 
-def check_steps(checkpoint: dict[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if a resumed run has taken more steps than it is to take."""
+def check_steps(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
+    """Raise ValueError if a resumed run has taken more steps than `trainer.max_steps`."""
     done = checkpoint["global_step"]
     if cfg.trainer.max_steps < done:
         raise ValueError(
@@ -116,33 +132,33 @@ FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.columns", "data.mean", "data.std"),
 )
-"""Settings that a resumed run must keep: with others the weights would mean something else."""
+"""Settings that a resumed run must keep: they determine what the weights mean."""
 
 
 MUTABLE_KEYS = (
     *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
-"""But for these, which change no weight's meaning."""
+"""Settings among `FIXED_KEYS` that a resumed run may change."""
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each setting in which two configurations differ, as "name: old -> new", but for where they write.
+    """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if it is one of the model.
+    Raises ValueError if the setting determines what the weights mean.
     """
     old, new = _flat(before, str(before.get("run_dir"))), _flat(now, str(now["run_dir"]))
-    how = "resume", "run_dir", "trust"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in how]
+    ignored = "resume", "run_dir", "trust"
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ignored]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
     for name, line in zip(names, lines, strict=True):
         if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
-            raise ValueError(f"{line} makes another model of a run that is resumed: keep it, or start a new run")
+            raise ValueError(f"{line} changes the model of a resumed run: keep it, or start a new run")
     return lines
 
 
 def _flat(settings: Mapping[str, Any], run_dir: str, prefix: str = "") -> dict[str, Any]:
-    """Dotted names and values, with the run's folder taken out of paths."""
+    """Return dotted names and values, without the run folder in paths."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Build the parts of a run, each from its node of the configuration."""
+"""Build the components of a run, each from its node of the configuration."""
 
 import functools
 import inspect
@@ -28,30 +28,24 @@ if TYPE_CHECKING:
 def build_module(
     cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
 ) -> "DiffusionModule":
-    """The LightningModule for samples of `shape` with so many `num_values`, with freshly initialised weights.
+    """Return the LightningModule for samples of `shape`, with new weights.
 
-    `condition` is what `build_condition` made of the configuration. Without an optimizer in it the module can sample
-    but not train.
+    `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
+    Without an optimizer in the configuration, the module can sample but not train.
     """
     import torch
 
     from src.models.mlp import MLP
-    from src.training.module import DiffusionModule
+    from src.training.learned_schedule import module_class
 
     if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
-        raise ValueError(
-            f"the model is for points, the data are images of shape {shape}: choose model=unet_tiny or larger"
-        )
+        raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
     trains = "optimizer" in cfg
-    if trains and str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
-        # The fused step unscales fp16 gradients itself, too late for clipping.
-        warnings.warn("with fp16 the optimizer's step is not fused (optimizer.fused=false)", stacklevel=2)
-        cfg.optimizer.fused = False
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = make(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
-    net = make(cfg.model, {"outputs": diffusion.outputs, **condition_network(cfg)})
-    conditioning = None if condition is None else conditioning_of(condition, cfg.conditioning.cond_drop_prob)
-    module = DiffusionModule(
+    net = make(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
+    spec = None if condition is None else _condition_spec(condition, cfg.conditioning.cond_drop_prob)
+    module = module_class(schedule)(
         net=net,
         schedule=schedule,
         diffusion=diffusion,
@@ -62,10 +56,10 @@ def build_module(
         seed=cfg.seed,
         optimizer=make(cfg.optimizer) if trains else None,
         lr_scheduler=make(cfg.lr_scheduler) if trains else None,
-        conditioning=conditioning,
+        conditioning=spec,
     )
-    check_network(net, shape, diffusion.outputs, conditioning)
-    if trains:  # made once for nothing, so that values which they refuse are refused now
+    check_network(net, shape, diffusion.outputs, spec)
+    if trains:  # Optimizer and scheduler refuse invalid values now, before training.
         module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
@@ -73,48 +67,52 @@ def build_module(
 
 
 def build_condition(cfg: DictConfig) -> "Condition | None":
-    """What turns what is asked for into what the network takes; None for a network that takes no conditions."""
+    """Return the encoder from prompts, classes or covariates to the network's input; None for an unconditional run."""
     return None if cfg.get("conditioning") is None else make(cfg.conditioning.encode)
 
 
-def condition_network(cfg: DictConfig) -> dict[str, Any]:
-    """The argument of a network's constructor that makes it take conditions, if it is to."""
+def _network_condition(cfg: DictConfig) -> dict[str, Any]:
+    """Return the argument `condition` of a conditional network's constructor."""
     return {} if cfg.get("conditioning") is None else {"condition": make(cfg.conditioning.embed)}
 
 
-def conditioning_of(condition: "Condition", cond_drop_prob: float) -> "ConditionSpec":
+def _condition_spec(condition: "Condition", cond_drop_prob: float) -> "ConditionSpec":
     from src.training.module import ConditionSpec
 
     return ConditionSpec(condition([None]), condition(condition.examples or [None]), cond_drop_prob)
 
 
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
-    """A schedule from its YAML with the transforms that were asked for. Raises ValueError if they do not fit."""
+    """Return the schedule of a node after the transforms. Raises ValueError for a transform that does not apply."""
     from torch import Tensor
 
     from src.diffusion import curves, schedules
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, terminal_alpha_bar
 
-    made = make(cfg)
-    if not isinstance(made, Tensor):
-        assert isinstance(made, ContinuousSchedule)
-        if zero_terminal_snr and terminal_alpha_bar(made) > 0:
+    schedule = make(cfg)
+    if not isinstance(schedule, Tensor):
+        assert isinstance(schedule, ContinuousSchedule)
+        if zero_terminal_snr and terminal_alpha_bar(schedule) > 0:
             raise ValueError(
-                "zero_terminal_snr=true is for tables of betas, and a continuous schedule ends where its curve does: "
-                "leave it out and lower schedule.curve.min_log_snr, or choose schedule=rectified_flow, which ends at 0"
+                "zero_terminal_snr=true needs a table of betas, and this schedule is continuous: leave it out and "
+                "lower schedule.curve.min_log_snr, or choose schedule=rectified_flow, which ends at SNR 0"
             )
         if snr_shift != 1:
-            made.curve = curves.shifted(made.curve, snr_shift)
-        return made
+            schedule.curve = curves.shifted(schedule.curve, snr_shift)
+        return schedule
     if snr_shift != 1:
-        made = schedules.snr_shift(made, snr_shift)
+        schedule = schedules.snr_shift(schedule, snr_shift)
     if zero_terminal_snr:
-        made = schedules.zero_terminal_snr(made)
-    return NoiseSchedule(made)
+        schedule = schedules.zero_terminal_snr(schedule)
+    return NoiseSchedule(schedule)
 
 
 def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
-    """An objective from its YAML; a weighting that has an argument `schedule` is given it."""
+    """Return the loss of a node. A weighting with an argument `schedule` gets the schedule of the run.
+
+    The binding is here and not in the YAML, because Hydra deep-copies the arguments of `instantiate`: the weights of a
+    learned schedule would exist twice.
+    """
     loss_fn = make(cfg)
     weighting = getattr(loss_fn, "keywords", {}).get("weighting")
     if weighting is not None and "schedule" in inspect.signature(weighting).parameters:
@@ -124,7 +122,7 @@ def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
 
 
 def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampler":
-    """A sampler from its YAML: the function's own arguments, the grid that it walks, and what guides it."""
+    """Return the sampler of a node: the function with its arguments, the time grid and the guidance."""
     from src.diffusion.noise import DefaultSpacing
     from src.training.module import Sampler
 
@@ -134,39 +132,42 @@ def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampl
 
 
 def build_guidance(cfg: DictConfig | None) -> "Guidance":
-    """Guidance from its settings, without the weaker model, which `runs.open_guidance_model` opens."""
+    """Return the guidance of a node, without its model, which `open_guidance_model` opens."""
     from src.diffusion.guidance import Guidance
 
     if cfg is None:
         return Guidance()
     for name in ("scale", "rescale"):
         if not isinstance(cfg[name], int | float):
-            raise ValueError(f"guidance.{name}={cfg[name]} is of the wrong type: it must be a number")
+            raise ValueError(f"guidance.{name}={cfg[name]} must be a number")
     ends = [0.0, math.inf] if cfg.interval is None else list(cfg.interval)
     if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends):
-        raise ValueError(f"guidance.interval must be two levels of noise sigma / alpha, got {ends}: such as [0.2, 5]")
-    made = Guidance(float(cfg.scale), (float(ends[0]), float(ends[1])), float(cfg.rescale))
-    made.check()
-    return made
+        raise ValueError(f"guidance.interval={ends} must be two noise levels sigma / alpha, such as [0.2,5]")
+    guidance = Guidance(float(cfg.scale), (float(ends[0]), float(ends[1])), float(cfg.rescale))
+    guidance.check()
+    return guidance
 
 
-def sampler_settings(asked: DictConfig, of_run: DictConfig) -> DictConfig:
-    """The sampler that was asked for; without a choice, the run's own with what was given beside it."""
-    if asked.get("_target_") is not None:
-        return asked
-    merged = OmegaConf.merge(of_run, {k: v for k, v in asked.items() if v is not None})
+def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
+    """Return the chosen sampler, or the sampler of the run with the settings that were typed.
+
+    `typed` has no `_target_` if no sampler was chosen. `trained` is the node of the run.
+    """
+    if typed.get("_target_") is not None:
+        return typed
+    merged = OmegaConf.merge(trained, {k: v for k, v in typed.items() if v is not None})
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def named_sampler(settings: Mapping[str, Any], of_run: DictConfig) -> DictConfig:
-    """The file under conf/sampler that `sampler` among the settings names, or the run's own, with the others.
+def named_sampler(settings: Mapping[str, Any], trained: DictConfig) -> DictConfig:
+    """Return the file of conf/sampler that `settings["sampler"]` names, or the run's sampler, with the other settings.
 
-    Raises ValueError if there is no such file.
+    Raises ValueError for an unknown name.
     """
     others = {k: v for k, v in settings.items() if k != "sampler"}
     if "sampler" not in settings:
-        return sampler_settings(OmegaConf.create(others), of_run)
+        return sampler_settings(OmegaConf.create(others), trained)
     name, known = str(settings["sampler"]), config_groups()["sampler"]
     if name not in known:
         raise ValueError(f"unknown sampler '{name}'{nearest(name, known) or f': choose from {known}'}")
@@ -175,15 +176,15 @@ def named_sampler(settings: Mapping[str, Any], of_run: DictConfig) -> DictConfig
     return merged
 
 
-def names_of(given: Any) -> list[str] | None:
-    """One name or a list of them as a list; None for none."""
-    return [given] if isinstance(given, str) else list(given) if given else None
+def names_of(value: Any) -> list[str] | None:
+    """Return one name or a list of names as a list; None for no name."""
+    return [value] if isinstance(value, str) else list(value) if value else None
 
 
 def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
-    """Start W&B's run, if it is among the loggers, and keep its id. It goes offline, and says so, if it cannot online.
+    """Start the W&B run, if W&B is among the loggers, and save its id.
 
-    Raises ValueError if it cannot start at all.
+    Without a connection, warn and log offline. Raises ValueError if W&B cannot start offline either.
     """
     from lightning.pytorch.loggers import WandbLogger
 
@@ -192,7 +193,7 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
     node = (cfg.logger or {}).get("wandb")
     started = list(trainer.loggers)
     for k, logger in enumerate(started):
-        if not isinstance(logger, WandbLogger) or node is None:  # a logger of the user's own starts by itself
+        if not isinstance(logger, WandbLogger) or node is None:  # The user's own logger starts by itself.
             continue
         try:
             _ = logger.experiment
@@ -201,8 +202,8 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
                 raise ValueError(f"logger=wandb cannot start ({sentence(error)}): change logger.wandb.*") from error
             warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
             started[k] = instantiate(node, offline=True, mode="offline")
-            _ = getattr(started[k], "experiment")  # noqa: B009 - of W&B's logger
-        if trainer.is_global_zero:  # the only process that W&B knows
+            _ = getattr(started[k], "experiment")  # noqa: B009 - mypy does not know the logger's type
+        if trainer.is_global_zero:
             write_wandb_id(directory, node.id)
     trainer.loggers = started
 
@@ -210,68 +211,71 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
 def check_network(
     net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "ConditionSpec | None" = None
 ) -> None:
-    """Raise ValueError if the network does not give what it should: run once, on tensors without contents."""
+    """Raise ValueError unless the network keeps the shape (C, ...) and makes `outputs` times C channels.
+
+    Runs a copy of the network once, on meta tensors.
+    """
     import copy
 
     import torch
 
-    hollow = copy.deepcopy(net).to("meta")
+    meta_net = copy.deepcopy(net).to("meta")
     try:
         with torch.no_grad():
             cond = () if conditioning is None else (conditioning.null.to("meta"),)
-            got = tuple(hollow(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), *cond).shape[1:])
+            got = tuple(meta_net(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), *cond).shape[1:])
     except RuntimeError as error:
         raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
     if got != (outputs * shape[0], *shape[1:]):
-        raise ValueError(f"the network makes {got} of data of shape {shape}: model.* must keep the shape")
+        raise ValueError(f"the network turns data of shape {shape} into {got}: model.* must keep the shape")
 
 
 def warn_of_schedule(module: "DiffusionModule") -> None:
-    """Say so if the last step, where sampling starts, is not noise, or has no weight in training."""
+    """Warn if the last step, where sampling starts, is not noise, or has no weight in the loss."""
     from src.diffusion.noise import terminal_alpha_bar
 
     left = terminal_alpha_bar(module.schedule)
     if left > 0.01:
         warnings.warn(
-            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts where "
-            "training never was; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
+            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts at "
+            "a noise level that training lacks; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
             stacklevel=2,
         )
     terms = module.check_loss()
     if terms["loss"].item() < 1e-12 * terms["mse"].item():
         warnings.warn(
-            "the weighting gives the schedule's last step, where sampling starts, no weight at all: use "
-            "weighting=uniform (min-SNR is 0 at zero SNR)",
+            "the weighting is 0 at the last step of the schedule, where sampling starts, so it has no weight at all in "
+            "the loss; use weighting=uniform (min-SNR is 0 at zero SNR)",
             stacklevel=2,
         )
 
 
 def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
-    """The network without weights, laid out as it is trained."""
+    """Return the network on the meta device, in the memory format of training."""
     import torch
 
     with torch.device("meta"):
-        net: torch.nn.Module = make(cfg.model, {"outputs": outputs, **condition_network(cfg)})
-    return net.to(memory_format=torch.channels_last)  # of images; points' weights have no such layout
+        net: torch.nn.Module = make(cfg.model, {"outputs": outputs, **_network_condition(cfg)})
+    return net.to(memory_format=torch.channels_last)  # This leaves networks for points as they are.
 
 
-def make(node: DictConfig, given: Mapping[str, Any] | None = None) -> Any:
-    """What a node describes, with arguments that only the program knows.
+def make(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Return the object of a node, with further arguments.
 
-    Partials come without Hydra's wrapper, which goes through all loaded modules at each call.
+    Partials come without Hydra's wrapper, which scans all loaded modules at each call.
     """
-    # Plain lists: an optimizer that keeps another kind has it in the checkpoint, which then is not read.
-    return _unwrapped(instantiate(node, _convert_="all", **(given or {})))
+    # Convert to plain lists: an optimizer would put OmegaConf's lists into checkpoints, which then could not be read.
+    return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
 
 
-def _unwrapped(made: Any) -> Any:
-    if not isinstance(made, functools.partial):
-        return made
-    return functools.partial(made.func, *made.args, **{k: _unwrapped(v) for k, v in made.keywords.items()})
+def _unwrap(value: Any) -> Any:
+    if not isinstance(value, functools.partial):
+        return value
+    return functools.partial(value.func, *value.args, **{k: _unwrap(v) for k, v in value.keywords.items()})
 
 
 def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
-    """The configuration as nested plain values, every interpolation resolved or as it stands."""
+    """Return the configuration as nested plain values; with `resolve`, interpolations have their values."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return container

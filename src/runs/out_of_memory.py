@@ -1,8 +1,6 @@
-"""What to say where the memory was not enough: what is needed, what there is, and what to set."""
+"""Messages for runs out of memory: what they need, what the device has, and what to set."""
 
 from typing import TYPE_CHECKING
-
-from omegaconf import DictConfig
 
 from src.quoting import command, format_override
 from src.runs.components import meta_network
@@ -15,8 +13,8 @@ if TYPE_CHECKING:
     from src.training.memory import Estimate
 
 
-def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
-    """What a training step needs on each device, told without running one."""
+def step_memory(run: "Run") -> "Estimate":
+    """Return an estimate of the memory of a training step on each device, without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
@@ -25,7 +23,7 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
 
     trainer = run.trainer
     return estimate(
-        meta_network(cfg, run.module.diffusion.outputs),
+        meta_network(run.config, run.module.diffusion.outputs),
         run.module.shape,
         run.data.microbatch_size(trainer),
         trainer.strategy.root_device,
@@ -38,47 +36,48 @@ def step_memory(cfg: DictConfig, run: "Run") -> "Estimate":
     )
 
 
-def while_training(cfg: DictConfig, run: "Run") -> str:
-    """One line for a training that ran out of memory: what it needs, what there is, and what to set."""
+def while_training(run: "Run") -> str:
+    """Return one line for training that ran out of memory."""
     from src.distributed.sharding import FullyShardedStrategy
 
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
-        needs = f"about {step_memory(cfg, run)}"
-    except (RuntimeError, MemoryError):  # a process under a limit may not even start the backward pass's threads
+        needs = f"about {step_memory(run)}"
+    except (RuntimeError, MemoryError):
+        # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
     remedies = {
         "data.microbatch_size=auto": micro > 1 and not saved and not isinstance(trainer.strategy, FullyShardedStrategy),
-        "model.gradient_checkpointing=true": cfg.model.get("checkpointing") is False,
+        "model.gradient_checkpointing=true": run.config.model.get("gradient_checkpointing") is False,
         "trainer.precision=bf16-mixed": str(trainer.precision) in ("32-true", "64-true"),
     }
     settings = [setting for setting, helps in remedies.items() if helps]
-    advice = ", then ".join(settings) if settings else "a smaller model, or one dealt out by trainer=fsdp"
+    advice = ", then ".join(settings) if settings else "a smaller model, or shard it with trainer=fsdp"
     line = command("train", format_override("resume", run.directory), *settings)
-    again = f"; saved: go on with {line}" if saved else ""
+    again = f"; saved: resume with {line}" if saved else ""
     return (
         f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
-        f"{having(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"
+        f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"
     )
 
 
 def at_batch_size(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
-    """One line for sampling or evaluation that ran out of memory."""
+    """Return one line for sampling or evaluation that ran out of memory."""
     from src.training.memory import estimate
 
     net = meta_network(opened.config, opened.module.diffusion.outputs)
-    together = batch_size if opened.module.null is None else 2 * batch_size  # guided, each is asked for nothing as well
+    together = batch_size if opened.module.null is None else 2 * batch_size  # Guidance adds the unconditional pass.
     needs = estimate(net, opened.module.shape, together, device, "32-true", None, null=opened.module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
     return (
-        f"out of memory at batch_size {batch_size} on {having(device)}; a pass through the network needs about "
-        f"{needs}: {advice}"
+        f"out of memory at batch_size {batch_size} on {describe_device(device)}; a pass through the network needs "
+        f"about {needs}: {advice}"
     )
 
 
-def having(device: "torch.device") -> str:
-    """A device and the memory that it has."""
+def describe_device(device: "torch.device") -> str:
+    """Return the name of a device and its memory."""
     from src.training.memory import device_memory, gib
 
     size = device_memory(device)

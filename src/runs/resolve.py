@@ -1,99 +1,128 @@
-"""Resolve a configuration: every value that the data, a checkpoint or the machine infers."""
+"""Resolve a configuration: infer every setting that depends on the data, on a checkpoint or on the machine.
 
+`resolve` is the only writer of a configuration of a run, and it writes to a copy.
+"""
+
+import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from src.distributed.ranks import fresh_folder
 from src.errors import sentence
-from src.runs.checkpoints import changed_settings, find_checkpoint
+from src.quoting import format_override
+from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import plain
+from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
 
 if TYPE_CHECKING:
-    import lightning as L
-
     from src.data.module import BaseDataModule
 
-import json
 
+def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
+    """Return a copy of `cfg` in which every inferred setting has its value.
 
-def infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """What only the data tell of themselves as settings, and of the network how many numbers make a point."""
-    check_texts(dict(data.found), "the data")
-    cfg.data.update(data.found)
-    if len(data.shape) == 1 and "features" in cfg.model:
-        cfg.model.features = data.shape[0]
+    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, the settings that
+    depend on the data stay open; those from which the data are built do not. Resolving twice changes nothing.
 
-
-def infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """What only the data tell of conditions, such as the names of classes, as settings; of a resumed run they did.
-
-    Raises ValueError if the data have no such conditions.
+    Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """
-    if cfg.get("conditioning") is None or cfg.resume is not None:
-        return
-    data.prepare_once_per_node()
-    assert data.source is not None
-    node = cfg.conditioning.encode
-    found = dict(get_class(node._target_).infer_settings(data.source, plain(node)))  # type: ignore[attr-defined]
-    check_texts(found, "the data")
-    node.update(found)
+    cfg = copy.deepcopy(cfg)
+    _infer_folders(cfg)
+    _inline_betas(cfg, checkpoint)
+    _restore_settings(cfg, checkpoint)
+    _unfuse_optimizer(cfg)
+    _infer_wandb_id(cfg)
+    if data is not None:
+        _infer_data_settings(cfg, data)
+        if checkpoint is None:
+            _infer_condition_settings(cfg, data)
+        _infer_accumulation(cfg)
+    return cfg
 
 
-def infer_accumulation(cfg: DictConfig, trainer: "L.Trainer", saved: dict[str, Any] | None) -> None:
-    """`data.microbatch_size` as `trainer.accumulate_grad_batches`; auto takes that of the checkpoint `saved`, if resumed.
+def resumed_folder(cfg: DictConfig) -> Path | None:
+    """Return the folder of the run that `resume` names, or None for a new run.
 
-    Without a checkpoint auto is left to the callback `MicrobatchFinder`. Raises ValueError for contradictions.
+    `resume=auto` means the run folder itself if it holds checkpoints.
     """
-    from src.distributed.sharding import FullyShardedStrategy
-    from src.training.memory import accumulate, divisors
-
-    micro, given = cfg.data.get("microbatch_size"), cfg.trainer.accumulate_grad_batches
-    share, rest = divmod(cfg.data.batch_size, trainer.world_size)
-    if micro is None or rest:  # TrainingStream refuses the rest
-        return
-    if micro == "auto":
-        if isinstance(trainer.strategy, FullyShardedStrategy):
-            raise ValueError(
-                "data.microbatch_size=auto tries a step on each device alone, which sharded weights do not allow: give a "
-                "number, such as data.microbatch_size=1, and double it while it fits"
-            )
-        if given != 1:
-            raise ValueError(
-                f"data.microbatch_size=auto finds trainer.accumulate_grad_batches, given as {given}: leave one of them out"
-            )
-        if saved is None:
-            return
-        batches = saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
-    else:
-        if share % micro:
-            fitting = divisors(share)
-            near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
-            raise ValueError(
-                f"data.microbatch_size={micro} does not divide the {share} samples of a step on each of "
-                f"{trainer.world_size} processes (data.batch_size={cfg.data.batch_size}): choose "
-                f"{' or '.join(map(str, near))}"
-            )
-        batches = share // micro
-        if given not in (1, batches):
-            raise ValueError(
-                f"data.microbatch_size={micro} makes trainer.accumulate_grad_batches {batches}, given as {given}: "
-                "leave one of them out"
-            )
-    accumulate(trainer, batches)
-    cfg.trainer.accumulate_grad_batches = batches
+    if cfg.resume != "auto":
+        return None if cfg.resume is None else Path(cfg.resume)
+    folder = Path(cfg.run_dir)
+    return folder if any((folder / "checkpoints").glob("*.ckpt")) else None
 
 
-def inline_betas(cfg: DictConfig, before: Mapping[str, Any] | None) -> None:
-    """Replace the file name that `schedule=custom` may give by the numbers in it, or those of the run `before`."""
+def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
+    """Return the metrics of the job of a sweep that `resume=auto` finds finished; None if it has steps to take.
+
+    Raises ValueError if a job with other settings trained in its folder.
+    """
+    if cfg.resume != "auto" or (folder := resumed_folder(cfg)) is None:
+        return None
+    checkpoint = read_checkpoint(find_checkpoint(str(folder), None))
+    if changed := changed_settings(checkpoint["hyper_parameters"], plain(resolve(cfg, None, checkpoint))):
+        raise ValueError(
+            f"run_dir={folder} belongs to another job ({changed[0]}); keep the settings of the sweep, or start "
+            "a new one"
+        )
+    return read_metrics(folder)
+
+
+def relocate(config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path) -> DictConfig:
+    """Return a copy of a trained run's configuration with the paths of this machine.
+
+    `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
+    The cache of an encoder is never where the file `checkpoint` says. Raises ValueError for a run without such paths.
+    """
+    config = copy.deepcopy(config)
+    if data_root is not None:
+        setting = "path" if "path" in config.data else "root"  # A table is one file.
+        if setting not in config.data:
+            raise ValueError(
+                f"{format_override('data.root', data_root)} is for images, and {checkpoint} was trained on points: "
+                "leave it out"
+            )
+        config.data[setting] = data_root
+    node = OmegaConf.select(config, "conditioning.encode")
+    if node is None or "fingerprint" not in node:
+        if encoder is not None:
+            raise ValueError(
+                f"{format_override('encoder', encoder)} needs a run with conditioning=pretrained, and {checkpoint} has "
+                "none: leave it out"
+            )
+        return config
+    node.update({"cache": "outputs/cache", "device": "auto", "model": encoder or node.model})
+    if node.model is None:
+        raise ValueError(f"{checkpoint} does not name its text encoder: add its folder or hub name as encoder=...")
+    return config
+
+
+def _infer_folders(cfg: DictConfig) -> None:
+    """Set `resume=auto` to the run folder or null, and give a configuration composed without Hydra's main a folder."""
+    typed = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(typed, dict)
+    if "${hydra:" in str(typed["run_dir"]) and not HydraConfig.initialized():
+        resumed = cfg.resume not in (None, "auto")
+        cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train")
+    if cfg.resume == "auto":
+        folder = resumed_folder(cfg)
+        cfg.resume = None if folder is None else str(folder)
+
+
+def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None:
+    """Replace a file name in `schedule.betas` by the numbers in the file, or by those of the resumed run."""
     betas = OmegaConf.select(cfg, "schedule.betas")
-    if isinstance(betas, str) and before is not None:
-        cfg.schedule.betas = betas = [float(beta) for beta in before["schedule"].get("betas") or []]
     if not isinstance(betas, str):
+        return
+    if checkpoint is not None:
+        cfg.schedule.betas = [float(beta) for beta in checkpoint["hyper_parameters"]["schedule"].get("betas") or []]
         return
     import numpy as np
 
@@ -102,53 +131,105 @@ def inline_betas(cfg: DictConfig, before: Mapping[str, Any] | None) -> None:
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
         if path.suffix == ".npy":
-            table: Any = np.lib.format.open_memmap(path, mode="r")  # unpickles nothing, and is no larger than the file
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # Unpickles nothing.
         else:
-            with path.open() as lines:  # given the name, numpy would unpack an archive
+            with path.open() as lines:  # numpy would unpack an archive if it got the file name
                 table = np.loadtxt(lines, delimiter=",")
         cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a table of numbers ({sentence(error)}): one beta per step, .npy or .csv"
+            f"schedule.betas={betas} is not a table of numbers ({sentence(error)}); give one beta per step as .npy or "
+            ".csv"
         ) from error
 
 
-def restore_found(cfg: DictConfig, before: Mapping[str, Any]) -> None:
-    """Take what only the data told from the settings `before` of a run that goes on, where nothing else is given.
+def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None:
+    """Fill in the inferred settings of the resumed run, except where the configuration sets another value.
 
-    The data may have grown since, and tell something else, of which the weights know nothing.
+    The data may have grown since the run started. Inferred again, they could contradict the weights.
     """
+    if checkpoint is None:
+        return
+    before = checkpoint["hyper_parameters"]
     encode = (before.get("conditioning") or {}).get("encode") or {}
-    found = {f"conditioning.encode.{name}": value for name, value in encode.items()}
-    found |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "std")}
-    check_texts({name: value for name, value in found.items() if value is not None}, "the run that is resumed")
-    for name, value in found.items():
+    inferred = {f"conditioning.encode.{name}": value for name, value in encode.items()}
+    inferred |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "std")}
+    check_texts({name: value for name, value in inferred.items() if value is not None}, "the run that is resumed")
+    for name, value in inferred.items():
         node, _, last = name.rpartition(".")
         parent = OmegaConf.select(cfg, node)
         if value is not None and parent is not None and last in parent and parent[last] in (None, []):
             parent[last] = value
-    if found["data.columns"] and "features" in cfg.model:
-        cfg.model.features = len(found["data.columns"])
+    if inferred["data.columns"] and "features" in cfg.model:
+        cfg.model.features = len(inferred["data.columns"])
+    if cfg.data.get("microbatch_size") == "auto" and cfg.trainer.accumulate_grad_batches == 1:
+        cfg.trainer.accumulate_grad_batches = before["trainer"]["accumulate_grad_batches"]
 
 
-def resume_job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Of a job in a sweep that goes on: its metrics if it is finished; else it resumes if it has begun.
+def _unfuse_optimizer(cfg: DictConfig) -> None:
+    """Turn off the fused optimizer step for fp16: it unscales gradients itself, after Lightning has clipped them."""
+    if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
+        warnings.warn(f"trainer.precision={cfg.trainer.precision} sets optimizer.fused=false", stacklevel=4)
+        cfg.optimizer.fused = False
 
-    Raises ValueError if another job has been in its folder.
+
+def _infer_wandb_id(cfg: DictConfig) -> None:
+    """Set the id of the W&B run: the one in the run folder, or a new one."""
+    node = (cfg.logger or {}).get("wandb")
+    if node and node.id is None:
+        from src.training.loggers import wandb_id
+
+        node.id = wandb_id(Path(cfg.run_dir))
+
+
+def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
+    """Set what only the data determine, and the number of features of a network for points."""
+    check_texts(dict(data.found), "the data")
+    cfg.data.update(data.found)
+    if len(data.shape) == 1 and "features" in cfg.model:
+        cfg.model.features = data.shape[0]
+
+
+def _infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
+    """Set what only the data determine about conditions, such as class names. Raises ValueError without conditions."""
+    if cfg.get("conditioning") is None:
+        return
+    data.prepare_once_per_node()
+    assert data.source is not None
+    node = cfg.conditioning.encode
+    inferred = dict(get_class(node._target_).infer_settings(data.source, plain(node)))  # type: ignore[attr-defined]
+    check_texts(inferred, "the data")
+    node.update(inferred)
+
+
+def _infer_accumulation(cfg: DictConfig) -> None:
+    """Set `trainer.accumulate_grad_batches` from `data.microbatch_size`.
+
+    The callback `MicrobatchFinder` replaces `auto` later. Raises ValueError for contradictions.
     """
-    folder = Path(cfg.run_dir)
-    cfg.resume = str(folder) if any((folder / "checkpoints").glob("*.ckpt")) else None
-    if cfg.resume is None:
-        return None
-    from src.runs.components import plain
+    from src.training.memory import divisors
 
-    before = read_checkpoint(find_checkpoint(cfg.resume, None))["hyper_parameters"]
-    restore_found(cfg, before)
-    if changed := changed_settings(before, plain(cfg)):
+    micro, typed = cfg.data.get("microbatch_size"), cfg.trainer.accumulate_grad_batches
+    if micro == "auto" and cfg.resume is None and typed != 1:
         raise ValueError(
-            f"{folder} is of another job ({changed[0]}): go on with the sweep as it was, or start a new one"
+            f"data.microbatch_size=auto sets trainer.accumulate_grad_batches, given as {typed}: leave one out"
         )
-    finished = folder / "metrics.json"
-    metrics: dict[str, Any] | None = json.loads(finished.read_text()) if finished.is_file() else None
-    diverged = metrics is not None and metrics.get("val/loss", 0.0) is None  # it ends once more as it did
-    return None if diverged else metrics
+    if micro in (None, "auto"):
+        return
+    processes = world_size(cfg)
+    share, rest = divmod(cfg.data.batch_size, processes)
+    if rest:  # The data module refuses this batch size.
+        return
+    if share % micro:
+        fitting = divisors(share)
+        near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
+        raise ValueError(
+            f"data.microbatch_size={micro} does not divide the {share} samples per step of each of {processes} "
+            f"processes (data.batch_size={cfg.data.batch_size}): choose {' or '.join(map(str, near))}"
+        )
+    if typed not in (1, share // micro):
+        raise ValueError(
+            f"data.microbatch_size={micro} makes trainer.accumulate_grad_batches {share // micro}, given as {typed}: "
+            "leave one out"
+        )
+    cfg.trainer.accumulate_grad_batches = share // micro

@@ -2,8 +2,9 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,83 +18,101 @@ if TYPE_CHECKING:
 
 
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
-    """Lightning's Trainer with the configured callbacks and loggers.
+    """Return Lightning's Trainer with the configured callbacks, loggers and plugins.
 
-    Of its arguments null stands for Lightning's default. Raises ValueError for those that are to be set in another way.
+    Null stands for Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
-    from src.runs.trainer_settings import check_built, check_settings, explain_error, kept, validation_interval
+    from src.runs.trainer_settings import check_strategy, enabled_callbacks, validation_interval
     from src.training.callbacks.monitor import LearningRate
     from src.training.checkpoint_io import AtomicCheckpointIO, NoCheckpoints
+    from src.training.lightning_internals import disable_slurm_requeue
     from src.training.memory import MicrobatchFinder
 
-    settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
-    check_settings(settings, cfg.resume is not None, bool(cfg.logger))
-    for name in ("validate_every", "checkpoint_every"):
-        if cfg[name] < 1:
-            raise ValueError(f"{name} must be at least 1 step, got {cfg[name]}")
-    interval = validation_interval(settings, cfg.validate_every)
-    tries = bool(settings.get("fast_dev_run"))
-    logs = settings.get("logger", True) and not tries
-    loggers = [build_logger(name, node, directory) for name, node in (cfg.logger or {}).items() if node and logs]
-    # A model brings settings along for callbacks that perhaps were not chosen: these have no _target_.
+    settings = trainer_settings(cfg)
+    dev_run = bool(settings.get("fast_dev_run"))
+    logs = settings.get("logger", True) and not dev_run
+    loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
+    # Models set values of callbacks that may not be chosen. These nodes have no _target_.
     callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
     if loggers:
         callbacks.append(LearningRate())
     limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
-    if limit == 0 and not tries:
+    if limit == 0 and not dev_run:
         warnings.warn(
-            "trainer.limit_val_batches=0 turns validation off: there will be no val/loss, no best checkpoint and no "
-            "samples while training",
+            "trainer.limit_val_batches=0 turns validation off: no val/loss, no best checkpoint, no samples during "
+            "training",
             stacklevel=2,
         )
     plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
-    if tries or settings.get("enable_checkpointing") is False:
+    if dev_run or settings.get("enable_checkpointing") is False:
         plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
     elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
     if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
-        raise ValueError("one of trainer.plugins says the precision too; set trainer.precision=null")
-    try:
-        given = {
-            "callbacks": kept(callbacks, {**settings, "limit_val_batches": limit}),
-            "logger": loggers or False,
-            "plugins": plugins,
-            "default_root_dir": str(directory),
-            "val_check_interval": interval,
-            "check_val_every_n_epoch": None,
-            "limit_val_batches": limit,
-            "min_epochs": 0,  # else Lightning takes min_steps for a whole epoch, which is all steps
-            "overfit_batches": 0,  # which stream of batches it is, is the data's affair
-            "deterministic": settings.get("deterministic", False),  # else it stays as a job before this one had it
-            "use_distributed_sampler": False,  # the stream is distributed, and such a one Lightning leaves alone
-        }
-        trainer: L.Trainer = make(OmegaConf.masked_copy(cfg.trainer, [*settings]), given)
-    except Exception as error:
-        cause = error.__cause__
-        raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
-    check_built(trainer)
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment):
-        # Else SIGUSR1 before and after training saves a checkpoint that is none of the run's, and requeues the job.
-        environment.auto_requeue = False
+        raise ValueError(
+            f"trainer.precision={settings['precision']} contradicts the precision plugin in trainer.plugins; set "
+            "trainer.precision=null"
+        )
+    arguments = {
+        "callbacks": enabled_callbacks(callbacks, {**settings, "limit_val_batches": limit}),
+        "logger": loggers or False,
+        "plugins": plugins,
+        "default_root_dir": str(directory),
+        "val_check_interval": validation_interval(
+            settings, cfg.validate_every, counts_steps=cfg.data.get("microbatch_size") is not None
+        ),
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": limit,
+        "min_epochs": 0,  # Otherwise Lightning extends min_steps to an epoch, which has all steps.
+        "overfit_batches": 0,  # The data module repeats the batches.
+        "deterministic": settings.get("deterministic", False),  # None would keep the value of an earlier job.
+        "use_distributed_sampler": False,  # The batch sampler splits the batch itself.
+    }
+    trainer = _construct(cfg.trainer, settings, arguments)
+    check_strategy(trainer)
+    disable_slurm_requeue(trainer)
     return trainer
 
 
-def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
-    """A logger from its YAML, which has written nothing yet; W&B's keeps the id of a resumed run."""
-    from src.training.loggers import wandb_id
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of the Trainer that are not null. Raises ValueError for unsupported values."""
+    from src.runs.trainer_settings import check_settings
 
-    if name == "wandb" and node.id is None:
-        node.id = wandb_id(directory)
+    settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
+    check_settings(settings, cfg.resume is not None, bool(cfg.logger))
+    return settings
+
+
+def world_size(cfg: DictConfig) -> int:
+    """Return the number of processes that the configuration of the Trainer starts."""
+    names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
+    settings = {name: value for name, value in trainer_settings(cfg).items() if name in names}
+    arguments = {"logger": False, "plugins": [make(node) for node in cfg.trainer.get("plugins") or []]}
+    return _construct(cfg.trainer, settings, arguments).world_size
+
+
+def _construct(node: DictConfig, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> "L.Trainer":
+    """Return a Trainer with the `settings` of a node and further arguments. Raises ValueError with one line."""
+    from src.runs.trainer_settings import explain_error
+
+    try:
+        trainer: L.Trainer = make(OmegaConf.masked_copy(node, [*settings]), arguments)
+    except Exception as error:
+        cause = error.__cause__
+        raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
+    return trainer
+
+
+def build_logger(name: str, node: DictConfig) -> "Logger":
+    """Return the logger of a node. It writes nothing yet."""
     try:
         logger: Logger = instantiate(node)
         if name == "wandb":
-            import wandb  # noqa: F401 - whether it is there
+            import wandb  # noqa: F401 - raises here if it is not installed
     except Exception as error:
         if isinstance(error.__cause__ or error, ImportError):
             raise ValueError(
@@ -105,19 +124,19 @@ def build_logger(name: str, node: DictConfig, directory: Path) -> "Logger":
 
 
 def quiet_libraries() -> None:
-    """Silence what Lightning says of itself, advertisements among it, and have it say the rest once under Hydra."""
+    """Silence Lightning's advertisements, hints and duplicate lines."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks.model_summary", "profilers.profiler"):  # which say only what they were asked for
+    for name in ("callbacks.model_summary", "profilers.profiler"):  # The user asks for these explicitly.
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
-    if logging.getLogger().handlers:  # Hydra's, which say it too
+    if logging.getLogger().handlers:  # Hydra's handlers print the same lines.
         for name in ("lightning", "lightning.pytorch"):
             logging.getLogger(name).handlers.clear()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # The stream of batches starts at the step where the checkpoint left it.
+    # The stream of batches starts at the step of the checkpoint.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*functional.all_gather is deprecated.*")

@@ -1,8 +1,8 @@
-"""What a configuration that came in a file may ask for, since the file may be a stranger's.
+"""Check configurations from untrusted files, such as checkpoints of others.
 
-Hydra finds anything behind a dotted name, `src.rng.torch.os.system` too, and calls it. So a name is believed only if
-it is, in full, one that the project's own YAMLs have in the same place; and a text is only a text: no `${...}`, which
-OmegaConf would look up.
+Hydra imports and calls anything with a dotted name, `src.rng.torch.os.system` too. Therefore a `_target_` is allowed
+only if a YAML file of conf/ has the same one at the same place, and a string must not contain `${...}`, which OmegaConf
+would resolve.
 """
 
 import functools
@@ -15,14 +15,17 @@ from src.config.overrides import CONF
 from src.training.checkpoints import walk_settings
 
 TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")
-"""Groups of conf/ from which a run that is only opened builds nothing."""
+"""Groups of conf/ that opening a run does not instantiate."""
 
 OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
-"""Of torch.optim, all as good as the one that conf/ names."""
+"""Safe classes of torch.optim."""
+
+
+REMEDY = "; refusing to instantiate anything: if you trust its author, add trust=true"
 
 
 class Target(NamedTuple):
-    """What is called, from the node called `place`; now or, `partial`, by what it is given to."""
+    """The function or class `name` in the node `place`; with `partial` it is called later."""
 
     place: str
     name: str
@@ -31,11 +34,11 @@ class Target(NamedTuple):
 
 @functools.cache
 def known_targets(training: bool = False) -> frozenset[Target]:
-    """All that files under conf/ have as `_target_`; with `training` also what only training needs."""
+    """Return every `_target_` in conf/; with `training` also those that only training instantiates."""
     found = {Target("optimizer", f"torch.optim.{name}", True) for name in OPTIMIZERS if training}
     for file in CONF.rglob("*.yaml"):
         text, group = file.read_text(), file.parent.name
-        if CONF / "hydra" in file.parents:  # of how Hydra works, not of a run
+        if CONF / "hydra" in file.parents:
             continue
         if training or group not in TRAINING_GROUPS:
             top = "" if file.parent == CONF or "@package _global_" in text else group
@@ -54,14 +57,14 @@ def _last(name: str) -> str:
 
 
 def check_texts(settings: Mapping[str, Any], source: object) -> None:
-    """Raise ValueError if a text in nested plain values would be looked up by OmegaConf, or not be shown as it is."""
+    """Raise ValueError if a string in nested plain values has an interpolation or unprintable characters."""
     for name, value in walk_settings(settings):
         if isinstance(value, str) and ("${" in value or not value.isprintable()):
-            raise ValueError(f"{source} asks for {name}={value!r:.80}, which is no plain text{_remedy(source)}")
+            raise ValueError(f"{source} sets {name}={value!r:.80}, which is not plain text{REMEDY}")
 
 
 def check_targets(settings: Mapping[Any, Any], known: Set[Target], source: object) -> None:
-    """Raise ValueError if something else than `known` is called in nested plain values, or is called out of sight."""
+    """Raise ValueError for a `_target_` outside `known`, or a key that changes how Hydra calls it."""
     for name, value in walk_settings(settings):
         if isinstance(value, dict) and "_target_" in value:
             target, later = value["_target_"], value.get("_partial_", False)
@@ -70,12 +73,7 @@ def check_targets(settings: Mapping[Any, Any], known: Set[Target], source: objec
             ):
                 how = f" with _partial_={later!r:.20}" if "_partial_" in value else ""
                 raise ValueError(
-                    f"{source} asks for {name}._target_={target!r:.80}{how}, which no file under conf/ has there"
-                    f"{_remedy(source)}"
+                    f"{source} sets {name}._target_={target!r:.80}{how}, which conf/ does not have there{REMEDY}"
                 )
         if _last(name) in ("_args_", "_convert_", "_recursive_", "download", "prepare"):
-            raise ValueError(f"{source} asks for {name}, which no file under conf/ has{_remedy(source)}")
-
-
-def _remedy(source: object) -> str:
-    return f": nothing was built; if you know what it does, or made {source} yourself, add trust=true"
+            raise ValueError(f"{source} sets {name}, which conf/ does not have{REMEDY}")

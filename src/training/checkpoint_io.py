@@ -15,24 +15,22 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
 
-from src.training.checkpoints import with_checksum
-
 
 @contextmanager
 def tolerate_full_disk(path: Path) -> Iterator[None]:
-    """Say so, and go on, where what is done within cannot be written to `path`."""
+    """Turn an OSError of writing `path` into a warning, so that the run continues."""
     try:
         yield
     except OSError as error:
         warnings.warn(
-            f"{path} could not be written ({error.strerror or error}): the run goes on, and what was saved before "
-            "stays; make room",
+            f"{path} could not be written ({error.strerror or error}): the run continues and earlier files stay; free "
+            "some disk space",
             stacklevel=3,
         )
 
 
 def retry_until_written(write: Callable[[], object], path: Path) -> None:
-    """Have something written to `path`, however long it takes until there is room for it."""
+    """Call `write` every 10 s until it can write `path`."""
     done = False
     while not done:
         with tolerate_full_disk(path):
@@ -42,9 +40,9 @@ def retry_until_written(write: Callable[[], object], path: Path) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that replace the one before only when they are on the disk in whole.
+    """Write checkpoints that replace the previous one only when they are complete on the disk.
 
-    `failed` says whether the last one could not be written; until one can, nothing older is removed.
+    `failed` tells whether the last write failed; until one succeeds, older checkpoints are not removed.
     """
 
     def __init__(self) -> None:
@@ -53,15 +51,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        contents = io.BytesIO()
+        contents = io.BytesIO()  # torch.save to a full disk raises a RuntimeError without the cause
         torch.save(checkpoint, contents)
         partial = path.with_name(f"{path.name}.partial")
         self.failed = True
         with tolerate_full_disk(path):
             try:
-                self._enter(path.parent)
+                self._prepare(path.parent)
                 with partial.open("wb") as file:
-                    file.writelines(with_checksum(contents.getbuffer()))
+                    file.write(contents.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -70,8 +68,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 with suppress(OSError):
                     partial.unlink(missing_ok=True)
 
-    def _enter(self, folder: Path) -> None:
-        """Before the first checkpoint in a folder: make it, and remove what a killed process was writing there."""
+    def _prepare(self, folder: Path) -> None:
+        """Before the first checkpoint in a folder, create it and remove partial files of a killed process."""
         if folder.resolve() not in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
             self._folders.add(folder.resolve())
@@ -80,39 +78,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         path = Path(path)
-        # A resumed checkpoint says which older ones may go: believed of those beside what was written here.
+        # The paths to remove come from a checkpoint, so only files beside this run's own checkpoints are trusted.
         if not self.failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
             path.unlink(missing_ok=True)
 
 
 class NoCheckpoints(TorchCheckpointIO):
-    """Writes none, whoever saves one, as `trainer.enable_checkpointing=false` and `trainer.fast_dev_run` ask."""
+    """Write no checkpoints, for `trainer.enable_checkpointing=false` and `trainer.fast_dev_run`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         return
 
 
 class CSVLogger(loggers.CSVLogger):
-    """Lightning's; rows that cannot be written are kept, and written when there is room again."""
+    """Lightning's CSVLogger for a disk that may be full: there Lightning's ends the run and loses the log.
+
+    It truncates the file before it writes a new column. Here rows that cannot be written wait for free space.
+    """
 
     @rank_zero_only
     def save(self) -> None:
         writer = self.experiment
         path = Path(writer.metrics_file_path)
-        beside = path.with_suffix(".before")
+        backup = path.with_suffix(".before")
         keys, size = [*writer.metrics_keys], path.stat().st_size if path.exists() else 0
         with tolerate_full_disk(path):
             try:
                 if path.exists() and not all(row.keys() <= set(keys) for row in writer.metrics):
-                    shutil.copyfile(path, beside)  # a new column has the whole file written anew
+                    shutil.copyfile(path, backup)  # for a new column Lightning rewrites the file
                 super().save()
             except OSError:
-                if beside.exists() and beside.stat().st_size == size:
-                    os.replace(beside, path)
+                if backup.exists() and backup.stat().st_size == size:
+                    os.replace(backup, path)
                 elif path.exists():
                     os.truncate(path, size)
                 writer.metrics_keys = keys
                 raise
             finally:
                 with suppress(OSError):
-                    beside.unlink(missing_ok=True)
+                    backup.unlink(missing_ok=True)

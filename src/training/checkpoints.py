@@ -5,10 +5,9 @@ import json
 import math
 import pickletools
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from src.config.resume import PATH_KEYS
 
@@ -17,213 +16,200 @@ if TYPE_CHECKING:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, that of the latest step first.
+    """Return the checkpoints of a run folder, sorted by step, latest first.
 
-    Not by the time of the files alone, which a copy of the folder changes. Of one step the file that was written last
-    comes first; one whose step cannot be read comes before all others, so that whoever looks for a checkpoint says so.
+    File times only break ties, because copying a folder changes them. Files whose step cannot be read come first, so
+    that callers report them.
     """
-    found = (folder / "checkpoints").glob("*.ckpt")
-    return sorted(found, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
+    paths = (folder / "checkpoints").glob("*.ckpt")
+    return sorted(paths, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
 
 
 def step_of(path: Path) -> float:
-    """Return the step of a checkpoint without loading it or unpickling anything; infinity if it cannot be read."""
+    """Return the step of a checkpoint without loading or unpickling it; infinity if it cannot be read."""
     stat = path.stat()
     return _step_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""Errors of `zipfile` and `pickletools` for corrupted files."""
 
 
 @functools.lru_cache
 def _step_of(path: Path, written: int, size: int) -> float:
     try:
         with zipfile.ZipFile(path) as archive:
-            (part,) = (each for each in archive.infolist() if each.filename.rpartition("/")[2] == "data.pkl")
-            # Torch compresses nothing: so what is read is bounded by the size of the file.
-            if part.compress_type != zipfile.ZIP_STORED or part.file_size > size:
+            (member,) = (m for m in archive.infolist() if m.filename.rpartition("/")[2] == "data.pkl")
+            # torch.save does not compress; reading only stored members bounds the memory by the file size.
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
                 return math.inf
-            operations = pickletools.genops(archive.read(part))
+            operations = pickletools.genops(archive.read(member))
             if any(argument == "global_step" for _, argument, _ in operations):
                 numbers = (
                     value for code, value, _ in operations if code.name in ("BININT", "BININT1", "BININT2", "LONG1")
                 )
                 return float(next(numbers, None) or 0)
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
-        return math.inf
+    except UNREADABLE:
+        pass
     return math.inf
 
 
-CHECKSUM_BYTES = 8
-"""Bytes of a checkpoint's comment, with which it ends: the CRC-32 of all that stands before, in hexadecimal."""
-
-
-def with_checksum(archive: memoryview) -> Iterator[bytes | memoryview]:
-    """A zip archive without a comment, as it ends now, and its seal as comment: the parts of what is to be written."""
-    body, length = (
-        archive[:-2],
-        CHECKSUM_BYTES.to_bytes(2, "little"),
-    )  # an archive ends with the length of its comment, 0 here
-    yield from (body, length, f"{zlib.crc32(length, zlib.crc32(body)):0{CHECKSUM_BYTES}x}".encode())
-
-
 def is_intact(path: Path) -> bool:
-    """Whether a checkpoint is what was written: by its seal, or if it has none, by the CRC-32 of each of its parts."""
+    """Return whether a checkpoint is a complete zip archive whose members all match their CRC-32."""
     stat = path.stat()
     return _is_intact(path, stat.st_mtime_ns, stat.st_size)
 
 
 @functools.lru_cache
 def _is_intact(path: Path, written: int, size: int) -> bool:
-    """As of a time and size, so that a large file is read through once only."""
+    """Cached by time and size, so that a large file is read only once."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            parts = archive.infolist()
-            # Torch compresses nothing: so what is read is bounded by the size of the file.
-            stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-            if not stored or sum(part.file_size for part in parts) > size:
-                return False
-            if archive.comment:
-                return archive.comment == f"{_checksum(file, size - CHECKSUM_BYTES):0{CHECKSUM_BYTES}x}".encode()
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            return stored and sum(member.file_size for member in members) <= size and archive.testzip() is None
+    except UNREADABLE:
         return False
 
 
-def _checksum(file: IO[bytes], size: int) -> int:
-    """CRC-32 of the first `size` bytes."""
-    file.seek(0)
-    total = 0
-    for start in range(0, size, 2**24):
-        total = zlib.crc32(file.read(min(2**24, size - start)), total)
-    return total
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint or exported model of this project; nothing but tensors and plain values is read."""
+    """Return the contents of a checkpoint or exported model, reading only tensors and plain values.
+
+    Raises ValueError if the file is corrupted or was not written by this project.
+    """
     import torch
 
     if path.suffix == ".safetensors":
         checkpoint = _read_exported(path)
     elif not is_intact(path):
-        raise ValueError(f"{path} cannot be read as a checkpoint (damaged, or not made by src.train): use another one")
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is corrupted or was not written by src.train; use another one"
+        )
     else:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a stranger's bytes lead to
+        except Exception as error:  # untrusted bytes can raise anything
             raise ValueError(
-                f"{path} is no checkpoint of this project: it holds more than tensors and plain values, and is not "
-                "opened"
+                f"{path} cannot be read as a checkpoint: it is corrupted or holds more than tensors and plain values; "
+                "use another one"
             ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: it holds no configuration beside its weights")
+        raise ValueError(f"{path} is not a checkpoint of this project: it has no state_dict and hyper_parameters")
     settings = checkpoint["hyper_parameters"]
     check_plain(settings, path)
-    absent = [
+    missing = [
         name for name in MODEL_KEYS if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))
     ]
-    if absent:
-        raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(absent)}")
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(missing)}")
     for key in ("state_dict", "current_model_state"):
         for name, value in dict(checkpoint.get(key) or {}).items():
             if not (isinstance(name, str) and name.isprintable() and isinstance(value, torch.Tensor)):
-                raise ValueError(f"{path} is not a checkpoint of this project: not all of its {key} are weights")
+                raise ValueError(f"{path} is not a checkpoint of this project: its {key} holds more than named tensors")
     return checkpoint
 
 
 def _read_exported(path: Path) -> dict[str, Any]:
-    """As a checkpoint has it: one set of weights, "averaged" if these are the averaged ones, and the configuration."""
+    """Return an exported model as a checkpoint: one set of weights, "averaged" or raw, and the configuration."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["model"])
+            metadata = json.loads(file.metadata()["model"])
             return {
                 "state_dict": {name: file.get_tensor(name) for name in file.keys()},
-                "hyper_parameters": about["config"],
-                "averaged": about["weights"] == "averaged",
+                "hyper_parameters": metadata["config"],
+                "averaged": metadata["weights"] == "averaged",
             }
-    except Exception as error:  # whatever a stranger's bytes lead to
-        raise ValueError(f"{path} cannot be read as a model that src.export wrote: use another one") from error
+    except Exception as error:  # untrusted bytes can raise anything
+        raise ValueError(
+            f"{path} cannot be read as an exported model: it is corrupted or not from src.export; use another one"
+        ) from error
 
 
 def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, config: Mapping[str, Any]) -> None:
-    """One file that is all that a later command needs, in a format that holds nothing but tensors and text."""
+    """Write weights and configuration as safetensors, a format that holds only tensors and text."""
     from safetensors.torch import save
 
-    # One entry, since of several the order is chance, and equal models are to be equal files.
-    about = json.dumps({"weights": "averaged" if averaged else "raw", "config": config})
-    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}, {"model": about}))
+    # One entry: the order of several varies, and equal models should be equal files.
+    metadata = json.dumps({"weights": "averaged" if averaged else "raw", "config": config})
+    path.write_bytes(save({name: value.contiguous() for name, value in weights.items()}, {"model": metadata}))
 
 
 def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":
-    """The averaged weights or the raw ones. Raises ValueError if the file does not hold these."""
+    """Return the averaged (`ema`) or raw weights. Raises ValueError if the file does not contain them."""
     exported = checkpoint.get("averaged")
     if ema and not exported and "current_model_state" not in checkpoint:
         raise ValueError(
-            f"{path} holds no averaged weights (trained without callbacks.ema, or exported with ema=false): add "
-            "ema=false"
+            f"{path} has no averaged weights (trained without callbacks.ema, or exported with ema=false): set ema=false"
         )
     if exported and not ema:
-        raise ValueError(f"{path} holds the averaged weights alone: leave ema=false out, or export it with ema=false")
+        raise ValueError(
+            f"ema=false needs raw weights, but {path} has averaged ones: drop ema=false, or export with ema=false"
+        )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     return weights if ema else checkpoint.get("current_model_state", weights)
 
 
 def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What others need to use the model, and the names of the settings in it that became null.
+    """Return the settings to export with a model, and the names of those set to null.
 
-    These are where the data lie and what could be a path: they would tell of the machine that it was trained on.
+    Settings that are or may be paths become null: they would reveal details of the machine.
     """
-    left_out: list[str] = []
+    cleared_names: list[str] = []
 
-    def cleared(node: Any, name: str) -> Any:
+    def clear(node: Any, name: str) -> Any:
         if isinstance(node, dict):
-            return {key: cleared(value, f"{name}.{key}") for key, value in node.items()}
+            return {key: clear(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
-            return [cleared(value, f"{name}.{k}") for k, value in enumerate(node)]
-        told = name.startswith((*TEXT_KEYS, "data.columns"))
+            return [clear(value, f"{name}.{k}") for k, value in enumerate(node)]
+        is_text = name.startswith((*TEXT_KEYS, "data.columns"))
         if name == "conditioning.encode.model" and isinstance(node, str):
-            told = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # of the hub
-        if isinstance(node, str) and not told and (name in PATH_KEYS or "/" in node or "\\" in node):
-            left_out.append(name)
+            is_text = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # a hub id
+        if isinstance(node, str) and not is_text and (name in PATH_KEYS or "/" in node or "\\" in node):
+            cleared_names.append(name)
             return None
         return node
 
-    return {name: cleared(settings[name], name) for name in EXPORTED_KEYS if name in settings}, left_out
+    return {name: clear(settings[name], name) for name in EXPORTED_KEYS if name in settings}, cleared_names
 
 
 MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sampler", "sampler")
-"""Settings from which a trained model is built again."""
+"""Settings that rebuild a trained model."""
 
 
 CONDITION_KEYS = ("conditioning", "guidance")
-"""Likewise, of a model that takes conditions."""
+"""Further settings that rebuild a conditional model."""
 
 
 EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
-"""Settings that go with an exported model: how to build it, and how it was trained as far as no path comes with it."""
+"""Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
-"""Settings that may look like paths and are texts of the data."""
+"""Settings that may look like paths but are texts of the data."""
 
 
 PLAIN = (dict, list, str, int, float, bool, type(None))
 
 MAX_DEPTH, MAX_VALUES = 32, 100_000
-"""A configuration has about 200 values, and as many more as its schedule has betas, at most 10,000."""
+"""A configuration has about 200 values, plus at most 10,000 betas of its schedule."""
 
 
 def check_plain(settings: Any, source: object) -> None:
-    """Raise ValueError if there is more in `settings`, at any depth, than an ordinary number of plain values."""
+    """Raise ValueError if `settings` holds other than plain values, or more or deeper ones than a configuration."""
     for count, (name, value) in enumerate(walk_settings(settings)):
         if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
-            raise ValueError(f"{source} is no configuration of this project: it is larger or deeper than any")
+            raise ValueError(
+                f"{source} is not a configuration of this project: it has too many or too deeply nested values"
+            )
         if type(value) not in PLAIN:
-            raise ValueError(f"{source} is no configuration of this project: {name} is a {type(value).__name__}")
+            raise ValueError(f"{source} is not a configuration of this project: {name} is a {type(value).__name__}")
         if isinstance(value, dict) and not all(isinstance(key, str) and key and key.isprintable() for key in value):
-            raise ValueError(f"{source} is no configuration of this project: {name} has keys that are no names")
+            raise ValueError(f"{source} is not a configuration of this project: {name} has keys that are not names")
 
 
 def walk_settings(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value in nested plain ones, itself included, by its dotted name; containers before what they hold."""
+    """Yield the dotted name and value of each node of nested plain values, containers before their items."""
     yield name, node
     if isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):

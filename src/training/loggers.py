@@ -1,6 +1,6 @@
-"""Loggers, and what is shown by those that show more than numbers: pictures, tables, texts and models.
+"""Log pictures, tables, texts and models to the loggers that can show them.
 
-What W&B and TensorBoard show, both are given, under one name and at one step.
+W&B and TensorBoard receive the same names and steps.
 """
 
 import json
@@ -18,17 +18,19 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from src.training.lightning_internals import logged_step
+
 Cell = str | float | int | bool | Image.Image | None
 
 
 def wandb_id(directory: Path) -> str:
-    """The name that W&B knows the run in `directory` by: read there when it goes on, else made up."""
+    """Return the W&B id of the run in `directory`: the saved one of a resumed run, else a new one."""
     path = directory / "wandb_id.txt"
     return path.read_text().strip() if path.is_file() else secrets.token_hex(4)
 
 
 def write_wandb_id(directory: Path, name: str) -> None:
-    """Keep the name that W&B knows the run by, once W&B has taken it."""
+    """Save the W&B id for a resumed run."""
     path = directory / "wandb_id.txt"
     if not path.is_file():
         partial = path.with_suffix(".partial")
@@ -37,7 +39,7 @@ def write_wandb_id(directory: Path, name: str) -> None:
 
 
 def folder_of(logger: Logger, directory: Path) -> Path | None:
-    """Return the folder below `directory` in which a logger makes one for each start; None if it writes elsewhere."""
+    """Return the folder below `directory` where a logger creates one per start; None if it is elsewhere."""
     if not logger.save_dir:
         return None
     folder = Path(logger.save_dir) / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
@@ -46,16 +48,16 @@ def folder_of(logger: Logger, directory: Path) -> Path | None:
 
 @contextmanager
 def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
-    """If loggers fail to start within this, or are interrupted, remove what they have written into their folders."""
+    """Remove what loggers wrote into their folders if their start fails or is interrupted."""
     new = [folder for folder in folders if not folder.is_dir()]
     before = {path for folder in folders for path in folder.glob("*")}
-    links = {path: path.readlink() for path in before if path.is_symlink()}  # W&B's, to its last start
+    links = {path: path.readlink() for path in before if path.is_symlink()}  # to the last start, by W&B
     try:
         yield
     except BaseException:
         if wandb := sys.modules.get("wandb"):
             with suppress(Exception):
-                wandb.teardown()  # its own process, which writes there too
+                wandb.teardown()  # its service process writes there too
         for path in {path for folder in folders for path in folder.glob("*")} - before:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -72,41 +74,71 @@ def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
 
 
 def show_pictures(trainer: L.Trainer) -> bool:
-    """Whether any logger does."""
+    """Return whether any logger shows pictures."""
     return any(isinstance(logger, WandbLogger | TensorBoardLogger) for logger in trainer.loggers)
 
 
 def log_picture(trainer: L.Trainer, name: str, picture: Image.Image) -> None:
-    """Give a picture to every logger that shows pictures, as of this step."""
+    """Log a picture to every logger that shows pictures, at the step of the metrics of the same validation."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture], trainer.global_step)
+            logger.log_image(name, [picture], logged_step(trainer))
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(name, np.asarray(picture), logged_step(trainer), dataformats="HWC")
 
 
 def log_values(trainer: L.Trainer, name: str, values: Mapping[str, Any]) -> None:
-    """Plain values that describe the run: W&B's configuration under `name`, TensorBoard's text of that name."""
+    """Log values that describe the run, to W&B's configuration and TensorBoard's texts under `name`."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.config.update({name: dict(values)}, allow_val_change=True)
         elif isinstance(logger, TensorBoardLogger):
             text = json.dumps(values, indent=2, default=str)
-            # Indented text is code in Markdown, and keeps its lines.
+            # Markdown keeps the line breaks of indented text.
             logger.experiment.add_text(name, "\t" + text.replace("\n", "\n\t"), trainer.global_step)
 
 
+HPARAMS = {
+    "lr": "optimizer.lr",
+    "batch_size": "data.batch_size",
+    "schedule": "schedule._target_",
+    "model": "model._target_",
+    "loss": "loss._target_",
+    "prediction": "diffusion.prediction",
+    "max_steps": "trainer.max_steps",
+    "seed": "seed",
+}
+"""Columns of TensorBoard's HPARAMS tab and their settings."""
+
+
+def log_hparams(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
+    """Fill TensorBoard's HPARAMS tab with the main settings and `val/loss`, which it reads from the curve."""
+    from torch.utils.tensorboard.summary import hparams
+
+    values: dict[str, Any] = {}
+    for name, key in HPARAMS.items():
+        node: Any = settings
+        for part in key.split("."):
+            node = (node or {}).get(part)
+        if node is not None:
+            values[name] = node.rpartition(".")[2] if key.endswith("_target_") else node
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for summary in hparams(values, {"val/loss": 0}):  # type: ignore[no-untyped-call]
+                logger.experiment.file_writer.add_summary(summary)
+
+
 def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-    """A table whose cells may be pictures. Only W&B has such."""
+    """Log a table whose cells may be pictures, to W&B only."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            with kept_in_its_folder(logger.experiment):
+            with staged_in_run_folder(logger.experiment):
                 logger.log_metrics({name: wandb_table(columns, rows)}, trainer.global_step)
 
 
 @contextmanager
-def kept_in_its_folder(run: Any) -> Iterator[None]:
-    """Have what W&B lays aside to send later, such as a table's pictures, lie in an offline run, not in the home."""
+def staged_in_run_folder(run: Any) -> Iterator[None]:
+    """Make an offline W&B run stage its files, such as a table's pictures, in its folder, not in the home."""
     if not run.offline or "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -118,6 +150,7 @@ def kept_in_its_folder(run: Any) -> Iterator[None]:
 
 
 def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
+    """Return a `wandb.Table`, with PIL images as pictures."""
     import wandb
 
     data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
@@ -125,14 +158,14 @@ def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
 
 
 def log_model(trainer: L.Trainer, path: Path, metadata: Mapping[str, Any]) -> None:
-    """A file as W&B's artifact of the run's model, "best" by alias. Of offline runs the file stays where it is."""
+    """Log a file to W&B as the run's model artifact with alias "best"; it stays in place for offline runs."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
             artifact = wandb.Artifact(f"model-{logger.experiment.id}", type="model", metadata=dict(metadata))
-            artifact.add_file(str(path.resolve()), policy="immutable")  # which copies nothing
-            with kept_in_its_folder(logger.experiment):
+            artifact.add_file(str(path.resolve()), policy="immutable")  # does not copy
+            with staged_in_run_folder(logger.experiment):
                 logger.experiment.log_artifact(artifact, aliases=["best"])
 
 
@@ -144,9 +177,9 @@ def log_comparison(
     entity: str | None = None,
     offline: bool = True,
 ) -> str:
-    """Runs of a sweep as one table, `comparison`, of a W&B run of its own in the sweep's group; returns its id.
+    """Log the runs of a sweep as table `comparison` of a new W&B run in the sweep's group; return its id.
 
-    Each row maps columns to values; what a row lacks is left empty. Offline the run lies in `directory`/wandb.
+    Each row maps columns to values; missing ones stay empty. An offline run goes to `directory`/wandb.
     """
     import wandb
 
@@ -161,13 +194,13 @@ def log_comparison(
         mode="offline" if offline else "online",
         reinit="create_new",
     ) as run:
-        with kept_in_its_folder(run):
+        with staged_in_run_folder(run):
             run.log({"comparison": wandb_table(columns, [[row.get(name) for name in columns] for row in rows])})
         return str(run.id)
 
 
 def finish(trainer: L.Trainer) -> None:
-    """Have the loggers of a run write what they still hold, and end W&B's run, which else would be the next one's."""
+    """Flush the loggers and finish W&B's run, which would otherwise continue into the next one of this process."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             logger.experiment.close()

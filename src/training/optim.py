@@ -1,20 +1,17 @@
 """Optimizer steps and learning-rate schedules."""
 
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-
-def skip_unless(fine: Tensor, optimizer: Optimizer) -> None:
-    """Have the optimizer's next step change nothing, neither weights nor its own state, unless `fine` ()."""
-    if optimizer.defaults.get("fused"):
-        # The kernel looks at it on the device, for which nothing waits.
-        cast(Any, optimizer).found_inf = (~fine).float()
-    elif not fine:
-        optimizer.zero_grad(set_to_none=True)
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+"""Parameter groups -> an optimizer."""
 
 
 def warmup(
@@ -24,11 +21,11 @@ def warmup(
     warmup_steps: int,
     decay: Literal["none", "linear", "cosine"] = "none",
 ) -> LambdaLR:
-    """Raise the learning rate linearly over `warmup_steps`, then hold it or let it fall to 0 at `num_steps`."""
+    """Raise the learning rate linearly over `warmup_steps`, then keep it or decay it to 0 at `num_steps`."""
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}: 0 starts at the full rate")
+        raise ValueError(f"lr_scheduler.warmup_steps={warmup_steps} must be at least 0: 0 starts at the full rate")
     if decay not in ("none", "linear", "cosine"):
-        raise ValueError(f"unknown decay {decay!r}: lr_scheduler.decay is none, linear or cosine")
+        raise ValueError(f"lr_scheduler.decay={decay} must be none, linear or cosine")
 
     def factor(step: int) -> float:
         rise = min(1.0, (step + 1) / max(warmup_steps, 1))
@@ -37,3 +34,59 @@ def warmup(
         return rise * fall
 
     return LambdaLR(optimizer, factor)
+
+
+def skip_unless(finite: Tensor, optimizer: Optimizer) -> None:
+    """Make the optimizer's next step change neither weights nor its own state unless `finite` ()."""
+    if optimizer.defaults.get("fused"):
+        # The fused kernel reads the flag on the device, so nothing synchronizes.
+        cast(Any, optimizer).found_inf = (~finite).float()
+    elif not finite:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def keep_current_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Replace the settings in a state to load by the optimizer's own, except the learning rate.
+
+    A run may resume with other settings, or in a precision whose optimizer is not fused.
+    """
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group.update({name: value for name, value in own.items() if name not in ("params", "lr", "initial_lr")})
+
+
+def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
+    """Set the optimizer of a resumed `scheduler` to the settings of `fresh`, a new one, at the same step.
+
+    Factors by which `NonFiniteGuard` lowered the learning rate stay. With unchanged settings the learning rate equals
+    the checkpoint's to the last bit.
+    """
+    optimizer = fresh.optimizer
+    groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]
+    for k, (old, new) in enumerate(groups):
+        lowered = scheduler.base_lrs[k] / old["initial_lr"]
+        same = new["initial_lr"] == old["initial_lr"]
+        fresh.base_lrs[k] = scheduler.base_lrs[k] if same else new["initial_lr"] * lowered
+        new["lr"] *= lowered
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns, because this optimizer takes no step before its scheduler
+        if isinstance(fresh, LambdaLR):  # computes the rate of any step directly
+            fresh.last_epoch = scheduler.last_epoch - 1
+        for _ in range(scheduler.last_epoch - fresh.last_epoch):
+            fresh.step()
+    for old, new in groups:
+        old.update({name: value for name, value in new.items() if name != "params"})
+    scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler.state_dict()["_step_count"]})
+
+
+def state_names(make: MakeOptimizer) -> set[str]:
+    """Return the names of the values that an optimizer keeps for each weight, found by a step on a small weight."""
+    return set(trial_state(make, 2))
+
+
+def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:
+    """Return the optimizer's state of a weight (size, size) after one step."""
+    weight = nn.Parameter(torch.zeros(size, size))
+    weight.grad = torch.zeros(size, size)
+    optimizer = make([{"params": [weight]}])
+    optimizer.step()
+    return dict(optimizer.state[weight])

@@ -1,4 +1,4 @@
-"""Pictures that a finished training run leaves."""
+"""Save the pictures of a finished training run."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from src.data.module import BaseDataModule
-from src.diffusion.noise import make_grid
+from src.diffusion.noise import make_time_grid
 from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
@@ -16,20 +16,20 @@ from src.viz import charts, images
 
 
 def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """For each of samples (N, *data) the nearest of `limit` training samples (N, *data), and how far it is (N,).
+    """Return the nearest training sample of each of samples (N, *data), and its distance (N,).
 
-    Root mean square of the differences, over the numbers of a sample as the network sees them. The training samples
-    are in no order, so that the first `limit` are any. 1024 are in memory at a time.
+    The distance is the root mean square difference of preprocessed values. The search covers the first `limit` training
+    samples, which are in random order, and reads 1024 at a time.
     """
     flat = samples.flatten(1).cpu()
-    found = Nearest.none(flat)
+    best = Nearest.none(flat)
     indices: list[int] = []
     for start in range(0, len(data.train_indices[:limit]), 1024):
-        some, which = data.fetch(data.train_indices[start : min(start + 1024, limit)])
-        found = found.or_nearer(nearest_neighbors(flat, data.preprocess(some).cpu().flatten(1), start))
-        indices += which
-    neighbors = data.preprocess(data.fetch([indices[k] for k in found.numbers.tolist()])[0]).cpu()
-    return neighbors, found.distances / math.sqrt(flat.shape[1])
+        samples_read, ids = data.fetch(data.train_indices[start : min(start + 1024, limit)])
+        best = best.or_nearer(nearest_neighbors(flat, data.preprocess(samples_read).cpu().flatten(1), start))
+        indices += ids
+    neighbors = data.preprocess(data.fetch([indices[k] for k in best.numbers.tolist()])[0]).cpu()
+    return neighbors, best.distances / math.sqrt(flat.shape[1])
 
 
 class Trajectory(NamedTuple):
@@ -44,14 +44,14 @@ class Trajectory(NamedTuple):
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
-    """Sample from noise to data and keep every step. Collective: all processes must call it."""
+    """Sample from noise to data and keep every step. Collective."""
     count, shown = (64, 8) if len(module.shape) == 3 else (2000, 2000)
-    module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after training
     frames = []
     for x in module.sample_distributed(count, seed):
         frames.append(data.postprocess(x[:shown]).cpu())
     _, steps, spacing, _ = module.sampler
-    sigmas = [level.sigma.item() for level in make_grid(module.schedule, steps, spacing)]
+    sigmas = [level.sigma.item() for level in make_time_grid(module.schedule, steps, spacing)]
     return Trajectory(frames, x.cpu(), sigmas if len(sigmas) == len(frames) else [])
 
 
@@ -70,21 +70,21 @@ def save_pictures(
         "samples/film": images.film_strip(trajectory.frames, [f"σ={sigma:.2g}" for sigma in trajectory.sigmas]),
     }
     if final.ndim == 4 and num_neighbors and num_candidates:
-        near, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
-        near, count = data.postprocess(near), min(num_candidates, len(data.train_indices))
-        pictures["samples/neighbors"] = images.neighbor_rows(final[:num_neighbors], near, distances, count)
+        neighbors, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
+        neighbors, count = data.postprocess(neighbors), min(num_candidates, len(data.train_indices))
+        pictures["samples/neighbors"] = images.neighbor_rows(final[:num_neighbors], neighbors, distances, count)
         rows = [
             [
                 k,
                 titles[k] if titles else "",
                 images.image_grid(final[k : k + 1]),
-                images.image_grid(near[k : k + 1]),
+                images.image_grid(neighbors[k : k + 1]),
                 d,
                 count,
             ]
             for k, d in enumerate(distances.tolist())
         ]
-        columns = ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
+        columns = ["index", "condition", "sample", "nearest", "rms_difference", "num_candidates"]
         log_table(trainer, "samples/table", columns, rows)
     if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
@@ -93,5 +93,5 @@ def save_pictures(
     for name, picture in pictures.items():
         picture.save(directory / f"{name}.png")
         log_picture(trainer, name, picture)
-    if (table := directory / "loss_by_noise.csv").exists():  # loggers have the picture already
+    if (table := directory / "loss_by_noise.csv").exists():  # already logged
         charts.loss_by_noise(table).save(table.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Of which code a run is the result, and on what it ran: nothing that tells of the machine's name or its paths."""
+"""Record the code version and environment of a run, without host names or paths."""
 
 import platform
 import subprocess
@@ -14,26 +14,26 @@ PACKAGES = ("torch", "lightning", "numpy", "hydra-core", "wandb", "tensorboard")
 
 
 def code_version(root: Path = ROOT) -> dict[str, Any]:
-    """The git commit of the code in `root`, and whether a tracked file differs from it; None for both without git."""
+    """Return the git commit of `root` and whether tracked files differ from it; None for both without git."""
     unknown = {"commit": None, "dirty": None}
     top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():  # none, or the repository of something else
+    if top is None or Path(top).resolve() != root.resolve():  # not in a repository, or inside another one
         return unknown
     commit, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--untracked-files=no")
     return unknown if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git says, None if it cannot."""
+    """Return git's output, None if it fails."""
     try:
-        told = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip() if told.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Versions, and the kind and number of devices."""
+    """Return package versions, and the kind and number of devices."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -45,21 +45,21 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def installed(packages: Sequence[str]) -> dict[str, str]:
-    """The versions of those that are there."""
-    found = {}
+    """Return the versions of the packages that are installed."""
+    versions = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU or, where the system tells, of a CPU."""
+    """Return the model of a GPU or CPU, or the device type if the system does not tell."""
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name(device))
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text(errors="ignore").splitlines() if device.type == "cpu" and about.is_file() else []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="ignore").splitlines() if device.type == "cpu" and info.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, device.type)

@@ -33,8 +33,8 @@ GIVEN = {
     *("decoder_scale", "num_values"),  # GaussianDiffusion, from the schedule and the data
     *("outputs", "condition", "dim"),  # networks, from the process and the conditions
     *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
-    *("own", "shared", "place", "u", "v"),  # timesteps, curves and warps
-    *("predict", "x", "grid", "noise"),  # samplers
+    *("u", "shared_u", "position", "v"),  # timestep samplers, curves and warps
+    *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     "prepare",
@@ -82,11 +82,10 @@ def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
         *ALSO.get((group, option), []),
     )  # fmt: skip
     module = build_module(cfg, (1, 8, 8), num_values=17)
-    _, terms = module._train_terms({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, step=0)
-    terms["loss"].mean().backward()
-    assert terms["loss"].isfinite().all() and all(
-        p.grad is None or p.grad.isfinite().all() for p in module.parameters()
-    )
+    out = module.training_step({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, 0)
+    out["loss"].backward()
+    assert out["terms"]["loss"].isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
     sampler = build_sampler(cfg.sampler)._replace(steps=2)
     *_, x = module.sample(range(3), seed=0, sampler=sampler)
     assert x.shape == (3, 1, 8, 8) and x.isfinite().all()

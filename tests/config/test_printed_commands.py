@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from src.compare import with_runs
 from src.comparison.survey import run_folders
-from src.config.overrides import check_overrides, given, parsed, split_arguments
+from src.config.overrides import check_overrides, last_value, parsed, split_arguments
 from src.config.resume import check_unused, expand_resume
 from src.config.sweep_callbacks import CompareRuns
 from src.errors import UsageError
@@ -70,7 +70,7 @@ def test_a_shell_and_hydra_give_back_what_was_meant():
     words = words_of(line)[2:]
     for name, word in zip(names, words, strict=False):
         assert read(word) == name and parsed(word).key_or_group == "run"
-        assert not name.strip() or given([word], "run") == name
+        assert not name.strip() or last_value([word], "run") == name
         if name.isprintable():  # a second reader of the shell's quotes
             assert shlex.split(format_override("run", name)) == [word]
     assert list(read(words[-1])) == names
@@ -90,11 +90,11 @@ def test_what_needs_no_quotes_has_none():
 
 def test_overrides_are_read_in_every_way_of_typing_them():
     for override in ("resume='it\\'s'", '++resume="it\'s"', '+resume="it\'s"', "resume= 'it\\'s'"):
-        assert given(["seed=1", override], "resume") == "it's"
-    assert given(["resume=a", "seed=1", "resume=b"], "resume") == "b"
-    assert given(["resume=2026"], "resume") == "2026"
+        assert last_value(["seed=1", override], "resume") == "it's"
+    assert last_value(["resume=a", "seed=1", "resume=b"], "resume") == "b"
+    assert last_value(["resume=2026"], "resume") == "2026"
     for none in (["resume=null"], ["~resume"], ["resume=a", "resume=null"], ["trust=true"]):
-        assert given(none, "resume") is None
+        assert last_value(none, "resume") is None
 
 
 def test_no_other_code_puts_commands_together():
@@ -120,7 +120,7 @@ def test_no_other_code_puts_commands_together():
                         safe = re.search(r"quoted|literal", ast.unparse(value))  # for Hydra, not for a shell
                         if behind.search(str(text.value)) and not safe:
                             wrong.append(f"{path.name}:{node.lineno}")
-    assert not wrong, f"use src.quoting.command and typed: {wrong}"
+    assert not wrong, f"use src.quoting.command and format_override: {wrong}"
 
 
 # One run in a folder with such a name: what is printed about it is typed, and means it.
@@ -157,10 +157,10 @@ def test_a_stopped_run_says_how_to_go_on(run_and_text, monkeypatch):
     (folder / ".hydra").mkdir(exist_ok=True)  # which only the command line writes
     (folder / ".hydra" / "overrides.yaml").write_text("[seed=0]\n")
     words = printed(text, "train")
-    assert given(words, "resume") == NASTY  # as seen from the folder where it was typed
+    assert last_value(words, "resume") == NASTY  # as seen from the folder where it was typed
     expanded = expand_resume(words)
     check_overrides("train", expanded)
-    assert given(expanded, "hydra.run.dir") == str(folder)
+    assert last_value(expanded, "hydra.run.dir") == str(folder)
     assert Path(compose("train", *expanded[:-1]).resume).resolve() == folder
 
 
@@ -168,13 +168,13 @@ def test_a_finished_run_and_an_exported_model_say_how_to_sample(run_and_text, tm
     folder, text = run_and_text
     monkeypatch.chdir(folder.parent)
     few = ["batch_size=2", "sampler.steps=2", "device=cpu", f"run_dir='{tmp_path}'"]
-    exported = text[text.index("as one file to share") :]
+    exported = text[text.index("exported to") :]
     for words in (printed(text, "sample"), printed(exported, "sample")):
         overrides, flags = split_arguments(words)
         assert not flags and "n=64" in overrides
         check_overrides("sample", overrides)
         assert sample(compose("sample", *(o for o in overrides if o != "n=64"), "n=2", *few)) == tmp_path
-    assert given(printed(exported, "sample"), "ckpt") == str(folder / "model.safetensors")
+    assert last_value(printed(exported, "sample"), "ckpt") == str(folder / "model.safetensors")
 
 
 def test_out_of_memory_says_how_to_go_on(run_and_text):
@@ -182,10 +182,10 @@ def test_out_of_memory_says_how_to_go_on(run_and_text):
     cfg = compose("train", *TINY, "trust=true", f"resume={literal(folder)}", f"run_dir={literal(folder)}")
     run = build(cfg)
     try:
-        words = printed(out_of_memory.while_training(cfg, run), "train")
+        words = printed(out_of_memory.while_training(run), "train")
     finally:
         close(run)
-    assert given(words, "resume") == str(folder)
+    assert last_value(words, "resume") == str(folder)
 
 
 def test_refusals_name_what_to_type(run_and_text, monkeypatch):

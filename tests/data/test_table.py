@@ -96,12 +96,12 @@ def test_the_settings_of_a_run_are_kept_with_it(tmp_path):
     from hydra.utils import instantiate
 
     from src.runs.components import make
-    from src.runs.resolve import infer_data_settings
+    from src.runs.resolve import resolve
 
     path, numbers = table(tmp_path / "a.csv")
     cfg = compose("train", "data=table", f"data.path='{path}'", "data.condition_columns=[day]", "run_dir=x")
     data = make(cfg.data)
-    infer_data_settings(cfg, data)
+    cfg = resolve(cfg, data, None)
     assert cfg.model.features == 3
     assert list(cfg.data.columns) == ["height", "weight", "kind"]
     assert cfg.data.mean[0] == pytest.approx(numbers[:, 0].mean(), rel=1e-12)

@@ -9,7 +9,7 @@ import torch
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
-from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 
 SCHEDULES = {
     "edm": ContinuousSchedule(curves.exploding),
@@ -33,7 +33,7 @@ def denoise(z, sigma):
 
 
 def algorithm_2(sigmas, s_churn, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
-    """Line by line, S_churn, S_tmin, S_tmax and S_noise being the settings; sigmas end with 0."""
+    """Return the result of algorithm 2 and the noise levels of its first predictions; sigmas end with 0."""
     steps, noises, seen = len(sigmas) - 1, iter(NOISES), []
     x = sigmas[0] * START
     for t, t_next in pairwise(sigmas):
@@ -52,7 +52,7 @@ def algorithm_2(sigmas, s_churn, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0):
 
 
 def heun(grid, settings):
-    """The sampler's result from the same start, and the levels of each step's first prediction."""
+    """Return the result of the sampler from the same start, and the levels of the first prediction of each step."""
     calls, noises = [], iter(NOISES)
 
     def predict(x, t):
@@ -68,30 +68,30 @@ def heun(grid, settings):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_heun_with_churn_equals_algorithm_2(name):
-    """Also where the first step's noise is raised beyond the noisiest level, by up to sqrt(2)."""
+    """Even where churn raises the first level above the noisiest one, by up to sqrt(2)."""
     for spacing in ("karras", "trailing", "linspace"):
-        grid = make_grid(SCHEDULES[name], 8, spacing)
+        grid = make_time_grid(SCHEDULES[name], 8, spacing)
         for settings in SETTINGS:
             expected, sigmas = algorithm_2([level.ratio.item() for level in grid], **settings)
             out, levels = heun(grid, settings)
-            rel = 1e-4 if name == "learned" else 1e-9  # which computes its log-SNR in float32
+            rel = 1e-4 if name == "learned" else 1e-9  # log-SNR in float32
             assert [level.ratio.item() for level in levels] == pytest.approx(sigmas, rel=rel)
             if name != "learned":
                 assert out == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
-def test_the_issues_case_equals_algorithm_2():
-    """edm_lognormal, from sigma = 80 with no upper bound, where clamping gave 0.088 more."""
-    grid = make_grid(SCHEDULES["edm"], 8, "karras")
+def test_churn_above_sigma_max_equals_algorithm_2():
+    """Clamping the level to sigma = 80 would add 0.088."""
+    grid = make_time_grid(SCHEDULES["edm"], 8, "karras")
     assert grid[0].sigma.item() == pytest.approx(80)
     out, levels = heun(grid, {"s_churn": 40.0})
     assert levels[0].sigma.item() == pytest.approx(80 * math.sqrt(2), rel=1e-9) and levels[0].alpha == 1
     assert out == pytest.approx(algorithm_2([level.ratio.item() for level in grid], 40.0)[0], abs=1e-9)
 
 
-def test_time_beyond_the_end():
-    """EDM's network sees log sigma, in which the time of its curve goes on linearly; a table's time stays 1."""
-    (edm, table) = (make_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
+def test_time_beyond_the_noisiest_level():
+    """The time of EDM's curve is linear in log sigma beyond its end; that of a table stays 1."""
+    (edm, table) = (make_time_grid(SCHEDULES[name], 2).at_ratio for name in ("edm", "linear table"))
     for ratio in (80.0, 100.0, 113.1):
         level = edm(torch.tensor(ratio))
         expected = math.log(ratio / 0.002) / math.log(80 / 0.002)
@@ -101,20 +101,20 @@ def test_time_beyond_the_end():
     assert level.ratio > SCHEDULES["linear table"].row(999).ratio
 
 
-def test_a_curve_without_values_beyond_its_end_stops_there():
-    """sigma = u: alpha = sqrt(1 - u^2) is NaN beyond 1; the level is the noisiest that there is."""
+def test_undefined_curve_stops_at_its_end():
+    """alpha = sqrt(0.999 - 0.9 u) is NaN beyond u = 1.11; the level there is the last finite one."""
     schedule = ContinuousSchedule(lambda u: ((0.999 - u * 0.9).sqrt(), 0.05 + 0.9 * u))
-    level = make_grid(schedule, 2).at_ratio(torch.tensor(1e9))
+    level = make_time_grid(schedule, 2).at_ratio(torch.tensor(1e9))
     assert all(field.isfinite() for field in level) and level.time.item() == pytest.approx(0.999 / 0.9, abs=1e-9)
 
 
-def test_pure_noise_gets_no_churn():
-    """Where sigma / alpha is infinite there is nothing to raise: the step is DDIM's."""
+def test_churn_skips_pure_noise():
+    """An infinite sigma / alpha cannot increase: the step is that of DDIM."""
     for schedule in (
         ContinuousSchedule(curves.rectified_flow),
         NoiseSchedule(schedules.zero_terminal_snr(schedules.constant(10_000))),
     ):
-        grid = make_grid(schedule, 6)
+        grid = make_time_grid(schedule, 6)
         drawn = []
 
         def noise(x, drawn=drawn):

@@ -1,4 +1,4 @@
-"""Schedules in continuous time against their log-SNR, or their levels, as formulas in plain floats."""
+"""Continuous-time schedules against formulas for their log-SNR in plain floats."""
 
 import math
 from functools import partial
@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from src.diffusion import curves
-from src.diffusion.noise import CLEAN, ContinuousSchedule, make_grid
+from src.diffusion.noise import CLEAN, ContinuousSchedule, make_time_grid
 from tests.loops import for_each
 
 U = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0]
@@ -24,7 +24,7 @@ def log_snr(curve, u):
 
 
 def learned(seed, **settings):
-    """A curve far from the line where it starts: weights of any sign and slopes of any size."""
+    """A learned curve far from its initialization: weights of any sign, slopes of any size."""
     curve = curves.Learned(**settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,13 +52,13 @@ every_end = for_each("high, low", [(15.0, -15.0), (13.3, -5.0), (2.0, 1.0), (-1.
 
 @every_end
 def test_linear_log_snr_is_linear(high, low):
-    """lambda = high + (low - high) u; the sigmoids keep 1e-12 of it."""
+    """lambda = high + (low - high) u; the sigmoids keep it to 1e-12."""
     expected = [high + (low - high) * u for u in U]
     assert_close(log_snr(partial(curves.linear, max_log_snr=high, min_log_snr=low), U), floats(expected))
 
 
 @every_end
-def test_cosine_log_snr_is_hoogebooms(high, low):
+def test_cosine_log_snr_equals_hoogeboom_et_al(high, low):
     """lambda = -2 log tan(a u + b), b = atan(e^(-high/2)), a + b = atan(e^(-low/2)) (2301.11093, app. A)."""
     b = math.atan(math.exp(-high / 2))
     a = math.atan(math.exp(-low / 2)) - b
@@ -67,7 +67,7 @@ def test_cosine_log_snr_is_hoogebooms(high, low):
 
 
 def test_cosine_without_ends_is_the_quarter_circle():
-    """With ends far out, alpha = cos(pi u / 2) and sigma = sin(pi u / 2)."""
+    """With distant ends, alpha = cos(pi u / 2) and sigma = sin(pi u / 2)."""
     alpha, sigma = curves.cosine(floats(U), 60.0, -60.0)
     angle = math.pi / 2 * floats(U)
     assert_close(alpha, angle.cos(), rtol=0, atol=1e-12)
@@ -81,8 +81,8 @@ def test_variance_is_preserved(name):
 
 
 @for_each("low, high", [(0.002, 80.0), (0.01, 50.0), (1.0, 1.5)])
-def test_exploding_is_geometric(low, high):
-    """alpha = 1; equal strides of u multiply sigma by equal factors, from the one end to the other."""
+def test_exploding_sigma_is_geometric(low, high):
+    """alpha = 1; equal strides of u multiply sigma by equal factors."""
     alpha, sigma = curves.exploding(torch.linspace(0, 1, 41, dtype=torch.float64), low, high)
     assert (alpha == 1).all()
     expected = [low]
@@ -93,8 +93,8 @@ def test_exploding_is_geometric(low, high):
 
 @for_each("start", [1e-4, 0.02, 0.5])
 @for_each("dtype", [torch.float32, torch.float64])
-def test_rectified_flow_is_straight(dtype, start):
-    """alpha + sigma = 1, sigma even from `start` to exactly 1, so that the noisiest level is pure noise."""
+def test_rectified_flow_is_linear(dtype, start):
+    """alpha + sigma = 1 with sigma linear from `start` to exactly 1: the noisiest level is pure noise."""
     u = torch.linspace(0, 1, 17, dtype=dtype)
     alpha, sigma = curves.rectified_flow(u, start)
     eps = torch.finfo(dtype).eps
@@ -105,8 +105,8 @@ def test_rectified_flow_is_straight(dtype, start):
 
 
 @every_curve
-def test_noise_rises_strictly(curve):
-    """sigma / alpha, and with it the angle by which positions are found."""
+def test_noise_increases_strictly(curve):
+    """So does sigma / alpha, and the angle by which `position` searches."""
     with torch.no_grad():
         alpha, sigma = curve(torch.linspace(0, 1, 2001, dtype=torch.float64))
     assert (torch.atan2(sigma, alpha).diff() > 0).all()
@@ -114,8 +114,8 @@ def test_noise_rises_strictly(curve):
 
 
 @every_curve
-def test_any_shape_and_precision(curve):
-    """Both results like u; in float32 they are those of float64 up to its rounding, of log-SNRs up to 15 or of 1."""
+def test_curves_keep_shape_and_dtype(curve):
+    """float32 results equal those in float64 up to the rounding of log-SNRs up to 15, or of 1."""
     u = torch.rand(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         exact, rounded = curve(u), curve(u.float())
@@ -131,7 +131,7 @@ def test_any_shape_and_precision(curve):
 @for_each("seed", range(8))
 @for_each("high, low", [(10.0, -10.0), (13.3, -5.0)])
 def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
-    """For any parameters: strictly in float64; in float32 up to its rounding, 1e-6 of the range."""
+    """For any parameters: strictly in float64, and up to 1e-6 of the range in float32."""
     curve = learned(seed, max_log_snr=high, min_log_snr=low, width=32)
     u = torch.linspace(0, 1, 4001, dtype=torch.float64)
     with torch.no_grad():
@@ -143,8 +143,8 @@ def test_learned_is_monotone_and_keeps_its_ends(high, low, seed):
         assert values[-1].item() == pytest.approx(low, abs=share * (high - low))
 
 
-def test_learned_starts_out_nearly_linear():
-    """Within a tenth of its range of the line between its ends."""
+def test_learned_is_nearly_linear_at_initialization():
+    """Within a tenth of its range of the straight line."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     with torch.no_grad():
         values = log_snr(curves.Learned(10.0, -10.0), u)
@@ -153,7 +153,7 @@ def test_learned_starts_out_nearly_linear():
 
 @for_each("seed", [1, 2])
 def test_learned_is_differentiable(seed):
-    """Along every parameter, and along u, as differences in float64 say."""
+    """The gradient of every parameter and of u equals finite differences in float64."""
     curve = learned(seed, width=6).double()
     u = floats([0.1, 0.45, 0.8]).requires_grad_()
     parameters = list(curve.parameters())
@@ -166,8 +166,8 @@ def test_learned_is_differentiable(seed):
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_learned_keeps_its_digits_in_a_low_precision():
-    """Under `trainer.precision=bf16-true` its weights are rounded, but of 1000 levels no two coincide or swap."""
+def test_learned_is_accurate_with_low_precision_weights():
+    """With weights in bfloat16, no two of 1000 levels coincide or swap."""
     curve = curves.Learned().bfloat16()
     with torch.no_grad():
         values = log_snr(curve, torch.linspace(0, 1, 1001))
@@ -175,8 +175,8 @@ def test_learned_keeps_its_digits_in_a_low_precision():
     assert_close(values[[0, -1]], torch.tensor([10.0, -10.0]), rtol=1e-4, atol=0)
 
 
-def test_learned_moves_between_its_ends_only():
-    """No parameter has any influence on the ends."""
+def test_learned_training_keeps_its_ends():
+    """No parameter changes the ends."""
     curve = learned(3, width=6).double()
     for u in (0.0, 1.0):
         alpha, _ = curve(floats([u]))
@@ -185,13 +185,13 @@ def test_learned_moves_between_its_ends_only():
 
 
 def angles(levels):
-    """atan(sigma / alpha) of these levels, which is finite for pure noise too."""
+    """Return atan(sigma / alpha) of the levels, which is finite for pure noise too."""
     return torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels])
 
 
 @every_curve
-def test_positions_on_a_schedule_are_found_again(curve):
-    """at(position(angle)) has that angle, also where a curve that has learned is nearly flat or computes in float32."""
+def test_position_inverts_at(curve):
+    """Even where a learned curve is nearly flat or computes in float32."""
     schedule = ContinuousSchedule(curve, 100)
     noisiest, cleanest = angles(schedule.at(floats([1.0, 0.0])))
     wanted = cleanest + (noisiest - cleanest) * torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
@@ -200,8 +200,8 @@ def test_positions_on_a_schedule_are_found_again(curve):
 
 @for_each("num_steps", [2, 10, 1000])
 @every_curve
-def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
-    """t and s lie at (k + 1) / n and k / n around v, clean data for k = 0; `level_at` at v itself."""
+def test_transitions_have_width_one_over_num_steps(curve, num_steps):
+    """t and s lie at (k + 1) / n and k / n around v, with clean data for k = 0; `level_at` lies at v."""
     v = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     schedule = ContinuousSchedule(curve, num_steps)
     t, s, num_transitions = schedule.transition(v, torch.zeros(2000, 1, 1))
@@ -210,9 +210,9 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
     k = (v * num_steps).floor()
     clean = k == 0
     at = schedule.level_at(v, torch.zeros(2000, 1, 1))
-    for level, place in ((t, (k + 1) / num_steps), (s, k / num_steps), (at, v)):
+    for level, position in ((t, (k + 1) / num_steps), (s, k / num_steps), (at, v)):
         kept = ~clean if level is s else slice(None)
-        for field, expected in zip(level, (*curve(place[kept]), place[kept]), strict=True):
+        for field, expected in zip(level, (*curve(position[kept]), position[kept]), strict=True):
             assert_close(field.flatten()[kept], expected, rtol=1e-14, atol=0)
     assert all((field.flatten()[clean] == value).all() for field, value in zip(s, CLEAN, strict=True))
     assert (torch.atan2(s.sigma, s.alpha) < torch.atan2(t.sigma, t.alpha)).all()
@@ -221,10 +221,10 @@ def test_links_of_a_schedule_step_by_one_nth(curve, num_steps):
 @for_each("steps", [1, 2, 30])
 @for_each("spacing", ["trailing", "leading", "linspace", "karras", "log_snr"])
 @every_curve
-def test_grids_walk_down_to_clean_data(curve, spacing, steps):
-    """Finite and strictly cleaner at each step, within the curve, from its noisiest level if the spacing reaches it."""
+def test_time_grids_descend_to_clean_data(curve, spacing, steps):
+    """Finite and strictly cleaner at each step, from the noisiest level if the spacing includes it."""
     schedule = ContinuousSchedule(curve)
-    grid = make_grid(schedule, steps, spacing)
+    grid = make_time_grid(schedule, steps, spacing)
     (noisiest,) = schedule.at(floats([1.0]))
     assert len(grid) == steps + 1 and grid[-1] == CLEAN
     assert all(field.isfinite() for level in grid for field in level)
@@ -233,27 +233,27 @@ def test_grids_walk_down_to_clean_data(curve, spacing, steps):
     if spacing in ("trailing", "linspace"):
         assert grid[0] == noisiest
     elif spacing != "leading":
-        # rtol: a position's rounding, of a log-SNR in float32 where the curve is learned.
+        # rtol: the rounding of a position; a learned curve computes its log-SNR in float32.
         assert grid[0].ratio.item() == pytest.approx(min(noisiest.ratio.item(), 80), rel=1e-4)
 
 
 @pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
 @for_each("high, low", [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
-def test_ends_in_the_wrong_order(curve, high, low):
-    with pytest.raises(ValueError, match=f"max_log_snr > min_log_snr, got {high} and {low}.*schedule.curve") as error:
+def test_log_snr_ends_in_wrong_order_raise(curve, high, low):
+    with pytest.raises(ValueError, match=f"schedule.curve.max_log_snr={high} .*min_log_snr={low}") as error:
         curve(floats([0.5]), high, low)
     assert "\n" not in str(error.value)
 
 
 @for_each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002)])
-def test_exploding_out_of_range(low, high):
-    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
+def test_exploding_sigmas_out_of_range_raise(low, high):
+    with pytest.raises(ValueError, match=f"schedule.curve.sigma_min={low} .*sigma_max={high}") as error:
         curves.exploding(floats([0.5]), low, high)
     assert "\n" not in str(error.value)
 
 
 @for_each("start", [0.0, -0.1, 1.0])
-def test_rectified_flow_out_of_range(start):
-    with pytest.raises(ValueError, match=rf"start must lie in \(0, 1\), got {start}: 1e-4") as error:
+def test_rectified_flow_start_out_of_range_raises(start):
+    with pytest.raises(ValueError, match=f"schedule.curve.start={start} ") as error:
         curves.rectified_flow(floats([0.5]), start)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The process between any two levels: Bayes' rule, DDPM's equations in plain floats, and diffusers' reverse step."""
+"""The diffusion process between any two levels: Bayes' rule, DDPM in plain floats, and diffusers' reverse step."""
 
 import math
 from functools import cache
@@ -18,7 +18,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global DDPMScheduler
     from diffusers import DDPMScheduler
 
@@ -69,7 +69,7 @@ def table():
 
 
 def variance_by_step(diffusion, s, t):
-    """Variance that the link s -> t adds: what `step` makes of unit noise on nothing."""
+    """Return the variance that the transition s -> t adds: what `step` makes of unit noise at x_s = 0."""
     return diffusion.step(torch.zeros_like(t.alpha), s, t, torch.ones_like(t.alpha)).square()
 
 
@@ -77,7 +77,7 @@ def variance_by_step(diffusion, s, t):
 @every_shape
 @every_prediction
 def test_interpret_inverts_target(prediction, shape, t):
-    """x_0 and eps come back from the target at x_t; dividing by alpha or sigma of 2e-3 or more keeps 12 digits."""
+    """Division by alpha or sigma of at least 2e-3 keeps 12 digits."""
     diffusion = GaussianDiffusion(prediction)
     x0, eps = normal(shape, 0), normal(shape, 1)
     pred = diffusion.interpret(diffusion.target(x0, t, eps), diffusion.add_noise(x0, t, eps), t)
@@ -89,7 +89,7 @@ def test_interpret_inverts_target(prediction, shape, t):
 @every_shape
 @every_prediction
 def test_target_inverts_interpret(prediction, shape, t):
-    """An arbitrary network output is the target of the x_0 and eps that it means, and these two make up x_t."""
+    """For any network output, which also reproduces x_t."""
     diffusion = GaussianDiffusion(prediction)
     out, x_t = normal(shape, 2), normal(shape, 3)
     pred = diffusion.interpret(out, x_t, t)
@@ -99,11 +99,11 @@ def test_target_inverts_interpret(prediction, shape, t):
 
 @every_level
 @every_prediction
-def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
-    """Targets in plain floats: eps, x_0, alpha eps - sigma x_0, EDM's F, eps - x_0."""
+def test_targets_equal_their_definitions(prediction, t):
+    """In plain floats: eps, x_0, alpha eps - sigma x_0, EDM's F, eps - x_0."""
     diffusion = GaussianDiffusion(prediction)
     alpha, sigma = t.alpha.item(), t.sigma.item()
-    # EDM's preconditioning (tab. 1) in x / alpha, whose noise is kappa = sigma / alpha; sigma_data = 0.5.
+    # EDM's preconditioning (tab. 1) for x / alpha with noise kappa = sigma / alpha; sigma_data = 0.5.
     kappa, noised = sigma / alpha, 0.5 + sigma / alpha * -1.25
     c_skip, c_out = 0.25 / (kappa**2 + 0.25), kappa * 0.5 / math.sqrt(kappa**2 + 0.25)
     expected = {
@@ -122,7 +122,7 @@ def test_v_and_its_relatives_are_defined_as_stated(prediction, t):
 @for_each("sigma", [0.002, 0.5, 1.0, 80.0])
 @every_shape
 def test_edm_output_is_preconditioned(shape, sigma, sigma_data):
-    """At alpha = 1: D(x) = c_skip x + c_out F(c_in x), with the coefficients of Karras et al. 2022, tab. 1."""
+    """At alpha = 1, D(x) = c_skip x + c_out F(c_in x) with the coefficients of Karras et al. 2022, tab. 1."""
     diffusion = GaussianDiffusion("edm", sigma_data=sigma_data)
     x_t, out, t = normal(shape, 36), normal(shape, 37), level(1.0, sigma)
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
@@ -137,8 +137,8 @@ def test_edm_output_is_preconditioned(shape, sigma, sigma_data):
 
 @every_shape
 @every_prediction
-def test_levels_of_each_sample_its_own(prediction, shape):
-    """Levels (B, 1, ..., 1): the batch is what its samples are alone, at scalar levels."""
+def test_each_sample_uses_its_noise_level(prediction, shape):
+    """A batch with levels (B, 1, ..., 1) equals its samples with scalar levels."""
     diffusion = GaussianDiffusion(prediction)
     levels = [TABLE[1], FLOW[2], EDM[0]]
     together = NoiseLevel(
@@ -164,7 +164,7 @@ def test_levels_of_each_sample_its_own(prediction, shape):
 @every_shape
 @every_prediction
 def test_clipping_keeps_x_t(prediction, shape, t, clip_x0):
-    """x_0 is bounded; where it was inside it is unchanged; x_t = alpha x_0 + sigma eps holds everywhere."""
+    """x_0 inside of the bound is unchanged, and x_t = alpha x_0 + sigma eps holds everywhere."""
     out, x_t = normal(shape, 4), normal(shape, 5)
     free = GaussianDiffusion(prediction).interpret(out, x_t, t)
     pred = GaussianDiffusion(prediction, clip_x0=clip_x0).interpret(out, x_t, t)
@@ -178,7 +178,7 @@ def test_clipping_keeps_x_t(prediction, shape, t, clip_x0):
 @every_level
 @every_prediction
 def test_target_gain_is_the_ratio_of_squared_errors(prediction, t):
-    """Two x_0 at one x_t: the squared distance of their targets over that of themselves."""
+    """Of two x_0 at one x_t."""
     diffusion = GaussianDiffusion(prediction)
     x_t, x0s = normal((3, 2), 6), (normal((3, 2), 7), normal((3, 2), 8))
     first, second = (diffusion.target(x0, t, (x_t - t.alpha * x0) / t.sigma) for x0 in x0s)
@@ -188,8 +188,8 @@ def test_target_gain_is_the_ratio_of_squared_errors(prediction, t):
 
 @every_level
 @every_prediction
-def test_target_gain_is_a_squared_slope(prediction, t):
-    """d target / d x_0 by autograd, where eps follows from x_0 and a fixed x_t."""
+def test_target_gain_is_the_squared_derivative(prediction, t):
+    """d target / d x_0 by autograd at a fixed x_t."""
     diffusion = GaussianDiffusion(prediction, sigma_data=0.8)
     x_t = torch.tensor(0.3, dtype=torch.float64)
     x0 = torch.tensor(-0.7, dtype=torch.float64, requires_grad=True)
@@ -199,8 +199,8 @@ def test_target_gain_is_a_squared_slope(prediction, t):
 
 @for_each("dtype", [torch.float32, torch.float64])
 @every_prediction
-def test_pure_noise_is_no_special_case(prediction, dtype):
-    """At alpha = 0 gains are positive, and all but eps tell x_0; the posterior is q(x_s | x_0)."""
+def test_posterior_from_pure_noise_is_the_forward_marginal(prediction, dtype):
+    """At alpha = 0 every target but eps determines x_0, and the posterior is q(x_s | x_0)."""
     diffusion = GaussianDiffusion(prediction)
     noise = NoiseLevel(*torch.tensor([0.0, 1.0, 1.0], dtype=dtype))
     s = NoiseLevel(*torch.tensor([0.6, 0.8, 0.5], dtype=dtype))
@@ -222,7 +222,7 @@ def test_pure_noise_is_no_special_case(prediction, dtype):
 @every_pair
 @every_shape
 def test_posterior_is_bayes_rule(shape, t, s):
-    """The product of q(x_t | x_s), as a function of x_s, and q(x_s | x_0), in precisions."""
+    """The product of q(x_t | x_s), as a function of x_s, and q(x_s | x_0), by precisions."""
     x0, x_t = normal(shape, 9), normal(shape, 10)
     scale = t.alpha / s.alpha
     transition = t.sigma.square() - scale.square() * s.sigma.square()
@@ -236,8 +236,8 @@ def test_posterior_is_bayes_rule(shape, t, s):
 
 @for_each("row", [1, 2, 10, 500, 999])
 @every_shape
-def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
-    """Per-sample levels of a table, with coefficients in plain floats from the betas."""
+def test_posterior_of_neighbors_is_ddpm_eq_6_and_7(shape, row):
+    """With coefficients from the betas in plain floats."""
     betas, levels = table()
     x0, x_t = normal(shape, 11), normal(shape, 12)
     rows = [row, 1000 - row, 3]
@@ -258,7 +258,7 @@ def test_posterior_of_neighbours_is_ddpm_eq_6_and_7(shape, row):
 @every_shape
 @every_variance
 def test_reverse_step_to_clean_data(variance, shape, row):
-    """For s clean the mean is x_0 itself; the variance grows from the posterior's at t = 1 as (sigma / alpha)^2."""
+    """The mean is x_0; the variance scales as (sigma / alpha)^2 from that of the posterior at t = 1."""
     _, levels = table()
     diffusion = GaussianDiffusion(variance=variance, decoder_scale=levels.decoder_scale)
     x0, x_t = normal(shape, 13), normal(shape, 14)
@@ -272,8 +272,8 @@ def test_reverse_step_to_clean_data(variance, shape, row):
 
 @for_each("row", [1, 2, 10, 500, 999])
 @every_variance
-def test_reverse_variances_of_neighbours(variance, row):
-    """fixed_large is log beta_t, fixed_small log beta_tilde_t; the mean is the posterior's at the predicted x_0."""
+def test_reverse_variances_of_neighbors(variance, row):
+    """fixed_large is log beta_t and fixed_small log beta_tilde_t; the mean is that of the posterior."""
     betas, levels = table()
     diffusion = GaussianDiffusion(variance=variance)
     x_t, pred = normal((3, 2), 15), Prediction(normal((3, 2), 16), normal((3, 2), 17))
@@ -289,9 +289,9 @@ def test_reverse_variances_of_neighbours(variance, row):
 @for_each("row", [0, 1, 10, 999])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_learned_range_is_iddpm_eq_15(prediction, row):
-    """log variance = f log beta + (1 - f) log beta_tilde with f = (mix + 1) / 2, from the betas in plain floats.
+    """log variance = f log beta + (1 - f) log beta_tilde with f = (mix + 1) / 2, in plain floats.
 
-    The network gives twice the channels; at t = 0 beta_tilde is replaced by its value at t = 1, beta is not.
+    At t = 0, beta_tilde is replaced by its value at t = 1.
     """
     betas, levels = table()
     diffusion = GaussianDiffusion(prediction, "learned_range", decoder_scale=levels.decoder_scale)
@@ -313,7 +313,7 @@ def test_learned_range_is_iddpm_eq_15(prediction, row):
 
 @every_pair
 def test_learned_range_ends_at_the_fixed_variances(t, s):
-    """mix = -1 is fixed_small, +1 the variance of x_s given x_t for x_0 ~ N(0, 1), in plain floats."""
+    """mix = -1 is fixed_small; mix = 1 is the variance of x_s given x_t for x_0 ~ N(0, 1)."""
     x_t, x0 = normal((3, 2), 43), normal((3, 2), 44)
     diffusion = GaussianDiffusion(variance="learned_range")
     low, high = (diffusion.reverse(Prediction(x0, x_t, m * torch.ones_like(x0)), x_t, t, s) for m in (-1, 1))
@@ -328,8 +328,8 @@ def test_learned_range_ends_at_the_fixed_variances(t, s):
 
 @for_each("variance", [*VARIANCES, "learned_range", "learned"])
 @every_shape
-def test_outputs_for_each_of_the_datas_numbers(shape, variance):
-    """Twice as many if the variance is learned: first those of the target, then mix, along the channels."""
+def test_learned_variance_doubles_the_outputs(shape, variance):
+    """The channels of the target come first, then those of mix."""
     diffusion = GaussianDiffusion("x0", variance)
     parts = [normal(shape, 45 + i) for i in range(diffusion.outputs)]
     pred = diffusion.interpret(torch.cat(parts, dim=1), normal(shape, 47), TABLE[1])
@@ -342,8 +342,8 @@ def test_outputs_for_each_of_the_datas_numbers(shape, variance):
 
 
 @for_each("variance", ["learned_range", "learned"])
-def test_learned_variances_have_gradients_also_at_clean_data(variance):
-    """In a float32 batch whose first sample's s is clean: each output's gradient is finite and none of mix's is 0."""
+def test_learned_variances_have_finite_gradients_at_clean_data(variance):
+    """In float32, with one sample whose s is clean; no gradient of mix is 0."""
     _, levels = table()
     diffusion = GaussianDiffusion("eps", variance, decoder_scale=levels.decoder_scale)
     x_t = normal((3, 2), 48).float()
@@ -356,8 +356,8 @@ def test_learned_variances_have_gradients_also_at_clean_data(variance):
 
 
 @every_prediction
-def test_learned_levels_have_gradients_also_at_clean_data(prediction):
-    """In a float32 batch whose first sample's s is clean the curve's gradients are finite, through every formula."""
+def test_learned_schedule_has_finite_gradients_at_clean_data(prediction):
+    """In float32, through every formula, with one sample whose s is clean."""
     curve = curves.Learned(width=8)
     x0, eps, out = (normal((3, 2), 50 + i).float() for i in range(3))
     t, s, _ = ContinuousSchedule(curve, 100).transition(torch.tensor([0.004, 0.3, 0.95]), x0)
@@ -371,8 +371,8 @@ def test_learned_levels_have_gradients_also_at_clean_data(prediction):
 
 
 @every_pair
-def test_learned_variance_is_relative_to_the_posteriors(t, s):
-    """log variance = that of fixed_small + mix."""
+def test_learned_variance_scales_the_posterior_variance(t, s):
+    """log variance = log fixed_small + mix."""
     diffusion = GaussianDiffusion(variance="learned")
     x_t, mix = normal((3, 2), 31), normal((3, 2), 32)
     pred = diffusion.interpret(torch.cat([normal((3, 2), 33), mix], dim=1), x_t, t)
@@ -381,8 +381,8 @@ def test_learned_variance_is_relative_to_the_posteriors(t, s):
 
 
 @every_level
-def test_scaled_input_of_data_as_expected_has_unit_variance(t):
-    """EDM's c_in; the other targets take x_t as it is."""
+def test_scaled_input_has_unit_variance(t):
+    """EDM's c_in; other predictions use x_t unchanged."""
     diffusion = GaussianDiffusion("edm", sigma_data=0.7)
     variance = (t.alpha * 0.7) ** 2 + t.sigma**2
     x_t = normal((3, 2), 34)
@@ -392,8 +392,8 @@ def test_scaled_input_of_data_as_expected_has_unit_variance(t):
 
 
 @for_each("quantile", [0.5, 0.9])
-def test_dynamic_clip_scales_down_what_exceeds(quantile):
-    """Imagen: clip at the quantile of |x_0| of each sample if it exceeds the bound, then divide by it."""
+def test_dynamic_threshold_scales_down_large_samples(quantile):
+    """Imagen: clamp at the quantile of |x_0| if it exceeds the bound, then divide by it."""
     x0 = normal((3, 4, 5), 35) * torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)[:, None, None]
     t = level(0.8, 0.6)
     pred = GaussianDiffusion("x0", clip_x0=1.0, dynamic_threshold=quantile).interpret(x0, x0, t)
@@ -405,9 +405,9 @@ def test_dynamic_clip_scales_down_what_exceeds(quantile):
 
 @every_pair
 def test_fixed_large_is_the_variance_for_unit_gaussian_data(t, s):
-    """Var(x_s | x_t) if x_0 ~ N(0, 1), by the precisions of x_s and of x_t given x_s.
+    """Var(x_s | x_t) if x_0 ~ N(0, 1), by precisions.
 
-    Where alpha^2 + sigma^2 = 1 this is Var(x_t | x_s) = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 itself.
+    Where alpha^2 + sigma^2 = 1 it is Var(x_t | x_s) = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2.
     """
     x_t, pred = normal((3, 2), 18), Prediction(normal((3, 2), 19), normal((3, 2), 20))
     log_variance = GaussianDiffusion(variance="fixed_large").reverse(pred, x_t, t, s).log_variance
@@ -421,8 +421,8 @@ def test_fixed_large_is_the_variance_for_unit_gaussian_data(t, s):
 
 @for_each("levels", {"table": TABLE, "flow": FLOW, "edm": EDM})
 @every_shape
-def test_steps_compose(shape, levels):
-    """s -> t -> w is s -> w: means multiply, variances add; from clean data it is add_noise."""
+def test_forward_steps_compose(shape, levels):
+    """s -> t -> w equals s -> w: means multiply, variances add; from clean data it is `add_noise`."""
     diffusion = GaussianDiffusion()
     x, eps, zero = normal(shape, 21), normal(shape, 22), torch.zeros(shape, dtype=torch.float64)
     for w, t, s in combinations([*levels, CLEAN], 3):
@@ -435,8 +435,8 @@ def test_steps_compose(shape, levels):
 
 
 @for_each("row", [0, 1, 500, 999])
-def test_step_between_neighbours_is_ddpm_eq_2(row):
-    """sqrt(1 - beta) x + sqrt(beta) eps, also from clean data (row 0)."""
+def test_step_between_neighbors_is_ddpm_eq_2(row):
+    """sqrt(1 - beta) x + sqrt(beta) eps, including the step from clean data."""
     betas, levels = table()
     x, eps = normal((3, 2), 23), normal((3, 2), 24)
     s, t = (exact_level(levels, torch.full((3,), index), x) for index in (row - 1, row))
@@ -446,7 +446,7 @@ def test_step_between_neighbours_is_ddpm_eq_2(row):
 
 
 @every_pair
-def test_snr_ratio(t, s):
+def test_snr_ratio_of_pure_noise_and_clean_data(t, s):
     """SNR_t / SNR_s, by division."""
     assert_close(snr_ratio(t, s), (t.alpha / t.sigma) ** 2 / (s.alpha / s.sigma) ** 2, rtol=1e-12, atol=0)
     assert 0 <= snr_ratio(t, s) < 1
@@ -456,10 +456,7 @@ def test_snr_ratio(t, s):
 @every_shape
 @pytest.mark.parametrize("prediction", NAMES_IN_DIFFUSERS)
 def test_reverse_step_equals_diffusers(prediction, shape, row):
-    """One ancestral step of the same network output with the same noise; the library on float64 tables.
-
-    It takes 1 - alpha_bar plainly, which at t = 0 costs 4 of 16 digits.
-    """
+    """With equal outputs and noise. 1 - alpha_bar cancels 4 of 16 digits in diffusers at t = 0."""
     betas, levels = table()
     scheduler = DDPMScheduler(
         1000, prediction_type=NAMES_IN_DIFFUSERS[prediction], variance_type="fixed_small", clip_sample=False
@@ -478,16 +475,15 @@ def test_reverse_step_equals_diffusers(prediction, shape, row):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'.*diffusion.prediction.*eps"),
-        ({"variance": "small"}, "unknown variance 'small'.*diffusion.variance.*fixed_small"),
-        ({"dynamic_threshold": 0.99}, "dynamic_clip is a quantile.*needs clip"),
-        ({"dynamic_threshold": 1.5, "clip_x0": 1.0}, "dynamic_clip is a quantile.*got 1.5"),
-        ({"sigma_data": 0.0}, "sigma_data must be positive, got 0.0"),
-        ({"clip_x0": 0.0}, "clip must be positive, got 0.0"),
-        ({"clip_x0": -1.0}, "clip must be positive, got -1.0"),
+        ({"prediction": "epsilon"}, "diffusion.prediction=epsilon "),
+        ({"variance": "small"}, "diffusion.variance=small "),
+        ({"dynamic_threshold": 0.99}, "diffusion.dynamic_threshold=0.99 .*clip_x0"),
+        ({"dynamic_threshold": 1.5, "clip_x0": 1.0}, "diffusion.dynamic_threshold=1.5 "),
+        ({"sigma_data": 0.0}, "diffusion.sigma_data=0.0 "),
+        ({"clip_x0": 0.0}, "diffusion.clip_x0=0.0 "),
+        ({"clip_x0": -1.0}, "diffusion.clip_x0=-1.0 "),
     ],
 )
-def test_bad_arguments(arguments, message):
-    """The error names the value and the choices."""
+def test_arguments_out_of_range_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         GaussianDiffusion(**arguments)

@@ -1,4 +1,4 @@
-"""Guidance against its formulas, against diffusers' rescaling, and through every sampler."""
+"""Guidance against its formulas, diffusers' rescaling, and every sampler."""
 
 import math
 from functools import partial
@@ -10,14 +10,14 @@ from torch.testing import assert_close
 from src.diffusion import samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
-from src.diffusion.noise import NoiseSchedule, make_grid
+from src.diffusion.noise import NoiseSchedule, make_time_grid
 
 SCHEDULE = NoiseSchedule(schedules.cosine(1000))
 NULL = torch.tensor([9])
 
 
 class Network:
-    """Another function of x for each condition, which counts the samples that it is asked for."""
+    """A function of x and the condition that counts its calls and samples."""
 
     def __init__(self, outputs: int = 1, factor: float = 1.0) -> None:
         self.outputs = outputs
@@ -37,7 +37,7 @@ def normal(*shape):
 
 
 def level(ratio):
-    """The level of the schedule at which sigma / alpha is `ratio`."""
+    """Return the level of the schedule where sigma / alpha equals `ratio`."""
     return SCHEDULE.at(SCHEDULE.position(torch.tensor([math.atan(ratio)], dtype=torch.float64)))[0]
 
 
@@ -45,14 +45,14 @@ X, COND = normal(3, 2, 4, 4), torch.tensor([0, 2, 5])
 T = level(1.0)
 
 
-def test_scale_one_is_the_conditional_model_and_one_call():
+def test_scale_one_calls_the_conditional_model_once():
     network = Network()
     out = guided(network, COND, NULL, Guidance(1.0, rescale=0.5), 2)(X, T)
     assert network.calls == len(X)
     assert torch.equal(out, Network()(X, T, COND))
 
 
-def test_scale_zero_is_the_unconditional_model_and_one_call():
+def test_scale_zero_calls_the_unconditional_model_once():
     network = Network()
     out = guided(network, COND, NULL, Guidance(0.0), 2)(X, T)
     assert network.calls == len(X)
@@ -60,23 +60,23 @@ def test_scale_zero_is_the_unconditional_model_and_one_call():
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "edm", "velocity"])
-def test_guiding_the_output_is_guiding_eps(prediction):
-    """Ho & Salimans 2022, eq. 6 with 1 + w = scale, whatever the network predicts."""
+def test_guiding_any_target_equals_guiding_eps(prediction):
+    """Ho & Salimans 2022, eq. 6 with 1 + w = scale."""
     diffusion, network = GaussianDiffusion(prediction), Network()
     out = guided(network, COND, NULL, Guidance(3.0), 2)(X, T)
-    asked, nothing = (diffusion.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
+    conditional, unconditional = (diffusion.interpret(network(X, T, c), X, T) for c in (COND, NULL.expand(3)))
     got = diffusion.interpret(out, X, T)
-    assert_close(got.eps, 3 * asked.eps - 2 * nothing.eps, rtol=1e-9, atol=1e-9)
-    assert_close(got.x0, 3 * asked.x0 - 2 * nothing.x0, rtol=1e-9, atol=1e-9)
+    assert_close(got.eps, 3 * conditional.eps - 2 * unconditional.eps, rtol=1e-9, atol=1e-9)
+    assert_close(got.x0, 3 * conditional.x0 - 2 * unconditional.x0, rtol=1e-9, atol=1e-9)
 
 
-def test_both_are_asked_in_one_batch():
+def test_guidance_uses_one_doubled_batch():
     network = Network()
     guided(network, COND, NULL, Guidance(2.0), 2)(X, T)
     assert (network.batches, network.calls) == (1, 2 * len(X))
 
 
-def test_a_learned_variance_stays_the_conditional_one():
+def test_guidance_keeps_the_conditional_variance():
     network = Network(outputs=2)
     out = guided(network, COND, NULL, Guidance(4.0), 2)(X, T)
     assert torch.equal(out[:, 2:], network(X, T, COND)[:, 2:])
@@ -84,8 +84,8 @@ def test_a_learned_variance_stays_the_conditional_one():
 
 
 @pytest.mark.parametrize(("ratio", "acts"), [(0.1, False), (0.5, False), (0.6, True), (2.0, True), (2.1, False)])
-def test_it_acts_within_the_interval_of_noise_alone(ratio, acts):
-    """(0.5, 2] of sigma / alpha; elsewhere it costs one call and is the conditional model."""
+def test_guidance_acts_only_within_its_interval(ratio, acts):
+    """Elsewhere it is the conditional model in one call."""
     network = Network()
     t = level(ratio)
     ratio_there = (t.sigma / t.alpha).item()
@@ -96,24 +96,24 @@ def test_it_acts_within_the_interval_of_noise_alone(ratio, acts):
     assert torch.equal(out, Network()(X, t, COND)) is not acts
 
 
-def test_it_acts_at_pure_noise_where_the_interval_is_open():
+def test_unbounded_interval_includes_pure_noise():
     t = T._replace(alpha=torch.zeros((), dtype=torch.float64))
     assert Guidance(2.0).acts(t)
     assert not Guidance(2.0, (0.1, 50.0)).acts(t)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
-def test_rescaling_is_that_of_diffusers(share):
+def test_guidance_rescale_equals_diffusers(share):
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     network = Network()
-    asked, nothing = network(X, T, COND), network(X, T, NULL.expand(3))
-    expected = rescale_noise_cfg(nothing + 5 * (asked - nothing), asked, guidance_rescale=share)
+    conditional, unconditional = network(X, T, COND), network(X, T, NULL.expand(3))
+    expected = rescale_noise_cfg(unconditional + 5 * (conditional - unconditional), conditional, guidance_rescale=share)
     assert_close(guided(network, COND, NULL, Guidance(5.0, rescale=share), 2)(X, T), expected)
 
 
-def test_a_weaker_model_is_led_away_from_with_the_same_asked():
-    """Karras et al. 2024 (arXiv 2406.02507), eq. 2: also where there are no conditions."""
+def test_autoguidance_uses_the_same_condition():
+    """Karras et al. 2024 (arXiv 2406.02507), eq. 2, with and without conditions."""
     network, weak = Network(), Network(factor=0.5)
     out = guided(network, COND, NULL, Guidance(2.5, model=weak), 2)(X, T)
     assert_close(out, 0.5 * network(X, T, COND) + 2.5 * 0.5 * network(X, T, COND))
@@ -140,12 +140,12 @@ SAMPLERS = {
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, prediction):
-    diffusion, network, grid = GaussianDiffusion(prediction), Network(), make_grid(SCHEDULE, 6, "trailing")
+def test_samplers_apply_guidance_at_every_step(name, prediction):
+    diffusion, network, grid = GaussianDiffusion(prediction), Network(), make_time_grid(SCHEDULE, 6, "trailing")
 
     def combined(x, t):
-        asked, nothing = network(x, t, COND), network(x, t, NULL.expand(3))
-        return nothing + 2 * (asked - nothing)
+        conditional, unconditional = network(x, t, COND), network(x, t, NULL.expand(3))
+        return unconditional + 2 * (conditional - unconditional)
 
     ends = []
     for denoise in (guided(network, COND, NULL, Guidance(2.0), 2), combined):
@@ -160,14 +160,14 @@ def test_every_sampler_walks_as_with_a_network_that_is_the_combination(name, pre
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("guidance", "message"),
     [
-        (Guidance(-1.0), "guidance.scale must be at least 0, got -1"),
-        (Guidance(math.nan), "guidance.scale"),
-        (Guidance(2.0, (3.0, 1.0)), "two rising levels"),
-        (Guidance(2.0, rescale=1.5), "guidance.rescale must lie in"),
+        (Guidance(-1.0), "guidance.scale=-1"),
+        (Guidance(math.nan), "guidance.scale=nan "),
+        (Guidance(2.0, (3.0, 1.0)), r"guidance.interval=\[3.0,1.0\] "),
+        (Guidance(2.0, rescale=1.5), "guidance.rescale=1.5 "),
     ],
 )
-def test_what_is_no_guidance_is_refused(wrong, told):
-    with pytest.raises(ValueError, match=told):
-        wrong.check()
+def test_guidance_out_of_range_raises(guidance, message):
+    with pytest.raises(ValueError, match=message):
+        guidance.check()

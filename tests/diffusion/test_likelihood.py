@@ -1,4 +1,4 @@
-"""Likelihood against scipy's integrals and distributions, and the bound where its exact value is known."""
+"""Likelihood against scipy, and the variational bound where its exact value is known."""
 
 import math
 
@@ -27,7 +27,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global quad, binom, norm
     from scipy.integrate import quad
     from scipy.stats import binom, norm
@@ -58,7 +58,7 @@ CHAINS = {
 }
 
 every_shape = for_each("shape", SHAPES)
-every_levels = for_each("levels", [2, 17, 256])
+every_num_values = for_each("num_values", [2, 17, 256])
 
 
 def normal(shape, seed):
@@ -78,8 +78,8 @@ def gaussian(mean, std):
 
 @for_each("q", [(0.0, 1.0), (0.5, 0.3), (-2.0, 4.0)])
 @for_each("p", [(0.0, 1.0), (0.7, 0.25), (-1.0, 2.0)])
-def test_gaussian_kl_is_its_integral(p, q):
-    """Of p log(p / q), which beyond 12 deviations of p is less than 1e-28."""
+def test_gaussian_kl_equals_its_integral(p, q):
+    """The integrand p log(p / q) is below 1e-28 beyond 12 standard deviations of p."""
     (mean, std), (other_mean, other_deviation) = p, q
 
     def integrand(x):
@@ -90,8 +90,8 @@ def test_gaussian_kl_is_its_integral(p, q):
 
 
 @every_shape
-def test_gaussian_kl_element_by_element(shape):
-    """Against torch.distributions; the log-variance may be one for all. Zero for equals, positive else."""
+def test_gaussian_kl_is_elementwise(shape):
+    """Against torch.distributions, also with a broadcast log-variance."""
     p = Gaussian(normal(shape, 0), normal(shape, 1))
     q = Gaussian(normal(shape, 2), scalar(0.3))
     expected = kl_divergence(Normal(p.mean, (p.log_variance / 2).exp()), Normal(q.mean, math.exp(0.15)))
@@ -100,8 +100,8 @@ def test_gaussian_kl_element_by_element(shape):
     assert_close(gaussian_kl(p, p), torch.zeros(shape, dtype=torch.float64), rtol=0, atol=0)
 
 
-def test_discrete_kl_on_the_worked_example():
-    """100 worms: the theory's figures, of which the second is 0.42735 rounded up, and the sums written out."""
+def test_discrete_kl_equals_a_worked_example():
+    """100 worms by the number of their teeth; the published 0.42735 is rounded up."""
     counts = scalar(WORMS)
     binomial = torch.from_numpy(binom.pmf(np.arange(11), 10, 0.544))
     to_uniform, to_binomial = discrete_kl(counts, torch.ones(11)).item(), discrete_kl(counts, binomial).item()
@@ -114,8 +114,8 @@ def test_discrete_kl_on_the_worked_example():
     assert discrete_kl(counts, counts / 100).item() == pytest.approx(0, abs=1e-15)
 
 
-def test_discrete_kl_where_something_is_missing():
-    """0 log 0 is 0, also against 0; what q cannot produce is infinitely surprising."""
+def test_discrete_kl_with_zero_probabilities():
+    """0 log 0 is 0; the KL is infinite where only q is 0."""
     p, q = scalar([0.5, 0.5, 0, 0]), scalar([0.25, 0.25, 0.5, 0])
     assert_close(discrete_kl(p, q), scalar(math.log(2)), rtol=1e-15, atol=0)
     assert discrete_kl(q, p).item() == math.inf
@@ -131,17 +131,17 @@ def test_gaussian_log_prob_integrates_to_one(mean, std):
 # The decoder
 
 
-def values(levels):
-    return torch.linspace(-1, 1, levels, dtype=torch.float64)
+def values(num_values):
+    return torch.linspace(-1, 1, num_values, dtype=torch.float64)
 
 
 MEANS = [-30.0, -1.5, -1.0, -0.99, -0.3, 0.0, 1 / 255, 0.5, 1.0, 1.001, 3.0]
 DEVIATIONS = [1e-3, 1e-2, 0.1, 0.5, 1.0, 20.0]
 
 
-def bins_by_scipy(x, mean, std, levels):
-    """Differences of tails, taken on the side on which they are small."""
-    half = 1 / (levels - 1)
+def bins_by_scipy(x, mean, std, num_values):
+    """Return differences of tails, on the side where they are small."""
+    half = 1 / (num_values - 1)
     lower = np.where(np.isclose(x, -1), -np.inf, (x - half - mean) / std)
     upper = np.where(np.isclose(x, 1), np.inf, (x + half - mean) / std)
     return np.where(lower + upper > 0, norm.sf(lower) - norm.sf(upper), norm.cdf(upper) - norm.cdf(lower))
@@ -149,65 +149,65 @@ def bins_by_scipy(x, mean, std, levels):
 
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("std", DEVIATIONS)
-@every_levels
-def test_bins_sum_to_one(levels, std, dtype):
-    """For means inside, outside and on the edges of [-1, 1]; float32 has 1e-7 a tail, relative to a bin of 1e-4."""
+@every_num_values
+def test_bin_probabilities_sum_to_one(num_values, std, dtype):
+    """For means inside of, outside of and at the edges of [-1, 1]."""
     means = torch.tensor(MEANS, dtype=dtype)[:, None]
     q = Gaussian(means, torch.tensor(std, dtype=dtype).log() * 2)
-    total = discretized_gaussian_log_prob(values(levels).to(dtype), q, levels).exp().sum(1)
+    total = discretized_gaussian_log_prob(values(num_values).to(dtype), q, num_values).exp().sum(1)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert_close(total, torch.ones_like(total), rtol=0, atol=tolerance)
 
 
 @for_each("std", DEVIATIONS)
 @for_each("mean", MEANS)
-@every_levels
-def test_bins_are_differences_of_the_normal_distribution(levels, mean, std):
-    """Against scipy, as far as its probabilities do not underflow."""
-    x = values(levels)
-    ours = discretized_gaussian_log_prob(x, gaussian(mean, std), levels).numpy()
-    theirs = bins_by_scipy(x.numpy(), mean, std, levels)
+@every_num_values
+def test_bins_are_differences_of_the_normal_cdf(num_values, mean, std):
+    """Against scipy, where its probabilities do not underflow."""
+    x = values(num_values)
+    ours = discretized_gaussian_log_prob(x, gaussian(mean, std), num_values).numpy()
+    theirs = bins_by_scipy(x.numpy(), mean, std, num_values)
     seen = theirs > 1e-290
     assert seen.any() or abs(mean) > 1
     np.testing.assert_allclose(ours[seen], np.log(theirs[seen]), rtol=1e-9, atol=1e-11)
     assert (ours[~seen] < math.log(1e-289)).all()
 
 
-@every_levels
-def test_outer_bins_are_open(levels):
-    """-1 and 1 take all the mass beyond them."""
-    half = 1 / (levels - 1)
-    first, last = values(levels)[[0, -1]]
+@every_num_values
+def test_outer_bins_extend_to_infinity(num_values):
+    """-1 and 1 have all the mass beyond them."""
+    half = 1 / (num_values - 1)
+    first, last = values(num_values)[[0, -1]]
     for mean, std in [(-5.0, 1.0), (5.0, 0.1), (0.3, 2.0)]:
         q = gaussian(mean, std)
-        below, above = (discretized_gaussian_log_prob(x, q, levels) for x in (first, last))
+        below, above = (discretized_gaussian_log_prob(x, q, num_values) for x in (first, last))
         assert_close(below, scalar(norm.logcdf(-1 + half, mean, std)), rtol=1e-10, atol=1e-14)
         assert_close(above, scalar(norm.logsf(1 - half, mean, std)), rtol=1e-10, atol=1e-14)
 
 
 @for_each("dtype", [torch.float64, torch.float32])
 @for_each("distance", [0.0, 5.0, 40.0, 1000.0, 40_000.0])
-@every_levels
-def test_far_tails_stay_finite(levels, distance, dtype):
-    """So many deviations off on either side: finite with finite gradients, which pull the mean towards the data."""
+@every_num_values
+def test_far_tails_are_finite(num_values, distance, dtype):
+    """Finite with finite gradients, which pull the mean toward the data."""
     for std in (1e-4, 1e-2, 1.0):
         for side in (-1, 1):
-            x = values(levels).to(dtype)
+            x = values(num_values).to(dtype)
             mean = (x + side * distance * std).requires_grad_()
             log_variance = torch.full_like(x, 2 * math.log(std)).requires_grad_()
-            log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), levels)
+            log_prob = discretized_gaussian_log_prob(x, Gaussian(mean, log_variance), num_values)
             assert log_prob.isfinite().all()
             assert (log_prob <= 0).all()
             pull, widen = torch.autograd.grad(log_prob.sum(), (mean, log_variance))
             assert pull.isfinite().all()
             assert widen.isfinite().all()
-            if distance >= 5 and distance * std > 4 / (levels - 1):
-                # Beyond the edge of an inner bin: nearer is likelier, and so is wider.
+            if distance >= 5 and distance * std > 4 / (num_values - 1):
+                # Beyond the edge of an inner bin, smaller distances and larger variances are more likely.
                 assert (side * pull[1:-1] < 0).all()
                 assert (widen[1:-1] > 0).all()
-                # And by how much, whatever the precision: log p falls with the square of the distance to the edge,
-                # but for a little at 5 deviations; float32 rounds that edge by 1e-7.
-                edge = distance * std - 1 / (levels - 1)
+                # log p decreases with the square of the distance to the edge, up to a small term at 5 std;
+                # float32 rounds the edge by 1e-7.
+                edge = distance * std - 1 / (num_values - 1)
                 assert_close(
                     -side * pull[1:-1].double(),
                     torch.full_like(x, edge / std**2).double()[1:-1],
@@ -217,16 +217,13 @@ def test_far_tails_stay_finite(levels, distance, dtype):
 
 
 @for_each("dtype", [torch.float64, torch.float32])
-def test_log_ndtr_keeps_its_digits(dtype):
-    """Against scipy, and its gradient against Mills' ratio as a continued fraction, to 1e6 deviations.
-
-    Where torch's own gradient in float32 is noise.
-    """
+def test_log_ndtr_gradient_is_accurate(dtype):
+    """Against Mills' ratio as a continued fraction, to 1e6 standard deviations."""
     x = torch.cat([-torch.logspace(6, -2, 200), torch.linspace(0, 12, 50)]).to(dtype).requires_grad_()
     log_prob = log_ndtr(x)
     (slope,) = torch.autograd.grad(log_prob.sum(), x)
     at = x.detach().double()
-    # In float32 the rounding of x^2 / 2, 72 at most on the right, is an error relative to what it is the exponent of.
+    # In float32 the rounding of the exponent x^2 / 2, at most 72 on the right, is a relative error.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert_close(log_prob.double(), torch.from_numpy(norm.logcdf(at.numpy())), rtol=tolerance, atol=0)
     far = at < -5
@@ -239,8 +236,8 @@ def test_log_ndtr_keeps_its_digits(dtype):
 
 
 @every_shape
-def test_decoder_is_that_of_the_data(shape):
-    """A bin if the process knows a number of levels, else a density."""
+def test_decoder_depends_on_num_values(shape):
+    """A bin for discrete data, else a density."""
     x = normal(shape, 3).sign()
     q = Gaussian(0.8 * x, scalar(-3.0))
     bins = discretized_gaussian_log_prob(x, q, 17)
@@ -255,29 +252,27 @@ def test_decoder_is_that_of_the_data(shape):
 @pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
 @every_shape
 def test_prior_is_the_kl_at_the_noisiest_level(shape, schedule):
-    """Between N(alpha x_0, sigma^2) and N(0, alpha^2 + sigma^2), the latter N(0, 1) for tables."""
+    """Between N(alpha x_0, sigma^2) and N(0, alpha^2 + sigma^2)."""
     x0 = normal(shape, 4)
     alpha, sigma, _ = schedule.row(schedule.num_steps - 1)
     spread = 1.0 if schedule in TABLES.values() else math.hypot(alpha, sigma)
     nats = kl_divergence(Normal(alpha * x0, sigma), Normal(torch.zeros_like(x0), spread))
     expected = torch.stack([sample.mean() for sample in nats]) / math.log(2)
-    # What cancels is of order 1.
+    # Terms of order 1 cancel.
     assert_close(prior_bits(schedule.row(schedule.num_steps - 1), x0), expected, rtol=1e-9, atol=1e-15)
 
 
 @every_shape
-def test_prior_at_zero_snr(shape):
-    """Pure noise knows nothing of the data."""
+def test_prior_is_zero_at_zero_snr(shape):
     noisiest = ZERO_TERMINAL.row(ZERO_TERMINAL.num_steps - 1)
     assert_close(prior_bits(noisiest, normal(shape, 5)), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 class GaussianData:
-    """N(m, s^2 I) in D dimensions, and the whole chain over it, in float64.
+    """N(m, s^2 I) in D dimensions and all of its T transitions, in float64.
 
-    Batches are (T, D, N): the T links by the dimensions by the N points over which means are taken. Those have x_0 =
-    m +- s and eps = +-1 in every combination of signs: the mean over them is the expectation of any quadratic
-    function (Gauss-Hermite with two nodes), and all terms of the bound are quadratic in x_0 and eps.
+    Batches are (T, D, N). The N points have x_0 = m +- s and eps = +-1 in every combination of signs: their mean is the
+    expectation of any quadratic function (Gauss-Hermite with two nodes), and all terms of the bound are quadratic.
     """
 
     def __init__(self, m, s, schedule):
@@ -291,41 +286,41 @@ class GaussianData:
         self.x_t = t.alpha * self.x0 + t.sigma * self.eps
 
     def entropy(self):
-        """In nats per dimension."""
+        """Return nats per dimension."""
         return 0.5 * math.log(2 * math.pi * math.e * self.s**2)
 
     def variance(self, t):
-        """That of x_t."""
+        """Return the variance of x_t."""
         return t.alpha**2 * self.s**2 + t.sigma**2
 
     def reverse_variance(self):
-        """That of q(x_s | x_t), (T, 1, 1): V_s V_{t|s} / V_t, by Bayes' rule for x_s and x_t = a x_s + noise."""
+        """Return the variance of q(x_s | x_t), (T, 1, 1): V_s V_{t|s} / V_t, by Bayes' rule."""
         t, s, _ = self.transition
         added = t.sigma**2 - (t.alpha / s.alpha) ** 2 * s.sigma**2
         return self.variance(s) * added / self.variance(t)
 
     def ideal_output(self, diffusion, mix=None):
-        """What the best network puts out: the target at E[x_0 | x_t] and E[eps | x_t]."""
+        """Return the output of the ideal network: the target at E[x_0 | x_t] and E[eps | x_t]."""
         t = self.transition.t
         centred = (self.x_t - t.alpha * self.m) / self.variance(t)
         mean = diffusion.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
         return mean if mix is None else torch.cat([mean, mix.expand(mean.shape)], 1)
 
     def optimal(self, target, decoder_scale=1.0):
-        """The process, and the output, with which p(x_s | x_t) is q(x_s | x_t)."""
+        """Return the process and the output for which p(x_s | x_t) is q(x_s | x_t)."""
         diffusion = GaussianDiffusion(target, "learned", decoder_scale=decoder_scale)
         fixed = GaussianDiffusion(target, "fixed_small", decoder_scale=decoder_scale)
         mix = self.reverse_variance().log() - self.small(fixed)
         return diffusion, self.ideal_output(diffusion, mix)
 
     def small(self, diffusion):
-        """The log-variance of the model's fixed step, (T, 1, 1)."""
+        """Return the log-variance of fixed_small, (T, 1, 1)."""
         return diffusion.reverse(
             Prediction(self.x_t, self.x_t), self.x_t, self.transition.t, self.transition.s
         ).log_variance
 
     def terms(self, diffusion, out):
-        """Each link's term, (T,) in nats per dimension."""
+        """Return the term of each transition, (T,) in nats per dimension."""
         pred = diffusion.interpret(out, self.x_t, self.transition.t)
         return transition_bits(diffusion, pred, self.x0.expand_as(self.x_t), self.x_t, self.transition) * math.log(2)
 
@@ -337,9 +332,10 @@ every_data = for_each("m, s", DATA)
 @every_data
 @pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
 def test_bound_is_exact_on_gaussian_data(schedule, target, m, s):
-    """With the optimal reverse step, all terms together are the entropy + KL(q(x_T) || p(x_T)), for any T.
+    """With the optimal reverse step it is the entropy + KL(q(x_T)
 
-    Since then p(x_0 ... x_T) = q(x_0 ... x_T) p(x_T) / q(x_T).
+    p(x_T)), for any T, since then
+    p(x_0 ... x_T) = q(x_0 ... x_T) p(x_T) / q(x_T).
     """
     data = GaussianData(m, s, schedule)
     terms = data.terms(*data.optimal(target))
@@ -353,10 +349,10 @@ def test_bound_is_exact_on_gaussian_data(schedule, target, m, s):
 
 @every_data
 @pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
-def test_bound_is_exact_link_by_link(schedule, m, s):
-    """Each link is worth the information that x_t lacks about x_0 and x_s has: half the log of a ratio of variances.
+def test_bound_is_exact_for_each_transition(schedule, m, s):
+    """Each term is I(x_0; x_s) - I(x_0; x_t), with I(x_0; x_t) = log(V_t / sigma_t^2) / 2.
 
-    I(x_0; x_s) - I(x_0; x_t), I(x_0; x_t) = log(V_t / sigma_t^2) / 2; the decoder the entropy that x_1 leaves.
+    That of the decoder is H(x_0 | x_1).
     """
     data = GaussianData(m, s, schedule)
     terms = data.terms(*data.optimal("v"))
@@ -368,8 +364,8 @@ def test_bound_is_exact_link_by_link(schedule, m, s):
 @every_data
 @for_each("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("schedule", "target"), CHAINS.values(), ids=CHAINS.keys())
-def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s):
-    """With variance v where w is optimal, a term is larger by (w / v - 1 - log(w / v)) / 2 and the bound by the sum."""
+def test_suboptimal_variance_costs_its_kl(schedule, target, variance, m, s):
+    """Variance v instead of the optimal w increases a term by (w / v - 1 - log(w / v)) / 2."""
     data = GaussianData(m, s, schedule)
     best = data.terms(*data.optimal(target, decoder_scale=0.3))
     diffusion = GaussianDiffusion(target, variance, decoder_scale=0.3)
@@ -377,14 +373,14 @@ def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s)
     t, cleaner, _ = data.transition
     added = (t.sigma**2 - (t.alpha / cleaner.alpha) ** 2 * cleaner.sigma**2)[1:]
     small = 1 / (1 / cleaner.sigma[1:] ** 2 + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
-    # That of x_s given x_t for data of unit variance.
+    # The variance of x_s given x_t for data of unit variance.
     prior = cleaner.alpha[1:] ** 2 + cleaner.sigma[1:] ** 2
     large = 1 / (1 / prior + (t.alpha / cleaner.alpha)[1:] ** 2 / added)
     decoder = 0.3 * (t.sigma[0] / t.alpha[0]) ** 2
     chosen = torch.cat([decoder.flatten(), (small if variance == "fixed_small" else large).flatten()])
     ratio = data.reverse_variance().flatten() / chosen
     excess = 0.5 * (ratio - 1 - ratio.log())
-    # The decoder's ratio, of two arbitrary variances, may be large.
+    # The ratio of the decoder may be large.
     assert_close(terms - best, excess, rtol=1e-7, atol=1e-9)
     assert (terms - best > -1e-12).all()
     assert terms.sum() > best.sum() + 1e-3
@@ -392,7 +388,7 @@ def test_fixed_variances_cost_what_they_differ(schedule, target, variance, m, s)
 
 @pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
 def test_fixed_variances_bracket_the_optimal_one(schedule):
-    """fixed_small is the best for data that are a point, fixed_large for N(0, I) (DDPM sec. 3.2): then no gap."""
+    """fixed_small is optimal for data that are one point, fixed_large for N(0, I) (DDPM sec. 3.2)."""
     for s, variance in ((1e-8, "fixed_small"), (1.0, "fixed_large")):
         data = GaussianData([0.0], s, schedule)
         diffusion = GaussianDiffusion("v", variance)
@@ -401,11 +397,8 @@ def test_fixed_variances_bracket_the_optimal_one(schedule):
 
 
 @pytest.mark.parametrize("schedule", [*TABLES.values(), *CURVES.values()], ids=[*TABLES, *CURVES])
-def test_decoder_of_points_costs_little(schedule):
-    """With the ideal mean it costs 0.15 nats at most, which its variance's half, the tables' convention, is worth.
-
-    Of x_0 given x_1 alone the variance is (sigma / alpha)^2, the ideal one for data that are diffuse beside it.
-    """
+def test_decoder_gap_of_points_is_small(schedule):
+    """At most 0.15 nats with the ideal mean: half a factor of 2 in variance, the convention of tables."""
     data = GaussianData([0.4], 1.7, schedule)
     diffusion = GaussianDiffusion("v", "fixed_small", decoder_scale=schedule.decoder_scale)
     excess = (data.terms(diffusion, data.ideal_output(diffusion)) - data.terms(*data.optimal("v")))[0]
@@ -415,8 +408,8 @@ def test_decoder_of_points_costs_little(schedule):
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_objective_estimates_the_bound(name):
-    """The mean of `vlb` over the links, drawn as in training in float32, is the sum of the exact terms."""
+def test_vlb_loss_is_an_unbiased_bound(name):
+    """The mean of `vlb` over transitions drawn as in training, in float32, is the sum of the exact terms."""
     schedule = TABLES[name]
     data = GaussianData([0.4], 0.5, schedule)
     diffusion, out = data.optimal("v")
@@ -424,14 +417,14 @@ def test_objective_estimates_the_bound(name):
     x0, eps = data.x0.expand_as(data.x_t).float(), data.eps.expand_as(data.x_t).float()
     transition = schedule.transition((torch.arange(STEPS) + 0.5) / STEPS, x0)
     bits = losses.vlb(diffusion, lambda *_: out.float(), x0, transition, eps)["vlb"].mean()
-    # Rounding of float32 on terms that sum to about 1, the first of which has variance 1e-4.
+    # float32 rounding of terms that sum to about 1; the first has variance 1e-4.
     assert_close(bits.double(), exact, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("target", ["eps", "x0"])
 @pytest.mark.parametrize("schedule", TABLES.values(), ids=TABLES.keys())
-def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
-    """Values and gradients, of wrong predictions too: what is computed for other links must not spoil a link's own."""
+def test_transitions_of_a_batch_are_independent(schedule, target):
+    """Values and gradients, even of wrong predictions."""
     diffusion = GaussianDiffusion(target, "fixed_small", num_values=256)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(256, (STEPS, 3, 4, 4), generator=generator) / 127.5 - 1
@@ -458,10 +451,10 @@ def test_links_in_one_batch_are_what_they_are_alone(schedule, target):
 
 @every_data
 @pytest.mark.parametrize("schedule", [TABLES["linear"], *CURVES.values()], ids=["linear", *CURVES])
-def test_flow_of_gaussian_data(schedule, m, s):
-    """z = cos(angle) m + root(V) n for a constant n, V = cos^2 s^2 + sin^2: its derivative, and D times V' / 2V.
+def test_flow_of_gaussian_data_is_exact(schedule, m, s):
+    """z = cos(angle) m + sqrt(V) n for a constant n, V = cos^2 s^2 + sin^2.
 
-    The Jacobian is a multiple of the identity, for which a probe of signs gives the trace exactly.
+    The Jacobian is a multiple of the identity, for which a probe of signs gives the exact trace.
     """
     data_mean = scalar(m)
     for u in (0.02, 0.3, 0.9):

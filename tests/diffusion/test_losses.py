@@ -1,4 +1,4 @@
-"""Objectives and weightings against their papers' formulas, Bayes' rule and a second implementation of the KL."""
+"""Losses and weightings against the formulas of their papers, Bayes' rule and torch.distributions."""
 
 import inspect
 import math
@@ -19,7 +19,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global norm
     from scipy.stats import norm
 
@@ -31,8 +31,8 @@ SHAPES = [(5, 2), (5, 3, 4, 4)]
 SIGMA_DATA = 0.7
 STEPS = 100
 
-# The papers' own weights, on the squared error of x_0 or of eps, by SNR = alpha^2 / sigma^2. k, gamma and bias are
-# not the defaults, so that they are seen to be used.
+# The weights of the papers, on the squared error of x_0 or eps, as functions of SNR = alpha^2 / sigma^2.
+# k, gamma and bias differ from the defaults.
 PAPERS = {
     "snr": (losses.snr, "eps", lambda snr: 1),
     "truncated_snr": (losses.truncated_snr, "x0", lambda snr: max(snr, 1)),
@@ -80,29 +80,29 @@ def normal(shape, seed, dtype=torch.float64):
 
 
 def per_sample_levels(pairs, shape):
-    """One (alpha, sigma) for each sample, to broadcast against the data."""
+    """Return one (alpha, sigma) per sample, to broadcast against the data."""
     alpha, sigma = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
     one = [-1, *[1] * (len(shape) - 1)]
     return NoiseLevel(alpha.view(one), sigma.view(one), torch.linspace(0, 1, len(pairs)).double().view(one))
 
 
 def five_levels(shape):
-    """From nearly clean to nearly noise, on and off the circle alpha^2 + sigma^2 = 1; SNR on both sides of 5."""
+    """Return levels from nearly clean to nearly noise, with SNRs on both sides of 5."""
     return per_sample_levels([(0.999, math.sqrt(1 - 0.999**2)), (0.8, 0.6), (0.6, 0.8), (0.3, 0.7), (1.0, 3.0)], shape)
 
 
 def to_clean(t):
-    """The link from clean data to t, for objectives that ask only for t."""
+    """Return the transition from clean data to t, for losses that use only t."""
     return Transition(t, CLEAN, STEPS)
 
 
-def five_links(schedule, shape):
-    """The cleanest link of the chain, which ends at clean data, and four others, in float64.
+def five_transitions(schedule, shape):
+    """Return the cleanest transition, which ends at clean data, and four others, in float64.
 
-    Not the noisiest, at which rectified flow has no x_0 left.
+    Not the noisiest, at which rectified flow does not determine x_0.
     """
-    places = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
-    return Transition(*(stacked([schedule.row(k - back) for k in places], shape) for back in (0, 1)), STEPS)
+    rows = [0, 1, STEPS // 3, STEPS // 2, STEPS - 2]
+    return Transition(*(stacked([schedule.row(k - back) for k in rows], shape) for back in (0, 1)), STEPS)
 
 
 def stacked(levels, shape):
@@ -114,11 +114,11 @@ def diffusion_of(prediction, variance="fixed_small", **settings):
 
 
 def expressing(prediction, x0_hat, mix=None):
-    """A network whose output, in the units of `prediction`, means x0_hat whatever x_t is; and `mix`, if given."""
+    """Return a network whose output, for target `prediction`, means x0_hat at any x_t; and `mix`, if given."""
 
     def denoise(x_t, t):
         eps_hat = (x_t - t.alpha * x0_hat) / t.sigma
-        # EDM tab. 1 in its own variables: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
+        # EDM tab. 1: D = c_skip x + c_out F, with x = x_t / alpha and sigma = sigma_t / alpha.
         ratio = t.sigma / t.alpha
         std = (ratio**2 + SIGMA_DATA**2).sqrt()
         c_skip, c_out = SIGMA_DATA**2 / std**2, ratio * SIGMA_DATA / std
@@ -157,7 +157,7 @@ def error_in_numpy(difference, error, delta):
 @every_shape
 @every_target
 def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta):
-    """Per sample, against numpy; the network sees x_t = alpha x_0 + sigma eps and the level."""
+    """Per sample, against numpy; the network gets x_t = alpha x_0 + sigma eps and the level."""
     x0, eps, t = normal(shape, 0), normal(shape, 1), five_levels(shape)
 
     def denoise(x_t, level):
@@ -191,8 +191,8 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
 @for_each("error", ["l2", "l1", "huber"])
 @every_shape
 @every_target
-def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
-    """Each sample's loss times its own weight; "mse" stays unweighted."""
+def test_weighting_multiplies_only_the_loss(prediction, shape, error):
+    """ "mse" is unweighted."""
     x0, eps, transition = normal(shape, 2), normal(shape, 3), to_clean(five_levels(shape))
 
     def weighting(diffusion, level):
@@ -211,7 +211,7 @@ def test_weighting_multiplies_the_loss_alone(prediction, shape, error):
 @every_learned
 @every_target
 def test_simple_ignores_a_learned_variance(prediction, variance, shape):
-    """The loss is that of the first half of the output by itself, and nothing flows back to the second."""
+    """The loss is that of the first half of the output, and the second half gets no gradient."""
     x0, eps, transition, half = normal(shape, 4), normal(shape, 5), to_clean(five_levels(shape)), normal(shape, 6)
     alone = losses.simple(diffusion_of(prediction), lambda *_: half, x0, transition, eps, weighting=losses.snr)
     mix = (100 * normal(shape, 7)).requires_grad_()
@@ -230,34 +230,33 @@ def test_simple_ignores_a_learned_variance(prediction, variance, shape):
 
 
 @pytest.mark.parametrize("loss_fn", ["simple", "vlb", "hybrid"])
-def test_network_is_asked_once(loss_fn):
-    """One evaluation a step, at x_t and the noisier end of the link: it is what a step costs."""
+def test_losses_call_the_network_once(loss_fn):
+    """At x_t and the noisier end of the transition."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 8), normal(shape, 9), five_links(SCHEDULES["cosine"], shape)
-    asked = []
+    x0, eps, transition = normal(shape, 8), normal(shape, 9), five_transitions(SCHEDULES["cosine"], shape)
+    calls = []
 
     def denoise(x_t, t):
-        asked.append((x_t, t))
+        calls.append((x_t, t))
         return torch.cat([x_t, x_t], 1)
 
     settings = {} if loss_fn == "vlb" else {"weighting": losses.uniform}
     getattr(losses, loss_fn)(diffusion_of("eps", "learned"), denoise, x0, transition, eps, **settings)
-    ((x_t, t),) = asked
+    ((x_t, t),) = calls
     assert t is transition.t
     assert_close(x_t, transition.t.alpha * x0 + transition.t.sigma * eps, rtol=1e-15, atol=0)
 
 
-def test_unknown_error():
-    """The error names the value, the choices and the option."""
+def test_unknown_loss_type_raises():
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
-    with pytest.raises(ValueError, match=r"unknown error 'l3': loss.type is l2, l1 or huber"):
+    with pytest.raises(ValueError, match=r"loss.type=l3 "):
         losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, type="l3")
 
 
 @for_each("delta", [0.0, -1.0])
-def test_huber_delta_must_be_positive(delta):
+def test_huber_delta_out_of_range_raises(delta):
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
-    with pytest.raises(ValueError, match=rf"huber_delta must be positive, got {delta}: 1 is usual"):
+    with pytest.raises(ValueError, match=f"loss.huber_delta={delta} "):
         losses.simple(
             GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, huber_delta=delta
         )
@@ -267,8 +266,8 @@ def test_huber_delta_must_be_positive(delta):
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_weighting_is_its_papers_formula(name):
-    """In the units in which the paper states it."""
+def test_weighting_equals_its_formula(name):
+    """On the error that the paper weights."""
     weighting, units, formula = PAPERS[name]
     t = five_levels((5, 2))
     snrs = [(a / s) ** 2 for a, s in zip(t.alpha.flatten().tolist(), t.sigma.flatten().tolist(), strict=True)]
@@ -287,8 +286,8 @@ def test_weighting_is_its_papers_formula(name):
     ],
     ids=["snr", "truncated_snr", "min_snr"],
 )
-def test_weights_on_v(weighting, formula):
-    """Where alpha^2 + sigma^2 = 1 the squared error of v is SNR + 1 times that of x_0."""
+def test_weighting_on_v_equals_its_formula(weighting, formula):
+    """Where alpha^2 + sigma^2 = 1, the squared error of v is SNR + 1 times that of x_0."""
     alphas = [0.01, 0.5, 0.7, 0.8, 0.95, 0.999]
     t = per_sample_levels([(alpha, math.sqrt(1 - alpha**2)) for alpha in alphas], (6, 2))
     expected = [formula(alpha**2 / (1 - alpha**2)) for alpha in alphas]
@@ -296,14 +295,14 @@ def test_weights_on_v(weighting, formula):
     assert_close(weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-def test_edm_weight_is_one_on_its_own_target():
+def test_edm_weight_of_edm_target_is_one():
     """lambda(sigma) c_out(sigma)^2 = 1 (Karras et al. 2022, tab. 1)."""
     weight = losses.edm(diffusion_of("edm"), five_levels((5, 2)))
     assert_close(weight, torch.ones_like(weight), rtol=1e-12, atol=0)
 
 
 @every_target
-def test_uniform_weighs_the_target_as_it_is(prediction):
+def test_uniform_weight_is_one(prediction):
     t = five_levels((5, 2))
     assert_close(losses.uniform(diffusion_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
 
@@ -311,8 +310,8 @@ def test_uniform_weighs_the_target_as_it_is(prediction):
 @every_shape
 @every_target
 @pytest.mark.parametrize("name", PAPERS)
-def test_one_prediction_has_one_loss(name, prediction, shape):
-    """The paper's weight times the squared error of x_0 or eps, in whichever units the network speaks."""
+def test_loss_does_not_depend_on_the_target(name, prediction, shape):
+    """It is the weight of the paper times the squared error of x_0 or eps, for every target."""
     weighting, units, formula = PAPERS[name]
     x0, eps, x0_hat, t = normal(shape, 11), normal(shape, 12), normal(shape, 13), five_levels(shape)
     loss = losses.simple(
@@ -328,7 +327,7 @@ def test_one_prediction_has_one_loss(name, prediction, shape):
 @for_each("zero_terminal", [False, True])
 @pytest.mark.parametrize("name", TABLES)
 def test_weights_are_finite_at_every_row(name, zero_terminal):
-    """In float32, as training sees them, for every target; positive too, except where x_0 has no weight left."""
+    """In float32, for every target, and positive unless x_0 has no weight."""
     betas = schedules.zero_terminal_snr(TABLES[name]) if zero_terminal else TABLES[name]
     schedule = NoiseSchedule(betas)
     every_row = torch.arange(len(betas))
@@ -339,7 +338,7 @@ def test_weights_are_finite_at_every_row(name, zero_terminal):
 
 
 @pytest.mark.parametrize("curve", [*CURVES.values(), curves.Learned()], ids=[*CURVES, "learned"])
-def test_weights_are_finite_along_every_curve(curve):
+def test_weights_are_finite_on_every_curve(curve):
     """In float32, ends included."""
     u = torch.linspace(0, 1, 1001)
     with torch.no_grad():
@@ -358,8 +357,8 @@ def check_weights(t):
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
 @pytest.mark.parametrize("name", PAPERS)
-def test_loss_at_zero_snr(name, prediction):
-    """At pure noise the error of x_0 keeps the weight that the formula tends to: 1, 1 / sigma_data^2 or none."""
+def test_loss_is_finite_at_zero_snr(name, prediction):
+    """At pure noise the error of x_0 has the limit of the weight: 1, 1 / sigma_data^2 or 0."""
     weighting = WEIGHTINGS[name]
     shape = (2, 3)
     x0, x0_hat = normal(shape, 14), normal(shape, 15)
@@ -370,14 +369,14 @@ def test_loss_at_zero_snr(name, prediction):
     out = out + eps if prediction == "velocity" else out
     loss = losses.simple(diffusion_of(prediction), lambda *_: out, x0, to_clean(t), eps, weighting=weighting)["loss"]
     limit = {"truncated_snr": 1.0, "edm": 1 / SIGMA_DATA**2}.get(name, 0.0)
-    # An SNR of 1e-20 stands in for 0.
+    # An SNR of 1e-20 replaces 0.
     assert_close(loss, limit * per_sample_mean((x0_hat - x0).square()), rtol=1e-9, atol=1e-18)
 
 
 @for_each("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_min_snr_at_extreme_levels(prediction, dtype):
-    """Finite and positive up to SNR = 1e12; there it is gamma over the gain (1, SNR, or SNR + 2 + 1 / SNR)."""
+def test_min_snr_is_finite_at_extreme_levels(prediction, dtype):
+    """Finite and positive up to SNR = 1e12, where it is gamma over the gain."""
     sigmas = torch.tensor([1e-6, 1e-4, 1e-2], dtype=dtype)
     t = NoiseLevel((1 - sigmas.double() ** 2).sqrt().to(dtype), sigmas, sigmas)
     weight = losses.min_snr(diffusion_of(prediction), t)
@@ -392,14 +391,13 @@ def test_min_snr_at_extreme_levels(prediction, dtype):
 @pytest.mark.parametrize(
     ("weighting", "message"),
     [
-        (partial(losses.min_snr, gamma=0.0), "gamma must be positive, got 0.0: 5 is usual .weighting.gamma"),
-        (partial(losses.min_snr, gamma=-5.0), "gamma must be positive, got -5.0: 5 is usual .weighting.gamma"),
-        (partial(losses.p2, k=0.0), "needs k > 0 and gamma >= 0, got 0.0 and 1.0: 1 and 1 are usual"),
-        (partial(losses.p2, gamma=-1.0), "needs k > 0 and gamma >= 0, got 1.0 and -1.0: 1 and 1 are usual"),
+        (partial(losses.min_snr, gamma=0.0), "weighting.gamma=0.0 "),
+        (partial(losses.min_snr, gamma=-5.0), "weighting.gamma=-5.0 "),
+        (partial(losses.p2, k=0.0), "weighting.k=0.0 "),
+        (partial(losses.p2, gamma=-1.0), "weighting.gamma=-1.0 "),
     ],
 )
-def test_parameters_out_of_range(weighting, message):
-    """The error names the value, a usual one and the option."""
+def test_weighting_parameters_out_of_range_raise(weighting, message):
     with pytest.raises(ValueError, match=message):
         weighting(GaussianDiffusion(), five_levels((5, 2)))
 
@@ -408,14 +406,14 @@ def test_parameters_out_of_range(weighting, message):
 
 
 def on_grid(shape, seed, levels=17):
-    """Data with values from -1 to 1 in equal steps, the ends included."""
+    """Return data with values from -1 to 1 inclusive in equal steps."""
     index = torch.randint(levels, shape, generator=torch.Generator().manual_seed(seed))
     index.view(-1)[:2] = torch.tensor([0, levels - 1])
     return -1 + 2 * index.double() / (levels - 1)
 
 
 def bayes(x0, x_t, t, s):
-    """Mean and variance of q(x_s | x_t, x_0), adding the precisions of q(x_s | x_0) and q(x_t | x_s); the latter's."""
+    """Return mean and variance of q(x_s | x_t, x_0) by precisions, and the variance of q(x_t | x_s)."""
     step = t.alpha / s.alpha
     added = t.sigma**2 - step**2 * s.sigma**2
     variance = 1 / (1 / s.sigma**2 + step**2 / added)
@@ -423,7 +421,7 @@ def bayes(x0, x_t, t, s):
 
 
 def reverse_variance(variance, small, large, mix):
-    """DDPM sec. 3.2, and Nichol & Dhariwal 2021, eq. 15 with v = (mix + 1) / 2."""
+    """DDPM sec. 3.2; Nichol & Dhariwal 2021, eq. 15 with v = (mix + 1) / 2."""
     return {
         "fixed_small": small,
         "fixed_large": large,
@@ -432,20 +430,20 @@ def reverse_variance(variance, small, large, mix):
     }[variance]
 
 
-@for_each("shape, levels", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
+@for_each("shape, num_values", {"points": ((5, 2), None), "images": ((5, 3, 4, 4), 17)})
 @every_variance
 @every_target
 @every_schedule
-def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
-    """T times the KL between Bayes' posterior and the model's Gaussian, by torch.distributions, in bits/dim.
+def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, num_values):
+    """T times the KL between the posterior and the reverse step by torch.distributions, in bits/dim.
 
-    For the cleanest link, the decoder: scipy's density, or its probability of the bin. Small variances are
-    differences of sigmas near each other, which costs five digits of the sixteen.
+    For the cleanest transition it is scipy's density, or the probability of the bin. Small variances are differences of
+    similar sigmas, which costs five of sixteen digits.
     """
-    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=levels)
+    diffusion = diffusion_of(prediction, variance, decoder_scale=0.3, num_values=num_values)
     x0, eps, mix = on_grid(shape, 17), normal(shape, 18), normal(shape, 19).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 20)
-    transition = five_links(schedule, shape)
+    transition = five_transitions(schedule, shape)
     network = expressing(prediction, x0_hat, mix if variance in LEARNED else None)
     terms = losses.vlb(diffusion, network, x0, transition, eps)
 
@@ -460,10 +458,10 @@ def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
     std = small.sqrt().expand(shape)
     nats[1:] = kl_divergence(Normal(mean[1:], std[1:]), Normal(mean_hat[1:], model[1:].sqrt()))
     clean = 0.3 * (transition.t.sigma[0] / transition.t.alpha[0]) ** 2
-    # Both fixed variances are the decoder's there; learned_range reaches up to that for x_0 ~ N(0, 1).
+    # Both fixed variances are that of the decoder; learned_range extends to that for x_0 ~ N(0, 1).
     large = clean if variance == "fixed_large" else 1 / (1 + (transition.t.alpha[0] / transition.t.sigma[0]) ** 2)
-    clean_deviation = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
-    nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_deviation, levels)
+    clean_std = reverse_variance(variance, clean, large, mix[0]).sqrt().expand(shape[1:])
+    nats[0] = -decoder_in_scipy(x0[0], x0_hat[0], clean_std, num_values)
     expected = STEPS * per_sample_mean(nats) / math.log(2)
     assert_close(terms["loss"], expected, rtol=1e-9, atol=1e-9)
     assert_close(terms["vlb"], terms["loss"], rtol=0, atol=0)
@@ -471,34 +469,34 @@ def test_vlb_is_the_kl_of_a_link(schedule, prediction, variance, shape, levels):
     assert_close(terms["mse"], plain["mse"], rtol=0, atol=0)
 
 
-def decoder_in_scipy(x, mean, std, levels):
+def decoder_in_scipy(x, mean, std, num_values):
     x, mean, std = x.numpy(), mean.numpy(), std.numpy()
-    if levels is None:
+    if num_values is None:
         return torch.from_numpy(norm.logpdf(x, mean, std))
-    half = 1 / (levels - 1)
+    half = 1 / (num_values - 1)
     lower = np.where(x == -1, -np.inf, (x - half - mean) / std)
     upper = np.where(x == 1, np.inf, (x + half - mean) / std)
-    # Of the tails on the side on which they are small, in logarithms.
+    # Logarithms of the tails, on the side where they are small.
     lower, upper = np.where(lower + upper > 0, [-upper, -lower], [lower, upper])
     return torch.from_numpy(norm.logcdf(upper) + np.log1p(-np.exp(norm.logcdf(lower) - norm.logcdf(upper))))
 
 
-@for_each("levels", {"density": None, "bins": 17})
+@for_each("num_values", {"density": None, "bins": 17})
 @every_shape
 @every_schedule
-def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
-    """A batch with and without clean ends has the terms of each sample by itself."""
-    diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=levels)
+def test_vlb_of_a_batch_equals_single_samples(schedule, shape, num_values):
+    """With and without clean ends."""
+    diffusion = diffusion_of("v", "learned_range", decoder_scale=0.3, num_values=num_values)
     x0, eps, mix = on_grid(shape, 21), normal(shape, 22), normal(shape, 23).tanh()
     x0_hat = x0 + 0.2 * normal(shape, 24)
-    transition = five_links(schedule, shape)
-    together = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
+    transition = five_transitions(schedule, shape)
+    batch = losses.vlb(diffusion, expressing("v", x0_hat, mix), x0, transition, eps)["loss"]
     for i in range(len(x0)):
         t, s = (NoiseLevel(*(field[i : i + 1] for field in level)) for level in (transition.t, transition.s))
         only = slice(i, i + 1)
         network = expressing("v", x0_hat[only], mix[only])
         alone = losses.vlb(diffusion, network, x0[only], Transition(t, s, STEPS), eps[only])["loss"]
-        assert_close(together[only], alone, rtol=1e-14, atol=0)
+        assert_close(batch[only], alone, rtol=1e-14, atol=0)
 
 
 @every_shape
@@ -506,7 +504,7 @@ def test_links_of_a_batch_do_not_mix(schedule, shape, levels):
 @every_target
 @every_schedule
 def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
-    """In float32 at the links that training draws, the cleanest ones beside others, with an untrained network."""
+    """In float32 for an untrained network, with the cleanest transitions beside others."""
     x0, eps = normal(shape, 25, torch.float32).clamp(-1, 1), normal(shape, 26, torch.float32)
     # eps does not determine x_0 at zero SNR, where rectified flow ends.
     last = 0.9 if prediction == "eps" else 1 - 2**-24
@@ -524,7 +522,7 @@ def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
 @every_variance
 @every_target
 def test_gradient_on_a_learned_schedule_is_finite(prediction, variance):
-    """Also beside links to clean data, whose variance 0 has a logarithm without a derivative."""
+    """Even in a batch with clean ends, whose variance 0 has a log without derivative."""
     schedule = ContinuousSchedule(curves.Learned(width=8), STEPS)
     x0, eps = normal((5, 2), 25, torch.float32), normal((5, 2), 26, torch.float32)
     transition = schedule.transition(torch.tensor([0.0, 0.4 / STEPS, 1.5 / STEPS, 0.5, 1 - 2**-24]), x0)
@@ -536,8 +534,8 @@ def test_gradient_on_a_learned_schedule_is_finite(prediction, variance):
 
 @every_learned
 @pytest.mark.parametrize("prediction", ["x0", "v", "edm", "velocity"])
-def test_bound_at_zero_snr(prediction, variance):
-    """Finite with finite gradients at each link of a table that ends in pure noise, for all targets but eps."""
+def test_bound_is_finite_at_zero_snr(prediction, variance):
+    """With finite gradients for every transition of a table that ends in pure noise, except for eps."""
     schedule = NoiseSchedule(schedules.zero_terminal_snr(schedules.cosine(STEPS)))
     shape = (STEPS, 2)
     x0, eps = normal(shape, 28, torch.float32), normal(shape, 29, torch.float32)
@@ -555,10 +553,10 @@ def test_bound_at_zero_snr(prediction, variance):
 @every_learned
 @every_target
 @every_schedule
-def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction, variance, shape):
-    """simple's gradient on the mean's half of the output, `vlb_weight` times vlb's on the other (iDDPM eq. 16)."""
+def test_hybrid_bound_trains_only_the_variance(schedule, prediction, variance, shape):
+    """The mean gets the gradient of `simple`, the variance `vlb_weight` times that of `vlb` (iDDPM eq. 16)."""
     diffusion = diffusion_of(prediction, variance, decoder_scale=0.3)
-    x0, eps, transition = normal(shape, 31), normal(shape, 32), five_links(schedule, shape)
+    x0, eps, transition = normal(shape, 31), normal(shape, 32), five_transitions(schedule, shape)
     out = torch.cat([normal(shape, 33), normal(shape, 34).tanh()], 1).requires_grad_()
 
     def terms_and_gradients(loss_fn, **settings):
@@ -571,19 +569,19 @@ def test_only_the_variance_learns_from_the_bound_in_hybrid(schedule, prediction,
     hybrid, mean, mix = terms_and_gradients(losses.hybrid, weighting=losses.min_snr, type="huber", vlb_weight=0.01)
     assert (vlb_mean != 0).all()
     assert (vlb_mix != 0).all()
-    # The same operations in the same order, but for the factor.
+    # The same operations in the same order, except for the factor.
     assert_close(mean, simple_mean, rtol=0, atol=0)
-    # Of this, parts that differ by orders of magnitude cancel.
+    # Terms of different orders of magnitude cancel.
     assert_close(mix, 0.01 * vlb_mix, rtol=1e-9, atol=1e-15)
     assert_close(hybrid["loss"], simple["loss"] + 0.01 * vlb["loss"], rtol=1e-12, atol=0)
     assert_close(hybrid["vlb"], vlb["loss"], rtol=0, atol=0)
     assert_close(hybrid["mse"], simple["mse"], rtol=0, atol=0)
 
 
-def test_outputs_beyond_the_clip_learn_from_the_bound():
-    """Each element has a gradient, the same as without a clip, also where the predicted x_0 lies beyond it."""
+def test_vlb_has_gradients_beyond_the_clip():
+    """The same gradients as without a clip."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 39), normal(shape, 40), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 39), normal(shape, 40), five_transitions(SCHEDULES["table_cosine"], shape)
     gradients = []
     for clip_x0 in (None, 0.1):
         out = normal((5, 4), 41).requires_grad_()
@@ -594,10 +592,10 @@ def test_outputs_beyond_the_clip_learn_from_the_bound():
     assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 
-def test_hybrids_variance_learns_beside_the_clipped_mean():
-    """Its bound is that of the clipped prediction, and the mean still learns where it is clipped."""
+def test_hybrid_variance_fits_the_clipped_mean():
+    """Its bound is that of the clipped prediction, and the mean has gradients where it is clipped."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 42), normal(shape, 43), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 42), normal(shape, 43), five_transitions(SCHEDULES["table_cosine"], shape)
     out = torch.cat([3 * normal(shape, 44), normal(shape, 45).tanh()], 1).requires_grad_()
     diffusion = diffusion_of("x0", "learned_range", clip_x0=0.1)
     hybrid = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.uniform)
@@ -610,10 +608,10 @@ def test_hybrids_variance_learns_beside_the_clipped_mean():
     assert (gradient != 0).all()
 
 
-def test_vlb_weight_is_a_thousandth():
+def test_default_vlb_weight_is_a_thousandth():
     """As in iDDPM, sec. 3.1."""
     shape = (5, 2)
-    x0, eps, transition = normal(shape, 35), normal(shape, 36), five_links(SCHEDULES["table_cosine"], shape)
+    x0, eps, transition = normal(shape, 35), normal(shape, 36), five_transitions(SCHEDULES["table_cosine"], shape)
     out = normal((5, 4), 37)
     arguments = diffusion_of("eps", "learned_range"), lambda *_: out, x0, transition, eps
     hybrid = losses.hybrid(*arguments, weighting=losses.uniform)["loss"]
@@ -623,9 +621,6 @@ def test_vlb_weight_is_a_thousandth():
 
 @for_each("variance", ["fixed_small", "fixed_large"])
 def test_hybrid_needs_a_learned_variance(variance):
-    """The error names the value and the remedy."""
-    x, transition = normal((5, 2), 38), five_links(SCHEDULES["table_cosine"], (5, 2))
-    with pytest.raises(
-        ValueError, match=rf"diffusion.variance={variance} is fixed: set diffusion.variance=learned_range"
-    ):
+    x, transition = normal((5, 2), 38), five_transitions(SCHEDULES["table_cosine"], (5, 2))
+    with pytest.raises(ValueError, match=f"diffusion.variance={variance} "):
         losses.hybrid(diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform)

@@ -1,4 +1,4 @@
-"""Noise levels: tables against a chain folded in plain floats, and grids against the diffusers library."""
+"""Noise levels: tables against single steps folded in plain floats, and time grids against diffusers."""
 
 import math
 from functools import cache, partial
@@ -11,14 +11,14 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
-from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_grid, terminal_alpha_bar
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseSchedule, make_time_grid, terminal_alpha_bar
 from tests.conftest import exact_level
 from tests.loops import for_each
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global DDIMScheduler
     from diffusers import DDIMScheduler
 
@@ -67,19 +67,19 @@ def continuous(name, num_steps=1000):
 
 
 def on_curve(name, u):
-    """(alpha, sigma) at u, a float, by the curve itself."""
+    """Return (alpha, sigma) at the float u by the curve."""
     with torch.no_grad():
         alpha, sigma = CURVES[name](torch.tensor(u, dtype=torch.float64))
     return alpha.item(), sigma.item()
 
 
 def rounding(name):
-    """Of levels on a curve: what is learned computes its log-SNR, up to 10, in float32."""
+    """Return the tolerance for levels of a curve: a learned one computes log-SNRs up to 10 in float32."""
     return 1e-5 if name == "learned" else 1e-14
 
 
 def fold(betas):
-    """Mean and variance of x_t for x_0 = 1, by single steps x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
+    """Return mean and variance of x_t for x_0 = 1 by single steps x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
     means, variances, mean, variance = [], [], 1.0, 0.0
     for beta in betas.tolist():
         mean, variance = mean * math.sqrt(1 - beta), variance * (1 - beta) + beta
@@ -93,7 +93,7 @@ def columns(grid):
 
 
 def rows_of(grid, num_steps):
-    """Positions on the table's axis, noisiest first, without the last one (clean data)."""
+    """Return row indices, noisiest first, without clean data."""
     return [level.time.item() * num_steps - 1 for level in grid[:-1]]
 
 
@@ -105,8 +105,8 @@ def diffusers_timesteps(steps, spacing):
 
 @for_each("num_steps", [10, 1000])
 @every_schedule
-def test_tables_are_the_chain_of_single_steps(name, num_steps):
-    """alpha and sigma to the rounding of T products, or of float32: both keep their digits at both ends."""
+def test_tables_equal_folded_single_steps(name, num_steps):
+    """To the rounding of T products, or of float32, at both ends."""
     levels = schedule(name, num_steps)
     mean, variance = fold(SCHEDULES[name](num_steps))
     for (alpha, sigma, time), rtol in ((levels.rows, 1e-11), ((levels.alpha, levels.sigma, levels.time), 1.2e-7)):
@@ -118,7 +118,7 @@ def test_tables_are_the_chain_of_single_steps(name, num_steps):
 
 @every_schedule
 def test_index_minus_one_is_clean_data(name):
-    """Looked up like any other row; T + 1 rows in all."""
+    """A table has T + 1 rows."""
     levels = schedule(name)
     clean = levels.level(torch.tensor([-1]), torch.zeros(1, 2))
     assert [field.tolist() for field in clean] == [[[1.0]], [[0.0]], [[0.0]]]
@@ -128,8 +128,8 @@ def test_index_minus_one_is_clean_data(name):
 
 
 @every_schedule
-def test_scalar_rows_and_positions_on_the_curve_are_one(name):
-    """Row t lies at (t + 1) / T, and its angle leads back there. The angle rounds to 1e-16 over an alpha of 1e-5."""
+def test_rows_equal_levels_at_their_positions(name):
+    """Row t is the level at (t + 1) / T, and `position` inverts it."""
     levels = schedule(name)
     for t in (0, 1, 17, 500, 998, 999):
         row = levels.row(t)
@@ -142,8 +142,8 @@ def test_scalar_rows_and_positions_on_the_curve_are_one(name):
 
 
 @every_schedule
-def test_links_are_all_as_likely_and_join_neighbours(name):
-    """A lattice of v falls on each of the T links as often; s is the row below t, clean data for the first."""
+def test_transitions_are_equally_likely_and_join_neighbors(name):
+    """s is the row below t, and clean data for the first transition."""
     levels = schedule(name)
     v = (torch.arange(4000) + 0.5) / 4000
     t, s, num_transitions = levels.transition(v, torch.zeros(4000, 2))
@@ -157,7 +157,7 @@ def test_links_are_all_as_likely_and_join_neighbours(name):
 
 @for_each("shape", SHAPES)
 def test_level_broadcasts_against_data_of_any_rank(shape):
-    """(B,) indices give (B, 1, ..., 1): sample i is scaled by row t_i."""
+    """Indices (B,) return (B, 1, ..., 1): row t_i scales sample i."""
     levels = schedule("linear")
     t = torch.tensor([999, 0, -1, 500])
     data = torch.ones(shape)
@@ -172,7 +172,7 @@ def test_level_broadcasts_against_data_of_any_rank(shape):
 
 @every_schedule
 def test_snr_is_the_ratio_of_folded_powers(name):
-    """SNR = mean^2 / variance of the folded chain, infinite for clean data."""
+    """SNR = mean^2 / variance of the folded steps, infinite for clean data."""
     levels = schedule(name)
     mean, variance = fold(SCHEDULES[name](1000))
     snr = exact_level(levels, torch.arange(-1, 1000), torch.zeros(1001)).snr
@@ -180,8 +180,8 @@ def test_snr_is_the_ratio_of_folded_powers(name):
     assert snr[0] == math.inf
 
 
-def test_tables_are_in_no_checkpoint():
-    """A state_dict holds weights, never derived numbers; nor do they count as parameters."""
+def test_tables_are_not_persistent():
+    """A state_dict holds weights only; tables are no parameters either."""
     levels = NoiseSchedule(schedules.linear(10))
     assert not levels.state_dict()
     assert not list(levels.parameters())
@@ -189,8 +189,8 @@ def test_tables_are_in_no_checkpoint():
 
 
 @for_each("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_precision_changes_pass_the_tables_by(dtype):
-    """Neither `.to(dtype)` on the schedule nor on a module around it rounds the tables."""
+def test_tables_keep_float32(dtype):
+    """Neither `.to(dtype)` of the schedule nor of its parent rounds the tables."""
     levels = NoiseSchedule(schedules.linear(100))
     before = [table.clone() for table in levels.buffers()]
     around = nn.ModuleDict({"net": nn.Linear(1, 1), "levels": levels}).to(dtype)
@@ -204,23 +204,23 @@ def test_precision_changes_pass_the_tables_by(dtype):
 
 @for_each("dtype", [None, torch.bfloat16])
 def test_device_changes_move_the_tables(dtype):
-    """To the device of the network, alone or together with a change of precision."""
+    """Alone or together with a change of dtype."""
     levels = NoiseSchedule(schedules.linear(100)).to("meta", dtype)
     assert all(table.is_meta and table.dtype == torch.float32 for table in levels.buffers())
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, 1.1, float("nan")])
-def test_betas_out_of_range(bad):
-    """Zero, negative, above 1 and NaN are refused; exactly 1 is pure noise, and allowed."""
+def test_betas_out_of_range_raise(bad):
+    """A beta of exactly 1 is pure noise and allowed."""
     betas = schedules.linear(10)
     betas[5] = bad
-    with pytest.raises(ValueError, match=r"betas must lie in \(0, 1\].*change the schedule"):
+    with pytest.raises(ValueError, match="betas"):
         NoiseSchedule(betas)
 
 
 @every_schedule
-def test_decoder_has_the_posteriors_variance_at_one(name):
-    """beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1), in plain floats and by the process."""
+def test_decoder_scale_is_the_posterior_variance_at_two(name):
+    """beta_tilde = beta_2 (1 - alpha_bar_1) / (1 - alpha_bar_2), in plain floats and by the process."""
     betas, levels = SCHEDULES[name](1000), schedule(name)
     _, variance = fold(betas[:2])
     expected = (betas[1] * variance[0] / variance[1]).item()
@@ -235,10 +235,10 @@ def test_decoder_has_the_posteriors_variance_at_one(name):
 @for_each("steps", STEPS)
 @every_spacing
 @every_schedule
-def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
-    """steps + 1 finite scalar levels, time falling and SNR rising strictly, within the table, clean data last."""
+def test_time_grid_descends_from_noise_to_clean_data(name, spacing, steps):
+    """steps + 1 finite scalar levels with strictly decreasing time, clean data last."""
     levels = schedule(name)
-    grid = make_grid(levels, steps, spacing)
+    grid = make_time_grid(levels, steps, spacing)
     assert len(grid) == steps + 1
     assert all(field.shape == () and field.dtype == torch.float64 for level in grid for field in level)
     alpha, sigma, time = columns(grid)
@@ -256,30 +256,30 @@ def test_grid_descends_from_noise_to_clean_data(name, spacing, steps):
 @for_each("steps", [1, 2, 8, 50, 250, 1000])
 @for_each("spacing", ["trailing", "leading"])
 @every_schedule
-def test_grid_of_a_divisor_falls_on_rows(name, spacing, steps):
-    """The levels are the rows that diffusers visits. rtol: an angle's rounding over the smallest alpha (1e-5)."""
+def test_steps_that_divide_t_use_rows(name, spacing, steps):
+    """The rows that diffusers visits; rtol is the rounding of an angle over the smallest alpha."""
     levels = schedule(name)
     rows = diffusers_timesteps(steps, spacing)
-    alpha, sigma, time = columns(make_grid(levels, steps, spacing))
+    alpha, sigma, time = columns(make_time_grid(levels, steps, spacing))
     for field, table in zip((alpha, sigma, time), levels.rows, strict=True):
         assert_close(field[:-1], table[rows], rtol=1e-9, atol=1e-15)
 
 
 @for_each("steps", [2, 4, 10, 28, 38, 112, 334, 1000])
-def test_linspace_grid_equals_diffusers(steps):
-    """Where (T - 1) / (steps - 1) is whole."""
+def test_linspace_time_grid_equals_diffusers(steps):
+    """If steps - 1 divides T - 1."""
     expected = diffusers_timesteps(steps, "linspace")
-    assert rows_of(make_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
+    assert rows_of(make_time_grid(schedule("linear"), steps, "linspace"), 1000) == pytest.approx(expected, abs=1e-9)
 
 
 @for_each("num_steps", [10, 100, 1000])
 @for_each("steps", [3, 7, 30, 999, 1500])
-def test_strides_are_equal(num_steps, steps):
-    """trailing: from T - 1 to clean; linspace: from T - 1 to 0; leading: down to 0 by T / steps, if that is >= 1."""
+def test_trailing_and_leading_strides_are_equal(num_steps, steps):
+    """trailing: from T - 1 to clean data; linspace: from T - 1 to 0; leading: T / steps down to 0."""
     levels = schedule("cosine", num_steps)
-    trailing = [*rows_of(make_grid(levels, steps, "trailing"), num_steps), -1]
-    linspace = rows_of(make_grid(levels, steps, "linspace"), num_steps)
-    leading = rows_of(make_grid(levels, steps, "leading"), num_steps) if steps <= num_steps else [0]
+    trailing = [*rows_of(make_time_grid(levels, steps, "trailing"), num_steps), -1]
+    linspace = rows_of(make_time_grid(levels, steps, "linspace"), num_steps)
+    leading = rows_of(make_time_grid(levels, steps, "leading"), num_steps) if steps <= num_steps else [0]
     assert trailing[0] == linspace[0] == num_steps - 1
     assert linspace[-1] == pytest.approx(0, abs=1e-9)
     assert leading[-1] == pytest.approx(0, abs=1e-9)
@@ -292,19 +292,19 @@ def test_strides_are_equal(num_steps, steps):
 
 
 @for_each("steps", [1, 7, 50])
-def test_noisiest_row_is_not_skipped(steps):
-    """Trailing and linspace begin at T - 1, even with one step."""
+def test_trailing_starts_at_the_noisiest_row(steps):
+    """So does linspace, even with one step."""
     levels = schedule("linear")
     for spacing in ("trailing", "linspace"):
-        assert_close(make_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
+        assert_close(make_time_grid(levels, steps, spacing)[0].alpha, levels.rows.alpha[-2], rtol=1e-9, atol=0)
 
 
 @for_each("steps", [2, 7, 50, 999])
 @every_schedule
 def test_karras_is_uniform_in_the_seventh_root(name, steps):
-    """(sigma / alpha)^(1/7) falls evenly from min(80, noisiest row) to row 0 (EDM eq. 5)."""
+    """(sigma / alpha)^(1/7) is linear from min(80, noisiest row) to row 0 (EDM eq. 5)."""
     levels = schedule(name)
-    alpha, sigma, _ = columns(make_grid(levels, steps, "karras"))
+    alpha, sigma, _ = columns(make_time_grid(levels, steps, "karras"))
     ratio = (sigma / alpha)[:-1]
     high = min(levels.rows.sigma[-2] / levels.rows.alpha[-2] if levels.rows.alpha[-2] > 0 else math.inf, 80.0)
     low = levels.rows.sigma[0] / levels.rows.alpha[0]
@@ -314,10 +314,10 @@ def test_karras_is_uniform_in_the_seventh_root(name, steps):
 
 @for_each("steps", [2, 7, 50, 999])
 @every_schedule
-def test_log_snr_is_uniform_in_its_logarithm(name, steps):
-    """From the log-SNR at sigma / alpha = 80, or at the noisiest row, to that of row 0, in equal steps."""
+def test_log_snr_spacing_is_uniform_in_log_snr(name, steps):
+    """From sigma / alpha = 80, or the noisiest row, to row 0."""
     levels = schedule(name)
-    alpha, sigma, _ = columns(make_grid(levels, steps, "log_snr"))
+    alpha, sigma, _ = columns(make_time_grid(levels, steps, "log_snr"))
     first, last = (alpha / sigma)[0].item(), (alpha / sigma)[-2].item()
     assert first == pytest.approx(max(1 / 80, (levels.rows.alpha[-2] / levels.rows.sigma[-2]).item()), rel=1e-9)
     assert last == pytest.approx((levels.rows.alpha[0] / levels.rows.sigma[0]).item(), rel=1e-9)
@@ -326,11 +326,11 @@ def test_log_snr_is_uniform_in_its_logarithm(name, steps):
 
 
 @for_each("spacing", SPACINGS)
-def test_levels_between_rows(spacing):
-    """A level at a fractional row lies at that fraction of the angle atan(sigma / alpha) between its neighbours."""
+def test_levels_between_rows_are_interpolated(spacing):
+    """Linearly in the angle atan(sigma / alpha)."""
     levels = schedule("cosine", 100)
     angles = [math.atan2(s, a) for a, s in zip(levels.rows.alpha.tolist(), levels.rows.sigma.tolist(), strict=True)]
-    grid = make_grid(levels, 37, spacing)
+    grid = make_time_grid(levels, 37, spacing)
     for level, row in zip(grid[:-1], rows_of(grid, 100), strict=True):
         below = min(math.floor(row), 98)  # -1 is clean data
         expected = angles[below] + (row - below) * (angles[below + 1] - angles[below])
@@ -338,23 +338,21 @@ def test_levels_between_rows(spacing):
 
 
 @for_each("spacing", ["quadratic", "Trailing", ""])
-def test_unknown_spacing(spacing):
-    """The error names the value, the choices and the option."""
-    with pytest.raises(ValueError, match=f"unknown spacing '{spacing}'.*trailing, leading.*sampler.spacing"):
-        make_grid(schedule("linear"), 10, spacing)
+def test_unknown_spacing_raises(spacing):
+    with pytest.raises(ValueError, match=f"sampler.spacing={spacing} "):
+        make_time_grid(schedule("linear"), 10, spacing)
 
 
 @for_each("steps", [0, -3])
 @every_spacing
-def test_too_few_steps(spacing, steps):
-    """The error names the value and the option."""
-    with pytest.raises(ValueError, match=f"at least 1 step, got {steps}: raise sampler.steps"):
-        make_grid(schedule("linear"), steps, spacing)
+def test_sampler_steps_below_one_raise(spacing, steps):
+    with pytest.raises(ValueError, match=f"sampler.steps={steps} "):
+        make_time_grid(schedule("linear"), steps, spacing)
 
 
 @every_schedule
 def test_at_inverts_position_on_tables(name):
-    """Anywhere from clean data to the noisiest row; angles of 1e-2 and less keep 1e-16 of pi / 2."""
+    """From clean data to the noisiest row; angles below 1e-2 keep 1e-16 of pi / 2."""
     levels = schedule(name)
     u = torch.cat([torch.rand(200, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0.0, 1.0])])
     angles = torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels.at(u)])
@@ -363,7 +361,7 @@ def test_at_inverts_position_on_tables(name):
 
 @every_curve
 def test_at_inverts_position_on_curves(name):
-    """Where a curve is given in float64; one that is learned computes in float32."""
+    """In float64; a learned curve computes in float32."""
     levels = continuous(name)
     u = torch.cat([torch.rand(200, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([0.0, 1.0])])
     angles = torch.stack([torch.atan2(level.sigma, level.alpha) for level in levels.at(u)])
@@ -371,8 +369,8 @@ def test_at_inverts_position_on_curves(name):
 
 
 @every_curve
-def test_levels_of_curves_are_the_curves(name):
-    """at() and row() give what the curve itself does, as scalars in float64 whose time is u; clean data at -1."""
+def test_continuous_levels_equal_the_curve(name):
+    """at() and row() return float64 scalars with time u, and clean data at -1."""
     levels = continuous(name)
     assert levels.row(-1) == CLEAN
     for t in (0, 1, 500, 999):
@@ -386,16 +384,16 @@ def test_levels_of_curves_are_the_curves(name):
 @for_each("shape", SHAPES)
 @for_each("num_steps", [2, 10, 1000])
 @every_curve
-def test_links_of_curves(name, num_steps, shape):
-    """t and s lie where v falls between (k + 1) / n and k / n, clean data for k = 0; float32, data of any rank."""
+def test_continuous_transitions_join_multiples_of_one_over_t(name, num_steps, shape):
+    """With clean data for the first one; in float32, for data of any rank."""
     v = torch.tensor([0.0, 0.3 / num_steps, 1.5 / num_steps, 1 - 2**-24])
     t, s, num_transitions = continuous(name, num_steps).transition(v, torch.zeros(shape))
     assert num_transitions == num_steps
     assert all(f.shape == (4, *[1] * (len(shape) - 1)) and f.dtype == torch.float32 for level in (t, s) for f in level)
     for i, k in enumerate([0, 0, 1, num_steps - 1]):
         # rtol and atol: float32's rounding of log-SNRs up to 15, and of an angle.
-        place, below = (k + 1) / num_steps, k / num_steps
-        assert [f[i].item() for f in t] == pytest.approx([*on_curve(name, place), place], rel=1e-5, abs=1e-6)
+        position, below = (k + 1) / num_steps, k / num_steps
+        assert [f[i].item() for f in t] == pytest.approx([*on_curve(name, position), position], rel=1e-5, abs=1e-6)
         expected = [*on_curve(name, below), below] if k > 0 else [1.0, 0.0, 0.0]
         assert [f[i].item() for f in s] == pytest.approx(expected, rel=1e-5, abs=1e-6)
         if k == 0:
@@ -403,8 +401,8 @@ def test_links_of_curves(name, num_steps, shape):
 
 
 @every_curve
-def test_links_of_curves_go_towards_clean_data(name):
-    """In float32 too each link's s is cleaner than its t, which the reverse step's variance divides by."""
+def test_last_continuous_transition_ends_at_clean_data(name):
+    """Every s is cleaner than its t, even in float32."""
     t, s, _ = continuous(name).transition(
         torch.rand(5000, generator=torch.Generator().manual_seed(0)), torch.zeros(5000)
     )
@@ -415,10 +413,10 @@ def test_links_of_curves_go_towards_clean_data(name):
 @for_each("steps", [1, 2, 7, 100])
 @every_spacing
 @every_curve
-def test_grid_of_a_curve(name, spacing, steps):
-    """steps + 1 levels of the curve, from its noisiest to clean data, SNR rising strictly."""
+def test_time_grid_of_a_curve(name, spacing, steps):
+    """steps + 1 levels from the noisiest to clean data, with strictly increasing SNR."""
     levels = continuous(name)
-    grid = make_grid(levels, steps, spacing)
+    grid = make_time_grid(levels, steps, spacing)
     assert len(grid) == steps + 1
     assert grid.schedule is levels
     alpha, sigma, time = columns(grid)
@@ -446,7 +444,7 @@ def test_grid_of_a_curve(name, spacing, steps):
             roots = [(1 - f) * high ** (1 / 7) + f * low ** (1 / 7) for f in fraction]
             logs = [(1 - f) * math.log(high) + f * math.log(low) for f in fraction]
             expected = [root**7 for root in roots] if spacing == "karras" else [math.exp(log) for log in logs]
-            # A position's rounding moves pure noise by more; what is learned is in float32.
+            # The rounding of a position changes pure noise by more; a learned curve computes in float32.
             rtol = 1e-4 if name == "learned" else 1e-9
             assert (sigma / alpha)[:-1].tolist() == pytest.approx(expected, rel=rtol)
 
@@ -457,20 +455,20 @@ def test_grid_of_a_curve(name, spacing, steps):
     [*map(schedule, ("linear", "zero_terminal")), *map(continuous, ("cosine", "exploding", "rectified_flow"))],
     ids=["linear", "zero_terminal", "cosine", "exploding", "rectified_flow"],
 )
-def test_level_at_a_ratio(levels, ratio):
-    """sigma / alpha is what was asked for, on tables and curves, by scalars of any precision."""
+def test_at_ratio_inverts_ratio(levels, ratio):
+    """On tables and curves, for scalars of any dtype."""
     for dtype, rtol in ((torch.float32, 1e-7), (torch.float64, 1e-9)):
-        level = make_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
+        level = make_time_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
         assert level.ratio.item() == pytest.approx(ratio, rel=rtol)
         assert level.norm.item() == pytest.approx(math.sqrt(level.alpha**2 + level.sigma**2), rel=1e-14)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "linear_vdm"])
-def test_a_table_of_a_curve_is_the_curve(name):
-    """Betas from its alpha_bar: the rows are the levels at (t + 1) / T, relative to that at 0, where tables are clean.
+def test_table_of_a_curve_equals_the_curve(name):
+    """The rows are the levels at (t + 1) / T, relative to that at 0, where tables are clean.
 
-    Betas of 1e-6 keep 10 digits, and as many their sum in sigma^2. Between the rows, and for the way back from
-    angles, the table is the curve up to its interpolation and the noise at 0 of up to e^-5.
+    Betas of 1e-6 keep 10 digits, as does their sum in sigma^2. Between rows the table equals the curve up to
+    interpolation and the noise at 0 of up to e^-5.
     """
     betas = schedules.from_alpha_bar(lambda u: CURVES[name](u)[0].square(), 1000, max_beta=0.99999)
     table, curve = NoiseSchedule(betas), continuous(name)
@@ -483,7 +481,7 @@ def test_a_table_of_a_curve_is_the_curve(name):
     u = torch.linspace(0.2, 1, 77, dtype=torch.float64)
     for a, b in zip(table.at(u), curve.at(u), strict=True):
         angle, expected = torch.atan2(a.sigma, a.alpha).item(), torch.atan2(b.sigma, b.alpha).item()
-        # cos(angle) = cos(expected) / cos(angle at 0); the links' bend is second order in 1 / T.
+        # cos(angle) = cos(expected) / cos(angle at 0); the curvature within a transition is of second order in 1 / T.
         assert angle == pytest.approx(expected, abs=2e-5 + noise / math.tan(expected))
     positions = torch.linspace(0.2, 1.3, 50, dtype=torch.float64)
     assert_close(table.position(positions), curve.position(positions), rtol=0, atol=1e-3)
@@ -491,14 +489,14 @@ def test_a_table_of_a_curve_is_the_curve(name):
 
 @pytest.mark.parametrize("levels", [schedule("zero_terminal"), continuous("rectified_flow")], ids=["table", "flow"])
 def test_zero_terminal_snr_is_finite(levels):
-    """alpha = 0 and sigma = 1 exactly at the last row; every grid, link and way back from an angle stays finite."""
+    """alpha = 0 and sigma = 1 exactly at the last row; time grids and transitions are finite."""
     last = levels.row(levels.num_steps - 1)
     assert (last.alpha, last.sigma, last.time) == (0, 1, 1)
     assert last.snr == 0 and last.ratio == math.inf and last.norm == 1
     assert terminal_alpha_bar(levels) == 0
     assert math.isfinite(levels.decoder_scale)
     for spacing in SPACINGS:
-        for level in make_grid(levels, 10, spacing):
+        for level in make_time_grid(levels, 10, spacing):
             assert all(field.isfinite() for field in level)
     t, s, _ = levels.transition(torch.tensor([0.0, 0.5, 1 - 2**-24]), torch.zeros(3))
     assert all(field.isfinite().all() for field in (*t, *s))
@@ -506,16 +504,16 @@ def test_zero_terminal_snr_is_finite(levels):
 
 
 @every_curve
-def test_what_is_left_of_the_data_at_the_noisiest_level(name):
-    """alpha^2 / (alpha^2 + sigma^2), also where that sum is not 1."""
+def test_terminal_alpha_bar(name):
+    """alpha^2 / (alpha^2 + sigma^2), even where the sum is not 1."""
     alpha, sigma = on_curve(name, 1.0)
     expected = alpha**2 / (alpha**2 + sigma**2)
     assert terminal_alpha_bar(continuous(name)) == pytest.approx(expected, rel=1e-12)
 
 
 @every_curve
-def test_decoder_of_curves(name):
-    """The variance of x_0 given x_t alone, sigma^2 / alpha^2, wherever on the curve the last link begins."""
+def test_decoder_scale_of_curves_is_one(name):
+    """The variance of x_0 given x_t is sigma^2 / alpha^2 wherever the last transition starts."""
     x = torch.zeros(1, 2, dtype=torch.float64)
     diffusion = GaussianDiffusion(decoder_scale=continuous(name).decoder_scale)
     for u in (0.0, 0.004, 0.01):
@@ -526,6 +524,6 @@ def test_decoder_of_curves(name):
 
 
 @for_each("num_steps", [1, 0, -5])
-def test_too_few_links(num_steps):
-    with pytest.raises(ValueError, match=f"num_steps must be at least 2, got {num_steps}: 1000 is usual"):
+def test_too_few_transitions_raise(num_steps):
+    with pytest.raises(ValueError, match=f"schedule.num_steps={num_steps} "):
         ContinuousSchedule(curves.cosine, num_steps)

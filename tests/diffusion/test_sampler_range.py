@@ -1,4 +1,4 @@
-"""Every sampler on every schedule: finite and right from 10 to 10,000 rows, by 1 to three times as many steps."""
+"""Every sampler on every schedule: 10 to 10,000 rows, and up to three times as many steps."""
 
 import math
 from functools import partial
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction, snr_ratio
-from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, make_grid
+from src.diffusion.noise import CLEAN, ContinuousSchedule, NoiseLevel, NoiseSchedule, make_time_grid
 
 SPACINGS = ["trailing", "leading", "linspace", "karras", "log_snr"]
 SAMPLERS = {
@@ -31,7 +31,7 @@ TABLES = {
     "sigmoid_jabri": schedules.sigmoid_jabri,
     "scaled_linear": partial(schedules.quadratic, beta_start=0.00085, beta_end=0.012),
     "custom": lambda num_steps: schedules.custom([0.02] * num_steps),
-    # alpha_bar ends at 1e-3011, which no float64 holds.
+    # alpha_bar ends at 1e-3011, which underflows float64.
     "underflowing": partial(schedules.constant, beta=0.5),
 }
 CURVES = {
@@ -45,7 +45,7 @@ MEAN, STD = 0.3, 0.5
 
 
 def tables(num_steps):
-    """Every table as it is, with zero terminal SNR, and shifted down and up."""
+    """Return every table unchanged, with zero terminal SNR, and shifted down and up."""
     for name, make in TABLES.items():
         betas = make(num_steps)
         yield name, betas
@@ -64,7 +64,7 @@ def continuous():
 
 
 def ideal(x, t):
-    """The denoiser of N(MEAN, STD^2), by regression of x_0 on x_t."""
+    """Return the denoiser of N(MEAN, STD^2), by regression of x_0 on x_t."""
     gain = t.alpha * STD**2 / (t.alpha.square() * STD**2 + t.sigma.square())
     x0 = MEAN + gain * (x - t.alpha * MEAN)
     return Prediction(x0, (x - t.alpha * x0) / t.sigma)
@@ -82,14 +82,14 @@ def check_finite(label, grid):
         for name in SAMPLERS:
             out = fn(name, grid, x)
             assert out.isfinite().all() and out.dtype == dtype, (label, len(grid) - 1, name, dtype, out)
-            # Heun's method diverges on few steps from far above sigma / alpha = 80; the others stay near the data.
-            # Inversion ends at noise of the grid's own scale.
+            # Heun's method diverges with few steps from far above sigma / alpha = 80.
+            # Inversion ends at noise of the scale of the time grid.
             if not name.startswith("heun"):
                 assert out.abs().max() < 40 * max(1, grid[0].norm), (label, len(grid) - 1, name, dtype, out)
 
 
 def test_every_sampler_is_finite_on_every_table():
-    """With few steps on every spacing; the issue's are T = 4,000 and 10,000, where alpha_bar falls below 1e-33."""
+    """With few steps and every spacing; alpha_bar falls below 1e-33 for T = 4,000 and 10,000."""
     for num_steps, names in ((10, None), (4000, ("constant",)), (10_000, None)):
         for name, betas in tables(num_steps):
             if names is not None and not name.startswith(names):
@@ -97,31 +97,31 @@ def test_every_sampler_is_finite_on_every_table():
             schedule = NoiseSchedule(betas)
             for k, spacing in enumerate(SPACINGS):
                 for steps in (1, 2, 5) if name.startswith(("constant", "sigmoid_geodiff")) else (1 + k % 2 * 2,):
-                    check_finite(f"{name} {num_steps} {spacing}", make_grid(schedule, steps, spacing))
+                    check_finite(f"{name} {num_steps} {spacing}", make_time_grid(schedule, steps, spacing))
 
 
 def test_every_sampler_is_finite_on_every_curve():
     for k, (name, schedule) in enumerate(continuous()):
         for spacing in SPACINGS[k % 2 :: 2]:
             for steps in (1, 4):
-                check_finite(f"{name} {spacing}", make_grid(schedule, steps, spacing))
+                check_finite(f"{name} {spacing}", make_time_grid(schedule, steps, spacing))
 
 
 def test_every_sampler_is_finite_with_more_steps_than_rows():
     for name in ("constant", "cosine"):
         for betas in (TABLES[name](20), schedules.zero_terminal_snr(TABLES[name](20))):
             for spacing in ("trailing", "leading", "karras"):
-                check_finite(f"{name} 20", make_grid(NoiseSchedule(betas), 60, spacing))
+                check_finite(f"{name} 20", make_time_grid(NoiseSchedule(betas), 60, spacing))
 
 
-def test_grids_of_thousands_of_steps_descend():
-    """30,000 steps on the tables that end near pure noise: every SNR ratio lies in [0, 1]."""
+def test_time_grids_of_thousands_of_steps_descend():
+    """30,000 steps on tables that end near pure noise: every SNR ratio is in [0, 1]."""
     for name, betas, spacing in (
         ("constant", TABLES["constant"](10_000), "leading"),
         ("constant zero", schedules.zero_terminal_snr(TABLES["constant"](10_000)), "trailing"),
         ("underflowing", TABLES["underflowing"](10_000), "linspace"),
     ):
-        levels = make_grid(NoiseSchedule(betas), 30_000, spacing)[:-1]
+        levels = make_time_grid(NoiseSchedule(betas), 30_000, spacing)[:-1]
         alpha, sigma, time = (torch.stack(field) for field in zip(*levels, strict=True))
         t, s = NoiseLevel(alpha[:-1], sigma[:-1], time[:-1]), NoiseLevel(alpha[1:], sigma[1:], time[1:])
         ratio = snr_ratio(t, s)
@@ -131,35 +131,35 @@ def test_grids_of_thousands_of_steps_descend():
 
 
 def limit(grid):
-    """Mean and standard deviation after the last step, from N(MEAN, STD^2) noised as at grid[-2].
+    """Return mean and std after the last step, from N(MEAN, STD^2) noised to grid[-2].
 
-    That step replaces x by E[x_0 | x], whose standard deviation is STD^2 / sqrt(STD^2 + r^2), r = sigma / alpha there.
+    That step replaces x by E[x_0 | x], whose std is STD^2 / sqrt(STD^2 + r^2), r = sigma / alpha there.
     """
     return MEAN, STD**2 / math.hypot(STD, grid[-2].ratio.item())
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("ddim", 0.02), ("dpmpp_2m", 1e-3), ("heun", 2e-3)])
-def test_many_steps_lead_to_the_data(name, tolerance):
-    """From -1 and 1 in pure noise the flow leads to one standard deviation on either side of the mean."""
+def test_many_steps_recover_the_data(name, tolerance):
+    """From -1 and 1 in pure noise, the flow ends one standard deviation below and above the mean."""
     for label, betas in (
         ("constant", TABLES["constant"](4000)),
         ("constant zero", schedules.zero_terminal_snr(TABLES["constant"](4000))),
         ("sigmoid_geodiff", TABLES["sigmoid_geodiff"](10_000)),
     ):
-        grid = make_grid(NoiseSchedule(betas), 1000)
+        grid = make_time_grid(NoiseSchedule(betas), 1000)
         out = fn(name, grid, torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
         mean, std = limit(grid)
         assert out.tolist()[0] == pytest.approx([mean - std, mean + std], abs=tolerance), label
 
 
 @pytest.mark.parametrize("name", ["ancestral", "euler_ancestral", "dpmpp_2m_sde"])
-def test_many_stochastic_steps_lead_to_the_data(name):
-    """Mean and standard deviation, exactly: sample 0 starts at 0, 1 at 1, and sample 2 + k gets the k-th noise."""
+def test_many_stochastic_steps_recover_the_data(name):
+    """Exact moments: sample 0 starts at 0, sample 1 at 1, and sample 2 + k gets the k-th noise."""
     schedule, steps = NoiseSchedule(schedules.zero_terminal_snr(TABLES["sigmoid_geodiff"](10_000))), 500
     x = torch.zeros(steps + 2, 1, dtype=torch.float64)
     x[1] = 1
     unit = iter(torch.eye(steps + 2, dtype=torch.float64)[2:, :, None])
-    grid = make_grid(schedule, steps)
+    grid = make_time_grid(schedule, steps)
     *_, out = SAMPLERS[name](GaussianDiffusion("x0"), ideal, x, grid, noise=lambda _: next(unit))
     effects = out[1:] - out[0]
     mean, std = limit(grid)
@@ -168,7 +168,7 @@ def test_many_stochastic_steps_lead_to_the_data(name):
 
 
 def test_rows_are_levels_at_their_positions():
-    """at((t + 1) / T) has alpha and sigma of row t to the bit, down to an alpha of 1e-44 and to 0 at zero SNR."""
+    """Bit by bit, down to an alpha of 1e-44 and to 0 at zero SNR."""
     for num_steps in (10, 49, 1000, 10_000):
         for name, betas in tables(num_steps):
             schedule = NoiseSchedule(betas)
@@ -181,13 +181,13 @@ def test_rows_are_levels_at_their_positions():
                 (last,) = schedule.at(torch.ones(1, dtype=torch.float64))
                 assert last.alpha == 0 and last.sigma == 1
             if num_steps % 10 == 0:
-                trailing = make_grid(schedule, 10)[:-1]
+                trailing = make_time_grid(schedule, 10)[:-1]
                 rows = [schedule.row(t) for t in range(num_steps - 1, -1, -(num_steps // 10))]
                 assert [level.alpha for level in trailing] == [row.alpha for row in rows]
 
 
-def test_levels_between_rows_keep_their_digits():
-    """Linear in the angle between two rows, which next to pure noise is linear in alpha; in plain floats."""
+def test_levels_between_rows_are_accurate():
+    """Linear in the angle, which is linear in alpha near pure noise; in plain floats."""
     schedule = NoiseSchedule(schedules.zero_terminal_snr(TABLES["constant"](10_000)))
     for t in (100, 5000, 9000, 9997, 9998):
         a, b = schedule.row(t), schedule.row(t + 1)
@@ -207,8 +207,8 @@ def test_ends_of_flows_are_pure_noise():
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("heun_churn", "ddim_inversion")])
-def test_steps_between_equal_levels_change_nothing(name):
-    """Repeated levels within a grid, pure noise and clean data included, leave the result as without them."""
+def test_steps_between_equal_levels_are_identities(name):
+    """Repeated levels, pure noise and clean data included, do not change the result."""
     x = torch.tensor([[-1.0, 0.2, 0.7]], dtype=torch.float64)
     for schedule in (
         NoiseSchedule(schedules.linear(1000)),
@@ -216,13 +216,13 @@ def test_steps_between_equal_levels_change_nothing(name):
         ContinuousSchedule(curves.rectified_flow),
         ContinuousSchedule(curves.exploding),
     ):
-        grid = make_grid(schedule, 5)
+        grid = make_time_grid(schedule, 5)
         doubled = type(grid)([level for level in grid[:-1] for _ in range(2)] + [CLEAN], schedule)
         for variance in ("fixed_small", "fixed_large"):
             diffusion = GaussianDiffusion("x0", variance=variance)
             once = list(SAMPLERS[name](diffusion, ideal, x, grid, noise=torch.ones_like))
             twice = list(SAMPLERS[name](diffusion, ideal, x, doubled, noise=torch.ones_like))
-            # A repeated level draws noise of deviation 0 (1e-18, the least that a log-variance may say).
+            # A repeated level draws noise with std 0 (1e-18, the lower limit of a log-variance).
             assert_close(twice[-1], once[-1], rtol=1e-9, atol=1e-9)
             for before, after, (t, s) in zip([x, *twice], twice, pairwise(doubled), strict=False):
                 if t is s:

@@ -24,7 +24,7 @@ def softplus(x):
 
 
 def cosine(u):
-    """lambda = -2 log tan(angle): lambda and -d lambda / du = 4 angle' / sin(2 angle)."""
+    """Return lambda = -2 log tan(angle) and -d lambda / du = 4 angle' / sin(2 angle)."""
     low, high = math.atan(math.exp(-7.5)), math.atan(math.exp(7.5))
     angle = low + (high - low) * u
     return -2 * math.log(math.tan(angle)), 4 * (high - low) / math.sin(2 * angle)
@@ -53,7 +53,7 @@ def levels(schedule, times, dtype=torch.float64):
 
 
 def test_weight_on_the_error_of_eps():
-    """Kingma & Gao: 1/2 (-d lambda / dt) sigmoid(b - lambda), for every curve, in float64 and float32."""
+    """Kingma & Gao: 1/2 (-d lambda / dt) sigmoid(b - lambda), in float64 and float32."""
     times = [0.01, 0.2, 0.5, 0.77, 0.99]
     for curve, by_hand in CURVES.values():
         schedule = ContinuousSchedule(curve)
@@ -66,7 +66,7 @@ def test_weight_on_the_error_of_eps():
 
 
 def test_weight_on_the_error_of_x0():
-    """Hoogeboom et al.: -1/2 d lambda / dt e^b sigmoid(lambda - b); of other targets by their errors' ratio to it."""
+    """Hoogeboom et al.: -1/2 d lambda / dt e^b sigmoid(lambda - b)."""
     times = [0.05, 0.4, 0.8]
     for curve, by_hand in CURVES.values():
         schedule = ContinuousSchedule(curve)
@@ -84,7 +84,7 @@ def test_weight_on_the_error_of_x0():
 
 
 def test_integral_does_not_depend_on_the_schedule():
-    """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 between the ends of lambda."""
+    """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 over lambda."""
     times = [(k + 0.5) / 4000 for k in range(4000)]
     bent = partial(curves.shifted(curves.linear, 0.5))
     for curve, low, high in (
@@ -99,8 +99,8 @@ def test_integral_does_not_depend_on_the_schedule():
         assert weights.mean().item() == pytest.approx(expected, rel=2e-3)
 
 
-def test_tables_take_the_differences_of_rows():
-    """Central ones within, one-sided ones at the ends, T times as large; at zero SNR the last that is finite."""
+def test_table_rate_is_a_central_difference():
+    """One-sided at the ends; at zero SNR the last finite one."""
     for zero in (False, True):
         betas = schedules.linear(50)
         schedule = NoiseSchedule(schedules.zero_terminal_snr(betas) if zero else betas)
@@ -119,8 +119,8 @@ def test_tables_take_the_differences_of_rows():
         assert weight.isfinite().all() and (weight >= 0).all()
 
 
-def test_tables_have_the_integral_too():
-    """That between the ends of the linear table, whose rows are close enough for a sum over them."""
+def test_integral_holds_for_tables():
+    """The rows of the linear table are close enough for a sum."""
     schedule = NoiseSchedule(schedules.linear(1000))
     t = schedule.level(torch.arange(1000), torch.zeros(1000))
     mean = losses.sigmoid(GaussianDiffusion("eps"), t, schedule).mean().item()
@@ -128,15 +128,15 @@ def test_tables_have_the_integral_too():
     assert mean == pytest.approx((softplus(BIAS - low) - softplus(BIAS - high)) / 2, rel=0.01)
 
 
-def test_plain_variant_lacks_the_factor():
+def test_sigmoid_plain_omits_the_rate():
     schedule = ContinuousSchedule(curves.cosine)
     t = levels(schedule, [0.1, 0.5, 0.9])
     plain = losses.sigmoid_plain(GaussianDiffusion("eps"), t)
     assert plain.tolist() == pytest.approx([logistic(BIAS - cosine(u)[0]) for u in (0.1, 0.5, 0.9)], rel=1e-9)
 
 
-def test_every_weighting_is_finite_at_the_last_row():
-    """Where `loss=hybrid` trains too: on a flow its SNR is 0."""
+def test_weightings_are_finite_at_the_last_row():
+    """With loss=hybrid too; on a flow its SNR is 0."""
     diffusion = GaussianDiffusion("v")
     names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
     for curve, _ in CURVES.values():
@@ -149,8 +149,8 @@ def test_every_weighting_is_finite_at_the_last_row():
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_continuous", "rectified_flow", "edm_lognormal"])
-def test_it_trains_and_validates_by_its_yaml(schedule):
-    """The weighting is given the run's schedule, shifted as it is; also in inference mode, where validation runs."""
+def test_sigmoid_weighting_trains_from_its_yaml(schedule):
+    """The weighting gets the shifted schedule of the run, and works in inference mode."""
     changes = [
         "weighting=sigmoid",
         f"schedule={schedule}",
@@ -161,12 +161,12 @@ def test_it_trains_and_validates_by_its_yaml(schedule):
     cfg = compose("train", *changes, "model.num_head_channels=8", "run_dir=x")
     module = build_module(cfg, (1, 8, 8), num_values=17)
     batch = {"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}
-    _, terms = module._train_terms(batch, step=0)
-    terms["loss"].mean().backward()
-    assert terms["loss"].isfinite().all()
+    out = module.training_step(batch, 0)
+    out["loss"].backward()
+    loss = out["terms"]["loss"].tolist()
+    assert all(map(math.isfinite, loss))
     with torch.inference_mode():
-        _, again = module._train_terms(batch, step=0)
-    assert again["loss"].tolist() == pytest.approx(terms["loss"].tolist(), rel=1e-4)
+        assert module.training_step(batch, 0)["terms"]["loss"].tolist() == pytest.approx(loss, rel=1e-4)
     transition = module.schedule.transition(torch.tensor([0.3]), torch.zeros(1, 1))
     weight = losses.sigmoid(module.diffusion, transition.t, module.schedule)
     (bound,) = (module.loss_fn.keywords["weighting"](module.diffusion, transition.t),)

@@ -1,4 +1,4 @@
-"""Which levels training sees: their distributions, and the weights that keep the mean of the loss what it was."""
+"""Timestep samplers: their distributions, and the weights that keep the mean loss unbiased."""
 
 import math
 from collections import deque
@@ -17,7 +17,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow packages only when tests run, not when they are collected."""
     global DiffusionModule
     from src.training.module import DiffusionModule
 
@@ -38,39 +38,39 @@ def random(count, seed=0):
 
 
 def draw(timestep_sampler, total, sizes, step=0):
-    """v and weights of a global batch of `total`, in consecutive pieces of these sizes, as the module asks for them."""
+    """Return v and weights of a global batch of `total`, drawn in consecutive pieces of these sizes."""
     parts, start = [], 0
     for size in sizes:
         rng = StepRng(3, step, start, size, CPU)
-        place = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
-        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), place))
+        position = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
+        parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), position))
         start += size
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 def seen_by(importance, seed, count):
-    """Feed `count` losses, large and small, at random v; the bins' last losses, kept one by one in plain Python."""
+    """Feed `count` losses at random v, and return the last losses of each bin, tracked in plain Python."""
     v = random(count, seed)
     losses = torch.exp(3 * torch.randn(count, generator=torch.Generator().manual_seed(seed + 100)))
     importance.update(v, losses)
     last = [deque(maxlen=importance.history_per_bin) for _ in range(importance.num_bins)]
-    for place, loss in zip(v.tolist(), losses.tolist(), strict=True):
-        last[int(place * importance.num_bins)].append(loss)
+    for position, loss in zip(v.tolist(), losses.tolist(), strict=True):
+        last[int(position * importance.num_bins)].append(loss)
     return v, losses, last
 
 
 def deviation_from_uniform(v):
-    """Kolmogorov's distance between the sample v (N,) and the uniform distribution."""
+    """Return Kolmogorov's distance of the sample v (N,) from the uniform distribution."""
     v, n = v.double().sort().values, len(v)
     above = torch.arange(1, n + 1) / n - v
     return max(above.max().item(), (1 / n - above).max().item())
 
 
-def rooted(place):
-    return place.sqrt()
+def sqrt_warp(position):
+    return position.sqrt()
 
 
-TIMESTEPS = {
+SAMPLERS = {
     "uniform": uniform,
     "uniform_warped": partial(uniform, warp=logit_normal),
     "stratified": stratified,
@@ -78,14 +78,14 @@ TIMESTEPS = {
     "importance": ImportanceSampler(num_bins=10, history_per_bin=2),
     "importance_ready": ImportanceSampler(num_bins=10, history_per_bin=2),
 }
-seen_by(TIMESTEPS["importance_ready"], 0, 400)
-every_one = pytest.mark.parametrize("timestep_sampler", TIMESTEPS.values(), ids=TIMESTEPS.keys())
+seen_by(SAMPLERS["importance_ready"], 0, 400)
+every_one = pytest.mark.parametrize("timestep_sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 
 
 @every_one
 @for_each("sizes", dict(zip(CUTS, [[32, 32], [16] * 4, [1] * 64, [5, 40, 19]], strict=True)))
-def test_a_cut_batch_sees_the_same_levels(timestep_sampler, sizes):
-    """However many processes and accumulated parts share it, at each step anew; a kernel's last bit depends on size."""
+def test_microbatches_use_the_same_levels(timestep_sampler, sizes):
+    """For any number of processes and accumulation steps, up to the last bit."""
     batches = [draw(timestep_sampler, 64, [64], step) for step in range(3)]
     for step, whole in enumerate(batches):
         for a, b in zip(whole, draw(timestep_sampler, 64, sizes, step), strict=True):
@@ -94,8 +94,8 @@ def test_a_cut_batch_sees_the_same_levels(timestep_sampler, sizes):
 
 
 @every_one
-def test_places_keep_their_digits_under_a_low_default(timestep_sampler):
-    """`trainer.precision=bf16-true` makes bfloat16 the default, of which only 384 numbers lie in [1/8, 1)."""
+def test_positions_are_accurate_in_low_default_precision(timestep_sampler):
+    """bfloat16 has only 384 numbers in [1/8, 1)."""
     before = draw(timestep_sampler, 1000, [1000])
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -108,8 +108,8 @@ def test_places_keep_their_digits_under_a_low_default(timestep_sampler):
 
 
 @every_one
-def test_extreme_draws_stay_below_one(timestep_sampler):
-    """v in [0, 1), also from the smallest and the largest number that can be drawn."""
+def test_v_is_below_one_for_extreme_draws(timestep_sampler):
+    """From the smallest and the largest random number."""
     extremes = torch.tensor([0.0, 2**-24, 0.5, LAST])
     for shared in extremes:
         v, weight = timestep_sampler(extremes, shared, torch.tensor([0.0, 0.25, 0.5, 0.75]))
@@ -118,7 +118,7 @@ def test_extreme_draws_stay_below_one(timestep_sampler):
         assert weight.isfinite().all() and weight.min() > 0
 
 
-def test_uniform_is_the_samples_own_draw():
+def test_uniform_returns_u():
     v, weight = uniform(random(100), NONE, random(100, 1))
     assert torch.equal(v, random(100)) and (weight == 1).all()
 
@@ -126,45 +126,45 @@ def test_uniform_is_the_samples_own_draw():
 @for_each("total", [1, 7, 64, 1000])
 @for_each("step", [0, 1, 2])
 def test_stratified_is_evenly_spaced(total, step):
-    """In order, the i-th of B lies at i / B and the same offset, which is less than 1 / B, from it."""
+    """Sorted, the i-th of B is i / B plus a shared offset below 1 / B."""
     v, weight = draw(stratified, total, [total], step)
     offset = v.double().sort().values - torch.arange(total) / total
-    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # the places' and the sums' rounding
+    assert_close(offset, offset[:1].expand(total), rtol=0, atol=2e-7)  # rounding of positions and sums
     assert -2e-7 < offset[0] < 1 / total
     assert (weight == 1).all()
 
 
 @for_each("position", [0, 1, 6, 9])
 def test_each_position_of_a_stratified_batch_is_uniform(position):
-    """Over the steps. 2 / sqrt(n) is exceeded by 1 sample in 1500 of a uniform distribution."""
+    """Over the steps. 1 in 1500 samples of a uniform distribution exceeds 2 / sqrt(n)."""
     v = torch.stack([draw(stratified, 10, [10], step)[0][position] for step in range(800)])
     assert deviation_from_uniform(v) < 2 / math.sqrt(len(v))
 
 
-def test_stratified_means_vary_far_less():
-    """For a linear function the mean over B has deviation 1 / (B sqrt 12), against 1 / sqrt(12 B) of uniform ones."""
+def test_stratified_means_have_less_variance():
+    """For a linear function, the std of the mean is 1 / (B sqrt 12) instead of 1 / sqrt(12 B)."""
     means = {
         timestep_sampler: torch.stack(
             [draw(timestep_sampler, 64, [64], step)[0].double().mean() for step in range(400)]
         )
         for timestep_sampler in (uniform, stratified)
     }
-    # A sample's deviation is off by 1 / sqrt(2 n), 3.5 %; more for the normal, less for the uniform.
+    # The relative error of a sample std is about 1 / sqrt(2 n) = 3.5%.
     assert means[uniform].std().item() == pytest.approx(1 / math.sqrt(12 * 64), rel=0.15)
     assert means[stratified].std().item() == pytest.approx(1 / math.sqrt(12) / 64, rel=0.15)
 
 
 @pytest.mark.parametrize("timestep_sampler", [uniform, stratified])
-def test_warps_are_applied_last(timestep_sampler):
-    """v is the warp of what it would be without one, and the weight stays 1."""
+def test_warp_is_applied_last(timestep_sampler):
+    """The weight stays 1."""
     arguments = random(64), torch.tensor(0.3), torch.arange(64) / 64
-    v, weight = timestep_sampler(*arguments, warp=rooted)
+    v, weight = timestep_sampler(*arguments, warp=sqrt_warp)
     assert torch.equal(v, timestep_sampler(*arguments)[0].sqrt())
     assert (weight == 1).all()
 
 
 @for_each("mean, std", [(0.0, 1.0), (0.5, 0.6), (-1.0, 2.0)])
-def test_logit_normal(mean, std):
+def test_logit_normal_quantiles(mean, std):
     """The quantiles of logit(v) are those of the normal distribution."""
     v = logit_normal(lattice(999), mean, std)
     expected = torch.tensor([NormalDist(mean, std).inv_cdf(p) for p in lattice(999).tolist()]).double()
@@ -173,10 +173,10 @@ def test_logit_normal(mean, std):
 
 @for_each("low, high", [(0.002, 80.0), (1e-5, 1e4)])
 @for_each("mean, std", [(-1.2, 1.2), (-0.4, 1.0), (0.0, 2.0)])
-def test_log_normal(mean, std, low, high):
-    """On `exploding` with the same ends, the quantiles of log sigma are the normal's, or the end beyond which they lie.
+def test_log_normal_quantiles(mean, std, low, high):
+    """On `exploding` with the same ends, those of log sigma are normal, clamped to the ends.
 
-    The clamp to 1 - 2^-24 keeps 1e-6 of the curve's length of up to 21.
+    The clamp to 1 - 2^-24 keeps 1e-6 of the length of the curve of up to 21.
     """
     _, sigma = curves.exploding(log_normal(lattice(999), mean, std, low, high), low, high)
     normal = [NormalDist(mean, std).inv_cdf(p) for p in lattice(999).tolist()]
@@ -185,7 +185,7 @@ def test_log_normal(mean, std, low, high):
 
 
 def test_log_normal_moments():
-    """Mean -1.2 and deviation 1.2 of log sigma with EDM's settings, where the ends cut off 1 in 10^5."""
+    """With EDM's settings, where the ends cut off 1 in 10^5."""
     _, sigma = curves.exploding(log_normal(lattice(100_000)))
     assert sigma.log().mean().item() == pytest.approx(-1.2, abs=1e-3)
     assert sigma.log().std().item() == pytest.approx(1.2, abs=1e-3)
@@ -193,16 +193,16 @@ def test_log_normal_moments():
 
 @pytest.mark.parametrize("warp", [log_normal, logit_normal])
 @for_each("std", [0.0, -1.0, math.nan])
-def test_deviation_out_of_range(warp, std):
-    with pytest.raises(ValueError, match=f"deviation must be positive, got {std}: 1 is usual") as error:
+def test_warp_std_out_of_range_raises(warp, std):
+    with pytest.raises(ValueError, match=f"timestep_sampler.warp.std={std} ") as error:
         warp(lattice(4), std=std)
     assert "\n" not in str(error.value)
 
 
 @for_each("low, high", [(0.0, 80.0), (-1.0, 80.0), (2.0, 2.0), (80.0, 0.002), (math.nan, 80.0)])
-def test_log_normal_ends_out_of_range(low, high):
-    """Those that `exploding` refuses; in the wrong order they would turn the levels round."""
-    with pytest.raises(ValueError, match=f"0 < sigma_min < sigma_max, got {low} and {high}") as error:
+def test_log_normal_sigmas_out_of_range_raise(low, high):
+    """The same rule as for `exploding`."""
+    with pytest.raises(ValueError, match=f"timestep_sampler.warp.sigma_min={low} .*sigma_max={high}") as error:
         log_normal(lattice(4), sigma_min=low, sigma_max=high)
     assert "\n" not in str(error.value)
 
@@ -210,9 +210,9 @@ def test_log_normal_ends_out_of_range(low, high):
 @for_each("seed", SEEDS)
 @for_each("num_bins, history_per_bin, uniform_prob", [(10, 4, 0.01), (7, 1, 0.2), (1, 3, 0.5), (5, 6, 1.0)])
 def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, uniform_prob, seed):
-    """p = floor / bins + (1 - floor) root mean square / their sum, of the last losses of each bin in plain floats."""
+    """p = uniform_prob / num_bins + (1 - uniform_prob) rms / sum of rms, in plain floats."""
     importance = ImportanceSampler(num_bins, history_per_bin, uniform_prob)
-    for fed in range(3):  # goes round the memory of each bin several times
+    for fed in range(3):  # overwrites the history of each bin several times
         _, _, last = seen_by(importance, seed + 10 * fed, 40 * num_bins * history_per_bin)
     roots = [math.sqrt(sum(loss**2 for loss in losses) / history_per_bin) for losses in last]
     expected = [uniform_prob / num_bins + (1 - uniform_prob) * root / sum(roots) for root in roots]
@@ -220,8 +220,8 @@ def test_probabilities_follow_the_second_moments(num_bins, history_per_bin, unif
     assert_close(importance.probabilities(), torch.tensor(expected), rtol=1e-5, atol=0)
 
 
-def test_uniform_until_each_bin_has_its_history():
-    """One loss short in one bin is short; v is then the draw itself and the weight 1."""
+def test_importance_is_uniform_until_histories_are_full():
+    """If one loss of one bin is missing, v is u and the weight is 1."""
     importance = ImportanceSampler(num_bins=4, history_per_bin=3)
     num_bins = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0, 1])
     importance.update((num_bins + 0.5) / 4, torch.arange(1.0, 15))
@@ -232,7 +232,7 @@ def test_uniform_until_each_bin_has_its_history():
     assert importance.probabilities().diff().abs().max() > 0.01
 
 
-def test_losses_of_zero_leave_it_uniform():
+def test_zero_losses_keep_importance_uniform():
     importance = ImportanceSampler(num_bins=4, history_per_bin=1)
     importance.update(lattice(4), torch.zeros(4))
     assert_close(importance.probabilities(), torch.full((4,), 0.25))
@@ -240,7 +240,7 @@ def test_losses_of_zero_leave_it_uniform():
 
 @for_each("seed", SEEDS)
 def test_importance_draws_bins_with_their_probabilities(seed):
-    """Of evenly spaced draws each bin gets its share, evenly spread inside it, and 1 / (p bins) for a weight.
+    """With weight 1 / (p num_bins), uniformly within a bin.
 
     A float32 v may round up to an edge.
     """
@@ -262,7 +262,7 @@ def test_importance_draws_bins_with_their_probabilities(seed):
 )
 @for_each("seed", SEEDS)
 def test_importance_is_unbiased(f, seed):
-    """The weighted mean of any function of v is its integral; a midpoint rule on 1e5 points with weights below 10."""
+    """The weighted mean of any function of v is its integral."""
     importance = ImportanceSampler(num_bins=8, history_per_bin=3, uniform_prob=0.1)
     seen_by(importance, seed, 400)
     v, weight = importance(lattice(100_000), NONE, NONE)
@@ -272,7 +272,7 @@ def test_importance_is_unbiased(f, seed):
 
 
 def test_importance_lowers_the_variance():
-    """Of losses that depend on the bin alone: weight times loss is nearly the same everywhere."""
+    """If the loss depends on the bin only, weight times loss is nearly constant."""
     importance = ImportanceSampler(num_bins=10, history_per_bin=1, uniform_prob=0.01)
     losses = torch.logspace(-1, 2, 10)
     importance.update(lattice(10).float(), losses)
@@ -283,8 +283,8 @@ def test_importance_lowers_the_variance():
 
 
 @for_each("sizes", {"halves": [150, 150], "one by one": [1] * 300, "odd cuts": [7, 200, 3, 90]})
-def test_update_depends_on_the_order_alone(sizes):
-    """Many losses at once are remembered as if one had come after another."""
+def test_update_depends_only_on_the_order(sizes):
+    """One update with many losses equals many updates with one."""
     whole, cut = ImportanceSampler(num_bins=6, history_per_bin=4), ImportanceSampler(num_bins=6, history_per_bin=4)
     v, losses, _ = seen_by(whole, 1, 300)
     for part_v, part_losses in zip(v.split(sizes), losses.split(sizes), strict=True):
@@ -293,7 +293,7 @@ def test_update_depends_on_the_order_alone(sizes):
     assert torch.equal(whole.losses, cut.losses)
 
 
-def test_of_many_losses_of_one_bin_the_last_stay():
+def test_history_keeps_the_last_losses():
     importance = ImportanceSampler(num_bins=2, history_per_bin=3)
     importance.update(torch.full((8,), 0.75), torch.arange(8.0))
     assert sorted(importance.losses[1].tolist()) == [5, 6, 7]
@@ -304,7 +304,7 @@ def test_of_many_losses_of_one_bin_the_last_stay():
     assert importance.losses[0].tolist() == [20, 0, 0]
 
 
-def test_losses_that_are_not_finite_are_forgotten():
+def test_non_finite_losses_are_ignored():
     importance = ImportanceSampler(num_bins=2, history_per_bin=2)
     importance.update(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, math.nan, math.inf, 2.0]))
     assert importance.seen.tolist() == [2, 0]
@@ -314,15 +314,15 @@ def test_losses_that_are_not_finite_are_forgotten():
     assert importance.seen.tolist() == [2, 0]
 
 
-def test_v_at_the_upper_end_belongs_to_the_last_bin():
-    """In float32 the largest v times 100 bins rounds to 100 or just below."""
+def test_v_near_one_is_in_the_last_bin():
+    """In float32, the largest v times 100 bins may round to 100."""
     importance = ImportanceSampler(num_bins=100, history_per_bin=1)
     importance.update(torch.tensor([LAST, 0.0]), torch.tensor([3.0, 5.0]))
     assert importance.losses[99, 0] == 3 and importance.losses[0, 0] == 5
 
 
-def test_what_was_seen_is_in_the_checkpoint():
-    """A resumed run draws and updates as the one before would have gone on."""
+def test_state_dict_holds_the_history():
+    """A resumed run draws and updates as without the interruption."""
     before, after = ImportanceSampler(num_bins=5, history_per_bin=3), ImportanceSampler(num_bins=5, history_per_bin=3)
     seen_by(before, 2, 100)
     after.load_state_dict(before.state_dict())
@@ -334,26 +334,23 @@ def test_what_was_seen_is_in_the_checkpoint():
     assert not list(before.parameters())
 
 
-def test_update_takes_no_part_in_gradients():
+def test_update_detaches_losses():
     importance = ImportanceSampler(num_bins=2, history_per_bin=1)
     importance.update(lattice(2), torch.ones(2, requires_grad=True))
     assert not importance.losses.requires_grad
 
 
 @for_each("wrong", [{"num_bins": 0}, {"history_per_bin": 0}, {"uniform_prob": 0.0}, {"uniform_prob": 1.5}])
-def test_importance_settings_out_of_range(wrong):
-    settings = {"num_bins": 100, "history_per_bin": 10, "uniform_prob": 0.01, **wrong}
-    values = ", ".join(str(value) for value in settings.values())
-    with pytest.raises(
-        ValueError, match=rf"bins >= 1, history >= 1 and floor in \(0, 1\], got {values}: 100, 10"
-    ) as error:
+def test_importance_settings_out_of_range_raise(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"timestep_sampler.{name}={value} ") as error:
         ImportanceSampler(**wrong)
     assert "\n" not in str(error.value)
 
 
 @for_each("dtype", [torch.float32, torch.float16])
-def test_importance_survives_huge_losses(dtype):
-    """Whose square overflows, or which the history cannot hold: probabilities stay finite and sum to 1."""
+def test_importance_handles_huge_losses(dtype):
+    """Losses whose square overflows, or which the buffer cannot hold: probabilities are finite."""
     importance = ImportanceSampler(num_bins=4, history_per_bin=2).to(dtype)
     v = torch.tensor([0.1, 0.3, 0.6, 0.9]).repeat(2)
     importance.update(v, torch.tensor([1e20, 1.0, 1.0, 1.0]).repeat(2))

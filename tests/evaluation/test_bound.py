@@ -18,6 +18,7 @@ from src.errors import UsageError
 from src.evaluation.callbacks import BitsPerDim
 from src.evaluation.likelihood import bounds
 from src.evaluation.reverse_variance import sample_halves, transition_probs
+from src.training.learned_schedule import module_class
 from src.training.module import DiffusionModule, Sampler
 from tests.conftest import compose, train_tiny
 
@@ -62,7 +63,7 @@ def module_of(
 ) -> DiffusionModule:
     diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, num_values=num_values)
     sampler = Sampler(samplers.ddim, 2, "trailing")
-    return DiffusionModule(net or Ideal(schedule), schedule, diffusion, loss_fn, uniform, sampler, shape=(1,))
+    return module_class(schedule)(net or Ideal(schedule), schedule, diffusion, loss_fn, uniform, sampler, shape=(1,))
 
 
 def data(count: int) -> Tensor:
@@ -225,7 +226,7 @@ def test_learned_schedule_has_a_gradient():
         schedule.curve.heights.add_(3)  # far from linear, so all parameters have a gradient
     module = module_of(schedule, loss_fn=losses.vlb)
     batch = {"x": data(64), "start": 0, "total": 64}
-    module._train_terms(batch, 0)[1]["loss"].mean().backward()
+    module.training_step(batch, 0)["loss"].backward()
     for weight in module.curve_weights:
         assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.abs().max() > 0
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from src.config.overrides import CONF
 from src.diffusion import curves, schedules
-from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from src.evaluation.sampler_accuracy import compare_samplers
 from src.runs.components import build_sampler, build_schedule
 from tests.conftest import compose
@@ -31,7 +31,7 @@ def sampler_of(name):
 
 
 def times(schedule, spacing, steps=20):
-    return [level.time.item() for level in make_grid(schedule, steps, spacing)]
+    return [level.time.item() for level in make_time_grid(schedule, steps, spacing)]
 
 
 # Default grids.
@@ -149,7 +149,7 @@ def test_shift_of_curves_equals_that_of_tables():
 def test_shifts_multiply_and_scale_the_first_level():
     twice = curves.shifted(curves.shifted(curves.exploding, 0.5), 0.25)
     assert_close(twice(U), curves.shifted(curves.exploding, 0.125)(U), rtol=1e-14, atol=0)
-    grid = make_grid(schedule_of("edm_lognormal", snr_shift=0.5), 5, "trailing")
+    grid = make_time_grid(schedule_of("edm_lognormal", snr_shift=0.5), 5, "trailing")
     assert grid[0].ratio.item() == pytest.approx(160)
 
 

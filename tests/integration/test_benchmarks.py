@@ -56,7 +56,7 @@ def test_batches_of_others_are_the_images_between_minus_one_and_one() -> None:
 def test_others_have_attention_at_the_levels_where_ours_has_it() -> None:
     cfg = compose_train(["model=unet_patched", "data=mnist"], Path("unused"))
     work = as_large_as(cfg.model, cfg.data, torch.zeros(0, 1, 28, 28), torch.device("cpu"))
-    assert list(cfg.model.attention) == [7, 4]  # of 14, 7 and 4 patches each way
+    assert list(cfg.model.attention_resolutions) == [8, 4]  # the stages are 14, 7 and 4 patches wide
     assert work.attention == (False, True, True)
 
 

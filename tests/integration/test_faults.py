@@ -1,4 +1,4 @@
-"""Faults done to real processes: a run that was killed goes on, and ends as if it had not been.
+"""Faults in real processes: a killed run resumes and ends with the same results.
 
 FAULT_KILLS=1 kills once instead of twenty times.
 """
@@ -34,13 +34,13 @@ SETTINGS = [
     "timestep_sampler.num_bins=4",
 ]
 DURATIONS = {"step": 0.02, "epoch's end": 0.02, "save": 0.04, "validation": 0.05, "sampling": 0.02}
-"""About as many seconds as each phase takes here."""
+"""Approximate duration of each phase, in seconds."""
 
 
 @pytest.mark.faults
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_path):
-    """SIGKILL at seeded random moments: in a save, a validation, a step, among samples, between epochs; and again."""
-    chance, folder, died = random.Random(0), tmp_path / "killed", Counter[str]()
+def test_run_killed_many_times_ends_with_the_same_weights(tmp_path):
+    """SIGKILL comes at seeded random moments of saves, validations, steps, sampling and ends of epochs."""
+    generator, folder, died = random.Random(0), tmp_path / "killed", Counter[str]()
     command = [sys.executable, "-m", "src.train", *SETTINGS, "resume=auto", f"hydra.run.dir={folder}"]
     command += ["+callbacks.kill._target_=tests.faults.Kill", "trust=true"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL_NOTES": str(tmp_path / "notes")}
@@ -48,8 +48,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
     with (tmp_path / "log").open("ab") as log:
         for kill in range(KILLS):
             phase = phases[kill % len(phases)]
-            number = chance.randint(2, 30 if phase == "step" else 2)  # the second of the others: some steps go well
-            seconds = chance.uniform(0, DURATIONS[phase])
+            number = generator.randint(
+                2, 30 if phase == "step" else 2
+            )  # In other phases the second, after some good steps.
+            seconds = generator.uniform(0, DURATIONS[phase])
             killed = {**environment, "KILL": f"{phase} {number} {seconds}"}
             done = subprocess.run(command, stdout=log, stderr=log, env=killed, timeout=HANG_SECONDS)
             assert done.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
@@ -57,16 +59,16 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(tmp_pat
         done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=HANG_SECONDS)
     assert done.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     print(f"{KILLS} kills: {dict(died)}")
-    train_tiny(tmp_path / "undisturbed", *SETTINGS)
-    assert_same_end(folder, tmp_path / "undisturbed")
+    train_tiny(tmp_path / "uninterrupted", *SETTINGS)
+    assert_same_checkpoints(folder, tmp_path / "uninterrupted")
     assert not list((folder / "checkpoints").glob("*.partial"))
-    names = [{p.name for p in (f / "samples").iterdir()} for f in (folder, tmp_path / "undisturbed")]
+    names = [{p.name for p in (f / "samples").iterdir()} for f in (folder, tmp_path / "uninterrupted")]
     assert names[0] == names[1]
 
 
 @pytest.mark.faults
-def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
-    """For 30 steps no file may grow beyond 2 kB, as on a disk without room: checkpoints and the log do not fit."""
+def test_full_disk_neither_ends_nor_changes_a_run(tmp_path):
+    """For 30 steps a limit of 2 kB per file simulates a full disk: checkpoints and the log do not fit."""
     settings = [*TINY, "trainer.max_steps=300", "validate_every=150", "checkpoint_every=25", "keep_checkpoints=2"]
     folder = tmp_path / "run"
     fault = {"_target_": "tests.faults.FullDisk", "begin": 30, "end": 60}
@@ -74,18 +76,18 @@ def test_a_full_disk_neither_ends_a_run_nor_changes_it(tmp_path):
     command += [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=HANG_SECONDS)
-    said = run.stdout + run.stderr
-    assert run.returncode == 0, said[-3000:]
-    assert re.search(r"could not be written .* the run goes on.* make room", said), said[-3000:]
-    assert re.search(r"^[1-9]\d* checkpoints, whole: True$", said, re.MULTILINE), said[-3000:]
-    train_tiny(tmp_path / "undisturbed", *settings)
-    assert_same_end(folder, tmp_path / "undisturbed")
-    assert losses(folder) == losses(tmp_path / "undisturbed")
+    output = run.stdout + run.stderr
+    assert run.returncode == 0, output[-3000:]
+    assert re.search(r"could not be written .* the run continues", output), output[-3000:]
+    assert re.search(r"^[1-9]\d* checkpoints, whole: True$", output, re.MULTILINE), output[-3000:]
+    train_tiny(tmp_path / "uninterrupted", *settings)
+    assert_same_checkpoints(folder, tmp_path / "uninterrupted")
+    assert losses(folder) == losses(tmp_path / "uninterrupted")
     assert len(list((folder / "checkpoints").glob("step_*.ckpt"))) == 2
 
 
 @pytest.mark.faults
-def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path):
+def test_run_resumes_after_a_data_worker_died(tmp_path):
     settings = [*TINY, "trainer.max_steps=60", "validate_every=40", "checkpoint_every=10", "data.num_workers=2"]
     fault = ["+callbacks.fault._target_=tests.faults.KillWorker", "+callbacks.fault.step=33"]
     folder = tmp_path / "run"
@@ -98,13 +100,13 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_resumes(tmp_path
     assert first.returncode == 2 and "Traceback" not in first.stderr, first.stderr[-3000:]
     assert "a process that loads data died" in first.stderr and "data.num_workers" in first.stderr
     assert second.returncode == 0, second.stderr[-3000:]
-    train_tiny(tmp_path / "undisturbed", *settings)
-    assert_same_end(folder, tmp_path / "undisturbed")
+    train_tiny(tmp_path / "uninterrupted", *settings)
+    assert_same_checkpoints(folder, tmp_path / "uninterrupted")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
-def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_path, rank):
+def test_run_resumes_after_one_of_two_processes_died(tmp_path, rank):
     settings = [*TINY, "trainer.max_steps=40", "validate_every=100", "checkpoint_every=10", "trainer.devices=2"]
     fault = {"_target_": "tests.faults.Stop", "rank": rank, "step": 23, "once": tmp_path / "once", "number": 9}
     settings += [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
@@ -113,9 +115,9 @@ def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_pat
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        until(lambda: (tmp_path / "once").exists(), run)
+        wait_until(lambda: (tmp_path / "once").exists(), run)
         run.wait(HANG_SECONDS)
-        until(lambda: not processes_marked(tmp_path), None)
+        wait_until(lambda: not processes_marked(tmp_path), None)
         assert run.returncode != 0
         assert subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=HANG_SECONDS).returncode == 0
     train_tiny(tmp_path / "alone", *TINY, *settings[len(TINY) : len(TINY) + 3])
@@ -126,7 +128,7 @@ def test_when_one_process_of_two_dies_the_other_ends_and_the_run_resumes(tmp_pat
 
 
 def processes_marked(mark: Path) -> list[str]:
-    """The processes that live and were started with MARK in their environment."""
+    """Return the ids of the running processes with MARK in their environment."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -135,17 +137,17 @@ def processes_marked(mark: Path) -> list[str]:
     return found
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None) -> None:
-    """Wait for something that a run does, or that happens after it."""
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[Any] | None) -> None:
+    """Wait until `condition` holds. Fails if the process ends before."""
     end = time.monotonic() + HANG_SECONDS
     while not condition():
         time.sleep(0.02)
-        assert process is None or process.poll() is None, "the run ended too early"
+        assert process is None or process.poll() is None, "the process ended too early"
         assert time.monotonic() < end
 
 
-def assert_same_end(a: Path, b: Path) -> None:
-    """Two runs ended with the same bits."""
+def assert_same_checkpoints(a: Path, b: Path) -> None:
+    """Compare the last and the best checkpoint of two runs bit by bit."""
     for name in ("last.ckpt", "best.ckpt"):
         ours, theirs = (read_checkpoint(folder / "checkpoints" / name) for folder in (a, b))
         assert ours["global_step"] == theirs["global_step"]

@@ -1,4 +1,4 @@
-"""A run that logs to W&B goes on in the same W&B run, by the commands that a user types, without a network."""
+"""A resumed run continues its W&B run, by the commands that a user types, without a network."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.runs.test_runs import runs_until
 from tests.wandb_file import read_offline
 
 TYPED = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~callbacks.loss_by_noise", "trainer.max_steps=6"]
-OF_SLURM = {
+SLURM_ENVIRONMENT = {
     "SLURM_JOB_ID": "5",
     "SLURM_JOB_NAME": "train",
     "SLURM_STEP_ID": "0",
@@ -26,16 +26,16 @@ OF_SLURM = {
     "SLURM_NODEID": "0",
     "SLURM_NODELIST": "localhost",
 }
-"""What a task of a job finds in its environment."""
+"""The environment of a task of a SLURM job."""
 
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch, no_network) -> Path:
-    """A run of three steps of six that SLURM's warning has stopped."""
+    """Return a run that a signal of SLURM stopped after three of six steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "absent"))
-    for name, value in OF_SLURM.items():
+    for name, value in SLURM_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     with monkeypatch.context() as patch:
         runs_until(patch, stop_after=3, number=signal.SIGUSR1)
@@ -44,19 +44,19 @@ def stopped(tmp_path, monkeypatch, no_network) -> Path:
     return tmp_path / "5"
 
 
-def test_a_requeued_job_and_a_longer_run_stay_one_wandb_run(stopped, tmp_path, monkeypatch):
-    """First by `resume=auto` as the job types it, then by `resume=` with more steps."""
+def test_requeued_and_extended_runs_keep_their_wandb_run(stopped, tmp_path, monkeypatch):
+    """A requeued job has `resume=auto`; then a user resumes with more steps."""
     name = (stopped / "wandb_id.txt").read_text().strip()
     assert any(path.is_symlink() and not path.resolve().is_relative_to(stopped) for path in stopped.rglob("*"))
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     typed_overrides = [*TYPED, "logger=[csv,tensorboard,wandb]", "hydra.run.dir=5", "resume=auto"]
     assert command(monkeypatch, "train", *typed_overrides) == 0
-    for variable in (*OF_SLURM, "SLURM_RESTART_COUNT"):
+    for variable in (*SLURM_ENVIRONMENT, "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(variable)
     assert command(monkeypatch, "train", "resume=5", "trainer.max_steps=8") == 0
     assert (stopped / "wandb_id.txt").read_text().strip() == name
     steps = []
-    parts = sorted((stopped / "wandb").glob("offline-run-*"))  # named after the time
+    parts = sorted((stopped / "wandb").glob("offline-run-*"))  # sorted by time
     for k, part in enumerate(parts):
         shutil.copytree(part, tmp_path / "parts" / str(k) / part.name, symlinks=True)
         read = read_offline(tmp_path / "parts" / str(k))
@@ -65,11 +65,11 @@ def test_a_requeued_job_and_a_longer_run_stay_one_wandb_run(stopped, tmp_path, m
     assert len(parts) == 3 and steps == [*range(8)]
 
 
-def test_a_link_that_is_written_through_is_refused(tmp_path):
+def test_links_out_of_the_run_folder_are_refused(tmp_path):
     folder, outside = tmp_path / "run", tmp_path / "outside"
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
-    for part in ("run-20260101_000000-abc", "offline-run-20260101_000000-abc"):  # of two versions of W&B
+    for part in ("run-20260101_000000-abc", "offline-run-20260101_000000-abc"):  # two versions of W&B
         (folder / "wandb" / part / "logs").mkdir(parents=True)
         (folder / "wandb" / part / "logs" / "debug-core.log").symlink_to(outside / "core.log")
     (folder / "wandb" / "latest-run").symlink_to("run-20260101_000000-abc")

@@ -1,4 +1,4 @@
-"""Runs that are stopped at any moment, and end as if they had not been."""
+"""Runs that stop at any moment resume to the same result."""
 
 import json
 import os
@@ -20,14 +20,14 @@ from tests.runs.test_runs import assert_equal_bits, losses, weights
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not during collection."""
     global DiffusionModule, GracefulShutdown
     from src.training.callbacks.graceful_shutdown import GracefulShutdown
     from src.training.module import DiffusionModule
 
 
-def in_validation(monkeypatch, act):
-    """`act` in the second batch of the first validation, which is after step 3."""
+def during_validation(monkeypatch, act):
+    """Call `act` in the second batch of the first validation, after step 3."""
     original = DiffusionModule.validation_step
 
     def validation_step(self, batch, batch_idx):
@@ -38,8 +38,8 @@ def in_validation(monkeypatch, act):
     monkeypatch.setattr(DiffusionModule, "validation_step", validation_step)
 
 
-def among_samples(monkeypatch, act, number):
-    """`act` while so many samples are drawn: 4 in training, 64 after it."""
+def during_sampling(monkeypatch, act, number):
+    """Call `act` while `number` samples are drawn: 4 during training, 64 after it."""
     original = DiffusionModule.sample_distributed
 
     def sample_distributed(self, count, seed):
@@ -48,11 +48,11 @@ def among_samples(monkeypatch, act, number):
                 act()
             yield x
 
-    monkeypatch.setattr(DiffusionModule, "sample_together", sample_distributed)
+    monkeypatch.setattr(DiffusionModule, "sample_distributed", sample_distributed)
 
 
-def assert_ended_as(folder, other):
-    """In weights, in what was logged, in what was found best, and with as many pictures."""
+def assert_same_results(folder, other):
+    """Compare weights, logged losses, the best checkpoint and the names of pictures."""
     for key in ("state_dict", "current_model_state"):
         assert_equal_bits(weights(folder, key), weights(other, key))
     assert losses(folder) == losses(other)
@@ -65,17 +65,17 @@ def assert_ended_as(folder, other):
 
 
 @pytest.mark.parametrize("moment", ["validation", "grid", "film"])
-def test_a_signal_is_answered_wherever_it_comes(trained, tmp_path, monkeypatch, capsys, moment):
-    """Within a validation and between the steps of sampling it is saved at once; what was cut short is made up for."""
+def test_signal_saves_during_validation_and_sampling(trained, tmp_path, monkeypatch, capsys, moment):
+    """The run saves at once. Resumed, it repeats what the signal interrupted."""
     folder = tmp_path / "run"
 
     def act():
         os.kill(os.getpid(), signal.SIGTERM)
 
     if moment == "validation":
-        in_validation(monkeypatch, act)
+        during_validation(monkeypatch, act)
     else:
-        among_samples(monkeypatch, act, 4 if moment == "grid" else 64)
+        during_sampling(monkeypatch, act, 4 if moment == "grid" else 64)
     with pytest.raises(SystemExit) as stop:
         train_tiny(folder)
     assert stop.value.code == 143
@@ -85,77 +85,79 @@ def test_a_signal_is_answered_wherever_it_comes(trained, tmp_path, monkeypatch, 
     monkeypatch.undo()
     metrics = train_tiny(folder, f"resume='{folder}'")
     assert metrics["val/loss"] == json.loads((trained / "metrics.json").read_text())["val/loss"]
-    if moment == "film":  # whose run validates once more, since the figure is not in the checkpoint
+    if moment == "film":  # The resumed run validates again, since the checkpoint has no metrics.
         assert losses(folder, "val/loss")[-1:] == losses(folder, "val/loss")[-2:-1]
         log = sorted((folder / "logs").iterdir())[-1]
         (log / "metrics.csv").unlink()
-    assert_ended_as(folder, trained)
+    assert_same_results(folder, trained)
 
 
-def test_a_validation_in_which_a_run_died_is_made_up_for(trained, tmp_path, monkeypatch):
-    """The checkpoint was saved just before it, at the same step."""
+def test_resumed_run_repeats_an_interrupted_validation(trained, tmp_path, monkeypatch):
+    """The checkpoint of the same step precedes the validation."""
 
     def act():
-        raise RuntimeError("the lights went out")
+        raise RuntimeError("power failure")
 
-    in_validation(monkeypatch, act)
-    with pytest.raises(RuntimeError, match="lights"):
+    during_validation(monkeypatch, act)
+    with pytest.raises(RuntimeError, match="power failure"):
         train_tiny(tmp_path / "run", "checkpoint_every=3")
     monkeypatch.undo()
     train_tiny(tmp_path / "run", f"resume='{tmp_path / 'run'}'", "checkpoint_every=100")
-    assert_ended_as(tmp_path / "run", trained)
+    assert_same_results(tmp_path / "run", trained)
 
 
-def test_dropout_is_drawn_as_if_the_run_had_gone_on(tmp_path, monkeypatch):
+def test_resumed_run_has_the_same_dropout_masks(tmp_path, monkeypatch):
     from tests.runs.test_runs import runs_until
 
     settings = ["model.dropout=0.5", "data.num_workers=2", "data.microbatch_size=32"]
-    train_tiny(tmp_path / "whole", *settings)
+    train_tiny(tmp_path / "uninterrupted", *settings)
     runs_until(monkeypatch, stop_after=4)
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "stopped", *settings)
     monkeypatch.undo()
-    torch.manual_seed(7)  # as in a process that has drawn something else before
+    torch.manual_seed(7)  # another state than that of a fresh process
     train_tiny(tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
-    assert_ended_as(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_results(tmp_path / "stopped", tmp_path / "uninterrupted")
 
 
-def test_samples_do_not_ask_for_more_memory_than_training_does(tmp_path, monkeypatch):
-    """The network never sees more than a micro-batch, though 64 samples are drawn at the end."""
-    seen = []
-    original = DiffusionModule._denoise
+def test_sampling_uses_the_microbatch_of_training(tmp_path, monkeypatch):
+    """The network gets at most a micro-batch, also for the 64 samples at the end."""
+    batch_sizes = []
+    original = DiffusionModule._call_network
 
     def denoise(self, net, x, t, cond):
-        seen.append(len(x))
+        batch_sizes.append(len(x))
         return original(self, net, x, t, cond)
 
-    monkeypatch.setattr(DiffusionModule, "_denoise", denoise)
+    monkeypatch.setattr(DiffusionModule, "_call_network", denoise)
     train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")
-    assert max(seen) < 16 and seen.count(4) == 3  # validation has up to twice as many, 20 samples go 8, 8 and 4
-    assert sum(size == 8 for size in seen) >= 3 * (64 // 8 + 2)
+    assert (
+        max(batch_sizes) < 16 and batch_sizes.count(4) == 3
+    )  # Validation has up to twice as many; 20 samples split into 8, 8 and 4.
+    assert sum(size == 8 for size in batch_sizes) >= 3 * (64 // 8 + 2)
 
 
-def test_a_signal_that_comes_while_processes_agree_is_answered_the_next_time(tmp_path):
-    """Here at the very moment at which this process tells the others that it has none."""
+def test_signal_during_all_gather_counts_at_the_next_one(tmp_path):
+    """The signal arrives while this process reports to the others that it has none."""
     stop = GracefulShutdown(str(tmp_path / "last.ckpt"))
     ours = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cpu")))
     arrives = [signal.SIGTERM]
 
     def all_gather(mine):
-        told = torch.stack([mine, torch.zeros_like(mine)])
+        gathered = torch.stack([mine, torch.zeros_like(mine)])
         for number in arrives:
-            stop._ask(number, None)
+            stop._request_stop(number, None)
         arrives.clear()
-        return told
+        return gathered
 
     ours.strategy.all_gather = all_gather
-    assert not stop._agreed(ours)
-    stop._next_turn = 0
-    assert stop._agreed(ours) and stop.signal == signal.SIGTERM
+    assert not stop._stop_agreed(ours)
+    stop._next_collective = 0
+    assert stop._stop_agreed(ours) and stop.signal == signal.SIGTERM
 
 
-def test_a_signal_in_the_last_step_is_answered(trained, tmp_path, monkeypatch, capsys):
-    """No step comes after it; all is saved, and the pictures are left for later."""
+def test_signal_in_the_last_step_saves(trained, tmp_path, monkeypatch, capsys):
+    """The run saves a checkpoint; the resumed run makes the pictures."""
     from tests.runs.test_runs import runs_until
 
     folder = tmp_path / "run"
@@ -170,10 +172,10 @@ def test_a_signal_in_the_last_step_is_answered(trained, tmp_path, monkeypatch, c
         assert_equal_bits(weights(folder, key), weights(trained, key))
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path, monkeypatch):
-    """The lock is the process's: it goes with it, however that ends."""
-    code = f"import sys; from pathlib import Path; from src.runs.build import lock_run_dir; lock_run_dir(Path({str(tmp_path / 'run')!r}));"
-    code += "print('held', flush=True); sys.stdin.read()"
+def test_lock_keeps_other_processes_out_of_a_folder(tmp_path, monkeypatch):
+    """The operating system releases the lock when its process ends, however it ends."""
+    code = "import sys; from pathlib import Path; from src.runs.lock import lock_run_dir; "
+    code += f"lock_run_dir(Path({str(tmp_path / 'run')!r})); print('held', flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     other = subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE

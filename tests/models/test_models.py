@@ -1,6 +1,7 @@
-"""The networks: against diffusers' UNet2DModel, against formulas written out, and in what they promise of shapes."""
+"""Networks against diffusers' UNet2DModel and against written-out formulas."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from src.models.layers import (
     sinusoidal_embedding,
 )
 from src.models.mlp import MLP
-from src.models.unet import Layer, UNet, pad_to_multiple
+from src.models.unet import Layer, UNet, attended_resolutions, pad_to_multiple, stage_resolutions
 
 TINY = {
     "channels": 1,
@@ -72,7 +73,7 @@ ALIKE = {
         "num_head_channels": 4,
         "resblock_updown": True,
     },
-    "one level": {
+    "one stage": {
         "channels": 1,
         "image_size": 5,
         "model_channels": 12,
@@ -85,15 +86,15 @@ ALIKE = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """On networks this small, threads cost more than they save."""
+    """Threads slow down networks of this size."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, those that start at zero too, at a scale that keeps activations of order 1."""
+def randomize(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Set every parameter to random values that keep activations of order 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in net.named_parameters():
@@ -101,7 +102,7 @@ def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.ndim > 1:
                 parameter.copy_(noise / math.sqrt(parameter[0].numel()))
             else:
-                parameter.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))  # a norm's weight, or a bias
+                parameter.copy_(0.1 * noise + (1 if name.endswith("weight") else 0))  # weight of a norm, or bias
     return net
 
 
@@ -110,7 +111,7 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 
 
 def preset(name: str, data: str) -> nn.Module:
-    """The network of a YAML, on the meta device: its shapes without its memory."""
+    """Return the network of a YAML on the meta device."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("train", overrides=[f"model={name}", f"data={data}"])
     with torch.device("meta"):
@@ -129,7 +130,7 @@ def expected_count(
     attended: set[int],
     modulations: int = 1,
 ) -> int:
-    """Parameters of Ho et al.'s U-Net, added up layer by layer; `modulations` is 2 for scale and shift."""
+    """Return the parameters of Ho et al.'s U-Net, layer by layer; `modulations` is 2 for scale and shift."""
 
     def conv(a: int, b: int, k: int = 3) -> int:
         return k * k * a * b + b
@@ -141,7 +142,7 @@ def expected_count(
         shortcut = conv(a, b, 1) if a != b else 0
         return 2 * a + conv(a, b) + linear(4 * model_channels, modulations * b) + 2 * b + conv(b, b) + shortcut
 
-    def attention_resolutions(a: int) -> int:
+    def attention(a: int) -> int:
         return 2 * a + 4 * linear(a, a)
 
     widths = [model_channels * m for m in channel_mult]
@@ -152,28 +153,26 @@ def expected_count(
         + conv(channels, model_channels)
     )
     skips, c = [model_channels], model_channels
-    for level, w in enumerate(widths):
+    for stage, w in enumerate(widths):
         for _ in range(num_res_blocks):
-            total += residual(c, w) + (attention_resolutions(w) if level in attended else 0)
+            total += residual(c, w) + (attention(w) if stage in attended else 0)
             c = w
             skips.append(c)
-        if level < last:
+        if stage < last:
             total += conv(c, c)
             skips.append(c)
-    total += 2 * residual(c, c) + attention_resolutions(c)
-    for level in range(last, -1, -1):
+    total += 2 * residual(c, c) + attention(c)
+    for stage in range(last, -1, -1):
         for _ in range(num_res_blocks + 1):
-            total += residual(c + skips.pop(), widths[level]) + (
-                attention_resolutions(widths[level]) if level in attended else 0
-            )
-            c = widths[level]
-        if level > 0:
+            total += residual(c + skips.pop(), widths[stage]) + (attention(widths[stage]) if stage in attended else 0)
+            c = widths[stage]
+        if stage > 0:
             total += conv(c, c)
     return total + 2 * c + conv(c, channels)
 
 
 def diffusers_twin(settings: dict) -> nn.Module:
-    """UNet2DModel with the architecture that `settings` give our UNet."""
+    """Return the UNet2DModel with the architecture of `settings`."""
     from diffusers import UNet2DModel
 
     resampling = settings.get("resblock_updown", False)
@@ -208,7 +207,7 @@ def diffusers_twin(settings: dict) -> nn.Module:
 
 
 def copy_weights(ours: UNet, theirs: nn.Module) -> None:
-    """Give `theirs` the weights of `ours`; every one of theirs must be filled, by strict loading."""
+    """Copy the weights of `ours` to `theirs`, which strict loading requires to be complete."""
     state = {}
 
     def put(name: str, module: nn.Module) -> None:
@@ -221,11 +220,11 @@ def copy_weights(ours: UNet, theirs: nn.Module) -> None:
         put(f"{name}.conv2", block.conv2)
         put(f"{name}.conv_shortcut", block.shortcut)
 
-    def put_attention(name: str, attention_resolutions: SelfAttention) -> None:
-        put(f"{name}.group_norm", attention_resolutions.norm)
-        put(f"{name}.to_out.0", attention_resolutions.out)
+    def put_attention(name: str, attention: SelfAttention) -> None:
+        put(f"{name}.group_norm", attention.norm)
+        put(f"{name}.to_out.0", attention.out)
         for kind in ("weight", "bias"):
-            for letter, part in zip("qkv", getattr(attention_resolutions.qkv, kind).chunk(3), strict=True):
+            for letter, part in zip("qkv", getattr(attention.qkv, kind).chunk(3), strict=True):
                 state[f"{name}.to_{letter}.{kind}"] = part
 
     def put_path(side: str, modules: nn.ModuleList, change: str) -> None:
@@ -261,27 +260,27 @@ def copy_weights(ours: UNet, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", ALIKE)
 @torch.no_grad()
-def test_unet_is_diffusers_unet2d_weight_for_weight(name):
-    """With the weights copied across, both give the same output."""
+def test_unet_equals_diffusers_unet2d(name):
+    """With copied weights."""
     settings = ALIKE[name]
-    ours = randomise(UNet(**settings)).eval()
+    ours = randomize(UNet(**settings)).eval()
     theirs = diffusers_twin(settings)
     copy_weights(ours, theirs)
     assert count(ours) == count(theirs)
 
     size = settings["image_size"]
     x = normal(3, settings["channels"], size, size)
-    time = torch.tensor([1 / 1000, 0.05, 0.5])  # later, float32 angles alone would differ by 1e-4
+    time = torch.tensor([1 / 1000, 0.05, 0.5])  # float32 angles differ by 1e-4 at later times
     expected = theirs(x, 1000 * time).sample
-    assert expected.abs().mean() > 0.1  # else the comparison would say little
+    assert expected.abs().mean() > 0.1  # not a trivial comparison
     assert_close(ours(x, time), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_several_outputs_are_diffusers_extra_channels():
-    """outputs = 2 is UNet2DModel with twice the out_channels."""
+def test_outputs_equal_extra_channels_of_diffusers():
+    """outputs=2 is UNet2DModel with twice the out_channels."""
     settings = {**TINY, "channels": 3, "outputs": 2}
-    ours = randomise(UNet(**settings)).eval()
+    ours = randomize(UNet(**settings)).eval()
     theirs = diffusers_twin(settings)
     copy_weights(ours, theirs)
     x, time = normal(2, 3, 8, 8), torch.tensor([0.1, 0.3])
@@ -290,14 +289,14 @@ def test_several_outputs_are_diffusers_extra_channels():
     assert_close(out, theirs(x, 1000 * time).sample, rtol=1e-5, atol=1e-5)
 
 
-def test_ddpm_preset_has_the_parameters_of_ho_et_al():
-    """35.7 M (Ho et al. 2020, App. B), which layer by layer is 35,746,307."""
+def test_unet_ddpm_has_35_7_million_parameters():
+    """Ho et al. 2020, app. B; exactly 35,746,307."""
     assert expected_count(3, 128, (1, 2, 2, 2), 2, {1}) == 35_746_307
     assert count(preset("unet_ddpm", "cifar10")) == 35_746_307
 
 
-def test_tiny_and_small_presets_have_the_parameters_they_say():
-    """0.76 M at 8x8 and 6 M, as their YAMLs say, and exactly what the layers add up to."""
+def test_tiny_and_small_unets_have_documented_sizes():
+    """0.76 M at 8x8 and 6 M."""
     tiny, small = count(preset("unet_tiny", "digits")), count(preset("unet_small", "mnist"))
     assert tiny == expected_count(1, 32, (1, 2), 1, {1}, modulations=2)
     assert small == expected_count(1, 64, (1, 2, 2), 2, {1})
@@ -305,8 +304,8 @@ def test_tiny_and_small_presets_have_the_parameters_they_say():
     assert round(small / 1e6) == 6
 
 
-def test_adm_preset_is_the_64_pixel_network_of_dhariwal_and_nichol():
-    """296 M for ImageNet 64x64 (their table of hyperparameters), with 1000 class vectors and a learned variance."""
+def test_unet_adm_is_the_64_pixel_adm():
+    """296 M with 1000 class embeddings and a learned variance."""
     ours = count(preset("unet_adm", "celeba"))
     classes, variance = 1000 * 4 * 192, 3 * (9 * 192 + 1)
     assert round((ours + classes + variance) / 1e6) == 296
@@ -316,8 +315,8 @@ def test_adm_preset_is_the_64_pixel_network_of_dhariwal_and_nichol():
 @pytest.mark.parametrize("resblock_updown", [False, True])
 @torch.no_grad()
 def test_unet_takes_any_height_and_width(size, resblock_updown):
-    """The output has the input's shape and is finite, also where the levels do not divide it."""
-    net = randomise(UNet(**{**TINY, "channel_mult": (1, 1, 2), "resblock_updown": resblock_updown}))
+    """Even where the stages do not divide the size."""
+    net = randomize(UNet(**{**TINY, "channel_mult": (1, 1, 2), "resblock_updown": resblock_updown}))
     out = net(normal(2, 1, *size), torch.tensor([0.2, 0.9]))
     assert out.shape == (2, 1, *size)
     assert out.isfinite().all()
@@ -325,9 +324,9 @@ def test_unet_takes_any_height_and_width(size, resblock_updown):
 
 @pytest.mark.parametrize("size", [(5, 7), (8, 8), (3, 4)])
 @torch.no_grad()
-def test_padding_repeats_the_edge_and_crops(size):
-    """A U-Net on an odd size equals itself on numpy's edge padding, cropped; on a divisible one nothing is padded."""
-    net = randomise(UNet(**{**TINY, "channel_mult": (1, 2, 2)}))
+def test_padding_repeats_the_edge_and_is_cropped(size):
+    """Against numpy's edge padding; a divisible size is not padded."""
+    net = randomize(UNet(**{**TINY, "channel_mult": (1, 2, 2)}))
     x, time = normal(2, 1, *size), torch.tensor([0.2, 0.9])
     missing = [(-n) % 4 for n in size]
     by_hand = torch.from_numpy(np.pad(x.numpy(), ((0, 0), (0, 0), (0, missing[0]), (0, missing[1])), mode="edge"))
@@ -346,8 +345,8 @@ def test_padding_repeats_the_edge_and_crops(size):
     ],
     ids=["ddpm", "adm of two outputs", "mlp", "mlp of two outputs"],
 )
-def test_fresh_networks_put_out_exactly_zero(make, outputs):
-    """The last layer starts at 0, and what it puts out has outputs times the input's channels."""
+def test_networks_output_zero_at_initialization(make, outputs):
+    """With `outputs` times the input channels."""
     net = make()
     x = normal(2, 1, 8, 8) if isinstance(net, UNet) else normal(2, 2)
     out = net(x, torch.tensor([0.1, 0.9]))
@@ -355,24 +354,39 @@ def test_fresh_networks_put_out_exactly_zero(make, outputs):
     assert torch.count_nonzero(out) == 0
 
 
-def test_fresh_residual_branches_are_the_identity():
-    """At initialisation residual blocks and attention pass their input through unchanged."""
+def test_residual_branches_are_identities_at_initialization():
     x, emb = normal(2, 8, 4, 4), normal(2, 6)
     for time_conditioning in ("add", "scale_shift"):
         assert_close(ResidualBlock(8, 8, 6, 2, time_conditioning)(x, emb), x, rtol=0, atol=0)
     assert_close(SelfAttention(8, 2, 2)(x), x, rtol=0, atol=0)
 
 
-def test_attention_where_no_level_is_raises():
-    """The message names what was asked for and the resolutions that exist."""
-    with pytest.raises(ValueError, match=r"attention_resolutions at \[16\] does not occur.*\[28, 14, 7\]"):
-        UNet(channels=1, image_size=28, model_channels=8, channel_mult=(1, 1, 1), attention_resolutions=(16, 14))
+def test_attention_resolutions_select_the_nearest_stage():
+    """16 pixels select the stage of 14x14 at 28x28 images, and that of 16x16 at any patch size."""
+    for image_size, patch_size, requested, attended in (
+        (28, 1, (16,), {14}), (28, 1, (14,), {14}), (32, 1, (16, 8), {16, 8}), (32, 2, (8, 4), {8, 4}),
+        (28, 2, (8, 4), {7, 4}), (8, 1, (4,), {4}), (5, 1, (2,), {2}), (64, 1, (), set()),
+    ):  # fmt: skip
+        assert attended_resolutions(requested, stage_resolutions(image_size, patch_size, 3)) == attended
+
+
+def test_attention_resolutions_without_a_stage_warn():
+    """ADM ignores them silently."""
+    settings = {"channels": 1, "image_size": 28, "model_channels": 8, "channel_mult": (1, 1, 1)}
+    with pytest.warns(UserWarning, match=r"model\.attention_resolutions=\[64, 14, 2\].*\[64, 2\].*\[28, 14, 7\]"):
+        net = UNet(**settings, attention_resolutions=(64, 14, 2))
+    assert count(net) == count(UNet(**settings, attention_resolutions=(14,)))
+
+
+def test_attention_resolutions_below_one_raise():
+    with pytest.raises(ValueError, match=r"model\.attention_resolutions=\[0\]"):
+        UNet(**{**TINY, "attention_resolutions": (0,)})
 
 
 @pytest.mark.parametrize("wrong", [{"num_head_channels": 5}, {"num_head_channels": 64}, {"num_heads": 3}])
 def test_heads_that_do_not_divide_raise(wrong):
-    """The message names the channels and the setting to change."""
-    with pytest.raises(ValueError, match=r"16 channels do not split into heads.*model\.num_head_channels"):
+    ((setting, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"model\.{setting}={value} .*16"):
         UNet(**{**TINY, **wrong})
 
 
@@ -380,26 +394,29 @@ def test_heads_that_do_not_divide_raise(wrong):
     "wrong", [{"channels": 0}, {"num_res_blocks": 0}, {"channel_mult": ()}, {"channel_mult": (1, 0)}]
 )
 def test_sizes_below_one_raise(wrong):
-    with pytest.raises(ValueError, match=r"must be at least 1, got"):
+    ((setting, value),) = wrong.items()
+    with pytest.raises(
+        ValueError, match=re.escape(f"model.{setting}={list(value) if isinstance(value, tuple) else value} ")
+    ):
         UNet(**{**TINY, "attention_resolutions": (), **wrong})
 
 
 @pytest.mark.parametrize("wrong", [{"features": 0}, {"hidden_size": 0}, {"num_res_blocks": 0}, {"outputs": 0}])
 def test_mlp_sizes_below_one_raise(wrong):
-    with pytest.raises(ValueError, match=r"must be at least 1, got"):
+    with pytest.raises(ValueError, match=f"model.{next(iter(wrong))}=0 "):
         MLP(**{"features": 2, "hidden_size": 8, "num_res_blocks": 1, "outputs": 1, **wrong})
 
 
 def test_odd_time_width_raises():
-    with pytest.raises(ValueError, match=r"width 7.*even"):
+    with pytest.raises(ValueError, match=r"width=7 .*even"):
         TimeEmbedding(7, 8)
 
 
 @torch.no_grad()
-def test_heads_are_another_word_for_head_channels():
-    """`heads` = 2 of 16 channels is head_channels = 8, with the same weights."""
+def test_num_heads_equals_num_head_channels():
+    """num_heads=2 of 16 channels is num_head_channels=8."""
     settings = {**TINY, "model_channels": 16, "channel_mult": (1,), "attention_resolutions": (8,)}
-    by_heads = randomise(UNet(**settings, num_heads=2)).eval()
+    by_heads = randomize(UNet(**settings, num_heads=2)).eval()
     by_channels = UNet(**settings, num_head_channels=8).eval()
     by_channels.load_state_dict(by_heads.state_dict())
     one_head = UNet(**settings).eval()
@@ -410,24 +427,24 @@ def test_heads_are_another_word_for_head_channels():
 
 
 @torch.no_grad()
-def test_attention_is_softmax_of_scaled_products():
-    """One head after another, as Vaswani et al. 2017, eq. 1 writes it, in float64."""
-    attention_resolutions = randomise(SelfAttention(8, 2, num_heads=2).double())
+def test_attention_equals_softmax_of_scaled_products():
+    """Head by head in float64 (Vaswani et al. 2017, eq. 1)."""
+    attention = randomize(SelfAttention(8, 2, num_heads=2).double())
     x = normal(2, 8, 3, 5).double()
-    tokens = F.group_norm(x, 2, attention_resolutions.norm.weight, attention_resolutions.norm.bias, 1e-5).flatten(2).mT
-    weights, biases = attention_resolutions.qkv.weight.chunk(3), attention_resolutions.qkv.bias.chunk(3)
+    tokens = F.group_norm(x, 2, attention.norm.weight, attention.norm.bias, 1e-5).flatten(2).mT
+    weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     q, k, v = (tokens @ w.T + b for w, b in zip(weights, biases, strict=True))
     mixed = []
     for part in (slice(0, 4), slice(4, 8)):
         shares = torch.exp(q[..., part] @ k[..., part].mT / 2)
         mixed.append(shares / shares.sum(-1, keepdim=True) @ v[..., part])
-    out = torch.cat(mixed, -1) @ attention_resolutions.out.weight.T + attention_resolutions.out.bias
-    assert_close(attention_resolutions(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
+    out = torch.cat(mixed, -1) @ attention.out.weight.T + attention.out.bias
+    assert_close(attention(x), x + out.mT.reshape(x.shape), rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
 def test_resampling_blocks_average_and_repeat():
-    """Downsampling blocks pass on 2x2 averages, upsampling ones nearest neighbours, when their branch is 0."""
+    """2x2 averages or nearest neighbors, if the branch is 0."""
     x, emb = normal(2, 8, 4, 6), normal(2, 6)
     averages = x.reshape(2, 8, 2, 2, 3, 2).mean((3, 5))
     repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -437,8 +454,8 @@ def test_resampling_blocks_average_and_repeat():
 
 
 @pytest.mark.parametrize("dim", [2, 32, 128])
-def test_sinusoids_are_those_of_ho_et_al(dim):
-    """[sin, cos] of t * 10000^(-i / (half - 1)), in float64; a float32 angle up to 1000 rounds to a few 1e-4."""
+def test_sinusoids_equal_ho_et_al(dim):
+    """[sin, cos] of t * 10000^(-i / (half - 1)) in float64; float32 rounds an angle of 1000 to a few 1e-4."""
     steps = np.array([1, 2, 17, 500, 501, 1000])
     half = dim // 2
     frequencies = np.exp(np.arange(half) * -(math.log(10_000) / max(half - 1, 1)))
@@ -450,16 +467,16 @@ def test_sinusoids_are_those_of_ho_et_al(dim):
 
 
 def test_sinusoids_stay_float32_in_low_precision():
-    """Bit for bit the same under bfloat16 autocast, and steps 500 and 501 differ in the embedding of a bfloat16 net."""
+    """Bit-equal under bfloat16 autocast; steps 500 and 501 differ for bfloat16 networks."""
     time = torch.tensor([0.5, 0.501])
     plain = sinusoidal_embedding(time, 64)
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(sinusoidal_embedding(time, 64), plain, rtol=0, atol=0)
-        embedded = randomise(TimeEmbedding(64, 32))(time)
+        embedded = randomize(TimeEmbedding(64, 32))(time)
     for dtype in (torch.bfloat16, torch.float64):
         assert sinusoidal_embedding(time.to(dtype), 64).dtype == torch.float32
-    half = randomise(TimeEmbedding(64, 32)).to(torch.bfloat16)(time)
-    exact = randomise(TimeEmbedding(64, 32))(time)
+    half = randomize(TimeEmbedding(64, 32)).to(torch.bfloat16)(time)
+    exact = randomize(TimeEmbedding(64, 32))(time)
     assert half.dtype == embedded.dtype == torch.bfloat16
     for found in (embedded, half):
         assert_close(found.float(), exact, rtol=0.05, atol=0.05)  # bfloat16 has 8 bits
@@ -468,9 +485,9 @@ def test_sinusoids_stay_float32_in_low_precision():
 
 @pytest.mark.parametrize("make", [lambda: UNet(**TINY), lambda: MLP(2, hidden_size=16)], ids=["unet", "mlp"])
 @torch.no_grad()
-def test_bfloat16_networks_tell_neighbouring_steps_apart(make):
-    """net.to(bfloat16) takes float32 input and time, and sees steps 500 and 501 of 1000 as different."""
-    net = randomise(make()).to(torch.bfloat16).eval()
+def test_bfloat16_networks_distinguish_neighboring_steps(make):
+    """net.to(bfloat16) accepts float32 inputs."""
+    net = randomize(make()).to(torch.bfloat16).eval()
     sample = normal(1, 1, 8, 8) if isinstance(net, UNet) else normal(1, 2)
     out = net(sample.expand(2, *sample.shape[1:]), torch.tensor([0.5, 0.501]))
     assert out.dtype == torch.bfloat16
@@ -478,8 +495,8 @@ def test_bfloat16_networks_tell_neighbouring_steps_apart(make):
 
 
 @pytest.mark.parametrize("model_channels", [1, 2, 3, 4, 7, 24, 32, 48, 64, 96, 128, 192, 256])
-def test_groups_are_the_most_that_fit(model_channels):
-    """They divide the width, are at most 32, leave 4 channels each (or are 1), and one more would break a rule."""
+def test_fit_groups_returns_the_largest_divisor(model_channels):
+    """At most 32, with at least 4 channels per group."""
     groups = fit_groups(model_channels)
 
     def fits(g: int) -> bool:
@@ -490,7 +507,7 @@ def test_groups_are_the_most_that_fit(model_channels):
 
 
 def test_groups_of_the_published_widths():
-    """32 for the 128 and 192 of DDPM and ADM; the widths of our presets get what their channels allow."""
+    """32 for the 128 and 192 channels of DDPM and ADM."""
     assert [fit_groups(w) for w in (4, 24, 32, 48, 64, 128, 192, 7)] == [1, 6, 8, 12, 16, 32, 32, 1]
 
 
@@ -507,7 +524,7 @@ def test_groups_of_the_published_widths():
 )
 def test_every_parameter_receives_a_gradient(make):
     """No weight is left out of the graph."""
-    net = randomise(make())
+    net = randomize(make())
     x = normal(2, 1, 8, 8) if isinstance(net, UNet) else normal(2, 3)
     net(x, torch.tensor([0.2, 0.9])).square().sum().backward()
     idle = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
@@ -518,9 +535,9 @@ def test_every_parameter_receives_a_gradient(make):
     "make", [lambda: UNet(**TINY, dropout=0.3), lambda: MLP(2, hidden_size=16)], ids=["unet", "mlp"]
 )
 @torch.no_grad()
-def test_samples_of_a_batch_do_not_influence_each_other(make):
-    """Another first sample, at another time, changes its own output and no other by a single bit."""
-    net = randomise(make()).eval()
+def test_samples_of_a_batch_are_independent(make):
+    """Bit-equal if another sample changes."""
+    net = randomize(make()).eval()
     x = normal(4, 1, 8, 8) if isinstance(net, UNet) else normal(4, 2)
     time = torch.tensor([0.1, 0.4, 0.7, 1.0])
     changed_x, changed_time = x.clone(), time.clone()
@@ -529,13 +546,13 @@ def test_samples_of_a_batch_do_not_influence_each_other(make):
     before, after = net(x, time), net(changed_x, changed_time)
     assert_close(after[1:], before[1:], rtol=0, atol=0)
     assert (after[0] - before[0]).abs().max() > 1e-2
-    # alone: another batch size may take another kernel, which adds in another order
+    # another batch size may select a kernel that adds in another order
     assert_close(net(x[2:3], time[2:3]), before[2:3], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only():
-    net = randomise(UNet(**TINY, dropout=0.5))
+def test_dropout_acts_only_in_training():
+    net = randomize(UNet(**TINY, dropout=0.5))
     x, time = normal(2, 1, 8, 8), torch.tensor([0.1, 0.9])
     torch.manual_seed(0)
     assert (net.train()(x, time) - net(x, time)).abs().max() > 1e-3
@@ -544,9 +561,9 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("outputs", [1, 2])
 @torch.no_grad()
-def test_mlp_is_what_its_docstring_says(outputs):
-    """Its forward pass written out in float64 numpy from the weights."""
-    net = randomise(MLP(3, hidden_size=16, num_res_blocks=2, outputs=outputs))
+def test_mlp_equals_its_formula(outputs):
+    """Against float64 numpy."""
+    net = randomize(MLP(3, hidden_size=16, num_res_blocks=2, outputs=outputs))
     w = {name: value.double().numpy() for name, value in net.state_dict().items()}
     x, time = normal(5, 3), torch.tensor([0.001, 0.01, 0.02, 0.05, 0.1])
 

@@ -1,4 +1,4 @@
-"""The networks of text conditions and cross-attention: against torch's own, and in what padding may not change."""
+"""Text embeddings and cross-attention against torch, and their invariance to padding."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from src.models.layers import CrossAttention
 IDS = torch.tensor([[1, 7, 5, 9, 2, 0, 0, 0], [1, 2, 0, 0, 0, 0, 0, 0], [1, 3, 4, 5, 6, 7, 8, 2]])
 
 
-def randomised(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, those that start at zero too."""
+def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Set every parameter to random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -32,8 +32,8 @@ def copy_attention(theirs: nn.MultiheadAttention, weights: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_cross_attention_is_torchs(masked):
-    ours = randomised(CrossAttention(channels=12, groups=3, num_heads=2, token_width=10))
+def test_cross_attention_equals_torch(masked):
+    ours = randomized(CrossAttention(channels=12, groups=3, num_heads=2, token_width=10))
     theirs = nn.MultiheadAttention(12, 2, kdim=10, vdim=10, batch_first=True)
     keys, values = ours.kv.weight.chunk(2)
     bias = torch.cat([ours.query.bias, ours.kv.bias])
@@ -56,19 +56,19 @@ def test_cross_attention_is_torchs(masked):
     assert_close(ours(x, tokens, mask), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_cross_attention_starts_as_the_identity_and_learns():
+def test_cross_attention_is_the_identity_at_initialization():
     net = CrossAttention(channels=8, groups=2, num_heads=2, token_width=6)
     x, tokens = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 6, requires_grad=True)
     out = net(x, tokens)
     assert_close(out, x, rtol=0, atol=0)
     out.square().sum().backward()
     assert net.out.weight.grad.abs().max() > 0
-    (out_of_random,) = torch.autograd.grad(randomised(net)(x, tokens).square().sum(), tokens)
+    (out_of_random,) = torch.autograd.grad(randomized(net)(x, tokens).square().sum(), tokens)
     assert (out_of_random.abs().amax(2) > 0).all()
 
 
-def test_tokens_that_are_not_there_have_no_part_in_cross_attention():
-    net = randomised(CrossAttention(channels=8, groups=2, num_heads=4, token_width=6))
+def test_cross_attention_ignores_masked_tokens():
+    net = randomized(CrossAttention(channels=8, groups=2, num_heads=4, token_width=6))
     x, tokens = torch.randn(2, 8, 3, 3), torch.randn(2, 5, 6)
     mask = torch.arange(5) < torch.tensor([[2], [5]])
     other = torch.where(mask[:, :, None], tokens, 100.0).requires_grad_()
@@ -79,11 +79,11 @@ def test_tokens_that_are_not_there_have_no_part_in_cross_attention():
     assert ((gradient.abs().amax(2) > 0) == mask).all()
 
 
-# The transformer over token ids
+# TextTransformer
 
 
-def test_the_transformer_is_torchs():
-    ours = randomised(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
+def test_text_transformer_equals_torch():
+    ours = randomized(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
     mask = IDS != 0
     x = ours.table(IDS) + ours.positions
     for block in ours.blocks:
@@ -108,8 +108,8 @@ def test_the_transformer_is_torchs():
     assert vector.shape == (3, 5)
 
 
-def test_more_padding_changes_nothing_and_the_order_of_tokens_something():
-    net = randomised(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
+def test_text_transformer_ignores_padding_but_not_order():
+    net = randomized(TextTransformer(dim=5, vocab_size=11, max_length=8, hidden_size=12, num_layers=2, num_heads=3))
     short, long = net(IDS[:1, :5]), net(IDS[:1])
     assert_close(long.vector, short.vector, rtol=1e-5, atol=1e-6)
     assert_close(long.tokens[:, :5], short.tokens, rtol=1e-5, atol=1e-6)
@@ -119,31 +119,31 @@ def test_more_padding_changes_nothing_and_the_order_of_tokens_something():
     assert (gradient.abs().amax(1) > 0).nonzero().flatten().tolist() == [1, 2, 5, 7, 9]
 
 
-def test_before_training_one_word_makes_a_large_part_of_what_a_text_gives():
+def test_one_word_changes_the_initial_embedding():
     net = TextTransformer(dim=256, vocab_size=300, max_length=32, hidden_size=128, num_layers=2, num_heads=4)
     ids = torch.randint(3, 300, (64, 32))
-    ids[:, 14:] = 0  # texts of a dozen tokens
+    ids[:, 14:] = 0  # texts of 14 tokens
     another = ids.clone()
     another[:, 5] = torch.randint(3, 300, (64,))
     vector, tokens, mask = net(ids)
-    by_one_word = (net(another).vector - vector).square().mean() / (2 / 14)  # of 14 words, each a 14th of the variance
+    by_one_word = (net(another).vector - vector).square().mean() / (2 / 14)  # one of 14 words has 1/14 of the variance
     assert 0.7 < by_one_word < 1.4
     between_places = torch.corrcoef(tokens[mask])[~torch.eye(int(mask.sum()), dtype=torch.bool)]
-    assert between_places.mean().abs() < 0.1  # words are unlike each other, wherever they stand
+    assert between_places.mean().abs() < 0.1  # tokens at different positions are dissimilar
 
 
 @pytest.mark.parametrize("settings", [{"num_layers": 0}, {"num_heads": 5}, {"num_heads": 0}])
-def test_what_a_transformer_cannot_be(settings):
+def test_text_transformer_arguments_out_of_range_raise(settings):
     with pytest.raises(ValueError, match=r"conditioning\.embed") as error:
         TextTransformer(dim=5, vocab_size=11, max_length=8, **settings)
     assert "\n" not in str(error.value)
 
 
-# The projection of frozen embeddings
+# TextProjection
 
 
-def test_the_projection_takes_rows_of_zeros_for_padding():
-    net = randomised(TextProjection(dim=5, features=7, hidden_size=6))
+def test_text_projection_masks_rows_of_zeros():
+    net = randomized(TextProjection(dim=5, features=7, hidden_size=6))
     rows = [3 * torch.randn(count, 7) for count in (4, 1, 6)]
     vector, tokens, mask = net(torch.nn.utils.rnn.pad_sequence(rows, True))
     assert mask.sum(1).tolist() == [4, 1, 6]
@@ -162,22 +162,22 @@ def test_the_projection_takes_rows_of_zeros_for_padding():
     assert net.token_width == 6
 
 
-def test_the_projection_needs_a_width():
+def test_text_projection_without_features_raises():
     with pytest.raises(ValueError, match="features"):
         TextProjection(dim=5, features=None)
 
 
 @pytest.mark.parametrize(
-    ("net", "nothing"),
+    ("net", "padding"),
     [
         (TextTransformer(dim=5, vocab_size=11, max_length=4, hidden_size=8), torch.zeros(2, 4, dtype=torch.int64)),
         (TextProjection(dim=5, features=7), torch.zeros(2, 4, 7)),
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_padding_alone_is_no_nan(net, nothing):
-    vector, tokens, mask = net(nothing)
-    attended = randomised(CrossAttention(8, 2, 2, net.token_width))(torch.randn(2, 8, 3, 3), tokens, mask)
+def test_text_of_padding_only_is_finite(net, padding):
+    vector, tokens, mask = net(padding)
+    attended = randomized(CrossAttention(8, 2, 2, net.token_width))(torch.randn(2, 8, 3, 3), tokens, mask)
     assert mask.sum(1).tolist() == [1, 1]
     assert all(each.isfinite().all() for each in (vector, tokens, attended))
     attended.sum().backward()

@@ -1,9 +1,8 @@
-"""Checkpoints that are damaged, cannot be written, or belong to other settings."""
+"""Corrupted checkpoints, full disks, and checkpoints of other settings."""
 
 import errno
 import json
 import os
-import random
 import shutil
 
 import pytest
@@ -11,56 +10,19 @@ import torch
 
 from src.errors import UsageError
 from src.runs.checkpoints import changed_settings, find_checkpoint
-from src.training.checkpoints import is_intact, newest_first
+from src.training.checkpoints import newest_first
 from tests.conftest import train_tiny
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not during collection."""
     global AtomicCheckpointIO
     from src.training.checkpoint_io import AtomicCheckpointIO
 
 
-def test_a_flipped_bit_is_seen_wherever_it_is(trained, tmp_path):
-    """In tensors, padding, the archive's directory or the seal: at 200 seeded places, and at each of the last 200."""
-    original = (trained / "checkpoints" / "last.ckpt").read_bytes()
-    path, chance = tmp_path / "a.ckpt", random.Random(0)
-    path.write_bytes(original)
-    assert is_intact(path)
-    whole = torch.load(path, weights_only=True)["state_dict"]
-    for place in [*chance.sample(range(len(original)), 200), *range(len(original) - 200, len(original))]:
-        damaged = bytearray(original)
-        damaged[place] ^= 1 << chance.randrange(8)
-        path.write_bytes(damaged)
-        if is_intact(path):  # the length of the comment became 0, and all else is what was saved
-            assert place == len(original) - 10
-            again = torch.load(path, weights_only=True)["state_dict"]
-            assert all(torch.equal(again[name], value) for name, value in whole.items())
-
-
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.9, 0.99999])
-def test_a_file_that_was_cut_short_is_seen(trained, tmp_path, part):
-    contents = (trained / "checkpoints" / "last.ckpt").read_bytes()
-    path = tmp_path / "a.ckpt"
-    path.write_bytes(contents[: int(part * len(contents))])
-    assert not is_intact(path)
-
-
-def test_a_checkpoint_without_a_seal_is_held_against_its_parts(trained, tmp_path):
-    """As torch writes it, and as older ones are."""
-    path = tmp_path / "a.ckpt"
-    torch.save({"weights": torch.arange(1000.0)}, path)
-    assert is_intact(path)
-    contents = bytearray(path.read_bytes())
-    at = contents.index(torch.arange(1000.0).numpy().tobytes())
-    contents[at + 500] ^= 4
-    path.write_bytes(contents)
-    assert not is_intact(path)
-
-
-def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
-    """A damaged one is passed over with a message; with none left, a sentence."""
+def test_newest_intact_checkpoint_is_loaded(trained, tmp_path):
+    """A corrupted one gives a warning, and a folder without an intact one an error."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     last, best = run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt"
@@ -77,14 +39,14 @@ def test_the_newest_whole_checkpoint_is_taken(trained, tmp_path):
         find_checkpoint(str(run), None)
 
 
-def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
-    """Whatever the times of the files, which copies do not keep: by each of their orders."""
+def test_newest_checkpoint_has_the_latest_step(trained, tmp_path):
+    """In every order of the file times, which copies do not keep."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     checkpoints = run / "checkpoints"
     last = torch.load(checkpoints / "last.ckpt", weights_only=True)
     paths = {}
-    for step in (0, 3, 255, 256, 70_000):  # numbers that a pickle holds in one, two and four bytes
+    for step in (0, 3, 255, 256, 70_000):  # Pickle stores these in one, two and four bytes.
         paths[step] = checkpoints / f"a_{step}.ckpt"
         torch.save({**last, "global_step": step}, paths[step])
     for name in ("last.ckpt", "best.ckpt"):
@@ -93,22 +55,22 @@ def test_the_newest_checkpoint_is_that_of_the_latest_step(trained, tmp_path):
         for age, step in enumerate(order):
             os.utime(paths[step], ns=(age * 10**9, age * 10**9))
         assert newest_first(run) == [paths[step] for step in (70_000, 256, 255, 3, 0)]
-    for broken in ({"global_step": "none"}, {"state": torch.ones(2)}):  # of others: no step is no error
+    for broken in ({"global_step": "none"}, {"state": torch.ones(2)}):  # A foreign file without a step is no error.
         torch.save(broken, checkpoints / "other.ckpt")
         assert {*newest_first(run)} == {*paths.values(), checkpoints / "other.ckpt"}
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path, monkeypatch):
-    """Nothing half written stays, nothing older is removed; it writes again as soon as it can."""
+def test_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    """No partial file stays, no older checkpoint is removed, and the next save works again."""
     writer, path, older = AtomicCheckpointIO(), tmp_path / "last.ckpt", tmp_path / "step_1.ckpt"
-    for place in (path, older):
-        writer.save_checkpoint({"step": 1}, place)
+    for target in (path, older):
+        writer.save_checkpoint({"step": 1}, target)
 
     def full(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written \(No space left on device\).*goes on"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt could not be written"):
         writer.save_checkpoint({"step": 2}, path)
     writer.remove_checkpoint(older)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "step_1.ckpt"]
@@ -120,7 +82,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(tmp_path
     assert torch.load(path) == {"step": 3}
 
 
-def test_changed_settings_are_told_but_for_paths():
+def test_changed_settings_leave_out_paths():
     before = {"run_dir": "/a", "trainer": {"max_steps": 6}, "seed": 1, "stop": {"path": "/a/last.ckpt"}, "resume": None}
     now = {"run_dir": "/b", "trainer": {"max_steps": 9}, "seed": 1, "stop": {"path": "/b/last.ckpt"}, "resume": "/a"}
     assert changed_settings(before, now) == ["trainer.max_steps: 6 -> 9"]
@@ -129,21 +91,21 @@ def test_changed_settings_are_told_but_for_paths():
 @pytest.mark.parametrize(
     "other", ["schedule=linear", "diffusion.prediction=x0", "zero_terminal_snr=true", "data.num_values=256"]
 )
-def test_another_model_is_not_resumed(trained, tmp_path, other):
-    with pytest.raises(UsageError, match=r"-> .* makes another model of a run that is resumed"):
+def test_resume_with_another_model_is_refused(trained, tmp_path, other):
+    with pytest.raises(UsageError, match=r"-> .* changes the model of a resumed run"):
         train_tiny(tmp_path / "run", f"resume='{trained}'", other)
 
 
-def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tmp_path, capsys):
-    """Finished: its metrics are returned. Begun: it resumes. Another job's folder: refused."""
+def test_resume_auto_skips_resumes_or_refuses_jobs(trained, tmp_path, capsys):
+    """It skips a finished job, resumes a started one, and refuses the folder of another job."""
     run = tmp_path / "0"
     shutil.copytree(trained, run)
     metrics = train_tiny(run, "resume=auto")
     assert metrics == json.loads((trained / "metrics.json").read_text())
     assert f"{run} is finished: skipped" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"is of another job \(seed: 0 -> 1\)"):
+    with pytest.raises(UsageError, match=r"belongs to another job \(seed: 0 -> 1\)"):
         train_tiny(run, "resume=auto", "seed=1")
-    metrics["val/loss"] = None  # of one that diverged, which is not passed over in silence
+    metrics["val/loss"] = None  # A diverged job is not skipped.
     (run / "metrics.json").write_text(json.dumps(metrics))
     assert train_tiny(run, "resume=auto")["val/loss"] is not None
     (run / "metrics.json").unlink()
@@ -151,7 +113,7 @@ def test_a_job_of_a_sweep_that_goes_on_is_skipped_resumed_or_refused(trained, tm
     assert train_tiny(tmp_path / "1", "resume=auto")["steps"] == 6
 
 
-def test_a_longer_run_says_what_changed(trained, tmp_path):
+def test_resumed_run_warns_of_changed_settings(trained, tmp_path):
     with pytest.warns(UserWarning, match=r"another setting: trainer\.max_steps: 6 -> 7"):
         metrics = train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.max_steps=7")
     assert metrics["steps"] == 7

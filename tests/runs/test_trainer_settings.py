@@ -1,4 +1,4 @@
-"""Every argument of Lightning's Trainer has its documented effect, or is refused for the setting to use instead."""
+"""Every argument of Lightning's Trainer has its documented effect, or is refused with the setting to use instead."""
 
 import contextlib
 import copy
@@ -34,24 +34,24 @@ FAST = [
     *TINY,
     *("trainer.max_steps=4", "validate_every=3", "checkpoint_every=100", "sampler.steps=1", "neighbors.num_samples=0"),
     *("~callbacks.samples", "~callbacks.bits_per_dim", "~callbacks.run_info", "~callbacks.throughput", "trust=true"),
-    "+callbacks.seen._target_=tests.runs.test_trainer_settings.Seen",
+    "+callbacks.recorder._target_=tests.runs.test_trainer_settings.Recorder",
 ]
 QUIET = ["logger=none", "~callbacks.loss_by_noise"]
 
 
-class Seen(L.Callback):
-    """What a run's callbacks see of it: batches, gradients, validations, switches of torch."""
+class Recorder(L.Callback):
+    """Record batches, gradients, validations and global settings of torch during a run."""
 
-    last: "Seen"
+    last: "Recorder"
 
     def __init__(self) -> None:
-        Seen.last = self
+        Recorder.last = self
         self.batches: list[torch.Tensor] = []
         self.largest: list[float] = []
         self.norms: list[float] = []
         self.validated_at: list[int] = []
         self.validation: list[tuple[int, int, int]] = []
-        """Start, total and size of each batch of the last validation."""
+        """Start, total and size of each batch in the last validation."""
         self.sanity_batches = 0
 
     def setup(self, trainer, pl_module, stage):
@@ -88,8 +88,8 @@ class Seen(L.Callback):
 class Result(NamedTuple):
     folder: Path
     metrics: dict[str, float]
-    seen: Seen
-    said: str
+    recorder: Recorder
+    output: str
 
     @property
     def checkpoints(self) -> list[str]:
@@ -100,7 +100,7 @@ class Result(NamedTuple):
         return read_checkpoint(self.folder / "checkpoints" / "last.ckpt")["current_model_state"]
 
     def logged(self) -> dict[int, str]:
-        """The training loss as it was written, by step."""
+        """Return the logged text of the training loss by step."""
         rows: list[dict[str, str]] = []
         for path in self.folder.glob("logs/*/metrics.csv"):
             with path.open(newline="") as file:
@@ -109,24 +109,24 @@ class Result(NamedTuple):
 
 
 class Runs:
-    """Short runs, each made when a test first asks for it: settings that do not touch each other share one."""
+    """Short runs, each trained at first use. Settings that do not interact share one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = itertools.count()
 
     def go(self, *overrides: str, folder: Path | None = None) -> Result:
-        """Train with overrides, in a folder of its own unless one is named."""
+        """Train with overrides, by default in a new folder."""
         folder = folder or self.folder / str(next(self.count))
-        said = io.StringIO()
-        handler = logging.StreamHandler(said)
+        output = io.StringIO()
+        handler = logging.StreamHandler(output)
         logging.getLogger().addHandler(handler)
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(output):
                 metrics = train(compose("train", *FAST, f"run_dir='{folder}'", *overrides))
         finally:
             logging.getLogger().removeHandler(handler)
-        return Result(folder, metrics, Seen.last, said.getvalue())
+        return Result(folder, metrics, Recorder.last, output.getvalue())
 
     def resume(self, before: Result, *overrides: str) -> Result:
         return self.go(f"resume='{before.folder}'", *overrides, folder=before.folder)
@@ -137,7 +137,7 @@ class Runs:
 
     @cached_property
     def neutral(self) -> Result:
-        """With all that leaves training as it is."""
+        """A run with settings that do not change training."""
         benchmark = torch.backends.cudnn.benchmark
         try:
             return self.go(
@@ -166,7 +166,7 @@ class Runs:
 
     @cached_property
     def other(self) -> Result:
-        """With other data, gradients and validations, and nothing saved or logged."""
+        """A run with other data, gradients and validations, without checkpoints and loggers."""
         return self.go(
             "trainer.logger=false",
             "trainer.overfit_batches=2",
@@ -180,10 +180,10 @@ class Runs:
 
     @cached_property
     def parts(self) -> Result:
-        """With two batches a step."""
+        """A run with two batches per step."""
         return self.go(
             "trainer.accumulate_grad_batches=2",
-            "trainer.overfit_batches=0.17",  # of 1,438 samples 3.8 batches
+            "trainer.overfit_batches=0.17",  # 3.8 batches of 1,438 samples
             "trainer.val_check_interval=6",
             "trainer.gradient_clip_val=1e-3",
             "trainer.log_every_n_steps=null",
@@ -191,7 +191,7 @@ class Runs:
 
     @cached_property
     def halves(self) -> tuple[Result, Result, Result]:
-        """Three steps, the fourth with settings of its own and not saved, and the fourth once more."""
+        """Three steps; a fourth step with other settings, not saved; and the fourth step again."""
         first = self.go("trainer.max_steps=3")
         second = self.resume(
             first, "trainer.max_steps=4", "trainer.overfit_batches=1", "trainer.enable_checkpointing=false"
@@ -205,30 +205,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def same_training(ours: Result, theirs: Result) -> None:
-    """The same bits after the last step."""
+def assert_same_training(ours: Result, theirs: Result) -> None:
+    """Compare the bits of the weights after the last step."""
     weights = ours.weights
     for name, value in theirs.weights.items():
         assert torch.equal(weights[name], value), name
 
 
-def leaves_training_as_it_is(runs: Runs) -> None:
-    same_training(runs.neutral, runs.base)
+def no_effect_on_training(runs: Runs) -> None:
+    assert_same_training(runs.neutral, runs.base)
 
 
 def devices(runs: Runs) -> None:
-    assert runs.neutral.seen.trainer.num_devices == 1
+    assert runs.neutral.recorder.trainer.num_devices == 1
 
 
 def strategy(runs: Runs) -> None:
-    assert type(runs.neutral.seen.trainer.strategy) is SingleDeviceStrategy
+    assert type(runs.neutral.recorder.trainer.strategy) is SingleDeviceStrategy
 
 
 def precision(runs: Runs) -> None:
     double = runs.go("trainer.precision=64-true", *QUIET).weights
     for name, value in runs.base.weights.items():
         assert double[name].dtype == torch.float64
-        # Rounded to 24 bits, and magnified by Adam where second moments are tiny: four steps are 8e-3 at most.
+        # Adam magnifies rounding where second moments are tiny; four steps change a weight by at most 8e-3.
         assert_close(double[name].float(), value, rtol=1e-2, atol=1e-4)
 
 
@@ -241,10 +241,10 @@ def fast_dev_run(runs: Runs) -> None:
     for settings, batches, steps in ((["true"], 1, 1), (["2", "trainer.accumulate_grad_batches=2"], 2, 1)):
         got = runs.go(f"trainer.fast_dev_run={settings[0]}", *settings[1:])
         assert got.metrics["steps"] == steps
-        assert len(got.seen.batches) == len(got.seen.validation) == batches
+        assert len(got.recorder.batches) == len(got.recorder.validation) == batches
         assert got.metrics["val/loss"] > 0
         assert not any((got.folder / name).exists() for name in ("logs", "checkpoints", "metrics.json"))
-        assert "trainer.fast_dev_run" in got.said
+        assert "trainer.fast_dev_run" in got.output
     assert runs.go("trainer.fast_dev_run=true", "data.microbatch_size=16", *QUIET).metrics["steps"] == 1
 
 
@@ -254,12 +254,12 @@ def max_steps(runs: Runs) -> None:
 
 
 def max_time(runs: Runs) -> None:
-    """It is over after the first step; a run that goes on with none left says so, and with more goes on."""
+    """Time runs out after the first step. Resumed, the run says so, and with more time it trains."""
     short = ["trainer.max_time={microseconds:1}", *QUIET]
     got = runs.go(*short)
-    assert got.metrics["steps"] == 1 and "trainer.max_time" in got.said
+    assert got.metrics["steps"] == 1 and "trainer.max_time" in got.output
     again = runs.resume(got, *short)
-    assert again.metrics["steps"] == 1 and "trainer.max_time" in again.said and not again.seen.batches
+    assert again.metrics["steps"] == 1 and "trainer.max_time" in again.output and not again.recorder.batches
     assert runs.resume(got, "trainer.max_time='00:01:00:00'", *QUIET).metrics["steps"] == 4
 
 
@@ -268,50 +268,54 @@ def min_steps(runs: Runs) -> None:
 
 
 def overfit_batches(runs: Runs) -> None:
-    first = runs.base.seen.batches
+    first = runs.base.recorder.batches
     assert not torch.equal(first[0], first[1])
-    for step, x in enumerate(runs.other.seen.batches):
+    for step, x in enumerate(runs.other.recorder.batches):
         assert torch.equal(x, first[step % 2]), step
-    assert len(runs.other.seen.validation) == 2
+    assert len(runs.other.recorder.validation) == 2
     for step in range(4):
-        x = torch.cat(runs.parts.seen.batches[2 * step : 2 * step + 2])
+        x = torch.cat(runs.parts.recorder.batches[2 * step : 2 * step + 2])
         assert torch.equal(x, first[step % 3]), step
-    (x,) = runs.halves[1].seen.batches
+    (x,) = runs.halves[1].recorder.batches
     assert torch.equal(x, first[0])
 
 
 def limit_val_batches(runs: Runs) -> None:
-    """The samples that are left are the whole validation set, over which the timesteps are stratified."""
-    count = len(runs.base.seen.validation)
+    """Timesteps are stratified over the samples within the limit."""
+    count = len(runs.base.recorder.validation)
     share = runs.go("trainer.limit_val_batches=0.5", "trainer.max_steps=1", *QUIET)
-    for seen, batches in ((runs.base.seen, count), (runs.other.seen, 2), (share.seen, int(count * 0.5))):
-        sizes = [size for _, _, size in seen.validation]
-        assert [start for start, _, _ in seen.validation] == [sum(sizes[:k]) for k in range(batches)]
-        assert {total for _, total, _ in seen.validation} == {sum(sizes)}
+    for recorder, batches in (
+        (runs.base.recorder, count),
+        (runs.other.recorder, 2),
+        (share.recorder, int(count * 0.5)),
+    ):
+        sizes = [size for _, _, size in recorder.validation]
+        assert [start for start, _, _ in recorder.validation] == [sum(sizes[:k]) for k in range(batches)]
+        assert {total for _, total, _ in recorder.validation} == {sum(sizes)}
     with pytest.warns(UserWarning, match="limit_val_batches=0 turns validation off"):
         off = runs.go("trainer.limit_val_batches=0", *QUIET)
     assert "val/loss" not in off.metrics and "val/loss" not in json.loads((off.folder / "metrics.json").read_text())
-    assert off.seen.validated_at == [] and off.checkpoints == ["last.ckpt"] and "not validated" in off.said
-    same_training(off, runs.base)
+    assert off.recorder.validated_at == [] and off.checkpoints == ["last.ckpt"] and "not validated" in off.output
+    assert_same_training(off, runs.base)
     assert runs.resume(off, "trainer.max_steps=5", *QUIET).metrics["val/loss"] > 0
 
 
 def val_check_interval(runs: Runs) -> None:
-    assert runs.base.seen.validated_at == [3, 4]
-    assert runs.other.seen.validated_at == [2, 4]
-    assert runs.parts.seen.validated_at == [3, 4]
-    for given, at in (("1", [1, 2]), ("1.0", [2]), ("100", [2])):
-        got = runs.go(f"trainer.val_check_interval={given}", "trainer.max_steps=2", *QUIET)
-        assert got.seen.validated_at == at, given
+    assert runs.base.recorder.validated_at == [3, 4]
+    assert runs.other.recorder.validated_at == [2, 4]
+    assert runs.parts.recorder.validated_at == [3, 4]
+    for value, expected in (("1", [1, 2]), ("1.0", [2]), ("100", [2])):
+        got = runs.go(f"trainer.val_check_interval={value}", "trainer.max_steps=2", *QUIET)
+        assert got.recorder.validated_at == expected, value
     with pytest.raises(UsageError, match=r"validate_every and trainer\.val_check_interval"):
         check_overrides("train", ["validate_every=3", "trainer.val_check_interval=2"])
 
 
 def num_sanity_val_steps(runs: Runs) -> None:
-    """They leave no trace: not in training, nor in what validations find of it, resumed or not."""
-    assert runs.base.seen.sanity_batches == 0
-    assert runs.neutral.seen.sanity_batches == len(runs.base.seen.validation)
-    assert runs.neutral.seen.validated_at == runs.base.seen.validated_at
+    """They change neither training nor the metrics of later validations, resumed or not."""
+    assert runs.base.recorder.sanity_batches == 0
+    assert runs.neutral.recorder.sanity_batches == len(runs.base.recorder.validation)
+    assert runs.neutral.recorder.validated_at == runs.base.recorder.validated_at
     with (runs.halves[2].folder / "loss_by_noise.csv").open(newline="") as file:
         samples = [(int(row["step"]), int(row["samples"])) for row in csv.DictReader(file)]
     assert {step: sum(n for at, n in samples if at == step) for step, _ in samples} == {3: 192, 4: 64}
@@ -325,54 +329,56 @@ def log_every_n_steps(runs: Runs) -> None:
 
 
 def enable_checkpointing(runs: Runs) -> None:
-    assert not runs.other.checkpoints and "trainer.enable_checkpointing=false" in runs.other.said
-    assert "src.sample" in runs.base.said and "src.sample" not in runs.other.said
-    assert runs.halves[1].metrics["steps"] == 4  # and its checkpoint is still of step 3
+    assert not runs.other.checkpoints and "trainer.enable_checkpointing=false" in runs.other.output
+    assert "src.sample" in runs.base.output and "src.sample" not in runs.other.output
+    assert runs.halves[1].metrics["steps"] == 4  # The checkpoint stays at step 3.
 
 
 def enable_progress_bar(runs: Runs) -> None:
-    assert runs.base.seen.trainer.progress_bar_callback is not None
-    assert runs.neutral.seen.trainer.progress_bar_callback is None
+    assert runs.base.recorder.trainer.progress_bar_callback is not None
+    assert runs.neutral.recorder.trainer.progress_bar_callback is None
 
 
 def enable_model_summary(runs: Runs) -> None:
-    assert "Trainable params" not in runs.base.said and "Trainable params" in runs.neutral.said
+    assert "Trainable params" not in runs.base.output and "Trainable params" in runs.neutral.output
 
 
 def accumulate_grad_batches(runs: Runs) -> None:
-    x = torch.cat(runs.parts.seen.batches[:2])
-    assert torch.equal(x, runs.base.seen.batches[0]) and runs.parts.metrics["steps"] == 4
+    x = torch.cat(runs.parts.recorder.batches[:2])
+    assert torch.equal(x, runs.base.recorder.batches[0]) and runs.parts.metrics["steps"] == 4
 
 
 def gradient_clip_val(runs: Runs) -> None:
-    assert min(runs.base.seen.norms) > 1e-3
-    # After a step's first batch its gradient is not complete, and not clipped.
-    assert max(runs.parts.seen.norms[1::2]) <= 1.001e-3
-    free, none = (runs.go(f"trainer.gradient_clip_val={given}", *QUIET) for given in ("0", "null"))
-    same_training(free, none)
+    assert min(runs.base.recorder.norms) > 1e-3
+    # The gradient after the first batch of a step is incomplete and not clipped.
+    assert max(runs.parts.recorder.norms[1::2]) <= 1.001e-3
+    free, none = (runs.go(f"trainer.gradient_clip_val={value}", *QUIET) for value in ("0", "null"))
+    assert_same_training(free, none)
 
 
 def gradient_clip_algorithm(runs: Runs) -> None:
-    assert max(runs.base.seen.largest) > 1e-3
-    assert max(runs.other.seen.largest) == pytest.approx(1e-3) and min(runs.other.seen.norms) > 2e-3
+    assert max(runs.base.recorder.largest) > 1e-3
+    assert max(runs.other.recorder.largest) == pytest.approx(1e-3) and min(runs.other.recorder.norms) > 2e-3
 
 
 def deterministic(runs: Runs) -> None:
-    switches = [(each.seen.deterministic, each.seen.warns_only) for each in (runs.neutral, runs.other, runs.parts)]
+    switches = [
+        (each.recorder.deterministic, each.recorder.warns_only) for each in (runs.neutral, runs.other, runs.parts)
+    ]
     assert switches == [(True, False), (True, True), (False, False)]
 
 
 def benchmark(runs: Runs) -> None:
-    assert runs.neutral.seen.benchmark and not runs.base.seen.benchmark
+    assert runs.neutral.recorder.benchmark and not runs.base.recorder.benchmark
 
 
 def inference_mode(runs: Runs) -> None:
-    """Of the validation after training: while it lasts Lightning uses none."""
-    assert runs.base.seen.inference_mode and not runs.neutral.seen.inference_mode
+    """In the validation after training. Lightning turns it off during training."""
+    assert runs.base.recorder.inference_mode and not runs.neutral.recorder.inference_mode
 
 
 def profiler(runs: Runs) -> None:
-    assert "FIT Profiler Report" in runs.neutral.said and "run_training_batch" in runs.neutral.said
+    assert "FIT Profiler Report" in runs.neutral.output and "run_training_batch" in runs.neutral.output
 
 
 def detect_anomaly(runs: Runs) -> None:
@@ -385,9 +391,9 @@ def detect_anomaly(runs: Runs) -> None:
 
 
 def plugins(runs: Runs) -> None:
-    """They join those of this project, or take their place; without checkpoints none of a plugin either."""
-    assert type(runs.neutral.seen.trainer.strategy.checkpoint_io) is TorchCheckpointIO
-    assert isinstance(runs.base.seen.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    """They add to the plugins of this project or replace them."""
+    assert type(runs.neutral.recorder.trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    assert isinstance(runs.base.recorder.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
     assert not runs.other.checkpoints
 
 
@@ -397,14 +403,14 @@ def enable_autolog_hparams(runs: Runs) -> None:
 
 
 class Argument(NamedTuple):
-    """What an argument does, if it does anything, and its values that are refused with what the error has to name."""
+    """A check of the effect of an argument, if it has one, and refused values with the words of the error."""
 
     works: Callable[[Runs], None] | None
     refused: Mapping[str, str]
 
 
 ARGUMENTS: dict[str, Argument] = {
-    "accelerator": Argument(leaves_training_as_it_is, {"foo": "", "tpu": "", "gpu": "", "7": ""}),
+    "accelerator": Argument(no_effect_on_training, {"foo": "", "tpu": "", "gpu": "", "7": ""}),
     "strategy": Argument(
         strategy,
         {
@@ -454,12 +460,12 @@ ARGUMENTS: dict[str, Argument] = {
     "deterministic": Argument(deterministic, {"foo": "warn"}),
     "benchmark": Argument(benchmark, {"foo": ""}),
     "inference_mode": Argument(inference_mode, {"foo": ""}),
-    "use_distributed_sampler": Argument(leaves_training_as_it_is, {"foo": ""}),
+    "use_distributed_sampler": Argument(no_effect_on_training, {"foo": ""}),
     "profiler": Argument(profiler, {"foo": "simple", "5": "simple"}),
     "detect_anomaly": Argument(detect_anomaly, {"foo": ""}),
     "barebones": Argument(None, {"true": "logger=none trainer.enable_checkpointing=false", "foo": ""}),
     "plugins": Argument(plugins, {"[foo]": "_target_", "5": "_target_"}),
-    "sync_batchnorm": Argument(leaves_training_as_it_is, {"foo": ""}),
+    "sync_batchnorm": Argument(no_effect_on_training, {"foo": ""}),
     "reload_dataloaders_every_n_epochs": Argument(None, {"1": "", "-1": ""}),
     "default_root_dir": Argument(None, {"elsewhere": "hydra.run.dir"}),
     "enable_autolog_hparams": Argument(enable_autolog_hparams, {"foo": ""}),
@@ -467,7 +473,7 @@ ARGUMENTS: dict[str, Argument] = {
 }
 
 
-def test_the_table_and_the_configuration_have_every_argument():
+def test_table_and_configuration_have_every_argument():
     arguments = {*inspect.signature(L.Trainer).parameters}
     assert {*ARGUMENTS} == arguments
     assert {str(name) for name in compose("train").trainer} - {"_target_"} == arguments
@@ -482,26 +488,26 @@ def test_argument_has_its_documented_effect(name, runs):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_values_are_refused_in_one_line_that_names_the_setting(tmp_path, monkeypatch):
+def test_invalid_values_are_refused_in_one_line(tmp_path, monkeypatch):
     for variable in ("NODE_RANK", "GROUP_RANK"):
         monkeypatch.delenv(variable, raising=False)
     settings = compose("train", *FAST, *QUIET, "trainer.max_steps=2", f"run_dir='{tmp_path / 'run'}'")
     wrong: list[str] = []
     for name, argument in ARGUMENTS.items():
         for value, instead in argument.refused.items():
-            line = refusal(settings, name, value)
+            line = error_of(settings, name, value)
             if f"trainer.{name}" not in line or "\n" in line or not in_order(instead.split(".*"), line):
                 wrong.append(f"trainer.{name}={value}: {line}")
             if not {name} & {*DEVICE_ARGUMENTS} and "trainer=default" in line:
-                wrong.append(f"trainer.{name}={value} is answered with advice about devices: {line}")
+                wrong.append(f"trainer.{name}={value} gets advice about devices: {line}")
     assert not wrong, "\n".join(wrong)
 
 
 DEVICE_ARGUMENTS = ("accelerator", "strategy", "devices", "num_nodes", "precision")
 
 
-def refusal(settings: DictConfig, name: str, value: str) -> str:
-    """What a run ends with; nothing is saved unless it has trained."""
+def error_of(settings: DictConfig, name: str, value: str) -> str:
+    """Return the error that a run ends with. It must leave no checkpoint, unless it trained and diverged."""
     cfg = copy.deepcopy(settings)
     OmegaConf.update(cfg, f"trainer.{name}", yaml.safe_load(value), merge=False)
     folder = Path(cfg.run_dir)
@@ -525,9 +531,9 @@ def in_order(parts: list[str], line: str) -> bool:
     return True
 
 
-def test_training_that_cannot_go_on_ends_before_min_steps(tmp_path):
-    """A guard that has given up is not made to take more steps."""
+def test_guard_that_gives_up_ends_before_min_steps(tmp_path):
+    """`trainer.min_steps` does not extend training after the guard gives up."""
     settings = ["trainer.min_steps=4", "callbacks.nan_guard.patience=1", "optimizer.lr=1e30", "trainer.max_steps=6"]
     with pytest.raises(UsageError, match=r"no step from .* had a finite gradient"):
         train(compose("train", *FAST, *QUIET, f"run_dir='{tmp_path}'", *settings))
-    assert len(Seen.last.batches) < 6
+    assert len(Recorder.last.batches) < 6

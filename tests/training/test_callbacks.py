@@ -1,4 +1,4 @@
-"""What a run shows of itself: read back from W&B's offline files, TensorBoard's events and the CSVs it leaves."""
+"""The records of a run, read back from W&B's offline files, TensorBoard's events and CSV files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.wandb_file import Offline, read_offline
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import here what takes seconds, so that collecting tests stays fast."""
     global ReadsByStep
     global L, EventAccumulator, bounds, log_comparison, DiffusionModule, Progress, log_snr_range, nearest_training
     import lightning as L
@@ -45,7 +45,7 @@ def heavy_imports() -> None:
     from src.training.pictures import nearest_training
 
     class ReadsByStep(L.Callback):
-        """Those from each batch to the next, so with all that callbacks and loggers do, of batches 2 to `last`."""
+        """Counts reads from each batch to the next, callbacks and loggers included, for batches 2 to `last`."""
 
         def __init__(self, last):
             self.last, self.mode, self.counts = last, Reads(), []
@@ -61,14 +61,16 @@ def heavy_imports() -> None:
 
 
 STEPS, VALIDATED = 7, [3, 6]
-PICTURES = {"samples": [*VALIDATED], "loss_by_noise": [*VALIDATED, STEPS], "schedule": [0]}
+LOGGED = [step - 1 for step in VALIDATED]
+"""Lightning logs a validation at the index of the last step."""
+PICTURES = {"samples": LOGGED, "loss_by_noise": [*LOGGED, STEPS], "schedule": [0]}
 LAST = ("samples/final", "samples/film", "samples/neighbours", "curves")
 EVERY_STEP = ("train/loss", "train/mse", "train/grad_norm", "lr", "memory/gib")
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of seven steps under every logger, as the job of a sweep."""
+    """Train seven steps with every logger, as the job of a sweep."""
     sweep = tmp_path_factory.mktemp("sweeps") / "of_two"
     folder = sweep / "1"
     (folder / ".hydra").mkdir(parents=True)
@@ -99,7 +101,11 @@ def events(watched: Path) -> EventAccumulator:
     ).Reload()
 
 
-def test_wandb_holds_every_scalar_and_picture_at_its_step(offline):
+def test_pictures_have_the_step_of_their_validation(offline):
+    assert offline.steps("val/loss")[:2] == offline.steps("samples") == offline.steps("loss_by_noise")[:2] == LOGGED
+
+
+def test_wandb_has_every_scalar_and_picture_at_its_step(offline):
     for key in EVERY_STEP:
         assert offline.steps(key) == [*range(STEPS)], key
     for key, steps in PICTURES.items():
@@ -112,7 +118,7 @@ def test_wandb_holds_every_scalar_and_picture_at_its_step(offline):
             assert Image.open(offline.directory / "files" / name).size == (picture["width"], picture["height"])
 
 
-def test_tensorboard_holds_the_same(offline, events):
+def test_tensorboard_has_the_same_scalars_and_pictures(offline, events):
     scalars = {key for row in offline.history for key, value in row.items() if isinstance(value, float | int)}
     scalars -= {"_step", "_runtime", "_timestamp", "trainer/global_step"}
     tags = events.Tags()
@@ -130,20 +136,35 @@ def test_tensorboard_holds_the_same(offline, events):
     assert torch.__version__.split("+")[0] in text
 
 
-def test_the_csv_log_holds_the_same_scalars(watched, offline):
+def test_csv_log_has_the_same_scalars(watched, offline):
     with next((watched / "logs").glob("version_*/metrics.csv")).open() as file:
         rows = [*csv.DictReader(file)]
     for key in ("speed/steps_per_second", "speed/samples_per_second", "val/bits_per_dim", *EVERY_STEP):
         assert [float(row[key]) for row in rows if row.get(key)] == pytest.approx(offline.values(key), rel=1e-6), key
 
 
-def test_speed_is_of_the_global_batch_and_memory_of_this_process(offline):
+def test_hparams_tab_shows_settings_and_val_loss(events):
+    """And neither paths nor `hp_metric`."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    def content(tag: str) -> HParamsPluginData:
+        return HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+
+    started = content("_hparams_/session_start_info").session_start_info.hparams
+    assert started["schedule"].string_value == "cosine" and started["batch_size"].number_value == 64
+    assert started["lr"].number_value > 0 and not any("/" in value.string_value for value in started.values())
+    metrics = content("_hparams_/experiment").experiment.metric_infos
+    assert [metric.name.tag for metric in metrics] == ["val/loss"]
+    assert "val/loss" in events.Tags()["scalars"] and "hp_metric" not in events.Tags()["scalars"]
+
+
+def test_speed_counts_the_global_batch(offline):
     steps, samples = (np.array(offline.values(f"speed/{key}_per_second")) for key in ("steps", "samples"))
     assert samples == pytest.approx(steps * offline.config["data"]["batch_size"], rel=1e-5)
     assert 0.05 < offline.values("memory/gib")[-1] < 100
 
 
-def test_the_run_says_what_it_is_and_of_which_sweep(watched, offline):
+def test_run_names_its_sweep_settings_and_environment(watched, offline):
     assert (offline.run.run_group, offline.run.job_type, offline.run.display_name) == ("of_two", "train", "seed=3")
     assert offline.config["seed"] == 3 and offline.config["schedule"]["_target_"] == "src.diffusion.schedules.cosine"
     (start,) = json.loads((watched / "environment.json").read_text())["starts"]
@@ -153,15 +174,15 @@ def test_the_run_says_what_it_is_and_of_which_sweep(watched, offline):
         assert word not in (watched / "environment.json").read_text()
 
 
-def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, offline):
+def test_table_has_each_sample_with_its_nearest_neighbor(watched, offline):
     (table,) = offline.values("samples/table")
     contents = json.loads((offline.directory / "files" / table["path"]).read_text())
-    assert contents["columns"] == ["index", "asked", "drawn", "nearest", "rms_difference", "among"]
+    assert contents["columns"] == ["index", "condition", "sample", "nearest", "rms_difference", "num_candidates"]
     (pictures,) = [a for a in offline.artifacts if a.type == "run_table"]
-    lying = [e for e in pictures.manifest.contents if e.path.endswith(".png")]
-    assert lying and all(Path(e.local_path).is_relative_to(offline.directory) for e in lying)
-    assert all(Image.open(e.local_path).size == (68, 68) for e in lying)
-    # The distances once more, from the run itself and by plain differences.
+    entries = [e for e in pictures.manifest.contents if e.path.endswith(".png")]
+    assert entries and all(Path(e.local_path).is_relative_to(offline.directory) for e in entries)
+    assert all(Image.open(e.local_path).size == (68, 68) for e in entries)
+    # The distances again, from the saved run and by plain differences.
     opened = open_run(str(watched))
     opened.data.setup()
     *_, x = opened.module.sample(range(64), seed=3)
@@ -171,32 +192,32 @@ def test_the_table_holds_each_sample_with_its_nearest_training_sample(watched, o
     assert {row[5] for row in contents["data"]} == {len(train)}
 
 
-def test_the_best_checkpoint_is_an_artifact_that_lies_in_the_run_and_is_the_average(watched, offline):
+def test_artifact_is_the_average_of_the_best_checkpoint(watched, offline):
     (model,) = [a for a in offline.artifacts if a.type == "model"]
     (entry,) = model.manifest.contents
     assert Path(entry.local_path) == watched / "best.safetensors" and "best" in model.aliases
     best = read_checkpoint(watched / "checkpoints" / "best.ckpt")
-    about = json.loads(model.metadata)
-    assert about["step"] == best["global_step"] in VALIDATED and about["averaged"]
-    assert about["val/loss"] == pytest.approx(min(offline.values("val/loss")[:2]), rel=1e-6)
+    metadata = json.loads(model.metadata)
+    assert metadata["step"] == best["global_step"] in VALIDATED and metadata["averaged"]
+    assert metadata["val/loss"] == pytest.approx(min(offline.values("val/loss")[:2]), rel=1e-6)
     with safe_open(entry.local_path, "pt") as file:
         for name in file.keys():
             assert_close(file.get_tensor(name), best["state_dict"][name], rtol=0, atol=0)
     assert str(watched) not in Path(entry.local_path).read_bytes().decode("latin1")
 
 
-def test_the_loss_by_noise_is_that_of_the_steps(watched, offline):
-    """The bins' sums over all steps against the logged means, and their places against the schedule's formula."""
+def test_loss_by_noise_sums_to_the_logged_losses(watched, offline):
+    """And the bins lie where the schedule's formula says."""
     with (watched / "loss_by_noise.csv").open() as file:
         rows = [{k: float(v or "nan") for k, v in row.items()} for row in csv.DictReader(file)]
     assert [row["step"] for row in rows] == [s for s in (*VALIDATED, STEPS) for _ in range(20)]
     batch = offline.config["data"]["batch_size"]
     for end, start in zip((*VALIDATED, STEPS), (0, *VALIDATED), strict=True):
-        of_span = [row for row in rows if row["step"] == end]
-        assert sum(row["samples"] for row in of_span) == batch * (end - start)
-        total = sum(row["loss"] * row["samples"] for row in of_span if row["samples"])
+        span = [row for row in rows if row["step"] == end]
+        assert sum(row["samples"] for row in span) == batch * (end - start)
+        total = sum(row["loss"] * row["samples"] for row in span if row["samples"])
         assert total / batch == pytest.approx(sum(offline.values("train/loss")[start:end]), rel=1e-4)
-    # Cosine's noisiest level is beyond -15; the cleanest from the paper's formula (Nichol & Dhariwal 2021, eq. 17).
+    # Cosine's noisiest level is below -15; the cleanest follows from Nichol & Dhariwal 2021, eq. 17.
     f = [math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (0, 1 / 1000)]
     top = math.log(f[1] / f[0] / (1 - f[1] / f[0]))
     width = (top + 15) / 20
@@ -205,26 +226,25 @@ def test_the_loss_by_noise_is_that_of_the_steps(watched, offline):
     )
 
 
-def test_ends_of_schedules_without_a_last_log_snr():
-    """Zero terminal SNR has none; 15 stands for it."""
+def test_zero_terminal_snr_counts_as_log_snr_minus_15():
     table = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(100)))
     low, high = log_snr_range(table)
     alpha_bar = 1 - table.betas[0].item()
     assert low == -15 and high == pytest.approx(math.log(alpha_bar / (1 - alpha_bar)), abs=1e-6)
 
 
-def test_bits_per_dim_are_those_of_the_averaged_weights(watched, offline):
+def test_bits_per_dim_use_the_averaged_weights(watched, offline):
     opened = open_run(str(watched))  # with the average of the last step
     x = opened.data.examples(512)
     (one,) = bounds(opened.module, [range(len(x))], lambda _: (x, None), 3, 4, "optimal")
     expected = one.total.mean().item()
     metrics = json.loads((watched / "metrics.json").read_text())
     assert metrics["val/bits_per_dim"] == pytest.approx(expected, rel=1e-4)
-    assert offline.steps("val/bits_per_dim")[:2] == [2, 5]  # Lightning counts the step that is just over
+    assert offline.steps("val/bits_per_dim")[:2] == LOGGED
 
 
-def test_a_run_that_goes_on_goes_on_with_its_history(tmp_path, monkeypatch):
-    """Stopped between validations and resumed, it leaves the table of an undisturbed run, to the last digit."""
+def test_resumed_run_continues_its_records(tmp_path, monkeypatch):
+    """Stopped between validations and resumed, it leaves the same files as an uninterrupted run."""
     from tests.runs.test_runs import runs_until
 
     train_tiny(tmp_path / "whole")
@@ -240,11 +260,11 @@ def test_a_run_that_goes_on_goes_on_with_its_history(tmp_path, monkeypatch):
     whole, cut = (sorted(f.name for f in (tmp_path / name / "samples").iterdir()) for name in ("whole", "cut"))
     assert whole == cut
     logs = [sorted((tmp_path / name / "logs").glob("*/metrics.csv")) for name in ("whole", "cut")]
-    whole, cut = ([row["step"] for log in of_run for row in csv.DictReader(log.open())] for of_run in logs)
+    whole, cut = ([row["step"] for path in paths for row in csv.DictReader(path.open())] for paths in logs)
     assert whole == cut
 
 
-def test_the_nearest_training_sample_of_a_copy_is_itself(trained):
+def test_nearest_training_sample_of_a_copy_is_itself(trained):
     data = open_run(str(trained)).data
     data.setup()
     copies = data.preprocess(data.source.fetch(data.train_indices[1200:1204]))
@@ -254,15 +274,15 @@ def test_the_nearest_training_sample_of_a_copy_is_itself(trained):
     assert (nearest_training(data, copies, limit=1000)[1] > 0).all()
 
 
-def test_code_version_is_gits_and_none_without(tmp_path):
+def test_code_version_is_that_of_git(tmp_path):
     assert code_version(tmp_path) == {"commit": None, "dirty": None}
 
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=x", "-c", "user.email=x@y"]
-        told = subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(tmp_path), *who, *arguments], capture_output=True, text=True, check=True
         )
-        return told.stdout.strip()
+        return done.stdout.strip()
 
     git("init", "-q")
     (tmp_path / "file").write_text("1")
@@ -272,17 +292,17 @@ def test_code_version_is_gits_and_none_without(tmp_path):
     (tmp_path / "file").write_text("2")
     assert code_version(tmp_path)["dirty"]
     (tmp_path / "below").mkdir()
-    assert code_version(tmp_path / "below")["commit"] is None  # the repository of something else
+    assert code_version(tmp_path / "below")["commit"] is None  # inside another repository
 
 
-def test_a_heat_map_of_one_row_and_of_none_seen_is_drawn(tmp_path):
+def test_heat_map_of_one_or_empty_rows_is_drawn(tmp_path):
     path = tmp_path / "loss_by_noise.csv"
     for lines in (["3,1.0,0.5,4"], ["3,1.0,,0", "3,2.0,,0"], ["3,1.0,-0.5,4", "3,2.0,0.5,4", "6,1.0,1,1", "6,2.0,1,1"]):
         path.write_text("\n".join(["step,log_snr,loss,samples", *lines]))
         assert charts.loss_by_noise(path).width > 500
 
 
-def test_a_comparison_is_a_table_in_the_group_of_the_sweep(tmp_path, monkeypatch):
+def test_comparison_is_a_table_in_the_sweeps_group(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     rows = [{"run": "seed=0", "fid": 3.5}, {"run": "seed=1", "bits": 2.0}]
     name = log_comparison(rows, "project", "of_two", tmp_path)
@@ -292,7 +312,7 @@ def test_a_comparison_is_a_table_in_the_group_of_the_sweep(tmp_path, monkeypatch
     assert table == {"columns": ["run", "fid", "bits"], "data": [["seed=0", 3.5, None], ["seed=1", None, 2.0]]}
 
 
-def test_every_panel_of_the_dashboard_shows_what_a_run_has_logged(offline):
+def test_dashboard_panels_show_logged_keys(offline):
     pytest.importorskip("wandb_workspaces")
     logged = {key for row in offline.history for key in row}
     wanted = set()
@@ -303,12 +323,12 @@ def test_every_panel_of_the_dashboard_shows_what_a_run_has_logged(offline):
     assert len(wanted) > 15 and wanted <= logged
     sent = dashboard.workspace("me", "p", "n")._to_model().model_dump_json()
     assert all(f'"{key}"' in sent for key in wanted - {"samples/table"})
-    # What is sent of a report is known only with an account.
+    # The request for a report needs an account.
     shown = [panel for block in dashboard.report("me", "p", "n").blocks for panel in getattr(block, "panels", [])]
     assert [type(panel) for panel in shown] == [type(panel) for part in dashboard.sections().values() for panel in part]
 
 
-def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_network, tmp_path):
+def test_dashboard_without_account_names_the_fix(monkeypatch, no_network, tmp_path):
     pytest.importorskip("wandb_workspaces")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -319,10 +339,7 @@ def test_the_dashboard_without_an_account_says_what_to_do(monkeypatch, no_networ
 
 
 class Reads(TorchDispatchMode):
-    """How often a tensor's value, or a size that depends on one, is asked for.
-
-    A GPU's process would wait there until all that is queued is done.
-    """
+    """Count operations that read a tensor's value; a GPU would finish all queued work there."""
 
     NAMES = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount", "aten::equal")
     count = 0
@@ -338,7 +355,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "setting", ["schedule=cosine", "timestep_sampler=importance", "schedule=edm_lognormal", "loss=vlb"]
 )
-def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
+def test_steps_synchronize_only_for_output(setting, tmp_path):
     watch = ReadsByStep(last=8)
     own = [
         "trainer.max_steps=9",
@@ -352,7 +369,13 @@ def test_steps_wait_for_the_device_only_to_show_something(setting, tmp_path):
     assert [bool(count) for count in watch.counts] == [number in (4, 6, 8) for number in range(2, 9)]
 
 
-def test_the_bar_shows_the_loss_of_the_last_batch_and_none_before_there_was_one(tmp_path, monkeypatch):
+def train_with_progress(folder: Path, *own: str):
+    run = build(compose("train", *TINY, "trainer.max_steps=4", "validate_every=4", *own, f"run_dir='{folder}'"))
+    run.trainer.fit(run.module, datamodule=run.data)
+    return run
+
+
+def test_progress_bar_shows_the_loss_of_the_last_batch(tmp_path, monkeypatch, capsys):
     losses, shown = [], []
     step, metrics = DiffusionModule.training_step, Progress.get_metrics
 
@@ -362,14 +385,27 @@ def test_the_bar_shows_the_loss_of_the_last_batch_and_none_before_there_was_one(
 
     def keep_metrics(bar, trainer, module):
         shown.append((len(losses), (out := metrics(bar, trainer, module)).get("train/loss")))
+        assert "v_num" not in out
         return out
 
     monkeypatch.setattr(DiffusionModule, "training_step", keep_loss)
     monkeypatch.setattr(Progress, "get_metrics", keep_metrics)
-    own = ["trainer.max_steps=4", "validate_every=4", "data.batch_size=16", "trainer.accumulate_grad_batches=2"]
-    run = build(compose("train", *TINY, *own, "callbacks.progress.refresh_rate=3", f"run_dir='{tmp_path}'"))
-    assert "train/loss" not in metrics(run.trainer.progress_bar_callback, run.trainer, run.module)
-    run.trainer.fit(run.module, datamodule=run.data)
-    assert [count for count, _ in shown] == [3, 6, 8, 8, 8]  # when it moves, and validation and training end
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    own = ["data.batch_size=16", "trainer.accumulate_grad_batches=2", "callbacks.progress.refresh_rate=3"]
+    run = train_with_progress(tmp_path, *own)
+    assert [count for count, _ in shown] == [3, 6, 8, 8, 8]  # updates, end of validation, end of training
     assert run.trainer.progress_bar_callback.train_progress_bar.total == 8
     assert all(loss == pytest.approx(losses[count - 1], rel=1e-6) for count, loss in shown)
+    said = capsys.readouterr().out
+    assert "Training" in said and "Epoch" not in said
+
+
+def test_progress_prints_few_lines_without_terminal(tmp_path, monkeypatch, capsys):
+    train_with_progress(tmp_path / "a")
+    (line,) = capsys.readouterr().out.splitlines()  # 4 steps take less than 10 s
+    assert line.startswith("step 4 of 4: train/loss ") and line.endswith("steps/s")
+    monkeypatch.setattr("src.training.callbacks.monitor.SECONDS_PER_LINE", 0.0)
+    train_with_progress(tmp_path / "b")
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3", "4"]
+    train_with_progress(tmp_path / "c", "callbacks.progress.refresh_rate=0")
+    assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""The module: how a learned curve is trained beside the network, how a compiled network is called."""
+"""The LightningModule: a learned schedule trains beside the network; a compiled network."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
-from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_time_grid
 from src.diffusion.timestep_samplers import stratified, uniform
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
-    global DiffusionModule, Sampler, warmup
-    from src.training.module import DiffusionModule, Sampler
+    """Import here what takes seconds, so that collecting tests stays fast."""
+    global LearnedScheduleModule, Sampler, warmup
+    from src.training.learned_schedule import LearnedScheduleModule
     from src.training.optim import warmup
+    from src.training.sampling import Sampler
 
 
-DEVIATION = 0.1
+STD = 0.1
 
 
 class Ideal(nn.Module):
-    """E[x_0 | x_t] for x_0 ~ N(0, DEVIATION^2), times `factor`."""
+    """E[x_0 | x_t] for x_0 ~ N(0, STD^2), times `factor`."""
 
     def __init__(self, curve: curves.Learned) -> None:
         super().__init__()
-        self.curve = [curve]  # in a list, so that it is not a part of this
+        self.curve = [curve]  # in a list, so that it is not a submodule
         self.factor = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         with torch.no_grad():
             alpha, sigma = (field[:, None] for field in self.curve[0](time))
-        return self.factor * alpha * DEVIATION**2 / ((alpha * DEVIATION) ** 2 + sigma**2) * x
+        return self.factor * alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2) * x
 
 
-def learning(timestep_sampler=uniform) -> DiffusionModule:
+def learned_module(timestep_sampler=uniform) -> LearnedScheduleModule:
     schedule = ContinuousSchedule(curves.Learned(width=16), 100)
     diffusion = GaussianDiffusion("x0", decoder_scale=schedule.decoder_scale)
-    return DiffusionModule(
+    return LearnedScheduleModule(
         Ideal(schedule.curve),
         schedule,
         diffusion,
@@ -58,41 +59,43 @@ def learning(timestep_sampler=uniform) -> DiffusionModule:
 
 
 def batch(step: int, size: int = 64) -> dict[str, Tensor | int]:
-    x = DEVIATION * torch.randn(size, 2, generator=torch.Generator().manual_seed(step))
+    x = STD * torch.randn(size, 2, generator=torch.Generator().manual_seed(step))
     return {"x": x, "start": 0, "total": size}
 
 
-def test_network_descends_the_loss_and_the_curve_its_square():
-    """One backward pass gives each the gradient that plain autograd gives of its own objective.
+def test_network_descends_the_loss_and_schedule_its_square():
+    """One backward pass gives each the gradient that autograd computes for its own loss.
 
-    In which the curve's cleanest row, of 100, is a constant.
+    In the schedule's loss, the cleanest of the 100 steps is constant.
     """
-    module = learning()
-    module.net.factor.data.fill_(1.5)  # at the optimum nothing but rounding would be left
-    _, terms = module._train_terms(batch(0), 0)
-    terms["loss"].mean().backward()
+    module = learned_module()
+    module.net.factor.data.fill_(1.5)  # at the optimum only rounding would remain
+    out = module.training_step(batch(0), 0)
+    out["loss"].backward()
     ours = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()
 
-    x0, rng = module._step_rng(batch(0), 0)
-    transition = module.schedule.transition(rng.uniform("t"), x0)
-    loss = losses.vlb(module.diffusion, module.denoise, x0, transition, rng.normal("eps", x0.shape[1:]))["loss"]
-    assert_close(terms["loss"], loss, rtol=0, atol=0)
+    x0, rng = batch(0)["x"], module.step_rng(batch(0), 0)
+    transition, eps = module.schedule.transition(rng.uniform("t"), x0), rng.normal("eps", x0.shape[1:])
+
+    def loss_of(transition: Transition) -> Tensor:
+        return losses.vlb(module.diffusion, module.denoise, x0, transition, eps)["loss"]
+
+    loss = loss_of(transition)
+    assert_close(out["terms"]["loss"], loss.detach(), rtol=0, atol=0)
     ends = (NoiseLevel(*(torch.where(a.time > 0.015, x, x.detach()) for x in a)) for a in (transition.t, transition.s))
-    held = losses.vlb(module.diffusion, module.denoise, x0, Transition(*ends, 100), rng.normal("eps", x0.shape[1:]))[
-        "loss"
-    ]
-    for parameters, loss_fn in ((module.weights, loss.mean()), (module.curve_weights, held.square().mean())):
-        expected = torch.autograd.grad(loss_fn, parameters, retain_graph=True)
+    squared = loss_of(Transition(*ends, 100)).square()
+    for parameters, value in ((module.weights, loss.mean()), (module.curve_weights, squared.mean())):
+        expected = torch.autograd.grad(value, parameters, retain_graph=True)
         got = [g for p, g in zip(module.parameters(), ours, strict=True) if any(p is q for q in parameters)]
         assert_close(got, list(expected), rtol=1e-3, atol=1e-6)
     assert len(module.weights) + len(module.curve_weights) == len(ours)
 
 
 @pytest.mark.parametrize("large", ["weights", "curve_weights"])
-def test_curve_and_network_are_clipped_apart(large, monkeypatch):
-    """The norm of each is 1 at most, and the smaller gradient stays as it is, however large the other."""
-    module = learning()
+def test_schedule_and_network_are_clipped_apart(large, monkeypatch):
+    """The norm of each is at most 1, and a small gradient stays, however large the other is."""
+    module = learned_module()
     logged = {}
     monkeypatch.setattr(module, "_is_logged", lambda step: True)
     monkeypatch.setattr(module, "log", lambda name, value: logged.update({name: value.item()}))
@@ -104,15 +107,13 @@ def test_curve_and_network_are_clipped_apart(large, monkeypatch):
     module.configure_gradient_clipping(optimizer, 1.0)
     assert torch.cat([p.grad.flatten() for p in getattr(module, large)]).norm().item() == pytest.approx(1, abs=1e-4)
     assert all((p.grad == 1e-3).all() for p in getattr(module, small))
-    count = sum(p.numel() for p in module.weights)
-    assert logged["train/grad_norm"] == pytest.approx(
-        math.sqrt(count) * (1e6 if large == "weights" else 1e-3), rel=1e-4
-    )
+    norm = math.sqrt(sum(p.numel() for p in module.weights)) * (1e6 if large == "weights" else 1e-3)
+    assert logged["train/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-def test_decay_does_not_pull_on_the_curve():
-    """With gradients of 0 the network shrinks by lr times weight_decay, and the curve stays."""
-    module = learning()
+def test_weight_decay_does_not_apply_to_the_schedule():
+    """With zero gradients the network shrinks by lr times weight_decay, and the schedule stays."""
+    module = learned_module()
     before = [p.detach().clone() for p in module.curve_weights]
     optimizer, _ = module.prepare_optimizer(10)
     for p in module.parameters():
@@ -122,34 +123,36 @@ def test_decay_does_not_pull_on_the_curve():
     assert module.net.factor.item() == pytest.approx(1 - 1e-2 * 0.5)
 
 
-def test_learned_curve_makes_the_bound_vary_less():
-    """With the ideal network, on fresh data: the divergences' variance falls, their mean stays the same."""
-    module = learning(stratified)
+def test_learned_schedule_lowers_the_variance_of_the_bound():
+    """With the ideal network and fresh data, the variance of the KL terms falls and their mean stays."""
+    module = learned_module(stratified)
     optimizer = torch.optim.Adam(module.curve_weights, lr=2e-2)
 
     def moments() -> tuple[float, float]:
         with torch.no_grad():
-            drawn = [module._train_terms(batch(k, 1024), k) for k in range(1000, 1010)]
-        # The decoder's link, 1 of 100, is what it is whatever the curve.
-        loss = torch.cat([terms["loss"][v > 0.01] for v, terms in drawn])
+            outs = [module.training_step(batch(k, 1024), 0) for k in range(1000, 1010)]
+        # The decoder's term, 1 of 100, does not depend on the schedule.
+        loss = torch.cat([out["terms"]["loss"][out["v"] > 0.01] for out in outs])
         return loss.mean().item(), loss.std().item()
 
     mean, std = moments()
-    for step in range(400):
-        optimizer.zero_grad()
-        module._train_terms(batch(step), step)[1]["loss"].mean().backward()
-        optimizer.step()
-    new_mean, new_deviation = moments()
-    assert new_deviation < 0.75 * std
+    with pytest.MonkeyPatch.context() as patch:
+        for step in range(400):
+            patch.setattr(LearnedScheduleModule, "global_step", step)
+            optimizer.zero_grad()
+            module.training_step(batch(step), 0)["loss"].backward()
+            optimizer.step()
+    new_mean, new_std = moments()
+    assert new_std < 0.75 * std
     assert new_mean == pytest.approx(mean, abs=0.1 * abs(mean) + 0.1)
 
 
 @torch.no_grad()
-def test_what_a_compiled_network_puts_out_is_kept_and_its_batches_are_of_one_size():
-    """CUDA graphs write each output over the last one."""
-    module, memory, sizes = learning(), torch.zeros(3, 2), []
+def test_compiled_outputs_are_copied_and_batches_padded():
+    """CUDA graphs overwrite each output by the next."""
+    module, memory, sizes = learned_module(), torch.zeros(3, 2), []
     x = batch(0, 7)["x"]
-    t = make_grid(module.schedule, 4, "trailing")[1]
+    t = make_time_grid(module.schedule, 4, "trailing")[1]
     plain = module.denoise_for_sampling(x, t, microbatch_size=3)
 
     def replay(x, time):

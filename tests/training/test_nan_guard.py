@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped, written down, and turned back from when there are many."""
+"""Steps whose loss or gradient is not finite are skipped and recorded; many of them cause a rollback."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from tests.conftest import train_tiny
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import here what takes seconds, so that collecting tests stays fast."""
     global DiffusionModule, skip_unless
     from src.training.module import DiffusionModule
     from src.training.optim import skip_unless
 
 
 def poison(monkeypatch, steps, sample=slice(None)):
-    """The network puts out NaN for these samples of the batch at these steps."""
+    """Make the network return NaN for these samples of the batch at these steps."""
     original = DiffusionModule.denoise
 
     def denoise(self, x, t, cond=None):
@@ -35,7 +35,7 @@ def poison(monkeypatch, steps, sample=slice(None)):
 
 
 def watch(monkeypatch):
-    """Weights and optimizer state, copied as each step begins; the learning rate that each step takes."""
+    """Return lists that collect weights with optimizer state, and the learning rate, at the start of each step."""
     history: list[dict[str, torch.Tensor]] = []
     rates: list[float] = []
 
@@ -59,11 +59,11 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("fused", ["true", "false"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path, monkeypatch, fused):
-    """Sample 5 of the fourth batch is poisoned: that step is skipped, the others are not."""
+def test_nonfinite_step_is_skipped_and_recorded(tmp_path, monkeypatch, fused):
+    """With NaN in sample 5 of the fourth batch, that step is skipped and the others are not."""
     poison(monkeypatch, {3}, sample=5)
     history, _ = watch(monkeypatch)
-    with pytest.warns(UserWarning, match="skipped step 3: loss or gradient was not finite"):
+    with pytest.warns(UserWarning, match="skipped step 3"):
         train_tiny(tmp_path / "run", f"optimizer.fused={fused}")
     assert same(history[4], history[3])
     assert not any(same(history[k + 1], history[k]) for k in (0, 1, 2, 4))
@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_written_down(tmp_path,
     assert row["t"] == [int(1000 * v) for v in row["v"]]
 
 
-def test_a_loss_that_overflows_is_skipped_though_its_gradient_would_not(tmp_path, monkeypatch):
+def test_overflowing_loss_with_finite_gradient_is_skipped(tmp_path, monkeypatch):
     """An error of 1e20 squares to infinity in float32, while twice the error is finite."""
     original = DiffusionModule.denoise
     monkeypatch.setattr(
@@ -91,23 +91,23 @@ def test_a_loss_that_overflows_is_skipped_though_its_gradient_would_not(tmp_path
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_a_skipped_step_leaves_weights_and_moments(optimizer):
+def test_skipped_step_leaves_weights_and_moments(optimizer):
     for fused in (True, False):
-        for fine in (True, False):
+        for finite in (True, False):
             weight = torch.nn.Parameter(torch.ones(3))
             stepper = optimizer([weight], lr=0.1, fused=fused)
             weight.grad = torch.ones(3)
-            skip_unless(torch.tensor(fine), stepper)
+            skip_unless(torch.tensor(finite), stepper)
             stepper.step()
-            assert torch.equal(weight.detach(), torch.ones(3)) is not fine
+            assert torch.equal(weight.detach(), torch.ones(3)) is not finite
 
 
-def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeypatch):
-    """Steps 5 and 6 are poisoned, a checkpoint is from step 4: step 7 begins as step 4 did, at half the rate."""
+def test_rollback_restores_weights_and_halves_the_rate(tmp_path, monkeypatch):
+    """With NaN in steps 5 and 6 and a checkpoint of step 4, step 7 starts as step 4 did, at half the rate."""
     poison(monkeypatch, {5, 6})
     history, rates = watch(monkeypatch)
     settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2", "validate_every=100"]
-    with pytest.warns(UserWarning, match=r"5 to 6 had a finite gradient: the weights go back to those of step 4"):
+    with pytest.warns(UserWarning, match="rolled back to step 4"):
         train_tiny(tmp_path / "run", *settings)
     assert same(history[7], history[4]) and not same(history[6], history[4])
     monkeypatch.undo()
@@ -120,7 +120,30 @@ def test_after_too_many_the_weights_go_back_and_the_rate_falls(tmp_path, monkeyp
     assert len(rows(tmp_path / "run")) == 2
 
 
-def test_the_average_goes_back_too(tmp_path, monkeypatch):
+def test_rollback_saves_a_diverged_run(tmp_path, monkeypatch):
+    """One bad step ruins the weights for good: with a rollback the run finishes, without it ends."""
+    original = DiffusionModule.training_step
+    ruined = []
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5 and not ruined:
+            ruined.append(True)
+            with torch.no_grad():
+                for weight in self.weights:
+                    weight.mul_(1e30)
+        return original(self, batch, batch_idx)
+
+    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2", "validate_every=100"]
+    monkeypatch.setattr(DiffusionModule, "training_step", training_step)
+    with pytest.warns(UserWarning, match="rolled back to step 4"):
+        metrics = train_tiny(tmp_path / "saved", *settings)
+    assert metrics["steps"] == 10 and math.isfinite(metrics["val/loss"])
+    ruined.clear()
+    with pytest.raises(UsageError, match="the weights have diverged"):
+        train_tiny(tmp_path / "lost", *settings, "callbacks.nan_guard.max_rollbacks=0")
+
+
+def test_rollback_restores_the_average(tmp_path, monkeypatch):
     from src.training.callbacks.ema import EMA
 
     averages = []
@@ -130,14 +153,14 @@ def test_the_average_goes_back_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EMA, "on_train_batch_start", on_train_batch_start)
     poison(monkeypatch, {5, 6})
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2")
     assert all(map(torch.equal, averages[7], averages[4]))
     assert not all(map(torch.equal, averages[6], averages[4]))
 
 
-def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch):
-    """It goes back once to each checkpoint, newest first, and what was good stays on the disk."""
+def test_failed_rollbacks_end_with_a_diagnosis(tmp_path, monkeypatch):
+    """Each checkpoint is tried once, newest first, and intact ones stay on the disk."""
     poison(monkeypatch, range(5, 100))
     with pytest.raises(UsageError) as error:
         train_tiny(
@@ -148,40 +171,39 @@ def test_a_run_that_cannot_be_saved_ends_with_a_diagnosis(tmp_path, monkeypatch)
             "keep_checkpoints=-1",
         )
     said = str(error.value)
-    assert "had a finite gradient, and going back to steps [4, 2] did not help" in said
-    assert "the loss of every sample was not finite" in said and "lower optimizer.lr" in said and "\n" not in said
+    assert "[4, 2]" in said and "the loss of every sample was not finite" in said and "optimizer.lr" in said
+    assert "\n" not in said
     assert len(rows(tmp_path)) == 9
     assert read_checkpoint(tmp_path / "checkpoints" / "step_000004.ckpt")["global_step"] == 4
 
 
-def test_a_run_that_is_stopped_between_skipped_steps_counts_on(tmp_path, monkeypatch):
-    """So that it turns back where it would have without the stop."""
+def test_resumed_run_counts_skipped_steps_on(tmp_path, monkeypatch):
+    """It rolls back where it would have without the stop."""
     from tests.runs.test_runs import assert_equal_bits, runs_until, weights
 
     settings = ["trainer.max_steps=12", "checkpoint_every=4", "callbacks.nan_guard.patience=4", "validate_every=100"]
     poison(monkeypatch, range(5, 9))
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path / "whole", *settings)
     runs_until(monkeypatch, stop_after=7)
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "stopped", *settings)
     monkeypatch.undo()
     poison(monkeypatch, range(5, 9))
-    with pytest.warns(UserWarning, match="go back"):
+    with pytest.warns(UserWarning, match="rolled back"):
         train_tiny(tmp_path / "stopped", *settings, f"resume='{tmp_path / 'stopped'}'")
     for key in ("state_dict", "current_model_state"):
         assert_equal_bits(weights(tmp_path / "stopped", key), weights(tmp_path / "whole", key))
 
 
-def test_the_guard_refuses_what_it_cannot_do(tmp_path):
-    with pytest.raises(UsageError, match="needs patience >= 1"):
+def test_guard_refuses_patience_below_one(tmp_path):
+    with pytest.raises(UsageError, match=r"nan_guard\.patience=0"):
         train_tiny(tmp_path, "callbacks.nan_guard.patience=0")
 
 
-def test_no_step_waits_for_the_device(monkeypatch, tmp_path):
-    """Whether a step was skipped is asked where Lightning logs and where a checkpoint is saved, and nowhere else."""
-    asked = []
+def test_guard_synchronizes_only_at_logs_and_checkpoints(monkeypatch, tmp_path):
+    shapes = []
     original = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(self.shape) or original(self))
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: shapes.append(self.shape) or original(self))
     train_tiny(tmp_path, "trainer.log_every_n_steps=4", "trainer.max_steps=10", "validate_every=100")
-    assert [shape for shape in asked if len(shape) == 1 and shape[0] in (4, 2)] == [(4,), (4,), (2,)]
+    assert [shape for shape in shapes if len(shape) == 1 and shape[0] in (4, 2)] == [(4,), (4,), (2,)]

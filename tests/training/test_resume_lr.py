@@ -1,4 +1,4 @@
-"""A resumed run trains by the settings of the command that resumes it: its learning rate is that of the step."""
+"""A resumed run uses the optimizer settings of the resuming command, at the learning rate of its step."""
 
 import csv
 import json
@@ -11,26 +11,27 @@ import pytest
 import torch
 
 from src.runs.build import build, close, start
+from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
 
 PLAIN = ("optimizer.lr=2e-3", "validate_every=100", "~callbacks.bits_per_dim", "~callbacks.loss_by_noise")
 WARM = (*PLAIN, "lr_scheduler.warmup_steps=50")
-"""What the runs of this module have in common."""
+"""Settings common to the runs of this module."""
 
 
 def train_alone(folder: Path, *overrides: str) -> None:
-    """Train as `src.train` does, without the pictures that it draws at the end, which take longer."""
+    """Train as `src.train` does, without its slow final pictures."""
     cfg = compose("train", *TINY, *overrides, f"run_dir='{folder}'")
     run = build(cfg)
-    start(cfg, run)
+    start(run)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from, weights_only=True)
-    run.save()
+    save_last_checkpoint(run)
     close(run)
 
 
 def rates(folder: Path, first: int = 0) -> list[float]:
-    """The learning rates that were logged, one for each step from `first` on, in order."""
+    """Return the logged learning rates of the steps from `first` on; each step must be logged once."""
     logged = []
     for log in sorted((folder / "logs").glob("version_*/metrics.csv")):
         with log.open(newline="") as file:
@@ -40,7 +41,7 @@ def rates(folder: Path, first: int = 0) -> list[float]:
 
 
 def formula(decay: str, lr: float, warmup: int, total: int) -> Callable[[int], float]:
-    """The rate of a step as the YAMLs describe it: a linear rise, then a fall that ends at `total`."""
+    """Return the learning rate as a function of the step: linear warm-up times a decay that ends at `total`."""
     fall = {
         "constant": lambda step: 1.0,
         "linear": lambda step: (total - step) / total,
@@ -49,8 +50,8 @@ def formula(decay: str, lr: float, warmup: int, total: int) -> Callable[[int], f
     return lambda step: lr * min(1, (step + 1) / warmup) * fall(step)
 
 
-def test_a_finished_run_logs_the_rate_of_each_step_once(tmp_path):
-    """Also where its last step was validated: `rates` wants the steps in order, each once."""
+def test_extended_run_logs_each_rate_once(tmp_path):
+    """Also if its last step was validated."""
     folder = tmp_path / "run"
     often = ("validate_every=2", *WARM[:1], *WARM[2:])
     for steps in (4, 8):
@@ -61,7 +62,7 @@ def test_a_finished_run_logs_the_rate_of_each_step_once(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of runs of four steps, one for each schedule of the learning rate."""
+    """Return the folder of a run of four steps for each learning-rate schedule."""
     folders = {}
     for name in ("linear", "cosine", "constant"):
         folders[name] = tmp_path_factory.mktemp("finished") / name
@@ -71,14 +72,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def resumed(run: Path, folder: Path, *settings: str) -> list[float]:
-    """The rates of the steps from 4 on of a copy of `run` that is resumed with these settings."""
+    """Resume a copy of `run` with these settings and return the rates of the steps from 4 on."""
     shutil.copytree(run, folder)
     train_alone(folder, *WARM, "trainer.max_steps=8", f"resume='{folder}'", *settings)
     return rates(folder, first=4)
 
 
-def test_the_first_step_after_a_resume_has_its_own_rate(tmp_path, capsys):
-    """By the whole command, with the values by hand: 2e-3, a rise over 50 steps, a fall over 8."""
+def test_first_step_after_resume_has_its_own_rate(tmp_path, capsys):
+    """By the command, with values computed by hand: 2e-3, 50 steps of warm-up, decay over 8."""
     folder = tmp_path / "run"
     train_tiny(folder, *WARM, "trainer.max_steps=4")
     train_tiny(folder, *WARM, "trainer.max_steps=8", f"resume='{folder}'")
@@ -97,7 +98,7 @@ def test_more_steps_continue_the_longer_schedule(finished, tmp_path):
         assert got == pytest.approx([*map(formula(name, 2e-3, 50, 8), range(4, 8))], rel=1e-6), name
 
 
-def test_changed_settings_of_the_rate_take_effect(finished, tmp_path):
+def test_changed_learning_rate_settings_take_effect(finished, tmp_path):
     for k, (settings, expected) in enumerate(
         {
             ("lr_scheduler=cosine",): formula("cosine", 2e-3, 50, 8),
@@ -110,8 +111,8 @@ def test_changed_settings_of_the_rate_take_effect(finished, tmp_path):
         assert got == pytest.approx([*map(expected, range(4, 8))], rel=1e-6), settings
 
 
-def test_schedules_of_torch_continue_as_if_uninterrupted(tmp_path):
-    """CosineAnnealingLR computes each rate from the one before, and reads its length when it is made."""
+def test_torch_schedulers_continue_as_if_uninterrupted(tmp_path):
+    """CosineAnnealingLR computes each rate from the previous one, and its length is fixed at construction."""
     schedule = (
         "lr_scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR",
         "~lr_scheduler.warmup_steps",
@@ -129,8 +130,8 @@ def groups(folder: Path) -> list[dict]:
     return read_checkpoint(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"]
 
 
-def test_settings_of_the_optimizer_take_effect_in_every_group(tmp_path):
-    """A learned schedule is a second group, which is not decayed."""
+def test_optimizer_settings_take_effect_in_every_group(tmp_path):
+    """A learned schedule is a second group without weight decay."""
     settings = (*WARM, "schedule=learned", "lr_scheduler=constant")
     folder = tmp_path / "run"
     train_alone(folder, *settings, "trainer.max_steps=2")
@@ -143,8 +144,8 @@ def test_settings_of_the_optimizer_take_effect_in_every_group(tmp_path):
         assert group["initial_lr"] == 1e-3 and group["lr"] == pytest.approx(1e-3 * 5 / 50)
 
 
-def test_weight_decay_of_the_resumed_steps_is_the_new_one(finished, tmp_path):
-    """AdamW takes lr * decay * weight off beside Adam's step, which is the same from the same weights."""
+def test_resumed_steps_use_the_new_weight_decay(finished, tmp_path):
+    """AdamW subtracts lr * decay * weight in addition to Adam's step, which is equal for equal weights."""
     before = read_checkpoint(finished["constant"] / "checkpoints" / "last.ckpt")["current_model_state"]
     weights = {}
     for decay in (0.0, 5.0):
@@ -157,8 +158,8 @@ def test_weight_decay_of_the_resumed_steps_is_the_new_one(finished, tmp_path):
         torch.testing.assert_close(weights[5.0][name] - weight, -lr * 5.0 * before[name], rtol=1e-3, atol=1e-7)
 
 
-def test_what_the_guard_left_of_the_rate_stays(tmp_path, monkeypatch):
-    """It halves the rate after two bad steps, from the fourth on; a changed rate is halved too."""
+def test_rate_halved_by_the_guard_stays_halved(tmp_path, monkeypatch):
+    """Two bad steps halve the rate from the fourth step on; a changed rate is halved too."""
     from src.training.module import DiffusionModule
 
     original = DiffusionModule.training_step
@@ -174,7 +175,7 @@ def test_what_the_guard_left_of_the_rate_stays(tmp_path, monkeypatch):
     settings = (*WARM, "callbacks.nan_guard.patience=2", "lr_scheduler=linear", "checkpoint_every=1")
     with monkeypatch.context() as patch:
         patch.setattr(DiffusionModule, "training_step", training_step)
-        with pytest.warns(UserWarning, match="falls to 0.5"):
+        with pytest.warns(UserWarning, match="rolled back"):
             train_alone(tmp_path / "run", *settings, "trainer.max_steps=6")
     rate = formula("linear", 2e-3, 50, 6)
     assert rates(tmp_path / "run") == pytest.approx([*map(rate, range(4)), rate(4) / 2, rate(5) / 2], rel=1e-6)
@@ -186,15 +187,15 @@ def test_what_the_guard_left_of_the_rate_stays(tmp_path, monkeypatch):
         assert rates(folder, first=6) == pytest.approx([formula("linear", lr, 50, 9)(s) / 2 for s in (6, 7, 8)])
 
 
-def test_optimizers_that_need_another_state_are_refused(finished, tmp_path):
+def test_optimizer_with_other_state_is_refused(finished, tmp_path):
     for change, name in (
         (["+optimizer.amsgrad=true"], "max_exp_avg_sq"),
         (["optimizer._target_=torch.optim.Adagrad", "~optimizer.betas", "optimizer.fused=null"], "sum"),
     ):
-        with pytest.raises(ValueError, match=rf"optimizer.* needs {name} of each weight"):
+        with pytest.raises(ValueError, match=rf"optimizer.*{name}"):
             resumed(finished["linear"], tmp_path / name, *change)
 
 
-def test_fewer_steps_than_were_taken_are_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match=r"trainer\.max_steps=3 must be at least 4"):
+def test_fewer_steps_than_taken_are_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=3"):
         resumed(finished["linear"], tmp_path / "run", "trainer.max_steps=3")

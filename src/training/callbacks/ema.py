@@ -12,25 +12,25 @@ from src.distributed.sharding import load_state, local, share, whole
 
 
 class EMA(L.Callback):
-    """Exponential moving average of the weights, decay min(decay, (1 + n) / (10 + n)) after n steps.
+    """Average the weights exponentially, with decay min(decay, (1 + n) / (10 + n)) after n steps.
 
-    Validation, samples and the checkpoint's `state_dict` are the average's; the raw weights lie beside it as
-    `current_model_state`. The average is float32 in every precision, of sharded weights each process's share, and
-    costs one fused update a step.
+    Validation and samples use the average, and the checkpoint's `state_dict` holds it; `current_model_state` holds the
+    raw weights. The average is float32 in every precision and sharded like the weights. Its update is one fused
+    operation per step.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of the moving average must lie in [0, 1), got {decay}: 0.999 is usual")
+            raise ValueError(f"callbacks.ema.decay={decay} must be in [0, 1): 0.999 is usual")
         self.decay = decay
         self._names: list[str] = []
         self._weights: list[nn.Parameter] = []
         self._average: list[Tensor] = []
         self._raw: list[Tensor] | None = None
-        """The weights that the average stands in for, while it does."""
+        """The raw weights while the module holds the average, else None."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._find(pl_module)
+        self._find_weights(pl_module)
         saved = self._average or [local(w) for w in self._weights]
         self._average = [
             a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
@@ -38,8 +38,8 @@ class EMA(L.Callback):
         self._raw = None
         self._step = trainer.global_step
 
-    def _find(self, pl_module: L.LightningModule) -> None:
-        """The weights, once: finding them anew at each step costs milliseconds."""
+    def _find_weights(self, pl_module: L.LightningModule) -> None:
+        """Cache the weights: collecting them takes milliseconds, too long for every step."""
         self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ class EMA(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step <= self._step:  # an accumulated batch, not a step
+        if step <= self._step:  # accumulated without a step
             return
         decay = min(self.decay, (1 + step) / (10 + step))
         current = [w.float() for w in self._local()]
@@ -55,10 +55,10 @@ class EMA(L.Callback):
         self._step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average and self._raw is None:  # else it does already, or nothing was trained
+        if self._average and self._raw is None:  # else already swapped, or not trained
             self._swap_in()
 
-    # After `on_validation_epoch_end`, in which others draw samples by the average.
+    # Other callbacks sample from the average in `on_validation_epoch_end`, which comes before.
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
             self._swap_out()
@@ -87,8 +87,8 @@ class EMA(L.Callback):
             weights = {
                 n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
             }
-            checkpoint[key] = state | weights if state else state  # of sharded weights only the first process has any
-        # The same tensors once more: what loads sharded weights takes `state_dict` away, in their precision.
+            checkpoint[key] = state | weights if state else state  # only the first process holds sharded state
+        # A second reference: loading sharded weights removes `state_dict` and casts it to their precision.
         checkpoint["average"] = checkpoint["state_dict"]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -96,8 +96,8 @@ class EMA(L.Callback):
             self.restore(pl_module, checkpoint)
 
     def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take average and weights from a checkpoint, whose average the module holds already."""
-        self._find(pl_module)
+        """Restore average and weights from a checkpoint whose `state_dict` the module has loaded."""
+        self._find_weights(pl_module)
         state = checkpoint.get("average", checkpoint.get("state_dict"))
         saved = [
             share(state[n], w) if state else local(w).clone() for n, w in zip(self._names, self._weights, strict=True)

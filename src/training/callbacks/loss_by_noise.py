@@ -17,77 +17,76 @@ from src.training.module import DiffusionModule
 from src.viz import charts
 
 MAX_LOG_SNR = 15.0
-"""Where the bins of `LossByNoise` end at the latest: sigma / alpha is 1800 there, or its inverse."""
+"""Bound of the bins' range: sigma / alpha is 1800 at -15."""
 
 
 class LossByNoise(L.Callback):
-    """The training loss by level of noise: the mean in each of `bins` equal bins of log-SNR, at every validation.
+    """At every validation, write the mean training loss in each of `num_bins` equal bins of log-SNR.
 
-    Of all samples of all processes since the last time, with the objective's weighting and without that of
-    `timestep_sampler`. Into `directory`/loss_by_noise.csv, and as a heat-map to loggers that show pictures. The bins run from
-    the schedule's noisiest level to its cleanest, as they are when training starts, within +-15; what lies beyond is in
-    the outermost. Steps only hand their losses over: they are sorted into bins on the device, which is waited for at
-    validations and when a checkpoint is saved.
+    The means cover all samples of all processes since the last validation, with the weighting of the loss and without
+    that of `timestep_sampler`. They go to `directory`/loss_by_noise.csv and, as a heat map, to loggers that show
+    pictures. The bins span the schedule's log-SNR at the start of training, within +-15; the outermost bins include
+    everything beyond. Losses are binned on the device, which synchronizes only at validations and checkpoints.
     """
 
     HEADER = ("step", "log_snr", "loss", "samples")
 
     def __init__(self, directory: str, num_bins: int = 20) -> None:
         if num_bins < 1:
-            raise ValueError(f"callbacks.loss_by_noise.num_bins must be at least 1, got {num_bins}: 20 is usual")
+            raise ValueError(f"callbacks.loss_by_noise.num_bins={num_bins} must be at least 1: 20 is usual")
         self.path = Path(directory) / "loss_by_noise.csv"
         self.num_bins = num_bins
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        """Of a step that is not completed: a run that stops in it takes it once more."""
+        self._microbatches: list[tuple[Tensor, Tensor]] = []
+        """Of the unfinished step, which a resumed run repeats."""
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._history: list[tuple[int, list[float], list[float]]] = []
-        """Step, sums (bins,) of the loss, and counts (bins,)."""
-        self._left: tuple[list[float], list[float]] | None = None
-        """Sums and counts since the last validation, of a checkpoint."""
-        self._ends: tuple[float, float] | None = None
+        """Step, sums of the loss (num_bins,) and counts (num_bins,) of each validation."""
+        self._resumed: tuple[list[float], list[float]] | None = None
+        """Sums and counts since the last validation, from a checkpoint."""
+        self._range: tuple[float, float] | None = None
         self._totals: Tensor | None = None
-        """(2, bins) sums and counts of this process's samples since the last validation, once training has started."""
+        """(2, num_bins) sums and counts of this process since the last validation; None before training."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        self._low, self._high = self._ends = self._ends or log_snr_range(pl_module.schedule)
+        self._low, self._high = self._range = self._range or log_snr_range(pl_module.schedule)
         self._totals = torch.zeros(2, self.num_bins, device=pl_module.device)
-        if self._left and trainer.is_global_zero:
-            self._totals += torch.tensor(self._left, device=pl_module.device)
-        self._left = None
-        self._parts.clear()
+        if self._resumed and trainer.is_global_zero:
+            self._totals += torch.tensor(self._resumed, device=pl_module.device)
+        self._resumed = None
+        self._microbatches.clear()
         self._pending.clear()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._parts.append((outputs["v"], outputs["losses"]))
-        if len(self._parts) == trainer.accumulate_grad_batches:
-            self._pending += self._parts
-            self._parts.clear()
+        self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
+        if len(self._microbatches) == trainer.accumulate_grad_batches:
+            self._pending += self._microbatches
+            self._microbatches.clear()
         if len(self._pending) >= 32:
-            self._sort(pl_module)
+            self._bin_pending(pl_module)
 
     @torch.no_grad()
-    def _sort(self, module: L.LightningModule) -> None:
-        """What is pending into its bins."""
+    def _bin_pending(self, module: L.LightningModule) -> None:
+        """Add the pending losses to their bins."""
         assert isinstance(module, DiffusionModule)
         if not self._pending or self._totals is None:
             return
         v, losses = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
         t = module.transition(v, v).t
-        place = (t.snr.log().clamp(self._low, self._high) - self._low) / (self._high - self._low)
-        index = (place * self.num_bins).long().clamp(max=self.num_bins - 1)
+        position = (t.snr.log().clamp(self._low, self._high) - self._low) / (self._high - self._low)
+        index = (position * self.num_bins).long().clamp(max=self.num_bins - 1)
         finite = losses.isfinite()
         values = torch.stack([torch.where(finite, losses, 0), finite]).to(self._totals)
         self._totals.index_add_(1, index, values)
 
     def _gathered(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[list[float], list[float]]:
-        """Sums and counts over all processes."""
-        if self._totals is None:  # resumed when there was nothing left to train
-            return self._left or ([0.0] * self.num_bins, [0.0] * self.num_bins)
-        self._sort(module)
+        """Return sums and counts over all processes."""
+        if self._totals is None:  # resumed with no steps left
+            return self._resumed or ([0.0] * self.num_bins, [0.0] * self.num_bins)
+        self._bin_pending(module)
         sums, counts = trainer.strategy.all_gather(self._totals).view(-1, 2, self.num_bins).sum(0).tolist()
         return sums, counts
 
@@ -102,7 +101,7 @@ class LossByNoise(L.Callback):
         sums, counts = self._gathered(trainer, module)
         if self._totals is not None:
             self._totals.zero_()
-        if not any(counts):  # a validation that is made up for
+        if not any(counts):  # a repeated validation
             return
         self._history.append((trainer.global_step, sums, counts))
         if not trainer.is_global_zero:
@@ -116,7 +115,7 @@ class LossByNoise(L.Callback):
                 log_picture(trainer, "loss_by_noise", charts.loss_by_noise(self.path))
 
     def _lines(self, row: tuple[int, list[float], list[float]]) -> list[tuple[int, float, float | None, int]]:
-        """Of each bin: the step, the bin's centre, the mean (none without samples) and the number of samples."""
+        """Return step, center, mean loss (None without samples) and number of samples of each bin."""
         step, sums, counts = row
         width = (self._high - self._low) / self.num_bins
         return [
@@ -125,17 +124,17 @@ class LossByNoise(L.Callback):
         ]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        left = self._gathered(trainer, pl_module)
-        checkpoint["loss_by_noise"] = {"ends": self._ends, "left": left, "history": [*self._history]}
+        totals = self._gathered(trainer, pl_module)
+        checkpoint["loss_by_noise"] = {"ends": self._range, "left": totals, "history": [*self._history]}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("loss_by_noise")
         if trainer.state.fn == TrainerFn.FITTING and saved and len(saved["left"][0]) == self.num_bins:
-            self._ends, self._left, self._history = saved["ends"], saved["left"], [*saved["history"]]
+            self._range, self._resumed, self._history = saved["ends"], saved["left"], [*saved["history"]]
 
 
 def log_snr_range(schedule: Schedule) -> tuple[float, float]:
-    """The log-SNR of the noisiest level and of the cleanest that is not clean data, within +-15."""
+    """Return the log-SNR of the noisiest and the cleanest noise level of a schedule, within +-15."""
     noisiest, cleanest = schedule.at(torch.tensor([1.0, schedule.first], dtype=torch.float64))
     low, high = (max(-MAX_LOG_SNR, min(MAX_LOG_SNR, t.snr.log().item())) for t in (noisiest, cleanest))
     return low, high

@@ -1,7 +1,8 @@
-"""Progress bar, throughput, memory, and how a run started."""
+"""Progress bar, learning rate, throughput, memory, and the record of each start."""
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,66 +15,88 @@ from torch import Tensor
 
 from src.diffusion.noise import Schedule
 from src.training.checkpoint_io import tolerate_full_disk
-from src.training.loggers import log_picture, log_values, show_pictures
+from src.training.lightning_internals import close_progress_bars, correct_logged_step
+from src.training.loggers import log_hparams, log_picture, log_values, show_pictures
 from src.training.module import DiffusionModule
 from src.training.provenance import code_version, environment
 from src.viz import charts
 
+SECONDS_PER_LINE = 10.0
+
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar, which reads the loss when it moves: with `prog_bar=True` Lightning reads it at every step.
+    """Lightning's progress bar on a terminal; elsewhere at most one line per 10 s.
 
-    For that a GPU's queue of work would have to run empty. `refresh_rate` is in batches; 0 shows no bar.
+    It reads the loss only when it is shown: `self.log(prog_bar=True)` reads it in every step, for which the GPU's queue
+    would run empty. `refresh_rate` is in batches; 0 shows nothing.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.loss: Tensor | None = None
-        """Of the last batch, divided by the number of batches to a step; None before there was one."""
+        """Of the last batch, divided by the number of batches per step; None before the first."""
+        self._prints_lines = False
+        self._last_line = (0.0, 0)
+        """Time in seconds and step of the last line."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not sys.stdout.isatty():
+            self._prints_lines = trainer.is_global_zero and self.is_enabled
+            self.disable()
+
+    def on_train_start(self, *args: Any) -> None:
+        super().on_train_start(*args)
+        self._last_line = time.monotonic(), self.trainer.global_step
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("Training")  # in place of "Epoch 0", of which there is only one
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.loss = outputs["loss"]
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        (before, step), now = self._last_line, time.monotonic()
+        is_last = trainer.global_step == trainer.max_steps
+        if self._prints_lines and trainer.global_step > step and (is_last or now - before >= SECONDS_PER_LINE):
+            metrics = ", ".join(f"{name} {float(v):.4g}" for name, v in self.get_metrics(trainer, pl_module).items())
+            rate = (trainer.global_step - step) / max(now - before, 1e-9)
+            print(f"step {trainer.global_step} of {trainer.max_steps}: {metrics}, {rate:.3g} steps/s", flush=True)  # noqa: T201
+            self._last_line = now, trainer.global_step
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Close the bars, so that what is printed about the exception has a line of its own."""
-        for bar in (self._train_progress_bar, self._val_progress_bar):
-            if bar is not None:
-                bar.close()
+        close_progress_bars(self)
 
     @property
     def total_train_batches(self) -> int:
-        """Batches that are still to come; Lightning takes the steps for them."""
+        """Return the number of batches that remain; Lightning's own counts steps."""
         return (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
         if self.loss is None:
             return metrics
         return {"train/loss": self.loss.item() * trainer.accumulate_grad_batches, **metrics}
 
 
 class LearningRate(LearningRateMonitor):
-    """Log the learning rate at every step.
-
-    Where a finished run goes on Lightning's own count of steps, as of which loggers log, is one too large: it is set
-    right here, before the first value of a step is logged.
-    """
+    """Log the learning rate in every step."""
 
     def __init__(self) -> None:
         super().__init__(logging_interval="step")
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        correct_logged_step(trainer)  # before the first value of a step is logged
         super().on_train_batch_start(trainer, *args, **kwargs)
 
 
 class RunInfo(L.Callback):
-    """At each start of a run: code and environment into `directory`/environment.json, and what loggers show of it.
+    """Record code version and environment of each start in `directory`/environment.json and the loggers.
 
-    They are given the configuration, this start, and a picture of the schedule.
+    The loggers also receive the main hyperparameters and a picture of the schedule.
     """
 
     def __init__(self, directory: str) -> None:
@@ -92,12 +115,13 @@ class RunInfo(L.Callback):
         with tolerate_full_disk(path):
             append_start(path, start)
         log_values(trainer, "environment", start)
+        log_hparams(trainer, pl_module.hparams)
         if trainer.global_step == 0 and show_pictures(trainer):
             log_picture(trainer, "schedule", schedule_picture(pl_module.schedule))
 
 
 def append_start(path: Path, start: dict[str, Any]) -> None:
-    """Add a start to those that the file lists, of which each belongs to the steps from its own on."""
+    """Add a start to the file's list, in place of any later ones; each covers the steps from its own on."""
     before = json.loads(path.read_text())["starts"] if path.is_file() else []
     kept = [old for old in before if old["step"] < start["step"]]
     partial = path.with_suffix(".tmp")
@@ -106,10 +130,10 @@ def append_start(path: Path, start: dict[str, Any]) -> None:
 
 
 def schedule_picture(schedule: Schedule) -> Any:
-    """beta, alpha_bar and log-SNR over time."""
+    """Plot beta, alpha_bar and log-SNR over time."""
     at = schedule.at((torch.arange(schedule.num_steps, dtype=torch.float64) + 1) / schedule.num_steps)
     alpha, sigma = (torch.stack([getattr(level, name) for level in at]) for name in ("alpha", "sigma"))
-    # Of a curve whose variance grows: as if alpha^2 + sigma^2 were 1.
+    # Variance-exploding schedules are normalized to alpha^2 + sigma^2 = 1.
     norm = torch.hypot(alpha, sigma)
     alpha, sigma = alpha / norm, sigma / norm
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha[:-1]])
@@ -117,11 +141,10 @@ def schedule_picture(schedule: Schedule) -> Any:
 
 
 class Throughput(L.Callback):
-    """Every `trainer.log_every_n_steps` steps: how fast the steps since the last time were, and the memory in use.
+    """Log speed and memory every `trainer.log_every_n_steps` steps, without waiting for the device.
 
-    `speed/samples_per_second` counts those of the global batch; validation is not in it, saving is. `memory/gib` is the
-    first process's: of a GPU the most so far, of a CPU what it holds now. Nothing waits for the device, which runs at
-    most one such span behind.
+    `speed/samples_per_second` counts samples of the global batch; the time includes saving but not validation.
+    `memory/gib` is that of the first process: a GPU's peak so far, or a CPU process's current resident memory.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,7 +173,7 @@ class Throughput(L.Callback):
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes: of a GPU the most that tensors have taken so far, of a CPU what the process holds now."""
+    """Return bytes in use: the peak of tensors on a GPU, the process's resident memory on a CPU."""
     if device.type in ("cuda", "xpu"):
         return int(torch.get_device_module(device).max_memory_allocated(device))
     if device.type == "mps":

@@ -1,4 +1,4 @@
-"""Draw sample grids at validations."""
+"""Save a grid of samples at each validation."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from src.viz.images import draw_samples
 
 
 class SampleGrid(L.Callback):
-    """At each validation, `num_samples` samples from the same noise, next to held-out data, into `directory` and the loggers.
+    """At each validation, save `num_samples` samples of the averaged weights beside validation data.
 
-    They are the averaged weights'.
+    All validations start from the same noise. The picture goes to `directory` and the loggers.
     """
 
     def __init__(self, directory: str, num_samples: int = 64, seed: int = 0) -> None:
         if num_samples < 1:
-            raise ValueError(f"callbacks.samples.num_samples must be at least 1, got {num_samples}")
+            raise ValueError(f"callbacks.samples.num_samples={num_samples} must be at least 1: 64 is usual")
         self.directory = Path(directory)
         self.num_samples = num_samples
         self.seed = seed
@@ -31,13 +31,15 @@ class SampleGrid(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
-        for last in pl_module.sample_distributed(self.num_samples, self.seed):  # noqa: B007 - the others are on the way to it
+        for samples in pl_module.sample_distributed(self.num_samples, self.seed):  # noqa: B007 - only the last is used
             check_stop_requested(trainer)
         with data.together():
-            real = data.examples(self.num_samples) if trainer.is_global_zero else last
+            real = data.examples(self.num_samples) if trainer.is_global_zero else samples
         if not trainer.is_global_zero:
             return
-        picture = draw_samples(data.postprocess(last), data.postprocess(real), data.titles(self.num_samples), data.columns)
+        picture = draw_samples(
+            data.postprocess(samples), data.postprocess(real), data.titles(self.num_samples), data.columns
+        )
         with tolerate_full_disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

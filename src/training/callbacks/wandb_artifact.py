@@ -12,10 +12,9 @@ from src.training.loggers import log_model
 
 
 class WandbArtifact(L.Callback):
-    """At the end of training, W&B is given the best checkpoint as an artifact: the averaged weights, as `src.export`.
+    """At the end of training, export the best checkpoint as `src.export` does and log it as a W&B artifact.
 
-    The file, `directory`/best.safetensors, is 4 bytes a parameter, and goes where the run goes: up, or offline to wait
-    in the run's folder. Without W&B nothing is written.
+    The file, `directory`/best.safetensors, takes 4 bytes per parameter. Without a W&B logger nothing is written.
     """
 
     def __init__(self, directory: str) -> None:
@@ -37,5 +36,5 @@ class WandbArtifact(L.Callback):
             score = callback.best_model_score
             with tolerate_full_disk(self.path):
                 write_exported(self.path, weights, averaged, exportable_settings(checkpoint["hyper_parameters"])[0])
-                about = {"step": checkpoint["global_step"], "averaged": averaged}
-                log_model(trainer, self.path, about | ({} if score is None else {"val/loss": float(score)}))
+                metadata = {"step": checkpoint["global_step"], "averaged": averaged}
+                log_model(trainer, self.path, metadata | ({} if score is None else {"val/loss": float(score)}))

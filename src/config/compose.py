@@ -1,0 +1,91 @@
+"""Compose a configuration with Hydra, and add a hint to its errors."""
+
+import re
+from collections.abc import Sequence
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from src.config.keys import renamed_key
+from src.config.search_path import nearest, unknown_option
+from src.errors import UsageError
+from src.quoting import quoted
+
+PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
+"""Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
+
+
+def compose(
+    config_name: str,
+    overrides: Sequence[str],
+    added: Sequence[str],
+    names: Sequence[str],
+    groups: dict[str, list[str]],
+) -> DictConfig:
+    """Return the configuration, with Hydra's own node; `names` are the settings known so far.
+
+    Raises UsageError with Hydra's message and a hint if Hydra cannot compose it.
+    """
+    search = [f"hydra.searchpath=[{','.join(map(quoted, added))}]"] if added else []
+    rest = [override for override in overrides if _key(override) != "hydra.searchpath"]
+    try:
+        return hydra.compose(config_name, [*rest, *search], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        message = " ".join(str(error).partition("\nConfig search path")[0].split())
+        if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
+            choice = match[1].replace("/_", "=").replace("/", "=")
+            group = choice.split("=")[0]
+            message = f"{choice} needs {match[2]}, which src.{config_name} lacks; choose another {group}"
+        elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
+            message = _missing_plugin(match[1], match[2])
+        elif match := re.search(r"Multiple values for (\S+)\. To override", message):
+            message = f"{match[1]} is chosen already; type {match[1]}=... without the +"
+        elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
+            line = next((each for each in overrides if _key(each) == match[1]), match[1])
+            hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)
+            if match[1].startswith(("hydra.launcher", "hydra.sweeper")):
+                hint = (
+                    "; choose the launcher or sweeper first, as in hydra/launcher=slurm. --cfg hydra lists its settings"
+                )
+            elif not hint:
+                hint = "; --help lists the settings"
+            if "To append to your config use " in message and not hint.startswith("; type "):
+                hint += f"{'' if hint.endswith('?') else '.'} To append to your config use +{line.lstrip('+')}"
+            message = f"unknown setting '{match[1]}' in {line}{hint}"
+        raise UsageError(message) from error
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _missing_plugin(group: str, name: str) -> str:
+    """Return the message for a launcher or sweeper that is unknown or not installed."""
+    if name in PLUGINS:
+        extra = name.split("_")[0]
+        return f"{group}={name} needs the extra {extra}, which is not installed: pip install -e '.[{extra}]'"
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    return unknown_option(group, name, known)
+
+
+def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
+    """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
+    known = [*names, *groups]
+    if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
+        return f"; type {new if '=' in new else f'{new}={value}'}"
+    parent = key.rpartition(".")[0]
+    siblings = [name for name in names if name.startswith(f"{parent}.")] if parent else []
+    return nearest(key, siblings) or nearest(key, known)
+
+
+def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys."""
+    names: list[str] = []
+    for key in cfg:
+        names.append(f"{prefix}{key!s}")
+        if isinstance(child := cfg._get_node(key), DictConfig):
+            names += flatten(child, f"{names[-1]}.")
+    return names

@@ -1,0 +1,201 @@
+"""The schema of the configuration: ranges, choices and combinations of settings that need no torch to check."""
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Set
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src.errors import UsageError
+
+RANGES = {
+    # Of every command.
+    "*seed": "[0, 2^32)",
+    "n": "[1, inf)",
+    "batch_size": "[1, inf)",
+    "devices": "[1, inf)",
+    "num_nodes": "[1, inf)",
+    "sampler.steps": "[1, inf)",
+    "sampler.eta": "[0, inf)",
+    "src.diffusion.samplers.ddim.eta": "[0, 1]: 0 is DDIM, 1 is ancestral sampling",
+    "sampler.s_churn": "[0, inf)",
+    "sampler.s_tmin": "[0, inf)",
+    "sampler.s_tmax": "[0, inf]",
+    "sampler.s_noise": "[0, inf)",
+    "guidance.rescale": "[0, 1]",
+    "schedule.num_steps": "[1, inf)",
+    "snr_shift": "(0, inf)",
+    # Of training.
+    "optimizer.lr": "(0, inf): 1e-3 is usual",
+    "optimizer.weight_decay": "[0, inf)",
+    "lr_scheduler.warmup_steps": "[0, inf)",
+    "data.batch_size": "[1, inf)",
+    "data.microbatch_size": "[1, inf)",
+    "data.num_workers": "[0, inf)",
+    "data.val_fraction": "(0, 1)",
+    "data.num_samples": "[1, inf)",
+    "model.dropout": "[0, 1)",
+    "conditioning.cond_drop_prob": "[0, 1]: 0.1 is usual",
+    "diffusion.clip_x0": "(0, inf)",
+    "diffusion.dynamic_threshold": "(0, 1]",
+    "diffusion.sigma_data": "(0, inf)",
+    "callbacks.ema.decay": "[0, 1)",
+    "callbacks.nan_guard.lr_factor": "(0, 1]",
+    "validate_every": "[1, inf)",
+    "checkpoint_every": "[1, inf)",
+    "keep_checkpoints": "[-1, inf): -1 keeps all",
+    "neighbors.*": "[0, inf)",
+    "trainer.max_steps": "[1, 10^9]: training is counted in steps",
+    "trainer.log_every_n_steps": "[1, inf): logger=none logs nothing",
+    "trainer.accumulate_grad_batches": "[1, inf)",
+    "trainer.gradient_clip_val": "[0, inf): 0 turns clipping off",
+    "trainer.num_nodes": "[1, inf)",
+    # Of the other commands.
+    "max_features": "[1, inf)",
+    "num_memorization": "[0, inf)",
+    "num_val": "[1, inf)",
+    "num_terms": "[1, inf)",
+    "ode_tolerance": "(0, inf)",
+    "alignment.n": "[1, inf)",
+    "alignment.detector_steps": "[1, inf)",
+    "analytic_samples": "[1, inf)",
+    "num_steps": "[1, inf)",
+    "frames": "[2, inf)",
+}
+"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a remark may follow."""
+
+CHOICES = {
+    "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
+    "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
+    "loss.type": ("l2", "l1", "huber"),
+    "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
+    "trainer.gradient_clip_algorithm": ("norm", "value"),
+}
+"""Texts that a setting takes."""
+
+EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
+"""Settings that exclude each other when both are typed."""
+
+REQUIRED_GROUPS = {
+    "train": (
+        *("schedule", "loss", "weighting", "timestep_sampler", "sampler", "optimizer", "lr_scheduler"),
+        *("model", "data", "trainer"),
+    ),
+    "sample": ("sampler",),
+    "evaluate": ("sampler",),
+    "compare": ("sampler",),
+    "schedules": ("data",),
+}
+"""Config groups that a command cannot do without."""
+
+ALLOW_EMPTY = ("cond", "negative")
+"""Texts that may be empty."""
+
+ALLOW_INFINITE = ("guidance.interval",)
+
+LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Raise UsageError for a value of a composed configuration that lies outside RANGES or CHOICES.
+
+    A node with a `_target_` of another package has rules of its own, except an optimizer of torch.
+    """
+    for name, value, argument in _leaves(cfg):
+        check_value(name, value, argument)
+
+
+def check_value(name: str, value: Any, argument: str = "") -> None:
+    """Raise UsageError if `value` breaks the rule of the setting `name`, or of the `argument` of a `_target_`.
+
+    Values of another type, such as null or auto, have no range.
+    """
+    patterns = (RANGES[p] for p in RANGES if "*" in p and fnmatch.fnmatchcase(name, p))
+    rule = RANGES.get(argument) or RANGES.get(name) or next(patterns, None)
+    if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
+        raise UsageError(f"{name}={value} must be in {rule}")
+    if name in CHOICES and isinstance(value, str) and value not in CHOICES[name] and "${" not in value:
+        raise UsageError(f"{name}={value} must be one of {', '.join(CHOICES[name])}")
+
+
+def check_type(name: str, default: Any, value: Any) -> None:
+    """Raise UsageError if a value has another type than its default, unless that is text or null, or is empty text.
+
+    An empty text would be the current folder where a setting takes a folder.
+    """
+    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
+        return
+    if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
+        raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    _check_finite(name, default, value)
+    for kind, fits, rule in (
+        (bool, bool, "true or false"),
+        (int, int, "an integer"),
+        (float, (int, float), "a number"),
+        (list, list, "a list"),
+    ):
+        if isinstance(default, kind):
+            if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
+                example = "" if "${" in str(default) else f", such as {default}"
+                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+                raise UsageError(f"{name}={shown} must be {rule}{example}")
+            return
+
+
+def _check_finite(name: str, default: Any, value: Any) -> None:
+    """Raise UsageError for NaN, and for an infinity unless the default is infinite; also in lists and dictionaries."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            _check_finite(f"{name}.{key}", default.get(key) if isinstance(default, dict) else None, each)
+    elif isinstance(value, list):
+        for each in value:
+            _check_finite(name, next(iter(default), None) if isinstance(default, list) else None, each)
+    elif isinstance(value, float) and not math.isfinite(value):
+        unbounded = isinstance(default, float) and math.isinf(default)
+        if not (value > 0 and (unbounded or name in ALLOW_INFINITE)):
+            raise UsageError(f"{name}={value} must be a finite number")
+
+
+def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
+    """Raise UsageError for typed settings, by `names`, that exclude each other or that the command does not read."""
+    for one, other in EXCLUSIVE:
+        if {one, other} <= names:
+            raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
+    for group in REQUIRED_GROUPS.get(command, ()):
+        if not cfg.get(group):
+            raise UsageError(f"{group}=null leaves no {group}; choose an option of {group}, which --help lists")
+    if command == "evaluate":
+        typed = {name for name in names if name.partition("/")[0].partition(".")[0] != "hydra"}
+        typed -= {"analytic", "seed", "run", "ckpt"}
+        of_analytic = {name for name in typed if name.startswith("analytic")}
+        if cfg.get("analytic") and (others := sorted(typed - of_analytic)):
+            raise UsageError(f"{others[0]}=... has no effect with analytic=...; leave it out, or type run=FOLDER")
+        if of_analytic and not cfg.get("analytic"):
+            raise UsageError(f"{min(of_analytic)}=... needs analytic=...; leave it out, or add analytic=mixture")
+
+
+def _lies_in(value: float, rule: str) -> bool:
+    match = re.match(r"([\[(])([^,]+), ([^\])]+)([\])])", rule)
+    assert match, rule
+    low, high = (LIMIT[text] if text in LIMIT else float(text) for text in match.group(2, 3))
+    above = value >= low if match[1] == "[" else value > low
+    return above and (value <= high if match[4] == "]" else value < high)
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yield name, value and `_target_` argument of each setting that resolves, except in nodes of other packages."""
+    target = str(node._get_node("_target_") or "")
+    if target not in ("", "None") and not target.startswith(("src.", "torch.optim.", "lightning.")):
+        return
+    for key in map(str, node):
+        try:
+            value = None if OmegaConf.is_missing(node, key) else node[key]
+        except OmegaConfBaseException:  # an interpolation that only the running job resolves
+            continue
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value, f"{target}.{key}"

@@ -1,0 +1,73 @@
+"""Where config groups lie: conf/, and what --config-dir and hydra.searchpath add to it."""
+
+import difflib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.keys import RENAMED_OPTIONS
+from src.errors import UsageError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """Return what `hydra.searchpath` and `--config-dir` add to Hydra's search path, as it writes them."""
+    added: list[str] = []
+    for override in overrides:
+        if "hydra.searchpath=" in override:
+            with suppress(HydraException):  # which `check_overrides` reports
+                value = OverridesParser.create().parse_override(override).value()
+                added = [str(each) for each in value] if isinstance(value, list) else []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise UsageError(f"--config-dir {config_dir} must be a folder of config groups")
+        added.append(f"file://{Path(config_dir).resolve()}")
+    return added
+
+
+def config_folders(added: Sequence[str] | None = None) -> list[Path]:
+    """Return the folders in which Hydra looks for config groups: ours, then those `added` or of the running job."""
+    if added is None:
+        sources = HydraConfig.get().runtime.config_sources if HydraConfig.initialized() else []
+        added = [source.path for source in sources if source.schema == "file"]
+    folders = [Path(each.removeprefix("file://")) for each in added if "pkg://" not in each]
+    return [CONF, *(folder for folder in folders if folder != CONF and folder.is_dir())]
+
+
+def config_groups(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:
+    """Return every config group, without Hydra's own, with its options."""
+    groups: dict[str, set[str]] = {}
+    for folder in config_folders() if folders is None else folders:
+        for file in folder.rglob("*.yaml"):
+            if file.parent != folder and file.relative_to(folder).parts[0] != "hydra" and file.name[0] not in "_.":
+                groups.setdefault(file.parent.relative_to(folder).as_posix(), set()).add(file.stem)
+    return {group: sorted(groups[group]) for group in sorted(groups)}
+
+
+def load_option(group: str, name: str) -> DictConfig:
+    """Return the YAML of an option of a config group. Raises ValueError if there is none."""
+    for folder in config_folders():
+        if (file := folder / group / f"{name}.yaml").is_file():
+            cfg = OmegaConf.load(file)
+            assert isinstance(cfg, DictConfig)
+            return cfg
+    raise ValueError(unknown_option(group, name, config_groups()[group]))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return "; did you mean X?" for the known word nearest to `word`; empty if none is near."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
+    """Return the message for an option that a config group lacks."""
+    new = RENAMED_OPTIONS.get(f"{group}={option}")
+    hint = f"; type {new}. The" if new else nearest(option, options).replace("?", "? The") or "; the"
+    return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

@@ -1,0 +1,108 @@
+"""Train a run and write its results into the run folder."""
+
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+from src.errors import UsageError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from src.runs.build import Run
+
+
+def load_data(run: "Run") -> None:
+    """Load the data in the first process, so that an error about them appears once, before training."""
+    if run.trainer.is_global_zero:
+        run.data.prepare_data()
+        run.data.setup()
+        run.data.stream(run.trainer)
+        run.data.validation_stream(run.trainer)
+
+
+def record_data(run: "Run") -> None:
+    """Write the record of the data at the start of a run, unless the run has one."""
+    from src.data.split import RECORD
+    from src.training.checkpoint_io import tolerate_full_disk
+
+    path = run.directory / RECORD
+    if run.trainer.is_global_zero and not run.config.trainer.get("fast_dev_run") and not path.exists():
+        with tolerate_full_disk(path):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            run.data.write_record(path)
+
+
+def fit_run(run: "Run") -> dict[str, float]:
+    """Train, save the last checkpoint, validate it and write the results; return the metrics.
+
+    Raises UsageError if the guard against non-finite steps gave up.
+    """
+    start = time.perf_counter()
+    resume_from = run.resume_from and str(run.resume_from)
+    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
+    seconds = time.perf_counter() - start
+    if run.diagnosis:
+        raise UsageError(run.diagnosis)
+    save_last_checkpoint(run)
+    steps = run.trainer.global_step
+    validates = run.trainer.limit_val_batches > 0
+    if validates and (run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics):
+        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+    logged = run.trainer.callback_metrics.items()
+    metrics = {
+        **{name: float(x) for name, x in logged if name.startswith(("val/", "quality/"))},
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in run.module.net.parameters()),
+    }
+    run.data.agree()
+    if not run.config.trainer.get("fast_dev_run"):
+        _write_results(run, metrics)
+    return metrics
+
+
+def save_last_checkpoint(run: "Run") -> None:
+    """Save the last checkpoint. On a full disk, warn and retry until there is space."""
+    from src.training.checkpoint_io import AtomicCheckpointIO
+
+    while True:
+        run.trainer.save_checkpoint(run.last_checkpoint)
+        checkpoint_io = run.trainer.strategy.checkpoint_io
+        failed = isinstance(checkpoint_io, AtomicCheckpointIO) and checkpoint_io.failed
+        if not run.trainer.strategy.broadcast(failed):
+            return
+        if run.trainer.is_global_zero:
+            warnings.warn(
+                f"training is over and waits for disk space at {run.directory}: free some, or stop it; the last intact "
+                "checkpoint stays",
+                stacklevel=2,
+            )
+        time.sleep(10)
+
+
+def _write_results(run: "Run", metrics: dict[str, float]) -> None:
+    """Write pictures, and then `metrics.json`, which marks the run as finished."""
+    from src.training.checkpoint_io import retry_until_written, tolerate_full_disk
+    from src.training.pictures import sample_trajectory, save_pictures
+    from src.viz import tables
+
+    trajectory = sample_trajectory(run.trainer, run.module, run.data, run.config.seed)
+    if not run.trainer.is_global_zero:
+        return
+    neighbors = run.config.neighbors
+    with tolerate_full_disk(run.directory / "samples"):
+        save_pictures(run.directory, run.trainer, run.data, trajectory, neighbors.num_samples, neighbors.num_candidates)
+    if run.data.skip_unreadable:
+        run.data.warn_of_skipped()
+        metrics["unreadable_files"] = len(run.data.unreadable)
+    path = run.directory / "metrics.json"
+    retry_until_written(lambda: tables.write_json(path, metrics), path)
+
+
+def is_time_over(trainer: "L.Trainer") -> bool:
+    """Return whether `trainer.max_time` has passed, including the time before the run was resumed."""
+    from lightning.pytorch.callbacks import Timer
+
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)

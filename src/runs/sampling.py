@@ -1,0 +1,104 @@
+"""Read the prompts of a sampling command, draw batches on several devices, and write samples."""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import ListConfig, OmegaConf
+
+from src.quoting import format_override
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from src.data.conditions import Condition
+    from src.distributed.processes import Processes
+    from src.runs.open import OpenedRun
+    from src.training.module import Sampler
+
+
+def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Sequence[Any]:
+    """Return the conditions that `cond` names: one, a list, or a text file with one per line; null for examples.
+
+    Raises ValueError for an unconditional run or without a condition, FileNotFoundError without the file.
+    """
+    if condition is None:
+        for name, value in (("cond", cond), ("negative", negative)):
+            if value is not None:
+                raise ValueError(
+                    f"{format_override(name, value)} needs a conditional run: leave it out, or train one with "
+                    "conditioning=class or conditioning=text"
+                )
+        return []
+    if cond is None:
+        return condition.examples or [None]
+    if isinstance(cond, str) and cond.endswith(".txt"):
+        path = Path(cond)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path.resolve()}: cond=FILE.txt has one condition per line")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} is empty: write one condition per line into it")
+        return lines
+    if not isinstance(cond, ListConfig):
+        return [cond]
+    if not cond:
+        raise ValueError("cond=[] asks for nothing: name what to draw, or leave it out")
+    return [OmegaConf.to_container(each) if isinstance(each, ListConfig) else each for each in cond]
+
+
+def draw_batches(
+    opened: "OpenedRun",
+    sampler: "Sampler",
+    processes: "Processes",
+    batches: Sequence[range],
+    seed: int,
+    batch_size: int | None,
+    cond_of: Callable[[range], "Tensor | None"],
+    on_step: Callable[[range, int, "Tensor", int], None],
+) -> Iterator["Tensor"]:
+    """Draw batches of sample indices on all processes, and yield the samples (B, *data) in the first process, in order.
+
+    `batch_size` fills up the last batch for a compiled network. `cond_of` returns the conditions of the indices.
+    `on_step` gets the indices, the step, the samples on their way and the number of samples that all processes draw.
+    """
+    module, postprocess = opened.module.to(processes.device), opened.data.postprocess
+    for first in range(0, len(batches), processes.count):
+        group = batches[first : first + processes.count]  # one batch per process; the last group may be smaller
+        drawn = None
+        for indices in processes.share(group):
+            for step, x in enumerate(module.sample(indices, seed, sampler, batch_size, cond_of(indices))):
+                on_step(indices, step, x, sum(map(len, group)))
+            drawn = postprocess(x).cpu()
+        gathered = processes.gather(drawn)
+        if processes.rank == 0:
+            yield from (part for part in gathered if part is not None)
+
+
+def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None) -> None:
+    """Write `samples.npz`, and each image as a PNG, or rows of a table as `samples.csv`.
+
+    `samples` are images (N, C, H, W) uint8, or points or rows (N, D). `columns` names the columns of a table.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if samples.ndim == 4:
+        images = samples.permute(0, 2, 3, 1).numpy()  # Tools that compute FID expect channels last.
+
+        def write(k: int) -> None:
+            image = images[k]
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
+
+        with ThreadPoolExecutor() as pool:  # One thread would take as long for the PNGs as a GPU for the samples.
+            list(pool.map(write, range(len(images))))
+        np.savez_compressed(folder / "samples.npz", images)
+    else:
+        np.savez_compressed(folder / "samples.npz", samples.numpy())
+    if columns:
+        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits of float32

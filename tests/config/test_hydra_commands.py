@@ -1,0 +1,324 @@
+"""Hydra's command line, as its documentation describes it, works with every command."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import src
+from src.config.search_path import CONF
+from tests.conftest import HANG_SECONDS
+
+OWN_CODE = """
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from src.diffusion.samplers import ddim
+from src.diffusion.losses import simple
+from src.models.mlp import MLP
+
+
+def betas(num_steps):
+    return torch.linspace(1e-3, 0.2, num_steps, dtype=torch.float64)
+
+
+def sampler(diffusion, predict, x, grid, *, noise):
+    yield from ddim(diffusion, predict, x, grid, eta=0.5, noise=noise)
+
+
+def loss(diffusion, denoise, x0, transition, eps, *, weighting):
+    return simple(diffusion, denoise, x0, transition, eps, weighting=weighting)
+
+
+class Network(MLP):
+    pass
+
+
+def ring(n, generator):
+    angle = 6.28 * torch.rand(n, generator=generator)
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+class Hello(Callback):
+    def on_train_start(self, trainer, module):
+        print("hello from a callback")
+
+
+class Logger(CSVLogger):
+    pass
+"""
+
+OWN_FILES = {
+    "schedule/mine.yaml": "_target_: own_package.betas\nnum_steps: 20\n",
+    "sampler/mine.yaml": "_target_: own_package.sampler\n_partial_: true\nsteps: 3\nspacing: trailing\n",
+    "loss/mine.yaml": "_target_: own_package.loss\n_partial_: true\nweighting: ${weighting}\n",
+    "model/mine.yaml": "_target_: own_package.Network\nfeatures: 2\nhidden_size: 8\nnum_res_blocks: 1\n",
+    "data/mine.yaml": (
+        "_target_: src.data.points.PointsDataModule\nsource: {_target_: own_package.ring, _partial_: true}\n"
+        "num_samples: 200\nbatch_size: 16\nmicrobatch_size: null\n"
+    ),
+    "callbacks/mine.yaml": "hello: {_target_: own_package.Hello}\n",
+    "logger/mine.yaml": "mine: {_target_: own_package.Logger, save_dir: '${run_dir}'}\n",
+    "experiment/mine.yaml": (
+        "# @package _global_\ndefaults:\n"
+        + "".join(
+            f"  - override /{g}: mine\n"
+            for g in ("schedule", "sampler", "loss", "model", "data", "callbacks", "logger")
+        )
+        + "seed: 5\ndiffusion: {clip_x0: null}\ntrainer: {max_steps: 2, accelerator: cpu}\nvalidate_every: 2\n"
+    ),
+}
+"""A config folder of the user's own, outside the clone."""
+
+COMPOSE = {
+    "train --cfg job": ["seed: 0", "prediction: "],
+    "train --cfg job --package schedule": ["num_steps: 1000"],
+    "train -c hydra": ["output_subdir: .hydra"],
+    "train --config-dir own schedule=mine --cfg job": ["_target_: own_package.betas"],
+    "train --config-dir=own schedule=mine --cfg job": ["_target_: own_package.betas"],
+    "train hydra.searchpath=[file://own] schedule=mine --cfg job": ["_target_: own_package.betas"],
+    "train --config-dir own experiment=mine --cfg job": ["own_package.ring", "seed: 5"],
+    "train --config-dir own experiment=mine seed=7 --cfg job": ["own_package.ring", "seed: 7"],
+    "sample --config-dir own sampler=mine --cfg job": ["_target_: own_package.sampler"],
+    "train ~logger --cfg job": ["logger: null"],
+    "train logger=null --cfg job": ["logger: {}"],
+    "train callbacks=none --cfg job": ["seed: 0"],
+    "train conditioning=null --cfg job": ["conditioning: null"],
+    "train conditioning=null experiment=shapes_text --cfg job": ["conditioning: null"],
+    "train conditioning=class conditioning=null --cfg job": ["conditioning: null"],
+    "train trainer.fast_dev_run=true --cfg job": ["fast_dev_run: true"],
+    "train +trainer.limit_val_batches=3 --cfg job": ["limit_val_batches: 3"],
+    "train ++seed=4 --cfg job": ["seed: 4"],
+    "train ~callbacks.ema --cfg job": ["nan_guard:"],
+    "train seed=1 model=unet_tiny seed=2 --cfg job": ["seed: 2"],
+    "train model.model_channels=${data.batch_size} --cfg job": ["model_channels: ${data.batch_size}"],
+    "train sampler=ddim data=points --cfg job": ["samplers.ddim", "points.moons"],
+    "sample run=~/runs/x --cfg job": [f"run: {Path.home()}/runs/x"],
+    "train data=folder data.root=~/images --cfg job": [f"root: {Path.home()}/images"],
+    "compare runs=[~/a,~/b] --cfg job": [f"- {Path.home()}/a", f"- {Path.home()}/b"],
+    "train --info searchpath": ["main", "conf"],
+    "train --info defaults": ["schedule/cosine"],
+    "train --hydra-help": ["--multirun"],
+    "train --shell-completion install=bash": ["hydra_bash_completion"],
+    "train -sc install=fish": ["hydra_fish_completion"],
+    "train --version": [f"{src.NAME} {src.__version__}"],
+    "train --help": ["Usage: python -m src.train", "schedule:", "cosine", "seed: 0 #", "max_steps: 2500"],
+    "train -h --config-dir own": ["mine"],
+    "sample --help": ["Usage: python -m src.sample", "run: null #"],
+}
+"""Commands that print something, with parts of it."""
+
+REFUSED = {
+    # Ranges, choices and types.
+    "train optimizer.lr=-1": "optimizer.lr=-1",
+    "train optimizer.lr=fast": "optimizer.lr=fast",
+    "train data.batch_size=0": "data.batch_size=0",
+    "train trainer.max_steps=0": "trainer.max_steps=0",
+    "train seed=-1": "seed=-1",
+    "train callbacks.samples.seed=-2": "callbacks.samples.seed=-2",
+    "train diffusion.prediction=epsilon": "diffusion.prediction=epsilon",
+    "train loss.type=l3": "loss.type=l3",
+    "train keep_checkpoints=-2": "keep_checkpoints=-2",
+    "train -m optimizer.lr=1e-3,-1": "optimizer.lr=-1",
+    "sample run=x sampler=ddim sampler.eta=2": "sampler.eta=2",
+    "sample n=0": "n=0",
+    "sample guidance.rescale=2": "guidance.rescale=2",
+    "evaluate run=x num_terms=0": "num_terms=0",
+    "evaluate run=x ode_tolerance=0": "ode_tolerance=0",
+    "compare runs=[x] devices=0": "devices=0",
+    "schedules frames=1": "frames=1",
+    # Combinations.
+    "train schedule=null": "schedule=null",
+    "train ~model": "model=null",
+    "train validate_every=5 trainer.val_check_interval=3": "trainer.val_check_interval=null",
+    "evaluate analytic=mixture n=3": "n=",
+    "evaluate run=x analytic_steps=[5]": "add analytic=mixture",
+    "train data=folder": "data.root=...",
+    "schedules data=points": "data=points",
+    # Names of other libraries, and earlier ones.
+    "train lr=1e-3": "type optimizer.lr=1e-3",
+    "train learning_rate=1e-3": "type optimizer.lr=1e-3",
+    "train batch_size=8": "type data.batch_size=8",
+    "train epochs=3": "type trainer.max_steps=STEPS",
+    "train steps=50": "type trainer.max_steps=50",
+    "sample steps=50": "type sampler.steps=50",
+    "schedules steps=50": "type num_steps=50",
+    "train noise_schedule=cosine": "type schedule=cosine",
+    "train beta_schedule=linear": "type schedule=linear",
+    "train num_timesteps=100": "type schedule.num_steps=100",
+    "train process.clip=2": "type diffusion.clip_x0=2",
+    "train objective=hybrid": "type loss=hybrid",
+    "train model.width=64": "type model.model_channels=64",
+    "train callbacks.guard.rewinds=2": "type callbacks.nan_guard.max_rollbacks=2",
+    "sample num_inference_steps=20": "type sampler.steps=20",
+    "sample guidance_scale=2": "type guidance.scale=2",
+    "train loss=mse": "type loss=simple",
+    "train schedule=squaredcos_cap_v2": "type schedule=cosine",
+    # Misspelled.
+    "train schedule=cosin": "did you mean cosine?",
+    "train logger=[csv,wandbb]": "did you mean wandb?",
+    "train shedule=cosine": "did you mean schedule?",
+    "train ~shedule": "did you mean schedule?",
+    "train schedule.num_stps=10": "did you mean schedule.num_steps?",
+    "train +schedule.num_stps=10": "did you mean schedule.num_steps?",
+    "train trainer.fast_dev=true": "To append to your config use +trainer.fast_dev=true",
+    "train +schedule=linear": "without the +",
+    "train run_dir=x": "type hydra.run.dir=x",
+    # Not an override, or several values.
+    "train --schedule=linear": "type schedule=linear",
+    "train --schedule linear": "type schedule=linear",
+    "train schedule = linear": "type schedule=linear",
+    "train schedule= linear": "type schedule=linear",
+    "train seed=1 schedule =linear": "type schedule=linear",
+    "sample outputs/train/x": "type run=outputs/train/x",
+    "sample last.ckpt/x.ckpt": "type ckpt=last.ckpt/x.ckpt",
+    "train outputs/train/x": "type resume=outputs/train/x",
+    "train cosine": "schedule=cosine",
+    "train schedule=[linear,cosine]": "type -m schedule=linear,cosine",
+    "train schedule=linear,cosine": "add -m",
+    "train -m optimizer.lr=interval(1,2)": "hydra/sweeper=search",
+    "train --config-dir nowhere schedule=mine": "--config-dir nowhere",
+    "train --experimental-rerun x": "resume=FOLDER",
+    # Characters that Hydra's grammar reserves.
+    "sample run=a(b": "\"run='a(b'\"",
+    "sample run=a)b": "\"run='a)b'\"",
+    "sample run=a[b": "\"run='a[b'\"",
+    "sample run=a#b&c": "\"run='a#b&c'\"",
+    "sample run=a~b'c": "run='a~b\\\\'c'",
+    "sample run={a": "\"run='{a'\"",
+    "sample run=größe": "\"run='größe'\"",
+}
+"""Commands that are refused, and part of the message, before torch is imported."""
+
+
+def run_all(commands: list[list[str]], cwd: Path) -> list[dict[str, Any]]:
+    path = os.pathsep.join([str(CONF.parent), str(cwd)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.config.run_commands"], input=json.dumps(commands), text=True, capture_output=True,
+        cwd=cwd, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=HANG_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+def words(line: str) -> list[str]:
+    return line.split(" ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the clone with a package and a config folder of the user's own."""
+    where = tmp_path_factory.mktemp("user")
+    (where / "own_package.py").write_text(OWN_CODE)
+    for name, text in OWN_FILES.items():
+        (where / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / "own" / name).write_text(text)
+    return where
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of all commands that need no torch, by their line."""
+    lines = [*REFUSED, *COMPOSE]
+    return dict(zip(lines, run_all([words(line) for line in lines], folder), strict=True))
+
+
+def test_documented_flags_and_overrides_work(results):
+    for line, parts in COMPOSE.items():
+        result = results[line]
+        assert result["status"] == 0, (line, result)
+        for part in parts:
+            assert part in result["out"], (line, part, result["out"][-2000:])
+
+
+def test_refusals_name_the_setting_on_one_line(results):
+    for line, part in REFUSED.items():
+        result = results[line]
+        assert result["status"] == 2, (line, result)
+        assert len(result["err"].strip().splitlines()) == 1, (line, result["err"])
+        assert part in result["err"], (line, part, result["err"])
+
+
+def test_refusals_import_no_torch(results):
+    assert [line for line in REFUSED if results[line]["torch"]] == []
+
+
+def test_refusals_leave_no_files(results, folder):
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == ["own", "own_package.py"]
+
+
+def test_printed_override_is_accepted(results):
+    for line, part in REFUSED.items():
+        if part.startswith("type ") and "STEPS" not in part:
+            text = results[line]["err"].split("; type ")[-1].strip()
+            assert shlex.split(text.split(". ")[0])[-1].partition("=")[1] == "=", (line, text)
+
+
+def test_misspelled_added_key_gets_hint(folder):
+    (result,) = run_all([["train", "+shedule=cosine", "--cfg", "job"]], folder)
+    assert result["status"] == 0 and "did you mean schedule?" in result["err"]
+
+
+def test_repeated_key_warns_that_last_wins(results):
+    assert "seed=2" in results["train seed=1 model=unet_tiny seed=2 --cfg job"]["err"]
+
+
+def test_help_has_one_usage_line_and_three_examples(results):
+    text = results["train --help"]["out"]
+    assert text.count("Usage:") == 1 and text.count("  python -m src.train ") == 3
+
+
+def test_version_has_one_source():
+    project = tomllib.loads((CONF.parent / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"] and project["project"]["name"] == src.NAME
+    assert project["tool"]["hatch"]["version"]["path"] == "src/__init__.py"
+
+
+def test_run_uses_own_package_without_trust(folder):
+    """A schedule, sampler, loss, network, data, callback and logger by `_target_`, from a folder of the user's own."""
+    few = ["weighting=uniform", "neighbors.num_samples=0", "diffusion.prediction=eps"]
+    own = ["--config-dir", "own", "experiment=mine", *few]
+    trained, moved, resumed = run_all(
+        [
+            ["train", *own, "hydra.run.dir=run"],
+            ["train", *own, "hydra.run.dir=moved", "hydra.job.chdir=true"],
+            ["train", *own, "resume=run", "trainer.max_steps=3"],
+        ],
+        folder,
+    )
+    assert trained["status"] == 0, trained["err"][-3000:]
+    assert "hello from a callback" in trained["out"]
+    overrides = yaml.safe_load((folder / "run" / ".hydra" / "overrides.yaml").read_text())
+    assert "experiment=mine" in overrides
+    assert moved["status"] == 0, moved["err"][-3000:]
+    for name in ("run", "moved"):
+        assert json.loads((folder / name / "metrics.json").read_text())["steps"] >= 2
+    assert {"run", "moved", "own"} >= {path.name for path in folder.iterdir()} - {"own_package.py", "__pycache__"}
+    print(resumed["err"])
+
+
+def test_sampler_of_own_folder_loads_beside_ours(folder, monkeypatch):
+    from hydra.core.hydra_config import HydraConfig
+
+    from src.config.search_path import load_option
+
+    class Source:
+        path, schema = str(folder / "own"), "file"
+
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    monkeypatch.setattr(
+        HydraConfig, "get", lambda: type("C", (), {"runtime": type("R", (), {"config_sources": [Source]})})
+    )
+    assert load_option("sampler", "mine")._target_ == "own_package.sampler"
+    assert load_option("sampler", "ddim")._target_.endswith("ddim")
+    with pytest.raises(ValueError, match="unknown sampler 'min'"):
+        load_option("sampler", "min")
