@@ -201,7 +201,7 @@ def test_vlb_loss_has_the_expectation_of_the_bound(variance):
                 assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
 
 
-def test_simple_trains_at_v_and_vlb_on_the_chain():
+def test_simple_trains_at_v_vlb_on_chain():
     """They differ on continuous schedules; in tables both are rows."""
     v = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     for schedule in schedules_of(50).values():

@@ -216,7 +216,7 @@ def test_non_finite_samples_are_refused(trained, cache):
         evaluator.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
 
 
-def test_too_few_samples_and_too_many_pixels_are_refused(trained, cache, monkeypatch):
+def test_too_little_data_and_large_images_are_refused(trained, cache, monkeypatch):
     data = open_run(str(trained)).data
     data.setup()
     with monkeypatch.context() as patch:
