@@ -346,7 +346,7 @@ def test_held_out_scenes_need_held_out_combinations():
         ({"held_out": [{"colour": "red"}]}, r"unknown attribute 'colour'.*color"),
         ({"held_out": [{"color": "rad"}]}, r"unknown color 'rad'.*red"),
         ({"held_out": [{"size": "huge"}]}, "small, large"),
-        ({"held_out": [{}]}, "is empty"),
+        ({"held_out": [{}]}, "empty combination"),
         ({"held_out": [{"shape": "cross"}]}, "leaves no scene with shape cross"),
         ({"held_out": [{"shape": s, "color": "red"} for s in SHAPES]}, "leaves no scene with color red"),
         ({"num_samples": 1}, "num_samples=1 must be at least 2"),
