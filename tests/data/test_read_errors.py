@@ -31,7 +31,7 @@ from src.runs.components import make
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images
-from tests.integration.test_stopping import assert_ended_as
+from tests.integration.test_stopping import assert_same_results
 from tests.runs.test_runs import assert_equal_bits, weights
 
 SETTINGS = [
@@ -270,7 +270,7 @@ def test_a_run_with_failing_data_saves_and_resumes(photos, copied, undisturbed, 
         assert f"saved at step {saved}" in message
         restore(photos, copied)
         quietly(run, *settings, f"resume='{run}'")
-        assert_ended_as(run, undisturbed)
+        assert_same_results(run, undisturbed)
         table = "loss_by_noise.csv"
         assert (run / table).read_text() == (undisturbed / table).read_text(), name
 
@@ -287,7 +287,7 @@ def test_a_killed_worker_ends_the_run_saved(photos, undisturbed, tmp_path):
     assert "a process that loads data died" in message and "data.num_workers=2" in message
     assert 2 <= saved_step(run) < 8
     quietly(run, *settings, f"resume='{run}'")
-    assert_ended_as(run, undisturbed)
+    assert_same_results(run, undisturbed)
 
 
 def test_failing_final_images_are_saved_on_resume(photos, copied, undisturbed, tmp_path):
@@ -312,7 +312,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     skipping = [*root_of(copied), "data.skip_unreadable=true"]
     metrics = train_tiny(tmp_path / "whole", *skipping)
     assert metrics["unreadable_files"] == 0
-    assert_ended_as(tmp_path / "whole", undisturbed)
+    assert_same_results(tmp_path / "whole", undisturbed)
 
     names: list[str] = []
 
@@ -332,7 +332,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         assert sorted(line.split(" cannot")[0] for line in message) == sorted(names)
         kept = json.loads((tmp_path / name / "metrics.json").read_text())
         assert metrics["unreadable_files"] == kept["unreadable_files"] == 3
-    assert_ended_as(tmp_path / "again", tmp_path / "alone")
+    assert_same_results(tmp_path / "again", tmp_path / "alone")
     # Images unreadable from the start, with workers.
     for file in names:
         Path(file).write_text("damaged")

@@ -18,8 +18,8 @@ from tests.loops import for_each
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow packages only when tests run, not when they are collected."""
-    global DiffusionModule
-    from src.training.module import DiffusionModule
+    global batch_positions
+    from src.training.module import batch_positions
 
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def draw(timestep_sampler, total, sizes, step=0):
     parts, start = [], 0
     for size in sizes:
         rng = StepRng(3, step, start, size, CPU)
-        position = DiffusionModule._place(None, {"x": torch.zeros(size, 2), "start": start, "total": total})
+        position = batch_positions({"x": torch.zeros(size, 2), "start": start, "total": total})
         parts.append(timestep_sampler(rng.uniform("t"), rng.shared("t"), position))
         start += size
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))

@@ -91,7 +91,7 @@ def test_typed_spacing_overrides_defaults():
             "run_dir=x",
         )
         assert build_sampler(cfg.sampler).spacing == typed
-    cfg = compose("train", "sampler=ancestral", "data=mixture", "run_dir=x")
+    cfg = compose("train", "data=mixture", "run_dir=x")
     spacing = build_sampler(cfg.sampler).spacing
     assert times(schedule_of("cosine"), spacing) == times(schedule_of("cosine"), "karras")
     assert times(schedule_of("rectified_flow"), spacing) == times(schedule_of("rectified_flow"), "trailing")

@@ -97,7 +97,7 @@ def test_links_out_of_the_run_folder_are_refused(tmp_path):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.symlink_to(outside)
-        with pytest.raises(UsageError, match="leads out of the run's folder") as error:
+        with pytest.raises(UsageError, match="out of the run's folder") as error:
             expand_resume([f"resume={folder}"])
         assert name in str(error.value)
         path.unlink()

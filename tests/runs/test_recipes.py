@@ -107,7 +107,8 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def test_recipes_train_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
     """Only network and data are smaller: prediction, loss, optimizer, precision and sampler are the recipe's."""
     full = recipe(name)
-    small = ["model.model_channels=8", "model.num_res_blocks=1"]
+    width = "hidden_size" if name == "moons" else "model_channels"
+    small = [f"model.{width}=8", "model.num_res_blocks=1"]
     small += ["model.num_head_channels=8"] if full.model.get("num_head_channels") else []
     folder = tmp_path / "run"
     cfg = compose(
@@ -310,8 +311,8 @@ def test_recipes_override_groups_and_overrides_win():
     [
         (["experiment=cifar10_ddmp"], False, r"unknown experiment 'cifar10_ddmp'; did you mean cifar10_ddpm\?"),
         (["experimnt=digits"], False, r"unknown setting 'experimnt'.*did you mean experiment\?"),
-        (["experiment=folder_64"], False, r"data.root has no default: add data.root="),
-        (["experiment=digits,moons"], False, "is a sweep: add -m"),
+        (["experiment=folder_64"], False, r"data\.root"),
+        (["experiment=digits,moons"], False, "experiment=digits,moons"),
         (["experiment=digits,moonz"], True, r"did you mean moons\?"),
     ],
 )

@@ -344,7 +344,7 @@ def test_links_out_of_the_run_folder_are_refused(trained, tmp_path):
     (folder / "samples").symlink_to(folder / "checkpoints")
     expand_resume([f"resume={folder}"])
     (folder / "checkpoints" / "x").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises(UsageError, match="leads out of the run's folder"):
+    with pytest.raises(UsageError, match="out of the run's folder"):
         expand_resume([f"resume={folder}"])
 
 
@@ -396,7 +396,7 @@ def test_experimental_rerun_of_hydra_is_refused(tmp_path, canary):
     path.write_bytes(pickle.dumps(Bomb(f"touch {canary}")))
     command = [sys.executable, "-m", "src.train", "--experimental-re", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS, cwd=CONF.parent)
-    assert done.returncode == 2 and "would unpickle" in done.stderr
+    assert done.returncode == 2 and "--experimental-rerun" in done.stderr
     assert not canary.exists()
 
 

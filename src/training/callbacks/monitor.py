@@ -50,8 +50,10 @@ class Progress(TQDMProgressBar):
         self._last_line = time.monotonic(), self.trainer.global_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("Training")  # in place of "Epoch 0", of which there is only one
+        """Reset the bar as Lightning does, without the number of the only epoch."""
+        self.train_progress_bar.reset(self.total_train_batches)
+        self.train_progress_bar.initial = 0
+        self.train_progress_bar.set_description("Training")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
