@@ -74,7 +74,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
         module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
-        # Build evaluators first: they refuse settings, and the detector may not be accurate enough.
+        # Build evaluators first: they reject invalid settings and an inaccurate detector.
         evaluator = None
         if cfg.quality:
             with usage_errors():

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` a film into the output folder; return it.
+    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` an animation into the output folder; return it.
 
-    Images are PNGs too, and rows of a table a `samples.csv`. Sample k depends on (seed, k) and its condition alone, not
-    on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The conditions in `cond` get equal
-    shares of the samples.
+    Images are also written as PNGs, and rows of a table as `samples.csv`. Sample k depends only on (seed, k) and
+    its condition, not on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The samples are
+    divided equally among the conditions in `cond`.
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
@@ -93,7 +93,7 @@ def sample(cfg: DictConfig) -> Path:
 def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
     """Raise ValueError if `n` is smaller than the number of conditions, or a setting needs guidance that is off."""
     if cfg.cond is not None and cfg.n < num_prompts:
-        raise ValueError(f"n={cfg.n} leaves out some of the {num_prompts} that cond asks for: set n={num_prompts}")
+        raise ValueError(f"n={cfg.n} must be at least {num_prompts}, the number of conditions in cond")
     if sampler.guidance.model and sampler.guidance.scale == 1:
         raise ValueError(
             f"{format_override('guidance.model', cfg.guidance.model)} has no effect at guidance.scale=1: set "
@@ -101,13 +101,13 @@ def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) ->
         )
     if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.model):
         raise ValueError(
-            f"{format_override('negative', cfg.negative)} has no effect at guidance.scale=1 or beside guidance.model: "
+            f"{format_override('negative', cfg.negative)} has no effect at guidance.scale=1 or with guidance.model: "
             "set guidance.scale=3, or leave it out"
         )
 
 
 def describe(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
-    """Return the sampler's name and settings as a user reads them."""
+    """Return the sampler's name and settings for display."""
     name = str(settings._target_).rpartition(".")[2]
     spacing = sampler.spacing if isinstance(sampler.spacing, str) else sampler.spacing.on(schedule)  # type: ignore[arg-type]
     words = [

@@ -43,7 +43,7 @@ def show_schedules(cfg: DictConfig) -> Path:
         check_values(cfg)
         for name in names:
             node = load_option("schedule", name)
-            node = node.get("schedule", node)  # some files set more than the schedule
+            node = node.get("schedule", node)  # some files also set other groups
             node.num_steps = cfg.num_steps
             tables[name] = build_schedule(node, cfg.snr_shift, cfg.zero_terminal_snr)
         check_arguments(cfg.data, "data")

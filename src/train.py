@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train a run, write pictures, curves and `metrics.json` into its folder, and return the metrics.
 
-    Raises UsageError for settings that do not work, and for training that diverged or ran out of memory.
+    Raises UsageError for invalid settings, and for training that diverged or ran out of memory.
     """
     from src.runs.build import build, start
     from src.runs.fit import load_data, record_data
@@ -55,7 +55,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def fit_or_explain(run: "Run") -> dict[str, float]:
     """Train the run. After a signal, print how to resume and exit with 128 plus its number.
 
-    Raises UsageError with one line if memory is short or data cannot be read.
+    Raises UsageError with one line if memory runs out or data cannot be read.
     """
     from src.errors import DataReadError
     from src.runs import out_of_memory
@@ -84,7 +84,7 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
 
 
 def print_once(text: str) -> None:
-    """Print in the first process only."""
+    """Print only on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 

@@ -64,7 +64,7 @@ def measure_run(
 ) -> Measurements:
     """Return the metrics of a model's samples, the first samples, and the bound and error of `num_val` samples.
 
-    `condition` is that of the module, if it takes one. `advance` receives the number of samples that completed a
+    `condition` is the module's condition, if it has one. `advance` receives the number of samples that completed a
     sampler step, or a network call of the bound.
     """
     data = evaluator.data
@@ -106,7 +106,7 @@ def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
 
 
 def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
-    """Return the real-data baseline of each metric, whose number of samples may differ from that of the metric."""
+    """Return the real-data baseline of each metric, which may use another number of samples."""
     measured = {k.removeprefix("baseline/"): v.tolist() for k, v in measurements.items() if k.startswith("baseline/")}
     stems = {stem(name): tuple(baseline) for name, baseline in measured.items()}
     names = [k.removeprefix("metric/") for k in measurements if k.startswith("metric/")]
@@ -211,7 +211,7 @@ def summarize(
     cfg: DictConfig,
     processes: Processes,
 ) -> str:
-    """Return one line on the measurements to come and their expected time."""
+    """Return one line that announces the measurements and their expected time."""
     size = min(cfg.batch_size, cfg.n)
     calls = module.network_calls(sampler)
     seconds = (

@@ -95,7 +95,7 @@ def _error_chart(report: Report, relative: bool) -> bytes:
 
 
 def _training_chart(report: Report, name: str) -> bytes:
-    """Draw a logged loss by step: per group the mean over seeds, at the steps that all seeds have logged.
+    """Draw a logged loss by step: per group the mean over seeds, at the steps that all seeds logged.
 
     `train/loss` is smoothed; `val/loss` has a band from the lowest to the highest seed.
     """

@@ -1,4 +1,4 @@
-"""Find the runs of a comparison."""
+"""Find the runs to compare."""
 
 import json
 import math

@@ -25,7 +25,7 @@ def compose(
     names: Sequence[str],
     groups: dict[str, list[str]],
 ) -> DictConfig:
-    """Return the configuration, with Hydra's own node; `names` are the settings known so far.
+    """Return the configuration, with Hydra's own node; `names` are the known settings.
 
     Raises UsageError with Hydra's message and a hint if Hydra cannot compose it.
     """
@@ -72,7 +72,7 @@ def _missing_plugin(group: str, name: str) -> str:
 
 
 def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
+    """Return the end of an error about an unknown key: the most similar setting, if any."""
     known = [*names, *groups]
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         return f"; type {new if '=' in new else f'{new}={value}'}"

@@ -61,7 +61,7 @@ def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _settings(text: str, groups: Collection[str]) -> list[str]:
-    """Return the lines of a YAML that set something, without those of Hydra and placeholders of `groups`."""
+    """Return the settings in a YAML as lines, without Hydra's and without placeholders of `groups`."""
     text = re.sub(r"^(?:defaults|run_dir|hydra):.*\n?(?:  .*\n?)*", "", text, flags=re.MULTILINE)
     lines = [line for line in text.splitlines() if line.strip() and not re.match(r"#|\s*_\w+_:", line)]
     return [f"  {line}" for line in lines if line.partition(":")[0] not in groups]

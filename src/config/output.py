@@ -1,7 +1,7 @@
 """Defer the output of a command until everything is built.
 
-Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task refuses would
-therefore have changed the run that it was to resume. `defer_output` makes Hydra write neither, and `begin` writes both.
+Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task rejects would
+therefore have changed the run that it should resume. `defer_output` makes Hydra write neither, and `begin` writes both.
 """
 
 import logging
@@ -29,7 +29,7 @@ NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 
 
 class DeferredOutput(NamedTuple):
-    """The output that Hydra's own settings ask for. Launchers send it to their workers."""
+    """The output that Hydra's settings request. Launchers send it to their workers."""
 
     output_subdir: str | None
     job_logging: dict[str, Any]
@@ -78,7 +78,7 @@ def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> t
 
 
 def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
-    """Restore Hydra's output settings, log to the console alone, and store the rest for `begin`."""
+    """Restore Hydra's output settings, log only to the console, and store the rest for `begin`."""
     global _pending
     settings: Any = HydraConfig.get()
     with read_write(settings), open_dict(settings):
@@ -95,7 +95,7 @@ def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
     lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.getLogger().addHandler(lines)
     texts = {
-        "config.yaml": OmegaConf.to_yaml(cfg),  # before the task changes it
+        "config.yaml": OmegaConf.to_yaml(cfg),  # the task may change it later
         "hydra.yaml": OmegaConf.to_yaml(HydraConfig.instance().cfg),
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
     }
@@ -135,7 +135,7 @@ def begin(folder: Path) -> Path:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files by name and replace the old ones once all are on the disk. Leaves none behind if that fails."""
+    """Write files by name and replace the old ones once all are on disk. Leaves no files if that fails."""
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     partials = {folder / f".{name}.partial": folder / name for name in texts}
@@ -154,7 +154,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def discard_output() -> None:
-    """Drop the output of a refused job."""
+    """Discard the output of a rejected job."""
     global _pending
     _pending = None
     close_log()
@@ -172,7 +172,7 @@ def close_log() -> None:
 def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
     """Run a sweep in the folder `sweep`; restore the folder's own files if no job started.
 
-    Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is set aside.
+    Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is moved away first.
     """
     if rank() > 0:
         yield

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.errors import UsageError
 
 RANGES = {
-    # Of every command.
+    # Every command.
     "*seed": "[0, 2^32)",
     "n": "[1, inf)",
     "batch_size": "[1, inf)",
@@ -28,7 +28,7 @@ RANGES = {
     "guidance.rescale": "[0, 1]",
     "schedule.num_steps": "[1, inf)",
     "snr_shift": "(0, inf)",
-    # Of training.
+    # Training.
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
     "lr_scheduler.warmup_steps": "[0, inf)",
@@ -53,7 +53,7 @@ RANGES = {
     "trainer.accumulate_grad_batches": "[1, inf)",
     "trainer.gradient_clip_val": "[0, inf): 0 turns clipping off",
     "trainer.num_nodes": "[1, inf)",
-    # Of the other commands.
+    # Other commands.
     "max_features": "[1, inf)",
     "num_memorization": "[0, inf)",
     "num_val": "[1, inf)",
@@ -100,9 +100,9 @@ LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Raise UsageError for a value of a composed configuration that lies outside RANGES or CHOICES.
+    """Raise UsageError for a value of a composed configuration outside RANGES or CHOICES.
 
-    A node with a `_target_` of another package has rules of its own, except an optimizer of torch.
+    A node with a `_target_` of another package is not checked, except an optimizer of torch.
     """
     for name, value, argument in _leaves(cfg):
         check_value(name, value, argument)
@@ -124,7 +124,7 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
 def check_type(name: str, default: Any, value: Any) -> None:
     """Raise UsageError if a value has another type than its default, unless that is text or null, or is empty text.
 
-    An empty text would be the current folder where a setting takes a folder.
+    As a folder, an empty text would mean the current one.
     """
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return

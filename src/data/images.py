@@ -113,7 +113,7 @@ class ImageDataModule(BaseDataModule):
 class ImageFiles:
     """A source that decodes images lazily: `open_image(i)` returns image i, of any size and mode.
 
-    `files` are the paths if the images are files. `fetch` raises DataReadError.
+    `files` are the paths of images that are files. `fetch` raises DataReadError.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ImageFiles:
         return self.count
 
     def stamps(self) -> Sequence[int] | None:
-        """Return the file sizes: copying changes the time stamps, and reading all files takes too long."""
+        """Return the file sizes: copying changes time stamps, and hashing all files takes too long."""
         return None if self.files is None else [_size(file) for file in self.files]
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
@@ -348,7 +348,7 @@ def _image_of(dataset: Any, i: int) -> Image.Image:
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:
-    """Return whether it is a file that is not hidden, nor in a hidden folder below `root`."""
+    """Return whether it is a file, not hidden and not in a hidden folder below `root`."""
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 

@@ -48,10 +48,10 @@ class Pretrained(TextCondition):
         model: a folder or a name on the Hugging Face hub of CLIP, T5 or another text encoder of the transformers
             library, with weights in safetensors.
         max_length: tokens; longer texts are truncated with a warning.
-        cache: folder for embeddings, in float16. `infer_settings` fills it for all captions of the data.
-        device: on which the encoder computes embeddings missing from the cache; auto prefers an accelerator.
+        cache: folder for float16 embeddings. `infer_settings` fills it for all captions of the data.
+        device: computes embeddings that are not in the cache; auto prefers an accelerator.
         features: width of the hidden states, inferred.
-        fingerprint: of the encoder's weights and tokenizer, inferred.
+        fingerprint: hash of the encoder's weights and tokenizer, inferred.
         examples: prompts to draw samples for.
 
     Texts have single spaces. None and a blank text mean no condition, encoded as the empty text.

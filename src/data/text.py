@@ -62,7 +62,7 @@ class Tokens(TextCondition):
         package = import_optional("tokenizers")
         try:
             self._tokenizer = package.Tokenizer.from_str(tokenizer)
-        except Exception as error:  # the library raises no narrower one
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"conditioning.encode.tokenizer is not JSON of the tokenizers library ({one_line(error)}); set it to "
                 "null in a new run to train one"
@@ -120,7 +120,7 @@ def sample_captions(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def distinct_texts(texts: Sequence[str], limit: int = 8) -> list[str]:
-    """Return up to `limit` different texts, evenly spread, that a configuration can hold, where "${" interpolates."""
+    """Return up to `limit` distinct texts, evenly spread, without the interpolation "${" of configurations."""
     different = [text for text in dict.fromkeys(map(clean_text, texts)) if text.isprintable() and "${" not in text]
     return [different[i] for i in _spread(len(different), limit)]
 

@@ -1,4 +1,4 @@
-"""Weights that are sharded over devices (FSDP2), with the same functions for plain ones."""
+"""Weights sharded over devices (FSDP2); the same functions accept weights that are not sharded."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(net, FSDPModule):
         return
-    net.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other layout
     for child in net.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
@@ -56,7 +56,7 @@ def total_norm(norm: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy whole weights and buffers, of the module's own names and shapes, into a module that may be sharded."""
+    """Copy full weights and buffers, with the names and shapes of the module, into a module that may be sharded."""
     for name, target in module.state_dict().items():
         local(target).copy_(share(state[name], target))
 
@@ -64,7 +64,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's model-parallel strategy with all processes on the data axis, and checkpoints in one file.
 
-    They are those of an unsharded run, put together on the first process.
+    Checkpoints equal those of an unsharded run, gathered on the first process.
     """
 
     def __init__(self) -> None:

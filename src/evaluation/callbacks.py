@@ -123,7 +123,7 @@ class Quality(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
         settings = self.settings._replace(batch_size=min(data.microbatch_size(trainer), self.settings.batch_size))
-        with usage_errors():  # such as missing weights of an extractor
+        with usage_errors():  # for example, missing weights of an extractor
             self._evaluator = SampleEvaluator(data, settings, processes)
         calls = pl_module.network_calls(self._sampler(pl_module))
         size = min(settings.batch_size, settings.n)
@@ -136,7 +136,7 @@ class Quality(L.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._evaluator is None:  # a validation before training, or nothing was left to train
+        if self._evaluator is None:  # a validation before training, or no steps left
             return
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]

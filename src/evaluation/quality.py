@@ -1,7 +1,7 @@
-"""Quality of a run's samples: all processes draw them, extractors turn them into features, metrics compare these.
+"""Quality of a run's samples: all processes draw samples, extractors compute features, metrics compare features.
 
 Every metric has a real-data baseline: the same metric of as many training samples, compared with the same validation
-data. With `reference="train"` the two sides change roles, as in most papers.
+data. `reference="train"` swaps the roles of training and validation data, as in most papers.
 """
 
 import logging
@@ -115,7 +115,7 @@ class SampleEvaluator:
         assert self.data.source is not None
         n, max_features, count = self.settings.n, self.settings.max_features, self.processes.count
         size = min(self.settings.batch_size, n)
-        # Sharded weights are gathered jointly, so every process draws as many batches. The surplus is dropped.
+        # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
         turns = -(-n // (size * count))
         collected: dict[str, Collected] = {}
         first: list[Tensor] = []
@@ -226,7 +226,7 @@ class SampleEvaluator:
         labels = self.data.source.labels
         if labels is None:
             raise ValueError(
-                "features=classifier needs labels: put the images of each class into a folder of its own, or use "
+                "features=classifier needs labels: put the images of each class into a separate folder, or use "
                 "features=pixels, inception or dinov2"
             )
         classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
@@ -258,7 +258,7 @@ class SampleEvaluator:
 
     def _merge(self, part: Collected | None) -> Collected:
         """Merge the features of all processes; None stands for a process without samples."""
-        if part is not None:  # do not send features that the merge would drop
+        if part is not None:  # the merge would drop them
             part = part.below(self.settings.max_features)
         parts = [p for p in self.processes.gather(part) if p is not None]
         return reduce(lambda merged, each: merged.merge(each, self.settings.max_features), parts)

@@ -148,7 +148,7 @@ def save_samples(
     generated: Mapping[str, GeneratedSamples],
     measured: Sequence[SampleMetrics],
 ) -> None:
-    """Save samples of each sampler from the same noise, and those nearest to the training data beside it."""
+    """Save samples of each sampler from the same noise, and next to it those nearest to the training data."""
     data = evaluator.data
     real = data.postprocess(data.examples(NUM_SHOWN))
     if real.ndim != 4:
@@ -207,7 +207,7 @@ def evaluate_alignment(
     processes: Processes,
     folder: Path,
 ) -> dict[str, Any]:
-    """Return how often samples match their prompts, and their diversity, at each guidance scale. Rank 0 only."""
+    """Return the accuracy of samples given their prompts, and their diversity, at each guidance scale. Rank 0 only."""
     calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
     total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
     with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
@@ -261,7 +261,7 @@ def standard_error(values: Tensor) -> float:
 
 
 def progress_bar(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
-    """Pass the items on and show a progress bar on rank 0."""
+    """Yield the items and show a progress bar on rank 0."""
     bar: Iterable[T] = tqdm(items, desc=label, disable=rank > 0)
     return bar
 

@@ -1,4 +1,4 @@
-"""Settings of an evaluation and their rules. Nothing here imports torch, so a command refuses a setting at once."""
+"""Settings of an evaluation and their checks. This module does not import torch, so errors appear immediately."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ DETECTOR_STEPS = 600
 
 
 class QualitySettings(NamedTuple):
-    """How sample quality is measured."""
+    """Settings of the sample quality metrics."""
 
     features: Sequence[str] | None = None
     """Names in `FEATURES`. None: the classifier for images with labels, else pixels. Points use their own values."""
@@ -46,7 +46,7 @@ class QualitySettings(NamedTuple):
 
 
 class AlignmentSettings(NamedTuple):
-    """How prompt alignment is measured."""
+    """Settings of the prompt alignment benchmark."""
 
     scales: Sequence[float] = (1, 1.5, 2, 3, 5)
     """Guidance scales."""

@@ -76,7 +76,7 @@ def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] =
 
 
 def mean_of(scores: Tensor) -> Statistic:
-    """Return the mean of the samples' scores (N,); for booleans the share of True."""
+    """Return the mean of the samples' scores (N,); for booleans the fraction of True."""
     within = SHARE if scores.dtype == torch.bool else (-math.inf, math.inf)
     scores = scores.double()
     return linear_statistic(scores.mean(), scores / len(scores), within)
@@ -95,7 +95,7 @@ def median_of(scores: Tensor) -> Statistic:
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> Metric:
-    """Return the share correct / n with Wilson's interval, whose width is positive even for shares of 0 and 1.
+    """Return the fraction correct / n with Wilson's interval, whose width is positive even for fractions of 0 and 1.
 
     Source: Wilson 1927.
     """

@@ -70,7 +70,7 @@ def radii(x: Tensor, k: int) -> Tensor:
 def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
     """Compare samples (M, F) with real data (N, F), where each sample has a ball that reaches its k-th neighbor.
 
-    The bootstrap of recall and coverage is linear: a sample contributes the real samples that it alone covers.
+    The bootstrap of recall and coverage is linear: a sample contributes the real samples that no other sample covers.
     Their intervals are therefore too wide rather than too narrow (Efron and Stein 1981).
 
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1-2 (with k = 3), for precision and recall; Naeem et al.
@@ -81,7 +81,7 @@ def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
     hits = torch.cat([(distances(samples[rows], real) <= theirs).sum(1) for rows in parts]).double()
 
     def covered_share(ball: Callable[[slice], Tensor]) -> Statistic:
-        """Return the share of real samples within `ball` of a sample."""
+        """Return the fraction of real samples within `ball` of a sample."""
         hits_per_real = torch.zeros(len(real), dtype=torch.int64, device=real.device)
         for rows in parts:
             hits_per_real += (distances(samples[rows], real) <= ball(rows)).sum(0)

@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The metrics of a run that took all its steps and did not diverge; else None."""
+        """The metrics of a run that completed its steps and did not diverge; else None."""
         metrics = read_metrics(self.directory)
         done = metrics is not None and metrics.get("steps") == self.steps >= self.trainer.max_steps
         return metrics if done else None
@@ -128,7 +128,7 @@ def instantiate_run(
     module = build_module(cfg, data.shape, data.num_values, data.condition)
     warn_of_schedule(module)
     module.compiled_training = compiled(module.net, cfg.compile)
-    if checkpoint is not None:  # Refuse before loggers write.
+    if checkpoint is not None:  # Raise before loggers write.
         assert resume_from is not None
         check_fit(checkpoint["state_dict"], module, resume_from)
         changed_settings(checkpoint["hyper_parameters"], plain(cfg))
@@ -139,7 +139,7 @@ def instantiate_run(
             "another run_dir"
         )
     trainer = build_trainer(cfg, directory)
-    environment = getattr(trainer.strategy, "cluster_environment", None)  # of strategies with several processes
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # strategies with several processes have one
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
@@ -189,7 +189,7 @@ def check_sharding(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Train
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
     if cfg.data.get("microbatch_size") == "auto":
         raise ValueError(
-            "data.microbatch_size=auto tries a step on each device alone, which sharded weights do not allow: set "
+            "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "
             "data.microbatch_size=1, and double it while it fits"
         )
 
@@ -213,7 +213,7 @@ def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: 
 def start(run: Run) -> None:
     """Lock the folder of a run, start its loggers, and write its record.
 
-    Nothing is written into the folder before, and if this fails nothing stays. Raises ValueError if another process
+    No file is written into the folder before, and none remains if this fails. Raises ValueError if another process
     trains there, or if W&B cannot start.
     """
     from src.training.loggers import folder_of, rollback_logger_files
@@ -230,7 +230,7 @@ def start(run: Run) -> None:
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
             begin(run.directory)
-        for line in run.changes:  # Not before: a refused command resumes nothing.
+        for line in run.changes:  # Not earlier: a rejected command does not resume.
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     except BaseException:
         if run.trainer.is_global_zero and not existed:

@@ -69,7 +69,7 @@ def _newest_intact(folder: Path) -> Path:
 
 
 def record_path(checkpoint: Path) -> Path | None:
-    """Return where the run of a checkpoint keeps the record of its data; None for a file outside a run folder."""
+    """Return the path of the data record of a checkpoint's run; None for a file outside a run folder."""
     from src.data.split import FINGERPRINT_FILE
 
     return checkpoint.parent.parent / FINGERPRINT_FILE if checkpoint.parent.name == "checkpoints" else None
@@ -96,7 +96,7 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
 
 
 def check_accumulation(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if a resumed run accumulates another number of batches, which Lightning's counter counts."""
+    """Raise ValueError if a resumed run accumulates another number of batches: Lightning's counters would not match."""
     before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
     now = cfg.trainer.accumulate_grad_batches
     if before != now:

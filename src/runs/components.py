@@ -59,7 +59,7 @@ def build_module(
         conditioning=spec,
     )
     check_network(net, shape, diffusion.outputs, spec)
-    if trains:  # Optimizer and scheduler refuse invalid values now, before training.
+    if trains:  # Optimizer and scheduler raise for invalid values now, before training.
         module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
@@ -231,7 +231,7 @@ def check_network(
 
 
 def warn_of_schedule(module: "DiffusionModule") -> None:
-    """Warn if the last step, where sampling starts, is not noise, or has no weight in the loss."""
+    """Warn if the last step, where sampling starts, is not pure noise or has no weight in the loss."""
     from src.diffusion.noise import terminal_alpha_bar
 
     left = terminal_alpha_bar(module.schedule)
@@ -264,7 +264,7 @@ def make(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
 
     Partials come without Hydra's wrapper, which scans all loaded modules at each call.
     """
-    # Convert to plain lists: an optimizer would put OmegaConf's lists into checkpoints, which then could not be read.
+    # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
     return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_data(run: "Run") -> None:
-    """Load the data in the first process, so that an error about them appears once, before training."""
+    """Load the data in the first process, so that an error appears once, before training."""
     if run.trainer.is_global_zero:
         run.data.prepare_data()
         run.data.setup()

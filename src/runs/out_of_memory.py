@@ -1,4 +1,4 @@
-"""Messages for runs out of memory: what they need, what the device has, and what to set."""
+"""Out-of-memory messages: the memory needed, the memory available, and the settings to change."""
 
 from typing import TYPE_CHECKING
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
     """Return a copy of `cfg` in which every inferred setting has its value.
 
-    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, the settings that
-    depend on the data stay open; those from which the data are built do not. Resolving twice changes nothing.
+    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, settings that
+    depend on the data are not inferred; settings of the data module are. Resolving twice changes nothing.
 
     Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """
@@ -60,7 +60,7 @@ def resumed_folder(cfg: DictConfig) -> Path | None:
 
 
 def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the metrics of the job of a sweep that `resume=auto` finds finished; None if it has steps to take.
+    """Return the metrics of a sweep job that `resume=auto` finds finished; None if it has steps left.
 
     Raises ValueError if a job with other settings trained in its folder.
     """
@@ -79,7 +79,7 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
     """Return a copy of a trained run's configuration with the paths of this machine.
 
     `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
-    The cache of an encoder is never where the file `checkpoint` says. Raises ValueError for a run without such paths.
+    An encoder's cache folder is never taken from the file `checkpoint`. Raises ValueError for a run without such paths.
     """
     config = copy.deepcopy(config)
     if data_root is not None:
@@ -131,7 +131,7 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
         if path.suffix == ".npy":
-            table: Any = np.lib.format.open_memmap(path, mode="r")  # Unpickles nothing.
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # does not unpickle
         else:
             with path.open() as lines:  # numpy would unpack an archive if it got the file name
                 table = np.loadtxt(lines, delimiter=",")
@@ -183,7 +183,7 @@ def _infer_wandb_id(cfg: DictConfig) -> None:
 
 
 def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set what only the data determine, and the number of features of a network for points."""
+    """Set the settings that depend on the data, and the number of features of a network for points."""
     check_texts(dict(data.inferred), "the data")
     cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
@@ -191,7 +191,7 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
 
 
 def _infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set what only the data determine about conditions, such as class names. Raises ValueError without conditions."""
+    """Set conditioning settings that depend on the data, such as class names. Raises ValueError without conditions."""
     if cfg.get("conditioning") is None:
         return
     data.prepare_once_per_node()

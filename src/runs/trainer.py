@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Return Lightning's Trainer with the configured callbacks, loggers and plugins.
 
-    Null stands for Lightning's default. Raises ValueError for arguments that this project sets by another setting.
+    Null means Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
@@ -34,7 +34,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     dev_run = bool(settings.get("fast_dev_run"))
     logs = settings.get("logger", True) and not dev_run
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
-    # Models set values of callbacks that may not be chosen. These nodes have no _target_.
+    # Models set values of callbacks that may be missing; such nodes have no _target_.
     callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
@@ -124,12 +124,12 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
 
 
 def quiet_libraries() -> None:
-    """Silence Lightning's advertisements, hints and duplicate lines."""
+    """Silence Lightning's tips and duplicate lines."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks.model_summary", "profilers.profiler"):  # The user asks for these explicitly.
+    for name in ("callbacks.model_summary", "profilers.profiler"):  # The user requests these explicitly.
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     if logging.getLogger().handlers:  # Hydra's handlers print the same lines.
         for name in ("lightning", "lightning.pytorch"):

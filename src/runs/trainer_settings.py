@@ -127,7 +127,7 @@ def validation_interval(settings: Mapping[str, Any], validate_every: int, counts
     """Return the number of batches between validations: `validate_every` steps, unless `val_check_interval` is set.
 
     `val_check_interval` is a number of batches, as in Lightning, or a fraction of the run. With `counts_steps` a batch
-    is all of a step. Raises ValueError for other values.
+    means an optimizer step. Raises ValueError for other values.
     """
     steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     interval = settings.get("val_check_interval", validate_every)

@@ -159,14 +159,14 @@ def divisors(n: int) -> list[int]:
 
 
 def accumulate(trainer: L.Trainer, batches: int) -> None:
-    """Accumulate so many batches per step, and validate after as many steps as before."""
+    """Accumulate this many batches per step, and keep the number of steps between validations."""
     if isinstance(trainer.val_check_interval, int):  # a float is a share of the run
         trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
     trainer.accumulate_grad_batches = batches
 
 
 class MicrobatchFinder(L.Callback):
-    """Find the largest microbatch whose training step fits on every process's device, and accumulate it.
+    """Find the largest microbatch whose training step fits on every device, and set the accumulation.
 
     It runs in `setup`: after the processes are connected, before the data loaders exist.
     """
@@ -193,7 +193,7 @@ class MicrobatchFinder(L.Callback):
 def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
-    The first step creates the optimizer's moments. The copy leaves room for the average and DDP's buckets.
+    The first step creates the optimizer's moments. The copy reserves memory for the EMA and DDP's buckets.
     """
     device = trainer.strategy.root_device
     try:
@@ -210,7 +210,7 @@ def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> b
 
 
 def _reserve(device: torch.device) -> object:
-    """Allocate what libraries will need: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
+    """Reserve memory for libraries: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
     if device.type != "cpu":
         return torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
     try:

@@ -81,7 +81,7 @@ class DiffusionModule(SamplingModule):
         """Gradient norm of the last step before clipping; not finite if the step was skipped."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks that training needs whatever `callbacks` says."""
+        """Return the callbacks that training always needs."""
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
         return [SeedDropout(), ResumeTraining(), *([ImportanceUpdate()] if importance else [])]
 

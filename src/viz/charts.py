@@ -284,9 +284,9 @@ def quality_against_cost(
 def alignment_against_diversity(
     curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], detector: float
 ) -> Image.Image:
-    """Draw the share of samples that match their prompt over their diversity, one line per group of prompts.
+    """Draw the fraction of samples that match their prompt over their diversity, one line per group of prompts.
 
-    `curves` maps a group to (guidance scale, diversity, share); `detector` is the share of real images that match.
+    `curves` maps a group to (guidance scale, diversity, fraction); `detector` is that of real images.
     """
     figure, ((axes,),) = new_figure(6.8, 4.8)
     for k, (name, points) in enumerate(curves.items()):

@@ -62,7 +62,7 @@ def metric_title(metric: str) -> str:
 
 
 def better_direction(metric: str) -> Literal["lower", "higher"] | None:
-    """Return which values of a metric are better, None if neither are."""
+    """Return whether lower or higher values of a metric are better; None if neither."""
     if metric.startswith("val/"):
         return "lower"
     return next((side for name, (_, side) in METRICS.items() if metric == name or metric.startswith(f"{name}_")), None)
@@ -97,7 +97,7 @@ def format_metric(metric: Mapping[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a time to two digits in the unit that fits it."""
+    """Format a time to two digits in a suitable unit."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.2g} {unit}"

@@ -19,7 +19,7 @@ from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal,
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global LABELED
     global BatchDataset, Covariates, InMemory, Labels, BatchIndices, Classes, Continuous
     from src.data.batches import BatchDataset
@@ -293,12 +293,12 @@ def write(path, text):
         (["cond=[fish]"], "unknown class 'fish'.*0, 1, 2, 3, 4 and 5 more"),
         (["cond=[11]"], "unknown class '11': did you mean 1"),
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
-        (["cond=[]"], r"cond=\[\] asks for nothing"),
+        (["cond=[]"], r"cond=\[\] is empty"),
         (["guidance.scale=-2"], "guidance.scale=-2"),
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 has no effect"),
-        (["cond=[1,2,3]", "n=2"], "n=2 leaves out some of the 3 that cond asks for: set n=3"),
+        (["cond=[1,2,3]", "n=2"], "n=2 must be at least 3"),
     ],
 )
 def test_invalid_conditions_raise_in_sampling(conditional, tmp_path, overrides, message):

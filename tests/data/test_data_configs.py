@@ -1,4 +1,4 @@
-"""A dataset sets defaults that suit it; whatever is typed wins over them, in any order."""
+"""A dataset sets suitable defaults; typed overrides win over them, in any order."""
 
 import itertools
 

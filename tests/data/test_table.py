@@ -20,7 +20,7 @@ from tests.conftest import compose
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global TableDataModule
     from src.data.table import TableDataModule
 

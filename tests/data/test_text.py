@@ -22,7 +22,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global pretrained, text, InMemory, Pretrained, Tokens
     from src.data import pretrained, text
     from src.data.pretrained import Pretrained

@@ -504,7 +504,7 @@ def test_vlb_of_a_batch_equals_single_samples(schedule, shape, num_values):
 @every_target
 @every_schedule
 def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
-    """In float32 for an untrained network, with the cleanest transitions beside others."""
+    """In float32 for an untrained network, with the cleanest transitions among others."""
     x0, eps = normal(shape, 25, torch.float32).clamp(-1, 1), normal(shape, 26, torch.float32)
     # eps does not determine x_0 at zero SNR, where rectified flow ends.
     last = 0.9 if prediction == "eps" else 1 - 2**-24

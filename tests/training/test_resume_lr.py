@@ -79,7 +79,7 @@ def resumed(run: Path, folder: Path, *settings: str) -> list[float]:
 
 
 def test_first_step_after_resume_has_its_own_rate(tmp_path, capsys):
-    """By the command, with values computed by hand: 2e-3, 50 steps of warm-up, decay over 8."""
+    """By the command, with manually computed values: 2e-3, 50 steps of warm-up, decay over 8."""
     folder = tmp_path / "run"
     train_tiny(folder, *WARM, "trainer.max_steps=4")
     train_tiny(folder, *WARM, "trainer.max_steps=8", f"resume='{folder}'")

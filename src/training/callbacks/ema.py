@@ -55,10 +55,10 @@ class EMA(L.Callback):
         self._step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average and self._raw is None:  # else already swapped, or not trained
+        if self._average and self._raw is None:  # otherwise already swapped, or not trained
             self._swap_in()
 
-    # Other callbacks sample from the average in `on_validation_epoch_end`, which comes before.
+    # Other callbacks sample from the average in `on_validation_epoch_end`, which runs before this hook.
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
             self._swap_out()

@@ -16,7 +16,7 @@ from src.training.lightning_internals import count_step_as_ended, disable_sigter
 
 
 class Interruption:
-    """A signal handler that stops at once and remembers the signal's `number`."""
+    """A signal handler that stops immediately and stores the signal's `number`."""
 
     number = 0
 
@@ -29,8 +29,8 @@ class Interruption:
 class GracefulShutdown(L.Callback):
     """On a signal, finish the current step of training, validation or sampling, save `path`, and stop.
 
-    `signal` is the number of that signal, 0 if none arrived. A second Ctrl-C stops at once. With several processes the
-    signal may reach only one, so all of them agree first, about every `check_interval_s` seconds.
+    `signal` is the number of that signal, 0 if none arrived. A second Ctrl-C stops immediately. With several processes
+    the signal may reach only one, so they synchronize about every `check_interval_s` seconds.
     """
 
     def __init__(self, path: str, check_interval_s: float = 5.0) -> None:
