@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from src.config.arguments import check_counts, check_seeds
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
@@ -39,7 +39,7 @@ def sample(cfg: DictConfig) -> Path:
         sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
-        check_combinations(cfg, sampler, len(prompts))
+        check_sample_settings(cfg, sampler, len(prompts))
         embedded = condition(prompts) if condition else None
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> Path:
 
     from src.viz import images
 
-    folder = begin(Path(cfg.run_dir))
+    folder = start_output(Path(cfg.run_dir))
     prompt_of = [k * len(prompts) // cfg.n for k in range(cfg.n)] if prompts else []
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
@@ -62,7 +62,7 @@ def sample(cfg: DictConfig) -> Path:
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
     with (
-        memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
 
@@ -90,7 +90,7 @@ def sample(cfg: DictConfig) -> Path:
     return folder
 
 
-def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
+def check_sample_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
     """Raise ValueError if `n` is smaller than the number of conditions, or a setting needs guidance that is off."""
     if cfg.cond is not None and cfg.n < num_prompts:
         raise ValueError(f"n={cfg.n} must be at least {num_prompts}, the number of conditions in cond")

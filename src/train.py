@@ -23,7 +23,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Raises UsageError for invalid settings, and for training that diverged or ran out of memory.
     """
-    from src.runs.build import build, start
+    from src.runs.build import build, start_run
     from src.runs.fit import load_data, record_data
 
     with usage_errors():
@@ -38,7 +38,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 "continue"
             )
             return metrics
-        start(run)
+        start_run(run)
         record_data(run)
     print_training_summary(run)
     metrics = fit_or_explain(run)
@@ -59,14 +59,14 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     """
     from src.errors import DataReadError
     from src.runs import out_of_memory
-    from src.runs.build import close
+    from src.runs.build import close_run
     from src.runs.fit import fit_run
     from src.training.callbacks.graceful_shutdown import Interruption
     from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
     try:
-        with memory_errors(lambda: out_of_memory.while_training(run)), handle_signals(interruption):
+        with memory_errors(lambda: out_of_memory.training_oom_message(run)), handle_signals(interruption):
             return fit_run(run)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning exits with 1 after the exception of `GracefulShutdown`.
@@ -80,7 +80,7 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
         raise UsageError(f"{error}; {resume_hint(run)}") from error
     finally:
         wait_for_children()
-        close(run)
+        close_run(run)
 
 
 def print_once(text: str) -> None:

@@ -28,7 +28,7 @@ from src.runs import components
 from src.runs.open import OpenedRun, open_run
 from src.runs.trust import check_targets, known_targets
 from src.training.module import DiffusionModule, Sampler
-from src.viz.tables import USUAL, duration, stem
+from src.viz.tables import USUAL, format_duration, strip_sample_count
 
 NUM_IMAGES, NUM_POINTS = 16, 1000
 """Samples of a run that the report shows."""
@@ -108,11 +108,11 @@ def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
 def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
     """Return the real-data baseline of each metric, which may use another number of samples."""
     measured = {k.removeprefix("baseline/"): v.tolist() for k, v in measurements.items() if k.startswith("baseline/")}
-    stems = {stem(name): tuple(baseline) for name, baseline in measured.items()}
+    stems = {strip_sample_count(name): tuple(baseline) for name, baseline in measured.items()}
     names = [k.removeprefix("metric/") for k in measurements if k.startswith("metric/")]
     usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
     return {name: (value, value, value) for name, value in usual.items()} | {
-        name: stems[stem(name)] for name in names if stem(name) in stems
+        name: stems[strip_sample_count(name)] for name in names if strip_sample_count(name) in stems
     }
 
 
@@ -220,7 +220,7 @@ def summarize(
     others = f" ({num_runs - num_missing} others are cached)" if num_missing < num_runs else ""
     return (
         f"Measuring {num_missing} runs{others}: {cfg.n} samples with {calls} network calls each, and the bound of "
-        f"validation data; about {duration(seconds)} on {processes.count} x {processes.device.type}"
+        f"validation data; about {format_duration(seconds)} on {processes.count} x {processes.device.type}"
     )
 
 

@@ -27,11 +27,11 @@ from src.config.overrides import check_overrides, choose_none, expand_grid, expa
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
 from src.distributed.ranks import (
+    exit_process,
     handle_signals,
     ignore_signals,
     is_orphan,
     kill_children,
-    leave,
     rank,
     remove_empty_dirs,
     run_as_worker,
@@ -66,7 +66,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         remove_empty_dirs()
         if rank() == 0:
             print("Interrupted", file=sys.stderr)
-        leave(128 + (interruption.number or signal.SIGINT))
+        exit_process(128 + (interruption.number or signal.SIGINT))
     finally:
         remove_empty_dirs()
 

@@ -1,7 +1,8 @@
 """Defer the output of a command until everything is built.
 
 Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task rejects would
-therefore have changed the run that it should resume. `defer_output` makes Hydra write neither, and `begin` writes both.
+therefore have changed the run that it should resume. `defer_output` makes Hydra write neither, and `start_output`
+writes both.
 """
 
 import logging
@@ -39,7 +40,7 @@ class DeferredOutput(NamedTuple):
 
 
 class PendingOutput(NamedTuple):
-    """The output of the running job, until `begin` writes it."""
+    """The output of the running job, until `start_output` writes it."""
 
     subdir: str | None
     texts: dict[str, str]
@@ -78,7 +79,7 @@ def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> t
 
 
 def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
-    """Restore Hydra's output settings, log only to the console, and store the rest for `begin`."""
+    """Restore Hydra's output settings, log only to the console, and store the rest for `start_output`."""
     global _pending
     settings: Any = HydraConfig.get()
     with read_write(settings), open_dict(settings):
@@ -114,7 +115,7 @@ def without_files(job_logging: DictConfig) -> DictConfig:
     return made
 
 
-def begin(folder: Path) -> Path:
+def start_output(folder: Path) -> Path:
     """Create the output folder of a command, write `.hydra/` and open the log. Does nothing in other processes."""
     global _pending
     if rank() > 0:

@@ -34,10 +34,10 @@ def assign_devices(sweep: Path, n_jobs: int) -> None:
 
     if gpus():
         workers = joblib.effective_n_jobs(n_jobs)
-        os.environ["CUDA_VISIBLE_DEVICES"] = share(gpus(), _place(sweep, workers), workers)
+        os.environ["CUDA_VISIBLE_DEVICES"] = worker_devices(gpus(), _place(sweep, workers), workers)
 
 
-def share(devices: tuple[str, ...], place: int, workers: int) -> str:
+def worker_devices(devices: tuple[str, ...], place: int, workers: int) -> str:
     """Return the devices of worker `place` of `workers`: at least one, several with more devices than workers."""
     if workers >= len(devices):
         return devices[place % len(devices)]

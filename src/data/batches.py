@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from src.data.conditions import Condition
-from src.data.read_errors import remedy
+from src.data.read_errors import read_error_hint
 from src.data.samplers import BatchIndices
 from src.data.sources import Source
 from src.errors import DataReadError
@@ -64,7 +64,7 @@ class BatchDataset(Dataset[Batch]):
             if self.condition is not None:
                 batch["cond"] = self._encode(self.condition, wanted, indices)
         except DataReadError as error:
-            batch["failure"] = f"{error}; {remedy(self.replacements is not None)}"
+            batch["failure"] = f"{error}; {read_error_hint(self.replacements is not None)}"
         return batch
 
     def _encode(self, condition: Condition, wanted: BatchIndices, indices: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from src.data.batches import Batch, BatchDataset, BatchLoader, fetch_batch
 from src.data.conditions import Condition
-from src.data.read_errors import ReadErrors, remedy
+from src.data.read_errors import ReadErrors, read_error_hint
 from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
 from src.data.sources import InMemory, Source
 from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split
@@ -274,7 +274,7 @@ class BaseDataModule(L.LightningDataModule):
         try:
             yield
         except DataReadError as error:
-            failure = f"{error}; {remedy(self.skip_unreadable)}"
+            failure = f"{error}; {read_error_hint(self.skip_unreadable)}"
         self.sync_read_errors(failure)
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def read_with_retries(name: str, read: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def remedy(skip_unreadable: bool) -> str:
+def read_error_hint(skip_unreadable: bool) -> str:
     """Return the end of an error message about a sample that cannot be read."""
     if skip_unreadable:
         return "check that the data still exist"

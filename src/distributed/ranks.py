@@ -188,7 +188,7 @@ _is_command: list[bool] = []
 """Not empty if this process is a command rather than a program that calls one."""
 
 
-def leave(status: int) -> None:
+def exit_process(status: int) -> None:
     """End an interrupted process with `status`; in a command, silence what libraries log at exit.
 
     Python would die by the signal instead if the interruption passed through code that a library ran with `exec`.

@@ -26,12 +26,12 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def local(weight: Tensor) -> Tensor:
+def local_shard(weight: Tensor) -> Tensor:
     """Return this process's shard of a weight, without a copy; a weight that is not sharded is its own shard."""
     return weight.to_local() if isinstance(weight, DTensor) else weight.data
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
+def gather_full(part: Tensor, like: Tensor) -> Tensor:
     """Return a copy on the CPU of the weight whose shards have the layout of `like`. A collective call."""
     if isinstance(like, DTensor):
         sharded = DTensor.from_local(
@@ -41,7 +41,7 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return part.detach().to("cpu", copy=True)
 
 
-def share(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Return a copy of this process's shard of a full weight, in the layout of `like`."""
     value = value.detach().to(like.device, copy=True)
     return (
@@ -58,7 +58,7 @@ def total_norm(norm: Tensor) -> Tensor:
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy full weights and buffers, with the names and shapes of the module, into a module that may be sharded."""
     for name, target in module.state_dict().items():
-        local(target).copy_(share(state[name], target))
+        local_shard(target).copy_(shard_like(state[name], target))
 
 
 class FullyShardedStrategy(ModelParallelStrategy):

@@ -27,7 +27,7 @@ from src.evaluation.settings import AlignmentSettings, ReverseVariance
 from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
-from src.viz.tables import stem
+from src.viz.tables import strip_sample_count
 
 T = TypeVar("T")
 
@@ -188,13 +188,17 @@ def save_quality_curves(
     baseline: Mapping[str, Metric],
 ) -> None:
     """Save up to three metrics over network calls, one line per sampler, next to the baseline."""
-    baselines = {stem(name): metric for name, metric in baseline.items()}  # the numbers of samples may differ
-    titles = [name for name in measured[0].metrics if name.startswith(PLOTTED) and stem(name) in baselines][:3]
+    baselines = {
+        strip_sample_count(name): metric for name, metric in baseline.items()
+    }  # the numbers of samples may differ
+    titles = [
+        name for name in measured[0].metrics if name.startswith(PLOTTED) and strip_sample_count(name) in baselines
+    ][:3]
     curves: dict[str, list[tuple[int, list[Metric]]]] = {}
     for (name, samples), each in zip(generated.items(), measured, strict=True):
         label = name.replace(f" {samplers[name].steps}", "", 1)
         curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
-    picture = charts.quality_against_cost(titles, curves, [baselines[stem(title)] for title in titles])
+    picture = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
     picture.save(folder / "quality.png")
 
 

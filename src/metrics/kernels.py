@@ -21,7 +21,7 @@ def kid(x: Tensor, y: Tensor) -> Statistic:
 
     Source: Bińkowski et al. 2018 (arXiv 1801.01401).
     """
-    return discrepancy(x, y, cubic)
+    return kernel_distance(x, y, cubic)
 
 
 def kid_subsets(x: Tensor, y: Tensor, seed: int, subsets: int = 100, size: int = 1000) -> Tensor:
@@ -44,7 +44,7 @@ def mmd(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Statistic:
     width = median_distance(y) if bandwidth is None else bandwidth
     if not width > 0:
         raise ValueError(f"bandwidth={width} must be positive: set it, or use a reference with distinct samples")
-    return discrepancy(x, y, partial(gaussian, bandwidth=width))
+    return kernel_distance(x, y, partial(gaussian, bandwidth=width))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Statistic:
@@ -54,10 +54,10 @@ def energy_distance(x: Tensor, y: Tensor) -> Statistic:
 
     Source: Székely and Rizzo 2013.
     """
-    return discrepancy(x, y, lambda a, b: -distances(a, b), unbiased=False)
+    return kernel_distance(x, y, lambda a, b: -distances(a, b), unbiased=False)
 
 
-def discrepancy(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Statistic:
+def kernel_distance(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Statistic:
     """Return the kernel distance of samples x (N, F) to y (M, F); `unbiased` excludes pairs of a sample with itself.
 
     The cost is (N + M)^2 kernel values, for any number of replicates.

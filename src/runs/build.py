@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments, check_seeds
-from src.config.output import begin
+from src.config.output import start_output
 from src.quoting import format_override
 from src.runs.checkpoints import (
     changed_settings,
@@ -23,7 +23,14 @@ from src.runs.checkpoints import (
     read_metrics,
     record_path,
 )
-from src.runs.components import build_condition, build_module, make, plain, start_wandb, warn_of_schedule
+from src.runs.components import (
+    build_condition,
+    build_module,
+    instantiate_node,
+    start_wandb,
+    to_plain,
+    warn_about_schedule,
+)
 from src.runs.lock import lock_run_dir, unlock_run_dir
 from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
@@ -101,7 +108,7 @@ def build(cfg: DictConfig) -> Run:
     """
     folder = resumed_folder(cfg)
     if folder is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), format_override("resume", folder))
+        check_targets(to_plain(cfg, resolve=False), known_targets(training=True), format_override("resume", folder))
     resume_from = None if folder is None else find_checkpoint(str(folder), None)
     checkpoint = None if resume_from is None else read_checkpoint(resume_from)
     cfg = resolve(cfg, None, checkpoint)
@@ -110,7 +117,7 @@ def build(cfg: DictConfig) -> Run:
     import lightning as L
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = make(cfg.data)
+    data = instantiate_node(cfg.data)
     cfg = resolve(cfg, data, checkpoint)
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
@@ -120,18 +127,18 @@ def instantiate_run(
 ) -> Run:
     """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
     from src.distributed.processes import check_processes, start_quietly
-    from src.training.compile import check_graphs, compiled
+    from src.training.compile import check_cuda_graphs, compile_network
 
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.num_values, data.condition)
-    warn_of_schedule(module)
-    module.compiled_training = compiled(module.net, cfg.compile)
+    warn_about_schedule(module)
+    module.compiled_training = compile_network(module.net, cfg.compile)
     if checkpoint is not None:  # Raise before loggers write.
         assert resume_from is not None
         check_fit(checkpoint["state_dict"], module, resume_from)
-        changed_settings(checkpoint["hyper_parameters"], plain(cfg))
+        changed_settings(checkpoint["hyper_parameters"], to_plain(cfg))
         check_steps(checkpoint, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
@@ -146,8 +153,8 @@ def instantiate_run(
     check_sharding(cfg, module, trainer)
     check_optimized_metric(cfg, module, trainer)
     microbatch = cfg.data.get("microbatch_size")
-    check_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
-    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
+    check_cuda_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
+    module.hparams.update({str(k): v for k, v in to_plain(cfg).items()})
     if checkpoint is None:
         return Run(cfg, directory, module, data, trainer, resume_from)
     check_accumulation(checkpoint, cfg)
@@ -210,7 +217,7 @@ def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: 
         )
 
 
-def start(run: Run) -> None:
+def start_run(run: Run) -> None:
     """Lock the folder of a run, start its loggers, and write its record.
 
     No file is written into the folder before, and none remains if this fails. Raises ValueError if another process
@@ -229,7 +236,7 @@ def start(run: Run) -> None:
             start_wandb(run.config, run.trainer, run.directory)
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
-            begin(run.directory)
+            start_output(run.directory)
         for line in run.changes:  # Not earlier: a rejected command does not resume.
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     except BaseException:
@@ -239,9 +246,9 @@ def start(run: Run) -> None:
         raise
 
 
-def close(run: Run) -> None:
+def close_run(run: Run) -> None:
     """Release the lock and end the loggers, so that the next run of this process is independent."""
-    from src.training.loggers import finish
+    from src.training.loggers import finish_loggers
 
     unlock_run_dir(run.directory)
-    finish(run.trainer)
+    finish_loggers(run.trainer)

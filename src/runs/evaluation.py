@@ -122,4 +122,4 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
             label = f"{name} {spacing}" if len(spacings) > 1 else name
             samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)
     grid = "each sampler's own spacing" if spacings == [None] else f"spacing {', '.join(spacings)}"
-    return components.make(cfg.analytic), schedule, samplers, grid
+    return components.instantiate_node(cfg.analytic), schedule, samplers, grid

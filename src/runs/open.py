@@ -9,7 +9,7 @@ from src.config.arguments import check_arguments
 from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, record_path
-from src.runs.components import build_condition, build_module, build_sampler, make
+from src.runs.components import build_condition, build_module, build_sampler, instantiate_node
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
@@ -61,7 +61,7 @@ def open_run(
     built = OmegaConf.masked_copy(config, [*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
-        data = make(config.data)
+        data = instantiate_node(config.data)
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition)
@@ -75,10 +75,10 @@ def open_run(
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
     """Set the precision and the compilation of an opened run's network. Raises ValueError for unknown ones."""
-    from src.training.compile import compiled, product_dtype
+    from src.training.compile import autocast_dtype, compile_network
 
-    opened.module.sampling_dtype = product_dtype(precision)
-    opened.module.compiled_sampling = compiled(opened.module.net, compile_mode)
+    opened.module.sampling_dtype = autocast_dtype(precision)
+    opened.module.compiled_sampling = compile_network(opened.module.net, compile_mode)
 
 
 def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":

@@ -17,7 +17,7 @@ from src.distributed.ranks import fresh_folder
 from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import plain
+from src.runs.components import to_plain
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
@@ -67,7 +67,7 @@ def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
     if cfg.resume != "auto" or (folder := resumed_folder(cfg)) is None:
         return None
     checkpoint = read_checkpoint(find_checkpoint(str(folder), None))
-    if changed := changed_settings(checkpoint["hyper_parameters"], plain(resolve(cfg, None, checkpoint))):
+    if changed := changed_settings(checkpoint["hyper_parameters"], to_plain(resolve(cfg, None, checkpoint))):
         raise ValueError(
             f"run_dir={folder} belongs to another job ({changed[0]}); keep the settings of the sweep, or start "
             "a new one"
@@ -197,7 +197,7 @@ def _infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
     data.prepare_once_per_node()
     assert data.source is not None
     node = cfg.conditioning.encode
-    inferred = dict(get_class(node._target_).infer_settings(data.source, plain(node)))  # type: ignore[attr-defined]
+    inferred = dict(get_class(node._target_).infer_settings(data.source, to_plain(node)))  # type: ignore[attr-defined]
     check_texts(inferred, "the data")
     node.update(inferred)
 

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import sentence
-from src.runs.components import make, plain
+from src.runs.components import instantiate_node, to_plain
 
 if TYPE_CHECKING:
     import lightning as L
@@ -35,7 +35,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     logs = settings.get("logger", True) and not dev_run
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
     # Models set values of callbacks that may be missing; such nodes have no _target_.
-    callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
+    callbacks = [instantiate_node(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
     if loggers:
@@ -47,7 +47,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             "training",
             stacklevel=2,
         )
-    plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
+    plugins = [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]
     if dev_run or settings.get("enable_checkpointing") is False:
         plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
     elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -82,7 +82,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the Trainer that are not null. Raises ValueError for unsupported values."""
     from src.runs.trainer_settings import check_settings
 
-    settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
+    settings = {str(name): value for name, value in to_plain(cfg.trainer).items() if value is not None}
     check_settings(settings, cfg.resume is not None, bool(cfg.logger))
     return settings
 
@@ -91,7 +91,7 @@ def world_size(cfg: DictConfig) -> int:
     """Return the number of processes that the configuration of the Trainer starts."""
     names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
     settings = {name: value for name, value in trainer_settings(cfg).items() if name in names}
-    arguments = {"logger": False, "plugins": [make(node) for node in cfg.trainer.get("plugins") or []]}
+    arguments = {"logger": False, "plugins": [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]}
     return _construct(cfg.trainer, settings, arguments).world_size
 
 
@@ -100,7 +100,7 @@ def _construct(node: DictConfig, settings: Mapping[str, Any], arguments: Mapping
     from src.runs.trainer_settings import explain_error
 
     try:
-        trainer: L.Trainer = make(OmegaConf.masked_copy(node, [*settings]), arguments)
+        trainer: L.Trainer = instantiate_node(OmegaConf.masked_copy(node, [*settings]), arguments)
     except Exception as error:
         cause = error.__cause__
         raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error

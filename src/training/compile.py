@@ -12,7 +12,7 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 """Lightning's names and the autocast type of each."""
 
 
-def compiled(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] | None:
+def compile_network(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] | None:
     """Return `net` compiled in a mode of torch.compile (true: default), once per input size; None without a mode.
 
     Weights, hooks and names stay those of `net`. Raises ValueError for another mode, or without a C++ compiler.
@@ -32,7 +32,7 @@ def compiled(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] |
     return lambda *inputs: fast(*inputs)  # a module would register its parameters a second time
 
 
-def check_graphs(mode: str | bool | None, batches: int | str) -> None:
+def check_cuda_graphs(mode: str | bool | None, batches: int | str) -> None:
     """Raise ValueError for a mode with CUDA graphs and gradient accumulation over `batches` (a number or "auto").
 
     Replaying a graph overwrites its gradients.
@@ -44,7 +44,7 @@ def check_graphs(mode: str | bool | None, batches: int | str) -> None:
         )
 
 
-def product_dtype(name: str) -> torch.dtype | None:
+def autocast_dtype(name: str) -> torch.dtype | None:
     """Return the autocast type of `precision=name`, None for none. Raises ValueError for unknown names."""
     if name not in PRECISIONS:
         raise ValueError(f"precision={name} must be one of {', '.join(PRECISIONS)}; bf16-mixed needs a recent GPU")

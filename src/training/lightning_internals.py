@@ -42,7 +42,7 @@ def correct_logged_step(trainer: L.Trainer) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
-def count_step_as_ended(trainer: L.Trainer) -> None:
+def mark_step_completed(trainer: L.Trainer) -> None:
     """Set Lightning's counters as at the end of the last step, where it saves checkpoints itself.
 
     At the start of a batch, Lightning counts it as started: a run resumed from there would validate one step early

@@ -199,7 +199,7 @@ def log_comparison(
         return str(run.id)
 
 
-def finish(trainer: L.Trainer) -> None:
+def finish_loggers(trainer: L.Trainer) -> None:
     """Flush the loggers and finish W&B's run, which would otherwise continue into the next one of this process."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

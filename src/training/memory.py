@@ -158,7 +158,7 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def accumulate(trainer: L.Trainer, batches: int) -> None:
+def set_accumulation(trainer: L.Trainer, batches: int) -> None:
     """Accumulate this many batches per step, and keep the number of steps between validations."""
     if isinstance(trainer.val_check_interval, int):  # a float is a share of the run
         trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
@@ -179,18 +179,18 @@ class MicrobatchFinder(L.Callback):
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
         reserve = _reserve(device)
-        size = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
+        size = next((n for n in divisors(share) if fits_in_memory(pl_module, trainer, n)), 0)
         del reserve
         size = int(trainer.strategy.all_gather(torch.tensor(size, device=device)).min())
         if not size:
             raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
-        accumulate(trainer, share // size)
+        set_accumulation(trainer, share // size)
         pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // size  # a resumed run keeps it
         if trainer.is_global_zero:
             log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {share // size} batches per step")
 
 
-def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
+def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
     The first step creates the optimizer's moments. The copy reserves memory for the EMA and DDP's buckets.

@@ -89,7 +89,7 @@ def new_figure(
         return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x, gridspec_kw=grid)
 
 
-def render(figure: "Figure") -> Image.Image:
+def render_figure(figure: "Figure") -> Image.Image:
     """Render a figure to an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

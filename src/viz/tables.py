@@ -73,7 +73,7 @@ def direction_arrow(metric: str) -> str:
     return {"lower": " ↓", "higher": " ↑", None: ""}[better_direction(metric)]
 
 
-def stem(metric: str) -> str:
+def strip_sample_count(metric: str) -> str:
     """Return a metric's name without the number of samples: `fid` for `fid_10k`."""
     return metric.rpartition("_")[0]
 
@@ -96,7 +96,7 @@ def format_metric(metric: Mapping[str, float]) -> str:
     return f"{format_number(value, error)} [{format_number(low, error)}, {format_number(high, error)}]"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format a time to two digits in a suitable unit."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
@@ -127,7 +127,9 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
     baseline: Mapping[str, Any] = metrics.get("baseline", {})
     for name in dict.fromkeys(name for each in samplers.values() for name in each["metrics"]):
         cells = [format_metric(each["metrics"][name]) for each in samplers.values()]
-        real = next((metric for key, metric in baseline.items() if stem(key) == stem(name)), None)
+        real = next(
+            (metric for key, metric in baseline.items() if strip_sample_count(key) == strip_sample_count(name)), None
+        )
         usual = format_metric(real) if real else USUAL.get(name.split("_")[0], "")
         rows.append([metric_title(name) + direction_arrow(name), *cells, usual])
     for title, key in (("network calls per sample", "calls_per_image"), ("seconds per sample", "seconds_per_image")):
@@ -153,13 +155,13 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
 def _alignment_table(alignment: Mapping[str, Any]) -> str:
     """Return a row per guidance scale and group of prompts, one for real images, and a column per metric."""
     groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
-    detector = {stem(name): metric for name, metric in alignment["detector"].items()}
+    detector = {strip_sample_count(name): metric for name, metric in alignment["detector"].items()}
     every = [each["metrics"] for scales in groups.values() for each in scales.values()]
-    names = list(dict.fromkeys(stem(name) for values in every for name in values))
+    names = list(dict.fromkeys(strip_sample_count(name) for values in every for name in values))
     rows = []
     for scale in next(iter(groups.values())):
         for group, scales in groups.items():
-            values = {stem(name): metric for name, metric in scales[scale]["metrics"].items()}
+            values = {strip_sample_count(name): metric for name, metric in scales[scale]["metrics"].items()}
             rows.append([scale, group, *(format_metric(values[n]) if n in values else "" for n in names)])
     real = [format_metric(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
     note = (

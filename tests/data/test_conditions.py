@@ -154,7 +154,7 @@ def module_of(net, cond_drop_prob):
         net,
         NoiseSchedule(schedules.cosine(100)),
         GaussianDiffusion("x0"),
-        partial(losses.simple, weighting=losses.uniform),
+        partial(losses.simple, weighting=losses.uniform_weighting),
         uniform,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(2,),

@@ -27,7 +27,7 @@ from src.data.images import ImageFiles, folder
 from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
-from src.runs.components import make
+from src.runs.components import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images
@@ -350,7 +350,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         "num_terms=2",
     ]
     restore(photos, copied)
-    data = make(compose("train", *skipping, "run_dir=x").data)
+    data = instantiate_node(compose("train", *skipping, "run_dir=x").data)
     data.setup()
     for index in data.train_indices[:3]:
         (copied / data.source.ids[index]).write_text("damaged")

@@ -95,12 +95,12 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
     """The network's width follows the table, and the stored settings open without the file."""
     from hydra.utils import instantiate
 
-    from src.runs.components import make
+    from src.runs.components import instantiate_node
     from src.runs.resolve import resolve
 
     path, numbers = table(tmp_path / "a.csv")
     cfg = compose("train", "data=table", f"data.path='{path}'", "data.condition_columns=[day]", "run_dir=x")
-    data = make(cfg.data)
+    data = instantiate_node(cfg.data)
     cfg = resolve(cfg, data, None)
     assert cfg.model.features == 3
     assert list(cfg.data.columns) == ["height", "weight", "kind"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.runs.build import build, close, start
+from src.runs.build import build, close_run, start_run
 from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
@@ -24,10 +24,10 @@ def train_alone(folder: Path, *overrides: str) -> None:
     """Train as `src.train` does, without its slow final pictures."""
     cfg = compose("train", *TINY, *overrides, f"run_dir='{folder}'")
     run = build(cfg)
-    start(run)
+    start_run(run)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from, weights_only=True)
     save_last_checkpoint(run)
-    close(run)
+    close_run(run)
 
 
 def rates(folder: Path, first: int = 0) -> list[float]:

@@ -29,7 +29,7 @@ def test_log_axes_have_plain_labels(low, high, scale, labels):
     figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [low, high])
     figures.set_log_scale(axes, "y")
-    figures.render(figure)
+    figures.render_figure(figure)
     assert axes.get_yscale() == scale
     bottom, top = axes.get_ylim()
     inside = [t.get_text() for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top]
@@ -39,7 +39,7 @@ def test_log_axes_have_plain_labels(low, high, scale, labels):
 def test_linear_axes_have_no_offsets():
     figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [1.00104, 1.00106])
-    figures.render(figure)
+    figures.render_figure(figure)
     assert not axes.yaxis.get_offset_text().get_text()
 
 
