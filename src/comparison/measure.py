@@ -147,7 +147,7 @@ def measure_all(
 ) -> list[Measurements]:
     """Return the measurements of each run in order; rank 0 only.
 
-    Cached runs are read; each process measures a share of the others. `announce` receives one line with the expected
+    Cached runs are read; the others are divided among the processes. `announce` receives one line with the expected
     time, unless all are cached.
     """
     folder = Path(cfg.cache)

@@ -253,7 +253,7 @@ def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
 
 
 def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program, full_error: bool) -> Any:
-    """Run `task` as one job of a sweep on its share of the devices; return the metric that `optimized_metric` names."""
+    """Run `task` as one job of a sweep on its part of the devices; return the metric that `optimized_metric` names."""
     settings = HydraConfig.get()
     if rank() > 0:  # one of the tasks of a SLURM job
         run_as_worker()
@@ -266,6 +266,6 @@ def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: P
 
 
 def _report(error: Exception) -> int:
-    """Print an error on one line; return the exit status of a refused command."""
+    """Print an error on one line; return the exit status of a rejected command."""
     print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
     return 2

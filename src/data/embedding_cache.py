@@ -1,4 +1,4 @@
-"""A cache of token embeddings on disk, which processes share."""
+"""A cache of token embeddings on disk, shared by processes."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence

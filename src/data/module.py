@@ -36,7 +36,7 @@ class BaseDataModule(L.LightningDataModule):
         open_source: opens the dataset.
         shape: shape of one sample, as input of the network.
         batch_size: samples per optimizer step, over all devices and accumulated batches.
-        val_fraction: approximate share of the samples held out for validation.
+        val_fraction: approximate fraction of the samples held out for validation.
         split_seed: determines the split, together with the sample ids (`src.data.split`); the run's seed does not.
         seed: for shuffling and augmentation.
         num_workers: processes that load data.
@@ -52,11 +52,11 @@ class BaseDataModule(L.LightningDataModule):
     """(D,) names of the features of a sample."""
     condition: Condition | None = None
     overfit_batches: int | float = 0
-    """The number of batches to repeat, or their share of the data; 0 trains on all data."""
+    """The number of batches to repeat, or the fraction of the data; 0 trains on all data."""
     fingerprint_path: Path | None = None
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
-    """The number of validation batches, or their share."""
+    """The number of validation batches, or a fraction of them."""
 
     def __init__(
         self,

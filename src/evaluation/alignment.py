@@ -23,9 +23,9 @@ class AlignmentMetrics(NamedTuple):
     """Metrics of one group of prompts at one guidance scale."""
 
     metrics: dict[str, Metric]
-    """The share of correct samples in each attribute and in all at once, and `diversity`."""
+    """The fraction of correct samples in each attribute and in all attributes, and `diversity`."""
     by_prompt: dict[str, float]
-    """The share of samples that are correct in all attributes, by the title of the prompt."""
+    """The fraction of samples that are correct in all attributes, by the title of the prompt."""
 
 
 class AlignmentResult(NamedTuple):
@@ -88,7 +88,7 @@ def sample_and_score(
     processes: Processes,
     progress: Callable[[float, int], object],
 ) -> AlignmentResult:
-    """Draw and score `benchmark.n` samples of each group at each of `settings.scales`, a share in each process.
+    """Draw and score `benchmark.n` samples of each group at each of `settings.scales`, a part in each process.
 
     Sample k depends on (seed, k) and its prompt, so the noise is the same at all scales. `progress` receives the
     scale and the number of further samples. Only rank 0 returns metrics.

@@ -27,7 +27,8 @@ class BitsPerDim(L.Callback):
 
     The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
     network call per term; `optimal` doubles the calls (5120 by default, as many as validation on 5120 samples). It
-    runs at the end of training, or at every validation. Processes take equal shares and drop the remainder.
+    runs at the end of training, or at every validation. The samples are divided equally among the processes; the
+    remainder is dropped.
     """
 
     def __init__(

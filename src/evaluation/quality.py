@@ -105,7 +105,7 @@ class SampleEvaluator:
         on_step: Callable[[], object] = lambda: None,
         condition: Condition | None = None,
     ) -> GeneratedSamples:
-        """Draw `settings.n` samples, a share in each process. `progress` receives the number of further samples.
+        """Draw `settings.n` samples, divided among the processes. `progress` receives the number of further samples.
 
         Sample k equals that of `src.sample` with the same seed; its condition, if the module takes one, is that of
         some training sample. `on_step` is called at every noise level.
@@ -245,7 +245,7 @@ class SampleEvaluator:
             yield start, fetch_for_display(self.data, indices[start : start + size]).to(self.device)
 
     def _collect(self, indices: Sequence[int]) -> dict[str, Collected]:
-        """Return the features of these samples by extractor; each process caches its share."""
+        """Return the features of these samples by extractor; each process caches its part."""
         parts: dict[str, Collected | None] = {e.name: None for e in self.extractors}
         if self.processes.rank * self.settings.batch_size < len(indices):
             data = digest(*(part for start, x in self._batches(indices) for part in (start, x)))
@@ -274,7 +274,7 @@ class SampleEvaluator:
         return metrics
 
     def _nearest(self, samples: Tensor, progress: Progress) -> dict[str, Nearest]:
-        """Return the nearest training samples of (N, *data) in each space; each process searches a share."""
+        """Return the nearest training samples of (N, *data) in each space; each process searches a part."""
         size, device = self.settings.batch_size, self.device
         queries = {
             name: torch.cat([space(part.to(device)).features for part in torch.split(samples, size)])

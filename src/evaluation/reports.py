@@ -136,7 +136,7 @@ def evaluate_quality(
     if evaluator.accuracy is not None:
         metrics["classifier_accuracy"] = evaluator.accuracy
     save_samples(folder, evaluator, generated, measured)
-    save_class_shares(folder, evaluator, generated)
+    save_class_frequencies(folder, evaluator, generated)
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics
@@ -165,7 +165,7 @@ def save_samples(
     images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
 
 
-def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
+def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
     """Save how often the classifier predicts each class in real data and in samples, if there is a classifier."""
     source = evaluator.data.source
     collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
@@ -177,7 +177,7 @@ def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mappi
             for name, p in probs.items()
             if p is not None
         }
-        charts.class_shares(names, shares).save(folder / "classes.png")
+        charts.class_frequencies(names, shares).save(folder / "classes.png")
 
 
 def save_quality_curves(

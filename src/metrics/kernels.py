@@ -24,18 +24,6 @@ def kid(x: Tensor, y: Tensor) -> Statistic:
     return kernel_distance(x, y, cubic)
 
 
-def kid_subsets(x: Tensor, y: Tensor, seed: int, subsets: int = 100, size: int = 1000) -> Tensor:
-    """Return the KID of random subsets (subsets,), whose mean and standard deviation papers report."""
-    if not 2 <= size <= min(len(x), len(y)):
-        raise ValueError(f"size={size} must be between 2 and {min(len(x), len(y))}, the number of samples")
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(z: Tensor) -> Tensor:
-        return z[torch.randperm(len(z), generator=generator)[:size].to(z.device)]
-
-    return torch.tensor([kid(draw(x), draw(y)).value for _ in range(subsets)], dtype=torch.float64)
-
-
 def mmd(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Statistic:
     """Return the unbiased squared maximum mean discrepancy with the kernel exp(-|x - y|^2 / (2 bandwidth^2)).
 

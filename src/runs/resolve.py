@@ -218,7 +218,7 @@ def _infer_accumulation(cfg: DictConfig) -> None:
         return
     processes = world_size(cfg)
     share, rest = divmod(cfg.data.batch_size, processes)
-    if rest:  # The data module refuses this batch size.
+    if rest:  # The data module rejects this batch size.
         return
     if share % micro:
         fitting = divisors(share)

@@ -160,7 +160,7 @@ def divisors(n: int) -> list[int]:
 
 def set_accumulation(trainer: L.Trainer, batches: int) -> None:
     """Accumulate this many batches per step, and keep the number of steps between validations."""
-    if isinstance(trainer.val_check_interval, int):  # a float is a share of the run
+    if isinstance(trainer.val_check_interval, int):  # a float is a fraction of the run
         trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
     trainer.accumulate_grad_batches = batches
 

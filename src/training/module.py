@@ -189,7 +189,7 @@ class DiffusionModule(SamplingModule):
     ) -> None:
         """Clip by total norm or by value, log the norm, and skip the step if the norm is not finite.
 
-        Lightning's clipping refuses fused optimizers, which are the fastest ones.
+        Lightning's clipping rejects fused optimizers, the fastest ones.
         """
         by_value = gradient_clip_algorithm == "value"
         norm = self.clip_grad_norm(math.inf if by_value or not gradient_clip_val else gradient_clip_val)

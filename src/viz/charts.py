@@ -301,7 +301,7 @@ def alignment_against_diversity(
     axes.set(
         title="Alignment against diversity, by guidance scale",
         xlabel="diversity of the samples of one prompt (real images: 1)",
-        ylabel="share that matches the prompt (higher is better)",
+        ylabel="fraction that matches the prompt (higher is better)",
         ylim=(-0.03, 1.05),
     )
     axes.grid(alpha=0.3)
@@ -309,7 +309,7 @@ def alignment_against_diversity(
     return render_figure(figure)
 
 
-def class_shares(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
+def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
     """Draw how often each class occurs: one bar per class for each label, with confidence intervals, as fractions."""
     vertical = max(map(len, names)) > 3
     bottom = 0.55 + (0.08 * max(map(len, names)) if vertical else 0)

@@ -18,7 +18,7 @@ METRICS: Mapping[str, tuple[str, Literal["lower", "higher"] | None]] = {
     "density": ("density", "higher"),
     "coverage": ("coverage", "higher"),
     "class_score": ("class score", "higher"),
-    "class_variation": ("error of class shares", "lower"),
+    "class_variation": ("error of class frequencies", "lower"),
     "inception_score": ("inception score", "higher"),
     "nearest_ratio": ("distance to training data", None),
     "copies": ("copies", None),
@@ -146,7 +146,7 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
         f"{table}\n± is one standard error; brackets hold 95% bootstrap intervals. ↓ lower is better, ↑ higher. The "
         f"reference is {reference} data; the last column compares {others} data to it, with as many samples as there "
         "are, at most n. The distance to training data is the median over samples, divided by that of validation data. "
-        "Copies is the share of samples closer to a training sample than 95% of validation data are. A distance far "
+        "Copies is the fraction of samples closer to a training sample than 95% of validation data are. A distance far "
         "below 1 with copies far above 0.05 indicates memorization; a distance far above 1 indicates samples unlike "
         "any data. Definitions: docs/metrics.md.\n"
     ) + (f"The classifier is correct on {accuracy:.1%} of validation images.\n" if accuracy is not None else "")
