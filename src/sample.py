@@ -84,7 +84,7 @@ def sample(cfg: DictConfig) -> Path:
     images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
-        (folder / "asked.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
+        (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
     print(f"{cfg.n} samples of {opened.checkpoint} by {describe(settings, sampler, opened.module.schedule)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder

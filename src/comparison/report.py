@@ -65,9 +65,9 @@ class Report:
     real: Tensor
     """Validation data in the format of samples."""
     notes: Sequence[str]
-    """Runs that were left out, and why."""
+    """Skipped runs and the reasons."""
     setup: Mapping[str, str]
-    """How the runs were measured."""
+    """Settings of the measurements."""
 
 
 def as_json(report: Report) -> dict[str, Any]:

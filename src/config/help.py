@@ -34,7 +34,7 @@ EXAMPLES = {
     "schedules": ("names=[linear,cosine]", "num_steps=100 zero_terminal_snr=true", "data=mnist frames=9"),
     "dashboard": ("entity=TEAM", "entity=TEAM report=true", "entity=TEAM project=PROJECT"),
 }
-"""Overrides that a user may start from."""
+"""Example overrides."""
 
 
 def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:

@@ -138,7 +138,7 @@ RENAMED_KEYS = {
     "warmup_steps": "lr_scheduler.warmup_steps",
     "weight_decay": "optimizer.weight_decay",
 }
-"""The setting to type instead; of several, separated by spaces, the first that the command has."""
+"""The setting to type instead; if several, separated by spaces, the first that the command has."""
 
 RENAMED_OPTIONS = {
     "conditioning=measured": "conditioning=continuous",

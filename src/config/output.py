@@ -24,9 +24,9 @@ from src.distributed.ranks import rank, record_missing_dirs
 from src.errors import UsageError, first_line
 
 OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
-"""Overrides of what Hydra writes into the output folder."""
+"""Overrides that control Hydra's files in the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
-"""Overrides with which Hydra writes nothing."""
+"""Overrides that disable Hydra's output."""
 
 
 class DeferredOutput(NamedTuple):

@@ -65,7 +65,7 @@ RANGES = {
     "num_steps": "[1, inf)",
     "frames": "[2, inf)",
 }
-"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a remark may follow."""
+"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a comment may follow."""
 
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
@@ -74,7 +74,7 @@ CHOICES = {
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Texts that a setting takes."""
+"""Allowed texts of each setting."""
 
 EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
 """Settings that exclude each other when both are typed."""
@@ -89,7 +89,7 @@ REQUIRED_GROUPS = {
     "compare": ("sampler",),
     "schedules": ("data",),
 }
-"""Config groups that a command cannot do without."""
+"""Config groups that a command requires."""
 
 ALLOW_EMPTY = ("cond", "negative")
 """Texts that may be empty."""

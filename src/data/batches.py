@@ -18,7 +18,7 @@ from src.errors import DataReadError
 from src.rng import key
 
 MAX_REPLACEMENTS = 10
-"""Samples tried in place of one that cannot be read, before training fails."""
+"""Maximum number of replacements for a sample that cannot be read."""
 
 
 class Batch(TypedDict):

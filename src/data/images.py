@@ -95,7 +95,7 @@ class ImageDataModule(BaseDataModule):
         except DataReadError as error:
             if not self.skip_unreadable:
                 raise ValueError(f"{error}; remove them, or add data.skip_unreadable=true") from error
-            warnings.warn(f"{error}; other samples replace them", stacklevel=2)
+            warnings.warn(f"{error}; they are replaced by other samples", stacklevel=2)
 
     def preprocess(self, x: Tensor) -> Tensor:
         return normalize(x, self.num_values)

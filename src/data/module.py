@@ -47,7 +47,7 @@ class BaseDataModule(L.LightningDataModule):
     num_values: int | None = None
     """The number of values, evenly spaced over [-1, 1], that the data can take; None if continuous."""
     std: Tensor | None = None
-    """(D,) standard deviation of postprocessed samples, by which metrics scale samples with units."""
+    """(D,) standard deviation of postprocessed samples, used to scale samples in metrics."""
     columns: Sequence[str] | None = None
     """(D,) names of the features of a sample."""
     condition: Condition | None = None

@@ -73,7 +73,7 @@ class ReadErrors:
         self.names |= new.keys()
         self.skipped = {}
         for message in new.values():
-            warnings.warn(f"{message}; another sample replaces it", stacklevel=2)
+            warnings.warn(f"{message}; it is replaced by another sample", stacklevel=2)
 
     def _gather(self, failure: str, world_size: int) -> list[tuple[str, dict[str, str]]]:
         """Return the failure and the skipped samples of each process; exchanges one integer if there are none."""

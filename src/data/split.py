@@ -103,7 +103,7 @@ class DataFingerprint(NamedTuple):
             reason = f"cannot be read ({' '.join(str(error).split()):.100})"
         warnings.warn(
             f"{path} {reason}: cannot check whether the data and their split changed since the run began; runs from "
-            "before this file existed had another split",
+            "before this file existed used another split",
             stacklevel=2,
         )
         return None

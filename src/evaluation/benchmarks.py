@@ -30,7 +30,7 @@ TEST_RENDERS = 2000
 PER_CAPTION = 8
 """Samples per caption, if there are enough."""
 MAX_REAL = 32
-"""Real images per prompt that set the scale of diversity."""
+"""Real images per prompt that define the unit of diversity."""
 OBJECT_ATTRIBUTES = ("shape", "color", "size")
 """Attributes that the detector of shapes predicts for each object."""
 
@@ -44,7 +44,7 @@ class PromptBenchmark(Protocol):
     """Samples per group."""
     attributes: Sequence[str]
     detector_accuracy: Mapping[str, Metric]
-    """The scorer's accuracy on real images in each attribute, and in all at once."""
+    """The scorer's accuracy on real images in each attribute and in all attributes."""
 
     def correct(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
         """Score images (N, C, H, W) uint8 for N prompts: (N, attributes), 1 correct, 0 wrong, NaN not in the prompt."""

@@ -35,13 +35,13 @@ from src.training.module import DiffusionModule, Sampler
 log = logging.getLogger(__name__)
 
 MIN_REAL = 6
-"""Real samples needed on each side: the metrics use the fifth nearest neighbor."""
+"""Minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor."""
 FEW_VAL = 100
 """Below this many validation samples, metrics depend on the split, which their intervals do not cover."""
 MAX_PIXELS = 4096
-"""Largest image whose pixels are features: their covariance has the square of this size."""
+"""Maximum number of values of an image for features=pixels: the covariance has the square of this size."""
 MAX_CLASSIFIER_IMAGES = 20_000
-"""Training images of the classifier, which are held in memory; a quarter as many test it."""
+"""Training images of the classifier, which are kept in memory; a quarter as many measure its accuracy."""
 
 
 class GeneratedSamples(NamedTuple):

@@ -16,7 +16,7 @@ from src.rng import StepRng
 from src.training.module import DiffusionModule
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Pass the items on and show a progress bar."""
+"""Yields the items and shows a progress bar."""
 
 MEASURED_ROWS = 32
 """Rows of the schedule, besides the decoder's, at which the error of x_0 is measured."""
@@ -36,8 +36,8 @@ class ErrorSums(NamedTuple):
 def sample_halves(x: Tensor) -> Tensor:
     """Return the half, 0 or 1, of each sample of x (N, *data): (N,) int64.
 
-    The half is a hash of the sample, so equal samples are in the same half, and no sample affects its own variance through
-    a duplicate in the other half.
+    The half is a hash of the sample, so equal samples are in the same half, and no sample affects its own variance
+    through a duplicate in the other half.
     """
     rows = (x.detach().cpu().flatten(1).contiguous() + 0.0).view(torch.uint8).numpy()  # + 0.0: -0 equals 0
     return torch.tensor([hashlib.blake2b(row.data, digest_size=1).digest()[0] & 1 for row in rows])

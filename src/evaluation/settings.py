@@ -24,11 +24,11 @@ class QualitySettings(NamedTuple):
     """Seed of the sampling noise, of the training samples in the baseline, and of the bootstrap."""
     batch_size: int = 256
     max_features: int = 10_000
-    """Largest number of samples in metrics that compare pairs: all but the Fréchet distance."""
+    """Maximum number of samples in metrics that compare pairs: all but the Fréchet distance."""
     num_memorization: int = 1000
     """Number of generated and of validation samples whose nearest training samples are searched."""
     reference: str = "val"
-    """`val` or `train`: the data that samples are compared with. The baseline uses the other of the two."""
+    """`val` or `train`: the reference data of the metrics. The baseline consists of samples of the other split."""
     cache: Path = Path("outputs/cache")
     inception_weights: Path | None = None
     dinov2_model: str = "facebook/dinov2-large"

@@ -23,7 +23,7 @@ THRESHOLD = 0.4
 WARMUP = 50
 """Steps over which the learning rate rises."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Pass the items on and show a progress bar."""
+"""Yields the items and shows a progress bar."""
 
 
 class LabeledImages(NamedTuple):

@@ -132,7 +132,7 @@ FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.columns", "data.mean", "data.std"),
 )
-"""Settings that a resumed run must keep: they determine what the weights mean."""
+"""Settings that a resumed run must keep: they determine the meaning of the weights."""
 
 
 MUTABLE_KEYS = (

@@ -43,7 +43,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
     if limit == 0 and not dev_run:
         warnings.warn(
-            "trainer.limit_val_batches=0 turns validation off: no val/loss, no best checkpoint, no samples during "
+            "trainer.limit_val_batches=0 disables validation: no val/loss, no best checkpoint, no samples during "
             "training",
             stacklevel=2,
         )

@@ -31,7 +31,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "default_root_dir": (None, "has no effect; set hydra.run.dir"),
     "barebones": (
         False,
-        "turns off val/loss too; set logger=none trainer.enable_checkpointing=false trainer.enable_progress_bar=false",
+        "disables val/loss too; set logger=none trainer.enable_checkpointing=false trainer.enable_progress_bar=false",
     ),
     "model_registry": (None, "uploads nothing; choose logger=wandb, which uploads the best model"),
 }

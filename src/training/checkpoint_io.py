@@ -23,8 +23,8 @@ def tolerate_full_disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         warnings.warn(
-            f"{path} could not be written ({error.strerror or error}): the run continues and earlier files stay; free "
-            "some disk space",
+            f"{path} could not be written ({error.strerror or error}): the run continues and earlier files are kept; "
+            "free some disk space",
             stacklevel=3,
         )
 

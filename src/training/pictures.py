@@ -40,7 +40,7 @@ class Trajectory(NamedTuple):
     final: Tensor
     """All samples, as the network returns them (N, *data)."""
     sigmas: list[float]
-    """Noise level sigma of each frame; empty if the sampler yields other levels than its time grid."""
+    """Noise level sigma of each frame; empty if the levels of the sampler differ from its time grid."""
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:

@@ -252,7 +252,7 @@ def test_a_run_stores_class_names_for_sampling(conditional, tmp_path):
     weights = read_checkpoint(conditional / "checkpoints" / "last.ckpt")["state_dict"]
     assert weights["net.condition.table.weight"].shape[0] == 11
     folder = draw(conditional, tmp_path, "cond=[0,'7',3]")
-    assert (folder / "asked.txt").read_text().split() == ["0", "0", "7", "7", "3", "3"]
+    assert (folder / "conditions.txt").read_text().split() == ["0", "0", "7", "7", "3", "3"]
     samples = np.load(folder / "samples.npz")["arr_0"]
     again = np.load(draw(conditional, tmp_path / "b", "cond=[0,7,4]", "batch_size=2") / "samples.npz")["arr_0"]
     assert (samples[:4] == again[:4]).all()
@@ -269,7 +269,7 @@ def test_guidance_scales_zero_and_one_need_no_guidance(conditional, tmp_path):
     assert (at("zero", "cond=[3]", "guidance.scale=0") == nothing).all()
     assert (at("one", "cond=[3]", "guidance.scale=1") != nothing).any()
     assert (at("own", "cond=[3]") == at("two", "cond=[3]", "guidance.scale=2")).all()  # the run's own
-    assert (at("file", f"cond='{write(tmp_path / 'asked.txt', '3')}'") == at("named", "cond=[3]")).all()
+    assert (at("file", f"cond='{write(tmp_path / 'conditions.txt', '3')}'") == at("named", "cond=[3]")).all()
     # An interval without noise levels disables guidance.
     far = "guidance.interval=[1e6,1e7]"
     assert (at("far", "cond=[3]", "guidance.scale=9", far) == at("plain", "cond=[3]", "guidance.scale=1")).all()
@@ -373,6 +373,6 @@ def test_an_exported_text_model_keeps_tokenizer_and_examples(tmp_path):
     for name, where in (("a", f"ckpt='{file}'"), ("b", f"run='{tmp_path / 'run'}'")):
         arguments = ["n=2", "device=cpu", "sampler.steps=2", "guidance.scale=2"]
         folder = sample(compose("sample", where, f"run_dir='{tmp_path / name}'", *arguments))
-        assert (folder / "asked.txt").read_text() == 2 * "a red circle and/or a blue square\n"
+        assert (folder / "conditions.txt").read_text() == 2 * "a red circle and/or a blue square\n"
         drawn.append(np.load(folder / "samples.npz")["arr_0"])
     assert (drawn[0] == drawn[1]).all()

@@ -326,7 +326,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         restore(photos, copied)
         names.clear()
         Act.action = staticmethod(action)
-        with pytest.warns(UserWarning, match="another sample replaces it") as warned:
+        with pytest.warns(UserWarning, match="it is replaced by another sample") as warned:
             metrics = train_tiny(tmp_path / name, *skipping, *act(2))
         message = [str(w.message) for w in warned if "replaces it" in str(w.message)]
         assert sorted(line.split(" cannot")[0] for line in message) == sorted(names)
@@ -336,7 +336,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     # Images unreadable from the start, with workers.
     for file in names:
         Path(file).write_text("damaged")
-    with pytest.warns(UserWarning, match="3 of 24 images .*; other samples replace them"):
+    with pytest.warns(UserWarning, match="3 of 24 images .*; they are replaced by other samples"):
         metrics = train_tiny(tmp_path / "workers", *skipping, "data.num_workers=2", "trainer.max_steps=6")
     assert 1 <= metrics["unreadable_files"] <= 3
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):

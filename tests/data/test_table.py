@@ -197,13 +197,13 @@ def test_a_resumed_run_keeps_its_mean_and_std(tmp_path):
     for node in ("mean", "std", "columns"):
         assert before["data"][node] == after["data"][node]
     assert before["conditioning"] == after["conditioning"]
-    (tmp_path / "asked.txt").write_text("3\n6.5\n")
+    (tmp_path / "conditions.txt").write_text("3\n6.5\n")
     ask = "device=cpu", "n=4", f"run='{folder}'"
-    by_file = sample(compose("sample", *ask, f"cond='{tmp_path / 'asked.txt'}'", f"run_dir='{tmp_path / 'a'}'"))
+    by_file = sample(compose("sample", *ask, f"cond='{tmp_path / 'conditions.txt'}'", f"run_dir='{tmp_path / 'a'}'"))
     by_number = sample(compose("sample", *ask, "cond=[3,6.5]", f"run_dir='{tmp_path / 'b'}'"))
     drawn = [np.load(each / "samples.npz")["arr_0"] for each in (by_file, by_number)]
     assert (drawn[0] == drawn[1]).all() and np.isfinite(drawn[0]).all()
-    assert (by_file / "asked.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
+    assert (by_file / "conditions.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
     head, *lines = csv.reader((by_file / "samples.csv").open(newline=""))
     assert head == ["height", "weight"]
     assert (np.array(lines, np.float32) == drawn[0]).all()

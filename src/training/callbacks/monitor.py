@@ -34,7 +34,7 @@ class Progress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.loss: Tensor | None = None
-        """Of the last batch, divided by the number of batches per step; None before the first."""
+        """Loss of the last batch, divided by the number of batches per step; None before the first."""
         self._prints_lines = False
         self._last_line = (0.0, 0)
         """Time in seconds and step of the last line."""

@@ -59,7 +59,7 @@ class NonFiniteGuard(L.Callback):
         """Steps since the last check."""
         self._microbatches: list[tuple[Tensor, Tensor]] = []
         self._skipped: list[int] = []
-        """The skipped steps in a row up to now."""
+        """Consecutive skipped steps so far."""
         self._rolled_back_to: list[int] = []
         self._newest_allowed: int | None = None
         """The newest step to roll back to; None while steps are finite."""
