@@ -12,7 +12,7 @@ from omegaconf import ListConfig
 def format_override(name: str, value: object) -> str:
     """Return `name=value` as one shell word that Hydra parses to exactly this value.
 
-    Text stays text, even `null`, `1e3` or text with commas; a sequence becomes a list.
+    A string stays a string, even `null`, `1e3` or one with commas; a sequence becomes a list.
     """
     return shell_word(f"{name}={literal(value)}")
 

@@ -229,7 +229,7 @@ def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Overrid
     except HydraException as error:
         fix = "overrides look like key=value"
         if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
-            fix = f"if its value is one text, type {format_override(name, value)}"
+            fix = f"if its value is one string, type {format_override(name, value)}"
         raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
     if override.key_or_group in PATHS and not override.is_delete() and isinstance(override.value(), dict):
         raise UsageError(f"{word} is a dictionary; for a path of that name type {format_override(name, value)}")

@@ -192,7 +192,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
 def newest_run(name: str, folder: Path) -> str:
     """Return the end of an error: the newest run at most two folders below `folder`, as an override of `name`.
 
-    Returns an empty text if there is none.
+    Returns an empty string if there is none.
     """
     found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
     if not found:

@@ -74,7 +74,7 @@ CHOICES = {
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Allowed texts of each setting."""
+"""Allowed strings of each setting."""
 
 EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
 """Settings that exclude each other when both are typed."""
@@ -92,7 +92,7 @@ REQUIRED_GROUPS = {
 """Config groups that a command requires."""
 
 ALLOW_EMPTY = ("cond", "negative")
-"""Texts that may be empty."""
+"""Strings that may be empty."""
 
 ALLOW_INFINITE = ("guidance.interval",)
 
@@ -122,9 +122,9 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
 
 
 def check_type(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError if a value has another type than its default, unless that is text or null, or is empty text.
+    """Raise UsageError if a value has another type than its default, unless that is a string or null, or is empty.
 
-    As a folder, an empty text would mean the current one.
+    As a folder, an empty string would mean the current one.
     """
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return

@@ -1,7 +1,7 @@
 """Conditions of conditional models, encoded for the network.
 
-A condition's value is a class (by name or index), a text, or a list of covariates. The value None means no condition:
-the network sees it when training drops the condition, and guidance extrapolates away from it.
+A condition's value is a class (by name or index), a text prompt, or a list of covariates. None means no condition: the
+network sees it when training drops the condition, and guidance extrapolates away from it.
 """
 
 import math

@@ -274,7 +274,7 @@ def group_by_image(
 ) -> list[list[str]]:
     """Return the texts of each image, from pairs of file name (relative to `path`) and text in the file `source`.
 
-    Raises ValueError for names without an image, and for images without a text; `what` names the text in messages.
+    Raises ValueError for names without an image, and for images without text; `what` names the text in messages.
     """
     texts_of: dict[str, list[str]] = {os.path.abspath(f): [] for f in files}
     unknown = []

@@ -162,7 +162,7 @@ def caption(scene: Scene, wording: int = 0) -> str:
 def parse(text: str) -> Scene:
     """Return the scene that a caption describes, in any wording: the inverse of `caption`.
 
-    Ignores case, extra spaces and a final period, and accepts "gray" and "center". Raises ValueError for other texts.
+    Ignores case, extra spaces and a final period, and accepts "gray" and "center". Raises ValueError for other strings.
     """
     words = " ".join(text.lower().split()).rstrip(" .").replace("gray", "grey").replace("center", "centre")
     for pattern in _patterns():

@@ -31,7 +31,7 @@ class Guidance(NamedTuple):
         """Raise ValueError if a setting is out of range."""
         low, high = self.interval
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 is no guidance, 2 to 5 are usual")
+            raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 disables guidance, 2 to 5 are usual")
         if not 0 <= low < high:
             raise ValueError(
                 f"guidance.interval=[{low},{high}] must be two increasing values of sigma / alpha; [0.2,5] is usual"

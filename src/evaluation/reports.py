@@ -244,7 +244,7 @@ def evaluate_alignment(
 def format_sampler_errors(
     results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
 ) -> str:
-    """Return the errors of samplers against the exact solution as a text of two tables."""
+    """Return the errors of samplers against the exact solution as two Markdown tables."""
     width = max(18, *(len(name) + 1 for name in results))
     header = f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps)
     lines = [f"Root mean square distance from the exact flow, {grid}:", header]

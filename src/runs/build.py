@@ -206,7 +206,7 @@ def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: 
     known = [f"val/{name}" for name in module.validation]
     if cfg.optimized_metric not in (None, *known):
         raise ValueError(
-            f"optimized_metric={cfg.optimized_metric} is no metric of this run: choose one of {', '.join(known)}"
+            f"optimized_metric={cfg.optimized_metric} is not a metric of this run: choose one of {', '.join(known)}"
         )
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     searches = multirun and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")

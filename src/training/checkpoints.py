@@ -186,7 +186,7 @@ EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_termin
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
-"""Settings that may look like paths but are texts of the data."""
+"""Settings that may look like paths but are text of the data."""
 
 
 PLAIN = (dict, list, str, int, float, bool, type(None))

@@ -1,4 +1,4 @@
-"""Log pictures, tables, texts and models to the loggers that can show them.
+"""Log pictures, tables, text and models to the loggers that support them.
 
 W&B and TensorBoard receive the same names and steps.
 """

@@ -43,7 +43,7 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 
     decades = math.log10(high / low)
     subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    if decades < 0.7:  # a single one of these might remain
+    if decades < 0.7:  # a single tick might remain
         subs = tuple(float(k) for k in range(1, 10))
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())

@@ -205,7 +205,9 @@ def test_presets_compose_and_need_multirun(preset):
 
 
 def test_unknown_metric_is_refused_before_training(tmp_path):
-    with pytest.raises(UsageError, match="optimized_metric=val/los is no metric of this run: choose one of val/loss"):
+    with pytest.raises(
+        UsageError, match="optimized_metric=val/los is not a metric of this run: choose one of val/loss"
+    ):
         train_tiny(tmp_path / "run", "optimized_metric=val/los")
 
 
