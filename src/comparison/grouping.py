@@ -57,17 +57,6 @@ class Group:
         return [x for x in values if x is not None and math.isfinite(x)]
 
 
-def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
 def is_below(name: str, nodes: Sequence[str]) -> bool:
     """Return whether a dotted name equals one of the nodes or is below one."""
     return any(name == node or name.startswith(f"{node}.") for node in nodes)

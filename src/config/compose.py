@@ -81,11 +81,11 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     return nearest(key, siblings) or nearest(key, known)
 
 
-def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
+def setting_names(cfg: DictConfig, prefix: str = "") -> list[str]:
     """Return the dotted names of all keys."""
     names: list[str] = []
     for key in cfg:
         names.append(f"{prefix}{key!s}")
         if isinstance(child := cfg._get_node(key), DictConfig):
-            names += flatten(child, f"{names[-1]}.")
+            names += setting_names(child, f"{names[-1]}.")
     return names

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.compose import compose, flatten, key_hint
+from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import check_combinations, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, nearest, unknown_option
 from src.errors import UsageError, first_line
@@ -158,7 +158,7 @@ def check_overrides(
                 _check_key(override, base, groups)
         final = base  # if only options of groups are typed
         if len(choices) < len(read):
-            final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
+            final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
     plain = OmegaConf.to_container(base, resolve=False)
     for override in read:
         name = override.key_or_group
@@ -172,7 +172,7 @@ def check_overrides(
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
     check_combinations(config_name, names, task)
-    for name in flatten(task):
+    for name in setting_names(task):
         parent, _, key = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(task, parent) if parent else task, key):
             raise UsageError(f"{name} has no default; add {name}=...")
@@ -263,7 +263,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if key == "run_dir":  # Hydra's files must be next to the checkpoints
         folder = last_value([line], "run_dir") or "FOLDER"
         raise UsageError(f"{line} is set by Hydra's run folder; type {format_override('hydra.run.dir', folder)}")
-    names = flatten(base)
+    names = setting_names(base)
     if key in names or not (override.is_add() or override.is_force_add()):
         return
     parent = key.rpartition(".")[0]

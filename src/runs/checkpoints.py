@@ -145,9 +145,15 @@ MUTABLE_KEYS = (
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if the setting determines what the weights mean.
+    Raises ValueError if the setting determines the meaning of the weights.
     """
-    old, new = _flat(before, str(before.get("run_dir"))), _flat(now, str(now["run_dir"]))
+    old, new = (
+        {
+            k: v.replace(str(each.get("run_dir")), "") if isinstance(v, str) else v
+            for k, v in flatten_settings(each).items()
+        }
+        for each in (before, now)
+    )
     ignored = "resume", "run_dir", "trust"
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ignored]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
@@ -157,12 +163,12 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return lines
 
 
-def _flat(settings: Mapping[str, Any], run_dir: str, prefix: str = "") -> dict[str, Any]:
-    """Return dotted names and values, without the run folder in paths."""
-    flat: dict[str, Any] = {}
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    result: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, run_dir, f"{prefix}{key}.")
+            result |= flatten_settings(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value.replace(run_dir, "") if isinstance(value, str) else value
-    return flat
+            result[f"{prefix}{key}"] = value
+    return result
