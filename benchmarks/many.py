@@ -17,9 +17,9 @@ from benchmarks.training import compose
 from src.config.overrides import CONF
 from src.evaluation.quality import time_network_call
 from src.runs import components
-from src.runs.build import build, close
+from src.runs.build import build, close_run
 from src.runs.open import pick_device
-from src.training.compile import PRECISIONS, compiled
+from src.training.compile import PRECISIONS, compile_network
 from src.training.provenance import device_name
 from src.viz.tables import markdown_table
 
@@ -38,7 +38,7 @@ def main() -> None:
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         run = build(compose(args.model, 1, "32-true", Path(folder) / "run"))
-        close(run)
+        close_run(run)
     module = run.module.to(device).eval()
     for p in module.parameters():
         p.data += 0.02 * torch.randn_like(p)
@@ -49,7 +49,7 @@ def main() -> None:
         sampler = components.build_sampler(cfg)._replace(steps=args.steps)
         precision, *compilation = mode.split()
         module.sampling_dtype = PRECISIONS[precision]
-        module.compiled_sampling = compiled(module.net, bool(compilation))
+        module.compiled_sampling = compile_network(module.net, bool(compilation))
         seconds = []
         for k in range(args.batches + 1):
             start = time.perf_counter()

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from src.models.unet import attended_resolutions, stage_resolutions
 from src.models.winograd import Conv3x3
-from src.training.compile import compiled
+from src.training.compile import compile_network
 
 
 class Work(NamedTuple):
@@ -107,7 +107,7 @@ def tuned_diffusers(work: Work) -> Contender:
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     alpha_bar = (1 - betas).cumprod(0)
     alpha, sigma = (x.sqrt().float().to(work.device) for x in (alpha_bar, 1 - alpha_bar))
-    forward = compiled(net, work.compile_mode) or net
+    forward = compile_network(net, work.compile_mode) or net
 
     def step() -> None:
         clean = work.batch()

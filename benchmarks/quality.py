@@ -41,7 +41,7 @@ from src.runs.build import build
 from src.runs.open import open_run
 from src.training.provenance import code_version
 from src.viz import images
-from src.viz.tables import format_metric, markdown_table, stem
+from src.viz.tables import format_metric, markdown_table, strip_sample_count
 
 RECIPES = {
     "digits": ["experiment=digits"],
@@ -180,7 +180,7 @@ def measure_contender(
 
 def without_counts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
     """Return metrics by names without the number of samples."""
-    return {stem(key): metric._asdict() for key, metric in metrics.items()}
+    return {strip_sample_count(key): metric._asdict() for key, metric in metrics.items()}
 
 
 def build_evaluator(data: BaseDataModule, n: int, seed: int) -> SampleEvaluator:

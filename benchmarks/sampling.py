@@ -29,7 +29,7 @@ from src.runs import components
 from src.runs.build import build
 from src.runs.open import open_run
 from src.training.module import DiffusionModule, Sampler
-from src.viz.tables import format_metric, markdown_table, stem
+from src.viz.tables import format_metric, markdown_table, strip_sample_count
 
 SAMPLERS = (("ancestral", 100), ("ddim", 50), ("dpmpp_2m", 15), ("dpmpp_2m_sde", 25), ("dpmpp_2m_sde", 15))
 
@@ -137,7 +137,7 @@ def measure_samplers(
         outside = 1 - net.seconds / seconds
         drawn = evaluator.draw(FixedSamples(images, case.calls), None, lambda _: None)  # type: ignore[arg-type]
         (measured,) = evaluator.measure([drawn], lambda batches: batches)
-        metrics = {stem(key): format_metric(metric._asdict()) for key, metric in measured.metrics.items()}
+        metrics = {strip_sample_count(key): format_metric(metric._asdict()) for key, metric in measured.metrics.items()}
         ratio = statistics.median(a / b for a, b in zip(few[name], few[first], strict=True))
         cells = [f"{statistics.median(few[name]):.2f}", f"{ratio:.2f}", f"{seconds / n * 10_000:.0f}", f"{outside:.1%}"]
         rows.append([name, str(case.calls), *cells, metrics["fd_classifier"], metrics["precision_classifier"]])
@@ -176,7 +176,9 @@ def main() -> None:
         "lucidrains, sampling_timesteps=250": lucidrains(net, module.shape[-1], 250),
     }
     rows = measure_samplers(cases, net, evaluator, args.n, args.rounds)
-    baseline = {stem(key): format_metric(metric._asdict()) for key, metric in evaluator.baseline().items()}
+    baseline = {
+        strip_sample_count(key): format_metric(metric._asdict()) for key, metric in evaluator.baseline().items()
+    }
     rows.append(
         ["training digits (baseline)", "", "", "", "", "", baseline["fd_classifier"], baseline["precision_classifier"]]
     )

@@ -30,7 +30,7 @@ from src.config.overrides import CONF
 from src.data.sources import InMemory, Source
 from src.errors import is_out_of_memory
 from src.runs.build import build
-from src.training.compile import compiled
+from src.training.compile import compile_network
 from src.training.module import DiffusionModule
 from src.training.provenance import device_name
 from src.viz.tables import markdown_table
@@ -74,7 +74,7 @@ class BareLoop:
 
     def __init__(self, cfg: DictConfig, images: Tensor, betas: Tensor, device: torch.device) -> None:
         self.net = hydra.utils.instantiate(cfg.model).to(device, memory_format=torch.channels_last).train()
-        fast = compiled(self.net, cfg.compile)
+        fast = compile_network(self.net, cfg.compile)
         self.forward = self.net if fast is None else fast
         self.parameters = list(self.net.parameters())
         self.average = [p.detach().clone() for p in self.parameters]

@@ -1,6 +1,6 @@
 """Generate docs/reference.md from conf/: every group, its options, and each setting with its default and comment.
 
-Run it by `make reference`. The first comment of a file describes the option. The comment of a setting stands at the end
+Run it by `make reference`. The first comment of a file describes the option. The comment of a setting is at the end
 of its line or above it, in this file or in one that its defaults list includes (`_unet.yaml`, `_images.yaml`).
 """
 
@@ -16,14 +16,14 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 TARGET = ROOT / "docs" / "reference.md"
 GROUPS = {
-    "experiment": "Recipes: choices and settings that belong together.",
+    "experiment": "Recipes: tested combinations of options and settings.",
     "data": "Datasets.",
     "model": "Networks.",
     "schedule": "Noise schedules.",
     "loss": "Loss functions.",
     "weighting": "Loss weights by noise level.",
-    "timestep_sampler": "Which noise levels training sees.",
-    "conditioning": "Conditions: what samples can be asked to show. The default is `null`.",
+    "timestep_sampler": "Distributions of noise levels in training.",
+    "conditioning": "Conditions for conditional models. The default is `null`.",
     "sampler": "Samplers.",
     "optimizer": "Optimizers.",
     "lr_scheduler": "Learning-rate schedules.",
@@ -34,8 +34,8 @@ GROUPS = {
     "sweep": "Ready-made sweeps, with `-m`.",
     "analytic": "Distributions with a known answer, for `src.evaluate analytic=...`.",
     "hydra/launcher": "Where the jobs of a sweep run.",
-    "hydra/sweeper": "Which values a sweep takes.",
-    "hydra/callbacks": "What follows a sweep.",
+    "hydra/sweeper": "How a sweep chooses values.",
+    "hydra/callbacks": "Actions after a sweep.",
 }
 COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "dashboard")
 SECTION = re.compile(r"^(?P<indent> *)(?P<key>[\w./]+):(?:\s+(?P<rest>.*))?$")

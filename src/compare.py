@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from src.comparison.survey import check_same_data, find_wandb, run_folders, survey
 from src.config.arguments import check_counts, check_names, check_seeds
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.config.overrides import key_of, split_arguments
 from src.config.resolvers import wandb_offline
 from src.distributed.ranks import rank
@@ -52,7 +52,10 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         first.data.setup()
         check_num_val(cfg.reverse_variance, count_val(first, cfg), "reverse_variance")
-    with memory_errors(lambda: out_of_memory.at_batch_size(first, cfg.batch_size, processes.device)), data_errors():
+    with (
+        memory_errors(lambda: out_of_memory.sampling_oom_message(first, cfg.batch_size, processes.device)),
+        data_errors(),
+    ):
         measurements = measure_all(
             runs, samplers, first, cfg, settings, processes, lambda line: print(line, flush=True)
         )
@@ -63,7 +66,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     from src.comparison.page import write_files
 
     built = build_report(runs, measurements, notes, cfg, processes)
-    folder = begin(Path(cfg.run_dir))
+    folder = start_output(Path(cfg.run_dir))
     path = write_files(folder, built)
     results = report.as_json(built)
     write_json(folder / "comparison.json", results)

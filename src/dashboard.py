@@ -20,7 +20,7 @@ def show_dashboard(cfg: DictConfig) -> str:
         if not cfg.entity:
             raise ValueError("entity=null must be the W&B account or team of the project; add entity=TEAM")
         try:
-            import wandb_workspaces  # noqa: F401 - only whether it is installed
+            import wandb_workspaces  # noqa: F401 - checks the installation
         except ImportError as error:
             raise ValueError(
                 f"src.dashboard needs wandb-workspaces, which is not installed ({sentence(error)}); run "

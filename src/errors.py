@@ -1,4 +1,4 @@
-"""Errors for users: one line that names the setting, the rule and the fix. Imports the standard library alone."""
+"""Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # its frames hold tensors
+        traceback.clear_frames(error.__traceback__)  # its traceback holds tensors
         raise UsageError(explain()) from error
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
 from src.quoting import format_override
 from src.runs.evaluation import build_analytic, build_samplers, evaluation_settings
-from src.viz.tables import duration, markdown, write_json
+from src.viz.tables import format_duration, markdown, write_json
 
 if TYPE_CHECKING:
     from src.distributed.processes import Processes
@@ -65,16 +65,19 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         seconds = estimate_seconds(opened.module, n, sum(calls.values()), size, processes.count)
         if processes.rank == 0:
             print(
-                f"Drawing {n} samples by {what}: about {duration(seconds)} on {processes.count} x "
+                f"Drawing {n} samples by {what}: about {format_duration(seconds)} on {processes.count} x "
                 f"{processes.device.type}",
                 flush=True,
             )
 
     module = opened.module
-    with memory_errors(lambda: out_of_memory.at_batch_size(opened, cfg.batch_size, processes.device)), data_errors():
+    with (
+        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, cfg.batch_size, processes.device)),
+        data_errors(),
+    ):
         module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
-        # Build evaluators first: they refuse settings, and the detector may not be accurate enough.
+        # Build evaluators first: they reject invalid settings and an inaccurate detector.
         evaluator = None
         if cfg.quality:
             with usage_errors():
@@ -89,7 +92,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
             raise UsageError(
                 "likelihood=false quality=false leaves nothing to evaluate: alignment is not available for this run"
             )
-        begin(folder)
+        start_output(folder)
         if cfg.likelihood:
             metrics |= evaluate_likelihood(
                 module,
@@ -173,7 +176,7 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         data, schedule, samplers, steps, cfg.analytic_samples, cfg.seed, lambda it: progress_bar(it, "Samplers")
     )
     text = format_sampler_errors(results, steps, sampling_error, grid)
-    begin(folder)
+    start_output(folder)
     (folder / "samplers.txt").write_text(f"{text}\n")
     errors = {name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}
     charts.sampler_errors(errors, sampling_error).save(folder / "samplers.png")

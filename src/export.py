@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.errors import usage_errors
 from src.quoting import command, format_override
 from src.runs.checkpoints import find_checkpoint
@@ -20,8 +20,8 @@ def export(cfg: DictConfig) -> Path:
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
-        config, left_out = exportable_settings(components.plain(opened.config))
-    path = begin(Path(cfg.run_dir)) / "model.safetensors"
+        config, left_out = exportable_settings(components.to_plain(opened.config))
+    path = start_output(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), cfg.ema, config)
     print(f"{opened.checkpoint} exported to {path} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:

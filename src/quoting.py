@@ -10,15 +10,15 @@ from omegaconf import ListConfig
 
 
 def format_override(name: str, value: object) -> str:
-    """Return `name=value` as one shell word, from which Hydra parses exactly this value.
+    """Return `name=value` as one shell word that Hydra parses to exactly this value.
 
-    Text stays text, even `null`, `1e3` or text with commas; a sequence becomes a list.
+    A string stays a string, even `null`, `1e3` or one with commas; a sequence becomes a list.
     """
     return shell_word(f"{name}={literal(value)}")
 
 
 def command(name: str, *words: str) -> str:
-    """Return the command line of `src.<name>` with overrides from `format_override`, or that need no quotes."""
+    """Return the command line of `src.<name>` with overrides that are quoted already or need no quotes."""
     return " ".join([f"python -m src.{name}", *words])
 
 

@@ -1,7 +1,7 @@
 """Random numbers keyed by (seed, purpose, step, position in the global batch), independent of processes.
 
 Any number of processes that share a global batch draw the same numbers for the same sample. Positions are drawn in
-blocks, each from its own generator, and a process draws only the blocks that its share touches.
+blocks, each from its own generator, and a process draws only the blocks that overlap its part.
 """
 
 import hashlib
@@ -66,11 +66,11 @@ class SampleNoise:
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draw (BLOCK, *shape) in float32, whatever torch's default dtype is."""
+    """Draw (BLOCK, *shape) in float32, independent of torch's default dtype."""
     return torch.randn(BLOCK, *shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def key(*parts: int | str) -> int:
-    """Return a 63-bit seed from the parts. Different lists of parts share it only by chance, unlike their sum."""
+    """Return a 63-bit seed from the parts. Different parts collide only by chance, unlike their sum."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from src.config.arguments import check_counts, check_seeds
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` a film into the output folder; return it.
+    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` an animation into the output folder; return it.
 
-    Images are PNGs too, and rows of a table a `samples.csv`. Sample k depends on (seed, k) and its condition alone, not
-    on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The conditions in `cond` get equal
-    shares of the samples.
+    Images are also written as PNGs, and rows of a table as `samples.csv`. Sample k depends only on (seed, k) and
+    its condition, not on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The samples are
+    divided equally among the conditions in `cond`.
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
@@ -39,7 +39,7 @@ def sample(cfg: DictConfig) -> Path:
         sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
-        check_combinations(cfg, sampler, len(prompts))
+        check_sample_settings(cfg, sampler, len(prompts))
         embedded = condition(prompts) if condition else None
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -52,7 +52,7 @@ def sample(cfg: DictConfig) -> Path:
 
     from src.viz import images
 
-    folder = begin(Path(cfg.run_dir))
+    folder = start_output(Path(cfg.run_dir))
     prompt_of = [k * len(prompts) // cfg.n for k in range(cfg.n)] if prompts else []
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
@@ -62,7 +62,7 @@ def sample(cfg: DictConfig) -> Path:
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
     with (
-        memory_errors(lambda: out_of_memory.at_batch_size(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
 
@@ -84,16 +84,16 @@ def sample(cfg: DictConfig) -> Path:
     images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
-        (folder / "asked.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
+        (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
     print(f"{cfg.n} samples of {opened.checkpoint} by {describe(settings, sampler, opened.module.schedule)}")
     print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
     return folder
 
 
-def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
+def check_sample_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
     """Raise ValueError if `n` is smaller than the number of conditions, or a setting needs guidance that is off."""
     if cfg.cond is not None and cfg.n < num_prompts:
-        raise ValueError(f"n={cfg.n} leaves out some of the {num_prompts} that cond asks for: set n={num_prompts}")
+        raise ValueError(f"n={cfg.n} must be at least {num_prompts}, the number of conditions in cond")
     if sampler.guidance.model and sampler.guidance.scale == 1:
         raise ValueError(
             f"{format_override('guidance.model', cfg.guidance.model)} has no effect at guidance.scale=1: set "
@@ -101,13 +101,13 @@ def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) ->
         )
     if cfg.negative is not None and (sampler.guidance.scale == 1 or sampler.guidance.model):
         raise ValueError(
-            f"{format_override('negative', cfg.negative)} has no effect at guidance.scale=1 or beside guidance.model: "
+            f"{format_override('negative', cfg.negative)} has no effect at guidance.scale=1 or with guidance.model: "
             "set guidance.scale=3, or leave it out"
         )
 
 
 def describe(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
-    """Return the sampler's name and settings as a user reads them."""
+    """Return the sampler's name and settings for display."""
     name = str(settings._target_).rpartition(".")[2]
     spacing = sampler.spacing if isinstance(sampler.spacing, str) else sampler.spacing.on(schedule)  # type: ignore[arg-type]
     words = [

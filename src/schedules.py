@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import begin
+from src.config.output import start_output
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option, nearest
 from src.errors import UsageError, usage_errors
@@ -43,7 +43,7 @@ def show_schedules(cfg: DictConfig) -> Path:
         check_values(cfg)
         for name in names:
             node = load_option("schedule", name)
-            node = node.get("schedule", node)  # some files set more than the schedule
+            node = node.get("schedule", node)  # some files also set other groups
             node.num_steps = cfg.num_steps
             tables[name] = build_schedule(node, cfg.snr_shift, cfg.zero_terminal_snr)
         check_arguments(cfg.data, "data")
@@ -66,7 +66,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     table = "\n".join(lines)
     print(table)
 
-    folder = begin(Path(cfg.run_dir))
+    folder = start_output(Path(cfg.run_dir))
     (folder / "schedules.txt").write_text(table + "\n")
     charts.schedule_curves(curves).save(folder / "schedules.png")
     # One row per schedule, from clean data to the last step, all with the same noise.

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def train(cfg: DictConfig) -> dict[str, float]:
     """Train a run, write pictures, curves and `metrics.json` into its folder, and return the metrics.
 
-    Raises UsageError for settings that do not work, and for training that diverged or ran out of memory.
+    Raises UsageError for invalid settings, and for training that diverged or ran out of memory.
     """
-    from src.runs.build import build, start
+    from src.runs.build import build, start_run
     from src.runs.fit import load_data, record_data
 
     with usage_errors():
@@ -38,7 +38,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
                 "continue"
             )
             return metrics
-        start(run)
+        start_run(run)
         record_data(run)
     print_training_summary(run)
     metrics = fit_or_explain(run)
@@ -55,18 +55,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
 def fit_or_explain(run: "Run") -> dict[str, float]:
     """Train the run. After a signal, print how to resume and exit with 128 plus its number.
 
-    Raises UsageError with one line if memory is short or data cannot be read.
+    Raises UsageError with one line if memory runs out or data cannot be read.
     """
     from src.errors import DataReadError
     from src.runs import out_of_memory
-    from src.runs.build import close
+    from src.runs.build import close_run
     from src.runs.fit import fit_run
     from src.training.callbacks.graceful_shutdown import Interruption
     from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
     try:
-        with memory_errors(lambda: out_of_memory.while_training(run)), handle_signals(interruption):
+        with memory_errors(lambda: out_of_memory.training_oom_message(run)), handle_signals(interruption):
             return fit_run(run)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning exits with 1 after the exception of `GracefulShutdown`.
@@ -80,11 +80,11 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
         raise UsageError(f"{error}; {resume_hint(run)}") from error
     finally:
         wait_for_children()
-        close(run)
+        close_run(run)
 
 
 def print_once(text: str) -> None:
-    """Print in the first process only."""
+    """Print only on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 

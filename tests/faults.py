@@ -12,7 +12,7 @@ import lightning as L
 import torch
 
 from src.data.samplers import InfiniteBatchSampler
-from src.distributed.sharding import local
+from src.distributed.sharding import local_shard
 from src.training.checkpoints import is_intact
 
 
@@ -80,7 +80,7 @@ class Watch(L.Callback):
     """Print the sum of the weights before each step; equal text means equal bits."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        total = torch.stack([local(p).double().sum() for p in pl_module.parameters()]).sum()
+        total = torch.stack([local_shard(p).double().sum() for p in pl_module.parameters()]).sum()
         line = f"rank {trainer.global_rank} step {trainer.global_step} weights {total.item()!r}\n"
         os.write(1, line.encode())  # one write, so that lines of several processes do not mix
 

@@ -8,7 +8,7 @@ SRC = Path(__file__).parents[1] / "src"
 FILES = sorted(SRC.rglob("*.py"))
 COMMANDS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
 STANDARD = set(sys.stdlib_module_names)
-FLOORS = (
+LAYERS = (
     {"errors", "rng", "cache", "quoting"},
     {"diffusion", "models", "distributed", "viz"},
     {"data", "metrics", "config", "interop"},
@@ -18,7 +18,7 @@ FLOORS = (
     {"comparison"},
     COMMANDS,
 )
-"""Folders and modules of src; each imports only from floors below its own (docs/design.md)."""
+"""Folders and modules of src; each imports only from layers below its own (docs/design.md)."""
 
 
 def imports(path: Path) -> set[str]:
@@ -40,14 +40,14 @@ def third_party(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(path)} - STANDARD - {"src"}
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     """Return the folder or module of src that a file belongs to."""
     return path.relative_to(SRC).with_suffix("").parts[0]
 
 
-def rooms_imported(path: Path) -> set[str]:
+def packages_imported(path: Path) -> set[str]:
     """Return the other folders and modules of src that a file imports from."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("src.")} - {room_of(path)}
+    return {name.split(".")[1] for name in imports(path) if name.startswith("src.")} - {package_of(path)}
 
 
 def offenders(rule: object) -> list[str]:
@@ -55,23 +55,23 @@ def offenders(rule: object) -> list[str]:
     return [f"{p.relative_to(SRC)}: {names}" for p in FILES if (names := rule(p))]
 
 
-def test_every_room_has_a_floor():
-    rooms = {room_of(p) for p in FILES} - {"__init__"}
-    assert rooms == set().union(*FLOORS)
+def test_every_package_has_a_layer():
+    packages = {package_of(p) for p in FILES} - {"__init__"}
+    assert packages == set().union(*LAYERS)
 
 
-def test_imports_lead_to_lower_floors_only():
-    floor = {room: k for k, rooms in enumerate(FLOORS) for room in rooms}
+def test_imports_point_to_lower_layers_only():
+    layer = {package: k for k, packages in enumerate(LAYERS) for package in packages}
 
     def rule(path):
         if path == SRC / "__init__.py":
             return set()
-        return {room for room in rooms_imported(path) if floor[room] >= floor[room_of(path)]}
+        return {package for package in packages_imported(path) if layer[package] >= layer[package_of(path)]}
 
     assert offenders(rule) == []
 
 
-def test_no_module_imports_itself_through_others():
+def test_imports_have_no_cycles():
     graph = {}
     for path in FILES:
         name = ".".join(("src", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__")
@@ -86,7 +86,7 @@ def test_no_module_imports_itself_through_others():
 
 def test_mathematics_and_networks_need_torch_only():
     def rule(path):
-        return third_party(path) - {"torch"} if room_of(path) in ("diffusion", "models") else set()
+        return third_party(path) - {"torch"} if package_of(path) in ("diffusion", "models") else set()
 
     assert offenders(rule) == []
 
@@ -94,12 +94,12 @@ def test_mathematics_and_networks_need_torch_only():
 def test_hydra_appears_only_in_config_runs_and_commands():
     def rule(path):
         allowed = {"config", "runs", "comparison", "quoting", *COMMANDS}
-        return set() if room_of(path) in allowed else third_party(path) & {"hydra", "omegaconf"}
+        return set() if package_of(path) in allowed else third_party(path) & {"hydra", "omegaconf"}
 
     assert offenders(rule) == []
 
 
-def test_errors_need_the_standard_library_alone():
+def test_errors_need_only_the_standard_library():
     assert imports(SRC / "errors.py") <= STANDARD | {"collections.abc"}
 
 
@@ -108,7 +108,9 @@ def test_configuration_imports_no_torch_at_its_top():
         top = ast.parse(path.read_text()).body
         names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
         names |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
-        return {n for n in names if n.split(".")[0] in ("torch", "lightning")} if room_of(path) == "config" else set()
+        return (
+            {n for n in names if n.split(".")[0] in ("torch", "lightning")} if package_of(path) == "config" else set()
+        )
 
     assert offenders(rule) == []
 

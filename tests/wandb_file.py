@@ -1,4 +1,4 @@
-"""What an offline W&B run holds, read back from its .wandb file: W&B's own messages in the frames of LevelDB's log.
+"""Read an offline W&B run from its .wandb file: protobuf messages of W&B in the record format of LevelDB's log.
 
 W&B has no reader of it for others, but `wandb sync` reads just this.
 """

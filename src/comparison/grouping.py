@@ -1,4 +1,4 @@
-"""Group runs by their settings: pure functions over records. Runs that differ in the seed alone form a group."""
+"""Group runs by their settings: pure functions over records. Runs that differ only in the seed form a group."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ LOSS_KEYS = ("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "
 """Settings that change the meaning of the loss."""
 DATA_SETTINGS = (
     *("_target_", "source", "root", "image_size", "channels", "num_values", "val_fraction", "split_seed"),
-    *("columns", "mean", "std"),  # of a table
+    *("columns", "mean", "std"),  # statistics of a table
 )
 """Settings of the data that change the meaning of metrics. For a generated distribution these are all settings."""
 
@@ -45,7 +45,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `settings` are those that name the group."""
+    """Runs that differ only in their seed; `settings` are those that name the group."""
 
     label: str
     settings: Mapping[str, Any]
@@ -57,19 +57,8 @@ class Group:
         return [x for x in values if x is not None and math.isfinite(x)]
 
 
-def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
 def is_below(name: str, nodes: Sequence[str]) -> bool:
-    """Return whether a dotted name equals one of the nodes or lies below one."""
+    """Return whether a dotted name equals one of the nodes or is below one."""
     return any(name == node or name.startswith(f"{node}.") for node in nodes)
 
 
@@ -84,7 +73,7 @@ def identity_settings(record: RunRecord) -> dict[str, Any]:
 
 
 def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
-    """Return the settings that determine a run's data and its split, with their location if `root`."""
+    """Return the settings that determine a run's data and its split, and with `root` also their location."""
     own = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
     points = "num_samples" in own
     runtime = ("batch_size", "microbatch_size", "num_workers", "seed")
@@ -111,7 +100,7 @@ def without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list
 
 
 def group_by_settings(records: Sequence[RunRecord]) -> tuple[list[Group], dict[str, list[Any]]]:
-    """Return groups of runs that differ in their seed alone, and the implied settings with their value per group.
+    """Return groups of runs that differ only in their seed, and the implied settings with their value per group.
 
     Settings that differ name the groups: first those typed on the command line, then chosen files, then the others.
     A setting that separates no further groups is implied by those before it.
@@ -168,7 +157,7 @@ def format_setting(value: Any) -> str:
 
 
 def differing_in(groups: Sequence[Group], nodes: Sequence[str]) -> list[str]:
-    """Return the nodes below which the groups' settings differ."""
+    """Return the config nodes in which the groups differ."""
     settings = [
         {n: v for n, v in identity_settings(group.records[0]).items() if is_below(n, nodes)} for group in groups
     ]

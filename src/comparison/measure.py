@@ -28,7 +28,7 @@ from src.runs import components
 from src.runs.open import OpenedRun, open_run
 from src.runs.trust import check_targets, known_targets
 from src.training.module import DiffusionModule, Sampler
-from src.viz.tables import USUAL, duration, stem
+from src.viz.tables import USUAL, format_duration, strip_sample_count
 
 NUM_IMAGES, NUM_POINTS = 16, 1000
 """Samples of a run that the report shows."""
@@ -64,7 +64,7 @@ def measure_run(
 ) -> Measurements:
     """Return the metrics of a model's samples, the first samples, and the bound and error of `num_val` samples.
 
-    `condition` is that of the module, if it takes one. `advance` receives the number of samples that completed a
+    `condition` is the module's condition, if it has one. `advance` receives the number of samples that completed a
     sampler step, or a network call of the bound.
     """
     data = evaluator.data
@@ -106,13 +106,13 @@ def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
 
 
 def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
-    """Return the real-data baseline of each metric, whose number of samples may differ from that of the metric."""
+    """Return the real-data baseline of each metric, which may use another number of samples."""
     measured = {k.removeprefix("baseline/"): v.tolist() for k, v in measurements.items() if k.startswith("baseline/")}
-    stems = {stem(name): tuple(baseline) for name, baseline in measured.items()}
+    stems = {strip_sample_count(name): tuple(baseline) for name, baseline in measured.items()}
     names = [k.removeprefix("metric/") for k in measurements if k.startswith("metric/")]
     usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
     return {name: (value, value, value) for name, value in usual.items()} | {
-        name: stems[stem(name)] for name in names if stem(name) in stems
+        name: stems[strip_sample_count(name)] for name in names if strip_sample_count(name) in stems
     }
 
 
@@ -147,7 +147,7 @@ def measure_all(
 ) -> list[Measurements]:
     """Return the measurements of each run in order; rank 0 only.
 
-    Cached runs are read; each process measures a share of the others. `announce` receives one line with the expected
+    Cached runs are read; the others are divided among the processes. `announce` receives one line with the expected
     time, unless all are cached.
     """
     folder = Path(cfg.cache)
@@ -211,7 +211,7 @@ def summarize(
     cfg: DictConfig,
     processes: Processes,
 ) -> str:
-    """Return one line on the measurements to come and their expected time."""
+    """Return one line that announces the measurements and their expected time."""
     size = min(cfg.batch_size, cfg.n)
     calls = module.network_calls(sampler)
     seconds = (
@@ -220,7 +220,7 @@ def summarize(
     others = f" ({num_runs - num_missing} others are cached)" if num_missing < num_runs else ""
     return (
         f"Measuring {num_missing} runs{others}: {cfg.n} samples with {calls} network calls each, and the bound of "
-        f"validation data; about {duration(seconds)} on {processes.count} x {processes.device.type}"
+        f"validation data; about {format_duration(seconds)} on {processes.count} x {processes.device.type}"
     )
 
 

@@ -84,7 +84,7 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
 
 
 def _symbol(group: int) -> tuple[str, str]:
-    """Return color and character of a group: the marker that its lines have in the charts."""
+    """Return the color and character of a group, the same as its line marker in the charts."""
     style = series_style(group)
     return style["color"], {"o": "●", "s": "■", "^": "▲"}[style["marker"]]
 

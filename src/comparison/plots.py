@@ -67,7 +67,7 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     axes.set_title(metric_title(ranking.metric), pad=16)
     axes.set_xlabel(f"value per seed ({direction})")
     axes.grid(alpha=0.35, axis="x", linewidth=0.6)
-    return _png(figures.render(figure).quantize(192))  # half the size
+    return _png(figures.render_figure(figure).quantize(192))  # half the size
 
 
 def _error_chart(report: Report, relative: bool) -> bytes:
@@ -95,7 +95,7 @@ def _error_chart(report: Report, relative: bool) -> bytes:
 
 
 def _training_chart(report: Report, name: str) -> bytes:
-    """Draw a logged loss by step: per group the mean over seeds, at the steps that all seeds have logged.
+    """Draw a logged loss by step: per group the mean over seeds, at the steps that all seeds logged.
 
     `train/loss` is smoothed; `val/loss` has a band from the lowest to the highest seed.
     """
@@ -130,7 +130,7 @@ def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlab
     axes.grid(alpha=0.35, linewidth=0.6)
     legend: dict[str, Any] = {"loc": "lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
-    return _png(figures.render(figure).quantize(192))  # half the size
+    return _png(figures.render_figure(figure).quantize(192))  # half the size
 
 
 def _reduce_finite(reduce: Callable[..., Any], values: np.ndarray) -> np.ndarray:

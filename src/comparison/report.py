@@ -51,7 +51,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the files of a comparison show."""
+    """The contents of a comparison's files."""
 
     title: str
     groups: Sequence[Group]
@@ -65,9 +65,9 @@ class Report:
     real: Tensor
     """Validation data in the format of samples."""
     notes: Sequence[str]
-    """Runs that were left out, and why."""
+    """Skipped runs and the reasons."""
     setup: Mapping[str, str]
-    """How the runs were measured."""
+    """Settings of the measurements."""
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def is_significant(pair: Pair) -> bool:
 
 
 def mark(ranking: Ranking, group: int) -> str:
-    """Return the sign that `LEGEND` explains."""
+    """Return the marker that `LEGEND` explains."""
     if group == ranking.best:
         return "★"
     pair = next((pair for pair in ranking.pairs_with_best if pair.second == group), None)
@@ -165,7 +165,7 @@ def mark(ranking: Ranking, group: int) -> str:
 
 
 def sorted_rankings(report: Report) -> list[Ranking]:
-    """Return all rankings, those without a best group last."""
+    """Return all rankings, with rankings without a best group last."""
     return sorted(report.rankings, key=lambda ranking: ranking.best is None)
 
 
@@ -175,7 +175,7 @@ def column_title(ranking: Ranking) -> str:
 
 
 def group_order(report: Report) -> list[int]:
-    """Return groups from best to worst by the main metric, in their own order if nothing is ranked."""
+    """Return groups from best to worst by the main metric, or in their given order if nothing is ranked."""
     main = next((r for r in report.rankings if r.best is not None), None)
     indices = list(range(len(report.groups)))
     if main is None:

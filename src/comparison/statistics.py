@@ -1,4 +1,4 @@
-"""Compare groups of runs and put the results into words.
+"""Compare groups of runs and describe the results in text.
 
 Groups are compared by Welch's t-test (Welch 1947) over seeds, with Holm's correction (Holm 1979) over the tested
 pairs.
@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """The groups by one metric. `best` is None if it is not ranked, for the given `reason`."""
+    """A ranking of the groups by one metric. `best` is None if it is not ranked, for the given `reason`."""
 
     metric: str
     direction: Literal["lower", "higher"] | None
@@ -235,7 +235,7 @@ def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[
 def headline(groups: Sequence[Group], rankings: Sequence[Ranking], title: Callable[[str], str] = str) -> str:
     """Return the sentence on the main metric."""
     if len(groups) == 1:
-        return f"All {len(groups[0].records)} runs have the same settings and differ in their seed alone."
+        return f"All {len(groups[0].records)} runs have the same settings and differ only in their seed."
     main = next((ranking for ranking in rankings if ranking.best is not None), None)
     if main is None:
         return "No metric can be ranked: none was measured in two groups."

@@ -1,4 +1,4 @@
-"""Find the runs of a comparison."""
+"""Find the runs to compare."""
 
 import json
 import math
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from src.comparison.grouping import RunRecord, data_of, flatten_settings, without_repeats
+from src.comparison.grouping import RunRecord, data_of, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
-from src.runs.checkpoints import find_checkpoint
+from src.runs.checkpoints import find_checkpoint, flatten_settings
 from src.training.checkpoints import read_checkpoint
 
 

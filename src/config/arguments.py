@@ -12,13 +12,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
 GRID_SETTINGS = ("steps", "spacing")
-"""Settings of a sampler's YAML beside the arguments of its function: they define the time grid."""
+"""Settings of a sampler's YAML that define the time grid and are not arguments of its function."""
 
 
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
     """Check every node with a `_target_` against the target's signature.
 
-    Raises ValueError for unknown arguments and for values of another type than annotated.
+    Raises ValueError for unknown arguments and for values that do not match the annotated type.
     """
     if "_target_" in cfg:
         target = get_method(cfg._target_)
@@ -34,13 +34,13 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 continue
             dotted = f"{name}.{key}"
             if key not in signature.parameters and not open_ended:
-                # The program passes the arguments without default of our own functions.
+                # Our code passes the arguments without defaults of our own functions.
                 ours = str(cfg._target_).startswith("src.")
                 known = [k for k, p in signature.parameters.items() if p.default is not p.empty or not ours]
                 known += GRID_SETTINGS if name == "sampler" else ()
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
-                if cfg[key] is not None:  # perhaps set by another option
+                if cfg[key] is not None:  # another option may set it
                     hint += f"; if another option sets it, type ~{dotted}"
                 raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}; {hint}")
             try:
@@ -62,7 +62,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
 
 
 def check_counts(cfg: DictConfig, *names: str) -> None:
-    """Raise ValueError if one of these settings is below 1; null passes."""
+    """Raise ValueError if one of these settings is below 1; null is allowed."""
     for name in names:
         value = OmegaConf.select(cfg, name)
         if value is not None and value < 1:
@@ -95,7 +95,7 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def _matches(value: Any, hint: Any) -> bool:
-    """Return whether a value matches an annotation; annotations of other than plain values always match."""
+    """Return whether a value matches an annotation; annotations of other types always match."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_matches(value, option) for option in args)

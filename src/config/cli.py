@@ -1,4 +1,4 @@
-"""Start a command: what was typed is checked before anything heavy is imported, then Hydra takes over."""
+"""Start a command: check the command line before any slow import, then run Hydra."""
 
 import os
 import signal
@@ -27,11 +27,11 @@ from src.config.overrides import check_overrides, choose_none, expand_grid, expa
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
 from src.distributed.ranks import (
+    exit_process,
     handle_signals,
     ignore_signals,
     is_orphan,
     kill_children,
-    leave,
     rank,
     remove_empty_dirs,
     run_as_worker,
@@ -55,18 +55,18 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     Several values of the group `together` are one task's list instead of a sweep (`overrides.expand_grid`).
     HYDRA_FULL_ERROR=1 shows the traceback of a UsageError.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+    if "OMP_WAIT_POLICY" not in os.environ:  # torch reads it on import
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     interruption = _Interruption()
     try:
         with handle_signals(interruption):
             _launch(config_name, task, together, interruption)
-    except KeyboardInterrupt:  # before there was anything to save
+    except KeyboardInterrupt:  # nothing to save yet
         kill_children()
         remove_empty_dirs()
         if rank() == 0:
             print("Interrupted", file=sys.stderr)
-        leave(128 + (interruption.number or signal.SIGINT))
+        exit_process(128 + (interruption.number or signal.SIGINT))
     finally:
         remove_empty_dirs()
 
@@ -78,12 +78,12 @@ class _Interruption:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        signal.signal(number, signal.SIG_DFL)  # code that waits in a library receives the first one too late
+        signal.signal(number, signal.SIG_DFL)  # blocking library code handles the first one too late
         sys.unraisablehook = self.again
         raise KeyboardInterrupt
 
     def again(self, unraisable: Any) -> None:
-        """Interrupt again if Python ignored the exception because it was raised in a callback, such as an import's."""
+        """Interrupt again if Python ignored the exception because a callback raised it, such as an import hook."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             signal.signal(self.number, self)
             os.kill(os.getpid(), self.number)
@@ -92,7 +92,7 @@ class _Interruption:
 def _launch(
     config_name: str, task: Callable[[DictConfig], Any], together: str | None, interruption: _Interruption
 ) -> None:
-    warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # without the place in the code
+    warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # without file and line
     deferred: DeferredOutput | None = None
     folder = Path()
     try:
@@ -132,7 +132,7 @@ def _launch(
                 raise KeyboardInterrupt from error
             for _ in range(100 if rank() > 0 else 0):
                 if is_orphan():
-                    os._exit(1)  # the first process reports its own end
+                    os._exit(1)  # the first process prints the message
                 time.sleep(0.1)
             raise
         finally:
@@ -144,7 +144,7 @@ def _launch(
     if not (multirun and deferred):
         run(run_task)()
         return
-    if not full_error:  # Hydra then raises a job's error here instead of ending the process with status 1
+    if not full_error:  # Hydra then raises a job's error here instead of exiting with status 1
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers():
@@ -224,7 +224,7 @@ def quote_run_dir() -> None:
     settings: Any = HydraConfig.get()
     with read_write(settings), read_write(settings.run):
         quoted = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
-        settings.run.dir = escaped(quoted)  # once more, since OmegaConf resolves it
+        settings.run.dir = escaped(quoted)  # a second time, because OmegaConf resolves it
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
 
     Restores the environment and ends the process group afterwards, so that the next job starts its own.
     """
-    main = sys.modules["__main__"]  # in a launcher's worker, the launcher's own module
+    main = sys.modules["__main__"]  # in a launcher's worker this is the launcher's module
     arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
     main.__spec__, sys.argv = program[0], [program[1], *HydraConfig.get().overrides.task]
     if not full_error:
@@ -253,7 +253,7 @@ def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
 
 
 def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program, full_error: bool) -> Any:
-    """Run `task` as one job of a sweep on its share of the devices; return the metric that `optimized_metric` names."""
+    """Run `task` as one job of a sweep on its part of the devices; return the metric that `optimized_metric` names."""
     settings = HydraConfig.get()
     if rank() > 0:  # one of the tasks of a SLURM job
         run_as_worker()
@@ -266,6 +266,6 @@ def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: P
 
 
 def _report(error: Exception) -> int:
-    """Print an error on one line; return the exit status of a refused command."""
+    """Print an error on one line; return the exit status of a rejected command."""
     print(f"{f'process {rank()}: ' if rank() else ''}error: {error}", file=sys.stderr)
     return 2

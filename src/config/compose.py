@@ -25,7 +25,7 @@ def compose(
     names: Sequence[str],
     groups: dict[str, list[str]],
 ) -> DictConfig:
-    """Return the configuration, with Hydra's own node; `names` are the settings known so far.
+    """Return the configuration, with Hydra's own node; `names` are the known settings.
 
     Raises UsageError with Hydra's message and a hint if Hydra cannot compose it.
     """
@@ -72,7 +72,7 @@ def _missing_plugin(group: str, name: str) -> str:
 
 
 def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
+    """Return the end of an error about an unknown key: the most similar setting, if any."""
     known = [*names, *groups]
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         return f"; type {new if '=' in new else f'{new}={value}'}"
@@ -81,11 +81,11 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     return nearest(key, siblings) or nearest(key, known)
 
 
-def flatten(cfg: DictConfig, prefix: str = "") -> list[str]:
+def setting_names(cfg: DictConfig, prefix: str = "") -> list[str]:
     """Return the dotted names of all keys."""
     names: list[str] = []
     for key in cfg:
         names.append(f"{prefix}{key!s}")
         if isinstance(child := cfg._get_node(key), DictConfig):
-            names += flatten(child, f"{names[-1]}.")
+            names += setting_names(child, f"{names[-1]}.")
     return names

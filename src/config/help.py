@@ -34,7 +34,7 @@ EXAMPLES = {
     "schedules": ("names=[linear,cosine]", "num_steps=100 zero_terminal_snr=true", "data=mnist frames=9"),
     "dashboard": ("entity=TEAM", "entity=TEAM report=true", "entity=TEAM project=PROJECT"),
 }
-"""Overrides that a user may start from."""
+"""Example overrides."""
 
 
 def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
@@ -61,7 +61,7 @@ def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _settings(text: str, groups: Collection[str]) -> list[str]:
-    """Return the lines of a YAML that set something, without those of Hydra and placeholders of `groups`."""
+    """Return the settings in a YAML as lines, without Hydra's and without placeholders of `groups`."""
     text = re.sub(r"^(?:defaults|run_dir|hydra):.*\n?(?:  .*\n?)*", "", text, flags=re.MULTILINE)
     lines = [line for line in text.splitlines() if line.strip() and not re.match(r"#|\s*_\w+_:", line)]
     return [f"  {line}" for line in lines if line.partition(":")[0] not in groups]

@@ -1,4 +1,4 @@
-"""Names that other libraries, or earlier versions of this one, give to settings; typed here, they lead to a hint."""
+"""Names of settings in other libraries or earlier versions of this one; typing one of them prints a hint."""
 
 from collections.abc import Collection
 
@@ -138,7 +138,7 @@ RENAMED_KEYS = {
     "warmup_steps": "lr_scheduler.warmup_steps",
     "weight_decay": "optimizer.weight_decay",
 }
-"""The setting to type instead; of several, separated by spaces, the first that the command has."""
+"""The setting to type instead; if several, separated by spaces, the first that the command has."""
 
 RENAMED_OPTIONS = {
     "conditioning=measured": "conditioning=continuous",
@@ -159,7 +159,7 @@ RENAMED_OPTIONS = {
 
 
 def renamed_key(key: str, known: Collection[str]) -> str | None:
-    """Return the setting among `known` that an old or foreign name stands for; None if there is none."""
+    """Return the setting among `known` that corresponds to an old or foreign name; None if there is none."""
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
         for new in RENAMED_KEYS.get(".".join(parts[:end]), "").split():

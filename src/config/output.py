@@ -1,7 +1,8 @@
 """Defer the output of a command until everything is built.
 
-Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task refuses would
-therefore have changed the run that it was to resume. `defer_output` makes Hydra write neither, and `begin` writes both.
+Hydra writes `.hydra/` and opens the job's log before it calls the task. A command that the task rejects would
+therefore have changed the run that it should resume. `defer_output` makes Hydra write neither, and `start_output`
+writes both.
 """
 
 import logging
@@ -23,13 +24,13 @@ from src.distributed.ranks import rank, record_missing_dirs
 from src.errors import UsageError, first_line
 
 OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
-"""Overrides of what Hydra writes into the output folder."""
+"""Overrides that control Hydra's files in the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
-"""Overrides with which Hydra writes nothing."""
+"""Overrides that disable Hydra's output."""
 
 
 class DeferredOutput(NamedTuple):
-    """The output that Hydra's own settings ask for. Launchers send it to their workers."""
+    """The output that Hydra's settings request. Launchers send it to their workers."""
 
     output_subdir: str | None
     job_logging: dict[str, Any]
@@ -39,7 +40,7 @@ class DeferredOutput(NamedTuple):
 
 
 class PendingOutput(NamedTuple):
-    """The output of the running job, until `begin` writes it."""
+    """The output of the running job, until `start_output` writes it."""
 
     subdir: str | None
     texts: dict[str, str]
@@ -78,7 +79,7 @@ def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> t
 
 
 def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
-    """Restore Hydra's output settings, log to the console alone, and store the rest for `begin`."""
+    """Restore Hydra's output settings, log only to the console, and store the rest for `start_output`."""
     global _pending
     settings: Any = HydraConfig.get()
     with read_write(settings), open_dict(settings):
@@ -95,7 +96,7 @@ def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
     lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
     logging.getLogger().addHandler(lines)
     texts = {
-        "config.yaml": OmegaConf.to_yaml(cfg),  # before the task changes it
+        "config.yaml": OmegaConf.to_yaml(cfg),  # the task may change it later
         "hydra.yaml": OmegaConf.to_yaml(HydraConfig.instance().cfg),
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
     }
@@ -114,7 +115,7 @@ def without_files(job_logging: DictConfig) -> DictConfig:
     return made
 
 
-def begin(folder: Path) -> Path:
+def start_output(folder: Path) -> Path:
     """Create the output folder of a command, write `.hydra/` and open the log. Does nothing in other processes."""
     global _pending
     if rank() > 0:
@@ -135,7 +136,7 @@ def begin(folder: Path) -> Path:
 
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files by name and replace the old ones once all are on the disk. Leaves none behind if that fails."""
+    """Write files by name and replace the old ones once all are on disk. Leaves no files if that fails."""
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     partials = {folder / f".{name}.partial": folder / name for name in texts}
@@ -154,7 +155,7 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def discard_output() -> None:
-    """Drop the output of a refused job."""
+    """Discard the output of a rejected job."""
     global _pending
     _pending = None
     close_log()
@@ -172,7 +173,7 @@ def close_log() -> None:
 def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
     """Run a sweep in the folder `sweep`; restore the folder's own files if no job started.
 
-    Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is set aside.
+    Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is moved away first.
     """
     if rank() > 0:
         yield

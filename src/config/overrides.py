@@ -1,4 +1,4 @@
-"""Check overrides before anything heavy is imported: Hydra's own errors, with a hint of what to type instead."""
+"""Check overrides before any slow import: Hydra's errors, with a hint what to type instead."""
 
 import difflib
 import itertools
@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.compose import compose, flatten, key_hint
+from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import check_combinations, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, nearest, unknown_option
 from src.errors import UsageError, first_line
@@ -47,7 +47,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         raise UsageError(f"{message}; overrides look like key=value, and --hydra-help lists the flags")
 
     parser.error = refuse  # type: ignore[assignment, method-assign]
-    words = [word for word in arguments if word != "--version"]  # which argparse would answer with Hydra's version
+    words = [word for word in arguments if word != "--version"]  # argparse would print Hydra's version
     known, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
@@ -72,7 +72,7 @@ def key_of(override: str) -> str:
     """Return the group or setting of an override."""
     try:
         return str(parsed(override).key_or_group)
-    except HydraException:  # which `check_overrides` reports
+    except HydraException:  # `check_overrides` reports it
         return override.lstrip("+~").partition("=")[0]
 
 
@@ -87,7 +87,7 @@ def last_value(overrides: Sequence[str], name: str) -> str | None:
             continue
         try:
             value = parsed(override)
-        except HydraException:  # which `check_overrides` reports
+        except HydraException:  # `check_overrides` reports it
             text = override.partition("=")[2]
             continue
         if value.is_delete() or value.is_sweep_override() or value.value() is None:
@@ -102,7 +102,7 @@ def last_value(overrides: Sequence[str], name: str) -> str | None:
 
 
 def expand_home(overrides: Sequence[str]) -> list[str]:
-    """Replace `~` at the start of a path by the home folder: shells leave it alone after `data.root=`."""
+    """Replace `~` at the start of a path by the home folder: shells do not expand it after `data.root=`."""
     home, expanded = str(Path.home()), []
     for override in overrides:
         name, _, value = override.partition("=")
@@ -129,15 +129,15 @@ def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> 
 def check_overrides(
     config_name: str, overrides: Sequence[str], multirun: bool = False, added: Sequence[str] = ()
 ) -> DictConfig:
-    """Return the configuration, with Hydra's own node, that the overrides compose; of a sweep that of its first job.
+    """Return the configuration, with Hydra's own node, that the overrides compose; for a sweep, that of its first job.
 
-    `added` are the folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra refuses and
-    values that no run can use.
+    `added` are the folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and
+    for invalid values.
     """
     groups = config_groups(folders := config_folders(added))
     _check_spaces(overrides)
     read = [_parse(config_name, word, groups) for word in overrides]
-    foreign = any("pkg://" in each for each in added)  # whose options cannot be listed here
+    foreign = any("pkg://" in each for each in added)  # its options cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
     for override in choices:
         name, options = override.key_or_group, _options(override)
@@ -158,7 +158,7 @@ def check_overrides(
                 _check_key(override, base, groups)
         final = base  # if only options of groups are typed
         if len(choices) < len(read):
-            final = compose(config_name, [_first_value(o) for o in read], added, flatten(base), groups)
+            final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
     plain = OmegaConf.to_container(base, resolve=False)
     for override in read:
         name = override.key_or_group
@@ -172,7 +172,7 @@ def check_overrides(
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
     check_combinations(config_name, names, task)
-    for name in flatten(task):
+    for name in setting_names(task):
         parent, _, key = name.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(task, parent) if parent else task, key):
             raise UsageError(f"{name} has no default; add {name}=...")
@@ -188,7 +188,7 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     """
     try:
         read = [parsed(override) for override in overrides]
-    except HydraException:  # which `check_overrides` reports
+    except HydraException:  # `check_overrides` reports it
         return list(overrides)
     own = [o for o in read if o.key_or_group.split(".")[0] == group]
     if not any(o.is_sweep_override() for o in own):
@@ -229,7 +229,7 @@ def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Overrid
     except HydraException as error:
         fix = "overrides look like key=value"
         if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
-            fix = f"if its value is one text, type {format_override(name, value)}"
+            fix = f"if its value is one string, type {format_override(name, value)}"
         raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
     if override.key_or_group in PATHS and not override.is_delete() and isinstance(override.value(), dict):
         raise UsageError(f"{word} is a dictionary; for a path of that name type {format_override(name, value)}")
@@ -260,10 +260,10 @@ def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, g
 def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
     """Raise UsageError for a key that nothing reads; warn of an added key that may be misspelled."""
     key, line = str(override.key_or_group), str(override.input_line)
-    if key == "run_dir":  # Hydra's own files must lie beside the checkpoints
+    if key == "run_dir":  # Hydra's files must be next to the checkpoints
         folder = last_value([line], "run_dir") or "FOLDER"
         raise UsageError(f"{line} is set by Hydra's run folder; type {format_override('hydra.run.dir', folder)}")
-    names = flatten(base)
+    names = setting_names(base)
     if key in names or not (override.is_add() or override.is_force_add()):
         return
     parent = key.rpartition(".")[0]
@@ -297,7 +297,7 @@ def _options(override: Override) -> list[str]:
 
 
 def _first_value(override: Override) -> str:
-    """Return the override, or of a sweep the override with its first value."""
+    """Return the override; for a sweep, the override with its first value."""
     if not override.is_sweep_override():
         return str(override.input_line)
     prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
@@ -307,7 +307,7 @@ def _first_value(override: Override) -> str:
 
 
 def _values(override: Override) -> list[Any]:
-    """Return the value of an override, or the values of a sweep; of a range or an interval its ends."""
+    """Return the value of an override, or the values of a sweep; for a range or an interval, its ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [value.start, value.end]

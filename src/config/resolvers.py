@@ -42,7 +42,7 @@ def run_name(folder: str) -> str:
     if sweep_name(folder) is None:
         return path.name
     if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir) == path:
-        typed_overrides = list(HydraConfig.get().overrides.task)  # `begin` has not written the file yet
+        typed_overrides = list(HydraConfig.get().overrides.task)  # `start_output` has not written the file yet
     else:
         typed_overrides = _overrides(path / ".hydra" / "overrides.yaml")
     common = _overrides(path.parent / "multirun.yaml")

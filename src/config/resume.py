@@ -68,10 +68,10 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         return overrides
     for saved in sorted(Path("outputs/sweeps").glob("*/multirun.yaml"), reverse=True):
         try:
-            # YAML alone: OmegaConf would resolve `${...}`.
+            # plain YAML: OmegaConf would resolve `${...}`.
             before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
             typed_overrides = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
-        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # a sweep that ended while it started
+        except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # a sweep killed while it started
             continue
         of_place = "hydra.sweep.dir="
         if {
@@ -104,7 +104,7 @@ def saved_overrides(folder: Path) -> list[str]:
     """Return the overrides of the run in `folder`, without `resume` and `trust`."""
     path = folder / ".hydra" / "overrides.yaml"
     try:
-        lines = yaml.safe_load(path.read_text())  # YAML alone: OmegaConf would resolve `${...}`
+        lines = yaml.safe_load(path.read_text())  # plain YAML: OmegaConf would resolve `${...}`
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{path} cannot be read ({first_line(error)}); start a new run") from error
     if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
@@ -115,7 +115,7 @@ def saved_overrides(folder: Path) -> list[str]:
 
 
 def check_saved(folder: Path, overrides: Sequence[str]) -> None:
-    """Raise UsageError for saved overrides that could do more than train in the run's folder; the files are untrusted.
+    """Raise UsageError for saved overrides that could do more than train in the run folder; the files are untrusted.
 
     `runs.build` checks the targets that they build.
     """
@@ -179,7 +179,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     folder = last_value(overrides, name)
     if folder is None or last_value(overrides, "resume") is not None:
         return
-    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # which names the folders of its jobs
+    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # it names the folders of its jobs
         return
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
@@ -192,7 +192,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
 def newest_run(name: str, folder: Path) -> str:
     """Return the end of an error: the newest run at most two folders below `folder`, as an override of `name`.
 
-    Returns an empty text if there is none.
+    Returns an empty string if there is none.
     """
     found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
     if not found:
@@ -203,6 +203,6 @@ def newest_run(name: str, folder: Path) -> str:
 
 
 def _nearest(path: Path, name: str, pattern: str) -> str:
-    """Return the end of an error: the file beside `path` with the most similar name; empty if there is none."""
+    """Return the end of an error: the file next to `path` with the most similar name; empty if there is none."""
     close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
     return f"; did you mean {format_override(name, path.parent / close[0])}?" if close else ""

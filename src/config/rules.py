@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src.errors import UsageError
 
 RANGES = {
-    # Of every command.
+    # Every command.
     "*seed": "[0, 2^32)",
     "n": "[1, inf)",
     "batch_size": "[1, inf)",
@@ -28,7 +28,7 @@ RANGES = {
     "guidance.rescale": "[0, 1]",
     "schedule.num_steps": "[1, inf)",
     "snr_shift": "(0, inf)",
-    # Of training.
+    # Training.
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
     "lr_scheduler.warmup_steps": "[0, inf)",
@@ -53,7 +53,7 @@ RANGES = {
     "trainer.accumulate_grad_batches": "[1, inf)",
     "trainer.gradient_clip_val": "[0, inf): 0 turns clipping off",
     "trainer.num_nodes": "[1, inf)",
-    # Of the other commands.
+    # Other commands.
     "max_features": "[1, inf)",
     "num_memorization": "[0, inf)",
     "num_val": "[1, inf)",
@@ -65,7 +65,7 @@ RANGES = {
     "num_steps": "[1, inf)",
     "frames": "[2, inf)",
 }
-"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a remark may follow."""
+"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a comment may follow."""
 
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
@@ -74,7 +74,7 @@ CHOICES = {
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Texts that a setting takes."""
+"""Allowed strings of each setting."""
 
 EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
 """Settings that exclude each other when both are typed."""
@@ -89,10 +89,10 @@ REQUIRED_GROUPS = {
     "compare": ("sampler",),
     "schedules": ("data",),
 }
-"""Config groups that a command cannot do without."""
+"""Config groups that a command requires."""
 
 ALLOW_EMPTY = ("cond", "negative")
-"""Texts that may be empty."""
+"""Strings that may be empty."""
 
 ALLOW_INFINITE = ("guidance.interval",)
 
@@ -100,9 +100,9 @@ LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
 
 def check_values(cfg: DictConfig) -> None:
-    """Raise UsageError for a value of a composed configuration that lies outside RANGES or CHOICES.
+    """Raise UsageError for a value of a composed configuration outside RANGES or CHOICES.
 
-    A node with a `_target_` of another package has rules of its own, except an optimizer of torch.
+    A node with a `_target_` of another package is not checked, except an optimizer of torch.
     """
     for name, value, argument in _leaves(cfg):
         check_value(name, value, argument)
@@ -122,9 +122,9 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
 
 
 def check_type(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError if a value has another type than its default, unless that is text or null, or is empty text.
+    """Raise UsageError if a value has another type than its default, unless that is a string or null, or is empty.
 
-    An empty text would be the current folder where a setting takes a folder.
+    As a folder, an empty string would mean the current one.
     """
     if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
         return

@@ -1,4 +1,4 @@
-"""Where config groups lie: conf/, and what --config-dir and hydra.searchpath add to it."""
+"""The folders of config groups: conf/, and those of --config-dir and hydra.searchpath."""
 
 import difflib
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
-    """Return what `hydra.searchpath` and `--config-dir` add to Hydra's search path, as it writes them."""
+    """Return the entries that `hydra.searchpath` and `--config-dir` add to Hydra's search path."""
     added: list[str] = []
     for override in overrides:
         if "hydra.searchpath=" in override:
-            with suppress(HydraException):  # which `check_overrides` reports
+            with suppress(HydraException):  # `check_overrides` reports it
                 value = OverridesParser.create().parse_override(override).value()
                 added = [str(each) for each in value] if isinstance(value, list) else []
     if config_dir is not None:
@@ -61,7 +61,7 @@ def load_option(group: str, name: str) -> DictConfig:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return "; did you mean X?" for the known word nearest to `word`; empty if none is near."""
+    """Return "; did you mean X?" for the known word most similar to `word`; empty if none is similar."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -20,12 +20,12 @@ from src.quoting import command, format_override, literal
 class CompareRuns(Callback):
     """Compare the runs of a sweep with `src.compare`, in its folder comparison/, and in W&B if they log there.
 
-    Runs in a process of its own, because Hydra cannot run twice in one. A failure only warns.
+    Runs in a separate process, because Hydra cannot run twice in one. A failure only warns.
     """
 
     def __init__(self, devices: int | None = None, overrides: Sequence[str] = ()) -> None:
         self.devices = devices
-        self.overrides = list(map(str, overrides))  # plain strings, which launchers can pickle
+        self.overrides = list(map(str, overrides))  # launchers can pickle plain strings
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Run the comparison in the process that started the sweep."""
@@ -40,7 +40,7 @@ class CompareRuns(Callback):
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
         }
-        environment.pop("HYDRA_FULL_ERROR", None)  # which the launcher sets for a sweep
+        environment.pop("HYDRA_FULL_ERROR", None)  # the launcher sets it for a sweep
         if any(sweep.glob("*/wandb_id.txt")):  # left by runs that W&B logs
             settings["wandb"] = True
         own = set(map(key_of, self.overrides))

@@ -26,7 +26,7 @@ def parallel_jobs() -> int:
 
 
 def assign_devices(sweep: Path, n_jobs: int) -> None:
-    """Make a share of the GPUs visible to this worker, one of up to `n_jobs` that run jobs of `sweep`.
+    """Make some of the GPUs visible only to this worker, one of up to `n_jobs` that run jobs of `sweep`.
 
     The worker keeps them until it ends: CUDA cannot change its devices once it is initialized.
     """
@@ -34,11 +34,11 @@ def assign_devices(sweep: Path, n_jobs: int) -> None:
 
     if gpus():
         workers = joblib.effective_n_jobs(n_jobs)
-        os.environ["CUDA_VISIBLE_DEVICES"] = share(gpus(), _place(sweep, workers), workers)
+        os.environ["CUDA_VISIBLE_DEVICES"] = worker_devices(gpus(), _place(sweep, workers), workers)
 
 
-def share(devices: tuple[str, ...], place: int, workers: int) -> str:
-    """Return the devices of worker number `place` of `workers`: at least one, several if there are more devices."""
+def worker_devices(devices: tuple[str, ...], place: int, workers: int) -> str:
+    """Return the devices of worker `place` of `workers`: at least one, several with more devices than workers."""
     if workers >= len(devices):
         return devices[place % len(devices)]
     return ",".join(devices[place * len(devices) // workers : (place + 1) * len(devices) // workers])

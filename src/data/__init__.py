@@ -1,1 +1,1 @@
-"""Datasets and LightningDataModules. They know neither the mathematics nor the networks."""
+"""Datasets and LightningDataModules. Independent of the mathematics and the networks."""

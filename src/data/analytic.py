@@ -84,10 +84,10 @@ class GaussianMixture:
         return -self.log_prob(self(n, torch.Generator().manual_seed(seed))).mean().item()
 
     def flow(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
-        """Return clean data (N, D) to which the probability flow leads x (N, D) from a noise level.
+        """Return the clean data (N, D) at the end of the probability flow from x (N, D) at a noise level.
 
-        A Gaussian preserves the number of standard deviations from the mean. A mixture uses an adaptive solver of
-        order 8 with tolerance 1e-9, in z = x / sqrt(alpha^2 + sigma^2) over the angle atan(sigma / alpha).
+        For a Gaussian, the flow preserves the number of standard deviations from the mean. A mixture uses an adaptive
+        solver of order 8 with tolerance 1e-9, in z = x / sqrt(alpha^2 + sigma^2) over the angle atan(sigma / alpha).
         """
         noised = self.noised(alpha, sigma)
         if len(self.weights) == 1:

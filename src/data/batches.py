@@ -11,18 +11,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from src.data.conditions import Condition
-from src.data.read_errors import remedy
+from src.data.read_errors import read_error_hint
 from src.data.samplers import BatchIndices
 from src.data.sources import Source
 from src.errors import DataReadError
 from src.rng import key
 
 MAX_REPLACEMENTS = 10
-"""Samples tried in place of one that cannot be read, before training fails."""
+"""Maximum number of replacements for a sample that cannot be read."""
 
 
 class Batch(TypedDict):
-    """Samples x (B, *data), the first at position `start` among the `total` of the global batch or validation set.
+    """Samples x (B, *data); the first has position `start` among the `total` of the global batch or validation set.
 
     `cond` (B, ...) are their conditions, if the network takes any. Before a batch reaches the device it may carry two
     more keys: `skipped`, the errors of replaced samples by name, and `failure`, the error of a batch without samples.
@@ -39,7 +39,7 @@ class Batch(TypedDict):
 class BatchDataset(Dataset[Batch]):
     """A source as a dataset of batches, indexed by `BatchIndices`.
 
-    Samples in `replacements` take the place of those that cannot be read. A batch reports failures instead of raising,
+    Samples in `replacements` replace those that cannot be read. A batch reports failures instead of raising,
     since all processes must learn of them.
     """
 
@@ -64,11 +64,11 @@ class BatchDataset(Dataset[Batch]):
             if self.condition is not None:
                 batch["cond"] = self._encode(self.condition, wanted, indices)
         except DataReadError as error:
-            batch["failure"] = f"{error}; {remedy(self.replacements is not None)}"
+            batch["failure"] = f"{error}; {read_error_hint(self.replacements is not None)}"
         return batch
 
     def _encode(self, condition: Condition, wanted: BatchIndices, indices: Sequence[int]) -> Tensor:
-        """Return the conditions of the samples (B, ...). Raises DataReadError if they cannot be encoded any more."""
+        """Return the conditions of the samples (B, ...). Raises DataReadError if they can no longer be encoded."""
         values = [
             # The choice among several captions is keyed by step and position, as all random numbers are.
             condition.of_sample(self.source, index, key(self.seed, "caption", wanted.step, wanted.start + k))
@@ -76,7 +76,7 @@ class BatchDataset(Dataset[Batch]):
         ]
         try:
             return condition(values)
-        except (OSError, ValueError) as error:  # such as an encoder whose cache and files were deleted
+        except (OSError, ValueError) as error:  # for example, the encoder's cache and files were deleted
             raise DataReadError(f"conditions cannot be encoded ({' '.join(str(error).split())})") from error
 
 

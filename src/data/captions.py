@@ -19,8 +19,8 @@ def captioned(root: str | None, image_size: int, channels: int, prepare: bool = 
     """Open every image under `root`, as `images.folder` does, with one or several captions each.
 
     Captions are read from `root/metadata.csv` or `root/metadata.jsonl` if one exists, by `file_name` and one of `KEYS`:
-    a CSV row per caption, or a JSON line with a text or a list of texts. Otherwise each non-empty line of the `.txt`
-    with the image's name is a caption.
+    a CSV row per caption, or a JSON line with a string or a list of strings. Otherwise each non-empty line of the
+    `.txt` with the image's name is a caption.
 
     Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image.
@@ -63,7 +63,7 @@ def _from_json_lines(source: Path) -> Iterator[tuple[str, str]]:
         texts = entry[keys[0]]
         texts = texts if isinstance(texts, list) else [texts]
         if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{place}: {keys[0]} is {entry[keys[0]]!r:.60}; it must be a text or a list of texts")
+            raise ValueError(f"{place}: {keys[0]} is {entry[keys[0]]!r:.60}; it must be a string or a list of strings")
         for text in texts:
             yield entry["file_name"], _not_empty(text.strip(), place)
 

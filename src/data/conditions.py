@@ -1,7 +1,7 @@
-"""Conditions: what samples should show, encoded for the network.
+"""Conditions of conditional models, encoded for the network.
 
-A condition's value is a class (by name or index), a text, or a list of covariates. The value None means no condition:
-the network sees it when training drops the condition, and guidance extrapolates away from it.
+A condition's value is a class (by name or index), a text prompt, or a list of covariates. None means no condition: the
+network sees it when training drops the condition, and guidance extrapolates away from it.
 """
 
 import math
@@ -16,7 +16,7 @@ from src.data.sources import Source
 
 
 class Condition(Protocol):
-    """Encodes values of a condition for the network. `examples` are values to draw samples for."""
+    """Encodes values of a condition for the network. `examples` are the default values for sampling."""
 
     examples: Sequence[Any]
 
@@ -55,7 +55,7 @@ def encode_conditions(condition: Condition | None, source: Source, indices: Sequ
 class Classes:
     """Encodes classes, by name or index, as (N,) int64. None becomes the index after the last class.
 
-    A value that is both the name of one class and the index of another means the name.
+    If a value is the name of one class and the index of another, the name wins.
     """
 
     def __init__(self, names: Sequence[str] | None) -> None:

@@ -25,7 +25,7 @@ class Table(NamedTuple):
         return [row[index] for row in self.rows]
 
     def one_of(self, names: Sequence[str], setting: str) -> str:
-        """Return the only column with one of these names. Raises ValueError if none has, or several have."""
+        """Return the only column with one of these names. Raises ValueError unless there is exactly one."""
         found = [name for name in self.names if name in names]
         if len(found) != 1:
             raise ValueError(
@@ -74,11 +74,11 @@ def labels_from_names(names: Iterable[str]) -> Labels:
 
 
 def first_names(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names and how many more there are, for a message."""
+    """Return the first names and the number of the rest, for a message."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return a hint at the known names closest to an unknown one, to end a message with."""
+    """Return the end of an error: the known names most similar to an unknown one."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"

@@ -1,4 +1,4 @@
-"""A cache of token embeddings on disk, which processes share."""
+"""A cache of token embeddings on disk, shared by processes."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ class EmbeddingCache:
     """Arrays (tokens, width) float16 by integer key, memory-mapped from files in `folder`.
 
     Each call that computes something writes one safetensors file and never changes it, so readers need no lock. A
-    corrupted file is computed again. Where nothing can be written, arrays are computed each time. Both warn once.
+    corrupted file is computed again. In a folder that is not writable, arrays are computed each time. Both warn once.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
@@ -31,7 +31,7 @@ class EmbeddingCache:
         self._close()
 
     def get(self, keys: Sequence[int], compute: Callable[[list[int]], Sequence[Embeddings]]) -> list[Embeddings]:
-        """Return the array of each key. `compute` returns those of missing keys while other processes wait."""
+        """Return the array of each key. `compute` is called for missing keys while other processes wait."""
         new: dict[int, Embeddings] = {}
         if self.missing(keys):
             with self._lock():
@@ -57,7 +57,7 @@ class EmbeddingCache:
         self._opened: set[str] = set()
         self._files: list[Any] = []
         self._keys = np.empty(0, np.int64)  # sorted
-        self._places = np.empty((0, 3), np.int64)  # of each key: file, first row, last row + 1
+        self._places = np.empty((0, 3), np.int64)  # file, first row, last row + 1 of each key
 
     def _known(self, keys: Sequence[int]) -> npt.NDArray[np.bool_]:
         return np.isin(np.asarray(keys, np.int64), self._keys)
@@ -103,7 +103,7 @@ class EmbeddingCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Keep other processes from computing the same arrays meanwhile."""
+        """Prevent other processes from computing the same arrays at the same time."""
         lock = FileLock(self.folder / "lock")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -95,7 +95,7 @@ class ImageDataModule(BaseDataModule):
         except DataReadError as error:
             if not self.skip_unreadable:
                 raise ValueError(f"{error}; remove them, or add data.skip_unreadable=true") from error
-            warnings.warn(f"{error}; other samples replace them", stacklevel=2)
+            warnings.warn(f"{error}; they are replaced by other samples", stacklevel=2)
 
     def preprocess(self, x: Tensor) -> Tensor:
         return normalize(x, self.num_values)
@@ -113,7 +113,7 @@ class ImageDataModule(BaseDataModule):
 class ImageFiles:
     """A source that decodes images lazily: `open_image(i)` returns image i, of any size and mode.
 
-    `files` are the paths if the images are files. `fetch` raises DataReadError.
+    `files` are the paths of images that are files. `fetch` raises DataReadError.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ImageFiles:
         return self.count
 
     def stamps(self) -> Sequence[int] | None:
-        """Return the file sizes: copying changes the time stamps, and reading all files takes too long."""
+        """Return the file sizes: copying changes time stamps, and hashing all files takes too long."""
         return None if self.files is None else [_size(file) for file in self.files]
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
@@ -274,7 +274,7 @@ def group_by_image(
 ) -> list[list[str]]:
     """Return the texts of each image, from pairs of file name (relative to `path`) and text in the file `source`.
 
-    Raises ValueError for names without an image, and for images without a text; `what` names the text in messages.
+    Raises ValueError for names without an image, and for images without text; `what` names the text in messages.
     """
     texts_of: dict[str, list[str]] = {os.path.abspath(f): [] for f in files}
     unknown = []
@@ -348,7 +348,7 @@ def _image_of(dataset: Any, i: int) -> Image.Image:
 
 
 def _is_visible_file(path: Path, root: Path) -> bool:
-    """Return whether it is a file that is not hidden, nor in a hidden folder below `root`."""
+    """Return whether it is a file, not hidden and not in a hidden folder below `root`."""
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
 
 

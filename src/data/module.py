@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from src.data.batches import Batch, BatchDataset, BatchLoader, fetch_batch
 from src.data.conditions import Condition
-from src.data.read_errors import ReadErrors, remedy
+from src.data.read_errors import ReadErrors, read_error_hint
 from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
 from src.data.sources import InMemory, Source
 from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split
@@ -34,11 +34,11 @@ class BaseDataModule(L.LightningDataModule):
 
     Args:
         open_source: opens the dataset.
-        shape: of one sample as the network sees it.
+        shape: shape of one sample, as input of the network.
         batch_size: samples per optimizer step, over all devices and accumulated batches.
-        val_fraction: approximate share of the samples held out for validation.
-        split_seed: selects these samples, together with their ids (`src.data.split`); the run's seed does not.
-        seed: of the order of the data and of augmentation.
+        val_fraction: approximate fraction of the samples held out for validation.
+        split_seed: determines the split, together with the sample ids (`src.data.split`); the run's seed does not.
+        seed: for shuffling and augmentation.
         num_workers: processes that load data.
         microbatch_size: samples per device and forward pass. The Trainer's builder applies it.
         skip_unreadable: replace samples that cannot be read by others, instead of failing.
@@ -47,16 +47,16 @@ class BaseDataModule(L.LightningDataModule):
     num_values: int | None = None
     """The number of values, evenly spaced over [-1, 1], that the data can take; None if continuous."""
     std: Tensor | None = None
-    """(D,) standard deviation of postprocessed samples, by which metrics scale samples with units."""
+    """(D,) standard deviation of postprocessed samples, used to scale samples in metrics."""
     columns: Sequence[str] | None = None
     """(D,) names of the features of a sample."""
     condition: Condition | None = None
     overfit_batches: int | float = 0
-    """The number of batches to repeat, or their share of the data; 0 trains on all data."""
+    """The number of batches to repeat, or the fraction of the data; 0 trains on all data."""
     fingerprint_path: Path | None = None
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
-    """The number of validation batches, or their share."""
+    """The number of validation batches, or a fraction of them."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def inferred(self) -> Mapping[str, Any]:
-        """Settings of the data module computed from the data; a run stores them and needs no data for them later."""
+        """Settings computed from the data. A run stores them, so that it does not need the data later."""
         return {}
 
     # From the source to a batch on the device
@@ -185,23 +185,23 @@ class BaseDataModule(L.LightningDataModule):
         return {**batch, "x": x}
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Map samples of the source to float32 as the network sees them."""
+        """Map samples of the source to float32 inputs of the network."""
         return x
 
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
-        """Transform preprocessed training samples (B, *data) at random."""
+        """Augment preprocessed training samples (B, *data) randomly."""
         return x
 
     def postprocess(self, x: Tensor) -> Tensor:
-        """Map samples of the network to the form in which they are shown and saved."""
+        """Map samples of the network to the form that is displayed and saved."""
         return x
 
     # Samples outside the loaders
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:
-        """Return samples of the source (N, *data) from one side of the split, and their indices.
+        """Return samples of the source (N, *data) from one split, and their indices.
 
-        With `skip_unreadable`, others of the same side replace those that cannot be read.
+        With `skip_unreadable`, other samples of the same split replace those that cannot be read.
         """
         replacements = None
         if self.skip_unreadable and len(indices):
@@ -255,7 +255,7 @@ class BaseDataModule(L.LightningDataModule):
         self.setup()
 
     def write_fingerprint(self, path: Path) -> None:
-        """Write the `DataFingerprint` by which a resumed run sees changes of its data."""
+        """Write the `DataFingerprint` with which a resumed run detects changes of its data."""
         DataFingerprint.of(self._source(), self.split_seed, self.val_fraction, self.threshold).write(path)
 
     def sync_read_errors(self, failure: str = "") -> None:
@@ -265,7 +265,7 @@ class BaseDataModule(L.LightningDataModule):
         """
         world_size = self.trainer.world_size if self.trainer else 1
         in_memory = self.num_workers == 0 and isinstance(self.source, InMemory) and self.condition is None
-        self.read_errors.sync(failure, 1 if in_memory else world_size)  # data in memory do not fail
+        self.read_errors.sync(failure, 1 if in_memory else world_size)  # data in memory cannot fail
 
     @contextmanager
     def reading_on_one_rank(self) -> Iterator[None]:
@@ -274,7 +274,7 @@ class BaseDataModule(L.LightningDataModule):
         try:
             yield
         except DataReadError as error:
-            failure = f"{error}; {remedy(self.skip_unreadable)}"
+            failure = f"{error}; {read_error_hint(self.skip_unreadable)}"
         self.sync_read_errors(failure)
 
     def state_dict(self) -> dict[str, Any]:

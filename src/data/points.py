@@ -41,7 +41,7 @@ class PointsDataModule(BaseDataModule):
 
     def _draw(self) -> Source:
         generator = torch.Generator().manual_seed(key(self.split_seed, "points"))
-        # Calling a mixture returns points without labels, as its other users need them.
+        # A call of a mixture returns points without labels, which its other callers need.
         draw = self.distribution.draw if isinstance(self.distribution, GaussianMixture) else self.distribution
         drawn = draw(self.num_samples, generator)
         return InMemory(*drawn) if isinstance(drawn, tuple) else InMemory(drawn)
@@ -63,7 +63,7 @@ def moons(n: int, generator: torch.Generator, noise: float = 0.05) -> tuple[Tens
 def swiss_roll(n: int, generator: torch.Generator, noise: float = 0.05) -> Tensor:
     """Draw from a spiral of 1.5 turns: angle and radius uniform in [1.5 pi, 4.5 pi], divided by 7.5, then centered."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, generator=generator))
-    center = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # the mean of (r cos r, r sin r) over r
+    center = torch.tensor([2.0, 2 / (3 * math.pi)]) / 7.5  # mean of (r cos r, r sin r) over r
     points = torch.stack([angle * angle.cos(), angle * angle.sin()], dim=1) / 7.5 - center
     return points + noise * torch.randn(n, 2, generator=generator)
 

@@ -42,19 +42,19 @@ CONFIG_FILES = ("config.json", "merges.txt", "tokenizer_config.json", "special_t
 
 
 class Pretrained(TextCondition):
-    """Encodes texts as the encoder's last hidden states (N, max_length, features) float32, with zeros as padding.
+    """Encodes text as the encoder's last hidden states (N, max_length, features) float32, with zeros as padding.
 
     Args:
         model: a folder or a name on the Hugging Face hub of CLIP, T5 or another text encoder of the transformers
             library, with weights in safetensors.
-        max_length: tokens; longer texts are truncated with a warning.
-        cache: folder for embeddings, in float16. `infer_settings` fills it for all captions of the data.
-        device: on which the encoder computes embeddings missing from the cache; auto prefers an accelerator.
+        max_length: maximum number of tokens; longer text is truncated with a warning.
+        cache: folder for float16 embeddings. `infer_settings` fills it for all captions of the data.
+        device: computes embeddings that are not in the cache; auto prefers an accelerator.
         features: width of the hidden states, inferred.
-        fingerprint: of the encoder's weights and tokenizer, inferred.
+        fingerprint: hash of the encoder's weights and tokenizer, inferred.
         examples: prompts to draw samples for.
 
-    Texts have single spaces. None and a blank text mean no condition, encoded as the empty text.
+    Whitespace is collapsed. None and blank text mean no condition, encoded as the empty string.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Pretrained(TextCondition):
         return inferred
 
     def prepare(self, captions: Sequence[Sequence[str]]) -> None:
-        """Fill the cache with all captions, the examples and the empty text, 512 at a time."""
+        """Fill the cache with all captions, the examples and the empty string, 512 at a time."""
         warned = False
         texts = map(clean_text, chain(["", *self.examples], chain.from_iterable(captions)))
         while chunk := list(islice(texts, 512)):
@@ -184,13 +184,13 @@ class _Encoder:
         if longest > self.max_length and not self._warned:
             self._warned = True
             warnings.warn(
-                f"conditioning.encode.max_length={self.max_length} truncates a text of {longest} tokens; raise it, if "
+                f"conditioning.encode.max_length={self.max_length} truncates text of {longest} tokens; raise it, if "
                 "the encoder allows, to keep all of them (further truncations are not reported)",
                 stacklevel=2,
             )
         ids, masks = [], []
         for each in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]:
-            # A tokenizer without begin and end tokens returns no ids for the empty text.
+            # A tokenizer without begin and end tokens returns no ids for the empty string.
             ids.append(torch.tensor(each or [self.tokenizer.pad_token_id]))
             masks.append(torch.ones(len(ids[-1]), dtype=torch.int64))
         padded = torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad_token_id or 0)

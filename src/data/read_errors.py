@@ -1,4 +1,4 @@
-"""Samples that cannot be read while a run trains: retries, and what all processes of the run must know of them."""
+"""Read errors during training: retries, and their exchange between processes."""
 
 import errno
 import time
@@ -29,7 +29,7 @@ def read_with_retries(name: str, read: Callable[[], T]) -> T:
             return read()
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise almost anything on damaged bytes
+        except Exception as error:  # decoders raise almost anything on corrupted bytes
             if isinstance(error, OSError) and error.errno in TRANSIENT and delay is not None:
                 time.sleep(delay)
                 continue
@@ -38,7 +38,7 @@ def read_with_retries(name: str, read: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def remedy(skip_unreadable: bool) -> str:
+def read_error_hint(skip_unreadable: bool) -> str:
     """Return the end of an error message about a sample that cannot be read."""
     if skip_unreadable:
         return "check that the data still exist"
@@ -73,14 +73,14 @@ class ReadErrors:
         self.names |= new.keys()
         self.skipped = {}
         for message in new.values():
-            warnings.warn(f"{message}; another sample replaces it", stacklevel=2)
+            warnings.warn(f"{message}; it is replaced by another sample", stacklevel=2)
 
     def _gather(self, failure: str, world_size: int) -> list[tuple[str, dict[str, str]]]:
-        """Return the failure and the skipped samples of each process; costs one integer while there are none."""
+        """Return the failure and the skipped samples of each process; exchanges one integer if there are none."""
         from torch import distributed
 
         if self._group is None:
-            self._group = distributed.new_group(backend="gloo")  # does not wait for the devices
+            self._group = distributed.new_group(backend="gloo")  # does not synchronize with the devices
         any_report = torch.tensor(int(bool(failure or self.skipped)))
         distributed.all_reduce(any_report, distributed.ReduceOp.MAX, self._group)
         reports: list[Any] = [("", {})] * world_size

@@ -28,8 +28,8 @@ class BatchIndices(NamedTuple):
 class InfiniteBatchSampler(Sampler[BatchIndices]):
     """Training batches: step k takes samples k B, ..., (k + 1) B - 1 of a sequence of shuffled epochs.
 
-    The global batch is a pure function of (seed, step). It is cut into `accumulate` micro-batches, and each of these
-    over `world` processes, so that neither changes what the optimizer sees. A resumed run starts at `first_step`. A
+    The global batch is a pure function of (seed, step). It is split into `accumulate` micro-batches, and each of these
+    over `world` processes, so that neither changes the batch of the optimizer. A resumed run starts at `first_step`. A
     positive `repeat` cycles through that many batches.
     """
 
@@ -94,10 +94,10 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
 
 
 class EvalBatchSampler(Sampler[BatchIndices]):
-    """Validation batches: all `indices` once and in order, `batch_size` to twice as many at a time, over `world`.
+    """Validation batches: all `indices` once and in order, in batches of `batch_size` to twice that, over `world`.
 
-    All processes have equally many batches, since they gather sharded weights together. `limit` is the number of
-    these batches, or their share; the validation set consists of the samples in them.
+    All processes have the same number of batches, since they gather sharded weights together. `limit` is the number
+    or fraction of these batches to use.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Colored shapes with captions, generated on the fly from a grammar: text-to-image without files.
 
 Samples can be checked against their captions, since `parse` maps a caption to its scene and `place` maps a scene to
-coordinates. Held-out combinations measure how a model generalizes to combinations that it never saw.
+coordinates. Held-out combinations measure generalization to combinations not seen in training.
 """
 
 import math
@@ -162,7 +162,7 @@ def caption(scene: Scene, wording: int = 0) -> str:
 def parse(text: str) -> Scene:
     """Return the scene that a caption describes, in any wording: the inverse of `caption`.
 
-    Ignores case, extra spaces and a final period, and accepts "gray" and "center". Raises ValueError for other texts.
+    Ignores case, extra spaces and a final period, and accepts "gray" and "center". Raises ValueError for other strings.
     """
     words = " ".join(text.lower().split()).rstrip(" .").replace("gray", "grey").replace("center", "centre")
     for pattern in _patterns():
@@ -297,7 +297,7 @@ class Shapes:
         held_out: combinations of attributes, such as {"shape": "square", "color": "red"}. No sample has an object
             with all attributes of one of them.
 
-    Raises ValueError for unknown attributes, and if no scene with some attribute is left.
+    Raises ValueError for unknown attributes, and if an attribute occurs in no remaining scene.
     """
 
     labels: Labels | None = None

@@ -26,7 +26,7 @@ class Source(Protocol):
     """A dataset that returns several samples per call.
 
     Any of `labels`, `covariates` and `captions` (one or several per sample) may be None. `ids` identify samples
-    wherever the data are stored and in whatever order: the split depends on nothing else. None means the index.
+    independent of location and order: the split depends on nothing else. None means the index.
     """
 
     labels: Labels | None

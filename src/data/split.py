@@ -1,8 +1,8 @@
-"""The split into training and validation data, and a fingerprint by which a resumed run sees changes of its data.
+"""The split into training and validation data, and a fingerprint to detect changes of the data of a resumed run.
 
 A sample belongs to the validation set if its hash is below the threshold val_fraction * 2^64. The hash is the 8 bytes
-of BLAKE2b over "<split_seed>/<id>" in UTF-8, as a big-endian integer. It depends on nothing else, so samples that are
-added or removed move no others.
+of BLAKE2b over "<split_seed>/<id>" in UTF-8, as a big-endian integer. It depends on nothing else, so adding
+or removing samples does not move others.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ FINGERPRINT_FILE = "data.safetensors"
 
 
 def sample_ids(source: Source) -> Iterable[str]:
-    """Return the id of each sample; its index if the source has no ids."""
+    """Return the id of each sample, or its index if the source has no ids."""
     return map(str, range(len(source))) if source.ids is None else source.ids
 
 
@@ -99,17 +99,17 @@ class DataFingerprint(NamedTuple):
             return cls(hashes, stamps, int(metadata["split_seed"]), fraction, bound)
         except FileNotFoundError:
             reason = "is missing"
-        except Exception as error:  # whatever a corrupted file leads to
+        except Exception as error:  # a corrupted file can raise anything
             reason = f"cannot be read ({' '.join(str(error).split()):.100})"
         warnings.warn(
             f"{path} {reason}: cannot check whether the data and their split changed since the run began; runs from "
-            "before this file existed had another split",
+            "before this file existed used another split",
             stacklevel=2,
         )
         return None
 
     def changes(self, source: Source, val_indices: Sequence[int]) -> str:
-        """Describe how the data differ now, with validation samples `val_indices`; empty if they do not."""
+        """Describe how the data with validation samples `val_indices` differ from the record; empty if they do not."""
         ids = list(sample_ids(source))
         now, stamps = hash_ids(ids, self.split_seed), _stamps(source)
         added = np.flatnonzero(_surplus(now, self.hashes))

@@ -17,11 +17,11 @@ class TableDataModule(BaseDataModule):
     """Rows of a CSV file with a header: samples (N, D) of D columns, standardized to mean 0 and std 1.
 
     Args:
-        path: of the file; None if a run stored `columns`, `mean` and `std`, which suffice to show its samples.
-        columns: that make up a sample; None takes all numeric columns without another use.
-        condition_columns: covariates, in their own units.
+        path: the CSV file; None if a run stored `columns`, `mean` and `std`, which suffice to display its samples.
+        columns: columns of a sample; None takes all numeric columns without another use.
+        condition_columns: columns of covariates, in their original units.
         label: the column with each row's class.
-        mean, std: of each column; None computes them over the table.
+        mean, std: statistics of each column; None computes them over the table.
 
     `postprocess` returns samples in the table's units. Raises FileNotFoundError if the file is needed and missing;
     ValueError for unknown, repeated or constant columns, and for cells that are not numbers.

@@ -15,7 +15,7 @@ from src.data.sources import Source
 
 PADDING, BEGIN, END = range(3)
 SPECIAL = 3
-"""The number of special ids. Those of the tokenizer follow, so that no text can contain a special id."""
+"""The number of special ids. Those of the tokenizer follow, so no text can contain a special id."""
 
 MAX_CAPTIONS = 20_000
 """Captions to train a tokenizer on and to choose examples from."""
@@ -37,16 +37,16 @@ class TextCondition:
 
 
 class Tokens(TextCondition):
-    """Encodes texts as token ids (N, max_length) int64: begin, tokens, end, padding.
+    """Encodes text as token ids (N, max_length) int64: begin, tokens, end, padding.
 
     Args:
         tokenizer: a byte-level BPE, which can encode any text, in the JSON format of the tokenizers library;
             `infer_settings` trains it on the captions.
-        max_length: tokens, including begin and end. Longer texts are truncated with a warning.
+        max_length: maximum number of tokens, including begin and end. Longer text is truncated with a warning.
         vocab_size: ids, at least 259: the bytes and three special ids.
         examples: prompts to draw samples for.
 
-    Texts are lowercased, in Unicode normal form NFKC, with single spaces. None and a blank text mean no condition.
+    Text is lowercased and normalized to Unicode NFKC with collapsed spaces. None and blank text mean no condition.
     Source: Sennrich et al. 2016 (arXiv 1508.07909); Radford et al. 2019 for bytes.
     """
 
@@ -62,7 +62,7 @@ class Tokens(TextCondition):
         package = import_optional("tokenizers")
         try:
             self._tokenizer = package.Tokenizer.from_str(tokenizer)
-        except Exception as error:  # the library raises no narrower one
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"conditioning.encode.tokenizer is not JSON of the tokenizers library ({one_line(error)}); set it to "
                 "null in a new run to train one"
@@ -94,7 +94,7 @@ class Tokens(TextCondition):
         if len(ids) > room and not self._warned:
             self._warned = True
             warnings.warn(
-                f"conditioning.encode.max_length={self.max_length} truncates a text of {len(ids)} tokens to {room}; "
+                f"conditioning.encode.max_length={self.max_length} truncates text of {len(ids)} tokens to {room}; "
                 "raise it to keep all of them (further truncations are not reported)",
                 stacklevel=3,
             )
@@ -120,7 +120,7 @@ def sample_captions(captions: Sequence[Sequence[str]]) -> list[str]:
 
 
 def distinct_texts(texts: Sequence[str], limit: int = 8) -> list[str]:
-    """Return up to `limit` different texts, evenly spread, that a configuration can hold, where "${" interpolates."""
+    """Return up to `limit` distinct strings, evenly spread, without the interpolation "${" of configurations."""
     different = [text for text in dict.fromkeys(map(clean_text, texts)) if text.isprintable() and "${" not in text]
     return [different[i] for i in _spread(len(different), limit)]
 
@@ -132,11 +132,11 @@ def _spread(count: int, limit: int) -> list[int]:
 
 
 def clean_text(value: str | float | None) -> str:
-    """Return a text with single spaces and characters valid in UTF-8. Accepts numbers, as YAML parses them."""
+    """Return text with collapsed whitespace and valid UTF-8. Accepts numbers, as YAML parses them."""
     if value is None:
         return ""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a text; quote it, or give null for no condition")
+        raise ValueError(f"{value!r} is not a string; quote it, or give null for no condition")
     return " ".join(str(value).encode(errors="replace").decode().split())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from src.diffusion.noise import Curve
 
 
-def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> tuple[Tensor, Tensor]:
+def cosine_log_snr(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> tuple[Tensor, Tensor]:
     """Return the cosine schedule lambda = -2 log tan(a u + b), with a and b such that lambda has the given ends.
 
     Source: Hoogeboom et al. 2023 (arXiv 2301.11093), app. A.
@@ -27,7 +27,7 @@ def cosine(u: Tensor, max_log_snr: float = 15.0, min_log_snr: float = -15.0) -> 
     return angle.cos(), angle.sin()
 
 
-def linear(u: Tensor, max_log_snr: float = 10.0, min_log_snr: float = -10.0) -> tuple[Tensor, Tensor]:
+def linear_log_snr(u: Tensor, max_log_snr: float = 10.0, min_log_snr: float = -10.0) -> tuple[Tensor, Tensor]:
     """Return the schedule with lambda linear in u: every octave of noise takes the same time."""
     _check_ends(max_log_snr, min_log_snr)
     return variance_preserving(max_log_snr + (min_log_snr - max_log_snr) * u)

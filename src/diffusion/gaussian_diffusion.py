@@ -190,7 +190,7 @@ class GaussianDiffusion(nn.Module):
     def reverse(self, pred: Prediction, x_t: Tensor, t: NoiseLevel, s: NoiseLevel) -> Gaussian:
         """Return p(x_s | x_t), the reverse step: the posterior at the predicted x_0 with the variance `variance`.
 
-        - fixed_small: the variance of the posterior, optimal for data that are one point.
+        - fixed_small: the variance of the posterior, optimal for a single data point.
         - fixed_large: the variance of q(x_t | x_s), rescaled from t to s (beta_t for neighbors), optimal for data from
           a unit Gaussian.
         - learned_range: interpolates between their logarithms, from the first at mix = -1 to the second at mix = 1.

@@ -15,7 +15,7 @@ Conditional = Callable[[Tensor, NoiseLevel, Tensor | None], Tensor]
 
 
 class Guidance(NamedTuple):
-    """Settings of guidance: reference + scale * (conditional - reference), so that scale 1 is no guidance."""
+    """Settings of guidance: reference + scale * (conditional - reference), so scale 1 disables guidance."""
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, math.inf)
@@ -31,7 +31,7 @@ class Guidance(NamedTuple):
         """Raise ValueError if a setting is out of range."""
         low, high = self.interval
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 is no guidance, 2 to 5 are usual")
+            raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 disables guidance, 2 to 5 are usual")
         if not 0 <= low < high:
             raise ValueError(
                 f"guidance.interval=[{low},{high}] must be two increasing values of sigma / alpha; [0.2,5] is usual"
@@ -53,8 +53,9 @@ def guided(
 
     With reference r and conditional output c, it returns r + scale (c - r) for the first `channels` channels and c for
     the rest, a learned variance. Every prediction target is an affine function of eps at fixed x_t, so guiding it is
-    guiding eps. `null` (1, ...) is the empty condition; without a `model`, the reference is computed in the same call
-    with a doubled batch. Only c is computed if scale is 1 or outside of the interval, and only r if scale is 0.
+    equivalent to guiding eps. `null` (1, ...) is the empty condition; without a `model`, the reference is
+    computed in the same call with a doubled batch. Only c is computed if scale is 1 or outside of the interval, and
+    only r if scale is 0.
     """
     scale, model = guidance.scale, guidance.model
     null_cond = None if cond is None or null is None else null.expand_as(cond)

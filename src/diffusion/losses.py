@@ -62,7 +62,7 @@ def vlb(
     out = denoise(x_t, transition.t)
     pred = diffusion.interpret(out, x_t, transition.t, clipped=False)
     bits = transition.num_transitions * transition_bits(diffusion, pred, x0, x_t, transition)
-    return {**_simple(diffusion, out, x0, transition, eps, uniform), "loss": bits, "vlb": bits}
+    return {**_simple(diffusion, out, x0, transition, eps, uniform_weighting), "loss": bits, "vlb": bits}
 
 
 def hybrid(
@@ -101,7 +101,7 @@ def hybrid(
     return {**terms, "loss": terms["loss"] + vlb_weight * bits, "vlb": bits}
 
 
-def uniform(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
+def uniform_weighting(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
     """Weight the squared error of the target by 1: L_simple of DDPM if the target is eps."""
     return torch.ones_like(t.alpha)
 

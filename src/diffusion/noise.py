@@ -1,4 +1,4 @@
-"""Noise levels, and the two kinds of schedules that define them.
+"""Noise levels, and the two types of schedules that define them.
 
 A schedule maps u in [0, 1] to (alpha, sigma), from clean data to noise. `NoiseSchedule` is a table of betas, and
 training uses its rows; `ContinuousSchedule` is a function, and training uses any u. Both divide [0, 1] into `num_steps`
@@ -20,7 +20,7 @@ KARRAS_RHO = 7.0
 
 
 class DefaultSpacing(NamedTuple):
-    """The default spacings of a sampler by the kind of schedule, as measured in docs/results.md."""
+    """The default spacings of a sampler by type of schedule, as measured in docs/results.md."""
 
     table: Spacing
     """For a table of betas."""
@@ -72,7 +72,7 @@ class Transition(NamedTuple):
 class Schedule(Protocol):
     """The interface of schedules.
 
-    `first` is the position u of the cleanest level besides clean data. `decoder_scale` is the variance of the decoder
+    `first` is the position u of the cleanest noisy level. `decoder_scale` is the variance of the decoder
     p(x_0 | x_t) in units of (sigma / alpha)^2.
     """
 
@@ -222,7 +222,7 @@ class NoiseSchedule(nn.Module):
         # Here clean data come first, so that the angle increases with the position.
         alpha, sigma = rows[0].roll(1), rows[1].roll(1)
         self._alpha, self._sigma, self._angle = alpha, sigma, torch.atan2(sigma, alpha)
-        # pi / 2 - angle: near pure noise it keeps the digits of alpha, which the angle rounds off.
+        # pi / 2 - angle: near pure noise it keeps digits of alpha that the angle loses.
         self._complement = torch.atan2(alpha, sigma)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NoiseSchedule":

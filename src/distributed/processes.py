@@ -43,7 +43,7 @@ class Processes:
 
 
 def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: int, environment: Any) -> None:
-    """Raise ValueError for more processes than the machine supports, or for nodes on which nothing starts a process.
+    """Raise ValueError for more processes than the machine supports, or for several nodes without a launcher.
 
     On a CPU a "device" is a process: one per core is allowed, and always 8, for tests. `environment` is Lightning's
     cluster environment, or None for a single process; `prefix` precedes the names of the settings.
@@ -54,16 +54,16 @@ def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: 
             f"{prefix}devices={devices} must be at most {most} on this machine, which has {os.cpu_count()} cores"
         )
     alone = environment is None or not environment.creates_processes_externally
-    # A node that is started by hand has one of these variables.
+    # A manually started node has one of these variables.
     if num_nodes > 1 and alone and not {"NODE_RANK", "GROUP_RANK"} & os.environ.keys():
         raise ValueError(
             f"{prefix}num_nodes={num_nodes} needs torchrun or srun to start the command on each node; leave it out to "
-            "use this machine alone"
+            "use only this machine"
         )
 
 
 def start_quietly(strategy: Any) -> None:
-    """Make Lightning start the other processes with stop signals blocked, until they ignore them."""
+    """Make Lightning start the other processes with stop signals blocked until they ignore them."""
     launcher = strategy.launcher
     if launcher is None:
         return

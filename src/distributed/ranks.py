@@ -1,4 +1,4 @@
-"""Rank, output folder and signals of a process. Imports no torch, except for runs that torchrun starts."""
+"""Rank, output folder and signals of a process. Imports torch only under torchrun."""
 
 import atexit
 import logging
@@ -23,7 +23,7 @@ FRESH = "FRESH_FOLDER_"
 def fresh_folder(parent: str) -> str:
     """Return a new folder under `parent`, named after the time and unique among runs of the same second.
 
-    Later calls return the same folder, in this process and in those that it starts: an environment variable stores it.
+    Later calls return the same folder, in this process and its children: an environment variable stores it.
     """
     memory = f"{FRESH}{Path(parent).resolve()}"
     if memory in os.environ:
@@ -67,16 +67,16 @@ def _create_folder(parent: str) -> str:
         path = Path(parent) / (stamp if attempt == 1 else f"{stamp}_{attempt}")
         try:
             path.mkdir(parents=True)
-        except (FileExistsError, FileNotFoundError):  # a refused process may just have removed the parent
+        except (FileExistsError, FileNotFoundError):  # a rejected process may just have removed the parent
             continue
         return str(path)
     raise AssertionError
 
 
 def _shared_folder(parent: str) -> str:
-    """Return the folder that the first process of `torchrun` creates, shared through torchrun's own store.
+    """Return the folder that the first process of `torchrun` creates, shared through torchrun's store.
 
-    Hydra names the folder before any process group exists; without this every process would train in its own.
+    Hydra names the folder before any process group exists; otherwise every process would train in a separate folder.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -129,7 +129,7 @@ def run_as_worker() -> None:
 
 
 def ignore_signals() -> None:
-    """Ignore stop signals, pending ones that `signals_blocked` held back included."""
+    """Ignore stop signals, including pending ones that `signals_blocked` held back."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -143,7 +143,7 @@ def signals_blocked() -> Iterator[None]:
     Otherwise Ctrl-C would end each of them with the traceback of an import. This process receives a pending signal
     afterwards, or in another thread.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -162,7 +162,7 @@ def remember_children(launcher: Any) -> None:
 
 
 def kill_children() -> None:
-    """Kill the processes that this one started: they have nothing to save and would print tracebacks."""
+    """Kill the processes that this one started: they have no state to save and would print tracebacks."""
     while _launchers:
         children = _launchers.pop().procs
         started = [*children]
@@ -188,10 +188,10 @@ _is_command: list[bool] = []
 """Not empty if this process is a command rather than a program that calls one."""
 
 
-def leave(status: int) -> None:
+def exit_process(status: int) -> None:
     """End an interrupted process with `status`; in a command, silence what libraries log at exit.
 
-    Python would end with the signal instead if the interruption passed through code that a library compiled from text.
+    Python would die by the signal instead if the interruption passed through code that a library ran with `exec`.
     """
     if not _is_command:
         sys.exit(status)

@@ -1,4 +1,4 @@
-"""Weights that are sharded over devices (FSDP2), with the same functions for plain ones."""
+"""Weights sharded over devices (FSDP2); the same functions accept weights that are not sharded."""
 
 from collections.abc import Mapping
 
@@ -19,19 +19,19 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     """
     if isinstance(net, FSDPModule):
         return
-    net.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other
+    net.to(memory_format=torch.contiguous_format)  # FSDP2 supports no other layout
     for child in net.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
 
 
-def local(weight: Tensor) -> Tensor:
+def local_shard(weight: Tensor) -> Tensor:
     """Return this process's shard of a weight, without a copy; a weight that is not sharded is its own shard."""
     return weight.to_local() if isinstance(weight, DTensor) else weight.data
 
 
-def whole(part: Tensor, like: Tensor) -> Tensor:
+def gather_full(part: Tensor, like: Tensor) -> Tensor:
     """Return a copy on the CPU of the weight whose shards have the layout of `like`. A collective call."""
     if isinstance(like, DTensor):
         sharded = DTensor.from_local(
@@ -41,7 +41,7 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     return part.detach().to("cpu", copy=True)
 
 
-def share(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Return a copy of this process's shard of a full weight, in the layout of `like`."""
     value = value.detach().to(like.device, copy=True)
     return (
@@ -56,15 +56,15 @@ def total_norm(norm: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy whole weights and buffers, of the module's own names and shapes, into a module that may be sharded."""
+    """Copy full weights and buffers, with the names and shapes of the module, into a module that may be sharded."""
     for name, target in module.state_dict().items():
-        local(target).copy_(share(state[name], target))
+        local_shard(target).copy_(shard_like(state[name], target))
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """Lightning's model-parallel strategy with all processes on the data axis, and checkpoints in one file.
 
-    They are those of an unsharded run, put together on the first process.
+    Checkpoints equal those of an unsharded run, gathered on the first process.
     """
 
     def __init__(self) -> None:

@@ -16,16 +16,16 @@ from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
 
 MAX_ROWS, MAX_COLUMNS = 10, 8
-"""Prompts, and samples of each, in the picture."""
+"""Numbers of prompts and of samples per prompt in the picture."""
 
 
 class AlignmentMetrics(NamedTuple):
     """Metrics of one group of prompts at one guidance scale."""
 
     metrics: dict[str, Metric]
-    """The share of correct samples in each attribute and in all at once, and `diversity`."""
+    """The fraction of correct samples in each attribute and in all attributes, and `diversity`."""
     by_prompt: dict[str, float]
-    """The share of samples that are correct in all attributes, by the title of the prompt."""
+    """The fraction of samples that are correct in all attributes, by the title of the prompt."""
 
 
 class AlignmentResult(NamedTuple):
@@ -88,7 +88,7 @@ def sample_and_score(
     processes: Processes,
     progress: Callable[[float, int], object],
 ) -> AlignmentResult:
-    """Draw and score `benchmark.n` samples of each group at each of `settings.scales`, a share in each process.
+    """Draw and score `benchmark.n` samples of each group at each of `settings.scales`, a part in each process.
 
     Sample k depends on (seed, k) and its prompt, so the noise is the same at all scales. `progress` receives the
     scale and the number of further samples. Only rank 0 returns metrics.
@@ -98,7 +98,7 @@ def sample_and_score(
     assert data.condition is not None
     groups = list(benchmark.prompts)
     prompts = [prompt for group in groups for prompt in benchmark.prompts[group]]
-    # Sample k belongs to group k // n, and takes the prompts of its group in turn.
+    # Sample k belongs to group k // n, and cycles through the prompts of its group.
     total = benchmark.n * len(groups)
     ends = list(itertools.accumulate(len(benchmark.prompts[group]) for group in groups))
     firsts = dict(zip(groups, [0, *ends], strict=False))
@@ -110,7 +110,7 @@ def sample_and_score(
     result = AlignmentResult({group: {} for group in groups}, {})
     for scale in settings.scales:
         parts, num_corrupted = [], 0
-        # Sharded weights are gathered jointly, so every process draws as many batches. The surplus is dropped.
+        # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
         for turn in range(-(-total // (size * processes.count))):
             start = (turn * processes.count + processes.rank) * size
             numbers = range(start, start + size)
@@ -146,7 +146,7 @@ def sample_and_score(
 def diversity_curves(
     groups: Mapping[str, Mapping[float, AlignmentMetrics]],
 ) -> dict[str, list[tuple[float, Metric, Metric]]]:
-    """Return for each group its scales, each with the diversity and the share correct in all attributes."""
+    """Return for each group its scales, each with the diversity and the fraction correct in all attributes."""
     result: dict[str, list[tuple[float, Metric, Metric]]] = {}
     for group, by_scale in groups.items():
         for scale, each in by_scale.items():
@@ -156,11 +156,11 @@ def diversity_curves(
 
 
 def best_scale(groups: Mapping[str, Mapping[float, AlignmentMetrics]]) -> float:
-    """Return the scale with the largest share correct in all attributes, summed over groups; the lowest of ties."""
+    """Return the scale with the largest fraction correct in all attributes, summed over groups; the lowest of ties."""
     scales = list(next(iter(groups.values())))
     return max(scales, key=lambda scale: sum(share_correct(each[scale].metrics).value for each in groups.values()))
 
 
 def share_correct(metrics: Mapping[str, Metric]) -> Metric:
-    """Return the share of samples that are correct in all attributes."""
+    """Return the fraction of samples that are correct in all attributes."""
     return next(metric for key, metric in metrics.items() if key.startswith("all_"))

@@ -30,7 +30,7 @@ TEST_RENDERS = 2000
 PER_CAPTION = 8
 """Samples per caption, if there are enough."""
 MAX_REAL = 32
-"""Real images per prompt that set the scale of diversity."""
+"""Real images per prompt that define the unit of diversity."""
 OBJECT_ATTRIBUTES = ("shape", "color", "size")
 """Attributes that the detector of shapes predicts for each object."""
 
@@ -44,7 +44,7 @@ class PromptBenchmark(Protocol):
     """Samples per group."""
     attributes: Sequence[str]
     detector_accuracy: Mapping[str, Metric]
-    """The scorer's accuracy on real images in each attribute, and in all at once."""
+    """The scorer's accuracy on real images in each attribute and in all attributes."""
 
     def correct(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
         """Score images (N, C, H, W) uint8 for N prompts: (N, attributes), 1 correct, 0 wrong, NaN not in the prompt."""
@@ -82,7 +82,7 @@ def build_benchmark(
 
 
 class ClassBenchmark:
-    """The classes of a run in turn, scored by a classifier trained on the same images."""
+    """Cycles through the classes of a run, scored by a classifier trained on the same images."""
 
     attributes: Sequence[str] = ("class",)
 
@@ -121,8 +121,8 @@ class ClassBenchmark:
 def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
     """Return whether the detected objects show the scene, by attribute.
 
-    Each object of the scene is assigned to a detected one, so that most attributes match, and among equals so that
-    the position or relation does. `shape`, `color` and `size` must match in all objects. A surplus object counts
+    Each object of the scene is assigned to a detected one, to maximize the matching attributes; ties are broken by
+    the position or relation. `shape`, `color` and `size` must match in all objects. A surplus object counts
     against `number` only. `position` is the nearest named position; `relation` is `spatial_relation`.
     """
     wanted = [tuple(ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES) for each in scene.objects]
@@ -251,12 +251,12 @@ class ShapesBenchmark:
         return accuracy
 
     def _display(self, images: Tensor) -> Tensor:
-        """Quantize images to the data's number of values, like generated samples."""
+        """Quantize images to the number of values of the data, as for generated samples."""
         return self.data.postprocess(self.data.preprocess(images))
 
 
 def attribute_accuracy(attributes: Sequence[str], correct: Tensor) -> dict[str, Metric]:
-    """Return the share of correct samples in each attribute, among prompts that name it, and in all at once.
+    """Return the fraction of correct samples per attribute, among prompts that name it, and in all attributes.
 
     `correct` (N, attributes) is the output of `PromptBenchmark.correct`.
     """

@@ -27,7 +27,8 @@ class BitsPerDim(L.Callback):
 
     The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
     network call per term; `optimal` doubles the calls (5120 by default, as many as validation on 5120 samples). It
-    runs at the end of training, or at every validation. Processes take equal shares and drop the remainder.
+    runs at the end of training, or at every validation. The samples are divided equally among the processes; the
+    remainder is dropped.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Quality(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         processes = Processes(pl_module.device, trainer.global_rank, trainer.world_size)
         settings = self.settings._replace(batch_size=min(data.microbatch_size(trainer), self.settings.batch_size))
-        with usage_errors():  # such as missing weights of an extractor
+        with usage_errors():  # for example, missing weights of an extractor
             self._evaluator = SampleEvaluator(data, settings, processes)
         calls = pl_module.network_calls(self._sampler(pl_module))
         size = min(settings.batch_size, settings.n)
@@ -136,7 +137,7 @@ class Quality(L.Callback):
             )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._evaluator is None:  # a validation before training, or nothing was left to train
+        if self._evaluator is None:  # a validation before training, or no steps left
             return
         assert isinstance(pl_module, DiffusionModule)
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)
 
 
 class Bound(NamedTuple):
-    """The variational bound of N samples in bits/dim, and the sums of its terms over the samples that drew each."""
+    """The variational bound of N samples in bits/dim, and the sums of each term over the samples that drew it."""
 
     prior: Tensor
     """(N,) KL divergence of x_T from the prior."""
@@ -206,7 +206,7 @@ def flow_bits(
         dz, divergence = flow_slope(predict, z, at, level, probe)
         return torch.cat([dz.flatten(), divergence]).double().cpu().numpy()
 
-    # The small noise of the first level is left out: z is cos(angle) x there.
+    # Ignore the small noise of the first level: z is cos(angle) x there.
     state = torch.cat([(math.cos(low) * x).flatten(), x.new_zeros(len(x))]).double().cpu().numpy()
     solved = solve_ivp(slope, (low, high), state, method="RK45", rtol=tolerance, atol=tolerance)
     end = torch.from_numpy(solved.y[:, -1])

@@ -1,7 +1,7 @@
-"""Quality of a run's samples: all processes draw them, extractors turn them into features, metrics compare these.
+"""Quality of a run's samples: all processes draw samples, extractors compute features, metrics compare features.
 
 Every metric has a real-data baseline: the same metric of as many training samples, compared with the same validation
-data. With `reference="train"` the two sides change roles, as in most papers.
+data. `reference="train"` swaps the roles of training and validation data, as in most papers.
 """
 
 import logging
@@ -35,13 +35,13 @@ from src.training.module import DiffusionModule, Sampler
 log = logging.getLogger(__name__)
 
 MIN_REAL = 6
-"""Real samples needed on each side: the metrics use the fifth nearest neighbor."""
+"""Minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor."""
 FEW_VAL = 100
 """Below this many validation samples, metrics depend on the split, which their intervals do not cover."""
 MAX_PIXELS = 4096
-"""Largest image whose pixels are features: their covariance has the square of this size."""
+"""Maximum number of values of an image for features=pixels: the covariance has the square of this size."""
 MAX_CLASSIFIER_IMAGES = 20_000
-"""Training images of the classifier, which are held in memory; a quarter as many test it."""
+"""Training images of the classifier, which are kept in memory; a quarter as many measure its accuracy."""
 
 
 class GeneratedSamples(NamedTuple):
@@ -105,7 +105,7 @@ class SampleEvaluator:
         on_step: Callable[[], object] = lambda: None,
         condition: Condition | None = None,
     ) -> GeneratedSamples:
-        """Draw `settings.n` samples, a share in each process. `progress` receives the number of further samples.
+        """Draw `settings.n` samples, divided among the processes. `progress` receives the number of further samples.
 
         Sample k equals that of `src.sample` with the same seed; its condition, if the module takes one, is that of
         some training sample. `on_step` is called at every noise level.
@@ -115,7 +115,7 @@ class SampleEvaluator:
         assert self.data.source is not None
         n, max_features, count = self.settings.n, self.settings.max_features, self.processes.count
         size = min(self.settings.batch_size, n)
-        # Sharded weights are gathered jointly, so every process draws as many batches. The surplus is dropped.
+        # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
         turns = -(-n // (size * count))
         collected: dict[str, Collected] = {}
         first: list[Tensor] = []
@@ -226,7 +226,7 @@ class SampleEvaluator:
         labels = self.data.source.labels
         if labels is None:
             raise ValueError(
-                "features=classifier needs labels: put the images of each class into a folder of its own, or use "
+                "features=classifier needs labels: put the images of each class into a separate folder, or use "
                 "features=pixels, inception or dinov2"
             )
         classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
@@ -245,7 +245,7 @@ class SampleEvaluator:
             yield start, fetch_for_display(self.data, indices[start : start + size]).to(self.device)
 
     def _collect(self, indices: Sequence[int]) -> dict[str, Collected]:
-        """Return the features of these samples by extractor; each process caches its share."""
+        """Return the features of these samples by extractor; each process caches its part."""
         parts: dict[str, Collected | None] = {e.name: None for e in self.extractors}
         if self.processes.rank * self.settings.batch_size < len(indices):
             data = digest(*(part for start, x in self._batches(indices) for part in (start, x)))
@@ -258,7 +258,7 @@ class SampleEvaluator:
 
     def _merge(self, part: Collected | None) -> Collected:
         """Merge the features of all processes; None stands for a process without samples."""
-        if part is not None:  # do not send features that the merge would drop
+        if part is not None:  # the merge would drop them
             part = part.below(self.settings.max_features)
         parts = [p for p in self.processes.gather(part) if p is not None]
         return reduce(lambda merged, each: merged.merge(each, self.settings.max_features), parts)
@@ -274,7 +274,7 @@ class SampleEvaluator:
         return metrics
 
     def _nearest(self, samples: Tensor, progress: Progress) -> dict[str, Nearest]:
-        """Return the nearest training samples of (N, *data) in each space; each process searches a share."""
+        """Return the nearest training samples of (N, *data) in each space; each process searches a part."""
         size, device = self.settings.batch_size, self.device
         queries = {
             name: torch.cat([space(part.to(device)).features for part in torch.split(samples, size)])

@@ -27,7 +27,7 @@ from src.evaluation.settings import AlignmentSettings, ReverseVariance
 from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
-from src.viz.tables import stem
+from src.viz.tables import strip_sample_count
 
 T = TypeVar("T")
 
@@ -136,7 +136,7 @@ def evaluate_quality(
     if evaluator.accuracy is not None:
         metrics["classifier_accuracy"] = evaluator.accuracy
     save_samples(folder, evaluator, generated, measured)
-    save_class_shares(folder, evaluator, generated)
+    save_class_frequencies(folder, evaluator, generated)
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics
@@ -148,7 +148,7 @@ def save_samples(
     generated: Mapping[str, GeneratedSamples],
     measured: Sequence[SampleMetrics],
 ) -> None:
-    """Save samples of each sampler from the same noise, and those nearest to the training data beside it."""
+    """Save samples of each sampler from the same noise, and next to it those nearest to the training data."""
     data = evaluator.data
     real = data.postprocess(data.examples(NUM_SHOWN))
     if real.ndim != 4:
@@ -165,7 +165,7 @@ def save_samples(
     images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
 
 
-def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
+def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
     """Save how often the classifier predicts each class in real data and in samples, if there is a classifier."""
     source = evaluator.data.source
     collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
@@ -177,7 +177,7 @@ def save_class_shares(folder: Path, evaluator: SampleEvaluator, generated: Mappi
             for name, p in probs.items()
             if p is not None
         }
-        charts.class_shares(names, shares).save(folder / "classes.png")
+        charts.class_frequencies(names, shares).save(folder / "classes.png")
 
 
 def save_quality_curves(
@@ -188,13 +188,17 @@ def save_quality_curves(
     baseline: Mapping[str, Metric],
 ) -> None:
     """Save up to three metrics over network calls, one line per sampler, next to the baseline."""
-    baselines = {stem(name): metric for name, metric in baseline.items()}  # the numbers of samples may differ
-    titles = [name for name in measured[0].metrics if name.startswith(PLOTTED) and stem(name) in baselines][:3]
+    baselines = {
+        strip_sample_count(name): metric for name, metric in baseline.items()
+    }  # the numbers of samples may differ
+    titles = [
+        name for name in measured[0].metrics if name.startswith(PLOTTED) and strip_sample_count(name) in baselines
+    ][:3]
     curves: dict[str, list[tuple[int, list[Metric]]]] = {}
     for (name, samples), each in zip(generated.items(), measured, strict=True):
         label = name.replace(f" {samplers[name].steps}", "", 1)
         curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
-    picture = charts.quality_against_cost(titles, curves, [baselines[stem(title)] for title in titles])
+    picture = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
     picture.save(folder / "quality.png")
 
 
@@ -207,7 +211,7 @@ def evaluate_alignment(
     processes: Processes,
     folder: Path,
 ) -> dict[str, Any]:
-    """Return how often samples match their prompts, and their diversity, at each guidance scale. Rank 0 only."""
+    """Return the accuracy of samples given their prompts, and their diversity, at each guidance scale. Rank 0 only."""
     calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
     total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
     with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
@@ -240,7 +244,7 @@ def evaluate_alignment(
 def format_sampler_errors(
     results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
 ) -> str:
-    """Return the errors of samplers against the exact solution as a text of two tables."""
+    """Return the errors of samplers against the exact solution as two Markdown tables."""
     width = max(18, *(len(name) + 1 for name in results))
     header = f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps)
     lines = [f"Root mean square distance from the exact flow, {grid}:", header]
@@ -261,7 +265,7 @@ def standard_error(values: Tensor) -> float:
 
 
 def progress_bar(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
-    """Pass the items on and show a progress bar on rank 0."""
+    """Yield the items and show a progress bar on rank 0."""
     bar: Iterable[T] = tqdm(items, desc=label, disable=rank > 0)
     return bar
 

@@ -1,4 +1,4 @@
-"""The variance of the reverse steps in the bound: fixed, or optimal by the error on validation data."""
+"""The variance of the reverse steps in the bound: fixed, or optimal given the error on validation data."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ from src.rng import StepRng
 from src.training.module import DiffusionModule
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Pass the items on and show a progress bar."""
+"""Yields the items and shows a progress bar."""
 
 MEASURED_ROWS = 32
 """Rows of the schedule, besides the decoder's, at which the error of x_0 is measured."""
@@ -36,15 +36,15 @@ class ErrorSums(NamedTuple):
 def sample_halves(x: Tensor) -> Tensor:
     """Return the half, 0 or 1, of each sample of x (N, *data): (N,) int64.
 
-    The half is a hash of the sample, so equal samples share a half, and no sample affects its own variance through a
-    duplicate in the other half.
+    The half is a hash of the sample, so equal samples are in the same half, and no sample affects its own variance
+    through a duplicate in the other half.
     """
     rows = (x.detach().cpu().flatten(1).contiguous() + 0.0).view(torch.uint8).numpy()  # + 0.0: -0 equals 0
     return torch.tensor([hashlib.blake2b(row.data, digest_size=1).digest()[0] & 1 for row in rows])
 
 
 def transition_probs(schedule: Schedule) -> Tensor:
-    """Return the probabilities (T - 1,) with which an estimate of the bound draws transitions besides the decoder.
+    """Return the probabilities (T - 1,) with which an estimate of the bound draws transitions other than the decoder.
 
     Half of the probability is uniform. The other half is proportional to the term of ideal predictions for unit
     Gaussian data, log((1 + SNR_s) / (1 + SNR_t)) / 2 nats: the cleanest transitions can have terms a thousand times
@@ -62,12 +62,12 @@ def row_log_snr(schedule: Schedule) -> Tensor:
 
 
 def rows_per_sample(num_terms: int | None) -> int:
-    """Return the number of the `MEASURED_ROWS` at which each sample is measured."""
+    """Return at how many of the `MEASURED_ROWS` each sample is measured."""
     return MEASURED_ROWS if num_terms is None else min(num_terms, MEASURED_ROWS)
 
 
 def zero_errors(diffusion: GaussianDiffusion, schedule: Schedule) -> ErrorSums:
-    """Return the sums of no measurement."""
+    """Return sums initialized to zero."""
     counts, squares = torch.zeros(2, 2, schedule.num_steps, dtype=torch.float64)
     candidates = 0 if diffusion.num_values is None else len(decoder_log_variances(diffusion.num_values))
     return ErrorSums(counts, squares, torch.zeros(2, candidates, dtype=torch.float64))
@@ -118,8 +118,8 @@ def optimal_log_variances(errors: ErrorSums, diffusion: GaussianDiffusion, sched
     """Return the optimal log-variances of the reverse steps for each half, from the errors of the other: (2, T).
 
     Between measured rows the log error is linear in the log-SNR. Data with discrete values use the decoder variance
-    with the smallest term instead of the mean square, to which a rare error of one bin adds little. A half without
-    counterpart, as when all samples are equal, uses `fixed_large`.
+    with the smallest term instead of the mean square, which rare errors of one bin hardly change. If one half is
+    empty, as when all samples are equal, the other uses `fixed_large`.
 
     Source: Bao et al. 2022 (arXiv 2201.06503), theorem 1.
     """

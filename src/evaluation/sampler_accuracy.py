@@ -1,5 +1,6 @@
 """Compare samplers with the exact solution for a known distribution."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from src.data.analytic import GaussianMixture
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import NoiseLevel, Schedule, make_time_grid
 from src.evaluation.reverse_variance import Progress
+from src.metrics.frechet import Moments, frechet_distance
 from src.training.module import Sampler
 
 
@@ -85,20 +87,11 @@ class CountingNoise:
 def moments_distance(x: Tensor, data: GaussianMixture) -> float:
     """Return the 2-Wasserstein distance between the Gaussians with the moments of x (N, D) and of the data.
 
-    Source: Dowson and Landau 1982; the square is `metrics.frechet.frechet_distance`.
+    Source: Dowson and Landau 1982.
     """
     mean, covariance = data.moments()
-    root = _square_root(covariance)
-    middle = _square_root(root @ torch.cov(x.T) @ root)
-    squared = (x.mean(0) - mean).square().sum() + (torch.cov(x.T) + covariance - 2 * middle).trace()
-    return squared.clamp(min=0).sqrt().item()
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    """Return the square root of a symmetric positive semidefinite matrix (D, D)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+    exact = Moments(torch.tensor(2.0).to(mean), mean, covariance)  # for n = 2 the scatter equals the covariance
+    return math.sqrt(frechet_distance(Moments.of(x), exact))
 
 
 def _generator(seed: int) -> torch.Generator:

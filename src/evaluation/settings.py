@@ -1,4 +1,4 @@
-"""Settings of an evaluation and their rules. Nothing here imports torch, so a command refuses a setting at once."""
+"""Settings of an evaluation and their checks. This module does not import torch, so errors appear immediately."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ DETECTOR_STEPS = 600
 
 
 class QualitySettings(NamedTuple):
-    """How sample quality is measured."""
+    """Settings of the sample quality metrics."""
 
     features: Sequence[str] | None = None
     """Names in `FEATURES`. None: the classifier for images with labels, else pixels. Points use their own values."""
@@ -24,11 +24,11 @@ class QualitySettings(NamedTuple):
     """Seed of the sampling noise, of the training samples in the baseline, and of the bootstrap."""
     batch_size: int = 256
     max_features: int = 10_000
-    """Largest number of samples in metrics that compare pairs: all but the Fréchet distance."""
+    """Maximum number of samples in metrics that compare pairs: all but the Fréchet distance."""
     num_memorization: int = 1000
     """Number of generated and of validation samples whose nearest training samples are searched."""
     reference: str = "val"
-    """`val` or `train`: the data that samples are compared with. The baseline uses the other of the two."""
+    """`val` or `train`: the reference data of the metrics. The baseline consists of samples of the other split."""
     cache: Path = Path("outputs/cache")
     inception_weights: Path | None = None
     dinov2_model: str = "facebook/dinov2-large"
@@ -46,7 +46,7 @@ class QualitySettings(NamedTuple):
 
 
 class AlignmentSettings(NamedTuple):
-    """How prompt alignment is measured."""
+    """Settings of the prompt alignment benchmark."""
 
     scales: Sequence[float] = (1, 1.5, 2, 3, 5)
     """Guidance scales."""

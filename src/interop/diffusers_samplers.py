@@ -121,7 +121,7 @@ def _output(prediction_type: str, pred: Prediction, level: NoiseLevel) -> Tensor
 
 
 def _scheduler_class(name: str) -> Any:
-    """Return the class `name` of diffusers; raise ValueError unless it samples along betas from noise to data."""
+    """Return the class `name` of diffusers; raise ValueError unless it uses betas and samples from noise to data."""
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:

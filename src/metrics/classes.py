@@ -1,21 +1,10 @@
 """Metrics of class probabilities: the Inception score, and class frequencies compared with the data."""
 
-from typing import NamedTuple
-
 import torch
-from scipy.stats import chi2_contingency
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.metrics.confidence import SHARE, Statistic
-
-
-class ChiSquare(NamedTuple):
-    """Pearson's statistic, its degrees of freedom, and its p-value."""
-
-    statistic: float
-    freedom: int
-    p: float
+from src.metrics.confidence import UNIT_INTERVAL, Statistic
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> Statistic:
@@ -57,14 +46,4 @@ def total_variation(labels: Tensor, reference: Tensor) -> Statistic:
         counts = counts.to(one_hot)
         return ((counts @ one_hot / counts.sum(1, keepdim=True)) - expected).abs().sum(1) / 2
 
-    return Statistic(len(labels), of, SHARE)
-
-
-def chi_square(counts: Tensor, reference: Tensor) -> ChiSquare:
-    """Return Pearson's test that class counts (K,) of samples and of data share one distribution."""
-    table = torch.stack([counts.cpu(), reference.cpu()]).double()
-    table = table[:, table.sum(0) > 0]
-    if not table.sum(1).all():
-        raise ValueError(f"both sides need samples, got {table.sum(1).tolist()}: raise n")
-    statistic, p, freedom, _ = chi2_contingency(table.numpy(), correction=False)
-    return ChiSquare(float(statistic), int(freedom), float(p))
+    return Statistic(len(labels), of, UNIT_INTERVAL)

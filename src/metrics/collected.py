@@ -14,7 +14,7 @@ from src.metrics.frechet import Moments
 
 
 class Collected(NamedTuple):
-    """Moments of all samples, and the features of those with the lowest numbers, in order."""
+    """Moments of all samples, and the features of those with the lowest indices, in order."""
 
     moments: Moments
     numbers: Tensor  # (M,) int64, ascending

@@ -66,8 +66,8 @@ class Statistic:
         return Metric(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
 
 
-SHARE = (0.0, 1.0)
-"""The range of a share."""
+UNIT_INTERVAL = (0.0, 1.0)
+"""The range of a fraction."""
 
 
 def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
@@ -76,8 +76,8 @@ def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] =
 
 
 def mean_of(scores: Tensor) -> Statistic:
-    """Return the mean of the samples' scores (N,); for booleans the share of True."""
-    within = SHARE if scores.dtype == torch.bool else (-math.inf, math.inf)
+    """Return the mean of the samples' scores (N,); for booleans the fraction of True."""
+    within = UNIT_INTERVAL if scores.dtype == torch.bool else (-math.inf, math.inf)
     scores = scores.double()
     return linear_statistic(scores.mean(), scores / len(scores), within)
 
@@ -95,7 +95,7 @@ def median_of(scores: Tensor) -> Statistic:
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> Metric:
-    """Return the share correct / n with Wilson's interval, whose width is positive even for shares of 0 and 1.
+    """Return the fraction correct / n with Wilson's interval, whose width is positive even for fractions of 0 and 1.
 
     Source: Wilson 1927.
     """
@@ -107,4 +107,4 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Metric:
     share, z = correct / n, NormalDist().inv_cdf((1 + confidence) / 2)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    return Metric(share, max(middle - half, SHARE[0]), min(middle + half, SHARE[1]))
+    return Metric(share, max(middle - half, UNIT_INTERVAL[0]), min(middle + half, UNIT_INTERVAL[1]))

@@ -23,7 +23,7 @@ THRESHOLD = 0.4
 WARMUP = 50
 """Steps over which the learning rate rises."""
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Pass the items on and show a progress bar."""
+"""Yields the items and shows a progress bar."""
 
 
 class LabeledImages(NamedTuple):
@@ -149,7 +149,7 @@ def detection_loss(net: DetectorNet, batch: LabeledImages) -> Tensor:
     """Return the sum () of the cross-entropies of the heat map, of the attributes, and of the background.
 
     The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). The entropy of these soft targets is
-    large; at full weight it would drown the gradient of the attributes.
+    large; at full weight it would dominate the gradient of the attributes.
     """
     heatmap, attributes, background = net(batch.images)
     cells = (torch.arange(CELLS, device=heatmap.device) + 0.5) / CELLS

@@ -1,4 +1,4 @@
-"""Feature extractors: pixels, the FID network and DINOv2. `classifier` has the one that is trained on the data.
+"""Feature extractors: pixels, the FID network and DINOv2. `classifier` defines the one trained on the data.
 
 An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels on its own device.
 """
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 
 class Extractor(Protocol):
-    """A feature extractor; `fingerprint` identifies everything but the images that its features depend on."""
+    """A feature extractor; `fingerprint` identifies everything except the images that determines its features."""
 
     name: str
     fingerprint: str
@@ -145,7 +145,7 @@ class DinoV2:
         self.net = net.to(device).eval()
         self.size = size
         self.fingerprint = digest(size, *(part for item in net.state_dict().items() for part in item))
-        self._mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # of ImageNet
+        self._mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)  # ImageNet statistics
         self._std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
     @torch.no_grad()

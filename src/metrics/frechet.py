@@ -50,12 +50,12 @@ class Moments(NamedTuple):
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Return the distance between Gaussians with these moments. Raises ValueError for different numbers of features."""
-    return _distance(a, b, root(b.covariance)).item()
+    return _distance(a, b, sqrtm(b.covariance)).item()
 
 
 def frechet(x: Tensor, reference: Moments) -> Statistic:
     """Return the distance of samples x (N, F) to the reference. A bootstrap replicate costs O(N F^2 + F^3)."""
-    reference_root = root(reference.covariance)
+    reference_root = sqrtm(reference.covariance)
 
     def of(counts: Tensor) -> Tensor:
         return torch.stack([_distance(Moments.of(x, row), reference, reference_root) for row in counts])
@@ -73,7 +73,7 @@ def frechet_linear(x: Tensor, reference: Moments) -> Statistic:
     Source: Hampel 1974.
     """
     x = x.double()
-    moments, reference_root = Moments.of(x), root(reference.covariance)
+    moments, reference_root = Moments.of(x), sqrtm(reference.covariance)
     values, vectors = torch.linalg.eigh(reference_root @ moments.covariance @ reference_root)
     kept = values > 1e-12 * values[-1]
     half = reference_root @ (vectors[:, kept] * values[kept] ** -0.25)  # T = half half^T
@@ -83,7 +83,7 @@ def frechet_linear(x: Tensor, reference: Moments) -> Statistic:
     return linear_statistic(_distance(moments, reference, reference_root), slope)
 
 
-def root(covariance: Tensor) -> Tensor:
+def sqrtm(covariance: Tensor) -> Tensor:
     """Return the symmetric square root of a covariance (F, F)."""
     values, vectors = torch.linalg.eigh(covariance)
     square_root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -94,7 +94,7 @@ def _distance(a: Moments, b: Moments, b_root: Tensor) -> Tensor:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"cannot compare {len(a.mean)} and {len(b.mean)} features: use one extractor for both")
     # The eigenvalues of C1 C2 are the squared singular values of C1^(1/2) C2^(1/2), which are never complex.
-    cross = torch.linalg.svdvals(root(a.covariance) @ b_root).sum()
+    cross = torch.linalg.svdvals(sqrtm(a.covariance) @ b_root).sum()
     gap = (a.mean - b.mean).square().sum()
     distance: Tensor = gap + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return distance.clamp(min=0)

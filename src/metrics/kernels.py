@@ -21,19 +21,7 @@ def kid(x: Tensor, y: Tensor) -> Statistic:
 
     Source: Bińkowski et al. 2018 (arXiv 1801.01401).
     """
-    return discrepancy(x, y, cubic)
-
-
-def kid_subsets(x: Tensor, y: Tensor, seed: int, subsets: int = 100, size: int = 1000) -> Tensor:
-    """Return the KID of random subsets (subsets,), whose mean and standard deviation papers report."""
-    if not 2 <= size <= min(len(x), len(y)):
-        raise ValueError(f"size={size} must be between 2 and {min(len(x), len(y))}, the number of samples")
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(z: Tensor) -> Tensor:
-        return z[torch.randperm(len(z), generator=generator)[:size].to(z.device)]
-
-    return torch.tensor([kid(draw(x), draw(y)).value for _ in range(subsets)], dtype=torch.float64)
+    return kernel_distance(x, y, cubic)
 
 
 def mmd(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Statistic:
@@ -44,7 +32,7 @@ def mmd(x: Tensor, y: Tensor, bandwidth: float | None = None) -> Statistic:
     width = median_distance(y) if bandwidth is None else bandwidth
     if not width > 0:
         raise ValueError(f"bandwidth={width} must be positive: set it, or use a reference with distinct samples")
-    return discrepancy(x, y, partial(gaussian, bandwidth=width))
+    return kernel_distance(x, y, partial(gaussian, bandwidth=width))
 
 
 def energy_distance(x: Tensor, y: Tensor) -> Statistic:
@@ -54,10 +42,10 @@ def energy_distance(x: Tensor, y: Tensor) -> Statistic:
 
     Source: Székely and Rizzo 2013.
     """
-    return discrepancy(x, y, lambda a, b: -distances(a, b), unbiased=False)
+    return kernel_distance(x, y, lambda a, b: -distances(a, b), unbiased=False)
 
 
-def discrepancy(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Statistic:
+def kernel_distance(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True) -> Statistic:
     """Return the kernel distance of samples x (N, F) to y (M, F); `unbiased` excludes pairs of a sample with itself.
 
     The cost is (N + M)^2 kernel values, for any number of replicates.

@@ -65,7 +65,7 @@ def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int
 
 
 def memorization_metrics(space: str, memory: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
-    """Return the ratio of nearest training distances and the share of copies, in a feature space."""
+    """Return the ratio of nearest training distances and the fraction of copies, in a feature space."""
     n = len(memory.distances)
     ratio = memory.ratio.bootstrap(seed, replicates)
     copies = wilson(round(memory.copies.bootstrap(seed, 2).value * n), n)

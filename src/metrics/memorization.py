@@ -9,10 +9,10 @@ from src.metrics.neighbors import Nearest, nearest_neighbors
 
 
 class Memorization(NamedTuple):
-    """`ratio` is 1 and `copies` equals the quantile (0.05) for new data; they are 0 and 1 for copies."""
+    """`ratio` is 1 and `copies` equals the quantile (0.05) for new data; for copies they are 0 and 1."""
 
     ratio: Statistic  # median distance to the nearest training sample, divided by that of validation data
-    copies: Statistic  # share of samples within the quantile of validation data
+    copies: Statistic  # fraction of samples within the quantile of validation data
     distances: Tensor  # (N,) distance to the nearest training sample
     neighbors: Tensor  # (N,) index of the nearest training sample
     threshold: float  # largest distance of a copy

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from src.metrics.confidence import SHARE, Statistic, linear_statistic, mean_of
+from src.metrics.confidence import UNIT_INTERVAL, Statistic, linear_statistic, mean_of
 
 CHUNK = 2**23
 """Elements per chunk of a distance matrix: 64 MB."""
@@ -15,10 +15,10 @@ CHUNK = 2**23
 class Manifolds(NamedTuple):
     """How well samples and real data cover each other's neighborhoods; 1 is best, and density is unbounded."""
 
-    precision: Statistic  # share of samples inside a real sample's ball
+    precision: Statistic  # fraction of samples inside a real sample's ball
     density: Statistic  # mean number of real samples' balls around a sample, divided by k
-    recall: Statistic  # share of real samples inside a sample's ball
-    coverage: Statistic  # share of real samples whose ball holds a sample
+    recall: Statistic  # fraction of real samples inside a sample's ball
+    coverage: Statistic  # fraction of real samples whose ball holds a sample
 
 
 def chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -70,7 +70,7 @@ def radii(x: Tensor, k: int) -> Tensor:
 def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
     """Compare samples (M, F) with real data (N, F), where each sample has a ball that reaches its k-th neighbor.
 
-    The bootstrap of recall and coverage is linear: a sample contributes the real samples that it alone covers.
+    The bootstrap of recall and coverage is linear: a sample contributes the real samples that no other sample covers.
     Their intervals are therefore too wide rather than too narrow (Efron and Stein 1981).
 
     Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1-2 (with k = 3), for precision and recall; Naeem et al.
@@ -81,14 +81,14 @@ def manifolds(samples: Tensor, real: Tensor, k: int = 5) -> Manifolds:
     hits = torch.cat([(distances(samples[rows], real) <= theirs).sum(1) for rows in parts]).double()
 
     def covered_share(ball: Callable[[slice], Tensor]) -> Statistic:
-        """Return the share of real samples within `ball` of a sample."""
+        """Return the fraction of real samples within `ball` of a sample."""
         hits_per_real = torch.zeros(len(real), dtype=torch.int64, device=real.device)
         for rows in parts:
             hits_per_real += (distances(samples[rows], real) <= ball(rows)).sum(0)
         alone = torch.cat(
             [((distances(samples[rows], real) <= ball(rows)) & (hits_per_real == 1)).sum(1) for rows in parts]
         )
-        return linear_statistic((hits_per_real > 0).double().mean(), alone.double() / len(real), SHARE)
+        return linear_statistic((hits_per_real > 0).double().mean(), alone.double() / len(real), UNIT_INTERVAL)
 
     return Manifolds(
         precision=mean_of(hits > 0),

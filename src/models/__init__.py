@@ -1,1 +1,1 @@
-"""Networks: net(x (B, *data), time (B,)) -> (B, *data). They know no schedule, loss or sampler."""
+"""Networks: net(x (B, *data), time (B,)) -> (B, *data). Independent of schedules, losses and samplers."""

@@ -72,7 +72,7 @@ class TextTransformer(nn.Module):
 
     At initialization, token embeddings are far apart, blocks are the identity, and the vector has about unit variance,
     so that captions differ. Random blocks would make all tokens similar, and a mean over tokens would make the
-    vector small: the network would not learn from either at high noise, where the condition is the only information.
+    vector small. At high noise, where only the condition is informative, the network would not learn from either.
 
     Raises:
         ValueError: If `num_heads` does not divide `hidden_size`.
@@ -164,7 +164,7 @@ class _Block(nn.Module):
 
 
 def _unmask_first(mask: Tensor) -> Tensor:
-    """Return `mask` (B, L) with the first token always unmasked, since attention without any token is NaN."""
+    """Return `mask` (B, L) with the first token always unmasked, since attention over zero tokens is NaN."""
     return torch.cat([torch.ones_like(mask[:, :1]), mask[:, 1:]], dim=1)
 
 

@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
     """Return sines, then cosines, of scale * time at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
 
-    Always float32: bfloat16 rounds the steps 500 and 501 of 1000 to one value.
+    Always float32: bfloat16 rounds steps 500 and 501 of 1000 to the same value.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), sec. 3.5, in the layout of Ho et al. 2020.
     """

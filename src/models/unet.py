@@ -168,7 +168,7 @@ class UNet(nn.Module):
             h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         out = out if self.patch_size == 1 else F.pixel_shuffle(out, self.patch_size)
-        # Sharded networks warn about a view of the whole output, so crop only if there is padding.
+        # Sharded networks warn if the output is a view, so crop only if there is padding.
         return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
     def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
@@ -227,7 +227,7 @@ def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
 
 
 def _apply(module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None) -> Tensor:
-    """Run a block on its input and skip connection with the parts of the context that it takes."""
+    """Run a block on its input and skip connection with the parts of the context that it uses."""
     h = h if skip is None else torch.cat([h, skip], dim=1)
     match module:
         case Layer():

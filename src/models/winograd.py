@@ -19,8 +19,8 @@ from torch.autograd.function import FunctionCtx
 ConvBackend = Literal["auto", "winograd", "torch"]
 
 POINTS = (0.0, 5 / 8, -5 / 8, 3 / 2, -3 / 2)
-"""Interpolation points besides infinity, as in oneDNN's F(4x4, 3x3). They halve the error of 0, 1, -1, 2, -2 (compare
-Barabasz et al. 2018, arXiv 1803.10986)."""
+"""Interpolation points other than infinity, as in oneDNN's F(4x4, 3x3). They halve the error of 0, 1, -1, 2, -2
+(compare Barabasz et al. 2018, arXiv 1803.10986)."""
 
 
 def polynomial(roots: Sequence[float]) -> list[float]:

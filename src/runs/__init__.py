@@ -1,3 +1,3 @@
-"""Resolve, build, open and check runs. Importing this package registers the resolvers that conf/ uses."""
+"""Resolve, build, open and check runs. Importing this package registers the resolvers of conf/."""
 
 from src.config import resolvers as resolvers

@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments, check_seeds
-from src.config.output import begin
+from src.config.output import start_output
 from src.quoting import format_override
 from src.runs.checkpoints import (
     changed_settings,
@@ -23,7 +23,14 @@ from src.runs.checkpoints import (
     read_metrics,
     record_path,
 )
-from src.runs.components import build_condition, build_module, make, plain, start_wandb, warn_of_schedule
+from src.runs.components import (
+    build_condition,
+    build_module,
+    instantiate_node,
+    start_wandb,
+    to_plain,
+    warn_about_schedule,
+)
 from src.runs.lock import lock_run_dir, unlock_run_dir
 from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
@@ -65,7 +72,7 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> dict[str, Any] | None:
-        """The metrics of a run that took all its steps and did not diverge; else None."""
+        """The metrics of a run that completed its steps and did not diverge; else None."""
         metrics = read_metrics(self.directory)
         done = metrics is not None and metrics.get("steps") == self.steps >= self.trainer.max_steps
         return metrics if done else None
@@ -101,7 +108,7 @@ def build(cfg: DictConfig) -> Run:
     """
     folder = resumed_folder(cfg)
     if folder is not None and not cfg.trust:
-        check_targets(plain(cfg, resolve=False), known_targets(training=True), format_override("resume", folder))
+        check_targets(to_plain(cfg, resolve=False), known_targets(training=True), format_override("resume", folder))
     resume_from = None if folder is None else find_checkpoint(str(folder), None)
     checkpoint = None if resume_from is None else read_checkpoint(resume_from)
     cfg = resolve(cfg, None, checkpoint)
@@ -110,7 +117,7 @@ def build(cfg: DictConfig) -> Run:
     import lightning as L
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = make(cfg.data)
+    data = instantiate_node(cfg.data)
     cfg = resolve(cfg, data, checkpoint)
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
@@ -120,18 +127,18 @@ def instantiate_run(
 ) -> Run:
     """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
     from src.distributed.processes import check_processes, start_quietly
-    from src.training.compile import check_graphs, compiled
+    from src.training.compile import check_cuda_graphs, compile_network
 
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     module = build_module(cfg, data.shape, data.num_values, data.condition)
-    warn_of_schedule(module)
-    module.compiled_training = compiled(module.net, cfg.compile)
-    if checkpoint is not None:  # Refuse before loggers write.
+    warn_about_schedule(module)
+    module.compiled_training = compile_network(module.net, cfg.compile)
+    if checkpoint is not None:  # Raise before loggers write.
         assert resume_from is not None
         check_fit(checkpoint["state_dict"], module, resume_from)
-        changed_settings(checkpoint["hyper_parameters"], plain(cfg))
+        changed_settings(checkpoint["hyper_parameters"], to_plain(cfg))
         check_steps(checkpoint, cfg)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
@@ -139,15 +146,15 @@ def instantiate_run(
             "another run_dir"
         )
     trainer = build_trainer(cfg, directory)
-    environment = getattr(trainer.strategy, "cluster_environment", None)  # of strategies with several processes
+    environment = getattr(trainer.strategy, "cluster_environment", None)  # strategies with several processes have one
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
     check_sharding(cfg, module, trainer)
     check_optimized_metric(cfg, module, trainer)
     microbatch = cfg.data.get("microbatch_size")
-    check_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
-    module.hparams.update({str(k): v for k, v in plain(cfg).items()})
+    check_cuda_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
+    module.hparams.update({str(k): v for k, v in to_plain(cfg).items()})
     if checkpoint is None:
         return Run(cfg, directory, module, data, trainer, resume_from)
     check_accumulation(checkpoint, cfg)
@@ -189,7 +196,7 @@ def check_sharding(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Train
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
     if cfg.data.get("microbatch_size") == "auto":
         raise ValueError(
-            "data.microbatch_size=auto tries a step on each device alone, which sharded weights do not allow: set "
+            "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "
             "data.microbatch_size=1, and double it while it fits"
         )
 
@@ -199,7 +206,7 @@ def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: 
     known = [f"val/{name}" for name in module.validation]
     if cfg.optimized_metric not in (None, *known):
         raise ValueError(
-            f"optimized_metric={cfg.optimized_metric} is no metric of this run: choose one of {', '.join(known)}"
+            f"optimized_metric={cfg.optimized_metric} is not a metric of this run: choose one of {', '.join(known)}"
         )
     multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     searches = multirun and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
@@ -210,10 +217,10 @@ def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: 
         )
 
 
-def start(run: Run) -> None:
+def start_run(run: Run) -> None:
     """Lock the folder of a run, start its loggers, and write its record.
 
-    Nothing is written into the folder before, and if this fails nothing stays. Raises ValueError if another process
+    No file is written into the folder before, and none remains if this fails. Raises ValueError if another process
     trains there, or if W&B cannot start.
     """
     from src.training.loggers import folder_of, rollback_logger_files
@@ -229,8 +236,8 @@ def start(run: Run) -> None:
             start_wandb(run.config, run.trainer, run.directory)
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
-            begin(run.directory)
-        for line in run.changes:  # Not before: a refused command resumes nothing.
+            start_output(run.directory)
+        for line in run.changes:  # Not earlier: a rejected command does not resume.
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)
     except BaseException:
         if run.trainer.is_global_zero and not existed:
@@ -239,9 +246,9 @@ def start(run: Run) -> None:
         raise
 
 
-def close(run: Run) -> None:
+def close_run(run: Run) -> None:
     """Release the lock and end the loggers, so that the next run of this process is independent."""
-    from src.training.loggers import finish
+    from src.training.loggers import finish_loggers
 
     unlock_run_dir(run.directory)
-    finish(run.trainer)
+    finish_loggers(run.trainer)

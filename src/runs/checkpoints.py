@@ -69,7 +69,7 @@ def _newest_intact(folder: Path) -> Path:
 
 
 def record_path(checkpoint: Path) -> Path | None:
-    """Return where the run of a checkpoint keeps the record of its data; None for a file outside a run folder."""
+    """Return the path of the data record of a checkpoint's run; None for a file outside a run folder."""
     from src.data.split import FINGERPRINT_FILE
 
     return checkpoint.parent.parent / FINGERPRINT_FILE if checkpoint.parent.name == "checkpoints" else None
@@ -96,7 +96,7 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
 
 
 def check_accumulation(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if a resumed run accumulates another number of batches, which Lightning's counter counts."""
+    """Raise ValueError if a resumed run accumulates another number of batches: Lightning's counters would not match."""
     before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
     now = cfg.trainer.accumulate_grad_batches
     if before != now:
@@ -132,7 +132,7 @@ FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.columns", "data.mean", "data.std"),
 )
-"""Settings that a resumed run must keep: they determine what the weights mean."""
+"""Settings that a resumed run must keep: they determine the meaning of the weights."""
 
 
 MUTABLE_KEYS = (
@@ -145,9 +145,15 @@ MUTABLE_KEYS = (
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if the setting determines what the weights mean.
+    Raises ValueError if the setting determines the meaning of the weights.
     """
-    old, new = _flat(before, str(before.get("run_dir"))), _flat(now, str(now["run_dir"]))
+    old, new = (
+        {
+            k: v.replace(str(each.get("run_dir")), "") if isinstance(v, str) else v
+            for k, v in flatten_settings(each).items()
+        }
+        for each in (before, now)
+    )
     ignored = "resume", "run_dir", "trust"
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ignored]
     lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
@@ -157,12 +163,12 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     return lines
 
 
-def _flat(settings: Mapping[str, Any], run_dir: str, prefix: str = "") -> dict[str, Any]:
-    """Return dotted names and values, without the run folder in paths."""
-    flat: dict[str, Any] = {}
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    result: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, run_dir, f"{prefix}{key}.")
+            result |= flatten_settings(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value.replace(run_dir, "") if isinstance(value, str) else value
-    return flat
+            result[f"{prefix}{key}"] = value
+    return result

@@ -42,24 +42,24 @@ def build_module(
         raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
-    diffusion = make(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
-    net = make(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
+    diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
+    net = instantiate_node(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
     spec = None if condition is None else _condition_spec(condition, cfg.conditioning.cond_drop_prob)
     module = module_class(schedule)(
         net=net,
         schedule=schedule,
         diffusion=diffusion,
         loss_fn=build_loss(cfg.loss, schedule),
-        timestep_sampler=make(cfg.timestep_sampler),
+        timestep_sampler=instantiate_node(cfg.timestep_sampler),
         sampler=build_sampler(cfg.sampler, cfg.get("guidance")),
         shape=shape,
         seed=cfg.seed,
-        optimizer=make(cfg.optimizer) if trains else None,
-        lr_scheduler=make(cfg.lr_scheduler) if trains else None,
+        optimizer=instantiate_node(cfg.optimizer) if trains else None,
+        lr_scheduler=instantiate_node(cfg.lr_scheduler) if trains else None,
         conditioning=spec,
     )
     check_network(net, shape, diffusion.outputs, spec)
-    if trains:  # Optimizer and scheduler refuse invalid values now, before training.
+    if trains:  # Optimizer and scheduler raise for invalid values now, before training.
         module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
@@ -68,12 +68,12 @@ def build_module(
 
 def build_condition(cfg: DictConfig) -> "Condition | None":
     """Return the encoder from prompts, classes or covariates to the network's input; None for an unconditional run."""
-    return None if cfg.get("conditioning") is None else make(cfg.conditioning.encode)
+    return None if cfg.get("conditioning") is None else instantiate_node(cfg.conditioning.encode)
 
 
 def _network_condition(cfg: DictConfig) -> dict[str, Any]:
     """Return the argument `condition` of a conditional network's constructor."""
-    return {} if cfg.get("conditioning") is None else {"condition": make(cfg.conditioning.embed)}
+    return {} if cfg.get("conditioning") is None else {"condition": instantiate_node(cfg.conditioning.embed)}
 
 
 def _condition_spec(condition: "Condition", cond_drop_prob: float) -> "ConditionSpec":
@@ -89,7 +89,7 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
     from src.diffusion import curves, schedules
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, terminal_alpha_bar
 
-    schedule = make(cfg)
+    schedule = instantiate_node(cfg)
     if not isinstance(schedule, Tensor):
         assert isinstance(schedule, ContinuousSchedule)
         if zero_terminal_snr and terminal_alpha_bar(schedule) > 0:
@@ -113,7 +113,7 @@ def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
     The binding is here and not in the YAML, because Hydra deep-copies the arguments of `instantiate`: the weights of a
     learned schedule would exist twice.
     """
-    loss_fn = make(cfg)
+    loss_fn = instantiate_node(cfg)
     weighting = getattr(loss_fn, "keywords", {}).get("weighting")
     if weighting is not None and "schedule" in inspect.signature(weighting).parameters:
         loss_fn = functools.partial(loss_fn, weighting=functools.partial(weighting, schedule=schedule))
@@ -126,8 +126,8 @@ def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampl
     from src.diffusion.noise import DefaultSpacing
     from src.training.module import Sampler
 
-    fn = make(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
-    spacing = DefaultSpacing(**plain(cfg.spacing)) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
+    fn = instantiate_node(OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in GRID_SETTINGS]))
+    spacing = DefaultSpacing(**to_plain(cfg.spacing)) if isinstance(cfg.spacing, DictConfig) else cfg.spacing
     return Sampler(fn, cfg.steps, spacing, build_guidance(guidance))
 
 
@@ -230,8 +230,8 @@ def check_network(
         raise ValueError(f"the network turns data of shape {shape} into {got}: model.* must keep the shape")
 
 
-def warn_of_schedule(module: "DiffusionModule") -> None:
-    """Warn if the last step, where sampling starts, is not noise, or has no weight in the loss."""
+def warn_about_schedule(module: "DiffusionModule") -> None:
+    """Warn if the last step, where sampling starts, is not pure noise or has no weight in the loss."""
     from src.diffusion.noise import terminal_alpha_bar
 
     left = terminal_alpha_bar(module.schedule)
@@ -255,16 +255,16 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
     import torch
 
     with torch.device("meta"):
-        net: torch.nn.Module = make(cfg.model, {"outputs": outputs, **_network_condition(cfg)})
+        net: torch.nn.Module = instantiate_node(cfg.model, {"outputs": outputs, **_network_condition(cfg)})
     return net.to(memory_format=torch.channels_last)  # This leaves networks for points as they are.
 
 
-def make(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
+def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the object of a node, with further arguments.
 
     Partials come without Hydra's wrapper, which scans all loaded modules at each call.
     """
-    # Convert to plain lists: an optimizer would put OmegaConf's lists into checkpoints, which then could not be read.
+    # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
     return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
 
 
@@ -274,7 +274,7 @@ def _unwrap(value: Any) -> Any:
     return functools.partial(value.func, *value.args, **{k: _unwrap(v) for k, v in value.keywords.items()})
 
 
-def plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
+def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
     """Return the configuration as nested plain values; with `resolve`, interpolations have their values."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)

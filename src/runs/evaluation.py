@@ -1,4 +1,4 @@
-"""Build the parts of an evaluation from its configuration. Nothing here imports torch to refuse a setting."""
+"""Build the parts of an evaluation from its configuration. Checks of settings do not import torch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -55,7 +55,7 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
 
 
 def sampler_list(cfg: DictConfig) -> list[Any]:
-    """Return the settings of each sampler in `samplers`; empty if `sampler` alone is used."""
+    """Return the settings of each sampler in `samplers`; empty if only `sampler` is used."""
     return list(cfg.samplers) if isinstance(cfg.samplers, ListConfig) else [cfg.samplers] if cfg.samplers else []
 
 
@@ -122,4 +122,4 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
             label = f"{name} {spacing}" if len(spacings) > 1 else name
             samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)
     grid = "each sampler's own spacing" if spacings == [None] else f"spacing {', '.join(spacings)}"
-    return components.make(cfg.analytic), schedule, samplers, grid
+    return components.instantiate_node(cfg.analytic), schedule, samplers, grid

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def load_data(run: "Run") -> None:
-    """Load the data in the first process, so that an error about them appears once, before training."""
+    """Load the data in the first process, so that an error appears once, before training."""
     if run.trainer.is_global_zero:
         run.data.prepare_data()
         run.data.setup()
@@ -74,8 +74,8 @@ def save_last_checkpoint(run: "Run") -> None:
             return
         if run.trainer.is_global_zero:
             warnings.warn(
-                f"training is over and waits for disk space at {run.directory}: free some, or stop it; the last intact "
-                "checkpoint stays",
+                f"training has finished and is waiting for disk space at {run.directory}: free some, or stop it; the "
+                "last intact checkpoint is kept",
                 stacklevel=2,
             )
         time.sleep(10)

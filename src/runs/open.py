@@ -9,7 +9,7 @@ from src.config.arguments import check_arguments
 from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, record_path
-from src.runs.components import build_condition, build_module, build_sampler, make
+from src.runs.components import build_condition, build_module, build_sampler, instantiate_node
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
@@ -45,7 +45,7 @@ def open_run(
 
     It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the
     data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are
-    instantiated. The allocator of this process keeps freed memory from then on. Raises FileNotFoundError or ValueError
+    instantiated. From then on, the allocator of this process keeps freed memory. Raises FileNotFoundError or ValueError
     if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt)
@@ -61,28 +61,28 @@ def open_run(
     built = OmegaConf.masked_copy(config, [*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr"])
     check_arguments(built)
     try:
-        data = make(config.data)
+        data = instantiate_node(config.data)
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition)
         weights = weights_of(checkpoint, ema, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
-    except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # objects of wrong types in a file
+    except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     return OpenedRun(config, path, module.eval(), data)
 
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
     """Set the precision and the compilation of an opened run's network. Raises ValueError for unknown ones."""
-    from src.training.compile import compiled, product_dtype
+    from src.training.compile import autocast_dtype, compile_network
 
-    opened.module.sampling_dtype = product_dtype(precision)
-    opened.module.compiled_sampling = compiled(opened.module.net, compile_mode)
+    opened.module.sampling_dtype = autocast_dtype(precision)
+    opened.module.compiled_sampling = compile_network(opened.module.net, compile_mode)
 
 
 def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":
-    """Return the sampler of a node with guidance. Null in `guidance` stands for the value of the run's training."""
+    """Return the sampler of a node with guidance. Null in `guidance` means the value used in training."""
     defaults = OmegaConf.create({"scale": 1.0, "interval": None, "rescale": 0.0})
     typed = {k: v for k, v in guidance.items() if v is not None and k != "model"}
     merged = OmegaConf.merge(defaults, opened.config.get("guidance") or {}, typed)
@@ -100,7 +100,7 @@ def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) ->
 def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
     """Return the weaker network of autoguidance, from a run folder or a checkpoint.
 
-    Raises ValueError if its inputs or outputs mean something else than those of the opened run.
+    Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
     path = Path(location)
     encoder = OmegaConf.select(opened.config, "conditioning.encode.model")
@@ -124,7 +124,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 
 
 def output_settings(config: DictConfig) -> dict[str, Any]:
-    """Return the settings that determine what the inputs and outputs of a network mean."""
+    """Return the settings that determine the meaning of a network's inputs and outputs."""
     names = ("diffusion.prediction", "diffusion.variance", "diffusion.sigma_data", "schedule", "snr_shift")
     settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr")}
     for name, value in (OmegaConf.select(config, "conditioning.encode") or {}).items():

@@ -1,4 +1,4 @@
-"""Messages for runs out of memory: what they need, what the device has, and what to set."""
+"""Out-of-memory messages: the memory needed, the memory available, and the settings to change."""
 
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ def step_memory(run: "Run") -> "Estimate":
     )
 
 
-def while_training(run: "Run") -> str:
+def training_oom_message(run: "Run") -> str:
     """Return one line for training that ran out of memory."""
     from src.distributed.sharding import FullyShardedStrategy
 
@@ -62,7 +62,7 @@ def while_training(run: "Run") -> str:
     )
 
 
-def at_batch_size(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
+def sampling_oom_message(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
     """Return one line for sampling or evaluation that ran out of memory."""
     from src.training.memory import estimate
 

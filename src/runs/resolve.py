@@ -17,7 +17,7 @@ from src.distributed.ranks import fresh_folder
 from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import plain
+from src.runs.components import to_plain
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
     """Return a copy of `cfg` in which every inferred setting has its value.
 
-    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, the settings that
-    depend on the data stay open; those from which the data are built do not. Resolving twice changes nothing.
+    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, settings that
+    depend on the data are not inferred; settings of the data module are. Resolving twice changes nothing.
 
     Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """
@@ -60,14 +60,14 @@ def resumed_folder(cfg: DictConfig) -> Path | None:
 
 
 def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the metrics of the job of a sweep that `resume=auto` finds finished; None if it has steps to take.
+    """Return the metrics of a sweep job that `resume=auto` finds finished; None if it has steps left.
 
     Raises ValueError if a job with other settings trained in its folder.
     """
     if cfg.resume != "auto" or (folder := resumed_folder(cfg)) is None:
         return None
     checkpoint = read_checkpoint(find_checkpoint(str(folder), None))
-    if changed := changed_settings(checkpoint["hyper_parameters"], plain(resolve(cfg, None, checkpoint))):
+    if changed := changed_settings(checkpoint["hyper_parameters"], to_plain(resolve(cfg, None, checkpoint))):
         raise ValueError(
             f"run_dir={folder} belongs to another job ({changed[0]}); keep the settings of the sweep, or start "
             "a new one"
@@ -79,7 +79,7 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
     """Return a copy of a trained run's configuration with the paths of this machine.
 
     `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
-    The cache of an encoder is never where the file `checkpoint` says. Raises ValueError for a run without such paths.
+    An encoder's cache folder is never taken from the file `checkpoint`. Raises ValueError for a run without such paths.
     """
     config = copy.deepcopy(config)
     if data_root is not None:
@@ -131,7 +131,7 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
         if path.suffix == ".npy":
-            table: Any = np.lib.format.open_memmap(path, mode="r")  # Unpickles nothing.
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # does not unpickle
         else:
             with path.open() as lines:  # numpy would unpack an archive if it got the file name
                 table = np.loadtxt(lines, delimiter=",")
@@ -183,7 +183,7 @@ def _infer_wandb_id(cfg: DictConfig) -> None:
 
 
 def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set what only the data determine, and the number of features of a network for points."""
+    """Set the settings that depend on the data, and the number of features of a network for points."""
     check_texts(dict(data.inferred), "the data")
     cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
@@ -191,13 +191,13 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
 
 
 def _infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set what only the data determine about conditions, such as class names. Raises ValueError without conditions."""
+    """Set conditioning settings that depend on the data, such as class names. Raises ValueError without conditions."""
     if cfg.get("conditioning") is None:
         return
     data.prepare_once_per_node()
     assert data.source is not None
     node = cfg.conditioning.encode
-    inferred = dict(get_class(node._target_).infer_settings(data.source, plain(node)))  # type: ignore[attr-defined]
+    inferred = dict(get_class(node._target_).infer_settings(data.source, to_plain(node)))  # type: ignore[attr-defined]
     check_texts(inferred, "the data")
     node.update(inferred)
 
@@ -218,7 +218,7 @@ def _infer_accumulation(cfg: DictConfig) -> None:
         return
     processes = world_size(cfg)
     share, rest = divmod(cfg.data.batch_size, processes)
-    if rest:  # The data module refuses this batch size.
+    if rest:  # The data module rejects this batch size.
         return
     if share % micro:
         fitting = divisors(share)

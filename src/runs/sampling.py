@@ -45,7 +45,7 @@ def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Seq
     if not isinstance(cond, ListConfig):
         return [cond]
     if not cond:
-        raise ValueError("cond=[] asks for nothing: name what to draw, or leave it out")
+        raise ValueError("cond=[] is empty: list conditions, or leave it out")
     return [OmegaConf.to_container(each) if isinstance(each, ListConfig) else each for each in cond]
 
 
@@ -62,7 +62,7 @@ def draw_batches(
     """Draw batches of sample indices on all processes, and yield the samples (B, *data) in the first process, in order.
 
     `batch_size` fills up the last batch for a compiled network. `cond_of` returns the conditions of the indices.
-    `on_step` gets the indices, the step, the samples on their way and the number of samples that all processes draw.
+    `on_step` gets the indices, the step, the current samples and the number of samples over all processes.
     """
     module, postprocess = opened.module.to(processes.device), opened.data.postprocess
     for first in range(0, len(batches), processes.count):
@@ -92,7 +92,7 @@ def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None
             image = images[k]
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
 
-        with ThreadPoolExecutor() as pool:  # One thread would take as long for the PNGs as a GPU for the samples.
+        with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
             list(pool.map(write, range(len(images))))
         np.savez_compressed(folder / "samples.npz", images)
     else:

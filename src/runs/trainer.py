@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import sentence
-from src.runs.components import make, plain
+from src.runs.components import instantiate_node, to_plain
 
 if TYPE_CHECKING:
     import lightning as L
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Return Lightning's Trainer with the configured callbacks, loggers and plugins.
 
-    Null stands for Lightning's default. Raises ValueError for arguments that this project sets by another setting.
+    Null means Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
@@ -34,8 +34,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     dev_run = bool(settings.get("fast_dev_run"))
     logs = settings.get("logger", True) and not dev_run
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
-    # Models set values of callbacks that may not be chosen. These nodes have no _target_.
-    callbacks = [make(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
+    # Models set values of callbacks that may be missing; such nodes have no _target_.
+    callbacks = [instantiate_node(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
     if loggers:
@@ -43,11 +43,11 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     limit = settings.get("overfit_batches") or settings.get("limit_val_batches", 1.0)
     if limit == 0 and not dev_run:
         warnings.warn(
-            "trainer.limit_val_batches=0 turns validation off: no val/loss, no best checkpoint, no samples during "
+            "trainer.limit_val_batches=0 disables validation: no val/loss, no best checkpoint, no samples during "
             "training",
             stacklevel=2,
         )
-    plugins = [make(node) for node in cfg.trainer.get("plugins") or []]
+    plugins = [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]
     if dev_run or settings.get("enable_checkpointing") is False:
         plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
     elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -82,7 +82,7 @@ def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of the Trainer that are not null. Raises ValueError for unsupported values."""
     from src.runs.trainer_settings import check_settings
 
-    settings = {str(name): value for name, value in plain(cfg.trainer).items() if value is not None}
+    settings = {str(name): value for name, value in to_plain(cfg.trainer).items() if value is not None}
     check_settings(settings, cfg.resume is not None, bool(cfg.logger))
     return settings
 
@@ -91,7 +91,7 @@ def world_size(cfg: DictConfig) -> int:
     """Return the number of processes that the configuration of the Trainer starts."""
     names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
     settings = {name: value for name, value in trainer_settings(cfg).items() if name in names}
-    arguments = {"logger": False, "plugins": [make(node) for node in cfg.trainer.get("plugins") or []]}
+    arguments = {"logger": False, "plugins": [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]}
     return _construct(cfg.trainer, settings, arguments).world_size
 
 
@@ -100,7 +100,7 @@ def _construct(node: DictConfig, settings: Mapping[str, Any], arguments: Mapping
     from src.runs.trainer_settings import explain_error
 
     try:
-        trainer: L.Trainer = make(OmegaConf.masked_copy(node, [*settings]), arguments)
+        trainer: L.Trainer = instantiate_node(OmegaConf.masked_copy(node, [*settings]), arguments)
     except Exception as error:
         cause = error.__cause__
         raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
@@ -124,12 +124,12 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
 
 
 def quiet_libraries() -> None:
-    """Silence Lightning's advertisements, hints and duplicate lines."""
+    """Silence Lightning's tips and duplicate lines."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks.model_summary", "profilers.profiler"):  # The user asks for these explicitly.
+    for name in ("callbacks.model_summary", "profilers.profiler"):  # The user requests these explicitly.
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     if logging.getLogger().handlers:  # Hydra's handlers print the same lines.
         for name in ("lightning", "lightning.pytorch"):

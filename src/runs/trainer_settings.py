@@ -31,7 +31,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "default_root_dir": (None, "has no effect; set hydra.run.dir"),
     "barebones": (
         False,
-        "turns off val/loss too; set logger=none trainer.enable_checkpointing=false trainer.enable_progress_bar=false",
+        "disables val/loss too; set logger=none trainer.enable_checkpointing=false trainer.enable_progress_bar=false",
     ),
     "model_registry": (None, "uploads nothing; choose logger=wandb, which uploads the best model"),
 }
@@ -127,7 +127,7 @@ def validation_interval(settings: Mapping[str, Any], validate_every: int, counts
     """Return the number of batches between validations: `validate_every` steps, unless `val_check_interval` is set.
 
     `val_check_interval` is a number of batches, as in Lightning, or a fraction of the run. With `counts_steps` a batch
-    is all of a step. Raises ValueError for other values.
+    means an optimizer step. Raises ValueError for other values.
     """
     steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     interval = settings.get("val_check_interval", validate_every)

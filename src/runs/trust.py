@@ -1,8 +1,8 @@
-"""Check configurations from untrusted files, such as checkpoints of others.
+"""Check configurations from untrusted files, such as downloaded checkpoints.
 
 Hydra imports and calls anything with a dotted name, `src.rng.torch.os.system` too. Therefore a `_target_` is allowed
-only if a YAML file of conf/ has the same one at the same place, and a string must not contain `${...}`, which OmegaConf
-would resolve.
+only if a YAML file of conf/ has the same one under the same key, and a string must not contain `${...}`, because
+OmegaConf would resolve it.
 """
 
 import functools
@@ -25,7 +25,7 @@ REMEDY = "; refusing to instantiate anything: if you trust its author, add trust
 
 
 class Target(NamedTuple):
-    """The function or class `name` in the node `place`; with `partial` it is called later."""
+    """The function or class `name` in the config node `place`; with `partial` it is called later."""
 
     place: str
     name: str

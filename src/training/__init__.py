@@ -1,1 +1,1 @@
-"""The LightningModule and what trains it."""
+"""The LightningModule, and its training."""

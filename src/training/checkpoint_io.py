@@ -18,13 +18,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @contextmanager
 def tolerate_full_disk(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing `path` into a warning, so that the run continues."""
+    """Turn an OSError in writing `path` into a warning, so that the run continues."""
     try:
         yield
     except OSError as error:
         warnings.warn(
-            f"{path} could not be written ({error.strerror or error}): the run continues and earlier files stay; free "
-            "some disk space",
+            f"{path} could not be written ({error.strerror or error}): the run continues and earlier files are kept; "
+            "free some disk space",
             stacklevel=3,
         )
 
@@ -42,7 +42,7 @@ def retry_until_written(write: Callable[[], object], path: Path) -> None:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints that replace the previous one only when they are complete on the disk.
 
-    `failed` tells whether the last write failed; until one succeeds, older checkpoints are not removed.
+    `failed` is True if the last write failed; until one succeeds, older checkpoints are not removed.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         path = Path(path)
-        # The paths to remove come from a checkpoint, so only files beside this run's own checkpoints are trusted.
+        # The paths to remove come from a checkpoint, so only files next to this run's own checkpoints are trusted.
         if not self.failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
             path.unlink(missing_ok=True)
 
@@ -91,9 +91,9 @@ class NoCheckpoints(TorchCheckpointIO):
 
 
 class CSVLogger(loggers.CSVLogger):
-    """Lightning's CSVLogger for a disk that may be full: there Lightning's ends the run and loses the log.
+    """Lightning's CSVLogger, but a full disk neither stops the run nor loses the log.
 
-    It truncates the file before it writes a new column. Here rows that cannot be written wait for free space.
+    Lightning truncates the file before it writes a new column. Here, rows wait in memory for free space.
     """
 
     @rank_zero_only

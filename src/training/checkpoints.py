@@ -1,4 +1,4 @@
-"""Read checkpoint files, order them, and tell intact ones from corrupted ones."""
+"""Read checkpoint files, sort them by step, and detect corrupted ones."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, sorted by step, latest first.
 
     File times only break ties, because copying a folder changes them. Files whose step cannot be read come first, so
-    that callers report them.
+    callers report them.
     """
     paths = (folder / "checkpoints").glob("*.ckpt")
     return sorted(paths, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
@@ -154,7 +154,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
 def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings to export with a model, and the names of those set to null.
 
-    Settings that are or may be paths become null: they would reveal details of the machine.
+    Settings that may be paths become null: they would reveal details of the machine.
     """
     cleared_names: list[str] = []
 
@@ -186,7 +186,7 @@ EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_termin
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
-"""Settings that may look like paths but are texts of the data."""
+"""Settings that may look like paths but are text of the data."""
 
 
 PLAIN = (dict, list, str, int, float, bool, type(None))
@@ -196,7 +196,7 @@ MAX_DEPTH, MAX_VALUES = 32, 100_000
 
 
 def check_plain(settings: Any, source: object) -> None:
-    """Raise ValueError if `settings` holds other than plain values, or more or deeper ones than a configuration."""
+    """Raise ValueError if `settings` holds values that are not plain, too many values, or too deeply nested ones."""
     for count, (name, value) in enumerate(walk_settings(settings)):
         if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Compile networks, and compute their products in half precision."""
+"""Compile networks, and run them in autocast precision."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 """Lightning's names and the autocast type of each."""
 
 
-def compiled(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] | None:
+def compile_network(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] | None:
     """Return `net` compiled in a mode of torch.compile (true: default), once per input size; None without a mode.
 
     Weights, hooks and names stay those of `net`. Raises ValueError for another mode, or without a C++ compiler.
@@ -27,15 +27,15 @@ def compiled(net: nn.Module, mode: str | bool | None) -> Callable[..., Tensor] |
     # By default the compiler leaves channels-last layout if any convolution has at least twice as many input as output
     # channels, as those after a skip connection do, and copies every input: a tenth of a step on a GPU.
     options = {**torch._inductor.list_mode_options(mode), "force_layout_optimization": True}
-    # With dynamic sizes, a second size would make the code slower for all of them.
+    # With dynamic shapes, a second batch size would make the code slower for all sizes.
     fast = torch.compile(net, options=options, dynamic=False)
-    return lambda *inputs: fast(*inputs)  # not a module, whose parameters would register a second time
+    return lambda *inputs: fast(*inputs)  # a module would register its parameters a second time
 
 
-def check_graphs(mode: str | bool | None, batches: int | str) -> None:
-    """Raise ValueError if a mode with CUDA graphs meets gradient accumulation over `batches` (a number or "auto").
+def check_cuda_graphs(mode: str | bool | None, batches: int | str) -> None:
+    """Raise ValueError for a mode with CUDA graphs and gradient accumulation over `batches` (a number or "auto").
 
-    A graph's gradients do not outlive its next replay.
+    Replaying a graph overwrites its gradients.
     """
     if mode in ("reduce-overhead", "max-autotune") and batches != 1:
         raise ValueError(
@@ -44,7 +44,7 @@ def check_graphs(mode: str | bool | None, batches: int | str) -> None:
         )
 
 
-def product_dtype(name: str) -> torch.dtype | None:
+def autocast_dtype(name: str) -> torch.dtype | None:
     """Return the autocast type of `precision=name`, None for none. Raises ValueError for unknown names."""
     if name not in PRECISIONS:
         raise ValueError(f"precision={name} must be one of {', '.join(PRECISIONS)}; bf16-mixed needs a recent GPU")

@@ -27,10 +27,10 @@ class LearnedScheduleModule(DiffusionModule):
         return terms
 
     def _register_variance_hooks(self, transition: Transition, losses: Tensor) -> None:
-        """Make the schedule descend the mean square of the losses (B,) in the network's backward pass.
+        """Minimize the mean square of the losses (B,) over the schedule, in the network's backward pass.
 
         The gradient of the square is 2 loss times the gradient of the loss. The cleanest of the `num_steps` steps is
-        held fixed, as in VDM: the KL terms alone depend on the endpoint, and the decoder's term would outweigh them.
+        held fixed, as in VDM: only the KL terms depend on the endpoint, and the decoder's term would outweigh them.
         """
         for level in (transition.t, transition.s):
             learns = level.time > 1.5 / self.schedule.num_steps
@@ -43,11 +43,11 @@ class LearnedScheduleModule(DiffusionModule):
                     field.register_hook(scale)  # type: ignore[no-untyped-call]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        # Weight decay would pull the schedule towards the curve with all parameters 0, which is no better.
+        # Weight decay would pull the schedule towards the curve with all parameters 0, which is not preferable.
         return [*super().parameter_groups(), {"params": list(self.curve_weights), "weight_decay": 0.0}]
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clip the schedule apart from the network: its loss has gradients of another magnitude."""
+        """Clip the schedule separately from the network: its gradients have another magnitude."""
         return super().clip_grad_norm(max_norm) + nn.utils.clip_grad_norm_(self.curve_weights, max_norm)
 
     def check_loss(self) -> dict[str, Tensor]:

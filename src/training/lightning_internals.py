@@ -38,15 +38,15 @@ def logged_step(trainer: L.Trainer) -> int:
 
 
 def correct_logged_step(trainer: L.Trainer) -> None:
-    """Log the next step at its index. When a finished run resumes, Lightning's own count is one too large."""
+    """Log the next step at its index. When a finished run resumes, Lightning's count is one too large."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
-def count_step_as_ended(trainer: L.Trainer) -> None:
+def mark_step_completed(trainer: L.Trainer) -> None:
     """Set Lightning's counters as at the end of the last step, where it saves checkpoints itself.
 
-    At the start of a batch it counts that batch as begun: a run resumed from there would validate one step early and
-    log one step off. Batches of an unfinished accumulation are not counted, because the next process repeats them.
+    At the start of a batch, Lightning counts it as started: a run resumed from there would validate one step early
+    and log at wrong steps. Batches of an unfinished accumulation are not counted: the next process repeats them.
     """
     if trainer.global_step == 0:
         return
@@ -67,12 +67,12 @@ def stop_training(trainer: L.Trainer) -> None:
 
 
 def disable_sigterm_broadcast(trainer: L.Trainer) -> None:
-    """Keep Lightning from broadcasting SIGTERM in each step, for which every step waits for the device."""
+    """Keep Lightning from broadcasting SIGTERM in each step: the broadcast synchronizes with the device."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
 def disable_slurm_requeue(trainer: L.Trainer) -> None:
-    """Keep Lightning from handling SIGUSR1: it would save a checkpoint of its own and requeue the job."""
+    """Keep Lightning from handling SIGUSR1: it would save another checkpoint and requeue the job."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False
@@ -91,7 +91,7 @@ def copies_this_process(strategy: Any) -> bool:
 
 
 def close_progress_bars(progress: TQDMProgressBar) -> None:
-    """Close the bars on an exception, so that its message starts on a line of its own."""
+    """Close the bars on an exception, so that its message starts on a new line."""
     for bar in (progress._train_progress_bar, progress._val_progress_bar):
         if bar is not None:
             bar.close()

@@ -1,4 +1,4 @@
-"""Log pictures, tables, texts and models to the loggers that can show them.
+"""Log pictures, tables, text and models to the loggers that support them.
 
 W&B and TensorBoard receive the same names and steps.
 """
@@ -48,10 +48,10 @@ def folder_of(logger: Logger, directory: Path) -> Path | None:
 
 @contextmanager
 def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
-    """Remove what loggers wrote into their folders if their start fails or is interrupted."""
+    """Remove files that loggers wrote if their start fails or is interrupted."""
     new = [folder for folder in folders if not folder.is_dir()]
     before = {path for folder in folders for path in folder.glob("*")}
-    links = {path: path.readlink() for path in before if path.is_symlink()}  # to the last start, by W&B
+    links = {path: path.readlink() for path in before if path.is_symlink()}  # W&B links to the last start
     try:
         yield
     except BaseException:
@@ -138,7 +138,7 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
 
 @contextmanager
 def staged_in_run_folder(run: Any) -> Iterator[None]:
-    """Make an offline W&B run stage its files, such as a table's pictures, in its folder, not in the home."""
+    """Make an offline W&B run stage its files, such as a table's pictures, in its folder, not in the home folder."""
     if not run.offline or "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -199,7 +199,7 @@ def log_comparison(
         return str(run.id)
 
 
-def finish(trainer: L.Trainer) -> None:
+def finish_loggers(trainer: L.Trainer) -> None:
     """Flush the loggers and finish W&B's run, which would otherwise continue into the next one of this process."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:

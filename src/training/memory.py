@@ -158,15 +158,15 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(n, 0, -1) if n % d == 0]
 
 
-def accumulate(trainer: L.Trainer, batches: int) -> None:
-    """Accumulate so many batches per step, and validate after as many steps as before."""
-    if isinstance(trainer.val_check_interval, int):  # a float is a share of the run
+def set_accumulation(trainer: L.Trainer, batches: int) -> None:
+    """Accumulate this many batches per step, and keep the number of steps between validations."""
+    if isinstance(trainer.val_check_interval, int):  # a float is a fraction of the run
         trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
     trainer.accumulate_grad_batches = batches
 
 
 class MicrobatchFinder(L.Callback):
-    """Find the largest microbatch whose training step fits on every process's device, and accumulate it.
+    """Find the largest microbatch whose training step fits on every device, and set the accumulation.
 
     It runs in `setup`: after the processes are connected, before the data loaders exist.
     """
@@ -179,21 +179,21 @@ class MicrobatchFinder(L.Callback):
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
         reserve = _reserve(device)
-        size = next((n for n in divisors(share) if fits(pl_module, trainer, n)), 0)
+        size = next((n for n in divisors(share) if fits_in_memory(pl_module, trainer, n)), 0)
         del reserve
         size = int(trainer.strategy.all_gather(torch.tensor(size, device=device)).min())
         if not size:
             raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
-        accumulate(trainer, share // size)
+        set_accumulation(trainer, share // size)
         pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // size  # a resumed run keeps it
         if trainer.is_global_zero:
             log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {share // size} batches per step")
 
 
-def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
+def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
-    The first step creates the optimizer's moments. The copy leaves room for the average and DDP's buckets.
+    The first step creates the optimizer's moments. The copy reserves memory for the EMA and DDP's buckets.
     """
     device = trainer.strategy.root_device
     try:
@@ -210,7 +210,7 @@ def fits(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> b
 
 
 def _reserve(device: torch.device) -> object:
-    """Allocate what libraries will need: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
+    """Reserve memory for libraries: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
     if device.type != "cpu":
         return torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
     try:

@@ -81,7 +81,7 @@ class DiffusionModule(SamplingModule):
         """Gradient norm of the last step before clipping; not finite if the step was skipped."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks that training needs whatever `callbacks` says."""
+        """Return the callbacks that training always needs."""
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
         return [SeedDropout(), ResumeTraining(), *([ImportanceUpdate()] if importance else [])]
 
@@ -189,7 +189,7 @@ class DiffusionModule(SamplingModule):
     ) -> None:
         """Clip by total norm or by value, log the norm, and skip the step if the norm is not finite.
 
-        Lightning's clipping refuses fused optimizers, which are the fastest ones.
+        Lightning's clipping rejects fused optimizers, the fastest ones.
         """
         by_value = gradient_clip_algorithm == "value"
         norm = self.clip_grad_norm(math.inf if by_value or not gradient_clip_val else gradient_clip_val)

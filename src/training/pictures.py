@@ -40,7 +40,7 @@ class Trajectory(NamedTuple):
     final: Tensor
     """All samples, as the network returns them (N, *data)."""
     sigmas: list[float]
-    """Noise level sigma of each frame; empty if the sampler yields other levels than its time grid."""
+    """Noise level sigma of each frame; empty if the levels of the sampler differ from its time grid."""
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
@@ -63,7 +63,7 @@ def save_pictures(
     num_neighbors: int,
     num_candidates: int,
 ) -> None:
-    """Save the final grid beside validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
+    """Save the final grid next to validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
     final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
     pictures = {
         "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),

@@ -33,7 +33,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return package versions, and the kind and number of devices."""
+    """Return package versions, and the type and number of devices."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -56,7 +56,7 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the model of a GPU or CPU, or the device type if the system does not tell."""
+    """Return the model of a GPU or CPU, or the device type if it is unknown."""
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name(device))
     info = Path("/proc/cpuinfo")

@@ -114,7 +114,7 @@ class SamplingModule(L.LightningModule):
 
     def _call_network(self, net: Callable[..., Tensor], x: Tensor, t: NoiseLevel, cond: Tensor | None) -> Tensor:
         scaled = self.diffusion.scale_input(x, t).contiguous(memory_format=self.memory_format)
-        # A scalar time is on the CPU: as a Python number it needs no synchronizing copy.
+        # A scalar time is on the CPU; a Python number avoids a synchronizing copy.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
         if self.null is None:
             out: Tensor = net(scaled, time)
@@ -150,8 +150,8 @@ class SamplingModule(L.LightningModule):
     ) -> Iterator[Tensor]:
         """Yield samples `indices` at each noise level, from noise to data, each (N, *data) float32.
 
-        Sample k depends on (seed, k) and its condition alone, not on the other samples of the batch. `cond` (N, ...)
-        defaults to the examples in turn. `microbatch_size` limits the batch that the network sees.
+        Sample k depends only on (seed, k) and its condition, not on the other samples of the batch. `cond` (N, ...)
+        defaults to cycling through the examples. `microbatch_size` limits the batch that the network sees.
         """
         fn, steps, spacing, guidance = sampler or self.sampler
         if self.compiled_sampling is not None:
@@ -178,7 +178,7 @@ class SamplingModule(L.LightningModule):
         Collective: every process must call it, and receives all samples.
         """
         trainer = self.trainer
-        share = -(-count // trainer.world_size)  # equal shares: sharded weights need every process in every step
+        share = -(-count // trainer.world_size)  # the same for all processes, as sharded weights require
         first = trainer.global_rank * share
         data = trainer.datamodule  # type: ignore[attr-defined]
         for x in self.sample(range(first, first + share), seed, microbatch_size=data.microbatch_size(trainer)):
@@ -189,7 +189,7 @@ class SamplingModule(L.LightningModule):
         next(self._dry_run(sampler, []))
 
     def network_calls(self, sampler: Sampler) -> int:
-        """Return the number of network evaluations per sample, counted in a run without the network."""
+        """Return the number of network evaluations per sample, counted without running the network."""
         calls: list[NoiseLevel] = []
         for _ in self._dry_run(sampler, calls):
             pass

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.viz.figures import COLORS, error_bars, new_figure, render, series_style, set_log_scale, set_log_ticks
+from src.viz.figures import COLORS, error_bars, new_figure, render_figure, series_style, set_log_scale, set_log_ticks
 from src.viz.tables import better_direction, metric_title
 
 Interval = tuple[float, float, float]
@@ -65,7 +65,7 @@ def scatter(
             spine.set(visible=True, color="0.7")
     if real is not None:
         axes.legend(loc="upper right", markerscale=4)
-    return render(figure)
+    return render_figure(figure)
 
 
 def pair_plot(
@@ -99,7 +99,7 @@ def pair_plot(
                 axes.set_xlabel(names[column], fontsize=8)
             if column == 0:
                 axes.set_ylabel(names[row] if row else "density", fontsize=8)
-    return render(figure)
+    return render_figure(figure)
 
 
 def read_logs(logs: Sequence[Path], names: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
@@ -130,7 +130,7 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
         set_log_scale(axes, "y")
         axes.grid(alpha=0.3)
     panels[-1, 0].set_xlabel("step")
-    return render(figure)
+    return render_figure(figure)
 
 
 def loss_by_noise(log: Path) -> Image.Image:
@@ -170,7 +170,7 @@ def loss_by_noise(log: Path) -> Image.Image:
     right.legend(fontsize=8)
     for axes in (left, right):
         axes.set(ylim=(edges[0], edges[-1]), ylabel="log-SNR (noise below, data above)")
-    return render(figure)
+    return render_figure(figure)
 
 
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
@@ -196,7 +196,7 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
     panels[2].set_ylim(-15, 15)
     if len(names) > 1:
         figure.legend(*panels[1].get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
-    return render(figure)
+    return render_figure(figure)
 
 
 def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
@@ -227,7 +227,7 @@ def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
     right.set(title="Error of the predicted noise", xlabel="log-SNR (noise left, data right)", ylabel=label)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    return render(figure)
+    return render_figure(figure)
 
 
 def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[float]]], chance: float) -> Image.Image:
@@ -251,7 +251,7 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
         set_log_scale(axes, "y")
         axes.grid(alpha=0.3)
     figure.legend(*right.get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
-    return render(figure)
+    return render_figure(figure)
 
 
 def quality_against_cost(
@@ -278,15 +278,15 @@ def quality_against_cost(
         axes.grid(alpha=0.3)
     panels[0].set_title("Quality against cost (bars: 95% intervals)", loc="left")
     panels[-1].legend(fontsize=8)
-    return render(figure)
+    return render_figure(figure)
 
 
 def alignment_against_diversity(
     curves: Mapping[str, Sequence[tuple[float, Interval, Interval]]], detector: float
 ) -> Image.Image:
-    """Draw the share of samples that match their prompt over their diversity, one line per group of prompts.
+    """Draw the fraction of samples that match their prompt over their diversity, one line per group of prompts.
 
-    `curves` maps a group to (guidance scale, diversity, share); `detector` is the share of real images that match.
+    `curves` maps a group to (guidance scale, diversity, fraction); `detector` is that of real images.
     """
     figure, ((axes,),) = new_figure(6.8, 4.8)
     for k, (name, points) in enumerate(curves.items()):
@@ -301,15 +301,15 @@ def alignment_against_diversity(
     axes.set(
         title="Alignment against diversity, by guidance scale",
         xlabel="diversity of the samples of one prompt (real images: 1)",
-        ylabel="share that matches the prompt (higher is better)",
+        ylabel="fraction that matches the prompt (higher is better)",
         ylim=(-0.03, 1.05),
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return render(figure)
+    return render_figure(figure)
 
 
-def class_shares(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
+def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
     """Draw how often each class occurs: one bar per class for each label, with confidence intervals, as fractions."""
     vertical = max(map(len, names)) > 3
     bottom = 0.55 + (0.08 * max(map(len, names)) if vertical else 0)
@@ -326,7 +326,7 @@ def class_shares(names: Sequence[str], shares: Mapping[str, Sequence[Interval]])
     axes.set_xticks(np.arange(len(names)), names, rotation=90 if vertical else 0)
     axes.margins(x=0.01)
     axes.legend(fontsize=8)
-    return render(figure)
+    return render_figure(figure)
 
 
 def axis_limits(points: Tensor, symmetric: bool = True) -> AxisLimits:

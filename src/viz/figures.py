@@ -1,4 +1,4 @@
-"""Figures of matplotlib: panels with fixed margins, styles of series, and readable axes."""
+"""Matplotlib figures: panels with fixed margins, line styles, and readable axes."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 
     decades = math.log10(high / low)
     subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    if decades < 0.7:  # as few as one of these would remain
+    if decades < 0.7:  # a single tick might remain
         subs = tuple(float(k) for k in range(1, 10))
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
@@ -89,8 +89,8 @@ def new_figure(
         return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x, gridspec_kw=grid)
 
 
-def render(figure: "Figure") -> Image.Image:
-    """Draw a figure in memory."""
+def render_figure(figure: "Figure") -> Image.Image:
+    """Render a figure to an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)

@@ -17,7 +17,7 @@ GAP = 2
 """Pixels between images."""
 LABEL_WIDTH = 140
 MAX_GROUPS = 16
-"""Titles that get a row of their own; with more of them the rows are too small to read."""
+"""Maximum number of titles with a separate row; with more, the rows are too small to read."""
 
 
 def draw_samples(
@@ -28,7 +28,7 @@ def draw_samples(
 ) -> Image.Image:
     """Draw images as a grid, points (N, 2) as a scatter plot, (N, 1) as a histogram, others as a pair plot.
 
-    Grids of `real` images stand to the right of the samples; `real` points lie under them. Samples with `titles` get
+    Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get
     one row or plot per title. `columns` names the features of points.
     """
     groups: dict[str, list[int]] = {}

@@ -18,7 +18,7 @@ METRICS: Mapping[str, tuple[str, Literal["lower", "higher"] | None]] = {
     "density": ("density", "higher"),
     "coverage": ("coverage", "higher"),
     "class_score": ("class score", "higher"),
-    "class_variation": ("error of class shares", "lower"),
+    "class_variation": ("error of class frequencies", "lower"),
     "inception_score": ("inception score", "higher"),
     "nearest_ratio": ("distance to training data", None),
     "copies": ("copies", None),
@@ -62,7 +62,7 @@ def metric_title(metric: str) -> str:
 
 
 def better_direction(metric: str) -> Literal["lower", "higher"] | None:
-    """Return which values of a metric are better, None if neither are."""
+    """Return whether lower or higher values of a metric are better; None if neither."""
     if metric.startswith("val/"):
         return "lower"
     return next((side for name, (_, side) in METRICS.items() if metric == name or metric.startswith(f"{name}_")), None)
@@ -73,7 +73,7 @@ def direction_arrow(metric: str) -> str:
     return {"lower": " ↓", "higher": " ↑", None: ""}[better_direction(metric)]
 
 
-def stem(metric: str) -> str:
+def strip_sample_count(metric: str) -> str:
     """Return a metric's name without the number of samples: `fid` for `fid_10k`."""
     return metric.rpartition("_")[0]
 
@@ -96,8 +96,8 @@ def format_metric(metric: Mapping[str, float]) -> str:
     return f"{format_number(value, error)} [{format_number(low, error)}, {format_number(high, error)}]"
 
 
-def duration(seconds: float) -> str:
-    """Format a time to two digits in the unit that fits it."""
+def format_duration(seconds: float) -> str:
+    """Format a time to two digits in a suitable unit."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.2g} {unit}"
@@ -127,7 +127,9 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
     baseline: Mapping[str, Any] = metrics.get("baseline", {})
     for name in dict.fromkeys(name for each in samplers.values() for name in each["metrics"]):
         cells = [format_metric(each["metrics"][name]) for each in samplers.values()]
-        real = next((metric for key, metric in baseline.items() if stem(key) == stem(name)), None)
+        real = next(
+            (metric for key, metric in baseline.items() if strip_sample_count(key) == strip_sample_count(name)), None
+        )
         usual = format_metric(real) if real else USUAL.get(name.split("_")[0], "")
         rows.append([metric_title(name) + direction_arrow(name), *cells, usual])
     for title, key in (("network calls per sample", "calls_per_image"), ("seconds per sample", "seconds_per_image")):
@@ -144,7 +146,7 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
         f"{table}\n± is one standard error; brackets hold 95% bootstrap intervals. ↓ lower is better, ↑ higher. The "
         f"reference is {reference} data; the last column compares {others} data to it, with as many samples as there "
         "are, at most n. The distance to training data is the median over samples, divided by that of validation data. "
-        "Copies is the share of samples closer to a training sample than 95% of validation data are. A distance far "
+        "Copies is the fraction of samples closer to a training sample than 95% of validation data are. A distance far "
         "below 1 with copies far above 0.05 indicates memorization; a distance far above 1 indicates samples unlike "
         "any data. Definitions: docs/metrics.md.\n"
     ) + (f"The classifier is correct on {accuracy:.1%} of validation images.\n" if accuracy is not None else "")
@@ -153,13 +155,13 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
 def _alignment_table(alignment: Mapping[str, Any]) -> str:
     """Return a row per guidance scale and group of prompts, one for real images, and a column per metric."""
     groups: Mapping[str, Mapping[str, Any]] = alignment["groups"]
-    detector = {stem(name): metric for name, metric in alignment["detector"].items()}
+    detector = {strip_sample_count(name): metric for name, metric in alignment["detector"].items()}
     every = [each["metrics"] for scales in groups.values() for each in scales.values()]
-    names = list(dict.fromkeys(stem(name) for values in every for name in values))
+    names = list(dict.fromkeys(strip_sample_count(name) for values in every for name in values))
     rows = []
     for scale in next(iter(groups.values())):
         for group, scales in groups.items():
-            values = {stem(name): metric for name, metric in scales[scale]["metrics"].items()}
+            values = {strip_sample_count(name): metric for name, metric in scales[scale]["metrics"].items()}
             rows.append([scale, group, *(format_metric(values[n]) if n in values else "" for n in names)])
     real = [format_metric(detector[n]) if n in detector else "1" if n == "diversity" else "" for n in names]
     note = (

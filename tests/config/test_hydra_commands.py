@@ -79,7 +79,7 @@ OWN_FILES = {
         + "seed: 5\ndiffusion: {clip_x0: null}\ntrainer: {max_steps: 2, accelerator: cpu}\nvalidate_every: 2\n"
     ),
 }
-"""A config folder of the user's own, outside the clone."""
+"""A user config folder outside the clone."""
 
 COMPOSE = {
     "train --cfg job": ["seed: 0", "prediction: "],
@@ -214,7 +214,7 @@ def words(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder outside the clone with a package and a config folder of the user's own."""
+    """A folder outside the clone with a user package and a user config folder."""
     where = tmp_path_factory.mktemp("user")
     (where / "own_package.py").write_text(OWN_CODE)
     for name, text in OWN_FILES.items():
@@ -283,7 +283,7 @@ def test_version_has_one_source():
 
 
 def test_run_uses_own_package_without_trust(folder):
-    """A schedule, sampler, loss, network, data, callback and logger by `_target_`, from a folder of the user's own."""
+    """A schedule, sampler, loss, network, data, callback and logger by `_target_`, from a user folder."""
     few = ["weighting=uniform", "neighbors.num_samples=0", "diffusion.prediction=eps"]
     own = ["--config-dir", "own", "experiment=mine", *few]
     trained, moved, resumed = run_all(

@@ -20,7 +20,7 @@ from src.errors import UsageError
 from src.export import export
 from src.quoting import command, format_override, literal
 from src.runs import out_of_memory
-from src.runs.build import build, close
+from src.runs.build import build, close_run
 from src.runs.checkpoints import find_checkpoint
 from src.sample import sample
 from src.train import train
@@ -182,9 +182,9 @@ def test_out_of_memory_prints_resume_command(run_and_text):
     cfg = compose("train", *TINY, "trust=true", f"resume={literal(folder)}", f"run_dir={literal(folder)}")
     run = build(cfg)
     try:
-        words = printed(out_of_memory.while_training(run), "train")
+        words = printed(out_of_memory.training_oom_message(run), "train")
     finally:
-        close(run)
+        close_run(run)
     assert last_value(words, "resume") == str(folder)
 
 

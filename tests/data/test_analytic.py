@@ -14,7 +14,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global PLANE, LINE, GAUSSIAN
     global quad, trapezoid, kstest, multivariate_normal, norm, GaussianMixture
     from scipy.integrate import quad, trapezoid

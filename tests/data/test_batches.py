@@ -18,7 +18,7 @@ from tests.data.test_split import is_validation
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global NumbersModule
     global BatchDataset, BatchIndices, BaseDataModule, InfiniteBatchSampler, EvalBatchSampler, normalize, to_uint8
     from src.data.batches import BatchDataset

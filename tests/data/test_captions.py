@@ -16,7 +16,7 @@ from tests.conftest import compose
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global Source, captioned
     from src.data.captions import captioned
     from src.data.sources import Source

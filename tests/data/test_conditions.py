@@ -19,7 +19,7 @@ from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal,
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global LABELED
     global BatchDataset, Covariates, InMemory, Labels, BatchIndices, Classes, Continuous
     from src.data.batches import BatchDataset
@@ -154,7 +154,7 @@ def module_of(net, cond_drop_prob):
         net,
         NoiseSchedule(schedules.cosine(100)),
         GaussianDiffusion("x0"),
-        partial(losses.simple, weighting=losses.uniform),
+        partial(losses.simple, weighting=losses.uniform_weighting),
         uniform,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(2,),
@@ -252,7 +252,7 @@ def test_a_run_stores_class_names_for_sampling(conditional, tmp_path):
     weights = read_checkpoint(conditional / "checkpoints" / "last.ckpt")["state_dict"]
     assert weights["net.condition.table.weight"].shape[0] == 11
     folder = draw(conditional, tmp_path, "cond=[0,'7',3]")
-    assert (folder / "asked.txt").read_text().split() == ["0", "0", "7", "7", "3", "3"]
+    assert (folder / "conditions.txt").read_text().split() == ["0", "0", "7", "7", "3", "3"]
     samples = np.load(folder / "samples.npz")["arr_0"]
     again = np.load(draw(conditional, tmp_path / "b", "cond=[0,7,4]", "batch_size=2") / "samples.npz")["arr_0"]
     assert (samples[:4] == again[:4]).all()
@@ -269,7 +269,7 @@ def test_guidance_scales_zero_and_one_need_no_guidance(conditional, tmp_path):
     assert (at("zero", "cond=[3]", "guidance.scale=0") == nothing).all()
     assert (at("one", "cond=[3]", "guidance.scale=1") != nothing).any()
     assert (at("own", "cond=[3]") == at("two", "cond=[3]", "guidance.scale=2")).all()  # the run's own
-    assert (at("file", f"cond='{write(tmp_path / 'asked.txt', '3')}'") == at("named", "cond=[3]")).all()
+    assert (at("file", f"cond='{write(tmp_path / 'conditions.txt', '3')}'") == at("named", "cond=[3]")).all()
     # An interval without noise levels disables guidance.
     far = "guidance.interval=[1e6,1e7]"
     assert (at("far", "cond=[3]", "guidance.scale=9", far) == at("plain", "cond=[3]", "guidance.scale=1")).all()
@@ -293,12 +293,12 @@ def write(path, text):
         (["cond=[fish]"], "unknown class 'fish'.*0, 1, 2, 3, 4 and 5 more"),
         (["cond=[11]"], "unknown class '11': did you mean 1"),
         (["cond=absent.txt"], "no file .*absent.txt: cond=FILE.txt has"),
-        (["cond=[]"], r"cond=\[\] asks for nothing"),
+        (["cond=[]"], r"cond=\[\] is empty"),
         (["guidance.scale=-2"], "guidance.scale=-2"),
         (["guidance.interval=[1]"], "two levels of noise"),
         (["guidance.scale=much"], "must be a number"),
         (["negative=5", "guidance.scale=1"], "negative=5 has no effect"),
-        (["cond=[1,2,3]", "n=2"], "n=2 leaves out some of the 3 that cond asks for: set n=3"),
+        (["cond=[1,2,3]", "n=2"], "n=2 must be at least 3"),
     ],
 )
 def test_invalid_conditions_raise_in_sampling(conditional, tmp_path, overrides, message):
@@ -373,6 +373,6 @@ def test_an_exported_text_model_keeps_tokenizer_and_examples(tmp_path):
     for name, where in (("a", f"ckpt='{file}'"), ("b", f"run='{tmp_path / 'run'}'")):
         arguments = ["n=2", "device=cpu", "sampler.steps=2", "guidance.scale=2"]
         folder = sample(compose("sample", where, f"run_dir='{tmp_path / name}'", *arguments))
-        assert (folder / "asked.txt").read_text() == 2 * "a red circle and/or a blue square\n"
+        assert (folder / "conditions.txt").read_text() == 2 * "a red circle and/or a blue square\n"
         drawn.append(np.load(folder / "samples.npz")["arr_0"])
     assert (drawn[0] == drawn[1]).all()

@@ -1,4 +1,4 @@
-"""A dataset sets defaults that suit it; whatever is typed wins over them, in any order."""
+"""A dataset sets suitable defaults; typed overrides win over them, in any order."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def composed(*overrides: str) -> DictConfig:
 def test_vectors_bring_defaults_that_suit_them(data):
     cfg = composed(f"data={data}")
     assert cfg.model._target_ == "src.models.mlp.MLP"
-    assert cfg.weighting._target_ == "src.diffusion.losses.uniform"
+    assert cfg.weighting._target_ == "src.diffusion.losses.uniform_weighting"
     assert cfg.sampler._target_ == "src.diffusion.samplers.ancestral"
     assert cfg.sampler.spacing == {"table": "karras", "curve": "trailing"}
     assert cfg.diffusion.prediction == "v" and cfg.diffusion.clip_x0 is None

@@ -26,7 +26,7 @@ from tests.data.test_split import is_validation
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global Recorder
     global L, torchvision_utils, InMemory, Source, ImageDataModule, digits, fit_image, folder, torchvision_images
     import lightning as L
@@ -298,7 +298,7 @@ def test_one_bit_images_are_black_and_white(tmp_path):
 
 
 def test_cmyk_becomes_rgb(tmp_path):
-    """Without a profile R = 255 (1 - C) (1 - K), likewise for G and B."""
+    """Without a profile, R = 255 (1 - C) (1 - K), and the same for G and B."""
     inks = np.zeros((8, 8, 4), dtype=np.uint8)
     inks[:4, :, 0], inks[4:, :, 1], inks[:, 4:, 3] = 255, 128, 64
     Image.fromarray(inks, mode="CMYK").save(tmp_path / "a.tif")

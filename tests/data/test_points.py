@@ -17,7 +17,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global kstest, PointsDataModule, checkerboard, moons, rings, swiss_roll
     from scipy.stats import kstest
 

@@ -27,7 +27,7 @@ from src.data.images import ImageFiles, folder
 from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
-from src.runs.components import make
+from src.runs.components import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images
@@ -326,7 +326,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         restore(photos, copied)
         names.clear()
         Act.action = staticmethod(action)
-        with pytest.warns(UserWarning, match="another sample replaces it") as warned:
+        with pytest.warns(UserWarning, match="it is replaced by another sample") as warned:
             metrics = train_tiny(tmp_path / name, *skipping, *act(2))
         message = [str(w.message) for w in warned if "replaces it" in str(w.message)]
         assert sorted(line.split(" cannot")[0] for line in message) == sorted(names)
@@ -336,7 +336,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     # Images unreadable from the start, with workers.
     for file in names:
         Path(file).write_text("damaged")
-    with pytest.warns(UserWarning, match="3 of 24 images .*; other samples replace them"):
+    with pytest.warns(UserWarning, match="3 of 24 images .*; they are replaced by other samples"):
         metrics = train_tiny(tmp_path / "workers", *skipping, "data.num_workers=2", "trainer.max_steps=6")
     assert 1 <= metrics["unreadable_files"] <= 3
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):
@@ -350,7 +350,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
         "num_terms=2",
     ]
     restore(photos, copied)
-    data = make(compose("train", *skipping, "run_dir=x").data)
+    data = instantiate_node(compose("train", *skipping, "run_dir=x").data)
     data.setup()
     for index in data.train_indices[:3]:
         (copied / data.source.ids[index]).write_text("damaged")

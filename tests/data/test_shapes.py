@@ -20,7 +20,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global SHAPES, SIZES, ONE, TWO
     global Outline, ATTRIBUTES, COLOR_JITTER, COLORS, GAP, PLACES, RELATIONS, WORDINGS, Object, Placed, Scene
     global Shapes, caption, paint, parse, place, render, shapes, wordings

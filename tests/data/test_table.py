@@ -20,7 +20,7 @@ from tests.conftest import compose
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global TableDataModule
     from src.data.table import TableDataModule
 
@@ -95,12 +95,12 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
     """The network's width follows the table, and the stored settings open without the file."""
     from hydra.utils import instantiate
 
-    from src.runs.components import make
+    from src.runs.components import instantiate_node
     from src.runs.resolve import resolve
 
     path, numbers = table(tmp_path / "a.csv")
     cfg = compose("train", "data=table", f"data.path='{path}'", "data.condition_columns=[day]", "run_dir=x")
-    data = make(cfg.data)
+    data = instantiate_node(cfg.data)
     cfg = resolve(cfg, data, None)
     assert cfg.model.features == 3
     assert list(cfg.data.columns) == ["height", "weight", "kind"]
@@ -197,13 +197,13 @@ def test_a_resumed_run_keeps_its_mean_and_std(tmp_path):
     for node in ("mean", "std", "columns"):
         assert before["data"][node] == after["data"][node]
     assert before["conditioning"] == after["conditioning"]
-    (tmp_path / "asked.txt").write_text("3\n6.5\n")
+    (tmp_path / "conditions.txt").write_text("3\n6.5\n")
     ask = "device=cpu", "n=4", f"run='{folder}'"
-    by_file = sample(compose("sample", *ask, f"cond='{tmp_path / 'asked.txt'}'", f"run_dir='{tmp_path / 'a'}'"))
+    by_file = sample(compose("sample", *ask, f"cond='{tmp_path / 'conditions.txt'}'", f"run_dir='{tmp_path / 'a'}'"))
     by_number = sample(compose("sample", *ask, "cond=[3,6.5]", f"run_dir='{tmp_path / 'b'}'"))
     drawn = [np.load(each / "samples.npz")["arr_0"] for each in (by_file, by_number)]
     assert (drawn[0] == drawn[1]).all() and np.isfinite(drawn[0]).all()
-    assert (by_file / "asked.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
+    assert (by_file / "conditions.txt").read_text().split() == ["3", "3", "6.5", "6.5"]
     head, *lines = csv.reader((by_file / "samples.csv").open(newline=""))
     assert head == ["height", "weight"]
     assert (np.array(lines, np.float32) == drawn[0]).all()

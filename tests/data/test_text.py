@@ -22,7 +22,7 @@ from tests.loops import for_each
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global pretrained, text, InMemory, Pretrained, Tokens
     from src.data import pretrained, text
     from src.data.pretrained import Pretrained
@@ -142,7 +142,7 @@ def test_case_spaces_and_unicode_forms_are_normalized(tokens):
 
 @pytest.mark.parametrize("prompt", [["a"], True, {"a": 1}])
 def test_other_values_than_texts_raise(tokens, prompt):
-    with pytest.raises(ValueError, match="is not a text") as error:
+    with pytest.raises(ValueError, match="is not a string") as error:
         tokens([prompt])
     assert "\n" not in str(error.value)
 
@@ -172,7 +172,7 @@ def test_given_settings_are_kept():
 def test_long_texts_are_truncated_with_one_warning():
     tokens = opened(max_length=6, vocab_size=259)
     with pytest.warns(
-        UserWarning, match=r"conditioning\.encode\.max_length=6 truncates a text of 8 tokens to 4"
+        UserWarning, match=r"conditioning\.encode\.max_length=6 truncates text of 8 tokens to 4"
     ) as warned:
         ids = tokens(["abcdefg", "hijklmnop"])
     assert len(warned) == 1
@@ -403,7 +403,7 @@ def test_the_next_run_encodes_no_caption_again(tmp_path, monkeypatch):
 
 def test_texts_are_truncated_to_max_length(tmp_path):
     part = make("clip text", tmp_path / "model")
-    with pytest.warns(UserWarning, match=r"conditioning\.encode\.max_length=4 truncates a text of 12 tokens"):
+    with pytest.warns(UserWarning, match=r"conditioning\.encode\.max_length=4 truncates text of 12 tokens"):
         settings = encoder(tmp_path / "model", tmp_path / "cache", max_length=4)
     found = Pretrained(**settings)([CAPTIONS[0][2]])
     ids = [1, *(4 + WORDS.index(word) for word in CAPTIONS[0][2].split()[:2]), 2]

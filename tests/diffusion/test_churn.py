@@ -14,8 +14,8 @@ from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_gri
 SCHEDULES = {
     "edm": ContinuousSchedule(curves.exploding),
     "linear table": NoiseSchedule(schedules.linear(1000)),
-    "cosine": ContinuousSchedule(curves.cosine),
-    "vdm": ContinuousSchedule(curves.linear),
+    "cosine": ContinuousSchedule(curves.cosine_log_snr),
+    "vdm": ContinuousSchedule(curves.linear_log_snr),
     "learned": ContinuousSchedule(curves.Learned()),
 }
 SETTINGS = [

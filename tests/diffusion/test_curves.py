@@ -34,10 +34,10 @@ def learned(seed, **settings):
 
 
 CURVES = {
-    "cosine": curves.cosine,
-    "cosine_narrow": partial(curves.cosine, max_log_snr=3.0, min_log_snr=-7.0),
-    "linear": curves.linear,
-    "linear_narrow": partial(curves.linear, max_log_snr=13.3, min_log_snr=-5.0),
+    "cosine": curves.cosine_log_snr,
+    "cosine_narrow": partial(curves.cosine_log_snr, max_log_snr=3.0, min_log_snr=-7.0),
+    "linear": curves.linear_log_snr,
+    "linear_narrow": partial(curves.linear_log_snr, max_log_snr=13.3, min_log_snr=-5.0),
     "exploding": curves.exploding,
     "exploding_narrow": partial(curves.exploding, sigma_min=0.02, sigma_max=3.0),
     "rectified_flow": curves.rectified_flow,
@@ -54,7 +54,7 @@ every_end = for_each("high, low", [(15.0, -15.0), (13.3, -5.0), (2.0, 1.0), (-1.
 def test_linear_log_snr_is_linear(high, low):
     """lambda = high + (low - high) u; the sigmoids keep it to 1e-12."""
     expected = [high + (low - high) * u for u in U]
-    assert_close(log_snr(partial(curves.linear, max_log_snr=high, min_log_snr=low), U), floats(expected))
+    assert_close(log_snr(partial(curves.linear_log_snr, max_log_snr=high, min_log_snr=low), U), floats(expected))
 
 
 @every_end
@@ -63,12 +63,12 @@ def test_cosine_log_snr_equals_hoogeboom_et_al(high, low):
     b = math.atan(math.exp(-high / 2))
     a = math.atan(math.exp(-low / 2)) - b
     expected = [-2 * math.log(math.tan(a * u + b)) for u in U]
-    assert_close(log_snr(partial(curves.cosine, max_log_snr=high, min_log_snr=low), U), floats(expected))
+    assert_close(log_snr(partial(curves.cosine_log_snr, max_log_snr=high, min_log_snr=low), U), floats(expected))
 
 
 def test_cosine_without_ends_is_the_quarter_circle():
     """With distant ends, alpha = cos(pi u / 2) and sigma = sin(pi u / 2)."""
-    alpha, sigma = curves.cosine(floats(U), 60.0, -60.0)
+    alpha, sigma = curves.cosine_log_snr(floats(U), 60.0, -60.0)
     angle = math.pi / 2 * floats(U)
     assert_close(alpha, angle.cos(), rtol=0, atol=1e-12)
     assert_close(sigma, angle.sin(), rtol=0, atol=1e-12)
@@ -237,7 +237,9 @@ def test_time_grids_descend_to_clean_data(curve, spacing, steps):
         assert grid[0].ratio.item() == pytest.approx(min(noisiest.ratio.item(), 80), rel=1e-4)
 
 
-@pytest.mark.parametrize("curve", [curves.cosine, curves.linear, lambda u, *ends: curves.Learned(*ends)(u)])
+@pytest.mark.parametrize(
+    "curve", [curves.cosine_log_snr, curves.linear_log_snr, lambda u, *ends: curves.Learned(*ends)(u)]
+)
 @for_each("high, low", [(1.0, 1.0), (-5.0, 5.0), (math.nan, 0.0)])
 def test_log_snr_ends_in_wrong_order_raise(curve, high, low):
     with pytest.raises(ValueError, match=f"schedule.curve.max_log_snr={high} .*min_log_snr={low}") as error:

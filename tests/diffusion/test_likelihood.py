@@ -47,7 +47,7 @@ TABLES = {
 ZERO_TERMINAL = NoiseSchedule(schedules.zero_terminal_snr(schedules.linear(STEPS)))
 CURVES = {
     f"continuous_{curve.__name__}": ContinuousSchedule(curve, STEPS)
-    for curve in (curves.cosine, curves.linear, curves.exploding, curves.rectified_flow)
+    for curve in (curves.cosine_log_snr, curves.linear_log_snr, curves.exploding, curves.rectified_flow)
 }
 # eps does not determine x_0 at zero SNR, where rectified flow ends too.
 CHAINS = {

@@ -58,8 +58,8 @@ TABLES = {
     "shifted": schedules.snr_shift(schedules.cosine(1000), 0.25),
 }
 CURVES = {
-    "cosine": curves.cosine,
-    "linear": curves.linear,
+    "cosine": curves.cosine_log_snr,
+    "linear": curves.linear_log_snr,
     "exploding": curves.exploding,
     "rectified_flow": curves.rectified_flow,
 }
@@ -169,7 +169,7 @@ def test_simple_is_the_mean_error_of_the_target(prediction, shape, error, delta)
         x0,
         to_clean(t),
         eps,
-        weighting=losses.uniform,
+        weighting=losses.uniform_weighting,
         type=error,
         huber_delta=delta,
     )
@@ -201,7 +201,7 @@ def test_weighting_multiplies_only_the_loss(prediction, shape, error):
     measure = partial(
         losses.simple, diffusion_of(prediction), lambda x_t, _: x_t.tanh(), x0, transition, eps, type=error
     )
-    plain, weighted = measure(weighting=losses.uniform), measure(weighting=weighting)
+    plain, weighted = measure(weighting=losses.uniform_weighting), measure(weighting=weighting)
     factors = torch.tensor([2, 2.25, 2.5, 2.75, 3], dtype=torch.float64)
     assert_close(weighted["loss"], plain["loss"] * factors, rtol=1e-12, atol=0)
     assert_close(weighted["mse"], plain["mse"], rtol=0, atol=0)
@@ -240,7 +240,7 @@ def test_losses_call_the_network_once(loss_fn):
         calls.append((x_t, t))
         return torch.cat([x_t, x_t], 1)
 
-    settings = {} if loss_fn == "vlb" else {"weighting": losses.uniform}
+    settings = {} if loss_fn == "vlb" else {"weighting": losses.uniform_weighting}
     getattr(losses, loss_fn)(diffusion_of("eps", "learned"), denoise, x0, transition, eps, **settings)
     ((x_t, t),) = calls
     assert t is transition.t
@@ -250,7 +250,9 @@ def test_losses_call_the_network_once(loss_fn):
 def test_unknown_loss_type_raises():
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
     with pytest.raises(ValueError, match=r"loss.type=l3 "):
-        losses.simple(GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, type="l3")
+        losses.simple(
+            GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform_weighting, type="l3"
+        )
 
 
 @for_each("delta", [0.0, -1.0])
@@ -258,7 +260,13 @@ def test_huber_delta_out_of_range_raises(delta):
     x, transition = normal((5, 2), 10), to_clean(five_levels((5, 2)))
     with pytest.raises(ValueError, match=f"loss.huber_delta={delta} "):
         losses.simple(
-            GaussianDiffusion(), lambda x_t, t: x_t, x, transition, x, weighting=losses.uniform, huber_delta=delta
+            GaussianDiffusion(),
+            lambda x_t, t: x_t,
+            x,
+            transition,
+            x,
+            weighting=losses.uniform_weighting,
+            huber_delta=delta,
         )
 
 
@@ -304,7 +312,7 @@ def test_edm_weight_of_edm_target_is_one():
 @every_target
 def test_uniform_weight_is_one(prediction):
     t = five_levels((5, 2))
-    assert_close(losses.uniform(diffusion_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
+    assert_close(losses.uniform_weighting(diffusion_of(prediction), t), torch.ones_like(t.alpha), rtol=0, atol=0)
 
 
 @every_shape
@@ -465,7 +473,7 @@ def test_vlb_is_the_kl_of_a_transition(schedule, prediction, variance, shape, nu
     expected = STEPS * per_sample_mean(nats) / math.log(2)
     assert_close(terms["loss"], expected, rtol=1e-9, atol=1e-9)
     assert_close(terms["vlb"], terms["loss"], rtol=0, atol=0)
-    plain = losses.simple(diffusion, network, x0, transition, eps, weighting=losses.uniform)
+    plain = losses.simple(diffusion, network, x0, transition, eps, weighting=losses.uniform_weighting)
     assert_close(terms["mse"], plain["mse"], rtol=0, atol=0)
 
 
@@ -504,7 +512,7 @@ def test_vlb_of_a_batch_equals_single_samples(schedule, shape, num_values):
 @every_target
 @every_schedule
 def test_gradient_of_the_bound_is_finite(schedule, prediction, variance, shape):
-    """In float32 for an untrained network, with the cleanest transitions beside others."""
+    """In float32 for an untrained network, with the cleanest transitions among others."""
     x0, eps = normal(shape, 25, torch.float32).clamp(-1, 1), normal(shape, 26, torch.float32)
     # eps does not determine x_0 at zero SNR, where rectified flow ends.
     last = 0.9 if prediction == "eps" else 1 - 2**-24
@@ -598,7 +606,7 @@ def test_hybrid_variance_fits_the_clipped_mean():
     x0, eps, transition = normal(shape, 42), normal(shape, 43), five_transitions(SCHEDULES["table_cosine"], shape)
     out = torch.cat([3 * normal(shape, 44), normal(shape, 45).tanh()], 1).requires_grad_()
     diffusion = diffusion_of("x0", "learned_range", clip_x0=0.1)
-    hybrid = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.uniform)
+    hybrid = losses.hybrid(diffusion, lambda *_: out, x0, transition, eps, weighting=losses.uniform_weighting)
     clipped = torch.cat([out[:, :2].clamp(-0.1, 0.1), out[:, 2:]], 1)
     unclipped = diffusion_of("x0", "learned_range")
     assert_close(
@@ -614,8 +622,8 @@ def test_default_vlb_weight_is_a_thousandth():
     x0, eps, transition = normal(shape, 35), normal(shape, 36), five_transitions(SCHEDULES["table_cosine"], shape)
     out = normal((5, 4), 37)
     arguments = diffusion_of("eps", "learned_range"), lambda *_: out, x0, transition, eps
-    hybrid = losses.hybrid(*arguments, weighting=losses.uniform)["loss"]
-    simple = losses.simple(*arguments, weighting=losses.uniform)["loss"]
+    hybrid = losses.hybrid(*arguments, weighting=losses.uniform_weighting)["loss"]
+    simple = losses.simple(*arguments, weighting=losses.uniform_weighting)["loss"]
     assert_close(hybrid, simple + losses.vlb(*arguments)["loss"] / 1000, rtol=1e-12, atol=0)
 
 
@@ -623,4 +631,6 @@ def test_default_vlb_weight_is_a_thousandth():
 def test_hybrid_needs_a_learned_variance(variance):
     x, transition = normal((5, 2), 38), five_transitions(SCHEDULES["table_cosine"], (5, 2))
     with pytest.raises(ValueError, match=f"diffusion.variance={variance} "):
-        losses.hybrid(diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform)
+        losses.hybrid(
+            diffusion_of("eps", variance), lambda x_t, _: x_t, x, transition, x, weighting=losses.uniform_weighting
+        )

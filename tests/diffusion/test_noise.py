@@ -40,9 +40,9 @@ SCHEDULES = {
     ),
 }
 CURVES = {
-    "cosine": curves.cosine,
-    "linear": curves.linear,
-    "linear_vdm": partial(curves.linear, max_log_snr=13.3, min_log_snr=-5.0),
+    "cosine": curves.cosine_log_snr,
+    "linear": curves.linear_log_snr,
+    "linear_vdm": partial(curves.linear_log_snr, max_log_snr=13.3, min_log_snr=-5.0),
     "exploding": curves.exploding,
     "rectified_flow": curves.rectified_flow,
     "learned": curves.Learned(),
@@ -526,4 +526,4 @@ def test_decoder_scale_of_curves_is_one(name):
 @for_each("num_steps", [1, 0, -5])
 def test_too_few_transitions_raise(num_steps):
     with pytest.raises(ValueError, match=f"schedule.num_steps={num_steps} "):
-        ContinuousSchedule(curves.cosine, num_steps)
+        ContinuousSchedule(curves.cosine_log_snr, num_steps)

@@ -35,8 +35,8 @@ TABLES = {
     "underflowing": partial(schedules.constant, beta=0.5),
 }
 CURVES = {
-    "cosine": curves.cosine,
-    "linear": curves.linear,
+    "cosine": curves.cosine_log_snr,
+    "linear": curves.linear_log_snr,
     "exploding": curves.exploding,
     "rectified_flow": curves.rectified_flow,
     "learned": curves.Learned(),

@@ -656,7 +656,7 @@ def test_clipped_prediction_reproduces_x_t():
     """Derive eps from the clipped x_0.
 
     DDIM's eq. 12 decomposes x_t into a predicted x_0 and a direction to x_t, with alpha x_0 + sigma eps = x_t. The raw
-    eps beside the clipped x_0, the default of diffusers, belongs to another x_t.
+    eps with the clipped x_0, the default of diffusers, belongs to another x_t.
     """
     levels, x = schedule(), 3 * normal((4, 2), 15)
     diffusion = GaussianDiffusion("eps", clip_x0=1.0)

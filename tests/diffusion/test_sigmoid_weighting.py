@@ -37,8 +37,8 @@ def flow(u):
 
 # log-SNR and its rate of fall, by hand.
 CURVES = {
-    "cosine": (curves.cosine, cosine),
-    "linear": (curves.linear, lambda u: (10 - 20 * u, 20.0)),
+    "cosine": (curves.cosine_log_snr, cosine),
+    "linear": (curves.linear_log_snr, lambda u: (10 - 20 * u, 20.0)),
     "exploding": (
         curves.exploding,
         lambda u: (-2 * (math.log(0.002) + u * math.log(40_000)), 2 * math.log(40_000)),
@@ -86,10 +86,10 @@ def test_weight_on_the_error_of_x0():
 def test_integral_does_not_depend_on_the_schedule():
     """The mean over uniform times is the integral of sigmoid(b - lambda) / 2 over lambda."""
     times = [(k + 0.5) / 4000 for k in range(4000)]
-    bent = partial(curves.shifted(curves.linear, 0.5))
+    bent = partial(curves.shifted(curves.linear_log_snr, 0.5))
     for curve, low, high in (
-        (curves.linear, -10, 10),
-        (partial(curves.cosine, max_log_snr=10.0, min_log_snr=-10.0), -10, 10),
+        (curves.linear_log_snr, -10, 10),
+        (partial(curves.cosine_log_snr, max_log_snr=10.0, min_log_snr=-10.0), -10, 10),
         (curves.exploding, -2 * math.log(80), -2 * math.log(0.002)),
         (bent, -10 - 2 * math.log(2), 10 - 2 * math.log(2)),
     ):
@@ -129,7 +129,7 @@ def test_integral_holds_for_tables():
 
 
 def test_sigmoid_plain_omits_the_rate():
-    schedule = ContinuousSchedule(curves.cosine)
+    schedule = ContinuousSchedule(curves.cosine_log_snr)
     t = levels(schedule, [0.1, 0.5, 0.9])
     plain = losses.sigmoid_plain(GaussianDiffusion("eps"), t)
     assert plain.tolist() == pytest.approx([logistic(BIAS - cosine(u)[0]) for u in (0.1, 0.5, 0.9)], rel=1e-9)

@@ -1,4 +1,4 @@
-"""Several processes train, validate and sample as one does; real ones, with gloo on the CPU."""
+"""Several real processes train, validate and sample like one, with gloo on the CPU."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.runs.test_runs import weights
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import what takes seconds here, since every collection of the tests would pay for it above."""
+    """Import slow modules here, not at collection."""
     global DiffusionModule, GracefulShutdown, Interruption
     from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
     from src.training.module import DiffusionModule
@@ -58,7 +58,7 @@ def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.
 
 
 def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Half of them each, by two torchruns that meet at a port of this machine."""
+    """Start half of the processes by each of two torchruns that connect on a local port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,7 +77,7 @@ def two_nodes_start(processes: int, *overrides: str, cwd: Path) -> "subprocess.C
 
 
 def stop_at(step: int, folder: Path) -> list[str]:
-    """Have the second process asked to end at this step, once."""
+    """Send a stop signal to the second process at this step, once."""
     fault = {"_target_": "tests.faults.Stop", "rank": 1, "step": step, "once": folder / "once"}
     return [
         *(f"+callbacks.fault.{key}={value}" for key, value in fault.items()),
@@ -87,7 +87,7 @@ def stop_at(step: int, folder: Path) -> list[str]:
 
 
 def only_run(cwd: Path) -> Path:
-    """The one folder that was made, which holds one log and nothing of the other processes."""
+    """Return the only new folder, which must hold one log and no files of other processes."""
     (run,) = (cwd / "outputs" / "train").iterdir()
     assert [p.name for p in cwd.iterdir()] == ["outputs"] and [p.name for p in (cwd / "outputs").iterdir()] == ["train"]
     assert [p.name for p in run.glob("*.log")] == ["train.log"]
@@ -110,8 +110,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(two_nodes_start, marks=pytest.mark.faults, id="two_nodes_start"),
     ],
 )
-def test_two_and_four_processes_train_the_same_model_as_one(alone, tmp_path, start):
-    """Weights, average, what importance sampling has seen, validation, and the samples: only rounding may differ."""
+def test_several_processes_train_the_same_model(alone, tmp_path, start):
+    """Weights, EMA, importance-sampling history, validation and samples are equal up to rounding."""
     processes = 2 if start is lightning_starts else 4
     done = start(processes, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -129,8 +129,8 @@ SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true
 
 
 @pytest.mark.slow
-def test_sharded_weights_train_as_whole_ones_do(alone, tmp_path):
-    """FSDP2 on two processes: the checkpoint is that of any run."""
+def test_sharded_training_equals_unsharded(alone, tmp_path):
+    """FSDP2 on two processes: the checkpoint has the format of any run."""
     done = lightning_starts(2, *SHARDED, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     run = only_run(tmp_path)
@@ -140,8 +140,8 @@ def test_sharded_weights_train_as_whole_ones_do(alone, tmp_path):
 
 
 @pytest.mark.faults
-def test_sharded_weights_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_path_factory):
-    """One of two processes is asked to end on its way."""
+def test_sharded_run_resumes_to_the_same_weights(alone, tmp_path, tmp_path_factory):
+    """One of two processes receives a stop signal during training."""
     done = lightning_starts(2, *SHARDED, *SETTINGS, *stop_at(12, tmp_path_factory.mktemp("once")), cwd=tmp_path)
     assert done.returncode == 143, done.stdout[-2000:] + done.stderr[-3000:]
     run = only_run(tmp_path)
@@ -153,7 +153,7 @@ def test_sharded_weights_stop_and_resume_as_whole_ones_do(alone, tmp_path, tmp_p
 
 
 @pytest.mark.faults
-def test_a_sweep_on_two_devices_leaves_two_folders_and_no_other(tmp_path):
+def test_sweep_on_two_devices_writes_two_folders(tmp_path):
     done = lightning_starts(2, "-m", "seed=0,1", *OF_SWEEP, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     check_sweep(tmp_path)
@@ -161,8 +161,8 @@ def test_a_sweep_on_two_devices_leaves_two_folders_and_no_other(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("launcher", ["basic", "local"])
-def test_a_sweep_on_two_devices_goes_on_where_it_stopped(tmp_path, tmp_path_factory, launcher):
-    """The first job is stopped, the command given again."""
+def test_sweep_on_two_devices_resumes(tmp_path, tmp_path_factory, launcher):
+    """The first job is stopped, then the command is repeated."""
     command = ["-m", "seed=0,1", *OF_SWEEP, "resume=auto", *stop_at(4, tmp_path_factory.mktemp("once"))]
     command += [] if launcher == "basic" else ["hydra/launcher=local", "hydra.launcher.n_jobs=1"]
     for status in (143, 0):
@@ -175,7 +175,7 @@ OF_SWEEP = ["trainer.max_steps=8", "validate_every=4", "checkpoint_every=100"]
 
 
 def check_sweep(cwd: Path) -> None:
-    """Of the seeds 0 and 1: in the end their weights are those of single runs."""
+    """Check that the weights of seeds 0 and 1 equal those of single runs."""
     assert [p.name for p in cwd.iterdir()] == ["outputs"]
     (sweep,) = (cwd / "outputs" / "sweeps").iterdir()
     assert [p.name for p in (cwd / "outputs").iterdir()] == ["sweeps"]
@@ -196,22 +196,22 @@ def assert_close_weights(run: Path, other: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("sharded", [False, True])
-def test_after_nans_on_one_process_of_two_both_go_back(tmp_path, sharded):
-    """Told by the weights that each process begins its steps with: as long as step 3's loss is not finite they stay."""
+def test_nan_on_one_rank_rolls_back_all(tmp_path, sharded):
+    """Compare the weights at the start of each step: while step 3's loss is not finite they do not change."""
     fault = {"_target_": "tests.faults.Poison", "rank": 1, "steps": "[3,4]"}
     settings = [f"+callbacks.fault.{key}={value}" for key, value in fault.items()]
     settings += ["+callbacks.watch._target_=tests.faults.Watch", "trainer.max_steps=7", "validate_every=100"]
     settings += ["checkpoint_every=2", "callbacks.nan_guard.patience=2", *(SHARDED if sharded else [])]
     done = lightning_starts(2, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    told: dict[tuple[int, int], str] = {}
+    printed: dict[tuple[int, int], str] = {}
     for rank, step, total in re.findall(r"rank (\d) step (\d) weights (\S+)", done.stdout):
-        told[int(rank), int(step)] = total
-    assert len(told) == 14 and "nan" not in told.values()
-    assert sharded or all(told[0, step] == told[1, step] for step in range(7))
+        printed[int(rank), int(step)] = total
+    assert len(printed) == 14 and "nan" not in printed.values()
+    assert sharded or all(printed[0, step] == printed[1, step] for step in range(7))
     for rank in (0, 1):
         # Steps 3 and 4 are skipped; step 5 begins as step 2 did, whose checkpoint is the last from before.
-        assert told[rank, 3] == told[rank, 4] != told[rank, 2] == told[rank, 5] != told[rank, 6]
+        assert printed[rank, 3] == printed[rank, 4] != printed[rank, 2] == printed[rank, 5] != printed[rank, 6]
     rows = [json.loads(line) for line in (only_run(tmp_path) / "nonfinite.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 4]
     # The second process has the second half of the batch.
@@ -219,10 +219,10 @@ def test_after_nans_on_one_process_of_two_both_go_back(tmp_path, sharded):
 
 
 @pytest.mark.slow
-def test_samples_are_the_same_drawn_by_three_processes(trained, tmp_path):
-    """Seven in batches of two: in the second turn one process has a single sample to draw, and two have none."""
-    asked = ["-m", "src.sample", f"run={trained}", "n=7", "batch_size=2", "device=cpu", "sampler.steps=3"]
-    done = python(*torchrun(3), *asked, "devices=3", "gif=true", cwd=tmp_path)
+def test_three_processes_draw_the_same_samples(trained, tmp_path):
+    """Seven samples in batches of two: in the second round one process draws one sample, and two draw none."""
+    settings = ["-m", "src.sample", f"run={trained}", "n=7", "batch_size=2", "device=cpu", "sampler.steps=3"]
+    done = python(*torchrun(3), *settings, "devices=3", "gif=true", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("7 samples of") == 1
     (folder,) = (tmp_path / "outputs" / "sample").iterdir()
@@ -240,15 +240,23 @@ def drawn_alone(run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
+def test_two_processes_compute_the_same_metrics(trained, tmp_path):
     from src.evaluate import evaluate
 
-    asked = [f"run='{trained}'", "num_val=30", "batch_size=8", "num_terms=5", "n=20", "sampler.steps=2", "device=cpu"]
-    done = python("-m", "src.evaluate", *asked, "devices=2", cwd=tmp_path)
+    settings = [
+        f"run='{trained}'",
+        "num_val=30",
+        "batch_size=8",
+        "num_terms=5",
+        "n=20",
+        "sampler.steps=2",
+        "device=cpu",
+    ]
+    done = python("-m", "src.evaluate", *settings, "devices=2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert done.stdout.count("30 validation samples") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
     (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
-    alone = evaluate(compose("evaluate", *asked, f"run_dir='{tmp_path / 'alone'}'"))
+    alone = evaluate(compose("evaluate", *settings, f"run_dir='{tmp_path / 'alone'}'"))
     together = json.loads((folder / "metrics.json").read_text())
     for found, expected in (
         (together["baseline"], alone.pop("baseline")),
@@ -265,11 +273,11 @@ def test_two_processes_find_the_figures_that_one_finds(trained, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        (["devices=0"], "must be at least 1, got 0 and 1"),
-        (["devices=2", "device=cpu:0"], "device=cpu:0 is one device, devices=2 asks for several"),
+        (["devices=0"], "devices=0 and num_nodes=1 must be at least 1"),
+        (["devices=2", "device=cpu:0"], "device=cpu:0 names one of devices=2 devices; set device=cpu"),
     ],
 )
-def test_devices_that_cannot_be_had_are_refused(trained, tmp_path, settings, rule):
+def test_unavailable_devices_are_refused(trained, tmp_path, settings, rule):
     from src.sample import sample
 
     with pytest.raises(UsageError, match=rule):
@@ -280,12 +288,12 @@ def test_more_processes_than_devices_are_refused(trained, tmp_path, monkeypatch)
     from src.sample import sample
 
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UsageError, match="4 processes were started for devices=1 num_nodes=1: give devices=4"):
+    with pytest.raises(UsageError, match="devices=1 num_nodes=1 needs 1 processes, but 4 run; set devices=4"):
         sample(compose("sample", f"run='{trained}'", f"run_dir='{tmp_path}'"))
 
 
-def test_on_slurm_a_run_answers_its_warning_by_itself(tmp_path, monkeypatch):
-    """Lightning would save elsewhere and requeue the job, also when it has none of ours to give way to."""
+def test_run_handles_slurm_warning_itself(tmp_path, monkeypatch):
+    """Lightning would save elsewhere and requeue the job, even without a handler of ours."""
     places = ("PROCID", "LOCALID", "NODEID")
     for name, value in {
         "JOB_ID": 7,

@@ -1,4 +1,4 @@
-"""docs/reference.md is what docs/reference.py makes of conf/."""
+"""docs/reference.md equals the output of docs/reference.py."""
 
 from docs.reference import CONF, TARGET, included, reference, settings
 

@@ -238,7 +238,7 @@ def painter(benchmark, change):
         net,
         NoiseSchedule(schedules.cosine(100)),
         GaussianDiffusion("x0"),
-        partial(losses.simple, weighting=losses.uniform),
+        partial(losses.simple, weighting=losses.uniform_weighting),
         uniform,
         Sampler(samplers.ddim, 2, "trailing"),
         shape=(3, 32, 32),

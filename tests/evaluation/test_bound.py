@@ -27,7 +27,7 @@ ENTROPY = math.log2(STD * math.sqrt(2 * math.pi * math.e))  # 1.0471 bits
 
 
 def schedules_of(steps: int) -> dict[str, Schedule]:
-    flows = (curves.rectified_flow, curves.cosine, curves.linear, curves.exploding)
+    flows = (curves.rectified_flow, curves.cosine_log_snr, curves.linear_log_snr, curves.exploding)
     continuous = {f"continuous_{curve.__name__}": ContinuousSchedule(curve, steps) for curve in flows}
     if steps < 10:
         return continuous
@@ -59,7 +59,7 @@ def module_of(
     variance: str = "fixed_small",
     net: nn.Module | None = None,
     num_values: int | None = None,
-    loss_fn=lambda *args: losses.simple(*args, weighting=losses.uniform),
+    loss_fn=lambda *args: losses.simple(*args, weighting=losses.uniform_weighting),
 ) -> DiffusionModule:
     diffusion = GaussianDiffusion("x0", variance, decoder_scale=schedule.decoder_scale, num_values=num_values)
     sampler = Sampler(samplers.ddim, 2, "trailing")
@@ -197,7 +197,7 @@ def test_vlb_loss_has_the_expectation_of_the_bound(variance):
             if variance == "fixed_small":
                 learned = GaussianDiffusion("x0", "learned", decoder_scale=schedule.decoder_scale)
                 denoise = lambda x_t, t, ideal=ideal: torch.cat([ideal(x_t, t.time.flatten()), 0 * x_t], 1)  # noqa: E731
-                terms = losses.hybrid(learned, denoise, x, transition, noise, weighting=losses.uniform)
+                terms = losses.hybrid(learned, denoise, x, transition, noise, weighting=losses.uniform_weighting)
                 assert terms["vlb"].mean().item() == pytest.approx(expected, abs=tolerance), (name, inside)
 
 

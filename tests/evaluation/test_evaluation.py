@@ -55,7 +55,7 @@ def ideal_module(schedule: Schedule) -> DiffusionModule:
     diffusion = GaussianDiffusion("x0", "fixed_large", decoder_scale=schedule.decoder_scale)
     simple = losses.simple
     fn = Sampler(samplers.ddim, 2, "trailing")
-    loss_fn = lambda *args: simple(*args, weighting=losses.uniform)  # noqa: E731
+    loss_fn = lambda *args: simple(*args, weighting=losses.uniform_weighting)  # noqa: E731
     return DiffusionModule(Ideal(schedule), schedule, diffusion, loss_fn, uniform, fn, shape=(2,))
 
 
@@ -68,7 +68,7 @@ def cosine(steps: int = 1000) -> NoiseSchedule:
 
 
 CURVES = {
-    "cosine": curves.cosine,
+    "cosine": curves.cosine_log_snr,
     "exploding": curves.exploding,
     "rectified_flow": lambda u: curves.rectified_flow(u, 1e-3),
 }

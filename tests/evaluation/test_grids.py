@@ -135,7 +135,7 @@ def test_shift_multiplies_the_snr_everywhere():
 
 def test_shift_of_curves_equals_that_of_tables():
     """A shifted table with the curve's alpha_bar has the noise levels of the shifted curve."""
-    for curve in (partial(curves.cosine, max_log_snr=30.0), partial(curves.linear, max_log_snr=30.0)):
+    for curve in (partial(curves.cosine_log_snr, max_log_snr=30.0), partial(curves.linear_log_snr, max_log_snr=30.0)):
         betas = schedules.from_alpha_bar(lambda u, curve=curve: curve(u)[0].square(), 100, max_beta=0.99999)
         for factor in (0.25, 2.0):
             table = NoiseSchedule(schedules.snr_shift(betas, factor))

@@ -19,7 +19,7 @@ from src.metrics.collected import Collected
 from src.models.unet import UNet
 from src.runs.open import open_run
 from src.sample import sample
-from src.viz.tables import duration, format_metric, markdown, metric_title
+from src.viz.tables import format_duration, format_metric, markdown, metric_title
 from tests.conftest import compose, train_tiny
 from tests.data.test_split import held_out_digits
 
@@ -149,7 +149,7 @@ def test_compiled_network_has_one_batch_size(arguments, tmp_path, monkeypatch):
 
         return fast
 
-    monkeypatch.setattr("src.training.compile.compiled", compiled)
+    monkeypatch.setattr("src.training.compile.compile_network", compiled)
     settings = ["compile=true", "sampler=ddim", "sampler.steps=2", "features=[pixels]"]
     metrics = evaluate(compose("evaluate", *arguments, *settings, f"run_dir='{tmp_path}'"))
     assert sizes == [16] * (2 + 2 * 3)  # two timed calls, then two steps of three batches
@@ -370,4 +370,4 @@ def test_table_of_likelihood_alone():
     ("seconds", "text"), [(0.42, "0.42 seconds"), (89, "89 seconds"), (600, "10 minutes"), (9000, "2.5 hours")]
 )
 def test_duration_chooses_its_unit(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

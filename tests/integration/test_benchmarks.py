@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from benchmarks.peers import PEERS, Contender, Work, as_large_as, flops
 from src.diffusion import schedules
 from src.models.winograd import Conv3x3
-from src.runs.build import build, close
+from src.runs.build import build, close_run
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
 
@@ -123,7 +123,7 @@ def tiny_loops(tmp_path: Path) -> tuple[training.BareLoop, Any]:
     """Return the bare loop and the module that it is compared with."""
     cfg = training.compose("unet_tiny", 1, "32-true", tmp_path / "run", ["data.batch_size=8"])
     run = build(cfg)
-    close(run)
+    close_run(run)
     run.module.trainer = run.trainer
     images = torch.randint(17, (16, 1, 8, 8), dtype=torch.uint8)
     return training.BareLoop(cfg, images, schedules.cosine(1000), torch.device("cpu")), run.module

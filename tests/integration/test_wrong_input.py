@@ -20,7 +20,7 @@ from src.distributed.processes import check_processes
 from src.errors import UsageError
 from src.evaluate import evaluate
 from src.quoting import literal
-from src.runs.build import build, close
+from src.runs.build import build, close_run
 from src.sample import sample
 from src.schedules import show_schedules
 from src.train import train
@@ -208,7 +208,7 @@ def test_any_callback_can_be_removed(tmp_path):
             run = build(compose("train", *settings, out, f"run_dir='{tmp_path / name}'"))
             left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
             kinds = {type(each).__name__ for each in run.trainer.callbacks}
-            close(run)
+            close_run(run)
             assert left <= kinds and len(run.module.hparams.callbacks) == len(names) - out.startswith("~")
 
 
@@ -240,7 +240,7 @@ def test_any_logger_can_be_removed(tmp_path):
         chosen = choose_none([choice])
         check_overrides("train", chosen)
         run = build(compose("train", *TINY, *chosen, f"run_dir='{tmp_path / 'run'}'"))
-        close(run)
+        close_run(run)
         assert len(run.trainer.loggers) == (2 if "tensorboard" in choice else 0)
 
 

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from src.config.overrides import CONF
 from src.errors import UsageError
-from src.runs.build import build, close
-from src.runs.components import make
+from src.runs.build import build, close_run
+from src.runs.components import instantiate_node
 from src.runs.resolve import resolve
 from src.runs.trainer import world_size
 from src.train import train
@@ -45,7 +45,7 @@ def test_build_leaves_the_configuration_unchanged(tmp_path):
     cfg = compose("train", *TINY, *overrides, f"run_dir='{tmp_path / 'run'}'")
     before = OmegaConf.to_container(cfg, resolve=False)
     run = build(cfg)
-    close(run)
+    close_run(run)
     assert OmegaConf.to_container(cfg, resolve=False) == before
     assert list(run.config.conditioning.encode.names) == [str(k) for k in range(10)]
     assert run.config.trainer.accumulate_grad_batches == run.trainer.accumulate_grad_batches == 4
@@ -59,7 +59,7 @@ def test_resolve_infers_settings_on_a_copy_once(tmp_path):
     overrides = ["conditioning=class", "data.microbatch_size=32", "schedule=custom", "trainer.accelerator=cpu"]
     cfg = compose("train", *overrides, f"schedule.betas='{tmp_path / 'betas.csv'}'", f"run_dir='{tmp_path}'")
     before = OmegaConf.to_container(cfg, resolve=False)
-    data = make(cfg.data)
+    data = instantiate_node(cfg.data)
     resolved = resolve(cfg, data, None)
     assert OmegaConf.to_container(cfg, resolve=False) == before
     assert list(resolved.schedule.betas) == [0.1, 0.2]
@@ -71,7 +71,7 @@ def test_microbatches_count_the_processes(tmp_path):
     processes = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp"]
     cfg = compose("train", "data.microbatch_size=16", *processes, f"run_dir='{tmp_path}'")
     assert world_size(cfg) == 2
-    assert resolve(cfg, make(cfg.data), None).trainer.accumulate_grad_batches == 2
+    assert resolve(cfg, instantiate_node(cfg.data), None).trainer.accumulate_grad_batches == 2
 
 
 def test_val_check_interval_counts_steps_with_microbatches():

@@ -17,8 +17,8 @@ from src.config.resume import check_saved, saved_overrides
 from src.diffusion.gaussian_diffusion import Prediction
 from src.diffusion.noise import make_time_grid
 from src.errors import UsageError
-from src.runs.build import build, close
-from src.runs.components import build_module, build_sampler, build_schedule, make, meta_network
+from src.runs.build import build, close_run
+from src.runs.components import build_module, build_sampler, build_schedule, instantiate_node, meta_network
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import compose
 from tests.data.test_images import noise, write_cifar, write_mnist
@@ -118,7 +118,7 @@ def test_recipes_train_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
     )  # fmt: skip
     run = build(cfg)
     run.trainer.fit(run.module, datamodule=run.data)
-    close(run)
+    close_run(run)
     assert run.trainer.global_step == 2
     assert run.trainer.callback_metrics["val/loss"].isfinite()
     assert (folder / "samples" / "step_000002.png").exists()
@@ -166,7 +166,7 @@ def test_recipes_match_their_papers(name):
 
 def parameters(name: str) -> int:
     cfg = recipe(name)
-    return count(meta_network(cfg, make(cfg.diffusion).outputs))
+    return count(meta_network(cfg, instantiate_node(cfg.diffusion).outputs))
 
 
 def test_networks_match_the_parameter_counts_of_their_papers():
@@ -194,8 +194,8 @@ def test_learning_rates_are_constant_after_warmup():
     for name, initial in (("cifar10_ddpm", 1 / 5000), ("cifar10_iddpm", 1), ("cifar10_edm", 1 / 19531)):
         cfg = recipe(name)
         weight = torch.nn.Parameter(torch.zeros(1))
-        optimizer = make(cfg.optimizer)([weight])
-        (factor,) = make(cfg.lr_scheduler)(optimizer, cfg.trainer.max_steps).lr_lambdas
+        optimizer = instantiate_node(cfg.optimizer)([weight])
+        (factor,) = instantiate_node(cfg.lr_scheduler)(optimizer, cfg.trainer.max_steps).lr_lambdas
         steps = 0, cfg.lr_scheduler.warmup_steps, cfg.trainer.max_steps - 1
         assert [factor(step) for step in steps] == [pytest.approx(initial), 1, 1]
 
@@ -280,7 +280,7 @@ def test_digits_and_moons_equal_the_defaults():
 
 def test_moons_have_the_exact_bits_per_dim_of_their_recipe():
     """The density is that of two half circles with Gaussian noise, as a sum over the angle."""
-    data = make(recipe("moons").data)
+    data = instantiate_node(recipe("moons").data)
     data.setup()
     angle = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000 * math.pi
     upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], dim=1)
@@ -301,7 +301,7 @@ def test_recipes_override_groups_and_overrides_win():
     assert (model.optimizer.lr, cfg.optimizer.lr) == (2e-4, 1e-3)
     typed = recipe("cifar10_edm", "optimizer.lr=3e-4", "weighting=uniform", "model=unet_small", "trainer.max_steps=7")
     assert (typed.optimizer.lr, typed.trainer.max_steps) == (3e-4, 7)
-    assert typed.weighting._target_ == "src.diffusion.losses.uniform"
+    assert typed.weighting._target_ == "src.diffusion.losses.uniform_weighting"
     assert typed.model.model_channels == 64
     assert recipe("cifar10_ddpm", "schedule=cosine").schedule._target_ == "src.diffusion.schedules.cosine"
 

@@ -486,7 +486,7 @@ def test_log_every_n_steps_logs_the_values_of_its_step(trained, tmp_path, monkey
 
 
 def test_extended_run_logs_every_interval_once(tmp_path):
-    """A run of 4 steps goes on to 10, and logs loss, validation and speed at every second step."""
+    """A run of 4 steps is extended to 10, and logs loss, validation and speed at every second step."""
     often = ("trainer.log_every_n_steps=2", "validate_every=2")
     train_tiny(tmp_path, "trainer.max_steps=4", *often)
     train_tiny(tmp_path, "trainer.max_steps=10", *often, f"resume='{tmp_path}'")

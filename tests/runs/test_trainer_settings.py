@@ -292,7 +292,7 @@ def limit_val_batches(runs: Runs) -> None:
         sizes = [size for _, _, size in recorder.validation]
         assert [start for start, _, _ in recorder.validation] == [sum(sizes[:k]) for k in range(batches)]
         assert {total for _, total, _ in recorder.validation} == {sum(sizes)}
-    with pytest.warns(UserWarning, match="limit_val_batches=0 turns validation off"):
+    with pytest.warns(UserWarning, match="limit_val_batches=0 disables validation"):
         off = runs.go("trainer.limit_val_batches=0", *QUIET)
     assert "val/loss" not in off.metrics and "val/loss" not in json.loads((off.folder / "metrics.json").read_text())
     assert off.recorder.validated_at == [] and off.checkpoints == ["last.ckpt"] and "not validated" in off.output

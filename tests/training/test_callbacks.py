@@ -31,7 +31,7 @@ from tests.wandb_file import Offline, read_offline
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import here what takes seconds, so that collecting tests stays fast."""
+    """Import slow modules here, not at collection."""
     global ReadsByStep
     global L, EventAccumulator, bounds, log_comparison, DiffusionModule, Progress, log_snr_range, nearest_training
     import lightning as L

@@ -18,7 +18,7 @@ SRC = Path(__file__).parents[2] / "src"
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import here what takes seconds, so that collecting tests stays fast."""
+    """Import slow modules here, not at collection."""
     global L, CSVLogger, TQDMProgressBar, DDPStrategy, SLURMEnvironment, internals, Linear
     import lightning as L
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment

@@ -21,7 +21,7 @@ from tests.runs.test_runs import assert_equal_bits, weights
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import here what takes seconds, so that collecting tests stays fast."""
+    """Import slow modules here, not at collection."""
     global estimate
     from src.training.memory import estimate
 

@@ -1,4 +1,4 @@
-"""The LightningModule: a learned schedule trains beside the network; a compiled network."""
+"""The LightningModule: a learned schedule trained with the network, and a compiled network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from src.diffusion.timestep_samplers import stratified, uniform
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import here what takes seconds, so that collecting tests stays fast."""
+    """Import slow modules here, not at collection."""
     global LearnedScheduleModule, Sampler, warmup
     from src.training.learned_schedule import LearnedScheduleModule
     from src.training.optim import warmup

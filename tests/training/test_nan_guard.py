@@ -13,7 +13,7 @@ from tests.conftest import train_tiny
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
-    """Import here what takes seconds, so that collecting tests stays fast."""
+    """Import slow modules here, not at collection."""
     global DiffusionModule, skip_unless
     from src.training.module import DiffusionModule
     from src.training.optim import skip_unless

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.runs.build import build, close, start
+from src.runs.build import build, close_run, start_run
 from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
@@ -24,10 +24,10 @@ def train_alone(folder: Path, *overrides: str) -> None:
     """Train as `src.train` does, without its slow final pictures."""
     cfg = compose("train", *TINY, *overrides, f"run_dir='{folder}'")
     run = build(cfg)
-    start(run)
+    start_run(run)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=run.resume_from, weights_only=True)
     save_last_checkpoint(run)
-    close(run)
+    close_run(run)
 
 
 def rates(folder: Path, first: int = 0) -> list[float]:
@@ -79,7 +79,7 @@ def resumed(run: Path, folder: Path, *settings: str) -> list[float]:
 
 
 def test_first_step_after_resume_has_its_own_rate(tmp_path, capsys):
-    """By the command, with values computed by hand: 2e-3, 50 steps of warm-up, decay over 8."""
+    """By the command, with manually computed values: 2e-3, 50 steps of warm-up, decay over 8."""
     folder = tmp_path / "run"
     train_tiny(folder, *WARM, "trainer.max_steps=4")
     train_tiny(folder, *WARM, "trainer.max_steps=8", f"resume='{folder}'")

@@ -29,7 +29,7 @@ def test_log_axes_have_plain_labels(low, high, scale, labels):
     figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [low, high])
     figures.set_log_scale(axes, "y")
-    figures.render(figure)
+    figures.render_figure(figure)
     assert axes.get_yscale() == scale
     bottom, top = axes.get_ylim()
     inside = [t.get_text() for t in axes.get_yticklabels() if bottom <= t.get_position()[1] <= top]
@@ -39,7 +39,7 @@ def test_log_axes_have_plain_labels(low, high, scale, labels):
 def test_linear_axes_have_no_offsets():
     figure, ((axes,),) = figures.new_figure(4, 3)
     axes.plot([0, 1], [1.00104, 1.00106])
-    figures.render(figure)
+    figures.render_figure(figure)
     assert not axes.yaxis.get_offset_text().get_text()
 
 
@@ -68,7 +68,7 @@ def test_charts_have_titles_and_labels(monkeypatch):
     charts.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
     charts.sampler_errors({"ddim": ([5, 50], [0.1, 0.01], [0.2, 0.02]), "ancestral": ([5, 50], [], [0.3, 0.1])}, 0.01)
     charts.alignment_against_diversity({"all": [(1.0, INTERVAL, INTERVAL)]}, 0.9)
-    charts.class_shares(["0", "1"], {"real data": [INTERVAL] * 2, "ddim 5": [INTERVAL] * 2})
+    charts.class_frequencies(["0", "1"], {"real data": [INTERVAL] * 2, "ddim 5": [INTERVAL] * 2})
     for figure in drawn:
         for axes in figure.axes:
             assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()

@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from src.distributed.sharding import load_state, local, share, whole
+from src.distributed.sharding import gather_full, load_state, local_shard, shard_like
 
 
 class EMA(L.Callback):
@@ -31,7 +31,7 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find_weights(pl_module)
-        saved = self._average or [local(w) for w in self._weights]
+        saved = self._average or [local_shard(w) for w in self._weights]
         self._average = [
             a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
         ]
@@ -55,10 +55,10 @@ class EMA(L.Callback):
         self._step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._average and self._raw is None:  # else already swapped, or not trained
+        if self._average and self._raw is None:  # otherwise already swapped, or not trained
             self._swap_in()
 
-    # Other callbacks sample from the average in `on_validation_epoch_end`, which comes before.
+    # Other callbacks sample from the average in `on_validation_epoch_end`, which runs before this hook.
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
             self._swap_out()
@@ -78,14 +78,15 @@ class EMA(L.Callback):
         self._raw = None
 
     def _local(self) -> list[Tensor]:
-        return [local(w) for w in self._weights]
+        return [local_shard(w) for w in self._weights]
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         assert self._names, "saved before training"
         for key, values in (("current_model_state", self._raw), ("state_dict", self._average)):
             weights = {
-                n: whole(v, w) for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
+                n: gather_full(v, w)
+                for n, v, w in zip(self._names, values or self._local(), self._weights, strict=True)
             }
             checkpoint[key] = state | weights if state else state  # only the first process holds sharded state
         # A second reference: loading sharded weights removes `state_dict` and casts it to their precision.
@@ -100,7 +101,8 @@ class EMA(L.Callback):
         self._find_weights(pl_module)
         state = checkpoint.get("average", checkpoint.get("state_dict"))
         saved = [
-            share(state[n], w) if state else local(w).clone() for n, w in zip(self._names, self._weights, strict=True)
+            shard_like(state[n], w) if state else local_shard(w).clone()
+            for n, w in zip(self._names, self._weights, strict=True)
         ]
         self._average = [value.detach().to(torch.float32) for value in saved]
         load_state(pl_module, checkpoint["current_model_state"])

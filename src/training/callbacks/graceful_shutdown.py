@@ -12,11 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from src.distributed.ranks import handle_signals, kill_children
 from src.errors import DataReadError
-from src.training.lightning_internals import count_step_as_ended, disable_sigterm_broadcast, wait_for_children
+from src.training.lightning_internals import disable_sigterm_broadcast, mark_step_completed, wait_for_children
 
 
 class Interruption:
-    """A signal handler that stops at once and remembers the signal's `number`."""
+    """A signal handler that stops immediately and stores the signal's `number`."""
 
     number = 0
 
@@ -29,8 +29,8 @@ class Interruption:
 class GracefulShutdown(L.Callback):
     """On a signal, finish the current step of training, validation or sampling, save `path`, and stop.
 
-    `signal` is the number of that signal, 0 if none arrived. A second Ctrl-C stops at once. With several processes the
-    signal may reach only one, so all of them agree first, about every `check_interval_s` seconds.
+    `signal` is the number of that signal, 0 if none arrived. A second Ctrl-C stops immediately. With several processes
+    the signal may reach only one, so they synchronize about every `check_interval_s` seconds.
     """
 
     def __init__(self, path: str, check_interval_s: float = 5.0) -> None:
@@ -59,7 +59,7 @@ class GracefulShutdown(L.Callback):
     ) -> None:
         # Lightning has logged and counted a step only when the next one starts.
         if batch_idx % trainer.accumulate_grad_batches == 0 and self._stop_agreed(trainer):
-            count_step_as_ended(trainer)
+            mark_step_completed(trainer)
             self._save_and_stop(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,7 +111,7 @@ class GracefulShutdown(L.Callback):
         if isinstance(exception, DataReadError) and in_all_processes and trainer.state.fn == TrainerFn.FITTING:
             wait_for_children()
             if trainer.training:
-                count_step_as_ended(trainer)
+                mark_step_completed(trainer)
             trainer.save_checkpoint(self.path)
         self._handlers.close()
 

@@ -37,7 +37,7 @@ class LossByNoise(L.Callback):
         self.path = Path(directory) / "loss_by_noise.csv"
         self.num_bins = num_bins
         self._microbatches: list[tuple[Tensor, Tensor]] = []
-        """Of the unfinished step, which a resumed run repeats."""
+        """Micro-batches of the unfinished step; a resumed run repeats it."""
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._history: list[tuple[int, list[float], list[float]]] = []
         """Step, sums of the loss (num_bins,) and counts (num_bins,) of each validation."""

@@ -27,14 +27,14 @@ SECONDS_PER_LINE = 10.0
 class Progress(TQDMProgressBar):
     """Lightning's progress bar on a terminal; elsewhere at most one line per 10 s.
 
-    It reads the loss only when it is shown: `self.log(prog_bar=True)` reads it in every step, for which the GPU's queue
-    would run empty. `refresh_rate` is in batches; 0 shows nothing.
+    It reads the loss only to display it: `self.log(prog_bar=True)` reads it in every step and so drains the GPU's
+    queue. `refresh_rate` is in batches; 0 shows nothing.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.loss: Tensor | None = None
-        """Of the last batch, divided by the number of batches per step; None before the first."""
+        """Loss of the last batch, divided by the number of batches per step; None before the first."""
         self._prints_lines = False
         self._last_line = (0.0, 0)
         """Time in seconds and step of the last line."""
@@ -74,7 +74,7 @@ class Progress(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int:
-        """Return the number of batches that remain; Lightning's own counts steps."""
+        """Return the number of remaining batches; Lightning's property counts steps."""
         return (self.trainer.max_steps - self.trainer.global_step) * self.trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class RunInfo(L.Callback):
 
 
 def append_start(path: Path, start: dict[str, Any]) -> None:
-    """Add a start to the file's list, in place of any later ones; each covers the steps from its own on."""
+    """Append a start to the file's list, replacing any at later steps; each covers the steps that follow it."""
     before = json.loads(path.read_text())["starts"] if path.is_file() else []
     kept = [old for old in before if old["step"] < start["step"]]
     partial = path.with_suffix(".tmp")

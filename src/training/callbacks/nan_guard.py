@@ -19,7 +19,7 @@ from src.training.module import DiffusionModule
 
 
 class Step(NamedTuple):
-    """What the record of a skipped step needs; tensors stay on the device until the next check."""
+    """The values to record for a skipped step; tensors stay on the device until the next check."""
 
     number: int
     norm: Tensor
@@ -35,9 +35,9 @@ class NonFiniteGuard(L.Callback):
 
     `directory`/nonfinite.jsonl records each step's samples, timesteps, losses and gradient norm. A rollback restores
     weights, average and optimizer from the last intact checkpoint before those steps and multiplies the learning rate
-    by `lr_factor`; the data continue, so the run does not meet the same batches again. After `max_rollbacks` training
-    ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so that no step waits for the
-    device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
+    by `lr_factor`; the data stream continues, so the run does not repeat the same batches. After `max_rollbacks`
+    training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so that no step waits for
+    the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
     """
 
     def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
@@ -59,7 +59,7 @@ class NonFiniteGuard(L.Callback):
         """Steps since the last check."""
         self._microbatches: list[tuple[Tensor, Tensor]] = []
         self._skipped: list[int] = []
-        """The skipped steps in a row up to now."""
+        """Consecutive skipped steps so far."""
         self._rolled_back_to: list[int] = []
         self._newest_allowed: int | None = None
         """The newest step to roll back to; None while steps are finite."""

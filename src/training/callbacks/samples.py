@@ -14,7 +14,7 @@ from src.viz.images import draw_samples
 
 
 class SampleGrid(L.Callback):
-    """At each validation, save `num_samples` samples of the averaged weights beside validation data.
+    """At each validation, save `num_samples` samples of the averaged weights next to validation data.
 
     All validations start from the same noise. The picture goes to `directory` and the loggers.
     """

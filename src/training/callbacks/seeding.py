@@ -24,7 +24,7 @@ class SeedDropout(L.Callback):
 def seed_networks(seed: int, device: torch.device) -> None:
     """Seed the default generators of the CPU and of this device.
 
-    `torch.manual_seed` seeds every kind of device that torch knows, which takes a millisecond.
+    `torch.manual_seed` seeds every device type of torch, which takes a millisecond.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
