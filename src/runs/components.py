@@ -12,7 +12,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import GRID_SETTINGS
-from src.config.overrides import CONF, config_groups, nearest
+from src.config.search_path import CONF, config_groups, nearest
 from src.errors import sentence
 
 if TYPE_CHECKING:

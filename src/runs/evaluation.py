@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config.arguments import check_arguments, check_counts, check_names, check_seeds
-from src.config.overrides import CONF, config_groups, nearest
+from src.config.search_path import CONF, config_groups, nearest
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint

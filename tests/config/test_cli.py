@@ -10,8 +10,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from src.config.cli import launch
-from src.config.overrides import CONF, check_overrides, config_groups, split_arguments
+from src.config.overrides import check_overrides, split_arguments
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.search_path import CONF, config_groups
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError
 from src.quoting import format_override

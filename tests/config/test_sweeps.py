@@ -12,7 +12,8 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from src.config.overrides import CONF, check_overrides
+from src.config.overrides import check_overrides
+from src.config.search_path import CONF
 from src.config.sweeps import share
 from src.errors import UsageError
 from tests.conftest import HANG_SECONDS, TINY, train_tiny

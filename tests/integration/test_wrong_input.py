@@ -14,8 +14,9 @@ import src
 from src.compare import compare
 from src.config.arguments import check_seeds
 from src.config.cli import launch
-from src.config.overrides import CONF, check_overrides, choose_none
+from src.config.overrides import check_overrides, choose_none
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.search_path import CONF
 from src.distributed.processes import check_processes
 from src.errors import UsageError
 from src.evaluate import evaluate
