@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.config.arguments import check_counts, check_seeds
 from src.config.cli import launch
 from src.config.output import begin
+from src.config.rules import check_values
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
@@ -31,8 +31,7 @@ def sample(cfg: DictConfig) -> Path:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
-        check_counts(cfg, "n", "batch_size", "sampler.steps")
-        check_seeds(cfg)
+        check_values(cfg)
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)

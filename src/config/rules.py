@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Set
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError
@@ -61,7 +61,7 @@ RANGES = {
     "ode_tolerance": "(0, inf)",
     "alignment.n": "[1, inf)",
     "alignment.detector_steps": "[1, inf)",
-    "analytic_samples": "[1, inf)",
+    "analytic_samples": "[10, inf)",
     "num_steps": "[1, inf)",
     "frames": "[2, inf)",
 }
@@ -71,10 +71,12 @@ CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "features": ("classifier", "pixels", "inception", "dinov2"),
+    "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Texts that a setting takes."""
+"""Texts that a setting takes, alone or in a list."""
 
 EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
 """Settings that exclude each other when both are typed."""
@@ -117,8 +119,10 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
     rule = RANGES.get(argument) or RANGES.get(name) or next(patterns, None)
     if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
         raise UsageError(f"{name}={value} must be in {rule}")
-    if name in CHOICES and isinstance(value, str) and value not in CHOICES[name] and "${" not in value:
-        raise UsageError(f"{name}={value} must be one of {', '.join(CHOICES[name])}")
+    choices = CHOICES.get(name) if value is not None else None
+    for each in value if isinstance(value, list | ListConfig) else [value]:
+        if choices and each not in choices and "${" not in str(each):
+            raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
 
 
 def check_type(name: str, default: Any, value: Any) -> None:

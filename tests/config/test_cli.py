@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import src
 from src.config.cli import launch
 from src.config.overrides import check_overrides, split_arguments
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
@@ -229,7 +230,7 @@ def test_config_groups_omit_base_files():
 
 def test_commands_import_nothing_heavy_at_start():
     heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
-    commands = "src.train, src.sample, src.evaluate, src.export, src.schedules"
+    commands = ", ".join(f"src.{name}" for name in src.COMMANDS)
     code = f"import sys, {commands}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
