@@ -36,8 +36,8 @@ def compose(
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         message = " ".join(str(error).partition("\nConfig search path")[0].split())
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
-            choice = match[1].replace("/_", "=").replace("/", "=")
-            group = choice.split("=")[0]
+            group, _, option = match[1].rpartition("/")
+            choice = next((each for each in overrides if _key(each) == group), f"{group}={option.lstrip('_')}")
             message = f"{choice} needs {match[2]}, which src.{config_name} lacks; choose another {group}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
             message = _missing_plugin(match[1], match[2])
