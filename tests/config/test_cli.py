@@ -245,7 +245,7 @@ def test_commands_import_nothing_heavy_at_start():
         (["src.sample", "run=outputs/no/such/run"], 2, "no run folder"),
         (["src.sample"], 2, "give run=FOLDER"),
         (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
-        (["src.schedules", "names=[]"], 2, "at least one of names"),
+        (["src.schedules", "names=[]"], 2, "names=[]"),
         (
             ["src.schedules", "data=points"],
             2,

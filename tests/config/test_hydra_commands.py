@@ -178,6 +178,7 @@ REFUSED = {
     "train +schedule.num_stps=10": "did you mean schedule.num_steps?",
     "train trainer.fast_dev=true": "To append to your config use +trainer.fast_dev=true",
     "train +schedule=linear": "without the +",
+    "sample trainer=ddp": "trainer=ddp",
     "train run_dir=x": "type hydra.run.dir=x",
     # Not an override, or several values.
     "train --schedule=linear": "type schedule=linear",
