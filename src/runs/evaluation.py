@@ -7,7 +7,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config.arguments import check_arguments
 from src.config.rules import check_values
-from src.config.search_path import config_groups, load_option, unknown_option
+from src.config.search_path import config_groups, load_option
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
@@ -86,7 +86,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
     """
     names = [name for name in config_groups()["schedule"] if name != "custom"]  # custom needs betas
     if cfg.analytic_schedule not in names:
-        raise ValueError(unknown_option("analytic_schedule", cfg.analytic_schedule, names))
+        raise ValueError(f"analytic_schedule={cfg.analytic_schedule} must be one of {', '.join(names)}")
     steps = list(cfg.analytic_steps or [])
     if not steps or min(steps) < 2:
         raise ValueError(f"analytic_steps={steps} must hold numbers of at least 2")
