@@ -201,12 +201,12 @@ def test_sweep_presets_compose_and_need_multirun(preset):
     params = OmegaConf.load(preset).hydra.sweeper.params
     values = [f"{name}={value}" for name, value in params.items()]
     check_overrides("train", [f"sweep={preset.stem}", *values], multirun=True)
-    with pytest.raises(UsageError, match="sweep=.* -m"):
+    with pytest.raises(UsageError, match=r"sweep=.* -m"):
         check_overrides("train", [f"sweep={preset.stem}"])
 
 
 def test_unknown_optimized_metric_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="optimized_metric=val/los .*val/loss"):
+    with pytest.raises(UsageError, match=r"optimized_metric=val/los .*val/loss"):
         train_tiny(tmp_path / "run", "optimized_metric=val/los")
 
 
