@@ -38,7 +38,7 @@ def sample(cfg: DictConfig) -> Path:
         sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
-        check_combinations(cfg, sampler, len(prompts))
+        check_prompt_settings(cfg, sampler, len(prompts))
         embedded = condition(prompts) if condition else None
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -89,7 +89,7 @@ def sample(cfg: DictConfig) -> Path:
     return folder
 
 
-def check_combinations(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
+def check_prompt_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
     """Raise ValueError if `n` is smaller than the number of conditions, or a setting needs guidance that is off."""
     if cfg.cond is not None and cfg.n < num_prompts:
         raise ValueError(f"n={cfg.n} leaves out some of the {num_prompts} that cond asks for: set n={num_prompts}")
