@@ -34,10 +34,10 @@ def assign_devices(sweep: Path, n_jobs: int) -> None:
 
     if gpus():
         workers = joblib.effective_n_jobs(n_jobs)
-        os.environ["CUDA_VISIBLE_DEVICES"] = share(gpus(), _place(sweep, workers), workers)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices_of_worker(gpus(), _place(sweep, workers), workers)
 
 
-def share(devices: tuple[str, ...], place: int, workers: int) -> str:
+def devices_of_worker(devices: tuple[str, ...], place: int, workers: int) -> str:
     """Return the devices of worker number `place` of `workers`: at least one, several if there are more devices."""
     if workers >= len(devices):
         return devices[place % len(devices)]

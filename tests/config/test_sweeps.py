@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from src.config.overrides import check_overrides
 from src.config.search_path import CONF
-from src.config.sweeps import share
+from src.config.sweeps import devices_of_worker
 from src.errors import UsageError
 from tests.conftest import HANG_SECONDS, TINY, train_tiny
 
@@ -214,7 +214,7 @@ def test_unknown_optimized_metric_is_refused(tmp_path):
 def test_workers_share_all_devices_evenly(devices, workers):
     """With enough devices no two workers share one."""
     names = tuple(f"gpu{n}" for n in range(devices))
-    shares = [share(names, place, workers).split(",") for place in range(workers)]
+    shares = [devices_of_worker(names, place, workers).split(",") for place in range(workers)]
     used = [name for part in shares for name in part]
     assert set(used) == set(names) and all(shares)
     assert len(used) == max(devices, workers)
