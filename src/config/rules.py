@@ -38,7 +38,7 @@ RANGES = {
     "data.val_fraction": "(0, 1)",
     "data.num_samples": "[1, inf)",
     "model.dropout": "[0, 1)",
-    "conditioning.cond_drop_prob": "[0, 1]: 0.1 is usual",
+    "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
     "diffusion.clip_x0": "(0, inf)",
     "diffusion.dynamic_threshold": "(0, 1]",
     "diffusion.sigma_data": "(0, inf)",
