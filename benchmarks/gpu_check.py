@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training import RANDOM_IMAGES, now
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.distributed.ranks import end_with_parent, fresh_folder
 from src.runs import components, out_of_memory
 from src.runs.build import build

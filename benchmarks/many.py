@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.training import compose
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.evaluation.quality import time_network_call
 from src.runs import components
 from src.runs.build import build, close_run

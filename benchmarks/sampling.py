@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.quality import FixedSamples
 from benchmarks.training import compose_train
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.distributed.processes import Processes
 from src.evaluation.quality import SampleEvaluator
 from src.evaluation.settings import QualitySettings

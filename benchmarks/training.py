@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.data.sources import InMemory, Source
 from src.errors import is_out_of_memory
 from src.runs.build import build

@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from src.comparison.survey import check_same_data, find_wandb, run_folders, survey
-from src.config.arguments import check_counts, check_names, check_seeds
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.overrides import key_of, split_arguments
 from src.config.resolvers import wandb_offline
+from src.config.rules import check_values
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import QualitySettings, check_num_val, check_reverse_variance
@@ -85,9 +85,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
 
 def comparison_settings(cfg: DictConfig) -> QualitySettings:
     """Check all settings without importing torch, and return those of sample quality."""
-    check_counts(cfg, "n", "batch_size", "max_features", "num_memorization", "num_val", "num_terms", "sampler.steps")
-    check_seeds(cfg)
-    check_names(cfg, "features")
+    check_values(cfg)
     check_reverse_variance(cfg.reverse_variance, "reverse_variance")
     settings = QualitySettings(
         features=components.names_of(cfg.features),

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from src.config.arguments import check_counts, check_seeds
 from src.config.cli import launch
 from src.config.output import start_output
+from src.config.rules import check_values
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
@@ -31,15 +31,14 @@ def sample(cfg: DictConfig) -> Path:
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
-        check_counts(cfg, "n", "batch_size", "sampler.steps")
-        check_seeds(cfg)
+        check_values(cfg)
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.guidance)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
-        check_sample_settings(cfg, sampler, len(prompts))
+        check_prompt_settings(cfg, sampler, len(prompts))
         embedded = condition(prompts) if condition else None
         if condition and cfg.negative is not None:
             opened.module.null = condition([cfg.negative])
@@ -90,7 +89,7 @@ def sample(cfg: DictConfig) -> Path:
     return folder
 
 
-def check_sample_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
+def check_prompt_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:
     """Raise ValueError if `n` is smaller than the number of conditions, or a setting needs guidance that is off."""
     if cfg.cond is not None and cfg.n < num_prompts:
         raise ValueError(f"n={cfg.n} must be at least {num_prompts}, the number of conditions in cond")

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.rules import check_values
-from src.config.search_path import config_groups, load_option, nearest
+from src.config.search_path import config_groups, load_option, unknown_option
 from src.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ def show_schedules(cfg: DictConfig) -> Path:
         raise UsageError("names=[] must name at least one schedule; leave it out for all")
     for name in names:
         if name not in available:
-            raise UsageError(
-                f"unknown schedule '{name}'{nearest(name, available) or ': choose from ' + ', '.join(available)}"
-            )
+            raise UsageError(unknown_option("schedule", name, available))
 
     import torch
     from hydra.utils import instantiate

@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
 
 # Tiny convolutions gain nothing from a second thread and become much slower beside other processes.

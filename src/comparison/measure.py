@@ -16,7 +16,7 @@ from src.cache import cached, digest
 from src.comparison.grouping import RunRecord
 from src.comparison.survey import SurveyedRun
 from src.config.arguments import check_arguments
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.data.conditions import Condition
 from src.distributed.processes import Processes
 from src.errors import usage_errors

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Union
 
 from hydra.utils import get_method
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError
 
 GRID_SETTINGS = ("steps", "spacing")
@@ -59,32 +59,6 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
     for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))
-
-
-def check_counts(cfg: DictConfig, *names: str) -> None:
-    """Raise ValueError if one of these settings is below 1; null is allowed."""
-    for name in names:
-        value = OmegaConf.select(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-
-
-def check_names(cfg: DictConfig, name: str) -> None:
-    """Raise ValueError unless a setting is null, a name or a list of names."""
-    value = cfg[name]
-    if not all(isinstance(each, str) for each in (value if isinstance(value, ListConfig) else [value or ""])):
-        raise ValueError(f"{name}={value} must be a name or a list of names")
-
-
-def check_seeds(cfg: DictConfig, prefix: str = "") -> None:
-    """Raise ValueError if a seed, at any depth, is outside [0, 2^32), the range that NumPy accepts."""
-    for key in map(str, cfg):
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig):
-            if not node._is_none():
-                check_seeds(node, f"{prefix}{key}.")
-        elif (key == "seed" or key.endswith("_seed")) and isinstance(seed := cfg[key], int) and not 0 <= seed < 2**32:
-            raise ValueError(f"{prefix}{key}={seed} must be in [0, 2^32)")
 
 
 def _hints(target: Any) -> dict[str, Any]:

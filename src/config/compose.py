@@ -36,8 +36,8 @@ def compose(
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         message = " ".join(str(error).partition("\nConfig search path")[0].split())
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
-            choice = match[1].replace("/_", "=").replace("/", "=")
-            group = choice.split("=")[0]
+            group, _, option = match[1].rpartition("/")
+            choice = next((each for each in overrides if _key(each) == group), f"{group}={option.lstrip('_')}")
             message = f"{choice} needs {match[2]}, which src.{config_name} lacks; choose another {group}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
             message = _missing_plugin(match[1], match[2])
@@ -72,8 +72,8 @@ def _missing_plugin(group: str, name: str) -> str:
 
 
 def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
-    """Return the end of an error about an unknown key: the most similar setting, if any."""
-    known = [*names, *groups]
+    """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
+    known = [name for name in (*names, *groups) if name != key]  # perhaps a group of another command
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         return f"; type {new if '=' in new else f'{new}={value}'}"
     parent = key.rpartition(".")[0]

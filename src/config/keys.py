@@ -24,7 +24,7 @@ RENAMED_KEYS = {
     "conditioning.embed.layers": "conditioning.embed.num_layers",
     "conditioning.embed.heads": "conditioning.embed.num_heads",
     "conditioning.embed.classes": "conditioning.embed.num_classes",
-    "conditioning.embed.values": "conditioning.embed.num_values",
+    "conditioning.embed.values": "conditioning.embed.num_covariates",
     "guidance.weak": "guidance.model",
     "sampler.churn": "sampler.s_churn",
     "sampler.churn_min": "sampler.s_tmin",

@@ -19,11 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import check_combinations, check_type, check_value, check_values
-from src.config.search_path import CONF, config_folders, config_groups, nearest, unknown_option
+from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
-
-__all__ = ["CONF", "config_groups", "nearest"]  # imported from here elsewhere
 
 PATHS = (
     *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Set
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.errors import UsageError
@@ -38,7 +38,7 @@ RANGES = {
     "data.val_fraction": "(0, 1)",
     "data.num_samples": "[1, inf)",
     "model.dropout": "[0, 1)",
-    "conditioning.cond_drop_prob": "[0, 1]: 0.1 is usual",
+    "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
     "diffusion.clip_x0": "(0, inf)",
     "diffusion.dynamic_threshold": "(0, 1]",
     "diffusion.sigma_data": "(0, inf)",
@@ -61,7 +61,7 @@ RANGES = {
     "ode_tolerance": "(0, inf)",
     "alignment.n": "[1, inf)",
     "alignment.detector_steps": "[1, inf)",
-    "analytic_samples": "[1, inf)",
+    "analytic_samples": "[10, inf)",
     "num_steps": "[1, inf)",
     "frames": "[2, inf)",
 }
@@ -71,10 +71,12 @@ CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "features": ("classifier", "pixels", "inception", "dinov2"),
+    "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Allowed strings of each setting."""
+"""Texts that a setting takes, alone or in a list."""
 
 EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
 """Settings that exclude each other when both are typed."""
@@ -117,8 +119,10 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
     rule = RANGES.get(argument) or RANGES.get(name) or next(patterns, None)
     if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
         raise UsageError(f"{name}={value} must be in {rule}")
-    if name in CHOICES and isinstance(value, str) and value not in CHOICES[name] and "${" not in value:
-        raise UsageError(f"{name}={value} must be one of {', '.join(CHOICES[name])}")
+    choices = CHOICES.get(name) if value is not None else None
+    for each in value if isinstance(value, list | ListConfig) else [value]:
+        if choices and each not in choices and "${" not in str(each):
+            raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
 
 
 def check_type(name: str, default: Any, value: Any) -> None:
@@ -187,7 +191,7 @@ def _lies_in(value: float, rule: str) -> bool:
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Yield name, value and `_target_` argument of each setting that resolves, except in nodes of other packages."""
-    target = str(node._get_node("_target_") or "")
+    target = str(node._get_node("_target_", validate_access=False) or "")
     if target not in ("", "None") and not target.startswith(("src.", "torch.optim.", "lightning.")):
         return
     for key in map(str, node):

@@ -11,7 +11,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from src.config.overrides import CONF, key_of
+from src.config.overrides import key_of
+from src.config.search_path import CONF
 from src.config.sweeps import gpus
 from src.distributed.ranks import rank
 from src.quoting import command, format_override, literal

@@ -34,11 +34,11 @@ def assign_devices(sweep: Path, n_jobs: int) -> None:
 
     if gpus():
         workers = joblib.effective_n_jobs(n_jobs)
-        os.environ["CUDA_VISIBLE_DEVICES"] = worker_devices(gpus(), _place(sweep, workers), workers)
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices_of_worker(gpus(), _place(sweep, workers), workers)
 
 
-def worker_devices(devices: tuple[str, ...], place: int, workers: int) -> str:
-    """Return the devices of worker `place` of `workers`: at least one, several with more devices than workers."""
+def devices_of_worker(devices: tuple[str, ...], place: int, workers: int) -> str:
+    """Return the devices of worker number `place` of `workers`: at least one, several if there are more devices."""
     if workers >= len(devices):
         return devices[place % len(devices)]
     return ",".join(devices[place * len(devices) // workers : (place + 1) * len(devices) // workers])

@@ -1,6 +1,5 @@
 """Build a training run from its configuration."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from src.config.arguments import check_arguments, check_seeds
+from src.config.arguments import check_arguments
 from src.config.output import start_output
+from src.config.rules import check_values
 from src.quoting import format_override
 from src.runs.checkpoints import (
     changed_settings,
@@ -164,26 +164,14 @@ def instantiate_run(
 
 
 def check_config(cfg: DictConfig) -> None:
-    """Raise ValueError for a setting out of its range. Needs neither data nor networks."""
+    """Raise ValueError or UsageError for a value that its setting does not take. Needs neither data nor networks."""
     is_points = cfg.data.get("num_samples") or cfg.data.get("path")
     if is_points and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
         )
     check_arguments(cfg)
-    if not 0 < cfg.optimizer.get("lr", 1) < math.inf:
-        raise ValueError(f"optimizer.lr={cfg.optimizer.lr} must be positive and finite: 1e-3 is usual")
-    check_seeds(cfg)
-    minima = {
-        "validate_every": 1,
-        "checkpoint_every": 1,
-        "keep_checkpoints": -1,
-        "neighbors.num_samples": 0,
-        "neighbors.num_candidates": 0,
-    }
-    for name, minimum in minima.items():
-        if (value := OmegaConf.select(cfg, name)) < minimum:
-            raise ValueError(f"{name}={value} must be at least {minimum}")
+    check_values(cfg)
 
 
 def check_sharding(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Trainer") -> None:

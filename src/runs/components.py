@@ -12,7 +12,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import GRID_SETTINGS
-from src.config.overrides import CONF, config_groups, nearest
+from src.config.search_path import load_option
 from src.errors import sentence
 
 if TYPE_CHECKING:
@@ -161,17 +161,14 @@ def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
 
 
 def named_sampler(settings: Mapping[str, Any], trained: DictConfig) -> DictConfig:
-    """Return the file of conf/sampler that `settings["sampler"]` names, or the run's sampler, with the other settings.
+    """Return the option of the group sampler that `settings["sampler"]` names, or the run's, with the other settings.
 
     Raises ValueError for an unknown name.
     """
     others = {k: v for k, v in settings.items() if k != "sampler"}
     if "sampler" not in settings:
         return sampler_settings(OmegaConf.create(others), trained)
-    name, known = str(settings["sampler"]), config_groups()["sampler"]
-    if name not in known:
-        raise ValueError(f"unknown sampler '{name}'{nearest(name, known) or f': choose from {known}'}")
-    merged = OmegaConf.merge(OmegaConf.load(CONF / "sampler" / f"{name}.yaml"), others)
+    merged = OmegaConf.merge(load_option("sampler", str(settings["sampler"])), others)
     assert isinstance(merged, DictConfig)
     return merged
 

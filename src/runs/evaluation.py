@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.config.arguments import check_arguments, check_counts, check_names, check_seeds
-from src.config.overrides import CONF, config_groups, nearest
+from src.config.arguments import check_arguments
+from src.config.rules import check_values
+from src.config.search_path import config_groups, load_option
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
@@ -21,15 +22,10 @@ if TYPE_CHECKING:
 def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSettings]:
     """Check all settings without importing torch, and return those of quality and alignment."""
     find_checkpoint(cfg.run, cfg.ckpt)
-    check_counts(cfg, "n", "batch_size", "max_features", "num_memorization", "num_val", "num_terms", "sampler.steps")
-    check_counts(cfg, "alignment.n", "alignment.detector_steps")
-    check_seeds(cfg)
-    check_names(cfg, "features")
+    check_values(cfg)
+    check_reverse_variance(cfg.reverse_variance, "reverse_variance")
     if not all(isinstance(each, DictConfig) for each in sampler_list(cfg)):
         raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
-    if not cfg.ode_tolerance > 0:
-        raise ValueError(f"ode_tolerance={cfg.ode_tolerance} must be positive, such as 1e-5")
-    check_reverse_variance(cfg.reverse_variance, "reverse_variance")
     if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
         raise ValueError("likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate")
     quality = QualitySettings(
@@ -71,10 +67,9 @@ def build_samplers(cfg: DictConfig, opened: OpenedRun) -> dict[str, "Sampler"]:
 
 
 def sampler_name(settings: DictConfig) -> str:
-    """Return the name of a sampler in tables, such as `ddim 20`, with settings that differ from its file in conf/."""
+    """Return the name of a sampler in tables, such as `ddim 20`, with settings that differ from the group's option."""
     name = str(settings._target_).rpartition(".")[2]
-    file = CONF / "sampler" / f"{name}.yaml"
-    defaults = OmegaConf.load(file) if file.is_file() else OmegaConf.create()
+    defaults = load_option("sampler", name) if name in config_groups()["sampler"] else OmegaConf.create()
     others = {str(k): v for k, v in settings.items() if k != "steps" and not str(k).startswith("_")}
     changed = [
         f"{k} {v}"
@@ -91,14 +86,11 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
     """
     names = [name for name in config_groups()["schedule"] if name != "custom"]  # custom needs betas
     if cfg.analytic_schedule not in names:
-        hint = nearest(cfg.analytic_schedule, names) or f": choose from {', '.join(names)}"
-        raise ValueError(f"analytic_schedule={cfg.analytic_schedule} is unknown{hint}")
+        raise ValueError(f"analytic_schedule={cfg.analytic_schedule} must be one of {', '.join(names)}")
     steps = list(cfg.analytic_steps or [])
     if not steps or min(steps) < 2:
         raise ValueError(f"analytic_steps={steps} must hold numbers of at least 2")
-    if cfg.analytic_samples < 10:
-        raise ValueError(f"analytic_samples={cfg.analytic_samples} must be at least 10")
-    check_seeds(cfg)
+    check_values(cfg)
     check_arguments(cfg.analytic, "analytic")
     from src.diffusion.noise import Spacing
 
@@ -108,16 +100,13 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
             f"analytic_spacing={','.join(map(str, unknown))} must be null, or one or a list of "
             f"{', '.join(get_args(Spacing))}"
         )
-    node = OmegaConf.load(CONF / "schedule" / f"{cfg.analytic_schedule}.yaml")
-    assert isinstance(node, DictConfig)
+    node = load_option("schedule", cfg.analytic_schedule)
     schedule = components.build_schedule(node.get("schedule", node), 1.0, False)
     samplers = {}
     for name in config_groups()["sampler"]:
         if name == "diffusers":
             continue
-        settings = OmegaConf.load(CONF / "sampler" / f"{name}.yaml")
-        assert isinstance(settings, DictConfig)
-        sampler = components.build_sampler(settings)
+        sampler = components.build_sampler(load_option("sampler", name))
         for spacing in spacings:
             label = f"{name} {spacing}" if len(spacings) > 1 else name
             samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)

@@ -45,8 +45,7 @@ def open_run(
 
     It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the
     data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are
-    instantiated. From then on, the allocator of this process keeps freed memory. Raises FileNotFoundError or ValueError
-    if the run does not exist or cannot be read.
+    instantiated. Raises FileNotFoundError or ValueError if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()

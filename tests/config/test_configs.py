@@ -9,7 +9,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig
 
 from src.config.arguments import check_arguments
-from src.config.overrides import config_groups
+from src.config.search_path import config_groups
 from src.runs.components import build_module, build_sampler
 from tests.conftest import compose
 

@@ -138,6 +138,10 @@ REFUSED = {
     "evaluate run=x ode_tolerance=0": "ode_tolerance=0",
     "sample run=x devices=0": "devices=0",
     "schedules frames=1": "frames=1",
+    "evaluate run=x features=[pixels,resnet]": "features=resnet",
+    "evaluate run=x reference=test": "reference=test",
+    "compare n=0": "n=0",
+    "compare runs=[x,y]": "x",
     # Combinations.
     "train schedule=null": "schedule=null",
     "train ~model": "model=null",
@@ -174,6 +178,7 @@ REFUSED = {
     "train +schedule.num_stps=10": "did you mean schedule.num_steps?",
     "train trainer.fast_dev=true": "To append to your config use +trainer.fast_dev=true",
     "train +schedule=linear": "without the +",
+    "sample trainer=ddp": "trainer=ddp",
     "train run_dir=x": "type hydra.run.dir=x",
     # Not an override, or several values.
     "train --schedule=linear": "type schedule=linear",
@@ -286,11 +291,16 @@ def test_run_uses_own_package_without_trust(folder):
     """A schedule, sampler, loss, network, data, callback and logger by `_target_`, from a user folder."""
     few = ["weighting=uniform", "neighbors.num_samples=0", "diffusion.prediction=eps"]
     own = ["--config-dir", "own", "experiment=mine", *few]
-    trained, moved, resumed = run_all(
+    few_samples = ["n=10", "batch_size=10", "max_features=10", "num_memorization=10", "likelihood=false"]
+    evaluated = ["evaluate", "--config-dir", "own", "run=run", "trust=true", "sampler=mine,ddim", "sampler.steps=2"]
+    analytic = ["evaluate", "--config-dir", "own", "analytic=mixture", "analytic_schedule=mine"]
+    trained, moved, resumed, compared, exact = run_all(
         [
             ["train", *own, "hydra.run.dir=run"],
             ["train", *own, "hydra.run.dir=moved", "hydra.job.chdir=true"],
             ["train", *own, "resume=run", "trainer.max_steps=3"],
+            [*evaluated, *few_samples, "hydra.run.dir=evaluated"],
+            [*analytic, "analytic_steps=[4]", "analytic_samples=10", "hydra.run.dir=exact"],
         ],
         folder,
     )
@@ -301,7 +311,13 @@ def test_run_uses_own_package_without_trust(folder):
     assert moved["status"] == 0, moved["err"][-3000:]
     for name in ("run", "moved"):
         assert json.loads((folder / name / "metrics.json").read_text())["steps"] >= 2
-    assert {"run", "moved", "own"} >= {path.name for path in folder.iterdir()} - {"own_package.py", "__pycache__"}
+    assert compared["status"] == 0, compared["err"][-3000:]
+    assert exact["status"] == 0, exact["err"][-3000:]
+    measured, errors = (json.loads((folder / name / "metrics.json").read_text()) for name in ("evaluated", "exact"))
+    assert [name.split()[0] for name in measured["quality"]] == ["sampler", "ddim"]
+    assert "mine" in errors["samplers"]
+    left = {path.name for path in folder.iterdir()}
+    assert left <= {"run", "moved", "evaluated", "exact", "own", "own_package.py", "__pycache__"}
     # Files may come from others, so resuming them needs trust.
     assert resumed["status"] == 2 and "trust=true" in resumed["err"]
 

@@ -12,8 +12,9 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from src.config.overrides import CONF, check_overrides
-from src.config.sweeps import worker_devices
+from src.config.overrides import check_overrides
+from src.config.search_path import CONF
+from src.config.sweeps import devices_of_worker
 from src.errors import UsageError
 from tests.conftest import HANG_SECONDS, TINY, train_tiny
 
@@ -21,7 +22,7 @@ SEEDS = (0, 1)
 
 
 def sweep(folder: Path, *overrides: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    """`src.train -m` with a tiny network and two steps a job, into `folder`."""
+    """Run `src.train -m` with a tiny network and two steps per job, into `folder`."""
     quiet = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [sys.executable, "-m", "src.train", "-m", *TINY, "trainer.max_steps=2", f"hydra.sweep.dir='{folder}'"]
     env = {**os.environ, **quiet, "PYTHONPATH": str(CONF.parent), **variables}
@@ -42,7 +43,7 @@ def val_loss(run: Path) -> float:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The loss of each seed's run in this process, without a sweep."""
+    """Return the loss of each seed from a single run in this process."""
     folder = tmp_path_factory.mktemp("alone")
     return {s: train_tiny(folder / str(s), "trainer.max_steps=2", f"seed={s}")["val/loss"] for s in SEEDS}
 
@@ -50,7 +51,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
 @pytest.mark.parametrize(
     "launcher", [pytest.param("local", marks=pytest.mark.slow), pytest.param("ray_local", marks=pytest.mark.faults)]
 )
-def test_launched_jobs_equal_single_runs(launcher, alone, tmp_path):
+def test_sweep_job_equals_single_run(launcher, alone, tmp_path):
     folder = tmp_path / "jobs"
     done = sweep(folder, f"hydra/launcher={launcher}", "seed=" + ",".join(map(str, SEEDS)))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -63,15 +64,15 @@ def test_launched_jobs_equal_single_runs(launcher, alone, tmp_path):
 
 
 @pytest.mark.faults
-def test_job_in_a_worker_starts_its_other_processes(alone, tmp_path):
-    """With submitit_local; tests/distributed covers joblib."""
+def test_worker_job_launches_its_other_processes(alone, tmp_path):
+    """Under submitit_local; joblib's worker does the same in the tests of several devices."""
     done = sweep(tmp_path / "jobs", "hydra/launcher=submitit_local", "seed=0", "trainer.devices=2")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     check_one_job(tmp_path, alone[0])
 
 
 def check_one_job(cwd: Path, loss: float) -> None:
-    """Check that several processes trained one model in one folder with one log, and wrote nothing else."""
+    """Check that several processes trained one model in one folder, with one log, and left no other file."""
     assert [f.name for f in cwd.iterdir() if f.name != "bin"] == ["jobs"]
     assert {f.name for f in (cwd / "jobs").iterdir() if not f.name.startswith(".")} == {"0", "multirun.yaml"}
     run = cwd / "jobs" / "0"
@@ -81,30 +82,30 @@ def check_one_job(cwd: Path, loss: float) -> None:
 
 
 @pytest.mark.slow
-def test_search_finds_the_best_and_survives_refused_jobs(tmp_path):
+def test_search_continues_after_refused_job_and_reports_best(tmp_path):
     folder = tmp_path / "jobs"
     settings = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=1"]
-    done = sweep(folder, *settings, "data.batch_size=choice(4096,16,32)")
+    done = sweep(folder, *settings, "data.batch_size=choice(5000,16,32)")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     losses = {}
     for job in range(3):
         run = folder / str(job)
         if not run.exists():  # a refused job leaves nothing
-            losses[4096] = math.inf
+            losses[5000] = math.inf
             continue
-        (size,) = [o for o in yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text()) if "batch_size=" in o]
-        losses[int(size.removeprefix("data.batch_size="))] = val_loss(run)
+        *_, typed = [o for o in yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text()) if "batch_size=" in o]
+        losses[int(typed.removeprefix("data.batch_size="))] = val_loss(run)
     assert len(losses) == 3, "with this seed each value is tried once"
     best = min(losses, key=lambda size: losses[size])
     results = yaml.safe_load((folder / "optimization_results.yaml").read_text())
     assert results["best_params"] == {"data.batch_size": best}
     assert results["best_value"] == pytest.approx(losses[best])
-    assert "data.batch_size=4096 must be at most" in done.stdout
+    assert "Failed experiment: data.batch_size=5000" in done.stdout
     assert "Traceback" not in done.stderr
 
 
 def programs(folder: Path, **scripts: str) -> str:
-    """Return a PATH with shell scripts that replace programs."""
+    """Return a PATH on which shell scripts replace programs."""
     folder.mkdir()
     for name, body in scripts.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -113,9 +114,9 @@ def programs(folder: Path, **scripts: str) -> str:
 
 
 @pytest.mark.faults
-def test_tasks_of_a_slurm_job_train_one_model(alone, tmp_path):
-    """Scripts mimic SLURM: they set its variables and start the tasks."""
-    job = str(os.getpid())  # determines the port
+def test_slurm_tasks_train_one_model(alone, tmp_path):
+    """Shell scripts replace SLURM: they set its variables and start its tasks."""
+    job = str(os.getpid())  # which chooses the port
     known = f"SLURM_JOB_ID={job} SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NODEID=0 SLURM_NODELIST=localhost"
     path = programs(
         tmp_path / "bin",
@@ -132,14 +133,14 @@ def test_tasks_of_a_slurm_job_train_one_model(alone, tmp_path):
 
 
 def test_slurm_script_requests_resources_and_signal(tmp_path):
-    """A fake `sbatch` stores the script. Runs handle SIGUSR1, not submitit's SIGUSR2."""
+    """A fake `sbatch` keeps the script. A run handles SIGUSR1, not the SIGUSR2 of submitit."""
     path = programs(tmp_path / "bin", srun="exit 1", sbatch=f"cp $1 '{tmp_path}/script'; exit 1")
     settings = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.signal_delay_s=60"]
     done = sweep(tmp_path / "jobs", *settings, "seed=0,1", PATH=path)
     assert done.returncode != 0
-    directives = {line.removeprefix("#SBATCH --") for line in (tmp_path / "script").read_text().splitlines()}
-    assert {"time=1440", "gpus-per-node=1", "cpus-per-task=8", "ntasks-per-node=1", "partition=gpu"} <= directives
-    assert "signal=USR1@60" in directives and "array=0-1%2" in directives
+    requested = {line.removeprefix("#SBATCH --") for line in (tmp_path / "script").read_text().splitlines()}
+    assert {"time=1440", "gpus-per-node=1", "cpus-per-task=8", "ntasks-per-node=1", "partition=gpu"} <= requested
+    assert "signal=USR1@60" in requested and "array=0-1%2" in requested
 
 
 @pytest.mark.parametrize(
@@ -161,12 +162,12 @@ def test_launchers_and_sweepers_can_be_chosen(overrides):
     [
         (["hydra/launcher=loca"], ["unknown hydra/launcher 'loca'", "did you mean local?", "slurm"]),
         (["hydra/sweeper=serch"], ["unknown hydra/sweeper 'serch'", "did you mean search?"]),
-        (["hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs", "choose the launcher or sweeper first"]),
-        (["optimizer.lr=interval(1e-4,1e-2)"], ["is an interval", "hydra/sweeper=search"]),
+        (["hydra.launcher.n_jobs=2"], ["hydra.launcher.n_jobs", "hydra/launcher="]),
+        (["optimizer.lr=interval(1e-4,1e-2)"], ["optimizer.lr=interval(1e-4,1e-2)", "hydra/sweeper=search"]),
         (["sweep=schedule"], ["did you mean schedules?"]),
     ],
 )
-def test_invalid_sweep_overrides_raise_in_one_line(overrides, fragments):
+def test_invalid_sweep_is_refused_on_one_line(overrides, fragments):
     with pytest.raises(UsageError) as error:
         check_overrides("train", overrides, multirun=True)
     assert "\n" not in str(error.value)
@@ -185,8 +186,8 @@ def test_invalid_sweep_overrides_raise_in_one_line(overrides, fragments):
         ("sweep=optimizer", "optuna"),
     ],
 )
-def test_missing_extra_is_named(override, extra, monkeypatch):
-    check_overrides("train", [override], multirun=True)  # finds all plugins
+def test_missing_plugin_names_its_extra(override, extra, monkeypatch):
+    check_overrides("train", [override], multirun=True)  # which finds all plugins
     for group in ("launcher", "sweeper"):
         options = ConfigStore.instance().repo["hydra"][group]
         for name in [n for n in options if n.split(".")[0].split("_")[0] == extra]:
@@ -196,26 +197,24 @@ def test_missing_extra_is_named(override, extra, monkeypatch):
 
 
 @pytest.mark.parametrize("preset", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_compose_and_need_multirun(preset):
+def test_sweep_presets_compose_and_need_multirun(preset):
     params = OmegaConf.load(preset).hydra.sweeper.params
     values = [f"{name}={value}" for name, value in params.items()]
     check_overrides("train", [f"sweep={preset.stem}", *values], multirun=True)
-    with pytest.raises(UsageError, match="needs -m"):
+    with pytest.raises(UsageError, match=r"sweep=.* -m"):
         check_overrides("train", [f"sweep={preset.stem}"])
 
 
-def test_unknown_metric_is_refused_before_training(tmp_path):
-    with pytest.raises(
-        UsageError, match="optimized_metric=val/los is not a metric of this run: choose one of val/loss"
-    ):
+def test_unknown_optimized_metric_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"optimized_metric=val/los .*val/loss"):
         train_tiny(tmp_path / "run", "optimized_metric=val/los")
 
 
 @pytest.mark.parametrize(("devices", "workers"), [(8, 2), (7, 3), (4, 4), (1, 1), (2, 5)])
-def test_devices_are_divided_evenly(devices, workers):
-    """All devices are used, as evenly as possible, and by only one worker if there are enough."""
+def test_workers_share_all_devices_evenly(devices, workers):
+    """With enough devices no two workers share one."""
     names = tuple(f"gpu{n}" for n in range(devices))
-    shares = [worker_devices(names, place, workers).split(",") for place in range(workers)]
+    shares = [devices_of_worker(names, place, workers).split(",") for place in range(workers)]
     used = [name for part in shares for name in part]
     assert set(used) == set(names) and all(shares)
     assert len(used) == max(devices, workers)
@@ -224,7 +223,7 @@ def test_devices_are_divided_evenly(devices, workers):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_worker_number_is_freed_when_the_process_ends(tmp_path):
+def test_worker_number_is_free_after_a_kill(tmp_path):
     code = (
         "import sys; from pathlib import Path; from src.config.sweeps import _place;"
         f"print(_place(Path({str(tmp_path)!r}), 2), flush=True); sys.stdin.read()"

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from tests.data.test_split import is_validation
 
 

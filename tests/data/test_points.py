@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from torch import Tensor
 from torch.testing import assert_close
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from tests.loops import for_each
 
 

@@ -16,7 +16,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from tests.loops import for_each
 
 

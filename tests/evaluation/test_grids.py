@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.diffusion import curves, schedules
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from src.evaluation.sampler_accuracy import compare_samplers

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.errors import UsageError
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import train_tiny

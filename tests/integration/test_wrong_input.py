@@ -12,10 +12,11 @@ import torch
 
 import src
 from src.compare import compare
-from src.config.arguments import check_seeds
 from src.config.cli import launch
-from src.config.overrides import CONF, check_overrides, choose_none
+from src.config.overrides import check_overrides, choose_none
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.rules import check_values
+from src.config.search_path import CONF
 from src.distributed.processes import check_processes
 from src.errors import UsageError
 from src.evaluate import evaluate
@@ -151,7 +152,7 @@ def test_seeds_out_of_range_are_refused(trained, tmp_path):
         run = [] if name == "schedules" else run
         cfg = compose(name, *run, *setting.split(), f"run_dir='{tmp_path}'")
         refused(lambda name=name, cfg=cfg: COMMANDS[name](cfg), setting.split()[-1])
-    check_seeds(compose("train", f"seed={2**32 - 1}"))
+    check_values(compose("train", f"seed={2**32 - 1}"))
 
 
 def test_counts_below_one_are_refused(trained, tmp_path):

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.models.layers import (
     Downsample,
     ResidualBlock,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from src.config.overrides import CONF
+from src.config.search_path import CONF
 from src.errors import UsageError
 from src.runs.build import build, close_run
 from src.runs.components import instantiate_node

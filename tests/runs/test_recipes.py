@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch.testing import assert_close
 
-from src.config.overrides import CONF, check_overrides, config_groups
+from src.config.overrides import check_overrides
 from src.config.resume import check_saved, saved_overrides
+from src.config.search_path import CONF, config_groups
 from src.diffusion.gaussian_diffusion import Prediction
 from src.diffusion.noise import make_time_grid
 from src.errors import UsageError

@@ -21,8 +21,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from src.config.overrides import CONF
 from src.config.resume import expand_resume
+from src.config.search_path import CONF
 from src.errors import UsageError
 from src.runs.open import open_run
 from src.runs.trust import known_targets
