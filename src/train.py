@@ -5,9 +5,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.config.cli import launch
+from src.config.search_path import search_path_overrides
 from src.distributed.ranks import handle_signals, rank
 from src.errors import UsageError, memory_errors, usage_errors
 from src.quoting import command, format_override
@@ -121,7 +123,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
         print_once("No checkpoint was saved: trainer.enable_checkpointing=false")
         return
     folder = format_override("run", relative(run.directory))
-    sample = command("sample", folder, *([] if run.averages else ["ema=false"]))
+    sample = command("sample", *search_path_overrides(), folder, *([] if run.averages else ["ema=false"]))
     print_once(f"More samples: {sample} n=64")
     if (condition := run.data.condition) and condition.examples:
         example = condition.examples[0]
@@ -135,12 +137,14 @@ def resume_hint(run: "Run") -> str:
     if saved is None:
         return f"at step {run.trainer.global_step}: nothing was saved yet."
     step = read_checkpoint(saved)["global_step"]
-    return f"saved at step {step}. Resume with: {command('train', format_override('resume', relative(run.directory)))}"
+    resume = command("train", *search_path_overrides(), format_override("resume", relative(run.directory)))
+    return f"saved at step {step}. Resume with: {resume}"
 
 
 def relative(path: Path) -> Path:
-    """Return `path` relative to the working directory if it is below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    """Return `path` relative to the folder in which the command was typed, if it is below it."""
+    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+    return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path.absolute()
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
     patterns = (RANGES[p] for p in RANGES if "*" in p and fnmatch.fnmatchcase(name, p))
     rule = RANGES.get(argument) or RANGES.get(name) or next(patterns, None)
     if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
-        raise UsageError(f"{name}={value} must be in {rule}")
+        at_least = rule.removeprefix("[").removesuffix(", inf)")
+        wanted = f"at least {at_least}" if f"[{at_least}, inf)" == rule else f"in {rule}"
+        raise UsageError(f"{name}={value} must be {wanted}")
     choices = CHOICES.get(name) if value is not None else None
     for each in value if isinstance(value, list | ListConfig) else [value]:
         if choices and each not in choices and "${" not in str(each):

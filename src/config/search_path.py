@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import RENAMED_OPTIONS
 from src.errors import UsageError
+from src.quoting import format_override
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -38,6 +39,12 @@ def config_folders(added: Sequence[str] | None = None) -> list[Path]:
         added = [source.path for source in sources if source.schema == "file"]
     folders = [Path(each.removeprefix("file://")) for each in added if "pkg://" not in each]
     return [CONF, *(folder for folder in folders if folder != CONF and folder.is_dir())]
+
+
+def search_path_overrides() -> list[str]:
+    """Return the override that adds the user's config folders of the running job to another command, if any."""
+    folders = [f"file://{folder}" for folder in config_folders()[1:]]
+    return [format_override("hydra.searchpath", folders)] if folders else []
 
 
 def config_groups(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:

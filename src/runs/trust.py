@@ -1,17 +1,18 @@
 """Check configurations from untrusted files, such as downloaded checkpoints.
 
 Hydra imports and calls anything with a dotted name, `src.rng.torch.os.system` too. Therefore a `_target_` is allowed
-only if a YAML file of conf/ has the same one under the same key, and a string must not contain `${...}`, because
-OmegaConf would resolve it.
+only if a YAML file of conf/, or of a config folder on this command line, has the same one under the same key. A string
+must not contain `${...}`, because OmegaConf would resolve it.
 """
 
 import functools
 from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from src.config.search_path import CONF
+from src.config.search_path import config_folders
 from src.training.checkpoints import walk_settings
 
 TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer")
@@ -32,17 +33,25 @@ class Target(NamedTuple):
     partial: bool
 
 
-@functools.cache
 def known_targets(training: bool = False) -> frozenset[Target]:
-    """Return every `_target_` in conf/; with `training` also those that only training instantiates."""
+    """Return every `_target_` in conf/ and in the user's config folders; with `training` also those of training only.
+
+    The user's folders are those of `--config-dir` and `hydra.searchpath`, which only the user can name.
+    """
+    return _known_targets(tuple(config_folders()), training)
+
+
+@functools.cache
+def _known_targets(folders: tuple[Path, ...], training: bool) -> frozenset[Target]:
     found = {Target("optimizer", f"torch.optim.{name}", True) for name in OPTIMIZERS if training}
-    for file in CONF.rglob("*.yaml"):
-        text, group = file.read_text(), file.parent.name
-        if CONF / "hydra" in file.parents:
-            continue
-        if training or group not in TRAINING_GROUPS:
-            top = "" if file.parent == CONF or "@package _global_" in text else group
-            found |= set(_targets(yaml.safe_load(text), top))
+    for folder in folders:
+        for file in folder.rglob("*.yaml"):
+            text, group = file.read_text(), file.parent.name
+            if folder / "hydra" in file.parents:
+                continue
+            if training or group not in TRAINING_GROUPS:
+                top = "" if file.parent == folder or "@package _global_" in text else group
+                found |= set(_targets(yaml.safe_load(text), top))
     return frozenset(found)
 
 
