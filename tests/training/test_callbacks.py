@@ -332,7 +332,7 @@ def test_dashboard_without_account_names_the_fix(monkeypatch, no_network, tmp_pa
     pytest.importorskip("wandb_workspaces")
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(UsageError, match=r"entity=.* is missing"):
+    with pytest.raises(UsageError, match="entity=null must be the W&B account"):
         dashboard.show_dashboard(compose("dashboard"))
     with pytest.raises(UsageError, match="wandb login"):
         dashboard.show_dashboard(compose("dashboard", "entity=me"))
