@@ -14,7 +14,7 @@ from src.models.unet import UNet
 from src.rng import StepRng
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import compose, train_tiny
-from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal, randomise
+from tests.models.test_models import TINY, copy_weights, diffusers_twin, normal, randomize
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +91,7 @@ def test_covariates_are_standardized_and_none_is_nan():
 @torch.no_grad()
 def test_class_embedding_matches_diffusers():
     """UNet2DModel with num_class_embeds adds the class embedding to the time embedding."""
-    ours = randomise(UNet(**TINY, condition=partial(ClassEmbedding, num_classes=3))).eval()
+    ours = randomize(UNet(**TINY, condition=partial(ClassEmbedding, num_classes=3))).eval()
     theirs = diffusers_twin({**TINY, "classes": 4})
     copy_weights(ours, theirs)
     x, time, cond = normal(4, 1, 8, 8), torch.tensor([0.1, 0.3, 0.5, 0.9]), torch.tensor([0, 1, 2, 3])
