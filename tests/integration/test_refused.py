@@ -190,7 +190,7 @@ def test_signal_during_start_leaves_no_file(there, monkeypatch):
             os.kill(os.getpid(), number)
             original(module)
 
-        monkeypatch.setattr("src.runs.build.warn_of_schedule", interrupted)
+        monkeypatch.setattr("src.runs.build.warn_about_schedule", interrupted)
         handler = signal.getsignal(number)
         assert command(monkeypatch, "train", *words) == 128 + number
         assert tree(there) == before, words

@@ -92,7 +92,7 @@ def saved(tmp_path):
     class Stop(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 2:
-                internals.count_step_as_ended(trainer)
+                internals.mark_step_completed(trainer)
                 trainer.save_checkpoint(tmp_path / "a.ckpt")
                 raise KeyboardInterrupt
 

@@ -51,8 +51,8 @@ def test_training_curves_share_their_steps(tmp_path, monkeypatch):
         writer.writerows({"step": k, "train/loss": 1 / (k + 1)} for k in range(20))
         writer.writerow({"step": 19, "val/loss": 0.1})
     drawn = []
-    render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
+    render = charts.render_figure
+    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
     assert charts.loss_curves([log]) is not None
     first, second = drawn[0].axes
     assert first.get_xlim() == second.get_xlim() and first.get_title()
@@ -61,8 +61,8 @@ def test_training_curves_share_their_steps(tmp_path, monkeypatch):
 
 def test_charts_have_titles_and_labels(monkeypatch):
     drawn = []
-    render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
+    render = charts.render_figure
+    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
     t = torch.linspace(0.01, 0.99, 50)
     charts.schedule_curves({f"s{k}": (t, (1 - t).sqrt(), t.sqrt()) for k in range(14)})
     charts.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
@@ -77,8 +77,8 @@ def test_charts_have_titles_and_labels(monkeypatch):
 
 def test_quality_chart_tells_direction(monkeypatch):
     drawn = []
-    render = charts.render
-    monkeypatch.setattr(charts, "render", lambda figure: drawn.append(figure) or render(figure))
+    render = charts.render_figure
+    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
     curves = {"ddim": [(5, [INTERVAL, INTERVAL]), (50, [INTERVAL, INTERVAL])]}
     charts.quality_against_cost(["fd_pixels_1k", "recall_pixels_1k"], curves, [INTERVAL, INTERVAL])
     left, right = (axes.get_ylabel() for axes in drawn[0].axes)
