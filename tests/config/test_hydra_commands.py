@@ -314,7 +314,7 @@ def test_run_uses_own_package_without_trust(folder):
     assert compared["status"] == 0, compared["err"][-3000:]
     assert exact["status"] == 0, exact["err"][-3000:]
     measured, errors = (json.loads((folder / name / "metrics.json").read_text()) for name in ("evaluated", "exact"))
-    assert [name.split()[0] for name in measured["quality"]] == ["sampler", "ddim"]
+    assert [name.split()[0] for name in measured["samplers"]] == ["sampler", "ddim"]
     assert "mine" in errors["samplers"]
     left = {path.name for path in folder.iterdir()}
     assert left <= {"run", "moved", "evaluated", "exact", "own", "own_package.py", "__pycache__"}
