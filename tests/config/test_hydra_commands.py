@@ -292,7 +292,16 @@ def test_run_uses_own_package_without_trust(folder):
     few = ["weighting=uniform", "neighbors.num_samples=0", "diffusion.prediction=eps"]
     own = ["--config-dir", "own", "experiment=mine", *few]
     few_samples = ["n=10", "batch_size=10", "max_features=10", "num_memorization=10", "likelihood=false"]
-    evaluated = ["evaluate", "--config-dir", "own", "run=run", "trust=true", "sampler=mine,ddim", "sampler.steps=2"]
+    evaluated = [
+        "evaluate",
+        "--config-dir",
+        "own",
+        "run=run",
+        "trust=true",
+        "ema=false",
+        "sampler=mine,ddim",
+        "sampler.steps=2",
+    ]
     analytic = ["evaluate", "--config-dir", "own", "analytic=mixture", "analytic_schedule=mine"]
     trained, moved, resumed, compared, exact = run_all(
         [
