@@ -292,7 +292,16 @@ def test_run_uses_own_package_without_trust(folder):
     few = ["weighting=uniform", "neighbors.num_samples=0", "diffusion.prediction=eps"]
     own = ["--config-dir", "own", "experiment=mine", *few]
     few_samples = ["n=10", "batch_size=10", "max_features=10", "num_memorization=10", "likelihood=false"]
-    evaluated = ["evaluate", "--config-dir", "own", "run=run", "trust=true", "sampler=mine,ddim", "sampler.steps=2"]
+    evaluated = [
+        "evaluate",
+        "--config-dir",
+        "own",
+        "run=run",
+        "trust=true",
+        "ema=false",
+        "sampler=mine,ddim",
+        "sampler.steps=2",
+    ]
     analytic = ["evaluate", "--config-dir", "own", "analytic=mixture", "analytic_schedule=mine"]
     trained, moved, resumed, compared, exact = run_all(
         [
@@ -314,7 +323,7 @@ def test_run_uses_own_package_without_trust(folder):
     assert compared["status"] == 0, compared["err"][-3000:]
     assert exact["status"] == 0, exact["err"][-3000:]
     measured, errors = (json.loads((folder / name / "metrics.json").read_text()) for name in ("evaluated", "exact"))
-    assert [name.split()[0] for name in measured["quality"]] == ["sampler", "ddim"]
+    assert [name.split()[0] for name in measured["samplers"]] == ["sampler", "ddim"]
     assert "mine" in errors["samplers"]
     left = {path.name for path in folder.iterdir()}
     assert left <= {"run", "moved", "evaluated", "exact", "own", "own_package.py", "__pycache__"}
