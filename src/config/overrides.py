@@ -269,8 +269,11 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
     hint = key_hint(key, override.get_value_element_as_str(), names, groups)
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
-        raise UsageError(f"{line}: {target} has no argument '{key}'{hint or f'; it takes {_arguments(node)}'}")
-    if hint and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
+        raise UsageError(
+            f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint or f'; it takes {_arguments(node)}'}"
+        )
+    added_node = key.endswith("._target_") or (parent and parent not in names)  # such as a callback of the user
+    if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
 
 

@@ -177,9 +177,9 @@ def test_other_refused_commands_leave_no_file(there, monkeypatch, capsys):
 
 def test_signal_during_start_leaves_no_file(there, monkeypatch):
     """The signal arrives while a new run, a resumed run or a sweep's job is built."""
-    from src.runs.build import warn_of_schedule
+    from src.runs.build import warn_about_schedule
 
-    original, before = warn_of_schedule, tree(there)
+    original, before = warn_about_schedule, tree(there)
     for number, words in (
         (signal.SIGINT, [*QUICK, "hydra.run.dir=new/run"]),
         (signal.SIGTERM, ["resume=R", "trainer.max_steps=4"]),

@@ -103,5 +103,5 @@ def test_links_out_of_the_run_folder_are_refused(tmp_path):
         path.unlink()
     shutil.move(folder / "wandb", outside)
     os.symlink(outside, folder / "wandb")
-    with pytest.raises(UsageError, match="wandb leads out"):
+    with pytest.raises(UsageError, match="wandb links out"):
         expand_resume([f"resume={folder}"])

@@ -278,7 +278,7 @@ def test_unknown_precision_and_compile_mode_are_refused(wrong, message, trained,
 
 def test_cuda_graphs_with_accumulation_are_refused(tmp_path):
     settings = ("compile=reduce-overhead", "trainer.accumulate_grad_batches=2", f"run_dir='{tmp_path}'")
-    with pytest.raises(ValueError, match="replays CUDA graphs"):
+    with pytest.raises(ValueError, match="compile="):
         build(compose("train", *TINY, *settings))
 
 
@@ -328,7 +328,7 @@ def test_checkpoint_of_another_network_is_refused(trained, tmp_path):
         (["data.batch_size=2000"], "data.batch_size=2000"),
         (["data.batch_size=63", "trainer.accumulate_grad_batches=2"], "multiple of 2"),
         (["model.conv_backend=fast"], "model.conv_backend=fast"),
-        (["zero_terminal_snr=true", "diffusion.prediction=eps"], "zero SNR x_T is the noise itself"),
+        (["zero_terminal_snr=true", "diffusion.prediction=eps"], "diffusion.prediction=eps"),
         (["sampler=ddim", "sampler.eta=2"], "sampler.eta=2"),
         (["sampler.steps=0"], "sampler.steps=0"),
         (["sampler.spacing=even"], "sampler.spacing=even"),
@@ -448,7 +448,11 @@ def test_tables_losses_and_ema_stay_float32(trained, tmp_path, monkeypatch, prec
         monkeypatch.setattr(owner, name, recorded)
 
     record(layers, "sinusoidal_embedding", lambda time, _, out: [time, out])
-    record(DiffusionModule, "_terms", lambda module, args, out: [*module.schedule.level(torch.tensor([3]), args[1])])
+    record(
+        DiffusionModule,
+        "compute_losses",
+        lambda module, args, out: [*module.schedule.level(torch.tensor([3]), args[1])],
+    )
     record(DiffusionModule, "training_step", lambda module, _, out: [out["loss"], out["terms"]["loss"], out["v"]])
     record(EMA, "on_train_batch_end", lambda ema, *_: ema._average)
     record(layers.ResidualBlock, "forward", lambda _, __, out: [out])

@@ -402,11 +402,11 @@ def test_progress_bar_shows_the_loss_of_the_last_batch(tmp_path, monkeypatch, ca
 
 
 def test_progress_prints_few_lines_without_terminal(tmp_path, monkeypatch, capsys):
-    train_with_progress(tmp_path / "a")
+    train_with_progress(tmp_path / "a", "callbacks.progress.refresh_rate=10")
     (line,) = capsys.readouterr().out.splitlines()  # 4 steps take less than 10 s
     assert line.startswith("step 4 of 4: train/loss ") and line.endswith("steps/s")
     monkeypatch.setattr("src.training.callbacks.monitor.SECONDS_PER_LINE", 0.0)
-    train_with_progress(tmp_path / "b")
+    train_with_progress(tmp_path / "b", "callbacks.progress.refresh_rate=10")
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1", "2", "3", "4"]
     train_with_progress(tmp_path / "c", "callbacks.progress.refresh_rate=0")
     assert capsys.readouterr().out == ""
