@@ -122,14 +122,16 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
     if not series:
         return None
     height = 2.0 * len(series) + 1.0
-    figure, panels = new_figure(7.0, height, rows=len(series), left=0.9, row_gap=0.2, shared_x=True)
+    figure, panels = new_figure(7.0, height, rows=len(series), left=1.2, row_gap=0.2, shared_x=True)
     panels[0, 0].set_title("Training curves")
     for axes, (name, (steps, values)) in zip(panels[:, 0], series.items(), strict=True):
         axes.plot(steps, values, color=COLORS[0], linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)
-        axes.set_ylabel(f"{name}\n{labels[name]}")
         set_log_scale(axes, "y")
+        scale = ", log scale" if axes.get_yscale() == "log" else ""
+        axes.set_ylabel(f"{name}{scale}\n{labels[name]}")
         axes.grid(alpha=0.3)
     panels[-1, 0].set_xlabel("step")
+    figure.align_ylabels()
     return render_figure(figure)
 
 
