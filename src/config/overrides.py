@@ -272,7 +272,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
         raise UsageError(
             f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint or f'; it takes {_arguments(node)}'}"
         )
-    added_node = key.endswith("._target_") or (parent and parent not in names)  # such as a callback of the user
+    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # of the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
 

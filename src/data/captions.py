@@ -7,6 +7,7 @@ from pathlib import Path
 from src.data.csv_files import first_names, read_table
 from src.data.images import classes_from_folders, find_images, group_by_image, image_files
 from src.data.sources import Source
+from src.quoting import format_override
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""
@@ -73,7 +74,8 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
     exists = [text.is_file() for text in texts]
     if not any(exists):
         raise ValueError(
-            f"data.root={path} has no captions, neither in {' nor '.join(TABLES)} nor in a text file per image, such "
+            f"{format_override('data.root', path)} "
+            f"has no captions, neither in {' nor '.join(TABLES)} nor in a text file per image, such "
             f"as {texts[0].relative_to(path)}; write one of these, or use data=folder"
         )
     if missing := [str(f.relative_to(path)) for f, found in zip(files, exists, strict=True) if not found]:

@@ -21,6 +21,7 @@ from src.data.module import BaseDataModule
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
 from src.errors import DataReadError
+from src.quoting import format_override
 from src.rng import StepRng
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
@@ -180,7 +181,8 @@ def torchvision_images(
         # Torchvision has no single error for missing files without network, nor for incomplete files.
         reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
         raise ValueError(
-            f"data.root={Path(root or '.').resolve()} has no complete {name}, and it cannot be downloaded ({reason}); "
+            f"{format_override('data.root', Path(root or '.').resolve())} "
+            f"has no complete {name}, and it cannot be downloaded ({reason}); "
             "connect to the network, put the dataset's original files there, or set data.root to their folder"
         ) from error
     labels = _labels_of(opened)
@@ -220,13 +222,15 @@ def find_images(root: str | None, prepare: bool) -> tuple[Path, list[Path]]:
     path = Path(root or "")
     if root is None or not path.is_dir():
         raise FileNotFoundError(
-            f"data.root={path.resolve() if root else 'null'} is not a folder; set data.root to the folder with your "
+            f"{format_override('data.root', path.resolve() if root else None)} "
+            f"is not a folder; set data.root to the folder with your "
             "images"
         )
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and _is_visible_file(f, path))
     if not files:
         raise ValueError(
-            f"data.root={path.resolve()} has no images ({' '.join(sorted(EXTENSIONS))}); set data.root to the folder "
+            f"{format_override('data.root', path.resolve())} "
+            f"has no images ({' '.join(sorted(EXTENSIONS))}); set data.root to the folder "
             "with your images"
         )
     if prepare:

@@ -222,6 +222,8 @@ def start_run(run: Run) -> None:
         folders = [folder for logger in loggers if (folder := folder_of(logger, run.directory))]
         with rollback_logger_files(folders):
             start_wandb(run.config, run.trainer, run.directory)
+            for logger in run.trainer.loggers:
+                _ = getattr(logger, "experiment", None)  # Invalid arguments of its library raise here.
             for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
                 logger.log_hyperparams(dict(run.module.hparams))
             start_output(run.directory)

@@ -134,7 +134,7 @@ def test_schedules_bring_their_own_target_whatever_the_data(data):
         cfg = compose("train", f"data={data}", f"schedule={schedule}", "run_dir=runs/x")
         assert cfg.diffusion.prediction == prediction
         assert cfg.timestep_sampler.warp is not None
-    assert cfg.weighting._target_.endswith("uniform")
+    assert cfg.weighting._target_.endswith("uniform_weighting")
 
 
 @pytest.mark.parametrize("option", config_groups()["analytic"])
