@@ -128,6 +128,7 @@ def instantiate_run(
     """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
     from src.distributed.processes import check_processes, start_quietly
     from src.training.compile import check_cuda_graphs, compile_network
+    from src.training.memory import MicrobatchFinder, keep_freed_memory
 
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
@@ -150,6 +151,8 @@ def instantiate_run(
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
+    if not any(isinstance(callback, MicrobatchFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        keep_freed_memory(trainer.strategy.root_device)  # The finder needs the memory that a failed trial frees.
     check_sharding(cfg, module, trainer)
     check_optimized_metric(cfg, module, trainer)
     microbatch = cfg.data.get("microbatch_size")

@@ -69,6 +69,11 @@ def open_run(
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
+    import torch
+
+    from src.training.memory import keep_freed_memory
+
+    keep_freed_memory(torch.device("cpu"))
     return OpenedRun(config, path, module.eval(), data)
 
 

@@ -1,10 +1,12 @@
 """Estimate memory and find the largest microbatch that fits."""
 
 import copy
+import ctypes
 import gc
 import logging
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -204,9 +206,31 @@ def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size:
             raise
         fit = False
     gc.collect()  # modules are in reference cycles
-    if device.type != "cpu":
+    if device.type == "cpu":
+        _call_libc("malloc_trim", 0)  # Otherwise freed memory leaves no room for the next, smaller trial.
+    else:
         torch.get_device_module(device).empty_cache()
     return fit
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Make glibc keep memory that a CPU computation frees; otherwise each step faults it in again.
+
+    Keeping it saves 6 to 18% of a training step of `unet_tiny` and 9 to 18% of a forward pass.
+    """
+    if device.type == "cpu":
+        trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
+        # Older versions allow at most 32 MiB. Each call ends glibc's own adaptation.
+        if _call_libc("mallopt", mmap_threshold, 2**30) or _call_libc("mallopt", mmap_threshold, 2**25):
+            _call_libc("mallopt", trim_threshold, 2**31 - 1)
+
+
+def _call_libc(name: str, *arguments: int) -> int:
+    """Call a function of Linux's C library and return its result; return 0 if it does not exist."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
+        result: int = getattr(library, name)(*arguments)
+        return result
+    return 0
 
 
 def _reserve(device: torch.device) -> object:

@@ -138,7 +138,7 @@ def test_sigmoid_plain_omits_the_rate():
 def test_weightings_are_finite_at_the_last_row():
     """With loss=hybrid too; on a flow its SNR is 0."""
     diffusion = GaussianDiffusion("v")
-    names = ("uniform", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
+    names = ("uniform_weighting", "snr", "truncated_snr", "min_snr", "p2", "edm", "sigmoid_plain")
     for curve, _ in CURVES.values():
         for num_steps in (10, 1000):
             schedule = ContinuousSchedule(curve, num_steps)
