@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, PackagePath, files, version
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,6 @@ from torch import Tensor
 
 from src.cache import cached, digest
 from src.data.sources import InMemory
-
-MIN_OTHERS = 3
-"""How often each part of a held-out glyph must remain, so that some are left after the split for validation."""
 
 
 class Glyphs(NamedTuple):
@@ -33,13 +30,22 @@ class GlyphSource(InMemory):
     """The glyphs that are not held out, as a source with one caption each.
 
     `glyphs` are all of them and `held_out` the indices of those that are in neither training nor validation.
+
+    Args:
+        held_out: the number of glyphs to hold out.
+        min_others: in how many glyphs each of their parts must occur that are not held out.
+
+    Raises ValueError if `held_out` is negative or exceeds what `min_others` allows.
     """
 
-    def __init__(self, glyphs: Glyphs, held_out: int, setting: str = "data.source.held_out") -> None:
+    def __init__(self, glyphs: Glyphs, held_out: int, min_others: int) -> None:
         self.glyphs = glyphs
-        self.held_out = choose_held_out(glyphs, held_out)
-        if len(self.held_out) < held_out:
-            raise ValueError(f"{setting}={held_out} must be at most {len(self.held_out)}, the number of combinations")
+        self.held_out = choose_held_out(glyphs, held_out, min_others)
+        if held_out != len(self.held_out):
+            raise ValueError(
+                f"data.source.held_out={held_out} must be in [0, {len(choose_held_out(glyphs, None, min_others))}]: "
+                "the parts of what is held out must occur elsewhere"
+            )
         self.seen = sorted(set(range(len(glyphs.ids))) - set(self.held_out))
         super().__init__(
             glyphs.images[self.seen],
@@ -48,20 +54,20 @@ class GlyphSource(InMemory):
         )
 
 
-def choose_held_out(glyphs: Glyphs, count: int) -> list[int]:
-    """Return the indices of up to `count` combinations, in the order of a hash of their ids.
+def choose_held_out(glyphs: Glyphs, count: int | None, min_others: int) -> list[int]:
+    """Return the indices of up to `count` combinations (None: all possible), in the order of a hash of their ids.
 
-    Each has a caption of its own, and all of its parts occur in at least `MIN_OTHERS` glyphs that are not held out.
+    Each has a caption of its own, and each of its parts occurs in at least `min_others` glyphs that are not held out.
     """
-    remaining: Counter[Hashable] = Counter(part for parts in glyphs.parts for part in set(parts))
+    remaining = Counter(part for parts in glyphs.parts for part in set(parts))
     captions = Counter(glyphs.captions)
-    order = sorted(range(len(glyphs.ids)), key=lambda i: hashlib.blake2b(f"held out/{glyphs.ids[i]}".encode()).digest())
+    hashes = [hashlib.blake2b(f"held out/{each}".encode(), digest_size=8).digest() for each in glyphs.ids]
     chosen: list[int] = []
-    for i in order:
-        parts = set(glyphs.parts[i])
-        if len(chosen) == count:
+    for i in sorted(range(len(hashes)), key=hashes.__getitem__):
+        if count is not None and len(chosen) >= count:
             break
-        if parts and captions[glyphs.captions[i]] == 1 and all(remaining[part] > MIN_OTHERS for part in parts):
+        parts = set(glyphs.parts[i])
+        if parts and captions[glyphs.captions[i]] == 1 and all(remaining[part] > min_others for part in parts):
             chosen.append(i)
             remaining.subtract(parts)
     return chosen
@@ -75,12 +81,12 @@ def load_glyphs(root: str | None, key: Sequence[str | float], draw: Callable[[],
     if root is None:
         return draw()
 
-    def compute() -> Mapping[str, Tensor]:
+    def compute() -> dict[str, Tensor]:
         images, *texts = draw()
         text = np.frombuffer(json.dumps(texts).encode(), np.uint8)
         return {"images": images, "texts": torch.from_numpy(text.copy())}
 
-    stored = cached(Path(root), f"glyphs_{digest(*key)}", lambda: dict(compute()))
+    stored = cached(Path(root), f"glyphs_{digest(*key)}", compute)
     return Glyphs(stored["images"], *json.loads(stored["texts"].numpy().tobytes()))
 
 

@@ -29,6 +29,8 @@ CANVAS = 256
 """Minimum number of pixels per side that characters are drawn at before they are reduced."""
 DRAWING = "1"
 """Changes with the code that draws characters or names their parts, so that no stored picture is out of date."""
+MIN_OTHERS = 3
+"""In how many others a part of a held-out character occurs, so that the split leaves some in training."""
 
 SVG, KVG = "{http://www.w3.org/2000/svg}", "{http://kanjivg.tagaini.net}"
 FILE = re.compile(r"([0-9a-f]{5})\.svg")  # variants have a suffix, such as -Kaisho
@@ -97,11 +99,9 @@ def kanji(
         raise ValueError(f"data.image_size={image_size} must be at least 8; smaller characters look alike")
     if not 0 < stroke_width <= UNITS / 4:
         raise ValueError(f"data.source.stroke_width={stroke_width} must be in (0, {UNITS / 4:g}]; the default is 4")
-    if held_out < 0:
-        raise ValueError(f"data.source.held_out={held_out} must be at least 0; 0 trains on all characters")
     release, _ = package_files("kanjivg", "kanji")
     key = ("kanji", DRAWING, release, image_size, stroke_width)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size, stroke_width)), held_out)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size, stroke_width)), held_out, MIN_OTHERS)
 
 
 def draw_all(image_size: int, stroke_width: float) -> Glyphs:
