@@ -10,6 +10,8 @@ BLUR = 0.03
 """Standard deviation of the blur, relative to the image: about a pixel of 32."""
 SHIFT = 0.0625
 """Maximum shift of an image in each direction, relative to the image: two pixels of 32."""
+TIE = 1e-6
+"""Difference of the mean squared distance per value below which two references are equally near: rounding."""
 CHUNK = 64
 """Images that are compared at once."""
 
@@ -29,7 +31,7 @@ def target_ranks(images: Tensor, references: Tensor, targets: Tensor) -> Tensor:
             flat = shifted.flatten(1)
             best = torch.minimum(best, squares + flat.square().sum(1, keepdim=True) - 2 * flat @ blurred.T)
         own = best.gather(1, wanted[:, None])
-        ranks.append((best < own).sum(1))
+        ranks.append((best < own - TIE * blurred.shape[1]).sum(1))
     return torch.cat(ranks)
 
 

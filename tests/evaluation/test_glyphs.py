@@ -50,7 +50,6 @@ def test_real_glyphs_are_correct_and_others_are_not(benchmark):
     assert benchmark.correct(images, prompts).tolist() == [[1, 1]] * 6
     wrong = benchmark.correct(images, [*prompts[1:], prompts[0]])
     assert (wrong[:, 0] == 0).all()
-    assert (255 - images == benchmark.real("0 left, 0 right")).float().mean() < 1
 
 
 def test_real_images_show_their_caption(benchmark):
