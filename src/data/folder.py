@@ -1,5 +1,6 @@
 """Folders and archives of images as a source."""
 
+import os
 import posixpath
 import warnings
 from collections.abc import Iterable, Sequence
@@ -154,7 +155,7 @@ def open_images(
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
-        unreadable = {found.names[k]: reason for k, reason in store.errors.items()}
+        unreadable = {str(found.root / found.names[k]): reason for k, reason in store.errors.items()}
         keep = store.ok
         _check_readable(found, unreadable, skip_unreadable)
     text = describe(found, classes)
@@ -199,15 +200,19 @@ def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> P
 def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
-    if not unreadable or (len(unreadable) <= share * len(found) and len(unreadable) < len(found)):
+    if not unreadable:
         return
-    listed = first_names([f"{name}: {reason}" for name, reason in unreadable.items()], 3)
+    listed = first_names([f"{os.path.relpath(p, found.root)}: {reason}" for p, reason in unreadable.items()], 3)
+    text = f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed})"
+    if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
+        warnings.warn(f"{text}; they are left out", stacklevel=2)
+        return
     fix = "remove them, or add data.skip_unreadable=true"
     if share:
         fix = (
             f"more than data.skip_unreadable={skip_unreadable} allows; remove them, or raise it to a share such as 0.5"
         )
-    raise DataReadError(f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed}); {fix}")
+    raise DataReadError(f"{text}; {fix}")
 
 
 def _measure(

@@ -117,6 +117,7 @@ class ImageDataModule(BaseDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
+        self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
         if self.value_range is None:
             self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
             self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")

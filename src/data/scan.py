@@ -8,6 +8,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
@@ -71,7 +72,8 @@ class Names(Sequence[str]):
         return self._text[self._ends[k] : self._ends[k + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
-class FoundImages(NamedTuple):
+@dataclass(frozen=True)
+class FoundImages:
     """The images of a dataset, in order of their names.
 
     `names` are paths relative to `root` with slashes, `sizes` (N,) bytes, `times` (N,) nanoseconds of the last change,
@@ -105,7 +107,8 @@ class FoundImages(NamedTuple):
         out = [self.names[int(k)] for k in np.flatnonzero(~mask)]
         if not out:
             return self
-        return self._replace(
+        return replace(
+            self,
             names=Names(self.names[int(k)] for k in np.flatnonzero(mask)),
             sizes=self.sizes[mask],
             times=self.times[mask],
@@ -172,7 +175,8 @@ def open_member(root: Path, name: str) -> BinaryIO:
     try:
         if isinstance(archive, zipfile.ZipFile):
             return io.BytesIO(archive.read(name))
-        member = archive.extractfile(name)
+        names = archive.getnames()
+        member = archive.extractfile(name if name in names else f"./{name}")
         if member is None:
             raise OSError(f"{name} is not a file")
         return io.BytesIO(member.read())
