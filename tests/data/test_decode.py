@@ -462,3 +462,20 @@ def test_a_full_disk_means_decoding_each_time(tmp_path):
         source = folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(tmp_path / "file" / "cache"))
     assert source.store is None
     assert torch.equal(source.fetch([0]), folder(str(tmp_path / "in"), SHAPE, 1).fetch([0]))
+
+
+def test_several_roots_and_one_for_validation(tmp_path):
+    save(tmp_path / "a", "cats/1.png", "dogs/2.png")
+    save(tmp_path / "b", "cats/1.png", "birds/4.png")
+    save(tmp_path / "v", "cats/5.png")
+    source = folder([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1, val_root=str(tmp_path / "v"))
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["cats", "dogs", "birds", "cats", "cats"]
+    assert source.val_mask.tolist() == [False] * 4 + [True]
+    assert len({*source.ids}) == 5
+    paths = [
+        tmp_path / name for name in ("a/cats/1.png", "a/dogs/2.png", "b/birds/4.png", "b/cats/1.png", "v/cats/5.png")
+    ]
+    expected = [np.asarray(Image.open(path)) for path in paths]
+    assert np.array_equal(source.fetch(range(5))[:, 0].numpy(), expected)
+    with pytest.raises(FileNotFoundError, match=r"data\.val_root"):
+        folder(str(tmp_path / "a"), SHAPE, 1, val_root=str(tmp_path / "nowhere"))

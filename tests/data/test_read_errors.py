@@ -343,8 +343,8 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     # Images unreadable from the start, with workers.
     for file in names:
         Path(file).write_text("damaged")
+    cached = [*root_of(copied), "data.skip_unreadable=0.5", "data.cache=true"]
     with pytest.warns(UserWarning, match="3 of 24 images .*; they are left out"):
-        cached = [*root_of(copied), "data.skip_unreadable=0.5", "data.cache=true"]
         metrics = train_tiny(tmp_path / "workers", *cached, "data.num_workers=2", "trainer.max_steps=6")
     assert metrics["unreadable_files"] == 3
     with pytest.raises(UsageError, match=r"3 of 24 images .* cannot be read .*data.skip_unreadable=true"):
