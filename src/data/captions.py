@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from src.data.csv_files import first_names, read_table
-from src.data.images import classes_from_folders, find_images, group_by_image, image_files
-from src.data.sources import Source
+from src.data.decode import Pages
+from src.data.fit import Fit, ImageSpec, height_and_width
+from src.data.folder import FolderImages, find, group_by_image, open_images
+from src.data.scan import class_folders
 from src.quoting import format_override
 
 TABLES = ("metadata.csv", "metadata.jsonl")
@@ -16,26 +18,41 @@ KEYS = ("text", "caption", "captions")
 """Names of the column, or key, with the caption."""
 
 
-def captioned(root: str | None, image_size: int, channels: int, prepare: bool = False) -> Source:
-    """Open every image under `root`, as `images.folder` does, with one or several captions each.
+def captioned(
+    root: str | None,
+    image_size: int | Sequence[int],
+    channels: int,
+    prepare: bool = False,
+    *,
+    fit: Fit = "crop",
+    background: str = "white",
+    pages: Pages = "first",
+    value_range: Sequence[float] | None = None,
+    skip_unreadable: bool | float = False,
+    cache: bool = True,
+    cache_dir: str | None = None,
+) -> FolderImages:
+    """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
     Captions are read from `root/metadata.csv` or `root/metadata.jsonl` if one exists, by `file_name` and one of `KEYS`:
     a CSV row per caption, or a JSON line with a string or a list of strings. Otherwise each non-empty line of the
     `.txt` with the image's name is a caption.
 
     Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
-    empty captions and captions without an image.
+    empty captions and captions without an image, and as `folder` does.
     """
-    path, files = find_images(root, prepare)
+    found, classes = class_folders(find(root))
+    path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()]
     if len(tables) > 1:
         raise ValueError(f"{path} has both {' and '.join(TABLES)}; remove one of them")
     if tables:
         pairs = _from_csv(tables[0]) if tables[0].suffix == ".csv" else _from_json_lines(tables[0])
-        captions: Sequence[Sequence[str]] = group_by_image(pairs, path, files, tables[0], "caption")
+        captions: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
     else:
-        captions = _from_text_files(path, files)
-    return image_files(path, files, image_size, channels, classes_from_folders(path, files), captions)
+        captions = _from_text_files(path, [path / name for name in found.names])
+    spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
+    return open_images(found, spec, classes, captions, value_range, skip_unreadable, cache, cache_dir)
 
 
 def _from_csv(source: Path) -> Iterator[tuple[str, str]]:

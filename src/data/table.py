@@ -27,6 +27,8 @@ class TableDataModule(BaseDataModule):
     ValueError for unknown, repeated or constant columns, and for cells that are not numbers.
     """
 
+    inferred_settings = ("columns", "mean", "std")
+
     def __init__(
         self,
         path: str | None,
