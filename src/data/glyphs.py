@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.cache import cached, digest
+from src.data.fit import height_and_width
 from src.data.sources import InMemory
 
 
@@ -88,6 +89,16 @@ def load_glyphs(root: str | None, key: Sequence[str | float], draw: Callable[[],
 
     stored = cached(Path(root), f"glyphs_{digest(*key)}", compute)
     return Glyphs(stored["images"], *json.loads(stored["texts"].numpy().tobytes()))
+
+
+def square_size(image_size: int | Sequence[int], least: int, data: str) -> int:
+    """Return the width of square images. Raises ValueError for other shapes, and for fewer than `least` pixels."""
+    height, width = height_and_width(image_size)
+    if height != width:
+        raise ValueError(f"data.image_size=[{height},{width}] must be one number for data={data}, which is square")
+    if width < least:
+        raise ValueError(f"data.image_size={width} must be at least {least} for data={data}; smaller ones look alike")
+    return width
 
 
 def package_files(package: str, data: str) -> tuple[str, list[PackagePath]]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from src.data.glyphs import Glyphs, GlyphSource, load_glyphs, package_files
+from src.data.glyphs import Glyphs, GlyphSource, load_glyphs, package_files, square_size
 from src.data.sources import Source
 
 UNITS = 109
@@ -77,7 +77,7 @@ class Character(NamedTuple):
 
 def kanji(
     root: str | None,
-    image_size: int,
+    image_size: int | Sequence[int],
     channels: int,
     prepare: bool = False,
     *,
@@ -95,13 +95,12 @@ def kanji(
     """
     if channels != 1:
         raise ValueError(f"data.channels={channels} must be 1 for data=kanji")
-    if image_size < 8:
-        raise ValueError(f"data.image_size={image_size} must be at least 8; smaller characters look alike")
+    size = square_size(image_size, 8, "kanji")
     if not 0 < stroke_width <= UNITS / 4:
         raise ValueError(f"data.source.stroke_width={stroke_width} must be in (0, {UNITS / 4:g}]; the default is 4")
     release, _ = package_files("kanjivg", "kanji")
-    key = ("kanji", DRAWING, release, image_size, stroke_width)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(image_size, stroke_width)), held_out, MIN_OTHERS)
+    key = ("kanji", DRAWING, release, size, stroke_width)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_all(size, stroke_width)), held_out, MIN_OTHERS)
 
 
 def draw_all(image_size: int, stroke_width: float) -> Glyphs:

@@ -206,6 +206,7 @@ def test_values_out_of_range_are_refused():
     for message, values in {
         r"data\.channels=3": (32, 3, 4.0),
         r"data\.image_size=4": (4, 1, 4.0),
+        r"data\.image_size=\[32,16\]": ([32, 16], 1, 4.0),
         r"data\.source\.stroke_width=0": (32, 1, 0.0),
     }.items():
         with pytest.raises(ValueError, match=message):
