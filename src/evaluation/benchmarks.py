@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from src.data.conditions import Classes
+from src.data.glyphs import GlyphSource
 from src.data.module import BaseDataModule
 from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
+from src.data.text import TextCondition
 from src.distributed.processes import Processes
+from src.evaluation.glyphs import GlyphBenchmark
 from src.evaluation.quality import fetch_for_display, train_data_classifier
 from src.evaluation.reverse_variance import Progress
 from src.evaluation.settings import DETECTOR_STEPS, AlignmentSettings
@@ -66,12 +69,15 @@ def build_benchmark(
     settings.check()
     data.setup()
     shapes = isinstance(data.source, Shapes) and data.condition is not None
-    if not shapes and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
+    glyphs = isinstance(data.source, GlyphSource) and isinstance(data.condition, TextCondition)
+    if not shapes and not glyphs and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
         return None
 
     def build() -> PromptBenchmark:
         if shapes:
             return ShapesBenchmark(data, settings, device, progress)
+        if glyphs:
+            return GlyphBenchmark(data, settings)
         return ClassBenchmark(data, settings, device)
 
     # MPS has no float64, which the metrics need.
