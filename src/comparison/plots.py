@@ -166,7 +166,7 @@ def _all_samples(report: Report) -> bytes | None:
         return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows)))
     limits = _sample_limits(report)
     plots = [images.add_title(charts.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
-    return _png(images.side_by_side(plots, gap=8))
+    return _png(images.tile(plots))
 
 
 def _sample_limits(report: Report) -> charts.AxisLimits | None:

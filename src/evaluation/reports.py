@@ -154,7 +154,7 @@ def save_samples(
     if real.ndim != 4:
         val = data.postprocess(data.examples(2000))
         plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
-        images.side_by_side(plots, gap=8).save(folder / "samples.png")
+        images.tile(plots).save(folder / "samples.png")
         return
     rows = [*(each.first[:NUM_SHOWN] for each in generated.values()), real]
     count = min(map(len, rows))
@@ -230,7 +230,7 @@ def evaluate_alignment(
     charts.alignment_against_diversity(diversity_curves(result.groups), accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
-    images.add_title(images.titled_rows(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
+    images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
     groups = {
         group: {
             f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}

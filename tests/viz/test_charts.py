@@ -90,11 +90,17 @@ def test_error_bars_are_never_negative():
 
 
 @pytest.mark.parametrize("frame", [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.randn(50, 2)])
-def test_film_captions_add_one_line(frame):
+def test_trajectory_captions_add_height_only(frame):
     frames = [frame] * 3
-    plain, captioned = images.film_strip(frames), images.film_strip(frames, ["1", "0.5", "0"])
-    assert captioned.width == plain.width and captioned.height == plain.height + 20
-    assert captioned.crop((0, plain.height, *captioned.size)).getextrema() != ((255, 255),) * 3
+    plain, captioned = images.draw_trajectory(frames), images.draw_trajectory(frames, ["1", "0.5", "0"])
+    assert captioned.width == plain.width and captioned.height > plain.height
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 10])
+def test_grid_of_classes_is_nearly_square(num_classes):
+    titles = [f"class {k % num_classes}" for k in range(64)]
+    width, height = images.draw_samples(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), titles=titles).size
+    assert 0.5 < width / height < 2
 
 
 def test_evenly_spaced_indices_include_both_ends():
