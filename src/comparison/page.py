@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.comparison.grouping import common_settings, format_setting
-from src.comparison.plots import chart_name, draw_charts, sample_row
+from src.comparison.plots import chart_name, draw_charts
 from src.comparison.report import (
     LEGEND,
     Report,
@@ -14,7 +14,6 @@ from src.comparison.report import (
     group_order,
     group_rows,
     group_table,
-    is_significant,
     report_markdown,
     run_rows,
     sorted_rankings,
@@ -61,8 +60,8 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
     cost_header, costs = cost_table(report)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        headline=headline(report.groups, report.rankings, metric_title),
-        sentences=[describe_ranking(report.groups, r, metric_title) for r in [*ranked[1:], *unranked]],
+        headline=headline(report.groups, report.rankings),
+        sentences=[describe_ranking(report.groups, r) for r in [*ranked[1:], *unranked]],
         ranked=ranked,
         unranked=unranked,
         tables=[group_table(report, chunk) for chunk in chunks],
@@ -73,8 +72,6 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
         legend=LEGEND,
         charts=charts,
         chart_name=chart_name,
-        rows=[sample_row(report, k) for k in range(len(report.groups))],
-        real=sample_row(report, None),
         cost_header=cost_header,
         costs=costs,
         common=common_settings(report.groups),
@@ -98,7 +95,7 @@ def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Map
             low, high = sorted((sign * pair.low, sign * pair.high))
             signed = pair._replace(difference=sign * pair.difference, low=low, high=high)
             better = (signed.difference < 0) == (ranking.direction == "lower")
-            kind = ("better" if better else "worse") if is_significant(pair) else "same"
+            kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
             names = f"{report.groups[a].label} minus {report.groups[b].label}"
             hint = f"{names}: {format_difference(signed)}, {format_p_value(pair.adjusted)}, {pair.verdict}"
             width = (pair.high - pair.low) / 2

@@ -20,8 +20,7 @@ class SurveyedRun(NamedTuple):
 
     record: RunRecord
     checkpoint: Path
-    settings: dict[str, Any]
-    """Nested settings from the checkpoint."""
+    settings: dict[str, Any]  # nested settings from the checkpoint
     folder: Path
 
 

@@ -31,8 +31,7 @@ class AlignmentMetrics(NamedTuple):
 class AlignmentResult(NamedTuple):
     """Metrics and example samples of an alignment benchmark."""
 
-    groups: dict[str, dict[float, AlignmentMetrics]]
-    """Metrics by group and guidance scale."""
+    groups: dict[str, dict[float, AlignmentMetrics]]  # metrics by group and guidance scale
     examples: dict[float, list[tuple[str, Tensor]]]
     """By guidance scale: titles of some prompts, with samples (M, C, H, W) uint8 of each."""
 
@@ -147,12 +146,15 @@ def diversity_curves(
     groups: Mapping[str, Mapping[float, AlignmentMetrics]],
 ) -> dict[str, list[tuple[float, Metric, Metric]]]:
     """Return for each group its scales, each with the diversity and the fraction correct in all attributes."""
-    result: dict[str, list[tuple[float, Metric, Metric]]] = {}
-    for group, by_scale in groups.items():
-        for scale, each in by_scale.items():
-            for diversity in (metric for key, metric in each.metrics.items() if key.startswith("diversity_")):
-                result.setdefault(group, []).append((scale, diversity, share_correct(each.metrics)))
-    return result
+    return {
+        group: [
+            (scale, diversity, share_correct(each.metrics))
+            for scale, each in by_scale.items()
+            for name, diversity in each.metrics.items()
+            if name.startswith("diversity_")
+        ]
+        for group, by_scale in groups.items()
+    }
 
 
 def best_scale(groups: Mapping[str, Mapping[float, AlignmentMetrics]]) -> float:

@@ -18,12 +18,9 @@ from src.training.module import Sampler
 class SamplerErrors(NamedTuple):
     """Errors of one sampler, one entry per number of steps."""
 
-    evaluations: list[int]
-    """Network calls per sample."""
-    flow: list[float]
-    """Root mean square distance from the exact endpoint of the flow; empty for a stochastic sampler."""
-    moments: list[float]
-    """`moments_distance` of the samples."""
+    evaluations: list[int]  # network calls per sample
+    flow: list[float]  # root mean square distance from the exact endpoint of the flow; empty for a stochastic sampler
+    moments: list[float]  # `moments_distance` of the samples
 
 
 def compare_samplers(

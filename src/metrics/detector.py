@@ -29,23 +29,17 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 class LabeledImages(NamedTuple):
     """B images with the objects that they show; attributes are class indices."""
 
-    images: Tensor
-    """(B, 3, H, W) uint8."""
-    centers: Tensor
-    """(B, K, 2): x and y of up to K objects, as fractions of the side, y downward; NaN for absent ones."""
-    attributes: Tensor
-    """(B, K, Q) int64: Q attributes of each object."""
-    background: Tensor
-    """(B,) int64: the attribute of the background."""
+    images: Tensor  # (B, 3, H, W) uint8
+    centers: Tensor  # (B, K, 2): x and y of up to K objects, as fractions of the side, y downward; NaN for absent ones
+    attributes: Tensor  # (B, K, Q) int64: Q attributes of each object
+    background: Tensor  # (B,) int64: the attribute of the background
 
 
 class Detections(NamedTuple):
     """The objects detected in one image."""
 
-    centers: list[tuple[float, float]]
-    """x and y of each object, as fractions of the side, y downward."""
-    attributes: list[tuple[int, ...]]
-    """Attributes of each object."""
+    centers: list[tuple[float, float]]  # x and y of each object, as fractions of the side, y downward
+    attributes: list[tuple[int, ...]]  # attributes of each object
     background: int
 
 

@@ -163,9 +163,9 @@ def neighbor_rows(samples: Tensor, nearest: Tensor, distances: Tensor, num_candi
     return add_title(canvas, f"Samples and the nearest of {num_candidates:,} training images")
 
 
-def labeled_rows(rows: Sequence[Tensor], labels: Sequence[str]) -> Image.Image:
+def labeled_rows(rows: Sequence[Tensor], labels: Sequence[str], cell: int = CELL) -> Image.Image:
     """Draw rows of images, all of one length, each with its label on the left."""
-    grid = image_grid(torch.cat(list(rows)), columns=len(rows[0]))
+    grid = image_grid(torch.cat(list(rows)), columns=len(rows[0]), cell=cell)
     canvas = extend(grid, left=max(LABEL_WIDTH, *map(text_width, labels)))
     height = (grid.height - GAP) / len(rows)
     for k, label in enumerate(labels):

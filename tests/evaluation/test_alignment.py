@@ -55,13 +55,9 @@ TURNED = {"left of": "above", "right of": "below", "above": "left of", "below": 
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
-@pytest.mark.parametrize("level", [0.95, 0.5])
-def test_wilson_interval_equals_scipy(right, n, level):
-    theirs = binomtest(right, n).proportion_ci(level, method="wilson")
-    ours = wilson(right, n, level)
-    assert ours == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-12)
-    with pytest.raises(ValueError, match="at least one sample"):
-        wilson(n + 1, n)
+def test_wilson_interval_equals_scipy(right, n):
+    theirs = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson(right, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-12)
 
 
 class Captions:
