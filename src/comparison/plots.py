@@ -66,7 +66,6 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     direction = f"{ranking.direction} is better" if ranking.best is not None else "not ranked"
     axes.set_title(metric_title(ranking.metric), pad=16)
     axes.set_xlabel(f"value per seed ({direction})")
-    axes.grid(alpha=0.35, axis="x", linewidth=0.6)
     return _png(figures.render_figure(figure).quantize(192))  # half the size
 
 
@@ -126,7 +125,6 @@ def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlab
     draw(axes)
     figures.set_log_scale(axes, "y")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.35, linewidth=0.6)
     legend: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
     return _png(figures.render_figure(figure).quantize(192))  # half the size

@@ -122,8 +122,7 @@ def sample_and_score(
             progress(scale, min(size * processes.count, total - turn * processes.count * size))
         if num_corrupted := sum(processes.gather(num_corrupted)):
             raise ValueError(
-                f"{num_corrupted} of {total} samples at guidance scale {scale:g} are not finite: remove it from "
-                "alignment.scales, or use another sampler=..."
+                f"{num_corrupted} of {total} samples are not finite: remove {scale:g} from alignment.scales"
             )
         images = torch.cat(processes.gather_in_turn(parts))
         if processes.rank > 0:

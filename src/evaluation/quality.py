@@ -70,8 +70,7 @@ class SampleEvaluator:
         data.setup()
         if (least := min(len(data.val_indices), len(data.train_indices))) < MIN_REAL:
             raise ValueError(
-                f"quality=true needs at least {MIN_REAL} validation and {MIN_REAL} training samples, found {least}: "
-                "use more data, or train with another data.val_fraction"
+                f"quality=true needs at least {MIN_REAL} validation and training samples, found {least}: use more data"
             )
         self.data = data
         self.settings = settings
@@ -138,8 +137,7 @@ class SampleEvaluator:
             progress(min(size * count, n - turn * count * size))
         if num_corrupted := sum(self.processes.gather(num_corrupted)):
             raise ValueError(
-                f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... does not suit the "
-                "schedule"
+                f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... is unsuitable"
             )
         return GeneratedSamples(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
@@ -147,11 +145,6 @@ class SampleEvaluator:
             module.network_calls(sampler),
             sum(self.processes.gather(seconds)) / (turns * count * size),
         )
-
-    @property
-    def accuracy(self) -> float | None:
-        """Accuracy of the classifier on validation images; None without a classifier."""
-        return next((e.accuracy for e in self.extractors if isinstance(e, Classifier)), None)
 
     def baseline(self) -> dict[str, Metric]:
         """Return the metrics of `settings.n` real samples outside the reference, or of all if fewer. Rank 0 only."""
@@ -202,15 +195,13 @@ class SampleEvaluator:
                 case "pixels":
                     if (size := math.prod(self.data.shape)) > MAX_PIXELS:
                         raise ValueError(
-                            f"features=pixels allows at most {MAX_PIXELS} values per image, got {size}: use "
-                            "features=inception or features=dinov2"
+                            f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
                         )
                     extractors.append(Pixels())
                 case "classifier":
                     if not (labels := self.data.source.labels):
                         raise ValueError(
-                            "features=classifier needs labels: put the images of each class into a separate folder, or "
-                            "use features=pixels, inception or dinov2"
+                            "features=classifier needs labels: use features=pixels, or a folder of images per class"
                         )
                     classifier, _ = train_data_classifier(self.data, settings.cache, device)
                     extractors.append(classifier)

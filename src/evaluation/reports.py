@@ -24,6 +24,7 @@ from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetr
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
+from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
@@ -131,8 +132,9 @@ def evaluate_quality(
             for (name, samples), each in zip(generated.items(), measured, strict=True)
         },
     }
-    if evaluator.accuracy is not None:
-        metrics["classifier_accuracy"] = evaluator.accuracy
+    for extractor in evaluator.extractors:
+        if isinstance(extractor, Classifier):
+            metrics["classifier_accuracy"] = extractor.accuracy
     save_samples(folder, evaluator, generated, measured)
     save_class_frequencies(folder, evaluator, generated)
     if len(generated) > 1:

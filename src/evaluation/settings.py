@@ -58,8 +58,7 @@ class AlignmentSettings(NamedTuple):
         numbers = [scale for scale in self.scales if isinstance(scale, int | float) and 0 <= scale < math.inf]
         if not numbers or len(numbers) < len(self.scales):
             raise ValueError(
-                f"alignment.scales={list(self.scales)} must hold one or more guidance scales of at least 0, such as "
-                "[1,1.5,2,3,5]"
+                f"alignment.scales={list(self.scales)} must be guidance scales of at least 0, such as [1,1.5,2,3,5]"
             )
         if self.n is not None and self.n < 2:
             raise ValueError(f"alignment.n={self.n} must be at least 2, or null for 200 (captions) or 500 (classes)")
@@ -77,6 +76,5 @@ def check_num_val(variance: str, count: int, setting: str) -> None:
     """Raise ValueError that names `setting` if `count` validation samples are too few for the reverse variance."""
     if variance == "optimal" and count < 2:
         raise ValueError(
-            f"{setting}=optimal needs at least 2 validation samples, got {count}; use more, or set "
-            f"{setting}=fixed_large"
+            f"{setting}=optimal needs at least 2 validation samples, got {count}; set {setting}=fixed_large"
         )

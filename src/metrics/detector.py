@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.cache import Tensors, cached, digest
-from src.metrics.features import check_images
 
 SIDE, CELLS = 32, 16
 """Side of the network's input in pixels, and of its grid of cells."""
@@ -80,7 +79,7 @@ class Detector:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Detections]:
         device = self.net.background.weight.device
-        return [each for part in torch.split(check_images(images), 256) for each in self._detect(part.to(device))]
+        return [each for part in torch.split(images, 256) for each in self._detect(part.to(device))]
 
     def _detect(self, images: Tensor) -> list[Detections]:
         heatmap, attributes, background = self.net(images)

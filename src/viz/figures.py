@@ -51,14 +51,14 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def new_figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, shared_x: bool = False
+    width: float, height: float, rows: int = 1, columns: int = 1, shared_x: bool = False, grid: bool = True
 ) -> tuple["Figure", Any]:
     """Return a figure of this size in inches, and its panels, an array (rows, columns) of axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style: dict[Any, Any] = {"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7)}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": grid, "grid.alpha": 0.3}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x)
