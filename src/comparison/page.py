@@ -43,7 +43,7 @@ def write_files(folder: Path, report: Report) -> Path:
 
 
 def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
-    """Return the page as HTML with its pictures embedded."""
+    """Return the page as HTML with its images embedded."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

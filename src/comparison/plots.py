@@ -156,7 +156,7 @@ def _sample_chart(report: Report) -> bytes | None:
     return _png(images.tile(plots, columns=4))
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -16,7 +16,7 @@ from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
 
 MAX_ROWS, MAX_COLUMNS = 10, 8
-"""Numbers of prompts and of samples per prompt in the picture."""
+"""Numbers of prompts and of samples per prompt in `prompts.png`."""
 
 
 class AlignmentMetrics(NamedTuple):

@@ -1,6 +1,6 @@
-"""The parts of an evaluation: each measures, saves its pictures in a folder, and returns metrics for a JSON file.
+"""The parts of an evaluation: each measures, saves its images and plots in a folder, and returns metrics for a JSON file.
 
-All processes call these functions; pictures and metrics come from rank 0.
+All processes call these functions; files and metrics come from rank 0.
 """
 
 import math
@@ -33,7 +33,7 @@ from src.viz.tables import markdown_table, strip_sample_count
 PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
 """Metrics plotted over the cost of sampling, in the first feature space."""
 NUM_SHOWN = 12
-"""Samples per row of a picture."""
+"""Samples per row of an image."""
 
 
 def evaluate_likelihood(
@@ -104,7 +104,7 @@ def load_val(
 def evaluate_quality(
     module: DiffusionModule, samplers: Mapping[str, Sampler], evaluator: SampleEvaluator, folder: Path
 ) -> dict[str, Any]:
-    """Return the metrics of each sampler's samples and their real-data baseline, and save pictures. Rank 0 only."""
+    """Return the metrics of each sampler's samples and their real-data baseline, and save images and plots. Rank 0 only."""
     processes, n = evaluator.processes, evaluator.settings.n
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     generated = {}
@@ -196,8 +196,8 @@ def save_quality_curves(
     for (name, samples), each in zip(generated.items(), measured, strict=True):
         label = name.replace(f" {samplers[name].steps}", "", 1)
         curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
-    picture = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
-    picture.save(folder / "quality.png")
+    plot = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
+    plot.save(folder / "quality.png")
 
 
 def evaluate_alignment(

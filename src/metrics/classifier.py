@@ -64,7 +64,7 @@ def train_classifier(
     Raises ValueError for labels that do not match the images, or for a single class.
     """
     classes = int(labels.max()) + 1 if len(labels) else 0
-    if len(labels) != len(images) or classes < 2:
+    if len(labels) != len(images) or classes < 2 or labels.min() < 0:
         raise ValueError(f"features=classifier needs labels of at least 2 classes, got {classes}: use features=pixels")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -422,12 +422,12 @@ def test_unsupported_conditions_skip_alignment_with_one_line(trained, capsys):
         (["alignment.n=12"], "alignment.n=12 .*20"),
     ],
 )
-def test_invalid_settings_are_refused(settings, overrides, rule, tmp_path):
+def test_invalid_settings_are_rejected(settings, overrides, rule, tmp_path):
     with pytest.raises(UsageError, match=rule):
         evaluate_alignment_only(settings, tmp_path, *overrides)
 
 
-def test_inaccurate_detector_warns_or_is_refused(tmp_path, monkeypatch):
+def test_inaccurate_detector_warns_or_is_rejected(tmp_path, monkeypatch):
     """The detector is read from the cache unless the renderer changed."""
     data = shapes_data(objects=1)
     monkeypatch.setattr("src.evaluation.benchmarks.TEST_RENDERS", 100)
