@@ -23,6 +23,7 @@ from src.comparison.statistics import Ranking, describe_ranking, format_differen
 from src.viz.figures import series_style
 from src.viz.tables import format_number, metric_title
 
+SYMBOLS = {"o": "●", "s": "■", "^": "▲"}  # of the line markers in the charts
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_COLUMNS = 9
 """Metrics in one table, so that it fits a page of 1200 pixels."""
@@ -68,7 +69,7 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
         num_settings=len(report.groups[0].settings) or 1,
         best_cells=[[r.best for r in chunk] for chunk in chunks],
         order=group_order(report),
-        symbols=[_symbol(k) for k in range(len(report.groups))],
+        symbols=[(style["color"], SYMBOLS[style["marker"]]) for style in map(series_style, range(len(report.groups)))],
         legend=LEGEND,
         charts=charts,
         chart_name=chart_name,
@@ -78,12 +79,6 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
         difference_matrix=difference_matrix,
         column_title=column_title,
     )
-
-
-def _symbol(group: int) -> tuple[str, str]:
-    """Return the color and character of a group, the same as its line marker in the charts."""
-    style = series_style(group)
-    return style["color"], {"o": "●", "s": "■", "^": "▲"}[style["marker"]]
 
 
 def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Mapping[str, str] | None]]:

@@ -1,4 +1,4 @@
-"""The parts of an evaluation: each measures, saves its images and plots in a folder, and returns metrics for a JSON file.
+"""The parts of an evaluation: each measures, saves its plots in a folder, and returns metrics for a JSON file.
 
 All processes call these functions; files and metrics come from rank 0.
 """
@@ -104,7 +104,7 @@ def load_val(
 def evaluate_quality(
     module: DiffusionModule, samplers: Mapping[str, Sampler], evaluator: SampleEvaluator, folder: Path
 ) -> dict[str, Any]:
-    """Return the metrics of each sampler's samples and their real-data baseline, and save images and plots. Rank 0 only."""
+    """Return the metrics of each sampler's samples and their real-data baseline, and save plots. Rank 0 only."""
     processes, n = evaluator.processes, evaluator.settings.n
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     generated = {}
