@@ -81,13 +81,15 @@ class Inception:
         except ImportError as error:
             raise ValueError("features=inception needs torch-fidelity: pip install torch-fidelity") from error
         path = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-        if weights is None and not path.exists():
-            _download(fidelity.URL_INCEPTION_V3, path)
         try:
+            if weights is None and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
             contents = path.read_bytes()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"no file {path} ({error.strerror}): put {INCEPTION} there, or set inception_weights=..."
+                f"no file {path} ({reason}): put {INCEPTION} there, or set inception_weights=..."
             ) from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         if not self.fingerprint.startswith(sha256):
@@ -153,15 +155,3 @@ class DinoV2:
 def to_rgb(images: Tensor) -> Tensor:
     """Return images (N, 1 or 3, H, W) uint8 as (N, 3, H, W); gray channels are repeated."""
     return images.expand(-1, 3, -1, -1)
-
-
-def _download(url: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is missing and could not be downloaded ({reason}): put the file {INCEPTION} there, set "
-            "inception_weights=..., or use features=classifier"
-        ) from error

@@ -1,7 +1,4 @@
-"""Two-sample distances from a kernel: E k(x, x') + E k(y, y') - 2 E k(x, y).
-
-Source: Gretton et al. 2012, lemma 6.
-"""
+"""Two-sample distances by a kernel: E k(x, x') + E k(y, y') - 2 E k(x, y). Source: Gretton et al. 2012, lemma 6."""
 
 from collections.abc import Callable
 from functools import partial

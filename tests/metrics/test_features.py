@@ -152,7 +152,7 @@ def test_inception_rejects_pickled_objects(tmp_path):
 def test_inception_without_network_names_its_path(tmp_path, monkeypatch, no_network):
     pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=f"{tmp_path}.*could not be downloaded.*{INCEPTION}") as error:
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{INCEPTION}") as error:
         Inception()
     assert "\n" not in str(error.value)
 
