@@ -51,21 +51,18 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
             first.data.prepare_data()
         processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         first.data.setup()
-        check_num_val(cfg.reverse_variance, count_val(first, cfg), "reverse_variance")
+        check_num_val(cfg.reverse_variance, count_val(first.data, cfg), "reverse_variance")
     with (
         memory_errors(lambda: out_of_memory.sampling_oom_message(first, cfg.batch_size, processes.device)),
         data_errors(),
     ):
-        measurements = measure_all(
-            runs, samplers, first, cfg, settings, processes, lambda line: print(line, flush=True)
-        )
+        measurements = measure_all(runs, samplers, first, cfg, settings, processes)
     if processes.rank > 0:
         return {}
     from src.comparison import report
-    from src.comparison.assemble import build_report
     from src.comparison.page import write_files
 
-    built = build_report(runs, measurements, notes, cfg, processes)
+    built = report.build_report(runs, measurements, notes, cfg, processes)
     folder = start_output(Path(cfg.run_dir))
     path = write_files(folder, built)
     results = report.as_json(built)

@@ -55,7 +55,7 @@ def sample(cfg: DictConfig) -> Path:
     prompt_of = [k * len(prompts) // cfg.n for k in range(cfg.n)] if prompts else []
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
-    film: list[torch.Tensor] = []
+    frames: list[torch.Tensor] = []
 
     def cond_of(indices: range) -> "Tensor | None":
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
@@ -68,14 +68,14 @@ def sample(cfg: DictConfig) -> Path:
         def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
             bar.update(count if step else 0)
             if cfg.gif and indices.start == 0:
-                film.append(opened.data.postprocess(x[:8] if x.ndim == 4 else x).cpu())
+                frames.append(opened.data.postprocess(x[:8] if x.ndim == 4 else x).cpu())
 
         filled = batch_size if cfg.compile else None
         parts = [*draw_batches(opened, sampler, processes, batches, cfg.seed, filled, cond_of, on_step)]
     if processes.rank > 0:
         return folder
-    if film:
-        images.save_gif(film, folder / "film.gif")
+    if frames:
+        images.save_gif(frames, folder / "trajectory.gif")
     samples = torch.cat(parts)
     write_samples(folder, samples, opened.data.columns)
     shown = samples[:256] if samples.ndim == 4 else samples

@@ -115,7 +115,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
     took = f"{metrics['seconds']:.0f} s{' since it was resumed' if run.resume_from else ''}"
     over = metrics["steps"] < run.trainer.max_steps and is_time_over(run.trainer)
     print_once(f"Done: {steps} in {took}{' (trainer.max_time is over)' if over else ''}, {loss}. Look at:")
-    pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbors.png")]
+    pictures = [f"samples/{name}" for name in ("final.png", "trajectory.png", "trajectory.gif", "neighbors.png")]
     for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
         if (path := run.directory / name).exists():
             print_once(f"  {relative(path)}")

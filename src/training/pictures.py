@@ -64,7 +64,7 @@ def save_pictures(
     final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
     pictures = {
         "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),
-        "samples/film": images.film_strip(
+        "samples/trajectory": images.draw_trajectory(
             trajectory.frames, [f"\N{GREEK SMALL LETTER SIGMA}={sigma:.2g}" for sigma in trajectory.sigmas]
         ),
     }
@@ -88,7 +88,7 @@ def save_pictures(
     if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
     (directory / "samples").mkdir(parents=True, exist_ok=True)
-    images.save_gif(trajectory.frames, directory / "samples" / "film.gif")
+    images.save_gif(trajectory.frames, directory / "samples" / "trajectory.gif")
     for name, picture in pictures.items():
         picture.save(directory / f"{name}.png")
         log_picture(trainer, name, picture)

@@ -119,7 +119,7 @@ def test_several_processes_train_the_same_model(alone, tmp_path, start):
     assert_close_weights(run, alone)
     losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for picture in ("samples/final.png", "samples/step_000010.png", "samples/film.png"):
+    for picture in ("samples/final.png", "samples/step_000010.png", "samples/trajectory.png"):
         ours, theirs = (np.asarray(Image.open(folder / picture)).astype(int) for folder in (run, alone))
         # The digits have 17 levels: one of them apart at most, and hardly anywhere.
         assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture

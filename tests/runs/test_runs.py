@@ -62,12 +62,12 @@ def sample(tmp_path: Path, *overrides: str) -> np.ndarray:
 
 
 def test_run_writes_pictures_metrics_and_checkpoints(trained):
-    for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
+    for name in ("samples/final.png", "samples/trajectory.png", "samples/trajectory.gif", "curves.png", "metrics.json"):
         assert (trained / name).stat().st_size > 0
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert [p.name for p in sorted((trained / "samples").glob("step_*.png"))] == ["step_000003.png", "step_000006.png"]
-    with Image.open(trained / "samples" / "film.gif") as film:
-        assert film.n_frames == 4  # the noise, and one frame per step
+    with Image.open(trained / "samples" / "trajectory.gif") as animation:
+        assert animation.n_frames == 4  # the noise, and one frame per step
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["steps"] == 6
     assert metrics["parameters"] == sum(w.numel() for w in weights(trained).values())
@@ -231,12 +231,12 @@ def test_sample_depends_only_on_seed_and_index(trained, tmp_path):
         assert (all_samples[:3] != other).any()
 
 
-def test_sample_writes_images_grid_and_film(trained, tmp_path):
+def test_sample_writes_images_grid_and_trajectory(trained, tmp_path):
     samples = sample(tmp_path, f"run='{trained}'", "n=3", "gif=true")
     for k in range(3):
         assert np.array_equal(np.array(Image.open(tmp_path / f"{k:05d}.png")), samples[k, :, :, 0])
-    with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == 4
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert animation.n_frames == 4
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
