@@ -22,6 +22,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
     Null means Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
+    from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.plugins import CheckpointIO, Precision
 
     from src.runs.trainer_settings import check_strategy, enabled_callbacks, validation_interval
@@ -57,8 +58,11 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
             f"trainer.precision={settings['precision']} contradicts the precision plugin in trainer.plugins; set "
             "trainer.precision=null"
         )
+    callbacks = enabled_callbacks(callbacks, {**settings, "limit_val_batches": limit})
     arguments = {
-        "callbacks": enabled_callbacks(callbacks, {**settings, "limit_val_batches": limit}),
+        "callbacks": callbacks,
+        # Lightning would add its own progress bar, which shows epochs.
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "logger": loggers or False,
         "plugins": plugins,
         "default_root_dir": str(directory),
