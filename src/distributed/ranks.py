@@ -20,13 +20,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(sig
 FRESH = "FRESH_FOLDER_"
 
 
-def fresh_folder(parent: str) -> str:
+def fresh_folder(parent: str, again: bool = False) -> str:
     """Return a new folder under `parent`, named after the time and unique among runs of the same second.
 
-    Later calls return the same folder, in this process and its children: an environment variable stores it.
+    Later calls return the same folder, in this process and its children: an environment variable stores it. With
+    `again` only processes that another one started return it.
     """
     memory = f"{FRESH}{Path(parent).resolve()}"
-    if memory in os.environ:
+    if memory in os.environ and not (again and rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ):
         return os.environ[memory]
     record_missing_dirs(Path(parent))
     if "TORCHELASTIC_RUN_ID" in os.environ:

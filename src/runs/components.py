@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -259,10 +260,16 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
 def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the object of a node, with further arguments.
 
-    Partials come without Hydra's wrapper, which scans all loaded modules at each call.
+    Partials come without Hydra's wrapper, which scans all loaded modules at each call. An error of a constructor for a
+    wrong value comes without Hydra's wrapper too.
     """
-    # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
-    return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
+    try:
+        # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
+        return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
+    except InstantiationException as error:
+        if isinstance(cause := error.__cause__, ValueError | TypeError | OSError | ImportError):
+            raise cause from cause.__cause__
+        raise
 
 
 def _unwrap(value: Any) -> Any:

@@ -110,7 +110,7 @@ def _infer_folders(cfg: DictConfig) -> None:
     assert isinstance(typed, dict)
     if "${hydra:" in str(typed["run_dir"]) and not HydraConfig.initialized():
         resumed = cfg.resume not in (None, "auto")
-        cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train")
+        cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train", again=True)
     if cfg.resume == "auto":
         folder = resumed_folder(cfg)
         cfg.resume = None if folder is None else str(folder)
