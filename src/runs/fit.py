@@ -38,6 +38,8 @@ def fit_run(run: "Run") -> dict[str, float]:
 
     Raises UsageError if the guard against non-finite steps gave up.
     """
+    from src.training.lightning_internals import save_best
+
     start = time.perf_counter()
     resume_from = run.resume_from and str(run.resume_from)
     run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
@@ -49,6 +51,8 @@ def fit_run(run: "Run") -> dict[str, float]:
     validates = run.trainer.limit_val_batches > 0
     if validates and (run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics):
         run.trainer.validate(run.module, datamodule=run.data, verbose=False)
+        if save_best(run.trainer):
+            save_last_checkpoint(run)  # knows the best loss, which a resumed run compares with
     logged = run.trainer.callback_metrics.items()
     metrics = {
         **{name: float(x) for name, x in logged if name.startswith(("val/", "quality/"))},
