@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.config.cli import launch
+from src.config.output import relative
 from src.config.search_path import search_path_overrides
 from src.distributed.ranks import handle_signals, rank
 from src.errors import UsageError, memory_errors, usage_errors
@@ -139,12 +139,6 @@ def resume_hint(run: "Run") -> str:
     step = read_checkpoint(saved)["global_step"]
     resume = command("train", *search_path_overrides(), format_override("resume", relative(run.directory)))
     return f"saved at step {step}. Resume with: {resume}"
-
-
-def relative(path: Path) -> Path:
-    """Return `path` relative to the folder in which the command was typed, if it is below it."""
-    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
-    return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path.absolute()
 
 
 if __name__ == "__main__":
