@@ -63,7 +63,7 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     from src.runs import out_of_memory
     from src.runs.build import close_run
     from src.runs.fit import fit_run
-    from src.training.callbacks.graceful_shutdown import Interruption
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
     from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
@@ -75,7 +75,8 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
         if isinstance(stop, SystemExit) and stop.code not in (1, None):
             raise
         print_once(f"\nStopped, {resume_hint(run)}")
-        raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
+        signals = [callback.signal for callback in run.callbacks(GracefulShutdown)]
+        raise SystemExit(128 + (max(signals, default=0) or interruption.number or signal.SIGINT)) from stop
     except DataReadError as error:
         if error.everywhere and rank() > 0:  # The first process prints the message.
             raise SystemExit(2) from error
@@ -113,7 +114,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
         print_once(f"Done: trainer.fast_dev_run tried {steps}, {loss}. No checkpoint and no metrics.json was written.")
         return
     took = f"{metrics['seconds']:.0f} s{' since it was resumed' if run.resume_from else ''}"
-    over = metrics["steps"] < run.trainer.max_steps and is_time_over(run.trainer)
+    over = metrics["steps"] < run.trainer.max_steps and is_time_over(run)
     print_once(f"Done: {steps} in {took}{' (trainer.max_time is over)' if over else ''}, {loss}. Look at:")
     pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbors.png")]
     for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
