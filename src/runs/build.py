@@ -13,13 +13,7 @@ from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.quoting import format_override
-from src.runs.checkpoints import (
-    check_fit,
-    check_resumed,
-    find_checkpoint,
-    read_metrics,
-    record_path,
-)
+from src.runs.checkpoints import check_fit, check_resumed, find_checkpoint, read_metrics, record_path
 from src.runs.components import (
     build_condition,
     build_module,

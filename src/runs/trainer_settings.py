@@ -64,10 +64,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accumulate_grad_batches": (lambda n: n >= 1, "must be at least 1"),
     "devices": (lambda n: not isinstance(n, int) or n >= 1 or n == -1, "must be at least 1; auto takes all devices"),
     "gradient_clip_val": (lambda x: x >= 0, "must not be negative: 1.0 is usual, 0 turns clipping off"),
-    "max_time": (
-        _is_duration,
-        'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours',
-    ),
+    "max_time": (_is_duration, 'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours'),
     "overfit_batches": (_is_batch_limit, "must be a number of batches, or a fraction of the data in [0.0, 1.0]"),
     "precision": (
         lambda name: not str(name).startswith("transformer-engine"),
@@ -78,13 +75,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """For each argument that Lightning does not check, or checks with an unclear message: the test and the rule."""
 
-DEVICE_DEFAULTS = {
-    "accelerator": "auto",
-    "strategy": "auto",
-    "devices": "auto",
-    "num_nodes": 1,
-    "precision": "32-true",
-}
+DEVICE_DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": "32-true"}
 """The arguments that select hardware, with their defaults. Lightning's errors about them often name no argument."""
 
 
