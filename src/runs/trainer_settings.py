@@ -86,7 +86,8 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
     loggers.
     """
     for name, (neutral, rule) in UNSUPPORTED.items():
-        if name in settings and not _is_same(settings[name], neutral):
+        value = settings.get(name, neutral)
+        if type(value) is not type(neutral) or value != neutral:  # A limit of 1 is one batch, 1.0 is all of them.
             raise ValueError(f"{_shown(name, settings)} {rule}")
     for name, (is_valid, rule) in RULES.items():
         if name in settings and not is_valid(settings[name]):
@@ -122,32 +123,29 @@ def validation_interval(settings: Mapping[str, Any], validate_every: int, counts
     """
     steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     interval = settings.get("val_check_interval", validate_every)
-    is_count = isinstance(interval, int) and not isinstance(interval, bool)
-    if is_count and (counts_steps or "val_check_interval" not in settings):
-        interval *= batches
-    if is_count and interval >= 1 and interval % batches == 0:
-        return int(min(interval, steps * batches))
+    rule = "must be a number of batches, or a fraction of the run in (0.0, 1.0]; or set validate_every, in steps"
     if isinstance(interval, float) and 0 < interval <= 1:
         return max(1, int(steps * interval)) * batches
-    if is_count and interval >= 1:
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1:
+        interval *= batches if counts_steps or "val_check_interval" not in settings else 1
+        if interval % batches == 0:
+            return int(min(interval, steps * batches))
         rule = f"must be a multiple of trainer.accumulate_grad_batches={batches}; or set validate_every, in steps"
-    else:
-        rule = "must be a number of batches, or a fraction of the run in (0.0, 1.0]; or set validate_every, in steps"
     raise ValueError(f"{_shown('val_check_interval', settings)} {rule}")
 
 
 def enabled_callbacks(callbacks: Sequence[L.Callback], settings: Mapping[str, Any]) -> list[L.Callback]:
     """Return the callbacks except those that `settings` turn off: progress bar, checkpoints, best checkpoint."""
-
-    def is_off(callback: L.Callback) -> bool:
-        best = isinstance(callback, lightning_callbacks.ModelCheckpoint) and (callback.monitor or "").startswith("val/")
-        return (
-            (isinstance(callback, lightning_callbacks.ProgressBar) and settings.get("enable_progress_bar") is False)
-            or (isinstance(callback, lightning_callbacks.Checkpoint) and settings.get("enable_checkpointing") is False)
-            or (best and settings.get("limit_val_batches") == 0)
-        )
-
-    return [callback for callback in callbacks if not is_off(callback)]
+    kinds = {
+        "enable_progress_bar": lightning_callbacks.ProgressBar,
+        "enable_checkpointing": lightning_callbacks.Checkpoint,
+    }
+    off = tuple(kind for name, kind in kinds.items() if settings.get(name) is False)
+    kept = [callback for callback in callbacks if not isinstance(callback, off)]
+    if settings.get("limit_val_batches") != 0:
+        return kept
+    best = [c for c in kept if isinstance(c, lightning_callbacks.ModelCheckpoint) and (c.monitor or "")[:4] == "val/"]
+    return [callback for callback in kept if callback not in best]
 
 
 def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
@@ -168,21 +166,14 @@ def check_strategy(trainer: L.Trainer) -> None:
 
     Spawned and forked processes do not return their callbacks and weights to this process.
     """
-    strategy = trainer.strategy
-    copies = copies_this_process(strategy)
-    if copies or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-        how = "starts copies of this process" if copies else "shards weights in its own way"
-        raise ValueError(
-            f"trainer.strategy={type(strategy).__name__} {how}; use {'trainer=ddp' if copies else 'trainer=fsdp'}"
-        )
+    name = type(trainer.strategy).__name__
+    if copies_this_process(trainer.strategy):
+        raise ValueError(f"trainer.strategy={name} starts copies of this process; use trainer=ddp")
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(f"trainer.strategy={name} shards weights in its own way; use trainer=fsdp")
 
 
 def _shown(name: str, settings: Mapping[str, Any]) -> str:
     """Return the argument and its value as a user types them."""
     value = settings[name]
     return f"trainer.{name}={value}" if isinstance(value, dict) else format_override(f"trainer.{name}", value)
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    """Return whether the values are equal and of one type: a limit of 1 is one batch, 1.0 is all of them."""
-    return type(value) is type(neutral) and bool(value == neutral)
