@@ -118,13 +118,24 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         if name == "wandb":
             import wandb  # noqa: F401 - raises here if it is not installed
     except Exception as error:
-        if isinstance(error.__cause__ or error, ImportError):
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):
             raise ValueError(
-                f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
-                f"pip install {name}"
+                f"logger={name} needs a package that is not installed ({sentence(cause)}): pip install {name}"
             ) from error
         raise
     return logger
+
+
+IGNORED_WARNINGS = (
+    "does not have many workers",
+    "smaller than the logging interval",
+    "your dataloader is not resumable",  # The stream of batches starts at the step of the checkpoint.
+    "Checkpoint directory .* exists and is not empty",
+    "functional.all_gather is deprecated",
+    "broadcast_buffers.* is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 def quiet_libraries() -> None:
@@ -138,11 +149,5 @@ def quiet_libraries() -> None:
     if logging.getLogger().handlers:  # Hydra's handlers print the same lines.
         for name in ("lightning", "lightning.pytorch"):
             logging.getLogger(name).handlers.clear()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # The stream of batches starts at the step of the checkpoint.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*functional.all_gather is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    for text in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")
