@@ -72,7 +72,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     module = opened.module
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, cfg.batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
         module.to(processes.device)

@@ -61,7 +61,7 @@ def sample(cfg: DictConfig) -> Path:
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
 

@@ -188,7 +188,7 @@ _is_command: list[bool] = []
 def exit_process(status: int) -> None:
     """End an interrupted process with `status`; in a command, silence what libraries log at exit.
 
-    Python would die by the signal instead if the interruption passed through code that a library ran with `exec`.
+    After an interruption within `exec`, Python would die by the signal instead.
     """
     if not _is_command:
         sys.exit(status)

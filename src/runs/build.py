@@ -86,7 +86,7 @@ class Run(NamedTuple):
 def build(cfg: DictConfig) -> Run:
     """Return the run that a composed configuration describes. It writes neither `cfg` nor the run folder.
 
-    Raises ValueError for settings that do not work together, and FileNotFoundError without the run to resume.
+    Raises ValueError for wrong settings, and FileNotFoundError without the run to resume.
     """
     folder = resumed_folder(cfg)
     if folder is not None and not cfg.trust:

@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 def build_module(
     cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
 ) -> "DiffusionModule":
-    """Return the LightningModule for samples of `shape`, with new weights.
+    """Return the LightningModule for samples of `shape`, with new weights; without an optimizer it cannot train.
 
     `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
-    Without an optimizer in the configuration, the module can sample but not train.
     """
     import torch
 
@@ -106,8 +105,7 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
 def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
     """Return the loss of a node. A weighting with an argument `schedule` gets the schedule of the run.
 
-    The binding is here and not in the YAML, because Hydra deep-copies the arguments of `instantiate`: the weights of a
-    learned schedule would exist twice.
+    Hydra would deep-copy it: the weights of a learned schedule would exist twice.
     """
     loss_fn = instantiate_node(cfg)
     weighting = getattr(loss_fn, "keywords", {}).get("weighting")

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     import torch
 
     from src.runs.build import Run
-    from src.runs.open import OpenedRun
     from src.training.memory import Estimate
 
 
@@ -61,19 +60,10 @@ def training_oom_message(run: "Run") -> str:
     )
 
 
-def sampling_oom_message(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
+def sampling_oom_message(batch_size: int, device: "torch.device") -> str:
     """Return one line for sampling or evaluation that ran out of memory."""
-    from src.training.memory import estimate
-
-    module = opened.module
-    together = batch_size if module.null is None else 2 * batch_size  # Guidance adds the unconditional pass.
-    net = meta_network(opened.config, module.diffusion.outputs)
-    needs = estimate(net, module.shape, together, device, "32-true", None, null=module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
-    return (
-        f"out of memory at batch_size {batch_size} on {describe_device(device)}; a pass through the network needs "
-        f"about {needs}: {advice}"
-    )
+    return f"out of memory at batch_size {batch_size} on {describe_device(device)}: {advice}"
 
 
 def describe_device(device: "torch.device") -> str:

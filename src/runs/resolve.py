@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
     """Return a copy of `cfg` in which every inferred setting has its value.
 
-    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, settings that
-    depend on the data are not inferred; settings of the data module are. Resolving twice changes nothing.
+    `checkpoint` is that from which a run resumes. Without `data`, settings that depend on them are not inferred.
+    Resolving twice changes nothing.
 
     Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """

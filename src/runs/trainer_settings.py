@@ -58,12 +58,8 @@ def _are_nodes(value: Any) -> bool:
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda n: 1 <= n <= 10**9, "must be in [1, 10^9]: training counts steps"),
-    "log_every_n_steps": (lambda n: n >= 1, "must be at least 1 step; logger=none logs nothing"),
     "num_sanity_val_steps": (lambda n: n >= -1, "must be at least 0 batches, or -1 for all"),
-    "accumulate_grad_batches": (lambda n: n >= 1, "must be at least 1"),
     "devices": (lambda n: not isinstance(n, int) or n >= 1 or n == -1, "must be at least 1; auto takes all devices"),
-    "gradient_clip_val": (lambda x: x >= 0, "must not be negative: 1.0 is usual, 0 turns clipping off"),
     "max_time": (_is_duration, 'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours'),
     "overfit_batches": (_is_batch_limit, "must be a number of batches, or a fraction of the data in [0.0, 1.0]"),
     "precision": (
@@ -73,7 +69,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plugins": (_are_nodes, "must be a list of nodes with a _target_ each"),
     "profiler": (lambda value: isinstance(value, str | dict), "must be simple, advanced or pytorch"),
 }
-"""For each argument that Lightning does not check, or checks with an unclear message: the test and the rule."""
+"""For each argument that neither Lightning nor `config.rules` checks clearly: the test and the rule."""
 
 DEVICE_DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": "32-true"}
 """The arguments that select hardware, with their defaults. Lightning's errors about them often name no argument."""
@@ -82,8 +78,7 @@ DEVICE_DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto",
 def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool) -> None:
     """Raise ValueError for an argument that this project does not support, or a value outside its range.
 
-    `settings` holds the arguments of the Trainer that are not null. `has_loggers` says whether the group `logger` has
-    loggers.
+    `settings` holds the arguments that are not null; `has_loggers` is about the group `logger`.
     """
     for name, (neutral, rule) in UNSUPPORTED.items():
         value = settings.get(name, neutral)
@@ -93,7 +88,7 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
         if name in settings and not is_valid(settings[name]):
             raise ValueError(f"{_shown(name, settings)} {rule}")
     if "max_steps" not in settings:
-        raise ValueError(f"trainer.max_steps=null {RULES['max_steps'][1]}")
+        raise ValueError("trainer.max_steps=null must be a number of steps")
     if not 0 <= settings.get("min_steps", 0) <= settings["max_steps"]:
         raise ValueError(
             f"{_shown('min_steps', settings)} must be in [0, trainer.max_steps]; trainer.max_steps is "
@@ -162,10 +157,7 @@ def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
 
 
 def check_strategy(trainer: L.Trainer) -> None:
-    """Raise ValueError for a strategy whose processes or weights this project cannot handle.
-
-    Spawned and forked processes do not return their callbacks and weights to this process.
-    """
+    """Raise ValueError for a strategy that does not return callbacks and weights to this process."""
     name = type(trainer.strategy).__name__
     if copies_this_process(trainer.strategy):
         raise ValueError(f"trainer.strategy={name} starts copies of this process; use trainer=ddp")
