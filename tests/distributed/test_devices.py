@@ -261,7 +261,7 @@ def test_two_processes_draw_the_same_samples(trained, torchrun_started, tmp_path
     from src.sample import sample
 
     cwd, printed = torchrun_started
-    assert printed.count("5 samples of") == 1
+    assert printed.count("\n5 samples of") == 1
     (folder,) = (cwd / "outputs" / "sample").iterdir()
     assert {p.suffix for p in folder.iterdir()} == {".png", ".npz", ".gif", ".log", ""}
     assert len(list(folder.glob("0000?.png"))) == 5 and len(list(folder.glob("*.log"))) == 1

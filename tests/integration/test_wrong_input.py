@@ -206,13 +206,16 @@ def test_any_callback_can_be_removed(tmp_path):
     for name in names:
         for out in (f"callbacks.{name}=null", f"~callbacks.{name}"):
             check_overrides("train", [out])
-            run = build(compose("train", *settings, out, f"run_dir='{tmp_path / name}'"))
-            left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
-            kinds = {type(each).__name__ for each in run.trainer.callbacks}
-            bar = run.trainer.progress_bar_callback  # Lightning's own would show epochs
-            assert bar is None if name == "progress" else type(bar).__name__ == "Progress"
-            close_run(run)
-            assert left <= kinds and len(run.module.hparams.callbacks) == len(names) - out.startswith("~")
+        cfg = compose("train", *settings, f"callbacks.{name}=null", f"run_dir='{tmp_path / name}'")
+        removed = compose("train", *settings, f"~callbacks.{name}").callbacks
+        assert {**removed, name: None} == cfg.callbacks  # so building one is building the other
+        run = build(cfg)
+        left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
+        kinds = {type(each).__name__ for each in run.trainer.callbacks}
+        bar = run.trainer.progress_bar_callback  # Lightning's own would show epochs
+        assert bar is None if name == "progress" else type(bar).__name__ == "Progress"
+        close_run(run)
+        assert left <= kinds and len(run.module.hparams.callbacks) == len(names)
 
 
 @pytest.mark.parametrize(
