@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from omegaconf import DictConfig
 
 from src.errors import sentence
 from src.quoting import format_override
+from src.runs.components import to_plain
 from src.training.lightning_internals import copies_this_process
 
 COUNTS_EPOCHS = "counts epochs, and training counts steps"
@@ -75,11 +77,12 @@ DEVICE_DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto",
 """The arguments that select hardware, with their defaults. Lightning's errors about them often name no argument."""
 
 
-def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool) -> None:
-    """Raise ValueError for an argument that this project does not support, or a value outside its range.
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of the Trainer that are not null.
 
-    `settings` holds the arguments that are not null; `has_loggers` is about the group `logger`.
+    Raises ValueError for an argument that this project does not support, or a value outside its range.
     """
+    settings = {str(name): value for name, value in to_plain(cfg.trainer).items() if value is not None}
     for name, (neutral, rule) in UNSUPPORTED.items():
         value = settings.get(name, neutral)
         if type(value) is not type(neutral) or value != neutral:  # A limit of 1 is one batch, 1.0 is all of them.
@@ -99,15 +102,16 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
             f"{_shown('strategy', settings)} is not supported; use {'trainer=ddp' if match[1] else 'trainer=fsdp'}"
         )
     logger = settings.get("logger", False)
-    if not isinstance(logger, bool) or (logger and not has_loggers):
+    if not isinstance(logger, bool) or (logger and not cfg.logger):
         raise ValueError(
             f"{_shown('logger', settings)} has no effect; choose logger=csv, tensorboard or wandb, or add one as "
             "+logger.NAME._target_=..."
         )
-    if resumes and settings.get("fast_dev_run"):
+    if cfg.resume is not None and settings.get("fast_dev_run"):
         raise ValueError(
             f"{_shown('fast_dev_run', settings)} trains from the start and saves nothing; leave resume out"
         )
+    return settings
 
 
 def validation_interval(settings: Mapping[str, Any], validate_every: int, counts_steps: bool = False) -> int:
@@ -143,7 +147,7 @@ def enabled_callbacks(callbacks: Sequence[L.Callback], settings: Mapping[str, An
     return [callback for callback in kept if callback not in best]
 
 
-def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
+def explain_error(error: BaseException, settings: Mapping[str, Any]) -> str:
     """Return one line for an error of the Trainer's constructor, with the settings that cause it.
 
     These are the settings that the error names, or else the settings of devices that differ from the default.
