@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import _nearest, newest_run
-from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
-    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`.
+    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
 
     Raises FileNotFoundError without one, and ValueError unless exactly one of the two is given.
     """
@@ -32,39 +31,19 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         )
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
-    path = Path(str(value))
-    return _existing_file(path) if name == "ckpt" else _newest_intact(path)
-
-
-def _existing_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    folder = path.parent if path.name == "checkpoints" else path
-    is_run = any((folder / "checkpoints").glob("*.ckpt"))
-    hint = f"; did you mean {format_override('run', folder)}?" if is_run else newest_run("ckpt", path)
-    raise FileNotFoundError(
-        f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder"
-        f"{hint or _nearest(path, 'ckpt', '*.ckpt')}"
-    )
-
-
-def _newest_intact(folder: Path) -> Path:
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{folder} is a file, and run= takes a folder: use {format_override('ckpt', folder)} for one checkpoint"
-        )
-    if not folder.is_dir():
-        near = _nearest(folder, "run", "*/")
-        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs are in outputs/train'}")
-    if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
-        raise FileNotFoundError(
-            f"{folder} holds checkpoints but is not a run folder: did you mean {format_override('run', folder.parent)}?"
-        )
+    given = Path(str(value))
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        kind, pattern = ("run folder", "*/") if name == "run" else ("checkpoint", "*.ckpt")
+        hint = _nearest(given, name, pattern) or ": runs are in outputs/train"
+        raise FileNotFoundError(f"no {kind} {given.resolve()}{hint}")
+    folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):
         if is_intact(path):
             return path
-        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=3)
-    hint = newest_run("run", folder) or ": has it trained?"
+        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+    hint = newest_run(name, folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 
 

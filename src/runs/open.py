@@ -102,9 +102,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
-    is_file = Path(location).is_file()
-    encoder = OmegaConf.select(opened.config, "conditioning.encode.model")
-    weak = open_run(None if is_file else location, location if is_file else None, encoder=encoder)
+    weak = open_run(location, encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"
     own, others = (output_settings(each.config) for each in (opened, weak))

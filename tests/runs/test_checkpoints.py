@@ -30,6 +30,8 @@ def test_newest_intact_checkpoint_is_loaded(trained, tmp_path):
     os.utime(best, ns=(0, last.stat().st_mtime_ns - 10**9))
     assert newest_first(run) == [last, best]
     assert find_checkpoint(str(run), None) == last
+    for path in (run, run / "checkpoints", last):
+        assert find_checkpoint(str(path), None) == find_checkpoint(None, str(path)) == last
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=r"last\.ckpt is corrupted"):
         assert find_checkpoint(str(run), None) == best
