@@ -120,7 +120,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
     for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
         if (path := run.directory / name).exists():
             print_once(f"  {relative(path)}")
-    if not run.saves:
+    if not run.last_checkpoint.exists():
         print_once("No checkpoint was saved: trainer.enable_checkpointing=false")
         return
     folder = format_override("run", relative(run.directory))

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.config.arguments import check_arguments
@@ -74,13 +72,6 @@ class Run(NamedTuple):
         metrics = read_metrics(self.directory)
         done = metrics is not None and metrics.get("steps") == self.steps >= self.trainer.max_steps
         return metrics if done else None
-
-    @property
-    def saves(self) -> bool:
-        """Whether training writes checkpoints."""
-        from src.training.checkpoint_io import NoCheckpoints
-
-        return not isinstance(self.trainer.strategy.checkpoint_io, NoCheckpoints)
 
 
 def build(cfg: DictConfig) -> Run:
@@ -175,12 +166,6 @@ def check_optimized_metric(run: Run) -> None:
     metric, known = run.config.optimized_metric, [f"val/{name}" for name in run.module.validation]
     if metric not in (None, *known):
         raise ValueError(f"optimized_metric={metric} is not a metric of this run: choose one of {', '.join(known)}")
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    searches = multirun and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
-    if searches and run.trainer.limit_val_batches == 0:
-        raise ValueError(
-            f"trainer.limit_val_batches=0 leaves optimized_metric={metric} without a value: use at least one batch"
-        )
 
 
 def start_run(run: Run) -> None:
