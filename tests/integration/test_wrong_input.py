@@ -87,7 +87,10 @@ def test_empty_values_are_refused():
             for name in ("data.root", "compile", "optimized_metric", "trainer.precision", "model", "schedule")
         ),
     ):
-        for empty in ("", "''", "' '"):
+        refused(lambda c=command, o=f"{name}=''": check_overrides(c, [o]), name)
+    for name in ("run", "device", "data.root"):  # a path of a run, a text, and a path of data
+        for empty in ("", "' '"):
+            command = "evaluate" if name == "data.root" else "sample"
             refused(lambda c=command, o=f"{name}={empty}": check_overrides(c, [o]), name)
     check_overrides("train", ["logger.csv.prefix=''"])  # its default
     check_overrides("sample", ["cond=''", "negative=''"])  # texts may be empty
