@@ -85,7 +85,12 @@ def build(cfg: DictConfig) -> Run:
     resume_from = None if folder is None else find_checkpoint(str(folder), None)
     checkpoint = None if resume_from is None else read_checkpoint(resume_from)
     cfg = resolve(cfg, None, checkpoint)
-    check_config(cfg)
+    if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
+        )
+    check_arguments(cfg)
+    check_values(cfg)
     quiet_libraries()
     import lightning as L
 
@@ -133,17 +138,6 @@ def instantiate_run(
     check_cuda_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
     module.hparams.update({str(k): v for k, v in to_plain(cfg).items()})
     return run
-
-
-def check_config(cfg: DictConfig) -> None:
-    """Raise ValueError or UsageError for a value that its setting does not take. Needs neither data nor networks."""
-    is_points = cfg.data.get("num_samples") or cfg.data.get("path")
-    if is_points and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
-        )
-    check_arguments(cfg)
-    check_values(cfg)
 
 
 def check_sharding(run: Run) -> None:
