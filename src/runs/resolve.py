@@ -132,11 +132,13 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     if not path.is_file():
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
-        # Neither unpickles, nor unpacks an archive as numpy would with a file name.
-        with path.open("rb") as file:
-            table = np.load(file) if path.suffix == ".npy" else np.loadtxt(file, delimiter=",")
+        if path.suffix == ".npy":
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # neither unpickles nor allocates
+        else:
+            with path.open() as lines:  # numpy would unpack an archive if it got the file name
+                table = np.loadtxt(lines, delimiter=",")
         cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
-    except (EOFError, OverflowError, TypeError, ValueError) as error:
+    except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(
             f"schedule.betas={betas} is not a table of numbers ({sentence(error)}); give one beta per step as .npy or "
             ".csv"
