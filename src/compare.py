@@ -53,7 +53,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         first.data.setup()
         check_num_val(cfg.reverse_variance, count_val(first.data, cfg), "reverse_variance")
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(first, cfg.batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
         measurements = measure_all(runs, samplers, first, cfg, settings, processes)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import start_output
+from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
@@ -34,7 +34,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     metrics = evaluate_analytic(cfg, folder) if cfg.analytic else evaluate_run(cfg, folder)
     if rank() == 0:
         write_json(folder / "metrics.json", metrics)
-        print(f"All metrics: {folder / 'metrics.json'}")
+        print(f"All metrics: {relative(folder / 'metrics.json')}")
     return metrics
 
 
@@ -72,7 +72,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     module = opened.module
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, cfg.batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
         module.to(processes.device)
@@ -132,7 +132,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         (folder / "table.md").write_text(text)
         print(f"\n{text}\nOutput:")
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
-            print(f"  {path}")
+            print(f"  {relative(path)}")
     return metrics
 
 
@@ -180,7 +180,7 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     (folder / "samplers.txt").write_text(f"{text}\n")
     errors = {name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}
     charts.sampler_errors(errors, sampling_error).save(folder / "samplers.png")
-    print(f"{text}\nPlot: {folder / 'samplers.png'}")
+    print(f"{text}\nPlot: {relative(folder / 'samplers.png')}")
     return {
         "steps": steps,
         "sampling_error": sampling_error,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import start_output
+from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
@@ -61,7 +61,7 @@ def sample(cfg: DictConfig) -> Path:
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
 
@@ -84,8 +84,8 @@ def sample(cfg: DictConfig) -> Path:
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
-    print(f"{cfg.n} samples of {opened.checkpoint} by {describe(settings, sampler, opened.module.schedule)}")
-    print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
+    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
+    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(folder / 'samples.npz')}")
     return folder
 
 

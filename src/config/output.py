@@ -199,3 +199,9 @@ def _start_times(sweep: Path, subdir: str | None) -> dict[Path, int]:
     """Return when each job of a sweep last started."""
     files = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+def relative(path: Path) -> Path:
+    """Return `path` relative to the folder in which the command was typed, if it is below it."""
+    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+    return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path.absolute()

@@ -57,9 +57,11 @@ def sampler_list(cfg: DictConfig) -> list[Any]:
 
 def build_samplers(cfg: DictConfig, opened: OpenedRun) -> dict[str, "Sampler"]:
     """Return the samplers of `samplers`, or that of `sampler`, by the names of `sampler_name`."""
-    samplers, own = {}, opened.config.sampler
-    for each in sampler_list(cfg) or [None]:
-        settings = components.named_sampler(each, own) if each else components.sampler_settings(cfg.sampler, own)
+    samplers = {}
+    for each in sampler_list(cfg) or [cfg.sampler]:
+        typed = OmegaConf.masked_copy(each, [str(k) for k in each if k != "sampler"])
+        chosen = OmegaConf.merge(load_option("sampler", str(each.sampler)), typed) if "sampler" in each else typed
+        settings = components.sampler_settings(chosen, opened.config.sampler)  # type: ignore[arg-type]
         sampler = sampler_of(opened, settings, cfg.guidance)
         scale = sampler.guidance.scale
         samplers[sampler_name(settings) + (f" guidance {scale:g}" if scale != 1 else "")] = sampler
@@ -103,9 +105,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
     node = load_option("schedule", cfg.analytic_schedule)
     schedule = components.build_schedule(node.get("schedule", node), 1.0, False)
     samplers = {}
-    for name in config_groups()["sampler"]:
-        if name == "diffusers":
-            continue
+    for name in (name for name in config_groups()["sampler"] if name != "diffusers"):
         sampler = components.build_sampler(load_option("sampler", name))
         for spacing in spacings:
             label = f"{name} {spacing}" if len(spacings) > 1 else name

@@ -48,6 +48,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         self.failed = False
         self._folders: set[Path] = set()
+        self._obsolete: list[Path] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -79,8 +80,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         path = Path(path)
         # The paths to remove come from a checkpoint, so only files next to this run's own checkpoints are trusted.
-        if not self.failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
-            path.unlink(missing_ok=True)
+        if path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
+            self._obsolete = [p for p in (*self._obsolete, path) if p.exists()]
+            if self._obsolete and not self.failed:
+                self._obsolete.pop(0).unlink(missing_ok=True)
 
 
 class NoCheckpoints(TorchCheckpointIO):

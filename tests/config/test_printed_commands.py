@@ -193,11 +193,7 @@ def test_refusals_print_valid_overrides(run_and_text, monkeypatch):
     parent = folder.parent
     last = folder / "checkpoints" / "last.ckpt"
     for call, name, value in (
-        (lambda: find_checkpoint(str(last), None), "ckpt", last),
         (lambda: find_checkpoint(f"{folder}x", None), "run", folder),
-        (lambda: find_checkpoint(str(folder / "checkpoints"), None), "run", folder),
-        (lambda: find_checkpoint(None, str(folder)), "run", folder),
-        (lambda: find_checkpoint(None, str(folder / "checkpoints")), "run", folder),
         (lambda: find_checkpoint(None, str(last.with_name("lost.ckpt"))), "ckpt", last),
         # Folders that hold runs.
         (lambda: find_checkpoint(str(parent), None), "run", folder),

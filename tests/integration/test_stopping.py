@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from src.config.search_path import CONF
 from src.errors import UsageError
+from src.runs import lock
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import train_tiny
 from tests.runs.test_runs import assert_equal_bits, losses, weights
@@ -183,7 +183,7 @@ def test_lock_keeps_other_processes_out_of_a_folder(tmp_path, monkeypatch):
     try:
         assert other.stdout and other.stdout.readline() == b"held\n"
         with monkeypatch.context() as patch:
-            patch.setattr(time, "sleep", lambda _: None)
+            patch.setattr(lock, "WAIT_S", 0)
             with pytest.raises(UsageError, match=r"another process trains in .*run: wait for it or stop it"):
                 train_tiny(tmp_path / "run")
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]

@@ -282,6 +282,45 @@ def test_cuda_graphs_with_accumulation_are_refused(tmp_path):
         build(compose("train", *TINY, *settings))
 
 
+def test_commands_print_paths_below_the_current_folder(trained, tmp_path, monkeypatch, capsys):
+    """The other paths, such as those of a run elsewhere, are absolute."""
+    from src.evaluate import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(trained)
+    sample(tmp_path / "drawn", "run=run", "n=2")
+    settings = [
+        "run=run",
+        f"run_dir='{tmp_path / 'results'}'",
+        "device=cpu",
+        "quality=false",
+        "num_val=20",
+        "num_terms=2",
+    ]
+    evaluate(compose("evaluate", *settings))
+    printed = capsys.readouterr().out
+    assert str(tmp_path) not in printed
+    for path in (
+        "run/checkpoints/last.ckpt",
+        "drawn/grid.png",
+        "drawn/samples.npz",
+        "results/table.md",
+        "results/metrics.json",
+    ):
+        assert f" {path}" in printed, path
+
+
+def test_best_checkpoint_counts_the_last_validation(tmp_path):
+    """The last step is no multiple of `validate_every`; a resumed run compares with its loss."""
+    metrics = train_tiny(tmp_path / "run", "trainer.max_steps=4", "lr_scheduler.warmup_steps=0")
+    before = float(losses(tmp_path / "run", "val/loss")[0])
+    best, last = (read_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert metrics["val/loss"] < before and best["global_step"] == last["global_step"] == 4
+    assert_equal_bits(best["state_dict"], last["state_dict"])
+    (state,) = (s for name, s in last["callbacks"].items() if "val/loss" in name)
+    assert float(state["best_model_score"]) == pytest.approx(metrics["val/loss"])
+
+
 def test_sample_uses_the_sampler_of_the_run_by_default(trained, tmp_path):
     """The run has ancestral sampling in 3 steps. Settings modify it, and `sampler=` replaces it."""
     own = sample(tmp_path / "a", f"run='{trained}'", "n=4", "sampler.steps=null")
