@@ -10,11 +10,10 @@ if TYPE_CHECKING:
 
     from src.runs.build import Run
     from src.runs.open import OpenedRun
-    from src.training.memory import Estimate
 
 
-def step_memory(run: "Run") -> "Estimate":
-    """Return an estimate of the memory of a training step on each device, without running one."""
+def step_memory(run: "Run") -> int:
+    """Return an estimate of the bytes of a training step on each device, without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
@@ -39,10 +38,11 @@ def step_memory(run: "Run") -> "Estimate":
 def training_oom_message(run: "Run") -> str:
     """Return one line for training that ran out of memory."""
     from src.distributed.sharding import FullyShardedStrategy
+    from src.training.memory import gib
 
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
-        needs = f"about {step_memory(run)}"
+        needs = f"about {gib(step_memory(run))} GiB"
     except (RuntimeError, MemoryError):
         # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"
@@ -64,7 +64,7 @@ def training_oom_message(run: "Run") -> str:
 
 def sampling_oom_message(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
     """Return one line for sampling or evaluation that ran out of memory."""
-    from src.training.memory import estimate
+    from src.training.memory import estimate, gib
 
     net = meta_network(opened.config, opened.module.diffusion.outputs)
     together = batch_size if opened.module.null is None else 2 * batch_size  # Guidance adds the unconditional pass.
@@ -72,7 +72,7 @@ def sampling_oom_message(opened: "OpenedRun", batch_size: int, device: "torch.de
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
     return (
         f"out of memory at batch_size {batch_size} on {describe_device(device)}; a pass through the network needs "
-        f"about {needs}: {advice}"
+        f"about {gib(needs)} GiB: {advice}"
     )
 
 

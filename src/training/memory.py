@@ -4,21 +4,13 @@ import copy
 import ctypes
 import gc
 import logging
-import mmap
-import os
 import sys
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
@@ -28,20 +20,6 @@ from src.training.optim import MakeOptimizer, trial_state
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-
-
-class Estimate(NamedTuple):
-    """Bytes on one device at the peak of a step; `activations` includes all temporary tensors."""
-
-    weights: int
-    gradients: int
-    moments: int
-    average: int
-    activations: int
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {gib(n)}" for name, n in self._asdict().items() if n)
-        return f"{gib(sum(self))} GiB ({parts})"
 
 
 def estimate(
@@ -55,81 +33,42 @@ def estimate(
     shards: int = 1,
     buckets: bool = False,
     null: Tensor | None = None,
-) -> Estimate:
-    """Estimate the memory of `net` for `microbatch_size` samples of `shape`, from one pass with fake tensors.
-
-    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. Gradients count
-    throughout, as they live from step to step; `buckets` adds DDP's copy of them, and `shards` divides the weights
-    (FSDP). A conditional network receives conditions like `null` (1, ...). Allocations of libraries are not included,
-    and a compiled network counts as uncompiled.
-    """
-    bits, _, mode = precision.partition("-")
-    meta_net = copy.deepcopy(net).to("meta")
-    if mode == "true":
-        meta_net.to(DTYPES[bits])
-    autocast = DTYPES[bits] if mode == "mixed" else None
-    activations = _peak_activations(meta_net, shape, microbatch_size, device, autocast, bool(optimizer), null)
-    weights = sum(p.nbytes for p in meta_net.parameters()) // shards
-    if optimizer is None:
-        return Estimate(weights, 0, 0, 0, activations)
-    average_bytes = 4 * sum(p.numel() for p in meta_net.parameters()) // shards if average else 0
-    state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
-    moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
-    return Estimate(weights, weights * (2 if buckets else 1), moments, average_bytes, activations)
-
-
-def _peak_activations(
-    net: nn.Module,
-    shape: Sequence[int],
-    batch: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    train: bool,
-    null: Tensor | None,
 ) -> int:
-    """Return the peak bytes of one pass through a network on the meta device, without its weights and gradients."""
-    with FakeTensorMode(), torch.set_grad_enabled(train):
+    """Estimate the peak bytes of a step on one device by torch's tracker, from one pass with fake tensors.
+
+    `net` is on the meta device and gets `microbatch_size` samples of `shape`, and conditions like `null` (1, ...).
+    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `average` adds the
+    EMA, `buckets` DDP's copy of the gradients, and `shards` divides the weights (FSDP). Allocations of libraries are
+    not included, and a compiled network counts as uncompiled.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    bits, _, mode = precision.partition("-")
+    if mode == "true":
+        net.to(DTYPES[bits])
+    with FakeTensorMode(), torch.set_grad_enabled(optimizer is not None), MemTracker() as tracker:
         net._apply(  # type: ignore[no-untyped-call]
             lambda p: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device)
         )
-        for p in net.parameters() if train else ():
-            p.grad = torch.empty_like(p)
+        for p in net.parameters() if optimizer else ():
+            p.grad = torch.empty_like(p)  # gradients live from step to step
+        tracker.track_external(net)
         memory_format = torch.channels_last if len(shape) == 3 else torch.contiguous_format
-        x = torch.empty(batch, *shape, device=device, memory_format=memory_format)
-        time = torch.empty(batch, device=device)
-        cond = () if null is None else (torch.empty(batch, *null.shape[1:], device=device, dtype=null.dtype),)
-        persistent = [*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()]
-        with _StorageTracker(persistent) as tracker:
-            with torch.autocast(device.type, autocast) if autocast else nullcontext():
-                out = net(x, time, *cond)
-            if train:
-                out.float().square().mean().backward()
-    peak: int = tracker.peak
-    return peak + x.nbytes
-
-
-class _StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of storages from their creation until their last reference is gone."""
-
-    def __init__(self, persistent: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current = self.peak = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in persistent)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self._release, storage.nbytes())
-        return out
-
-    def _release(self, size: int) -> None:
-        self.current -= size
+        x = torch.empty(microbatch_size, *shape, device=device, memory_format=memory_format)
+        cond = () if null is None else (torch.empty(microbatch_size, *null.shape[1:], device=device, dtype=null.dtype),)
+        with torch.autocast(device.type, DTYPES[bits], enabled=mode == "mixed"):
+            out = net(x, torch.empty(microbatch_size, device=device), *cond)
+        if optimizer is not None:
+            out.float().square().mean().backward()
+    peak: int = tracker.get_tracker_snapshot("peak")[x.device]["Total"]
+    if optimizer is None:
+        return peak
+    weights, size = sum(p.nbytes for p in net.parameters()), sum(p.numel() for p in net.parameters())
+    state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
+    moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
+    lasting = (3 if buckets else 2) * weights + moments + (4 * size if average else 0)
+    return peak - 2 * weights + lasting // shards
 
 
 def gib(size: float) -> str:
@@ -138,21 +77,13 @@ def gib(size: float) -> str:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device, on a CPU the limit of this process; None if unknown."""
-    if device.type in ("cuda", "xpu"):
-        total: int = torch.get_device_module(device).mem_get_info(device)[1]
-        return total
+    """Return the bytes of a GPU; None for a CPU."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    if device.type == "cpu":
         return None
-    import resource
-
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), resource.getrlimit(resource.RLIMIT_AS)[0]]
-    cgroup = Path("/sys/fs/cgroup/memory.max")
-    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdecimal():
-        limits.append(int(limit))
-    return min(limit for limit in limits if limit > 0)  # -1 means unlimited
+    total: int = torch.get_device_module(device).mem_get_info(device)[1]
+    return total
 
 
 def divisors(n: int) -> list[int]:
@@ -180,7 +111,8 @@ class MicrobatchFinder(L.Callback):
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
-        reserve = _reserve(device)
+        # Libraries allocate memory of their own.
+        reserve = torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
         size = next((n for n in divisors(share) if fits_in_memory(pl_module, trainer, n)), 0)
         del reserve
         size = int(trainer.strategy.all_gather(torch.tensor(size, device=device)).min())
@@ -231,16 +163,6 @@ def _call_libc(name: str, *arguments: int) -> int:
         result: int = getattr(library, name)(*arguments)
         return result
     return 0
-
-
-def _reserve(device: torch.device) -> object:
-    """Reserve memory for libraries: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
-    if device.type != "cpu":
-        return torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
-    try:
-        return mmap.mmap(-1, 2**26)
-    except OSError as error:
-        raise MemoryError(str(error)) from error
 
 
 def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
