@@ -52,10 +52,8 @@ def guided(
     """Return the denoiser guided toward `cond` (B, ...).
 
     With reference r and conditional output c, it returns r + scale (c - r) for the first `channels` channels and c for
-    the rest, a learned variance. Every prediction target is an affine function of eps at fixed x_t, so guiding it is
-    equivalent to guiding eps. `null` (1, ...) is the empty condition; without a `model`, the reference is
-    computed in the same call with a doubled batch. Only c is computed if scale is 1 or outside of the interval, and
-    only r if scale is 0.
+    the rest, a learned variance. Every prediction target is affine in eps at fixed x_t, so guiding it is equivalent to
+    guiding eps. `null` (1, ...) is the empty condition; without a `model`, one call with a doubled batch computes both.
     """
     scale, model = guidance.scale, guidance.model
     null_cond = None if cond is None or null is None else null.expand_as(cond)

@@ -37,10 +37,8 @@ def simple(
 ) -> dict[str, Tensor]:
     """Return the simple loss: the mean error of the target, weighted by noise level. A learned variance is not trained.
 
-    `type` selects the squared error ("l2"), absolute error ("l1") or Huber loss with `huber_delta`. Weightings are
-    derived for the squared error and multiply the other errors unchanged.
-
-    Returns terms per sample, each (B,): "loss", to be minimized, and "mse", the squared error of the target.
+    Weightings are derived for the squared error and multiply the others unchanged. The terms, each (B,), are "loss",
+    to be minimized, and "mse", the squared error of the target.
 
     Source: Ho et al. 2020, eq. 14.
     """
@@ -53,8 +51,7 @@ def vlb(
 ) -> dict[str, Tensor]:
     """Return the variational bound in bits/dim, estimated from one transition per sample.
 
-    It omits the prior term, which does not depend on the network. x_0 is not clipped, since clipped values have no
-    gradient. Terms as in `simple`, and "vlb", equal to "loss".
+    It omits the prior term, which does not depend on the network. Terms as in `simple`, and "vlb", equal to "loss".
 
     Source: Ho et al. 2020, eq. 5.
     """
@@ -79,11 +76,7 @@ def hybrid(
 ) -> dict[str, Tensor]:
     """Return the simple loss plus `vlb_weight` times the bound, whose gradient reaches the variance only.
 
-    The mean in the bound is detached and clipped as in sampling, so that the variance fits the sampled mean. Terms as
-    in `vlb`.
-
-    Raises:
-        ValueError: If the variance is not learned.
+    The mean in the bound is detached and clipped as in sampling. Terms as in `vlb`.
 
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
     """

@@ -23,12 +23,10 @@ class DefaultSpacing(NamedTuple):
     """The default spacings of a sampler by type of schedule, as measured in docs/results.md."""
 
     table: Spacing
-    """For a table of betas."""
     curve: Spacing
     """For a continuous schedule, unless it ends in pure noise: only `trailing` starts there."""
 
     def on(self, schedule: "Schedule") -> Spacing:
-        """Return the default spacing for `schedule`."""
         if isinstance(schedule, NoiseSchedule):
             return self.table
         return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
@@ -125,10 +123,6 @@ class TimeGrid(tuple[NoiseLevel, ...]):
         grid.schedule = schedule
         return grid
 
-    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
-        return self.schedule.at_ratio(ratio.double())
-
 
 CLEAN = NoiseLevel(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
 
@@ -143,8 +137,6 @@ def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpa
     - log_snr: uniform in log-SNR.
 
     The last two start at sigma / alpha = 80, or at the noisiest level if that is less, and end at `schedule.first`.
-
-    Raises ValueError if steps < 1 or the spacing is unknown.
 
     Source: Lin et al. 2023 (arXiv 2305.08891), tab. 2, for the first three; Karras et al. 2022 (arXiv 2206.00364),
     eq. 5; Lu et al. 2022 (DPM-Solver, arXiv 2206.00927).
@@ -348,5 +340,5 @@ def terminal_alpha_bar(schedule: Schedule) -> float:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B,) to (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
+    """Reshape (B,) to (B, 1, ..., 1) with the rank of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
