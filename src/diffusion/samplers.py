@@ -126,7 +126,7 @@ def heun(
         from_noise = t.alpha <= TINY_ALPHA
         if gamma > 0 and s_tmin <= t.ratio <= s_tmax and not from_noise:
             # Increase the noise temporarily.
-            hat = time_grid.schedule.at_ratio(t.ratio.double() * (1 + gamma))
+            hat = time_grid.schedule.at_ratio(t.ratio * (1 + gamma))
             added = (hat.ratio.square() - t.ratio.square()).clamp(min=0).sqrt() * s_noise
             x, t = hat.alpha * (x / t.alpha + added * noise(x)), hat
         # Euler step.

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, sorted by step, latest first.
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""Errors of `zipfile` and `pickletools` for corrupted files."""
 
-    File times only break ties, because copying a folder changes them. Files whose step cannot be read come first, so
-    callers report them.
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, sorted by step, latest first, but unreadable files before them.
+
+    File times only break ties, because copying a folder changes them.
     """
     paths = (folder / "checkpoints").glob("*.ckpt")
     return sorted(paths, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
@@ -27,21 +30,11 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> float:
     """Return the step of a checkpoint without loading or unpickling it; infinity if it cannot be read."""
-    stat = path.stat()
-    return _step_of(path, stat.st_mtime_ns, stat.st_size)
-
-
-UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
-"""Errors of `zipfile` and `pickletools` for corrupted files."""
-
-
-@functools.lru_cache
-def _step_of(path: Path, written: int, size: int) -> float:
     try:
         with zipfile.ZipFile(path) as archive:
             (member,) = (m for m in archive.infolist() if m.filename.rpartition("/")[2] == "data.pkl")
             # torch.save does not compress; reading only stored members bounds the memory by the file size.
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
                 return math.inf
             operations = pickletools.genops(archive.read(member))
             if any(argument == "global_step" for _, argument, _ in operations):

@@ -31,11 +31,7 @@ def wandb_id(directory: Path) -> str:
 
 def write_wandb_id(directory: Path, name: str) -> None:
     """Save the W&B id for a resumed run."""
-    path = directory / "wandb_id.txt"
-    if not path.is_file():
-        partial = path.with_suffix(".partial")
-        partial.write_text(f"{name}\n")
-        os.replace(partial, path)
+    (directory / "wandb_id.txt").write_text(f"{name}\n")
 
 
 def folder_of(logger: Logger, directory: Path) -> Path | None:
@@ -49,27 +45,18 @@ def folder_of(logger: Logger, directory: Path) -> Path | None:
 @contextmanager
 def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
     """Remove files that loggers wrote if their start fails or is interrupted."""
-    new = [folder for folder in folders if not folder.is_dir()]
-    before = {path for folder in folders for path in folder.glob("*")}
-    links = {path: path.readlink() for path in before if path.is_symlink()}  # W&B links to the last start
+    before = {path for folder in folders if folder.is_dir() for path in (folder, *folder.iterdir())}
     try:
         yield
     except BaseException:
         if wandb := sys.modules.get("wandb"):
             with suppress(Exception):
                 wandb.teardown()  # its service process writes there too
-        for path in {path for folder in folders for path in folder.glob("*")} - before:
+        for path in {path for folder in folders for path in (folder, *folder.glob("*"))} - before:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        for path, target in links.items():
-            if not (path.is_symlink() and path.readlink() == target):
-                path.unlink(missing_ok=True)
-                path.symlink_to(target)
-        for folder in new:
-            with suppress(OSError):
-                folder.rmdir()
         raise
 
 

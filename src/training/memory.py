@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import logging
+import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -111,8 +112,7 @@ class MicrobatchFinder(L.Callback):
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
-        # Libraries allocate memory of their own.
-        reserve = torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
+        reserve = _reserve(device)
         size = next((n for n in divisors(share) if fits_in_memory(pl_module, trainer, n)), 0)
         del reserve
         size = int(trainer.strategy.all_gather(torch.tensor(size, device=device)).min())
@@ -163,6 +163,16 @@ def _call_libc(name: str, *arguments: int) -> int:
         result: int = getattr(library, name)(*arguments)
         return result
     return 0
+
+
+def _reserve(device: torch.device) -> object:
+    """Reserve memory for libraries: 3% of a GPU's memory, 64 MiB on a CPU for compiled kernels."""
+    if device.type != "cpu":
+        return torch.empty((device_memory(device) or 0) * 3 // 100, dtype=torch.uint8, device=device)
+    try:
+        return mmap.mmap(-1, 2**26)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
 
 
 def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:

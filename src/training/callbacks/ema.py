@@ -43,9 +43,7 @@ class EMA(L.Callback):
         self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if step <= self._step:  # accumulated without a step
             return

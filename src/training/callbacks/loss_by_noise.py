@@ -57,9 +57,7 @@ class LossByNoise(L.Callback):
         self._microbatches.clear()
         self._pending.clear()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
         if len(self._microbatches) == trainer.accumulate_grad_batches:
             self._pending += self._microbatches

@@ -55,11 +55,9 @@ class Progress(TQDMProgressBar):
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description("Training")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         self.loss = outputs["loss"]
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, outputs, *rest)
         (before, step), now = self._last_line, time.monotonic()
         is_last = trainer.global_step == trainer.max_steps
         if self._prints_lines and trainer.global_step > step and (is_last or now - before >= SECONDS_PER_LINE):
@@ -157,9 +155,7 @@ class Throughput(L.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._since, self._step = time.perf_counter(), trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -176,7 +172,7 @@ class Throughput(L.Callback):
 
 
 def used_memory(device: torch.device) -> int:
-    """Return bytes in use: the peak of tensors on a GPU, the process's resident memory on a CPU."""
+    """Return bytes in use: the peak of tensors on a GPU, the process's (peak) resident memory on a CPU."""
     if device.type in ("cuda", "xpu"):
         return int(torch.get_device_module(device).max_memory_allocated(device))
     if device.type == "mps":

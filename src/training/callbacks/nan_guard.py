@@ -64,9 +64,7 @@ class NonFiniteGuard(L.Callback):
         self._newest_allowed: int | None = None
         """The newest step to roll back to; None while steps are finite."""
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if not self._microbatches:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._scale = scaler.get_scale() if scaler else 0.0  # synchronizes, as a step in fp16 does anyway
@@ -77,9 +75,7 @@ class NonFiniteGuard(L.Callback):
         factor = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         assert isinstance(pl_module, DiffusionModule)
         self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
         if len(self._microbatches) < trainer.accumulate_grad_batches:
