@@ -64,9 +64,6 @@ def shifted(curve: Curve, factor: float) -> Curve:
     `rectified_flow` this is the timestep shift of Stable Diffusion 3, t sqrt(m / n) / (1 + (sqrt(m / n) - 1) t) with
     sqrt(m / n) = 1 / factor.
 
-    Raises:
-        ValueError: If the curve is learned or has none of these invariants.
-
     Source: Hoogeboom et al. 2023 (arXiv 2301.11093); Esser et al. 2024 (arXiv 2403.03206), eq. 23.
     """
     if not 0 < factor < math.inf:

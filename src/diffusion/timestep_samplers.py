@@ -46,9 +46,6 @@ class ImportanceSampler(nn.Module):
     The moments are those of the last `history_per_bin` losses of a bin. v is uniform until every bin has that many, and
     with probability `uniform_prob` afterwards. The weight keeps the mean loss unbiased. Checkpoints hold the losses.
 
-    Raises:
-        ValueError: If an argument is out of range.
-
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), sec. 3.3.
     """
 

@@ -70,12 +70,8 @@ class TextTransformer(nn.Module):
     L <= `max_length` and ids < `vocab_size`. Id 0 is masked padding, except in the first position. The blocks are
     pre-norm with learned positional embeddings. The vector is a projection of the sum of the n tokens over sqrt(n).
 
-    At initialization, token embeddings are far apart, blocks are the identity, and the vector has about unit variance,
-    so that captions differ. Random blocks would make all tokens similar, and a mean over tokens would make the
-    vector small. At high noise, where only the condition is informative, the network would not learn from either.
-
-    Raises:
-        ValueError: If `num_heads` does not divide `hidden_size`.
+    At initialization, blocks are the identity and the vector has about unit variance, so that captions differ. Random
+    blocks would make all tokens similar, and a mean would make the vector small; the network would not learn from it.
 
     Source: Xiong et al. 2020 (arXiv 2002.04745) for pre-norm.
     """
@@ -117,8 +113,7 @@ class TextTransformer(nn.Module):
 class TextProjection(nn.Module):
     """Project the outputs of a frozen text encoder, (B, L, features), to tokens of width `hidden_size` and a vector.
 
-    Rows of zeros are masked padding, except the first row. Rows are normalized, since encoders differ in scale. The
-    vector is a projection of the normalized mean over tokens.
+    Rows of zeros are masked padding, except the first row. The vector is a projection of the normalized token mean.
     """
 
     def __init__(self, dim: int, features: int | None, hidden_size: int = 256) -> None:
@@ -169,10 +164,7 @@ def _unmask_first(mask: Tensor) -> Tensor:
 
 
 def _scaled_sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over the n unmasked tokens (B, L, hidden_size), divided by sqrt(n): (B, hidden_size).
-
-    It has the variance of one token if they are uncorrelated.
-    """
+    """Return the sum over the n unmasked tokens (B, L, hidden_size), divided by sqrt(n): (B, hidden_size)."""
     weights = mask.to(tokens.dtype)[:, :, None]
     return (tokens * weights).sum(1) / weights.sum(1).sqrt()
 

@@ -90,9 +90,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint of this project: it has no state_dict and hyper_parameters")
     settings = checkpoint["hyper_parameters"]
     check_plain(settings, path)
-    missing = [
-        name for name in MODEL_KEYS if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))
-    ]
+    known = settings if isinstance(settings, dict) else {}
+    missing = [name for name in MODEL_KEYS if "_target_" not in (known.get(name) or {})]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(missing)}")
     for key in ("state_dict", "current_model_state"):
@@ -170,17 +169,14 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
 MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sampler", "sampler")
 """Settings that rebuild a trained model."""
 
-
 CONDITION_KEYS = ("conditioning", "guidance")
 """Further settings that rebuild a conditional model."""
-
 
 EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
 """Settings that may look like paths but are text of the data."""
-
 
 PLAIN = (dict, list, str, int, float, bool, type(None))
 
@@ -192,9 +188,7 @@ def check_plain(settings: Any, source: object) -> None:
     """Raise ValueError if `settings` holds values that are not plain, too many values, or too deeply nested ones."""
     for count, (name, value) in enumerate(walk_settings(settings)):
         if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
-            raise ValueError(
-                f"{source} is not a configuration of this project: it has too many or too deeply nested values"
-            )
+            raise ValueError(f"{source} is not a configuration of this project: it is too large or too deeply nested")
         if type(value) not in PLAIN:
             raise ValueError(f"{source} is not a configuration of this project: {name} is a {type(value).__name__}")
         if isinstance(value, dict) and not all(isinstance(key, str) and key and key.isprintable() for key in value):

@@ -36,9 +36,7 @@ def write_wandb_id(directory: Path, name: str) -> None:
 
 def folder_of(logger: Logger, directory: Path) -> Path | None:
     """Return the folder below `directory` where a logger creates one per start; None if it is elsewhere."""
-    if not logger.save_dir:
-        return None
-    folder = Path(logger.save_dir) / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
+    folder = Path(logger.save_dir or "/") / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
     return folder if folder.resolve().is_relative_to(directory.resolve()) else None
 
 
@@ -125,7 +123,7 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
 
 @contextmanager
 def staged_in_run_folder(run: Any) -> Iterator[None]:
-    """Make an offline W&B run stage its files, such as a table's pictures, in its folder, not in the home folder."""
+    """Make an offline W&B run stage its files in its own folder instead of the home folder."""
     if not run.offline or "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -137,7 +135,7 @@ def staged_in_run_folder(run: Any) -> Iterator[None]:
 
 
 def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
-    """Return a `wandb.Table`, with PIL images as pictures."""
+    """Return a `wandb.Table`."""
     import wandb
 
     data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
@@ -164,10 +162,7 @@ def log_comparison(
     entity: str | None = None,
     offline: bool = True,
 ) -> str:
-    """Log the runs of a sweep as table `comparison` of a new W&B run in the sweep's group; return its id.
-
-    Each row maps columns to values; missing ones stay empty. An offline run goes to `directory`/wandb.
-    """
+    """Log the runs of a sweep as table `comparison` of a new W&B run in the sweep's group; return its id."""
     import wandb
 
     columns = list(dict.fromkeys(name for row in rows for name in row))

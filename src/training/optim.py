@@ -57,8 +57,7 @@ def keep_current_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
     """Set the optimizer of a resumed `scheduler` to the settings of `fresh`, a new one, at the same step.
 
-    Factors by which `NonFiniteGuard` lowered the learning rate stay. With unchanged settings the learning rate equals
-    the checkpoint's to the last bit.
+    Factors by which `NonFiniteGuard` lowered the learning rate stay.
     """
     optimizer = fresh.optimizer
     groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]

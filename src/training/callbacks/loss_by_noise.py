@@ -24,9 +24,8 @@ class LossByNoise(L.Callback):
     """At every validation, write the mean training loss in each of `num_bins` equal bins of log-SNR.
 
     The means cover all samples of all processes since the last validation, with the weighting of the loss and without
-    that of `timestep_sampler`. They go to `directory`/loss_by_noise.csv and, as a heat map, to loggers that show
-    pictures. The bins span the schedule's log-SNR at the start of training, within +-15; the outermost bins include
-    everything beyond. Losses are binned on the device, which synchronizes only at validations and checkpoints.
+    that of `timestep_sampler`. They go to `directory`/loss_by_noise.csv and to loggers that show pictures. The bins
+    span the schedule's log-SNR at the start of training, within +-15; the outermost bins include everything beyond.
     """
 
     HEADER = ("step", "log_snr", "loss", "samples")
@@ -73,8 +72,9 @@ class LossByNoise(L.Callback):
             return
         v, losses = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
-        t = module.transition(v, v).t
-        position = (t.snr.log().clamp(self._low, self._high) - self._low) / (self._high - self._low)
+        position = (module.transition(v, v).t.snr.log().clamp(self._low, self._high) - self._low) / (
+            self._high - self._low
+        )
         index = (position * self.num_bins).long().clamp(max=self.num_bins - 1)
         finite = losses.isfinite()
         values = torch.stack([torch.where(finite, losses, 0), finite]).to(self._totals)
