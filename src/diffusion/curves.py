@@ -98,7 +98,7 @@ class Learned(nn.Module):
     """A learned schedule: lambda decreases from `max_log_snr` to `min_log_snr` along a monotone network.
 
     The network is a linear term plus `width` sigmoids, all with positive weights, rescaled to keep the ends. It is
-    nearly linear at initialization. `DiffusionModule` trains it to minimize the variance of the bound.
+    nearly linear at initialization.
 
     Source: Kingma et al. 2021 (arXiv 2107.00630), app. H.
     """
@@ -122,7 +122,6 @@ class Learned(nn.Module):
         return variance_preserving(log_snr.to(u))
 
     def _rise(self, x: Tensor) -> Tensor:
-        """Return an increasing function of x (...)."""
         steps = torch.sigmoid(F.softplus(self.slopes) * (x[..., None] - self.centers))
         return F.softplus(self.line) * x + (F.softplus(self.heights) * steps).sum(-1)
 

@@ -28,10 +28,7 @@ TINY_ALPHA = 1e-6
 def ancestral(
     diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
-    """Sample the reverse process x_s ~ p(x_s | x_t) step by step, for any strides.
-
-    Source: Ho et al. 2020, alg. 2.
-    """
+    """Sample the reverse process x_s ~ p(x_s | x_t) step by step, for any strides. Source: Ho et al. 2020, alg. 2."""
     for t, s in pairwise(time_grid):
         mean, log_variance = diffusion.reverse(predict(x, t), x, t, s)
         # The last step, to clean data, returns the mean.
@@ -40,13 +37,7 @@ def ancestral(
 
 
 def ddim(
-    diffusion: GaussianDiffusion,
-    predict: Predict,
-    x: Tensor,
-    time_grid: TimeGrid,
-    *,
-    eta: float = 0.0,
-    noise: Noise,
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, eta: float = 0.0, noise: Noise
 ) -> Iterator[Tensor]:
     """Sample with DDIM: deterministic for eta = 0, ancestral sampling for eta = 1.
 
@@ -80,13 +71,7 @@ def dpmpp_2m(
 
 
 def dpmpp_2m_sde(
-    diffusion: GaussianDiffusion,
-    predict: Predict,
-    x: Tensor,
-    time_grid: TimeGrid,
-    *,
-    eta: float = 1.0,
-    noise: Noise,
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, eta: float = 1.0, noise: Noise
 ) -> Iterator[Tensor]:
     """Sample with DPM-Solver++(2M) for the reverse SDE, in its midpoint form.
 

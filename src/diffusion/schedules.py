@@ -100,10 +100,7 @@ def inverse(num_steps: int, max_beta: float = 0.999) -> Tensor:
 
 
 def exponential(num_steps: int, rate: float = 12.0, max_beta: float = 0.999) -> Tensor:
-    """Return the betas of alpha_bar(u) = exp(-rate u): every beta is 1 - exp(-rate / T).
-
-    Source: "exp" in diffusers.
-    """
+    """Return the betas of alpha_bar(u) = exp(-rate u): every beta is 1 - exp(-rate / T). Source: "exp" in diffusers."""
     return from_alpha_bar(lambda u: torch.exp(-rate * u), num_steps, max_beta)
 
 

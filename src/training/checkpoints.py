@@ -1,6 +1,5 @@
 """Read checkpoint files, sort them by step, and detect corrupted ones."""
 
-import functools
 import json
 import math
 import pickletools
@@ -49,13 +48,7 @@ def step_of(path: Path) -> float:
 
 def is_intact(path: Path) -> bool:
     """Return whether a checkpoint is a complete zip archive whose members all match their CRC-32."""
-    stat = path.stat()
-    return _is_intact(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache
-def _is_intact(path: Path, written: int, size: int) -> bool:
-    """Cached by time and size, so that a large file is read only once."""
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()

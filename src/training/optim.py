@@ -15,11 +15,7 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 def warmup(
-    optimizer: Optimizer,
-    num_steps: int,
-    *,
-    warmup_steps: int,
-    decay: Literal["none", "linear", "cosine"] = "none",
+    optimizer: Optimizer, num_steps: int, *, warmup_steps: int, decay: Literal["none", "linear", "cosine"] = "none"
 ) -> LambdaLR:
     """Raise the learning rate linearly over `warmup_steps`, then keep it or decay it to 0 at `num_steps`."""
     if warmup_steps < 0:
@@ -75,11 +71,6 @@ def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
     for old, new in groups:
         old.update({name: value for name, value in new.items() if name != "params"})
     scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler.state_dict()["_step_count"]})
-
-
-def state_names(make: MakeOptimizer) -> set[str]:
-    """Return the names of the values that an optimizer keeps for each weight, found by a step on a small weight."""
-    return set(trial_state(make, 2))
 
 
 def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:

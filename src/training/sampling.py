@@ -55,11 +55,7 @@ class ConditionSpec(NamedTuple):
 
 
 class SamplingModule(L.LightningModule):
-    """A network with its noise schedule and diffusion process; `shape` is that of one sample.
-
-    Raises ValueError if `conditioning.cond_drop_prob` is outside [0, 1), if the sampler rejects its settings, or if
-    eps-prediction meets a schedule with zero terminal SNR.
-    """
+    """A network with its noise schedule and diffusion process; `shape` is that of one sample."""
 
     null: Tensor | None
     examples: Tensor | None
