@@ -134,6 +134,5 @@ def variance_preserving(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 def _check_ends(max_log_snr: float, min_log_snr: float) -> None:
     if not max_log_snr > min_log_snr:
         raise ValueError(
-            f"schedule.curve.max_log_snr={max_log_snr} must exceed schedule.curve.min_log_snr={min_log_snr}; "
-            "15 and -15 are usual"
+            f"schedule.curve.max_log_snr={max_log_snr} must exceed schedule.curve.min_log_snr={min_log_snr}"
         )

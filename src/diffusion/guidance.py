@@ -33,9 +33,7 @@ class Guidance(NamedTuple):
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 disables guidance, 2 to 5 are usual")
         if not 0 <= low < high:
-            raise ValueError(
-                f"guidance.interval=[{low},{high}] must be two increasing values of sigma / alpha; [0.2,5] is usual"
-            )
+            raise ValueError(f"guidance.interval=[{low},{high}] must be increasing values of sigma / alpha, as [0.2,5]")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale={self.rescale} must be in [0, 1]; 0.7 is usual, 0 has no effect")
 

@@ -81,10 +81,7 @@ def hybrid(
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
     """
     if diffusion.outputs == 1:
-        raise ValueError(
-            f"diffusion.variance={diffusion.variance} must be learned_range or learned with loss=hybrid; "
-            "set diffusion.variance=learned_range"
-        )
+        raise ValueError(f"diffusion.variance={diffusion.variance} must be learned_range or learned with loss=hybrid")
     x_t = diffusion.add_noise(x0, transition.t, eps)
     out = denoise(x_t, transition.t)
     pred = diffusion.interpret(out, x_t, transition.t)

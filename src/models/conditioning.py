@@ -89,10 +89,7 @@ class TextTransformer(nn.Module):
         if num_layers < 1:
             raise ValueError(f"conditioning.embed.num_layers={num_layers} must be at least 1; 2 is usual")
         if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"conditioning.embed.num_heads={num_heads} must divide conditioning.embed.hidden_size={hidden_size}; "
-                "choose a divisor"
-            )
+            raise ValueError(f"conditioning.embed.num_heads={num_heads} must divide conditioning.embed.{hidden_size=}")
         self.token_width = hidden_size
         self.table = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Parameter(torch.empty(max_length, hidden_size))
@@ -119,9 +116,7 @@ class TextProjection(nn.Module):
     def __init__(self, dim: int, features: int | None, hidden_size: int = 256) -> None:
         super().__init__()
         if features is None:
-            raise ValueError(
-                "conditioning.embed.features=null must be the width of the encoder, which src.train infers"
-            )
+            raise ValueError("conditioning.embed.features=null must be the width of the encoder; src.train infers it")
         self.token_width = hidden_size
         self.norm1 = nn.LayerNorm(features)
         self.linear = nn.Linear(features, hidden_size)

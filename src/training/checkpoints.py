@@ -68,16 +68,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         checkpoint = _read_exported(path)
     elif not is_intact(path):
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is corrupted or was not written by src.train; use another one"
-        )
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is corrupted or was not written by src.train")
     else:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # untrusted bytes can raise anything
             raise ValueError(
-                f"{path} cannot be read as a checkpoint: it is corrupted or holds more than tensors and plain values; "
-                "use another one"
+                f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values"
             ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it has no state_dict and hyper_parameters")
@@ -108,7 +105,7 @@ def _read_exported(path: Path) -> dict[str, Any]:
             }
     except Exception as error:  # untrusted bytes can raise anything
         raise ValueError(
-            f"{path} cannot be read as an exported model: it is corrupted or not from src.export; use another one"
+            f"{path} cannot be read as an exported model: it is corrupted or not from src.export"
         ) from error
 
 
@@ -125,12 +122,10 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
     """Return the averaged (`ema`) or raw weights. Raises ValueError if the file does not contain them."""
     exported = checkpoint.get("averaged")
     if ema and not exported and "current_model_state" not in checkpoint:
-        raise ValueError(
-            f"{path} has no averaged weights (trained without callbacks.ema, or exported with ema=false): set ema=false"
-        )
+        raise ValueError(f"{path} has no averaged weights (it was trained or exported without): set ema=false")
     if exported and not ema:
         raise ValueError(
-            f"ema=false needs raw weights, but {path} has averaged ones: drop ema=false, or export with ema=false"
+            f"ema=false needs raw weights, but {path} has averaged ones: drop it, or export with ema=false"
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     return weights if ema else checkpoint.get("current_model_state", weights)

@@ -72,8 +72,7 @@ class SamplingModule(L.LightningModule):
         super().__init__()
         if conditioning is not None and not 0 <= conditioning.cond_drop_prob < 1:
             raise ValueError(
-                f"conditioning.cond_drop_prob={conditioning.cond_drop_prob} must be in [0, 1): 0.1 is usual, 0 rules "
-                "out classifier-free guidance"
+                f"conditioning.cond_drop_prob={conditioning.cond_drop_prob} must be in [0, 1); 0.1 is usual"
             )
         # Below this, x_0 = (x_T - sigma eps) / alpha overflows float32.
         if diffusion.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
@@ -196,10 +195,7 @@ class SamplingModule(L.LightningModule):
         guidance = sampler.guidance
         guidance.check()
         if guidance.rescale and math.prod(self.shape) == 1:
-            raise ValueError(
-                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, for their standard "
-                "deviation: set guidance.rescale=0"
-            )
+            raise ValueError(f"guidance.rescale={guidance.rescale:g} needs samples of more than one value; set it to 0")
         if guidance.scale != 1 and guidance.model is None:
             if self.null is None:
                 raise ValueError(

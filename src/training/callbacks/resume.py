@@ -26,7 +26,7 @@ class ResumeTraining(L.Callback):
         steps = trainer.strategy.all_gather(torch.tensor(step, device=pl_module.device)).flatten().tolist()
         if len({*steps}) > 1:
             raise RuntimeError(
-                f"the processes start at steps {steps}: all of them must see the run folder with the same checkpoints"
+                f"the processes start at steps {steps}: all must see the same checkpoints in the run folder"
             )
         is_due = module.validated < step and step % module.validation_period == 0
         if is_due and trainer.enable_validation:
