@@ -91,10 +91,6 @@ class GaussianDiffusion(nn.Module):
         self.outputs = 2 if variance in ("learned_range", "learned") else 1
         """Output channels of the network per data channel: 2 if the variance is learned, else 1."""
 
-    def step(self, x_s: Tensor, s: NoiseLevel, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """Draw x_t ~ q(x_t | x_s), (B, *data), for any stride. Source: Ho et al. 2020, eq. 2, for neighbors."""
-        return t.alpha / s.alpha * x_s + t.sigma * (1 - snr_ratio(t, s)).sqrt() * eps
-
     def add_noise(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
         """Draw x_t ~ q(x_t | x_0), (B, *data). Source: Ho et al. 2020, eq. 4."""
         return t.alpha * x0 + t.sigma * eps
