@@ -22,8 +22,7 @@ class DefaultSpacing(NamedTuple):
     """The default spacings of a sampler by type of schedule, as measured in docs/results.md."""
 
     table: Spacing
-    curve: Spacing
-    """For a continuous schedule, unless it ends in pure noise: only `trailing` starts there."""
+    curve: Spacing  # for a continuous schedule, unless it ends in pure noise: only `trailing` starts there
 
     def on(self, schedule: "Schedule") -> Spacing:
         if isinstance(schedule, NoiseSchedule):
@@ -70,10 +69,8 @@ class Schedule(Protocol):
     """The interface of schedules."""
 
     num_steps: int
-    first: float
-    """The position u of the cleanest noisy level."""
-    decoder_scale: float
-    """The variance of the decoder p(x_0 | x_t) in units of (sigma / alpha)^2."""
+    first: float  # the position u of the cleanest noisy level
+    decoder_scale: float  # the variance of the decoder p(x_0 | x_t) in units of (sigma / alpha)^2
 
     def row(self, t: int) -> NoiseLevel:
         """Return the scalar level t in [0, num_steps - 1], the noisier end of transition t, or clean data for -1."""

@@ -157,8 +157,7 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
 MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sampler", "sampler")
 """Settings that rebuild a trained model."""
 
-CONDITION_KEYS = ("conditioning", "guidance")
-"""Further settings that rebuild a conditional model."""
+CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
 
 EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
 """Settings of an exported model: how to build it and how it was trained, without paths."""

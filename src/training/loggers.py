@@ -18,6 +18,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from src.training.checkpoints import walk_settings
 from src.training.lightning_internals import logged_step
 
 Cell = str | float | int | bool | Image.Image | None
@@ -100,13 +101,9 @@ def log_hparams(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
     """Fill TensorBoard's HPARAMS tab with the main settings and `val/loss`, which it reads from the curve."""
     from torch.utils.tensorboard.summary import hparams
 
-    values: dict[str, Any] = {}
-    for name, key in HPARAMS.items():
-        node: Any = settings
-        for part in key.split("."):
-            node = (node or {}).get(part)
-        if node is not None:
-            values[name] = node.rpartition(".")[2] if key.endswith("_target_") else node
+    flat = dict(walk_settings(settings))
+    values = {name: flat[key] for name, key in HPARAMS.items() if flat.get(key) is not None}
+    values = {name: x.rpartition(".")[2] if HPARAMS[name].endswith("_target_") else x for name, x in values.items()}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for summary in hparams(values, {"val/loss": 0}):  # type: ignore[no-untyped-call]

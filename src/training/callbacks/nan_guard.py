@@ -26,8 +26,7 @@ class Step(NamedTuple):
     v: Tensor
     losses: Tensor
     lr: float
-    scale: float
-    """Loss scale in fp16, else 0."""
+    scale: float  # loss scale in fp16, else 0
 
 
 class NonFiniteGuard(L.Callback):
@@ -56,11 +55,9 @@ class NonFiniteGuard(L.Callback):
         self._cause = ""
         self._steps: list[Step] = []
         self._microbatches: list[tuple[Tensor, Tensor]] = []
-        self._skipped: list[int] = []
-        """Consecutive skipped steps so far."""
+        self._skipped: list[int] = []  # consecutive skipped steps so far
         self._rolled_back_to: list[int] = []
-        self._newest_allowed: int | None = None
-        """The newest step to roll back to; None while steps are finite."""
+        self._newest_allowed: int | None = None  # the newest step to roll back to; None while steps are finite
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if not self._microbatches:
