@@ -123,7 +123,7 @@ class MicrobatchFinder(L.Callback):
 def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
-    The first step creates the optimizer's moments. The copy reserves memory for the EMA and DDP's buckets.
+    The first step creates the optimizer's moments.
     """
     device = trainer.strategy.root_device
     try:

@@ -56,9 +56,8 @@ class GracefulShutdown(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Lightning has logged and counted a step only when the next one starts.
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._stop_agreed(trainer):
-            mark_step_completed(trainer)
-            self._save_and_stop(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.check(trainer, starts_step=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._next_collective, self._last_collective = 0, None  # time per check changes
@@ -69,15 +68,14 @@ class GracefulShutdown(L.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self.check(trainer)
 
-    def check(self, trainer: L.Trainer) -> None:
+    def check(self, trainer: L.Trainer, starts_step: bool = False) -> None:
         """Save and stop if a signal arrived. Collective."""
         if self._stop_agreed(trainer):
-            self._save_and_stop(trainer)
-
-    def _save_and_stop(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
-        wait_for_children()
-        raise KeyboardInterrupt
+            if starts_step:
+                mark_step_completed(trainer)
+            trainer.save_checkpoint(self.path)
+            wait_for_children()
+            raise KeyboardInterrupt
 
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
         check = self._num_checks
