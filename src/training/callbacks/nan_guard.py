@@ -39,13 +39,12 @@ class NonFiniteGuard(L.Callback):
     """
 
     def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
-        for name, value, ok, rule in (
-            ("patience", patience, patience >= 1, "be at least 1: 20 is usual"),
-            ("max_rollbacks", max_rollbacks, max_rollbacks >= 0, "be at least 0: 3 is usual"),
-            ("lr_factor", lr_factor, 0 < lr_factor <= 1, "be in (0, 1]: 0.5 is usual"),
-        ):
-            if not ok:
-                raise ValueError(f"callbacks.nan_guard.{name}={value} must {rule}")
+        if patience < 1:
+            raise ValueError(f"callbacks.nan_guard.patience={patience} must be at least 1: 20 is usual")
+        if max_rollbacks < 0:
+            raise ValueError(f"callbacks.nan_guard.max_rollbacks={max_rollbacks} must be at least 0: 3 is usual")
+        if not 0 < lr_factor <= 1:
+            raise ValueError(f"callbacks.nan_guard.lr_factor={lr_factor} must be in (0, 1]: 0.5 is usual")
         self.directory = Path(directory)
         self.patience = patience
         self.max_rollbacks = max_rollbacks
