@@ -96,10 +96,15 @@ class CSVLogger(loggers.CSVLogger):
         writer = self.experiment
         path, keys = Path(writer.metrics_file_path), [*writer.metrics_keys]
         with tolerate_full_disk(path):
-            written = path.read_bytes() if path.exists() else b""
+            size = path.stat().st_size if path.exists() else 0
+            # For a new column Lightning rewrites the file.
+            rewritten = path.read_bytes() if size and set().union(*writer.metrics) - set(keys) else b""
             try:
                 super().save()
             except OSError:
-                path.write_bytes(written)  # for a new column Lightning truncates the file
+                if rewritten:
+                    path.write_bytes(rewritten)
+                elif path.exists():
+                    os.truncate(path, size)
                 writer.metrics_keys = keys
                 raise
