@@ -126,12 +126,8 @@ class UNet(nn.Module):
                 skips.append(c)
 
         cross = cross_attention(c)
-        middle = [
-            residual(c, c),
-            SelfAttention(c, groups, heads(c)),
-            *([] if cross is None else [cross]),
-            residual(c, c),
-        ]
+        cross_layers = [] if cross is None else [cross]
+        middle = [residual(c, c), SelfAttention(c, groups, heads(c)), *cross_layers, residual(c, c)]
         self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()

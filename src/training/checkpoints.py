@@ -125,7 +125,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
         raise ValueError(f"{path} has no averaged weights (it was trained or exported without): set ema=false")
     if exported and not ema:
         raise ValueError(
-            f"ema=false needs raw weights, but {path} has averaged ones: drop it, or export with ema=false"
+            f"ema=false needs raw weights, but {path} has averaged ones: drop ema=false, or export with ema=false"
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     return weights if ema else checkpoint.get("current_model_state", weights)

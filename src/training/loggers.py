@@ -37,7 +37,9 @@ def write_wandb_id(directory: Path, name: str) -> None:
 
 def folder_of(logger: Logger, directory: Path) -> Path | None:
     """Return the folder below `directory` where a logger creates one per start; None if it is elsewhere."""
-    folder = Path(logger.save_dir or "/") / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
+    if not logger.save_dir:
+        return None
+    folder = Path(logger.save_dir) / ("wandb" if isinstance(logger, WandbLogger) else logger.name or "")
     return folder if folder.resolve().is_relative_to(directory.resolve()) else None
 
 

@@ -71,9 +71,8 @@ class LossByNoise(L.Callback):
             return
         v, losses = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
-        position = (module.transition(v, v).t.snr.log().clamp(self._low, self._high) - self._low) / (
-            self._high - self._low
-        )
+        t = module.transition(v, v).t
+        position = (t.snr.log().clamp(self._low, self._high) - self._low) / (self._high - self._low)
         index = (position * self.num_bins).long().clamp(max=self.num_bins - 1)
         finite = losses.isfinite()
         values = torch.stack([torch.where(finite, losses, 0), finite]).to(self._totals)
