@@ -9,11 +9,10 @@ if TYPE_CHECKING:
     import torch
 
     from src.runs.build import Run
-    from src.training.memory import Estimate
 
 
-def step_memory(run: "Run") -> "Estimate":
-    """Return an estimate of the memory of a training step on each device, without running one."""
+def step_memory(run: "Run") -> int:
+    """Return an estimate of the bytes of a training step on each device, without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
@@ -37,10 +36,11 @@ def step_memory(run: "Run") -> "Estimate":
 def training_oom_message(run: "Run") -> str:
     """Return one line for training that ran out of memory."""
     from src.distributed.sharding import FullyShardedStrategy
+    from src.training.memory import gib
 
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
-        needs = f"about {step_memory(run)}"
+        needs = f"about {gib(step_memory(run))} GiB"
     except (RuntimeError, MemoryError):
         # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"

@@ -19,10 +19,7 @@ def clear_logged_metrics(trainer: L.Trainer) -> None:
 
 
 def run_validation(trainer: L.Trainer) -> None:
-    """Run one validation outside Lightning's loop, from the first batch, logged at the last completed step.
-
-    A run that was stopped during a validation repeats it when it resumes; Lightning counts it as done.
-    """
+    """Run one validation outside Lightning's loop, from the first batch, logged at the last completed step."""
     loop = trainer.fit_loop.epoch_loop
     loop.val_loop.restarting = False
     logged_step, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step - 1
