@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
-from src.config.rules import check_combinations, check_type, check_value, check_values
+from src.config.rules import OPTIONAL, check_combinations, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
@@ -79,23 +80,20 @@ def last_value(overrides: Sequence[str], name: str) -> str | None:
 
     Raises UsageError for an empty one.
     """
-    text = None
-    for override in overrides:
-        if key_of(override) != name:
-            continue
-        try:
-            value = parsed(override)
-        except HydraException:  # `check_overrides` reports it
-            text = override.partition("=")[2]
-            continue
-        if value.is_delete() or value.is_sweep_override() or value.value() is None:
-            text = None
-            continue
-        text = str(value.value())
-        if not text.strip():
-            raise UsageError(f"{name}= is empty; give a value, or leave it out")
-        with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
-            text = str(OmegaConf.create({"value": text})["value"])
+    override = next((each for each in reversed(overrides) if key_of(each) == name), None)
+    if override is None:
+        return None
+    try:
+        read = parsed(override)
+    except HydraException:  # `check_overrides` reports it
+        return override.partition("=")[2]
+    if read.is_delete() or read.is_sweep_override() or read.value() is None:
+        return None
+    text = str(read.value())
+    if not text.strip():
+        raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
+        text = str(OmegaConf.create({"value": text})["value"])
     return text
 
 
@@ -165,6 +163,8 @@ def check_overrides(
                 check_type(name, _select(plain, name), value)
                 check_value(name, value)
     last = {override.key_or_group: override for override in read}
+    for removed in base.keys() - final.keys() - set(groups) - set(OPTIONAL):
+        raise UsageError(f"~{removed!s} removes a setting that src.{config_name} needs; leave it out")
     names = {name for name, override in last.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
@@ -196,24 +196,19 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
         raise UsageError(f"{group}=... and {group}s=... exclude each other; leave one out")
     if wrong := [o for o in own if o.is_sweep_override() and not (o.is_choice_sweep() or o.is_range_sweep())]:
         raise UsageError(f"{wrong[0].input_line} is an interval; list its values, as in 10,20,50")
-    values = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in own]
-    names = [o.key_or_group for o in own]
-    combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
-    for combination in combinations:
-        check_overrides(config_name, [*rest, *(f"{name}={v}" for name, v in combination.items())], added=added)
-    items = [",".join(f"{name.removeprefix(f'{group}.')}:{value}" for name, value in c.items()) for c in combinations]
+    (jobs,) = BasicSweeper.split_arguments(own, max_batch_size=None)
+    items = []
+    for job in jobs:
+        check_overrides(config_name, [*rest, *job], added=added)
+        items.append(",".join(each.lstrip("+").removeprefix(f"{group}.").replace("=", ":", 1) for each in job))
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
 def _check_spaces(words: Sequence[str]) -> None:
     """Raise UsageError for an override that spaces around `=` split into several words."""
-    for k, word in enumerate(words):
-        after = next(iter(words[k + 1 :]), "")
-        before = words[k - 1] if k else ""
-        split = [word, after] if word.endswith("=") and word != "=" and after and "=" not in after else []
-        if word.startswith("=") and before:
-            split = [before, word, after] if word == "=" else [before, word]
-        if split:
+    for k, (word, following) in enumerate(itertools.pairwise(words)):
+        if following.startswith("=") or (word.endswith("=") and word != "=" and "=" not in following):
+            split = words[k : k + (3 if following == "=" else 2)]
             raise UsageError(f"{' '.join(split)} has spaces around its '='; type {''.join(split)}")
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
@@ -10,9 +10,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import key_of, last_value
+from src.config.overrides import check_overrides, key_of, last_value
+from src.config.search_path import CONF
 from src.errors import UsageError, first_line
-from src.quoting import format_override, quoted
+from src.quoting import format_override, quoted, shell_word
 
 PATH_KEYS = ("data.root", "data.path", "data.source.labels")
 """Settings of files that a run only reads."""
@@ -53,6 +54,44 @@ def expand_resume(overrides: list[str]) -> list[str]:
     return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
 
 
+def explain_resume(
+    error: UsageError, command: str, typed: Sequence[str], expanded: Sequence[str], added: Sequence[str]
+) -> UsageError:
+    """Return the error of `expanded` overrides, which `expand_resume` made of the `typed` ones, in terms of `typed`."""
+    folder = last_value(expanded, "resume")
+    if folder in (None, "auto"):
+        return error
+    saved = Path(str(folder))
+    own = [o for o in typed if key_of(o) not in ("resume", "trust", "hydra.run.dir")]
+    if alone := _refusal(command, own, added):
+        return alone
+    if _refusal(command, saved_overrides(saved), added) is None:
+        why, repeats = str(error).partition(";")[0], format_override("resume", saved)
+        return UsageError(f"{' '.join(own)} does not fit the settings that {repeats} repeats ({why}); leave it out")
+    if missing := [folder for folder in _recorded_folders(saved) if f"file://{folder}" not in added]:
+        return UsageError(f"{error}; the run was started with --config-dir {shell_word(missing[0])}: add it")
+    return error
+
+
+def _refusal(command: str, overrides: Sequence[str], added: Sequence[str]) -> UsageError | None:
+    """Return the error of overrides that `check_overrides` refuses."""
+    try:
+        check_overrides(command, overrides, added=added)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _recorded_folders(run: Path) -> list[str]:
+    """Return the user's config folders that Hydra recorded for a run."""
+    try:
+        sources = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]["runtime"]["config_sources"]
+        folders = [str(source["path"]) for source in sources if source["schema"] == "file"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # written by hand
+        return []
+    return [folder for folder in folders if Path(folder) != CONF and folder.isprintable()]
+
+
 def expand_sweep(overrides: list[str]) -> list[str]:
     """Replace `resume=auto` of a sweep by the folder of the newest sweep that the same overrides started.
 
@@ -70,17 +109,18 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         try:
             # plain YAML: OmegaConf would resolve `${...}`.
             before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
-            typed_overrides = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
+            typed_overrides = {*before["task"], *before["hydra"]}
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # a sweep killed while it started
             continue
-        of_place = "hydra.sweep.dir="
-        if {
-            o
-            for o in typed_overrides
-            if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o) or o.startswith(of_place))
-        } == {o for o in overrides if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o))}:
-            return [*overrides, f"{of_place}{_quoted(str(saved.parent))}"]
+        if _describing(typed_overrides) == _describing(overrides):
+            return [*overrides, f"hydra.sweep.dir={_quoted(str(saved.parent))}"]
     return overrides
+
+
+def _describing(overrides: Iterable[str]) -> set[str]:
+    """Return the overrides of a sweep that neither select one nor say where it writes."""
+    where = re.compile(rf"{RESUME_OVERRIDE.pattern}|{OUTPUT_OVERRIDE.pattern}|hydra\.sweep\.dir=|hydra\.mode=")
+    return {override for override in overrides if not where.match(override)}
 
 
 def unfinished_run(overrides: Sequence[str]) -> str | None:

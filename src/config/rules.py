@@ -93,6 +93,9 @@ REQUIRED_GROUPS = {
 }
 """Config groups that a command requires."""
 
+OPTIONAL = ("neighbors", "guidance")
+"""Nodes that may be null or removed."""
+
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
@@ -132,7 +135,7 @@ def check_type(name: str, default: Any, value: Any) -> None:
 
     As a folder, an empty string would mean the current one.
     """
-    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
+    if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
@@ -142,10 +145,11 @@ def check_type(name: str, default: Any, value: Any) -> None:
         (int, int, "an integer"),
         (float, (int, float), "a number"),
         (list, list, "a list"),
+        (dict, dict, "a node of settings"),
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) else f", such as {default}"
+                example = "" if "${" in str(default) or kind is dict else f", such as {default}"
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
                 raise UsageError(f"{name}={shown} must be {rule}{example}")
             return
@@ -171,7 +175,8 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
         if {one, other} <= names:
             raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
     for group in REQUIRED_GROUPS.get(command, ()):
-        if not cfg.get(group):
+        node = cfg.get(group) or {}
+        if not node or (command == "train" and "_target_" not in node):  # models set the learning rate of none, too
             raise UsageError(f"{group}=null leaves no {group}; choose an option of {group}, which --help lists")
     if command == "evaluate":
         typed = {name for name in names if name.partition("/")[0].partition(".")[0] != "hydra"}
