@@ -1,7 +1,6 @@
 """Check overrides before any slow import: Hydra's errors, with a hint what to type instead."""
 
 import difflib
-import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -23,13 +22,6 @@ from src.config.rules import OPTIONAL, check_combinations, check_type, check_val
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
-
-PATHS = (
-    *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),
-    *("data.root", "data.path", "data.source.labels", "schedule.betas", "hydra.run.dir", "hydra.sweep.dir"),
-    "conditioning.encode.model",
-)
-"""Settings whose value is a file or a folder."""
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
@@ -99,13 +91,11 @@ def last_value(overrides: Sequence[str], name: str) -> str | None:
 
 def expand_home(overrides: Sequence[str]) -> list[str]:
     """Replace `~` at the start of a path by the home folder: shells do not expand it after `data.root=`."""
-    home, expanded = str(Path.home()), []
+    expanded = []
     for override in overrides:
-        name, _, value = override.partition("=")
-        if name.lstrip("+") in PATHS:
-            value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: m[1] + m[2] + home, value)
-            override = f"{name}={value}"
-        expanded.append(override)
+        name, equals, value = override.partition("=")
+        value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: f"{m[1]}{m[2]}{Path.home()}", value)
+        expanded.append(f"{name}{equals}{value}")
     return expanded
 
 
@@ -131,7 +121,6 @@ def check_overrides(
     for invalid values.
     """
     groups = config_groups(folders := config_folders(added))
-    _check_spaces(overrides)
     read = [_parse(config_name, word, groups) for word in overrides]
     foreign = any("pkg://" in each for each in added)  # its options cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
@@ -204,29 +193,18 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def _check_spaces(words: Sequence[str]) -> None:
-    """Raise UsageError for an override that spaces around `=` split into several words."""
-    for k, (word, following) in enumerate(itertools.pairwise(words)):
-        if following.startswith("=") or (word.endswith("=") and word != "=" and "=" not in following):
-            split = words[k : k + (3 if following == "=" else 2)]
-            raise UsageError(f"{' '.join(split)} has spaces around its '='; type {''.join(split)}")
-
-
 def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
     """Return one override as Hydra parses it. Raises UsageError with the form to type if it cannot."""
     name, equals, value = word.partition("=")
     if not equals and not word.startswith("~"):
         raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, word, groups)}")
     try:
-        override = parsed(word)
+        return parsed(word)
     except HydraException as error:
         fix = "overrides look like key=value"
         if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
             fix = f"if its value is one string, type {format_override(name, value)}"
         raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
-    if override.key_or_group in PATHS and not override.is_delete() and isinstance(override.value(), dict):
-        raise UsageError(f"{word} is a dictionary; for a path of that name type {format_override(name, value)}")
-    return override
 
 
 def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str:
@@ -237,7 +215,7 @@ def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str
             setting = "ckpt"
         return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
     choices = [f"{group}={word}" for group, options in groups.items() if word in options]
-    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value"
+    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value, without spaces"
 
 
 def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
@@ -264,16 +242,11 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
     hint = key_hint(key, override.get_value_element_as_str(), names, groups)
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
-        raise UsageError(
-            f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint or f'; it takes {_arguments(node)}'}"
-        )
+        hint = hint or f"; it takes {', '.join(name for name in map(str, node) if name[0] != '_')}"
+        raise UsageError(f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint}")
     added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # of the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
-
-
-def _arguments(node: DictConfig) -> str:
-    return ", ".join(str(key) for key in node if not str(key).startswith("_"))
 
 
 def _select(plain: Any, name: str) -> Any:

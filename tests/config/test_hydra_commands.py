@@ -189,9 +189,8 @@ REFUSED = {
     # Not an override, or several values.
     "train --schedule=linear": "type schedule=linear",
     "train --schedule linear": "type schedule=linear",
-    "train schedule = linear": "type schedule=linear",
-    "train schedule= linear": "type schedule=linear",
-    "train seed=1 schedule =linear": "type schedule=linear",
+    "train schedule = linear": "without spaces",
+    "train schedule= linear": "schedule=linear",
     "sample outputs/train/x": "type run=outputs/train/x",
     "sample last.ckpt/x.ckpt": "type ckpt=last.ckpt/x.ckpt",
     "train outputs/train/x": "type resume=outputs/train/x",
