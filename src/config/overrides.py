@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
-from src.config.rules import OPTIONAL, check_combinations, check_type, check_value, check_values
+from src.config.rules import check_combinations, check_required, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
@@ -152,8 +152,7 @@ def check_overrides(
                 check_type(name, _select(plain, name), value)
                 check_value(name, value)
     last = {override.key_or_group: override for override in read}
-    for removed in base.keys() - final.keys() - set(groups) - set(OPTIONAL):
-        raise UsageError(f"~{removed!s} removes a setting that src.{config_name} needs; leave it out")
+    check_required(config_name, base, final)
     names = {name for name, override in last.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import check_overrides, key_of, last_value
+from src.config.overrides import check_overrides, key_of, last_value, parsed
 from src.config.search_path import CONF
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
@@ -118,7 +117,7 @@ def expand_sweep(overrides: list[str]) -> list[str]:
 
 
 def _describing(overrides: Iterable[str]) -> set[str]:
-    """Return the overrides of a sweep that neither select one nor say where it writes."""
+    """Return the overrides that neither select a run or sweep nor say where it writes."""
     where = re.compile(rf"{RESUME_OVERRIDE.pattern}|{OUTPUT_OVERRIDE.pattern}|hydra\.sweep\.dir=|hydra\.mode=")
     return {override for override in overrides if not where.match(override)}
 
@@ -134,8 +133,8 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
         saved = folder / ".hydra" / "overrides.yaml"
         if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
             continue
-        typed_overrides = {o for o in overrides if not RESUME_OVERRIDE.match(o)}
-        if named or (set(saved_overrides(folder)) == typed_overrides and not (folder / "metrics.json").exists()):
+        same = _describing(saved_overrides(folder)) == _describing(overrides)
+        if named or (same and not (folder / "metrics.json").exists()):
             return str(folder)
     return None
 
@@ -162,7 +161,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
     remedy = f"; add trust=true if you started {folder} yourself, or start a new run"
     for line in overrides:
         try:
-            (override,) = OverridesParser.create().parse_overrides([line])
+            override = parsed(line)
         except HydraException as error:
             raise UsageError(f"{folder} contains {line!r:.100}, which is not an override{remedy}") from error
         key, value = override.key_or_group, line.partition("=")[2]
