@@ -1,6 +1,7 @@
 """Check a configuration against the signatures of its targets before anything is built."""
 
 import difflib
+import importlib
 import inspect
 import pkgutil
 import types
@@ -57,7 +58,14 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
 def import_target(setting: str, path: str) -> Any:
     """Return the class or function at a dotted path. Raises ValueError, with the reason, if it cannot be imported."""
     try:
-        return pkgutil.resolve_name(path)
+        try:
+            target = pkgutil.resolve_name(path)
+        except AttributeError:  # which hides an ImportError in the module
+            importlib.import_module(path.rpartition(".")[0])
+            raise
+        if callable(target):
+            return target
+        raise TypeError("it is neither a class nor a function")
     except Exception as error:  # a module of the user's own may raise anything
         raise ValueError(
             f"{setting}={path} cannot be imported ({sentence(error)}); correct the name, or type PYTHONPATH=FOLDER in "
