@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from src.config.overrides import key_of
 from src.config.search_path import CONF
-from src.config.sweeps import gpus
+from src.config.sweeps import parallel_jobs
 from src.distributed.ranks import rank
 from src.quoting import command, format_override, literal
 
@@ -34,13 +34,10 @@ class CompareRuns(Callback):
             return
         sweep = Path(config.hydra.sweep.dir)
         jobs = sum(folder.name.isdecimal() for folder in sweep.iterdir())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        devices = self.devices or max(1, min(8, jobs, len(gpus()) or cores))
+        devices = self.devices or max(1, min(8, jobs, parallel_jobs()))
         settings: dict[str, object] = {"runs": [sweep], "hydra.run.dir": sweep / "comparison", "devices": devices}
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")]),
-        }
+        path = os.pathsep.join([str(CONF.parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path}
         environment.pop("HYDRA_FULL_ERROR", None)  # the launcher sets it for a sweep
         if any(sweep.glob("*/wandb_id.txt")):  # left by runs that W&B logs
             settings["wandb"] = True
