@@ -24,6 +24,9 @@ CHOICE = re.compile(r"\w*|\[[\w,]*\]")
 
 NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
 
+WANDB_LOG = re.compile(r"wandb/[^/]*run-[^/]*/logs/debug-core\.log")
+"""The link that W&B creates in a run's folder, at each start, to its log in the user's cache."""
+
 
 def expand_resume(overrides: list[str]) -> list[str]:
     """Replace `resume=DIR` by the overrides of the run in DIR, then the typed ones, and DIR as the run folder.
@@ -179,18 +182,10 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             continue
         raise UsageError(f"{folder} contains {line!r:.100}, which {what}{remedy}")
     for path in folder.rglob("*"):
-        if is_wandb_log(path.relative_to(folder)):
+        if WANDB_LOG.fullmatch(path.relative_to(folder).as_posix()):
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{path} links out of the run's folder{remedy}")
-
-
-def is_wandb_log(path: Path) -> bool:
-    """Return whether a path in a run's folder is the link that W&B creates to its log in the user's cache.
-
-    W&B creates one at each start and writes nothing through it.
-    """
-    return len(path.parts) == 4 and path.match("wandb/*run-*/logs/debug-core.log")
 
 
 def _quoted(folder: str) -> str:
@@ -201,8 +196,6 @@ def check_writable(overrides: Sequence[str]) -> None:
     """Create the typed output folder. Raises UsageError if that fails."""
     for name in ("hydra.run.dir", "hydra.sweep.dir"):
         folder = last_value(overrides, name)
-        if any(key_of(o) == name and "\\${" in o for o in overrides):
-            raise UsageError(f"{name}={folder} contains ${{, which OmegaConf would resolve; choose another folder")
         if folder is not None and "${" not in folder:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -216,9 +209,8 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     """Raise UsageError if the typed folder holds a run or a sweep, whose files Hydra would overwrite."""
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
     folder = last_value(overrides, name)
-    if folder is None or last_value(overrides, "resume") is not None:
-        return
-    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # it names the folders of its jobs
+    own_names = multirun and last_value(overrides, "hydra.sweep.subdir") is not None  # of the folders of its jobs
+    if folder is None or last_value(overrides, "resume") is not None or own_names:
         return
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
@@ -229,10 +221,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
 
 
 def newest_run(name: str, folder: Path) -> str:
-    """Return the end of an error: the newest run at most two folders below `folder`, as an override of `name`.
-
-    Returns an empty string if there is none.
-    """
+    """Return the end of an error: the newest run at most two folders below `folder`, as an override; perhaps empty."""
     found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
     if not found:
         return ""

@@ -19,7 +19,7 @@ from src.config.cli import launch
 from tests.conftest import TINY
 
 TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard"}
-QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "trainer.max_steps=2"]
+QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~neighbors", "trainer.max_steps=2"]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> Any:
