@@ -78,9 +78,6 @@ CHOICES = {
 }
 """Texts that a setting takes, alone or in a list."""
 
-EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
-"""Settings that exclude each other when both are typed."""
-
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
@@ -169,9 +166,9 @@ def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:
 
 def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
     """Raise UsageError for typed settings, by `names`, that exclude each other or that the command does not read."""
-    for one, other in EXCLUSIVE:
-        if {one, other} <= names:
-            raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
+    one, other = "validate_every", "trainer.val_check_interval"
+    if {one, other} <= names:
+        raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
     if command == "evaluate":
         typed = {n for n in names if not re.match(r"hydra[./]", n)} - {"analytic", "seed", "run", "ckpt"}
         of_analytic = {name for name in typed if name.startswith("analytic")}
