@@ -10,7 +10,6 @@ from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
-from src.quoting import format_override
 from src.runs.evaluation import build_analytic, build_samplers, evaluation_settings
 from src.viz.tables import format_duration, markdown, write_json
 
@@ -23,12 +22,9 @@ if TYPE_CHECKING:
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json`, tables and pictures into the output folder, and return the metrics."""
     folder = Path(cfg.run_dir)
-    for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
-        if cfg.analytic and value is not None:
-            raise UsageError(
-                f"{format_override(name, value)} cannot be combined with analytic=..., which evaluates samplers "
-                "without a run: omit one of them"
-            )
+    for name in ("run", "ckpt"):
+        if cfg.analytic and cfg[name] is not None:
+            raise UsageError(f"{name}=... and analytic=..., which needs no run, exclude each other; leave one out")
     if cfg.analytic and rank() > 0:
         return {}
     metrics = evaluate_analytic(cfg, folder) if cfg.analytic else evaluate_run(cfg, folder)

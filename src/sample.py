@@ -35,7 +35,7 @@ def sample(cfg: DictConfig) -> Path:
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
-        sampler = sampler_of(opened, settings, cfg.guidance)
+        sampler = sampler_of(opened, settings, cfg.get("guidance"))
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
         check_prompt_settings(cfg, sampler, len(prompts))

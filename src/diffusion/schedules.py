@@ -124,8 +124,13 @@ def laplace(num_steps: int, mu: float = 0.0, scale: float = 0.5, power: float = 
 
 def custom(betas: Sequence[float]) -> Tensor:
     """Return the given betas as a tensor; T is their number."""
-    _check_steps(len(betas))
-    return check_betas(torch.tensor(betas, dtype=torch.float64))
+    if not MIN_STEPS <= len(betas) <= MAX_STEPS:
+        raise ValueError(
+            f"schedule.betas has {len(betas)} numbers and must have {MIN_STEPS} to {MAX_STEPS}, one per step"
+        )
+    if wrong := [beta for beta in betas if not 0 < beta < 1]:  # also catches NaN
+        raise ValueError(f"schedule.betas contains {wrong[0]:g}; each number must be in (0, 1)")
+    return torch.tensor(betas, dtype=torch.float64)
 
 
 def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_steps: int, max_beta: float = 0.999) -> Tensor:

@@ -89,9 +89,10 @@ def _write_results(run: "Run", metrics: dict[str, float]) -> None:
     trajectory = sample_trajectory(run.trainer, run.module, run.data, run.config.seed)
     if not run.trainer.is_global_zero:
         return
-    neighbors = run.config.neighbors
+    neighbors = run.config.get("neighbors") or {}
+    num_samples, num_candidates = (neighbors.get(name, 0) for name in ("num_samples", "num_candidates"))
     with tolerate_full_disk(run.directory / "samples"):
-        save_pictures(run.directory, run.trainer, run.data, trajectory, neighbors.num_samples, neighbors.num_candidates)
+        save_pictures(run.directory, run.trainer, run.data, trajectory, num_samples, num_candidates)
     if run.data.skip_unreadable:
         run.data.read_errors.warn()
         metrics["unreadable_files"] = len(run.data.read_errors.names)

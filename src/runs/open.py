@@ -84,9 +84,10 @@ def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | b
     opened.module.compiled_sampling = compile_network(opened.module.net, compile_mode)
 
 
-def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":
+def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig | None) -> "Sampler":
     """Return the sampler of a node with guidance. Null in `guidance` means the value used in training."""
     defaults = {"scale": 1.0, "interval": None, "rescale": 0.0}
+    guidance = guidance or OmegaConf.create({"model": None})
     typed = {k: v for k, v in guidance.items() if v is not None and k != "model"}
     check_arguments(settings, "sampler")
     sampler = build_sampler(settings, OmegaConf.create({**defaults, **(opened.config.get("guidance") or {}), **typed}))

@@ -34,7 +34,7 @@ from src.comparison.statistics import (
 )
 from src.comparison.survey import run_folders, survey
 from src.config.search_path import CONF
-from src.config.sweep_callbacks import CompareRuns
+from src.config.sweeps import CompareRuns
 from src.errors import UsageError
 from src.runs.trust import known_targets
 from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny

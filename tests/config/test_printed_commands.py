@@ -15,7 +15,7 @@ from src.compare import with_runs
 from src.comparison.survey import run_folders
 from src.config.overrides import check_overrides, last_value, parsed, split_arguments
 from src.config.resume import check_unused, expand_resume
-from src.config.sweep_callbacks import CompareRuns
+from src.config.sweeps import CompareRuns
 from src.errors import UsageError
 from src.export import export
 from src.quoting import command, format_override, literal

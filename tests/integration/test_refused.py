@@ -19,7 +19,7 @@ from src.runs import lock
 from tests.conftest import TINY
 
 TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard"}
-QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "trainer.max_steps=2"]
+QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~neighbors", "trainer.max_steps=2"]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> Any:
@@ -145,6 +145,7 @@ def test_refused_sweep_leaves_no_file(there, monkeypatch, capsys):
     ):
         said = refused(there, monkeypatch, capsys, "train", "-m", *QUICK, *wrong)
         assert "5000" in said or "another job" in said
+        assert "Error executing job" not in said
     before = tree(there)
     assert command(monkeypatch, "train", "-m", *QUICK, "seed=1,2", "hydra.sweep.dir=S") == 2
     assert "S already holds a sweep" in capsys.readouterr().err
