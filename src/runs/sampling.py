@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from src.data.conditions import Condition
+    from src.data.module import BaseDataModule
     from src.distributed.processes import Processes
     from src.runs.open import OpenedRun
     from src.training.module import Sampler
@@ -64,39 +65,36 @@ def draw_batches(
     `batch_size` fills up the last batch for a compiled network. `cond_of` returns the conditions of the indices.
     `on_step` gets the indices, the step, the current samples and the number of samples over all processes.
     """
-    module, postprocess = opened.module.to(processes.device), opened.data.postprocess
+    module, denormalize = opened.module.to(processes.device), opened.data.denormalize
     for first in range(0, len(batches), processes.count):
         group = batches[first : first + processes.count]  # one batch per process; the last group may be smaller
         drawn = None
         for indices in processes.share(group):
             for step, x in enumerate(module.sample(indices, seed, sampler, batch_size, cond_of(indices))):
                 on_step(indices, step, x, sum(map(len, group)))
-            drawn = postprocess(x).cpu()
+            drawn = denormalize(x).cpu()
         gathered = processes.gather(drawn)
         if processes.rank == 0:
             yield from (part for part in gathered if part is not None)
 
 
-def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None) -> None:
-    """Write `samples.npz`, and each image as a PNG, or rows of a table as `samples.csv`.
+def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
+    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table as `samples.csv`.
 
-    `samples` are images (N, C, H, W) uint8, or points or rows (N, D). `columns` names the columns of a table.
+    `samples` are images (N, C, H, W), or points or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
-    from PIL import Image
 
+    from src.data.write import write_image
+
+    array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
     if samples.ndim == 4:
-        images = samples.permute(0, 2, 3, 1).numpy()  # Tools that compute FID expect channels last.
-
-        def write(k: int) -> None:
-            image = images[k]
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
-
+        dtype, suffix = getattr(data, "dtype", None) or "uint8", getattr(data, "file_type", None) or ".png"
+        array = array if array.dtype == np.uint8 else array.astype(dtype)
         with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
-            list(pool.map(write, range(len(images))))
-        np.savez_compressed(folder / "samples.npz", images)
-    else:
-        np.savez_compressed(folder / "samples.npz", samples.numpy())
+            list(pool.map(lambda k: write_image(folder, f"{k:05d}", array[k], suffix), range(len(array))))
+    np.savez_compressed(folder / "samples.npz", array)
+    columns = data.columns
     if columns:
         with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
