@@ -17,8 +17,8 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv from requirements.lock
 
-train: $(STAMP) ## train on the embedded digits (2 to 6 minutes on 2 CPU cores); ARGS="schedule=linear" adds settings
-	@$(RUN) -m src.train $(ARGS)
+train: $(STAMP) ## draw characters that do not exist (5 minutes on 2 CPU cores); ARGS="experiment=digits" trains another recipe
+	@$(RUN) -m src.train $(if $(filter experiment=% data=% resume=%,$(ARGS)),,experiment=kanji) $(ARGS)
 
 test: $(STAMP) lint types unit ## lint, check types and run all tests
 

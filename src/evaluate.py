@@ -146,7 +146,10 @@ def build_alignment(
             opened.data, settings, processes, lambda steps: progress_bar(steps, "Detector", processes.rank)
         )
     if benchmark is None and processes.rank == 0:
-        print("Skipping alignment: it supports images with conditioning=class, and data=shapes with captions.")
+        print(
+            "Skipping alignment: it supports images with conditioning=class, and data=shapes, kanji and emoji with "
+            "conditioning=text."
+        )
     return benchmark
 
 

@@ -106,7 +106,7 @@ def captions_of(source: Source) -> Sequence[Sequence[str]]:
     if source.captions is None:
         raise ValueError(
             "conditioning by text needs data with captions; use data=captions data.root=... for images with text "
-            "files, or data=shapes"
+            "files, or data=shapes, kanji or emoji"
         )
     return source.captions
 
