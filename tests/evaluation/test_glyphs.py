@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from src.data.glyphs import Glyphs, GlyphSource
+from src.distributed.processes import Processes
 from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import metric_name
 
@@ -11,8 +12,10 @@ from src.metrics.confidence import metric_name
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global ImageDataModule, GlyphBenchmark
+    global ImageDataModule, GlyphBenchmark, TextCondition, build_benchmark
     from src.data.images import ImageDataModule
+    from src.data.text import TextCondition
+    from src.evaluation.benchmarks import build_benchmark
     from src.evaluation.glyphs import GlyphBenchmark
 
 
@@ -42,6 +45,13 @@ def test_prompts_are_held_out_and_training_captions(benchmark):
     assert benchmark.n == len(held_out) == 6
     seen = set(benchmark.prompts["seen"])
     assert len(seen) == 6 and seen <= trained and not seen & held_out
+
+
+def test_glyphs_need_text_to_be_measured():
+    data = ImageDataModule(source, None, 1, 16, val_fraction=0.2)
+    assert build_benchmark(data, AlignmentSettings(), Processes(torch.device("cpu"))) is None
+    data.condition = TextCondition()
+    assert isinstance(build_benchmark(data, AlignmentSettings(), Processes(torch.device("cpu"))), GlyphBenchmark)
 
 
 def test_real_glyphs_are_correct_and_others_are_not(benchmark):

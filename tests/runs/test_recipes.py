@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from src.config.overrides import check_overrides
 from src.config.resume import check_saved, saved_overrides
 from src.config.search_path import CONF, config_groups
+from src.data import emoji, kanji
 from src.diffusion.gaussian_diffusion import Prediction
 from src.diffusion.noise import make_time_grid
 from src.errors import UsageError
@@ -99,6 +101,12 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         for i, picture in enumerate(noise(10, 40, 50, 3)):
             Image.fromarray(picture).save(folder / f"{i}.png")
         return [*images, f"data.image_size={32 if name == 'folder_256' else 16}"]
+    if name.startswith(("kanji", "emoji")):
+        some = dict(itertools.islice(kanji.svg_files().items(), 0, None, 20))
+        monkeypatch.setattr(kanji, "svg_files", lambda: some)
+        few = emoji.sequences()[::20]
+        monkeypatch.setattr(emoji, "sequences", lambda: few)
+        return [f"data.root={folder}", "data.source.held_out=0", "data.batch_size=4", "data.val_fraction=0.2"]
     if name == "shapes_text":
         return ["data.source.num_samples=100", "data.batch_size=4", "data.val_fraction=0.2"]
     return {"digits": [], "digits_class": [], "moons": ["data.num_samples=600"]}[name]
