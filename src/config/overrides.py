@@ -25,7 +25,15 @@ from src.quoting import format_override
 
 PATHS = (
     *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),
-    *("data.root", "data.path", "data.source.labels", "schedule.betas", "hydra.run.dir", "hydra.sweep.dir"),
+    *(
+        "data.root",
+        "data.path",
+        "data.source.labels",
+        "data.source.captions",
+        "schedule.betas",
+        "hydra.run.dir",
+        "hydra.sweep.dir",
+    ),
     "conditioning.encode.model",
 )
 """Settings whose value is a file or a folder."""

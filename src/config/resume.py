@@ -14,7 +14,7 @@ from src.config.overrides import key_of, last_value
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted
 
-PATH_KEYS = ("data.root", "data.path", "data.source.labels")
+PATH_KEYS = ("data.root", "data.path", "data.source.labels", "data.source.captions")
 """Settings of files that a run only reads."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""

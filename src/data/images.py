@@ -16,10 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.module import BaseDataModule
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
+from src.data.table_files import first_names, labels_from_names, read_table
 from src.errors import DataReadError
 from src.quoting import format_override
 from src.rng import StepRng

@@ -130,7 +130,7 @@ def check_steps(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
 
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
-    *("data.num_values", "data.columns", "data.mean", "data.std"),
+    *("data.num_values", "data.columns", "data.mean", "data.std", "data.encoders"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights."""
 
