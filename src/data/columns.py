@@ -154,10 +154,10 @@ class Column:
     def summary(self) -> str:
         """The name and how it is modeled, for the first lines of a run."""
         details: list[str] = [self.transform] if self.transform != "standardize" else []
-        details += [f"{len(self.categories)} categories"] if self.type == "category" else []
+        details += [f"{len(self.categories)}"] if self.type == "category" else []
         details += [self.code] if self.type == "category" and self.code != "onehot" else []
         details += [self.format] if self.format else []
-        return f"{self.name} {self.type}{f' ({chr(44).join(details)})' if details else ''}"
+        return f"{self.name} {self.type}" + (f" ({' '.join(details)})" if details else "")
 
     def display(self, values: Any) -> Floats:
         """Return the display values (N,) of cells' values. Raises KeyError for an unknown category."""
@@ -469,7 +469,9 @@ def _numbers_of_texts(
     fractions = [cell.partition(decimal)[2].rstrip("0") for cell in good]
     digits = max(map(len, fractions), default=0)
     plain = all(fraction == "" or fraction.isdigit() for fraction in fractions)
-    details = {"decimals": digits if plain and digits <= MAX_DECIMALS else None, "dtype": dtype}
+    largest = float(np.abs(values[valid]).max(initial=0))
+    keeps = plain and digits <= MAX_DECIMALS and largest * 10**digits < EXACT  # rounding changes no cell
+    details = {"decimals": digits if keeps else None, "dtype": dtype}
     return Cells("number", values, missing, ~valid & ~missing, details=details)
 
 

@@ -152,7 +152,7 @@ class TableDataModule(BaseDataModule):
     def summary(self) -> list[str]:
         """Lines that say how each column is modeled, which are left out and why, and what was detected in the file."""
         modeled = first_names([column.summary for column in self.encoders], 20)
-        lines = [f"Columns: {modeled}{f' ({chr(59).join(self.notes)})' if self.notes else ''}"]
+        lines = [f"Columns: {modeled}" + (f" ({'; '.join(self.notes)})" if self.notes else "")]
         if self.left_out:
             lines.append(f"Left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
