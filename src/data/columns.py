@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.table_files import Table, cell_text, first_names, sorted_names, to_number
-from src.quoting import shell_word
+from src.quoting import format_override, shell_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -468,7 +468,7 @@ def _numbers_of_texts(
     values = np.array([x if ok else np.nan for x, ok in zip(numbers, valid, strict=True)], dtype=np.float64)
     fractions = [cell.partition(decimal)[2].rstrip("0") for cell in good]
     digits = max(map(len, fractions), default=0)
-    plain = all(fraction == "" or fraction.isdigit() for fraction in fractions)
+    plain = not any("e" in cell.lower() for cell in good)
     largest = float(np.abs(values[valid]).max(initial=0))
     keeps = plain and digits <= MAX_DECIMALS and largest * 10**digits < EXACT  # rounding changes no cell
     details = {"decimals": digits if keeps else None, "dtype": dtype}
@@ -568,6 +568,7 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
 
 
 def type_override(name: str, kind: str) -> str:
-    """Return the words on a command line that set the type of a column."""
-    escaped = re.sub(r"([\\()\[\]{}:=,'\"])", r"\\\1", name)
-    return shell_word(f"data.types={{{escaped}: {kind}}}")
+    """Return the word on a command line that sets the type of a column."""
+    if name.isascii() and re.fullmatch(r"[\w ./@%+-]+", name):
+        return shell_word(f"data.types={{{name}: {kind}}}")
+    return format_override("data.types", [f"{name}={kind}"])  # Hydra's grammar does not quote the keys of {...}

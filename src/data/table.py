@@ -43,8 +43,8 @@ class TableDataModule(BaseDataModule):
         columns: columns of a sample; None takes all without another use, except ids, texts and constants.
         condition_columns: columns of covariates, numbers in their original units.
         label: the column with each row's class.
-        types: of columns, instead of the detected one: number, integer, category, boolean, date or the format of
-            dates; id and text leave a column out.
+        types: of columns by name, or a list of `name=type`, instead of the detected ones: number, integer, category,
+            boolean, date or the format of dates; id and text leave a column out.
         transforms: of numbers, integers and dates, before they are standardized: standardize (none), log, quantile.
         categories: code of categories, `onehot` or analog `bits`.
         missing: what happens to rows with missing cells in these columns: `drop`, or None, which refuses them.
@@ -66,8 +66,8 @@ class TableDataModule(BaseDataModule):
         columns: Sequence[str] | None = None,
         condition_columns: Sequence[str] = (),
         label: str | None = None,
-        types: Mapping[str, str] | None = None,
-        transforms: Mapping[str, str] | None = None,
+        types: Mapping[str, str] | Sequence[str] | None = None,
+        transforms: Mapping[str, str] | Sequence[str] | None = None,
         categories: CategoryCode = "onehot",
         missing: Literal["drop"] | None = None,
         clip: bool = True,
@@ -90,8 +90,7 @@ class TableDataModule(BaseDataModule):
         self.condition_columns = list(condition_columns)
         self.label = label
         self.names = list(columns) if columns else None
-        self.types = {str(name): str(each) for name, each in (types or {}).items()}
-        self.transforms = {str(name): str(each) for name, each in (transforms or {}).items()}
+        self.types, self.transforms = _by_column(types, "data.types"), _by_column(transforms, "data.transforms")
         self.clip = clip
         self.missing = missing
         self.categories: CategoryCode = categories
@@ -365,6 +364,16 @@ class TableDataModule(BaseDataModule):
             f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r:.40}, {what} "
             f"({int(cells.invalid.sum())} of {len(table)} rows); {fix}"
         )
+
+
+def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) -> dict[str, str]:
+    """Return a setting of each column from a mapping, or from a list of `column=value`."""
+    if isinstance(settings, Mapping) or not settings:
+        return {str(column): str(value) for column, value in dict(settings or {}).items()}
+    parts = [str(each).rpartition("=") for each in settings]
+    if not all(column and value for column, _, value in parts):
+        raise ValueError(f"{name}={list(settings)} must be a mapping, or a list such as ['zip=category']")
+    return {column: value for column, _, value in parts}
 
 
 def _condition(table: Table, name: str) -> Cells:

@@ -117,7 +117,7 @@ def read_table(
     try:
         for magic, decompress in COMPRESSED.items():
             data = decompress(data) if data.startswith(magic) else data
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         raise ValueError(f"{path} cannot be decompressed ({one_line(error)}); save it again") from error
     ending = next((s.lower() for s in reversed(path.suffixes) if s.lower() not in (".gz", ".bz2", ".xz")), "")
     if data.startswith(b"PAR1"):
