@@ -368,11 +368,11 @@ class TableDataModule(BaseDataModule):
 
 def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) -> dict[str, str]:
     """Return a setting of each column from a mapping, or from a list of `column=value`."""
-    if isinstance(settings, Mapping) or not settings:
-        return {str(column): str(value) for column, value in dict(settings or {}).items()}
-    parts = [str(each).rpartition("=") for each in settings]
+    if isinstance(settings, Mapping):
+        return {str(column): str(value) for column, value in settings.items()}
+    parts = [str(each).rpartition("=") for each in settings or []]
     if not all(column and value for column, _, value in parts):
-        raise ValueError(f"{name}={list(settings)} must be a mapping, or a list such as ['zip=category']")
+        raise ValueError(f"{name}={list(settings or [])} must be a mapping or a list such as ['zip=category']")
     return {column: value for column, _, value in parts}
 
 

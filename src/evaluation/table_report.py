@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from src.data.module import BaseDataModule
 from src.data.table import TableDataModule
 from src.metrics.features import Values
 from src.metrics.tables import association_error, associations, closer_to_training, marginal_distances
@@ -15,13 +14,12 @@ MAX_REAL = 5000
 """Rows of training and of validation data that the report compares."""
 
 
-def table_report(folder: Path, data: BaseDataModule, samples: Tensor, space: Values) -> dict[str, Any]:
+def table_report(folder: Path, data: TableDataModule, samples: Tensor, space: Values) -> dict[str, Any]:
     """Return metrics of generated rows, display values (N, K), against held-out rows, and save two pictures.
 
     The baseline of each distance is that of training rows, as many as there are samples or held-out rows. `space` has
     the distances between rows. Writes `columns.png` and `associations.png`.
     """
-    assert isinstance(data, TableDataModule)
     val, train = (
         data.postprocess(data.preprocess(data.fetch(indices[:MAX_REAL])[0])).cpu()
         for indices in (data.val_indices, data.train_indices)

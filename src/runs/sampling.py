@@ -1,6 +1,5 @@
 """Read the prompts of a sampling command, draw batches on several devices, and write samples."""
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from src.data.conditions import Condition
+    from src.data.module import BaseDataModule
     from src.distributed.processes import Processes
     from src.runs.open import OpenedRun
     from src.training.module import Sampler
@@ -77,13 +77,15 @@ def draw_batches(
             yield from (part for part in gathered if part is not None)
 
 
-def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None) -> None:
-    """Write `samples.npz`, and each image as a PNG, or rows of a table as `samples.csv`.
+def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
+    """Write `samples.npz`, and each image as a PNG, or rows of a table in its format.
 
-    `samples` are images (N, C, H, W) uint8, or points or rows (N, D). `columns` names the columns of a table.
+    `samples` are images (N, C, H, W) uint8, or points or rows (N, D), as `data.postprocess` returns them.
     """
     import numpy as np
     from PIL import Image
+
+    from src.data.table import TableDataModule
 
     if samples.ndim == 4:
         images = samples.permute(0, 2, 3, 1).numpy()  # Tools that compute FID expect channels last.
@@ -97,8 +99,5 @@ def write_samples(folder: Path, samples: "Tensor", columns: Sequence[str] | None
         np.savez_compressed(folder / "samples.npz", images)
     else:
         np.savez_compressed(folder / "samples.npz", samples.numpy())
-    if columns:
-        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits of float32
+    if isinstance(data, TableDataModule):
+        data.write_samples(folder / "samples", samples)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from src.viz.figures import COLORS, new_figure, render_figure
+from src.viz.figures import COLORS, histogram_bins, new_figure, render_figure
 
 MAX_COLUMNS = 40
 """Most columns in a picture."""
@@ -64,16 +64,6 @@ def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) ->
     bar = figure.add_axes((1 - 0.6 / width, 0.3, 0.12 / width, 0.5))
     figure.colorbar(shown, cax=bar).ax.tick_params(labelsize=7)
     return render_figure(figure)
-
-
-def histogram_bins(values: np.ndarray, count: int = 40) -> np.ndarray:
-    """Return edges of bins that hold all finite values, wide enough to be different numbers."""
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    if high - low < 4 * count * np.spacing(max(abs(low), abs(high))):
-        margin = max(0.5, 4 * count * float(np.spacing(max(abs(low), abs(high)))))
-        low, high = low - margin, high + margin
-    return np.linspace(low, high, count + 1)
 
 
 def _bars(axes: object, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:
