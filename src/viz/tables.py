@@ -165,9 +165,10 @@ def _rows_table(report: Mapping[str, Any]) -> str:
     )
     rows.append(["nearer to training than to held-out rows", format_metric(report["closer_to_training"]), "0.5"])
     return markdown_table(["column", "samples", "training rows"], rows) + (
-        f"\n\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; 0 is "
-        "best: the Kolmogorov-Smirnov statistic of a number, the total variation of a category, the mean absolute "
-        "difference of associations. The share of samples nearer to training rows is 0.5 for new rows and 1 for copies.\n"
+        f"\n\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; 0 "
+        "is best. They are the Kolmogorov-Smirnov statistic of a number, the total variation of a category, and the mean "
+        "absolute difference of associations. The share of samples nearer to training rows is 0.5 for new rows and 1 "
+        "for copies.\n"
     )
 
 
