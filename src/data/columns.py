@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from src.data.table_files import Table, cell_text, first_names, sorted_names, to_number
+from src.data.table_files import Table, cell_text, first_names, sorted_names, to_numbers
 from src.quoting import format_override, shell_word
 
 if TYPE_CHECKING:
@@ -379,7 +379,9 @@ def _left_out(missing: npt.NDArray[np.bool_], why: str) -> Cells:
 def _missing(series: "pd.Series[Any]", is_text: bool, words: set[str]) -> npt.NDArray[np.bool_]:
     missing: npt.NDArray[np.bool_] = series.isna().to_numpy(dtype=bool)
     if is_text or series.dtype == object or str(series.dtype) == "str":
-        missing = missing | np.array([isinstance(c, str) and c.strip().lower() in words for c in series.tolist()], bool)
+        # Only short cells are compared: a table may have millions of others.
+        short = (isinstance(c, str) and len(c) < 9 and c.strip().lower() in words for c in series.tolist())
+        missing = missing | np.fromiter(short, bool, len(series))
     return missing
 
 
@@ -412,22 +414,21 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
     present = [cell for cell in cells if cell is not None]
     different = set(present)
     if given in (None, "boolean"):
-        words = sorted(different, key=str.lower)
+        words = sorted(different, key=str.lower) if len(different) <= 2 else []
         lowered = tuple(word.lower() for word in words)
         pairs = [*BOOLEANS, ("0", "1")] if given else BOOLEANS
         if lowered in pairs or (given and len(words) == 2):
             return _valid("boolean", cells, missing, {"categories": words, "dtype": dtype})
-        if given and any(set(lowered) <= set(pair) for pair in pairs):
+        if given and len(words) == 1 and any(set(lowered) <= set(pair) for pair in pairs):
             return _left_out(missing, f"constant {words[0]!r}")
     numeric = table.is_text or given in ("number", "integer")
-    leading_zero = given is None and any(re.fullmatch(r"[+-]?0\d+", cell) for cell in different)
+    leading_zero = given is None and re.search(r"^[+-]?0\d+$", "\n".join(different), re.MULTILINE) is not None
     if numeric and given in (None, "number", "integer") and not leading_zero:
-        numbers = [None if cell is None else to_number(cell, table.decimal) for cell in cells]
+        numbers = to_numbers(cells, table.decimal)
         valid = np.array([number is not None and number - number == 0 for number in numbers])
-        share = valid.sum() / max(1, (~_missing(series, True, MISSING_NUMBERS)).sum())
-        if given is not None or share > 0.5:
-            missing = _missing(series, True, MISSING_NUMBERS)
-            return _numbers_of_texts(cells, numbers, valid, missing, given, table.decimal, dtype)
+        wide = _missing(series, True, MISSING_NUMBERS)
+        if given is not None or valid.sum() > 0.5 * (~wide).sum():
+            return _numbers_of_texts(cells, numbers, valid, wide, given, table.decimal, dtype)
     if given in (None, "date") or "%" in (given or ""):
         patterns = [given] if given and "%" in given else None
         if found := _dates_of_texts([cell for cell in cells if cell is not None], patterns):
@@ -454,7 +455,8 @@ def _numbers_of_texts(
     dtype: str | None,
 ) -> Cells:
     good = [cell for cell, ok in zip(cells, valid, strict=True) if ok and cell is not None]
-    whole = all(re.fullmatch(r"[+-]?\d+", cell) for cell in good)
+    joined = "\n".join(good)
+    whole = re.fullmatch(r"([+-]?\d+(\n|$))*", joined) is not None
     values: Any
     if (whole and given != "number") or given == "integer":
         if whole:
@@ -466,11 +468,11 @@ def _numbers_of_texts(
         array = np.array(values, dtype=np.int64 if fits else object)
         return Cells("integer", array, missing, ~valid & ~missing, details={"dtype": dtype})
     values = np.array([x if ok else np.nan for x, ok in zip(numbers, valid, strict=True)], dtype=np.float64)
-    fractions = [cell.partition(decimal)[2].rstrip("0") for cell in good]
+    many = re.search(rf"{re.escape(decimal)}\d{{{MAX_DECIMALS}}}\d*[1-9]|e", joined, re.IGNORECASE)
+    fractions = [] if many else [cell.partition(decimal)[2].rstrip("0") for cell in good]
     digits = max(map(len, fractions), default=0)
-    plain = not any("e" in cell.lower() for cell in good)
     largest = float(np.abs(values[valid]).max(initial=0))
-    keeps = plain and digits <= MAX_DECIMALS and largest * 10**digits < EXACT  # rounding changes no cell
+    keeps = not many and largest * 10**digits < EXACT  # rounding changes no cell
     details = {"decimals": digits if keeps else None, "dtype": dtype}
     return Cells("number", values, missing, ~valid & ~missing, details=details)
 

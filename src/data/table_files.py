@@ -186,6 +186,19 @@ def to_number(cell: str, decimal: str = ".") -> float | None:
         return None
 
 
+def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | None]:
+    """Return `to_number` of each cell; None stays None."""
+    if decimal == ".":
+        try:
+            numbers = [float(cell) for cell in cells]  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+        else:
+            if not any("_" in cell for cell in cells if cell):
+                return numbers
+    return [None if cell is None else to_number(cell, decimal) for cell in cells]
+
+
 def labels_from_names(names: Iterable[str]) -> Labels:
     """Return labels from the class name of each sample. Classes are sorted, as numbers if all are integers."""
     names = list(names)
@@ -325,17 +338,16 @@ def _read_text(
 
 
 def check_header(place: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError if the first row is data: numbers, or a text that occurs below it in its column."""
+    """Raise ValueError if the first row is data: numbers, or mostly texts that occur below it in their column."""
     named = [name for name in names if not NAMELESS.fullmatch(name)]
     numbers = [name for name in named if is_number(name) or is_number(name, ",")]
     why = ""
     if numbers and (len(numbers) == len(named) or any(not name.isdecimal() for name in numbers)):
         why = f"has the number {numbers[0]} in place of a column name"
     else:
-        for k, name in enumerate(names):
-            if name and any(len(row) > k and row[k] == name for row in rows):
-                why = f"has {name!r}, which is also a cell below it"
-                break
+        repeated = [n for k, n in enumerate(names) if n and any(len(row) > k and row[k] == n for row in rows)]
+        if len(repeated) > max(1, len(named) / 2):
+            why = f"has {first_names([*map(repr, repeated)])}, which are also cells below it"
     if why:
         raise ValueError(
             f"{place} {why}; add a header, or type data.header=false if the file has none, which names the columns "

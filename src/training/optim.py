@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
-"""Parameter groups -> an optimizer."""
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # parameter groups -> an optimizer
 
 
 def warmup(

@@ -164,12 +164,12 @@ def _rows_table(report: Mapping[str, Any]) -> str:
         ["mean error of associations", *(format_number(report[f"association_{k}"]) for k in ("error", "baseline"))]
     )
     rows.append(["nearer to training than to held-out rows", format_metric(report["closer_to_training"]), "0.5"])
-    return markdown_table(["column", "samples", "training rows"], rows) + (
-        f"\n\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; 0 "
-        "is best. They are the Kolmogorov-Smirnov statistic of a number, the total variation of a category, and the mean "
-        "absolute difference of associations. The share of samples nearer to training rows is 0.5 for new rows and 1 "
-        "for copies.\n"
+    note = (
+        f"\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; "
+        "0 is best: the Kolmogorov-Smirnov statistic of a number, the total variation of a category, the mean absolute "
+        "difference of associations. The share of samples nearer to training rows is 0.5 for new rows, 1 for copies.\n"
     )
+    return markdown_table(["column", "samples", "training rows"], rows) + "\n" + note
 
 
 def _alignment_table(alignment: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ def test_an_index_without_a_name_is_left_out(tmp_path):
         ("5.1,3.5\n4.9,3.0\n", "line 1 has the number 5.1"),
         ("\n5.1,setosa\n4.9,setosa\n", "line 2 has the number 5.1"),
         ("1,2\n3,4\n", "line 1 has the number 1"),
-        ("Paris,x\nParis,y\nRome,z\n", "line 1 has 'Paris'"),
+        ("Paris,x\nParis,y\nRome,x\n", "line 1 has 'Paris', 'x'"),
     ],
 )
 def test_a_first_row_of_data_is_refused(tmp_path, contents, message):
@@ -118,7 +118,8 @@ def test_a_first_row_of_data_is_refused(tmp_path, contents, message):
     assert read(tmp_path / "a.csv", contents, header=True).names != ["c0", "c1"]
 
 
-def test_names_of_years_are_a_header(tmp_path):
+def test_names_of_years_and_of_categories_are_a_header(tmp_path):
+    assert read(tmp_path / "a.csv", "a,b\na,1\nb,2\n", header=None).names == ["a", "b"]
     assert read(tmp_path / "a.csv", "country,2019,2020\nA,1,2\nB,3,4\n", header=None).names[1:] == ["2019", "2020"]
 
 
