@@ -13,7 +13,8 @@ from torch import Tensor
 from src.diffusion.gaussian_diffusion import TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction, snr_ratio
 from src.diffusion.noise import NoiseLevel, Transition
 
-Predict = Callable[[Tensor, NoiseLevel], Prediction]  # (x_t (B, *data), level) -> the prediction of the network
+Predict = Callable[[Tensor, NoiseLevel], Prediction]
+"""(x_t (B, *data), level) -> the prediction of the network."""
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:

@@ -22,8 +22,10 @@ KARRAS_RHO = 7.0
 class DefaultSpacing(NamedTuple):
     """The default spacings of a sampler by type of schedule, as measured in docs/results.md."""
 
-    table: Spacing  # for a table of betas
-    curve: Spacing  # for a continuous schedule, unless it ends in pure noise: only `trailing` starts there
+    table: Spacing
+    """For a table of betas."""
+    curve: Spacing
+    """For a continuous schedule, unless it ends in pure noise: only `trailing` starts there."""
 
     def on(self, schedule: "Schedule") -> Spacing:
         """Return the default spacing for `schedule`."""

@@ -18,7 +18,8 @@ from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
 from src.diffusion.noise import TimeGrid
 
-Noise = Callable[[Tensor], Tensor]  # x (B, *data) -> standard normal values like x
+Noise = Callable[[Tensor], Tensor]
+"""x (B, *data) -> standard normal values like x."""
 
 # Levels with an alpha below this are pure noise: division by alpha is unstable.
 TINY_ALPHA = 1e-6

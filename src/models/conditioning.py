@@ -12,9 +12,12 @@ from src.models.layers import zero_init
 class Embedded(NamedTuple):
     """An embedded condition."""
 
-    vector: Tensor  # (B, dim), to add to the time embedding
-    tokens: Tensor | None = None  # (B, L, token_width), for cross-attention
-    mask: Tensor | None = None  # (B, L), True for tokens and False for padding, with at least one token per sample
+    vector: Tensor
+    """(B, dim), to add to the time embedding."""
+    tokens: Tensor | None = None
+    """(B, L, token_width), for cross-attention."""
+    mask: Tensor | None = None
+    """(B, L), True for tokens and False for padding, with at least one token per sample."""
 
 
 class Embedding(Protocol):

@@ -46,11 +46,14 @@ G.append([0.0, 0.0, 1.0])
 class Threshold(NamedTuple):
     """The smallest problem on which Winograd is faster: AVX2 CPU, 1 and 2 threads (docs/results.md)."""
 
-    channels: int  # channels from which the matrix products outweigh the transforms
-    work: int  # tiles times channels per thread from which the products outweigh the overhead of a call
+    channels: int
+    """Channels from which the matrix products outweigh the transforms."""
+    work: int
+    """Tiles times channels per thread from which the products outweigh the overhead of a call."""
 
 
-MIN_TILES = 32  # tiles from which the products outweigh the filter transforms, which hold four times the weights
+MIN_TILES = 32
+"""Tiles from which the products outweigh the filter transforms, which hold four times the weights."""
 FORWARD, BOTH_PASSES = Threshold(channels=96, work=8192), Threshold(channels=48, work=4096)
 
 

@@ -178,7 +178,8 @@ MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sample
 """Settings that rebuild a trained model."""
 
 
-CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
+CONDITION_KEYS = ("conditioning", "guidance")
+"""Further settings that rebuild a conditional model."""
 
 
 EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")

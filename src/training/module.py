@@ -75,7 +75,8 @@ class DiffusionModule(SamplingModule):
         terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
         self.validation = nn.ModuleDict({name: MeanMetric() for name in terms})
-        self.validated = 0  # the step at which the last validation ended
+        self.validated = 0
+        """The step at which the last validation ended."""
         self.grad_norm = torch.zeros(())
         """Gradient norm of the last step before clipping; not finite if the step was skipped."""
 

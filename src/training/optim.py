@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # parameter groups -> an optimizer
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+"""Parameter groups -> an optimizer."""
 
 
 def warmup(

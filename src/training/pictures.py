@@ -35,9 +35,12 @@ def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple
 class Trajectory(NamedTuple):
     """Samples drawn at the end of training."""
 
-    frames: list[Tensor]  # the first few samples at each step, postprocessed
-    final: Tensor  # all samples, as the network returns them (N, *data)
-    sigmas: list[float]  # noise level sigma of each frame; empty if the levels of the sampler differ from its time grid
+    frames: list[Tensor]
+    """The first few samples at each step, postprocessed."""
+    final: Tensor
+    """All samples, as the network returns them (N, *data)."""
+    sigmas: list[float]
+    """Noise level sigma of each frame; empty if the levels of the sampler differ from its time grid."""
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:

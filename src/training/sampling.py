@@ -46,9 +46,12 @@ class Sampler(NamedTuple):
 class ConditionSpec(NamedTuple):
     """The conditions of a conditional network, encoded as its input."""
 
-    null: Tensor  # (1, ...) the null condition
-    examples: Tensor  # (N, ...) default conditions: sample k takes example k mod N
-    cond_drop_prob: float  # probability that training replaces a sample's condition with `null`
+    null: Tensor
+    """(1, ...) the null condition."""
+    examples: Tensor
+    """(N, ...) default conditions: sample k takes example k mod N."""
+    cond_drop_prob: float
+    """Probability that training replaces a sample's condition with `null`."""
 
 
 class SamplingModule(L.LightningModule):

@@ -26,7 +26,8 @@ class EMA(L.Callback):
         self._names: list[str] = []
         self._weights: list[nn.Parameter] = []
         self._average: list[Tensor] = []
-        self._raw: list[Tensor] | None = None  # the raw weights while the module holds the average, else None
+        self._raw: list[Tensor] | None = None
+        """The raw weights while the module holds the average, else None."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find_weights(pl_module)

@@ -16,7 +16,8 @@ from src.training.loggers import log_picture, show_pictures
 from src.training.module import DiffusionModule
 from src.viz import charts
 
-MAX_LOG_SNR = 15.0  # bound of the bins' range: sigma / alpha is 1800 at -15
+MAX_LOG_SNR = 15.0
+"""Bound of the bins' range: sigma / alpha is 1800 at -15."""
 
 
 class LossByNoise(L.Callback):

@@ -36,7 +36,8 @@ class Progress(TQDMProgressBar):
         self.loss: Tensor | None = None
         """Loss of the last batch, divided by the number of batches per step; None before the first."""
         self._prints_lines = False
-        self._last_line = (0.0, 0)  # time in seconds and step of the last line
+        self._last_line = (0.0, 0)
+        """Time in seconds and step of the last line."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

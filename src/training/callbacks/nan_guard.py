@@ -26,7 +26,8 @@ class Step(NamedTuple):
     v: Tensor
     losses: Tensor
     lr: float
-    scale: float  # loss scale in fp16, else 0
+    scale: float
+    """Loss scale in fp16, else 0."""
 
 
 class NonFiniteGuard(L.Callback):
@@ -54,11 +55,14 @@ class NonFiniteGuard(L.Callback):
         self.record = self.directory / "nonfinite.jsonl"
         self.diagnosis = ""
         self._cause = ""
-        self._steps: list[Step] = []  # steps since the last check
+        self._steps: list[Step] = []
+        """Steps since the last check."""
         self._microbatches: list[tuple[Tensor, Tensor]] = []
-        self._skipped: list[int] = []  # consecutive skipped steps so far
+        self._skipped: list[int] = []
+        """Consecutive skipped steps so far."""
         self._rolled_back_to: list[int] = []
-        self._newest_allowed: int | None = None  # the newest step to roll back to; None while steps are finite
+        self._newest_allowed: int | None = None
+        """The newest step to roll back to; None while steps are finite."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
