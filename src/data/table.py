@@ -103,6 +103,7 @@ class TableDataModule(BaseDataModule):
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self.file: dict[str, Any] = {}
+        self._table: Table | None = None  # from the constructor to the first use
         if encoders is not None:
             self.encoders, self.file = from_json(encoders)
             self.names = [column.name for column in self.encoders] if self.names is None else self.names
@@ -110,6 +111,7 @@ class TableDataModule(BaseDataModule):
             self.encoders = [Column(name) for name in self.names]  # runs from before encoders existed
         else:
             table = self._read()
+            self._table = table
             self.encoders, cells = self._infer(table)
             encoded = self._encode(
                 [column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)]
@@ -205,7 +207,8 @@ class TableDataModule(BaseDataModule):
             raise ValueError(f"data.decimal={self.decimal} must be . or ,")
 
     def _open(self) -> Source:
-        table = self._read()
+        table = self._table or self._read()
+        self._table = None
         cells = [parse(table, column.name, known=column) for column in self.encoders]
         names = [column.name for column in self.encoders]
         conditions = [_condition(table, name) for name in self.condition_columns]
