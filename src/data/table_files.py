@@ -140,11 +140,15 @@ def read_pairs(
 ) -> Iterator[tuple[str, str]]:
     """Yield file name and text of each row of a table, one per text of a list; `what` names the texts in messages.
 
-    The columns are the only ones named as in `file_columns` and `columns`. Raises ValueError for empty texts.
+    The columns are the only ones named as in `file_columns` and `columns`; an object of JSON may have any of `columns`.
+    Raises ValueError for empty texts.
     """
     table = read_table(path, setting)
     files = table.column(table.one_of(file_columns, "data.source.file_column"))
-    texts = table.frame[table.one_of(columns, f"data.source.{what}_column")].tolist()
+    several_names = [name for name in table.names if name in columns]
+    if table.kind not in ("json", "jsonl") or not several_names:
+        several_names = [table.one_of(columns, f"data.source.{what}_column")]
+    texts = [next((c for c in cells if c is not None), None) for cells in table.frame[several_names].values.tolist()]
     for row, (file, cell) in enumerate(zip(files, texts, strict=True)):
         several = list(cell) if isinstance(cell, list | tuple) or type(cell).__name__ == "ndarray" else [cell]
         for each in several or [""]:
