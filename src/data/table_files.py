@@ -148,10 +148,11 @@ def read_pairs(
     several_names = [name for name in table.names if name in columns]
     if table.kind not in ("json", "jsonl") or not several_names:
         several_names = [table.one_of(columns, f"data.source.{what}_column")]
-    texts = [next((c for c in cells if c is not None), None) for cells in table.frame[several_names].values.tolist()]
-    for row, (file, cell) in enumerate(zip(files, texts, strict=True)):
-        several = list(cell) if isinstance(cell, list | tuple) or type(cell).__name__ == "ndarray" else [cell]
-        for each in several or [""]:
+    rows: list[list[Any]] = table.frame[several_names].values.tolist()
+    for row, (file, cells) in enumerate(zip(files, rows, strict=True)):
+        lists = [list(c) if isinstance(c, list | tuple) or type(c).__name__ == "ndarray" else [c] for c in cells]
+        given = [each for each in lists if any(map(cell_text, each))]
+        for each in given[0] if given else [""]:
             text = cell_text(each).strip()
             if not file or not text:
                 raise ValueError(
