@@ -1,5 +1,7 @@
 """Shared by the tests: configurations composed as on the command line, and one small trained run."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import hydra
@@ -13,6 +15,8 @@ from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
 
 # Tiny convolutions gain nothing from a second thread and become much slower beside other processes.
 torch.set_num_threads(1)
+
+os.environ["DIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="diffusion-cache-")  # not the user's
 
 HANG_SECONDS = 3600
 """A test that waits longer for something is hanging; no machine is this slow."""

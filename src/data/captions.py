@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.data.images import classes_from_folders, find_images, group_by_image, image_files
-from src.data.sources import Source
+from src.data.decode import Pages
+from src.data.fit import Fit, ImageSpec, height_and_width
+from src.data.folder import FolderImages, find, group_by_image, open_images
+from src.data.scan import class_folders
 from src.data.table_files import FILE_COLUMNS, decode_text, first_names, read_pairs
 from src.quoting import format_override
 
@@ -17,15 +19,22 @@ KEYS = ("text", "caption", "captions")
 
 def captioned(
     root: str | None,
-    image_size: int,
+    image_size: int | Sequence[int],
     channels: int,
     prepare: bool = False,
     *,
     captions: str | None = None,
     file_column: str | None = None,
     caption_column: str | None = None,
-) -> Source:
-    """Open every image under `root`, as `images.folder` does, with one or several captions each.
+    fit: Fit = "crop",
+    background: str = "white",
+    pages: Pages = "first",
+    value_range: Sequence[float] | None = None,
+    skip_unreadable: bool | float = False,
+    cache: bool = True,
+    cache_dir: str | None = None,
+) -> FolderImages:
+    """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
     Captions are read from the table `captions` (absolute or relative to `root`) or from the one of `TABLES` that
     exists: a row per caption, or a list of them in one cell, with the image's file relative to `root`. The columns are
@@ -33,9 +42,10 @@ def captioned(
     each non-empty line of the `.txt` with the image's name is a caption.
 
     Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
-    empty captions and captions without an image.
+    empty captions and captions without an image, and as `folder` does.
     """
-    path, files = find_images(root, prepare)
+    found, classes = class_folders(find(root))
+    path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()] if captions is None else [path / captions]
     if len(tables) > 1:
         names = " and ".join(table.name for table in tables)
@@ -44,10 +54,11 @@ def captioned(
         columns = (file_column,) if file_column else FILE_COLUMNS, (caption_column,) if caption_column else KEYS
         setting = "data.source.captions" if captions else "data.root"
         pairs = read_pairs(tables[0], setting, "caption", *columns)
-        texts: Sequence[Sequence[str]] = group_by_image(pairs, path, files, tables[0], "caption")
+        texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
     else:
-        texts = _from_text_files(path, files)
-    return image_files(path, files, image_size, channels, classes_from_folders(path, files), texts)
+        texts = _from_text_files(path, [path / name for name in found.names])
+    spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
+    return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir)
 
 
 def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 from torch import Tensor
@@ -23,7 +23,7 @@ from src.data.conditions import Condition
 from src.data.read_errors import ReadErrors, read_error_hint
 from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampler
 from src.data.sources import InMemory, Source
-from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split
+from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split, split_by_mask
 from src.distributed.ranks import local_rank, rank
 from src.errors import DataReadError
 from src.rng import StepRng, key
@@ -57,6 +57,10 @@ class BaseDataModule(L.LightningDataModule):
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or a fraction of them."""
+    threshold: int | None = None
+    """The hash that divides validation from training samples; None if the source defines the split."""
+    inferred_settings: ClassVar[Sequence[str]] = ()
+    """The names in `inferred`, which a resumed run takes from its checkpoint."""
 
     def __init__(
         self,
@@ -109,10 +113,15 @@ class BaseDataModule(L.LightningDataModule):
         source = self.open_source()
         before = DataFingerprint.read(self.fingerprint_path) if self.fingerprint_path else None
         threshold = hash_threshold(self.val_fraction)
-        if before and (before.split_seed, before.val_fraction) == (self.split_seed, self.val_fraction):
+        settings = (self.split_seed, self.val_fraction)
+        if before and before.bound is not None and (before.split_seed, before.val_fraction) == settings:
             threshold = before.bound
+        hashes = hash_ids(sample_ids(source), self.split_seed)
         try:
-            val, train, self.threshold = split(hash_ids(sample_ids(source), self.split_seed), threshold)
+            if (mask := getattr(source, "val_mask", None)) is None:
+                val, train, self.threshold = split(hashes, threshold)
+            else:
+                val, train, self.threshold = *split_by_mask(hashes, mask), None
         except ValueError as error:
             raise ValueError(
                 f"data.val_fraction={self.val_fraction} cannot split {len(source)} samples ({error}); use more data"

@@ -26,7 +26,8 @@ class Source(Protocol):
     """A dataset that returns several samples per call.
 
     Any of `labels`, `covariates` and `captions` (one or several per sample) may be None. `ids` identify samples
-    independent of location and order: the split depends on nothing else. None means the index.
+    independent of location and order: the split depends on nothing else. None means the index. A source that defines
+    its own split has a mask `val_mask` (N,) of validation samples, and may describe itself in one line, `summary`.
     """
 
     labels: Labels | None
@@ -74,9 +75,11 @@ class InMemory:
         return [zlib.crc32(sample) for sample in self.samples.numpy()]
 
 
-def normalize(x: Tensor, num_values: int = 256) -> Tensor:
-    """Map integers in {0, ..., num_values - 1} to float32 in [-1, 1]."""
-    return x.float() * (2 / (num_values - 1)) - 1
+def normalize(x: Tensor, value_range: tuple[float, float] = (0, 255)) -> Tensor:
+    """Map values from [low, high] to float32 in [-1, 1]."""
+    low, high = value_range
+    x = x.float() - low if low else x.float()
+    return x * (2 / (high - low)) - 1
 
 
 def to_uint8(x: Tensor, num_values: int = 256) -> Tensor:

@@ -57,6 +57,18 @@ def split(hashes: Hashes, threshold: int) -> tuple[list[int], list[int], int]:
     return order[:count].tolist(), order[count:].tolist(), threshold
 
 
+def split_by_mask(hashes: Hashes, mask: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """Return the indices of validation and training samples, each ordered by hash; `mask` (N,) marks validation.
+
+    Raises ValueError if one side is empty.
+    """
+    order = np.argsort(hashes, kind="stable")
+    held_out = np.asarray(mask, bool)[order]
+    if held_out.all() or not held_out.any():
+        raise ValueError("its own split leaves no samples for training or for validation")
+    return order[held_out].tolist(), order[~held_out].tolist()
+
+
 class DataFingerprint(NamedTuple):
     """The data of a run at its start: hash and stamp (both (N,)) of each sample in order of hashes, and the split."""
 
@@ -64,11 +76,11 @@ class DataFingerprint(NamedTuple):
     stamps: Hashes
     split_seed: int
     val_fraction: float
-    bound: int
-    """The threshold of the split."""
+    bound: int | None
+    """The threshold of the split; None if the source defined it."""
 
     @classmethod
-    def of(cls, source: Source, split_seed: int, val_fraction: float, bound: int) -> "DataFingerprint":
+    def of(cls, source: Source, split_seed: int, val_fraction: float, bound: int | None) -> "DataFingerprint":
         hashes = hash_ids(sample_ids(source), split_seed)
         order = np.argsort(hashes, kind="stable")
         return cls(hashes[order], _stamps(source)[order], split_seed, val_fraction, bound)
@@ -95,7 +107,8 @@ class DataFingerprint(NamedTuple):
                 hashes, stamps = file.get_tensor("hashes"), file.get_tensor("stamps")
             if not hashes.dtype == stamps.dtype == np.uint64 or not hashes.shape == stamps.shape == (hashes.size,):
                 raise ValueError("wrong type or shape")
-            fraction, bound = float(metadata["val_fraction"]), int(metadata["bound"])
+            fraction = float(metadata["val_fraction"])
+            bound = None if metadata["bound"] == "None" else int(metadata["bound"])
             return cls(hashes, stamps, int(metadata["split_seed"]), fraction, bound)
         except FileNotFoundError:
             reason = "is missing"
@@ -117,8 +130,9 @@ class DataFingerprint(NamedTuple):
         position = np.searchsorted(self.hashes, now).clip(max=len(self.hashes) - 1)
         known = self.hashes[position] == now
         changed = np.flatnonzero(known & (self.stamps[position] != stamps))
-        before, after = now < np.uint64(self.bound), np.zeros(len(now), bool)
+        after = np.zeros(len(now), bool)
         after[np.asarray(val_indices, np.int64)] = True
+        before = after if self.bound is None else now < np.uint64(self.bound)
         moved = {
             "validation samples moved to training": int((known & before & ~after).sum()),
             "training samples moved to validation": int((known & ~before & after).sum()),

@@ -60,6 +60,8 @@ class TableDataModule(BaseDataModule):
     and for missing and invalid cells.
     """
 
+    inferred_settings = ("columns", "mean", "std", "encoders")
+
     def __init__(
         self,
         path: str | None,

@@ -130,7 +130,8 @@ def check_steps(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
 
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
-    *("data.num_values", "data.columns", "data.mean", "data.std", "data.encoders"),
+    *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
+    "data.encoders",
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights."""
 

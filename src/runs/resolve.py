@@ -153,14 +153,15 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
     before = checkpoint["hyper_parameters"]
     encode = (before.get("conditioning") or {}).get("encode") or {}
     inferred = {f"conditioning.encode.{name}": value for name, value in encode.items()}
-    inferred |= {f"data.{name}": before["data"].get(name) for name in ("columns", "mean", "std", "encoders")}
+    names = getattr(get_class(cfg.data._target_), "inferred_settings", ())
+    inferred |= {f"data.{name}": before["data"].get(name) for name in names}
     check_texts({name: value for name, value in inferred.items() if value is not None}, "the run that is resumed")
     for name, value in inferred.items():
         node, _, last = name.rpartition(".")
         parent = OmegaConf.select(cfg, node)
         if value is not None and parent is not None and last in parent and parent[last] in (None, []):
             parent[last] = value
-    if inferred["data.columns"] and "features" in cfg.model:
+    if inferred.get("data.columns") and "features" in cfg.model:
         cfg.model.features = before["model"]["features"]
     if cfg.data.get("microbatch_size") == "auto" and cfg.trainer.accumulate_grad_batches == 1:
         cfg.trainer.accumulate_grad_batches = before["trainer"]["accumulate_grad_batches"]

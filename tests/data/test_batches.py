@@ -172,7 +172,7 @@ def test_the_dataset_returns_batches():
 def test_pixel_values_round_trip(num_values):
     """Integers map to evenly spaced values in [-1, 1] and back to the nearest of 0, ..., 255."""
     integers = torch.arange(num_values, dtype=torch.uint8)
-    signed = normalize(integers, num_values)
+    signed = normalize(integers, (0, num_values - 1))
     assert signed.dtype == torch.float32
     assert_close(signed.double().numpy(), np.linspace(-1, 1, num_values), rtol=0, atol=2e-7)  # one rounding
     assert signed[0] == -1

@@ -23,7 +23,9 @@ from PIL import Image
 from src.data import read_errors
 from src.data.batches import BatchDataset, fetch_batch
 from src.data.conditions import Classes
-from src.data.images import ImageFiles, folder
+from src.data.fit import ImageSpec
+from src.data.folder import FolderImages, folder
+from src.data.images import ImageFiles
 from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
@@ -36,6 +38,7 @@ from tests.runs.test_runs import assert_equal_bits, weights
 
 SETTINGS = [
     *("data=folder", "data.image_size=8", "data.batch_size=4", "data.val_fraction=0.3", "data.num_workers=0"),
+    "data.cache=false",
     *("trainer.max_steps=8", "validate_every=4", "trainer.accumulate_grad_batches=2", "model.dropout=0.2"),
 ]
 
@@ -55,7 +58,7 @@ class Act(L.Callback):
             self.done = True
             data = trainer.datamodule
             indices = trainer.train_dataloader.sampler.batch(self.step + self.ahead - 1)
-            type(self).action(trainer, [data.source.files[i] for i in (indices if self.ahead else data.val_indices)])
+            type(self).action(trainer, [data.file_of(source, i) for i in (indices if self.ahead else data.val_indices)])
 
 
 class RemoveOn(L.Callback):
@@ -64,7 +67,7 @@ class RemoveOn(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 5 and (batch_idx + 1) % 2 == 0 and trainer.global_rank == 1:
             # Rank 1's part of the second micro-batch.
-            file = trainer.datamodule.source.files[trainer.train_dataloader.sampler.batch(5)[3]]
+            file = file_of(trainer.datamodule.source, trainer.train_dataloader.sampler.batch(5)[3])
             file.rename(file.with_suffix(".deleted"))
 
 
@@ -130,28 +133,32 @@ def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
+def file_of(source: FolderImages, index: int) -> Path:
+    return source.found.root / source.found.names[index]
+
+
 DAMAGES = [deleted, truncated, empty, text, a_folder, a_loop]
 
 
 def test_every_damage_raises_and_names_the_file(copied):
     """Other files stay readable, including those of another size and mode."""
-    source = folder(str(copied), 8, 3)
+    source = folder(str(copied), 8, 3, cache=False)
     before = source.fetch([0])
     for k, damage in enumerate(DAMAGES, 1):
-        damage(source.files[k])
+        damage(file_of(source, k))
         with pytest.raises(DataReadError) as error:
             source.fetch([0, k, 7])
-        assert str(error.value).startswith(f"{source.files[k]} cannot be read (") and "\n" not in str(error.value)
-        assert error.value.name == str(source.files[k])
+        assert str(error.value).startswith(f"{file_of(source, k)} cannot be read (") and "\n" not in str(error.value)
+        assert error.value.name == str(file_of(source, k))
         again = pickle.loads(pickle.dumps(error.value))
         assert (str(again), again.name, again.everywhere) == (str(error.value), error.value.name, False)
-    jpeg = source.files[8].with_suffix(".jpg")
+    jpeg = file_of(source, 8).with_suffix(".jpg")
     Image.new("RGB", (64, 64), "red").save(jpeg, quality=95)
     jpeg.write_bytes(jpeg.read_bytes()[:-200])
-    jpeg.rename(source.files[8])
-    with pytest.raises(DataReadError, match=str(source.files[8])):
+    jpeg.rename(file_of(source, 8))
+    with pytest.raises(DataReadError, match=str(file_of(source, 8))):
         source.fetch([8])
-    Image.new("LA", (30, 20), (10, 255)).save(source.files[9])
+    Image.new("LA", (30, 20), (10, 255)).save(file_of(source, 9))
     assert source.fetch([9]).unique().tolist() == [10]
     assert torch.equal(source.fetch([0]), before)
     with pytest.raises(UsageError, match="restore or remove it"), data_errors():
@@ -170,7 +177,7 @@ def test_transient_errors_are_retried(monkeypatch):
                 raise OSError(number, os.strerror(number), "a.png")
             return Image.new("L", (8, 8), 77)
 
-        source = ImageFiles(opened, 3, 8, 1)
+        source = ImageFiles(opened, 3, ImageSpec((8, 8), 1))
         if transient:
             assert source.fetch([0, 2]).unique().tolist() == [77]
             assert calls == [0, 0, 0, 2]
@@ -182,16 +189,16 @@ def test_transient_errors_are_retried(monkeypatch):
 
 def test_unreadable_samples_are_replaced(copied):
     """Replacements depend only on (seed, step, position); the other samples do not change."""
-    source = folder(str(copied), 8, 3)
+    source = folder(str(copied), 8, 3, cache=False)
     replacements = list(range(4, 12))
     whole = source.fetch(range(24))
     for k in (1, 5, 6):
-        deleted(source.files[k])
+        deleted(file_of(source, k))
     wanted = BatchIndices(8, 16, [0, 1, 2, 5, 6], 3)
     x, used, skipped = fetch_batch(source, wanted, 7, replacements)
     assert torch.equal(x, whole[used])
     assert used[0] == 0 and used[2] == 2 and {used[1], used[3], used[4]} <= {*replacements} - {5, 6}
-    assert {str(source.files[k]) for k in (1, 5, 6)} == {*skipped}
+    assert {str(file_of(source, k)) for k in (1, 5, 6)} == {*skipped}
     assert fetch_batch(source, BatchIndices(9, 16, [1], 3), 7, replacements)[1] == [
         used[1]
     ]  # independent of the micro-batch
@@ -202,7 +209,7 @@ def test_unreadable_samples_are_replaced(copied):
     ]
     assert len({*drawn}) > 3
     for k in replacements:
-        source.files[k].unlink(missing_ok=True)
+        file_of(source, k).unlink(missing_ok=True)
     with pytest.raises(DataReadError, match="nor can 10 other samples"):
         fetch_batch(source, wanted, 7, replacements)
     batch = BatchDataset(source, None, 7, replacements)[wanted]
@@ -216,7 +223,7 @@ def test_a_failing_condition_fails_the_batch(copied):
         def __call__(self, values):
             raise OSError(errno.ENOENT, "No such file or directory", "model.safetensors")
 
-    source = folder(str(copied), 8, 3)
+    source = folder(str(copied), 8, 3, cache=False)
     batch = BatchDataset(source, Broken(["cats", "dogs"]))[BatchIndices(0, 2, [0, 1])]
     assert "model.safetensors" in batch["failure"] and "\n" not in batch["failure"]
     assert "failure" not in BatchDataset(source, Classes(["cats", "dogs"]))[BatchIndices(0, 2, [0, 1])]
@@ -317,7 +324,7 @@ def test_skip_unreadable_continues_and_counts(photos, copied, undisturbed, tmp_p
     names: list[str] = []
 
     def action(trainer, files):
-        validation = [trainer.datamodule.source.files[i] for i in trainer.datamodule.val_indices]
+        validation = [trainer.datamodule.file_of(source, i) for i in trainer.datamodule.val_indices]
         for file in (files[0], files[1], validation[0]):
             names.append(str(file))
             deleted(file)

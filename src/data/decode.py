@@ -1,0 +1,258 @@
+"""Decode an image file of any format into an array of its original values."""
+
+import io
+import math
+import re
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+Array = npt.NDArray[Any]
+Pages = Literal["first", "channels"]
+
+ARRAY_SUFFIXES = {".npy", ".npz"}
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")}
+NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
+"""Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
+
+
+class Decoded(NamedTuple):
+    """An image with its original values.
+
+    `pixels` has shape (H, W, C) and the type of the file. With `alpha` the last channel is opacity. `is_rgb` tells
+    whether three color channels are red, green and blue, not bands of other meaning. `size` (W, H) is the size of the
+    file, which is larger than `pixels` where a JPEG was decoded at reduced size. `frames` counts the images in the
+    file, of which `pixels` is the first.
+    """
+
+    pixels: Array
+    alpha: bool
+    is_rgb: bool
+    size: tuple[int, int]
+    frames: int = 1
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case, of the formats that `decode` reads."""
+    _register_plugins()
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return frozenset(known - NOT_IMAGES | ARRAY_SUFFIXES | HEIF_SUFFIXES)
+
+
+def looks_like_image(file: Path) -> bool:
+    """Return whether the contents of a file of any name are those of an image. Reads only the header."""
+    _register_plugins()
+    try:
+        with Image.open(file):
+            return True
+    except Exception:  # decoders raise almost anything on other contents
+        return False
+
+
+def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None) -> Decoded:
+    """Return the image in a file, by its contents, upright and in sRGB if it has a color profile.
+
+    Args:
+        stream: the opened file. Arrays have shape (H, W), (H, W, C), or (C, H, W) if C is the smallest.
+        pages: which pages of a TIFF or frames of an animation to use: the first, or all as channels.
+        at_least: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if no side becomes smaller.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the contents are not an image, or not finite.
+    """
+    start = stream.read(32)
+    stream.seek(0)
+    if start.startswith((b"\x93NUMPY", b"PK\x03\x04")):
+        decoded = _from_array(_load_numpy(stream))
+    elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        decoded = _from_tiff(stream, pages)
+    elif start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
+        decoded = _from_png16(stream.read())
+    elif start[:2] in (b"P5", b"P6") and (raw := _from_netpbm16(stream.read())) is not None:
+        decoded = raw
+    else:
+        stream.seek(0)
+        decoded = _from_pillow(stream, pages, at_least)
+    if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
+        raise ValueError("it has values that are not finite")
+    return decoded
+
+
+def _load_numpy(stream: BinaryIO) -> Array:
+    """Return the array of a .npy file, or the only array of a .npz file."""
+    loaded = np.load(stream, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded:
+        if len(loaded.files) != 1:
+            raise ValueError(f"it has {len(loaded.files)} arrays ({', '.join(loaded.files[:5])}); keep one per file")
+        array: Array = loaded[loaded.files[0]]
+        return array
+
+
+def _from_array(array: Array) -> Decoded:
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"its values have type {array.dtype}; use integers or floats")
+    if array.ndim == 3 and array.shape[0] == min(array.shape) and array.shape[0] < array.shape[2]:
+        array = array.transpose(1, 2, 0)
+    pixels = _channels_last(array)
+    return Decoded(pixels, False, False, (pixels.shape[1], pixels.shape[0]))
+
+
+def _channels_last(array: Array) -> Array:
+    """Return (H, W) or (H, W, C) as (H, W, C). Raises ValueError for other shapes and empty arrays."""
+    if array.ndim not in (2, 3) or not array.size:
+        raise ValueError(f"its shape is {array.shape}, not (height, width) or (height, width, channels)")
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _from_png16(contents: bytes) -> Decoded:
+    """Decode a PNG with 16 bits per channel, which Pillow reduces to 8 if it has color or alpha."""
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+
+    stored = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
+    pixels = decode_image(stored, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
+    height, width, channels = pixels.shape
+    return Decoded(pixels, channels in (2, 4), channels > 2, (width, height))
+
+
+def _from_netpbm16(contents: bytes) -> Decoded | None:
+    """Decode a PGM or PPM file with more than 8 bits, whose values Pillow rescales; None for 8 bits."""
+    header = re.match(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s", contents)
+    if header is None or int(header[4]) < 256:
+        return None
+    shape = int(header[3]), int(header[2]), 1 if header[1] == b"5" else 3
+    values = np.frombuffer(contents, ">u2", count=math.prod(shape), offset=header.end())
+    return Decoded(values.astype(np.uint16).reshape(shape), False, shape[2] == 3, (shape[1], shape[0]))
+
+
+def _from_tiff(stream: BinaryIO, pages: Pages) -> Decoded:
+    """Decode a TIFF by Pillow if it is an ordinary 8-bit image, else by tifffile."""
+    from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
+
+    with TiffFile(stream) as tiff:
+        page, count = tiff.pages.first, len(tiff.pages)
+        alpha = bool(page.extrasamples) and page.extrasamples[-1] in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+        colors = {0: 1, 1: 1, 2: 3}.get(int(page.photometric))  # white is zero, black is zero, RGB
+        plain = colors is None or page.samplesperpixel == colors + alpha  # others, such as CMYK, are left to Pillow
+        if page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and plain and pages == "first":
+            stream.seek(0)
+            return _from_pillow(stream, pages, None)._replace(frames=count)
+        series = tiff.series[0]
+        array, axes = series.asarray(), series.axes
+        turned = _UPRIGHT[int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1]
+        rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
+        inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
+    others = [k for k, axis in enumerate(axes) if axis not in "YXSC"]
+    if pages == "first":
+        for k in reversed(others):
+            array = array.take(0, axis=k)
+        axes, others = "".join(axis for axis in axes if axis in "YXSC"), []
+    order = [*others, *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
+    array = array.transpose(order).reshape(-1, *(array.shape[k] for k in order[-2:])).transpose(1, 2, 0)
+    array = np.iinfo(array.dtype).max - array if inverted else array
+    size = (array.shape[1], array.shape[0])
+    channels_used = pages == "channels" or "C" in axes
+    return Decoded(
+        turned(array), alpha and not channels_used, rgb and not channels_used, size, 1 if channels_used else count
+    )
+
+
+_UPRIGHT: Sequence[Callable[[Array], Array]] = (
+    *[lambda a: a] * 2,
+    lambda a: a[:, ::-1],
+    lambda a: a[::-1, ::-1],
+    lambda a: a[::-1],
+    lambda a: a.swapaxes(0, 1),
+    lambda a: np.rot90(a, -1),
+    lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    lambda a: np.rot90(a),
+)
+"""The operation that turns an array (H, W, C) upright, by the orientation tag 1 to 8 of TIFF and EXIF."""
+
+
+def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decoded:
+    _register_plugins()
+    try:
+        image = Image.open(stream)
+    except UnidentifiedImageError as error:
+        stream.seek(4)
+        heif = stream.read(8) in HEIF_BRANDS and "HEIF" not in Image.OPEN
+        raise ValueError("HEIC needs: pip install pillow-heif" if heif else "its format is unknown") from error
+    with image:
+        frames, size = getattr(image, "n_frames", 1), image.size
+        if at_least is not None and image.format == "JPEG":
+            image.draft(None, (at_least, at_least))
+        if pages == "channels" and frames > 1:
+            parts = []
+            for k in range(frames):
+                image.seek(k)
+                parts.append(_pixels(image)[0])
+            return Decoded(np.concatenate(parts, axis=-1), False, False, size)
+        decoded = from_pillow(image)
+    height, width = decoded.pixels.shape[:2]
+    turned = size if (size[0] > size[1]) == (width > height) else size[::-1]
+    return decoded._replace(size=turned, frames=frames)
+
+
+def from_pillow(image: Image.Image) -> Decoded:
+    """Return the current frame of an image that Pillow opened."""
+    pixels, alpha = _pixels(image)
+    return Decoded(pixels, alpha, pixels.shape[-1] - alpha == 3, (pixels.shape[1], pixels.shape[0]))
+
+
+def _pixels(image: Image.Image) -> tuple[Array, bool]:
+    """Return the pixels (H, W, C) of a Pillow image, upright and in sRGB, and whether the last channel is opacity."""
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        array = np.asarray(image)
+        return array[..., None].astype(array.dtype.newbyteorder("=")), False
+    alpha = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+    gray = image.mode in ("1", "L", "LA", "La")
+    if profile and not gray:
+        image = _to_srgb(image, profile, alpha)
+    mode = ("LA" if alpha else "L") if gray else ("RGBA" if alpha else "RGB")
+    if image.mode != mode:
+        # Pillow converts a transparent color of gray images only to RGBA.
+        image = image.convert("RGBA").convert("LA") if mode == "LA" and image.mode != "La" else image.convert(mode)
+    array = np.asarray(image)
+    return (array[..., None] if array.ndim == 2 else array), alpha
+
+
+def _to_srgb(image: Image.Image, profile: bytes, alpha: bool) -> Image.Image:
+    """Convert colors from the image's profile to sRGB; return the image unchanged if its profile is invalid."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in (ImageCms.getProfileDescription(source) or ""):
+            return image
+        colors = image.convert("RGB") if image.mode not in ("RGB", "CMYK", "LAB") else image
+        opacity = image.convert("RGBA").getchannel("A") if alpha else None
+        converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, struct.error):
+        return image
+    assert converted is not None
+    if opacity is not None:
+        converted.putalpha(opacity)
+    return converted
+
+
+@cache
+def _register_plugins() -> None:
+    """Let Pillow open HEIC files if pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return
+    register_heif_opener()

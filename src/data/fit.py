@@ -1,0 +1,201 @@
+"""Convert decoded images to one size and number of channels, and find the range of their values."""
+
+from collections.abc import Sequence
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageColor
+
+from src.data.decode import Array, Decoded, Pages, decode
+
+Fit = Literal["crop", "pad", "stretch"]
+
+MIN_USE = 0.05
+"""Smallest share of the range that the values of a dataset must use."""
+
+
+class ImageSpec(NamedTuple):
+    """The images that a run trains on: `size` (H, W), `channels`, and how files of other shapes become such images.
+
+    `fit` crops to the center, pads with the edge, or stretches. `background` is the color behind transparent pixels,
+    unless `channels` is 2 or 4 and keeps them.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    fit: Fit = "crop"
+    background: str = "white"
+    pages: Pages = "first"
+
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (H, W) of `data.image_size`. Raises ValueError unless it is one or two numbers of at least 1."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"data.image_size={image_size} must be a number, or [height,width], of at least 1")
+    return int(size[0]), int(size[1])
+
+
+class Loaded(NamedTuple):
+    """An image of the wanted shape.
+
+    `pixels` is (C, H, W) in the type of the file, `type` names that type (bool for pixels of 0 and 1), `low` and `high`
+    are the least and largest value of the file, `size` (W, H) is its size, and `frames` counts its images.
+    """
+
+    pixels: Array
+    low: float
+    high: float
+    size: tuple[int, int]
+    frames: int
+    type: str
+
+
+def load_image(file: BinaryIO, spec: ImageSpec) -> Loaded:
+    """Read an image file. Raises OSError or ValueError, with the reason, if it is not such an image."""
+    # At twice the size needed, the antialiasing is left to the filter of `resize`.
+    return prepare_image(decode(file, spec.pages, at_least=2 * max(spec.size)), spec)
+
+
+def prepare_image(decoded: Decoded, spec: ImageSpec) -> Loaded:
+    """Convert channels and size of a decoded image. Raises ValueError if it has the wrong number of channels."""
+    pixels = decoded.pixels
+    low, high = float(pixels.min()), float(pixels.max())
+    pixels = convert_channels(decoded, spec.channels, spec.background)
+    alpha = spec.channels in (2, 4) and (decoded.alpha or spec.channels != decoded.pixels.shape[-1])
+    fitted = resize(pixels, spec.size, spec.fit, alpha).transpose(2, 0, 1)
+    return Loaded(np.ascontiguousarray(fitted), low, high, decoded.size, decoded.frames, decoded.pixels.dtype.name)
+
+
+def convert_channels(decoded: Decoded, channels: int, background: str = "white") -> Array:
+    """Return pixels (H, W, channels) of the same type.
+
+    Gray becomes RGB and RGB becomes gray (ITU-R BT.601). Opacity is kept for 2 and 4 channels, else the image is
+    composed on `background`. Raises ValueError for any other difference in the number of channels.
+    """
+    pixels, alpha, is_rgb = decoded.pixels, decoded.alpha, decoded.is_rgb
+    if pixels.dtype == np.bool_:
+        pixels = pixels.astype(np.uint8)
+    colors = pixels.shape[-1] - alpha
+    if channels == pixels.shape[-1]:
+        return pixels
+    opaque = _opaque(pixels.dtype)
+    if alpha and channels in (1, 3):
+        pixels, alpha = _compose(pixels[..., :-1], pixels[..., -1:], background, opaque), False
+    convertible = channels in (1, 2, 3, 4) and (colors == 1 or (colors == 3 and is_rgb))
+    if not convertible:
+        has = f"{pixels.shape[-1]} channel{'s' * (pixels.shape[-1] != 1)}"
+        raise ValueError(f"it has {has}, and data.channels={channels}")
+    color, opacity = pixels[..., :colors], pixels[..., colors:]
+    if colors == 1 and channels > 2:
+        color = np.repeat(color, 3, axis=-1)
+    elif colors == 3 and channels < 3:
+        color = _luma(color)
+    if channels in (1, 3):
+        return color
+    if not alpha:
+        opacity = np.full((*color.shape[:2], 1), opaque, pixels.dtype)
+    return np.concatenate([color, opacity], axis=-1)
+
+
+def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) -> Array:
+    """Resize (H, W, C) to `size` (H, W) with antialiasing, by bicubic interpolation; keeps the type and range.
+
+    With `alpha` the last channel is opacity, by which 8-bit colors are weighted.
+    """
+    height, width = size
+    have_height, have_width = pixels.shape[:2]
+    if (have_height, have_width) == (height, width):
+        return pixels
+    box = (0.0, 0.0, float(have_width), float(have_height))
+    target = size
+    if fit == "crop":
+        scale = min(have_height / height, have_width / width)
+        crop_height, crop_width = round(scale * height), round(scale * width)
+        left, top = (have_width - crop_width) // 2, (have_height - crop_height) // 2
+        box = (float(left), float(top), float(left + crop_width), float(top + crop_height))
+    elif fit == "pad":
+        scale = max(have_height / height, have_width / width)
+        target = max(1, round(have_height / scale)), max(1, round(have_width / scale))
+    resized = _resample(pixels, target, box, alpha)
+    if target == size:
+        return resized
+    top, left = (height - target[0]) // 2, (width - target[1]) // 2
+    margins = ((top, height - target[0] - top), (left, width - target[1] - left), (0, 0))
+    return np.pad(resized, margins, mode="edge")
+
+
+def _resample(pixels: Array, size: tuple[int, int], box: tuple[float, float, float, float], alpha: bool) -> Array:
+    """Resample the part `box` (left, top, right, bottom) of (H, W, C) to `size` (H, W)."""
+
+    def resample(part: Array) -> Array:
+        image = Image.fromarray(np.ascontiguousarray(part))
+        wanted = (size[1], size[0])
+        return np.asarray(image.resize(wanted, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0))
+
+    count = pixels.shape[-1]
+    if pixels.dtype == np.uint8:
+        if count == 3 or alpha:
+            return resample(pixels)
+        return np.stack([resample(pixels[..., k]) for k in range(count)], axis=-1)
+    resized = np.stack([resample(pixels[..., k].astype(np.float32)) for k in range(count)], axis=-1)
+    # Bicubic interpolation overshoots the range of the values, which Pillow prevents for 8 bits.
+    return _round_to(np.clip(resized, pixels.min((0, 1)), pixels.max((0, 1))), pixels.dtype)
+
+
+def _compose(color: Array, opacity: Array, background: str, opaque: float) -> Array:
+    """Compose (H, W, C) on a background color."""
+    red, green, blue = (c / 255 for c in ImageColor.getrgb(background)[:3])
+    behind = [red, green, blue] if color.shape[-1] == 3 else [0.299 * red + 0.587 * green + 0.114 * blue]
+    share = opacity.astype(np.float64) / opaque
+    return _round_to(color * share + np.asarray(behind) * opaque * (1 - share), color.dtype)
+
+
+def _luma(color: Array) -> Array:
+    """Return the luma (H, W, 1) of RGB (H, W, 3) by ITU-R BT.601; of 8 bits as Pillow computes it."""
+    if color.dtype == np.uint8:
+        return np.asarray(Image.fromarray(np.ascontiguousarray(color)).convert("L"))[..., None]
+    return _round_to((color.astype(np.float64) @ [0.299, 0.587, 0.114])[..., None], color.dtype)
+
+
+def _opaque(dtype: npt.DTypeLike) -> float:
+    dtype = np.dtype(dtype)
+    return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
+
+
+def _round_to(values: Array, dtype: npt.DTypeLike) -> Array:
+    return (np.rint(values) if np.dtype(dtype).kind in "ui" else values).astype(dtype)
+
+
+def infer_range(dtype: str, low: float, high: float) -> tuple[float, float]:
+    """Return the range of values of a dataset, from the type of its files and its least and largest value.
+
+    8 bits use [0, 255]; other unsigned integers as many bits as the largest value needs; floats [0, 1] or [-1, 1]
+    where they suffice. Anything else uses the measured range.
+    """
+    kind = np.dtype(dtype)
+    if kind == np.bool_:
+        return 0.0, 1.0
+    if kind == np.uint8:
+        return 0.0, 255.0
+    if kind.kind == "u":
+        return 0.0, float(2 ** max(1, int(high).bit_length()) - 1)
+    if kind.kind == "f" and low >= -1 and high <= 1:
+        return (0.0, 1.0) if low >= 0 else (-1.0, 1.0)
+    return low, high
+
+
+def check_range(value_range: Sequence[float], low: float, high: float) -> None:
+    """Raise ValueError if the values of a dataset, from `low` to `high`, are constant or use little of the range."""
+    start, end = value_range
+    shown = f"[{start:g},{end:g}]"
+    if low == high:
+        raise ValueError(
+            f"all pixels of all images have the value {low:g}; check the files, or set data.root to others"
+        )
+    if high < start or low > end or min(high, end) - max(low, start) < MIN_USE * (end - start):
+        raise ValueError(
+            f"data.value_range={shown} does not suit the images: their values lie in [{low:g}, {high:g}], less than "
+            f"{MIN_USE:.0%} of it; set data.value_range=[{low:g},{high:g}]"
+        )

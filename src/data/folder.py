@@ -1,0 +1,313 @@
+"""Folders and archives of images as a source."""
+
+import posixpath
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from src.data.decode import Pages
+from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
+from src.data.read_errors import read_with_retries
+from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images
+from src.data.sources import Covariates, Labels
+from src.data.table_files import first_names, labels_from_names, read_table
+from src.errors import DataReadError
+from src.quoting import format_override
+
+MAX_SKIPPED = 0.1
+"""Largest share of images that `skip_unreadable=true` leaves out; a number sets another share."""
+
+
+class FolderImages:
+    """A source of image files, decoded once into `store`, or at every access if that is None.
+
+    `value_range` is the range of the values that `fetch` returns, `dtype` their type in the files, and `suffix` the
+    ending of most files. `summary` describes the dataset in one line. `unreadable` has the reason for each image that
+    was left out.
+    """
+
+    def __init__(
+        self,
+        found: FoundImages,
+        spec: ImageSpec,
+        store: PixelStore | None,
+        labels: Labels | None,
+        captions: Sequence[Sequence[str]] | None,
+        value_range: tuple[float, float],
+        dtype: str,
+        summary: str,
+        unreadable: dict[str, str],
+    ) -> None:
+        self.found = found
+        self.spec = spec
+        self.store = store
+        self.rows = np.arange(len(found)) if store is None else np.flatnonzero(store.ok)
+        self.labels = labels
+        self.covariates: Covariates | None = None
+        self.captions = captions
+        self.ids: Sequence[str] | None = found.ids()
+        self.val_mask = found.val_mask
+        self.value_range = value_range
+        self.dtype = dtype
+        self.summary = summary
+        self.unreadable = unreadable
+
+    @property
+    def suffix(self) -> str:
+        return posixpath.splitext(self.found.names[0])[1].lower()
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def stamps(self) -> Sequence[int]:
+        """Return the file sizes: copying changes time stamps, and hashing all files takes too long."""
+        sizes: list[int] = self.found.sizes.tolist()
+        return sizes
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return images (N, C, H, W), uint8 or float32, with the values of the files. Raises DataReadError."""
+        if self.store is not None:
+            return torch.from_numpy(self.store.pixels[self.rows[list(indices)]])
+        return torch.stack([read_with_retries(self._path(i), partial(self._load, i)) for i in indices])
+
+    def _path(self, index: int) -> str:
+        return str(self.found.root / self.found.names[index])
+
+    def _load(self, index: int) -> Tensor:
+        with self.found.open(index) as stream:
+            pixels = load_image(stream, self.spec).pixels
+        if self.dtype != pixels.dtype.name and "uint8" in (self.dtype, pixels.dtype.name):
+            raise ValueError(f"its values have type {pixels.dtype}, and those of other images {self.dtype}")
+        return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
+
+
+def folder(
+    root: str | None,
+    image_size: int | Sequence[int],
+    channels: int,
+    prepare: bool = False,
+    *,
+    labels: str | None = None,
+    class_pattern: str | None = None,
+    fit: Fit = "crop",
+    background: str = "white",
+    pages: Pages = "first",
+    value_range: Sequence[float] | None = None,
+    skip_unreadable: bool | float = False,
+    cache: bool = True,
+    cache_dir: str | None = None,
+) -> FolderImages:
+    """Open every image under `root`, a folder or a zip or tar file, in order of their names.
+
+    Args:
+        root: the folder or archive.
+        image_size: of the images that are returned, in pixels: one number or (H, W).
+        channels: of the images that are returned.
+        prepare: unused; images are decoded when the source is opened first.
+        labels: a CSV file (absolute or relative to `root`) with columns `file` (or `file_name`) and `label`. Without
+            it, the subfolders of `root` are the classes if there are two or more and hold all images.
+        class_pattern: a regular expression with one group that finds the class in the relative path of an image.
+        fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
+        value_range: the values that become -1 and 1; None finds them.
+        skip_unreadable: leave out images that cannot be read, up to a tenth of all, or up to this share.
+        cache: decode all images once, into `cache_dir`; None is below the user's cache folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file.
+        ValueError: If there are no images, unreadable ones, images without a class in the CSV file, images of different
+            types, or values that are constant or use little of their range.
+    """
+    found = find(root)
+    if labels is not None and class_pattern is not None:
+        raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
+    classes: Sequence[str] | None
+    if labels is not None:
+        classes = _classes_from_csv(found.root / labels, found)
+    elif class_pattern is not None:
+        classes = class_by_pattern(found, class_pattern)
+    else:
+        found, classes = class_folders(found)
+    spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
+    return open_images(found, spec, classes, None, value_range, skip_unreadable, cache, cache_dir)
+
+
+def open_images(
+    found: FoundImages,
+    spec: ImageSpec,
+    classes: Sequence[str] | None,
+    captions: Sequence[Sequence[str]] | None,
+    value_range: Sequence[float] | None,
+    skip_unreadable: bool | float,
+    cache: bool,
+    cache_dir: str | None,
+) -> FolderImages:
+    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    store = _open_store(found, spec, cache_dir) if cache else None
+    unreadable: dict[str, str] = {}
+    keep = np.ones(len(found), bool)
+    if store is not None:
+        unreadable = {found.names[k]: reason for k, reason in store.errors.items()}
+        keep = store.ok
+        _check_readable(found, unreadable, skip_unreadable)
+    text = describe(found, classes)
+    chosen = np.flatnonzero(keep).tolist()
+    kept = found.keep(keep, "unreadable")
+    labels = None if classes is None else labels_from_names(classes[k] for k in chosen)
+    captions = None if captions is None else [captions[k] for k in chosen]
+    if store is None:
+        dtype, limits = _probe(kept, spec, value_range)
+    else:
+        dtype, limits = _measure(kept, store, keep, value_range)
+        text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
+        text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
+    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+
+
+def find(root: str | None) -> FoundImages:
+    """Return the images under `root`. Raises FileNotFoundError without such a folder, and ValueError without images."""
+    path = Path(root or "")
+    setting = format_override("data.root", path.resolve() if root else None)
+    fix = "set data.root to the folder, zip or tar file with your images"
+    if root is None or not path.exists():
+        raise FileNotFoundError(f"{setting} does not exist; {fix}")
+    try:
+        return find_images(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{setting}: {error}; {fix}") from error
+
+
+def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    try:
+        return open_pixels(found, spec, folder)
+    except DataReadError:
+        raise
+    except OSError as error:
+        setting = format_override("data.cache_dir", folder)
+        warnings.warn(f"{setting} cannot hold the decoded images ({error}); decoding them in each epoch", stacklevel=2)
+        return None
+
+
+def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
+    """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
+    share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
+    if not unreadable or (len(unreadable) <= share * len(found) and len(unreadable) < len(found)):
+        return
+    listed = first_names([f"{name}: {reason}" for name, reason in unreadable.items()], 3)
+    fix = "remove them, or add data.skip_unreadable=true"
+    if share:
+        fix = (
+            f"more than data.skip_unreadable={skip_unreadable} allows; remove them, or raise it to a share such as 0.5"
+        )
+    raise DataReadError(f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed}); {fix}")
+
+
+def _measure(
+    found: FoundImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
+) -> tuple[str, tuple[float, float]]:
+    """Return the type and the range of values of the readable images. Raises ValueError if they do not suit."""
+    types = store.types[keep]
+    low, high = float(store.low[keep].min()), float(store.high[keep].max())
+    names, first = np.unique(types, return_index=True)
+    if len(names) > 1 and value_range is None:
+        counts = ", ".join(
+            f"{int((types == name).sum())} of {name}, such as {found.names[int(k)]}"
+            for name, k in zip(names, first, strict=True)
+        )
+        raise ValueError(
+            f"{found.root} has images with values of different types ({counts}); convert them to one type, or set "
+            f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
+        )
+    dtype = str(names[0]) if len(names) == 1 else "float32"
+    limits = _pair(value_range) if value_range is not None else infer_range(dtype, low, high)
+    check_range(limits, low, high)
+    return dtype, limits
+
+
+def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | None) -> tuple[str, tuple[float, float]]:
+    """Return the type of the first readable image, and its range if that does not need all images."""
+    for k in range(len(found)):
+        try:
+            with found.open(k) as stream:
+                dtype = load_image(stream, spec).type
+        except (OSError, ValueError, SyntaxError):
+            continue
+        if value_range is None and dtype != "uint8":
+            raise ValueError(
+                f"data.cache=false does not measure the values of {dtype} images; set data.value_range=[low,high], or "
+                "data.cache=true"
+            )
+        return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
+    raise DataReadError(f"none of {len(found)} images under {found.root} can be read; remove them")
+
+
+def _pair(value_range: Sequence[float]) -> tuple[float, float]:
+    if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(f"data.value_range={list(value_range)} must be [low,high] with low < high")
+    return float(value_range[0]), float(value_range[1])
+
+
+def _describe_sizes(
+    sizes: npt.NDArray[Any], frames: npt.NDArray[Any], spec: ImageSpec, dtype: str, limits: tuple[float, float]
+) -> str:
+    """Return the part of the summary about sizes and values."""
+    (height, width), (widths, heights) = spec.size, sizes.T
+    scale = np.minimum(heights / height, widths / width)
+    smaller, cropped = int((scale < 1).sum()), 1 - float((scale**2 * height * width).sum() / (heights * widths).sum())
+    low, high = sizes.min(0), sizes.max(0)
+    text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
+    text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
+    text += f", {cropped:.0%} of the area cropped" if spec.fit == "crop" and cropped >= 0.005 else ""
+    text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
+    if several := int((frames > 1).sum()):
+        text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
+    return text
+
+
+def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source: Path, what: str) -> list[list[str]]:
+    """Return the texts of each image, from pairs of file name (relative to the root) and text in the file `source`.
+
+    Raises ValueError for names without an image, and for images without text; `what` names the text in messages.
+    """
+    texts_of: dict[str, list[str]] = {name: [] for name in found.names}
+    root = str(found.root.absolute())
+    unknown = []
+    for name, text in pairs:
+        relative = posixpath.relpath(name, root) if posixpath.isabs(name) else posixpath.normpath(name)
+        if relative in texts_of:
+            texts_of[relative].append(text)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{source} lists {len(unknown)} files that are not images under {found.root} ({first_names(unknown)}); "
+            "remove these rows, or write file names relative to data.root"
+        )
+    if missing := [name for name, texts in texts_of.items() if not texts]:
+        raise ValueError(
+            f"{source} has no {what} for {len(missing)} of {len(found)} images under {found.root} "
+            f"({first_names(missing)}); add rows, or remove these images"
+        )
+    return list(texts_of.values())
+
+
+def _classes_from_csv(source: Path, found: FoundImages) -> list[str]:
+    """Return the class of each image from a CSV file."""
+    table = read_table(source, "data.source.labels")
+    names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
+    labels = table.column(table.one_of(("label",), "data.source.labels"))
+    if "" in labels:
+        raise ValueError(f"{source}, line {table.lines[labels.index('')]}: the label is empty; fill it in")
+    labels_of = group_by_image(zip(names, labels, strict=True), found, source, "label")
+    for name, several in zip(found.names, labels_of, strict=True):
+        if len(set(several)) > 1:
+            raise ValueError(f"{source} lists the labels {' and '.join(sorted(set(several)))} for {name}; keep one")
+    return [several[0] for several in labels_of]

@@ -1,0 +1,250 @@
+"""Images decoded once into an array on disk, which all processes and later runs read without decoding."""
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from src.data.fit import ImageSpec, load_image
+from src.data.read_errors import read_with_retries
+from src.data.scan import FoundImages
+from src.errors import DataReadError
+
+Array = npt.NDArray[Any]
+
+VERSION = 1
+"""Changes whenever the same files give other pixels."""
+
+CHUNK = 64
+"""Images that a process decodes at a time."""
+
+MIN_PARALLEL = 512
+"""Smallest number of files that is worth starting processes for."""
+
+logger = logging.getLogger(__name__)
+
+
+class PixelStore(NamedTuple):
+    """Decoded images: `pixels` (N, C, H, W), uint8 if the files have 8 bits, else float32 with their values.
+
+    `low`, `high` (N,) are the least and largest value of each file, `sizes` (N, 2) its width and height, `frames` (N,)
+    the number of its images, `types` (N,) the type of its values. `errors` has the reason for each image that cannot
+    be read, whose pixels are 0.
+    """
+
+    pixels: Array
+    low: Array
+    high: Array
+    sizes: Array
+    frames: Array
+    types: Array
+    errors: dict[int, str]
+
+    @property
+    def ok(self) -> npt.NDArray[np.bool_]:
+        """Return which images (N,) could be read."""
+        mask = np.ones(len(self.pixels), bool)
+        mask[list(self.errors)] = False
+        return mask
+
+
+class _Part(NamedTuple):
+    """What a process reports about the images that it decoded."""
+
+    indices: list[int]
+    low: list[float]
+    high: list[float]
+    sizes: list[tuple[int, int]]
+    frames: list[int]
+    types: list[str]
+    errors: dict[int, str]
+
+
+def default_cache_dir() -> Path:
+    """Return the folder for decoded images: `DIFFUSION_CACHE`, or one below the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DIFFUSION_CACHE") or Path(cache) / "denoising-diffusion-lab") / "images"
+
+
+def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
+    """Return the decoded images, from `cache_dir` if they are there, else after decoding all in parallel.
+
+    The key is the place, name, size and time of change of every file, and `spec`. A folder of the cache is complete or
+    does not exist, whenever a process is killed. One process decodes; others wait for it.
+
+    Raises OSError if the cache cannot be written, and DataReadError if a process that decodes dies.
+    """
+    from filelock import FileLock
+
+    folder = cache_dir / _key(found, spec)
+    if (store := _read(folder)) is not None and not _readable_now(store, found, spec):
+        return store
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if store is None and (store := _read(folder)) is not None:
+            return store
+        for left in cache_dir.glob(f"{folder.name}.partial*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        part = cache_dir / f"{folder.name}.partial{os.getpid()}"
+        try:
+            _write(part, found, spec)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    store = _read(folder)
+    assert store is not None
+    return store
+
+
+def _key(found: FoundImages, spec: ImageSpec) -> str:
+    total = sha256(f"{VERSION} {found.root.resolve()} {spec!r}".encode())
+    for name in found.names:
+        total.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    total.update(found.sizes.tobytes() + found.times.tobytes())
+    return total.hexdigest()[:32]
+
+
+def _read(folder: Path) -> PixelStore | None:
+    """Return a complete store, or None."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        pixels = np.memmap(folder / "pixels.bin", about["dtype"], "r", shape=tuple(about["shape"]))
+        with np.load(folder / "files.npz") as files:
+            columns = {name: files[name] for name in ("low", "high", "sizes", "frames", "types")}
+    except (OSError, ValueError, KeyError):
+        return None
+    return PixelStore(pixels, **columns, errors={int(k): str(v) for k, v in about["errors"].items()})
+
+
+def _readable_now(store: PixelStore, found: FoundImages, spec: ImageSpec) -> bool:
+    """Return whether an image that could not be read can be now, for example after a decoder was installed."""
+    return any(_try_load(found, spec, k)[0] is not None for k in store.errors)
+
+
+def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
+    """Return the image, or None and the reason why it cannot be read."""
+    try:
+        return read_with_retries(found.names[index], partial(_load, found, spec, index)), ""
+    except DataReadError as error:
+        return None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
+
+
+def _load(found: FoundImages, spec: ImageSpec, index: int) -> Any:
+    with found.open(index) as stream:
+        return load_image(stream, spec)
+
+
+def _write(folder: Path, found: FoundImages, spec: ImageSpec) -> None:
+    """Decode all images into `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shape = (len(found), spec.channels, *spec.size)
+    for dtype in dict.fromkeys((_storage_type(found, spec), "float32")):
+        needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+        path = folder / "pixels.bin"
+        with path.open("wb") as file:
+            file.truncate(needed)
+        low, high = np.zeros(len(found)), np.zeros(len(found))
+        sizes, frames = np.zeros((len(found), 2), np.int64), np.zeros(len(found), np.int64)
+        types, errors = np.zeros(len(found), "U16"), {}
+        for part in _decode_all(found, spec, path, dtype, needed):
+            errors.update(part.errors)
+            if done := part.indices:
+                low[done], high[done], sizes[done] = part.low, part.high, part.sizes
+                frames[done], types[done] = part.frames, part.types
+        if dtype == "float32" or set(types) <= {"", "bool", "uint8"}:
+            break
+    np.savez(folder / "files.npz", low=low, high=high, sizes=sizes, frames=frames, types=types)
+    (folder / "about.json").write_text(json.dumps({"shape": shape, "dtype": dtype, "errors": errors}))
+    for each in folder.iterdir():
+        with each.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _storage_type(found: FoundImages, spec: ImageSpec) -> str:
+    """Return uint8 if the first image that can be read has 8 bits, else float32."""
+    for k in range(len(found)):
+        image, _ = _try_load(found, spec, k)
+        if image is not None:
+            return "uint8" if image.pixels.dtype == np.uint8 else "float32"
+    return "uint8"
+
+
+def _decode_all(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
+    """Decode all images into the file `path`, and yield what is found out about them."""
+    from tqdm import tqdm
+
+    chunks = [range(start, min(start + CHUNK, len(found))) for start in range(0, len(found), CHUNK)]
+    work = partial(_decode_chunk, found, spec, path, dtype)
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    title = f"Decoding {len(found):,} images once ({needed / 1e6:,.0f} MB in {path.parent.parent})"
+    bar = tqdm(total=len(found), unit="image", desc=title, disable=None if len(found) >= MIN_PARALLEL else True)
+    if not sys.stderr.isatty() and len(found) >= MIN_PARALLEL:
+        logger.info(title)
+    with bar:
+        for part in _run(work, chunks, processes if len(found) >= MIN_PARALLEL else 1):
+            bar.update(len(part.indices) + len(part.errors))
+            yield part
+
+
+def _run(work: Any, chunks: Sequence[range], processes: int) -> Iterable[_Part]:
+    if processes == 1:
+        return map(work, chunks)
+    # A forked process needs no imports, and never uses torch or the device.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    return _run_in_processes(work, chunks, ProcessPoolExecutor(processes, context, _ignore_interrupts))
+
+
+def _run_in_processes(work: Any, chunks: Sequence[range], pool: ProcessPoolExecutor) -> Iterator[_Part]:
+    try:
+        yield from pool.map(work, chunks)
+    except BrokenProcessPool as error:
+        raise DataReadError("a process that decodes images died, often for lack of memory") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl-C to the process that started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _decode_chunk(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
+    """Decode some images into their places in the file `path`."""
+    shape = (len(indices), spec.channels, *spec.size)
+    pixels = np.zeros(shape, dtype)
+    part = _Part([], [], [], [], [], [], {})
+    for row, index in enumerate(indices):
+        image, reason = _try_load(found, spec, index)
+        if image is None:
+            part.errors[index] = reason
+            continue
+        if dtype == "float32" or image.type in ("bool", "uint8"):  # otherwise all are decoded again, as float32
+            pixels[row] = image.pixels
+        part.indices.append(index)
+        part.low.append(image.low)
+        part.high.append(image.high)
+        part.sizes.append(image.size)
+        part.frames.append(image.frames)
+        part.types.append(image.type)
+    with path.open("r+b") as file:
+        file.seek(indices.start * pixels[0].nbytes)
+        file.write(pixels.tobytes())
+    return part

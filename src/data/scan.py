@@ -1,0 +1,284 @@
+"""Find the images under a folder or in an archive, their splits and classes, and what is left out."""
+
+import io
+import os
+import re
+import tarfile
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from src.data.decode import image_suffixes, looks_like_image
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
+
+SIDECARS = {
+    *(
+        ".csv",
+        ".db",
+        ".htm",
+        ".html",
+        ".ini",
+        ".json",
+        ".jsonl",
+        ".log",
+        ".md",
+        ".parquet",
+        ".pdf",
+        ".py",
+        ".rst",
+        ".svg",
+    ),
+    *(".toml", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".7z", ".gz", ".rar", ".tar", ".zip"),
+}
+"""Suffixes of files that are never images."""
+
+MAX_STRAYS = 0.05
+"""Largest share of files outside of all class folders that does not remove the classes."""
+
+
+class Names(Sequence[str]):
+    """Strings in one block of memory, which processes that load data share instead of copying object by object."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "list[str]": ...
+    def __getitem__(self, index: int | slice) -> "str | list[str]":
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        k = range(len(self))[index]
+        return self._text[self._ends[k] : self._ends[k + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class FoundImages(NamedTuple):
+    """The images of a dataset, in order of their names.
+
+    `names` are paths relative to `root` with slashes, `sizes` (N,) bytes, `times` (N,) nanoseconds of the last change,
+    `val_mask` (N,) whether the folder is one of validation images, or None without such folders. `left_out` has the
+    names of other files by reason.
+    """
+
+    root: Path
+    names: Names
+    sizes: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
+    val_mask: npt.NDArray[np.bool_] | None
+    left_out: dict[str, list[str]]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def open(self, index: int) -> BinaryIO:
+        """Open the file of an image. Raises OSError."""
+        return open_member(self.root, self.names[index])
+
+    def ids(self) -> Sequence[str]:
+        """Return names in Unicode normal form C, since file systems store accents differently."""
+        if all(name.isascii() for name in self.names):
+            return self.names
+        return Names(unicodedata.normalize("NFC", name) for name in self.names)
+
+    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "FoundImages":
+        """Return the chosen images; the others are left out for `reason`."""
+        mask = np.asarray(chosen, bool)
+        out = [self.names[int(k)] for k in np.flatnonzero(~mask)]
+        if not out:
+            return self
+        return self._replace(
+            names=Names(self.names[int(k)] for k in np.flatnonzero(mask)),
+            sizes=self.sizes[mask],
+            times=self.times[mask],
+            val_mask=None if self.val_mask is None else self.val_mask[mask],
+            left_out={**self.left_out, reason: [*self.left_out.get(reason, []), *out]},
+        )
+
+
+class _File(NamedTuple):
+    name: str
+    size: int
+    time: int
+
+
+def find_images(root: Path) -> FoundImages:
+    """Return every image under a folder, or in a zip or tar file, except hidden files.
+
+    Links to folders are followed. If the top has a folder for training (`SPLITS`), only it and the one for validation
+    are used. Raises FileNotFoundError without the folder, and ValueError without images.
+    """
+    left_out: dict[str, list[str]] = {}
+    if root.is_dir():
+        files = list(_walk(root, left_out))
+    elif root.is_file() and (zipfile.is_zipfile(root) or tarfile.is_tarfile(root)):
+        files = list(_members(root))
+    else:
+        raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
+    known = image_suffixes()
+    kept = []
+    for file in sorted(files):
+        suffix = PurePosixPath(file.name).suffix.lower()
+        if any(part.startswith((".", "__MACOSX")) for part in file.name.split("/")):
+            if suffix in known and not PurePosixPath(file.name).name.startswith("._"):
+                left_out.setdefault("hidden", []).append(file.name)
+        elif suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / file.name)):
+            kept.append(file)
+        else:
+            left_out.setdefault(f"{suffix or 'no ending'}: not an image", []).append(file.name)
+    tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
+    val_mask = None
+    if any(SPLITS.get(top.lower()) == "train" for top in tops):
+        split_of = {top: SPLITS.get(top.lower(), "outside of the splits") for top in tops}
+        splits = [split_of.get(file.name.split("/")[0], "outside of the splits") for file in kept]
+        for file, split in zip(kept, splits, strict=True):
+            if split not in ("train", "validation"):
+                reason = "test images" if split == "test" else split
+                left_out.setdefault(reason, []).append(file.name)
+        used = [(file, split) for file, split in zip(kept, splits, strict=True) if split in ("train", "validation")]
+        kept = [file for file, _ in used]
+        if any(split == "validation" for _, split in used):
+            val_mask = np.array([split == "validation" for _, split in used])
+    if not kept:
+        others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
+        raise ValueError(f"{root} has no images, such as .png, .jpg or .npy files" + (f" ({others})" if others else ""))
+    sizes, times = (np.array([file[k] for file in kept], np.int64) for k in (1, 2))
+    return FoundImages(root, Names(file.name for file in kept), sizes, times, val_mask, left_out)
+
+
+def open_member(root: Path, name: str) -> BinaryIO:
+    """Open a file under a folder or in a zip or tar file. Raises OSError."""
+    if root.is_dir():
+        return (root / name).open("rb")
+    archive = _open_archive(root, os.getpid())
+    try:
+        if isinstance(archive, zipfile.ZipFile):
+            return io.BytesIO(archive.read(name))
+        member = archive.extractfile(name)
+        if member is None:
+            raise OSError(f"{name} is not a file")
+        return io.BytesIO(member.read())
+    except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise OSError(f"{name} cannot be read from {root} ({error})") from error
+
+
+@lru_cache(maxsize=8)
+def _open_archive(path: Path, process: int) -> zipfile.ZipFile | tarfile.TarFile:
+    """Open an archive once per process: processes must not share the position in a file."""
+    return zipfile.ZipFile(path) if zipfile.is_zipfile(path) else tarfile.open(path)
+
+
+def _members(path: Path) -> Iterator[_File]:
+    archive, time = _open_archive(path, os.getpid()), path.stat().st_mtime_ns
+    if isinstance(archive, zipfile.ZipFile):
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield _File(info.filename, info.file_size, time)
+    else:
+        for member in archive:
+            if member.isfile():
+                yield _File(member.name.removeprefix("./"), member.size, time)
+
+
+def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:
+    """Yield the files under a folder. Links that lead to a parent folder, or nowhere, are left out."""
+    top = os.stat(root)
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [("", str(root), ((top.st_dev, top.st_ino),))]
+    while folders:
+        prefix, folder, parents = folders.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                try:
+                    if not entry.is_dir():
+                        status = entry.stat()
+                        yield _File(name, status.st_size, status.st_mtime_ns)
+                    elif not entry.name.startswith("."):
+                        status = entry.stat()
+                        place = (status.st_dev, status.st_ino)
+                        if place in parents:
+                            left_out.setdefault("links to a parent folder", []).append(name)
+                        else:
+                            folders.append((f"{name}/", entry.path, (*parents, place)))
+                except OSError:
+                    left_out.setdefault("broken links", []).append(name)
+
+
+def class_folders(found: FoundImages) -> tuple[FoundImages, list[str] | None]:
+    """Return images and their classes: the folder at the top, below a folder of a split; None unless two or more.
+
+    A few files outside of all class folders (`MAX_STRAYS`) are left out.
+    """
+    strip = found.val_mask is not None or _has_splits(found)
+    parts = [name.split("/")[1 if strip else 0 :] for name in found.names]
+    inside = [len(each) > 1 for each in parts]
+    classes = {each[0] for each, ok in zip(parts, inside, strict=True) if ok}
+    if len(classes) < 2 or inside.count(False) > MAX_STRAYS * len(parts):
+        return found, None
+    kept = found.keep(inside, "outside of the class folders")
+    return kept, [each[0] for each, ok in zip(parts, inside, strict=True) if ok]
+
+
+def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
+    """Return the class of each image: what the group of a regular expression matches in its name.
+
+    Raises ValueError for an invalid pattern, one without a group, and names that it does not match.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"data.source.class_pattern={pattern!r} is not a regular expression ({error})") from error
+    if compiled.groups != 1:
+        raise ValueError(f"data.source.class_pattern={pattern!r} needs one group in parentheses, such as '(cat|dog)_'")
+    matches = [compiled.search(name) for name in found.names]
+    missing = [name for name, match in zip(found.names, matches, strict=True) if match is None or match[1] is None]
+    if missing:
+        raise ValueError(
+            f"data.source.class_pattern={pattern!r} does not match {len(missing)} of {len(found)} names, such as "
+            f"{missing[0]}; change the pattern, or move these files away"
+        )
+    return [match[1] for match in matches if match is not None]
+
+
+def describe(found: FoundImages, classes: Sequence[str] | None) -> str:
+    """Return one line about a dataset: files by type, classes with counts, and what was left out and why."""
+    suffixes = Counter(PurePosixPath(name).suffix.lower().lstrip(".") or "no ending" for name in found.names)
+    text = f"{len(found):,} images ({_counts(suffixes)})"
+    if found.val_mask is not None:
+        text += f", {int(found.val_mask.sum()):,} of them in a folder for validation"
+    if classes is not None:
+        text += f", {len(set(classes))} classes ({_counts(Counter(classes))})"
+    if found.left_out:
+        parts = (
+            f"{len(names):,} {reason} ({names[0]}{', ...' * (len(names) > 1)})"
+            for reason, names in found.left_out.items()
+        )
+        text += f"; left out: {', '.join(parts)}"
+    return text
+
+
+def _counts(counter: Counter[str], limit: int = 10) -> str:
+    parts = [f"{count:,} {name}" for name, count in counter.most_common(limit)]
+    return ", ".join(parts) + (", ..." if len(counter) > limit else "")
+
+
+def _has_splits(found: FoundImages) -> bool:
+    return all(SPLITS.get(name.split("/")[0].lower()) in ("train", "validation") for name in found.names)
