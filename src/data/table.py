@@ -22,7 +22,7 @@ from src.data.columns import (
     type_override,
 )
 from src.data.module import BaseDataModule
-from src.data.sources import Covariates, InMemory, Source
+from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
 
 if TYPE_CHECKING:
@@ -30,6 +30,21 @@ if TYPE_CHECKING:
 
 TYPES = (*get_args(ColumnType), "id", "text")
 """What `data.types` takes, besides the format of a date; the last two leave a column out."""
+
+
+class TableRows(InMemory):
+    """Encoded rows of a table; `summary` says how each column is modeled."""
+
+    def __init__(
+        self,
+        samples: Tensor,
+        labels: Labels | None,
+        covariates: Covariates | None,
+        ids: Sequence[str],
+        summary: str,
+    ) -> None:
+        super().__init__(samples, labels, covariates, ids=ids)
+        self.summary = summary
 
 
 class TableDataModule(BaseDataModule):
@@ -153,11 +168,11 @@ class TableDataModule(BaseDataModule):
 
     @property
     def summary(self) -> list[str]:
-        """Lines that say how each column is modeled, which are left out and why, and what was detected in the file."""
+        """How each column is modeled, with what was detected in the file, and which are left out and why."""
         modeled = first_names([column.summary for column in self.encoders], 20)
-        lines = [f"Columns: {modeled}" + (f" ({'; '.join(self.notes)})" if self.notes else "")]
+        lines = [f"columns {modeled}" + (f" ({'; '.join(self.notes)})" if self.notes else "")]
         if self.left_out:
-            lines.append(f"Left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
+            lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
 
     @property
@@ -217,6 +232,8 @@ class TableDataModule(BaseDataModule):
         table, kept = self._complete(
             table, dict(zip([*names, *self.condition_columns], [*cells, *conditions], strict=True))
         )
+        unused = set(table.names) - {*names, *self.condition_columns, self.label, *self.left_out}
+        self.left_out |= {name: "not in the run" for name in table.names if name in unused}
         display = [c.display(each.values[kept]) for c, each in zip(self.encoders, cells, strict=True)]
         encoded = self._encode(display)
         widths = torch.tensor(self.widths)
@@ -235,7 +252,7 @@ class TableDataModule(BaseDataModule):
         if self.label is not None:
             labels = labels_from_names(table.column(self.label))
         # The cells identify a row, so that equal rows are on the same side of the split.
-        return InMemory(samples, labels, covariates, ids=table.row_texts())
+        return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 
     def _encode(self, display: Sequence[Any]) -> Tensor:
         """Return the encoded values (N, D) in float64."""
