@@ -22,8 +22,6 @@ from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, r
 from src.errors import DataReadError
 from src.quoting import format_override
 
-LABEL_COLUMNS = ("label", "class", "target")
-"""Names of a column with the classes of images."""
 MAX_SKIPPED = 0.1
 """Largest share of images that `skip_unreadable=true` leaves out; a number sets another share."""
 
@@ -118,7 +116,7 @@ def folder(
         prepare: unused; images are decoded when the source is opened first.
         labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
             `root` are the classes if there are two or more and hold all images.
-        file_column, label_column: columns of this table; None takes one of `FILE_COLUMNS` and of `LABEL_COLUMNS`.
+        file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
@@ -135,7 +133,7 @@ def folder(
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
     classes: Sequence[str] | None
     if labels is not None:
-        columns = (file_column,) if file_column else FILE_COLUMNS, (label_column,) if label_column else LABEL_COLUMNS
+        columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
         classes = _classes_from_table(found.root / labels, found, *columns)
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)

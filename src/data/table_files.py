@@ -140,11 +140,13 @@ def read_pairs(
 ) -> Iterator[tuple[str, str]]:
     """Yield file name and text of each row of a table, one per text of a list; `what` names the texts in messages.
 
-    The columns are the only ones named as in `file_columns` and `columns`; an object of JSON may have any of `columns`.
+    The files are in the first of `file_columns` that exists, the texts in the only one of `columns`; each object of JSON
+    may have another one of these.
     Raises ValueError for empty texts.
     """
     table = read_table(path, setting)
-    files = table.column(table.one_of(file_columns, "data.source.file_column"))
+    found = [name for name in file_columns if name in table.names][:1]
+    files = table.column(table.one_of(found or file_columns, "data.source.file_column"))
     several_names = [name for name in table.names if name in columns]
     if table.kind not in ("json", "jsonl") or not several_names:
         several_names = [table.one_of(columns, f"data.source.{what}_column")]
