@@ -140,7 +140,7 @@ def read_pairs(
 ) -> Iterator[tuple[str, str]]:
     """Yield file name and text of each row of a table, one per text of a list; `what` names the texts in messages.
 
-    The files are in the first of `file_columns` that exists, the texts in the only one of `columns`; each object of JSON
+    The files are in the first of `file_columns` that exists, the texts in the only one of `columns`; an object of JSON
     may have another one of these.
     Raises ValueError for empty texts.
     """
