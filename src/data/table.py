@@ -28,6 +28,8 @@ from src.data.table_files import Table, did_you_mean, first_names, labels_from_n
 if TYPE_CHECKING:
     import pandas as pd
 
+SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
+"""Names of separators and decimal signs that are hard to type in a shell."""
 TYPES = (*get_args(ColumnType), "id", "text")
 """What `data.types` takes, besides the format of a date; the last two leave a column out."""
 
@@ -111,9 +113,11 @@ class TableDataModule(BaseDataModule):
         self.clip = clip
         self.missing = missing
         self.categories: CategoryCode = categories
-        self.decimal = decimal
+        self.separator, self.decimal = (
+            None if sign is None else SIGNS.get(sign, sign) for sign in (separator, decimal)
+        )
         self._read_file = partial(
-            read_table, header=header, separator=separator, decimal=decimal, encoding=encoding, sheet=sheet
+            read_table, header=header, separator=self.separator, decimal=self.decimal, encoding=encoding, sheet=sheet
         )
         self._check_settings()
         self.encoders: list[Column] = []
@@ -221,7 +225,10 @@ class TableDataModule(BaseDataModule):
         if self.missing not in (None, "drop"):
             raise ValueError(f"data.missing={self.missing} must be null, which refuses missing cells, or drop")
         if self.decimal not in (None, ".", ","):
-            raise ValueError(f"data.decimal={self.decimal} must be . or ,")
+            raise ValueError(f"data.decimal={self.decimal} must be point or comma")
+        if self.separator is not None and len(self.separator) != 1:
+            names = ", ".join(SIGNS)
+            raise ValueError(f"data.separator={self.separator} must be one character, or one of {names}")
 
     def _open(self) -> Source:
         table = self._table or self._read()

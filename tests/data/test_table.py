@@ -138,6 +138,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
         ({"categories": "embedding"}, "data.categories=embedding"),
         ({"missing": "mean"}, "data.missing=mean"),
         ({"decimal": ";"}, "data.decimal=;"),
+        ({"separator": "comma "}, "data.separator=comma "),
         ({"encoders": "{}"}, "data.encoders"),
         (
             {"columns": ["height"], "mean": [1.0, 2.0], "std": [1.0]},
@@ -473,6 +474,15 @@ def test_a_category_may_be_named_none(tmp_path):
     data = opened(tmp_path / "a.csv", types={"land": "category"})
     frame_again = data.to_frame(data.postprocess(data.source.fetch(range(20))))
     assert frame_again.astype(str).values.tolist() == frame.astype(str).values.tolist()
+
+
+def test_separators_are_set_by_name(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b;c\n1,5;2\n2,5;4\n3,0;9\n")
+    data = opened(tmp_path / "a.csv", separator="semicolon", decimal="comma")
+    assert data.columns == ["a,b", "c"] and data.encoders[0].low == 1.5
+    assert (
+        opened(tmp_path / "a.csv", separator="comma", header=True, missing="drop", columns=["a"]).encoders[0].low == 1
+    )
 
 
 def test_unknown_categories_of_a_grown_table_are_refused(tmp_path):
