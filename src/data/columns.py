@@ -295,7 +295,7 @@ def parse(table: Table, name: str, given: str | None = None, known: Column | Non
         return _left_out(missing, given)
     if not present:
         return _left_out(missing, "empty")
-    constant = f"constant {cell_text(present[0])!r:.40}"
+    constant = f"constant {cell_text(present[0])!r:.40}" + (f" with {missing.sum()} missing" if missing.any() else "")
     if given is None and len(set(map(str, present))) == 1 and not used:
         return _left_out(missing, constant)
     if given == "category" or (given is None and str(series.dtype) == "category"):
