@@ -220,7 +220,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Results:
         ),
         "devices": run.trainer.world_size,
         "peak": statistics.median(recorder.peaks) if recorder.peaks else None,
-        "estimate": sum(out_of_memory.step_memory(run)),
+        "estimate": out_of_memory.step_memory(run),
     }
 
 

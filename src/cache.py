@@ -9,7 +9,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -35,12 +35,12 @@ def cached(folder: Path, key: str, compute: Callable[[], Tensors]) -> Tensors:
     path = folder / f"{key}.safetensors"
     if path.exists():
         try:
-            return _read(path)
-        except (OSError, SafetensorError, ValueError) as error:
+            return safetensors.torch.load(path.read_bytes())
+        except (OSError, SafetensorError) as error:
             warnings.warn(f"{path} is corrupted ({_line(error)}); computing it again", stacklevel=2)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
     try:
-        write_atomically(path, safetensors.torch.save(tensors, {"digest": _digest_of(tensors)}))
+        write_atomically(path, safetensors.torch.save(tensors))
     except OSError as error:
         warnings.warn(
             f"{path} cannot be written ({_line(error)}); computing it each time: free disk space", stacklevel=2
@@ -61,19 +61,6 @@ def write_atomically(path: Path, contents: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Tensors:
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        stored = (file.metadata() or {}).get("digest")
-    if stored != _digest_of(tensors):
-        raise ValueError("its contents do not match its digest")
-    return tensors
-
-
-def _digest_of(tensors: Tensors) -> str:
-    return digest(*(part for item in sorted(tensors.items()) for part in item))
 
 
 def _line(error: Exception) -> str:

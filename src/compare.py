@@ -16,16 +16,19 @@ from src.config.resolvers import wandb_offline
 from src.config.rules import check_values
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
-from src.evaluation.settings import QualitySettings, check_num_val, check_reverse_variance
+from src.evaluation.settings import check_num_val, check_reverse_variance
 from src.quoting import quoted
-from src.runs import components
+from src.runs.evaluation import quality_settings
 from src.viz.tables import write_json
 
 
 def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, write the page, tables and plots into the output folder, and return all metrics."""
     with usage_errors():
-        settings = comparison_settings(cfg)
+        check_values(cfg)
+        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
+        settings = quality_settings(cfg)
+        settings.check()
         folders = run_folders(list(cfg.runs or []))
         runs, notes = survey(folders)
         if rank() == 0:
@@ -51,21 +54,18 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
             first.data.prepare_data()
         processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
         first.data.setup()
-        check_num_val(cfg.reverse_variance, count_val(first, cfg), "reverse_variance")
+        check_num_val(cfg.reverse_variance, count_val(first.data, cfg), "reverse_variance")
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(first, cfg.batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
-        measurements = measure_all(
-            runs, samplers, first, cfg, settings, processes, lambda line: print(line, flush=True)
-        )
+        measurements = measure_all(runs, samplers, first, cfg, settings, processes)
     if processes.rank > 0:
         return {}
     from src.comparison import report
-    from src.comparison.assemble import build_report
     from src.comparison.page import write_files
 
-    built = build_report(runs, measurements, notes, cfg, processes)
+    built = report.build_report(runs, measurements, notes, cfg, processes)
     folder = start_output(Path(cfg.run_dir))
     path = write_files(folder, built)
     results = report.as_json(built)
@@ -81,26 +81,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         log_comparison(results["runs"], where["project"], group, folder, where.get("entity"), wandb_offline())
         print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
     return results
-
-
-def comparison_settings(cfg: DictConfig) -> QualitySettings:
-    """Check all settings without importing torch, and return those of sample quality."""
-    check_values(cfg)
-    check_reverse_variance(cfg.reverse_variance, "reverse_variance")
-    settings = QualitySettings(
-        features=components.names_of(cfg.features),
-        n=cfg.n,
-        seed=cfg.seed,
-        batch_size=cfg.batch_size,
-        max_features=cfg.max_features,
-        num_memorization=cfg.num_memorization,
-        reference=cfg.reference,
-        cache=Path(cfg.cache),
-        inception_weights=cfg.inception_weights and Path(cfg.inception_weights),
-        dinov2_model=cfg.dinov2_model,
-    )
-    settings.check()
-    return settings
 
 
 def with_runs(arguments: Sequence[str]) -> list[str]:

@@ -52,7 +52,7 @@ def sections() -> dict[str, list[Any]]:
         "Samples": [
             media("samples from the same noise, over training", "samples"),
             media("at the end", "samples/final"),
-            media("from noise to data", "samples/film"),
+            media("from noise to data", "samples/trajectory"),
             media("nearest training samples", "samples/neighbors"),
             WeavePanelSummaryTable(table_name="samples/table"),
         ],

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """A request that cannot be satisfied; the message is one line that names the setting, the rule and the fix."""
 
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import start_output
+from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
-from src.quoting import format_override
 from src.runs.evaluation import build_analytic, build_samplers, evaluation_settings
 from src.viz.tables import format_duration, markdown, write_json
 
@@ -23,18 +22,15 @@ if TYPE_CHECKING:
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json`, tables and pictures into the output folder, and return the metrics."""
     folder = Path(cfg.run_dir)
-    for name, value in (("run", cfg.run), ("ckpt", cfg.ckpt)):
-        if cfg.analytic and value is not None:
-            raise UsageError(
-                f"{format_override(name, value)} cannot be combined with analytic=..., which evaluates samplers "
-                "without a run: omit one of them"
-            )
+    for name in ("run", "ckpt"):
+        if cfg.analytic and cfg[name] is not None:
+            raise UsageError(f"{name}=... and analytic=..., which needs no run, exclude each other; leave one out")
     if cfg.analytic and rank() > 0:
         return {}
     metrics = evaluate_analytic(cfg, folder) if cfg.analytic else evaluate_run(cfg, folder)
     if rank() == 0:
         write_json(folder / "metrics.json", metrics)
-        print(f"All metrics: {folder / 'metrics.json'}")
+        print(f"All metrics: {relative(folder / 'metrics.json')}")
     return metrics
 
 
@@ -72,7 +68,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     module = opened.module
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, cfg.batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
         module.to(processes.device)
@@ -132,7 +128,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         (folder / "table.md").write_text(text)
         print(f"\n{text}\nOutput:")
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
-            print(f"  {path}")
+            print(f"  {relative(path)}")
     return metrics
 
 
@@ -180,7 +176,7 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     (folder / "samplers.txt").write_text(f"{text}\n")
     errors = {name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}
     charts.sampler_errors(errors, sampling_error).save(folder / "samplers.png")
-    print(f"{text}\nPlot: {folder / 'samplers.png'}")
+    print(f"{text}\nPlot: {relative(folder / 'samplers.png')}")
     return {
         "steps": steps,
         "sampling_error": sampling_error,

@@ -5,7 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import start_output
+from src.config.output import relative, start_output
 from src.errors import usage_errors
 from src.quoting import command, format_override
 from src.runs.checkpoints import find_checkpoint
@@ -23,7 +23,7 @@ def export(cfg: DictConfig) -> Path:
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path = start_output(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), cfg.ema, config)
-    print(f"{opened.checkpoint} exported to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")
     print(f"Sample from it with: {command('sample', format_override('ckpt', path), 'n=64')}")

@@ -31,7 +31,8 @@ def literal(value: object) -> str:
     if isinstance(value, list | tuple | ListConfig):
         return f"[{','.join(map(literal, value))}]"
     text = str(value)
-    if re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII) and _read(text) == text:
+    plain = re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII)
+    if plain and OverridesParser.create().parse_override(f"name={text}").value() == text:
         return text
     return quoted(text)
 
@@ -44,11 +45,6 @@ def quoted(text: str) -> str:
 def escaped(text: str) -> str:
     """Return `text` with `${` escaped, so that OmegaConf resolves nothing in it."""
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-
-
-def _read(text: str) -> object:
-    """Return the value that Hydra parses from an override `name=text`."""
-    return OverridesParser.create().parse_override(f"name={text}").value()
 
 
 def shell_word(text: str) -> str:

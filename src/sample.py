@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from src.config.cli import launch
-from src.config.output import start_output
+from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.errors import memory_errors, usage_errors
 from src.quoting import format_override
@@ -35,7 +35,7 @@ def sample(cfg: DictConfig) -> Path:
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
-        sampler = sampler_of(opened, settings, cfg.guidance)
+        sampler = sampler_of(opened, settings, cfg.get("guidance"))
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
         check_prompt_settings(cfg, sampler, len(prompts))
@@ -55,27 +55,27 @@ def sample(cfg: DictConfig) -> Path:
     prompt_of = [k * len(prompts) // cfg.n for k in range(cfg.n)] if prompts else []
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
-    film: list[torch.Tensor] = []
+    frames: list[torch.Tensor] = []
 
     def cond_of(indices: range) -> "Tensor | None":
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
     with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(opened, batch_size, processes.device)),
+        memory_errors(lambda: out_of_memory.sampling_oom_message(batch_size, processes.device)),
         tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
     ):
 
         def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
             bar.update(count if step else 0)
             if cfg.gif and indices.start == 0:
-                film.append(opened.data.postprocess(x[:8] if x.ndim == 4 else x).cpu())
+                frames.append(opened.data.postprocess(x[:8] if x.ndim == 4 else x).cpu())
 
         filled = batch_size if cfg.compile else None
         parts = [*draw_batches(opened, sampler, processes, batches, cfg.seed, filled, cond_of, on_step)]
     if processes.rank > 0:
         return folder
-    if film:
-        images.save_gif(film, folder / "film.gif")
+    if frames:
+        images.save_gif(frames, folder / "trajectory.gif")
     samples = torch.cat(parts)
     write_samples(folder, samples, opened.data)
     shown = samples[:256] if samples.ndim == 4 else samples
@@ -84,8 +84,8 @@ def sample(cfg: DictConfig) -> Path:
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
-    print(f"{cfg.n} samples of {opened.checkpoint} by {describe(settings, sampler, opened.module.schedule)}")
-    print(f"Look at {folder / 'grid.png'}; all of them: {folder / 'samples.npz'}")
+    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
+    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(folder / 'samples.npz')}")
     return folder
 
 

@@ -5,10 +5,10 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.config.cli import launch
+from src.config.output import relative
 from src.config.search_path import search_path_overrides
 from src.distributed.ranks import handle_signals, rank
 from src.errors import UsageError, memory_errors, usage_errors
@@ -63,7 +63,7 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     from src.runs import out_of_memory
     from src.runs.build import close_run
     from src.runs.fit import fit_run
-    from src.training.callbacks.graceful_shutdown import Interruption
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
     from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()
@@ -75,7 +75,8 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
         if isinstance(stop, SystemExit) and stop.code not in (1, None):
             raise
         print_once(f"\nStopped, {resume_hint(run)}")
-        raise SystemExit(128 + (run.stop_signal or interruption.number or signal.SIGINT)) from stop
+        signals = [callback.signal for callback in run.callbacks(GracefulShutdown)]
+        raise SystemExit(128 + (max(signals, default=0) or interruption.number or signal.SIGINT)) from stop
     except DataReadError as error:
         if error.everywhere and rank() > 0:  # The first process prints the message.
             raise SystemExit(2) from error
@@ -113,13 +114,13 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
         print_once(f"Done: trainer.fast_dev_run tried {steps}, {loss}. No checkpoint and no metrics.json was written.")
         return
     took = f"{metrics['seconds']:.0f} s{' since it was resumed' if run.resume_from else ''}"
-    over = metrics["steps"] < run.trainer.max_steps and is_time_over(run.trainer)
+    over = metrics["steps"] < run.trainer.max_steps and is_time_over(run)
     print_once(f"Done: {steps} in {took}{' (trainer.max_time is over)' if over else ''}, {loss}. Look at:")
-    pictures = [f"samples/{name}" for name in ("final.png", "film.png", "film.gif", "neighbors.png")]
+    pictures = [f"samples/{name}" for name in ("final.png", "trajectory.png", "trajectory.gif", "neighbors.png")]
     for name in (*pictures, "curves.png", "loss_by_noise.png", "metrics.json"):
         if (path := run.directory / name).exists():
             print_once(f"  {relative(path)}")
-    if not run.saves:
+    if not run.last_checkpoint.exists():
         print_once("No checkpoint was saved: trainer.enable_checkpointing=false")
         return
     folder = format_override("run", relative(run.directory))
@@ -139,12 +140,6 @@ def resume_hint(run: "Run") -> str:
     step = read_checkpoint(saved)["global_step"]
     resume = command("train", *search_path_overrides(), format_override("resume", relative(run.directory)))
     return f"saved at step {step}. Resume with: {resume}"
-
-
-def relative(path: Path) -> Path:
-    """Return `path` relative to the folder in which the command was typed, if it is below it."""
-    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
-    return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path.absolute()
 
 
 if __name__ == "__main__":

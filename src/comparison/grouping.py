@@ -34,10 +34,8 @@ class RunRecord:
     seed: int
     settings: Mapping[str, Any]
     values: Mapping[str, float]
-    choices: Mapping[str, str] = field(default_factory=dict)
-    """The chosen file of each config group."""
-    typed_overrides: Sequence[str] = ()
-    """Names of the settings and groups in the command line's overrides."""
+    choices: Mapping[str, str] = field(default_factory=dict)  # the chosen file of each config group
+    typed_overrides: Sequence[str] = ()  # names of the settings and groups in the command line's overrides
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Intervals that cover the randomness of sampling, not of training."""
     costs: Mapping[str, float] = field(default_factory=dict)

@@ -17,17 +17,17 @@ from src.comparison.grouping import RunRecord
 from src.comparison.survey import SurveyedRun
 from src.config.arguments import check_arguments
 from src.config.search_path import CONF
-from src.data.conditions import Condition
+from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.likelihood import SPECTRUM, bounds, error_by_log_snr, network_passes
 from src.evaluation.quality import SampleEvaluator, time_network_call
-from src.evaluation.reports import load_val
-from src.evaluation.settings import QualitySettings, ReverseVariance
+from src.evaluation.reports import load_val, standard_error
+from src.evaluation.settings import QualitySettings
 from src.runs import components
 from src.runs.open import OpenedRun, open_run
 from src.runs.trust import check_targets, known_targets
-from src.training.module import DiffusionModule, Sampler
+from src.training.module import Sampler
 from src.viz.tables import USUAL, format_duration, strip_sample_count
 
 NUM_IMAGES, NUM_POINTS = 16, 1000
@@ -37,37 +37,20 @@ Measurements = dict[str, Tensor]
 """`metric/<name>`, `baseline/<name>` (3,): value and interval; `cost/<name>` (); `samples`, `real`; `error`."""
 
 MEASURING = (
-    "cache.py",
-    "rng.py",
-    "comparison/measure.py",
-    "data",
-    "diffusion",
-    "evaluation",
-    "metrics",
-    "models",
+    *("cache.py", "rng.py", "comparison/measure.py", "data", "diffusion", "evaluation", "metrics", "models"),
     "training/module.py",
 )
 """Files and folders of src whose code determines the measurements. They are part of the cache key."""
 
 
 def measure_run(
-    module: DiffusionModule,
-    sampler: Sampler,
-    evaluator: SampleEvaluator,
-    num_val: int | None,
-    num_terms: int | None,
-    variance: ReverseVariance,
-    batch_size: int,
-    seed: int,
-    advance: Callable[[int], object],
-    condition: Condition | None = None,
+    run: OpenedRun, sampler: Sampler, evaluator: SampleEvaluator, cfg: DictConfig, advance: Callable[[int], object]
 ) -> Measurements:
-    """Return the metrics of a model's samples, the first samples, and the bound and error of `num_val` samples.
+    """Return the metrics of a model's samples, the first samples, and the bound and error of validation samples.
 
-    `condition` is the module's condition, if it has one. `advance` receives the number of samples that completed a
-    sampler step, or a network call of the bound.
+    `advance` receives the number of samples that completed a sampler step, or a network call of the bound.
     """
-    data = evaluator.data
+    module, data, condition = run.module, evaluator.data, run.data.condition
     generated = evaluator.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
     (samples,) = evaluator.measure([generated], lambda it: it)
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
@@ -82,13 +65,13 @@ def measure_run(
             yield each
             advance(len(positions))
 
-    count = min(num_val or len(data.val_indices), len(data.val_indices))
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    count, size = count_val(data, cfg), cfg.batch_size
+    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     load = functools.partial(load_val, module, data, condition)
-    parts = bounds(module, batches, load, seed, num_terms, variance, show)
+    parts = bounds(module, batches, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, show)
     total = torch.cat([part.total for part in parts])
-    error = 1.96 * total.std() / math.sqrt(count) if count > 1 else torch.full((), math.nan)
-    result["metric/bits_per_dim"] = torch.stack([total.mean(), total.mean() - error, total.mean() + error])
+    error = 1.96 * standard_error(total)
+    result["metric/bits_per_dim"] = total.mean() + torch.tensor([0, -error, error])
     result["error"] = error_by_log_snr(parts, module.schedule, SPECTRUM)
     return result
 
@@ -143,12 +126,10 @@ def measure_all(
     cfg: DictConfig,
     settings: QualitySettings,
     processes: Processes,
-    announce: Callable[[str], object],
 ) -> list[Measurements]:
     """Return the measurements of each run in order; rank 0 only.
 
-    Cached runs are read; the others are divided among the processes. `announce` receives one line with the expected
-    time, unless all are cached.
+    Cached runs are read; the others are divided among the processes, after one printed line with the expected time.
     """
     folder = Path(cfg.cache)
     code, data = code_digest(), data_digest(first)
@@ -174,11 +155,19 @@ def measure_all(
             evaluator()
         processes.gather(None)
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
-        bound_calls = passes * count_val(first, cfg)
+        bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
         module = first.module.to(processes.device)
         if processes.rank == 0:
-            announce(summarize(len(runs), len(missing), samplers[missing[0]], bound_calls, module, cfg, processes))
+            calls, size = module.network_calls(samplers[missing[0]]), min(cfg.batch_size, cfg.n)
+            turns = -(-len(missing) // processes.count)
+            seconds = time_network_call(module, size) / size * (cfg.n * calls + bound_calls) * turns
+            others = f" ({len(runs) - len(missing)} others are cached)" if len(missing) < len(runs) else ""
+            tqdm.write(
+                f"Measuring {len(missing)} runs{others}: {cfg.n} samples with {calls} network calls each, and the "
+                f"bound of validation data; about {format_duration(seconds)} on {processes.count} x "
+                f"{processes.device.type}"
+            )
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
 
     def measure(k: int) -> Measurements:
@@ -186,11 +175,7 @@ def measure_all(
             run = first if k == 0 else open_surveyed(runs[k], cfg)
             run.module.to(processes.device)
             tools, baseline = evaluator()
-            bound_settings = cfg.num_val, cfg.num_terms, cfg.reverse_variance
-            condition = run.data.condition
-            return baseline | measure_run(
-                run.module, samplers[k], tools, *bound_settings, cfg.batch_size, cfg.seed, bar.update, condition
-            )
+            return baseline | measure_run(run, samplers[k], tools, cfg, bar.update)
 
         bar.set_postfix_str(runs[k].folder.name)
         return cached(folder, keys[k], compute)
@@ -202,32 +187,9 @@ def measure_all(
         return [done[k] if k in done else measure(k) for k in range(len(runs))] if processes.rank == 0 else []
 
 
-def summarize(
-    num_runs: int,
-    num_missing: int,
-    sampler: Sampler,
-    bound_calls: int,
-    module: DiffusionModule,
-    cfg: DictConfig,
-    processes: Processes,
-) -> str:
-    """Return one line that announces the measurements and their expected time."""
-    size = min(cfg.batch_size, cfg.n)
-    calls = module.network_calls(sampler)
-    seconds = (
-        time_network_call(module, size) / size * (cfg.n * calls + bound_calls) * -(-num_missing // processes.count)
-    )
-    others = f" ({num_runs - num_missing} others are cached)" if num_missing < num_runs else ""
-    return (
-        f"Measuring {num_missing} runs{others}: {cfg.n} samples with {calls} network calls each, and the bound of "
-        f"validation data; about {format_duration(seconds)} on {processes.count} x {processes.device.type}"
-    )
-
-
-def count_val(opened: OpenedRun, cfg: DictConfig) -> int:
+def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
     """Return the number of validation samples in the bound."""
-    count = len(opened.data.val_indices)
-    return min(cfg.num_val or count, count)
+    return min(cfg.num_val or len(data.val_indices), len(data.val_indices))
 
 
 def data_digest(opened: OpenedRun) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from src.comparison.grouping import common_settings, format_setting
-from src.comparison.plots import chart_name, draw_charts, sample_row
+from src.comparison.plots import chart_name, draw_charts
 from src.comparison.report import (
     LEGEND,
     Report,
@@ -14,7 +14,6 @@ from src.comparison.report import (
     group_order,
     group_rows,
     group_table,
-    is_significant,
     report_markdown,
     run_rows,
     sorted_rankings,
@@ -24,6 +23,7 @@ from src.comparison.statistics import Ranking, describe_ranking, format_differen
 from src.viz.figures import series_style
 from src.viz.tables import format_number, metric_title
 
+SYMBOLS = {"o": "●", "s": "■", "^": "▲"}  # of the line markers in the charts
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_COLUMNS = 9
 """Metrics in one table, so that it fits a page of 1200 pixels."""
@@ -44,7 +44,7 @@ def write_files(folder: Path, report: Report) -> Path:
 
 
 def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
-    """Return the page as HTML with its pictures embedded."""
+    """Return the page as HTML with its images embedded."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -61,32 +61,24 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
     cost_header, costs = cost_table(report)
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        headline=headline(report.groups, report.rankings, metric_title),
-        sentences=[describe_ranking(report.groups, r, metric_title) for r in [*ranked[1:], *unranked]],
+        headline=headline(report.groups, report.rankings),
+        sentences=[describe_ranking(report.groups, r) for r in [*ranked[1:], *unranked]],
         ranked=ranked,
         unranked=unranked,
         tables=[group_table(report, chunk) for chunk in chunks],
         num_settings=len(report.groups[0].settings) or 1,
         best_cells=[[r.best for r in chunk] for chunk in chunks],
         order=group_order(report),
-        symbols=[_symbol(k) for k in range(len(report.groups))],
+        symbols=[(style["color"], SYMBOLS[style["marker"]]) for style in map(series_style, range(len(report.groups)))],
         legend=LEGEND,
         charts=charts,
         chart_name=chart_name,
-        rows=[sample_row(report, k) for k in range(len(report.groups))],
-        real=sample_row(report, None),
         cost_header=cost_header,
         costs=costs,
         common=common_settings(report.groups),
         difference_matrix=difference_matrix,
         column_title=column_title,
     )
-
-
-def _symbol(group: int) -> tuple[str, str]:
-    """Return the color and character of a group, the same as its line marker in the charts."""
-    style = series_style(group)
-    return style["color"], {"o": "●", "s": "■", "^": "▲"}[style["marker"]]
 
 
 def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Mapping[str, str] | None]]:
@@ -98,7 +90,7 @@ def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Map
             low, high = sorted((sign * pair.low, sign * pair.high))
             signed = pair._replace(difference=sign * pair.difference, low=low, high=high)
             better = (signed.difference < 0) == (ranking.direction == "lower")
-            kind = ("better" if better else "worse") if is_significant(pair) else "same"
+            kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
             names = f"{report.groups[a].label} minus {report.groups[b].label}"
             hint = f"{names}: {format_difference(signed)}, {format_p_value(pair.adjusted)}, {pair.verdict}"
             width = (pair.high - pair.low) / 2

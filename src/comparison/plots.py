@@ -1,4 +1,4 @@
-"""Draw the charts and sample pictures of a comparison as PNG."""
+"""Draw the charts and samples of a comparison as PNG."""
 
 import io
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
-    """Return every chart and the sample picture as PNG by name."""
+    """Return every chart and the samples as PNG by name."""
     drawn = {}
     for ranking in sorted_rankings(report):
         if len({x for group in report.groups for x in group.values(ranking.metric)}) > 1:
@@ -32,7 +32,7 @@ def draw_charts(report: Report) -> dict[str, bytes]:
     for name in ("train/loss", "val/loss"):
         if any(name in run.curves for run in runs):
             drawn[f"training_{name.replace('/', '_')}"] = _training_chart(report, name)
-    if (samples := _all_samples(report)) is not None:
+    if (samples := _sample_chart(report)) is not None:
         drawn["samples"] = samples
     return drawn
 
@@ -45,8 +45,8 @@ def chart_name(metric: str) -> str:
 def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     """Draw a row per group: a dot per seed, a bar at their mean, or the interval of a single seed."""
     order = group_order(report)
-    left = 0.3 + 0.075 * max(len(group.label) for group in report.groups)
-    figure, ((axes,),) = figures.new_figure(max(5.4, left + 3), 1.2 + 0.26 * len(order), left=left, top=0.6)
+    width = max(5.4, 3.3 + 0.075 * max(len(group.label) for group in report.groups))
+    figure, ((axes,),) = figures.new_figure(width, 1.2 + 0.26 * len(order))
     for row, k in enumerate(order):
         group, style = report.groups[k], figures.series_style(k)
         values, color = group.values(ranking.metric), style["color"]
@@ -66,7 +66,6 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     direction = f"{ranking.direction} is better" if ranking.best is not None else "not ranked"
     axes.set_title(metric_title(ranking.metric), pad=16)
     axes.set_xlabel(f"value per seed ({direction})")
-    axes.grid(alpha=0.35, axis="x", linewidth=0.6)
     return _png(figures.render_figure(figure).quantize(192))  # half the size
 
 
@@ -122,13 +121,11 @@ def _training_chart(report: Report, name: str) -> bytes:
 
 def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlabel: str, ylabel: str) -> bytes:
     """Draw one chart with the legend of the groups below it."""
-    bottom = 0.65 + 0.17 * math.ceil(len(report.groups) / 2)
-    figure, ((axes,),) = figures.new_figure(5.4, 3.3 + bottom, bottom=bottom)
+    figure, ((axes,),) = figures.new_figure(5.4, 3.9 + 0.17 * math.ceil(len(report.groups) / 2))
     draw(axes)
     figures.set_log_scale(axes, "y")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.35, linewidth=0.6)
-    legend: dict[str, Any] = {"loc": "lower center", "ncols": 2, "fontsize": 8, "frameon": False}
+    legend: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
     return _png(figures.render_figure(figure).quantize(192))  # half the size
 
@@ -145,36 +142,21 @@ def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
     return np.array([np.nanmean(values[max(0, k - radius) : k + radius + 1]) for k in range(len(values))])
 
 
-def sample_row(report: Report, group: int | None) -> bytes | None:
-    """Draw samples of a group's first seed, or real data for None: a row of images or a scatter plot."""
-    samples = report.real if group is None else report.runs[group][0].samples
-    if not len(samples):
-        return None
-    if samples.ndim == 4:
-        return _png(images.image_grid(samples[:16], columns=len(samples[:16]), cell=32))
-    return _png(charts.scatter(samples, limits=_sample_limits(report), size=2.6))
-
-
-def _all_samples(report: Report) -> bytes | None:
-    """Draw the samples of all groups with their labels."""
-    rows = {group.label: runs[0].samples for group, runs in zip(report.groups, report.runs, strict=True)}
+def _sample_chart(report: Report) -> bytes | None:
+    """Draw samples of each group's first seed, and validation data, with their labels."""
+    rows = {report.groups[k].label: report.runs[k][0].samples for k in group_order(report)}
     rows["validation data"] = report.real
     if not all(len(row) for row in rows.values()):
         return None
     if report.real.ndim == 4:
-        count = min(16, *(len(row) for row in rows.values()))
-        return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows)))
-    limits = _sample_limits(report)
+        count = min(map(len, rows.values()))
+        return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows), cell=32))
+    limits = charts.axis_limits(report.real) if report.real.shape[1] > 1 else None
     plots = [images.add_title(charts.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
-    return _png(images.side_by_side(plots, gap=8))
+    return _png(images.tile(plots, columns=4))
 
 
-def _sample_limits(report: Report) -> charts.AxisLimits | None:
-    """Return limits that all scatter plots share, None for images and histograms."""
-    return charts.axis_limits(report.real) if report.real.ndim == 2 and report.real.shape[1] > 1 else None
-
-
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

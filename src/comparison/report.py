@@ -1,18 +1,21 @@
-"""Collect the results of a comparison and write them as Markdown, CSV and JSON values."""
+"""Collect the results of a comparison, and return them as Markdown, CSV and JSON values."""
 
 import csv
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
-from src.comparison.grouping import Group, RunRecord, common_settings, format_setting
+from src.comparison.grouping import Group, common_settings, format_setting, group_by_settings
+from src.comparison.measure import Measurements, baselines_of, with_metrics
 from src.comparison.statistics import (
-    ALPHA,
     Pair,
     Ranking,
     describe_ranking,
@@ -20,7 +23,13 @@ from src.comparison.statistics import (
     format_p_value,
     format_summary,
     headline,
+    metrics_of,
+    rank_groups,
 )
+from src.comparison.survey import SurveyedRun
+from src.distributed.processes import Processes
+from src.training.provenance import code_version, device_name
+from src.viz.charts import read_logs
 from src.viz.tables import direction_arrow, format_number, markdown_table, metric_title
 
 COSTS = {
@@ -41,12 +50,9 @@ LEGEND = (
 class RunData:
     """Samples and curves of one run."""
 
-    samples: Tensor
-    """The first samples, from the same noise in all runs: uint8 (N, C, H, W), or points (N, D)."""
-    error: np.ndarray
-    """Mean squared error of eps in each bin of `SPECTRUM`; NaN for a bin without data."""
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    """Steps and values of logged metrics by name."""
+    samples: Tensor  # the first samples, from the same noise in all runs: uint8 (N, C, H, W), or points (N, D)
+    error: np.ndarray  # mean squared error of eps in each bin of `SPECTRUM`; NaN for a bin without data
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]  # steps and values of logged metrics by name
 
 
 @dataclass(frozen=True)
@@ -58,22 +64,65 @@ class Report:
     implied: Mapping[str, Sequence[Any]]
     """Settings that differ together with those that name the groups: one value per group."""
     rankings: Sequence[Ranking]
-    baselines: Mapping[str, tuple[float, float, float]]
-    """Each metric of real data, with its interval."""
-    runs: Sequence[Sequence[RunData]]
-    """By group and seed."""
-    real: Tensor
-    """Validation data in the format of samples."""
-    notes: Sequence[str]
-    """Skipped runs and the reasons."""
-    setup: Mapping[str, str]
-    """Settings of the measurements."""
+    baselines: Mapping[str, tuple[float, float, float]]  # each metric of real data, with its interval
+    runs: Sequence[Sequence[RunData]]  # by group and seed
+    real: Tensor  # validation data in the format of samples
+    notes: Sequence[str]  # skipped runs and the reasons
+    setup: Mapping[str, str]  # settings of the measurements
+
+
+def build_report(
+    runs: Sequence[SurveyedRun],
+    measurements: Sequence[Measurements],
+    notes: list[str],
+    cfg: DictConfig,
+    processes: Processes,
+) -> Report:
+    """Group the runs, rank the groups by each metric, and return the report."""
+    records = [with_metrics(run.record, each) for run, each in zip(runs, measurements, strict=True)]
+    data = {}
+    for run, record, each in zip(runs, records, measurements, strict=True):
+        curves = read_logs(sorted((run.folder / "logs").glob("version_*/metrics.csv")), ("train/loss", "val/loss"))
+        data[record.name] = RunData(each["samples"], each["error"].numpy(), curves)
+    groups, implied = group_by_settings(records)
+    return Report(
+        title=f"{len(records)} runs compared: {', '.join(map(str, cfg.runs))}",
+        groups=groups,
+        implied=implied,
+        rankings=[rank_groups(groups, metric) for metric in metrics_of(groups)],
+        baselines=baselines_of(measurements[0]),
+        runs=[[data[record.name] for record in group.records] for group in groups],
+        real=measurements[0]["real"],
+        notes=notes,
+        setup=describe_method(cfg, processes),
+    )
+
+
+def describe_method(cfg: DictConfig, processes: Processes) -> dict[str, str]:
+    """Return what is needed to reproduce the measurements."""
+    chosen = {k: v for k, v in cfg.sampler.items() if v is not None and not str(k).startswith("_")}
+    name = "each run's own" if cfg.sampler._target_ is None else str(cfg.sampler._target_).rpartition(".")[2]
+    terms = "all terms" if cfg.num_terms is None else f"{cfg.num_terms} random terms and the decoder's per sample"
+    code = code_version()
+    return {
+        "samples": f"{cfg.n} of each run, from the noise of seed {cfg.seed}",
+        "sampler": ", ".join([name, *(f"{k} {v}" for k, v in chosen.items())]),
+        "weights": "averaged" if cfg.ema else "raw",
+        "reference": "training data" if cfg.reference == "train" else "validation data",
+        "bits/dim": f"the variational bound of {cfg.num_val or 'all'} validation samples, {terms}, reverse variance "
+        f"{cfg.reverse_variance}",
+        "device": f"{processes.count} x {device_name(processes.device)}",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "code": f"commit {code['commit'][:12]}{', with changes' if code['dirty'] else ''}"
+        if code["commit"]
+        else "no git",
+    }
 
 
 def as_json(report: Report) -> dict[str, Any]:
     """Return all results as plain values."""
     return {
-        "headline": headline(report.groups, report.rankings, metric_title),
+        "headline": headline(report.groups, report.rankings),
         "groups": group_rows(report),
         "runs": run_rows(report),
         "metrics": {
@@ -101,26 +150,17 @@ def _pair_row(report: Report, pair: Pair) -> dict[str, Any]:
 
 def run_rows(report: Report) -> list[dict[str, Any]]:
     """Return a row per run: settings of its group, seed, metrics with intervals, and costs."""
-    return [
-        {
-            "run": record.name,
-            **{name: format_setting(value) for name, value in group.settings.items()},
-            "seed": record.seed,
-            **_metric_cells(record),
-            **record.costs,
-        }
-        for group in report.groups
-        for record in group.records
-    ]
-
-
-def _metric_cells(record: RunRecord) -> dict[str, float]:
-    cells: dict[str, float] = {}
-    for name, value in record.values.items():
-        cells[name] = value
-        if name in record.intervals:
-            cells[f"{name} low"], cells[f"{name} high"] = record.intervals[name]
-    return cells
+    rows = []
+    for group in report.groups:
+        for record in group.records:
+            row: dict[str, Any] = {"run": record.name, **{n: format_setting(v) for n, v in group.settings.items()}}
+            row["seed"] = record.seed
+            for name, value in record.values.items():
+                row[name] = value
+                if name in record.intervals:
+                    row[f"{name} low"], row[f"{name} high"] = record.intervals[name]
+            rows.append({**row, **record.costs})
+    return rows
 
 
 def group_rows(report: Report) -> list[dict[str, Any]]:
@@ -149,19 +189,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
 
 
-def is_significant(pair: Pair) -> bool:
-    """Return whether the corrected test rejects that both groups have the same mean."""
-    return pair.adjusted < ALPHA
-
-
 def mark(ranking: Ranking, group: int) -> str:
     """Return the marker that `LEGEND` explains."""
-    if group == ranking.best:
-        return "★"
-    pair = next((pair for pair in ranking.pairs_with_best if pair.second == group), None)
-    if pair is None or is_significant(pair):
-        return ""
-    return "?" if math.isnan(pair.adjusted) else "≈"
+    verdict = ranking.verdict(group)
+    return {"best": "★", "not significant": "≈", "single seed": "?"}.get(verdict or "", "")
 
 
 def sorted_rankings(report: Report) -> list[Ranking]:
@@ -228,9 +259,9 @@ def report_markdown(report: Report) -> str:
         for r in rankings
         for p in r.pairs_with_best
     ]
-    lines = [f"# {report.title}", "", f"**{headline(report.groups, report.rankings, metric_title)}**", ""]
+    lines = [f"# {report.title}", "", f"**{headline(report.groups, report.rankings)}**", ""]
     lines += [markdown_table(*group_table(report, rankings)), "", LEGEND, "", "## By metric", ""]
-    lines += [f"- {describe_ranking(report.groups, r, metric_title)}" for r in rankings]
+    lines += [f"- {describe_ranking(report.groups, r)}" for r in rankings]
     header = ["metric", "best", "other", "difference [95%]", "p (Holm)", "verdict"]
     lines += ["", "## Compared with the best", "", markdown_table(header, pairs)]
     lines += ["", "## Cost", "", markdown_table(*cost_table(report)), ""]

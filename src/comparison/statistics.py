@@ -6,14 +6,14 @@ pairs.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from src.comparison.grouping import LOSS_KEYS, Group, differing_in
-from src.viz.tables import better_direction, format_number
+from src.viz.tables import better_direction, format_number, metric_title
 
 ALPHA = 0.05
 """Significance level: the probability of a false positive in a family of tests."""
@@ -62,10 +62,8 @@ class Ranking:
     summaries: Sequence[Summary | None]
     best: int | None
     reason: str
-    pairs_with_best: Sequence[Pair]
-    """The best group with each other one, corrected over these pairs."""
-    pairs: Sequence[Pair]
-    """All pairs of groups, corrected over all of them."""
+    pairs_with_best: Sequence[Pair]  # the best group with each other one, corrected over these pairs
+    pairs: Sequence[Pair]  # all pairs of groups, corrected over all of them
 
     def verdict(self, group: int) -> Verdict | None:
         """Return the verdict on a group's difference from the best one."""
@@ -138,14 +136,9 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     if reason or len(present) < 2:
         return Ranking(metric, direction, summaries, None, reason, [], pairs)
     sign = 1 if direction == "lower" else -1
-    best = min(present, key=lambda k: sign * _mean(summaries[k]))
+    best = min(present, key=lambda k: sign * fmean(values[k]))
     with_best = compare_pairs(values, [(best, k) for k in present if k != best])
     return Ranking(metric, direction, summaries, best, "", with_best, pairs)
-
-
-def _mean(each: Summary | None) -> float:
-    assert each is not None
-    return each.mean
 
 
 def metrics_of(groups: Sequence[Group]) -> list[str]:
@@ -186,12 +179,9 @@ def join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[[str], str] = str) -> str:
-    """Return which group is better by one metric, and whether the difference is significant.
-
-    `title` returns the readable name of a metric.
-    """
-    metric = title(ranking.metric)
+def describe_ranking(groups: Sequence[Group], ranking: Ranking) -> str:
+    """Return which group is better by one metric, and whether the difference is significant."""
+    metric = metric_title(ranking.metric)
     if ranking.best is None:
         return f"{metric} is not ranked: {ranking.reason or 'only one group has it'}."
     best, others = ranking.best, ranking.pairs_with_best
@@ -200,24 +190,16 @@ def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[
     if len(others) == 1:
         (pair,) = others
         a, b = groups[best].label, groups[pair.second].label
-        shown = f"{values[best]} and {values[pair.second]}"
         counts = " and ".join(str(len(groups[k].values(ranking.metric))) for k in (best, pair.second))
-        match pair.verdict:
-            case "significant":
-                return (
-                    f"{a} is better than {b} in {metric}: {shown}. The difference, {format_difference(pair)} with "
-                    f"{counts} seeds, is significant ({format_p_value(pair.adjusted)})."
-                )
-            case "not significant":
-                return (
-                    f"{a} and {b} do not differ significantly in {metric}: {shown}. The difference is "
-                    f"{format_difference(pair)} with {counts} seeds ({format_p_value(pair.adjusted)})."
-                )
-            case _:
-                return (
-                    f"{a} has a better value than {b} in {metric}: {shown}. A single seed does not show whether the "
-                    "difference is significant: add seed=0,1,2."
-                )
+        result = {
+            "significant": f"{a} is better than {b}",
+            "not significant": f"{a} and {b} do not differ significantly",
+            "single seed": f"{a} has a better value than {b}",
+        }[pair.verdict]
+        difference = f"is {format_difference(pair)} with {counts} seeds ({format_p_value(pair.adjusted)})."
+        if pair.verdict == "single seed":
+            difference = "may be by chance, since a single seed does not show its significance: add seed=0,1,2."
+        return f"{result} in {metric}: {values[best]} and {values[pair.second]}. The difference {difference}"
     parts = [f"{groups[best].label} is best in {metric}: {values[best]}."]
     by_verdict: dict[str, list[str]] = {}
     for pair in sorted(others, key=lambda pair: abs(pair.difference)):
@@ -232,11 +214,11 @@ def describe_ranking(groups: Sequence[Group], ranking: Ranking, title: Callable[
     return " ".join(parts)
 
 
-def headline(groups: Sequence[Group], rankings: Sequence[Ranking], title: Callable[[str], str] = str) -> str:
+def headline(groups: Sequence[Group], rankings: Sequence[Ranking]) -> str:
     """Return the sentence on the main metric."""
     if len(groups) == 1:
         return f"All {len(groups[0].records)} runs have the same settings and differ only in their seed."
     main = next((ranking for ranking in rankings if ranking.best is not None), None)
     if main is None:
         return "No metric can be ranked: none was measured in two groups."
-    return describe_ranking(groups, main, title)
+    return describe_ranking(groups, main)

@@ -20,8 +20,7 @@ class SurveyedRun(NamedTuple):
 
     record: RunRecord
     checkpoint: Path
-    settings: dict[str, Any]
-    """Nested settings from the checkpoint."""
+    settings: dict[str, Any]  # nested settings from the checkpoint
     folder: Path
 
 
@@ -36,13 +35,15 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
             + newest_run("runs", Path("outputs"))
         )
     folders: list[Path] = []
+
+    def by_number(folder: Path) -> tuple[float, str]:
+        return int(folder.name) if folder.name.isdecimal() else math.inf, folder.name
+
     for name in map(str, paths):
-        if not name.strip():
-            raise ValueError("runs=[''] must name folders of runs or sweeps")
         folder = Path(name)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder.resolve()}: runs=... takes folders of runs or sweeps")
-        inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=_by_number)
+        inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=by_number)
         if not inside:
             hint = newest_run("runs", folder) or ": runs=... takes folders of runs or sweeps"
             raise ValueError(f"no run in {folder}{hint}")
@@ -53,10 +54,6 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
 def is_run(folder: Path) -> bool:
     """Return whether a run was started in this folder."""
     return (folder / "checkpoints").is_dir() or (folder / "train.log").is_file()
-
-
-def _by_number(folder: Path) -> tuple[float, str]:
-    return (int(folder.name) if folder.name.isdecimal() else math.inf, folder.name)
 
 
 def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:

@@ -1,15 +1,18 @@
 """Check a configuration against the signatures of its targets before anything is built."""
 
 import difflib
+import importlib
 import inspect
+import pkgutil
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
-from hydra.utils import get_method
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError
+
+from src.errors import sentence
 
 GRID_SETTINGS = ("steps", "spacing")
 """Settings of a sampler's YAML that define the time grid and are not arguments of its function."""
@@ -21,28 +24,19 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
     Raises ValueError for unknown arguments and for values that do not match the annotated type.
     """
     if "_target_" in cfg:
-        target = get_method(cfg._target_)
-        signature = inspect.signature(target)
+        target = import_target(f"{name}._target_", str(cfg._target_))
+        parameters = inspect.signature(target).parameters
         hints = _hints(target)
-        open_ended = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
-        for key in map(str, cfg):
-            if key.startswith("_"):
-                continue
-            if name == "sampler" and key in GRID_SETTINGS:
-                if key == "steps" and not _matches(cfg[key], int):
-                    raise ValueError(f"{name}.steps={cfg[key]} must be an integer")
-                continue
+        keys = [key for key in map(str, cfg) if not key.startswith("_")]
+        if name == "sampler":
+            if not _matches(cfg.get("steps", 1), int):
+                raise ValueError(f"{name}.steps={cfg.steps} must be an integer")
+            keys = [key for key in keys if key not in GRID_SETTINGS]
+        unknown = [key for key in keys if key not in parameters]
+        if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(_unknown_arguments(cfg, name, unknown, parameters))
+        for key in keys:
             dotted = f"{name}.{key}"
-            if key not in signature.parameters and not open_ended:
-                # Our code passes the arguments without defaults of our own functions.
-                ours = str(cfg._target_).startswith("src.")
-                known = [k for k, p in signature.parameters.items() if p.default is not p.empty or not ours]
-                known += GRID_SETTINGS if name == "sampler" else ()
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
-                if cfg[key] is not None:  # another option may set it
-                    hint += f"; if another option sets it, type ~{dotted}"
-                raise ValueError(f"unknown setting '{dotted}' for {cfg._target_}; {hint}")
             try:
                 value = cfg[key]
             except InterpolationKeyError as error:
@@ -59,6 +53,38 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
     for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))
+
+
+def import_target(setting: str, path: str) -> Any:
+    """Return the class or function at a dotted path. Raises ValueError, with the reason, if it cannot be imported."""
+    try:
+        try:
+            target = pkgutil.resolve_name(path)
+        except AttributeError:  # which hides an ImportError in the module
+            importlib.import_module(path.rpartition(".")[0])
+            raise
+        if callable(target):
+            return target
+        raise TypeError("it is neither a class nor a function")
+    except Exception as error:  # a module of the user's own may raise anything
+        raise ValueError(
+            f"{setting}={path} cannot be imported ({sentence(error)}); correct the name, or type PYTHONPATH=FOLDER in "
+            "front of python for a module in FOLDER"
+        ) from error
+
+
+def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], parameters: Mapping[str, Any]) -> str:
+    """Return the message for the keys of a node that its target does not take."""
+    # Our code passes the arguments without defaults of our own functions.
+    ours = str(cfg._target_).startswith("src.")
+    known = [k for k, p in parameters.items() if p.default is not p.empty or not ours]
+    known += GRID_SETTINGS if name == "sampler" else ()
+    close = difflib.get_close_matches(unknown[0], known, n=1) if len(unknown) == 1 else []
+    hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
+    if removable := [f"~{name}.{key}" for key in unknown if cfg[key] is not None]:  # another option may set it
+        hint += f"; if another option sets it, type {' '.join(removable)}"
+    shown = ", ".join(f"'{name}.{key}'" for key in unknown)
+    return f"unknown setting{'s' if len(unknown) > 1 else ''} {shown} for {cfg._target_}; {hint}"
 
 
 def _hints(target: Any) -> dict[str, Any]:
@@ -89,15 +115,20 @@ def _matches(value: Any, hint: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    literals = [typing.get_args(option) for option in options if typing.get_origin(option) is Literal]
+    texts = dict.fromkeys(str(text) for each in literals for text in each)  # Lightning repeats some
+    described = [_describe_type(option) for option in options if typing.get_origin(option) is not Literal]
+    return " or ".join([*([f"one of {', '.join(texts)}"] if texts else []), *described])
+
+
+def _describe_type(hint: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "text"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in args)
-    if hint is type(None):
-        return "null"
     if origin is Callable:
         return "a node with the _target_ of a function"
-    if hint in (bool, int, float, str):
-        return {bool: "true or false", int: "an integer", float: "a number", str: "text"}[hint]
+    if inspect.isclass(origin) and issubclass(origin, Sequence) and args:
+        return f"a list, each {_describe(args[0])}"
+    if hint in names:
+        return names[hint]
     return hint.__name__ if inspect.isclass(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
@@ -14,8 +15,10 @@ from types import FrameType
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
@@ -24,7 +27,7 @@ from src.config import resolvers, sweeps  # noqa: F401 - conf/ needs what the fi
 from src.config.help import help_text
 from src.config.output import DeferredOutput, defer_output, discard_output, preserve_sweep, store_output
 from src.config.overrides import check_overrides, choose_none, expand_grid, expand_home, key_of, split_arguments
-from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
+from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
 from src.distributed.ranks import (
     exit_process,
@@ -96,17 +99,17 @@ def _launch(
     deferred: DeferredOutput | None = None
     folder = Path()
     try:
-        overrides, flags = split_arguments(sys.argv[1:])
-        if "--version" in flags:
+        overrides, words = split_arguments(sys.argv[1:])
+        if "--version" in words:
             print(f"{src.NAME} {src.__version__}")
             return
-        added = extra_folders(overrides, _flag_value(flags, "--config-dir", "-cd"))
-        if {"--help", "-h"} & set(flags):
+        flags = get_args_parser().parse_args(words)
+        added = extra_folders(overrides, flags.config_dir)
+        if flags.help:
             print(help_text(config_name, config_groups(config_folders(added))))
             return
-        multirun = bool({"-m", "--multirun"} & set(flags))
-        overrides, deferred, folder = _prepare(config_name, overrides, flags, multirun, added, together)
-        sys.argv[1:] = [*flags, *overrides]
+        overrides, deferred, folder = _prepare(config_name, overrides, flags, added, together)
+        sys.argv[1:] = [*words, *overrides]
     except UsageError as error:
         sys.exit(_report(error))
 
@@ -140,14 +143,14 @@ def _launch(
                 with suppress(OSError):  # fails if the job wrote into its folder
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=_flag_value(flags, "-cn") or config_name)
-    if not (multirun and deferred):
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)
+    if not (flags.multirun and deferred):
         run(run_task)()
         return
     if not full_error:  # Hydra then raises a job's error here instead of exiting with status 1
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers():
+        with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers(), one_line_per_refusal():
             run(run_task)()
     except UsageError as error:
         if full_error:
@@ -159,40 +162,32 @@ def _launch(
 
 
 def _prepare(
-    config_name: str, overrides: list[str], flags: list[str], multirun: bool, added: list[str], together: str | None
+    config_name: str, overrides: list[str], flags: Namespace, added: list[str], together: str | None
 ) -> tuple[list[str], DeferredOutput | None, Path]:
     """Return the overrides for Hydra, the deferred output and the output folder. Raises UsageError."""
-    if _flag_value(flags, "--experimental-rerun") or any(flag.startswith("--e") for flag in flags):
+    if flags.experimental_rerun:
         raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
         warn_repeated(overrides)
-    overrides = expand_home(overrides)
-    overrides = expand_sweep(overrides) if multirun else expand_resume(overrides)
+    typed = expand_home(overrides)
+    overrides = expand_sweep(typed) if flags.multirun else expand_resume(typed)
     overrides = choose_none(overrides, config_folders(added))
-    check_unused(overrides, multirun)
+    check_unused(overrides, flags.multirun)
     if rank() > 0:
         run_as_worker()
-    if {"--hydra-help", "--info", "-i", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"} & {
-        flag.partition("=")[0] for flag in flags
-    }:
+    if flags.hydra_help or flags.info or flags.shell_completion or flags.config_path or flags.config_name:
         return overrides, None, Path()
-    if together and not multirun:
+    if together and not flags.multirun:
         overrides = expand_grid(config_name, overrides, together, added)
-    cfg = check_overrides(config_name, overrides, multirun, added)
-    if {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
+    try:
+        cfg = check_overrides(config_name, overrides, flags.multirun, added)
+    except UsageError as error:
+        raise explain_resume(error, config_name, typed, overrides, added) from error
+    if flags.cfg:
         return overrides, None, Path()
-    overrides, deferred, folder = defer_output(cfg, overrides, multirun)
+    overrides, deferred, folder = defer_output(cfg, overrides, flags.multirun)
     check_writable(overrides)
     return overrides, deferred, folder
-
-
-def _flag_value(flags: list[str], *names: str) -> str | None:
-    """Return the value of one of Hydra's flags; None if it is not typed."""
-    for flag, following in zip(flags, [*flags[1:], None], strict=False):
-        name, equals, value = flag.partition("=")
-        if name in names:
-            return value if equals else following
-    return None
 
 
 def warn_repeated(overrides: list[str]) -> None:
@@ -217,6 +212,23 @@ def block_signals_of_workers() -> Iterator[None]:
     threading.Thread(target=threading.Event().wait, daemon=True).start()  # receives them for the main thread
     with signals_blocked():
         yield
+
+
+@contextmanager
+def one_line_per_refusal() -> Iterator[None]:
+    """Keep Hydra from printing "Error executing job" before the UsageError of a sweep's job, which is one line."""
+    hydras = JobReturn.__dict__["return_value"]
+
+    def value(job: JobReturn) -> Any:
+        if isinstance(job._return_value, UsageError):
+            raise job._return_value
+        return hydras.fget(job)
+
+    setattr(JobReturn, "return_value", property(value, hydras.fset))  # noqa: B010 - mypy refuses an assignment
+    try:
+        yield
+    finally:
+        setattr(JobReturn, "return_value", hydras)  # noqa: B010
 
 
 def quote_run_dir() -> None:

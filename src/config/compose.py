@@ -19,11 +19,7 @@ PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slu
 
 
 def compose(
-    config_name: str,
-    overrides: Sequence[str],
-    added: Sequence[str],
-    names: Sequence[str],
-    groups: dict[str, list[str]],
+    command: str, overrides: Sequence[str], added: Sequence[str], names: Sequence[str], groups: dict[str, list[str]]
 ) -> DictConfig:
     """Return the configuration, with Hydra's own node; `names` are the known settings.
 
@@ -32,24 +28,22 @@ def compose(
     search = [f"hydra.searchpath=[{','.join(map(quoted, added))}]"] if added else []
     rest = [override for override in overrides if _key(override) != "hydra.searchpath"]
     try:
-        return hydra.compose(config_name, [*rest, *search], return_hydra_config=True)
+        return hydra.compose(command, [*rest, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         message = " ".join(str(error).partition("\nConfig search path")[0].split())
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
             group, _, option = match[1].rpartition("/")
             choice = next((each for each in overrides if _key(each) == group), f"{group}={option.lstrip('_')}")
-            message = f"{choice} needs {match[2]}, which src.{config_name} lacks; choose another {group}"
+            message = f"{choice} needs {match[2]}, which src.{command} lacks; choose another {group}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
-            message = _missing_plugin(match[1], match[2])
+            message = _missing_plugin(*match.groups())
         elif match := re.search(r"Multiple values for (\S+)\. To override", message):
             message = f"{match[1]} is chosen already; type {match[1]}=... without the +"
         elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
             line = next((each for each in overrides if _key(each) == match[1]), match[1])
             hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)
             if match[1].startswith(("hydra.launcher", "hydra.sweeper")):
-                hint = (
-                    "; choose the launcher or sweeper first, as in hydra/launcher=slurm. --cfg hydra lists its settings"
-                )
+                hint = "; choose its option first, as in hydra/launcher=slurm. --cfg hydra lists the settings"
             elif not hint:
                 hint = "; --help lists the settings"
             if "To append to your config use " in message and not hint.startswith("; type "):

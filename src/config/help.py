@@ -5,40 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from src.config.search_path import CONF
 
-EXAMPLES = {
-    "train": (
-        "experiment=digits",
-        "data=cifar10 model=unet_small schedule=cosine trainer.devices=4",
-        "-m data=points seed=0,1,2 optimizer.lr=1e-3,3e-3",
-    ),
-    "sample": (
-        "run=outputs/train/RUN n=64",
-        "run=outputs/train/RUN sampler=ddim sampler.steps=50",
-        "run=outputs/train/RUN cond=[0,1] guidance.scale=2",
-    ),
-    "evaluate": (
-        "run=outputs/train/RUN",
-        "run=outputs/train/RUN sampler=ddim,dpmpp_2m sampler.steps=10,20",
-        "analytic=mixture",
-    ),
-    "compare": (
-        "outputs/sweeps/SWEEP",
-        "outputs/train/RUN_A outputs/train/RUN_B",
-        "outputs/sweeps/SWEEP sampler=ddim sampler.steps=50",
-    ),
-    "export": (
-        "run=outputs/train/RUN",
-        "ckpt=outputs/train/RUN/checkpoints/best.ckpt",
-        "run=outputs/train/RUN ema=false",
-    ),
-    "schedules": ("names=[linear,cosine]", "num_steps=100 zero_terminal_snr=true", "data=mnist frames=9"),
-    "dashboard": ("entity=TEAM", "entity=TEAM report=true", "entity=TEAM project=PROJECT"),
-}
-"""Example overrides."""
-
 
 def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the help of `src.<command>`: conf/<command>.yaml and the options that its defaults list chooses."""
+    """Return the help of `src.<command>`: conf/<command>.yaml, whose head has examples, and the options it chooses."""
     text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
     chosen = {
         group: option
@@ -49,7 +18,7 @@ def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
     lists = [f"  {f'{group}:':<{width}} {', '.join(groups[group])} (default {chosen[group]})" for group in chosen]
     lines = [
         f"Usage: python -m src.{command} [GROUP=OPTION ...] [SETTING=VALUE ...]",
-        *("", "Examples:", *(f"  python -m src.{command} {words}" for words in EXAMPLES[command])),
+        *("", "Examples:", *(f"  {line}" for line in re.findall(r"^# (python .*)$", text, re.MULTILINE))),
         *(["", "Config groups (GROUP=OPTION), files under conf/ and in --config-dir:", *lists] if lists else []),
         *("", "Settings (SETTING=VALUE):", *_settings(text, groups)),
     ]

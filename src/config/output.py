@@ -8,11 +8,11 @@ writes both.
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
@@ -45,10 +45,8 @@ class PendingOutput(NamedTuple):
     subdir: str | None
     texts: dict[str, str]
     """Contents of the files in `subdir`, by name."""
-    job_logging: DictConfig
-    verbose: Any
-    lines: MemoryHandler
-    """The log so far."""
+    logs: list[tuple[MemoryHandler, logging.FileHandler]]
+    """The lines so far of each log file, which is not open yet."""
 
 
 _pending: PendingOutput | None = None
@@ -90,29 +88,22 @@ def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
             *deferred.overrides,
         ]
     job_logging: Any = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
-    configure_log(without_files(job_logging), settings.verbose)
-    if rank() > 0:  # the first process writes for all
-        return
-    lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
-    logging.getLogger().addHandler(lines)
+    for handler in (job_logging.get("handlers") or {}).values():
+        if "filename" in handler:
+            handler.delay = True  # opens the file at the first line
+    configure_log(job_logging, settings.verbose)
+    root, logs = logging.getLogger(), []
+    for file in [each for each in root.handlers if isinstance(each, logging.FileHandler)]:
+        root.removeHandler(file)
+        if rank() == 0:  # the first process writes for all
+            logs.append((MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1), file))
+            root.addHandler(logs[-1][0])
     texts = {
         "config.yaml": OmegaConf.to_yaml(cfg),  # the task may change it later
         "hydra.yaml": OmegaConf.to_yaml(HydraConfig.instance().cfg),
         "overrides.yaml": OmegaConf.to_yaml(settings.overrides.task),
     }
-    _pending = PendingOutput(deferred.output_subdir, texts, job_logging, settings.verbose, lines)
-
-
-def without_files(job_logging: DictConfig) -> DictConfig:
-    """Return a logging configuration without the handlers that write files."""
-    plain: Any = OmegaConf.to_container(job_logging)
-    files = {name for name, handler in (plain.get("handlers") or {}).items() if "filename" in handler}
-    for node in (plain.get("root"), *(plain.get("loggers") or {}).values()):
-        if node and node.get("handlers"):
-            node["handlers"] = [name for name in node["handlers"] if name not in files]
-    plain["handlers"] = {name: h for name, h in (plain.get("handlers") or {}).items() if name not in files}
-    made: DictConfig = OmegaConf.create(plain)
-    return made
+    _pending = PendingOutput(deferred.output_subdir, texts, logs)
 
 
 def start_output(folder: Path) -> Path:
@@ -125,44 +116,26 @@ def start_output(folder: Path) -> Path:
         return folder
     pending, _pending = _pending, None
     if pending.subdir is not None:
-        write_texts(folder / pending.subdir, pending.texts)
-    logging.getLogger().removeHandler(pending.lines)
-    configure_log(pending.job_logging, pending.verbose)
-    files = [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
-    for line in pending.lines.buffer:
-        for handler in files:
-            handler.handle(line)
+        with TemporaryDirectory(prefix=".", dir=folder) as aside:  # a full disk leaves the old files
+            for name, text in pending.texts.items():
+                (Path(aside) / name).write_text(text, encoding="utf-8")
+            (folder / pending.subdir).mkdir(parents=True, exist_ok=True)
+            for name in pending.texts:
+                os.replace(Path(aside) / name, folder / pending.subdir / name)
+    root = logging.getLogger()
+    for lines, file in pending.logs:
+        root.removeHandler(lines)
+        root.addHandler(file)
+        Path(file.baseFilename).touch()
+        for line in lines.buffer:
+            file.handle(line)
     return folder
 
 
-def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
-    """Write files by name and replace the old ones once all are on disk. Leaves no files if that fails."""
-    existed = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    partials = {folder / f".{name}.partial": folder / name for name in texts}
-    try:
-        for partial, path in partials.items():
-            partial.write_text(texts[path.name], encoding="utf-8")
-        for partial, path in partials.items():
-            os.replace(partial, path)
-    except BaseException:
-        if existed:
-            for partial in partials:
-                partial.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(folder)
-        raise
-
-
 def discard_output() -> None:
-    """Discard the output of a rejected job."""
+    """Discard the output of a rejected job and close its log file if one is open."""
     global _pending
     _pending = None
-    close_log()
-
-
-def close_log() -> None:
-    """Close the job's log file if one is open."""
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler | MemoryHandler)]:
         root.removeHandler(handler)
@@ -185,12 +158,11 @@ def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        started = _start_times(sweep, subdir) != jobs
-        if existed and started and file.is_file():
-            aside.unlink()
+        if _start_times(sweep, subdir) != jobs:
+            aside.unlink(missing_ok=True)
         elif existed:
             os.replace(aside, file)
-        elif not started and sweep.is_dir() and all(path.is_file() for path in sweep.iterdir()):
+        else:
             for path in [file, *sweep.glob(".worker_*")]:
                 path.unlink(missing_ok=True)
 
@@ -199,3 +171,9 @@ def _start_times(sweep: Path, subdir: str | None) -> dict[Path, int]:
     """Return when each job of a sweep last started."""
     files = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+def relative(path: Path) -> Path:
+    """Return `path` relative to the folder in which the command was typed, if it is below it."""
+    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+    return path.absolute().relative_to(here) if path.absolute().is_relative_to(here) else path.absolute()

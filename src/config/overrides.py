@@ -1,7 +1,6 @@
 """Check overrides before any slow import: Hydra's errors, with a hint what to type instead."""
 
 import difflib
-import itertools
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
@@ -18,25 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
-from src.config.rules import check_combinations, check_type, check_value, check_values
+from src.config.rules import check_combinations, check_required, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
-
-PATHS = (
-    *("run", "runs", "ckpt", "resume", "encoder", "cache", "inception_weights", "dinov2_model", "guidance.model"),
-    *(
-        "data.root",
-        "data.path",
-        "data.source.labels",
-        "data.source.captions",
-        "schedule.betas",
-        "hydra.run.dir",
-        "hydra.sweep.dir",
-    ),
-    "conditioning.encode.model",
-)
-"""Settings whose value is a file or a folder."""
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
@@ -87,35 +72,30 @@ def last_value(overrides: Sequence[str], name: str) -> str | None:
 
     Raises UsageError for an empty one.
     """
-    text = None
-    for override in overrides:
-        if key_of(override) != name:
-            continue
-        try:
-            value = parsed(override)
-        except HydraException:  # `check_overrides` reports it
-            text = override.partition("=")[2]
-            continue
-        if value.is_delete() or value.is_sweep_override() or value.value() is None:
-            text = None
-            continue
-        text = str(value.value())
-        if not text.strip():
-            raise UsageError(f"{name}= is empty; give a value, or leave it out")
-        with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
-            text = str(OmegaConf.create({"value": text})["value"])
+    override = next((each for each in reversed(overrides) if key_of(each) == name), None)
+    if override is None:
+        return None
+    try:
+        read = parsed(override)
+    except HydraException:  # `check_overrides` reports it
+        return override.partition("=")[2]
+    if read.is_delete() or read.is_sweep_override() or read.value() is None:
+        return None
+    text = str(read.value())
+    if not text.strip():
+        raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
+        text = str(OmegaConf.create({"value": text})["value"])
     return text
 
 
 def expand_home(overrides: Sequence[str]) -> list[str]:
     """Replace `~` at the start of a path by the home folder: shells do not expand it after `data.root=`."""
-    home, expanded = str(Path.home()), []
+    expanded = []
     for override in overrides:
-        name, _, value = override.partition("=")
-        if name.lstrip("+") in PATHS:
-            value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: m[1] + m[2] + home, value)
-            override = f"{name}={value}"
-        expanded.append(override)
+        name, equals, value = override.partition("=")
+        value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: f"{m[1]}{m[2]}{Path.home()}", value)
+        expanded.append(f"{name}{equals}{value}")
     return expanded
 
 
@@ -141,7 +121,6 @@ def check_overrides(
     for invalid values.
     """
     groups = config_groups(folders := config_folders(added))
-    _check_spaces(overrides)
     read = [_parse(config_name, word, groups) for word in overrides]
     foreign = any("pkg://" in each for each in added)  # its options cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
@@ -173,6 +152,7 @@ def check_overrides(
                 check_type(name, _select(plain, name), value)
                 check_value(name, value)
     last = {override.key_or_group: override for override in read}
+    check_required(config_name, base, final)
     names = {name for name, override in last.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
@@ -204,25 +184,12 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
         raise UsageError(f"{group}=... and {group}s=... exclude each other; leave one out")
     if wrong := [o for o in own if o.is_sweep_override() and not (o.is_choice_sweep() or o.is_range_sweep())]:
         raise UsageError(f"{wrong[0].input_line} is an interval; list its values, as in 10,20,50")
-    values = [list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in own]
-    names = [o.key_or_group for o in own]
-    combinations = [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]
-    for combination in combinations:
-        check_overrides(config_name, [*rest, *(f"{name}={v}" for name, v in combination.items())], added=added)
-    items = [",".join(f"{name.removeprefix(f'{group}.')}:{value}" for name, value in c.items()) for c in combinations]
+    (jobs,) = BasicSweeper.split_arguments(own, max_batch_size=None)
+    items = []
+    for job in jobs:
+        check_overrides(config_name, [*rest, *job], added=added)
+        items.append(",".join(each.lstrip("+").removeprefix(f"{group}.").replace("=", ":", 1) for each in job))
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
-
-
-def _check_spaces(words: Sequence[str]) -> None:
-    """Raise UsageError for an override that spaces around `=` split into several words."""
-    for k, word in enumerate(words):
-        after = next(iter(words[k + 1 :]), "")
-        before = words[k - 1] if k else ""
-        split = [word, after] if word.endswith("=") and word != "=" and after and "=" not in after else []
-        if word.startswith("=") and before:
-            split = [before, word, after] if word == "=" else [before, word]
-        if split:
-            raise UsageError(f"{' '.join(split)} has spaces around its '='; type {''.join(split)}")
 
 
 def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
@@ -231,15 +198,12 @@ def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Overrid
     if not equals and not word.startswith("~"):
         raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, word, groups)}")
     try:
-        override = parsed(word)
+        return parsed(word)
     except HydraException as error:
         fix = "overrides look like key=value"
         if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
             fix = f"if its value is one string, type {format_override(name, value)}"
         raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
-    if override.key_or_group in PATHS and not override.is_delete() and isinstance(override.value(), dict):
-        raise UsageError(f"{word} is a dictionary; for a path of that name type {format_override(name, value)}")
-    return override
 
 
 def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str:
@@ -250,7 +214,7 @@ def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str
             setting = "ckpt"
         return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
     choices = [f"{group}={word}" for group, options in groups.items() if word in options]
-    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value"
+    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value, without spaces"
 
 
 def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
@@ -277,16 +241,11 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
     hint = key_hint(key, override.get_value_element_as_str(), names, groups)
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
-        raise UsageError(
-            f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint or f'; it takes {_arguments(node)}'}"
-        )
+        hint = hint or f"; it takes {', '.join(name for name in map(str, node) if name[0] != '_')}"
+        raise UsageError(f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint}")
     added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # of the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
-
-
-def _arguments(node: DictConfig) -> str:
-    return ", ".join(str(key) for key in node if not str(key).startswith("_"))
 
 
 def _select(plain: Any, name: str) -> Any:

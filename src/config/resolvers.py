@@ -1,7 +1,6 @@
 """Resolvers for `${name:...}` in conf/; importing this module registers them with OmegaConf."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -11,11 +10,6 @@ from omegaconf import OmegaConf
 
 from src.config import sweeps
 from src.distributed.ranks import fresh_folder
-
-
-def length(items: Sequence[object] | None) -> int:
-    """Return the number of items; 0 for null."""
-    return len(items or ())
 
 
 def wandb_offline() -> bool:
@@ -60,7 +54,7 @@ def _overrides(file: Path) -> list[str]:
 
 OmegaConf.register_new_resolver("fresh_folder", fresh_folder, replace=True)
 OmegaConf.register_new_resolver("gpus_per_job", lambda: min(1, len(sweeps.gpus())), replace=True)
-OmegaConf.register_new_resolver("length", length, replace=True)
+OmegaConf.register_new_resolver("length", lambda items: len(items or ()), replace=True)
 OmegaConf.register_new_resolver("parallel_jobs", sweeps.parallel_jobs, replace=True)
 OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)

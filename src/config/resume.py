@@ -2,17 +2,17 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import key_of, last_value
+from src.config.overrides import check_overrides, key_of, last_value, parsed
+from src.config.search_path import CONF
 from src.errors import UsageError, first_line
-from src.quoting import format_override, quoted
+from src.quoting import format_override, quoted, shell_word
 
 PATH_KEYS = ("data.root", "data.path", "data.source.labels", "data.source.captions")
 """Settings of files that a run only reads."""
@@ -25,6 +25,9 @@ CHOICE = re.compile(r"\w*|\[[\w,]*\]")
 """Names of options under conf/."""
 
 NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
+
+WANDB_LOG = re.compile(r"wandb/[^/]*run-[^/]*/logs/debug-core\.log")
+"""The link that W&B creates in a run's folder, at each start, to its log in the user's cache."""
 
 
 def expand_resume(overrides: list[str]) -> list[str]:
@@ -55,6 +58,44 @@ def expand_resume(overrides: list[str]) -> list[str]:
     return [*(o for o in before if o not in now), *now, f"hydra.run.dir={_quoted(folder)}"]
 
 
+def explain_resume(
+    error: UsageError, command: str, typed: Sequence[str], expanded: Sequence[str], added: Sequence[str]
+) -> UsageError:
+    """Return the error of `expanded` overrides, which `expand_resume` made of the `typed` ones, in terms of `typed`."""
+    folder = last_value(expanded, "resume")
+    if folder in (None, "auto"):
+        return error
+    saved = Path(str(folder))
+    own = [o for o in typed if key_of(o) not in ("resume", "trust", "hydra.run.dir")]
+    if alone := _refusal(command, own, added):
+        return alone
+    if _refusal(command, saved_overrides(saved), added) is None:
+        why, repeats = str(error).partition(";")[0], format_override("resume", saved)
+        return UsageError(f"{' '.join(own)} does not fit the settings that {repeats} repeats ({why}); leave it out")
+    if missing := [folder for folder in _recorded_folders(saved) if f"file://{folder}" not in added]:
+        return UsageError(f"{error}; the run was started with --config-dir {shell_word(missing[0])}: add it")
+    return error
+
+
+def _refusal(command: str, overrides: Sequence[str], added: Sequence[str]) -> UsageError | None:
+    """Return the error of overrides that `check_overrides` refuses."""
+    try:
+        check_overrides(command, overrides, added=added)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _recorded_folders(run: Path) -> list[str]:
+    """Return the user's config folders that Hydra recorded for a run."""
+    try:
+        sources = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())["hydra"]["runtime"]["config_sources"]
+        folders = [str(source["path"]) for source in sources if source["schema"] == "file"]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # written by hand
+        return []
+    return [folder for folder in folders if Path(folder) != CONF and folder.isprintable()]
+
+
 def expand_sweep(overrides: list[str]) -> list[str]:
     """Replace `resume=auto` of a sweep by the folder of the newest sweep that the same overrides started.
 
@@ -72,17 +113,18 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         try:
             # plain YAML: OmegaConf would resolve `${...}`.
             before = yaml.safe_load(saved.read_text())["hydra"]["overrides"]
-            typed_overrides = {*before["task"], *before["hydra"]} - {"hydra.mode=MULTIRUN"}
+            typed_overrides = {*before["task"], *before["hydra"]}
         except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # a sweep killed while it started
             continue
-        of_place = "hydra.sweep.dir="
-        if {
-            o
-            for o in typed_overrides
-            if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o) or o.startswith(of_place))
-        } == {o for o in overrides if not (RESUME_OVERRIDE.match(o) or OUTPUT_OVERRIDE.match(o))}:
-            return [*overrides, f"{of_place}{_quoted(str(saved.parent))}"]
+        if _describing(typed_overrides) == _describing(overrides):
+            return [*overrides, f"hydra.sweep.dir={_quoted(str(saved.parent))}"]
     return overrides
+
+
+def _describing(overrides: Iterable[str]) -> set[str]:
+    """Return the overrides that neither select a run or sweep nor say where it writes."""
+    where = re.compile(rf"{RESUME_OVERRIDE.pattern}|{OUTPUT_OVERRIDE.pattern}|hydra\.sweep\.dir=|hydra\.mode=")
+    return {override for override in overrides if not where.match(override)}
 
 
 def unfinished_run(overrides: Sequence[str]) -> str | None:
@@ -96,8 +138,8 @@ def unfinished_run(overrides: Sequence[str]) -> str | None:
         saved = folder / ".hydra" / "overrides.yaml"
         if not (saved.is_file() and any((folder / "checkpoints").glob("*.ckpt"))):
             continue
-        typed_overrides = {o for o in overrides if not RESUME_OVERRIDE.match(o)}
-        if named or (set(saved_overrides(folder)) == typed_overrides and not (folder / "metrics.json").exists()):
+        same = _describing(saved_overrides(folder)) == _describing(overrides)
+        if named or (same and not (folder / "metrics.json").exists()):
             return str(folder)
     return None
 
@@ -124,7 +166,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
     remedy = f"; add trust=true if you started {folder} yourself, or start a new run"
     for line in overrides:
         try:
-            (override,) = OverridesParser.create().parse_overrides([line])
+            override = parsed(line)
         except HydraException as error:
             raise UsageError(f"{folder} contains {line!r:.100}, which is not an override{remedy}") from error
         key, value = override.key_or_group, line.partition("=")[2]
@@ -144,18 +186,10 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             continue
         raise UsageError(f"{folder} contains {line!r:.100}, which {what}{remedy}")
     for path in folder.rglob("*"):
-        if is_wandb_log(path.relative_to(folder)):
+        if WANDB_LOG.fullmatch(path.relative_to(folder).as_posix()):
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{path} links out of the run's folder{remedy}")
-
-
-def is_wandb_log(path: Path) -> bool:
-    """Return whether a path in a run's folder is the link that W&B creates to its log in the user's cache.
-
-    W&B creates one at each start and writes nothing through it.
-    """
-    return len(path.parts) == 4 and path.match("wandb/*run-*/logs/debug-core.log")
 
 
 def _quoted(folder: str) -> str:
@@ -166,8 +200,6 @@ def check_writable(overrides: Sequence[str]) -> None:
     """Create the typed output folder. Raises UsageError if that fails."""
     for name in ("hydra.run.dir", "hydra.sweep.dir"):
         folder = last_value(overrides, name)
-        if any(key_of(o) == name and "\\${" in o for o in overrides):
-            raise UsageError(f"{name}={folder} contains ${{, which OmegaConf would resolve; choose another folder")
         if folder is not None and "${" not in folder:
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -181,9 +213,8 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     """Raise UsageError if the typed folder holds a run or a sweep, whose files Hydra would overwrite."""
     name, kind = ("hydra.sweep.dir", "sweep") if multirun else ("hydra.run.dir", "run")
     folder = last_value(overrides, name)
-    if folder is None or last_value(overrides, "resume") is not None:
-        return
-    if multirun and last_value(overrides, "hydra.sweep.subdir") is not None:  # it names the folders of its jobs
+    own_names = multirun and last_value(overrides, "hydra.sweep.subdir") is not None  # of the folders of its jobs
+    if folder is None or last_value(overrides, "resume") is not None or own_names:
         return
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
@@ -194,10 +225,7 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
 
 
 def newest_run(name: str, folder: Path) -> str:
-    """Return the end of an error: the newest run at most two folders below `folder`, as an override of `name`.
-
-    Returns an empty string if there is none.
-    """
+    """Return the end of an error: the newest run at most two folders below `folder`, as an override; perhaps empty."""
     found = [path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints/*.ckpt")]
     if not found:
         return ""

@@ -78,20 +78,8 @@ CHOICES = {
 }
 """Texts that a setting takes, alone or in a list."""
 
-EXCLUSIVE = (("validate_every", "trainer.val_check_interval"),)
-"""Settings that exclude each other when both are typed."""
-
-REQUIRED_GROUPS = {
-    "train": (
-        *("schedule", "loss", "weighting", "timestep_sampler", "sampler", "optimizer", "lr_scheduler"),
-        *("model", "data", "trainer"),
-    ),
-    "sample": ("sampler",),
-    "evaluate": ("sampler",),
-    "compare": ("sampler",),
-    "schedules": ("data",),
-}
-"""Config groups that a command requires."""
+OPTIONAL = ("neighbors", "guidance")
+"""Nodes that may be null or removed."""
 
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
@@ -132,7 +120,7 @@ def check_type(name: str, default: Any, value: Any) -> None:
 
     As a folder, an empty string would mean the current one.
     """
-    if (value is None and "." in name) or (isinstance(value, str) and "${" in value):
+    if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
@@ -142,10 +130,11 @@ def check_type(name: str, default: Any, value: Any) -> None:
         (int, int, "an integer"),
         (float, (int, float), "a number"),
         (list, list, "a list"),
+        (dict, dict, "a node of settings"),
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) else f", such as {default}"
+                example = "" if "${" in str(default) or kind is dict else f", such as {default}"
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
                 raise UsageError(f"{name}={shown} must be {rule}{example}")
             return
@@ -165,17 +154,23 @@ def _check_finite(name: str, default: Any, value: Any) -> None:
             raise UsageError(f"{name}={value} must be a finite number")
 
 
+def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:
+    """Raise UsageError for a default setting that `cfg` lacks, or a default node that has lost its `_target_`."""
+    for name in map(str, default.keys() - set(OPTIONAL)):
+        before, now = (
+            OmegaConf.select(c, f"{name}._target_", throw_on_resolution_failure=False) for c in (default, cfg)
+        )
+        if name not in cfg or (before and not now):
+            raise UsageError(f"{name}=null or ~{name} leaves src.{command} without {name}; choose a value of {name}")
+
+
 def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
     """Raise UsageError for typed settings, by `names`, that exclude each other or that the command does not read."""
-    for one, other in EXCLUSIVE:
-        if {one, other} <= names:
-            raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
-    for group in REQUIRED_GROUPS.get(command, ()):
-        if not cfg.get(group):
-            raise UsageError(f"{group}=null leaves no {group}; choose an option of {group}, which --help lists")
+    one, other = "validate_every", "trainer.val_check_interval"
+    if {one, other} <= names:
+        raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
     if command == "evaluate":
-        typed = {name for name in names if name.partition("/")[0].partition(".")[0] != "hydra"}
-        typed -= {"analytic", "seed", "run", "ckpt"}
+        typed = {n for n in names if not re.match(r"hydra[./]", n)} - {"analytic", "seed", "run", "ckpt"}
         of_analytic = {name for name in typed if name.startswith("analytic")}
         if cfg.get("analytic") and (others := sorted(typed - of_analytic)):
             raise UsageError(f"{others[0]}=... has no effect with analytic=...; leave it out, or type run=FOLDER")

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from src.config.keys import RENAMED_OPTIONS
+from src.config.keys import FOREIGN_OPTIONS
 from src.errors import UsageError
 from src.quoting import format_override
 
@@ -58,12 +58,20 @@ def config_groups(folders: Sequence[Path] | None = None) -> dict[str, list[str]]
 
 
 def load_option(group: str, name: str) -> DictConfig:
-    """Return the YAML of an option of a config group. Raises ValueError if there is none."""
+    """Return an option of a config group, with the options of the group in its defaults list.
+
+    Raises ValueError if there is none.
+    """
     for folder in config_folders():
         if (file := folder / group / f"{name}.yaml").is_file():
-            cfg = OmegaConf.load(file)
-            assert isinstance(cfg, DictConfig)
-            return cfg
+            own = OmegaConf.load(file)
+            assert isinstance(own, DictConfig)
+            # Options of the same group, merged in order; a file of ours only overrides other groups besides.
+            listed = [each for each in own.pop("defaults", []) if isinstance(each, str)]
+            listed += [] if "_self_" in listed else ["_self_"]
+            merged = OmegaConf.merge(*(own if each == "_self_" else load_option(group, each) for each in listed))
+            assert isinstance(merged, DictConfig)
+            return merged
     raise ValueError(unknown_option(group, name, config_groups()[group]))
 
 
@@ -75,6 +83,7 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     """Return the message for an option that a config group lacks."""
-    new = RENAMED_OPTIONS.get(f"{group}={option}")
+    new = FOREIGN_OPTIONS.get(f"{group}={option}")
+    new = new or next((f"{other}={option}" for other, names in config_groups().items() if option in names), None)
     hint = f"; type {new}. The" if new else nearest(option, options).replace("?", "? The") or "; the"
     return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

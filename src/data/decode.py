@@ -58,13 +58,15 @@ def looks_like_image(file: Path) -> bool:
         return False
 
 
-def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None) -> Decoded:
+def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None, channels: int = 0) -> Decoded:
     """Return the image in a file, by its contents, upright and in sRGB if it has a color profile.
 
     Args:
-        stream: the opened file. Arrays have shape (H, W), (H, W, C), or (C, H, W) if C is the smallest.
+        stream: the opened file. NumPy arrays have shape (H, W), (H, W, C) or (C, H, W).
         pages: which pages of a TIFF or frames of an animation to use: the first, or all as channels.
         at_least: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if no side becomes smaller.
+
+        channels: the number of channels that is wanted, to recognize (C, H, W); otherwise the smallest of three is C.
 
     Raises:
         OSError: If the file cannot be read.
@@ -73,7 +75,7 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
     start = stream.read(32)
     stream.seek(0)
     if start.startswith((b"\x93NUMPY", b"PK\x03\x04")):
-        decoded = _from_array(_load_numpy(stream))
+        decoded = _from_array(_load_numpy(stream), channels)
     elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         decoded = _from_tiff(stream, pages)
     elif start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
@@ -100,10 +102,11 @@ def _load_numpy(stream: BinaryIO) -> Array:
         return array
 
 
-def _from_array(array: Array) -> Decoded:
+def _from_array(array: Array, channels: int) -> Decoded:
     if array.dtype.kind not in "buif":
         raise ValueError(f"its values have type {array.dtype}; use integers or floats")
-    if array.ndim == 3 and array.shape[0] == min(array.shape) and array.shape[0] < array.shape[2]:
+    planar = array.ndim == 3 and array.shape[2] != channels
+    if planar and (array.shape[0] == channels or array.shape[0] < min(array.shape[1:])):
         array = array.transpose(1, 2, 0)
     pixels = _channels_last(array)
     return Decoded(pixels, False, False, (pixels.shape[1], pixels.shape[0]))

@@ -55,7 +55,7 @@ class Loaded(NamedTuple):
 def load_image(file: BinaryIO, spec: ImageSpec) -> Loaded:
     """Read an image file. Raises OSError or ValueError, with the reason, if it is not such an image."""
     # At twice the size needed, the antialiasing is left to the filter of `resize`.
-    return prepare_image(decode(file, spec.pages, at_least=2 * max(spec.size)), spec)
+    return prepare_image(decode(file, spec.pages, 2 * max(spec.size), spec.channels), spec)
 
 
 def prepare_image(decoded: Decoded, spec: ImageSpec) -> Loaded:

@@ -1,5 +1,6 @@
 """Folders and archives of images as a source."""
 
+import os
 import posixpath
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
-from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images
+from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
 from src.data.sources import Covariates, Labels
 from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, read_pairs
 from src.errors import DataReadError
@@ -76,10 +77,7 @@ class FolderImages:
         """Return images (N, C, H, W), uint8 or float32, with the values of the files. Raises DataReadError."""
         if self.store is not None:
             return torch.from_numpy(self.store.pixels[self.rows[list(indices)]])
-        return torch.stack([read_with_retries(self._path(i), partial(self._load, i)) for i in indices])
-
-    def _path(self, index: int) -> str:
-        return str(self.found.root / self.found.names[index])
+        return torch.stack([read_with_retries(str(self.found.path(i)), partial(self._load, i)) for i in indices])
 
     def _load(self, index: int) -> Tensor:
         with self.found.open(index) as stream:
@@ -90,7 +88,7 @@ class FolderImages:
 
 
 def folder(
-    root: str | None,
+    root: str | Sequence[str] | None,
     image_size: int | Sequence[int],
     channels: int,
     prepare: bool = False,
@@ -106,11 +104,12 @@ def folder(
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open every image under `root`, a folder or a zip or tar file, in order of their names.
 
     Args:
-        root: the folder or archive.
+        root: the folder or archive, or several.
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; images are decoded when the source is opened first.
@@ -122,13 +121,15 @@ def folder(
         value_range: the values that become -1 and 1; None finds them.
         skip_unreadable: leave out images that cannot be read, up to a tenth of all, or up to this share.
         cache: decode all images once, into `cache_dir`; None is below the user's cache folder.
+        val_root: the folder or archive of the validation images. None takes a folder for validation in `root`, or
+            the fraction `data.val_fraction`.
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
         ValueError: If there are no images, unreadable ones, images without a class in the CSV file, images of different
             types, or values that are constant or use little of their range.
     """
-    found = find(root)
+    found = find(root, val_root)
     if labels is not None and class_pattern is not None:
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
     classes: Sequence[str] | None
@@ -158,7 +159,7 @@ def open_images(
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
-        unreadable = {found.names[k]: reason for k, reason in store.errors.items()}
+        unreadable = {str(found.path(k)): reason for k, reason in store.errors.items()}
         keep = store.ok
         _check_readable(found, unreadable, skip_unreadable)
     text = describe(found, classes)
@@ -175,11 +176,20 @@ def open_images(
     return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
 
 
-def find(root: str | None) -> FoundImages:
-    """Return the images under `root`. Raises FileNotFoundError without such a folder, and ValueError without images."""
+def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
+    """Return the images under `root` and `val_root`.
+
+    Raises FileNotFoundError if one is neither a folder nor an archive, and ValueError if one has no images.
+    """
+    roots = [root] if root is None or isinstance(root, str) else list(root)
+    parts = [_find_one(each, "data.root") for each in roots or [None]]
+    return join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+
+
+def _find_one(root: str | None, name: str) -> FoundImages:
     path = Path(root or "")
-    setting = format_override("data.root", path.resolve() if root else None)
-    fix = "set data.root to the folder, zip or tar file with your images"
+    setting = format_override(name, path.resolve() if root else None)
+    fix = f"set {name} to the folder, zip or tar file with your images"
     if root is None or not path.exists():
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
     try:
@@ -203,15 +213,19 @@ def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> P
 def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
-    if not unreadable or (len(unreadable) <= share * len(found) and len(unreadable) < len(found)):
+    if not unreadable:
         return
-    listed = first_names([f"{name}: {reason}" for name, reason in unreadable.items()], 3)
+    listed = first_names([f"{os.path.relpath(p, found.root)}: {reason}" for p, reason in unreadable.items()], 3)
+    text = f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed})"
+    if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
+        warnings.warn(f"{text}; they are left out", stacklevel=2)
+        return
     fix = "remove them, or add data.skip_unreadable=true"
     if share:
         fix = (
             f"more than data.skip_unreadable={skip_unreadable} allows; remove them, or raise it to a share such as 0.5"
         )
-    raise DataReadError(f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed}); {fix}")
+    raise DataReadError(f"{text}; {fix}")
 
 
 def _measure(
@@ -250,7 +264,8 @@ def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | N
                 "data.cache=true"
             )
         return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
-    raise DataReadError(f"none of {len(found)} images under {found.root} can be read; remove them")
+    count = len(found)
+    raise DataReadError(f"{count} of {count} images under {found.root} cannot be read; set another data.root")
 
 
 def _pair(value_range: Sequence[float]) -> tuple[float, float]:

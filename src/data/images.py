@@ -28,9 +28,7 @@ class OpenImages(Protocol):
     float32 images, or of fewer values than 256, has the attributes `value_range` and `dtype` of `FolderImages`.
     """
 
-    def __call__(
-        self, root: str | None, image_size: int | Sequence[int], channels: int, prepare: bool = False
-    ) -> Source: ...
+    def __call__(self, root: Any, image_size: int | Sequence[int], channels: int, prepare: bool = False) -> Source: ...
 
 
 class ImageDataModule(BaseDataModule):
@@ -44,7 +42,9 @@ class ImageDataModule(BaseDataModule):
         dtype: the type of the values in the files. None takes that of the source.
         file_type: the suffix of the files, for saved samples. None takes that of the source.
         flip: mirror half of the training images left to right.
-        cache, cache_dir: whether and where the source keeps decoded images. They are arguments of the source, too.
+        balance_classes: draw the class of each training image uniformly, then an image of that class.
+        cache, cache_dir, val_root: arguments of the source, too: where it keeps decoded images, and the folder with
+            the validation images.
 
     The other arguments are those of `BaseDataModule`.
     """
@@ -54,7 +54,7 @@ class ImageDataModule(BaseDataModule):
     def __init__(
         self,
         source: OpenImages,
-        root: str | None,
+        root: Any,
         channels: int,
         image_size: int | Sequence[int],
         num_values: int | None = None,
@@ -71,6 +71,8 @@ class ImageDataModule(BaseDataModule):
         skip_unreadable: bool | float = False,
         cache: bool = True,
         cache_dir: str | None = None,
+        val_root: str | None = None,
+        balance_classes: bool = False,
     ) -> None:
         height, width = height_and_width(image_size)
         super().__init__(
@@ -94,6 +96,7 @@ class ImageDataModule(BaseDataModule):
         self._prepared = False
         self._scaled = num_values is not None
         self.flip = flip
+        self.balance_classes = balance_classes
         self.value_range = value_range
         self.dtype = dtype
         self.file_type = file_type
@@ -117,6 +120,7 @@ class ImageDataModule(BaseDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
+        self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
         if self.value_range is None:
             self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
             self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")

@@ -57,6 +57,8 @@ class BaseDataModule(L.LightningDataModule):
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or a fraction of them."""
+    balance_classes: bool = False
+    """Whether each training sample comes from a class that is drawn uniformly."""
     threshold: int | None = None
     """The hash that divides validation from training samples; None if the source defines the split."""
     inferred_settings: ClassVar[Sequence[str]] = ()
@@ -157,7 +159,14 @@ class BaseDataModule(L.LightningDataModule):
             trainer.world_size,
             first_step=trainer.global_step,
             repeat=repeat,
+            classes=self._training_classes() if self.balance_classes else None,
         )
+
+    def _training_classes(self) -> Tensor:
+        """Return the class of each training sample (N,). Raises ValueError for data without classes."""
+        if (labels := self._source().labels) is None:
+            raise ValueError("data.balance_classes=true needs data with classes; leave it out, or add classes")
+        return labels.targets[self.train_indices]
 
     def val_sampler(self, trainer: L.Trainer) -> EvalBatchSampler:
         """Return the validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""

@@ -112,10 +112,10 @@ def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelSt
 
 
 def _key(found: FoundImages, spec: ImageSpec) -> str:
-    total = sha256(f"{VERSION} {found.root.resolve()} {spec!r}".encode())
+    total = sha256(f"{VERSION} {[str(root.resolve()) for root in found.roots]} {spec!r}".encode())
     for name in found.names:
         total.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    total.update(found.sizes.tobytes() + found.times.tobytes())
+    total.update(found.which.tobytes() + found.sizes.tobytes() + found.times.tobytes())
     return total.hexdigest()[:32]
 
 
@@ -139,7 +139,7 @@ def _readable_now(store: PixelStore, found: FoundImages, spec: ImageSpec) -> boo
 def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
     """Return the image, or None and the reason why it cannot be read."""
     try:
-        return read_with_retries(found.names[index], partial(_load, found, spec, index)), ""
+        return read_with_retries(str(found.path(index)), partial(_load, found, spec, index)), ""
     except DataReadError as error:
         return None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
 

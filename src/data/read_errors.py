@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-
 from src.errors import DataReadError
 
 T = TypeVar("T")
@@ -77,6 +75,7 @@ class ReadErrors:
 
     def _gather(self, failure: str, world_size: int) -> list[tuple[str, dict[str, str]]]:
         """Return the failure and the skipped samples of each process; exchanges one integer if there are none."""
+        import torch
         from torch import distributed
 
         if self._group is None:

@@ -30,7 +30,8 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
 
     The global batch is a pure function of (seed, step). It is split into `accumulate` micro-batches, and each of these
     over `world` processes, so that neither changes the batch of the optimizer. A resumed run starts at `first_step`. A
-    positive `repeat` cycles through that many batches.
+    positive `repeat` cycles through that many batches. With `classes`, the class of each of `indices`, each
+    sample of an epoch is a random one of a random class.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         world: int = 1,
         first_step: int = 0,
         repeat: int = 0,
+        classes: Tensor | None = None,
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
@@ -65,6 +67,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         self.world = world
         self.first_step = first_step
         self.repeat = repeat
+        self.members = [] if classes is None else [self.indices[classes == k] for k in set(classes.tolist())]
 
     def __len__(self) -> int:
         """Return the number of batches of the run, including those before `first_step`, which Lightning counts too."""
@@ -90,6 +93,11 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
     @lru_cache(maxsize=2)  # noqa: B019 - the sampler lives as long as its run
     def _epoch(self, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(key(self.seed, "order", epoch))
+        if self.members:
+            count = torch.tensor([len(each) for each in self.members])
+            chosen = torch.randint(len(count), (len(self.indices),), generator=generator)
+            within = (torch.rand(len(chosen), generator=generator, dtype=torch.float64) * count[chosen]).long()
+            return torch.cat(self.members)[(count.cumsum(0) - count)[chosen] + within]
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
 
 

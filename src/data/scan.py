@@ -8,6 +8,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, overload
@@ -71,15 +72,17 @@ class Names(Sequence[str]):
         return self._text[self._ends[k] : self._ends[k + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
-class FoundImages(NamedTuple):
+@dataclass(frozen=True)
+class FoundImages:
     """The images of a dataset, in order of their names.
 
-    `names` are paths relative to `root` with slashes, `sizes` (N,) bytes, `times` (N,) nanoseconds of the last change,
-    `val_mask` (N,) whether the folder is one of validation images, or None without such folders. `left_out` has the
-    names of other files by reason.
+    `names` are paths with slashes relative to one of `roots`, the one with number `which` (N,). `sizes` (N,) are bytes,
+    `times` (N,) nanoseconds of the last change, `val_mask` (N,) whether the folder is one of validation images, or None
+    without such folders. `left_out` has the names of other files by reason.
     """
 
-    root: Path
+    roots: tuple[Path, ...]
+    which: npt.NDArray[np.int64]
     names: Names
     sizes: npt.NDArray[np.int64]
     times: npt.NDArray[np.int64]
@@ -91,13 +94,26 @@ class FoundImages(NamedTuple):
 
     def open(self, index: int) -> BinaryIO:
         """Open the file of an image. Raises OSError."""
-        return open_member(self.root, self.names[index])
+        return open_member(self.roots[int(self.which[index])], self.names[index])
+
+    @property
+    def root(self) -> Path:
+        return self.roots[0]
+
+    def path(self, index: int) -> Path:
+        """Return the path of an image, for messages."""
+        return self.roots[int(self.which[index])] / self.names[index]
 
     def ids(self) -> Sequence[str]:
-        """Return names in Unicode normal form C, since file systems store accents differently."""
-        if all(name.isascii() for name in self.names):
+        """Return names in Unicode normal form C, since file systems store accents differently.
+
+        With several roots, the number of the root comes first.
+        """
+        if len(self.roots) == 1 and all(name.isascii() for name in self.names):
             return self.names
-        return Names(unicodedata.normalize("NFC", name) for name in self.names)
+        prefixes = [f"{k}/" if len(self.roots) > 1 else "" for k in range(len(self.roots))]
+        named = zip(self.which, self.names, strict=True)
+        return Names(unicodedata.normalize("NFC", f"{prefixes[k]}{name}") for k, name in named)
 
     def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "FoundImages":
         """Return the chosen images; the others are left out for `reason`."""
@@ -105,7 +121,9 @@ class FoundImages(NamedTuple):
         out = [self.names[int(k)] for k in np.flatnonzero(~mask)]
         if not out:
             return self
-        return self._replace(
+        return replace(
+            self,
+            which=self.which[mask],
             names=Names(self.names[int(k)] for k in np.flatnonzero(mask)),
             sizes=self.sizes[mask],
             times=self.times[mask],
@@ -161,7 +179,30 @@ def find_images(root: Path) -> FoundImages:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
         raise ValueError(f"{root} has no images, such as .png, .jpg or .npy files" + (f" ({others})" if others else ""))
     sizes, times = (np.array([file[k] for file in kept], np.int64) for k in (1, 2))
-    return FoundImages(root, Names(file.name for file in kept), sizes, times, val_mask, left_out)
+    which = np.zeros(len(kept), np.int64)
+    return FoundImages((root,), which, Names(file.name for file in kept), sizes, times, val_mask, left_out)
+
+
+def join(parts: Sequence[FoundImages], val: FoundImages | None) -> FoundImages:
+    """Return the images of several roots as one dataset; those of `val` are the validation set."""
+    several = [*parts, *([] if val is None else [val])]
+    if len(several) == 1:
+        return several[0]
+    masks = [np.zeros(len(part), bool) if part.val_mask is None else part.val_mask for part in parts]
+    given = val is not None or any(part.val_mask is not None for part in parts)
+    left_out: dict[str, list[str]] = {}
+    for part in several:
+        for reason, names in part.left_out.items():
+            left_out[reason] = [*left_out.get(reason, []), *names]
+    return FoundImages(
+        tuple(part.root for part in several),
+        np.repeat(np.arange(len(several)), [len(part) for part in several]),
+        Names(name for part in several for name in part.names),
+        np.concatenate([part.sizes for part in several]),
+        np.concatenate([part.times for part in several]),
+        np.concatenate([*masks, *([] if val is None else [np.ones(len(val), bool)])]) if given else None,
+        left_out,
+    )
 
 
 def open_member(root: Path, name: str) -> BinaryIO:
@@ -172,7 +213,8 @@ def open_member(root: Path, name: str) -> BinaryIO:
     try:
         if isinstance(archive, zipfile.ZipFile):
             return io.BytesIO(archive.read(name))
-        member = archive.extractfile(name)
+        names = archive.getnames()
+        member = archive.extractfile(name if name in names else f"./{name}")
         if member is None:
             raise OSError(f"{name} is not a file")
         return io.BytesIO(member.read())
@@ -227,8 +269,11 @@ def class_folders(found: FoundImages) -> tuple[FoundImages, list[str] | None]:
 
     A few files outside of all class folders (`MAX_STRAYS`) are left out.
     """
-    strip = found.val_mask is not None or _has_splits(found)
-    parts = [name.split("/")[1 if strip else 0 :] for name in found.names]
+    top = [name.split("/")[0].lower() for name in found.names]
+    strip = [
+        any(SPLITS.get(top[i]) == "train" for i in np.flatnonzero(found.which == k)) for k in range(len(found.roots))
+    ]
+    parts = [name.split("/")[int(strip[k]) :] for k, name in zip(found.which, found.names, strict=True)]
     inside = [len(each) > 1 for each in parts]
     classes = {each[0] for each, ok in zip(parts, inside, strict=True) if ok}
     if len(classes) < 2 or inside.count(False) > MAX_STRAYS * len(parts):
@@ -261,7 +306,7 @@ def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
 def describe(found: FoundImages, classes: Sequence[str] | None) -> str:
     """Return one line about a dataset: files by type, classes with counts, and what was left out and why."""
     suffixes = Counter(PurePosixPath(name).suffix.lower().lstrip(".") or "no ending" for name in found.names)
-    text = f"{len(found):,} images ({_counts(suffixes)})"
+    text = f"{len(found):,} images ({_counts(suffixes)})" + (f" in {len(found.roots)} folders" * (len(found.roots) > 1))
     if found.val_mask is not None:
         text += f", {int(found.val_mask.sum()):,} of them in a folder for validation"
     if classes is not None:
@@ -280,5 +325,5 @@ def _counts(counter: Counter[str], limit: int = 10) -> str:
     return ", ".join(parts) + (", ..." if len(counter) > limit else "")
 
 
-def _has_splits(found: FoundImages) -> bool:
-    return all(SPLITS.get(name.split("/")[0].lower()) in ("train", "validation") for name in found.names)
+def _top(name: str) -> str:
+    return name.split("/")[0].lower()

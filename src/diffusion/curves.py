@@ -64,9 +64,6 @@ def shifted(curve: Curve, factor: float) -> Curve:
     `rectified_flow` this is the timestep shift of Stable Diffusion 3, t sqrt(m / n) / (1 + (sqrt(m / n) - 1) t) with
     sqrt(m / n) = 1 / factor.
 
-    Raises:
-        ValueError: If the curve is learned or has none of these invariants.
-
     Source: Hoogeboom et al. 2023 (arXiv 2301.11093); Esser et al. 2024 (arXiv 2403.03206), eq. 23.
     """
     if not 0 < factor < math.inf:
@@ -101,7 +98,7 @@ class Learned(nn.Module):
     """A learned schedule: lambda decreases from `max_log_snr` to `min_log_snr` along a monotone network.
 
     The network is a linear term plus `width` sigmoids, all with positive weights, rescaled to keep the ends. It is
-    nearly linear at initialization. `DiffusionModule` trains it to minimize the variance of the bound.
+    nearly linear at initialization.
 
     Source: Kingma et al. 2021 (arXiv 2107.00630), app. H.
     """
@@ -125,7 +122,6 @@ class Learned(nn.Module):
         return variance_preserving(log_snr.to(u))
 
     def _rise(self, x: Tensor) -> Tensor:
-        """Return an increasing function of x (...)."""
         steps = torch.sigmoid(F.softplus(self.slopes) * (x[..., None] - self.centers))
         return F.softplus(self.line) * x + (F.softplus(self.heights) * steps).sum(-1)
 
@@ -138,6 +134,5 @@ def variance_preserving(log_snr: Tensor) -> tuple[Tensor, Tensor]:
 def _check_ends(max_log_snr: float, min_log_snr: float) -> None:
     if not max_log_snr > min_log_snr:
         raise ValueError(
-            f"schedule.curve.max_log_snr={max_log_snr} must exceed schedule.curve.min_log_snr={min_log_snr}; "
-            "15 and -15 are usual"
+            f"schedule.curve.max_log_snr={max_log_snr} must exceed schedule.curve.min_log_snr={min_log_snr}"
         )

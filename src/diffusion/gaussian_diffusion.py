@@ -55,9 +55,6 @@ class GaussianDiffusion(nn.Module):
     - `decoder_scale`: variance of the last reverse step, to clean data, in units of (sigma_t / alpha_t)^2. The schedule
       defines it.
     - `num_values`: number of values of the data, evenly spaced over [-1, 1], or None for continuous data.
-
-    Raises:
-        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -76,9 +73,7 @@ class GaussianDiffusion(nn.Module):
         if variance not in get_args(Variance):
             raise ValueError(f"diffusion.variance={variance} must be one of {', '.join(get_args(Variance))}")
         if clip_x0 is not None and clip_x0 <= 0:
-            raise ValueError(
-                f"diffusion.clip_x0={clip_x0} must be positive; 1.0 for images in [-1, 1], null for no bound"
-            )
+            raise ValueError(f"diffusion.clip_x0={clip_x0} must be positive; 1.0 is usual, null sets no bound")
         if dynamic_threshold is not None and (clip_x0 is None or not 0 < dynamic_threshold < 1):
             raise ValueError(
                 f"diffusion.dynamic_threshold={dynamic_threshold} must be a quantile in (0, 1) and needs "
@@ -96,18 +91,8 @@ class GaussianDiffusion(nn.Module):
         self.outputs = 2 if variance in ("learned_range", "learned") else 1
         """Output channels of the network per data channel: 2 if the variance is learned, else 1."""
 
-    def step(self, x_s: Tensor, s: NoiseLevel, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """Draw x_t ~ q(x_t | x_s), (B, *data), for any stride.
-
-        Source: Ho et al. 2020, eq. 2, for neighbors.
-        """
-        return t.alpha / s.alpha * x_s + t.sigma * (1 - snr_ratio(t, s)).sqrt() * eps
-
     def add_noise(self, x0: Tensor, t: NoiseLevel, eps: Tensor) -> Tensor:
-        """Draw x_t ~ q(x_t | x_0), (B, *data).
-
-        Source: Ho et al. 2020, eq. 4.
-        """
+        """Draw x_t ~ q(x_t | x_0), (B, *data). Source: Ho et al. 2020, eq. 4."""
         return t.alpha * x0 + t.sigma * eps
 
     def scale_input(self, x_t: Tensor, t: NoiseLevel) -> Tensor:

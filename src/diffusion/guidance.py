@@ -33,9 +33,7 @@ class Guidance(NamedTuple):
         if not (math.isfinite(self.scale) and self.scale >= 0):
             raise ValueError(f"guidance.scale={self.scale} must be at least 0; 1 disables guidance, 2 to 5 are usual")
         if not 0 <= low < high:
-            raise ValueError(
-                f"guidance.interval=[{low},{high}] must be two increasing values of sigma / alpha; [0.2,5] is usual"
-            )
+            raise ValueError(f"guidance.interval=[{low},{high}] must be increasing values of sigma / alpha, as [0.2,5]")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance.rescale={self.rescale} must be in [0, 1]; 0.7 is usual, 0 has no effect")
 
@@ -52,10 +50,8 @@ def guided(
     """Return the denoiser guided toward `cond` (B, ...).
 
     With reference r and conditional output c, it returns r + scale (c - r) for the first `channels` channels and c for
-    the rest, a learned variance. Every prediction target is an affine function of eps at fixed x_t, so guiding it is
-    equivalent to guiding eps. `null` (1, ...) is the empty condition; without a `model`, the reference is
-    computed in the same call with a doubled batch. Only c is computed if scale is 1 or outside of the interval, and
-    only r if scale is 0.
+    the rest, a learned variance. Every prediction target is affine in eps at fixed x_t, so guiding it is equivalent to
+    guiding eps. `null` (1, ...) is the empty condition; without a `model`, one call with a doubled batch computes both.
     """
     scale, model = guidance.scale, guidance.model
     null_cond = None if cond is None or null is None else null.expand_as(cond)

@@ -13,21 +13,13 @@ from torch import Tensor
 from src.diffusion.gaussian_diffusion import TINY_VARIANCE, Gaussian, GaussianDiffusion, Prediction, snr_ratio
 from src.diffusion.noise import NoiseLevel, Transition
 
-Predict = Callable[[Tensor, NoiseLevel], Prediction]
-"""(x_t (B, *data), level) -> the prediction of the network."""
+Predict = Callable[[Tensor, NoiseLevel], Prediction]  # (x_t (B, *data), level) -> the prediction of the network
 
 
 def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
     """Return the elementwise KL(p || q) between diagonal Gaussians in nats."""
     difference = p.log_variance - q.log_variance
     return 0.5 * (torch.exp(difference) - 1 - difference + (p.mean - q.mean).square() * torch.exp(-q.log_variance))
-
-
-def discrete_kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return KL(p || q) in nats between unnormalized distributions (N,); infinite if q is 0 where p is not."""
-    p, q = p / p.sum(), q / q.sum()
-    terms: Tensor = torch.special.xlogy(p, p / q)
-    return terms.nan_to_num(nan=0.0, posinf=math.inf).sum()
 
 
 def gaussian_log_prob(x: Tensor, q: Gaussian) -> Tensor:
@@ -40,7 +32,7 @@ def discretized_gaussian_log_prob(x: Tensor, q: Gaussian, num_values: int) -> Te
     """Return the elementwise log-probability under q of the bin around x in nats.
 
     x takes `num_values` values, evenly spaced over [-1, 1], each in the middle of a bin; the first and last bins extend
-    to infinity. Uses the exact normal distribution function in logarithms, so that no tail underflows.
+    to infinity.
 
     Source: Ho et al. 2020, eq. 13.
     """
@@ -53,7 +45,6 @@ def discretized_gaussian_log_prob(x: Tensor, q: Gaussian, num_values: int) -> Te
     log_upper, log_lower = log_ndtr(upper), log_ndtr(lower)
     inner = log_upper + torch.log(-torch.expm1((log_lower - log_upper).clamp(max=-1e-12)))
     first, last = x < -1 + half, x > 1 - half
-    # The first and last bins include the tail.
     below = log_ndtr((x + half - q.mean) / std)
     above = log_ndtr(-(x - half - q.mean) / std)
     return torch.where(first, below, torch.where(last, above, inner))

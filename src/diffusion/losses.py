@@ -37,10 +37,8 @@ def simple(
 ) -> dict[str, Tensor]:
     """Return the simple loss: the mean error of the target, weighted by noise level. A learned variance is not trained.
 
-    `type` selects the squared error ("l2"), absolute error ("l1") or Huber loss with `huber_delta`. Weightings are
-    derived for the squared error and multiply the other errors unchanged.
-
-    Returns terms per sample, each (B,): "loss", to be minimized, and "mse", the squared error of the target.
+    Weightings are derived for the squared error and multiply the others unchanged. The terms, each (B,), are "loss",
+    to be minimized, and "mse", the squared error of the target.
 
     Source: Ho et al. 2020, eq. 14.
     """
@@ -53,8 +51,7 @@ def vlb(
 ) -> dict[str, Tensor]:
     """Return the variational bound in bits/dim, estimated from one transition per sample.
 
-    It omits the prior term, which does not depend on the network. x_0 is not clipped, since clipped values have no
-    gradient. Terms as in `simple`, and "vlb", equal to "loss".
+    It omits the prior term, which does not depend on the network. Terms as in `simple`, and "vlb", equal to "loss".
 
     Source: Ho et al. 2020, eq. 5.
     """
@@ -79,19 +76,12 @@ def hybrid(
 ) -> dict[str, Tensor]:
     """Return the simple loss plus `vlb_weight` times the bound, whose gradient reaches the variance only.
 
-    The mean in the bound is detached and clipped as in sampling, so that the variance fits the sampled mean. Terms as
-    in `vlb`.
-
-    Raises:
-        ValueError: If the variance is not learned.
+    The mean in the bound is detached and clipped as in sampling. Terms as in `vlb`.
 
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 16.
     """
     if diffusion.outputs == 1:
-        raise ValueError(
-            f"diffusion.variance={diffusion.variance} must be learned_range or learned with loss=hybrid; "
-            "set diffusion.variance=learned_range"
-        )
+        raise ValueError(f"diffusion.variance={diffusion.variance} must be learned_range or learned with loss=hybrid")
     x_t = diffusion.add_noise(x0, transition.t, eps)
     out = denoise(x_t, transition.t)
     pred = diffusion.interpret(out, x_t, transition.t)
@@ -107,18 +97,12 @@ def uniform_weighting(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
 
 
 def snr(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
-    """Weight the squared error of x_0 by SNR, which is that of eps by 1.
-
-    Source: Ho et al. 2020, eq. 14.
-    """
+    """Weight the squared error of x_0 by SNR, which is that of eps by 1. Source: Ho et al. 2020, eq. 14."""
     return _on_x0(diffusion, t, _snr(t))
 
 
 def truncated_snr(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
-    """Weight the squared error of x_0 by max(SNR, 1).
-
-    Source: Salimans & Ho 2022 (arXiv 2202.00512), sec. 4.
-    """
+    """Weight the squared error of x_0 by max(SNR, 1). Source: Salimans & Ho 2022 (arXiv 2202.00512), sec. 4."""
     return _on_x0(diffusion, t, _snr(t).clamp(min=1))
 
 
@@ -133,10 +117,7 @@ def min_snr(diffusion: GaussianDiffusion, t: NoiseLevel, gamma: float = 5.0) -> 
 
 
 def p2(diffusion: GaussianDiffusion, t: NoiseLevel, k: float = 1.0, gamma: float = 1.0) -> Tensor:
-    """Weight the squared error of eps by 1 / (k + SNR)^gamma.
-
-    Source: Choi et al. 2022 (arXiv 2204.00227), eq. 8.
-    """
+    """Weight the squared error of eps by 1 / (k + SNR)^gamma. Source: Choi et al. 2022 (arXiv 2204.00227), eq. 8."""
     if k <= 0:
         raise ValueError(f"weighting.k={k} must be positive; 1 is usual")
     if gamma < 0:
@@ -148,10 +129,9 @@ def sigmoid(diffusion: GaussianDiffusion, t: NoiseLevel, schedule: Schedule, bia
     """Weight the squared error of eps by half of -d lambda / dt times a sigmoid of bias - lambda, lambda = log SNR.
 
     With uniform timesteps (timestep_sampler.warp=null) the loss is the integral of sigmoid(bias - lambda) / 2 over
-    lambda for every schedule. Larger images need a lower bias. `schedule` is that of the run.
+    lambda for every schedule. Larger images need a lower bias.
 
-    Source: Kingma & Gao 2023 (arXiv 2303.00848), sec. 2; Hoogeboom et al. 2024 (arXiv 2410.19324), where it is
-    e^bias sigmoid(lambda - bias) on that of x_0.
+    Source: Kingma & Gao 2023 (arXiv 2303.00848), sec. 2; Hoogeboom et al. 2024 (arXiv 2410.19324).
     """
     return schedule.log_snr_rate(t.time) / 2 * sigmoid_plain(diffusion, t, bias)
 
@@ -159,8 +139,7 @@ def sigmoid(diffusion: GaussianDiffusion, t: NoiseLevel, schedule: Schedule, bia
 def sigmoid_plain(diffusion: GaussianDiffusion, t: NoiseLevel, bias: float = -1.0) -> Tensor:
     """Weight the squared error of eps by a sigmoid of bias - log SNR, without the factor -d log SNR / dt.
 
-    On the squared error of x_0 this is 1 / (1 / SNR + 1 / e^bias), a soft minimum of SNR and e^bias. The density of
-    noise levels of the schedule remains part of the weighting.
+    On the squared error of x_0 this is 1 / (1 / SNR + 1 / e^bias), a soft minimum of SNR and e^bias.
     """
     return _on_x0(diffusion, t, 1 / (1 / _snr(t) + math.exp(-bias)))
 
@@ -197,19 +176,12 @@ def _simple(
         raise ValueError(f"loss.huber_delta={huber_delta} must be positive; 1 is usual")
     out = out.chunk(diffusion.outputs, dim=1)[0]
     target = diffusion.target(x0, transition.t, eps)
-    mse = _mean_over_data(F.mse_loss(out, target, reduction="none"))
+    error = mse = F.mse_loss(out, target, reduction="none").flatten(1).mean(1)
     match type:
-        case "l2":
-            error = mse
         case "l1":
-            error = _mean_over_data(F.l1_loss(out, target, reduction="none"))
+            error = F.l1_loss(out, target, reduction="none").flatten(1).mean(1)
         case "huber":
-            error = _mean_over_data(F.huber_loss(out, target, reduction="none", delta=huber_delta))
-        case _:
+            error = F.huber_loss(out, target, reduction="none", delta=huber_delta).flatten(1).mean(1)
+        case _ if type != "l2":
             raise ValueError(f"loss.type={type} must be l2, l1 or huber")
     return {"loss": weighting(diffusion, transition.t).flatten() * error, "mse": mse}
-
-
-def _mean_over_data(x: Tensor) -> Tensor:
-    """Average (B, *data) over the data: (B,)."""
-    return x.flatten(1).mean(1)

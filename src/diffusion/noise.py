@@ -1,8 +1,7 @@
 """Noise levels, and the two types of schedules that define them.
 
-A schedule maps u in [0, 1] to (alpha, sigma), from clean data to noise. `NoiseSchedule` is a table of betas, and
-training uses its rows; `ContinuousSchedule` is a function, and training uses any u. Both divide [0, 1] into `num_steps`
-transitions and share the interface `Schedule`.
+A schedule maps u in [0, 1] to (alpha, sigma), from clean data to noise, and divides [0, 1] into transitions.
+`NoiseSchedule` is a table of betas, and training uses its rows; `ContinuousSchedule` is a function of any u.
 """
 
 import math
@@ -22,13 +21,10 @@ KARRAS_RHO = 7.0
 class DefaultSpacing(NamedTuple):
     """The default spacings of a sampler by type of schedule, as measured in docs/results.md."""
 
-    table: Spacing
-    """For a table of betas."""
-    curve: Spacing
-    """For a continuous schedule, unless it ends in pure noise: only `trailing` starts there."""
+    table: Spacing  # for a table of betas
+    curve: Spacing  # for a continuous schedule, unless it ends in pure noise: only `trailing` starts there
 
     def on(self, schedule: "Schedule") -> Spacing:
-        """Return the default spacing for `schedule`."""
         if isinstance(schedule, NoiseSchedule):
             return self.table
         return "trailing" if terminal_alpha_bar(schedule) == 0 else self.curve
@@ -70,49 +66,35 @@ class Transition(NamedTuple):
 
 
 class Schedule(Protocol):
-    """The interface of schedules.
-
-    `first` is the position u of the cleanest noisy level. `decoder_scale` is the variance of the decoder
-    p(x_0 | x_t) in units of (sigma / alpha)^2.
-    """
+    """The interface of schedules."""
 
     num_steps: int
-    first: float
-    decoder_scale: float
+    first: float  # the position u of the cleanest noisy level
+    decoder_scale: float  # the variance of the decoder p(x_0 | x_t) in units of (sigma / alpha)^2
 
     def row(self, t: int) -> NoiseLevel:
         """Return the scalar level t in [0, num_steps - 1], the noisier end of transition t, or clean data for -1."""
-        ...
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
         """Return the transitions that contain v (B,) in [0, 1), as (B, 1, ..., 1) to broadcast against `like`.
 
         Transition t, between the levels t - 1 and t, contains [t / T, (t + 1) / T).
         """
-        ...
 
     def level_at(self, v: Tensor, like: Tensor) -> NoiseLevel:
         """Return the levels at v (B,) in [0, 1), as (B, 1, ..., 1); a table rounds up to its next row."""
-        ...
 
     def at(self, u: Tensor) -> list[NoiseLevel]:
         """Return the scalar levels at positions u (N,) float64 in [0, 1]."""
-        ...
 
     def position(self, angle: Tensor) -> Tensor:
         """Return the positions (N,) where atan(sigma / alpha) equals `angle` (N,), float64."""
-        ...
 
     def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level.
-
-        Beyond it, the time of a table is 1, and a curve is extrapolated.
-        """
-        ...
+        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
 
     def log_snr_rate(self, time: Tensor) -> Tensor:
         """Return -d log SNR / d time at `time`, in its shape; a table uses central differences."""
-        ...
 
 
 class TimeGrid(tuple[NoiseLevel, ...]):
@@ -124,10 +106,6 @@ class TimeGrid(tuple[NoiseLevel, ...]):
         grid = super().__new__(cls, levels)
         grid.schedule = schedule
         return grid
-
-    def at_ratio(self, ratio: Tensor) -> NoiseLevel:
-        """Return the scalar level where sigma / alpha equals the finite `ratio`, even beyond the noisiest level."""
-        return self.schedule.at_ratio(ratio.double())
 
 
 CLEAN = NoiseLevel(*torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
@@ -143,8 +121,6 @@ def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpa
     - log_snr: uniform in log-SNR.
 
     The last two start at sigma / alpha = 80, or at the noisiest level if that is less, and end at `schedule.first`.
-
-    Raises ValueError if steps < 1 or the spacing is unknown.
 
     Source: Lin et al. 2023 (arXiv 2305.08891), tab. 2, for the first three; Karras et al. 2022 (arXiv 2206.00364),
     eq. 5; Lu et al. 2022 (DPM-Solver, arXiv 2206.00927).
@@ -182,7 +158,7 @@ class NoiseSchedule(nn.Module):
     """The T levels of betas (T,) in (0, 1], and clean data as the last row, so that index -1 is x_0.
 
     alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) (Ho et al. 2020, eq. 4). `rows` has them in float64.
-    Non-persistent float32 buffers follow the device but not the dtype. Raises ValueError for betas out of range.
+    Non-persistent float32 buffers follow the device but not the dtype.
     """
 
     alpha: Tensor
@@ -245,7 +221,7 @@ class NoiseSchedule(nn.Module):
         return self.level((v * self.num_steps).long(), like)
 
     def at(self, u: Tensor) -> list[NoiseLevel]:
-        """Return rows at their positions; between rows, interpolate linearly in atan(sigma / alpha)."""
+        # Between rows, interpolate linearly in atan(sigma / alpha).
         index = u * self.num_steps
         row = index.round()
         is_row, row = row / self.num_steps == u, row.long()
@@ -348,5 +324,5 @@ def terminal_alpha_bar(schedule: Schedule) -> float:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Reshape (B,) to (B, 1, ..., 1), to broadcast against `like` (B, *data)."""
+    """Reshape (B,) to (B, 1, ..., 1) with the rank of `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))

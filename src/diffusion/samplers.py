@@ -18,8 +18,7 @@ from src.diffusion.likelihood import Predict
 from src.diffusion.losses import Denoise
 from src.diffusion.noise import TimeGrid
 
-Noise = Callable[[Tensor], Tensor]
-"""x (B, *data) -> standard normal values like x."""
+Noise = Callable[[Tensor], Tensor]  # x (B, *data) -> standard normal values like x
 
 # Levels with an alpha below this are pure noise: division by alpha is unstable.
 TINY_ALPHA = 1e-6
@@ -28,10 +27,7 @@ TINY_ALPHA = 1e-6
 def ancestral(
     diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
-    """Sample the reverse process x_s ~ p(x_s | x_t) step by step, for any strides.
-
-    Source: Ho et al. 2020, alg. 2.
-    """
+    """Sample the reverse process x_s ~ p(x_s | x_t) step by step, for any strides. Source: Ho et al. 2020, alg. 2."""
     for t, s in pairwise(time_grid):
         mean, log_variance = diffusion.reverse(predict(x, t), x, t, s)
         # The last step, to clean data, returns the mean.
@@ -40,21 +36,11 @@ def ancestral(
 
 
 def ddim(
-    diffusion: GaussianDiffusion,
-    predict: Predict,
-    x: Tensor,
-    time_grid: TimeGrid,
-    *,
-    eta: float = 0.0,
-    noise: Noise,
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, eta: float = 0.0, noise: Noise
 ) -> Iterator[Tensor]:
     """Sample with DDIM: deterministic for eta = 0, ancestral sampling for eta = 1.
 
-    In the coordinate x / alpha it is Euler's method for the probability flow. For eta > 0 it is the ancestral Euler
-    method of k-diffusion, whose sigma_up is eta times the standard deviation of the posterior.
-
-    Raises:
-        ValueError: If eta is outside of [0, 1].
+    In the coordinate x / alpha it is Euler's method for the probability flow, for eta > 0 k-diffusion's ancestral one.
 
     Source: Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
     """
@@ -71,23 +57,6 @@ def ddim(
         yield x
 
 
-def ddim_inversion(
-    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
-) -> Iterator[Tensor]:
-    """Encode data x to noise by running DDIM backward; yields x at time_grid[-2], ..., time_grid[0].
-
-    `ddim` with eta = 0 decodes the result, with an error that decreases with the number of steps. The first step
-    evaluates the network at time_grid[-2], since clean data contain no noise.
-
-    Source: Song et al. 2021 (arXiv 2010.02502), sec. 4.3.
-    """
-    for s, t in pairwise(reversed(time_grid)):
-        is_first = s is time_grid[-1]
-        pred = predict(x, t if is_first else s)
-        x = t.alpha * (x if is_first else pred.x0) + t.sigma * pred.eps
-        yield x
-
-
 def dpmpp_2m(
     diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, noise: Noise
 ) -> Iterator[Tensor]:
@@ -101,20 +70,11 @@ def dpmpp_2m(
 
 
 def dpmpp_2m_sde(
-    diffusion: GaussianDiffusion,
-    predict: Predict,
-    x: Tensor,
-    time_grid: TimeGrid,
-    *,
-    eta: float = 1.0,
-    noise: Noise,
+    diffusion: GaussianDiffusion, predict: Predict, x: Tensor, time_grid: TimeGrid, *, eta: float = 1.0, noise: Noise
 ) -> Iterator[Tensor]:
     """Sample with DPM-Solver++(2M) for the reverse SDE, in its midpoint form.
 
     `eta` scales the noise: 0 gives `dpmpp_2m`; 1 gives `ancestral` in steps of first order.
-
-    Raises:
-        ValueError: If eta is negative.
 
     Source: Lu et al. 2022 (arXiv 2211.01095), app. B.
     """
@@ -138,11 +98,7 @@ def heun(
     """Sample with Heun's method and EDM's churn: two predictions per step, one for the last step.
 
     Churn multiplies sigma / alpha by 1 + min(s_churn / steps, sqrt(2) - 1) at the start of steps in [s_tmin, s_tmax],
-    with noise of standard deviation `s_noise`. This may exceed the noisiest level of the schedule; `Schedule.at_ratio`
-    defines the time there. A step from pure noise, alpha <= 1e-6, is a DDIM step without churn.
-
-    Raises:
-        ValueError: If s_churn or s_noise is negative.
+    with noise of standard deviation `s_noise`. A step from pure noise, alpha <= 1e-6, is a DDIM step without churn.
 
     Source: Karras et al. 2022 (arXiv 2206.00364), alg. 2.
     """
@@ -154,7 +110,7 @@ def heun(
         from_noise = t.alpha <= TINY_ALPHA
         if gamma > 0 and s_tmin <= t.ratio <= s_tmax and not from_noise:
             # Increase the noise temporarily.
-            hat = time_grid.at_ratio(t.ratio * (1 + gamma))
+            hat = time_grid.schedule.at_ratio(t.ratio * (1 + gamma))
             added = (hat.ratio.square() - t.ratio.square()).clamp(min=0).sqrt() * s_noise
             x, t = hat.alpha * (x / t.alpha + added * noise(x)), hat
         # Euler step.

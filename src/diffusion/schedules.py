@@ -57,10 +57,7 @@ def sigmoid_jabri(
     Source: Jabri et al. 2022 (arXiv 2212.11972), alg. 1.
     """
     if not start < end or tau <= 0:
-        raise ValueError(
-            f"schedule.start={start} must be less than schedule.end={end}, and schedule.tau={tau} must be positive; "
-            "-3, 3 and 1 are usual"
-        )
+        raise ValueError(f"schedule.start={start} must be below schedule.end={end}, and schedule.tau={tau} positive")
     first, last = torch.tensor([start, end], dtype=torch.float64).div(tau).sigmoid()
 
     def alpha_bar(u: Tensor) -> Tensor:
@@ -100,10 +97,7 @@ def inverse(num_steps: int, max_beta: float = 0.999) -> Tensor:
 
 
 def exponential(num_steps: int, rate: float = 12.0, max_beta: float = 0.999) -> Tensor:
-    """Return the betas of alpha_bar(u) = exp(-rate u): every beta is 1 - exp(-rate / T).
-
-    Source: "exp" in diffusers.
-    """
+    """Return the betas of alpha_bar(u) = exp(-rate u): every beta is 1 - exp(-rate / T). Source: "exp" in diffusers."""
     return from_alpha_bar(lambda u: torch.exp(-rate * u), num_steps, max_beta)
 
 
@@ -130,8 +124,13 @@ def laplace(num_steps: int, mu: float = 0.0, scale: float = 0.5, power: float = 
 
 def custom(betas: Sequence[float]) -> Tensor:
     """Return the given betas as a tensor; T is their number."""
-    _check_steps(len(betas))
-    return check_betas(torch.tensor(betas, dtype=torch.float64))
+    if not MIN_STEPS <= len(betas) <= MAX_STEPS:
+        raise ValueError(
+            f"schedule.betas has {len(betas)} numbers and must have {MIN_STEPS} to {MAX_STEPS}, one per step"
+        )
+    if wrong := [beta for beta in betas if not 0 < beta < 1]:  # also catches NaN
+        raise ValueError(f"schedule.betas contains {wrong[0]:g}; each number must be in (0, 1)")
+    return torch.tensor(betas, dtype=torch.float64)
 
 
 def from_alpha_bar(alpha_bar: Callable[[Tensor], Tensor], num_steps: int, max_beta: float = 0.999) -> Tensor:
@@ -179,9 +178,7 @@ def check_betas(betas: Tensor) -> Tensor:
     """Return `betas`; raise ValueError unless all of them are in (0, 1)."""
     low, high = betas.min().item(), betas.max().item()
     if not (low > 0 and high < 1):  # also catches NaN
-        raise ValueError(
-            f"schedule: betas in [{low:.4g}, {high:.4g}] must be in (0, 1); change the arguments of the schedule"
-        )
+        raise ValueError(f"schedule: betas in [{low:.4g}, {high:.4g}] must be in (0, 1); change its arguments")
     return betas
 
 

@@ -23,17 +23,12 @@ class TimestepSampler(Protocol):
 
 
 def uniform(u: Tensor, shared_u: Tensor, position: Tensor, *, warp: Warp | None = None) -> tuple[Tensor, Tensor]:
-    """Draw v independently and uniformly, then warp.
-
-    Source: Ho et al. 2020, alg. 1.
-    """
+    """Draw v independently and uniformly, then warp. Source: Ho et al. 2020, alg. 1."""
     return (u if warp is None else warp(u)), torch.ones_like(u)
 
 
 def stratified(u: Tensor, shared_u: Tensor, position: Tensor, *, warp: Warp | None = None) -> tuple[Tensor, Tensor]:
-    """Draw v evenly spaced over the global batch with one shared offset, then warp.
-
-    Each v is uniform, and the mean loss of the batch has less variance than with independent draws.
+    """Draw v evenly spaced over the global batch with one shared offset, then warp, to lower the variance of the mean.
 
     Source: Kingma et al. 2021 (arXiv 2107.00630), app. I.1.
     """
@@ -45,9 +40,6 @@ class ImportanceSampler(nn.Module):
 
     The moments are those of the last `history_per_bin` losses of a bin. v is uniform until every bin has that many, and
     with probability `uniform_prob` afterwards. The weight keeps the mean loss unbiased. Checkpoints hold the losses.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Source: Nichol & Dhariwal 2021 (arXiv 2102.09672), sec. 3.3.
     """
@@ -109,10 +101,7 @@ class ImportanceSampler(nn.Module):
 
 
 def logit_normal(v: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """Warp v such that its logit is normal, with most timesteps in the middle.
-
-    Source: Esser et al. 2024 (arXiv 2403.03206), sec. 3.1.
-    """
+    """Warp v such that its logit is normal. Source: Esser et al. 2024 (arXiv 2403.03206), sec. 3.1."""
     _check_std(std)
     logit: Tensor = mean + std * torch.special.ndtri(v)
     return torch.sigmoid(logit).clamp(max=1 - 2**-24)

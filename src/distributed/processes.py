@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +12,6 @@ from src.distributed.ranks import remember_children, signals_blocked, slurm_task
 from src.errors import sentence
 
 T = TypeVar("T")
-_nothing: Any = object()
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class Processes:
 
     def gather_in_turn(self, results: Sequence[T]) -> list[T]:
         """Return the results of all processes for their `share` of some items, in the order of the items."""
-        turns = zip_longest(*self.gather(list(results)), fillvalue=_nothing)
-        return [result for turn in turns for result in turn if result is not _nothing]
+        parts = self.gather(results)
+        return [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
 
 
 def check_processes(prefix: str, device: torch.device, devices: int, num_nodes: int, environment: Any) -> None:

@@ -20,26 +20,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(sig
 FRESH = "FRESH_FOLDER_"
 
 
-def fresh_folder(parent: str) -> str:
+def fresh_folder(parent: str, again: bool = False) -> str:
     """Return a new folder under `parent`, named after the time and unique among runs of the same second.
 
-    Later calls return the same folder, in this process and its children: an environment variable stores it.
+    Later calls return the same folder, in this process and its children: an environment variable stores it. With
+    `again` only processes that another one started return it.
     """
     memory = f"{FRESH}{Path(parent).resolve()}"
-    if memory in os.environ:
-        return os.environ[memory]
-    record_missing_dirs(Path(parent))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        os.environ[memory] = _shared_folder(parent)
+    renews = again and rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    if memory not in os.environ or renews:
+        record_missing_dirs(Path(parent))
+        os.environ[memory] = _agree_on_folder(parent)
         _missing.append(Path(os.environ[memory]).resolve())
-        return os.environ[memory]
-    if slurm_tasks() > 1:
-        # The tasks cannot communicate yet; they share the ids of their job and step.
-        name = "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ)
-        os.environ[memory] = str(Path(parent) / name)
-    else:
-        os.environ[memory] = _create_folder(parent)
-    _missing.append(Path(os.environ[memory]).resolve())
     return os.environ[memory]
 
 
@@ -73,19 +65,21 @@ def _create_folder(parent: str) -> str:
     raise AssertionError
 
 
-def _shared_folder(parent: str) -> str:
-    """Return the folder that the first process of `torchrun` creates, shared through torchrun's store.
+def _agree_on_folder(parent: str) -> str:
+    """Return a folder under `parent` that is the same in all processes of torchrun or of a SLURM step.
 
     Hydra names the folder before any process group exists; otherwise every process would train in a separate folder.
     """
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.rendezvous import rendezvous
 
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(host, port, is_master=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank() == 0)
-    name = f"folder of {parent}, attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    if rank() == 0:
-        store.set(name, _create_folder(parent))
-    return str(store.get(name).decode())
+        store, global_rank, _ = next(rendezvous("env://"))
+        if global_rank == 0:
+            store.set(f"folder of {parent}", _create_folder(parent))
+        return str(store.get(f"folder of {parent}").decode())
+    if slurm_tasks() > 1:  # They cannot communicate yet; they share the ids of their job and step.
+        return str(Path(parent) / "slurm_{SLURM_JOB_ID}_{SLURM_STEP_ID}".format_map(os.environ))
+    return _create_folder(parent)
 
 
 def slurm_tasks() -> int:
@@ -95,14 +89,17 @@ def slurm_tasks() -> int:
 
 def rank() -> int:
     """Return the global rank that torchrun, SLURM or Lightning's launcher assigned; 0 for a single process."""
-    names = ["RANK", *(["SLURM_PROCID"] if slurm_tasks() > 1 else []), "LOCAL_RANK"]
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    return _assigned_rank("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 def local_rank() -> int:
     """Return the rank among the processes on this machine."""
-    names = ["LOCAL_RANK", *(["SLURM_LOCALID"] if slurm_tasks() > 1 else [])]
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+    return _assigned_rank("LOCAL_RANK", "SLURM_LOCALID")
+
+
+def _assigned_rank(*names: str) -> int:
+    counts = [name for name in names if name in os.environ and (slurm_tasks() > 1 or not name.startswith("SLURM"))]
+    return int(os.environ[counts[0]]) if counts else 0
 
 
 @contextmanager
@@ -191,7 +188,7 @@ _is_command: list[bool] = []
 def exit_process(status: int) -> None:
     """End an interrupted process with `status`; in a command, silence what libraries log at exit.
 
-    Python would die by the signal instead if the interruption passed through code that a library ran with `exec`.
+    After an interruption within `exec`, Python would die by the signal instead.
     """
     if not _is_command:
         sys.exit(status)

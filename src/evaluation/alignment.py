@@ -16,7 +16,7 @@ from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
 
 MAX_ROWS, MAX_COLUMNS = 10, 8
-"""Numbers of prompts and of samples per prompt in the picture."""
+"""Numbers of prompts and of samples per prompt in `prompts.png`."""
 
 
 class AlignmentMetrics(NamedTuple):
@@ -31,8 +31,7 @@ class AlignmentMetrics(NamedTuple):
 class AlignmentResult(NamedTuple):
     """Metrics and example samples of an alignment benchmark."""
 
-    groups: dict[str, dict[float, AlignmentMetrics]]
-    """Metrics by group and guidance scale."""
+    groups: dict[str, dict[float, AlignmentMetrics]]  # metrics by group and guidance scale
     examples: dict[float, list[tuple[str, Tensor]]]
     """By guidance scale: titles of some prompts, with samples (M, C, H, W) uint8 of each."""
 
@@ -123,8 +122,7 @@ def sample_and_score(
             progress(scale, min(size * processes.count, total - turn * processes.count * size))
         if num_corrupted := sum(processes.gather(num_corrupted)):
             raise ValueError(
-                f"{num_corrupted} of {total} samples at guidance scale {scale:g} are not finite: remove it from "
-                "alignment.scales, or use another sampler=..."
+                f"{num_corrupted} of {total} samples are not finite: remove {scale:g} from alignment.scales"
             )
         images = torch.cat(processes.gather_in_turn(parts))
         if processes.rank > 0:
@@ -147,12 +145,15 @@ def diversity_curves(
     groups: Mapping[str, Mapping[float, AlignmentMetrics]],
 ) -> dict[str, list[tuple[float, Metric, Metric]]]:
     """Return for each group its scales, each with the diversity and the fraction correct in all attributes."""
-    result: dict[str, list[tuple[float, Metric, Metric]]] = {}
-    for group, by_scale in groups.items():
-        for scale, each in by_scale.items():
-            for diversity in (metric for key, metric in each.metrics.items() if key.startswith("diversity_")):
-                result.setdefault(group, []).append((scale, diversity, share_correct(each.metrics)))
-    return result
+    return {
+        group: [
+            (scale, diversity, share_correct(each.metrics))
+            for scale, each in by_scale.items()
+            for name, diversity in each.metrics.items()
+            if name.startswith("diversity_")
+        ]
+        for group, by_scale in groups.items()
+    }
 
 
 def best_scale(groups: Mapping[str, Mapping[float, AlignmentMetrics]]) -> float:

@@ -38,10 +38,8 @@ OBJECT_ATTRIBUTES = ("shape", "color", "size")
 class PromptBenchmark(Protocol):
     """Prompts, and a scorer of the samples drawn for them."""
 
-    prompts: Mapping[str, Sequence[Any]]
-    """Prompts by group, in the form that the condition accepts."""
-    n: int
-    """Samples per group."""
+    prompts: Mapping[str, Sequence[Any]]  # prompts by group, in the form that the condition accepts
+    n: int  # samples per group
     attributes: Sequence[str]
     detector_accuracy: Mapping[str, Metric]
     """The scorer's accuracy on real images in each attribute and in all attributes."""

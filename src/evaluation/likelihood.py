@@ -39,16 +39,11 @@ SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)
 class Bound(NamedTuple):
     """The variational bound of N samples in bits/dim, and the sums of each term over the samples that drew it."""
 
-    prior: Tensor
-    """(N,) KL divergence of x_T from the prior."""
-    total: Tensor
-    """(N,) bound of each sample."""
-    counts: Tensor
-    """(T,) number of times each transition was drawn, the decoder's first."""
-    term_sums: Tensor
-    """(T,) sum of each transition's term."""
-    mse_sums: Tensor
-    """(T,) sum of the squared error of eps at each transition's noisier level."""
+    prior: Tensor  # (N,) KL divergence of x_T from the prior
+    total: Tensor  # (N,) bound of each sample
+    counts: Tensor  # (T,) number of times each transition was drawn, the decoder's first
+    term_sums: Tensor  # (T,) sum of each transition's term
+    mse_sums: Tensor  # (T,) sum of the squared error of eps at each transition's noisier level
 
     @property
     def terms(self) -> Tensor:

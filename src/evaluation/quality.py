@@ -28,7 +28,6 @@ from src.metrics.collected import Collected, collect_once
 from src.metrics.confidence import Metric
 from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
 from src.metrics.measure import image_metrics, memorization_metrics, point_metrics
-from src.metrics.memorization import Memorization
 from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.rng import key
 from src.training.module import DiffusionModule, Sampler
@@ -48,22 +47,17 @@ MAX_CLASSIFIER_IMAGES = 20_000
 class GeneratedSamples(NamedTuple):
     """Features and first samples of one sampler."""
 
-    collected: dict[str, Collected]
-    """Features by the name of the extractor."""
-    first: Tensor
-    """(M, *data) first samples after `postprocess`."""
-    calls: int
-    """Network calls per sample."""
-    seconds: float
-    """Device seconds per sample."""
+    collected: dict[str, Collected]  # features by the name of the extractor
+    first: Tensor  # (M, *data) first samples after `postprocess`
+    calls: int  # network calls per sample
+    seconds: float  # device seconds per sample
 
 
 class SampleMetrics(NamedTuple):
     """Metrics of one sampler, and the nearest training sample of each of its first samples."""
 
     metrics: dict[str, Metric]
-    neighbors: Nearest
-    """(M,) by position in the training data, in pixel space or in the space of the points."""
+    neighbors: Nearest  # (M,) by position in the training data, in pixel space or in the space of the points
 
 
 class SampleEvaluator:
@@ -77,8 +71,7 @@ class SampleEvaluator:
         data.setup()
         if (least := min(len(data.val_indices), len(data.train_indices))) < MIN_REAL:
             raise ValueError(
-                f"quality=true needs at least {MIN_REAL} validation and {MIN_REAL} training samples, found {least}: "
-                "use more data, or train with another data.val_fraction"
+                f"quality=true needs at least {MIN_REAL} validation and training samples, found {least}: use more data"
             )
         self.data = data
         self.settings = settings
@@ -145,8 +138,7 @@ class SampleEvaluator:
             progress(min(size * count, n - turn * count * size))
         if num_corrupted := sum(self.processes.gather(num_corrupted)):
             raise ValueError(
-                f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... does not suit the "
-                "schedule"
+                f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... is unsuitable"
             )
         return GeneratedSamples(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
@@ -154,11 +146,6 @@ class SampleEvaluator:
             module.network_calls(sampler),
             sum(self.processes.gather(seconds)) / (turns * count * size),
         )
-
-    @property
-    def accuracy(self) -> float | None:
-        """Accuracy of the classifier on validation images; None without a classifier."""
-        return next((e.accuracy for e in self.extractors if isinstance(e, Classifier)), None)
 
     def baseline(self) -> dict[str, Metric]:
         """Return the metrics of `settings.n` real samples outside the reference, or of all if fewer. Rank 0 only."""
@@ -184,11 +171,10 @@ class SampleEvaluator:
             metrics = self._compute_metrics(samples.collected)
             for space, (of_val, *of_samples) in parts.items():
                 try:
-                    memory = Memorization.of(of_samples[k], of_val.distances)
+                    distances = of_samples[k].distances, of_val.distances
+                    metrics |= memorization_metrics(space, *distances, self.settings.seed)
                 except ValueError as error:
                     warnings.warn(f"skipping the search for copies in {space}: {error}", stacklevel=2)
-                else:
-                    metrics |= memorization_metrics(space, memory, self.settings.seed)
             results.append(SampleMetrics(metrics, next(iter(parts.values()))[1 + k]))
         return results
 
@@ -210,34 +196,27 @@ class SampleEvaluator:
                 case "pixels":
                     if (size := math.prod(self.data.shape)) > MAX_PIXELS:
                         raise ValueError(
-                            f"features=pixels allows at most {MAX_PIXELS} values per image, got {size}: use "
-                            "features=inception or features=dinov2"
+                            f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
                         )
                     extractors.append(Pixels())
                 case "classifier":
-                    extractors.append(self._train_classifier())
+                    if not (labels := self.data.source.labels):
+                        raise ValueError(
+                            "features=classifier needs labels: use features=pixels, or a folder of images per class"
+                        )
+                    classifier, _ = train_data_classifier(self.data, settings.cache, device)
+                    extractors.append(classifier)
+                    if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
+                        warnings.warn(
+                            f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to "
+                            "chance: choose other features=...",
+                            stacklevel=2,
+                        )
                 case "inception":
                     extractors.append(Inception(settings.inception_weights, device))
                 case "dinov2":
                     extractors.append(DinoV2(settings.dinov2_model, device))
         return extractors
-
-    def _train_classifier(self) -> Extractor:
-        assert self.data.source is not None
-        labels = self.data.source.labels
-        if labels is None:
-            raise ValueError(
-                "features=classifier needs labels: put the images of each class into a separate folder, or use "
-                "features=pixels, inception or dinov2"
-            )
-        classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
-        if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
-            warnings.warn(
-                f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to chance: choose "
-                "other features=...",
-                stacklevel=2,
-            )
-        return classifier
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield this process's batches on its device, each with the position of its first sample."""
@@ -259,8 +238,6 @@ class SampleEvaluator:
 
     def _merge(self, part: Collected | None) -> Collected:
         """Merge the features of all processes; None stands for a process without samples."""
-        if part is not None:  # the merge would drop them
-            part = part.below(self.settings.max_features)
         parts = [p for p in self.processes.gather(part) if p is not None]
         return reduce(lambda merged, each: merged.merge(each, self.settings.max_features), parts)
 
@@ -299,8 +276,8 @@ def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.devic
     labels = data.source.labels.targets
     x, train = data.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
     y, val = data.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
-    train_images, val_images = data.postprocess(data.preprocess(x)), data.postprocess(data.preprocess(y))
-    classifier = train_classifier(train_images, labels[train], (val_images, labels[val]), cache, device=device)
+    images, val_images = (data.postprocess(data.preprocess(part)) for part in (x, y))
+    classifier = train_classifier(images, labels[train], (val_images, labels[val]), cache, device=device)
     return classifier, len(val)
 
 

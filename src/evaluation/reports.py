@@ -1,13 +1,13 @@
-"""The parts of an evaluation: each measures, saves its pictures in a folder, and returns metrics for a JSON file.
+"""The parts of an evaluation: each measures, saves its plots in a folder, and returns metrics for a JSON file.
 
-All processes call these functions; pictures and metrics come from rank 0.
+All processes call these functions; files and metrics come from rank 0.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +26,16 @@ from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
 from src.evaluation.table_report import table_report
+from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
-from src.viz.tables import strip_sample_count
-
-T = TypeVar("T")
+from src.viz.tables import markdown_table, strip_sample_count
 
 PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
 """Metrics plotted over the cost of sampling, in the first feature space."""
 NUM_SHOWN = 12
-"""Samples per row of a picture."""
+"""Samples per row of an image."""
 
 
 def evaluate_likelihood(
@@ -62,7 +61,7 @@ def evaluate_likelihood(
     load = partial(load_val, module, data, data.condition)
 
     def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
-        return progress_bar(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
+        yield from progress_bar(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
 
     parts = bounds(
         module, own, load, seed, num_terms, reverse_variance, show, lambda errors: sum_errors(processes.gather(errors))
@@ -107,7 +106,7 @@ def load_val(
 def evaluate_quality(
     module: DiffusionModule, samplers: Mapping[str, Sampler], evaluator: SampleEvaluator, folder: Path
 ) -> dict[str, Any]:
-    """Return the metrics of each sampler's samples and their real-data baseline, and save pictures. Rank 0 only."""
+    """Return the metrics of each sampler's samples and their real-data baseline, and save plots. Rank 0 only."""
     processes, n = evaluator.processes, evaluator.settings.n
     calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
     generated = {}
@@ -135,8 +134,9 @@ def evaluate_quality(
             for (name, samples), each in zip(generated.items(), measured, strict=True)
         },
     }
-    if evaluator.accuracy is not None:
-        metrics["classifier_accuracy"] = evaluator.accuracy
+    for extractor in evaluator.extractors:
+        if isinstance(extractor, Classifier):
+            metrics["classifier_accuracy"] = extractor.accuracy
     save_samples(folder, evaluator, generated, measured)
     save_class_frequencies(folder, evaluator, generated)
     if isinstance(evaluator.data, TableDataModule):
@@ -159,9 +159,9 @@ def save_samples(
     if real.ndim != 4:
         val = data.postprocess(data.examples(2000))
         plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
-        images.side_by_side(plots, gap=8).save(folder / "samples.png")
+        images.tile(plots).save(folder / "samples.png")
         return
-    rows = [*(each.first[:NUM_SHOWN] for each in generated.values()), real]
+    rows = [*(each.first for each in generated.values()), real]
     count = min(map(len, rows))
     images.labeled_rows([row[:count] for row in rows], [*generated, "validation data"]).save(folder / "samples.png")
     first, nearest = next(iter(generated.values())).first, measured[0].neighbors
@@ -193,18 +193,16 @@ def save_quality_curves(
     baseline: Mapping[str, Metric],
 ) -> None:
     """Save up to three metrics over network calls, one line per sampler, next to the baseline."""
-    baselines = {
-        strip_sample_count(name): metric for name, metric in baseline.items()
-    }  # the numbers of samples may differ
-    titles = [
-        name for name in measured[0].metrics if name.startswith(PLOTTED) and strip_sample_count(name) in baselines
-    ][:3]
+    # The numbers of samples may differ.
+    baselines = {strip_sample_count(name): metric for name, metric in baseline.items()}
+    known = (name for name in measured[0].metrics if strip_sample_count(name) in baselines)
+    titles = [name for name in known if name.startswith(PLOTTED)][:3]
     curves: dict[str, list[tuple[int, list[Metric]]]] = {}
     for (name, samples), each in zip(generated.items(), measured, strict=True):
         label = name.replace(f" {samplers[name].steps}", "", 1)
         curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
-    picture = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
-    picture.save(folder / "quality.png")
+    plot = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
+    plot.save(folder / "quality.png")
 
 
 def evaluate_alignment(
@@ -235,7 +233,7 @@ def evaluate_alignment(
     charts.alignment_against_diversity(diversity_curves(result.groups), accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
-    images.add_title(images.titled_rows(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
+    images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
     groups = {
         group: {
             f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
@@ -250,13 +248,16 @@ def format_sampler_errors(
     results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
 ) -> str:
     """Return the errors of samplers against the exact solution as two Markdown tables."""
-    width = max(18, *(len(name) + 1 for name in results))
-    header = f"{'sampler':<{width}}" + "".join(f"{f'{n} steps':>12}" for n in steps)
-    lines = [f"Root mean square distance from the exact flow, {grid}:", header]
-    lines += [f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.flow) for name, r in results.items() if r.flow]
-    lines += ["", f"Distance of mean and covariance ({sampling_error:.1e} for exact samples):", header]
-    lines += [f"{name:<{width}}" + "".join(f"{e:>12.2e}" for e in r.moments) for name, r in results.items()]
-    return "\n".join(lines)
+
+    def table(errors: Mapping[str, Sequence[float]]) -> str:
+        rows = [[name, *(f"{error:.2e}" for error in values)] for name, values in errors.items() if values]
+        return markdown_table(["sampler", *(f"{n} steps" for n in steps)], rows)
+
+    flow, moments = ({name: getattr(r, field) for name, r in results.items()} for field in ("flow", "moments"))
+    return (
+        f"Root mean square distance from the exact flow, {grid}:\n\n{table(flow)}\n\n"
+        f"Distance of mean and covariance ({sampling_error:.1e} for exact samples):\n\n{table(moments)}"
+    )
 
 
 def as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
@@ -269,10 +270,9 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def progress_bar(items: Iterable[T], label: str, rank: int = 0) -> Iterable[T]:
+def progress_bar(items: Iterable[Any], label: str, rank: int = 0) -> Any:
     """Yield the items and show a progress bar on rank 0."""
-    bar: Iterable[T] = tqdm(items, desc=label, disable=rank > 0)
-    return bar
+    return tqdm(items, desc=label, disable=rank > 0)
 
 
 def call_bar(label: str, total: int, rank: int) -> Any:

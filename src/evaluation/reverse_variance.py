@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,9 @@ MEASURED_ROWS = 32
 class ErrorSums(NamedTuple):
     """Sums of errors in each half of the samples. The sums of several batches add up field by field."""
 
-    counts: Tensor
-    """(2, T) number of measurements at each row."""
-    squares: Tensor
-    """(2, T) squared error of x_0, averaged over its elements."""
-    decoder: Tensor
-    """(2, C) decoder term for each of `decoder_log_variances`; C is 0 for continuous data."""
+    counts: Tensor  # (2, T) number of measurements at each row
+    squares: Tensor  # (2, T) squared error of x_0, averaged over its elements
+    decoder: Tensor  # (2, C) decoder term for each of `decoder_log_variances`; C is 0 for continuous data
 
 
 def sample_halves(x: Tensor) -> Tensor:
@@ -136,7 +134,8 @@ def optimal_log_variances(errors: ErrorSums, diffusion: GaussianDiffusion, sched
             result.append(fixed_log_variances("fixed_large", diffusion, schedule)[0])
             continue
         log_mse = (squares[measured] / counts[measured]).clamp(min=TINY_VARIANCE).log()
-        log_variance = optimal_log_variance(t, s, _interpolate(-log_snr, -log_snr[measured], log_mse).exp())
+        log_mse = torch.from_numpy(np.interp(-log_snr, -log_snr[measured], log_mse))
+        log_variance = optimal_log_variance(t, s, log_mse.exp())
         if diffusion.num_values is not None:
             log_variance[0] = _parabola_minimum(decoder_log_variances(diffusion.num_values), decoder)
         result.append(log_variance)
@@ -164,15 +163,6 @@ def decoder_log_variances(num_values: int) -> Tensor:
 def sum_errors(parts: Sequence[ErrorSums]) -> ErrorSums:
     """Return the sums of all parts."""
     return ErrorSums(*(torch.stack(field).sum(0) for field in zip(*parts, strict=True)))
-
-
-def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
-    """Interpolate `values` (K,) at ascending `known` (K,) linearly at x (N,); constant beyond the ends."""
-    if len(known) == 1:
-        return values.expand_as(x)
-    above = torch.searchsorted(known, x).clamp(1, len(known) - 1)
-    share = ((x - known[above - 1]) / (known[above] - known[above - 1])).clamp(0, 1)
-    return torch.lerp(values[above - 1], values[above], share)
 
 
 def _parabola_minimum(x: Tensor, values: Tensor) -> Tensor:

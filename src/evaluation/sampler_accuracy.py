@@ -18,12 +18,9 @@ from src.training.module import Sampler
 class SamplerErrors(NamedTuple):
     """Errors of one sampler, one entry per number of steps."""
 
-    evaluations: list[int]
-    """Network calls per sample."""
-    flow: list[float]
-    """Root mean square distance from the exact endpoint of the flow; empty for a stochastic sampler."""
-    moments: list[float]
-    """`moments_distance` of the samples."""
+    evaluations: list[int]  # network calls per sample
+    flow: list[float]  # root mean square distance from the exact endpoint of the flow; empty for a stochastic sampler
+    moments: list[float]  # `moments_distance` of the samples
 
 
 def compare_samplers(
@@ -39,7 +36,8 @@ def compare_samplers(
 
     The second value is the `moments_distance` of the exact flow's samples: the sampling error of a perfect sampler.
     """
-    unit = torch.randn(count, data.means.shape[1], generator=_generator(seed), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.randn(count, data.means.shape[1], generator=generator, dtype=torch.float64)
     flows: dict[float, Tensor] = {}
     results = {name: SamplerErrors([], [], []) for name in samplers}
     jobs = [(name, n) for name in samplers for n in steps]
@@ -50,7 +48,7 @@ def compare_samplers(
         if (start := grid[0].time.item()) not in flows:
             flows[start] = data.flow(x, grid[0].alpha.item(), grid[0].sigma.item())
         ideal = IdealPredictor(data)
-        noise = CountingNoise(_generator(seed + 1))
+        noise = CountingNoise(torch.Generator().manual_seed(seed + 1))
         *_, out = samplers[name].fn(GaussianDiffusion("x0"), ideal, x, grid, noise=noise)
         results[name].evaluations.append(ideal.calls)
         if noise.calls == 0:
@@ -92,7 +90,3 @@ def moments_distance(x: Tensor, data: GaussianMixture) -> float:
     mean, covariance = data.moments()
     exact = Moments(torch.tensor(2.0).to(mean), mean, covariance)  # for n = 2 the scatter equals the covariance
     return math.sqrt(frechet_distance(Moments.of(x), exact))
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

@@ -18,13 +18,10 @@ class QualitySettings(NamedTuple):
 
     features: Sequence[str] | None = None
     """Names in `FEATURES`. None: the classifier for images with labels, else pixels. Points use their own values."""
-    n: int = 1000
-    """Number of generated samples."""
-    seed: int = 0
-    """Seed of the sampling noise, of the training samples in the baseline, and of the bootstrap."""
+    n: int = 1000  # number of generated samples
+    seed: int = 0  # seed of the sampling noise, of the training samples in the baseline, and of the bootstrap
     batch_size: int = 256
-    max_features: int = 10_000
-    """Maximum number of samples in metrics that compare pairs: all but the Fréchet distance."""
+    max_features: int = 10_000  # maximum number of samples in metrics that compare pairs: all but the Fréchet distance
     num_memorization: int = 1000
     """Number of generated and of validation samples whose nearest training samples are searched."""
     reference: str = "val"
@@ -48,13 +45,11 @@ class QualitySettings(NamedTuple):
 class AlignmentSettings(NamedTuple):
     """Settings of the prompt alignment benchmark."""
 
-    scales: Sequence[float] = (1, 1.5, 2, 3, 5)
-    """Guidance scales."""
+    scales: Sequence[float] = (1, 1.5, 2, 3, 5)  # guidance scales
     n: int | None = None
     """Samples per scale and group of prompts. None: 200 for captions; for classes 500, at least 2 per class."""
     detector_steps: int = DETECTOR_STEPS
-    seed: int = 0
-    """Seed of the sampling noise, of the captions, and of the bootstrap."""
+    seed: int = 0  # seed of the sampling noise, of the captions, and of the bootstrap
     batch_size: int = 256
     cache: Path = Path("outputs/cache")
 
@@ -63,8 +58,7 @@ class AlignmentSettings(NamedTuple):
         numbers = [scale for scale in self.scales if isinstance(scale, int | float) and 0 <= scale < math.inf]
         if not numbers or len(numbers) < len(self.scales):
             raise ValueError(
-                f"alignment.scales={list(self.scales)} must hold one or more guidance scales of at least 0, such as "
-                "[1,1.5,2,3,5]"
+                f"alignment.scales={list(self.scales)} must be guidance scales of at least 0, such as [1,1.5,2,3,5]"
             )
         if self.n is not None and self.n < 2:
             raise ValueError(f"alignment.n={self.n} must be at least 2, or null for 200 (captions) or 500 (classes)")
@@ -82,6 +76,5 @@ def check_num_val(variance: str, count: int, setting: str) -> None:
     """Raise ValueError that names `setting` if `count` validation samples are too few for the reverse variance."""
     if variance == "optimal" and count < 2:
         raise ValueError(
-            f"{setting}=optimal needs at least 2 validation samples, got {count}; use more, or set "
-            f"{setting}=fixed_large"
+            f"{setting}=optimal needs at least 2 validation samples, got {count}; set {setting}=fixed_large"
         )

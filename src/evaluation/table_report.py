@@ -27,8 +27,9 @@ def table_report(folder: Path, data: TableDataModule, samples: Tensor, space: Va
     samples, baseline = samples.cpu(), train[: len(samples)]
     kinds = data.num_categories
     names = [column.name for column in data.encoders]
+    words = [["False", "True"] if column.type == "boolean" else [] for column in data.encoders]
     categories = [
-        [str(each) for each in column.categories] if kinds[k] else [] for k, column in enumerate(data.encoders)
+        [*map(str, column.categories)] or booleans for column, booleans in zip(data.encoders, words, strict=True)
     ]
     table_plots.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
     if len(names) > 1:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
+from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.likelihood import Predict
-from src.diffusion.noise import NoiseLevel, NoiseSchedule, TimeGrid
+from src.diffusion.noise import NoiseSchedule, TimeGrid
 from src.diffusion.samplers import Noise
 
 # Arguments whose defaults differ between schedulers, passed to those that accept them. GaussianDiffusion clips x_0.
@@ -66,12 +66,12 @@ def diffusers(
     # One generator per sample, so that a sample does not depend on the batch.
     seeds = ((noise(x).double().flatten(1)[:, 0] * 2**32).long() % 2**62).tolist()
     generators = [torch.Generator(x.device).manual_seed(seed) for seed in seeds]
+    extra = {"generator": generators} if "generator" in inspect.signature(make.step).parameters else {}
     prediction_type = OTHER_PREDICTIONS.get(scheduler, "sample")
     sampler = _build(make, schedule, prediction_type, seeds)
     sampler.set_timesteps(steps)
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(0)
-    extra = {"generator": generators} if "generator" in inspect.signature(make.step).parameters else {}
 
     times = sampler.timesteps
     levels = schedule.at((times.double() + 1) / schedule.num_steps)
@@ -79,8 +79,13 @@ def diffusers(
     x = x / sampler.scale_model_input(torch.ones((), dtype=torch.float64), times[0])
     scaled = sampler.scale_model_input(x, times[0])
     for i, (time, level) in enumerate(zip(times, levels, strict=True)):
-        out = _output(prediction_type, predict(scaled, level), level)
-        x = sampler.step(out, time, x, return_dict=False, **extra)[0]
+        pred = predict(scaled, level)
+        outputs = {
+            "sample": pred.x0,
+            "epsilon": pred.eps,
+            "v_prediction": level.alpha * pred.eps - level.sigma * pred.x0,
+        }
+        x = sampler.step(outputs[prediction_type], time, x, return_dict=False, **extra)[0]
         is_last = i + 1 == len(times)
         scaled = x if is_last else sampler.scale_model_input(x, times[i + 1])
         # Yield `steps` values, evenly spaced over the predictions.
@@ -110,40 +115,28 @@ def _build(make: Any, schedule: NoiseSchedule, prediction_type: str, seeds: list
     return sampler
 
 
-def _output(prediction_type: str, pred: Prediction, level: NoiseLevel) -> Tensor:
-    """Convert the prediction to the prediction type of the scheduler, (B, *data)."""
-    match prediction_type:
-        case "sample":
-            return pred.x0
-        case "epsilon":
-            return pred.eps
-    return level.alpha * pred.eps - level.sigma * pred.x0
-
-
 def _scheduler_class(name: str) -> Any:
     """Return the class `name` of diffusers; raise ValueError unless it uses betas and samples from noise to data."""
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:
         raise ValueError("sampler=diffusers needs the diffusers library; pip install diffusers") from error
-    names = [known for known in dir(library) if known.endswith("Scheduler")]
+    setting, names = f"sampler.scheduler={name}", [known for known in dir(library) if known.endswith("Scheduler")]
     if name not in names:
         # Compare without the common suffix.
         usable = {known.removesuffix("Scheduler"): known for known in names if _uses_betas(library, known)}
         stems = difflib.get_close_matches(name.removesuffix("Scheduler"), usable, n=3, cutoff=0.5)
         close = " or ".join(usable[stem] for stem in stems)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(usable.values())}"
-        raise ValueError(f"sampler.scheduler={name} must be a scheduler of diffusers; {hint}")
-    if getattr(getattr(library, name), "_backends", None):  # a placeholder for a class with missing dependencies
-        raise ValueError(
-            f"sampler.scheduler={name} needs packages; pip install {' '.join(getattr(library, name)._backends)}"
-        )
+        raise ValueError(f"{setting} must be a scheduler of diffusers; {hint}")
+    make = getattr(library, name)
+    if missing := getattr(make, "_backends", None):  # a placeholder for a class with missing dependencies
+        raise ValueError(f"{setting} needs packages; pip install {' '.join(missing)}")
     if not _uses_betas(library, name):
         raise ValueError(
-            f"sampler.scheduler={name} must sample along betas from noise to data; "
-            "choose sampler.scheduler=UniPCMultistepScheduler"
+            f"{setting} must sample along betas from noise to data; choose sampler.scheduler=UniPCMultistepScheduler"
         )
-    return getattr(library, name)
+    return make
 
 
 def _uses_betas(library: Any, name: str) -> bool:

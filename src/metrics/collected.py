@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,38 +32,25 @@ class Collected(NamedTuple):
                 f"{num_corrupted} of {len(batch.features)} samples from number {start} have features that are not "
                 "finite: inspect the samples, or choose other features=..."
             )
-        numbers = torch.arange(start, start + len(batch.features))
+        numbers = torch.arange(start, start + len(batch.features), device=batch.features.device)
         return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
 
     def merge(self, other: "Collected", limit: int) -> "Collected":
         """Merge both; the order matters only for rounding of the moments."""
-        probabilities = None
-        if self.probabilities is not None and other.probabilities is not None:
-            probabilities = torch.cat([self.probabilities, other.probabilities])
-        return Collected(
-            self.moments.merge(other.moments),
-            torch.cat([self.numbers, other.numbers]),
-            torch.cat([self.features, other.features]),
-            probabilities,
-        )._first(limit)
+        rest: list[Any] = [
+            None if x is None or y is None else torch.cat([x, y]) for x, y in zip(self[1:], other[1:], strict=True)
+        ]
+        return Collected(self.moments.merge(other.moments), *rest)._first(limit)
 
     def to(self, device: torch.device | str) -> "Collected":
-        """Move to a device; numbers stay on the CPU."""
-        probabilities = None if self.probabilities is None else self.probabilities.to(device)
-        moments = Moments(*(part.to(device) for part in self.moments))
-        return Collected(moments, self.numbers, self.features.to(device), probabilities)
+        """Move to a device."""
+        rest: list[Any] = [None if x is None else x.to(device) for x in self[1:]]
+        return Collected(Moments(*(part.to(device) for part in self.moments)), *rest)
 
-    def below(self, number: int) -> "Collected":
-        """Drop the features of samples from `number` on, which a merge with this limit would drop."""
-        return self._first(int((self.numbers < number).sum()), least=0)
-
-    def _first(self, limit: int, least: int = 2) -> "Collected":
-        if limit < least:
-            raise ValueError(f"max_features={limit} must be at least 2: 10000 is usual")
+    def _first(self, limit: int) -> "Collected":
         order = self.numbers.argsort()[:limit]
-        places = order.to(self.features.device)
-        probabilities = None if self.probabilities is None else self.probabilities[places]
-        return Collected(self.moments, self.numbers[order], self.features[places], probabilities)
+        rest: list[Any] = [None if x is None else x[order] for x in self[1:]]
+        return Collected(self.moments, *rest)
 
 
 Batches = Iterable[tuple[int, Tensor]]

@@ -33,8 +33,7 @@ class Statistic:
 
     n: int
     of: Callable[[Tensor], Tensor]
-    within: tuple[float, float] = (-math.inf, math.inf)
-    """The range of the metric, which bounds its interval."""
+    within: tuple[float, float] = (-math.inf, math.inf)  # the range of the metric, which bounds its interval
 
     @property
     def value(self) -> float:
@@ -50,11 +49,6 @@ class Statistic:
 
         Source: Efron 1979.
         """
-        if replicates < 2 or not 0 < confidence < 1:
-            raise ValueError(
-                f"a bootstrap needs at least 2 replicates and a confidence in (0, 1), got replicates={replicates} and "
-                f"confidence={confidence}"
-            )
         generator = torch.Generator().manual_seed(seed)
         counts = torch.zeros(replicates + 1, self.n, dtype=torch.float64)
         counts[0] = 1
@@ -94,17 +88,12 @@ def median_of(scores: Tensor) -> Statistic:
     return Statistic(len(scores), of)
 
 
-def wilson(correct: int, n: int, confidence: float = 0.95) -> Metric:
-    """Return the fraction correct / n with Wilson's interval, whose width is positive even for fractions of 0 and 1.
+def wilson(correct: int, n: int) -> Metric:
+    """Return the fraction correct / n with Wilson's 95% interval, whose width is positive even for 0 and 1.
 
     Source: Wilson 1927.
     """
-    if not 0 <= correct <= n or n < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"correct={correct} must be in [0, n] with at least one sample, and confidence={confidence} in (0, 1); got "
-            f"n={n}"
-        )
-    share, z = correct / n, NormalDist().inv_cdf((1 + confidence) / 2)
+    share, z = correct / n, NormalDist().inv_cdf(0.975)
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
     return Metric(share, max(middle - half, UNIT_INTERVAL[0]), min(middle + half, UNIT_INTERVAL[1]))

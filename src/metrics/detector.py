@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.cache import Tensors, cached, digest
-from src.metrics.features import check_images
 
 SIDE, CELLS = 32, 16
 """Side of the network's input in pixels, and of its grid of cells."""
@@ -29,23 +28,17 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 class LabeledImages(NamedTuple):
     """B images with the objects that they show; attributes are class indices."""
 
-    images: Tensor
-    """(B, 3, H, W) uint8."""
-    centers: Tensor
-    """(B, K, 2): x and y of up to K objects, as fractions of the side, y downward; NaN for absent ones."""
-    attributes: Tensor
-    """(B, K, Q) int64: Q attributes of each object."""
-    background: Tensor
-    """(B,) int64: the attribute of the background."""
+    images: Tensor  # (B, 3, H, W) uint8
+    centers: Tensor  # (B, K, 2): x and y of up to K objects, as fractions of the side, y downward; NaN for absent ones
+    attributes: Tensor  # (B, K, Q) int64: Q attributes of each object
+    background: Tensor  # (B,) int64: the attribute of the background
 
 
 class Detections(NamedTuple):
     """The objects detected in one image."""
 
-    centers: list[tuple[float, float]]
-    """x and y of each object, as fractions of the side, y downward."""
-    attributes: list[tuple[int, ...]]
-    """Attributes of each object."""
+    centers: list[tuple[float, float]]  # x and y of each object, as fractions of the side, y downward
+    attributes: list[tuple[int, ...]]  # attributes of each object
     background: int
 
 
@@ -86,7 +79,7 @@ class Detector:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[Detections]:
         device = self.net.background.weight.device
-        return [each for part in torch.split(check_images(images), 256) for each in self._detect(part.to(device))]
+        return [each for part in torch.split(images, 256) for each in self._detect(part.to(device))]
 
     def _detect(self, images: Tensor) -> list[Detections]:
         heatmap, attributes, background = self.net(images)

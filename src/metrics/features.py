@@ -44,7 +44,7 @@ class Pixels:
     name = fingerprint = "pixels"
 
     def __call__(self, images: Tensor) -> Features:
-        return Features(check_images(images).flatten(1).double())
+        return Features(images.flatten(1).double())
 
 
 class Values:
@@ -93,17 +93,17 @@ class Inception:
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
-            raise ValueError(
-                "features=inception needs torch-fidelity: pip install torch-fidelity, or use features=classifier"
-            ) from error
+            raise ValueError("features=inception needs torch-fidelity: pip install torch-fidelity") from error
         path = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-        if weights is None and not path.exists():
-            _download(fidelity.URL_INCEPTION_V3, path)
         try:
+            if weights is None and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
             contents = path.read_bytes()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
             raise ValueError(
-                f"no file {path} ({error.strerror}): put {INCEPTION} there, or set inception_weights=..."
+                f"no file {path} ({reason}): put {INCEPTION} there, or set inception_weights=..."
             ) from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         if not self.fingerprint.startswith(sha256):
@@ -115,9 +115,7 @@ class Inception:
         try:
             torch.save(torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True), safe)
         except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"refusing to load {path}: it holds more than weights; download {INCEPTION} again"
-            ) from error
+            raise ValueError(f"{path} holds more than weights: download {INCEPTION} again") from error
         safe.seek(0)
         net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], safe)
         self.net = net.to(device)
@@ -145,9 +143,7 @@ class DinoV2:
         try:
             from transformers import AutoModel
         except ImportError as error:
-            raise ValueError(
-                "features=dinov2 needs transformers: pip install transformers, or use features=classifier"
-            ) from error
+            raise ValueError("features=dinov2 needs transformers: pip install transformers") from error
         try:
             net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -170,27 +166,6 @@ class DinoV2:
         return Features(tokens[:, 0].double())
 
 
-def check_images(images: Tensor) -> Tensor:
-    """Return the images. Raises ValueError unless they are uint8 (N, 1 or 3, H, W)."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
-            f"features need uint8 images (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}: use postprocess"
-        )
-    return images
-
-
 def to_rgb(images: Tensor) -> Tensor:
     """Return images (N, 1 or 3, H, W) uint8 as (N, 3, H, W); gray channels are repeated."""
-    return check_images(images).expand(-1, 3, -1, -1)
-
-
-def _download(url: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
-    except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is missing and could not be downloaded ({reason}): put the file {INCEPTION} there, set "
-            "inception_weights=..., or use features=classifier"
-        ) from error
+    return images.expand(-1, 3, -1, -1)

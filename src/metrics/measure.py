@@ -6,10 +6,9 @@ from torch import Tensor
 
 from src.metrics.classes import inception_score, total_variation
 from src.metrics.collected import Collected
-from src.metrics.confidence import Metric, metric_name, wilson
+from src.metrics.confidence import Metric, Statistic, median_of, metric_name, wilson
 from src.metrics.frechet import frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
-from src.metrics.memorization import Memorization
 from src.metrics.neighbors import manifolds
 from src.metrics.transport import sliced_wasserstein
 
@@ -17,23 +16,21 @@ WIDE = 512
 """Number of features from which the interval of the Fréchet distance is linearized."""
 
 
-def image_metrics(
-    extractor: str, samples: Collected, reference: Collected, seed: int, k: int = 5, replicates: int = 200
-) -> dict[str, Metric]:
+def image_metrics(extractor: str, samples: Collected, reference: Collected, seed: int) -> dict[str, Metric]:
     """Return Fréchet and kernel distance, precision, recall, density, coverage, and metrics of class probabilities.
 
     The names are fid, kid and inception_score for `inception` only; otherwise fd, kd and class_score with the
     extractor, such as `fd_classifier_1k`. Classes are compared with predictions for the reference, so that errors of
     the classifier cancel.
     """
-    metrics = {"fd": frechet_metric(samples, reference, seed, replicates)}
+    metrics = {"fd": frechet_metric(samples, reference, seed)}
     x, y = samples.features, reference.features
-    statistics = {"kd": kid(x, y), **manifolds(x, y, k)._asdict()}
+    statistics = {"kd": kid(x, y), **manifolds(x, y)._asdict()}
     if samples.probabilities is not None and reference.probabilities is not None:
         classes = reference.probabilities.argmax(1).bincount(minlength=reference.probabilities.shape[1])
         statistics["class_score"] = inception_score(samples.probabilities, splits=min(10, len(x)))
         statistics["class_variation"] = total_variation(samples.probabilities.argmax(1), classes)
-    metrics |= {key: each.bootstrap(seed, replicates) for key, each in statistics.items()}
+    metrics |= {key: each.bootstrap(seed) for key, each in statistics.items()}
     known = {"fd": "fid", "kd": "kid", "class_score": "inception_score"} if extractor == "inception" else {}
     numbers = {"fd": int(samples.moments.number)}
     return {
@@ -42,31 +39,41 @@ def image_metrics(
     }
 
 
-def frechet_metric(samples: Collected, reference: Collected, seed: int, replicates: int = 200) -> Metric:
+def frechet_metric(samples: Collected, reference: Collected, seed: int) -> Metric:
     """Return the Fréchet distance of all samples, with an interval from those whose features were kept.
 
     The interval is scaled by the root of kept over all samples.
     """
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
-    kept = resampled(samples.features, reference.moments).bootstrap(seed, replicates)
+    kept = resampled(samples.features, reference.moments).bootstrap(seed)
     value = frechet_distance(samples.moments, reference.moments)
     narrower = math.sqrt(len(samples.features) / samples.moments.number.item())
     return Metric(value, *(value + narrower * (end - kept.value) for end in kept[1:]))
 
 
-def point_metrics(samples: Tensor, reference: Tensor, seed: int, replicates: int = 200) -> dict[str, Metric]:
+def point_metrics(samples: Tensor, reference: Tensor, seed: int) -> dict[str, Metric]:
     """Return sliced Wasserstein, energy distance and MMD of samples (N, D) to reference points (M, D)."""
     statistics = {
         "sliced_wasserstein": sliced_wasserstein(samples, reference, seed),
         "energy_distance": energy_distance(samples, reference),
         "mmd": mmd(samples, reference),
     }
-    return {metric_name(key, len(samples)): each.bootstrap(seed, replicates) for key, each in statistics.items()}
+    return {metric_name(key, len(samples)): each.bootstrap(seed) for key, each in statistics.items()}
 
 
-def memorization_metrics(space: str, memory: Memorization, seed: int, replicates: int = 200) -> dict[str, Metric]:
-    """Return the ratio of nearest training distances and the fraction of copies, in a feature space."""
-    n = len(memory.distances)
-    ratio = memory.ratio.bootstrap(seed, replicates)
-    copies = wilson(round(memory.copies.bootstrap(seed, 2).value * n), n)
+def memorization_metrics(space: str, distances: Tensor, of_val: Tensor, seed: int) -> dict[str, Metric]:
+    """Return the ratio of nearest training distances and the fraction of copies, in a feature space.
+
+    `distances` (N,) and `of_val` (M,) lead from samples and validation data to their nearest training samples. The
+    ratio is that of medians: 1 for new data and 0 for copies. A copy is nearer than 95% of validation data.
+
+    Raises ValueError if half of the validation data are copies themselves.
+
+    Source: Meehan et al. 2020 (arXiv 2004.05675), without the partition into cells.
+    """
+    n, medians, middle = len(distances), median_of(distances), median_of(of_val).value
+    if middle == 0:
+        raise ValueError("half of the validation data are copies of training data: remove duplicates")
+    ratio = Statistic(n, lambda counts: medians.of(counts) / middle).bootstrap(seed)
+    copies = wilson(int((distances <= of_val.quantile(0.05)).sum()), n)
     return {metric_name(f"nearest_ratio_{space}", n): ratio, metric_name(f"copies_{space}", n): copies}

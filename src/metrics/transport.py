@@ -13,11 +13,6 @@ def sliced_wasserstein(x: Tensor, y: Tensor, seed: int, directions: int = 128) -
 
     Source: Bonneel et al. 2015.
     """
-    if min(len(x), len(y)) < 1 or x.shape[1:] != y.shape[1:] or directions < 1:
-        raise ValueError(
-            "both sets (N, F) need samples, the same F and at least one direction, got "
-            f"{tuple(x.shape)}, {tuple(y.shape)} and {directions}"
-        )
     generator = torch.Generator().manual_seed(seed)
     projections = torch.randn(x.shape[1], directions, generator=generator, dtype=torch.float64).to(x.device)
     projections /= projections.norm(dim=0)

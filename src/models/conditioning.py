@@ -12,12 +12,9 @@ from src.models.layers import zero_init
 class Embedded(NamedTuple):
     """An embedded condition."""
 
-    vector: Tensor
-    """(B, dim), to add to the time embedding."""
-    tokens: Tensor | None = None
-    """(B, L, token_width), for cross-attention."""
-    mask: Tensor | None = None
-    """(B, L), True for tokens and False for padding, with at least one token per sample."""
+    vector: Tensor  # (B, dim), to add to the time embedding
+    tokens: Tensor | None = None  # (B, L, token_width), for cross-attention
+    mask: Tensor | None = None  # (B, L), True for tokens and False for padding, with at least one token per sample
 
 
 class Embedding(Protocol):
@@ -70,12 +67,8 @@ class TextTransformer(nn.Module):
     L <= `max_length` and ids < `vocab_size`. Id 0 is masked padding, except in the first position. The blocks are
     pre-norm with learned positional embeddings. The vector is a projection of the sum of the n tokens over sqrt(n).
 
-    At initialization, token embeddings are far apart, blocks are the identity, and the vector has about unit variance,
-    so that captions differ. Random blocks would make all tokens similar, and a mean over tokens would make the
-    vector small. At high noise, where only the condition is informative, the network would not learn from either.
-
-    Raises:
-        ValueError: If `num_heads` does not divide `hidden_size`.
+    At initialization, blocks are the identity and the vector has about unit variance, so that captions differ. Random
+    blocks would make all tokens similar, and a mean would make the vector small; the network would not learn from it.
 
     Source: Xiong et al. 2020 (arXiv 2002.04745) for pre-norm.
     """
@@ -93,10 +86,7 @@ class TextTransformer(nn.Module):
         if num_layers < 1:
             raise ValueError(f"conditioning.embed.num_layers={num_layers} must be at least 1; 2 is usual")
         if num_heads < 1 or hidden_size % num_heads:
-            raise ValueError(
-                f"conditioning.embed.num_heads={num_heads} must divide conditioning.embed.hidden_size={hidden_size}; "
-                "choose a divisor"
-            )
+            raise ValueError(f"conditioning.embed.num_heads={num_heads} must divide conditioning.embed.{hidden_size=}")
         self.token_width = hidden_size
         self.table = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Parameter(torch.empty(max_length, hidden_size))
@@ -117,16 +107,13 @@ class TextTransformer(nn.Module):
 class TextProjection(nn.Module):
     """Project the outputs of a frozen text encoder, (B, L, features), to tokens of width `hidden_size` and a vector.
 
-    Rows of zeros are masked padding, except the first row. Rows are normalized, since encoders differ in scale. The
-    vector is a projection of the normalized mean over tokens.
+    Rows of zeros are masked padding, except the first row. The vector is a projection of the normalized token mean.
     """
 
     def __init__(self, dim: int, features: int | None, hidden_size: int = 256) -> None:
         super().__init__()
         if features is None:
-            raise ValueError(
-                "conditioning.embed.features=null must be the width of the encoder, which src.train infers"
-            )
+            raise ValueError("conditioning.embed.features=null must be the width of the encoder; src.train infers it")
         self.token_width = hidden_size
         self.norm1 = nn.LayerNorm(features)
         self.linear = nn.Linear(features, hidden_size)
@@ -169,10 +156,7 @@ def _unmask_first(mask: Tensor) -> Tensor:
 
 
 def _scaled_sum(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the sum over the n unmasked tokens (B, L, hidden_size), divided by sqrt(n): (B, hidden_size).
-
-    It has the variance of one token if they are uncorrelated.
-    """
+    """Return the sum over the n unmasked tokens (B, L, hidden_size), divided by sqrt(n): (B, hidden_size)."""
     weights = mask.to(tokens.dtype)[:, :, None]
     return (tokens * weights).sum(1) / weights.sum(1).sqrt()
 

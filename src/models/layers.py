@@ -134,9 +134,8 @@ class CrossAttention(nn.Module):
         query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
         keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
-        attended = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=attn_mask
-        )  # (B, heads, H W, C / heads)
+        # (B, heads, H W, C / heads)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
         return x + out.transpose(1, 2).view(b, c, height, width)
 
@@ -171,10 +170,7 @@ def resample(x: Tensor, direction: Resample) -> Tensor:
 
 
 def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
-    """Return the number of GroupNorm groups for multiples of `channels`: 32 (Wu & He 2018) if possible.
-
-    It is the largest divisor of `channels` up to `max_groups` with at least `min_channels` channels per group, or 1.
-    """
+    """Return the largest divisor of `channels` up to `max_groups` with at least `min_channels` per group, or 1."""
     allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= min_channels]
     return max(allowed, default=1)
 

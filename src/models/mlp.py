@@ -12,12 +12,8 @@ from src.models.layers import TimeEmbedding, zero_init
 class MLP(nn.Module):
     """Map x (B, D), time (B,) in [0, 1] and cond (B, ...) to (B, D * outputs) by `num_res_blocks` residual blocks.
 
-    A block consists of LayerNorm, scale and shift by the time embedding, SiLU and two linear layers of `hidden_size`
-    features, the last one initialized to 0. `condition` maps the width of the time embedding to the embedding of
-    conditions, whose vector is added to the time embedding; tokens are ignored.
-
-    Raises:
-        ValueError: If a size is below 1.
+    `condition` maps the width of the time embedding to the embedding of conditions, whose vector is added to the time
+    embedding; tokens are ignored.
     """
 
     def __init__(
@@ -54,7 +50,7 @@ class MLP(nn.Module):
 
 
 class MLPBlock(nn.Module):
-    """A residual block: x (B, hidden_size), emb (B, emb_dim) -> (B, hidden_size)."""
+    """LayerNorm, scale and shift by emb (B, emb_dim), and two linear layers, added to x (B, hidden_size)."""
 
     def __init__(self, hidden_size: int, emb_dim: int) -> None:
         super().__init__()

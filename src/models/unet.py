@@ -45,9 +45,6 @@ class UNet(nn.Module):
     - `conv_backend` selects the algorithm of the 3x3 convolutions: see `src.models.winograd.Conv3x3`.
 
     With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
-
-    Raises:
-        ValueError: If a size is below 1, or if the heads do not divide the channels.
     """
 
     def __init__(
@@ -71,18 +68,17 @@ class UNet(nn.Module):
         conv_backend: ConvBackend = "auto",
     ) -> None:
         super().__init__()
-        sizes = {
-            "channels": [channels],
-            "image_size": [image_size],
-            "model_channels": [model_channels],
-            "num_res_blocks": [num_res_blocks],
-            "num_heads": [num_heads],
-            "patch_size": [patch_size],
+        sizes: dict[str, int | list[int]] = {
+            "channels": channels,
+            "image_size": image_size,
+            "model_channels": model_channels,
+            "num_res_blocks": num_res_blocks,
+            "num_heads": num_heads,
+            "patch_size": patch_size,
             "channel_mult": list(channel_mult),
         }
-        for name, values in sizes.items():
-            if min(values, default=0) < 1:
-                value = values if name == "channel_mult" else values[0]
+        for name, value in sizes.items():
+            if (min(value, default=0) if isinstance(value, list) else value) < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
         widths = [model_channels * m for m in channel_mult]
         resolutions = stage_resolutions(image_size, patch_size, len(widths))
@@ -94,21 +90,16 @@ class UNet(nn.Module):
         emb_dim = 4 * model_channels
         self.condition = None if condition is None else condition(emb_dim)
         token_width = None if self.condition is None else self.condition.token_width
+        per_head = num_head_channels
 
         def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
             return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend)
 
         def heads(c: int) -> int:
-            n = num_heads if num_head_channels is None else c // num_head_channels
-            if n < 1 or c % n or (num_head_channels is not None and c % num_head_channels):
-                setting = (
-                    f"num_heads={num_heads}" if num_head_channels is None else f"num_head_channels={num_head_channels}"
-                )
-                raise ValueError(f"model.{setting} must divide {c} channels; choose a divisor of {c}")
-            return n
-
-        def self_attention(c: int) -> SelfAttention:
-            return SelfAttention(c, groups, heads(c))
+            name, divisor = ("num_heads", num_heads) if per_head is None else ("num_head_channels", per_head)
+            if divisor < 1 or c % divisor:
+                raise ValueError(f"model.{name}={divisor} must divide {c} channels; choose a divisor of {c}")
+            return num_heads if per_head is None else c // per_head
 
         def cross_attention(c: int) -> CrossAttention | None:
             return None if token_width is None else CrossAttention(c, groups, heads(c), token_width)
@@ -116,7 +107,7 @@ class UNet(nn.Module):
         def layer(c_in: int, c_out: int, resolution: int) -> Layer:
             if resolution not in attended:
                 return Layer(residual(c_in, c_out), None)
-            return Layer(residual(c_in, c_out), self_attention(c_out), cross_attention(c_out))
+            return Layer(residual(c_in, c_out), SelfAttention(c_out, groups, heads(c_out)), cross_attention(c_out))
 
         self.time = TimeEmbedding(model_channels, emb_dim, time_scale)
         self.conv_in = nn.Conv2d(channels * patch_size**2, model_channels, 3, padding=1)
@@ -135,7 +126,8 @@ class UNet(nn.Module):
                 skips.append(c)
 
         cross = cross_attention(c)
-        middle = [residual(c, c), self_attention(c), *([] if cross is None else [cross]), residual(c, c)]
+        cross_layers = [] if cross is None else [cross]
+        middle = [residual(c, c), SelfAttention(c, groups, heads(c)), *cross_layers, residual(c, c)]
         self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
@@ -172,7 +164,6 @@ class UNet(nn.Module):
         return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
 
     def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
-        """Run a block, checkpointed if enabled and if it is more than one convolution."""
         if self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):
             out: Tensor = checkpoint(_apply, module, h, context, skip, use_reentrant=False)
             return out
@@ -202,11 +193,7 @@ def stage_resolutions(image_size: int, patch_size: int, num_stages: int) -> list
 
 
 def attended_resolutions(requested: Sequence[int], resolutions: Sequence[int]) -> set[int]:
-    """Return the stage resolution nearest to each requested one; warn about those further than a factor of sqrt(2).
-
-    Raises:
-        ValueError: If a requested resolution is below 1.
-    """
+    """Return the stage resolution nearest to each requested one; warn about those further than a factor of sqrt(2)."""
     if min(requested, default=1) < 1:
         raise ValueError(f"model.attention_resolutions={list(requested)} must be at least 1; use [] for no stage")
     nearest = {r: min(resolutions, key=lambda s: abs(math.log(s / r))) for r in requested}
@@ -227,7 +214,7 @@ def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
 
 
 def _apply(module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None) -> Tensor:
-    """Run a block on its input and skip connection with the parts of the context that it uses."""
+    """Run a block with the parts of the context that it uses."""
     h = h if skip is None else torch.cat([h, skip], dim=1)
     match module:
         case Layer():

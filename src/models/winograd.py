@@ -1,15 +1,14 @@
 """3x3 convolutions by Winograd's minimal filtering F(4x4, 3x3): 2.25 multiplications per output instead of 9.
 
 For each 6x6 input tile d and 3x3 filter g, the 4x4 outputs are A^T [(G g G^T) * (B^T d B)] A, where * is the
-elementwise product. Only 36 matrix products, one per tile position, mix channels. PyTorch's CPU backend uses the direct
-algorithm.
+elementwise product. Only 36 matrix products, one per tile position, mix channels.
 
 Source: Lavin & Gray 2016 (arXiv 1509.09308), eq. 8 and sec. 4.3.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -43,30 +42,20 @@ G = [
 G.append([0.0, 0.0, 1.0])
 
 
-class Threshold(NamedTuple):
-    """The smallest problem on which Winograd is faster: AVX2 CPU, 1 and 2 threads (docs/results.md)."""
-
-    channels: int
-    """Channels from which the matrix products outweigh the transforms."""
-    work: int
-    """Tiles times channels per thread from which the products outweigh the overhead of a call."""
-
-
+# The smallest problem on which Winograd is faster, on a CPU with AVX2 and 1 or 2 threads (docs/results.md): channels,
+# tiles, and tiles times channels per thread.
 MIN_TILES = 32
-"""Tiles from which the products outweigh the filter transforms, which hold four times the weights."""
-FORWARD, BOTH_PASSES = Threshold(channels=96, work=8192), Threshold(channels=48, work=4096)
+MIN_CHANNELS, MIN_WORK = 48, 4096
+MIN_CHANNELS_FORWARD, MIN_WORK_FORWARD = 96, 8192
 
 
 class Conv3x3(nn.Conv2d):
     """A zero-padded 3x3 convolution, x (B, C_in, H, W) -> (B, C_out, H, W), by a choice of algorithms.
 
     - "torch": PyTorch's convolution. In float32 its relative error is 6e-7.
-    - "winograd": `winograd` on every device and in every precision. Equal up to rounding: in float32 its relative error
-      is 1.1e-6. Half precision loses accuracy, since the transforms add numbers of different size.
+    - "winograd": `winograd` on every device and in every precision. In float32 its relative error is 1.1e-6; half
+      precision loses accuracy, since the transforms add numbers of different size.
     - "auto": "winograd" where it is faster (see `winograd_pays`), else "torch".
-
-    Raises:
-        ValueError: If the backend is unknown.
     """
 
     def __init__(self, in_channels: int, out_channels: int, backend: ConvBackend = "auto") -> None:
@@ -85,23 +74,23 @@ class Conv3x3(nn.Conv2d):
         """Return whether Winograd is faster for x: in float32 or float64 on a CPU, uncompiled, and large enough."""
         b, _, height, width = x.shape
         tiles, channels = num_tiles(height) * num_tiles(width), min(self.in_channels, self.out_channels)
-        threshold = BOTH_PASSES if torch.is_grad_enabled() else FORWARD
+        trains = torch.is_grad_enabled()
         return (
             x.device.type == "cpu"
             and x.dtype in (torch.float32, torch.float64)
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
-            and channels >= threshold.channels
+            and channels >= (MIN_CHANNELS if trains else MIN_CHANNELS_FORWARD)
             and b * tiles >= MIN_TILES
-            and b * tiles * channels >= threshold.work * torch.get_num_threads()
+            and b * tiles * channels >= (MIN_WORK if trains else MIN_WORK_FORWARD) * torch.get_num_threads()
             and 16 * tiles <= 1.5 * height * width  # at most a third of the outputs is padding
         )
 
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve x (B, C, H, W) with weight (O, C, 3, 3), add bias (O,), and return (B, O, H, W) in channels_last.
+    """Return `F.conv2d(x, weight, bias, padding=1)` up to rounding, in channels_last.
 
-    Zero-padded by 1 as `F.conv2d(x, weight, bias, padding=1)`, to which it is equal up to rounding.
+    x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W).
     """
     batch, channels, height, width = x.shape
     out_channels = len(weight)

@@ -3,26 +3,15 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.quoting import format_override
-from src.runs.checkpoints import (
-    changed_settings,
-    check_accumulation,
-    check_fit,
-    check_optimizer,
-    check_steps,
-    find_checkpoint,
-    read_metrics,
-    record_path,
-)
+from src.runs.checkpoints import check_fit, check_resumed, find_checkpoint, read_metrics, record_path
 from src.runs.components import (
     build_condition,
     build_module,
@@ -44,6 +33,9 @@ if TYPE_CHECKING:
     from src.training.module import DiffusionModule
 
 
+C = TypeVar("C")
+
+
 class Run(NamedTuple):
     """A run that is ready to train."""
 
@@ -59,12 +51,16 @@ class Run(NamedTuple):
     changes: Sequence[str] = ()
     """Settings of a resumed run that differ from its checkpoint, as "name: old -> new"."""
 
+    def callbacks(self, kind: type[C]) -> list[C]:
+        """Return the callbacks of a class."""
+        return [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+
     @property
     def averages(self) -> bool:
         """Whether the checkpoints hold averaged weights."""
         from src.training.callbacks.ema import EMA
 
-        return any(isinstance(c, EMA) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return bool(self.callbacks(EMA))
 
     @property
     def last_checkpoint(self) -> Path:
@@ -77,34 +73,11 @@ class Run(NamedTuple):
         done = metrics is not None and metrics.get("steps") == self.steps >= self.trainer.max_steps
         return metrics if done else None
 
-    @property
-    def saves(self) -> bool:
-        """Whether training writes checkpoints."""
-        from src.training.checkpoint_io import NoCheckpoints
-
-        return not isinstance(self.trainer.strategy.checkpoint_io, NoCheckpoints)
-
-    @property
-    def stop_signal(self) -> int:
-        """The signal that ended training, or 0."""
-        from src.training.callbacks.graceful_shutdown import GracefulShutdown
-
-        signals = [c.signal for c in self.trainer.callbacks if isinstance(c, GracefulShutdown)]  # type: ignore[attr-defined]
-        return max(signals, default=0)
-
-    @property
-    def diagnosis(self) -> str:
-        """Why the guard against non-finite steps gave up training; empty if it did not."""
-        from src.training.callbacks.nan_guard import NonFiniteGuard
-
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return "".join(c.diagnosis for c in callbacks if isinstance(c, NonFiniteGuard))
-
 
 def build(cfg: DictConfig) -> Run:
     """Return the run that a composed configuration describes. It writes neither `cfg` nor the run folder.
 
-    Raises ValueError for settings that do not work together, and FileNotFoundError without the run to resume.
+    Raises ValueError for wrong settings, and FileNotFoundError without the run to resume.
     """
     folder = resumed_folder(cfg)
     if folder is not None and not cfg.trust:
@@ -112,7 +85,12 @@ def build(cfg: DictConfig) -> Run:
     resume_from = None if folder is None else find_checkpoint(str(folder), None)
     checkpoint = None if resume_from is None else read_checkpoint(resume_from)
     cfg = resolve(cfg, None, checkpoint)
-    check_config(cfg)
+    if (cfg.data.get("num_samples") or cfg.data.get("path")) and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
+        )
+    check_arguments(cfg)
+    check_values(cfg)
     quiet_libraries()
     import lightning as L
 
@@ -136,11 +114,11 @@ def instantiate_run(
     module = build_module(cfg, data.shape, data.num_values, data.condition)
     warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
-    if checkpoint is not None:  # Raise before loggers write.
+    steps, changes = 0, []
+    if checkpoint is not None:
         assert resume_from is not None
         check_fit(checkpoint["state_dict"], module, resume_from)
-        changed_settings(checkpoint["hyper_parameters"], to_plain(cfg))
-        check_steps(checkpoint, cfg)
+        steps, changes = checkpoint["global_step"], check_resumed(checkpoint, cfg, module)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
             f"{directory} already holds a run: resume it with {format_override('resume', directory)}, or choose "
@@ -151,61 +129,37 @@ def instantiate_run(
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
-    if not any(isinstance(callback, MicrobatchFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    run = Run(cfg, directory, module, data, trainer, resume_from, steps, changes)
+    if not run.callbacks(MicrobatchFinder):
         keep_freed_memory(trainer.strategy.root_device)  # The finder needs the memory that a failed trial frees.
-    check_sharding(cfg, module, trainer)
-    check_optimized_metric(cfg, module, trainer)
+    check_sharding(run)
+    check_optimized_metric(run)
     microbatch = cfg.data.get("microbatch_size")
     check_cuda_graphs(cfg.compile, "auto" if microbatch == "auto" else trainer.accumulate_grad_batches)
     module.hparams.update({str(k): v for k, v in to_plain(cfg).items()})
-    if checkpoint is None:
-        return Run(cfg, directory, module, data, trainer, resume_from)
-    check_accumulation(checkpoint, cfg)
-    check_optimizer(checkpoint, module)
-    changes = changed_settings(checkpoint["hyper_parameters"], module.hparams)
-    return Run(cfg, directory, module, data, trainer, resume_from, checkpoint["global_step"], changes)
+    return run
 
 
-def check_config(cfg: DictConfig) -> None:
-    """Raise ValueError or UsageError for a value that its setting does not take. Needs neither data nor networks."""
-    is_points = cfg.data.get("num_samples") or cfg.data.get("path")
-    if is_points and str(cfg.trainer.precision) in ("bf16-true", "16-true"):
-        raise ValueError(
-            f"trainer.precision={cfg.trainer.precision} would round the points themselves: use 32-true or bf16-mixed"
-        )
-    check_arguments(cfg)
-    check_values(cfg)
-
-
-def check_sharding(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Trainer") -> None:
+def check_sharding(run: Run) -> None:
     """Raise ValueError for settings that do not work with sharded weights."""
     from src.distributed.sharding import FullyShardedStrategy
 
-    if not isinstance(trainer.strategy, FullyShardedStrategy):
+    if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
-    if module.curve_weights:
+    if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
-    if cfg.data.get("microbatch_size") == "auto":
+    if run.config.data.get("microbatch_size") == "auto":
         raise ValueError(
             "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "
             "data.microbatch_size=1, and double it while it fits"
         )
 
 
-def check_optimized_metric(cfg: DictConfig, module: "DiffusionModule", trainer: "L.Trainer") -> None:
+def check_optimized_metric(run: Run) -> None:
     """Raise ValueError if `optimized_metric` is not a validation metric of this run."""
-    known = [f"val/{name}" for name in module.validation]
-    if cfg.optimized_metric not in (None, *known):
-        raise ValueError(
-            f"optimized_metric={cfg.optimized_metric} is not a metric of this run: choose one of {', '.join(known)}"
-        )
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    searches = multirun and not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
-    if searches and trainer.limit_val_batches == 0:
-        raise ValueError(
-            f"trainer.limit_val_batches=0 leaves optimized_metric={cfg.optimized_metric} without a value: use at least "
-            "one batch"
-        )
+    metric, known = run.config.optimized_metric, [f"val/{name}" for name in run.module.validation]
+    if metric not in (None, *known):
+        raise ValueError(f"optimized_metric={metric} is not a metric of this run: choose one of {', '.join(known)}")
 
 
 def start_run(run: Run) -> None:
@@ -227,8 +181,8 @@ def start_run(run: Run) -> None:
             start_wandb(run.config, run.trainer, run.directory)
             for logger in run.trainer.loggers:
                 _ = getattr(logger, "experiment", None)  # Invalid arguments of its library raise here.
-            for logger in run.trainer.loggers if run.trainer.enable_autolog_hparams else ():
-                logger.log_hyperparams(dict(run.module.hparams))
+                if run.trainer.enable_autolog_hparams:
+                    logger.log_hyperparams(dict(run.module.hparams))
             start_output(run.directory)
         for line in run.changes:  # Not earlier: a rejected command does not resume.
             warnings.warn(f"resumed with another setting: {line}", stacklevel=2)

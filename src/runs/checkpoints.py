@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import _nearest, newest_run
-from src.quoting import format_override
+from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first
 
 if TYPE_CHECKING:
@@ -19,52 +19,31 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
-    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`.
+    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
 
     Raises FileNotFoundError without one, and ValueError unless exactly one of the two is given.
     """
+    name, value = ("ckpt", ckpt) if run is None else ("run", run)
     if (run is None) == (ckpt is None):
         raise ValueError(
             "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
             + ("" if run else newest_run("run", Path("outputs/train")))
         )
-    for name, value in (("run", run), ("ckpt", ckpt)):
-        if value is not None and not str(value).strip():
-            raise ValueError(
-                f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}"
-            )
-    return _existing_file(Path(str(ckpt))) if ckpt is not None else _newest_intact(Path(str(run)))
-
-
-def _existing_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    folder = path.parent if path.name == "checkpoints" else path
-    is_run = any((folder / "checkpoints").glob("*.ckpt"))
-    hint = f"; did you mean {format_override('run', folder)}?" if is_run else newest_run("ckpt", path)
-    hint = hint or _nearest(path, "ckpt", "*.ckpt")
-    raise FileNotFoundError(
-        f"no checkpoint {path.resolve()}: ckpt= takes a .ckpt or .safetensors file, run= a run folder{hint}"
-    )
-
-
-def _newest_intact(folder: Path) -> Path:
-    if folder.is_file():
-        raise FileNotFoundError(
-            f"{folder} is a file, and run= takes a folder: use {format_override('ckpt', folder)} for one checkpoint"
-        )
-    if not folder.is_dir():
-        near = _nearest(folder, "run", "*/")
-        raise FileNotFoundError(f"no run folder {folder.resolve()}{near or ': runs are in outputs/train'}")
-    if folder.name == "checkpoints" and any(folder.glob("*.ckpt")):
-        raise FileNotFoundError(
-            f"{folder} holds checkpoints but is not a run folder: did you mean {format_override('run', folder.parent)}?"
-        )
+    if not str(value).strip():
+        raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
+    given = Path(str(value))
+    if given.is_file():
+        return given
+    if not given.is_dir():
+        kind, pattern = ("run folder", "*/") if name == "run" else ("checkpoint", "*.ckpt")
+        hint = _nearest(given, name, pattern) or ": runs are in outputs/train"
+        raise FileNotFoundError(f"no {kind} {given.resolve()}{hint}")
+    folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):
         if is_intact(path):
             return path
-        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=3)
-    hint = newest_run("run", folder) or ": has it trained?"
+        warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+    hint = newest_run(name, folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 
 
@@ -95,37 +74,31 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
             )
 
 
-def check_accumulation(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if a resumed run accumulates another number of batches: Lightning's counters would not match."""
-    before = checkpoint["hyper_parameters"]["trainer"]["accumulate_grad_batches"]
-    now = cfg.trainer.accumulate_grad_batches
-    if before != now:
-        raise ValueError(
-            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {before}: keep it "
-            "(data.microbatch_size sets it too), or start a new run"
-        )
+def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "DiffusionModule") -> list[str]:
+    """Return the `changed_settings` of a resumed run. Raises ValueError for those with which it cannot continue.
 
-
-def check_optimizer(checkpoint: Mapping[str, Any], module: "DiffusionModule") -> None:
-    """Raise ValueError if the optimizer keeps a state of each weight that the checkpoint lacks."""
-    states = checkpoint["optimizer_states"][0]["state"]
-    before = set(next(iter(states.values()), ()))
-    if before and (missing := module.optimizer_state() - before):
-        own = checkpoint["hyper_parameters"]["optimizer"]["_target_"]
-        raise ValueError(
-            f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with {own}) lacks: resume "
-            "with the optimizer of the run, or start a new run"
-        )
-
-
-def check_steps(checkpoint: Mapping[str, Any], cfg: DictConfig) -> None:
-    """Raise ValueError if a resumed run has taken more steps than `trainer.max_steps`."""
-    done = checkpoint["global_step"]
+    Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
+    """
+    before, done = checkpoint["hyper_parameters"], checkpoint["global_step"]
+    changes = changed_settings(before, to_plain(cfg))
     if cfg.trainer.max_steps < done:
         raise ValueError(
             f"trainer.max_steps={cfg.trainer.max_steps} must be at least {done}, the steps that the run has taken: "
             "raise it, or start a new run"
         )
+    batches, now = before["trainer"]["accumulate_grad_batches"], cfg.trainer.accumulate_grad_batches
+    if batches != now:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={now} cannot resume a run that had {batches}: keep it "
+            "(data.microbatch_size sets it too), or start a new run"
+        )
+    states = set(next(iter(checkpoint["optimizer_states"][0]["state"].values()), ()))
+    if states and (missing := module.optimizer_state() - states):
+        raise ValueError(
+            f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with "
+            f"{before['optimizer']['_target_']}) lacks: resume with the optimizer of the run, or start a new run"
+        )
+    return changes
 
 
 FIXED_KEYS = (
@@ -134,7 +107,6 @@ FIXED_KEYS = (
     "data.encoders",
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights."""
-
 
 MUTABLE_KEYS = (
     *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
@@ -155,12 +127,12 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         }
         for each in (before, now)
     )
-    ignored = "resume", "run_dir", "trust"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ignored]
-    lines = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
-    for name, line in zip(names, lines, strict=True):
-        if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
-            raise ValueError(f"{line} changes the model of a resumed run: keep it, or start a new run")
+    lines = []
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name) and name not in ("resume", "run_dir", "trust"):
+            lines.append(f"{name}: {old.get(name)} -> {new.get(name)}")
+            if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
+                raise ValueError(f"{lines[-1]} changes the model of a resumed run: keep it, or start a new run")
     return lines
 
 
@@ -168,8 +140,6 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     """Return nested settings by dotted names."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
+        name = f"{prefix}{key}"
+        result |= flatten_settings(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return result

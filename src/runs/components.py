@@ -1,5 +1,6 @@
 """Build the components of a run, each from its node of the configuration."""
 
+import copy
 import functools
 import inspect
 import math
@@ -8,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import GRID_SETTINGS
-from src.config.search_path import load_option
 from src.errors import sentence
 
 if TYPE_CHECKING:
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 def build_module(
     cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
 ) -> "DiffusionModule":
-    """Return the LightningModule for samples of `shape`, with new weights.
+    """Return the LightningModule for samples of `shape`, with new weights; without an optimizer it cannot train.
 
     `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
-    Without an optimizer in the configuration, the module can sample but not train.
     """
     import torch
 
     from src.models.mlp import MLP
     from src.training.learned_schedule import module_class
+    from src.training.module import ConditionSpec
 
     if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
         raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
@@ -44,7 +45,10 @@ def build_module(
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
     net = instantiate_node(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
-    spec = None if condition is None else _condition_spec(condition, cfg.conditioning.cond_drop_prob)
+    spec = None
+    if condition is not None:
+        null, examples = condition([None]), condition(condition.examples or [None])
+        spec = ConditionSpec(null, examples, cfg.conditioning.cond_drop_prob)
     module = module_class(schedule)(
         net=net,
         schedule=schedule,
@@ -76,42 +80,32 @@ def _network_condition(cfg: DictConfig) -> dict[str, Any]:
     return {} if cfg.get("conditioning") is None else {"condition": instantiate_node(cfg.conditioning.embed)}
 
 
-def _condition_spec(condition: "Condition", cond_drop_prob: float) -> "ConditionSpec":
-    from src.training.module import ConditionSpec
-
-    return ConditionSpec(condition([None]), condition(condition.examples or [None]), cond_drop_prob)
-
-
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
     """Return the schedule of a node after the transforms. Raises ValueError for a transform that does not apply."""
     from torch import Tensor
 
     from src.diffusion import curves, schedules
-    from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, terminal_alpha_bar
+    from src.diffusion.noise import NoiseSchedule, terminal_alpha_bar
 
     schedule = instantiate_node(cfg)
-    if not isinstance(schedule, Tensor):
-        assert isinstance(schedule, ContinuousSchedule)
-        if zero_terminal_snr and terminal_alpha_bar(schedule) > 0:
-            raise ValueError(
-                "zero_terminal_snr=true needs a table of betas, and this schedule is continuous: leave it out and "
-                "lower schedule.curve.min_log_snr, or choose schedule=rectified_flow, which ends at SNR 0"
-            )
-        if snr_shift != 1:
-            schedule.curve = curves.shifted(schedule.curve, snr_shift)
-        return schedule
+    if isinstance(schedule, Tensor):
+        betas = schedules.snr_shift(schedule, snr_shift) if snr_shift != 1 else schedule
+        return NoiseSchedule(schedules.zero_terminal_snr(betas) if zero_terminal_snr else betas)
+    if zero_terminal_snr and terminal_alpha_bar(schedule) > 0:
+        raise ValueError(
+            "zero_terminal_snr=true needs a table of betas, and this schedule is continuous: leave it out and "
+            "lower schedule.curve.min_log_snr, or choose schedule=rectified_flow, which ends at SNR 0"
+        )
     if snr_shift != 1:
-        schedule = schedules.snr_shift(schedule, snr_shift)
-    if zero_terminal_snr:
-        schedule = schedules.zero_terminal_snr(schedule)
-    return NoiseSchedule(schedule)
+        schedule.curve = curves.shifted(schedule.curve, snr_shift)
+    continuous: ContinuousSchedule = schedule
+    return continuous
 
 
 def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
     """Return the loss of a node. A weighting with an argument `schedule` gets the schedule of the run.
 
-    The binding is here and not in the YAML, because Hydra deep-copies the arguments of `instantiate`: the weights of a
-    learned schedule would exist twice.
+    Hydra would deep-copy it: the weights of a learned schedule would exist twice.
     """
     loss_fn = instantiate_node(cfg)
     weighting = getattr(loss_fn, "keywords", {}).get("weighting")
@@ -122,7 +116,7 @@ def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
 
 
 def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampler":
-    """Return the sampler of a node: the function with its arguments, the time grid and the guidance."""
+    """Return the sampler of a node, with guidance."""
     from src.diffusion.noise import DefaultSpacing
     from src.training.module import Sampler
 
@@ -149,26 +143,13 @@ def build_guidance(cfg: DictConfig | None) -> "Guidance":
 
 
 def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
-    """Return the chosen sampler, or the sampler of the run with the settings that were typed.
+    """Return the chosen sampler, or that of the run, `trained`, with the settings that were typed.
 
-    `typed` has no `_target_` if no sampler was chosen. `trained` is the node of the run.
+    `typed` has no `_target_` if no sampler was chosen.
     """
     if typed.get("_target_") is not None:
         return typed
     merged = OmegaConf.merge(trained, {k: v for k, v in typed.items() if v is not None})
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def named_sampler(settings: Mapping[str, Any], trained: DictConfig) -> DictConfig:
-    """Return the option of the group sampler that `settings["sampler"]` names, or the run's, with the other settings.
-
-    Raises ValueError for an unknown name.
-    """
-    others = {k: v for k, v in settings.items() if k != "sampler"}
-    if "sampler" not in settings:
-        return sampler_settings(OmegaConf.create(others), trained)
-    merged = OmegaConf.merge(load_option("sampler", str(settings["sampler"])), others)
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -188,8 +169,7 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
     from src.training.loggers import write_wandb_id
 
     node = (cfg.logger or {}).get("wandb")
-    started = list(trainer.loggers)
-    for k, logger in enumerate(started):
+    for k, logger in enumerate(trainer.loggers):
         if not isinstance(logger, WandbLogger) or node is None:  # The user's own logger starts by itself.
             continue
         try:
@@ -198,11 +178,11 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
             if node.offline:
                 raise ValueError(f"logger=wandb cannot start ({sentence(error)}): change logger.wandb.*") from error
             warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
-            started[k] = instantiate(node, offline=True, mode="offline")
-            _ = getattr(started[k], "experiment")  # noqa: B009 - mypy does not know the logger's type
+            offline: WandbLogger = instantiate(node, offline=True, mode="offline")
+            _ = offline.experiment
+            trainer.loggers[k] = offline
         if trainer.is_global_zero:
             write_wandb_id(directory, node.id)
-    trainer.loggers = started
 
 
 def check_network(
@@ -212,15 +192,12 @@ def check_network(
 
     Runs a copy of the network once, on meta tensors.
     """
-    import copy
-
     import torch
 
-    meta_net = copy.deepcopy(net).to("meta")
+    inputs = [torch.zeros(1, *shape), torch.zeros(1), *([] if conditioning is None else [conditioning.null])]
     try:
         with torch.no_grad():
-            cond = () if conditioning is None else (conditioning.null.to("meta"),)
-            got = tuple(meta_net(torch.zeros(1, *shape, device="meta"), torch.zeros(1, device="meta"), *cond).shape[1:])
+            got = tuple(copy.deepcopy(net).to("meta")(*(x.to("meta") for x in inputs)).shape[1:])
     except RuntimeError as error:
         raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
     if got != (outputs * shape[0], *shape[1:]):
@@ -259,10 +236,16 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
 def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the object of a node, with further arguments.
 
-    Partials come without Hydra's wrapper, which scans all loaded modules at each call.
+    Partials come without Hydra's wrapper, which scans all loaded modules at each call. An error of a constructor for a
+    wrong value comes without Hydra's wrapper too.
     """
-    # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
-    return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
+    try:
+        # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
+        return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
+    except InstantiationException as error:
+        if isinstance(cause := error.__cause__, ValueError | TypeError | OSError | ImportError):
+            raise cause from cause.__cause__
+        raise
 
 
 def _unwrap(value: Any) -> Any:

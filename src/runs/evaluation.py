@@ -28,7 +28,20 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
         raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
     if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
         raise ValueError("likelihood=false quality=false alignment.enabled=false leaves nothing to evaluate")
-    quality = QualitySettings(
+    quality = quality_settings(cfg)
+    own = cfg.alignment
+    scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
+    alignment = AlignmentSettings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+    if cfg.quality:
+        quality.check()
+    if own.enabled:
+        alignment.check()
+    return quality, alignment
+
+
+def quality_settings(cfg: DictConfig) -> QualitySettings:
+    """Return the settings of sample quality, of src.evaluate or src.compare."""
+    return QualitySettings(
         components.names_of(cfg.features),
         cfg.n,
         cfg.seed,
@@ -40,14 +53,6 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
         cfg.inception_weights and Path(cfg.inception_weights),
         cfg.dinov2_model,
     )
-    own = cfg.alignment
-    scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
-    alignment = AlignmentSettings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
-    if cfg.quality:
-        quality.check()
-    if own.enabled:
-        alignment.check()
-    return quality, alignment
 
 
 def sampler_list(cfg: DictConfig) -> list[Any]:
@@ -57,10 +62,12 @@ def sampler_list(cfg: DictConfig) -> list[Any]:
 
 def build_samplers(cfg: DictConfig, opened: OpenedRun) -> dict[str, "Sampler"]:
     """Return the samplers of `samplers`, or that of `sampler`, by the names of `sampler_name`."""
-    samplers, own = {}, opened.config.sampler
-    for each in sampler_list(cfg) or [None]:
-        settings = components.named_sampler(each, own) if each else components.sampler_settings(cfg.sampler, own)
-        sampler = sampler_of(opened, settings, cfg.guidance)
+    samplers = {}
+    for each in sampler_list(cfg) or [cfg.sampler]:
+        typed = OmegaConf.masked_copy(each, [str(k) for k in each if k != "sampler"])
+        chosen = OmegaConf.merge(load_option("sampler", str(each.sampler)), typed) if "sampler" in each else typed
+        settings = components.sampler_settings(chosen, opened.config.sampler)  # type: ignore[arg-type]
+        sampler = sampler_of(opened, settings, cfg.get("guidance"))
         scale = sampler.guidance.scale
         samplers[sampler_name(settings) + (f" guidance {scale:g}" if scale != 1 else "")] = sampler
     return samplers
@@ -103,9 +110,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
     node = load_option("schedule", cfg.analytic_schedule)
     schedule = components.build_schedule(node.get("schedule", node), 1.0, False)
     samplers = {}
-    for name in config_groups()["sampler"]:
-        if name == "diffusers":
-            continue
+    for name in (name for name in config_groups()["sampler"] if name != "diffusers"):
         sampler = components.build_sampler(load_option("sampler", name))
         for spacing in spacings:
             label = f"{name} {spacing}" if len(spacings) > 1 else name

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from src.errors import UsageError
 
 if TYPE_CHECKING:
-    import lightning as L
-
     from src.runs.build import Run
 
 
@@ -38,21 +36,25 @@ def fit_run(run: "Run") -> dict[str, float]:
 
     Raises UsageError if the guard against non-finite steps gave up.
     """
-    start = time.perf_counter()
+    from src.training.callbacks.nan_guard import NonFiniteGuard
+    from src.training.lightning_internals import save_best
+
+    start, trainer = time.perf_counter(), run.trainer
     resume_from = run.resume_from and str(run.resume_from)
-    run.trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
+    trainer.fit(run.module, datamodule=run.data, ckpt_path=resume_from, weights_only=True)
     seconds = time.perf_counter() - start
-    if run.diagnosis:
-        raise UsageError(run.diagnosis)
+    if diagnosis := "".join(guard.diagnosis for guard in run.callbacks(NonFiniteGuard)):
+        raise UsageError(diagnosis)
     save_last_checkpoint(run)
-    steps = run.trainer.global_step
-    validates = run.trainer.limit_val_batches > 0
-    if validates and (run.module.validated < steps or "val/loss" not in run.trainer.callback_metrics):
-        run.trainer.validate(run.module, datamodule=run.data, verbose=False)
-    logged = run.trainer.callback_metrics.items()
+    is_validated = run.module.validated == trainer.global_step and "val/loss" in trainer.callback_metrics
+    if trainer.limit_val_batches > 0 and not is_validated:
+        trainer.validate(run.module, datamodule=run.data, verbose=False)
+        if save_best(trainer):
+            save_last_checkpoint(run)  # knows the best loss, which a resumed run compares with
+    logged = trainer.callback_metrics.items()
     metrics = {
         **{name: float(x) for name, x in logged if name.startswith(("val/", "quality/"))},
-        "steps": steps,
+        "steps": trainer.global_step,
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in run.module.net.parameters()),
     }
@@ -64,13 +66,10 @@ def fit_run(run: "Run") -> dict[str, float]:
 
 def save_last_checkpoint(run: "Run") -> None:
     """Save the last checkpoint. On a full disk, warn and retry until there is space."""
-    from src.training.checkpoint_io import AtomicCheckpointIO
-
+    strategy = run.trainer.strategy
     while True:
         run.trainer.save_checkpoint(run.last_checkpoint)
-        checkpoint_io = run.trainer.strategy.checkpoint_io
-        failed = isinstance(checkpoint_io, AtomicCheckpointIO) and checkpoint_io.failed
-        if not run.trainer.strategy.broadcast(failed):
+        if not strategy.broadcast(getattr(strategy.checkpoint_io, "failed", False)):
             return
         if run.trainer.is_global_zero:
             warnings.warn(
@@ -90,9 +89,10 @@ def _write_results(run: "Run", metrics: dict[str, float]) -> None:
     trajectory = sample_trajectory(run.trainer, run.module, run.data, run.config.seed)
     if not run.trainer.is_global_zero:
         return
-    neighbors = run.config.neighbors
+    neighbors = run.config.get("neighbors") or {}
+    num_samples, num_candidates = (neighbors.get(name, 0) for name in ("num_samples", "num_candidates"))
     with tolerate_full_disk(run.directory / "samples"):
-        save_pictures(run.directory, run.trainer, run.data, trajectory, neighbors.num_samples, neighbors.num_candidates)
+        save_pictures(run.directory, run.trainer, run.data, trajectory, num_samples, num_candidates)
     if run.data.skip_unreadable:
         run.data.read_errors.warn()
         metrics["unreadable_files"] = len(run.data.read_errors.names)
@@ -100,9 +100,8 @@ def _write_results(run: "Run", metrics: dict[str, float]) -> None:
     retry_until_written(lambda: tables.write_json(path, metrics), path)
 
 
-def is_time_over(trainer: "L.Trainer") -> bool:
+def is_time_over(run: "Run") -> bool:
     """Return whether `trainer.max_time` has passed, including the time before the run was resumed."""
     from lightning.pytorch.callbacks import Timer
 
-    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers)
+    return any((left := timer.time_remaining()) is not None and left <= 0 for timer in run.callbacks(Timer))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from src.data.module import BaseDataModule
     from src.diffusion.guidance import Conditional
-    from src.diffusion.noise import NoiseLevel
     from src.training.module import DiffusionModule, Sampler
 
 
@@ -85,18 +84,16 @@ def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | b
     opened.module.compiled_sampling = compile_network(opened.module.net, compile_mode)
 
 
-def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig) -> "Sampler":
+def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig | None) -> "Sampler":
     """Return the sampler of a node with guidance. Null in `guidance` means the value used in training."""
-    defaults = OmegaConf.create({"scale": 1.0, "interval": None, "rescale": 0.0})
+    defaults = {"scale": 1.0, "interval": None, "rescale": 0.0}
+    guidance = guidance or OmegaConf.create({"model": None})
     typed = {k: v for k, v in guidance.items() if v is not None and k != "model"}
-    merged = OmegaConf.merge(defaults, opened.config.get("guidance") or {}, typed)
-    assert isinstance(merged, DictConfig)
     check_arguments(settings, "sampler")
-    sampler = build_sampler(settings, merged)
+    sampler = build_sampler(settings, OmegaConf.create({**defaults, **(opened.config.get("guidance") or {}), **typed}))
     if guidance.model is not None:
-        sampler = sampler._replace(
-            guidance=sampler.guidance._replace(model=open_guidance_model(opened, guidance.model))
-        )
+        model = open_guidance_model(opened, guidance.model)
+        sampler = sampler._replace(guidance=sampler.guidance._replace(model=model))
     opened.module.check_sampler(sampler)
     return sampler
 
@@ -106,9 +103,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
-    path = Path(location)
-    encoder = OmegaConf.select(opened.config, "conditioning.encode.model")
-    weak = open_run(None if path.is_file() else location, location if path.is_file() else None, encoder=encoder)
+    weak = open_run(location, encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"
     own, others = (output_settings(each.config) for each in (opened, weak))
@@ -118,23 +113,17 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
         raise ValueError(
             f"{override} makes samples of shape {weak.module.shape}, and the run {opened.module.shape}: {fix}"
         )
-
     weak.module.sampling_dtype = opened.module.sampling_dtype
-
-    def denoise(x: "torch.Tensor", t: "NoiseLevel", cond: "torch.Tensor | None") -> "torch.Tensor":
-        return weak.module.to(x.device).denoise_for_sampling(x, t, cond)
-
-    return denoise
+    return lambda x, t, cond: weak.module.to(x.device).denoise_for_sampling(x, t, cond)
 
 
 def output_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the meaning of a network's inputs and outputs."""
     names = ("diffusion.prediction", "diffusion.variance", "diffusion.sigma_data", "schedule", "snr_shift")
     settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr")}
-    for name, value in (OmegaConf.select(config, "conditioning.encode") or {}).items():
-        if name not in ("examples", "cache", "device", "model"):  # The fingerprint identifies an encoder.
-            settings[f"conditioning.encode.{name}"] = value
-    return settings
+    encode = OmegaConf.select(config, "conditioning.encode") or {}
+    places = ("examples", "cache", "device", "model")  # The fingerprint identifies an encoder.
+    return settings | {f"conditioning.encode.{name}": value for name, value in encode.items() if name not in places}
 
 
 def pick_device(name: str) -> "torch.device":

@@ -9,40 +9,38 @@ if TYPE_CHECKING:
     import torch
 
     from src.runs.build import Run
-    from src.runs.open import OpenedRun
-    from src.training.memory import Estimate
 
 
-def step_memory(run: "Run") -> "Estimate":
-    """Return an estimate of the memory of a training step on each device, without running one."""
+def step_memory(run: "Run") -> int:
+    """Return an estimate of the bytes of a training step on each device, without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
-    from src.training.callbacks.ema import EMA
     from src.training.memory import estimate
 
-    trainer = run.trainer
+    trainer, module = run.trainer, run.module
     return estimate(
-        meta_network(run.config, run.module.diffusion.outputs),
-        run.module.shape,
+        meta_network(run.config, module.diffusion.outputs),
+        module.shape,
         run.data.microbatch_size(trainer),
         trainer.strategy.root_device,
         str(trainer.precision),
-        run.module.make_optimizer,
-        any(isinstance(callback, EMA) for callback in trainer.callbacks),  # type: ignore[attr-defined]
+        module.make_optimizer,
+        run.averages,
         trainer.world_size if isinstance(trainer.strategy, FullyShardedStrategy) else 1,
         isinstance(trainer.strategy, DDPStrategy),
-        run.module.null,
+        module.null,
     )
 
 
 def training_oom_message(run: "Run") -> str:
     """Return one line for training that ran out of memory."""
     from src.distributed.sharding import FullyShardedStrategy
+    from src.training.memory import gib
 
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
-        needs = f"about {step_memory(run)}"
+        needs = f"about {gib(step_memory(run))} GiB"
     except (RuntimeError, MemoryError):
         # Under a memory limit, even the threads of the backward pass may fail to start.
         needs = "more than is left to estimate it with"
@@ -53,27 +51,19 @@ def training_oom_message(run: "Run") -> str:
         "trainer.precision=bf16-mixed": str(trainer.precision) in ("32-true", "64-true"),
     }
     settings = [setting for setting, helps in remedies.items() if helps]
-    advice = ", then ".join(settings) if settings else "a smaller model, or shard it with trainer=fsdp"
-    line = command("train", format_override("resume", run.directory), *settings)
-    again = f"; saved: resume with {line}" if saved else ""
+    advice = ", then ".join(settings) or "a smaller model, or shard it with trainer=fsdp"
+    resume = command("train", format_override("resume", run.directory), *settings)
     return (
         f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
-        f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}{again}"
+        f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}"
+        f"{f'; saved: resume with {resume}' if saved else ''}"
     )
 
 
-def sampling_oom_message(opened: "OpenedRun", batch_size: int, device: "torch.device") -> str:
+def sampling_oom_message(batch_size: int, device: "torch.device") -> str:
     """Return one line for sampling or evaluation that ran out of memory."""
-    from src.training.memory import estimate
-
-    net = meta_network(opened.config, opened.module.diffusion.outputs)
-    together = batch_size if opened.module.null is None else 2 * batch_size  # Guidance adds the unconditional pass.
-    needs = estimate(net, opened.module.shape, together, device, "32-true", None, null=opened.module.null)
     advice = f"set batch_size={batch_size // 2} or less" if batch_size > 1 else "use another device"
-    return (
-        f"out of memory at batch_size {batch_size} on {describe_device(device)}; a pass through the network needs "
-        f"about {needs}: {advice}"
-    )
+    return f"out of memory at batch_size {batch_size} on {describe_device(device)}: {advice}"
 
 
 def describe_device(device: "torch.device") -> str:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
     """Return a copy of `cfg` in which every inferred setting has its value.
 
-    `checkpoint` holds the contents of the checkpoint from which a run resumes. Without `data`, settings that
-    depend on the data are not inferred; settings of the data module are. Resolving twice changes nothing.
+    `checkpoint` is that from which a run resumes. Without `data`, settings that depend on them are not inferred.
+    Resolving twice changes nothing.
 
     Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """
@@ -38,12 +38,16 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
     _infer_folders(cfg)
     _inline_betas(cfg, checkpoint)
     _restore_settings(cfg, checkpoint)
-    _unfuse_optimizer(cfg)
-    _infer_wandb_id(cfg)
+    if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
+        # A fused step unscales gradients itself, after Lightning has clipped them.
+        warnings.warn(f"trainer.precision={cfg.trainer.precision} sets optimizer.fused=false", stacklevel=3)
+        cfg.optimizer.fused = False
+    if (node := (cfg.logger or {}).get("wandb")) and node.id is None:
+        from src.training.loggers import wandb_id
+
+        node.id = wandb_id(Path(cfg.run_dir))
     if data is not None:
-        _infer_data_settings(cfg, data)
-        if checkpoint is None:
-            _infer_condition_settings(cfg, data)
+        _infer_data_settings(cfg, data, checkpoint is None)
         _infer_accumulation(cfg)
     return cfg
 
@@ -106,11 +110,9 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
 
 def _infer_folders(cfg: DictConfig) -> None:
     """Set `resume=auto` to the run folder or null, and give a configuration composed without Hydra's main a folder."""
-    typed = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(typed, dict)
-    if "${hydra:" in str(typed["run_dir"]) and not HydraConfig.initialized():
+    if "${hydra:" in str(to_plain(cfg, resolve=False)["run_dir"]) and not HydraConfig.initialized():
         resumed = cfg.resume not in (None, "auto")
-        cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train")
+        cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train", again=True)
     if cfg.resume == "auto":
         folder = resumed_folder(cfg)
         cfg.resume = None if folder is None else str(folder)
@@ -131,7 +133,7 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
     try:
         if path.suffix == ".npy":
-            table: Any = np.lib.format.open_memmap(path, mode="r")  # does not unpickle
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # neither unpickles nor allocates
         else:
             with path.open() as lines:  # numpy would unpack an archive if it got the file name
                 table = np.loadtxt(lines, delimiter=",")
@@ -152,55 +154,37 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
         return
     before = checkpoint["hyper_parameters"]
     encode = (before.get("conditioning") or {}).get("encode") or {}
-    inferred = {f"conditioning.encode.{name}": value for name, value in encode.items()}
+    inferred = {("conditioning.encode", name): value for name, value in encode.items()}
     names = getattr(get_class(cfg.data._target_), "inferred_settings", ())
-    inferred |= {f"data.{name}": before["data"].get(name) for name in names}
-    check_texts({name: value for name, value in inferred.items() if value is not None}, "the run that is resumed")
-    for name, value in inferred.items():
-        node, _, last = name.rpartition(".")
+    inferred |= {("data", name): before["data"].get(name) for name in names}
+    inferred = {name: value for name, value in inferred.items() if value is not None}
+    check_texts({".".join(name): value for name, value in inferred.items()}, "the run that is resumed")
+    for (node, name), value in inferred.items():
         parent = OmegaConf.select(cfg, node)
-        if value is not None and parent is not None and last in parent and parent[last] in (None, []):
-            parent[last] = value
-    if inferred.get("data.columns") and "features" in cfg.model:
+        if parent is not None and name in parent and parent[name] in (None, []):
+            parent[name] = value
+    if ("data", "columns") in inferred and "features" in cfg.model:
         cfg.model.features = before["model"]["features"]
     if cfg.data.get("microbatch_size") == "auto" and cfg.trainer.accumulate_grad_batches == 1:
         cfg.trainer.accumulate_grad_batches = before["trainer"]["accumulate_grad_batches"]
 
 
-def _unfuse_optimizer(cfg: DictConfig) -> None:
-    """Turn off the fused optimizer step for fp16: it unscales gradients itself, after Lightning has clipped them."""
-    if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
-        warnings.warn(f"trainer.precision={cfg.trainer.precision} sets optimizer.fused=false", stacklevel=4)
-        cfg.optimizer.fused = False
+def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) -> None:
+    """Set the settings that depend on the data: those of the data, and the features of a network for points.
 
-
-def _infer_wandb_id(cfg: DictConfig) -> None:
-    """Set the id of the W&B run: the one in the run folder, or a new one."""
-    node = (cfg.logger or {}).get("wandb")
-    if node and node.id is None:
-        from src.training.loggers import wandb_id
-
-        node.id = wandb_id(Path(cfg.run_dir))
-
-
-def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set the settings that depend on the data, and the number of features of a network for points."""
+    For a new run, set those of conditions too, such as class names. Raises ValueError without conditions.
+    """
     check_texts(dict(data.inferred), "the data")
     cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
-
-
-def _infer_condition_settings(cfg: DictConfig, data: "BaseDataModule") -> None:
-    """Set conditioning settings that depend on the data, such as class names. Raises ValueError without conditions."""
-    if cfg.get("conditioning") is None:
-        return
-    data.prepare_once_per_node()
-    assert data.source is not None
-    node = cfg.conditioning.encode
-    inferred = dict(get_class(node._target_).infer_settings(data.source, to_plain(node)))  # type: ignore[attr-defined]
-    check_texts(inferred, "the data")
-    node.update(inferred)
+    if is_new and cfg.get("conditioning") is not None:
+        data.prepare_once_per_node()
+        assert data.source is not None
+        node = cfg.conditioning.encode
+        inferred = dict(get_class(node._target_).infer_settings(data.source, to_plain(node)))  # type: ignore[attr-defined]
+        check_texts(inferred, "the data")
+        node.update(inferred)
 
 
 def _infer_accumulation(cfg: DictConfig) -> None:
@@ -222,11 +206,10 @@ def _infer_accumulation(cfg: DictConfig) -> None:
     if rest:  # The data module rejects this batch size.
         return
     if share % micro:
-        fitting = divisors(share)
-        near = [max(n for n in fitting if n < micro), *[n for n in fitting if n > micro][-1:]]
+        near = min(divisors(share), key=lambda n: abs(n - micro))
         raise ValueError(
             f"data.microbatch_size={micro} does not divide the {share} samples per step of each of {processes} "
-            f"processes (data.batch_size={cfg.data.batch_size}): choose {' or '.join(map(str, near))}"
+            f"processes (data.batch_size={cfg.data.batch_size}): choose {near}"
         )
     if typed not in (1, share // micro):
         raise ValueError(

@@ -87,17 +87,15 @@ def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> No
 
     from src.data.table import TableDataModule
 
+    array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
+    np.savez_compressed(folder / "samples.npz", array)
     if samples.ndim == 4:
-        images = samples.permute(0, 2, 3, 1).numpy()  # Tools that compute FID expect channels last.
 
         def write(k: int) -> None:
-            image = images[k]
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:05d}.png")
+            image = array[k].squeeze(-1) if array.shape[-1] == 1 else array[k]
+            Image.fromarray(image).save(folder / f"{k:05d}.png")
 
         with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
-            list(pool.map(write, range(len(images))))
-        np.savez_compressed(folder / "samples.npz", images)
-    else:
-        np.savez_compressed(folder / "samples.npz", samples.numpy())
+            list(pool.map(write, range(len(array))))
     if isinstance(data, TableDataModule):
         data.write_samples(folder / "samples", samples)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import sentence
-from src.runs.components import instantiate_node, to_plain
+from src.runs.components import instantiate_node
 
 if TYPE_CHECKING:
     import lightning as L
@@ -22,9 +23,10 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
     Null means Lightning's default. Raises ValueError for arguments that this project sets by another setting.
     """
-    from lightning.pytorch.plugins import CheckpointIO, Precision
+    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.plugins import CheckpointIO
 
-    from src.runs.trainer_settings import check_strategy, enabled_callbacks, validation_interval
+    from src.runs.trainer_settings import check_strategy, enabled_callbacks, trainer_settings, validation_interval
     from src.training.callbacks.monitor import LearningRate
     from src.training.checkpoint_io import AtomicCheckpointIO, NoCheckpoints
     from src.training.lightning_internals import disable_slurm_requeue
@@ -52,13 +54,11 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         plugins = [*[plugin for plugin in plugins if not isinstance(plugin, CheckpointIO)], NoCheckpoints()]
     elif not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
-    if "precision" in settings and any(isinstance(plugin, Precision) for plugin in plugins):
-        raise ValueError(
-            f"trainer.precision={settings['precision']} contradicts the precision plugin in trainer.plugins; set "
-            "trainer.precision=null"
-        )
+    callbacks = enabled_callbacks(callbacks, {**settings, "limit_val_batches": limit})
     arguments = {
-        "callbacks": enabled_callbacks(callbacks, {**settings, "limit_val_batches": limit}),
+        "callbacks": callbacks,
+        # Lightning would add its own progress bar, which shows epochs.
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "logger": loggers or False,
         "plugins": plugins,
         "default_root_dir": str(directory),
@@ -78,17 +78,10 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     return trainer
 
 
-def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments of the Trainer that are not null. Raises ValueError for unsupported values."""
-    from src.runs.trainer_settings import check_settings
-
-    settings = {str(name): value for name, value in to_plain(cfg.trainer).items() if value is not None}
-    check_settings(settings, cfg.resume is not None, bool(cfg.logger))
-    return settings
-
-
 def world_size(cfg: DictConfig) -> int:
     """Return the number of processes that the configuration of the Trainer starts."""
+    from src.runs.trainer_settings import trainer_settings
+
     names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
     settings = {name: value for name, value in trainer_settings(cfg).items() if name in names}
     arguments = {"logger": False, "plugins": [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]}
@@ -102,8 +95,8 @@ def _construct(node: DictConfig, settings: Mapping[str, Any], arguments: Mapping
     try:
         trainer: L.Trainer = instantiate_node(OmegaConf.masked_copy(node, [*settings]), arguments)
     except Exception as error:
-        cause = error.__cause__
-        raise ValueError(explain_error(cause if isinstance(cause, Exception) else error, settings)) from error
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        raise ValueError(explain_error(cause or error, settings)) from error
     return trainer
 
 
@@ -114,13 +107,24 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         if name == "wandb":
             import wandb  # noqa: F401 - raises here if it is not installed
     except Exception as error:
-        if isinstance(error.__cause__ or error, ImportError):
+        cause = error.__cause__ or error
+        if isinstance(cause, ImportError):
             raise ValueError(
-                f"logger={name} needs a package that is not installed ({sentence(error.__cause__ or error)}): "
-                f"pip install {name}"
+                f"logger={name} needs a package that is not installed ({sentence(cause)}): pip install {name}"
             ) from error
         raise
     return logger
+
+
+IGNORED_WARNINGS = (
+    "does not have many workers",
+    "smaller than the logging interval",
+    "your dataloader is not resumable",  # The stream of batches starts at the step of the checkpoint.
+    "Checkpoint directory .* exists and is not empty",
+    "functional.all_gather is deprecated",
+    "broadcast_buffers.* is deprecated",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
 
 
 def quiet_libraries() -> None:
@@ -134,11 +138,5 @@ def quiet_libraries() -> None:
     if logging.getLogger().handlers:  # Hydra's handlers print the same lines.
         for name in ("lightning", "lightning.pytorch"):
             logging.getLogger(name).handlers.clear()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # The stream of batches starts at the step of the checkpoint.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*functional.all_gather is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    for text in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")

@@ -9,9 +9,11 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from omegaconf import DictConfig
 
 from src.errors import sentence
 from src.quoting import format_override
+from src.runs.components import to_plain
 from src.training.lightning_internals import copies_this_process
 
 COUNTS_EPOCHS = "counts epochs, and training counts steps"
@@ -58,16 +60,9 @@ def _are_nodes(value: Any) -> bool:
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": (lambda n: 1 <= n <= 10**9, "must be in [1, 10^9]: training counts steps"),
-    "log_every_n_steps": (lambda n: n >= 1, "must be at least 1 step; logger=none logs nothing"),
     "num_sanity_val_steps": (lambda n: n >= -1, "must be at least 0 batches, or -1 for all"),
-    "accumulate_grad_batches": (lambda n: n >= 1, "must be at least 1"),
     "devices": (lambda n: not isinstance(n, int) or n >= 1 or n == -1, "must be at least 1; auto takes all devices"),
-    "gradient_clip_val": (lambda x: x >= 0, "must not be negative: 1.0 is usual, 0 turns clipping off"),
-    "max_time": (
-        _is_duration,
-        'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours',
-    ),
+    "max_time": (_is_duration, 'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours'),
     "overfit_batches": (_is_batch_limit, "must be a number of batches, or a fraction of the data in [0.0, 1.0]"),
     "precision": (
         lambda name: not str(name).startswith("transformer-engine"),
@@ -76,32 +71,27 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plugins": (_are_nodes, "must be a list of nodes with a _target_ each"),
     "profiler": (lambda value: isinstance(value, str | dict), "must be simple, advanced or pytorch"),
 }
-"""For each argument that Lightning does not check, or checks with an unclear message: the test and the rule."""
+"""For each argument that neither Lightning nor `config.rules` checks clearly: the test and the rule."""
 
-DEVICE_DEFAULTS = {
-    "accelerator": "auto",
-    "strategy": "auto",
-    "devices": "auto",
-    "num_nodes": 1,
-    "precision": "32-true",
-}
+DEVICE_DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": "32-true"}
 """The arguments that select hardware, with their defaults. Lightning's errors about them often name no argument."""
 
 
-def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool) -> None:
-    """Raise ValueError for an argument that this project does not support, or a value outside its range.
+def trainer_settings(cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of the Trainer that are not null.
 
-    `settings` holds the arguments of the Trainer that are not null. `has_loggers` says whether the group `logger` has
-    loggers.
+    Raises ValueError for an argument that this project does not support, or a value outside its range.
     """
+    settings = {str(name): value for name, value in to_plain(cfg.trainer).items() if value is not None}
     for name, (neutral, rule) in UNSUPPORTED.items():
-        if name in settings and not _is_same(settings[name], neutral):
+        value = settings.get(name, neutral)
+        if type(value) is not type(neutral) or value != neutral:  # A limit of 1 is one batch, 1.0 is all of them.
             raise ValueError(f"{_shown(name, settings)} {rule}")
     for name, (is_valid, rule) in RULES.items():
         if name in settings and not is_valid(settings[name]):
             raise ValueError(f"{_shown(name, settings)} {rule}")
     if "max_steps" not in settings:
-        raise ValueError(f"trainer.max_steps=null {RULES['max_steps'][1]}")
+        raise ValueError("trainer.max_steps=null must be a number of steps")
     if not 0 <= settings.get("min_steps", 0) <= settings["max_steps"]:
         raise ValueError(
             f"{_shown('min_steps', settings)} must be in [0, trainer.max_steps]; trainer.max_steps is "
@@ -112,15 +102,16 @@ def check_settings(settings: Mapping[str, Any], resumes: bool, has_loggers: bool
             f"{_shown('strategy', settings)} is not supported; use {'trainer=ddp' if match[1] else 'trainer=fsdp'}"
         )
     logger = settings.get("logger", False)
-    if not isinstance(logger, bool) or (logger and not has_loggers):
+    if not isinstance(logger, bool) or (logger and not cfg.logger):
         raise ValueError(
             f"{_shown('logger', settings)} has no effect; choose logger=csv, tensorboard or wandb, or add one as "
             "+logger.NAME._target_=..."
         )
-    if resumes and settings.get("fast_dev_run"):
+    if cfg.resume is not None and settings.get("fast_dev_run"):
         raise ValueError(
             f"{_shown('fast_dev_run', settings)} trains from the start and saves nothing; leave resume out"
         )
+    return settings
 
 
 def validation_interval(settings: Mapping[str, Any], validate_every: int, counts_steps: bool = False) -> int:
@@ -131,35 +122,32 @@ def validation_interval(settings: Mapping[str, Any], validate_every: int, counts
     """
     steps, batches = int(settings["max_steps"]), int(settings.get("accumulate_grad_batches", 1))
     interval = settings.get("val_check_interval", validate_every)
-    is_count = isinstance(interval, int) and not isinstance(interval, bool)
-    if is_count and (counts_steps or "val_check_interval" not in settings):
-        interval *= batches
-    if is_count and interval >= 1 and interval % batches == 0:
-        return int(min(interval, steps * batches))
+    rule = "must be a number of batches, or a fraction of the run in (0.0, 1.0]; or set validate_every, in steps"
     if isinstance(interval, float) and 0 < interval <= 1:
         return max(1, int(steps * interval)) * batches
-    if is_count and interval >= 1:
+    if isinstance(interval, int) and not isinstance(interval, bool) and interval >= 1:
+        interval *= batches if counts_steps or "val_check_interval" not in settings else 1
+        if interval % batches == 0:
+            return int(min(interval, steps * batches))
         rule = f"must be a multiple of trainer.accumulate_grad_batches={batches}; or set validate_every, in steps"
-    else:
-        rule = "must be a number of batches, or a fraction of the run in (0.0, 1.0]; or set validate_every, in steps"
     raise ValueError(f"{_shown('val_check_interval', settings)} {rule}")
 
 
 def enabled_callbacks(callbacks: Sequence[L.Callback], settings: Mapping[str, Any]) -> list[L.Callback]:
     """Return the callbacks except those that `settings` turn off: progress bar, checkpoints, best checkpoint."""
+    kinds = {
+        "enable_progress_bar": lightning_callbacks.ProgressBar,
+        "enable_checkpointing": lightning_callbacks.Checkpoint,
+    }
+    off = tuple(kind for name, kind in kinds.items() if settings.get(name) is False)
+    kept = [callback for callback in callbacks if not isinstance(callback, off)]
+    if settings.get("limit_val_batches") != 0:
+        return kept
+    best = [c for c in kept if isinstance(c, lightning_callbacks.ModelCheckpoint) and (c.monitor or "")[:4] == "val/"]
+    return [callback for callback in kept if callback not in best]
 
-    def is_off(callback: L.Callback) -> bool:
-        best = isinstance(callback, lightning_callbacks.ModelCheckpoint) and (callback.monitor or "").startswith("val/")
-        return (
-            (isinstance(callback, lightning_callbacks.ProgressBar) and settings.get("enable_progress_bar") is False)
-            or (isinstance(callback, lightning_callbacks.Checkpoint) and settings.get("enable_checkpointing") is False)
-            or (best and settings.get("limit_val_batches") == 0)
-        )
 
-    return [callback for callback in callbacks if not is_off(callback)]
-
-
-def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
+def explain_error(error: BaseException, settings: Mapping[str, Any]) -> str:
     """Return one line for an error of the Trainer's constructor, with the settings that cause it.
 
     These are the settings that the error names, or else the settings of devices that differ from the default.
@@ -173,25 +161,15 @@ def explain_error(error: Exception, settings: Mapping[str, Any]) -> str:
 
 
 def check_strategy(trainer: L.Trainer) -> None:
-    """Raise ValueError for a strategy whose processes or weights this project cannot handle.
-
-    Spawned and forked processes do not return their callbacks and weights to this process.
-    """
-    strategy = trainer.strategy
-    copies = copies_this_process(strategy)
-    if copies or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
-        how = "starts copies of this process" if copies else "shards weights in its own way"
-        raise ValueError(
-            f"trainer.strategy={type(strategy).__name__} {how}; use {'trainer=ddp' if copies else 'trainer=fsdp'}"
-        )
+    """Raise ValueError for a strategy that does not return callbacks and weights to this process."""
+    name = type(trainer.strategy).__name__
+    if copies_this_process(trainer.strategy):
+        raise ValueError(f"trainer.strategy={name} starts copies of this process; use trainer=ddp")
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(f"trainer.strategy={name} shards weights in its own way; use trainer=fsdp")
 
 
 def _shown(name: str, settings: Mapping[str, Any]) -> str:
     """Return the argument and its value as a user types them."""
     value = settings[name]
     return f"trainer.{name}={value}" if isinstance(value, dict) else format_override(f"trainer.{name}", value)
-
-
-def _is_same(value: Any, neutral: Any) -> bool:
-    """Return whether the values are equal and of one type: a limit of 1 is one batch, 1.0 is all of them."""
-    return type(value) is type(neutral) and bool(value == neutral)

@@ -6,7 +6,7 @@ must not contain `${...}`, because OmegaConf would resolve it.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer"
 
 OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 """Safe classes of torch.optim."""
-
 
 REMEDY = "; refusing to instantiate anything: if you trust its author, add trust=true"
 
@@ -44,21 +43,15 @@ def known_targets(training: bool = False) -> frozenset[Target]:
 @functools.cache
 def _known_targets(folders: tuple[Path, ...], training: bool) -> frozenset[Target]:
     found = {Target("optimizer", f"torch.optim.{name}", True) for name in OPTIMIZERS if training}
-    for folder in folders:
-        for file in folder.rglob("*.yaml"):
-            text, group = file.read_text(), file.parent.name
-            if folder / "hydra" in file.parents:
-                continue
-            if training or group not in TRAINING_GROUPS:
-                top = "" if file.parent == folder or "@package _global_" in text else group
-                found |= set(_targets(yaml.safe_load(text), top))
+    for folder, file in ((base, path) for base in folders for path in base.rglob("*.yaml")):
+        text, group = file.read_text(), file.parent.name
+        if folder / "hydra" in file.parents or (group in TRAINING_GROUPS and not training):
+            continue
+        top = "" if file.parent == folder or "@package _global_" in text else group
+        for name, value in walk_settings(yaml.safe_load(text)):
+            if isinstance(value, dict) and value.get("_target_") is not None:
+                found.add(Target(_last(name) or top, value["_target_"], bool(value.get("_partial_"))))
     return frozenset(found)
-
-
-def _targets(node: Any, top: str = "") -> Iterator[Target]:
-    for name, value in walk_settings(node):
-        if isinstance(value, dict) and value.get("_target_") is not None:
-            yield Target(_last(name) or top, value["_target_"], bool(value.get("_partial_")))
 
 
 def _last(name: str) -> str:

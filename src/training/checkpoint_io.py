@@ -2,7 +2,6 @@
 
 import io
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 @contextmanager
 def tolerate_full_disk(path: Path) -> Iterator[None]:
-    """Turn an OSError in writing `path` into a warning, so that the run continues."""
+    """Turn an OSError in writing `path` into a warning."""
     try:
         yield
     except OSError as error:
@@ -31,12 +30,11 @@ def tolerate_full_disk(path: Path) -> Iterator[None]:
 
 def retry_until_written(write: Callable[[], object], path: Path) -> None:
     """Call `write` every 10 s until it can write `path`."""
-    done = False
-    while not done:
+    while True:
         with tolerate_full_disk(path):
             write()
-            done = True
-        time.sleep(0 if done else 10)
+            return
+        time.sleep(10)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -48,6 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self) -> None:
         self.failed = False
         self._folders: set[Path] = set()
+        self._obsolete: list[Path] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -79,8 +78,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         path = Path(path)
         # The paths to remove come from a checkpoint, so only files next to this run's own checkpoints are trusted.
-        if not self.failed and path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
-            path.unlink(missing_ok=True)
+        if path.suffix == ".ckpt" and path.parent.resolve() in self._folders:
+            self._obsolete = [p for p in (*self._obsolete, path) if p.exists()]
+            if self._obsolete and not self.failed:
+                self._obsolete.pop(0).unlink(missing_ok=True)
 
 
 class NoCheckpoints(TorchCheckpointIO):
@@ -91,29 +92,22 @@ class NoCheckpoints(TorchCheckpointIO):
 
 
 class CSVLogger(loggers.CSVLogger):
-    """Lightning's CSVLogger, but a full disk neither stops the run nor loses the log.
-
-    Lightning truncates the file before it writes a new column. Here, rows wait in memory for free space.
-    """
+    """Lightning's CSVLogger, but on a full disk rows wait in memory, and the file keeps what it has."""
 
     @rank_zero_only
     def save(self) -> None:
         writer = self.experiment
-        path = Path(writer.metrics_file_path)
-        backup = path.with_suffix(".before")
-        keys, size = [*writer.metrics_keys], path.stat().st_size if path.exists() else 0
+        path, keys = Path(writer.metrics_file_path), [*writer.metrics_keys]
         with tolerate_full_disk(path):
+            size = path.stat().st_size if path.exists() else 0
+            # For a new column Lightning rewrites the file.
+            rewritten = path.read_bytes() if size and set().union(*writer.metrics) - set(keys) else b""
             try:
-                if path.exists() and not all(row.keys() <= set(keys) for row in writer.metrics):
-                    shutil.copyfile(path, backup)  # for a new column Lightning rewrites the file
                 super().save()
             except OSError:
-                if backup.exists() and backup.stat().st_size == size:
-                    os.replace(backup, path)
+                if rewritten:
+                    path.write_bytes(rewritten)
                 elif path.exists():
                     os.truncate(path, size)
                 writer.metrics_keys = keys
                 raise
-            finally:
-                with suppress(OSError):
-                    backup.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Read checkpoint files, sort them by step, and detect corrupted ones."""
 
-import functools
 import json
 import math
 import pickletools
@@ -15,11 +14,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run folder, sorted by step, latest first.
+UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""Errors of `zipfile` and `pickletools` for corrupted files."""
 
-    File times only break ties, because copying a folder changes them. Files whose step cannot be read come first, so
-    callers report them.
+
+def newest_first(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, sorted by step, latest first, but unreadable files before them.
+
+    File times only break ties, because copying a folder changes them.
     """
     paths = (folder / "checkpoints").glob("*.ckpt")
     return sorted(paths, key=lambda p: (step_of(p), p.stat().st_mtime_ns, p.name == "last.ckpt"), reverse=True)
@@ -27,21 +29,11 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> float:
     """Return the step of a checkpoint without loading or unpickling it; infinity if it cannot be read."""
-    stat = path.stat()
-    return _step_of(path, stat.st_mtime_ns, stat.st_size)
-
-
-UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
-"""Errors of `zipfile` and `pickletools` for corrupted files."""
-
-
-@functools.lru_cache
-def _step_of(path: Path, written: int, size: int) -> float:
     try:
         with zipfile.ZipFile(path) as archive:
             (member,) = (m for m in archive.infolist() if m.filename.rpartition("/")[2] == "data.pkl")
             # torch.save does not compress; reading only stored members bounds the memory by the file size.
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
                 return math.inf
             operations = pickletools.genops(archive.read(member))
             if any(argument == "global_step" for _, argument, _ in operations):
@@ -56,13 +48,7 @@ def _step_of(path: Path, written: int, size: int) -> float:
 
 def is_intact(path: Path) -> bool:
     """Return whether a checkpoint is a complete zip archive whose members all match their CRC-32."""
-    stat = path.stat()
-    return _is_intact(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache
-def _is_intact(path: Path, written: int, size: int) -> bool:
-    """Cached by time and size, so that a large file is read only once."""
+    size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -82,24 +68,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         checkpoint = _read_exported(path)
     elif not is_intact(path):
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is corrupted or was not written by src.train; use another one"
-        )
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is corrupted or was not written by src.train")
     else:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # untrusted bytes can raise anything
             raise ValueError(
-                f"{path} cannot be read as a checkpoint: it is corrupted or holds more than tensors and plain values; "
-                "use another one"
+                f"{path} cannot be read as a checkpoint: it holds more than tensors and plain values"
             ) from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of this project: it has no state_dict and hyper_parameters")
     settings = checkpoint["hyper_parameters"]
     check_plain(settings, path)
-    missing = [
-        name for name in MODEL_KEYS if not (isinstance(settings, dict) and "_target_" in (settings.get(name) or {}))
-    ]
+    known = settings if isinstance(settings, dict) else {}
+    missing = [name for name in MODEL_KEYS if "_target_" not in (known.get(name) or {})]
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this project: its configuration has no {', '.join(missing)}")
     for key in ("state_dict", "current_model_state"):
@@ -123,7 +105,7 @@ def _read_exported(path: Path) -> dict[str, Any]:
             }
     except Exception as error:  # untrusted bytes can raise anything
         raise ValueError(
-            f"{path} cannot be read as an exported model: it is corrupted or not from src.export; use another one"
+            f"{path} cannot be read as an exported model: it is corrupted or not from src.export"
         ) from error
 
 
@@ -140,9 +122,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
     """Return the averaged (`ema`) or raw weights. Raises ValueError if the file does not contain them."""
     exported = checkpoint.get("averaged")
     if ema and not exported and "current_model_state" not in checkpoint:
-        raise ValueError(
-            f"{path} has no averaged weights (trained without callbacks.ema, or exported with ema=false): set ema=false"
-        )
+        raise ValueError(f"{path} has no averaged weights (it was trained or exported without): set ema=false")
     if exported and not ema:
         raise ValueError(
             f"ema=false needs raw weights, but {path} has averaged ones: drop ema=false, or export with ema=false"
@@ -178,8 +158,7 @@ MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sample
 """Settings that rebuild a trained model."""
 
 
-CONDITION_KEYS = ("conditioning", "guidance")
-"""Further settings that rebuild a conditional model."""
+CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
 
 
 EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
@@ -187,7 +166,6 @@ EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_termin
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))
 """Settings that may look like paths but are text of the data."""
-
 
 PLAIN = (dict, list, str, int, float, bool, type(None))
 
@@ -199,9 +177,7 @@ def check_plain(settings: Any, source: object) -> None:
     """Raise ValueError if `settings` holds values that are not plain, too many values, or too deeply nested ones."""
     for count, (name, value) in enumerate(walk_settings(settings)):
         if count > MAX_VALUES or name.count(".") > MAX_DEPTH:
-            raise ValueError(
-                f"{source} is not a configuration of this project: it has too many or too deeply nested values"
-            )
+            raise ValueError(f"{source} is not a configuration of this project: it is too large or too deeply nested")
         if type(value) not in PLAIN:
             raise ValueError(f"{source} is not a configuration of this project: {name} is a {type(value).__name__}")
         if isinstance(value, dict) and not all(isinstance(key, str) and key and key.isprintable() for key in value):

@@ -22,16 +22,13 @@ class LearnedScheduleModule(DiffusionModule):
         self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
 
     def compute_losses(self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
-        terms = super().compute_losses(x0, transition, eps, cond)
-        self._register_variance_hooks(transition, terms["loss"].detach())
-        return terms
-
-    def _register_variance_hooks(self, transition: Transition, losses: Tensor) -> None:
-        """Minimize the mean square of the losses (B,) over the schedule, in the network's backward pass.
+        """Also minimize the mean square of the losses over the schedule, in the network's backward pass.
 
         The gradient of the square is 2 loss times the gradient of the loss. The cleanest of the `num_steps` steps is
         held fixed, as in VDM: only the KL terms depend on the endpoint, and the decoder's term would outweigh them.
         """
+        terms = super().compute_losses(x0, transition, eps, cond)
+        losses = terms["loss"].detach()
         for level in (transition.t, transition.s):
             learns = level.time > 1.5 / self.schedule.num_steps
 
@@ -41,6 +38,7 @@ class LearnedScheduleModule(DiffusionModule):
             for field in level:
                 if field.requires_grad:
                     field.register_hook(scale)  # type: ignore[no-untyped-call]
+        return terms
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         # Weight decay would pull the schedule towards the curve with all parameters 0, which is not preferable.

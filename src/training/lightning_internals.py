@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 
@@ -19,10 +19,7 @@ def clear_logged_metrics(trainer: L.Trainer) -> None:
 
 
 def run_validation(trainer: L.Trainer) -> None:
-    """Run one validation outside Lightning's loop, from the first batch, logged at the last completed step.
-
-    A run that was stopped during a validation repeats it when it resumes; Lightning counts it as done.
-    """
+    """Run one validation outside Lightning's loop, from the first batch, logged at the last completed step."""
     loop = trainer.fit_loop.epoch_loop
     loop.val_loop.restarting = False
     logged_step, loop._batches_that_stepped = loop._batches_that_stepped, trainer.global_step - 1
@@ -30,6 +27,15 @@ def run_validation(trainer: L.Trainer) -> None:
     loop.val_loop.run()
     trainer.training = True
     loop._batches_that_stepped = logged_step
+
+
+def save_best(trainer: L.Trainer) -> bool:
+    """Save the checkpoints that are best by a validation after training, which Lightning ignores; return if any is."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    monitoring = [c for c in callbacks if (c.monitor or "").startswith("val/")]
+    for callback in monitoring:
+        callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
+    return any(callback._last_global_step_saved == trainer.global_step for callback in monitoring)
 
 
 def logged_step(trainer: L.Trainer) -> int:

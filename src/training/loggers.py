@@ -18,6 +18,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from src.training.checkpoints import walk_settings
 from src.training.lightning_internals import logged_step
 
 Cell = str | float | int | bool | Image.Image | None
@@ -31,11 +32,7 @@ def wandb_id(directory: Path) -> str:
 
 def write_wandb_id(directory: Path, name: str) -> None:
     """Save the W&B id for a resumed run."""
-    path = directory / "wandb_id.txt"
-    if not path.is_file():
-        partial = path.with_suffix(".partial")
-        partial.write_text(f"{name}\n")
-        os.replace(partial, path)
+    (directory / "wandb_id.txt").write_text(f"{name}\n")
 
 
 def folder_of(logger: Logger, directory: Path) -> Path | None:
@@ -49,27 +46,18 @@ def folder_of(logger: Logger, directory: Path) -> Path | None:
 @contextmanager
 def rollback_logger_files(folders: Sequence[Path]) -> Iterator[None]:
     """Remove files that loggers wrote if their start fails or is interrupted."""
-    new = [folder for folder in folders if not folder.is_dir()]
-    before = {path for folder in folders for path in folder.glob("*")}
-    links = {path: path.readlink() for path in before if path.is_symlink()}  # W&B links to the last start
+    before = {path for folder in folders if folder.is_dir() for path in (folder, *folder.iterdir())}
     try:
         yield
     except BaseException:
         if wandb := sys.modules.get("wandb"):
             with suppress(Exception):
                 wandb.teardown()  # its service process writes there too
-        for path in {path for folder in folders for path in folder.glob("*")} - before:
+        for path in {path for folder in folders for path in (folder, *folder.glob("*"))} - before:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        for path, target in links.items():
-            if not (path.is_symlink() and path.readlink() == target):
-                path.unlink(missing_ok=True)
-                path.symlink_to(target)
-        for folder in new:
-            with suppress(OSError):
-                folder.rmdir()
         raise
 
 
@@ -115,13 +103,9 @@ def log_hparams(trainer: L.Trainer, settings: Mapping[str, Any]) -> None:
     """Fill TensorBoard's HPARAMS tab with the main settings and `val/loss`, which it reads from the curve."""
     from torch.utils.tensorboard.summary import hparams
 
-    values: dict[str, Any] = {}
-    for name, key in HPARAMS.items():
-        node: Any = settings
-        for part in key.split("."):
-            node = (node or {}).get(part)
-        if node is not None:
-            values[name] = node.rpartition(".")[2] if key.endswith("_target_") else node
+    flat = dict(walk_settings(settings))
+    values = {name: flat[key] for name, key in HPARAMS.items() if flat.get(key) is not None}
+    values = {name: x.rpartition(".")[2] if HPARAMS[name].endswith("_target_") else x for name, x in values.items()}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for summary in hparams(values, {"val/loss": 0}):  # type: ignore[no-untyped-call]
@@ -138,7 +122,7 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
 
 @contextmanager
 def staged_in_run_folder(run: Any) -> Iterator[None]:
-    """Make an offline W&B run stage its files, such as a table's pictures, in its folder, not in the home folder."""
+    """Make an offline W&B run stage its files in its own folder instead of the home folder."""
     if not run.offline or "WANDB_DATA_DIR" in os.environ:
         yield
         return
@@ -150,7 +134,7 @@ def staged_in_run_folder(run: Any) -> Iterator[None]:
 
 
 def wandb_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Any:
-    """Return a `wandb.Table`, with PIL images as pictures."""
+    """Return a `wandb.Table`."""
     import wandb
 
     data = [[wandb.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
@@ -177,10 +161,7 @@ def log_comparison(
     entity: str | None = None,
     offline: bool = True,
 ) -> str:
-    """Log the runs of a sweep as table `comparison` of a new W&B run in the sweep's group; return its id.
-
-    Each row maps columns to values; missing ones stay empty. An offline run goes to `directory`/wandb.
-    """
+    """Log the runs of a sweep as table `comparison` of a new W&B run in the sweep's group; return its id."""
     import wandb
 
     columns = list(dict.fromkeys(name for row in rows for name in row))

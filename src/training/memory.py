@@ -5,20 +5,13 @@ import ctypes
 import gc
 import logging
 import mmap
-import os
 import sys
-import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
@@ -28,20 +21,6 @@ from src.training.optim import MakeOptimizer, trial_state
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-
-
-class Estimate(NamedTuple):
-    """Bytes on one device at the peak of a step; `activations` includes all temporary tensors."""
-
-    weights: int
-    gradients: int
-    moments: int
-    average: int
-    activations: int
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {gib(n)}" for name, n in self._asdict().items() if n)
-        return f"{gib(sum(self))} GiB ({parts})"
 
 
 def estimate(
@@ -55,81 +34,42 @@ def estimate(
     shards: int = 1,
     buckets: bool = False,
     null: Tensor | None = None,
-) -> Estimate:
-    """Estimate the memory of `net` for `microbatch_size` samples of `shape`, from one pass with fake tensors.
-
-    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. Gradients count
-    throughout, as they live from step to step; `buckets` adds DDP's copy of them, and `shards` divides the weights
-    (FSDP). A conditional network receives conditions like `null` (1, ...). Allocations of libraries are not included,
-    and a compiled network counts as uncompiled.
-    """
-    bits, _, mode = precision.partition("-")
-    meta_net = copy.deepcopy(net).to("meta")
-    if mode == "true":
-        meta_net.to(DTYPES[bits])
-    autocast = DTYPES[bits] if mode == "mixed" else None
-    activations = _peak_activations(meta_net, shape, microbatch_size, device, autocast, bool(optimizer), null)
-    weights = sum(p.nbytes for p in meta_net.parameters()) // shards
-    if optimizer is None:
-        return Estimate(weights, 0, 0, 0, activations)
-    average_bytes = 4 * sum(p.numel() for p in meta_net.parameters()) // shards if average else 0
-    state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
-    moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
-    return Estimate(weights, weights * (2 if buckets else 1), moments, average_bytes, activations)
-
-
-def _peak_activations(
-    net: nn.Module,
-    shape: Sequence[int],
-    batch: int,
-    device: torch.device,
-    autocast: torch.dtype | None,
-    train: bool,
-    null: Tensor | None,
 ) -> int:
-    """Return the peak bytes of one pass through a network on the meta device, without its weights and gradients."""
-    with FakeTensorMode(), torch.set_grad_enabled(train):
+    """Estimate the peak bytes of a step on one device by torch's tracker, from one pass with fake tensors.
+
+    `net` is on the meta device and gets `microbatch_size` samples of `shape`, and conditions like `null` (1, ...).
+    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `average` adds the
+    EMA, `buckets` DDP's copy of the gradients, and `shards` divides the weights (FSDP). Allocations of libraries are
+    not included, and a compiled network counts as uncompiled.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    bits, _, mode = precision.partition("-")
+    if mode == "true":
+        net.to(DTYPES[bits])
+    with FakeTensorMode(), torch.set_grad_enabled(optimizer is not None), MemTracker() as tracker:
         net._apply(  # type: ignore[no-untyped-call]
             lambda p: torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device=device)
         )
-        for p in net.parameters() if train else ():
-            p.grad = torch.empty_like(p)
+        for p in net.parameters() if optimizer else ():
+            p.grad = torch.empty_like(p)  # gradients live from step to step
+        tracker.track_external(net)
         memory_format = torch.channels_last if len(shape) == 3 else torch.contiguous_format
-        x = torch.empty(batch, *shape, device=device, memory_format=memory_format)
-        time = torch.empty(batch, device=device)
-        cond = () if null is None else (torch.empty(batch, *null.shape[1:], device=device, dtype=null.dtype),)
-        persistent = [*net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None), *net.buffers()]
-        with _StorageTracker(persistent) as tracker:
-            with torch.autocast(device.type, autocast) if autocast else nullcontext():
-                out = net(x, time, *cond)
-            if train:
-                out.float().square().mean().backward()
-    peak: int = tracker.peak
-    return peak + x.nbytes
-
-
-class _StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of storages from their creation until their last reference is gone."""
-
-    def __init__(self, persistent: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current = self.peak = 0
-        self._seen = weakref.WeakSet(tensor.untyped_storage() for tensor in persistent)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                self.current += storage.nbytes()
-                self.peak = max(self.peak, self.current)
-                weakref.finalize(storage, self._release, storage.nbytes())
-        return out
-
-    def _release(self, size: int) -> None:
-        self.current -= size
+        x = torch.empty(microbatch_size, *shape, device=device, memory_format=memory_format)
+        cond = () if null is None else (torch.empty(microbatch_size, *null.shape[1:], device=device, dtype=null.dtype),)
+        with torch.autocast(device.type, DTYPES[bits], enabled=mode == "mixed"):
+            out = net(x, torch.empty(microbatch_size, device=device), *cond)
+        if optimizer is not None:
+            out.float().square().mean().backward()
+    peak: int = tracker.get_tracker_snapshot("peak")[x.device]["Total"]
+    if optimizer is None:
+        return peak
+    weights, size = sum(p.nbytes for p in net.parameters()), sum(p.numel() for p in net.parameters())
+    state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
+    moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
+    lasting = (3 if buckets else 2) * weights + moments + (4 * size if average else 0)
+    return peak - 2 * weights + lasting // shards
 
 
 def gib(size: float) -> str:
@@ -138,33 +78,18 @@ def gib(size: float) -> str:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes of a device, on a CPU the limit of this process; None if unknown."""
-    if device.type in ("cuda", "xpu"):
-        total: int = torch.get_device_module(device).mem_get_info(device)[1]
-        return total
+    """Return the bytes of a GPU; None for a CPU."""
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    if device.type == "cpu":
         return None
-    import resource
-
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), resource.getrlimit(resource.RLIMIT_AS)[0]]
-    cgroup = Path("/sys/fs/cgroup/memory.max")
-    if cgroup.is_file() and (limit := cgroup.read_text().strip()).isdecimal():
-        limits.append(int(limit))
-    return min(limit for limit in limits if limit > 0)  # -1 means unlimited
+    total: int = torch.get_device_module(device).mem_get_info(device)[1]
+    return total
 
 
 def divisors(n: int) -> list[int]:
     """Return the divisors of n >= 1, largest first."""
     return [d for d in range(n, 0, -1) if n % d == 0]
-
-
-def set_accumulation(trainer: L.Trainer, batches: int) -> None:
-    """Accumulate this many batches per step, and keep the number of steps between validations."""
-    if isinstance(trainer.val_check_interval, int):  # a float is a fraction of the run
-        trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
-    trainer.accumulate_grad_batches = batches
 
 
 class MicrobatchFinder(L.Callback):
@@ -186,16 +111,19 @@ class MicrobatchFinder(L.Callback):
         size = int(trainer.strategy.all_gather(torch.tensor(size, device=device)).min())
         if not size:
             raise torch.OutOfMemoryError(f"no memory for a training step with one sample on {device}")
-        set_accumulation(trainer, share // size)
-        pl_module.hparams["trainer"]["accumulate_grad_batches"] = share // size  # a resumed run keeps it
+        batches = share // size
+        if isinstance(trainer.val_check_interval, int):  # in batches; a float is a fraction of the run
+            trainer.val_check_interval = trainer.val_check_interval // trainer.accumulate_grad_batches * batches
+        trainer.accumulate_grad_batches = batches
+        pl_module.hparams["trainer"]["accumulate_grad_batches"] = batches  # a resumed run keeps it
         if trainer.is_global_zero:
-            log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {share // size} batches per step")
+            log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {batches} batches per step")
 
 
 def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
-    The first step creates the optimizer's moments. The copy reserves memory for the EMA and DDP's buckets.
+    The first step creates the optimizer's moments.
     """
     device = trainer.strategy.root_device
     try:
@@ -214,10 +142,7 @@ def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Make glibc keep memory that a CPU computation frees; otherwise each step faults it in again.
-
-    Keeping it saves 6 to 18% of a training step of `unet_tiny` and 9 to 18% of a forward pass.
-    """
+    """Make glibc keep memory that a CPU computation frees, which saves 6 to 18% of a training step of `unet_tiny`."""
     if device.type == "cpu":
         trim_threshold, mmap_threshold = -1, -3  # constants of malloc.h
         # Older versions allow at most 32 MiB. Each call ends glibc's own adaptation.
@@ -226,7 +151,7 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def _call_libc(name: str, *arguments: int) -> int:
-    """Call a function of Linux's C library and return its result; return 0 if it does not exist."""
+    """Call a function of Linux's C library; return 0 if it does not exist."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), name):
         result: int = getattr(library, name)(*arguments)
         return result

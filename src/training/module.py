@@ -24,7 +24,7 @@ from src.training.callbacks.importance import ImportanceUpdate
 from src.training.callbacks.resume import ResumeTraining
 from src.training.callbacks.seeding import SeedDropout
 from src.training.lightning_internals import clear_logged_metrics
-from src.training.optim import keep_current_settings, skip_unless, state_names
+from src.training.optim import keep_current_settings, skip_unless, trial_state
 from src.training.sampling import ConditionSpec, Sampler, SamplingModule
 
 __all__ = ["ConditionSpec", "DiffusionModule", "LossFn", "Sampler"]
@@ -46,7 +46,7 @@ class DiffusionModule(SamplingModule):
     """Train `net` to predict the target of the diffusion process at random noise levels, and sample from it.
 
     `optimizer` maps parameter groups to an optimizer; `lr_scheduler` maps an optimizer and the number of steps to a
-    learning-rate schedule. Raises ValueError for settings that contradict each other.
+    learning-rate schedule.
     """
 
     def __init__(
@@ -75,13 +75,11 @@ class DiffusionModule(SamplingModule):
         terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
         self.validation = nn.ModuleDict({name: MeanMetric() for name in terms})
-        self.validated = 0
-        """The step at which the last validation ended."""
+        self.validated = 0  # the step at which the last validation ended
         self.grad_norm = torch.zeros(())
         """Gradient norm of the last step before clipping; not finite if the step was skipped."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks that training always needs."""
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
         return [SeedDropout(), ResumeTraining(), *([ImportanceUpdate()] if importance else [])]
 
@@ -134,18 +132,16 @@ class DiffusionModule(SamplingModule):
         return torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), self.null, cond)
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
-        """Return the transition of the loss at v (B,) in [0, 1), as (B, 1, ..., 1) to broadcast with `like`."""
+        """Return the transition of the loss at v (B,) in [0, 1), broadcast to `like`; see `LossFn`."""
         if self.estimates_bound:
             return self.schedule.transition(v, like)
         return Transition(self.schedule.level_at(v, like), CLEAN, 1)
 
     def compute_losses(self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
-        """Return the terms of the loss, each (B,)."""
         denoise = self.denoise if cond is None else partial(self.denoise, cond=cond)
         return self.loss_fn(self.diffusion, denoise, x0, transition, eps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Clear metrics logged by the previous step; Lightning would log them again on stop."""
         if self._is_logged(self.global_step):
             clear_logged_metrics(self.trainer)
 
@@ -161,7 +157,6 @@ class DiffusionModule(SamplingModule):
 
     @property
     def validation_period(self) -> float:
-        """The number of steps from one validation to the next."""
         return self.trainer.val_check_interval / self.trainer.accumulate_grad_batches
 
     def configure_optimizers(self) -> Any:
@@ -180,9 +175,9 @@ class DiffusionModule(SamplingModule):
         return [{"params": list(self.weights)}]
 
     def optimizer_state(self) -> set[str]:
-        """Return the names of the values that the optimizer keeps for each weight."""
+        """Return the names of the values that the optimizer keeps for each weight, from a step on a small weight."""
         assert self.make_optimizer is not None
-        return state_names(self.make_optimizer)
+        return set(trial_state(self.make_optimizer, 2))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

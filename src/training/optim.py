@@ -10,16 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
-"""Parameter groups -> an optimizer."""
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # parameter groups -> an optimizer
 
 
 def warmup(
-    optimizer: Optimizer,
-    num_steps: int,
-    *,
-    warmup_steps: int,
-    decay: Literal["none", "linear", "cosine"] = "none",
+    optimizer: Optimizer, num_steps: int, *, warmup_steps: int, decay: Literal["none", "linear", "cosine"] = "none"
 ) -> LambdaLR:
     """Raise the learning rate linearly over `warmup_steps`, then keep it or decay it to 0 at `num_steps`."""
     if warmup_steps < 0:
@@ -57,8 +52,7 @@ def keep_current_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
 def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
     """Set the optimizer of a resumed `scheduler` to the settings of `fresh`, a new one, at the same step.
 
-    Factors by which `NonFiniteGuard` lowered the learning rate stay. With unchanged settings the learning rate equals
-    the checkpoint's to the last bit.
+    Factors by which `NonFiniteGuard` lowered the learning rate stay.
     """
     optimizer = fresh.optimizer
     groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]
@@ -76,11 +70,6 @@ def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
     for old, new in groups:
         old.update({name: value for name, value in new.items() if name != "params"})
     scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler.state_dict()["_step_count"]})
-
-
-def state_names(make: MakeOptimizer) -> set[str]:
-    """Return the names of the values that an optimizer keeps for each weight, found by a step on a small weight."""
-    return set(trial_state(make, 2))
 
 
 def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:

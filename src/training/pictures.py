@@ -35,12 +35,9 @@ def nearest_training(data: BaseDataModule, samples: Tensor, limit: int) -> tuple
 class Trajectory(NamedTuple):
     """Samples drawn at the end of training."""
 
-    frames: list[Tensor]
-    """The first few samples at each step, postprocessed."""
-    final: Tensor
-    """All samples, as the network returns them (N, *data)."""
-    sigmas: list[float]
-    """Noise level sigma of each frame; empty if the levels of the sampler differ from its time grid."""
+    frames: list[Tensor]  # the first few samples at each step, postprocessed
+    final: Tensor  # all samples, as the network returns them (N, *data)
+    sigmas: list[float]  # noise level sigma of each frame; empty if the levels of the sampler differ from its time grid
 
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
@@ -63,35 +60,28 @@ def save_pictures(
     num_neighbors: int,
     num_candidates: int,
 ) -> None:
-    """Save the final grid next to validation data, the trajectory as a strip and a GIF, neighbors and the curves."""
+    """Save the final samples, the trajectory as a strip and a GIF, neighbors and the curves."""
     final, titles = data.postprocess(trajectory.final), data.titles(len(trajectory.final))
+    sigmas = [f"\N{GREEK SMALL LETTER SIGMA}={sigma:.2g}" for sigma in trajectory.sigmas]
     pictures = {
         "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),
-        "samples/film": images.film_strip(
-            trajectory.frames, [f"\N{GREEK SMALL LETTER SIGMA}={sigma:.2g}" for sigma in trajectory.sigmas]
-        ),
+        "samples/trajectory": images.draw_trajectory(trajectory.frames, sigmas),
     }
     if final.ndim == 4 and num_neighbors and num_candidates:
         neighbors, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
         neighbors, count = data.postprocess(neighbors), min(num_candidates, len(data.train_indices))
         pictures["samples/neighbors"] = images.neighbor_rows(final[:num_neighbors], neighbors, distances, count)
+        grids = [[images.image_grid(x[k : k + 1]) for x in (final, neighbors)] for k in range(len(neighbors))]
         rows = [
-            [
-                k,
-                titles[k] if titles else "",
-                images.image_grid(final[k : k + 1]),
-                images.image_grid(neighbors[k : k + 1]),
-                d,
-                count,
-            ]
-            for k, d in enumerate(distances.tolist())
+            [k, titles[k] if titles else "", *pair, d, count]
+            for k, (pair, d) in enumerate(zip(grids, distances.tolist(), strict=True))
         ]
         columns = ["index", "condition", "sample", "nearest", "rms_difference", "num_candidates"]
         log_table(trainer, "samples/table", columns, rows)
     if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
         pictures["curves"] = curves
     (directory / "samples").mkdir(parents=True, exist_ok=True)
-    images.save_gif(trajectory.frames, directory / "samples" / "film.gif")
+    images.save_gif(trajectory.frames, directory / "samples" / "trajectory.gif")
     for name, picture in pictures.items():
         picture.save(directory / f"{name}.png")
         log_picture(trainer, name, picture)

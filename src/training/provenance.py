@@ -1,6 +1,7 @@
 """Record the code version and environment of a run, without host names or paths."""
 
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,6 @@ def code_version(root: Path = ROOT) -> dict[str, Any]:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Return git's output, None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -33,7 +33,6 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return package versions, and the type and number of devices."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -60,6 +59,6 @@ def device_name(device: torch.device) -> str:
     if device.type in ("cuda", "xpu"):
         return str(torch.get_device_module(device).get_device_name(device))
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="ignore").splitlines() if device.type == "cpu" and info.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, device.type)
+    text = info.read_text(errors="ignore") if device.type == "cpu" and info.is_file() else ""
+    model = re.search(r"^model name\s*: *(.+)", text, re.MULTILINE)
+    return model[1].strip() if model else device.type

@@ -46,20 +46,13 @@ class Sampler(NamedTuple):
 class ConditionSpec(NamedTuple):
     """The conditions of a conditional network, encoded as its input."""
 
-    null: Tensor
-    """(1, ...) the null condition."""
-    examples: Tensor
-    """(N, ...) default conditions: sample k takes example k mod N."""
-    cond_drop_prob: float
-    """Probability that training replaces a sample's condition with `null`."""
+    null: Tensor  # (1, ...) the null condition
+    examples: Tensor  # (N, ...) default conditions: sample k takes example k mod N
+    cond_drop_prob: float  # probability that training replaces a sample's condition with `null`
 
 
 class SamplingModule(L.LightningModule):
-    """A network with its noise schedule and diffusion process; `shape` is that of one sample.
-
-    Raises ValueError if `conditioning.cond_drop_prob` is outside [0, 1), if the sampler rejects its settings, or if
-    eps-prediction meets a schedule with zero terminal SNR.
-    """
+    """A network with its noise schedule and diffusion process; `shape` is that of one sample."""
 
     null: Tensor | None
     examples: Tensor | None
@@ -76,8 +69,7 @@ class SamplingModule(L.LightningModule):
         super().__init__()
         if conditioning is not None and not 0 <= conditioning.cond_drop_prob < 1:
             raise ValueError(
-                f"conditioning.cond_drop_prob={conditioning.cond_drop_prob} must be in [0, 1): 0.1 is usual, 0 rules "
-                "out classifier-free guidance"
+                f"conditioning.cond_drop_prob={conditioning.cond_drop_prob} must be in [0, 1); 0.1 is usual"
             )
         # Below this, x_0 = (x_T - sigma eps) / alpha overflows float32.
         if diffusion.prediction == "eps" and terminal_alpha_bar(schedule) < 1e-60:
@@ -200,10 +192,7 @@ class SamplingModule(L.LightningModule):
         guidance = sampler.guidance
         guidance.check()
         if guidance.rescale and math.prod(self.shape) == 1:
-            raise ValueError(
-                f"guidance.rescale={guidance.rescale:g} needs samples of more than one value, for their standard "
-                "deviation: set guidance.rescale=0"
-            )
+            raise ValueError(f"guidance.rescale={guidance.rescale:g} needs samples of more than one value; set it to 0")
         if guidance.scale != 1 and guidance.model is None:
             if self.null is None:
                 raise ValueError(

@@ -46,15 +46,7 @@ def scatter(
     if not one_feature and limits is None:
         across, up = axis_limits(points if real is None else real)
     ticks = one_feature or across != up
-    narrow = 0.08
-    figure, ((axes,),) = new_figure(
-        size,
-        size,
-        left=(1.0 if columns else 0.75) if ticks else 0.3 if columns else narrow,
-        bottom=0.5 if ticks else 0.3 if columns else narrow,
-        top=narrow,
-        right=narrow,
-    )
+    figure, ((axes,),) = new_figure(size, size, grid=False)
     clouds = [(real, "0.75", "real data")] if real is not None else []
     for cloud, color, label in [*clouds, (points, COLORS[0], "samples")]:
         xy = cloud.cpu().double().numpy()  # float32 would round values far from 0 to one number
@@ -87,7 +79,7 @@ def pair_plot(
     count = min(points.shape[1], max_features)
     names = columns or [f"column {k + 1}" for k in range(count)]
     size = 2.2 * count
-    figure, panels = new_figure(size, size, rows=count, columns=count, left=0.5, bottom=0.4, right=0.08, top=0.08)
+    figure, panels = new_figure(size, size, count, count, grid=False)
     reference = [(real, "0.75")] if real is not None else []
     clouds = [(cloud.cpu().double(), color) for cloud, color in [*reference, (points, COLORS[0])]]
     for row in range(count):
@@ -134,14 +126,13 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
     if not series:
         return None
     height = 2.0 * len(series) + 1.0
-    figure, panels = new_figure(7.0, height, rows=len(series), left=1.2, row_gap=0.2, shared_x=True)
+    figure, panels = new_figure(7.0, height, rows=len(series), shared_x=True)
     panels[0, 0].set_title("Training curves")
     for axes, (name, (steps, values)) in zip(panels[:, 0], series.items(), strict=True):
         axes.plot(steps, values, color=COLORS[0], linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)
         set_log_scale(axes, "y")
         scale = ", log scale" if axes.get_yscale() == "log" else ""
         axes.set_ylabel(f"{name}{scale}\n{labels[name]}")
-        axes.grid(alpha=0.3)
     panels[-1, 0].set_xlabel("step")
     figure.align_ylabels()
     return render_figure(figure)
@@ -164,7 +155,7 @@ def loss_by_noise(log: Path) -> Image.Image:
     high = float(finite.max()) if len(finite) else 1.0
     # Some weightings take the loss of pure noise towards 0: show the four decades that matter.
     low = max(float(finite.min()) if len(finite) else 0.1, 1e-4 * high)
-    figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, right=0.35)
+    figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, grid=False)
     left.set_facecolor("0.85")
     norm = LogNorm(0.999 * low, 1.001 * high, clip=True)
     mesh = left.pcolormesh([0.0, *steps], edges, table, norm=norm, cmap="cividis")
@@ -190,8 +181,7 @@ def loss_by_noise(log: Path) -> Image.Image:
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
     """Draw beta, alpha_bar and log-SNR over t / T of each named schedule: (betas, alpha, sigma), each (T,)."""
     names = [*schedules]
-    legend = 0.08 * max(map(len, names)) + 0.5 if len(names) > 1 else 0.0
-    figure, (panels,) = new_figure(12.5 + legend, 4.2, columns=3, legend_width=legend)
+    figure, (panels,) = new_figure(12.5, 4.2, columns=3)
     for k, (name, (betas, alpha, sigma)) in enumerate(schedules.items()):
         u = (np.arange(len(betas)) + 1) / len(betas)
         style = {"label": name, "linewidth": 1.3, **series_style(k), "markersize": 3, "markevery": (k * 0.02, 0.15)}
@@ -205,11 +195,10 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
         strict=True,
     ):
         axes.set(title=title, xlabel="t / T (0: data, 1: noise)", ylabel=label)
-        axes.grid(alpha=0.3)
     set_log_scale(panels[0], "y")
     panels[2].set_ylim(-15, 15)
     if len(names) > 1:
-        figure.legend(*panels[1].get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
 
@@ -239,8 +228,6 @@ def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
     set_log_scale(right, "y")
     label = f"mean squared error {LOWER_IS_BETTER}"
     right.set(title="Error of the predicted noise", xlabel="log-SNR (noise left, data right)", ylabel=label)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     return render_figure(figure)
 
 
@@ -249,8 +236,7 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
 
     `chance` is the moment error of exact samples.
     """
-    legend = 0.08 * max(len(name) for name in (*results, "exact samples")) + 0.4
-    figure, ((left, right),) = new_figure(10.5 + legend, 4.6, columns=2, legend_width=legend)
+    figure, ((left, right),) = new_figure(12.0, 4.6, columns=2)
     for k, (name, (evaluations, flow, moments)) in enumerate(results.items()):
         style = {"label": name, "markersize": 4, "linewidth": 1.3, **series_style(k)}
         if flow:
@@ -263,8 +249,7 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
         axes.set_xlabel("network evaluations")
         set_log_scale(axes, "x")
         set_log_scale(axes, "y")
-        axes.grid(alpha=0.3)
-    figure.legend(*right.get_legend_handles_labels(), loc="center right", fontsize=8, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
 
@@ -289,7 +274,6 @@ def quality_against_cost(
             ylabel=f"{metric_title(metric)}\n({better_direction(metric)} is better)", xlabel="network calls per sample"
         )
         set_log_scale(axes, "x")
-        axes.grid(alpha=0.3)
     panels[0].set_title("Quality against cost (bars: 95% intervals)", loc="left")
     panels[-1].legend(fontsize=8)
     return render_figure(figure)
@@ -318,7 +302,6 @@ def alignment_against_diversity(
         ylabel="fraction that matches the prompt (higher is better)",
         ylim=(-0.03, 1.05),
     )
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return render_figure(figure)
 
@@ -326,9 +309,9 @@ def alignment_against_diversity(
 def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interval]]) -> Image.Image:
     """Draw how often each class occurs: one bar per class for each label, with confidence intervals, as fractions."""
     vertical = max(map(len, names)) > 3
-    bottom = 0.55 + (0.08 * max(map(len, names)) if vertical else 0)
     width = max(6.0, 0.16 * len(names) * (len(shares) + 1))
-    figure, ((axes,),) = new_figure(width, 3.2 + bottom, bottom=bottom)
+    height = 3.8 + (0.08 * max(map(len, names)) if vertical else 0)
+    figure, ((axes,),) = new_figure(width, height, grid=False)
     bar = 0.8 / len(shares)
     for k, (label, intervals) in enumerate(shares.items()):
         values = 100 * np.array(intervals)

@@ -1,4 +1,4 @@
-"""Matplotlib figures: panels with fixed margins, line styles, and readable axes."""
+"""Matplotlib figures: panels, line styles, and readable axes."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -61,42 +61,17 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
 
 
 def new_figure(
-    width: float,
-    height: float,
-    rows: int = 1,
-    columns: int = 1,
-    *,
-    left: float = 0.8,
-    right: float = 0.2,
-    bottom: float = 0.55,
-    top: float = 0.4,
-    row_gap: float | None = None,
-    legend_width: float = 0.0,
-    shared_x: bool = False,
+    width: float, height: float, rows: int = 1, columns: int = 1, shared_x: bool = False, grid: bool = True
 ) -> tuple["Figure", Any]:
-    """Return a figure and its panels, an array (rows, columns) of axes. All lengths are in inches.
-
-    Margins around each panel are fixed: matplotlib's constrained layout takes as long as the drawing itself.
-    """
+    """Return a figure of this size in inches, and its panels, an array (rows, columns) of axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=110)
-    row_gap = bottom + top if row_gap is None else row_gap
-    panel_width = (width - legend_width) / columns - left - right
-    panel_height = (height - bottom - top - (rows - 1) * row_gap) / rows
-    grid = {
-        "left": left / width,
-        "right": 1 - (right + legend_width) / width,
-        "bottom": bottom / height,
-        "top": 1 - top / height,
-        "wspace": (left + right) / panel_width,
-        "hspace": row_gap / panel_height,
-    }
     style: dict[Any, Any] = {"axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 7)}
-    style |= {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": grid, "grid.alpha": 0.3}
     with matplotlib.rc_context(style):
-        return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x, gridspec_kw=grid)
+        figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, sharex=shared_x)
 
 
 def render_figure(figure: "Figure") -> Image.Image:

@@ -25,7 +25,7 @@ def marginals(
     count = min(len(names), MAX_COLUMNS)
     columns = min(per_row, count)
     rows = math.ceil(count / columns)
-    figure, panels = new_figure(3.2 * columns, 2.6 * rows + 0.3, rows=rows, columns=columns, bottom=0.7, left=0.6)
+    figure, panels = new_figure(3.2 * columns, 2.4 * rows, rows, columns, grid=False)
     for k, axes in enumerate(panels.flat):
         if k >= count:
             axes.set_axis_off()
@@ -34,7 +34,7 @@ def marginals(
         if categories[k]:
             _bars(axes, x, y, categories[k])
         else:
-            bins = histogram_bins(np.concatenate([x, y]))
+            bins = histogram_bins(np.concatenate([x, y]), max(10, min(40, round(len(y) ** 0.5))))
             for values, color, label in ((y, "0.7", "real data"), (x, COLORS[0], "samples")):
                 finite = values[np.isfinite(values)]
                 axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
@@ -47,12 +47,8 @@ def marginals(
 def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) -> Image.Image:
     """Draw the associations (K, K) of real data, of samples, and their difference as heat maps."""
     count = min(len(names), MAX_COLUMNS)
-    cell = min(0.45, 6.0 / count)
-    margin = min(1.6, 0.09 * max(len(name) for name in names[:count]) + 0.2)
-    size = max(2.2, cell * count)
-    figure, (panels,) = new_figure(
-        3 * (size + margin + 0.2) + 0.7, size + margin + 0.4, columns=3, left=margin, bottom=margin, legend_width=0.7
-    )
+    size = max(3.4, min(0.45 * count, 7.0))
+    figure, (panels,) = new_figure(3 * size + 0.8, size + 0.4, columns=3, grid=False)
     matrices = {"real data": real, "samples": samples, "difference": samples - real}
     for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
         shown = axes.imshow(matrix[:count, :count].cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
@@ -60,9 +56,7 @@ def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) ->
         labels = [name[:18] for name in names[:count]]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
         axes.set_yticks(range(count), labels, fontsize=7)
-    width = figure.get_size_inches()[0]
-    bar = figure.add_axes((1 - 0.6 / width, 0.3, 0.12 / width, 0.5))
-    figure.colorbar(shown, cax=bar).ax.tick_params(labelsize=7)
+    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(labelsize=7)
     return render_figure(figure)
 
 

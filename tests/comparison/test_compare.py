@@ -34,7 +34,7 @@ from src.comparison.statistics import (
 )
 from src.comparison.survey import run_folders, survey
 from src.config.search_path import CONF
-from src.config.sweep_callbacks import CompareRuns
+from src.config.sweeps import CompareRuns
 from src.errors import UsageError
 from src.runs.trust import known_targets
 from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny
@@ -438,7 +438,7 @@ def test_corrupted_and_diverged_runs_are_skipped(sweep, tmp_path):
         compared(sweep, tmp_path / "out", runs=str(tmp_path))
 
 
-def test_runs_on_different_data_are_refused(sweep, tmp_path):
+def test_runs_on_different_data_are_rejected(sweep, tmp_path):
     train_tiny(tmp_path / "other", "data.val_fraction=0.3", "trainer.max_steps=1", "validate_every=1")
     cfg = compose("compare", f"runs=['{sweep}/0','{tmp_path}/other']", f"run_dir='{tmp_path}/x'", *QUICK)
     with pytest.raises(UsageError, match=r"data\.val_fraction .*0\.2 in .* 0\.3 in"):

@@ -61,6 +61,7 @@ class Logger(CSVLogger):
 
 OWN_FILES = {
     "schedule/mine.yaml": "_target_: own_package.betas\nnum_steps: 20\n",
+    "sampler/finer.yaml": "defaults: [ddim, _self_]\nsteps: 7\n",
     "sampler/mine.yaml": "_target_: own_package.sampler\n_partial_: true\nsteps: 3\nspacing: trailing\n",
     "loss/mine.yaml": "_target_: own_package.loss\n_partial_: true\nweighting: ${weighting}\n",
     "model/mine.yaml": "_target_: own_package.Network\nfeatures: 2\nhidden_size: 8\nnum_res_blocks: 1\n",
@@ -142,16 +143,24 @@ REFUSED = {
     "evaluate run=x reference=test": "reference=test",
     "compare n=0": "n=0",
     "compare runs=[x,y]": "x",
+    "sample": "give run=FOLDER",
+    "sample run=outputs/no/such/run": "no run folder",
+    "schedules names=[cosin]": "did you mean cosine?",
     # Combinations.
     "train schedule=null": "schedule=null",
     "train ~model": "model=null",
+    "train optimizer=null": "optimizer=null",
+    "train diffusion=null": "diffusion=null",
+    "train neighbors=5": "neighbors=5",
+    "train ~snr_shift": "~snr_shift",
     "train validate_every=5 trainer.val_check_interval=3": "trainer.val_check_interval=null",
     "evaluate analytic=mixture n=3": "n=",
     "evaluate run=x analytic_steps=[5]": "add analytic=mixture",
     "train data=folder": "data.root=...",
     "schedules data=points": "data=points",
-    # Names of other libraries, and earlier ones.
+    # Names of other libraries.
     "train lr=1e-3": "type optimizer.lr=1e-3",
+    "train warmup_steps=5": "type lr_scheduler.warmup_steps=5",
     "train learning_rate=1e-3": "type optimizer.lr=1e-3",
     "train batch_size=8": "type data.batch_size=8",
     "train epochs=3": "type trainer.max_steps=STEPS",
@@ -161,16 +170,13 @@ REFUSED = {
     "train noise_schedule=cosine": "type schedule=cosine",
     "train beta_schedule=linear": "type schedule=linear",
     "train num_timesteps=100": "type schedule.num_steps=100",
-    "train process.clip=2": "type diffusion.clip_x0=2",
-    "train objective=hybrid": "type loss=hybrid",
-    "train model.width=64": "type model.model_channels=64",
-    "train callbacks.guard.rewinds=2": "type callbacks.nan_guard.max_rollbacks=2",
     "sample num_inference_steps=20": "type sampler.steps=20",
     "sample guidance_scale=2": "type guidance.scale=2",
     "train loss=mse": "type loss=simple",
     "train schedule=squaredcos_cap_v2": "type schedule=cosine",
     # Misspelled.
     "train schedule=cosin": "did you mean cosine?",
+    "train data=moons": "type experiment=moons",
     "train logger=[csv,wandbb]": "did you mean wandb?",
     "train shedule=cosine": "did you mean schedule?",
     "train ~shedule": "did you mean schedule?",
@@ -183,9 +189,8 @@ REFUSED = {
     # Not an override, or several values.
     "train --schedule=linear": "type schedule=linear",
     "train --schedule linear": "type schedule=linear",
-    "train schedule = linear": "type schedule=linear",
-    "train schedule= linear": "type schedule=linear",
-    "train seed=1 schedule =linear": "type schedule=linear",
+    "train schedule = linear": "without spaces",
+    "train schedule= linear": "schedule=linear",
     "sample outputs/train/x": "type run=outputs/train/x",
     "sample last.ckpt/x.ckpt": "type ckpt=last.ckpt/x.ckpt",
     "train outputs/train/x": "type resume=outputs/train/x",
@@ -335,6 +340,8 @@ def test_sampler_of_own_folder_loads_beside_ours(folder, monkeypatch):
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
     monkeypatch.setattr(HydraConfig, "get", lambda: settings)
     assert load_option("sampler", "mine")._target_ == "own_package.sampler"
-    assert load_option("sampler", "ddim")._target_.endswith("ddim")
+    ddim = load_option("sampler", "ddim")
+    assert ddim._target_.endswith("ddim")
+    assert load_option("sampler", "finer") == {**ddim, "steps": 7}
     with pytest.raises(ValueError, match="unknown sampler 'min'"):
         load_option("sampler", "min")

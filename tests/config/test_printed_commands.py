@@ -15,7 +15,7 @@ from src.compare import with_runs
 from src.comparison.survey import run_folders
 from src.config.overrides import check_overrides, last_value, parsed, split_arguments
 from src.config.resume import check_unused, expand_resume
-from src.config.sweep_callbacks import CompareRuns
+from src.config.sweeps import CompareRuns
 from src.errors import UsageError
 from src.export import export
 from src.quoting import command, format_override, literal
@@ -193,11 +193,7 @@ def test_refusals_print_valid_overrides(run_and_text, monkeypatch):
     parent = folder.parent
     last = folder / "checkpoints" / "last.ckpt"
     for call, name, value in (
-        (lambda: find_checkpoint(str(last), None), "ckpt", last),
         (lambda: find_checkpoint(f"{folder}x", None), "run", folder),
-        (lambda: find_checkpoint(str(folder / "checkpoints"), None), "run", folder),
-        (lambda: find_checkpoint(None, str(folder)), "run", folder),
-        (lambda: find_checkpoint(None, str(folder / "checkpoints")), "run", folder),
         (lambda: find_checkpoint(None, str(last.with_name("lost.ckpt"))), "ckpt", last),
         # Folders that hold runs.
         (lambda: find_checkpoint(str(parent), None), "run", folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from types import SimpleNamespace
 
@@ -329,3 +330,16 @@ def test_the_first_process_prepares_the_data(monkeypatch, rank, exists, prepared
     data.prepare_once_per_node()
     assert len(calls) == prepared
     assert data.source is not None
+
+
+def test_balanced_sampling_draws_classes_equally():
+    """With 90 samples of one class and 10 of another; batches stay a function of the step."""
+    classes = torch.tensor([0] * 90 + [1] * 10)
+    sampler = InfiniteBatchSampler(range(100, 200), 50, 100, seed=0, classes=classes)
+    drawn = torch.tensor([index for step in range(100) for index in sampler.batch(step)])
+    share = (drawn >= 190).double().mean().item()
+    assert abs(share - 0.5) < 5 * 0.5 / math.sqrt(5000)
+    counts = torch.bincount(drawn - 100, minlength=100)
+    assert counts.min() > 0 and set(drawn.tolist()) == set(range(100, 200))
+    again = InfiniteBatchSampler(range(100, 200), 50, 100, seed=0, classes=classes, first_step=7)
+    assert again.batch(7) == sampler.batch(7) != sampler.batch(8)

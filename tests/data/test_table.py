@@ -234,7 +234,7 @@ def test_tables_of_any_width_are_drawn(features):
     x = torch.randn(200, features, generator=torch.Generator().manual_seed(0)) * units + 20 * units
     picture = images.draw_samples(x, real=x + units)
     assert len(set(picture.convert("L").tobytes())) > 20
-    assert images.film_strip([x, x]).width > 0
+    assert images.draw_trajectory([x, x]).width > 0
     if features > 1:
         (left, right), (bottom, top) = charts.axis_limits(x)
         inside = (x[:, 0] > left) & (x[:, 0] < right) & (x[:, 1] > bottom) & (x[:, 1] < top)

@@ -68,9 +68,14 @@ def table():
     return schedules.linear(1000), NoiseSchedule(schedules.linear(1000))
 
 
-def variance_by_step(diffusion, s, t):
+def step(x_s, s, t, eps):
+    """Draw x_t ~ q(x_t | x_s)."""
+    return t.alpha / s.alpha * x_s + t.sigma * (1 - snr_ratio(t, s)).sqrt() * eps
+
+
+def variance_by_step(s, t):
     """Return the variance that the transition s -> t adds: what `step` makes of unit noise at x_s = 0."""
-    return diffusion.step(torch.zeros_like(t.alpha), s, t, torch.ones_like(t.alpha)).square()
+    return step(torch.zeros_like(t.alpha), s, t, torch.ones_like(t.alpha)).square()
 
 
 @every_level
@@ -426,12 +431,12 @@ def test_forward_steps_compose(shape, levels):
     diffusion = GaussianDiffusion()
     x, eps, zero = normal(shape, 21), normal(shape, 22), torch.zeros(shape, dtype=torch.float64)
     for w, t, s in combinations([*levels, CLEAN], 3):
-        mean = diffusion.step(diffusion.step(x, s, t, zero), t, w, zero)
-        assert_close(mean, diffusion.step(x, s, w, zero), rtol=1e-12, atol=1e-14)
-        variance = (w.alpha / t.alpha).square() * variance_by_step(diffusion, s, t) + variance_by_step(diffusion, t, w)
-        assert_close(variance, variance_by_step(diffusion, s, w), rtol=1e-10, atol=0)
+        mean = step(step(x, s, t, zero), t, w, zero)
+        assert_close(mean, step(x, s, w, zero), rtol=1e-12, atol=1e-14)
+        variance = (w.alpha / t.alpha).square() * variance_by_step(s, t) + variance_by_step(t, w)
+        assert_close(variance, variance_by_step(s, w), rtol=1e-10, atol=0)
     for t in levels:
-        assert_close(diffusion.step(x, CLEAN, t, eps), diffusion.add_noise(x, t, eps), rtol=1e-14, atol=1e-14)
+        assert_close(step(x, CLEAN, t, eps), diffusion.add_noise(x, t, eps), rtol=1e-14, atol=1e-14)
 
 
 @for_each("row", [0, 1, 500, 999])
@@ -442,7 +447,7 @@ def test_step_between_neighbors_is_ddpm_eq_2(row):
     s, t = (exact_level(levels, torch.full((3,), index), x) for index in (row - 1, row))
     beta = betas[row].item()
     expected = math.sqrt(1 - beta) * x + math.sqrt(beta) * eps
-    assert_close(GaussianDiffusion().step(x, s, t, eps), expected, rtol=0, atol=1e-10)
+    assert_close(step(x, s, t, eps), expected, rtol=0, atol=1e-10)
 
 
 @every_pair

@@ -12,7 +12,6 @@ from src.diffusion import curves, losses, schedules
 from src.diffusion.gaussian_diffusion import Gaussian, GaussianDiffusion, Prediction
 from src.diffusion.likelihood import (
     decoder_log_prob,
-    discrete_kl,
     discretized_gaussian_log_prob,
     flow_slope,
     gaussian_kl,
@@ -98,27 +97,6 @@ def test_gaussian_kl_is_elementwise(shape):
     assert_close(gaussian_kl(p, q), expected, rtol=1e-10, atol=0)
     assert (gaussian_kl(p, q) > 0).all()
     assert_close(gaussian_kl(p, p), torch.zeros(shape, dtype=torch.float64), rtol=0, atol=0)
-
-
-def test_discrete_kl_equals_a_worked_example():
-    """100 worms by the number of their teeth; the published 0.42735 is rounded up."""
-    counts = scalar(WORMS)
-    binomial = torch.from_numpy(binom.pmf(np.arange(11), 10, 0.544))
-    to_uniform, to_binomial = discrete_kl(counts, torch.ones(11)).item(), discrete_kl(counts, binomial).item()
-    assert abs(to_uniform - 0.1367) < 5e-5
-    assert abs(to_binomial - 0.4274) < 6e-5
-    shares = [count / 100 for count in WORMS]
-    assert math.isclose(to_uniform, sum(p * math.log(p * 11) for p in shares), rel_tol=1e-6)
-    by_hand = sum(p * math.log(p / (math.comb(10, k) * 0.544**k * 0.456 ** (10 - k))) for k, p in enumerate(shares))
-    assert math.isclose(to_binomial, by_hand, rel_tol=1e-12)
-    assert discrete_kl(counts, counts / 100).item() == pytest.approx(0, abs=1e-15)
-
-
-def test_discrete_kl_with_zero_probabilities():
-    """0 log 0 is 0; the KL is infinite where only q is 0."""
-    p, q = scalar([0.5, 0.5, 0, 0]), scalar([0.25, 0.25, 0.5, 0])
-    assert_close(discrete_kl(p, q), scalar(math.log(2)), rtol=1e-15, atol=0)
-    assert discrete_kl(q, p).item() == math.inf
 
 
 @for_each("mean, std", [(0.0, 1.0), (-3.0, 0.01), (2.0, 50.0)])

@@ -458,7 +458,7 @@ def test_time_grid_of_a_curve(name, spacing, steps):
 def test_at_ratio_inverts_ratio(levels, ratio):
     """On tables and curves, for scalars of any dtype."""
     for dtype, rtol in ((torch.float32, 1e-7), (torch.float64, 1e-9)):
-        level = make_time_grid(levels, 5).at_ratio(torch.tensor(ratio, dtype=dtype))
+        level = levels.at_ratio(torch.tensor(ratio, dtype=dtype).double())
         assert level.ratio.item() == pytest.approx(ratio, rel=rtol)
         assert level.norm.item() == pytest.approx(math.sqrt(level.alpha**2 + level.sigma**2), rel=1e-14)
 

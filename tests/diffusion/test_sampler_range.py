@@ -22,7 +22,6 @@ SAMPLERS = {
     "dpmpp_2m_sde": samplers.dpmpp_2m_sde,
     "heun": samplers.heun,
     "heun_churn": partial(samplers.heun, s_churn=10.0),
-    "ddim_inversion": samplers.ddim_inversion,
 }
 TABLES = {
     name: getattr(schedules, name)
@@ -206,7 +205,7 @@ def test_ends_of_flows_are_pure_noise():
             assert (alpha.item(), sigma.item()) == (0, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("heun_churn", "ddim_inversion")])
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "heun_churn"])
 def test_steps_between_equal_levels_are_identities(name):
     """Repeated levels, pure noise and clean data included, do not change the result."""
     x = torch.tensor([[-1.0, 0.2, 0.7]], dtype=torch.float64)

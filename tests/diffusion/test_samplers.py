@@ -380,40 +380,6 @@ def test_churn_acts_only_within_its_range():
         assert seen[::2] == pytest.approx(expected, rel=1e-9)
 
 
-@every_coordinate
-def test_inversion_is_euler_from_data_to_noise(levels):
-    """z' = z + (sigma' - sigma) eps; the first step uses the eps of its end."""
-    grid, data = make_time_grid(schedule(levels), 12, "karras"), normal((5, 2), 20)
-    z, last = data, 0.0
-    for out, level in zip(run(samplers.ddim_inversion, predict_by_denoise, data, grid), grid[-2::-1], strict=True):
-        ratio = level.sigma.item() / level.alpha.item()
-        if last == 0:
-            z = z + predict_by_denoise(data, level).eps * ratio
-        else:
-            z = z + (z - denoise(z, last)) / last * (ratio - last)
-        last = ratio
-        assert_close(out / level.alpha, z, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("levels", ["cosine", "rectified_flow"])
-def test_ddim_inverts_ddim_inversion(levels):
-    """On a mixture, whose flow is not linear: the error decreases with the number of steps."""
-    data = MIXTURE(200, torch.Generator().manual_seed(5)).double()
-
-    def error(steps):
-        grid = make_time_grid(schedule(levels), steps, "log_snr")
-        noised = run(samplers.ddim_inversion, ideal_for_mixture, data, grid)
-        assert len(noised) == steps
-        back = run(samplers.ddim, ideal_for_mixture, noised[-1], grid)[-1]
-        return (back - data).square().mean().sqrt().item(), noised[-1] / grid[0].norm
-
-    (few, _), (many, noise) = error(40), error(160)
-    assert many < few / 3
-    assert many < 0.05
-    assert noise.mean(0).abs().max() < 0.2
-    assert noise.std(0) == pytest.approx([1, 1], abs=0.15)
-
-
 # Against each other, for any data.
 
 

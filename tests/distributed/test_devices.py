@@ -32,7 +32,7 @@ def heavy_imports() -> None:
 
 SETTINGS = [
     "trainer.max_steps=20",
-    "validate_every=10",
+    "validate_every=8",  # the last step has a validation of its own
     "lr_scheduler.warmup_steps=0",  # so that the weights move far
     "timestep_sampler=importance",
     "timestep_sampler.num_bins=4",
@@ -44,9 +44,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 
 
-def python(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
+def python(*arguments: str, cwd: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment(), cwd=cwd, text=True, capture_output=True, timeout=HANG_SECONDS)
+    return subprocess.run(
+        command, env=environment() | variables, cwd=cwd, text=True, capture_output=True, timeout=HANG_SECONDS
+    )
+
+
+def run_jobs(*launcher: str, jobs: list[list[str]], cwd: Path) -> "subprocess.CompletedProcess[str]":
+    """Run several commands in the processes of one start (`jobs.py`), by the launcher or by the first command."""
+    done = python(*launcher, "-m", "tests.distributed.jobs", cwd=cwd, JOBS=json.dumps(jobs))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [p.name for p in cwd.iterdir()] == ["outputs"]
+    return done
 
 
 def torchrun(processes: int) -> list[str]:
@@ -87,9 +97,9 @@ def stop_at(step: int, folder: Path) -> list[str]:
 
 
 def only_run(cwd: Path) -> Path:
-    """Return the only new folder, which must hold one log and no files of other processes."""
+    """Return the only new run, which must hold one log and no files of other processes."""
     (run,) = (cwd / "outputs" / "train").iterdir()
-    assert [p.name for p in cwd.iterdir()] == ["outputs"] and [p.name for p in (cwd / "outputs").iterdir()] == ["train"]
+    assert [p.name for p in cwd.iterdir()] == ["outputs"]
     assert [p.name for p in run.glob("*.log")] == ["train.log"]
     assert [p.name for p in (run / "logs").iterdir()] == ["version_0"]
     assert (run / ".hydra" / "overrides.yaml").is_file()
@@ -103,40 +113,67 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        pytest.param(lightning_starts, marks=pytest.mark.slow, id="lightning_starts"),
-        pytest.param(two_nodes_start, marks=pytest.mark.faults, id="two_nodes_start"),
-    ],
-)
-def test_several_processes_train_the_same_model(alone, tmp_path, start):
-    """Weights, EMA, importance-sampling history, validation and samples are equal up to rounding."""
-    processes = 2 if start is lightning_starts else 4
-    done = start(processes, *SETTINGS, cwd=tmp_path)
+SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+SAMPLING = ["n=5", "device=cpu", "sampler.steps=3"]
+EVALUATION = ["num_val=30", "batch_size=8", "num_terms=5", "n=20", "sampler.steps=2", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, str]":
+    """Return the folder and the output of two processes that Lightning starts: they train and evaluate."""
+    cwd = tmp_path_factory.mktemp("lightning")
+    jobs = [
+        ["src.train", *once(*TINY, "trainer.devices=2", *SETTINGS)],
+        ["src.evaluate", f"run={trained}", *EVALUATION, "devices=2"],
+    ]
+    return cwd, run_jobs(jobs=jobs, cwd=cwd).stdout
+
+
+@pytest.fixture(scope="module")
+def torchrun_started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, str]":
+    """Return the folder and the output of two processes of torchrun: they train with sharded weights and sample."""
+    cwd = tmp_path_factory.mktemp("torchrun")
+    jobs = [
+        ["src.train", *once(*TINY, "trainer.devices=2", *SHARDED, *SETTINGS)],
+        ["src.sample", f"run={trained}", *SAMPLING, "batch_size=2", "devices=2", "gif=true"],
+    ]
+    return cwd, run_jobs(*torchrun(2), jobs=jobs, cwd=cwd).stdout
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(alone, started):
+    assert_same_run(only_run(started[0]), alone)
+
+
+@pytest.mark.faults
+def test_two_nodes_train_the_same_model(alone, tmp_path):
+    done = two_nodes_start(4, *SETTINGS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    run = only_run(tmp_path)
+    assert_same_run(only_run(tmp_path), alone)
+
+
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Weights, EMA, importance-sampling history, validation and samples are equal up to rounding."""
     assert_close_weights(run, alone)
     losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for picture in ("samples/final.png", "samples/step_000010.png", "samples/film.png"):
+    for picture in ("samples/final.png", "samples/step_000008.png", "samples/trajectory.png"):
         ours, theirs = (np.asarray(Image.open(folder / picture)).astype(int) for folder in (run, alone))
         # The digits have 17 levels: one of them apart at most, and hardly anywhere.
         assert np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.999, picture
 
 
-SHARDED = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
-
-
 @pytest.mark.slow
-def test_sharded_training_equals_unsharded(alone, tmp_path):
+def test_sharded_training_equals_unsharded(alone, torchrun_started):
     """FSDP2 on two processes: the checkpoint has the format of any run."""
-    done = lightning_starts(2, *SHARDED, *SETTINGS, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    run = only_run(tmp_path)
+    run = only_run(torchrun_started[0])
     assert_close_weights(run, alone)
     opened = open_run(str(run))
     assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
+    best = read_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert best["global_step"] == 20 and [*best["optimizer_states"][0]["state"]] == [
+        *read_checkpoint(alone / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
+    ]
 
 
 @pytest.mark.faults
@@ -219,44 +256,28 @@ def test_nan_on_one_rank_rolls_back_all(tmp_path, sharded):
 
 
 @pytest.mark.slow
-def test_three_processes_draw_the_same_samples(trained, tmp_path):
-    """Seven samples in batches of two: in the second round one process draws one sample, and two draw none."""
-    settings = ["-m", "src.sample", f"run={trained}", "n=7", "batch_size=2", "device=cpu", "sampler.steps=3"]
-    done = python(*torchrun(3), *settings, "devices=3", "gif=true", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("7 samples of") == 1
-    (folder,) = (tmp_path / "outputs" / "sample").iterdir()
-    assert {p.suffix for p in folder.iterdir()} == {".png", ".npz", ".gif", ".log", ""}
-    assert len(list(folder.glob("0000?.png"))) == 7 and len(list(folder.glob("*.log"))) == 1
-    ours, alone = (np.load(f)["arr_0"].astype(int) for f in (folder / "samples.npz", drawn_alone(trained, tmp_path)))
-    assert ours.shape == alone.shape and np.abs(ours - alone).max() <= 16 and (ours == alone).mean() > 0.99
-
-
-def drawn_alone(run: Path, tmp_path: Path) -> Path:
+def test_two_processes_draw_the_same_samples(trained, torchrun_started, tmp_path):
+    """Five samples in batches of two: in the second round one process draws one sample, and the other none."""
     from src.sample import sample
 
-    settings = [f"run='{run}'", "n=7", "device=cpu", "sampler.steps=3", f"run_dir='{tmp_path / 'alone'}'"]
-    return sample(compose("sample", *settings)) / "samples.npz"
+    cwd, printed = torchrun_started
+    assert printed.count("\n5 samples of") == 1
+    (folder,) = (cwd / "outputs" / "sample").iterdir()
+    assert {p.suffix for p in folder.iterdir()} == {".png", ".npz", ".gif", ".log", ""}
+    assert len(list(folder.glob("0000?.png"))) == 5 and len(list(folder.glob("*.log"))) == 1
+    alone = sample(compose("sample", f"run='{trained}'", *SAMPLING, f"run_dir='{tmp_path}'"))
+    ours, theirs = (np.load(f / "samples.npz")["arr_0"].astype(int) for f in (folder, alone))
+    assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 16 and (ours == theirs).mean() > 0.99
 
 
 @pytest.mark.slow
-def test_two_processes_compute_the_same_metrics(trained, tmp_path):
+def test_two_processes_compute_the_same_metrics(trained, started, tmp_path):
     from src.evaluate import evaluate
 
-    settings = [
-        f"run='{trained}'",
-        "num_val=30",
-        "batch_size=8",
-        "num_terms=5",
-        "n=20",
-        "sampler.steps=2",
-        "device=cpu",
-    ]
-    done = python("-m", "src.evaluate", *settings, "devices=2", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.count("30 validation samples:") == 1 and [p.name for p in tmp_path.iterdir()] == ["outputs"]
-    (folder,) = (tmp_path / "outputs" / "evaluate").iterdir()
-    alone = evaluate(compose("evaluate", *settings, f"run_dir='{tmp_path / 'alone'}'"))
+    cwd, printed = started
+    assert printed.count("30 validation samples:") == 1
+    (folder,) = (cwd / "outputs" / "evaluate").iterdir()
+    alone = evaluate(compose("evaluate", f"run='{trained}'", *EVALUATION, f"run_dir='{tmp_path}'"))
     together = json.loads((folder / "metrics.json").read_text())
     for found, expected in (
         (together["baseline"], alone.pop("baseline")),

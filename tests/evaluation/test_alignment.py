@@ -55,13 +55,9 @@ TURNED = {"left of": "above", "right of": "below", "above": "left of", "below": 
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
-@pytest.mark.parametrize("level", [0.95, 0.5])
-def test_wilson_interval_equals_scipy(right, n, level):
-    theirs = binomtest(right, n).proportion_ci(level, method="wilson")
-    ours = wilson(right, n, level)
-    assert ours == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-12)
-    with pytest.raises(ValueError, match="at least one sample"):
-        wilson(n + 1, n)
+def test_wilson_interval_equals_scipy(right, n):
+    theirs = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert wilson(right, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-12)
 
 
 class Captions:
@@ -426,12 +422,12 @@ def test_unsupported_conditions_skip_alignment_with_one_line(trained, capsys):
         (["alignment.n=12"], "alignment.n=12 .*20"),
     ],
 )
-def test_invalid_settings_are_refused(settings, overrides, rule, tmp_path):
+def test_invalid_settings_are_rejected(settings, overrides, rule, tmp_path):
     with pytest.raises(UsageError, match=rule):
         evaluate_alignment_only(settings, tmp_path, *overrides)
 
 
-def test_inaccurate_detector_warns_or_is_refused(tmp_path, monkeypatch):
+def test_inaccurate_detector_warns_or_is_rejected(tmp_path, monkeypatch):
     """The detector is read from the cache unless the renderer changed."""
     data = shapes_data(objects=1)
     monkeypatch.setattr("src.evaluation.benchmarks.TEST_RENDERS", 100)

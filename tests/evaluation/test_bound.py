@@ -329,7 +329,7 @@ def test_bound_of_eight_bit_mixture_is_near_entropy():
 
 
 def test_evaluate_and_compare_accept_reverse_variance(tmp_path_factory, tmp_path):
-    """Every choice works for a run with another variance; others are refused before measuring."""
+    """Every choice works for a run with another variance; others are rejected before measuring."""
     from src.compare import compare
     from src.evaluate import evaluate
 
@@ -366,7 +366,7 @@ def test_evaluate_and_compare_accept_reverse_variance(tmp_path_factory, tmp_path
         compare(compose("compare", f"runs=['{run}']", "reverse_variance=smal", f"run_dir='{tmp_path}'"))
 
 
-def test_callback_refuses_invalid_reverse_variance():
+def test_callback_rejects_invalid_reverse_variance():
     for settings, message in (
         ({"reverse_variance": "smal"}, "callbacks.bits_per_dim.reverse_variance=smal "),
         ({"num_samples": 1}, "callbacks.bits_per_dim.reverse_variance=optimal"),

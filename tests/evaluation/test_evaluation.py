@@ -196,7 +196,7 @@ def test_evaluate_compares_samplers(tmp_path, capsys):
         (["analytic=gaussian", "analytic_steps=[1]"], "analytic_steps="),
     ],
 )
-def test_invalid_settings_are_refused(overrides, message, tmp_path):
+def test_invalid_settings_are_rejected(overrides, message, tmp_path):
     from src.errors import UsageError
     from src.evaluate import evaluate
 

@@ -153,7 +153,7 @@ def test_shifts_multiply_and_scale_the_first_level():
     assert grid[0].ratio.item() == pytest.approx(160)
 
 
-def test_invalid_shifts_are_refused():
+def test_invalid_shifts_are_rejected():
     for name, factor, setting in (
         ("learned", 0.5, "schedule.curve.max_log_snr"),
         ("cosine_continuous", 0.0, "snr_shift"),

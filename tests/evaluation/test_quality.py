@@ -205,7 +205,7 @@ def test_baseline_may_have_fewer_samples(arguments, tmp_path):
     assert (folder / "quality.png").stat().st_size > 1000
 
 
-def test_non_finite_samples_are_refused(trained, cache):
+def test_non_finite_samples_are_rejected(trained, cache):
     opened = open_run(str(trained))
 
     def diverge(diffusion, predict, x, grid, *, noise):
@@ -216,7 +216,7 @@ def test_non_finite_samples_are_refused(trained, cache):
         evaluator.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
 
 
-def test_too_little_data_and_large_images_are_refused(trained, cache, monkeypatch):
+def test_too_little_data_and_large_images_are_rejected(trained, cache, monkeypatch):
     data = open_run(str(trained)).data
     data.setup()
     with monkeypatch.context() as patch:
@@ -264,7 +264,7 @@ def test_metrics_of_points(tmp_path, cache, capsys):
     assert {*sampler["metrics"]} == expected
     assert metrics["baseline"]["energy_distance_50"]["value"] < sampler["metrics"]["energy_distance_50"]["value"]
     with pytest.raises(UsageError, match="features=pixels"):
-        evaluate(compose("evaluate", *arguments, "features=[pixels]", f"run_dir='{tmp_path / 'refused'}'"))
+        evaluate(compose("evaluate", *arguments, "features=[pixels]", f"run_dir='{tmp_path / 'rejected'}'"))
 
 
 def test_quality_callback_measures_averaged_weights(tmp_path, cache):
@@ -288,7 +288,7 @@ def test_quality_callback_measures_averaged_weights(tmp_path, cache):
     assert raw["samplers"]["ancestral 2"]["metrics"][name]["value"] != pytest.approx(logged[name], rel=1e-3)
 
 
-def test_quality_callback_refuses_settings_before_training(tmp_path, cache):
+def test_quality_callback_rejects_settings_before_training(tmp_path, cache):
     quality = ["callbacks=[default,quality]", "callbacks.quality.features=[inception]"]
     with pytest.raises(UsageError, match=r"no file nowhere\.pth"):
         train_tiny(tmp_path / "run", *quality, "callbacks.quality.inception_weights=nowhere.pth")
@@ -307,7 +307,7 @@ def test_quality_callback_refuses_settings_before_training(tmp_path, cache):
         (["samplers=[{sampler:dimm}]"], "did you mean ddim"),
     ],
 )
-def test_invalid_settings_are_refused_first(arguments, overrides, rule, tmp_path, monkeypatch):
+def test_invalid_settings_are_rejected_first(arguments, overrides, rule, tmp_path, monkeypatch):
     monkeypatch.setattr("src.evaluation.reports.evaluate_likelihood", lambda *_: pytest.fail("the bound was computed"))
     with pytest.raises(UsageError, match=rule):
         evaluate(compose("evaluate", *arguments, "likelihood=true", *overrides, f"run_dir='{tmp_path}'"))
@@ -342,7 +342,7 @@ def test_single_sampler_value_is_unchanged():
         (["sampler.steps=1,2", "samplers=[{steps:3}]"], "samplers"),
     ],
 )
-def test_invalid_sampler_values_are_refused(typed_overrides, rule):
+def test_invalid_sampler_values_are_rejected(typed_overrides, rule):
     with pytest.raises(UsageError, match=rule):
         expand_grid("evaluate", typed_overrides, "sampler")
 

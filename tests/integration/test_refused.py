@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import pytest
 import yaml
 
 from src.config.cli import launch
+from src.runs import lock
 from tests.conftest import TINY
 
 TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard"}
-QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "trainer.max_steps=2"]
+QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~neighbors", "trainer.max_steps=2"]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, module: str, *words: str) -> Any:
@@ -124,12 +124,12 @@ def test_refused_resume_changes_no_file(there, monkeypatch, capsys):
 
 
 def test_run_locked_by_another_process_is_unchanged(there, monkeypatch, capsys):
-    code = "import fcntl, sys; f = open('R/.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); "
+    code = "import fcntl, sys; f = open('R/.lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); "
     code += "sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout and other.stdout.readline() == b"held\n"
-        monkeypatch.setattr(time, "sleep", lambda _: None)
+        monkeypatch.setattr(lock, "WAIT_S", 0)
         said = refused(there, monkeypatch, capsys, "train", "resume=R", "trainer.max_steps=4")
         assert "another process trains in" in said
     finally:
@@ -145,6 +145,7 @@ def test_refused_sweep_leaves_no_file(there, monkeypatch, capsys):
     ):
         said = refused(there, monkeypatch, capsys, "train", "-m", *QUICK, *wrong)
         assert "5000" in said or "another job" in said
+        assert "Error executing job" not in said
     before = tree(there)
     assert command(monkeypatch, "train", "-m", *QUICK, "seed=1,2", "hydra.sweep.dir=S") == 2
     assert "S already holds a sweep" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 from src.config.search_path import CONF
 from src.errors import UsageError
+from src.runs import lock
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import train_tiny
 from tests.runs.test_runs import assert_equal_bits, losses, weights
@@ -64,7 +64,7 @@ def assert_same_results(folder, other):
     )
 
 
-@pytest.mark.parametrize("moment", ["validation", "grid", "film"])
+@pytest.mark.parametrize("moment", ["validation", "grid", "trajectory"])
 def test_signal_saves_during_validation_and_sampling(trained, tmp_path, monkeypatch, capsys, moment):
     """The run saves at once. Resumed, it repeats what the signal interrupted."""
     folder = tmp_path / "run"
@@ -79,13 +79,13 @@ def test_signal_saves_during_validation_and_sampling(trained, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         train_tiny(folder)
     assert stop.value.code == 143
-    assert f"saved at step {6 if moment == 'film' else 3}" in capsys.readouterr().out
+    assert f"saved at step {6 if moment == 'trajectory' else 3}" in capsys.readouterr().out
     assert not (folder / "metrics.json").exists()
-    assert len(list((folder / "samples").glob("*.png"))) == (2 if moment == "film" else 0)
+    assert len(list((folder / "samples").glob("*.png"))) == (2 if moment == "trajectory" else 0)
     monkeypatch.undo()
     metrics = train_tiny(folder, f"resume='{folder}'")
     assert metrics["val/loss"] == json.loads((trained / "metrics.json").read_text())["val/loss"]
-    if moment == "film":  # The resumed run validates again, since the checkpoint has no metrics.
+    if moment == "trajectory":  # The resumed run validates again, since the checkpoint has no metrics.
         assert losses(folder, "val/loss")[-1:] == losses(folder, "val/loss")[-2:-1]
         log = sorted((folder / "logs").iterdir())[-1]
         (log / "metrics.csv").unlink()
@@ -183,7 +183,7 @@ def test_lock_keeps_other_processes_out_of_a_folder(tmp_path, monkeypatch):
     try:
         assert other.stdout and other.stdout.readline() == b"held\n"
         with monkeypatch.context() as patch:
-            patch.setattr(time, "sleep", lambda _: None)
+            patch.setattr(lock, "WAIT_S", 0)
             with pytest.raises(UsageError, match=r"another process trains in .*run: wait for it or stop it"):
                 train_tiny(tmp_path / "run")
         assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]

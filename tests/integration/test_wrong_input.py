@@ -87,7 +87,10 @@ def test_empty_values_are_refused():
             for name in ("data.root", "compile", "optimized_metric", "trainer.precision", "model", "schedule")
         ),
     ):
-        for empty in ("", "''", "' '"):
+        refused(lambda c=command, o=f"{name}=''": check_overrides(c, [o]), name)
+    for name in ("run", "device", "data.root"):  # a path of a run, a text, and a path of data
+        for empty in ("", "' '"):
+            command = "evaluate" if name == "data.root" else "sample"
             refused(lambda c=command, o=f"{name}={empty}": check_overrides(c, [o]), name)
     check_overrides("train", ["logger.csv.prefix=''"])  # its default
     check_overrides("sample", ["cond=''", "negative=''"])  # texts may be empty
@@ -206,11 +209,16 @@ def test_any_callback_can_be_removed(tmp_path):
     for name in names:
         for out in (f"callbacks.{name}=null", f"~callbacks.{name}"):
             check_overrides("train", [out])
-            run = build(compose("train", *settings, out, f"run_dir='{tmp_path / name}'"))
-            left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
-            kinds = {type(each).__name__ for each in run.trainer.callbacks}
-            close_run(run)
-            assert left <= kinds and len(run.module.hparams.callbacks) == len(names) - out.startswith("~")
+        cfg = compose("train", *settings, f"callbacks.{name}=null", f"run_dir='{tmp_path / name}'")
+        removed = compose("train", *settings, f"~callbacks.{name}").callbacks
+        assert {**removed, name: None} == cfg.callbacks  # so building one is building the other
+        run = build(cfg)
+        left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
+        kinds = {type(each).__name__ for each in run.trainer.callbacks}
+        bar = run.trainer.progress_bar_callback  # Lightning's own would show epochs
+        assert bar is None if name == "progress" else type(bar).__name__ == "Progress"
+        close_run(run)
+        assert left <= kinds and len(run.module.hparams.callbacks) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from src.runs.build import build
 os.chdir({folder!r})
 run = build(cfg)
 run.trainer.fit(run.module, run.data)
-print("steps", run.trainer.global_step)
+print("steps", run.trainer.global_step, "folders", len({{run.directory, build(cfg).directory}}))
 """
 
 
@@ -35,9 +35,17 @@ def test_compose_and_build_work_in_a_notebook(tmp_path):
     code = NOTEBOOK.format(conf=str(CONF), overrides=overrides, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "steps 1" in done.stdout
-    (folder,) = (tmp_path / "outputs" / "train").iterdir()
-    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert "steps 1 folders 2" in done.stdout
+    assert len([*(tmp_path / "outputs" / "train").glob("*/checkpoints/last.ckpt")]) == 1
+
+
+def test_build_raises_the_error_of_the_constructor(tmp_path):
+    for wrong in (
+        *("optimizer.lr=-1", "data.batch_size=0", "callbacks.ema.decay=2", "weighting.gamma=-1"),
+        *("model.conv_backend=fast", "diffusion.prediction=noise", "trainer.devices=0"),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            build(compose("train", *TINY, wrong, f"run_dir='{tmp_path}'"))
 
 
 def test_build_leaves_the_configuration_unchanged(tmp_path):

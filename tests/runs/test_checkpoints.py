@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ def test_newest_intact_checkpoint_is_loaded(trained, tmp_path):
     os.utime(best, ns=(0, last.stat().st_mtime_ns - 10**9))
     assert newest_first(run) == [last, best]
     assert find_checkpoint(str(run), None) == last
+    for path in (run, run / "checkpoints", last):
+        assert find_checkpoint(str(path), None) == find_checkpoint(None, str(path)) == last
     last.write_bytes(last.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=r"last\.ckpt is corrupted"):
         assert find_checkpoint(str(run), None) == best
@@ -80,6 +83,26 @@ def test_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
     writer.remove_checkpoint(older)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(path) == {"step": 3}
+
+
+def test_failed_saves_leave_no_old_checkpoint(tmp_path, monkeypatch):
+    """With two checkpoints kept, as Lightning requests it."""
+    writer, sync, kept = AtomicCheckpointIO(), os.fsync, []
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in range(8):
+        monkeypatch.setattr(os, "fsync", full if step in (2, 3, 5) else sync)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            writer.save_checkpoint({"global_step": step}, tmp_path / f"step_{step}.ckpt")
+        kept.append(step)
+        if len(kept) > 2:
+            writer.remove_checkpoint(tmp_path / f"step_{kept.pop(0)}.ckpt")
+        saved = sorted(p.name for p in tmp_path.iterdir())
+        assert len(saved) == min(step + 1, 2), step
+    assert saved == ["step_6.ckpt", "step_7.ckpt"]
 
 
 def test_changed_settings_leave_out_paths():

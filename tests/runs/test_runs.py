@@ -62,12 +62,12 @@ def sample(tmp_path: Path, *overrides: str) -> np.ndarray:
 
 
 def test_run_writes_pictures_metrics_and_checkpoints(trained):
-    for name in ("samples/final.png", "samples/film.png", "samples/film.gif", "curves.png", "metrics.json"):
+    for name in ("samples/final.png", "samples/trajectory.png", "samples/trajectory.gif", "curves.png", "metrics.json"):
         assert (trained / name).stat().st_size > 0
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     assert [p.name for p in sorted((trained / "samples").glob("step_*.png"))] == ["step_000003.png", "step_000006.png"]
-    with Image.open(trained / "samples" / "film.gif") as film:
-        assert film.n_frames == 4  # the noise, and one frame per step
+    with Image.open(trained / "samples" / "trajectory.gif") as animation:
+        assert animation.n_frames == 4  # the noise, and one frame per step
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["steps"] == 6
     assert metrics["parameters"] == sum(w.numel() for w in weights(trained).values())
@@ -231,12 +231,12 @@ def test_sample_depends_only_on_seed_and_index(trained, tmp_path):
         assert (all_samples[:3] != other).any()
 
 
-def test_sample_writes_images_grid_and_film(trained, tmp_path):
+def test_sample_writes_images_grid_and_trajectory(trained, tmp_path):
     samples = sample(tmp_path, f"run='{trained}'", "n=3", "gif=true")
     for k in range(3):
         assert np.array_equal(np.array(Image.open(tmp_path / f"{k:05d}.png")), samples[k, :, :, 0])
-    with Image.open(tmp_path / "film.gif") as film:
-        assert film.n_frames == 4
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert animation.n_frames == 4
     assert Image.open(tmp_path / "grid.png").width > 3 * 8
 
 
@@ -280,6 +280,45 @@ def test_cuda_graphs_with_accumulation_are_refused(tmp_path):
     settings = ("compile=reduce-overhead", "trainer.accumulate_grad_batches=2", f"run_dir='{tmp_path}'")
     with pytest.raises(ValueError, match="compile="):
         build(compose("train", *TINY, *settings))
+
+
+def test_commands_print_paths_below_the_current_folder(trained, tmp_path, monkeypatch, capsys):
+    """The other paths, such as those of a run elsewhere, are absolute."""
+    from src.evaluate import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").symlink_to(trained)
+    sample(tmp_path / "drawn", "run=run", "n=2")
+    settings = [
+        "run=run",
+        f"run_dir='{tmp_path / 'results'}'",
+        "device=cpu",
+        "quality=false",
+        "num_val=20",
+        "num_terms=2",
+    ]
+    evaluate(compose("evaluate", *settings))
+    printed = capsys.readouterr().out
+    assert str(tmp_path) not in printed
+    for path in (
+        "run/checkpoints/last.ckpt",
+        "drawn/grid.png",
+        "drawn/samples.npz",
+        "results/table.md",
+        "results/metrics.json",
+    ):
+        assert f" {path}" in printed, path
+
+
+def test_best_checkpoint_counts_the_last_validation(tmp_path):
+    """The last step is no multiple of `validate_every`; a resumed run compares with its loss."""
+    metrics = train_tiny(tmp_path / "run", "trainer.max_steps=4", "lr_scheduler.warmup_steps=0")
+    before = float(losses(tmp_path / "run", "val/loss")[0])
+    best, last = (read_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert metrics["val/loss"] < before and best["global_step"] == last["global_step"] == 4
+    assert_equal_bits(best["state_dict"], last["state_dict"])
+    (state,) = (s for name, s in last["callbacks"].items() if "val/loss" in name)
+    assert float(state["best_model_score"]) == pytest.approx(metrics["val/loss"])
 
 
 def test_sample_uses_the_sampler_of_the_run_by_default(trained, tmp_path):

@@ -64,7 +64,7 @@ STEPS, VALIDATED = 7, [3, 6]
 LOGGED = [step - 1 for step in VALIDATED]
 """Lightning logs a validation at the index of the last step."""
 PICTURES = {"samples": LOGGED, "loss_by_noise": [*LOGGED, STEPS], "schedule": [0]}
-LAST = ("samples/final", "samples/film", "samples/neighbors", "curves")
+LAST = ("samples/final", "samples/trajectory", "samples/neighbors", "curves")
 EVERY_STEP = ("train/loss", "train/mse", "train/grad_norm", "lr", "memory/gib")
 
 

@@ -12,6 +12,15 @@ from src.viz import charts, figures, images
 INTERVAL = (0.5, 0.4, 0.6)
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collect the figures that are rendered."""
+    figures = []
+    render = charts.render_figure
+    monkeypatch.setattr(charts, "render_figure", lambda figure: figures.append(figure) or render(figure))
+    return figures
+
+
 def test_first_21_series_differ():
     styles = {tuple(figures.series_style(k).values()) for k in range(21)}
     assert len(styles) == 21
@@ -43,26 +52,20 @@ def test_linear_axes_have_no_offsets():
     assert not axes.yaxis.get_offset_text().get_text()
 
 
-def test_training_curves_share_their_steps(tmp_path, monkeypatch):
+def test_training_curves_share_their_steps(tmp_path, drawn):
     log = tmp_path / "metrics.csv"
     with log.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["step", "train/loss", "val/loss"])
         writer.writeheader()
         writer.writerows({"step": k, "train/loss": 1 / (k + 1)} for k in range(20))
         writer.writerow({"step": 19, "val/loss": 0.1})
-    drawn = []
-    render = charts.render_figure
-    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
     assert charts.loss_curves([log]) is not None
     first, second = drawn[0].axes
     assert first.get_xlim() == second.get_xlim() and first.get_title()
     assert charts.loss_curves([]) is None
 
 
-def test_charts_have_titles_and_labels(monkeypatch):
-    drawn = []
-    render = charts.render_figure
-    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
+def test_charts_have_titles_and_labels(drawn):
     t = torch.linspace(0.01, 0.99, 50)
     charts.schedule_curves({f"s{k}": (t, (1 - t).sqrt(), t.sqrt()) for k in range(14)})
     charts.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
@@ -75,10 +78,7 @@ def test_charts_have_titles_and_labels(monkeypatch):
     assert len(drawn[-1].axes[0].containers) == 4  # bars and error bars of both labels
 
 
-def test_quality_chart_tells_direction(monkeypatch):
-    drawn = []
-    render = charts.render_figure
-    monkeypatch.setattr(charts, "render_figure", lambda figure: drawn.append(figure) or render(figure))
+def test_quality_chart_tells_direction(drawn):
     curves = {"ddim": [(5, [INTERVAL, INTERVAL]), (50, [INTERVAL, INTERVAL])]}
     charts.quality_against_cost(["fd_pixels_1k", "recall_pixels_1k"], curves, [INTERVAL, INTERVAL])
     left, right = (axes.get_ylabel() for axes in drawn[0].axes)
@@ -90,11 +90,17 @@ def test_error_bars_are_never_negative():
 
 
 @pytest.mark.parametrize("frame", [torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.randn(50, 2)])
-def test_film_captions_add_one_line(frame):
+def test_trajectory_captions_add_height_only(frame):
     frames = [frame] * 3
-    plain, captioned = images.film_strip(frames), images.film_strip(frames, ["1", "0.5", "0"])
-    assert captioned.width == plain.width and captioned.height == plain.height + 20
-    assert captioned.crop((0, plain.height, *captioned.size)).getextrema() != ((255, 255),) * 3
+    plain, captioned = images.draw_trajectory(frames), images.draw_trajectory(frames, ["1", "0.5", "0"])
+    assert captioned.width == plain.width and captioned.height > plain.height
+
+
+@pytest.mark.parametrize("num_classes", [2, 5, 10])
+def test_grid_of_classes_is_nearly_square(num_classes):
+    titles = [f"class {k % num_classes}" for k in range(64)]
+    width, height = images.draw_samples(torch.zeros(64, 1, 8, 8, dtype=torch.uint8), titles=titles).size
+    assert 0.5 < width / height < 2
 
 
 def test_evenly_spaced_indices_include_both_ends():

@@ -26,8 +26,7 @@ class EMA(L.Callback):
         self._names: list[str] = []
         self._weights: list[nn.Parameter] = []
         self._average: list[Tensor] = []
-        self._raw: list[Tensor] | None = None
-        """The raw weights while the module holds the average, else None."""
+        self._raw: list[Tensor] | None = None  # the raw weights while the module holds the average, else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._find_weights(pl_module)
@@ -43,9 +42,7 @@ class EMA(L.Callback):
         self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         if step <= self._step:  # accumulated without a step
             return
@@ -59,9 +56,11 @@ class EMA(L.Callback):
             self._swap_in()
 
     # Other callbacks sample from the average in `on_validation_epoch_end`, which runs before this hook.
+    @torch.no_grad()
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._raw is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._swap_out()
+            torch._foreach_copy_(self._local(), self._raw)
+            self._raw = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._swap_in()
@@ -70,12 +69,6 @@ class EMA(L.Callback):
     def _swap_in(self) -> None:
         self._raw = [w.clone() for w in self._local()]
         torch._foreach_copy_(self._local(), self._average)
-
-    @torch.no_grad()
-    def _swap_out(self) -> None:
-        assert self._raw is not None
-        torch._foreach_copy_(self._local(), self._raw)
-        self._raw = None
 
     def _local(self) -> list[Tensor]:
         return [local_shard(w) for w in self._weights]

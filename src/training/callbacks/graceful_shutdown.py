@@ -35,9 +35,7 @@ class GracefulShutdown(L.Callback):
 
     def __init__(self, path: str, check_interval_s: float = 5.0) -> None:
         if check_interval_s <= 0:
-            raise ValueError(
-                f"callbacks.graceful_shutdown.check_interval_s={check_interval_s} must be positive: 5 is usual"
-            )
+            raise ValueError(f"callbacks.graceful_shutdown.check_interval_s={check_interval_s} must be positive")
         self.path = path
         self.check_interval_s = check_interval_s
         self.signal = 0
@@ -49,8 +47,8 @@ class GracefulShutdown(L.Callback):
 
     # Lightning installs its own signal handlers before this hook and removes them after `on_exception`.
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signal, self._last_collective = 0, None
-        self._num_checks = self._next_collective = 0
+        self.signal = self._num_checks = self._next_collective = 0
+        self._last_collective = None
         self._handlers.enter_context(handle_signals(self._request_stop))
         disable_sigterm_broadcast(trainer)
 
@@ -58,30 +56,26 @@ class GracefulShutdown(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Lightning has logged and counted a step only when the next one starts.
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._stop_agreed(trainer):
-            mark_step_completed(trainer)
-            self._save_and_stop(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.check(trainer, starts_step=True)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._next_collective, self._last_collective = 0, None  # time per check changes
 
     on_validation_end = on_validation_start
 
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             self.check(trainer)
 
-    def check(self, trainer: L.Trainer) -> None:
+    def check(self, trainer: L.Trainer, starts_step: bool = False) -> None:
         """Save and stop if a signal arrived. Collective."""
         if self._stop_agreed(trainer):
-            self._save_and_stop(trainer)
-
-    def _save_and_stop(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
-        wait_for_children()
-        raise KeyboardInterrupt
+            if starts_step:
+                mark_step_completed(trainer)
+            trainer.save_checkpoint(self.path)
+            wait_for_children()
+            raise KeyboardInterrupt
 
     def _stop_agreed(self, trainer: L.Trainer) -> bool:
         check = self._num_checks

@@ -18,9 +18,7 @@ class ImportanceUpdate(L.Callback):
     def __init__(self) -> None:
         self._microbatches: list[tuple[Tensor, Tensor]] = []
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         v, losses = (trainer.strategy.all_gather(x).flatten() for x in (outputs["v"], outputs["terms"]["loss"]))
         self._microbatches.append((v, losses))
         if len(self._microbatches) == trainer.accumulate_grad_batches:

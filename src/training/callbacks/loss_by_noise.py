@@ -16,17 +16,15 @@ from src.training.loggers import log_picture, show_pictures
 from src.training.module import DiffusionModule
 from src.viz import charts
 
-MAX_LOG_SNR = 15.0
-"""Bound of the bins' range: sigma / alpha is 1800 at -15."""
+MAX_LOG_SNR = 15.0  # bound of the bins' range: sigma / alpha is 1800 at -15
 
 
 class LossByNoise(L.Callback):
     """At every validation, write the mean training loss in each of `num_bins` equal bins of log-SNR.
 
     The means cover all samples of all processes since the last validation, with the weighting of the loss and without
-    that of `timestep_sampler`. They go to `directory`/loss_by_noise.csv and, as a heat map, to loggers that show
-    pictures. The bins span the schedule's log-SNR at the start of training, within +-15; the outermost bins include
-    everything beyond. Losses are binned on the device, which synchronizes only at validations and checkpoints.
+    that of `timestep_sampler`. They go to `directory`/loss_by_noise.csv and to loggers that show pictures. The bins
+    span the schedule's log-SNR at the start of training, within +-15; the outermost bins include everything beyond.
     """
 
     HEADER = ("step", "log_snr", "loss", "samples")
@@ -57,9 +55,7 @@ class LossByNoise(L.Callback):
         self._microbatches.clear()
         self._pending.clear()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
         if len(self._microbatches) == trainer.accumulate_grad_batches:
             self._pending += self._microbatches

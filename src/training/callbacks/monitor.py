@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from src.diffusion.noise import Schedule
@@ -27,8 +26,7 @@ SECONDS_PER_LINE = 10.0
 class Progress(TQDMProgressBar):
     """Lightning's progress bar on a terminal; elsewhere at most one line per 10 s.
 
-    It reads the loss only to display it: `self.log(prog_bar=True)` reads it in every step and so drains the GPU's
-    queue. `refresh_rate` is in batches; 0 shows nothing.
+    It reads the loss only to display it; `self.log(prog_bar=True)` would wait for the device in every step.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -36,8 +34,6 @@ class Progress(TQDMProgressBar):
         self.loss: Tensor | None = None
         """Loss of the last batch, divided by the number of batches per step; None before the first."""
         self._prints_lines = False
-        self._last_line = (0.0, 0)
-        """Time in seconds and step of the last line."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -47,19 +43,16 @@ class Progress(TQDMProgressBar):
 
     def on_train_start(self, *args: Any) -> None:
         super().on_train_start(*args)
-        self._last_line = time.monotonic(), self.trainer.global_step
+        self._last_line = time.monotonic(), self.trainer.global_step  # time in seconds and step
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Reset the bar as Lightning does, without the number of the only epoch."""
         self.train_progress_bar.reset(self.total_train_batches)
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description("Training")
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         self.loss = outputs["loss"]
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module, outputs, *rest)
         (before, step), now = self._last_line, time.monotonic()
         is_last = trainer.global_step == trainer.max_steps
         if self._prints_lines and trainer.global_step > step and (is_last or now - before >= SECONDS_PER_LINE):
@@ -80,9 +73,8 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        if self.loss is None:
-            return metrics
-        return {"train/loss": self.loss.item() * trainer.accumulate_grad_batches, **metrics}
+        loss = {} if self.loss is None else {"train/loss": self.loss.item() * trainer.accumulate_grad_batches}
+        return loss | metrics
 
 
 class LearningRate(LearningRateMonitor):
@@ -97,10 +89,7 @@ class LearningRate(LearningRateMonitor):
 
 
 class RunInfo(L.Callback):
-    """Record code version and environment of each start in `directory`/environment.json and the loggers.
-
-    The loggers also receive the main hyperparameters and a picture of the schedule.
-    """
+    """Record code version and environment of each start in `directory`/environment.json and the loggers."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -144,22 +133,18 @@ def schedule_picture(schedule: Schedule) -> Any:
 
 
 class Throughput(L.Callback):
-    """Log speed and memory every `trainer.log_every_n_steps` steps, without waiting for the device.
+    """Log speed and the first process's memory every `trainer.log_every_n_steps` steps, without waiting for the device.
 
     `speed/samples_per_second` counts samples of the global batch; the time includes saving but not validation.
-    `memory/gib` is that of the first process: a GPU's peak so far, or a CPU process's current resident memory.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since, self._step = time.perf_counter(), trainer.global_step
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._since, self._step = time.perf_counter(), trainer.global_step
+        self.on_train_start(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step == self._step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -176,7 +161,7 @@ class Throughput(L.Callback):
 
 
 def used_memory(device: torch.device) -> int:
-    """Return bytes in use: the peak of tensors on a GPU, the process's resident memory on a CPU."""
+    """Return bytes in use: the peak of tensors on a GPU, the process's (peak) resident memory on a CPU."""
     if device.type in ("cuda", "xpu"):
         return int(torch.get_device_module(device).max_memory_allocated(device))
     if device.type == "mps":

@@ -26,28 +26,25 @@ class Step(NamedTuple):
     v: Tensor
     losses: Tensor
     lr: float
-    scale: float
-    """Loss scale in fp16, else 0."""
+    scale: float  # loss scale in fp16, else 0
 
 
 class NonFiniteGuard(L.Callback):
     """Skip and record steps whose loss or gradient is not finite, and roll back after `patience` in a row.
 
-    `directory`/nonfinite.jsonl records each step's samples, timesteps, losses and gradient norm. A rollback restores
-    weights, average and optimizer from the last intact checkpoint before those steps and multiplies the learning rate
-    by `lr_factor`; the data stream continues, so the run does not repeat the same batches. After `max_rollbacks`
-    training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so that no step waits for
-    the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
+    `directory`/nonfinite.jsonl records each such step. A rollback restores weights, average and optimizer from the last
+    intact checkpoint before those steps and multiplies the learning rate by `lr_factor`; the data stream continues.
+    After `max_rollbacks` training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so
+    that no step waits for the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
     """
 
     def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
-        for name, value, ok, rule in (
-            ("patience", patience, patience >= 1, "be at least 1: 20 is usual"),
-            ("max_rollbacks", max_rollbacks, max_rollbacks >= 0, "be at least 0: 3 is usual"),
-            ("lr_factor", lr_factor, 0 < lr_factor <= 1, "be in (0, 1]: 0.5 is usual"),
-        ):
-            if not ok:
-                raise ValueError(f"callbacks.nan_guard.{name}={value} must {rule}")
+        if patience < 1:
+            raise ValueError(f"callbacks.nan_guard.patience={patience} must be at least 1: 20 is usual")
+        if max_rollbacks < 0:
+            raise ValueError(f"callbacks.nan_guard.max_rollbacks={max_rollbacks} must be at least 0: 3 is usual")
+        if not 0 < lr_factor <= 1:
+            raise ValueError(f"callbacks.nan_guard.lr_factor={lr_factor} must be in (0, 1]: 0.5 is usual")
         self.directory = Path(directory)
         self.patience = patience
         self.max_rollbacks = max_rollbacks
@@ -55,18 +52,13 @@ class NonFiniteGuard(L.Callback):
         self.record = self.directory / "nonfinite.jsonl"
         self.diagnosis = ""
         self._cause = ""
-        self._steps: list[Step] = []
-        """Steps since the last check."""
+        self._steps: list[Step] = []  # steps since the last check
         self._microbatches: list[tuple[Tensor, Tensor]] = []
-        self._skipped: list[int] = []
-        """Consecutive skipped steps so far."""
+        self._skipped: list[int] = []  # consecutive skipped steps so far
         self._rolled_back_to: list[int] = []
-        self._newest_allowed: int | None = None
-        """The newest step to roll back to; None while steps are finite."""
+        self._newest_allowed: int | None = None  # the newest step to roll back to; None while steps are finite
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if not self._microbatches:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._scale = scaler.get_scale() if scaler else 0.0  # synchronizes, as a step in fp16 does anyway
@@ -77,9 +69,7 @@ class NonFiniteGuard(L.Callback):
         factor = torch.where(loss.detach().isfinite(), 1.0, math.nan)
         loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         assert isinstance(pl_module, DiffusionModule)
         self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
         if len(self._microbatches) < trainer.accumulate_grad_batches:
@@ -108,10 +98,11 @@ class NonFiniteGuard(L.Callback):
             if math.isfinite(norm):
                 self._skipped.clear()
                 self._newest_allowed = None
-            elif self._write_record(trainer, module, step, norm):
-                by_reason.setdefault("the gradient overflowed in fp16", []).append(step.number)
-            else:
-                by_reason.setdefault("loss or gradient was not finite", []).append(step.number)
+                continue
+            overflowed = self._write_record(trainer, module, step, norm)
+            reason = "the gradient overflowed in fp16" if overflowed else "loss or gradient was not finite"
+            by_reason.setdefault(reason, []).append(step.number)
+            if not overflowed:
                 self._skipped.append(step.number)
                 self._newest_allowed = step.number if self._newest_allowed is None else self._newest_allowed
         self._steps.clear()
@@ -157,10 +148,9 @@ class NonFiniteGuard(L.Callback):
         first, last = self._skipped[0], self._skipped[-1]
         path, step = trainer.strategy.broadcast(self._find_checkpoint() if trainer.is_global_zero else (None, 0))
         if path is None or len(self._rolled_back_to) >= self.max_rollbacks:
+            attempts = "and there is no checkpoint from before to roll back to"
             if self._rolled_back_to:
                 attempts = f"and rollbacks to steps {self._rolled_back_to} did not help"
-            else:
-                attempts = "and there is no checkpoint from before to roll back to"
             self.diagnosis = (
                 f"no step from {first} to {last} had a finite gradient, {attempts}; {self._cause} (see {self.record}): "
                 f"lower optimizer.lr (it was {trainer.optimizers[0].param_groups[0]['lr']:.3g}), or set "

@@ -25,9 +25,7 @@ class ResumeTraining(L.Callback):
             update_settings(config.scheduler, module.prepare_optimizer(trainer.max_steps)[1])
         steps = trainer.strategy.all_gather(torch.tensor(step, device=pl_module.device)).flatten().tolist()
         if len({*steps}) > 1:
-            raise RuntimeError(
-                f"the processes start at steps {steps}: all of them must see the run folder with the same checkpoints"
-            )
+            raise RuntimeError(f"the processes start at steps {steps}: all of them must see the same checkpoints")
         is_due = module.validated < step and step % module.validation_period == 0
         if is_due and trainer.enable_validation:
             run_validation(trainer)

@@ -14,9 +14,7 @@ class SeedDropout(L.Callback):
     Attached by the module, so it works with `callbacks=none`.
     """
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         seed = cast(int, pl_module.seed)
         seed_networks(key(seed, "network", trainer.global_step, batch["start"]), pl_module.device)
 

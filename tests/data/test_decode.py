@@ -1,0 +1,481 @@
+"""Image files of every format, type and number of channels, pixel by pixel."""
+
+import io
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+
+from src.data import pixel_store
+from src.data.decode import decode
+from src.data.fit import ImageSpec, infer_range, load_image
+from src.data.folder import folder
+from src.data.scan import find_images
+
+RNG = np.random.default_rng(0)
+SHAPE = (5, 7)
+
+
+def uniform(*shape: int, dtype: str = "uint8", low: int = 0, high: int = 255) -> np.ndarray:
+    """Return random integers from `low` to `high`, both of which occur."""
+    values = np.random.default_rng(len(shape) + high).integers(low, high, shape, endpoint=True)
+    values.flat[0], values.flat[1] = low, high
+    return values.astype(dtype)
+
+
+def png16(pixels: np.ndarray) -> bytes:
+    """Return a PNG with 16 bits per channel, written after the PNG specification."""
+    height, width, channels = pixels.shape
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(pixels: np.ndarray, **options: object) -> bytes:
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, **options)
+    return file.getvalue()
+
+
+def numpy_file(pixels: np.ndarray, name: str = "npy") -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels) if name == "npy" else np.savez(file, pixels)
+    return file.getvalue()
+
+
+def netpbm(pixels: np.ndarray, maximum: int) -> bytes:
+    kind = "P5" if pixels.shape[-1] == 1 else "P6"
+    return (
+        f"{kind}\n# made here\n{pixels.shape[1]} {pixels.shape[0]}\n{maximum}\n".encode()
+        + pixels.astype(">u2").tobytes()
+    )
+
+
+GRAY16, RGB16 = uniform(*SHAPE, 1, dtype="uint16", high=65535), uniform(*SHAPE, 3, dtype="uint16", high=65535)
+TWELVE_BITS = uniform(*SHAPE, 1, dtype="uint16", high=3000)
+BANDS = uniform(*SHAPE, 12, dtype="uint16", high=10000)
+PLANES = BANDS.transpose(2, 0, 1)
+CONTIGUOUS = {"photometric": "minisblack", "planarconfig": "contig"}
+FLOATS = (uniform(*SHAPE, 1) / 255).astype("float32")
+SIGNED = uniform(*SHAPE, 1, dtype="int16", low=-1000, high=3000)
+RGBN = uniform(*SHAPE, 4)
+FILES = {
+    "gray16.png": (png16(GRAY16), GRAY16, (0, 65535)),
+    "gray_alpha16.png": (png16(RGB16[..., :2]), RGB16[..., :2], (0, 65535)),
+    "rgb16.png": (png16(RGB16), RGB16, (0, 65535)),
+    "twelve_bits.png": (png16(TWELVE_BITS), TWELVE_BITS, (0, 4095)),
+    "twelve_bits.pgm": (netpbm(TWELVE_BITS, 4095), TWELVE_BITS, (0, 4095)),
+    "rgb16.ppm": (netpbm(RGB16, 65535), RGB16, (0, 65535)),
+    "gray16.tif": (tiff(GRAY16[..., 0]), GRAY16, (0, 65535)),
+    "compressed.tif": (tiff(RGB16, photometric="rgb", compression="lzw"), RGB16, (0, 65535)),
+    "float.tif": (tiff(FLOATS[..., 0]), FLOATS, (0, 1)),
+    "double.tif": (tiff(FLOATS[..., 0].astype(float) * 2 - 1), FLOATS.astype(float) * 2 - 1, (-1, 1)),
+    "signed.tif": (tiff(SIGNED[..., 0]), SIGNED, (-1000, 3000)),
+    "two_bands.tif": (
+        tiff(BANDS[..., :2], **CONTIGUOUS),
+        BANDS[..., :2],
+        (0, 16383),
+    ),
+    "contiguous.tif": (tiff(BANDS, **CONTIGUOUS), BANDS, (0, 16383)),
+    "planar.tif": (
+        tiff(PLANES, photometric="minisblack", planarconfig="separate"),
+        BANDS,
+        (0, 16383),
+    ),
+    "rgb_and_infrared.tif": (tiff(RGBN, photometric="rgb", extrasamples=["unspecified"]), RGBN, (0, 255)),
+    "gray.npy": (numpy_file(GRAY16[..., 0]), GRAY16, (0, 65535)),
+    "channels_last.npy": (numpy_file(BANDS[..., :3].astype("float64")), BANDS[..., :3], (0, 10000)),
+    "channels_first.npy": (numpy_file(BANDS[..., :4].transpose(2, 0, 1)), BANDS[..., :4], (0, 16383)),
+    "array.npz": (numpy_file(BANDS, "npz"), BANDS, (0, 16383)),
+    "mask.npy": (numpy_file(FLOATS[..., 0] > 0.5), FLOATS > 0.5, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_type_keeps_its_values(tmp_path, name):
+    contents, pixels, value_range = FILES[name]
+    (tmp_path / name).write_bytes(contents)
+    source = folder(str(tmp_path), SHAPE, pixels.shape[-1])
+    (x,) = source.fetch([0])
+    assert x.dtype == (torch.uint8 if pixels.dtype in ("uint8", "bool") else torch.float32)
+    np.testing.assert_array_equal(x.permute(1, 2, 0).numpy(), pixels.astype(np.float32))
+    assert source.value_range == pytest.approx(value_range)
+
+
+def test_unassociated_alpha_is_composed_and_bands_are_not(tmp_path):
+    """The fourth band of a TIFF is opacity only if the file says so."""
+    (tmp_path / "a.tif").write_bytes(tiff(RGBN, photometric="rgb", extrasamples=["unassalpha"]))
+    alpha = RGBN[..., 3:] / 255
+    expected = np.rint(RGBN[..., :3] * alpha + 255 * (1 - alpha))
+    assert np.abs(fetched(tmp_path, 3) - expected).max() <= 1
+    assert np.array_equal(fetched(tmp_path, 4), RGBN)
+    (tmp_path / "a.tif").write_bytes(tiff(RGBN, photometric="rgb", extrasamples=["unspecified"]))
+    with pytest.raises(ValueError, match=r"data\.channels=3"):
+        fetched(tmp_path, 3)
+
+
+def fetched(root: Path, channels: int, **options: object) -> np.ndarray:
+    """Return the only image under `root` (H, W, C)."""
+    (x,) = folder(str(root), SHAPE, channels, **options).fetch([0])
+    return x.permute(1, 2, 0).numpy()
+
+
+def test_pages_are_counted_or_become_channels(tmp_path):
+    pages = BANDS.transpose(2, 0, 1)[:3]
+    (tmp_path / "a.tif").write_bytes(tiff(pages, photometric="minisblack"))
+    source = folder(str(tmp_path), SHAPE, 1)
+    assert np.array_equal(source.fetch([0])[0, 0].numpy(), pages[0])
+    assert "1 files hold several images" in source.summary
+    assert np.array_equal(fetched(tmp_path, 3, pages="channels"), pages.transpose(1, 2, 0))
+
+
+def test_background_and_opacity(tmp_path):
+    """A transparent pixel takes the color of the background, or stays transparent with two or four channels."""
+    pixels = uniform(*SHAPE, 4)
+    pixels[0, 0] = [10, 20, 30, 0]
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert fetched(tmp_path, 3, background="#ff8000")[0, 0].tolist() == [255, 128, 0]
+    assert np.array_equal(fetched(tmp_path, 4), pixels)
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "a.png")
+    assert np.array_equal(fetched(tmp_path, 4)[..., 3], np.full(SHAPE, 255))
+
+
+def test_color_profiles_become_srgb(tmp_path):
+    """Gray of 50% light is 128/255 in a linear profile and 188/255 in sRGB (IEC 61966-2-1)."""
+    curve = struct.pack(">4sII", b"curv", 0, 0)  # the identity
+    linear = linear_profile(curve)
+    image = Image.new("RGB", (7, 5), (128, 128, 128))
+    image.putpixel((0, 0), (0, 0, 0))
+    image.putpixel((1, 0), (255, 255, 255))
+    image.save(tmp_path / "a.png", icc_profile=linear)
+    light = 128 / 255
+    expected = 255 * (1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(fetched(tmp_path, 3)[2, 3].astype(float) - expected).max() <= 1.5
+    image.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert fetched(tmp_path, 3)[2, 3].tolist() == [128, 128, 128]
+
+
+def linear_profile(curve: bytes) -> bytes:
+    """Return Pillow's sRGB profile with its three tone curves replaced by a linear one (ICC.1:2010, table of tags)."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack(">I", profile[128:132])
+    place = len(profile)
+    profile += curve
+    for k in range(count):
+        entry = 132 + 12 * k
+        if profile[entry : entry + 4] in (b"rTRC", b"gTRC", b"bTRC"):
+            profile[entry + 4 : entry + 12] = struct.pack(">II", place, len(curve))
+        if profile[entry : entry + 4] == b"desc":
+            offset, size = struct.unpack(">II", profile[entry + 4 : entry + 12])
+            text = profile[offset : offset + size].replace("sRGB".encode("utf-16-be"), "line".encode("utf-16-be"))
+            profile[offset : offset + size] = text.replace(b"sRGB", b"line")
+    profile[:4] = struct.pack(">I", len(profile))
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".jp2", ".avif", ".webp", ".qoi", ".tga", ".pcx", ".dds"])
+def test_other_formats_are_decoded_as_pillow_does(tmp_path, suffix):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    Image.fromarray(uniform(*SHAPE, 3)).save(tmp_path / f"a{suffix}")
+    with Image.open(tmp_path / f"a{suffix}") as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert np.array_equal(fetched(tmp_path, 3), expected)
+
+
+def test_images_are_found_by_contents(tmp_path):
+    """Also without an ending or with an unusual one; other files are listed by the reason."""
+    Image.fromarray(uniform(*SHAPE)).save(tmp_path / "noending", format="PNG")
+    Image.fromarray(uniform(*SHAPE)).save(tmp_path / "b.dat", format="JPEG")
+    (tmp_path / "c.dat").write_bytes(b"no image")
+    (tmp_path / "notes.txt").write_text("text")
+    found = find_images(tmp_path)
+    assert list(found.names) == ["b.dat", "noending"]
+    assert {name for names in found.left_out.values() for name in names} == {"c.dat", "notes.txt"}
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """Links that lead to a parent, or nowhere, are reported."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    root.mkdir()
+    other.mkdir()
+    for name in ("cats", "dogs"):
+        (other / name).mkdir()
+        Image.fromarray(uniform(*SHAPE)).save(other / name / "a.png")
+        (root / name).symlink_to(other / name)
+    (root / "cats" / "up").symlink_to(root)
+    (root / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = folder(str(root), SHAPE, 1)
+    assert list(source.found.names) == ["cats/a.png", "dogs/a.png"]
+    assert source.labels.classes == ["cats", "dogs"]
+    assert source.found.left_out == {"links to a parent folder": ["cats/up"], "broken links": ["gone.png"]}
+
+
+def save(root: Path, *names: str) -> None:
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(uniform(*SHAPE, high=200 + k)).save(root / name)
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "Validation", "dev"])
+def test_folders_of_splits_are_no_classes(tmp_path, val):
+    """Test images are never used, and the folder for validation is the validation set."""
+    save(tmp_path, "train/cats/a.png", "train/dogs/b.png", f"{val}/cats/c.png", "test/dogs/d.png")
+    source = folder(str(tmp_path), SHAPE, 1)
+    assert {*source.found.names} == {"train/cats/a.png", "train/dogs/b.png", f"{val}/cats/c.png"}
+    assert source.labels.classes == ["cats", "dogs"]
+    held_out = [name for name, held in zip(source.found.names, source.val_mask, strict=True) if held]
+    assert held_out == [f"{val}/cats/c.png"]
+    assert source.found.left_out == {"test images": ["test/dogs/d.png"]}
+    assert "test images" in source.summary
+
+
+def test_a_stray_file_does_not_remove_the_classes(tmp_path):
+    save(tmp_path, *(f"{name}/{k}.png" for name in ("cats", "dogs") for k in range(12)), "stray.png")
+    source = folder(str(tmp_path), SHAPE, 1)
+    assert source.labels.classes == ["cats", "dogs"]
+    assert len(source) == len(source.labels.targets) == 24
+    assert "stray.png" in source.summary
+    save(tmp_path, "stray2.png", "stray3.png")
+    assert folder(str(tmp_path), SHAPE, 1).labels is None  # too many to be strays
+
+
+def test_a_pattern_finds_classes_in_names(tmp_path):
+    save(tmp_path, "a/cat_1.png", "b/dog_1.png", "b/cat_2.png")
+    labels = folder(str(tmp_path), SHAPE, 1, class_pattern=r"([a-z]+)_\d").labels
+    assert [labels.classes[k] for k in labels.targets] == ["cat", "cat", "dog"]
+    for wrong in ("cat_", "(cat)_(1)", "(", "(cat)_"):
+        with pytest.raises(ValueError, match=r"data\.source\.class_pattern"):
+            folder(str(tmp_path), SHAPE, 1, class_pattern=wrong)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar", "tar"])
+def test_archives_are_read_in_place(tmp_path, kind):
+    save(tmp_path / "in", "cats/a.png", "dogs/b.png", "dogs/c.png")
+    archive = shutil.make_archive(str(tmp_path / "images"), kind, tmp_path / "in")
+    direct, packed = folder(str(tmp_path / "in"), SHAPE, 1), folder(archive, SHAPE, 1)
+    assert list(packed.found.names) == list(direct.found.names)
+    assert packed.labels.classes == direct.labels.classes
+    assert torch.equal(packed.fetch([0, 1, 2]), direct.fetch([0, 1, 2]))
+    assert torch.equal(folder(archive, SHAPE, 1, cache=False).fetch([2]), direct.fetch([2]))
+
+
+def refusal(root: Path, channels: int = 1, **options: object) -> str:
+    with pytest.raises(ValueError) as error:
+        folder(str(root), SHAPE, channels, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_constant_and_dark_images_are_refused(tmp_path):
+    """Eight-bit masks of 0 and 1 would train as black images."""
+    Image.new("L", SHAPE[::-1], 7).save(tmp_path / "a.png")
+    assert "7" in refusal(tmp_path)
+    Image.fromarray(uniform(*SHAPE, high=1)).save(tmp_path / "a.png")
+    assert "data.value_range=[0,1]" in refusal(tmp_path)
+    source = folder(str(tmp_path), SHAPE, 1, value_range=[0, 1])
+    assert source.fetch([0]).unique().tolist() == [0, 1] and source.value_range == (0, 1)
+
+
+def test_types_that_do_not_compare_are_refused(tmp_path):
+    save(tmp_path, "a.png")
+    (tmp_path / "b.png").write_bytes(png16(GRAY16))
+    message = refusal(tmp_path)
+    assert all(part in message for part in ("uint8", "uint16", "a.png", "b.png", "data.value_range="))
+    (tmp_path / "c.png").write_bytes(png16(GRAY16 // 257))
+    source = folder(str(tmp_path), SHAPE, 1, value_range=[0, 65535])
+    assert np.array_equal(source.fetch([1])[0, 0].numpy(), GRAY16[..., 0])
+
+
+def test_unreadable_files_have_a_reason(tmp_path):
+    """They are refused, or left out up to a share."""
+    save(tmp_path, *(f"{k}.png" for k in range(4)))
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    np.save(tmp_path / "nan.npy", np.full(SHAPE, np.nan))
+    np.savez(tmp_path / "two.npz", a=np.zeros(SHAPE), b=np.zeros(SHAPE))
+    (tmp_path / "text.jpg").write_text("no image")
+    message = refusal(tmp_path, skip_unreadable=True)
+    assert "4 of 8" in message and "data.skip_unreadable" in message
+    source = folder(str(tmp_path), SHAPE, 1, skip_unreadable=0.5)
+    assert list(source.found.names) == [f"{k}.png" for k in range(4)]
+    reasons = {Path(path).name: reason for path, reason in source.unreadable.items()}
+    assert set(reasons) == {"truncated.png", "nan.npy", "two.npz", "text.jpg"}
+    assert (
+        "truncated" in reasons["truncated.png"] and "finite" in reasons["nan.npy"] and "2 arrays" in reasons["two.npz"]
+    )
+
+
+def test_ranges_follow_the_type_of_the_values():
+    """Of 12 bits in 16, of floats in [0, 1] or [-1, 1], and as measured otherwise."""
+    assert infer_range("uint8", 3, 99) == (0, 255)
+    assert infer_range("uint16", 3, 2900) == (0, 4095)
+    assert infer_range("uint16", 0, 65535) == (0, 65535)
+    assert infer_range("float32", 0.2, 0.9) == (0, 1)
+    assert infer_range("float64", -0.2, 0.9) == (-1, 1)
+    assert infer_range("float32", -3, 900) == (-3, 900)
+    assert infer_range("int16", -1000, 3000) == (-1000, 3000)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 37), (64, 32), (7, 5)])
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_rectangles_keep_a_linear_ramp(height, width, fit):
+    """A ramp stays a ramp: bicubic interpolation reproduces linear functions away from the edges."""
+    ramp = np.add.outer(2.0 * np.arange(120), 3.0 * np.arange(90)).astype(np.float32)
+    file = io.BytesIO(numpy_file(ramp))
+    x = load_image(file, ImageSpec((height, width), 1, fit)).pixels[0]
+    assert x.shape == (height, width)
+    if fit == "pad":
+        return
+    scale_y, scale_x = (120 / height, 90 / width) if fit == "stretch" else (min(120 / height, 90 / width),) * 2
+    steps_y, steps_x = np.diff(x, axis=0)[2:-2, 2:-2], np.diff(x, axis=1)[2:-2, 2:-2]
+    np.testing.assert_allclose(steps_y, 2 * scale_y, rtol=0.05)
+    np.testing.assert_allclose(steps_x, 3 * scale_x, rtol=0.05)
+
+
+def test_padding_keeps_the_whole_image():
+    """A 40x20 image in 20x20 has five rows of its edge above and below."""
+    image = uniform(20, 40)
+    x = load_image(io.BytesIO(numpy_file(image)), ImageSpec((20, 20), 1, "pad")).pixels[0]
+    assert (x[:5] == x[5]).all() and (x[15:] == x[14]).all()
+    half = np.asarray(Image.fromarray(image).resize((20, 10), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    assert np.array_equal(x[5:15], half)
+
+
+def test_large_jpegs_are_decoded_at_reduced_size():
+    """With nearly the same result as decoding all and resizing."""
+    y, x = np.mgrid[:800, :1200]
+    pixels = np.stack([x / 1200, y / 800, (x + y) / 2000], -1) * 200 + 20
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "JPEG", quality=95)
+    assert decode(io.BytesIO(file.getvalue()), at_least=128).pixels.shape[:2] == (200, 300)
+    loaded = load_image(io.BytesIO(file.getvalue()), ImageSpec((64, 64), 3))
+    assert loaded.size == (1200, 800)
+    whole = Image.open(file).resize((64, 64), Image.Resampling.BICUBIC, box=(200, 0, 1000, 800))
+    assert np.abs(loaded.pixels.transpose(1, 2, 0).astype(int) - np.asarray(whole).astype(int)).max() <= 3
+
+
+def test_the_cache_is_used_until_files_change(tmp_path, monkeypatch):
+    save(tmp_path / "in", "a.png", "b.png")
+    options = {"cache_dir": str(tmp_path / "cache")}
+    first = folder(str(tmp_path / "in"), SHAPE, 1, **options)
+    before = first.fetch([0, 1])
+    with monkeypatch.context() as patched:
+        patched.setattr(pixel_store, "load_image", None)  # decoding would fail
+        assert torch.equal(folder(str(tmp_path / "in"), SHAPE, 1, **options).fetch([0, 1]), before)
+    Image.fromarray(255 - before[0, 0].numpy()).save(tmp_path / "in" / "a.png")
+    os.utime(tmp_path / "in" / "a.png", ns=(0, 0))
+    again = folder(str(tmp_path / "in"), SHAPE, 1, **options)
+    assert torch.equal(again.fetch([0]), 255 - before[:1])
+    assert torch.equal(again.fetch([1]), before[1:])
+
+
+def test_an_image_that_becomes_readable_is_used(tmp_path, monkeypatch):
+    """For example after a decoder was installed."""
+    save(tmp_path / "in", *(f"{k}.png" for k in range(4)))
+    options = {"cache_dir": str(tmp_path / "cache"), "skip_unreadable": 0.5}
+    load = pixel_store.load_image
+
+    def without_a_decoder(stream, spec):
+        if stream.name.endswith("2.png"):
+            raise ValueError("no decoder")
+        return load(stream, spec)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pixel_store, "load_image", without_a_decoder)
+        assert folder(str(tmp_path / "in"), SHAPE, 1, **options).unreadable == {
+            str(tmp_path / "in" / "2.png"): "no decoder"
+        }
+    source = folder(str(tmp_path / "in"), SHAPE, 1, **options)
+    assert source.unreadable == {}
+    assert torch.equal(source.fetch(range(4)), folder(str(tmp_path / "in"), SHAPE, 1, cache=False).fetch(range(4)))
+
+
+def test_many_files_are_decoded_in_processes(tmp_path, monkeypatch):
+    """With the same pixels as in one process."""
+    save(tmp_path / "in", *(f"{k:03}.png" for k in range(40)))
+    monkeypatch.setattr(pixel_store, "MIN_PARALLEL", 10)
+    monkeypatch.setattr(pixel_store, "CHUNK", 7)
+    several = folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(tmp_path / "a"))
+    one = folder(str(tmp_path / "in"), SHAPE, 1, cache=False)
+    assert torch.equal(several.fetch(range(40)), one.fetch(range(40)))
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from src.data import pixel_store
+from src.data.fit import ImageSpec
+from src.data.scan import find_images
+load = pixel_store.load_image
+def slow(*arguments):
+    time.sleep(0.01)
+    return load(*arguments)
+pixel_store.load_image = slow
+pixel_store.CHUNK = 4
+pixel_store.MIN_PARALLEL = 8
+print("start", flush=True)
+pixel_store.open_pixels(find_images(Path(sys.argv[1])), ImageSpec((5, 7), 1), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_process_leaves_no_wrong_image(tmp_path):
+    """Killed at ten moments while it decodes; the next process has every pixel right."""
+    save(tmp_path / "in", *(f"{k:03}.png" for k in range(60)))
+    cache = tmp_path / "cache"
+    for k in range(10):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(cache)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.04 * k)
+        os.killpg(process.pid, 9)
+        process.wait()
+        process.stdout.close()
+        for complete in cache.glob("*/about.json"):
+            if ".partial" not in complete.parent.name:
+                shutil.rmtree(complete.parent)  # it was faster
+    expected = folder(str(tmp_path / "in"), SHAPE, 1, cache=False).fetch(range(60))
+    assert torch.equal(folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(cache)).fetch(range(60)), expected)
+    assert [path.name for path in cache.iterdir() if "partial" in path.name] == []
+
+
+def test_a_full_disk_means_decoding_each_time(tmp_path):
+    save(tmp_path / "in", "a.png", "b.png")
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match=r"data\.cache_dir"):
+        source = folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(tmp_path / "file" / "cache"))
+    assert source.store is None
+    assert torch.equal(source.fetch([0]), folder(str(tmp_path / "in"), SHAPE, 1).fetch([0]))
+
+
+def test_several_roots_and_one_for_validation(tmp_path):
+    save(tmp_path / "a", "cats/1.png", "dogs/2.png")
+    save(tmp_path / "b", "cats/1.png", "birds/4.png")
+    save(tmp_path / "v", "cats/5.png")
+    source = folder([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1, val_root=str(tmp_path / "v"))
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["cats", "dogs", "birds", "cats", "cats"]
+    assert source.val_mask.tolist() == [False] * 4 + [True]
+    assert len({*source.ids}) == 5
+    paths = [
+        tmp_path / name for name in ("a/cats/1.png", "a/dogs/2.png", "b/birds/4.png", "b/cats/1.png", "v/cats/5.png")
+    ]
+    expected = [np.asarray(Image.open(path)) for path in paths]
+    assert np.array_equal(source.fetch(range(5))[:, 0].numpy(), expected)
+    with pytest.raises(FileNotFoundError, match=r"data\.val_root"):
+        folder(str(tmp_path / "a"), SHAPE, 1, val_root=str(tmp_path / "nowhere"))
