@@ -124,12 +124,14 @@ class TableDataModule(BaseDataModule):
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self.file: dict[str, Any] = {}
+        self._stores_encoders = True
         self._table: Table | None = None  # from the constructor to the first use
         if encoders is not None:
             self.encoders, self.file = from_json(encoders)
             self.names = [column.name for column in self.encoders] if self.names is None else self.names
         elif self.names is not None and mean is not None and std is not None:
-            self.encoders = [Column(name) for name in self.names]  # runs from before encoders existed
+            self.encoders = [Column(name) for name in self.names]  # a run from before encoders existed
+            self._stores_encoders = False
         else:
             table = self._read()
             self._table = table
@@ -167,7 +169,7 @@ class TableDataModule(BaseDataModule):
             "columns": self.names,
             "mean": self.mean.tolist(),
             "std": self.scale.tolist(),
-            "encoders": to_json(self.encoders, **self.file),
+            "encoders": to_json(self.encoders, **self.file) if self._stores_encoders else None,
         }
 
     @property

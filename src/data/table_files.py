@@ -146,10 +146,10 @@ def read_pairs(
     """
     table = read_table(path, setting)
     found = [name for name in file_columns if name in table.names][:1]
-    files = table.column(table.one_of(found or file_columns, "data.source.file_column"))
+    files = table.column(table.one_of(found or file_columns, f"data.source.file_column or {setting}"))
     several_names = [name for name in table.names if name in columns]
     if table.kind not in ("json", "jsonl") or not several_names:
-        several_names = [table.one_of(columns, f"data.source.{what}_column")]
+        several_names = [table.one_of(columns, f"data.source.{what}_column or {setting}")]
     rows: list[list[Any]] = table.frame[several_names].values.tolist()
     for row, (file, cells) in enumerate(zip(files, rows, strict=True)):
         lists = [list(c) if isinstance(c, list | tuple) or type(c).__name__ == "ndarray" else [c] for c in cells]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from src.config.resume import check_saved
 from src.sample import sample
 from src.train import train
-from src.training.checkpoints import read_checkpoint
+from src.training.checkpoints import exportable_settings, read_checkpoint
 from src.viz import charts, images
 from tests.conftest import compose
 
@@ -180,7 +180,14 @@ def test_empty_labels_and_missing_files_raise(tmp_path):
 
 def test_a_stored_path_of_a_table_is_accepted(tmp_path):
     """Resuming reads the file, as it reads images from data.root."""
-    check_saved(tmp_path, ["data=table", "data.path=/some/where/a.csv"])
+    check_saved(tmp_path, ["data=table", "data.path=/some/where/a.csv", "data.types={day: %d/%m/%Y}"])
+
+
+def test_stored_categories_are_exported():
+    """Although they may look like paths."""
+    settings = {"data": {"encoders": '{"categories":["a/b"]}', "path": "/some/where/a.csv"}}
+    exported, cleared = exportable_settings(settings)
+    assert exported["data"] == {**settings["data"], "path": None} and cleared == ["data.path"]
 
 
 def test_a_resumed_run_keeps_its_mean_and_std(tmp_path):
@@ -514,7 +521,9 @@ def test_integers_are_encoded_as_before(tmp_path):
     wanted = ((values - values.mean(0)) / values.std(0, correction=0)).float()
     assert data.source.fetch(range(ROWS)).equal(wanted)
     old = {name: data.inferred[name] for name in ("columns", "mean", "std")}
-    assert TableDataModule(str(path), **old).shape == (3,)  # a run from before encoders existed
+    before = TableDataModule(str(path), **old)  # a run from before encoders existed
+    before.setup()
+    assert before.source.fetch(range(ROWS)).equal(wanted) and before.inferred == {**old, "encoders": None}
     assert json.loads(data.inferred["encoders"])["columns"][2]["type"] == "integer"
 
 
