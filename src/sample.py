@@ -78,7 +78,7 @@ def sample(cfg: DictConfig) -> Path:
         images.save_gif(frames, folder / "trajectory.gif")
     samples = torch.cat(parts)
     write_samples(folder, samples, opened.data)
-    shown = samples[:256] if samples.ndim == 4 else samples
+    shown = opened.data.display(samples[:256] if samples.ndim == 4 else samples)
     titles = [condition.title(prompts[k]) for k in prompt_of] if condition else []
     images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if condition:

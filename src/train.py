@@ -93,7 +93,9 @@ def print_once(text: str) -> None:
 
 
 def print_training_summary(run: "Run") -> None:
-    """Print the network, the data, the devices and the run folder on one line."""
+    """Print what the data are, where the source says it, and the network, the devices and the run folder."""
+    if summary := getattr(run.data.source, "summary", ""):
+        print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
     devices = run.trainer.num_devices * run.trainer.num_nodes
     print_once(

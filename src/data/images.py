@@ -149,6 +149,9 @@ class ImageDataModule(BaseDataModule):
         integers = values.round()
         return integers.to(torch.uint8) if low >= 0 and high <= 255 else integers
 
+    def display(self, samples: Tensor) -> Tensor:
+        return samples if self._scaled else self.postprocess(self.preprocess(samples))
+
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         if not self.flip:
             return x

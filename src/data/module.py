@@ -214,6 +214,14 @@ class BaseDataModule(L.LightningDataModule):
         """Map samples of the network to the form that is displayed and saved."""
         return x
 
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Map samples of the network to the values of the data, in which they are saved."""
+        return self.postprocess(x)
+
+    def display(self, samples: Tensor) -> Tensor:
+        """Map samples from `denormalize` to the form that is displayed."""
+        return samples
+
     # Samples outside the loaders
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:

@@ -29,6 +29,9 @@ def record_data(run: "Run") -> None:
         with tolerate_full_disk(path):
             run.directory.mkdir(parents=True, exist_ok=True)
             run.data.write_fingerprint(path)
+            if unreadable := getattr(run.data.source, "unreadable", {}):
+                lines = [f"{file}: {reason}\n" for file, reason in unreadable.items()]
+                path.with_name("unreadable.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def fit_run(run: "Run") -> dict[str, float]:

@@ -64,38 +64,35 @@ def draw_batches(
     `batch_size` fills up the last batch for a compiled network. `cond_of` returns the conditions of the indices.
     `on_step` gets the indices, the step, the current samples and the number of samples over all processes.
     """
-    module, postprocess = opened.module.to(processes.device), opened.data.postprocess
+    module, denormalize = opened.module.to(processes.device), opened.data.denormalize
     for first in range(0, len(batches), processes.count):
         group = batches[first : first + processes.count]  # one batch per process; the last group may be smaller
         drawn = None
         for indices in processes.share(group):
             for step, x in enumerate(module.sample(indices, seed, sampler, batch_size, cond_of(indices))):
                 on_step(indices, step, x, sum(map(len, group)))
-            drawn = postprocess(x).cpu()
+            drawn = denormalize(x).cpu()
         gathered = processes.gather(drawn)
         if processes.rank == 0:
             yield from (part for part in gathered if part is not None)
 
 
 def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
-    """Write `samples.npz`, and each image as a PNG, or rows of a table in its format.
+    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table in its format.
 
-    `samples` are images (N, C, H, W) uint8, or points or rows (N, D), as `data.postprocess` returns them.
+    `samples` are images (N, C, H, W), or points or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
-    from PIL import Image
 
     from src.data.table import TableDataModule
+    from src.data.write import write_image
 
     array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
-    np.savez_compressed(folder / "samples.npz", array)
     if samples.ndim == 4:
-
-        def write(k: int) -> None:
-            image = array[k].squeeze(-1) if array.shape[-1] == 1 else array[k]
-            Image.fromarray(image).save(folder / f"{k:05d}.png")
-
+        dtype, suffix = getattr(data, "dtype", None) or "uint8", getattr(data, "file_type", None) or ".png"
+        array = array if array.dtype == np.uint8 else array.astype(dtype)
         with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
-            list(pool.map(write, range(len(array))))
+            list(pool.map(lambda k: write_image(folder, f"{k:05d}", array[k], suffix), range(len(array))))
+    np.savez_compressed(folder / "samples.npz", array)
     if isinstance(data, TableDataModule):
         data.write_samples(folder / "samples", samples)
