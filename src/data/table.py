@@ -176,7 +176,7 @@ class TableDataModule(BaseDataModule):
     def summary(self) -> list[str]:
         """How each column is modeled, with what was detected in the file, and which are left out and why."""
         modeled = first_names([column.summary for column in self.encoders], 20)
-        lines = [f"columns {modeled}" + (f" ({'; '.join(self.notes)})" if self.notes else "")]
+        lines = [*filter(None, [", ".join(self.notes)]), f"columns {modeled}"]
         if self.left_out:
             lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
