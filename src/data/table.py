@@ -235,6 +235,7 @@ class TableDataModule(BaseDataModule):
     def _open(self) -> Source:
         table = self._table or self._read()
         self._table = None
+        self.notes = self.notes or [*table.notes]
         cells = [parse(table, column.name, known=column) for column in self.encoders]
         names = [column.name for column in self.encoders]
         conditions = [_condition(table, name) for name in self.condition_columns]

@@ -426,13 +426,13 @@ def test_samples_that_are_not_finite_become_missing(tmp_path):
 
 def test_the_first_lines_name_every_column(tmp_path):
     data = opened(written(tmp_path / "a.utf16.csv"))
-    modeled, left_out = data.summary
+    detected, modeled, left_out = data.summary
     for name in MODELED:
         assert name in modeled
     for name in ("id (counts the rows)", "note (id", "unit (constant 'm2')"):
         assert name in left_out
-    for detected in ("';'", "decimal comma", "utf-16"):
-        assert detected in modeled
+    for found in ("';'", "decimal comma", "utf-16"):
+        assert found in detected
 
 
 def test_types_are_overridden(tmp_path):
