@@ -230,7 +230,8 @@ def evaluate_alignment(
     if processes.rank > 0:
         return {}
     accuracy = share_correct(benchmark.detector_accuracy).value
-    charts.alignment_against_diversity(diversity_curves(result.groups), accuracy).save(folder / "alignment.png")
+    if curves := diversity_curves(result.groups):  # a prompt with one real image, such as a glyph, has no diversity
+        charts.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
     images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
