@@ -33,7 +33,12 @@ class GlyphBenchmark:
         trained.sort(key=lambda i: key(settings.seed, "glyph", glyphs.ids[i]))
         self.n = settings.n or len(self.source.held_out) or 200
         of_group = {"held out": self.source.held_out[: self.n], "seen": trained[: self.n]}
-        of_group = {group: indices for group, indices in of_group.items() if indices}
+        # Pictures show the first captions, and their font has no CJK.
+        of_group = {
+            group: sorted(indices, key=lambda i: not glyphs.captions[i].isascii())
+            for group, indices in of_group.items()
+            if indices
+        }
         self.prompts: Mapping[str, Sequence[str]] = {
             group: [glyphs.captions[i] for i in indices] for group, indices in of_group.items()
         }

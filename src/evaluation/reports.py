@@ -230,7 +230,8 @@ def evaluate_alignment(
     if processes.rank > 0:
         return {}
     accuracy = share_correct(benchmark.detector_accuracy).value
-    if curves := diversity_curves(result.groups):  # a prompt with one real image, such as a glyph, has no diversity
+    curves = diversity_curves(result.groups)
+    if any(curves.values()):  # a prompt with one real image, such as a glyph, has no diversity
         charts.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)

@@ -1,5 +1,8 @@
 """The benchmark of glyphs: prompts, correct samples, and the accuracy of the nearest glyph."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,9 +15,11 @@ from src.metrics.confidence import metric_name
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global ImageDataModule, GlyphBenchmark, TextCondition, build_benchmark
+    global ImageDataModule, GlyphBenchmark, TextCondition, build_benchmark, reports, AlignmentResult, score_group
     from src.data.images import ImageDataModule
     from src.data.text import TextCondition
+    from src.evaluation import reports
+    from src.evaluation.alignment import AlignmentResult, score_group
     from src.evaluation.benchmarks import build_benchmark
     from src.evaluation.glyphs import GlyphBenchmark
 
@@ -72,6 +77,22 @@ def test_noisy_glyphs_are_found(benchmark):
     accuracy = benchmark.detector_accuracy
     assert set(accuracy) == {metric_name(name, 12) for name in ("top_1", "top_5", "all")}
     assert all(metric.value == 1 for metric in accuracy.values())
+
+
+def test_pictures_need_no_diversity(benchmark, tmp_path, monkeypatch):
+    prompts = benchmark.prompts["held out"]
+    images = torch.cat([benchmark.real(prompt) for prompt in prompts])
+    scores = score_group(benchmark, images, prompts, prompts, [math.nan] * len(prompts), seed=0)
+    result = AlignmentResult({"held out": {2.0: scores}}, {2.0: [(prompts[0], images[:1])]})
+    monkeypatch.setattr(reports, "sample_and_score", lambda *args: result)
+    module = SimpleNamespace(network_calls=lambda sampler: 1)
+    monkeypatch.setattr(reports, "with_scale", lambda sampler, scale: sampler)
+    alone = Processes(torch.device("cpu"))
+    metrics = reports.evaluate_alignment(
+        module, benchmark.data, None, benchmark, AlignmentSettings(scales=[2.0]), alone, tmp_path
+    )
+    assert metrics["groups"]["held out"]["2"]["metrics"]["top_1_6"]["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.png"]
 
 
 def test_number_of_prompts_is_a_setting(benchmark):
