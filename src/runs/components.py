@@ -230,7 +230,9 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
 
     with torch.device("meta"):
         net: torch.nn.Module = instantiate_node(cfg.model, {"outputs": outputs, **_network_condition(cfg)})
-    return net.to(memory_format=torch.channels_last)  # This leaves networks for points as they are.
+    if any(p.ndim == 5 for p in net.parameters()):  # a network for volumes
+        return net
+    return net.to(memory_format=torch.channels_last)  # This leaves networks for points and signals as they are.
 
 
 def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
