@@ -37,6 +37,14 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def spatial_size(image_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return `data.image_size` as (L,), (H, W) or (D, H, W); one number is a square. Raises ValueError for others."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if not 1 <= len(size) <= 3 or min(size) < 1:
+        raise ValueError(f"data.image_size={image_size} must be a number, [L], [H,W] or [D,H,W], of at least 1")
+    return tuple(map(int, size))
+
+
 class Loaded(NamedTuple):
     """An image of the wanted shape.
 
@@ -191,11 +199,9 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
     start, end = value_range
     shown = f"[{start:g},{end:g}]"
     if low == high:
-        raise ValueError(
-            f"all pixels of all images have the value {low:g}; check the files, or set data.root to others"
-        )
+        raise ValueError(f"all values of all files are {low:g}; check the files, or set data.root to others")
     if high < start or low > end or min(high, end) - max(low, start) < MIN_USE * (end - start):
         raise ValueError(
-            f"data.value_range={shown} does not suit the images: their values lie in [{low:g}, {high:g}], less than "
+            f"data.value_range={shown} does not suit the files: their values lie in [{low:g}, {high:g}], less than "
             f"{MIN_USE:.0%} of it; set data.value_range=[{low:g},{high:g}]"
         )

@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.decode import from_pillow
-from src.data.fit import ImageSpec, height_and_width, prepare_image
+from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_size
 from src.data.module import BaseDataModule
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
@@ -49,7 +49,7 @@ class ImageDataModule(BaseDataModule):
     The other arguments are those of `BaseDataModule`.
     """
 
-    inferred_settings = ("value_range", "dtype", "file_type")
+    inferred_settings: ClassVar[Sequence[str]] = ("value_range", "dtype", "file_type")
 
     def __init__(
         self,
@@ -74,10 +74,9 @@ class ImageDataModule(BaseDataModule):
         val_root: str | None = None,
         balance_classes: bool = False,
     ) -> None:
-        height, width = height_and_width(image_size)
         super().__init__(
             partial(source, root, image_size, channels),
-            (channels, height, width),
+            (channels, *spatial_size(image_size)),
             batch_size,
             val_fraction,
             split_seed,
@@ -109,7 +108,7 @@ class ImageDataModule(BaseDataModule):
 
     @property
     def inferred(self) -> Mapping[str, Any]:
-        if self.value_range is None:
+        if self.value_range is None or self.dtype is None:
             self.prepare_once_per_node()
         return {"value_range": list(self._range()), "dtype": self.dtype, "file_type": self.file_type}
 
@@ -121,10 +120,9 @@ class ImageDataModule(BaseDataModule):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
-        if self.value_range is None:
-            self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
-            self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")
-            self.file_type = self.file_type or getattr(self.source, "suffix", ".png")
+        self.value_range = self.value_range or getattr(self.source, "value_range", (0.0, 255.0))
+        self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")
+        self.file_type = self.file_type or getattr(self.source, "suffix", ".png")
 
     def preprocess(self, x: Tensor) -> Tensor:
         return normalize(x, self._range())
@@ -156,7 +154,7 @@ class ImageDataModule(BaseDataModule):
         if not self.flip:
             return x
         mirrored = rng.uniform("flip") < 0.5
-        return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        return torch.where(mirrored.view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
     def _range(self) -> tuple[float, float]:
         if self.value_range is None:

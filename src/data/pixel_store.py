@@ -90,7 +90,7 @@ def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelSt
     """
     from filelock import FileLock
 
-    folder = cache_dir / _key(found, spec)
+    folder = cache_dir / store_key(found, spec)
     if (store := _read(folder)) is not None and not _readable_now(store, found, spec):
         return store
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,8 @@ def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelSt
     return store
 
 
-def _key(found: FoundImages, spec: ImageSpec) -> str:
+def store_key(found: FoundImages, spec: Any) -> str:
+    """Return the name of the cache of these files, decoded to `spec`, which changes with either."""
     total = sha256(f"{VERSION} {[str(root.resolve()) for root in found.roots]} {spec!r}".encode())
     for name in found.names:
         total.update(name.encode("utf-8", "surrogateescape") + b"\0")

@@ -7,7 +7,7 @@ import tarfile
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -138,8 +138,10 @@ class _File(NamedTuple):
     time: int
 
 
-def find_images(root: Path) -> FoundImages:
+def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image") -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files.
+
+    `accepts` chooses other files by their names, which are called `noun` in messages.
 
     Links to folders are followed. If the top has a folder for training (`SPLITS`), only it and the one for validation
     are used. Raises FileNotFoundError without the folder, and ValueError without images.
@@ -152,16 +154,20 @@ def find_images(root: Path) -> FoundImages:
     else:
         raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
     known = image_suffixes()
+
+    def is_image(name: str, suffix: str) -> bool:
+        return suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / name))
+
     kept = []
     for file in sorted(files):
         suffix = PurePosixPath(file.name).suffix.lower()
         if any(part.startswith((".", "__MACOSX")) for part in file.name.split("/")):
             if suffix in known and not PurePosixPath(file.name).name.startswith("._"):
                 left_out.setdefault("hidden", []).append(file.name)
-        elif suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / file.name)):
+        elif accepts(file.name) if accepts else is_image(file.name, suffix):
             kept.append(file)
         else:
-            left_out.setdefault(f"{suffix or 'no ending'}: not an image", []).append(file.name)
+            left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
     tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
     val_mask = None
     if any(SPLITS.get(top.lower()) == "train" for top in tops):
@@ -177,7 +183,8 @@ def find_images(root: Path) -> FoundImages:
             val_mask = np.array([split == "validation" for _, split in used])
     if not kept:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
-        raise ValueError(f"{root} has no images, such as .png, .jpg or .npy files" + (f" ({others})" if others else ""))
+        examples = ".npy, .wav or .nii.gz" if accepts else ".png, .jpg or .npy"
+        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else ""))
     sizes, times = (np.array([file[k] for file in kept], np.int64) for k in (1, 2))
     which = np.zeros(len(kept), np.int64)
     return FoundImages((root,), which, Names(file.name for file in kept), sizes, times, val_mask, left_out)
@@ -303,10 +310,12 @@ def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
     return [match[1] for match in matches if match is not None]
 
 
-def describe(found: FoundImages, classes: Sequence[str] | None) -> str:
+def describe(found: FoundImages, classes: Sequence[str] | None, nouns: str = "images") -> str:
     """Return one line about a dataset: files by type, classes with counts, and what was left out and why."""
     suffixes = Counter(PurePosixPath(name).suffix.lower().lstrip(".") or "no ending" for name in found.names)
-    text = f"{len(found):,} images ({_counts(suffixes)})" + (f" in {len(found.roots)} folders" * (len(found.roots) > 1))
+    text = f"{len(found):,} {nouns} ({_counts(suffixes)})" + (
+        f" in {len(found.roots)} folders" * (len(found.roots) > 1)
+    )
     if found.val_mask is not None:
         text += f", {int(found.val_mask.sum()):,} of them in a folder for validation"
     if classes is not None:

@@ -185,7 +185,7 @@ class SampleEvaluator:
         device, settings = self.device, self.settings
         if len(self.data.shape) != 3:
             if settings.features:
-                raise ValueError(f"features={','.join(settings.features)} needs images; omit it for points")
+                raise ValueError(f"features={','.join(settings.features)} needs images; leave it out")
             return [Values(self.data.std)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]

@@ -39,8 +39,10 @@ def build_module(
     from src.training.learned_schedule import module_class
     from src.training.module import ConditionSpec
 
-    if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
-        raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
+    if len(shape) > 1 and get_class(cfg.model._target_) is MLP:
+        raise ValueError(
+            f"model=mlp is for points, and the data are images or arrays of shape {shape}: choose model=unet_tiny"
+        )
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})

@@ -78,15 +78,20 @@ def draw_batches(
             yield from (part for part in gathered if part is not None)
 
 
-def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
-    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table as `samples.csv`.
+def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> Path:
+    """Write `samples.npz`, or `samples.npy` for data=array, and return it.
 
-    `samples` are images (N, C, H, W), or points or rows (N, D), as `data.denormalize` returns them.
+    Each image is also written to a file like those of the data, and rows of a table as `samples.csv`.
+
+    `samples` are images (N, C, H, W), arrays (N, C, *size), or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
 
-    from src.data.write import write_image
+    from src.data.arrays import ArrayDataModule
+    from src.data.write import write_arrays, write_image
 
+    if isinstance(data, ArrayDataModule):
+        return write_arrays(folder, samples.numpy(), data)
     array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
     if samples.ndim == 4:
         dtype, suffix = getattr(data, "dtype", None) or "uint8", getattr(data, "file_type", None) or ".png"
@@ -100,3 +105,4 @@ def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> No
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits of float32
+    return folder / "samples.npz"
