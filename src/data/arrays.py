@@ -407,8 +407,8 @@ def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, 
     array = arrange(path, open_numpy(path, key), channels, size, batched=True)
     if array.shape[2:] != size:
         raise ValueError(
-            f"data.image_size={list(size)} is not {list(array.shape[2:])}, that of {path}; leave it out, or save one file "
-            "per sample, which are resampled"
+            f"data.image_size={list(size)} is not {list(array.shape[2:])}, that of {path}; leave it out, or save one "
+            "file per sample, which are resampled"
         )
     return array
 

@@ -42,7 +42,7 @@ class Trajectory(NamedTuple):
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
     """Sample from noise to data and keep every step. Collective."""
-    count, shown = (2000, 2000) if len(module.shape) == 1 else (64, 8)
+    count, shown = {1: (2000, 2000), 4: (16, 8)}.get(len(module.shape), (64, 8))  # points, volumes, images
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after training
     frames = []
     for x in module.sample_distributed(count, seed):

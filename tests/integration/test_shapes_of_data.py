@@ -109,7 +109,13 @@ def test_data_of_any_shape_come_back(case, tmp_path):
     write, shape, dtype, low, high, suffix = CASES[case]
     settings = write(tmp_path / "data").split()
     run, out = tmp_path / "run", tmp_path / "out"
-    tiny = ["model.attention_resolutions=[]", "data.batch_size=4", "data.val_fraction=0.2", "data.num_workers=0"]
+    tiny = [
+        "model.attention_resolutions=[]",
+        "model.channel_mult=[1,1,2]",
+        "data.batch_size=4",
+        "data.val_fraction=0.2",
+        "data.num_workers=0",
+    ]
     steps = ["trainer.max_steps=4", "validate_every=4", "neighbors.num_samples=2", f"data.root='{tmp_path / 'data'}'"]
     metrics = train_tiny(run, *settings, *tiny, *steps)
     assert np.isfinite(metrics["val/loss"])
