@@ -97,8 +97,10 @@ def central_slices(volumes: Tensor) -> Tensor:
     slices = [volumes[:, :, depth // 2], volumes[:, :, :, height // 2], volumes[..., width // 2]]
     tallest = max(depth, height)
     scale = max(1, round(CELL / max(depth, height, width)))
-    framed = [torch.nn.functional.pad(part, (0, 1, 0, tallest - part.shape[2]), value=255) for part in slices]
-    return torch.cat(framed, dim=3)[..., :-1].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, tallest - part.shape[2]), value=255) for part in slices]
+    enlarged = [part.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for part in padded]
+    line = torch.full_like(enlarged[0][..., :1], 128)
+    return torch.cat([enlarged[0], line, enlarged[1], line, enlarged[2]], dim=3)
 
 
 def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
