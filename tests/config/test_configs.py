@@ -18,6 +18,7 @@ CSV = Path(__file__).parents[1] / "measurements.csv"
 # Choices that need more than themselves to be complete.
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
+    ("data", "array"): ["data.root=x", "data.channels=2", "data.image_size=[32]"],
     ("data", "captions"): ["data.root=x"],
     ("data", "folder"): ["data.root=x"],
     ("data", "table"): [

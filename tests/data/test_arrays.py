@@ -110,7 +110,7 @@ def test_values_that_are_not_finite_name_the_sample(tmp_path):
     ("dtype", "high", "value_range", "num_values"),
     [
         ("bool", 1, (0, 1), 2),
-        ("uint8", 9, (0, 255), 256),
+        ("uint8", 90, (0, 255), 256),
         ("uint16", 4000, (0, 4095), 4096),
         ("int16", 300, (0, 300), 301),
         ("int32", 10**6, (0, 10**6), None),
