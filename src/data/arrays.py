@@ -22,7 +22,7 @@ from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.fit import check_range, infer_range, spatial_size
 from src.data.folder import group_by_image
-from src.data.images import ImageDataModule, OpenImages
+from src.data.images import ImageDataModule
 from src.data.pixel_store import default_cache_dir, store_key
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
@@ -119,11 +119,6 @@ class Arrays:
         class_pattern: a regular expression with one group that finds the class in the path of a file.
         key: the array of an .npz file that has several.
         length: the length of signals, longer ones are cut to and shorter ones are filled up to with zeros.
-        value_range: the values that become -1 and 1; None finds them.
-        skip_unreadable: leave out files that cannot be read, up to a tenth of all, or up to this share.
-        cache_dir: where one file per sample is decoded to, once; None is below the user's cache folder.
-        val_root: the folder or archive of the validation samples. None takes a folder for validation in the root, or
-            the fraction `data.val_fraction`.
 
     Files of one sample have the shape (C, *size) or `size`. Images and volumes of another size are resampled, signals
     cut or filled up. Opening raises FileNotFoundError without the files, DataReadError for unreadable ones, and
@@ -136,19 +131,11 @@ class Arrays:
         class_pattern: str | None = None,
         key: str | None = None,
         length: int | None = None,
-        value_range: Sequence[float] | None = None,
-        skip_unreadable: bool | float = False,
-        cache_dir: str | None = None,
-        val_root: str | None = None,
     ) -> None:
         self.labels = labels
         self.class_pattern = class_pattern
         self.key = key
         self.length = length
-        self.value_range = value_range
-        self.skip_unreadable = skip_unreadable
-        self.cache_dir = cache_dir
-        self.val_root = val_root
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
         """Return the shape (C, *size) of a sample, from settings and where they are None from the first file."""
@@ -157,7 +144,7 @@ class Arrays:
             return (channels, *size)
         if (path := one_file(root, self.labels)) is not None:
             return arrange(path, open_numpy(path, self.key), channels, size, batched=True).shape[1:]
-        found = self._find(root)
+        found = self._find(root, None)
         for k in range(len(found)):
             try:
                 values = read_file(found, k, self.key).values
@@ -167,12 +154,35 @@ class Arrays:
             return (got[0], *(size or got[1:]))
         raise DataReadError(f"{len(found)} of {len(found)} files under {found.root} cannot be read; set data.root")
 
-    def __call__(self, root: Any, image_size: int | Sequence[int], channels: int, prepare: bool = False) -> ArraySource:
-        """Return the samples below `root`, of this shape."""
+    def __call__(
+        self,
+        root: Any,
+        image_size: int | Sequence[int],
+        channels: int,
+        prepare: bool = False,
+        *,
+        value_range: Sequence[float] | None = None,
+        skip_unreadable: bool | float = False,
+        cache_dir: str | None = None,
+        val_root: str | None = None,
+    ) -> ArraySource:
+        """Return the samples below `root`, of this shape.
+
+        Args:
+            value_range: the values that become -1 and 1; None finds them.
+            skip_unreadable: leave out files that cannot be read, up to a tenth of all, or up to this share.
+            cache_dir: where one file per sample is decoded to, once; None is below the user's cache folder.
+            val_root: the folder or archive of the validation samples. None takes a folder for validation in the root,
+                or the fraction `data.val_fraction`.
+        """
         size = self._size(image_size)
         assert size is not None
-        path = one_file(root, self.labels)
-        return self._open_one(path, channels, size) if path else self._open_many(self._find(root), channels, size)
+        if (path := one_file(root, self.labels)) is None:
+            found = self._find(root, val_root)
+            return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
+        if val_root is not None:
+            raise ValueError(f"data.val_root={val_root} is for one file per sample; use data.val_fraction")
+        return self._open_one(path, channels, size, value_range)
 
     def _size(self, image_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
         size = None if image_size is None else spatial_size(image_size)
@@ -182,18 +192,18 @@ class Arrays:
             raise ValueError(f"data.source.length={self.length} contradicts data.image_size={image_size}; leave one")
         return spatial_size([self.length])
 
-    def _find(self, root: Any) -> FoundImages:
+    def _find(self, root: Any, val_root: str | None) -> FoundImages:
         roots = [root] if root is None or isinstance(root, str | Path) else list(root)
         parts = [_find_folder(each, "data.root") for each in roots or [None]]
-        found = join(parts, None if self.val_root is None else _find_folder(self.val_root, "data.val_root"))
+        found = join(parts, None if val_root is None else _find_folder(val_root, "data.val_root"))
         return found if self.labels is None else found.keep([name != self.labels for name in found.names], "labels")
 
-    def _open_one(self, path: Path, channels: int, size: tuple[int, ...]) -> ArraySource:
-        if self.val_root is not None:
-            raise ValueError(f"data.val_root={self.val_root} is for one file per sample; use data.val_fraction")
+    def _open_one(
+        self, path: Path, channels: int, size: tuple[int, ...], value_range: Sequence[float] | None
+    ) -> ArraySource:
         open_array = partial(_open_arranged, path, self.key, channels, size)
         array = open_array()
-        limits = self._limits(array.dtype.name, *measure(path, array), path)
+        limits = find_limits(value_range, array.dtype.name, *measure(path, array))
         labels, counted = None, ""
         if self.labels is not None:
             labels = labels_from_names(_read_labels(path.parent / self.labels, len(array)))
@@ -201,7 +211,15 @@ class Arrays:
         text = f"{len(array):,} {KINDS[len(size)]} in {path.name}{counted}" + _describe(array, limits)
         return ArraySource(open_array, None, labels, None, None, None, limits, ".npy", {"one_file": True}, text, {})
 
-    def _open_many(self, found: FoundImages, channels: int, size: tuple[int, ...]) -> ArraySource:
+    def _open_many(
+        self,
+        found: FoundImages,
+        channels: int,
+        size: tuple[int, ...],
+        value_range: Sequence[float] | None,
+        skip_unreadable: bool | float,
+        cache_dir: str | None,
+    ) -> ArraySource:
         classes: Sequence[str] | None = None
         if self.labels is not None:
             classes = _labels_of_files(found.root / self.labels, found)
@@ -209,10 +227,10 @@ class Arrays:
             classes = class_by_pattern(found, self.class_pattern)
         else:
             found, classes = class_folders(found)
-        folder = decode_all(found, channels, size, self.key, self.cache_dir)
+        folder = decode_all(found, channels, size, self.key, cache_dir)
         about = json.loads((folder / "about.json").read_text())
         errors = {int(k): str(reason) for k, reason in about["errors"].items()}
-        check_readable(found, errors, self.skip_unreadable)
+        check_readable(found, errors, skip_unreadable)
         keep = np.array([k not in errors for k in range(len(found))])
         suffix = suffix_of(found.names[int(np.flatnonzero(keep)[0])])
         text = describe(found, classes, KINDS[len(size)])
@@ -223,7 +241,7 @@ class Arrays:
         low, high = about["low"], about["high"]
         if suffix in AUDIO_SUFFIXES and array.dtype.kind == "i":  # silence is 0 inside, too
             low, high = -max(-low, high), max(-low, high)
-        limits = self._limits(array.dtype.name, low, high, found.root)
+        limits = find_limits(value_range, array.dtype.name, low, high)
         text += _describe(array, limits) + (f"; {len(errors):,} cannot be read" if errors else "")
         reasons = {str(found.path(k)): reason for k, reason in errors.items()}
         sizes: list[int] = kept.sizes.tolist()
@@ -231,16 +249,6 @@ class Arrays:
             open_array, np.flatnonzero(keep), labels, kept.ids(), kept.val_mask, sizes, limits, suffix,
             about["header"], text, reasons,
         )  # fmt: skip
-
-    def _limits(self, dtype: str, low: float, high: float, path: Path) -> tuple[float, float]:
-        if self.value_range is None:
-            limits = infer_range(dtype, low, high)
-        elif len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]:
-            limits = float(self.value_range[0]), float(self.value_range[1])
-        else:
-            raise ValueError(f"data.value_range={list(self.value_range)} must be [low,high] with low < high")
-        check_range(limits, low, high)
-        return limits
 
 
 class ArrayDataModule(ImageDataModule):
@@ -251,6 +259,8 @@ class ArrayDataModule(ImageDataModule):
         channels, image_size: shape of a sample; None takes those of the files.
         header: what written samples repeat of the files: `sample_rate` of audio in Hz, `affine` (4, 4) of NIfTI files,
             from positions to millimeters, or `one_file` if one file has all samples. None takes that of the files.
+
+        skip_unreadable, cache_dir, val_root: see `Arrays.__call__`.
 
     The other arguments are those of `ImageDataModule`.
     """
@@ -266,7 +276,7 @@ class ArrayDataModule(ImageDataModule):
 
     def __init__(
         self,
-        source: OpenImages,
+        source: Arrays,
         root: Any,
         channels: int | None = None,
         image_size: int | Sequence[int] | None = None,
@@ -286,13 +296,12 @@ class ArrayDataModule(ImageDataModule):
         val_root: str | None = None,
         balance_classes: bool = False,
     ) -> None:
-        if (channels is None or image_size is None) and isinstance(source, Arrays):
-            channels, *image_size = source.shape(root, channels, image_size)
-        if channels is None or image_size is None:
-            raise ValueError(f"data.channels={channels} and data.image_size={image_size} must be set")
+        channels, *size = source.shape(root, channels, image_size)
+        settings: dict[str, Any] = {"skip_unreadable": skip_unreadable, "cache_dir": cache_dir, "val_root": val_root}
         super().__init__(
-            source, root, channels, image_size, None, value_range, dtype, file_type, flip, batch_size, val_fraction,
-            split_seed, seed, num_workers, microbatch_size, skip_unreadable, balance_classes=balance_classes,
+            partial(source, value_range=value_range, **settings), root, channels, size, None, value_range,
+            dtype, file_type, flip, batch_size, val_fraction,
+            split_seed, seed, num_workers, microbatch_size, bool(skip_unreadable), balance_classes=balance_classes,
         )  # fmt: skip
         self.header = header
 
@@ -320,6 +329,18 @@ class ArrayDataModule(ImageDataModule):
         if len(self.shape) == 2 or count in (1, 3):
             return shown
         return shown[:, : 1 if count == 2 else 3]
+
+
+def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, high: float) -> tuple[float, float]:
+    """Return the values that become -1 and 1, of data in [low, high]. Raises ValueError if they do not suit."""
+    if value_range is None:
+        limits = infer_range(dtype, low, high)
+    elif len(value_range) == 2 and value_range[0] < value_range[1]:
+        limits = float(value_range[0]), float(value_range[1])
+    else:
+        raise ValueError(f"data.value_range={list(value_range)} must be [low,high] with low < high")
+    check_range(limits, low, high)
+    return limits
 
 
 def suffix_of(name: str) -> str:

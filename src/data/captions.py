@@ -31,6 +31,7 @@ def captioned(
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
@@ -41,7 +42,7 @@ def captioned(
     Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image, and as `folder` does.
     """
-    found, classes = class_folders(find(root))
+    found, classes = class_folders(find(root, val_root))
     path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()]
     if len(tables) > 1:

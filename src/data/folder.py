@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,11 @@ from torch import Tensor
 from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
-from src.data.sources import Covariates, Labels
+from src.data.sources import Covariates, Labels, Source
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -85,6 +86,87 @@ class FolderImages:
         if self.dtype != pixels.dtype.name and "uint8" in (self.dtype, pixels.dtype.name):
             raise ValueError(f"its values have type {pixels.dtype}, and those of other images {self.dtype}")
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
+
+
+class OpenFiles(Protocol):
+    """Opens a source of image files: `folder`, or a function with these arguments."""
+
+    def __call__(
+        self,
+        root: Any,
+        image_size: int | Sequence[int],
+        channels: int,
+        prepare: bool = False,
+        *,
+        value_range: Sequence[float] | None = None,
+        skip_unreadable: bool | float = False,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        val_root: str | None = None,
+    ) -> Source: ...
+
+
+class FolderDataModule(ImageDataModule):
+    """Images of files.
+
+    Args:
+        source: opens the files under `root` with the settings below.
+        val_root: the folder of the validation images, see `folder`.
+        skip_unreadable: leave out images that cannot be read, see `folder`.
+        cache, cache_dir: decode all images once, into this folder, see `folder`.
+
+    The other arguments are those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: OpenFiles,
+        root: Any,
+        channels: int,
+        image_size: int | Sequence[int],
+        num_values: int | None = None,
+        value_range: Sequence[float] | None = None,
+        dtype: str | None = None,
+        file_type: str | None = None,
+        flip: bool = False,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        microbatch_size: int | Literal["auto"] | None = None,
+        skip_unreadable: bool | float = False,
+        balance_classes: bool = False,
+        val_root: str | None = None,
+        cache: bool = True,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            partial(
+                source,
+                value_range=value_range,
+                skip_unreadable=skip_unreadable,
+                cache=cache,
+                cache_dir=cache_dir,
+                val_root=val_root,
+            ),
+            root,
+            channels,
+            image_size,
+            num_values,
+            value_range,
+            dtype,
+            file_type,
+            flip,
+            batch_size,
+            val_fraction,
+            split_seed,
+            seed,
+            num_workers,
+            microbatch_size,
+            bool(skip_unreadable),
+            balance_classes,
+        )
 
 
 def folder(

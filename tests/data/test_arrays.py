@@ -156,7 +156,7 @@ def folder(tmp_path):
 
 
 def test_files_of_single_samples_are_decoded_once(folder, tmp_path):
-    settings = {"source_cache_dir": str(tmp_path / "cache")}
+    settings = {"cache_dir": str(tmp_path / "cache")}
     data = opened(folder, **settings)
     assert data.shape == (2, 5) and list(data.source.labels.classes) == ["a", "b"]
     by_id = dict(zip(data.source.ids, data.source.fetch(range(12)), strict=True))
@@ -184,7 +184,7 @@ def test_files_that_do_not_suit_are_named(folder):
     (folder / "b" / "empty.npy").write_bytes(b"")
     with pytest.raises(DataReadError, match=r"2 of 14 .*a/wide\.npy.*b/empty\.npy.*data\.skip_unreadable"):
         opened(folder)
-    data = opened(folder, source_skip_unreadable=0.2)
+    data = opened(folder, skip_unreadable=0.2)
     assert len(data.source) == 12 and len(data.source.unreadable) == 2
 
 
