@@ -186,6 +186,8 @@ class SampleEvaluator:
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={','.join(settings.features)} needs images; leave it out")
+            if len(self.data.shape) > 1 and self.processes.rank == 0:
+                log.info(f"Skipping the metrics of images: samples of shape {self.data.shape} are compared like points")
             return [Values(self.data.std)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
