@@ -2,8 +2,8 @@
 
     python -m benchmarks.images FOLDER --size 32 --workers 2 --rounds 3
 
-Both read every image of the folder once per epoch in random order, resize and crop to `size`, and yield float batches. The
-rounds alternate. Ours decodes in the first epoch, into a cache that each round empties.
+Both read every image of the folder once per epoch in random order, resize and crop to `size`, and yield float batches.
+The rounds alternate. Ours decodes in the first epoch, into a cache that each round empties.
 """
 
 import argparse

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.fit import check_range, infer_range, spatial_size
-from src.data.folder import group_by_image
+from src.data.folder import classes_from_table
 from src.data.images import ImageDataModule
 from src.data.pixel_store import default_cache_dir, store_key
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
 from src.data.sources import Covariates, Labels, to_uint8
+from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, read_table
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -114,7 +114,7 @@ class Arrays:
     """Opens arrays as a source (`OpenImages`): one .npy or .npz file of all samples, or one file per sample.
 
     Args:
-        labels: the class of each sample: a .npy file of integers (N,), or a CSV file with the column `label`, and for
+        labels: the class of each sample: a .npy file of integers (N,), or a table with the column `label`, and for
             one file per sample the column `file`. None takes the subfolders if there are two or more.
         class_pattern: a regular expression with one group that finds the class in the path of a file.
         key: the array of an .npz file that has several.
@@ -701,13 +701,7 @@ def _labels_of_files(path: Path, found: FoundImages) -> list[str]:
     """Return the class of each file."""
     if path.suffix.lower() == ".npy":
         return _read_labels(path, len(found))
-    table = read_table(path, "data.source.labels")
-    names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
-    labels = _read_labels(path, len(names))
-    groups = group_by_image(zip(names, labels, strict=True), found, path, "label")
-    if several := [name for name, group in zip(found.names, groups, strict=True) if len(set(group)) > 1]:
-        raise ValueError(f"data.source.labels={path} has several labels for {first_names(several)}; keep one")
-    return [group[0] for group in groups]
+    return classes_from_table(path, found, FILE_COLUMNS, ("label",))
 
 
 def _describe(array: Array, limits: tuple[float, float]) -> str:

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
 from src.data.images import ImageDataModule
@@ -21,6 +20,7 @@ from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
 from src.data.sources import Covariates, Labels, Source
+from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, read_pairs
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -176,6 +176,8 @@ def folder(
     prepare: bool = False,
     *,
     labels: str | None = None,
+    file_column: str | None = None,
+    label_column: str | None = None,
     class_pattern: str | None = None,
     fit: Fit = "crop",
     background: str = "white",
@@ -193,8 +195,9 @@ def folder(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; images are decoded when the source is opened first.
-        labels: a CSV file (absolute or relative to `root`) with columns `file` (or `file_name`) and `label`. Without
-            it, the subfolders of `root` are the classes if there are two or more and hold all images.
+        labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
+            `root` are the classes if there are two or more and hold all images.
+        file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
@@ -213,7 +216,8 @@ def folder(
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
     classes: Sequence[str] | None
     if labels is not None:
-        classes = _classes_from_csv(found.root / labels, found)
+        columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
+        classes = classes_from_table(found.root / labels, found, *columns)
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
@@ -396,14 +400,12 @@ def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source:
     return list(texts_of.values())
 
 
-def _classes_from_csv(source: Path, found: FoundImages) -> list[str]:
-    """Return the class of each image from a CSV file."""
-    table = read_table(source, "data.source.labels")
-    names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
-    labels = table.column(table.one_of(("label",), "data.source.labels"))
-    if "" in labels:
-        raise ValueError(f"{source}, line {table.lines[labels.index('')]}: the label is empty; fill it in")
-    labels_of = group_by_image(zip(names, labels, strict=True), found, source, "label")
+def classes_from_table(
+    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
+) -> list[str]:
+    """Return the class of each image from a table."""
+    pairs = read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
+    labels_of = group_by_image(pairs, found, source, "label")
     for name, several in zip(found.names, labels_of, strict=True):
         if len(set(several)) > 1:
             raise ValueError(f"{source} lists the labels {' and '.join(sorted(set(several)))} for {name}; keep one")

@@ -1,6 +1,5 @@
 """Read the prompts of a sampling command, draw batches on several devices, and write samples."""
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,15 +78,15 @@ def draw_batches(
 
 
 def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> Path:
-    """Write `samples.npz`, or `samples.npy` for data=array, and return it.
+    """Write `samples.npz`, or `samples.npy` for data=array, and return it; of a table, return the file of its rows.
 
-    Each image is also written to a file like those of the data, and rows of a table as `samples.csv`.
-
+    Each image is also written to a file like those of the data, and rows of a table to one in its format.
     `samples` are images (N, C, H, W), arrays (N, C, *size), or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
 
     from src.data.arrays import ArrayDataModule
+    from src.data.table import TableDataModule
     from src.data.write import write_arrays, write_image
 
     if isinstance(data, ArrayDataModule):
@@ -99,10 +98,8 @@ def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> Pa
         with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
             list(pool.map(lambda k: write_image(folder, f"{k:05d}", array[k], suffix), range(len(array))))
     np.savez_compressed(folder / "samples.npz", array)
-    columns = data.columns
-    if columns:
-        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits of float32
+    if isinstance(data, TableDataModule):
+        data.write_samples(folder / "samples", samples)
+        if (folder / "samples.csv").exists():
+            return folder / "samples.csv"
     return folder / "samples.npz"
