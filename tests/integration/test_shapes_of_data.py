@@ -111,7 +111,7 @@ def test_data_of_any_shape_come_back(case, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     tiny = [
         "model.attention_resolutions=[]",
-        "model.channel_mult=[1,1,2]",
+        "model.patch_size=2",
         "data.batch_size=4",
         "data.val_fraction=0.2",
         "data.num_workers=0",
