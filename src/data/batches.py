@@ -24,7 +24,8 @@ MAX_REPLACEMENTS = 10
 class Batch(TypedDict):
     """Samples x (B, *data); the first has position `start` among the `total` of the global batch or validation set.
 
-    `cond` (B, ...) are their conditions, if the network takes any. Before a batch reaches the device it may carry two
+    `cond` (B, ...) are their conditions, if the network takes any, and `augment` (B, K) the labels of their
+    augmentation, if the data module has labels. Before a batch reaches the device it may carry two
     more keys: `skipped`, the errors of replaced samples by name, and `failure`, the error of a batch without samples.
     """
 
@@ -32,6 +33,7 @@ class Batch(TypedDict):
     start: int
     total: int
     cond: NotRequired[Tensor]
+    augment: NotRequired[Tensor]
     skipped: NotRequired[dict[str, str]]
     failure: NotRequired[str]
 

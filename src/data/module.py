@@ -57,6 +57,8 @@ class BaseDataModule(L.LightningDataModule):
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or a fraction of them."""
+    augment_labels: int = 0
+    """The number of labels that `augment_with_labels` returns; 0 for none."""
     balance_classes: bool = False
     """Whether each training sample comes from a class that is drawn uniformly."""
     threshold: int | None = None
@@ -199,7 +201,10 @@ class BaseDataModule(L.LightningDataModule):
         x = self.preprocess(batch["x"])
         trainer = self._trainer()
         if trainer.training:
-            x = self.augment(x, StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device))
+            rng = StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device)
+            x, labels = self.augment_with_labels(self.augment(x, rng), rng)
+            if labels is not None:
+                return {**batch, "x": x, "augment": labels}
         return {**batch, "x": x}
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -209,6 +214,13 @@ class BaseDataModule(L.LightningDataModule):
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         """Augment preprocessed training samples (B, *data) randomly."""
         return x
+
+    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        """Augment further and return labels (B, augment_labels) of the changes for the network, 0 for no change.
+
+        Samples drawn with labels 0 do not show these changes.
+        """
+        return x, None
 
     def postprocess(self, x: Tensor) -> Tensor:
         """Map samples of the network to the form that is displayed and saved."""
