@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.data.conditions import Condition
 from src.data.read_errors import read_error_hint
-from src.data.samplers import BatchIndices
+from src.data.samplers import VALIDATION, BatchIndices
 from src.data.sources import Source
 from src.errors import DataReadError
 from src.rng import key
@@ -92,7 +92,7 @@ def fetch_batch(
     """
     indices = list(wanted.indices)
     try:
-        return source.fetch(indices), indices, {}
+        return _fetch(source, indices, wanted, seed), indices, {}
     except DataReadError:
         if not replacements:
             raise
@@ -106,7 +106,7 @@ def fetch_batch(
         )
         for index in chain([first], others):
             try:
-                samples.append(source.fetch([index]))
+                samples.append(_fetch(source, [index], wanted._replace(start=position), seed))
                 indices[k] = index
                 break
             except DataReadError as error:
@@ -115,6 +115,16 @@ def fetch_batch(
         else:
             raise DataReadError(f"{last}, nor can {MAX_REPLACEMENTS} other samples", last.name)
     return torch.cat(samples), indices, skipped
+
+
+def _fetch(source: Source, indices: Sequence[int], wanted: BatchIndices, seed: int) -> Tensor:
+    """Return samples (B, *data), changed at random in training if the source does so."""
+    fetch_random = getattr(source, "fetch_random", None)
+    if fetch_random is None or wanted.step == VALIDATION:
+        return source.fetch(indices)
+    keys = [key(seed, "fetch", wanted.step, wanted.start + k) for k in range(len(indices))]
+    samples: Tensor = fetch_random(indices, keys)
+    return samples
 
 
 class BatchLoader(DataLoader[Batch]):

@@ -9,7 +9,7 @@ from PIL import Image, ImageColor
 
 from src.data.decode import Array, Decoded, Pages, decode
 
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "random_crop", "pad", "stretch"]
 
 MIN_USE = 0.05
 """Smallest share of the range that the values of a dataset must use."""
@@ -18,8 +18,8 @@ MIN_USE = 0.05
 class ImageSpec(NamedTuple):
     """The images that a run trains on: `size` (H, W), `channels`, and how files of other shapes become such images.
 
-    `fit` crops to the center, pads with the edge, or stretches. `background` is the color behind transparent pixels,
-    unless `channels` is 2 or 4 and keeps them.
+    `fit` crops to the center or, in training, at random, pads with the edge, or stretches. `background` is the color
+    behind transparent pixels, unless `channels` is 2 or 4 and keeps them.
     """
 
     size: tuple[int, int]
@@ -38,7 +38,7 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 
 class Loaded(NamedTuple):
-    """An image of the wanted shape.
+    """An image of the wanted shape, or one side of which is larger until it is cropped at random.
 
     `pixels` is (C, H, W) in the type of the file, `type` names that type (bool for pixels of 0 and 1), `low` and `high`
     are the least and largest value of the file, `size` (W, H) is its size, and `frames` counts its images.
@@ -102,7 +102,8 @@ def convert_channels(decoded: Decoded, channels: int, background: str = "white")
 def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) -> Array:
     """Resize (H, W, C) to `size` (H, W) with antialiasing, by bicubic interpolation; keeps the type and range.
 
-    With `alpha` the last channel is opacity, by which 8-bit colors are weighted.
+    For `random_crop` the result covers `size`, and equals it in at least one side: see `crop_at`. With `alpha` the last
+    channel is opacity, by which 8-bit colors are weighted.
     """
     height, width = size
     have_height, have_width = pixels.shape[:2]
@@ -115,15 +116,29 @@ def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) 
         crop_height, crop_width = round(scale * height), round(scale * width)
         left, top = (have_width - crop_width) // 2, (have_height - crop_height) // 2
         box = (float(left), float(top), float(left + crop_width), float(top + crop_height))
+    elif fit == "random_crop":
+        scale = min(have_height / height, have_width / width)
+        target = max(height, round(have_height / scale)), max(width, round(have_width / scale))
     elif fit == "pad":
         scale = max(have_height / height, have_width / width)
         target = max(1, round(have_height / scale)), max(1, round(have_width / scale))
     resized = _resample(pixels, target, box, alpha)
-    if target == size:
+    if target == size or fit == "random_crop":
         return resized
     top, left = (height - target[0]) // 2, (width - target[1]) // 2
     margins = ((top, height - target[0] - top), (left, width - target[1] - left), (0, 0))
     return np.pad(resized, margins, mode="edge")
+
+
+def crop_at(pixels: Array, size: tuple[int, int], place: int | None = None) -> Array:
+    """Return the part of `size` (H, W) of pixels (C, H', W'), in the center, or at a place uniform in 63 bits."""
+    height, width = size
+    down, right = pixels.shape[1] - height, pixels.shape[2] - width
+    if place is None:
+        top, left = down // 2, right // 2
+    else:
+        top, left = (place % 2**32) * (down + 1) >> 32, (place >> 32) * (right + 1) >> 31
+    return pixels[:, top : top + height, left : left + width]
 
 
 def _resample(pixels: Array, size: tuple[int, int], box: tuple[float, float, float, float], alpha: bool) -> Array:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
-from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.fit import Fit, ImageSpec, check_range, crop_at, height_and_width, infer_range, load_image
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
@@ -85,6 +85,25 @@ class FolderImages:
         if self.dtype != pixels.dtype.name and "uint8" in (self.dtype, pixels.dtype.name):
             raise ValueError(f"its values have type {pixels.dtype}, and those of other images {self.dtype}")
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
+
+
+class RandomCrops(FolderImages):
+    """Images that cover the wanted size and are cropped: at random by `fetch_random`, in the center by `fetch`."""
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self._crop(indices, [None] * len(indices))
+
+    def fetch_random(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        return self._crop(indices, keys)
+
+    def _crop(self, indices: Sequence[int], places: Sequence[int | None]) -> Tensor:
+        crops = [crop_at(self._image(i), self.spec.size, k) for i, k in zip(indices, places, strict=True)]
+        return torch.from_numpy(np.stack(crops))
+
+    def _image(self, index: int) -> npt.NDArray[Any]:
+        if self.store is not None:
+            return self.store.image(int(self.rows[index]))
+        return read_with_retries(str(self.found.path(index)), partial(self._load, index)).numpy()
 
 
 def folder(
@@ -169,7 +188,8 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    source = RandomCrops if spec.fit == "random_crop" else FolderImages
+    return source(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
 
 
 def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
@@ -280,7 +300,8 @@ def _describe_sizes(
     low, high = sizes.min(0), sizes.max(0)
     text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
     text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
-    text += f", {cropped:.0%} of the area cropped" if spec.fit == "crop" and cropped >= 0.005 else ""
+    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
+        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
     text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
     if several := int((frames > 1).sum()):
         text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"

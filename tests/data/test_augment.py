@@ -3,11 +3,13 @@
 import itertools
 import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
@@ -23,9 +25,11 @@ from src.data.augment import (
     shift_hue,
     vertical_flip,
 )
+from src.data.batches import fetch_batch
 from src.data.images import ImageDataModule
+from src.data.samplers import VALIDATION, BatchIndices
 from src.data.sources import InMemory
-from src.rng import StepRng
+from src.rng import StepRng, key
 from tests.conftest import compose
 
 CPU = torch.device("cpu")
@@ -253,6 +257,87 @@ def test_data_module_gives_labels_in_training_only():
 def test_invalid_edm_augment_raises(edm_augment):
     with pytest.raises(ValueError, match=rf"data\.edm_augment={edm_augment}"):
         module(noise(4, 1, 4, 4), edm_augment=edm_augment)
+
+
+def ramps(root: Path, sizes: list[tuple[int, int]]) -> None:
+    """Write gray images of sizes (W, H) whose value is 100 k + x + y at column x and row y of image k."""
+    root.mkdir()
+    for k, (width, height) in enumerate(sizes):
+        ramp = (100 * k + np.arange(width) + np.arange(height)[:, None]).astype(np.uint8)
+        Image.fromarray(ramp).save(root / f"{k}.png")
+
+
+def open_crops(root: Path, cache: bool, **options):
+    from src.data.folder import folder
+
+    cache_dir = str(root.with_name("cache"))
+    return folder(str(root), [8, 8], 1, fit="random_crop", cache=cache, cache_dir=cache_dir, **options)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_random_crops_are_parts_of_the_image(tmp_path, cache):
+    """Of an image whose shorter side has the wanted size, at every place alike."""
+    ramps(tmp_path / "in", [(8, 8), (12, 8), (8, 28)])
+    source = open_crops(tmp_path / "in", cache)
+    corner = np.arange(8) + np.arange(8)[:, None]
+    keys = [key(0, k) for k in range(3000 if cache else 100)]
+    starts = []
+    for index, count in ((0, 1), (1, 5), (2, 21)):
+        crops = source.fetch_random([index] * len(keys), keys)[:, 0].numpy()
+        start = crops[:, 0, 0] - 100 * index
+        assert (crops == 100 * index + start[:, None, None] + corner).all()
+        assert all(is_share(torch.from_numpy(start == k), 1 / count) for k in range(count) if count > 1)
+        assert start.max() == count - 1
+        starts.append(start)
+    assert np.array_equal(source.fetch_random([2] * len(keys), keys)[:, 0, 0, 0], starts[2] + 200)
+    assert source.fetch([0, 1, 2])[:, 0, 0, 0].tolist() == [0, 102, 210]  # centered
+
+
+def test_cached_random_crops_match_decoding(tmp_path):
+    """Of images of 16 bits that are resized."""
+    (tmp_path / "in").mkdir()
+    generator = np.random.default_rng(0)
+    for k, (width, height) in enumerate([(31, 17), (16, 40), (9, 9), (8, 11)]):
+        pixels = generator.integers(0, 65536, (height, width), dtype=np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{k}.png")
+    stored = open_crops(tmp_path / "in", True)
+    direct = open_crops(tmp_path / "in", False, value_range=[0, 65535])
+    assert stored.store is not None and direct.store is None
+    keys = [key(1, k) for k in range(4)]
+    for a, b in ((s.fetch_random(range(4), keys), s.fetch(range(4))) for s in (stored, direct)):
+        assert a.dtype == torch.float32 and a.shape == b.shape == (4, 1, 8, 8)
+    assert torch.equal(stored.fetch_random(range(4), keys), direct.fetch_random(range(4), keys))
+    assert torch.equal(stored.fetch(range(4)), direct.fetch(range(4)))
+    assert torch.equal(open_crops(tmp_path / "in", True).fetch(range(4)), stored.fetch(range(4)))
+
+
+def test_many_random_crops_are_decoded_in_processes(tmp_path, monkeypatch):
+    from src.data import pixel_store
+
+    ramps(tmp_path / "in", [(8 + k, 8) for k in range(20)])
+    (tmp_path / "in" / "7.png").write_bytes(b"damaged")
+    monkeypatch.setattr(pixel_store, "MIN_PARALLEL", 10)
+    monkeypatch.setattr(pixel_store, "CHUNK", 3)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        source = open_crops(tmp_path / "in", True, skip_unreadable=True)
+    assert len(source) == 19
+    for row, name in enumerate(source.found.names):
+        k = int(name.removesuffix(".png"))
+        assert source.fetch([row])[0, 0, 0, 0] == (100 * k + k // 2) % 256
+
+
+def test_crops_depend_on_step_and_position_only(tmp_path):
+    """Parts of a batch, of any size, are cropped like the global batch; validation is centered."""
+    ramps(tmp_path / "in", [(60, 8)] * 40)
+    source = open_crops(tmp_path / "in", True)
+
+    def batch(start: int, stop: int, step: int, seed: int = 0) -> Tensor:
+        return fetch_batch(source, BatchIndices(start, 40, list(range(start, stop)), step), seed, None)[0]
+
+    whole = batch(0, 40, 3)
+    assert torch.equal(torch.cat([batch(0, 7, 3), batch(7, 40, 3)]), whole)
+    assert not torch.equal(batch(0, 40, 4), whole) and not torch.equal(batch(0, 40, 3, seed=1), whole)
+    assert torch.equal(batch(0, 40, VALIDATION), source.fetch(range(40)))
 
 
 def built(labels: int, *overrides: str):
