@@ -118,12 +118,12 @@ def fetch_batch(
 
 
 def _fetch(source: Source, indices: Sequence[int], wanted: BatchIndices, seed: int) -> Tensor:
-    """Return samples (B, *data), changed at random in training if the source does so."""
-    fetch_random = getattr(source, "fetch_random", None)
-    if fetch_random is None or wanted.step == VALIDATION:
+    """Return samples (B, *data), those of training if the source has others for it."""
+    fetch_training = getattr(source, "fetch_training", None)
+    if fetch_training is None or wanted.step == VALIDATION:
         return source.fetch(indices)
     keys = [key(seed, "fetch", wanted.step, wanted.start + k) for k in range(len(indices))]
-    samples: Tensor = fetch_random(indices, keys)
+    samples: Tensor = fetch_training(indices, keys)
     return samples
 
 

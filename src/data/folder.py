@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
-from src.data.fit import Fit, ImageSpec, check_range, crop_at, height_and_width, infer_range, load_image
+from src.data.fit import Fit, ImageSpec, bucket_sizes, check_range, crop_at, height_and_width, infer_range, load_image
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
@@ -88,12 +88,12 @@ class FolderImages:
 
 
 class RandomCrops(FolderImages):
-    """Images that cover the wanted size and are cropped: at random by `fetch_random`, in the center by `fetch`."""
+    """Images that cover the wanted size and are cropped: at random by `fetch_training`, in the center by `fetch`."""
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         return self._crop(indices, [None] * len(indices))
 
-    def fetch_random(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
         return self._crop(indices, keys)
 
     def _crop(self, indices: Sequence[int], places: Sequence[int | None]) -> Tensor:
@@ -104,6 +104,28 @@ class RandomCrops(FolderImages):
         if self.store is not None:
             return self.store.image(int(self.rows[index]))
         return read_with_retries(str(self.found.path(index)), partial(self._load, index)).numpy()
+
+
+class BucketedImages(FolderImages):
+    """Images that `fetch` crops to one size, and `fetch_training` to one of several of other aspect ratios.
+
+    `shaped` holds the latter, in the rows of `store`, and `buckets` (N,) has the index of the size of each image.
+    """
+
+    def in_buckets(self, shaped: PixelStore) -> Self:
+        assert shaped.places is not None
+        self.shaped = shaped
+        sizes = bucket_sizes(self.spec.size)
+        indices = [sizes.index((height, width)) for *_, height, width in shaped.places[self.rows].tolist()]
+        self.buckets = torch.tensor(indices)
+        counts = self.buckets.bincount(minlength=len(sizes)).tolist()
+        used = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in zip(sizes, counts, strict=True) if n)
+        self.summary += f"; trained as {used}"
+        return self
+
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """Return images of one bucket."""
+        return torch.from_numpy(np.stack([self.shaped.image(int(self.rows[i])) for i in indices]))
 
 
 def folder(
@@ -170,7 +192,14 @@ def open_images(
     cache_dir: str | None,
 ) -> FolderImages:
     """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    bucketed = spec if spec.fit == "buckets" else None
+    spec = spec._replace(fit="crop") if bucketed else spec
     store = _open_store(found, spec, cache_dir) if cache else None
+    shaped = _open_store(found, bucketed, cache_dir) if bucketed and store else None
+    if bucketed and shaped is None:
+        raise ValueError(
+            "data.source.fit=buckets needs data.cache=true and a data.cache_dir with enough space; set both"
+        )
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
@@ -188,8 +217,10 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    source = RandomCrops if spec.fit == "random_crop" else FolderImages
-    return source(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    arguments = (kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    if shaped is not None:
+        return BucketedImages(*arguments).in_buckets(shaped)
+    return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
 
 
 def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:

@@ -151,6 +151,7 @@ class BaseDataModule(L.LightningDataModule):
                     f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
                     f"one batch; use an integer, or lower data.batch_size ({self.batch_size})"
                 )
+        buckets = getattr(self._source(), "buckets", None)
         return InfiniteBatchSampler(
             self.train_indices,
             self.batch_size,
@@ -162,6 +163,7 @@ class BaseDataModule(L.LightningDataModule):
             first_step=trainer.global_step,
             repeat=repeat,
             classes=self._training_classes() if self.balance_classes else None,
+            buckets=None if buckets is None else buckets[self.train_indices],
         )
 
     def _training_classes(self) -> Tensor:

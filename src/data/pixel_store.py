@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 class PixelStore(NamedTuple):
     """Decoded images: `pixels` (N, C, H, W), uint8 if the files have 8 bits, else float32 with their values.
 
-    Images that are cropped at random have different shapes: their `pixels` (V,) are in one row, and `places` (N, 4) has
-    the offset and the shape C, H, W of each.
+    Images of different shapes have their `pixels` (V,) in one row, and `places` (N, 4) has the offset and the shape
+    C, H, W of each.
 
     `low`, `high` (N,) are the least and largest value of each file, `sizes` (N, 2) its width and height, `frames` (N,)
     the number of its images, `types` (N,) the type of its values. `errors` has the reason for each image that cannot
@@ -167,7 +167,7 @@ def _write(folder: Path, found: FoundImages, spec: ImageSpec) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shape: tuple[int, ...] = (len(found), spec.channels, *spec.size)
-    varies, extra = spec.fit == "random_crop", dict[str, Any]()
+    varies, extra = spec.varies, dict[str, Any]()
     for dtype in dict.fromkeys((_storage_type(found, spec), "float32")):
         itemsize = np.dtype(dtype).itemsize
         needed, free = math.prod(shape) * itemsize, shutil.disk_usage(folder).free
@@ -219,7 +219,7 @@ def _decode_all(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, nee
     chunks = [range(start, min(start + CHUNK, len(found))) for start in range(0, len(found), CHUNK)]
     work = partial(_decode_chunk, found, spec, path, dtype)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    size = f"{'at least ' * (spec.fit == 'random_crop')}{needed / 1e6:,.0f} MB"
+    size = f"{'about ' * spec.varies}{needed / 1e6:,.0f} MB"
     title = f"Decoding {len(found):,} images once ({size} in {path.parent.parent})"
     bar = tqdm(total=len(found), unit="image", desc=title, disable=None if len(found) >= MIN_PARALLEL else True)
     if not sys.stderr.isatty() and len(found) >= MIN_PARALLEL:
@@ -254,7 +254,7 @@ def _ignore_interrupts() -> None:
 
 def _decode_chunk(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
     """Decode some images into their places in the file `path`, or return their pixels if their shapes differ."""
-    varies = spec.fit == "random_crop"
+    varies = spec.varies
     pixels = np.zeros((0 if varies else len(indices), spec.channels, *spec.size), dtype)
     part = _Part([], [], [], [], [], [], {}, [])
     for row, index in enumerate(indices):

@@ -26,8 +26,9 @@ from src.data.augment import (
     vertical_flip,
 )
 from src.data.batches import fetch_batch
+from src.data.fit import bucket_sizes
 from src.data.images import ImageDataModule
-from src.data.samplers import VALIDATION, BatchIndices
+from src.data.samplers import VALIDATION, BatchIndices, InfiniteBatchSampler
 from src.data.sources import InMemory
 from src.rng import StepRng, key
 from tests.conftest import compose
@@ -283,13 +284,13 @@ def test_random_crops_are_parts_of_the_image(tmp_path, cache):
     keys = [key(0, k) for k in range(3000 if cache else 100)]
     starts = []
     for index, count in ((0, 1), (1, 5), (2, 21)):
-        crops = source.fetch_random([index] * len(keys), keys)[:, 0].numpy()
+        crops = source.fetch_training([index] * len(keys), keys)[:, 0].numpy()
         start = crops[:, 0, 0] - 100 * index
         assert (crops == 100 * index + start[:, None, None] + corner).all()
         assert all(is_share(torch.from_numpy(start == k), 1 / count) for k in range(count) if count > 1)
         assert start.max() == count - 1
         starts.append(start)
-    assert np.array_equal(source.fetch_random([2] * len(keys), keys)[:, 0, 0, 0], starts[2] + 200)
+    assert np.array_equal(source.fetch_training([2] * len(keys), keys)[:, 0, 0, 0], starts[2] + 200)
     assert source.fetch([0, 1, 2])[:, 0, 0, 0].tolist() == [0, 102, 210]  # centered
 
 
@@ -304,9 +305,9 @@ def test_cached_random_crops_match_decoding(tmp_path):
     direct = open_crops(tmp_path / "in", False, value_range=[0, 65535])
     assert stored.store is not None and direct.store is None
     keys = [key(1, k) for k in range(4)]
-    for a, b in ((s.fetch_random(range(4), keys), s.fetch(range(4))) for s in (stored, direct)):
+    for a, b in ((s.fetch_training(range(4), keys), s.fetch(range(4))) for s in (stored, direct)):
         assert a.dtype == torch.float32 and a.shape == b.shape == (4, 1, 8, 8)
-    assert torch.equal(stored.fetch_random(range(4), keys), direct.fetch_random(range(4), keys))
+    assert torch.equal(stored.fetch_training(range(4), keys), direct.fetch_training(range(4), keys))
     assert torch.equal(stored.fetch(range(4)), direct.fetch(range(4)))
     assert torch.equal(open_crops(tmp_path / "in", True).fetch(range(4)), stored.fetch(range(4)))
 
@@ -338,6 +339,79 @@ def test_crops_depend_on_step_and_position_only(tmp_path):
     assert torch.equal(torch.cat([batch(0, 7, 3), batch(7, 40, 3)]), whole)
     assert not torch.equal(batch(0, 40, 4), whole) and not torch.equal(batch(0, 40, 3, seed=1), whole)
     assert torch.equal(batch(0, 40, VALIDATION), source.fetch(range(40)))
+
+
+def photos(root: Path, sizes: list[tuple[int, int]]) -> None:
+    """Write gray images of sizes (W, H) and of one value, 10 k, each."""
+    root.mkdir()
+    for k, size in enumerate(sizes):
+        Image.new("L", size, 10 * k).save(root / f"{k:02}.png")
+
+
+def open_buckets(root: Path, **options):
+    from src.data.folder import folder
+
+    return folder(str(root), 64, 1, fit="buckets", cache_dir=str(root.with_name("cache")), **options)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (64, 96), (256, 256), (512, 512)])
+def test_buckets_have_about_the_area_of_the_size(size):
+    sizes, area = bucket_sizes(size), size[0] * size[1]
+    assert size in sizes and len({*sizes}) == len(sizes) > 2
+    for height, width in sizes:
+        assert 0.75 * area < height * width <= area and 0.5 <= height / width <= 2
+        assert height % 8 == width % 8 == 0
+        assert (width, height) in sizes or (height, width) == size
+    assert len(sizes) < 16  # a compiled network has one version for each
+
+
+def test_images_go_to_the_bucket_of_their_aspect_ratio(tmp_path):
+    photos(tmp_path / "in", [(640, 640), (160, 96), (500, 300), (72, 56), (56, 70), (100, 300)])
+    source = open_buckets(tmp_path / "in")
+    shapes = [(64, 64), (48, 80), (48, 80), (56, 72), (72, 56), (80, 48)]
+    for k, shape in enumerate(shapes):
+        (image,) = source.fetch_training([k], [0])
+        assert image.shape == (1, *shape) and (image == 10 * k).all()
+    assert source.buckets[1] == source.buckets[2] and len(source.buckets.unique()) == 5
+    assert source.fetch(range(6)).shape == (6, 1, 64, 64)
+    with pytest.raises(ValueError, match=r"data\.cache=true"):
+        open_buckets(tmp_path / "in", cache=False)
+
+
+def test_batches_have_one_bucket_and_all_samples_alike():
+    """Over many epochs, each sample is as frequent as any other, also those of small buckets."""
+    buckets = torch.tensor([0] * 50 + [2] * 27 + [5] * 3)
+    indices = torch.arange(100, 180)
+    one = InfiniteBatchSampler(indices, 8, 4000, seed=0, buckets=buckets)
+    drawn = torch.tensor([one.batch(step) for step in range(4000)])
+    assert (buckets[drawn - 100] == buckets[drawn - 100][:, :1]).all()
+    counts = torch.bincount(drawn.flatten() - 100, minlength=80).double()
+    shares = torch.stack([counts[buckets == k].mean() for k in (0, 2, 5)])
+    assert_close(shares, torch.full((3,), 400.0).double(), rtol=0.1, atol=0)
+    assert one.batch(17) == InfiniteBatchSampler(indices, 8, 20, seed=0, buckets=buckets).batch(17)
+    parts = [InfiniteBatchSampler(indices, 8, 3, 0, 2, rank, 2, buckets=buckets) for rank in (0, 1)]
+    micro = [batch for pair in zip(*parts, strict=True) for batch in pair]
+    assert [i for batch in micro for i in batch.indices] == [i for step in range(3) for i in one.batch(step)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_training_gets_batches_of_one_bucket(tmp_path):
+    photos(tmp_path / "in", [(64, 64)] * 12 + [(160, 96)] * 12)
+    data = ImageDataModule(
+        lambda root, *_, prepare=False: open_buckets(Path(root)), str(tmp_path / "in"), 1, 64, batch_size=4,
+        vertical_flip=True, edm_augment=0.5,
+    )  # fmt: skip
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=CPU), training=True, global_step=0, max_steps=12, world_size=1,
+        accumulate_grad_batches=1, global_rank=0,
+    )  # fmt: skip
+    data.setup()
+    shapes = {tuple(data.on_after_batch_transfer(batch, 0)["x"].shape) for batch in data.train_dataloader()}
+    assert shapes == {(4, 1, 64, 64), (4, 1, 48, 80)}
+    assert {tuple(batch["x"].shape[1:]) for batch in data.val_dataloader()} == {(1, 64, 64)}
+    data.rotations, data.source = True, None
+    with pytest.raises(ValueError, match=r"data\.rotations=true"):
+        data.setup()
 
 
 def built(labels: int, *overrides: str):
