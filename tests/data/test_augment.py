@@ -31,6 +31,7 @@ from src.data.images import ImageDataModule
 from src.data.samplers import VALIDATION, BatchIndices, InfiniteBatchSampler
 from src.data.sources import InMemory
 from src.rng import StepRng, key
+from src.runs.sampling import resize_samples
 from tests.conftest import compose
 
 CPU = torch.device("cpu")
@@ -443,6 +444,21 @@ def test_labels_of_zero_give_the_plain_network(overrides):
         assert not torch.equal(labeled.denoise(x, t, augment=labels), expected)
     (*_, drawn), (*_, same) = (m.sample(range(2), seed=0) for m in (plain, labeled))
     assert torch.equal(drawn, same)
+
+
+def test_networks_draw_images_of_a_bucket():
+    made = built(EDM_LABELS)
+    opened = SimpleNamespace(module=made)
+    for image_size, shape in ((None, (1, 8, 8)), (16, (1, 16, 16)), ([8, 16], (1, 8, 16))):
+        resize_samples(opened, image_size)
+        (*_, drawn) = made.sample(range(2), seed=0)
+        assert drawn.shape == (2, *shape) and drawn.isfinite().all()
+    for wrong in (0, [8], [8, 0]):
+        with pytest.raises(ValueError, match=r"image_size="):
+            resize_samples(opened, wrong)
+    made.shape = (2,)
+    with pytest.raises(ValueError, match=r"image_size=16"):
+        resize_samples(opened, 16)
 
 
 def test_labels_train_their_own_weights():
