@@ -153,7 +153,8 @@ class ImageDataModule(BaseDataModule):
         self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
         if self.rotations and hasattr(self.source, "buckets"):
             raise ValueError("data.rotations=true excludes data.source.fit=buckets; leave one out")
-        self._warn_about_captions()
+        if stage == "fit":
+            self._warn_about_captions()
         if self.value_range is None:
             self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
             self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")

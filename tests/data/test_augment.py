@@ -488,7 +488,7 @@ def test_captions_with_sides_warn_about_flips():
 
     def start(captions, **settings):
         data = module(x, condition, captions, **settings)
-        data.setup()
+        data.setup("fit")
 
     with pytest.warns(UserWarning, match=r"data\.flip=true .* 32 of 64 .* 'a dog left of a cat'"):
         start(texts, flip=True)
