@@ -3,10 +3,10 @@
 import os
 import posixpath
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from src.data.decode import Pages
-from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.fit import Fit, ImageSpec, bucket_sizes, check_range, crop_at, height_and_width, infer_range, load_image
 from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
@@ -88,6 +88,47 @@ class FolderImages:
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
 
 
+class RandomCrops(FolderImages):
+    """Images that cover the wanted size and are cropped: at random by `fetch_training`, in the center by `fetch`."""
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self._crop(indices, [None] * len(indices))
+
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        return self._crop(indices, keys)
+
+    def _crop(self, indices: Sequence[int], places: Sequence[int | None]) -> Tensor:
+        crops = [crop_at(self._image(i), self.spec.size, k) for i, k in zip(indices, places, strict=True)]
+        return torch.from_numpy(np.stack(crops))
+
+    def _image(self, index: int) -> npt.NDArray[Any]:
+        if self.store is not None:
+            return self.store.image(int(self.rows[index]))
+        return read_with_retries(str(self.found.path(index)), partial(self._load, index)).numpy()
+
+
+class BucketedImages(FolderImages):
+    """Images that `fetch` crops to one size, and `fetch_training` to one of several of other aspect ratios.
+
+    `shaped` holds the latter, in the rows of `store`, and `buckets` (N,) has the index of the size of each image.
+    """
+
+    def in_buckets(self, shaped: PixelStore) -> Self:
+        assert shaped.places is not None
+        self.shaped = shaped
+        sizes = bucket_sizes(self.spec.size)
+        indices = [sizes.index((height, width)) for *_, height, width in shaped.places[self.rows].tolist()]
+        self.buckets = torch.tensor(indices)
+        counts = self.buckets.bincount(minlength=len(sizes)).tolist()
+        used = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in zip(sizes, counts, strict=True) if n)
+        self.summary += f"; trained as {used}"
+        return self
+
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """Return images of one bucket."""
+        return torch.from_numpy(np.stack([self.shaped.image(int(self.rows[i])) for i in indices]))
+
+
 class OpenFiles(Protocol):
     """Opens a source of image files: `folder`, or a function with these arguments."""
 
@@ -129,6 +170,10 @@ class FolderDataModule(ImageDataModule):
         dtype: str | None = None,
         file_type: str | None = None,
         flip: bool = False,
+        vertical_flip: bool = False,
+        rotations: bool = False,
+        color_jitter: Mapping[str, float] | None = None,
+        edm_augment: float = 0.0,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -158,6 +203,10 @@ class FolderDataModule(ImageDataModule):
             dtype,
             file_type,
             flip,
+            vertical_flip,
+            rotations,
+            color_jitter,
+            edm_augment,
             batch_size,
             val_fraction,
             split_seed,
@@ -237,7 +286,14 @@ def open_images(
     cache_dir: str | None,
 ) -> FolderImages:
     """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    bucketed = spec if spec.fit == "buckets" else None
+    spec = spec._replace(fit="crop") if bucketed else spec
     store = _open_store(found, spec, cache_dir) if cache else None
+    shaped = _open_store(found, bucketed, cache_dir) if bucketed and store else None
+    if bucketed and shaped is None:
+        raise ValueError(
+            "data.source.fit=buckets needs data.cache=true and a data.cache_dir with enough space; set both"
+        )
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
@@ -255,7 +311,10 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    arguments = (kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    if shaped is not None:
+        return BucketedImages(*arguments).in_buckets(shaped)
+    return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
 
 
 def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
@@ -366,7 +425,8 @@ def _describe_sizes(
     low, high = sizes.min(0), sizes.max(0)
     text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
     text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
-    text += f", {cropped:.0%} of the area cropped" if spec.fit == "crop" and cropped >= 0.005 else ""
+    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
+        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
     text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
     if several := int((frames > 1).sum()):
         text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"

@@ -1,8 +1,11 @@
 """The image data module, and its sources that are not folders: scikit-learn's digits and torchvision's datasets."""
 
 import pickle
+import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from src.data.augment import EDM_LABELS, ColorJitter, EdmAugmentation, horizontal_flip, rotate, vertical_flip
 from src.data.decode import from_pillow
 from src.data.fit import ImageSpec, height_and_width, prepare_image
 from src.data.module import BaseDataModule
@@ -19,6 +23,13 @@ from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
 from src.quoting import format_override
 from src.rng import StepRng
+
+HORIZONTAL = r"\b(left|right)"
+VERTICAL = r"\b(top|bottom|above|below|upper|lower|up|down|upside)\b"
+"""Words of captions that mirroring and rotating make wrong."""
+
+MAX_CAPTIONS = 10_000
+"""Captions that are searched for these words."""
 
 
 class OpenImages(Protocol):
@@ -42,6 +53,10 @@ class ImageDataModule(BaseDataModule):
         dtype: the type of the values in the files. None takes that of the source.
         file_type: the suffix of the files, for saved samples. None takes that of the source.
         flip: mirror half of the training images left to right.
+        vertical_flip: mirror half of the training images top to bottom.
+        rotations: rotate each training image by 0, 90, 180 or 270 degrees.
+        color_jitter: the arguments of `src.data.augment.ColorJitter`.
+        edm_augment: the probability of each change of `src.data.augment.EdmAugmentation`; 0 turns it off.
         balance_classes: draw the class of each training image uniformly, then an image of that class.
 
     The other arguments are those of `BaseDataModule`.
@@ -60,6 +75,10 @@ class ImageDataModule(BaseDataModule):
         dtype: str | None = None,
         file_type: str | None = None,
         flip: bool = False,
+        vertical_flip: bool = False,
+        rotations: bool = False,
+        color_jitter: Mapping[str, float] | None = None,
+        edm_augment: float = 0.0,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -90,7 +109,18 @@ class ImageDataModule(BaseDataModule):
         self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
         self._scaled = num_values is not None
+        self.color_jitter = ColorJitter.of(color_jitter or {}, channels)
+        if rotations and height != width:
+            raise ValueError(
+                f"data.rotations=true needs square images, and data.image_size=[{height},{width}]; set one number"
+            )
+        if not 0 <= edm_augment <= 1:
+            raise ValueError(f"data.edm_augment={edm_augment} must be in [0, 1]; 0.12 is usual, 0 turns it off")
         self.flip = flip
+        self.vertical_flip = vertical_flip
+        self.rotations = rotations
+        self.edm = EdmAugmentation(edm_augment) if edm_augment else None
+        self.augment_labels = EDM_LABELS if edm_augment else 0
         self.balance_classes = balance_classes
         self.value_range = value_range
         self.dtype = dtype
@@ -116,6 +146,10 @@ class ImageDataModule(BaseDataModule):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
+        if self.rotations and hasattr(self.source, "buckets"):
+            raise ValueError("data.rotations=true excludes data.source.fit=buckets; leave one out")
+        if stage == "fit":
+            self._warn_about_captions()
         if self.value_range is None:
             self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
             self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")
@@ -148,10 +182,33 @@ class ImageDataModule(BaseDataModule):
         return samples if self._scaled else self.postprocess(self.preprocess(samples))
 
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
-        if not self.flip:
-            return x
-        mirrored = rng.uniform("flip") < 0.5
-        return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        if self.flip:
+            x = horizontal_flip(x, rng)
+        if self.vertical_flip:
+            x = vertical_flip(x, rng)
+        if self.rotations:
+            x = rotate(x, rng)
+        return self.color_jitter(x, rng) if any(self.color_jitter) else x
+
+    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        return (x, None) if self.edm is None else self.edm(x, rng)
+
+    def _warn_about_captions(self) -> None:
+        """Warn if images are mirrored or rotated whose captions name sides."""
+        changes = {"flip": self.flip, "vertical_flip": self.vertical_flip, "rotations": self.rotations}
+        captions = None if self.source is None else self.source.captions
+        if captions is None or self.condition is None or not any(changes.values()):
+            return
+        mirrors_only = self.flip and not (self.vertical_flip or self.rotations)
+        pattern = re.compile(HORIZONTAL if mirrors_only else f"{HORIZONTAL}|{VERTICAL}", re.IGNORECASE)
+        texts = [each[0] for each in islice(captions, MAX_CAPTIONS) if each]
+        if named := [text for text in texts if pattern.search(text)]:
+            settings = " ".join(f"data.{name}=true" for name, value in changes.items() if value)
+            warnings.warn(
+                f"{settings} changes sides, and {len(named)} of {len(texts)} captions name one, such as {named[0]!r}; "
+                + " ".join(f"data.{name}=false" for name, value in changes.items() if value),
+                stacklevel=2,
+            )
 
     def _range(self) -> tuple[float, float]:
         if self.value_range is None:

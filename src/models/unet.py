@@ -40,6 +40,8 @@ class UNet(nn.Module):
       2301.11093, sec. 3.3). Other image sizes are padded by repeating the edge, and the output is cropped.
     - `condition` maps the width of the time embedding to the embedding of conditions. Its vector is added to the time
       embedding; cross-attention to its tokens follows each self-attention (Rombach et al. 2022, arXiv 2112.10752).
+    - `augment_labels`: the number of labels of augmentations (src.data.augment). The network then takes `augment` (B,
+      augment_labels), by default 0, and adds a linear map of them to the time embedding (Karras et al. 2022, app. F.2).
     - `gradient_checkpointing` stores the input of each block only and recomputes the block in the backward pass (Chen
       et al. 2016, arXiv 1604.06174).
     - `conv_backend` selects the algorithm of the 3x3 convolutions: see `src.models.winograd.Conv3x3`.
@@ -66,6 +68,7 @@ class UNet(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
         patch_size: int = 1,
         conv_backend: ConvBackend = "auto",
+        augment_labels: int = 0,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | list[int]] = {
@@ -140,8 +143,10 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(nn.Conv2d(c, channels * outputs * patch_size**2, 3, padding=1))
+        # Last and without bias: the other weights start, and labels of 0 act, as without it.
+        self.augment = zero_init(nn.Linear(augment_labels, emb_dim, bias=False)) if augment_labels else None
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         height, width = x.shape[-2:]
         x = pad_to_multiple(x.to(self.conv_in.weight.dtype), self.factor)
         context = Embedded(self.time(time))
@@ -149,6 +154,8 @@ class UNet(nn.Module):
             assert cond is not None
             vector, tokens, mask = self.condition(cond)
             context = Embedded(context.vector + vector, tokens, mask)
+        if self.augment is not None and augment is not None:
+            context = context._replace(vector=context.vector + self.augment(augment.to(context.vector.dtype)))
         h = self.conv_in(x if self.patch_size == 1 else F.pixel_unshuffle(x, self.patch_size))
         skips = [h]
         for module in self.down:

@@ -31,7 +31,7 @@ CHOICES = [(group, option) for group, options in config_groups().items() for opt
 # Arguments that the program gives and no configuration should.
 GIVEN = {
     *("decoder_scale", "num_values"),  # GaussianDiffusion, from the schedule and the data
-    *("outputs", "condition", "dim"),  # networks, from the process and the conditions
+    *("outputs", "condition", "dim", "augment_labels"),  # networks, from the process, the conditions and the data
     *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
     *("u", "shared_u", "position", "v"),  # timestep samplers, curves and warps
     *("predict", "x", "time_grid", "noise"),  # samplers
