@@ -1,6 +1,5 @@
 """Folders and archives of images as a source."""
 
-import os
 import posixpath
 import warnings
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
+from src.data.encoded import EncodedImages
 from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
@@ -37,7 +37,7 @@ class FolderImages:
 
     def __init__(
         self,
-        found: FoundImages,
+        found: EncodedImages,
         spec: ImageSpec,
         store: PixelStore | None,
         labels: Labels | None,
@@ -141,27 +141,37 @@ def folder(
 
 
 def open_images(
-    found: FoundImages,
+    found: EncodedImages,
     spec: ImageSpec,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | Labels | None,
     captions: Sequence[Sequence[str]] | None,
     value_range: Sequence[float] | None,
     skip_unreadable: bool | float,
     cache: bool,
     cache_dir: str | None,
+    about: str = "",
 ) -> FolderImages:
-    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does.
+
+    `classes` are the class of each image, or labels whose classes have an order of their own. `about` is appended to
+    the summary.
+    """
     store = _open_store(found, spec, cache_dir) if cache else None
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
         unreadable = {str(found.path(k)): reason for k, reason in store.errors.items()}
         keep = store.ok
-        _check_readable(found, unreadable, skip_unreadable)
-    text = describe(found, classes)
+        _check_readable(found, store.errors, skip_unreadable)
+    names = [classes.classes[k] for k in classes.targets.tolist()] if isinstance(classes, Labels) else classes
+    text = describe(found, names)
     chosen = np.flatnonzero(keep).tolist()
     kept = found.keep(keep, "unreadable")
-    labels = None if classes is None else labels_from_names(classes[k] for k in chosen)
+    labels = None
+    if isinstance(classes, Labels):
+        labels = Labels(classes.targets[torch.from_numpy(keep)], classes.classes)
+    elif classes is not None:
+        labels = labels_from_names(classes[k] for k in chosen)
     captions = None if captions is None else [captions[k] for k in chosen]
     if store is None:
         dtype, limits = _probe(kept, spec, value_range)
@@ -169,7 +179,7 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text + about, unreadable)
 
 
 def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
@@ -194,7 +204,7 @@ def _find_one(root: str | None, name: str) -> FoundImages:
         raise type(error)(f"{setting}: {error}; {fix}") from error
 
 
-def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
+def _open_store(found: EncodedImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     try:
         return open_pixels(found, spec, folder)
@@ -206,13 +216,13 @@ def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> P
         return None
 
 
-def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
+def _check_readable(found: EncodedImages, unreadable: dict[int, str], skip_unreadable: bool | float) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
-    listed = first_names([f"{os.path.relpath(p, found.root)}: {reason}" for p, reason in unreadable.items()], 3)
-    text = f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed})"
+    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
+    text = f"{len(unreadable)} of {len(found)} images {found.place} cannot be read ({listed})"
     if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
@@ -225,7 +235,7 @@ def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreada
 
 
 def _measure(
-    found: FoundImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
+    found: EncodedImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
 ) -> tuple[str, tuple[float, float]]:
     """Return the type and the range of values of the readable images. Raises ValueError if they do not suit."""
     types = store.types[keep]
@@ -237,7 +247,7 @@ def _measure(
             for name, k in zip(names, first, strict=True)
         )
         raise ValueError(
-            f"{found.root} has images with values of different types ({counts}); convert them to one type, or set "
+            f"the images {found.place} have values of different types ({counts}); convert them to one type, or set "
             f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
@@ -246,7 +256,9 @@ def _measure(
     return dtype, limits
 
 
-def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | None) -> tuple[str, tuple[float, float]]:
+def _probe(
+    found: EncodedImages, spec: ImageSpec, value_range: Sequence[float] | None
+) -> tuple[str, tuple[float, float]]:
     """Return the type of the first readable image, and its range if that does not need all images."""
     for k in range(len(found)):
         try:
@@ -261,7 +273,9 @@ def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | N
             )
         return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
     count = len(found)
-    raise DataReadError(f"{count} of {count} images under {found.root} cannot be read; set another data.root")
+    raise DataReadError(
+        f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
+    )
 
 
 def _pair(value_range: Sequence[float]) -> tuple[float, float]:
