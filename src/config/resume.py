@@ -14,7 +14,7 @@ from src.config.search_path import CONF
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
 
-PATH_KEYS = ("data.root", "data.path", "data.source.labels")
+PATH_KEYS = ("data.root", "data.path", "data.name", "data.urls", "data.val_urls", "data.source.labels")
 """Settings of files that a run only reads."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""

@@ -45,6 +45,7 @@ class ImageDataModule(BaseDataModule):
         balance_classes: draw the class of each training image uniformly, then an image of that class.
         cache, cache_dir, val_root: arguments of the source, too: where it keeps decoded images, and the folder with
             the validation images.
+        name, urls, val_urls: what `root` and the source refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `BaseDataModule`.
     """
@@ -73,6 +74,9 @@ class ImageDataModule(BaseDataModule):
         cache_dir: str | None = None,
         val_root: str | None = None,
         balance_classes: bool = False,
+        name: str | None = None,
+        urls: str | Sequence[str] | None = None,
+        val_urls: str | Sequence[str] | None = None,
     ) -> None:
         height, width = height_and_width(image_size)
         super().__init__(
