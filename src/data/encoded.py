@@ -34,6 +34,17 @@ class Names(Sequence[str]):
         k = range(len(self))[index]
         return self._text[self._ends[k] : self._ends[k + 1]].tobytes().decode("utf-8", "surrogateescape")
 
+    @classmethod
+    def of(cls, ends: npt.NDArray[np.int64], text: npt.NDArray[np.uint8]) -> "Names":
+        """Return the names of `arrays`."""
+        names = cls(())
+        names._ends, names._text = ends, text
+        return names
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return what `of` takes, to be stored."""
+        return {"ends": self._ends, "text": self._text}
+
     def digest(self) -> bytes:
         return sha256(self._ends.tobytes() + self._text.tobytes()).digest()
 
