@@ -39,7 +39,7 @@ GIVEN = {
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
-    "prepare",
+    *("prepare", "download"),
 }
 
 
