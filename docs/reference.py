@@ -37,7 +37,7 @@ GROUPS = {
     "hydra/sweeper": "How a sweep chooses values.",
     "hydra/callbacks": "Actions after a sweep.",
 }
-COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "dashboard")
+COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "dashboard", "doctor")
 SECTION = re.compile(r"^(?P<indent> *)(?P<key>[\w./]+):(?:\s+(?P<rest>.*))?$")
 
 

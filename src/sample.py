@@ -85,7 +85,8 @@ def sample(cfg: DictConfig) -> Path:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
     print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
-    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(folder / 'samples.npz')}")
+    all_samples = folder / ("samples.csv" if (folder / "samples.csv").exists() else "samples.npz")
+    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(all_samples)}")
     return folder
 
 

@@ -14,8 +14,13 @@ from src.config.search_path import CONF
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
 
-PATH_KEYS = ("data.root", "data.path", "data.name", "data.urls", "data.val_urls", "data.source.labels")
+PATH_KEYS = (
+    *("data.root", "data.val_root", "data.path", "data.name", "data.urls", "data.val_urls"),
+    *("data.source.labels", "data.source.captions"),
+)
 """Settings of files that a run only reads."""
+COLUMN_KEYS = tuple(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms"))
+"""Settings with names of columns and formats of dates, which may look like paths."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""
 
@@ -176,7 +181,9 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             value
         ):
             what = "may set where a run writes or logs"
-        elif key not in (*PATH_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(r"[/\\]|\.\.", value):
+        elif key not in (*PATH_KEYS, *COLUMN_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(
+            r"[/\\]|\.\.", value
+        ):
             what = "may be a path to write to"
         else:
             continue

@@ -36,6 +36,7 @@ RANGES = {
     "data.microbatch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
     "data.val_fraction": "(0, 1)",
+    "data.skip_unreadable": "[0, 1]",
     "data.num_samples": "[1, inf)",
     "model.dropout": "[0, 1)",
     "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
@@ -81,6 +82,9 @@ CHOICES = {
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
+SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
+"""Settings that take a list or a number too, whatever their default is; their constructors check the type."""
+
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
@@ -125,6 +129,8 @@ def check_type(name: str, default: Any, value: Any) -> None:
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
     _check_finite(name, default, value)
+    if name in SEVERAL_TYPES and isinstance(value, int | float | list):
+        return
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),

@@ -1,17 +1,16 @@
 """Image folders with captions, for text-to-image models."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from src.data.csv_files import first_names, read_table
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, find, group_by_image, open_images
 from src.data.scan import class_folders
+from src.data.table_files import FILE_COLUMNS, decode_text, first_names, read_pairs
 from src.quoting import format_override
 
-TABLES = ("metadata.csv", "metadata.jsonl")
+TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""
 
 KEYS = ("text", "caption", "captions")
@@ -24,6 +23,9 @@ def captioned(
     channels: int,
     prepare: bool = False,
     *,
+    captions: str | None = None,
+    file_column: str | None = None,
+    caption_column: str | None = None,
     fit: Fit = "crop",
     background: str = "white",
     pages: Pages = "first",
@@ -31,59 +33,33 @@ def captioned(
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
-    Captions are read from `root/metadata.csv` or `root/metadata.jsonl` if one exists, by `file_name` and one of `KEYS`:
-    a CSV row per caption, or a JSON line with a string or a list of strings. Otherwise each non-empty line of the
-    `.txt` with the image's name is a caption.
+    Captions are read from the table `captions` (absolute or relative to `root`) or from the one of `TABLES` that
+    exists: a row per caption, or a list of them in one cell, with the image's file relative to `root`. The columns are
+    those named `file_column` and `caption_column`, by default one of `FILE_COLUMNS` and one of `KEYS`. Without a table,
+    each non-empty line of the `.txt` with the image's name is a caption.
 
     Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image, and as `folder` does.
     """
-    found, classes = class_folders(find(root))
+    found, classes = class_folders(find(root, val_root))
     path = found.root
-    tables = [path / name for name in TABLES if (path / name).is_file()]
+    tables = [path / name for name in TABLES if (path / name).is_file()] if captions is None else [path / captions]
     if len(tables) > 1:
-        raise ValueError(f"{path} has both {' and '.join(TABLES)}; remove one of them")
+        names = " and ".join(table.name for table in tables)
+        raise ValueError(f"{path} has both {names}; remove one, or name one by data.source.captions={tables[0].name}")
     if tables:
-        pairs = _from_csv(tables[0]) if tables[0].suffix == ".csv" else _from_json_lines(tables[0])
-        captions: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
+        columns = (file_column,) if file_column else FILE_COLUMNS, (caption_column,) if caption_column else KEYS
+        setting = "data.source.captions" if captions else "data.root"
+        pairs = read_pairs(tables[0], setting, "caption", *columns)
+        texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
     else:
-        captions = _from_text_files(path, [path / name for name in found.names])
+        texts = _from_text_files(path, [path / name for name in found.names])
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
-    return open_images(found, spec, classes, captions, value_range, skip_unreadable, cache, cache_dir)
-
-
-def _from_csv(source: Path) -> Iterator[tuple[str, str]]:
-    table = read_table(source, "data.root")
-    names = table.column(table.one_of(("file_name",), "data.root"))
-    texts = table.column(table.one_of(KEYS, "data.root"))
-    for name, text, line in zip(names, texts, table.lines, strict=True):
-        yield name, _not_empty(text, f"{source}, line {line}")
-
-
-def _from_json_lines(source: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_lines(source), 1):
-        if not line:
-            continue
-        place = f"{source}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{place} is not JSON ({error}); write one object per line, without a comma after it"
-            ) from error
-        keys = [key for key in KEYS if key in entry] if isinstance(entry, dict) else []
-        if len(keys) != 1 or not isinstance(entry.get("file_name"), str):
-            has = ", ".join(entry) if isinstance(entry, dict) and entry else "no keys"
-            raise ValueError(f'{place} has {has}; it needs "file_name" and one of {", ".join(KEYS)}')
-        texts = entry[keys[0]]
-        texts = texts if isinstance(texts, list) else [texts]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{place}: {keys[0]} is {entry[keys[0]]!r:.60}; it must be a string or a list of strings")
-        for text in texts:
-            yield entry["file_name"], _not_empty(text.strip(), place)
+    return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir)
 
 
 def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
@@ -108,13 +84,4 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
 
 def _lines(source: Path) -> list[str]:
     """Return the stripped lines of a text file."""
-    try:
-        return [line.strip() for line in source.read_text(encoding="utf-8-sig").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text ({error}); save it as UTF-8") from error
-
-
-def _not_empty(text: str, place: str) -> str:
-    if not text:
-        raise ValueError(f"{place}: the caption is empty; write one, or remove the row and its image")
-    return text
+    return [line.strip() for line in decode_text(source.read_bytes(), None, source)[0].split("\n")]

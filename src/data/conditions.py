@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from src.data.csv_files import did_you_mean
 from src.data.sources import Source
+from src.data.table_files import did_you_mean
 
 
 class Condition(Protocol):

@@ -5,21 +5,22 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from src.data.csv_files import first_names, labels_from_names, read_table
 from src.data.decode import Pages
 from src.data.encoded import EncodedImages
 from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
-from src.data.sources import Covariates, Labels
+from src.data.sources import Covariates, Labels, Source
+from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, read_pairs
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -87,6 +88,97 @@ class FolderImages:
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
 
 
+class OpenFiles(Protocol):
+    """Opens a source of image files: `folder`, or a function with these arguments."""
+
+    def __call__(
+        self,
+        root: Any,
+        image_size: int | Sequence[int],
+        channels: int,
+        prepare: bool = False,
+        *,
+        value_range: Sequence[float] | None = None,
+        skip_unreadable: bool | float = False,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        val_root: Any = None,
+    ) -> Source: ...
+
+
+class FolderDataModule(ImageDataModule):
+    """Images of files.
+
+    Args:
+        source: opens the files under `root` with the settings below.
+        val_root: the folder of the validation images, see `folder`.
+        skip_unreadable: leave out images that cannot be read, see `folder`.
+        cache, cache_dir: decode all images once, into this folder, see `folder`.
+        name, urls, val_urls: what `root` and `val_root` refer to: a dataset of the hub, or the shards of a dataset.
+
+    The other arguments are those of `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        source: OpenFiles,
+        root: Any,
+        channels: int,
+        image_size: int | Sequence[int],
+        num_values: int | None = None,
+        value_range: Sequence[float] | None = None,
+        dtype: str | None = None,
+        file_type: str | None = None,
+        flip: bool = False,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        num_workers: int = 0,
+        microbatch_size: int | Literal["auto"] | None = None,
+        skip_unreadable: bool | float = False,
+        balance_classes: bool = False,
+        val_root: str | Sequence[str] | None = None,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        name: str | None = None,
+        urls: str | Sequence[str] | None = None,
+        val_urls: str | Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            partial(
+                source,
+                value_range=value_range,
+                skip_unreadable=skip_unreadable,
+                cache=cache,
+                cache_dir=cache_dir,
+                val_root=val_root,
+            ),
+            root,
+            channels,
+            image_size,
+            num_values,
+            value_range,
+            dtype,
+            file_type,
+            flip,
+            batch_size,
+            val_fraction,
+            split_seed,
+            seed,
+            num_workers,
+            microbatch_size,
+            bool(skip_unreadable),
+            balance_classes,
+        )
+
+
+def refuse_val_root(val_root: str | None, fix: str) -> None:
+    """Raise ValueError if a folder for validation is set for a source that takes none."""
+    if val_root is not None:
+        raise ValueError(f"{format_override('data.val_root', val_root)} is for folders; {fix}")
+
+
 def folder(
     root: str | Sequence[str] | None,
     image_size: int | Sequence[int],
@@ -94,6 +186,8 @@ def folder(
     prepare: bool = False,
     *,
     labels: str | None = None,
+    file_column: str | None = None,
+    label_column: str | None = None,
     class_pattern: str | None = None,
     fit: Fit = "crop",
     background: str = "white",
@@ -111,8 +205,9 @@ def folder(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; images are decoded when the source is opened first.
-        labels: a CSV file (absolute or relative to `root`) with columns `file` (or `file_name`) and `label`. Without
-            it, the subfolders of `root` are the classes if there are two or more and hold all images.
+        labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
+            `root` are the classes if there are two or more and hold all images.
+        file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
@@ -131,7 +226,8 @@ def folder(
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
     classes: Sequence[str] | None
     if labels is not None:
-        classes = _classes_from_csv(found.root / labels, found)
+        columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
+        classes = _classes_from_table(found.root / labels, found, *columns)
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
@@ -328,14 +424,12 @@ def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source:
     return list(texts_of.values())
 
 
-def _classes_from_csv(source: Path, found: FoundImages) -> list[str]:
-    """Return the class of each image from a CSV file."""
-    table = read_table(source, "data.source.labels")
-    names = table.column(table.one_of(("file", "file_name"), "data.source.labels"))
-    labels = table.column(table.one_of(("label",), "data.source.labels"))
-    if "" in labels:
-        raise ValueError(f"{source}, line {table.lines[labels.index('')]}: the label is empty; fill it in")
-    labels_of = group_by_image(zip(names, labels, strict=True), found, source, "label")
+def _classes_from_table(
+    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
+) -> list[str]:
+    """Return the class of each image from a table."""
+    pairs = read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
+    labels_of = group_by_image(pairs, found, source, "label")
     for name, several in zip(found.names, labels_of, strict=True):
         if len(set(several)) > 1:
             raise ValueError(f"{source} lists the labels {' and '.join(sorted(set(several)))} for {name}; keep one")

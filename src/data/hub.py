@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from src.data.csv_files import did_you_mean, first_names
 from src.data.decode import Pages, image_suffixes
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images
+from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.data.scan import SPLITS
 from src.data.sources import Labels
+from src.data.table_files import did_you_mean, first_names
 from src.quoting import format_override
 
 BATCH = 1000
@@ -44,6 +44,7 @@ def hub(
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open the images of a dataset with their classes and captions.
 
@@ -60,11 +61,13 @@ def hub(
         image_column, label_column, caption_column: None takes the only column of images, of classes and of text.
         streaming: read the first `max_samples` of each split over the network, instead of downloading all files.
         max_samples: the number of samples of each split to use, the first ones; None uses all.
+        val_root: must be None.
         fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
     Raises:
         ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, or as `folder` does.
     """
+    refuse_val_root(val_root, "leave it out, or set data.source.val_split")
     if root is None:
         raise ValueError("data.name=null is not a dataset; set data.name=user/dataset, or to a folder")
     if max_samples is not None and max_samples < 2:

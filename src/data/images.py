@@ -47,9 +47,6 @@ class ImageDataModule(BaseDataModule):
         file_type: the suffix of the files, for saved samples. None takes that of the source.
         flip: mirror half of the training images left to right.
         balance_classes: draw the class of each training image uniformly, then an image of that class.
-        cache, cache_dir, val_root: arguments of the source, too: where it keeps decoded images, and the folder with
-            the validation images.
-        name, urls, val_urls: what `root` and the source refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `BaseDataModule`.
     """
@@ -73,14 +70,8 @@ class ImageDataModule(BaseDataModule):
         seed: int = 0,
         num_workers: int = 0,
         microbatch_size: int | Literal["auto"] | None = None,
-        skip_unreadable: bool | float = False,
-        cache: bool = True,
-        cache_dir: str | None = None,
-        val_root: str | None = None,
+        skip_unreadable: bool = False,
         balance_classes: bool = False,
-        name: str | None = None,
-        urls: str | Sequence[str] | None = None,
-        val_urls: str | Sequence[str] | None = None,
     ) -> None:
         height, width = height_and_width(image_size)
         super().__init__(
@@ -92,7 +83,7 @@ class ImageDataModule(BaseDataModule):
             seed,
             num_workers,
             microbatch_size,
-            bool(skip_unreadable),
+            skip_unreadable,
         )
         if channels < 1:
             raise ValueError(f"data.channels={channels} must be at least 1; 1 is gray, 3 is RGB")

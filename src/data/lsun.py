@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images
+from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.quoting import format_override
 
 
@@ -28,9 +28,11 @@ def lsun(
     classes: Sequence[str] = ("bedroom_train",),
     fit: Fit = "crop",
     background: str = "white",
+    value_range: Sequence[float] | None = None,
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open the databases `<root>/<name>_lmdb` of the names in `classes`, such as `bedroom_train`.
 
@@ -40,6 +42,7 @@ def lsun(
         FileNotFoundError: If there is no such database.
         ValueError: If the package lmdb is missing, a database cannot be read or has test images, or as `folder` does.
     """
+    refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)
     setting = format_override("data.source.classes", names)
     if not names or any(name.endswith("_test") for name in names):
@@ -74,7 +77,7 @@ def lsun(
     )
     labels = [names[k].removesuffix("_train").removesuffix("_val") for k in which] if len(names) > 1 else None
     spec = ImageSpec(height_and_width(image_size), channels, fit, background)
-    return open_images(found, spec, labels, None, None, skip_unreadable, cache, cache_dir)
+    return open_images(found, spec, labels, None, value_range, skip_unreadable, cache, cache_dir)
 
 
 def _read(paths: Sequence[Path], which: npt.NDArray[np.int64], keys: Names, row: int) -> bytes:

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, TypeVar, overload
 import torch
 from torch import Tensor
 
-from src.data.csv_files import did_you_mean
 from src.data.sources import Covariates, Labels, Source
+from src.data.table_files import did_you_mean
 from src.rng import key
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {

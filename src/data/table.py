@@ -1,33 +1,83 @@
-"""Rows of a CSV file as samples, with columns for classes and covariates."""
+"""Rows of a table as samples, with columns for classes and covariates."""
 
-import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.csv_files import Table, did_you_mean, first_names, labels_from_names, read_table
+from src.data.columns import (
+    CategoryCode,
+    Cells,
+    Column,
+    ColumnType,
+    Transform,
+    from_json,
+    infer_column,
+    parse,
+    to_json,
+    type_override,
+)
 from src.data.module import BaseDataModule
-from src.data.sources import Covariates, InMemory, Source
+from src.data.sources import Covariates, InMemory, Labels, Source
+from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
+"""Names of separators and decimal signs that are hard to type in a shell."""
+TYPES = (*get_args(ColumnType), "id", "text")
+"""What `data.types` takes, besides the format of a date; the last two leave a column out."""
+
+
+class TableRows(InMemory):
+    """Encoded rows of a table; `summary` says how each column is modeled."""
+
+    def __init__(
+        self,
+        samples: Tensor,
+        labels: Labels | None,
+        covariates: Covariates | None,
+        ids: Sequence[str],
+        summary: str,
+    ) -> None:
+        super().__init__(samples, labels, covariates, ids=ids)
+        self.summary = summary
 
 
 class TableDataModule(BaseDataModule):
-    """Rows of a CSV file with a header: samples (N, D) of D columns, standardized to mean 0 and std 1.
+    """Rows of a table (CSV, TSV, Excel, Parquet, JSON): samples (N, D), the encoded values of the columns.
+
+    Numbers, integers and dates take one value each, standardized to mean 0 and std 1 over the table; booleans one in
+    {-1, 1}; categories several (`src.data.columns`).
 
     Args:
-        path: the CSV file; None if a run stored `columns`, `mean` and `std`, which suffice to display its samples.
-        columns: columns of a sample; None takes all numeric columns without another use.
-        condition_columns: columns of covariates, in their original units.
+        path: the file; None if a run stored `columns`, `mean`, `std` and `encoders`, which suffice for its samples.
+        columns: columns of a sample; None takes all without another use, except ids, texts and constants.
+        condition_columns: columns of covariates, numbers in their original units.
         label: the column with each row's class.
-        mean, std: statistics of each column; None computes them over the table.
+        types: of columns by name, or a list of `name=type`, instead of the detected ones: number, integer, category,
+            boolean, date or the format of dates; id and text leave a column out.
+        transforms: of numbers, integers and dates, before they are standardized: standardize (none), log, quantile.
+        categories: code of categories, `onehot` or analog `bits`.
+        missing: what happens to rows with missing cells in these columns: `drop`, or None, which refuses them.
+        clip: limit samples to the observed range of each column.
+        header, separator, decimal, encoding, sheet: of the file; None detects them, and takes the first sheet.
+        mean, std: statistics of each column's encoded values; None computes them over the table.
+        encoders: the columns' types, categories and ranges as JSON; None infers them from the table.
 
-    `postprocess` returns samples in the table's units. Raises FileNotFoundError if the file is needed and missing;
-    ValueError for unknown, repeated or constant columns, and for cells that are not numbers.
+    `postprocess` returns display values (N, columns) in float64: numbers in the table's units, the index of a category,
+    0 or 1 for a boolean, and dates since the first one. `to_frame` returns cells of the table's types.
+
+    Raises FileNotFoundError if the file is needed and missing; ValueError for unknown, repeated or constant columns,
+    and for missing and invalid cells.
     """
 
-    inferred_settings = ("columns", "mean", "std")
+    inferred_settings = ("columns", "mean", "std", "encoders")
 
     def __init__(
         self,
@@ -35,8 +85,19 @@ class TableDataModule(BaseDataModule):
         columns: Sequence[str] | None = None,
         condition_columns: Sequence[str] = (),
         label: str | None = None,
+        types: Mapping[str, str] | Sequence[str] | None = None,
+        transforms: Mapping[str, str] | Sequence[str] | None = None,
+        categories: CategoryCode = "onehot",
+        missing: Literal["drop"] | None = None,
+        clip: bool = True,
+        header: bool | None = None,
+        separator: str | None = None,
+        decimal: str | None = None,
+        encoding: str | None = None,
+        sheet: str | int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        encoders: str | None = None,
         batch_size: int = 512,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -47,102 +108,319 @@ class TableDataModule(BaseDataModule):
         self.path = path
         self.condition_columns = list(condition_columns)
         self.label = label
-        self.columns = list(columns) if columns else None
-        if self.columns is None or mean is None or std is None:
+        self.names = list(columns) if columns else None
+        self.types, self.transforms = _by_column(types, "data.types"), _by_column(transforms, "data.transforms")
+        self.clip = clip
+        self.missing = missing
+        self.categories: CategoryCode = categories
+        self.separator, self.decimal = (
+            None if sign is None else SIGNS.get(sign, sign) for sign in (separator, decimal)
+        )
+        self._read_file = partial(
+            read_table, header=header, separator=self.separator, decimal=self.decimal, encoding=encoding, sheet=sheet
+        )
+        self._check_settings()
+        self.encoders: list[Column] = []
+        self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.file: dict[str, Any] = {}
+        self._stores_encoders = True
+        self._table: Table | None = None  # from the constructor to the first use
+        if encoders is not None:
+            self.encoders, self.file = from_json(encoders)
+            self.names = [column.name for column in self.encoders] if self.names is None else self.names
+        elif self.names is not None and mean is not None and std is not None:
+            self.encoders = [Column(name) for name in self.names]  # a run from before encoders existed
+            self._stores_encoders = False
+        else:
             table = self._read()
-            self.columns = self.columns or self._numeric_columns(table)
-            values = self._values(table)
-            mean, std = values.mean(0).tolist(), values.std(0, correction=0).tolist()
-        if not len(self.columns) == len(mean) == len(std):
-            raise ValueError(
-                f"data.mean and data.std must have {len(self.columns)} numbers, one for each of "
-                f"{', '.join(self.columns)}, got {len(mean)} and {len(std)}; null computes them"
+            self._table = table
+            self.encoders, cells = self._infer(table)
+            encoded = self._encode(
+                [column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)]
             )
-        shape = (len(self.columns),)
+            if mean is None or std is None:
+                coded = [column.is_coded for column in self.encoders for _ in range(column.width)]
+                first = np.cumsum([0, *(column.width for column in self.encoders)])[:-1].tolist()
+                means, stds = encoded.mean(0).tolist(), encoded.std(0, correction=0).tolist()
+                mean = [0.0 if coded[k] else means[k] for k in first]
+                std = [1.0 if coded[k] else stds[k] for k in first]
+        assert self.names is not None
+        if not len(self.names) == len(mean or []) == len(std or []) == len(self.encoders):
+            raise ValueError(
+                f"data.mean and data.std must have {len(self.names)} numbers, one for each of "
+                f"{', '.join(self.names)}, got {len(mean or [])} and {len(std or [])}; null computes them"
+            )
+        assert mean is not None and std is not None
+        self.widths = [column.width for column in self.encoders]
+        shape = (sum(self.widths),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
-        self.mean = torch.tensor(mean, dtype=torch.float64)
-        self.std: Tensor = torch.tensor(std, dtype=torch.float64)
+        self.columns = [column.label for column in self.encoders]
+        self.mean, self.scale = (torch.tensor(list(each), dtype=torch.float64) for each in (mean, std))
+        display = [
+            each if column.transform == "standardize" and not column.is_coded else column.std
+            for column, each in zip(self.encoders, std, strict=True)
+        ]
+        self.std = torch.tensor(display, dtype=torch.float64)
 
     @property
     def inferred(self) -> Mapping[str, Any]:
-        return {"columns": self.columns, "mean": self.mean.tolist(), "std": self.std.tolist()}
+        return {
+            "columns": self.names,
+            "mean": self.mean.tolist(),
+            "std": self.scale.tolist(),
+            "encoders": to_json(self.encoders, **self.file) if self._stores_encoders else None,
+        }
+
+    @property
+    def summary(self) -> list[str]:
+        """How each column is modeled, with what was detected in the file, and which are left out and why."""
+        modeled = first_names([column.summary for column in self.encoders], 20)
+        lines = [*filter(None, [", ".join(self.notes)]), f"columns {modeled}"]
+        if self.left_out:
+            lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
+        return lines
+
+    @property
+    def num_categories(self) -> list[int]:
+        """Categories of each column of display values; 0 for numbers."""
+        return [len(column.categories) if column.type == "category" else 0 for column in self.encoders]
 
     def postprocess(self, x: Tensor) -> Tensor:
-        return x * self.std.to(x) + self.mean.to(x)
+        device = x.device if x.device.type != "mps" else torch.device("cpu")  # MPS has no float64
+        encoded = x.detach().cpu().double()
+        widths = torch.tensor(self.widths)
+        encoded = encoded * self.scale.repeat_interleave(widths) + self.mean.repeat_interleave(widths)
+        parts = torch.split(encoded, self.widths, dim=1)
+        display = [c.decode(part.numpy(), self.clip) for c, part in zip(self.encoders, parts, strict=True)]
+        return torch.from_numpy(np.stack(display, axis=1)).to(device)
+
+    def to_frame(self, display: Tensor) -> "pd.DataFrame":
+        """Return display values (N, columns) as cells with the types, categories and formats of the table."""
+        import pandas as pd
+
+        values = display.cpu().double().numpy()
+        series = {column.name: column.restore(values[:, k]) for k, column in enumerate(self.encoders)}
+        return pd.DataFrame(series)
+
+    def write_samples(self, path: Path, display: Tensor) -> None:
+        """Write samples as `path` with the ending .csv, with the table's separator and decimal sign.
+
+        If the table was Parquet, it is written as well.
+        """
+        frame = self.to_frame(display)
+        separator, decimal = self.file.get("separator", ","), self.file.get("decimal", ".")
+        frame.to_csv(path.with_suffix(".csv"), index=False, sep=separator, decimal=decimal, encoding="utf-8")
+        if self.file.get("kind") == "parquet":
+            frame.to_parquet(path.with_suffix(".parquet"), index=False)
+
+    def _check_settings(self) -> None:
+        if unknown := next((t for t in self.types.values() if t not in TYPES and "%" not in t), None):
+            raise ValueError(
+                f"data.types has {unknown!r}, which must be one of {', '.join(TYPES)}, or a date's format, "
+                "such as %d.%m.%Y"
+            )
+        if unknown := next((t for t in self.transforms.values() if t not in get_args(Transform)), None):
+            raise ValueError(f"data.transforms has {unknown!r}, which must be one of {', '.join(get_args(Transform))}")
+        if self.categories not in get_args(CategoryCode):
+            raise ValueError(f"data.categories={self.categories} must be one of {', '.join(get_args(CategoryCode))}")
+        if self.missing not in (None, "drop"):
+            raise ValueError(f"data.missing={self.missing} must be null, which refuses missing cells, or drop")
+        if self.decimal not in (None, ".", ","):
+            raise ValueError(f"data.decimal={self.decimal} must be point or comma")
+        if self.separator is not None and len(self.separator) != 1:
+            names = ", ".join(SIGNS)
+            raise ValueError(f"data.separator={self.separator} must be one character, or one of {names}")
 
     def _open(self) -> Source:
-        table = self._read()
-        samples = ((self._values(table) - self.mean) / self.std).float()
+        table = self._table or self._read()
+        self._table = None
+        self.notes = self.notes or [*table.notes]
+        cells = [parse(table, column.name, known=column) for column in self.encoders]
+        names = [column.name for column in self.encoders]
+        conditions = [_condition(table, name) for name in self.condition_columns]
+        table, kept = self._complete(
+            table, dict(zip([*names, *self.condition_columns], [*cells, *conditions], strict=True))
+        )
+        unused = set(table.names) - {*names, *self.condition_columns, self.label, *self.left_out}
+        self.left_out |= {name: "not in the run" for name in table.names if name in unused}
+        display = [c.display(each.values[kept]) for c, each in zip(self.encoders, cells, strict=True)]
+        encoded = self._encode(display)
+        widths = torch.tensor(self.widths)
+        mean, scale = (each.repeat_interleave(widths) for each in (self.mean, self.scale))
+        samples = ((encoded - mean) / scale).float()
+        if not (finite := samples.isfinite().all(1)).all():
+            raise ValueError(
+                f"{table.place(int(finite.int().argmin()))}: a number is outside the domain of its transform"
+            )
         covariates = labels = None
-        if names := self.condition_columns:
-            covariates = Covariates(_numbers(table, names, "data.condition_columns"), names)
+        if self.condition_columns:
+            values = [each.values[kept].astype(np.float64).tolist() for each in conditions]
+            for name, numbers in zip(self.condition_columns, values, strict=True):
+                _check_varies(table, name, min(numbers), max(numbers), "data.condition_columns")
+            covariates = Covariates(torch.tensor(values, dtype=torch.float64).T, self.condition_columns)
         if self.label is not None:
-            classes = table.column(self.label)
-            if "" in classes:
-                line = table.lines[classes.index("")]
-                raise ValueError(f"{table.path}, line {line}: the label {self.label!r} is empty; fill it in")
-            labels = labels_from_names(classes)
+            labels = labels_from_names(table.column(self.label))
         # The cells identify a row, so that equal rows are on the same side of the split.
-        return InMemory(samples, labels, covariates, ids=["\x1f".join(row) for row in table.rows])
+        return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
+
+    def _encode(self, display: Sequence[Any]) -> Tensor:
+        """Return the encoded values (N, D) in float64."""
+        encoded = [column.encode(values) for column, values in zip(self.encoders, display, strict=True)]
+        return torch.tensor(
+            [each[:, k].tolist() for each in encoded for k in range(each.shape[1])], dtype=torch.float64
+        ).T
 
     def _read(self) -> Table:
         """Read the table. Raises ValueError unless all columns in the settings exist and have one use each."""
         if self.path is None:
-            raise FileNotFoundError("data.path is not set; set it to a CSV file with a header")
-        table = read_table(Path(self.path), "data.path")
+            raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
+        table = self._read_file(Path(self.path), "data.path")
         uses = {
-            "data.columns": self.columns or [],
+            "data.columns": self.names or [],
             "data.condition_columns": self.condition_columns,
             "data.label": [] if self.label is None else [self.label],
         }
         used: dict[str, str] = {}
-        for setting, names in uses.items():
+        for setting, names in [
+            *uses.items(),
+            ("data.types", list(self.types)),
+            ("data.transforms", list(self.transforms)),
+        ]:
             for name in names:
                 if name not in table.names:
                     hint = did_you_mean(name, table.names)
                     raise ValueError(f"{setting}: {name!r} is not a column of {table.path}; {hint}")
-                if name in used:
+                if name in used and setting in uses:
                     where = f"both {used[name]} and {setting}" if used[name] != setting else f"{setting} twice"
                     raise ValueError(f"{name!r} is in {where}; remove one of them")
                 used[name] = setting
         return table
 
-    def _numeric_columns(self, table: Table) -> list[str]:
-        """Return the columns without another use that are mostly numbers; other cells in them are errors."""
+    def _infer(self, table: Table) -> tuple[list[Column], list[Cells]]:
+        """Return the columns to model and their complete cells; set the names, and what was left out."""
+        explicit = self.names is not None
         free = [name for name in table.names if name not in self.condition_columns and name != self.label]
-        numeric = [n for n in free if 2 * sum(map(_is_number, table.column(n))) > len(table.rows)]
-        if not numeric:
-            raise ValueError(
-                f"{table.path} has no column of numbers among {first_names(free) or 'none'}; set data.columns"
-            )
-        return numeric
-
-    def _values(self, table: Table) -> Tensor:
-        """Return (N, D) float64 in the table's units."""
-        assert self.columns is not None
-        return _numbers(table, self.columns, "data.columns")
-
-
-def _numbers(table: Table, names: Sequence[str], setting: str) -> Tensor:
-    """Return (N, K) float64 of these columns. Raises ValueError for other cells and for constant columns."""
-    columns = []
-    for name in names:
-        cells = table.column(name)
-        for cell, line in zip(cells, table.lines, strict=True):
-            if not _is_number(cell):
+        parsed = {}
+        for name in self.names or free:
+            cells = parse(table, name, self.types.get(name), used=explicit)
+            if cells.type is not None:
+                parsed[name] = cells
+            elif explicit:
                 raise ValueError(
-                    f"{table.path}, line {line}: column {name!r} is {cell!r:.40}, not a finite number; fill it in, "
-                    f"remove the row, or remove the column from {setting}"
+                    f"{table.place(0)}: column {name!r} is {table.column(name)[0]!r:.40}, and the column is left out "
+                    f"({cells.why}); remove it from data.columns, or add {type_override(name, 'category')}"
                 )
-        values = [float(cell) for cell in cells]
-        if min(values) == max(values):
-            raise ValueError(f"{table.path}: column {name!r} is {cells[0]} in all rows; remove it from {setting}")
-        columns.append(values)
-    return torch.tensor(columns, dtype=torch.float64).T
+            else:
+                self.left_out[name] = cells.why
+        if not parsed:
+            raise ValueError(
+                f"{table.path} has no column to model among {first_names(free) or 'none'}; add for example "
+                f"{type_override(free[0], 'category') if free else 'data.columns=[...]'}"
+            )
+        conditions = {name: _condition(table, name) for name in self.condition_columns}
+        _, kept = self._complete(table, {**parsed, **conditions})
+        self.names = list(parsed)
+        self.notes = [*table.notes]
+        if len(kept) < len(table):
+            self.notes.append(f"data.missing=drop left out {len(table) - len(kept)} of {len(table)} rows")
+        self.file = {"separator": table.separator, "decimal": table.decimal, "kind": table.kind}
+        columns, cells_kept = [], []
+        for name, cells in parsed.items():
+            cells = cells._replace(values=cells.values[kept])
+            transform = self.transforms.get(name, "standardize")
+            if transform != "standardize" and cells.type in ("category", "boolean"):
+                raise ValueError(
+                    f"data.transforms={{{name}: {transform}}} needs numbers, and the column is a {cells.type}"
+                )
+            if cells.type == "category":
+                present = set(cells.values)
+                known = [category for category in cells.details["categories"] if category in present]
+                cells = cells._replace(details={**cells.details, "categories": known})
+                _check_varies(table, name, 1, len(known), "data.columns")
+            try:
+                column = infer_column(name, cells, transform, self.categories)
+            except ValueError as error:
+                raise ValueError(f"{table.path}: data.transforms of {error}") from error
+            if column.low is not None and column.high is not None:
+                _check_varies(table, name, column.low, column.high, "data.columns")
+            columns.append(column)
+            cells_kept.append(cells)
+        return columns, cells_kept
+
+    def _complete(self, table: Table, cells: Mapping[str, Cells]) -> tuple[Table, "np.ndarray[Any, Any]"]:
+        """Return the table without rows of missing cells, and the positions of those that remain.
+
+        Raises ValueError for invalid cells, and unless `data.missing=drop` for missing ones.
+        """
+        lacks = np.zeros(len(table), dtype=bool)
+        for name, each in cells.items():
+            if len(bad := np.flatnonzero(each.invalid)):
+                self._refuse_invalid(table, name, each, int(bad[0]))
+            lacks |= each.missing
+        labels = [] if self.label is None else table.column(self.label)
+        empty = np.array([label == "" for label in labels], dtype=bool)
+        lacks = lacks | empty if labels else lacks
+        if self.missing is None and lacks.any():
+            row = int(np.flatnonzero(lacks)[0])
+            rest = f"fill in all {int(lacks.sum())}, or add data.missing=drop to leave out their rows"
+            for name, each in cells.items():
+                if each.missing[row]:
+                    count = int(each.missing.sum())
+                    raise ValueError(
+                        f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r}, which is missing "
+                        f"({count} of {len(table)} rows); {rest}, or leave the column out: "
+                        f"{type_override(name, 'text')}"
+                    )
+            raise ValueError(f"{table.place(row)}: the label {self.label!r} is empty; {rest}")
+        kept = np.flatnonzero(~lacks)
+        if not len(kept):
+            raise ValueError(
+                f"{table.path}: data.missing=drop leaves out all {len(table)} rows; leave out columns instead, such as "
+                f"{type_override(max(cells, key=lambda name: cells[name].missing.sum()), 'text')}"
+            )
+        return (table if len(kept) == len(table) else table.rows(kept.tolist())), kept
+
+    def _refuse_invalid(self, table: Table, name: str, cells: Cells, row: int) -> None:
+        column = next((each for each in self.encoders if each.name == name), None)
+        what = f"not a {cells.type}" if cells.type != "number" else "not a finite number"
+        fix = "fill it in, or remove the row"
+        if column is not None and column.categories:
+            what = "unknown to the run"
+            fix = "leave its rows out, or train a new run"
+        elif name in self.condition_columns:
+            fix += ", or remove the column from data.condition_columns"
+        else:
+            fix += f", or leave the column out: {type_override(name, 'text')}"
+        raise ValueError(
+            f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r:.40}, {what} "
+            f"({int(cells.invalid.sum())} of {len(table)} rows); {fix}"
+        )
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False
+def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) -> dict[str, str]:
+    """Return a setting of each column from a mapping, or from a list of `column=value`."""
+    if isinstance(settings, Mapping):
+        return {str(column): str(value) for column, value in settings.items()}
+    parts = [str(each).rpartition("=") for each in settings or []]
+    if not all(column and value for column, _, value in parts):
+        raise ValueError(f"{name}={list(settings or [])} must be a mapping or a list such as ['zip=category']")
+    return {column: value for column, _, value in parts}
+
+
+def _condition(table: Table, name: str) -> Cells:
+    """Return a column of covariates: numbers, or booleans as 0 and 1."""
+    cells = parse(table, name, used=True)
+    if cells.type == "boolean":
+        numbers = Column(name, **cells.details, type="boolean").display
+        values = np.array(
+            [0.0 if lacks else numbers([v])[0] for v, lacks in zip(cells.values, cells.missing, strict=True)]
+        )
+        return cells._replace(type="number", values=values)
+    return cells if cells.type in ("number", "integer") else parse(table, name, "number")
+
+
+def _check_varies(table: Table, name: str, low: float, high: float, setting: str) -> None:
+    if low == high:
+        cell = table.column(name)[0]
+        raise ValueError(f"{table.path}: column {name!r} is {cell} in all rows; remove it from {setting}")

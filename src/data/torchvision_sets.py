@@ -16,7 +16,7 @@ from torchvision import datasets
 from src.cache import write_atomically
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images
+from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.data.images import open_dataset
 from src.data.sources import Labels
 
@@ -61,9 +61,11 @@ def torchvision_files(
     dataset: Callable[..., Any],
     fit: Fit = "crop",
     background: str = "white",
+    value_range: Sequence[float] | None = None,
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | None = None,
 ) -> FolderImages:
     """Open a torchvision dataset of image files: CelebA, or any whose constructor takes `loader`.
 
@@ -73,10 +75,11 @@ def torchvision_files(
         channels: of the images that are returned.
         prepare: download the files if they are missing.
         dataset: its constructor.
-        fit, background, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
+        fit, background, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
     Raises ValueError if the files are missing and cannot be downloaded, or as `folder` does.
     """
+    refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     takes_loader = "loader" in inspect.signature(dataset).parameters
     opened = open_dataset(partial(dataset, loader=Path) if takes_loader else dataset, root, prepare)
     targets: list[int] = []
@@ -102,7 +105,7 @@ def torchvision_files(
         read=partial(_read_file, Path(opened.root), names),
     )
     spec = ImageSpec(height_and_width(image_size), channels, fit, background)
-    return open_images(found, spec, labels, None, None, skip_unreadable, cache, cache_dir)
+    return open_images(found, spec, labels, None, value_range, skip_unreadable, cache, cache_dir)
 
 
 def _read_file(root: Path, names: Names, row: int) -> bytes:

@@ -29,13 +29,13 @@ import numpy as np
 import numpy.typing as npt
 
 from src.cache import write_atomically
-from src.data.csv_files import first_names
 from src.data.decode import ARRAY_SUFFIXES, Pages, image_suffixes
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.scan import read_at, tar_places
+from src.data.table_files import first_names
 from src.quoting import format_override
 
 VERSION = 1
@@ -62,7 +62,6 @@ def shards(
     channels: int,
     prepare: bool = False,
     *,
-    val_urls: str | Sequence[str] | None = None,
     image_key: str | None = None,
     caption_key: str | None = None,
     label_key: str | None = None,
@@ -73,6 +72,7 @@ def shards(
     skip_unreadable: bool | float = False,
     cache: bool = True,
     cache_dir: str | None = None,
+    val_root: str | Sequence[str] | None = None,
 ) -> FolderImages:
     """Open the images of shards with their classes and captions.
 
@@ -82,7 +82,7 @@ def shards(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; shards are downloaded when they are missing.
-        val_urls: the shards for validation. None takes the fraction `data.val_fraction` of the samples.
+        val_root: the shards for validation, `data.val_urls`. None takes the fraction `data.val_fraction` of the samples.
         image_key: the ending of the images, or several separated by `;`. None takes the only image of each sample.
         caption_key, label_key: the ending of the file, or the key in the .json, with the caption and with the class.
             None takes the first of `CAPTION_KEYS` and of `LABEL_KEYS`.
@@ -95,7 +95,7 @@ def shards(
     """
     store = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "shards"
     train = [_local(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
-    val = [] if val_urls is None else [_local(url, store, "data.val_urls") for url in expand_urls(val_urls)]
+    val = [] if val_root is None else [_local(url, store, "data.val_urls") for url in expand_urls(val_root)]
     paths = [*train, *val]
     keys = Keys(image_key, caption_key, label_key)
     status = [path.stat() for path in paths]

@@ -19,6 +19,7 @@ from torch import Tensor
 from src.cache import digest
 from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
+from src.data.table import TableDataModule
 from src.distributed.processes import Processes
 from src.evaluation.reverse_variance import Progress
 from src.evaluation.settings import QualitySettings
@@ -82,7 +83,7 @@ class SampleEvaluator:
         processes.gather(None)
         if processes.rank > 0:
             self.extractors = self._open_extractors()
-        own: Extractor = Pixels() if len(data.shape) == 3 else Values(data.std)
+        own: Extractor = Pixels() if len(data.shape) == 3 else values_of(data)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Feature spaces in which copies are searched; always includes the space of the data."""
         reference, self._baseline_indices = data.val_indices, data.train_indices
@@ -186,7 +187,7 @@ class SampleEvaluator:
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={','.join(settings.features)} needs images; omit it for points")
-            return [Values(self.data.std)]
+            return [values_of(self.data)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
         extractors: list[Extractor] = []
@@ -283,6 +284,11 @@ def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.devic
 def fetch_for_display(data: BaseDataModule, indices: Sequence[int]) -> Tensor:
     """Return these samples of the source after `preprocess` and `postprocess`, as generated samples are displayed."""
     return data.postprocess(data.preprocess(data.fetch(indices)[0]))
+
+
+def values_of(data: BaseDataModule) -> Values:
+    """Return the feature space of points or rows of a table."""
+    return Values(data.std, data.num_categories if isinstance(data, TableDataModule) else ())
 
 
 def time_network_call(module: DiffusionModule, batch_size: int) -> float:

@@ -15,15 +15,17 @@ from tqdm import tqdm
 
 from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
+from src.data.table import TableDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.alignment import best_scale, diversity_curves, sample_and_score, share_correct, with_scale
 from src.evaluation.benchmarks import PromptBenchmark
 from src.evaluation.likelihood import Bound, bounds, flow_bits
-from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics
+from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, values_of
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
+from src.evaluation.table_report import table_report
 from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
 from src.training.module import DiffusionModule, Sampler
@@ -137,6 +139,9 @@ def evaluate_quality(
             metrics["classifier_accuracy"] = extractor.accuracy
     save_samples(folder, evaluator, generated, measured)
     save_class_frequencies(folder, evaluator, generated)
+    if isinstance(evaluator.data, TableDataModule):
+        first = next(iter(generated.values())).first
+        metrics["table"] = table_report(folder, evaluator.data, first, values_of(evaluator.data))
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics

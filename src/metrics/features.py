@@ -6,6 +6,7 @@ An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels on its own dev
 import hashlib
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -47,17 +48,30 @@ class Pixels:
 
 
 class Values:
-    """Use the values of points and tables (N, D) as features, divided by `scale` (D,) if not None."""
+    """Use the values of points and tables (N, D) as features, divided by `scale` (D,) if not None.
+
+    A column with `num_categories` above 0 holds indices of categories: it becomes a one-hot vector, so that two
+    categories differ as much as two independent numbers do.
+    """
 
     name = "values"
 
-    def __init__(self, scale: Tensor | None = None) -> None:
+    def __init__(self, scale: Tensor | None = None, num_categories: Sequence[int] = ()) -> None:
         self.scale = scale
+        self.num_categories = list(num_categories) if any(num_categories) else []
         self.fingerprint = self.name if scale is None else f"{self.name} over {scale.tolist()}"
+        self.fingerprint += f" with categories {self.num_categories}" if self.num_categories else ""
 
     def __call__(self, samples: Tensor) -> Features:
         values = samples.flatten(1).double()
-        return Features(values if self.scale is None else values / self.scale.to(values))
+        scaled = values if self.scale is None else values / self.scale.to(values)
+        if not self.num_categories:
+            return Features(scaled)
+        parts = [
+            F.one_hot(values[:, k].long(), count).double() if count else scaled[:, k : k + 1]
+            for k, count in enumerate(self.num_categories)
+        ]
+        return Features(torch.cat(parts, dim=1))
 
 
 class Inception:

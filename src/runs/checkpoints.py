@@ -104,6 +104,7 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
+    "data.encoders",
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights."""
 

@@ -163,8 +163,8 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
         parent = OmegaConf.select(cfg, node)
         if parent is not None and name in parent and parent[name] in (None, []):
             parent[name] = value
-    if (columns := inferred.get(("data", "columns"))) and "features" in cfg.model:
-        cfg.model.features = len(columns)
+    if ("data", "columns") in inferred and "features" in cfg.model:
+        cfg.model.features = before["model"]["features"]
     if cfg.data.get("microbatch_size") == "auto" and cfg.trainer.accumulate_grad_batches == 1:
         cfg.trainer.accumulate_grad_batches = before["trainer"]["accumulate_grad_batches"]
 

@@ -1,6 +1,5 @@
 """Read the prompts of a sampling command, draw batches on several devices, and write samples."""
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -79,12 +78,13 @@ def draw_batches(
 
 
 def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
-    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table as `samples.csv`.
+    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table in its format.
 
     `samples` are images (N, C, H, W), or points or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
 
+    from src.data.table import TableDataModule
     from src.data.write import write_image
 
     array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
@@ -94,9 +94,5 @@ def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> No
         with ThreadPoolExecutor() as pool:  # On one thread, encoding the PNGs would take as long as sampling on a GPU.
             list(pool.map(lambda k: write_image(folder, f"{k:05d}", array[k], suffix), range(len(array))))
     np.savez_compressed(folder / "samples.npz", array)
-    columns = data.columns
-    if columns:
-        with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows([f"{x:.9g}" for x in row] for row in samples.tolist())  # all digits of float32
+    if isinstance(data, TableDataModule):
+        data.write_samples(folder / "samples", samples)

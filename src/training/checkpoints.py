@@ -143,7 +143,7 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
             return {key: clear(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [clear(value, f"{name}.{k}") for k, value in enumerate(node)]
-        is_text = name.startswith((*TEXT_KEYS, "data.columns"))
+        is_text = name.startswith((*TEXT_KEYS, "data.columns", "data.encoders"))
         if name == "conditioning.encode.model" and isinstance(node, str):
             is_text = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # a hub id
         if isinstance(node, str) and not is_text and (name in PATH_KEYS or "/" in node or "\\" in node):

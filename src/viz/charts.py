@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.viz.figures import COLORS, error_bars, new_figure, render_figure, series_style, set_log_scale, set_log_ticks
+from src.viz.figures import (
+    COLORS,
+    error_bars,
+    histogram_bins,
+    new_figure,
+    render_figure,
+    series_style,
+    set_log_scale,
+    set_log_ticks,
+)
 from src.viz.tables import better_direction, metric_title
 
 Interval = tuple[float, float, float]
@@ -40,9 +49,12 @@ def scatter(
     figure, ((axes,),) = new_figure(size, size, grid=False)
     clouds = [(real, "0.75", "real data")] if real is not None else []
     for cloud, color, label in [*clouds, (points, COLORS[0], "samples")]:
-        xy = cloud.float().cpu().numpy()
+        xy = cloud.cpu().double().numpy()  # float32 would round values far from 0 to one number
         if one_feature:
-            axes.hist(xy[:, 0], bins=60, density=True, color=color, alpha=0.7, label=label)
+            finite = xy[np.isfinite(xy[:, 0]), 0]
+            axes.hist(
+                finite, bins=histogram_bins(finite, 60), density=len(finite) > 0, color=color, alpha=0.7, label=label
+            )
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
     if columns:
@@ -69,7 +81,7 @@ def pair_plot(
     size = 2.2 * count
     figure, panels = new_figure(size, size, count, count, grid=False)
     reference = [(real, "0.75")] if real is not None else []
-    clouds = [(cloud.float().cpu(), color) for cloud, color in [*reference, (points, COLORS[0])]]
+    clouds = [(cloud.cpu().double(), color) for cloud, color in [*reference, (points, COLORS[0])]]
     for row in range(count):
         for column in range(count):
             axes = panels[row][column]
@@ -319,14 +331,15 @@ def axis_limits(points: Tensor, symmetric: bool = True) -> AxisLimits:
 
     If `symmetric`, and the points spread about equally around 0, the limits are a square about 0.
     """
-    finite = points[points.isfinite().all(1), :2].float()
+    finite = points[points.isfinite().all(1), :2].cpu().double()
     if not len(finite):
         return (-1.0, 1.0), (-1.0, 1.0)
     bound = 1.15 * float(finite.abs().quantile(0.999))
-    low, high = finite.quantile(torch.tensor([0.001, 0.999], device=finite.device), dim=0)
+    low, high = finite.quantile(torch.tensor([0.001, 0.999], dtype=torch.float64), dim=0)
     if symmetric and float((high - low).min()) > bound / 2:
         return (-bound, bound), (-bound, bound)
-    margin = torch.where(high > low, 0.08 * (high - low), 1)
+    size = torch.maximum(low.abs(), high.abs())
+    margin = torch.where(high - low > 1e-12 * size, 0.08 * (high - low), (1e-3 * size).clamp(min=1))
     (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
     return (left, right), (bottom, top)
 

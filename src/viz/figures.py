@@ -27,6 +27,16 @@ def error_bars(intervals: np.ndarray) -> np.ndarray:
     return np.maximum(0, [value - low, high - value])
 
 
+def histogram_bins(values: np.ndarray, count: int = 40) -> np.ndarray:
+    """Return edges of bins that hold all finite values, wide enough to be different numbers."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    if high - low < 4 * count * np.spacing(max(abs(low), abs(high))):
+        margin = max(0.5, 4 * count * float(np.spacing(max(abs(low), abs(high)))))
+        low, high = low - margin, high + margin
+    return np.linspace(low, high, count + 1)
+
+
 def set_log_scale(axes: "Axes", which: str) -> None:
     """Make the x or y axis logarithmic if its positive data span a factor of 5 or more."""
     axis = axes.xaxis if which == "x" else axes.yaxis

@@ -109,6 +109,8 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     tables = []
     if "bits_per_dim" in metrics or metrics.get("samplers") or "alignment" not in metrics:
         tables.append(_quality_table(metrics))
+    if "table" in metrics:
+        tables.append(_rows_table(metrics["table"]))
     if "alignment" in metrics:
         tables.append(_alignment_table(metrics["alignment"]))
     return "\n".join(tables)
@@ -150,6 +152,24 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
         "below 1 with copies far above 0.05 indicates memorization; a distance far above 1 indicates samples unlike "
         "any data. Definitions: docs/metrics.md.\n"
     ) + (f"The classifier is correct on {accuracy:.1%} of validation images.\n" if accuracy is not None else "")
+
+
+def _rows_table(report: Mapping[str, Any]) -> str:
+    """Return a row per column of a generated table, and the comparison of whole rows."""
+    rows = [
+        [name, format_number(each["distance"]), format_number(each["baseline"])]
+        for name, each in report["columns"].items()
+    ]
+    rows.append(
+        ["mean error of associations", *(format_number(report[f"association_{k}"]) for k in ("error", "baseline"))]
+    )
+    rows.append(["nearer to training than to held-out rows", format_metric(report["closer_to_training"]), "0.5"])
+    note = (
+        f"\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; "
+        "0 is best: the Kolmogorov-Smirnov statistic of a number, the total variation of a category, the mean absolute "
+        "difference of associations. The share of samples nearer to training rows is 0.5 for new rows, 1 for copies.\n"
+    )
+    return markdown_table(["column", "samples", "training rows"], rows) + "\n" + note
 
 
 def _alignment_table(alignment: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import sys
 
 from src.config.cli import launch
 
-TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard"}
+TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard", "doctor": "examine"}
 
 
 def run(module: str, *words: str) -> dict[str, object]:

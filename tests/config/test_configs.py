@@ -40,6 +40,7 @@ GIVEN = {
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     *("prepare", "download"),
+    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
 }
 
 
@@ -65,8 +66,9 @@ def test_every_choice_composes_and_fits_its_target(group, option):
         if not str(node._target_).startswith("src."):
             continue
         signature = inspect.signature(get_method(node._target_))
-        # A partial of a data source has root, image_size and channels from its datamodule.
-        elsewhere = {"root", "image_size", "channels"} if str(node._target_).startswith("src.data") else set()
+        # A partial of a data source has these from its data module.
+        given = {"root", "image_size", "channels", "value_range", "skip_unreadable", "cache", "cache_dir", "val_root"}
+        elsewhere = given if str(node._target_).startswith("src.data") else set()
         listed = {str(k) for k in node if not str(k).startswith("_")}
         missing = set(signature.parameters) - listed - GIVEN - elsewhere
         if "num_steps" in signature.parameters and "schedules" in node._target_:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -100,6 +101,27 @@ def test_json_lines_hold_one_or_several_captions(tmp_path):
     assert by_name(tmp_path) == {"b.png": ["one"], "dogs/a.jpg": ["woof", "bark"], "cats/c.png": ["meow", "purr"]}
 
 
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_captions_come_from_a_named_table_and_columns(tmp_path, ending):
+    """In any encoding and with any separator; a cell of JSON or Parquet may hold several."""
+    images(tmp_path)
+    rows = pd.DataFrame({"path": IN_ORDER, "label": ["x", "y", "z"], "description": ["é", "two, three", "four"]})
+    path = tmp_path / f"words.{ending}"
+    lists = rows.assign(description=[[text, text.upper()] for text in rows.description])
+    match ending:
+        case "csv":
+            rows.to_csv(path, index=False, sep=";", encoding="utf-16")
+        case "tsv":
+            rows.to_csv(path, index=False, sep="\t", encoding="cp1252")
+        case "parquet":
+            lists.to_parquet(path)
+        case _:
+            lists.to_json(path, orient="records", lines=ending == "jsonl")
+    source = captioned(str(tmp_path), 8, 3, captions=path.name, file_column="path", caption_column="description")
+    wanted = rows if ending in ("csv", "tsv") else lists
+    assert source.captions == [text if isinstance(text, list) else [text] for text in wanted.description]
+
+
 def test_missing_captions_name_the_supported_files(tmp_path):
     message = refused(images(tmp_path))
     for part in (str(tmp_path), "metadata.csv", "metadata.jsonl", "b.txt", "data=folder"):
@@ -128,25 +150,25 @@ def test_rows_without_image_are_named(tmp_path):
     ("name", "contents", "message"),
     [
         ("a.txt", " \n\n", "1 captions under .* are empty (a.txt)"),
-        ("a.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("a.txt", b"\xff\xfe\x00", "is not text in utf-16"),
         ("metadata.csv", "file_name,text\na.png,\n", "metadata.csv, line 2: the caption is empty"),
         ("metadata.csv", "file_name,text\n", "has 1 rows"),
-        ("metadata.csv", "file,text\na.png,x\n", "one column named file_name, found file, text"),
+        ("metadata.csv", "path,text\na.png,x\n", "one column named file_name or .* found path, text"),
         ("metadata.csv", "file_name,words\na.png,x\n", "one column named text or caption or captions"),
         ("metadata.csv", "file_name,text,caption\na.png,x,y\n", "one column named text or caption or captions"),
         ("metadata.csv", "file_name,text\na.png,one, two\n", "line 2: 3 cells under 2 names"),
-        ("metadata.csv", b"file_name,text\na.png,\xff\n", "is not a CSV file in UTF-8"),
+        ("metadata.csv", "file_name,text\n,one\n", "line 2: the file name is empty"),
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "x"}\n\n{"file_name"\n',
             "metadata.jsonl, line 3 is not JSON",
         ),
-        ("metadata.jsonl", '{"file_name": "a.png"}', 'line 1 has file_name; it needs "file_name" and one of text'),
-        ("metadata.jsonl", '["a.png", "x"]', "line 1 has no keys"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "text is 3"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "text is []"),
+        ("metadata.jsonl", '{"file_name": "a.png"}', "one column named text or caption or captions, found file_name"),
+        ("metadata.jsonl", '["a.png", "x"]', "line 1 is not a JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": []}', "line 1: the caption is empty"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": null}', "line 1: the caption is empty"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": ["x", " "]}', "line 1: the caption is empty"),
-        ("metadata.jsonl", "", "has no caption for 1 of 1 images"),
+        ("metadata.jsonl", "", "has no rows"),
     ],
 )
 def test_invalid_captions_raise_with_their_line(tmp_path, name, contents, message):

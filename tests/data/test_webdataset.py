@@ -140,7 +140,7 @@ def test_the_ending_of_the_images_is_chosen(tmp_path):
 def test_shards_of_validation_are_the_validation_set(tmp_path):
     train, val = pictures(4), pictures(2)
     source = opened(
-        tmp_path, write(tmp_path / "a", with_texts(train), 2), val_urls=write(tmp_path / "b", with_texts(val))
+        tmp_path, write(tmp_path / "a", with_texts(train), 2), val_root=write(tmp_path / "b", with_texts(val))
     )
     assert np.array_equal(pixels(source), [*train, *val])
     assert source.val_mask.tolist() == [False] * 4 + [True] * 2

@@ -243,7 +243,7 @@ def test_num_steps_out_of_range_raises(make, num_steps):
 
 
 def test_custom_with_too_few_betas_raises():
-    with pytest.raises(ValueError, match=r"schedule.num_steps=9 "):
+    with pytest.raises(ValueError, match=r"schedule.betas"):
         schedules.custom([0.1] * 9)
 
 
@@ -268,7 +268,7 @@ def test_custom_with_too_few_betas_raises():
         (lambda: schedules.sigmoid_jabri(1000, start=3.0, end=-3.0), "schedule.start=3.0 .*schedule.end=-3.0"),
         (lambda: schedules.sigmoid_jabri(1000, tau=0.0), "schedule.tau=0.0 "),
         (lambda: schedules.sigmoid_jabri(1000, tau=0.004), "schedule"),
-        (lambda: schedules.custom([0.1] * 9 + [1.0]), r"\[0.1, 1\]"),
+        (lambda: schedules.custom([0.1] * 9 + [1.0]), "schedule.betas"),
         (lambda: schedules.custom([0.1] * 9 + [float("nan")]), "nan"),
         (lambda: schedules.snr_shift(schedules.linear(1000), 0.0), "snr_shift=0.0 "),
         (lambda: schedules.snr_shift(schedules.linear(1000), -2.0), "snr_shift=-2.0 "),

@@ -18,7 +18,7 @@ from src.config.cli import launch
 from src.runs import lock
 from tests.conftest import TINY
 
-TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard"}
+TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard", "doctor": "examine"}
 QUICK = [*TINY, "validate_every=100", "~callbacks.bits_per_dim", "~neighbors", "trainer.max_steps=2"]
 
 

@@ -1,0 +1,492 @@
+"""Read tables from CSV, TSV, Excel, Parquet, JSON and JSON Lines files, with the place of each row for messages."""
+
+import bz2
+import csv
+import difflib
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from src.data.sources import Labels
+from src.quoting import format_override
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SEPARATORS = (",", ";", "\t", "|")
+COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+"""Functions that decompress files with these first bytes."""
+NAMELESS = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
+"""Header of the index that pandas writes, or names when it reads."""
+FILE_COLUMNS = ("file_name", "file", "filename", "image")
+"""Names of a column with the files of images; `file_name` is that of Hugging Face's ImageFolder."""
+_COMMA_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}([. ]\d{3})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
+_POINT_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?\.\d+(e[+-]?\d+)?", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns of a file, all of one length, by name.
+
+    Cells of a text file are stripped strings (`is_text`); those of other files have types. `notes` describe what was
+    left out or detected.
+    """
+
+    path: Path
+    frame: "pd.DataFrame"
+    lines: Sequence[int]
+    """Where each row is: the line of a text file in which it ends, or its number."""
+    is_text: bool
+    separator: str = ","
+    decimal: str = "."
+    kind: str = "text"
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        return [str(name) for name in self.frame.columns]
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def place(self, row: int) -> str:
+        """Return the file and the line of a row, for a message."""
+        return f"{self.path}, {'line' if self.kind in ('text', 'jsonl') else 'row'} {self.lines[row]}"
+
+    def column(self, name: str) -> list[str]:
+        """Return the cells of a column as text; a missing one is empty."""
+        return [cell_text(cell) for cell in self.frame[name].tolist()]
+
+    def one_of(self, names: Sequence[str], setting: str) -> str:
+        """Return the only column with one of these names. Raises ValueError unless there is exactly one."""
+        found = [name for name in self.names if name in names]
+        if len(found) != 1:
+            raise ValueError(
+                f"{self.path} needs exactly one column named {' or '.join(names)}, found {', '.join(self.names)}; "
+                f"rename or remove columns, or set {setting}"
+            )
+        return found[0]
+
+    def row_texts(self) -> list[str]:
+        """Return a text per row that equals that of equal rows."""
+        return ["\x1f".join(cells) for cells in zip(*map(self.column, self.names), strict=True)]
+
+    def rows(self, keep: Sequence[int]) -> "Table":
+        """Return the table with only these rows."""
+        frame = self.frame.iloc[list(keep)].reset_index(drop=True)
+        fields = {"frame": frame, "lines": [self.lines[k] for k in keep]}
+        return Table(**{**self.__dict__, **fields})
+
+
+def read_table(
+    path: Path,
+    setting: str,
+    *,
+    header: bool | None = True,
+    separator: str | None = None,
+    decimal: str | None = None,
+    encoding: str | None = None,
+    sheet: str | int | None = None,
+) -> Table:
+    """Read the table that `setting` names, without empty lines and without a nameless index of its rows.
+
+    The contents determine compression, Excel and Parquet, the ending `.json` and `.jsonl`; all else is text, whose
+    encoding, separator and decimal sign are detected if None. `header=None` refuses a first row that looks like data,
+    and False names the columns c0, c1, ...
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read, has no rows, rows of different lengths, or two columns with one name.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{format_override(setting, path.resolve())} does not exist; set it to a table, such as a CSV file"
+        )
+    data = path.read_bytes()
+    try:
+        for magic, decompress in COMPRESSED.items():
+            data = decompress(data) if data.startswith(magic) else data
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} cannot be decompressed ({one_line(error)}); save it again") from error
+    ending = next((s.lower() for s in reversed(path.suffixes) if s.lower() not in (".gz", ".bz2", ".xz")), "")
+    if data.startswith(b"PAR1"):
+        table = _typed(path, "parquet", _read_parquet(path, data))
+    elif data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        table = _read_excel(path, data, header, sheet)
+    elif ending in (".jsonl", ".ndjson"):
+        table = _read_json_lines(path, data)
+    elif ending == ".json":
+        table = _typed(path, "json", _read_json(path, data))
+    else:
+        table = _read_text(path, setting, data, header, separator, decimal, encoding)
+    if not len(table):
+        raise ValueError(f"{path} has no rows; {setting} needs a table with at least one")
+    return _without_index(table)
+
+
+def read_pairs(
+    path: Path, setting: str, what: str, file_columns: Sequence[str], columns: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield file name and text of each row of a table, one per text of a list; `what` names the texts in messages.
+
+    The files are in the first of `file_columns` that exists, the texts in the only one of `columns`; an object of JSON
+    may have another one of these.
+    Raises ValueError for empty texts.
+    """
+    table = read_table(path, setting)
+    found = [name for name in file_columns if name in table.names][:1]
+    files = table.column(table.one_of(found or file_columns, f"data.source.file_column or {setting}"))
+    several_names = [name for name in table.names if name in columns]
+    if table.kind not in ("json", "jsonl") or not several_names:
+        several_names = [table.one_of(columns, f"data.source.{what}_column or {setting}")]
+    rows: list[list[Any]] = table.frame[several_names].values.tolist()
+    for row, (file, cells) in enumerate(zip(files, rows, strict=True)):
+        lists = [list(c) if isinstance(c, list | tuple) or type(c).__name__ == "ndarray" else [c] for c in cells]
+        given = [each for each in lists if any(map(cell_text, each))]
+        for each in given[0] if given else [""]:
+            text = cell_text(each).strip()
+            if not file or not text:
+                raise ValueError(
+                    f"{table.place(row)}: the {what if file else 'file name'} is empty; write one, or remove the row "
+                    "and its image"
+                )
+            yield file, text
+
+
+def cell_text(cell: Any) -> str:
+    """Return a cell as text: an empty one if it is missing, and whole numbers without decimals."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None or cell != cell or type(cell).__name__ in ("NAType", "NaTType"):
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+
+def is_number(cell: str, decimal: str = ".") -> bool:
+    """Return whether a text is a finite number."""
+    value = to_number(cell, decimal)
+    return value is not None and value - value == 0
+
+
+def to_number(cell: str, decimal: str = ".") -> float | None:
+    """Return the number, which may be infinite or NaN, that a text states; None for another text."""
+    if decimal == ",":
+        if "." in cell and not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+(,\d+)?", cell):
+            return None
+        cell = cell.replace(".", "").replace(",", ".")
+    elif "," in cell and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", cell):
+        cell = cell.replace(",", "")
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | None]:
+    """Return `to_number` of each cell; None stays None."""
+    if decimal == ".":
+        try:
+            numbers = [float(cell) for cell in cells]  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+        else:
+            if not any("_" in cell for cell in cells if cell):
+                return numbers
+    return [None if cell is None else to_number(cell, decimal) for cell in cells]
+
+
+def labels_from_names(names: Iterable[str]) -> Labels:
+    """Return labels from the class name of each sample. Classes are sorted, as numbers if all are integers."""
+    names = list(names)
+    classes = sorted_names(names)
+    index = {name: k for k, name in enumerate(classes)}
+    return Labels(torch.tensor([index[name] for name in names], dtype=torch.int64), classes)
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Return the different names, sorted, as numbers if all are integers."""
+    different = sorted(set(names))
+    if all(name.isdecimal() for name in different):
+        different.sort(key=int)
+    return different
+
+
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names and the number of the rest, for a message."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return the end of an error: the known names most similar to an unknown one."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# Text files
+
+
+def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
+    """Return the text and its encoding: UTF-8, UTF-16, else cp1252, else Latin-1. Raises ValueError for other data."""
+    if encoding is None:
+        zeros = [data[:2000][side::2].count(0) for side in (0, 1)]
+        marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+        marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
+        if marked is None and max(zeros) > len(data[:2000]) / 5 and min(zeros) * 5 < max(zeros):
+            marked = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+        candidates = [marked] if marked else ["utf-8", "cp1252", "latin-1"]
+    else:
+        candidates = [encoding]
+    for name in candidates:
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError as error:
+            reason = one_line(error)
+        except LookupError as error:
+            raise ValueError(f"data.encoding={encoding} is unknown; use one of Python's, such as cp1252") from error
+        else:
+            if "\0" in text:
+                raise ValueError(f"{path} is not a text file, it contains null bytes; save the table as CSV in UTF-8")
+            return text, name
+    raise ValueError(f"{path} is not text in {candidates[0]} ({reason}); save it as UTF-8")
+
+
+def find_separator(text: str) -> str:
+    """Return the separator that splits the first lines into the most cells of equal number; a comma if none does."""
+    head = [line for line in itertools.islice(io.StringIO(text, newline=""), 200) if line.strip()]
+    best, chosen = (0.0, 0), ","
+    for separator in SEPARATORS:
+        counts = [len(row) for row in csv.reader(head, delimiter=separator)]
+        if len(counts) and counts[0] > 1:
+            score = sum(count == counts[0] for count in counts) / len(counts), counts[0]
+            if score > best:
+                best, chosen = score, separator
+    if best == (0.0, 0) and len(head) > 1:
+        rows = [line.split() for line in head]
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) and all(map(is_number, row)) for row in rows[1:]):
+            return " "
+    return chosen
+
+
+def find_decimal(cells: Iterable[str]) -> str:
+    """Return the decimal sign, "," or ".", of most cells with a fraction.
+
+    Groups of three digits after a comma are thousands only beside fractions with a point.
+    """
+    comma = point = groups = 0
+    for cell in cells:
+        if "," in cell or "." in cell:
+            groups += (group := _THOUSANDS.fullmatch(cell) is not None)
+            comma += not group and _COMMA_DECIMAL.fullmatch(cell) is not None
+            point += _POINT_DECIMAL.fullmatch(cell) is not None
+    return "," if comma > point or (groups and not point) else "."
+
+
+def _read_text(
+    path: Path,
+    setting: str,
+    data: bytes,
+    header: bool | None,
+    separator: str | None,
+    decimal: str | None,
+    encoding: str | None,
+) -> Table:
+    text, encoding_used = decode_text(data, encoding, path)
+    declared = re.match(r"sep=(.)\r?\n", text)  # a line that Excel writes
+    found = separator or (declared[1] if declared else find_separator(text))
+    lines = io.StringIO(text, newline="")
+    source = (line.strip() + "\n" for line in lines) if found == " " else lines
+    reader = csv.reader(source, strict=True, delimiter=found, skipinitialspace=found == " ")
+    try:
+        read = [([cell.strip() for cell in row], reader.line_num) for row in reader if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file ({error}); save it again, or set {setting}") from error
+    read = read[1:] if declared else read
+    if header is False:
+        if read:
+            read.insert(0, ([f"c{k}" for k in range(len(read[0][0]))], 0))
+    elif header is None and len(read) > 1:
+        check_header(f"{path}, line {read[0][1]}", read[0][0], [cells for cells, _ in read[1:]])
+    if len(read) < 2:
+        raise ValueError(f"{path} has {len(read)} rows; {setting} needs a header and at least one row below it")
+    names = _clean_names(path, read[0][0])
+    for cells, line in read[1:]:
+        if len(cells) != len(names):
+            raise ValueError(
+                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; quote cells that contain "
+                f"{'a comma' if found == ',' else repr(found)}"
+            )
+    import pandas as pd
+
+    columns = zip(*(cells for cells, _ in read[1:]), strict=True)
+    frame = pd.DataFrame(
+        {name: pd.Series(list(cells), dtype=object) for name, cells in zip(names, columns, strict=True)}
+    )
+    if decimal is None:  # within commas, a comma in a number separates thousands
+        decimal = "." if found == "," else find_decimal(cell for row, _ in read[1:] for cell in row)
+    notes = [f"separator {found!r}"] if found != "," else []
+    notes += ["decimal comma"] if decimal == "," else []
+    notes += [f"encoding {encoding_used}"] if encoding_used not in ("utf-8", "utf-8-sig") else []
+    return Table(path, frame, [line for _, line in read[1:]], True, found, decimal, "text", notes)
+
+
+def check_header(place: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError if the first row is data: numbers, or mostly texts that occur below it in their column."""
+    named = [name for name in names if not NAMELESS.fullmatch(name)]
+    numbers = [name for name in named if is_number(name) or is_number(name, ",")]
+    why = ""
+    if numbers and (len(numbers) == len(named) or any(not name.isdecimal() for name in numbers)):
+        why = f"has the number {numbers[0]} in place of a column name"
+    else:
+        repeated = [n for k, n in enumerate(names) if n and any(len(row) > k and row[k] == n for row in rows)]
+        if len(repeated) > max(1, len(named) / 2):
+            why = f"has {first_names([*map(repr, repeated)])}, which are also cells below it"
+    if why:
+        raise ValueError(
+            f"{place} {why}; add a header, or type data.header=false if the file has none, which names the columns "
+            "c0, c1, ... (data.header=true accepts it as the header)"
+        )
+
+
+def _clean_names(path: Path, cells: Sequence[Any]) -> list[str]:
+    """Return the names of columns without line breaks; nameless ones are named as by pandas."""
+    names = [" ".join(cell_text(cell).split()) or f"Unnamed: {k}" for k, cell in enumerate(cells)]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has several columns named {', '.join(map(repr, duplicates))}; rename them")
+    return names
+
+
+# Other files
+
+
+def _typed(path: Path, kind: str, frame: "pd.DataFrame", first: int = 1, notes: Sequence[str] = ()) -> Table:
+    frame.columns = _clean_names(path, list(frame.columns))
+    return Table(path, frame, range(first, first + len(frame)), False, kind=kind, notes=[*notes])
+
+
+def _read_parquet(path: Path, data: bytes) -> "pd.DataFrame":
+    import pandas as pd
+
+    with _reading(path, "pyarrow"):
+        frame = pd.read_parquet(io.BytesIO(data))
+    if isinstance(frame.index, pd.RangeIndex):
+        return frame.reset_index(drop=True)
+    frame.index.names = [name or f"Unnamed: {k}" for k, name in enumerate(frame.index.names)]
+    return frame.reset_index()
+
+
+def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int | None) -> Table:
+    import pandas as pd
+
+    with _reading(path, "xlrd" if data.startswith(b"\xd0") else "openpyxl"):
+        book = pd.ExcelFile(io.BytesIO(data))
+    names = book.sheet_names
+    if sheet is not None and sheet not in names and not (isinstance(sheet, int) and 0 <= sheet < len(names)):
+        raise ValueError(f"data.sheet={sheet} is not a sheet of {path}; {did_you_mean(str(sheet), [*map(str, names)])}")
+    with _reading(path, "openpyxl"):
+        cells = book.parse(sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
+    cells = cells.map(lambda cell: None if cell == "" else cell).dropna(how="all").dropna(how="all", axis=1)
+    numbers = [int(row) + 1 for row in cells.index]
+    rows = cells.values.tolist()
+    first: list[Any] = [f"c{k}" for k in range(cells.shape[1])]
+    if header is not False and rows:
+        first, rows, numbers = rows[0], rows[1:], numbers[1:]
+        if header is None:
+            texts = [[cell_text(cell) for cell in row] for row in rows]
+            check_header(f"{path}, row {numbers[0] - 1 if numbers else 1}", [*map(cell_text, first)], texts)
+    columns = list(zip(*rows, strict=True)) or [()] * len(first)
+    named = zip(_clean_names(path, first), columns, strict=True)
+    frame = pd.DataFrame({name: pd.Series(list(each), dtype=object) for name, each in named})
+    notes = [f"sheet {names[0] if sheet is None else sheet!r} of {len(names)}"] if len(names) > 1 else []
+    return Table(path, frame.infer_objects(), numbers, False, kind="excel", notes=notes)
+
+
+def _read_json_lines(path: Path, data: bytes) -> Table:
+    records, lines = [], []
+    for number, line in enumerate(decode_text(data, None, path)[0].split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); write one object per line, without a comma after it"
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object; write one object of column names per line")
+        records.append(record)
+        lines.append(number)
+    table = _typed(path, "jsonl", _frame_of(records))
+    return Table(**{**table.__dict__, "lines": lines})
+
+
+def _read_json(path: Path, data: bytes) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        value = json.loads(decode_text(data, None, path)[0])
+        # A list of records, alone or as in {"data": [...]}.
+        lists = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, list)]
+        if len(lists) == 1 and all(isinstance(record, dict) for record in lists[0]):
+            return _frame_of(lists[0])
+        if isinstance(value, dict) and all(isinstance(v, list | dict) for v in value.values()):
+            return pd.DataFrame(value).reset_index(drop=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a table in JSON ({one_line(error)}); save it again") from error
+    raise ValueError(f"{path} is not a table in JSON; write a list of objects, one for each row")
+
+
+def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
+    """Return records as columns in order of appearance; a missing cell is None, so that integers stay integers."""
+    import pandas as pd
+
+    names = dict.fromkeys(name for record in records for name in record)
+    frame = pd.DataFrame({n: pd.Series([r.get(n) for r in records], dtype=object) for n in names})
+    return frame.infer_objects()
+
+
+@contextmanager
+def _reading(path: Path, package: str) -> Iterator[None]:
+    """Turn errors of a reader into ValueError: how to install a missing `package`, or the reason."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package {package}; pip install {package}") from error
+    except Exception as error:  # a corrupted file can raise anything
+        raise ValueError(f"{path} cannot be read ({one_line(error)}); save it again") from error
+
+
+def _without_index(table: Table) -> Table:
+    """Return the table without nameless columns that are empty or number the rows."""
+    notes, dropped = [], []
+    for name in table.names:
+        cells = table.column(name) if NAMELESS.fullmatch(name) else ["x"]
+        numbers = {int(cell) for cell in cells} if all(cell.isdecimal() for cell in cells) else set()
+        if not any(cells):
+            dropped.append(name)
+        elif len(numbers) == len(cells) and len(cells) > 1:
+            dropped.append(name)
+            notes.append(f"{name!r} (an index without a name)")
+    if not dropped or len(dropped) == len(table.names):
+        return table
+    return Table(
+        **{
+            **table.__dict__,
+            "frame": table.frame.drop(columns=dropped),
+            "notes": [*table.notes, *(f"left out {note}" for note in notes)],
+        }
+    )

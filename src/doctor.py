@@ -1,0 +1,134 @@
+"""Look at images before training on them: `python -m src.doctor data=folder data.root=path/to/images`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.cli import launch
+from src.config.output import relative, start_output
+from src.config.rules import check_values
+from src.errors import UsageError, usage_errors
+from src.quoting import command, format_override
+
+if TYPE_CHECKING:
+    from src.data.folder import FolderImages
+    from src.data.images import ImageDataModule
+    from src.runs.advice import Found
+
+NUM_PROBED = 200
+"""Files that are decoded as they are to find their channels and sizes."""
+
+
+def examine(cfg: DictConfig) -> Path:
+    """Print what the data hold, look for duplicates, draw some images, and print a command that trains on them.
+
+    Writes `images.png` and `values.png` into the output folder and returns it.
+    """
+    with usage_errors():
+        check_values(cfg)
+        import torch
+
+        from src.runs import advice
+        from src.runs.components import instantiate_node
+
+        if "image_size" not in cfg.data or cfg.data.get("root") is None:
+            raise UsageError("src.doctor looks at folders of images; set data=folder data.root=path/to/images")
+        found = probe(cfg)
+        task = list(HydraConfig.get().overrides.task)
+        typed = {override.lstrip("+").partition("=")[0] for override in task}
+        on_gpu = torch.cuda.is_available()
+        suggested = {"data.channels": found.suggested_channels, "data.image_size": found.suggested_size(on_gpu)}
+        for name, value in suggested.items():
+            if name not in typed:
+                OmegaConf.update(cfg, name, value)
+        data = instantiate_node(cfg.data)
+        data.prepare_once_per_node()
+        source, num_train, num_val = data.source, len(data.train_indices), len(data.val_indices)
+    print(source.summary)
+    print(f"{num_train:,} images for training and {num_val:,} for validation")
+    folder = start_output(Path(cfg.run_dir))
+    report_duplicates(data, source)
+    draw(data, folder)
+    suggestion = advice.suggest(found, num_train, on_gpu)
+    words = [word for word in task if not word.startswith(("run_dir", "steps", "hydra"))]
+    words += [word for word in suggestion if word.partition("=")[0] not in typed]
+    if source.labels is not None and "conditioning" not in typed:
+        words.append("conditioning=class")
+    steps = advice.suggest_steps(num_train, on_gpu)
+    if cfg.steps > 0:
+        with usage_errors():
+            cost = advice.measure_step(words, str(folder), cfg.steps)
+        steps = advice.suggest_steps(num_train, on_gpu, cost.seconds)
+        device = "GPU" if on_gpu else "CPU"
+        print(
+            f"A step takes {cost.seconds:.3g} s on this {device} and {cost.memory / 2**30:.1f} GiB, so {steps:,} steps "
+            f"take about {steps * cost.seconds / 60:,.0f} minutes"
+        )
+    if "trainer.max_steps" not in typed:
+        words.append(f"trainer.max_steps={steps}")
+    print(f"What to expect: {advice.expectation(num_train)}")
+    print(f"Look at {relative(folder / 'images.png')} and {relative(folder / 'values.png')}, then train:")
+    print(command("train", *words))
+    return folder
+
+
+def probe(cfg: DictConfig) -> "Found":
+    """Return what some of the files have in common, decoded as they are. Raises ValueError if none can be read."""
+    from src.data.decode import decode
+    from src.data.folder import find
+    from src.runs import advice
+
+    root = cfg.data.root if isinstance(cfg.data.root, str) else list(cfg.data.root)
+    files = find(root, cfg.data.get("val_root"))
+    decoded: list[Any] = []
+    for k in range(0, len(files), -(-len(files) // NUM_PROBED)):
+        try:
+            with files.open(k) as stream:
+                decoded.append(decode(stream))
+        except (OSError, ValueError, SyntaxError):
+            continue
+    if not decoded:
+        raise ValueError(f"{format_override('data.root', root)} has no image that can be read; set another folder")
+    return advice.look(decoded)
+
+
+def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
+    """Print how many images are equal or similar, and how many of those are on both sides of the split."""
+    import numpy as np
+
+    from src.data.duplicates import across_split, find_duplicates
+
+    images = source.fetch(range(len(source)))
+    duplicates = find_duplicates(images)
+    is_val = np.zeros(len(source), bool)
+    is_val[data.val_indices] = True
+    copies, names = sum(len(group) - 1 for group in duplicates.exact), source.found.names
+    if not copies and not duplicates.near:
+        print(f"No duplicates among {duplicates.compared:,} images")
+        return
+    first, second, *_ = (duplicates.exact or duplicates.near)[0]
+    print(
+        f"{copies:,} images repeat another exactly, and {len(duplicates.near):,} pairs of {duplicates.compared:,} "
+        f"images are nearly equal, such as {names[first]} and {names[second]}; "
+        f"{across_split(duplicates, is_val):,} validation images are equal or similar to a training image"
+    )
+
+
+def draw(data: "ImageDataModule", folder: Path) -> None:
+    """Draw some training images as the network will see them, and the histogram of their values."""
+    from src.viz.histograms import value_histogram
+    from src.viz.images import image_grid
+
+    count = min(64, len(data.train_indices))
+    x = data.preprocess(data.fetch(data.train_indices[:count])[0])
+    image_grid(data.postprocess(x)).save(folder / "images.png")
+    more = data.preprocess(data.fetch(data.train_indices[:1000])[0]).numpy()
+    low, high = data.inferred["value_range"]
+    values = (more + 1) / 2 * (high - low) + low
+    value_histogram(values.swapaxes(0, 1).reshape(values.shape[1], -1), (low, high)).save(folder / "values.png")
+
+
+if __name__ == "__main__":
+    launch("doctor", examine)

@@ -1,0 +1,134 @@
+"""Types of columns, detected from cells, and the codes of categories."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports() -> None:
+    """Import slow modules here, not at collection."""
+    global Cells, Column, from_json, infer_column, parse, read_table, to_json, type_override
+    from src.data.columns import Cells, Column, from_json, infer_column, parse, to_json, type_override
+    from src.data.table_files import read_table
+
+
+def column_of(path: Path, cells: list[str], **settings: object) -> "Cells":
+    """Return the parsed cells of a CSV file with one column besides `x`."""
+    lines = [f"{k % 3}\t{cell}" for k, cell in enumerate(cells)]
+    (path / "a.tsv").write_text("\n".join(["x\tvalue", *lines]), encoding="utf-8")
+    return parse(read_table(path / "a.tsv", "data.path"), "value", **settings)
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind"),
+    [
+        (["1.5", "2", "3e2"], "number"),
+        (["1,5", "2", "-3,25"], "number"),
+        (["4", "-2", "+3"], "integer"),
+        (["1.0", "2.0", "9.0"], "number"),
+        (["02139", "10115"] * 3, "category"),
+        (["a", "b", "a", "b"], "category"),
+        (["True", "False", "True"], "boolean"),
+        (["yes", "no", "no"], "boolean"),
+        (["0", "1", "1"], "integer"),
+        (["2020-01-05", "2021-12-31"], "date"),
+        (["05.01.2020", "31.12.2021"], "date"),
+        (["3/14/2020", "12/1/2020"], "date"),
+        (["2020-01-05T10:00:00Z", "2021-12-31T23:59:59Z"], "date"),
+        (["5 Jan 2020", "31 Dec 2021"], "date"),
+        (["a", "b", "c"], None),
+        (["one two", "three four", "one two", "five"], None),
+        (["7", "7", "7"], None),
+        (["", "", ""], None),
+        (["1", "2", "3", "4"], None),
+    ],
+)
+def test_types_are_detected(tmp_path, cells, kind):
+    assert column_of(tmp_path, cells).type == kind
+
+
+def test_columns_named_like_ids_are_left_out(tmp_path):
+    """If all their integers differ."""
+    for name, left_out in (("customer_id", True), ("userId", True), ("ID", True), ("paid", False), ("grid", False)):
+        (tmp_path / "a.csv").write_text(f"x,{name}\n1,17\n2,4\n1,99\n")
+        assert (parse(read_table(tmp_path / "a.csv", "data.path"), name).type is None) == left_out, name
+
+
+def test_a_named_column_is_never_an_id(tmp_path):
+    assert column_of(tmp_path, ["1", "2", "3"], used=True).type == "integer"
+
+
+def test_other_cells_among_numbers_are_invalid_or_missing(tmp_path):
+    cells = column_of(tmp_path, ["1", "x", "2", "n/a", "inf", "5", "9"])
+    assert cells.type == "integer"
+    assert np.flatnonzero(cells.invalid).tolist() == [1, 4] and np.flatnonzero(cells.missing).tolist() == [3]
+
+
+def test_decimals_are_those_of_the_cells(tmp_path):
+    for texts, decimals in (
+        (["1.50", "2.25"], 2),
+        (["3.0", "4.0"], 0),
+        (["1e-3", "2.5"], None),
+        (["1.123456789"] * 2 + ["2"], None),
+    ):
+        assert column_of(tmp_path, texts).details["decimals"] == decimals
+
+
+def test_dates_are_counted_in_their_coarsest_unit(tmp_path):
+    cells = column_of(tmp_path, ["1970-01-03 00:00", "1970-01-05 12:00"])
+    assert cells.details["unit"] == "h" and cells.values.tolist() == [48, 108]
+    column = infer_column("t", cells, "standardize", "onehot")
+    assert column.label == "t (hours since 1970-01-03T00)"
+    assert column.restore(np.array([0.0, 1.0])).tolist() == ["1970-01-03 00:00", "1970-01-03 01:00"]
+
+
+@pytest.mark.parametrize("code", ["onehot", "bits"])
+@pytest.mark.parametrize("count", [2, 3, 8, 9])
+def test_codes_of_categories_are_distinct_signs(code, count):
+    book = Column("c", "category", code=code, categories=list(range(count))).codebook
+    assert book.shape == (count, count if code == "onehot" else int(np.ceil(np.log2(count))))
+    assert len({tuple(row) for row in book.tolist()}) == count and set(book.ravel().tolist()) == {-1, 1}
+    if code == "bits":
+        assert ((book > 0) @ (2 ** np.arange(book.shape[1]))).tolist() == list(range(count))
+
+
+def test_quantile_scores_are_normal_and_monotone():
+    values = np.exp(np.random.default_rng(0).normal(size=2000))
+    cells = Cells("number", values, np.zeros(2000, bool), np.zeros(2000, bool))
+    column = infer_column("x", cells, "quantile", "onehot")
+    scores = column.encode(values)[:, 0]
+    assert abs(scores.mean()) < 0.01 and abs(scores.std() - 1) < 0.02
+    assert (np.diff(scores[values.argsort()]) >= 0).all() and len(column.knots[0]) <= 256
+    np.testing.assert_allclose(column.decode(scores[:, None]), values, rtol=1e-12)
+    assert column.decode(np.array([[9.0], [-9.0]])).tolist() == [values.max(), values.min()]
+
+
+def test_columns_are_stored_as_text_without_interpolation():
+    columns = [Column("a ${x}\n", "category", categories=["${oc.env:HOME}", 3, "\x00"]), Column("b", low=0.1)]
+    text = to_json(columns, separator=";")
+    assert "${" not in text and text.isprintable() and text.isascii()
+    assert from_json(text) == (columns, {"separator": ";"})
+
+
+def test_an_override_of_a_type_is_one_word_for_hydra():
+    import shlex
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for name in ("zip", "zip code", "a (b), c: d", "Größe"):
+        (word,) = shlex.split(type_override(name, "category"))
+        value = OverridesParser.create().parse_override(word).value()
+        assert value in ({name: "category"}, [f"{name}=category"])
+
+
+def test_categories_of_pandas_keep_their_order(tmp_path):
+    levels = ["low", "mid", "high", "unused"]
+    frame = pd.DataFrame({"x": [1.0, 2.0, 4.0], "c": pd.Categorical(["high", "low", "mid"], levels, ordered=True)})
+    frame.to_parquet(tmp_path / "a.parquet")
+    cells = parse(read_table(tmp_path / "a.parquet", "data.path"), "c")
+    assert cells.details["categories"] == levels[:3]
+    restored = infer_column("c", cells, "standardize", "bits").restore(np.array([2.0, 0.0]))
+    assert restored.dtype == frame.c.dtype and restored.tolist() == ["high", "low"]

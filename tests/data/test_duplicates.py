@@ -1,0 +1,34 @@
+"""Duplicates among images."""
+
+import numpy as np
+import torch
+
+from src.data.duplicates import across_split, find_duplicates
+
+
+def test_copies_and_similar_images_are_found():
+    """Also brighter and noisy copies, and with three channels; independent images are not."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 16, 16), generator=generator).float()
+    images = torch.nn.functional.interpolate(images[..., :4, :4], (16, 16), mode="bilinear")
+    images[7], images[21] = images[3], images[3]
+    images[30] = 0.8 * images[12] + 20
+    images[35] = (images[2] + torch.randn(3, 16, 16, generator=generator)).clamp(0, 255)
+    found = find_duplicates(images.round().to(torch.uint8))
+    assert found.exact == [[3, 7, 21]]
+    assert sorted(found.near) == [(2, 35), (12, 30)]
+    is_val = np.zeros(40, bool)
+    is_val[[7, 12, 5]] = True
+    assert across_split(found, is_val) == 2  # 7 equals 3, and 12 resembles 30
+
+
+def test_images_of_one_color_are_not_similar():
+    """Their thumbnails have no direction; equal ones are exact duplicates."""
+    images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8).contiguous()
+    assert find_duplicates(images).near == []
+    assert find_duplicates(torch.cat([images, images[:1]])).exact == [[0, 4]]
+
+
+def test_large_datasets_are_compared_in_part():
+    images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    assert find_duplicates(images, max_compared=10).compared == 10
