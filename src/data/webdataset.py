@@ -82,7 +82,7 @@ def shards(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; shards are downloaded when they are missing.
-        val_root: the shards for validation, `data.val_urls`. None takes the fraction `data.val_fraction` of the samples.
+        val_root: the shards for validation (`data.val_urls`). None takes `data.val_fraction` of the samples.
         image_key: the ending of the images, or several separated by `;`. None takes the only image of each sample.
         caption_key, label_key: the ending of the file, or the key in the .json, with the caption and with the class.
             None takes the first of `CAPTION_KEYS` and of `LABEL_KEYS`.
