@@ -1,6 +1,5 @@
 """Folders and archives of images as a source."""
 
-import os
 import posixpath
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.data.decode import Pages
+from src.data.encoded import EncodedImages
 from src.data.fit import Fit, ImageSpec, bucket_sizes, check_range, crop_at, height_and_width, infer_range, load_image
 from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
@@ -38,7 +38,7 @@ class FolderImages:
 
     def __init__(
         self,
-        found: FoundImages,
+        found: EncodedImages,
         spec: ImageSpec,
         store: PixelStore | None,
         labels: Labels | None,
@@ -143,7 +143,7 @@ class OpenFiles(Protocol):
         skip_unreadable: bool | float = False,
         cache: bool = True,
         cache_dir: str | None = None,
-        val_root: str | None = None,
+        val_root: Any = None,
     ) -> Source: ...
 
 
@@ -155,6 +155,7 @@ class FolderDataModule(ImageDataModule):
         val_root: the folder of the validation images, see `folder`.
         skip_unreadable: leave out images that cannot be read, see `folder`.
         cache, cache_dir: decode all images once, into this folder, see `folder`.
+        name, urls, val_urls: what `root` and `val_root` refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `ImageDataModule`.
     """
@@ -182,9 +183,12 @@ class FolderDataModule(ImageDataModule):
         microbatch_size: int | Literal["auto"] | None = None,
         skip_unreadable: bool | float = False,
         balance_classes: bool = False,
-        val_root: str | None = None,
+        val_root: str | Sequence[str] | None = None,
         cache: bool = True,
         cache_dir: str | None = None,
+        name: str | None = None,
+        urls: str | Sequence[str] | None = None,
+        val_urls: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             partial(
@@ -216,6 +220,12 @@ class FolderDataModule(ImageDataModule):
             bool(skip_unreadable),
             balance_classes,
         )
+
+
+def refuse_val_root(val_root: str | None, fix: str) -> None:
+    """Raise ValueError if a folder for validation is set for a source that takes none."""
+    if val_root is not None:
+        raise ValueError(f"{format_override('data.val_root', val_root)} is for folders; {fix}")
 
 
 def folder(
@@ -276,16 +286,21 @@ def folder(
 
 
 def open_images(
-    found: FoundImages,
+    found: EncodedImages,
     spec: ImageSpec,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | Labels | None,
     captions: Sequence[Sequence[str]] | None,
     value_range: Sequence[float] | None,
     skip_unreadable: bool | float,
     cache: bool,
     cache_dir: str | None,
+    about: str = "",
 ) -> FolderImages:
-    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does.
+
+    `classes` are the class of each image, or labels whose classes have an order of their own. `about` is appended to
+    the summary.
+    """
     bucketed = spec if spec.fit == "buckets" else None
     spec = spec._replace(fit="crop") if bucketed else spec
     store = _open_store(found, spec, cache_dir) if cache else None
@@ -299,11 +314,16 @@ def open_images(
     if store is not None:
         unreadable = {str(found.path(k)): reason for k, reason in store.errors.items()}
         keep = store.ok
-        _check_readable(found, unreadable, skip_unreadable)
-    text = describe(found, classes)
+        _check_readable(found, store.errors, skip_unreadable)
+    names = [classes.classes[k] for k in classes.targets.tolist()] if isinstance(classes, Labels) else classes
+    text = describe(found, names)
     chosen = np.flatnonzero(keep).tolist()
     kept = found.keep(keep, "unreadable")
-    labels = None if classes is None else labels_from_names(classes[k] for k in chosen)
+    labels = None
+    if isinstance(classes, Labels):
+        labels = Labels(classes.targets[torch.from_numpy(keep)], classes.classes)
+    elif classes is not None:
+        labels = labels_from_names(classes[k] for k in chosen)
     captions = None if captions is None else [captions[k] for k in chosen]
     if store is None:
         dtype, limits = _probe(kept, spec, value_range)
@@ -311,7 +331,7 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    arguments = (kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    arguments = (kept, spec, store, labels, captions, limits, dtype, text + about, unreadable)
     if shaped is not None:
         return BucketedImages(*arguments).in_buckets(shaped)
     return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
@@ -339,7 +359,7 @@ def _find_one(root: str | None, name: str) -> FoundImages:
         raise type(error)(f"{setting}: {error}; {fix}") from error
 
 
-def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
+def _open_store(found: EncodedImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     try:
         return open_pixels(found, spec, folder)
@@ -351,13 +371,13 @@ def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> P
         return None
 
 
-def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
+def _check_readable(found: EncodedImages, unreadable: dict[int, str], skip_unreadable: bool | float) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
-    listed = first_names([f"{os.path.relpath(p, found.root)}: {reason}" for p, reason in unreadable.items()], 3)
-    text = f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed})"
+    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
+    text = f"{len(unreadable)} of {len(found)} images {found.place} cannot be read ({listed})"
     if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
@@ -370,7 +390,7 @@ def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreada
 
 
 def _measure(
-    found: FoundImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
+    found: EncodedImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
 ) -> tuple[str, tuple[float, float]]:
     """Return the type and the range of values of the readable images. Raises ValueError if they do not suit."""
     types = store.types[keep]
@@ -382,7 +402,7 @@ def _measure(
             for name, k in zip(names, first, strict=True)
         )
         raise ValueError(
-            f"{found.root} has images with values of different types ({counts}); convert them to one type, or set "
+            f"the images {found.place} have values of different types ({counts}); convert them to one type, or set "
             f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
@@ -391,7 +411,9 @@ def _measure(
     return dtype, limits
 
 
-def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | None) -> tuple[str, tuple[float, float]]:
+def _probe(
+    found: EncodedImages, spec: ImageSpec, value_range: Sequence[float] | None
+) -> tuple[str, tuple[float, float]]:
     """Return the type of the first readable image, and its range if that does not need all images."""
     for k in range(len(found)):
         try:
@@ -406,7 +428,9 @@ def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | N
             )
         return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
     count = len(found)
-    raise DataReadError(f"{count} of {count} images under {found.root} cannot be read; set another data.root")
+    raise DataReadError(
+        f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
+    )
 
 
 def _pair(value_range: Sequence[float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -30,6 +31,8 @@ VERTICAL = r"\b(top|bottom|above|below|upper|lower|up|down|upside)\b"
 
 MAX_CAPTIONS = 10_000
 """Captions that are searched for these words."""
+RESIZED_AT_ONCE = 4096
+"""Images of a dataset in memory that are resized together."""
 
 
 class OpenImages(Protocol):
@@ -273,18 +276,7 @@ def torchvision_images(
 
     Raises ValueError if the files are missing and cannot be downloaded.
     """
-    name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
-    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
-    try:
-        opened = dataset(root=root, download=prepare)
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        # Torchvision has no single error for missing files without network, nor for incomplete files.
-        reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
-        raise ValueError(
-            f"{format_override('data.root', Path(root or '.').resolve())} "
-            f"has no complete {name}, and it cannot be downloaded ({reason}); "
-            "connect to the network, put the dataset's original files there, or set data.root to their folder"
-        ) from error
+    opened = open_dataset(dataset, root, prepare)
     labels = _labels_of(opened)
     height, width = height_and_width(image_size)
     data = getattr(opened, "data", None)
@@ -296,18 +288,44 @@ def torchvision_images(
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3)
     if images.shape[-2:] != (height, width):
-        images = TF.resize(images, [height, width], antialias=True)
+        # In parts, since resizing takes several times the memory.
+        parts = [TF.resize(part, [height, width], antialias=True) for part in torch.split(images, RESIZED_AT_ONCE)]
+        images = torch.cat(parts)
     if images.shape[1] != channels:
         images = TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1)
     return InMemory(images.contiguous(), labels)
 
 
+def open_dataset(dataset: Callable[..., Any], root: str | None, prepare: bool) -> Any:
+    """Return a torchvision dataset, after downloading its files if `prepare` is true and they are missing.
+
+    Raises ValueError if the files are missing and cannot be downloaded.
+    """
+    inner: Any = dataset
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", "dataset")
+    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
+    try:
+        return dataset(root=root, download=prepare)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error) as error:
+        # Torchvision has no single error for missing files without network, nor for incomplete files.
+        reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
+        raise ValueError(
+            f"{format_override('data.root', Path(root or '.').resolve())} "
+            f"has no complete {name}, and it cannot be downloaded ({reason}); "
+            "connect to the network, put the dataset's original files there, or set data.root to their folder"
+        ) from error
+
+
 def _labels_of(dataset: Any) -> Labels | None:
-    """Return the labels of a torchvision dataset, its `targets` or `labels`; None if it has none."""
+    """Return the labels of a torchvision dataset, its `targets` or `labels`; None if it has none for some images."""
     targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if targets is None:
         return None
     targets = torch.as_tensor(targets).long()
+    if (targets < 0).any():
+        return None
     classes = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
     return Labels(targets, [str(name) for name in classes])
 

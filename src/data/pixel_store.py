@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from src.data.encoded import EncodedImages
 from src.data.fit import ImageSpec, load_image
 from src.data.read_errors import read_with_retries
-from src.data.scan import FoundImages
 from src.errors import DataReadError
 
 Array = npt.NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same files give other pixels."""
 
 CHUNK = 64
@@ -93,10 +93,10 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("DIFFUSION_CACHE") or Path(cache) / "denoising-diffusion-lab") / "images"
 
 
-def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
+def open_pixels(found: EncodedImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
     """Return the decoded images, from `cache_dir` if they are there, else after decoding all in parallel.
 
-    The key is the place, name, size and time of change of every file, and `spec`. A folder of the cache is complete or
+    The key is `found.identity()` and `spec`. A folder of the cache is complete or
     does not exist, whenever a process is killed. One process decodes; others wait for it.
 
     Raises OSError if the cache cannot be written, and DataReadError if a process that decodes dies.
@@ -124,12 +124,8 @@ def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelSt
     return store
 
 
-def _key(found: FoundImages, spec: ImageSpec) -> str:
-    total = sha256(f"{VERSION} {[str(root.resolve()) for root in found.roots]} {spec!r}".encode())
-    for name in found.names:
-        total.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    total.update(found.which.tobytes() + found.sizes.tobytes() + found.times.tobytes())
-    return total.hexdigest()[:32]
+def _key(found: EncodedImages, spec: ImageSpec) -> str:
+    return sha256(f"{VERSION} {found.identity()} {spec!r}".encode()).hexdigest()[:32]
 
 
 def _read(folder: Path) -> PixelStore | None:
@@ -144,12 +140,12 @@ def _read(folder: Path) -> PixelStore | None:
         return None
 
 
-def _readable_now(store: PixelStore, found: FoundImages, spec: ImageSpec) -> bool:
+def _readable_now(store: PixelStore, found: EncodedImages, spec: ImageSpec) -> bool:
     """Return whether an image that could not be read can be now, for example after a decoder was installed."""
     return any(_try_load(found, spec, k)[0] is not None for k in store.errors)
 
 
-def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
+def _try_load(found: EncodedImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
     """Return the image, or None and the reason why it cannot be read."""
     try:
         return read_with_retries(str(found.path(index)), partial(_load, found, spec, index)), ""
@@ -157,12 +153,12 @@ def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str
         return None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
 
 
-def _load(found: FoundImages, spec: ImageSpec, index: int) -> Any:
+def _load(found: EncodedImages, spec: ImageSpec, index: int) -> Any:
     with found.open(index) as stream:
         return load_image(stream, spec)
 
 
-def _write(folder: Path, found: FoundImages, spec: ImageSpec) -> None:
+def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
     """Decode all images into `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -203,7 +199,7 @@ def _write(folder: Path, found: FoundImages, spec: ImageSpec) -> None:
             os.fsync(file.fileno())
 
 
-def _storage_type(found: FoundImages, spec: ImageSpec) -> str:
+def _storage_type(found: EncodedImages, spec: ImageSpec) -> str:
     """Return uint8 if the first image that can be read has 8 bits, else float32."""
     for k in range(len(found)):
         image, _ = _try_load(found, spec, k)
@@ -212,7 +208,7 @@ def _storage_type(found: FoundImages, spec: ImageSpec) -> str:
     return "uint8"
 
 
-def _decode_all(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
+def _decode_all(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
     """Decode all images into the file `path`, and yield what is found out about them."""
     from tqdm import tqdm
 
@@ -252,7 +248,7 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _decode_chunk(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
+def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
     """Decode some images into their places in the file `path`, or return their pixels if their shapes differ."""
     varies = spec.varies
     pixels = np.zeros((0 if varies else len(indices), spec.channels, *spec.size), dtype)

@@ -20,6 +20,8 @@ ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
     ("data", "captions"): ["data.root=x"],
     ("data", "folder"): ["data.root=x"],
+    ("data", "hub"): ["data.name=x"],
+    ("data", "webdataset"): ["data.urls=x"],
     ("data", "table"): [
         f"data.path='{Path(__file__).parents[1] / 'measurements.csv'}'",
         "data.columns=[height,weight]",
@@ -37,7 +39,8 @@ GIVEN = {
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
-    "prepare",
+    *("prepare", "download"),
+    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
 }
 
 
