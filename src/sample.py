@@ -27,7 +27,7 @@ def sample(cfg: DictConfig) -> Path:
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
-    from src.runs.sampling import draw_batches, read_prompts, write_samples
+    from src.runs.sampling import draw_batches, read_prompts, resize_samples, write_samples
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
@@ -36,6 +36,7 @@ def sample(cfg: DictConfig) -> Path:
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.get("guidance"))
+        resize_samples(opened, cfg.image_size)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
         check_prompt_settings(cfg, sampler, len(prompts))

@@ -299,9 +299,10 @@ class ArrayDataModule(ImageDataModule):
         channels, *size = source.shape(root, channels, image_size)
         settings: dict[str, Any] = {"skip_unreadable": skip_unreadable, "cache_dir": cache_dir, "val_root": val_root}
         super().__init__(
-            partial(source, value_range=value_range, **settings), root, channels, size, None, value_range,
-            dtype, file_type, flip, batch_size, val_fraction,
-            split_seed, seed, num_workers, microbatch_size, bool(skip_unreadable), balance_classes=balance_classes,
+            partial(source, value_range=value_range, **settings), root, channels, size, value_range=value_range,
+            dtype=dtype, file_type=file_type, flip=flip, batch_size=batch_size, val_fraction=val_fraction,
+            split_seed=split_seed, seed=seed, num_workers=num_workers, microbatch_size=microbatch_size,
+            skip_unreadable=bool(skip_unreadable), balance_classes=balance_classes,
         )  # fmt: skip
         self.header = header
 

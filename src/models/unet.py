@@ -46,6 +46,8 @@ class UNet(nn.Module):
       sec. 3.3). Sizes that are no multiple are padded by repeating the edge, and the output is cropped.
     - `condition` maps the width of the time embedding to the embedding of conditions. Its vector is added to the time
       embedding; cross-attention to its tokens follows each self-attention (Rombach et al. 2022, arXiv 2112.10752).
+    - `augment_labels`: the number of labels of augmentations (src.data.augment). The network then takes `augment` (B,
+      augment_labels), by default 0, and adds a linear map of them to the time embedding (Karras et al. 2022, app. F.2).
     - `gradient_checkpointing` stores the input of each block only and recomputes the block in the backward pass (Chen
       et al. 2016, arXiv 1604.06174).
     - `conv_backend` selects the algorithm of the 3x3 convolutions of images: see `src.models.winograd.Conv3x3`.
@@ -72,6 +74,7 @@ class UNet(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
         patch_size: int = 1,
         conv_backend: ConvBackend = "auto",
+        augment_labels: int = 0,
     ) -> None:
         super().__init__()
         if channels is None or image_size is None:
@@ -157,8 +160,10 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(groups, c)
         self.conv_out = zero_init(CONVS[dims](c, channels * outputs * patch_size**dims, 3, padding=1))
+        # Last and without bias: the other weights start, and labels of 0 act, as without it.
+        self.augment = zero_init(nn.Linear(augment_labels, emb_dim, bias=False)) if augment_labels else None
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         size = x.shape[2:]
         x = pad_to_multiple(x.to(self.conv_in.weight.dtype), self.factor)
         context = Embedded(self.time(time))
@@ -166,6 +171,8 @@ class UNet(nn.Module):
             assert cond is not None
             vector, tokens, mask = self.condition(cond)
             context = Embedded(context.vector + vector, tokens, mask)
+        if self.augment is not None and augment is not None:
+            context = context._replace(vector=context.vector + self.augment(augment.to(context.vector.dtype)))
         h = self.conv_in(x if self.patch_size == 1 else space_to_depth(x, self.patch_size))
         skips = [h]
         for module in self.down:

@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 
 def build_module(
-    cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
+    cfg: DictConfig,
+    shape: tuple[int, ...],
+    num_values: int | None,
+    condition: "Condition | None" = None,
+    augment_labels: int = 0,
 ) -> "DiffusionModule":
     """Return the LightningModule for samples of `shape`, with new weights; without an optimizer it cannot train.
 
     `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
+    `augment_labels` is the number of labels of augmentations that the network gets in training.
     """
     import torch
 
@@ -46,7 +51,15 @@ def build_module(
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
-    net = instantiate_node(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
+    arguments = {"outputs": diffusion.outputs, **_network_condition(cfg)}
+    if augment_labels:
+        if "augment_labels" not in inspect.signature(get_class(cfg.model._target_)).parameters:
+            raise ValueError(
+                f"data.edm_augment={cfg.data.get('edm_augment')} needs a network with the argument augment_labels, and "
+                f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
+            )
+        arguments["augment_labels"] = augment_labels
+    net = instantiate_node(cfg.model, arguments)
     spec = None
     if condition is not None:
         null, examples = condition([None]), condition(condition.examples or [None])

@@ -49,6 +49,21 @@ def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Seq
     return [OmegaConf.to_container(each) if isinstance(each, ListConfig) else each for each in cond]
 
 
+def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) -> None:
+    """Let the run draw images of another size, one number or (H, W), than in training; None keeps that.
+
+    Raises ValueError for a wrong size and for a run on points.
+    """
+    if image_size is None:
+        return
+    size = [image_size] * 2 if isinstance(image_size, int) else [int(side) for side in image_size]
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
+    if len(opened.module.shape) != 3:
+        raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")
+    opened.module.shape = (opened.module.shape[0], *size)
+
+
 def draw_batches(
     opened: "OpenedRun",
     sampler: "Sampler",
