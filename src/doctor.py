@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from src.data.images import ImageDataModule
     from src.runs.advice import Found
 
+SOURCES = ("src.data.folder.folder", "src.data.captions.captioned")
 NUM_PROBED = 200
 """Files that are decoded as they are to find their channels and sizes."""
 
@@ -33,7 +34,7 @@ def examine(cfg: DictConfig) -> Path:
         from src.runs import advice
         from src.runs.components import instantiate_node
 
-        if "image_size" not in cfg.data or cfg.data.get("root") is None:
+        if OmegaConf.select(cfg, "data.source._target_") not in SOURCES:
             raise UsageError("src.doctor looks at folders of images; set data=folder data.root=path/to/images")
         found = probe(cfg)
         task = list(HydraConfig.get().overrides.task)

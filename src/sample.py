@@ -27,7 +27,7 @@ def sample(cfg: DictConfig) -> Path:
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
-    from src.runs.sampling import draw_batches, read_prompts, write_samples
+    from src.runs.sampling import draw_batches, read_prompts, resize_samples, write_samples
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
@@ -36,6 +36,7 @@ def sample(cfg: DictConfig) -> Path:
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.get("guidance"))
+        resize_samples(opened, cfg.image_size)
         condition = opened.data.condition
         prompts = read_prompts(condition, cfg.cond, cfg.negative)
         check_prompt_settings(cfg, sampler, len(prompts))
@@ -68,7 +69,7 @@ def sample(cfg: DictConfig) -> Path:
         def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
             bar.update(count if step else 0)
             if cfg.gif and indices.start == 0:
-                frames.append(opened.data.postprocess(x[:8] if x.ndim == 4 else x).cpu())
+                frames.append(opened.data.postprocess(x[:8] if x.ndim > 2 else x).cpu())
 
         filled = batch_size if cfg.compile else None
         parts = [*draw_batches(opened, sampler, processes, batches, cfg.seed, filled, cond_of, on_step)]
@@ -77,16 +78,15 @@ def sample(cfg: DictConfig) -> Path:
     if frames:
         images.save_gif(frames, folder / "trajectory.gif")
     samples = torch.cat(parts)
-    write_samples(folder, samples, opened.data)
-    shown = opened.data.display(samples[:256] if samples.ndim == 4 else samples)
+    path = write_samples(folder, samples, opened.data)
+    shown = opened.data.display(samples[:256] if samples.ndim > 2 else samples)
     titles = [condition.title(prompts[k]) for k in prompt_of] if condition else []
     images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
     print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
-    all_samples = folder / ("samples.csv" if (folder / "samples.csv").exists() else "samples.npz")
-    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(all_samples)}")
+    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
     return folder
 
 

@@ -56,7 +56,7 @@ def measure_run(
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
     result["cost/calls_per_image"] = torch.tensor(generated.calls)
     result["cost/seconds_per_image"] = torch.tensor(generated.seconds)
-    num_shown = NUM_IMAGES if generated.first.ndim == 4 else NUM_POINTS
+    num_shown = NUM_IMAGES if generated.first.ndim > 2 else NUM_POINTS
     result["samples"] = generated.first[:num_shown]
     result["real"] = data.postprocess(data.examples(num_shown))
 

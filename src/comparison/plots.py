@@ -148,7 +148,7 @@ def _sample_chart(report: Report) -> bytes | None:
     rows["validation data"] = report.real
     if not all(len(row) for row in rows.values()):
         return None
-    if report.real.ndim == 4:
+    if report.real.ndim > 2:
         count = min(map(len, rows.values()))
         return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows), cell=32))
     limits = charts.axis_limits(report.real) if report.real.shape[1] > 1 else None

@@ -14,7 +14,10 @@ from src.config.search_path import CONF
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
 
-PATH_KEYS = ("data.root", "data.path", "data.source.labels", "data.source.captions")
+PATH_KEYS = (
+    *("data.root", "data.val_root", "data.path", "data.name", "data.urls", "data.val_urls"),
+    *("data.source.labels", "data.source.captions"),
+)
 """Settings of files that a run only reads."""
 COLUMN_KEYS = tuple(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms"))
 """Settings with names of columns and formats of dates, which may look like paths."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.data.conditions import Condition
 from src.data.read_errors import read_error_hint
-from src.data.samplers import BatchIndices
+from src.data.samplers import VALIDATION, BatchIndices
 from src.data.sources import Source
 from src.errors import DataReadError
 from src.rng import key
@@ -24,7 +24,8 @@ MAX_REPLACEMENTS = 10
 class Batch(TypedDict):
     """Samples x (B, *data); the first has position `start` among the `total` of the global batch or validation set.
 
-    `cond` (B, ...) are their conditions, if the network takes any. Before a batch reaches the device it may carry two
+    `cond` (B, ...) are their conditions, if the network takes any, and `augment` (B, K) the labels of their
+    augmentation, if the data module has labels. Before a batch reaches the device it may carry two
     more keys: `skipped`, the errors of replaced samples by name, and `failure`, the error of a batch without samples.
     """
 
@@ -32,6 +33,7 @@ class Batch(TypedDict):
     start: int
     total: int
     cond: NotRequired[Tensor]
+    augment: NotRequired[Tensor]
     skipped: NotRequired[dict[str, str]]
     failure: NotRequired[str]
 
@@ -90,7 +92,7 @@ def fetch_batch(
     """
     indices = list(wanted.indices)
     try:
-        return source.fetch(indices), indices, {}
+        return _fetch(source, indices, wanted, seed), indices, {}
     except DataReadError:
         if not replacements:
             raise
@@ -104,7 +106,7 @@ def fetch_batch(
         )
         for index in chain([first], others):
             try:
-                samples.append(source.fetch([index]))
+                samples.append(_fetch(source, [index], wanted._replace(start=position), seed))
                 indices[k] = index
                 break
             except DataReadError as error:
@@ -113,6 +115,16 @@ def fetch_batch(
         else:
             raise DataReadError(f"{last}, nor can {MAX_REPLACEMENTS} other samples", last.name)
     return torch.cat(samples), indices, skipped
+
+
+def _fetch(source: Source, indices: Sequence[int], wanted: BatchIndices, seed: int) -> Tensor:
+    """Return samples (B, *data), those of training if the source has others for it."""
+    fetch_training = getattr(source, "fetch_training", None)
+    if fetch_training is None or wanted.step == VALIDATION:
+        return source.fetch(indices)
+    keys = [key(seed, "fetch", wanted.step, wanted.start + k) for k in range(len(indices))]
+    samples: Tensor = fetch_training(indices, keys)
+    return samples
 
 
 class BatchLoader(DataLoader[Batch]):

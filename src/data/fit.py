@@ -1,5 +1,6 @@
 """Convert decoded images to one size and number of channels, and find the range of their values."""
 
+import math
 from collections.abc import Sequence
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ from PIL import Image, ImageColor
 
 from src.data.decode import Array, Decoded, Pages, decode
 
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "random_crop", "pad", "stretch", "buckets"]
 
 MIN_USE = 0.05
 """Smallest share of the range that the values of a dataset must use."""
@@ -18,8 +19,8 @@ MIN_USE = 0.05
 class ImageSpec(NamedTuple):
     """The images that a run trains on: `size` (H, W), `channels`, and how files of other shapes become such images.
 
-    `fit` crops to the center, pads with the edge, or stretches. `background` is the color behind transparent pixels,
-    unless `channels` is 2 or 4 and keeps them.
+    `fit` crops to the center or, in training, at random, pads with the edge, stretches, or crops to one of
+    `bucket_sizes`. `background` is the color behind transparent pixels, unless `channels` is 2 or 4 and keeps them.
     """
 
     size: tuple[int, int]
@@ -27,6 +28,11 @@ class ImageSpec(NamedTuple):
     fit: Fit = "crop"
     background: str = "white"
     pages: Pages = "first"
+
+    @property
+    def varies(self) -> bool:
+        """Whether images have different shapes."""
+        return self.fit in ("random_crop", "buckets")
 
 
 def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
@@ -37,8 +43,16 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def spatial_size(image_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return `data.image_size` as (L,), (H, W) or (D, H, W); one number is a square. Raises ValueError for others."""
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if not 1 <= len(size) <= 3 or min(size) < 1:
+        raise ValueError(f"data.image_size={image_size} must be a number, [L], [H,W] or [D,H,W], of at least 1")
+    return tuple(map(int, size))
+
+
 class Loaded(NamedTuple):
-    """An image of the wanted shape.
+    """An image of the wanted shape, or one side of which is larger until it is cropped at random.
 
     `pixels` is (C, H, W) in the type of the file, `type` names that type (bool for pixels of 0 and 1), `low` and `high`
     are the least and largest value of the file, `size` (W, H) is its size, and `frames` counts its images.
@@ -102,10 +116,14 @@ def convert_channels(decoded: Decoded, channels: int, background: str = "white")
 def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) -> Array:
     """Resize (H, W, C) to `size` (H, W) with antialiasing, by bicubic interpolation; keeps the type and range.
 
-    With `alpha` the last channel is opacity, by which 8-bit colors are weighted.
+    For `random_crop` the result covers `size`, and equals it in at least one side: see `crop_at`. For `buckets` it has
+    the one of `bucket_sizes` whose aspect ratio is nearest. With `alpha` the last channel is opacity, by which 8-bit
+    colors are weighted.
     """
-    height, width = size
     have_height, have_width = pixels.shape[:2]
+    if fit == "buckets":
+        size, fit = min(bucket_sizes(size), key=lambda s: abs(math.log(s[0] * have_width / s[1] / have_height))), "crop"
+    height, width = size
     if (have_height, have_width) == (height, width):
         return pixels
     box = (0.0, 0.0, float(have_width), float(have_height))
@@ -115,15 +133,43 @@ def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) 
         crop_height, crop_width = round(scale * height), round(scale * width)
         left, top = (have_width - crop_width) // 2, (have_height - crop_height) // 2
         box = (float(left), float(top), float(left + crop_width), float(top + crop_height))
+    elif fit == "random_crop":
+        scale = min(have_height / height, have_width / width)
+        target = max(height, round(have_height / scale)), max(width, round(have_width / scale))
     elif fit == "pad":
         scale = max(have_height / height, have_width / width)
         target = max(1, round(have_height / scale)), max(1, round(have_width / scale))
     resized = _resample(pixels, target, box, alpha)
-    if target == size:
+    if target == size or fit == "random_crop":
         return resized
     top, left = (height - target[0]) // 2, (width - target[1]) // 2
     margins = ((top, height - target[0] - top), (left, width - target[1] - left), (0, 0))
     return np.pad(resized, margins, mode="edge")
+
+
+def bucket_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return `size` (H, W) and others with aspect ratios up to 2 and at most the same area, from wide to tall.
+
+    Their sides are multiples of 8, as most U-Nets need, or of about an eighth of the side if that is more.
+
+    Source: NovelAI 2022, aspect ratio bucketing.
+    """
+    area = size[0] * size[1]
+    step = max(8, 8 * round(math.sqrt(area) / 64))
+    sides = [(short, area // short // step * step) for short in range(step, math.isqrt(area) + 1, step)]
+    allowed = [(short, long) for short, long in sides if short <= long <= 2 * short]
+    return sorted({size, *allowed, *((long, short) for short, long in allowed)}, key=lambda s: s[0] / s[1])
+
+
+def crop_at(pixels: Array, size: tuple[int, int], place: int | None = None) -> Array:
+    """Return the part of `size` (H, W) of pixels (C, H', W'), in the center, or at a place uniform in 63 bits."""
+    height, width = size
+    down, right = pixels.shape[1] - height, pixels.shape[2] - width
+    if place is None:
+        top, left = down // 2, right // 2
+    else:
+        top, left = (place % 2**32) * (down + 1) >> 32, (place >> 32) * (right + 1) >> 31
+    return pixels[:, top : top + height, left : left + width]
 
 
 def _resample(pixels: Array, size: tuple[int, int], box: tuple[float, float, float, float], alpha: bool) -> Array:
@@ -191,11 +237,9 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
     start, end = value_range
     shown = f"[{start:g},{end:g}]"
     if low == high:
-        raise ValueError(
-            f"all pixels of all images have the value {low:g}; check the files, or set data.root to others"
-        )
+        raise ValueError(f"all values of all files are {low:g}; check the files, or set data.root to others")
     if high < start or low > end or min(high, end) - max(low, start) < MIN_USE * (end - start):
         raise ValueError(
-            f"data.value_range={shown} does not suit the images: their values lie in [{low:g}, {high:g}], less than "
+            f"data.value_range={shown} does not suit the files: their values lie in [{low:g}, {high:g}], less than "
             f"{MIN_USE:.0%} of it; set data.value_range=[{low:g},{high:g}]"
         )

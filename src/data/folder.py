@@ -1,12 +1,11 @@
 """Folders and archives of images as a source."""
 
-import os
 import posixpath
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from src.data.decode import Pages
-from src.data.fit import Fit, ImageSpec, check_range, height_and_width, infer_range, load_image
+from src.data.encoded import EncodedImages
+from src.data.fit import Fit, ImageSpec, bucket_sizes, check_range, crop_at, height_and_width, infer_range, load_image
 from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
@@ -38,7 +38,7 @@ class FolderImages:
 
     def __init__(
         self,
-        found: FoundImages,
+        found: EncodedImages,
         spec: ImageSpec,
         store: PixelStore | None,
         labels: Labels | None,
@@ -88,6 +88,47 @@ class FolderImages:
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
 
 
+class RandomCrops(FolderImages):
+    """Images that cover the wanted size and are cropped: at random by `fetch_training`, in the center by `fetch`."""
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        return self._crop(indices, [None] * len(indices))
+
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        return self._crop(indices, keys)
+
+    def _crop(self, indices: Sequence[int], places: Sequence[int | None]) -> Tensor:
+        crops = [crop_at(self._image(i), self.spec.size, k) for i, k in zip(indices, places, strict=True)]
+        return torch.from_numpy(np.stack(crops))
+
+    def _image(self, index: int) -> npt.NDArray[Any]:
+        if self.store is not None:
+            return self.store.image(int(self.rows[index]))
+        return read_with_retries(str(self.found.path(index)), partial(self._load, index)).numpy()
+
+
+class BucketedImages(FolderImages):
+    """Images that `fetch` crops to one size, and `fetch_training` to one of several of other aspect ratios.
+
+    `shaped` holds the latter, in the rows of `store`, and `buckets` (N,) has the index of the size of each image.
+    """
+
+    def in_buckets(self, shaped: PixelStore) -> Self:
+        assert shaped.places is not None
+        self.shaped = shaped
+        sizes = bucket_sizes(self.spec.size)
+        indices = [sizes.index((height, width)) for *_, height, width in shaped.places[self.rows].tolist()]
+        self.buckets = torch.tensor(indices)
+        counts = self.buckets.bincount(minlength=len(sizes)).tolist()
+        used = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in zip(sizes, counts, strict=True) if n)
+        self.summary += f"; trained as {used}"
+        return self
+
+    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        """Return images of one bucket."""
+        return torch.from_numpy(np.stack([self.shaped.image(int(self.rows[i])) for i in indices]))
+
+
 class OpenFiles(Protocol):
     """Opens a source of image files: `folder`, or a function with these arguments."""
 
@@ -102,7 +143,7 @@ class OpenFiles(Protocol):
         skip_unreadable: bool | float = False,
         cache: bool = True,
         cache_dir: str | None = None,
-        val_root: str | None = None,
+        val_root: Any = None,
     ) -> Source: ...
 
 
@@ -114,6 +155,7 @@ class FolderDataModule(ImageDataModule):
         val_root: the folder of the validation images, see `folder`.
         skip_unreadable: leave out images that cannot be read, see `folder`.
         cache, cache_dir: decode all images once, into this folder, see `folder`.
+        name, urls, val_urls: what `root` and `val_root` refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `ImageDataModule`.
     """
@@ -129,6 +171,10 @@ class FolderDataModule(ImageDataModule):
         dtype: str | None = None,
         file_type: str | None = None,
         flip: bool = False,
+        vertical_flip: bool = False,
+        rotations: bool = False,
+        color_jitter: Mapping[str, float] | None = None,
+        edm_augment: float = 0.0,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -137,9 +183,12 @@ class FolderDataModule(ImageDataModule):
         microbatch_size: int | Literal["auto"] | None = None,
         skip_unreadable: bool | float = False,
         balance_classes: bool = False,
-        val_root: str | None = None,
+        val_root: str | Sequence[str] | None = None,
         cache: bool = True,
         cache_dir: str | None = None,
+        name: str | None = None,
+        urls: str | Sequence[str] | None = None,
+        val_urls: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             partial(
@@ -158,6 +207,10 @@ class FolderDataModule(ImageDataModule):
             dtype,
             file_type,
             flip,
+            vertical_flip,
+            rotations,
+            color_jitter,
+            edm_augment,
             batch_size,
             val_fraction,
             split_seed,
@@ -167,6 +220,12 @@ class FolderDataModule(ImageDataModule):
             bool(skip_unreadable),
             balance_classes,
         )
+
+
+def refuse_val_root(val_root: str | None, fix: str) -> None:
+    """Raise ValueError if a folder for validation is set for a source that takes none."""
+    if val_root is not None:
+        raise ValueError(f"{format_override('data.val_root', val_root)} is for folders; {fix}")
 
 
 def folder(
@@ -217,7 +276,7 @@ def folder(
     classes: Sequence[str] | None
     if labels is not None:
         columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
-        classes = _classes_from_table(found.root / labels, found, *columns)
+        classes = classes_from_table(found.root / labels, found, *columns)
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
@@ -227,27 +286,44 @@ def folder(
 
 
 def open_images(
-    found: FoundImages,
+    found: EncodedImages,
     spec: ImageSpec,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | Labels | None,
     captions: Sequence[Sequence[str]] | None,
     value_range: Sequence[float] | None,
     skip_unreadable: bool | float,
     cache: bool,
     cache_dir: str | None,
+    about: str = "",
 ) -> FolderImages:
-    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does."""
+    """Return images as a source, after decoding them if `cache` is true. Raises as `folder` does.
+
+    `classes` are the class of each image, or labels whose classes have an order of their own. `about` is appended to
+    the summary.
+    """
+    bucketed = spec if spec.fit == "buckets" else None
+    spec = spec._replace(fit="crop") if bucketed else spec
     store = _open_store(found, spec, cache_dir) if cache else None
+    shaped = _open_store(found, bucketed, cache_dir) if bucketed and store else None
+    if bucketed and shaped is None:
+        raise ValueError(
+            "data.source.fit=buckets needs data.cache=true and a data.cache_dir with enough space; set both"
+        )
     unreadable: dict[str, str] = {}
     keep = np.ones(len(found), bool)
     if store is not None:
         unreadable = {str(found.path(k)): reason for k, reason in store.errors.items()}
         keep = store.ok
-        _check_readable(found, unreadable, skip_unreadable)
-    text = describe(found, classes)
+        _check_readable(found, store.errors, skip_unreadable)
+    names = [classes.classes[k] for k in classes.targets.tolist()] if isinstance(classes, Labels) else classes
+    text = describe(found, names)
     chosen = np.flatnonzero(keep).tolist()
     kept = found.keep(keep, "unreadable")
-    labels = None if classes is None else labels_from_names(classes[k] for k in chosen)
+    labels = None
+    if isinstance(classes, Labels):
+        labels = Labels(classes.targets[torch.from_numpy(keep)], classes.classes)
+    elif classes is not None:
+        labels = labels_from_names(classes[k] for k in chosen)
     captions = None if captions is None else [captions[k] for k in chosen]
     if store is None:
         dtype, limits = _probe(kept, spec, value_range)
@@ -255,7 +331,10 @@ def open_images(
         dtype, limits = _measure(kept, store, keep, value_range)
         text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
-    return FolderImages(kept, spec, store, labels, captions, limits, dtype, text, unreadable)
+    arguments = (kept, spec, store, labels, captions, limits, dtype, text + about, unreadable)
+    if shaped is not None:
+        return BucketedImages(*arguments).in_buckets(shaped)
+    return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
 
 
 def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
@@ -280,7 +359,7 @@ def _find_one(root: str | None, name: str) -> FoundImages:
         raise type(error)(f"{setting}: {error}; {fix}") from error
 
 
-def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
+def _open_store(found: EncodedImages, spec: ImageSpec, cache_dir: str | None) -> PixelStore | None:
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     try:
         return open_pixels(found, spec, folder)
@@ -292,13 +371,13 @@ def _open_store(found: FoundImages, spec: ImageSpec, cache_dir: str | None) -> P
         return None
 
 
-def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreadable: bool | float) -> None:
+def _check_readable(found: EncodedImages, unreadable: dict[int, str], skip_unreadable: bool | float) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
-    listed = first_names([f"{os.path.relpath(p, found.root)}: {reason}" for p, reason in unreadable.items()], 3)
-    text = f"{len(unreadable)} of {len(found)} images under {found.root} cannot be read ({listed})"
+    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
+    text = f"{len(unreadable)} of {len(found)} images {found.place} cannot be read ({listed})"
     if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
@@ -311,7 +390,7 @@ def _check_readable(found: FoundImages, unreadable: dict[str, str], skip_unreada
 
 
 def _measure(
-    found: FoundImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
+    found: EncodedImages, store: PixelStore, keep: npt.NDArray[np.bool_], value_range: Sequence[float] | None
 ) -> tuple[str, tuple[float, float]]:
     """Return the type and the range of values of the readable images. Raises ValueError if they do not suit."""
     types = store.types[keep]
@@ -323,7 +402,7 @@ def _measure(
             for name, k in zip(names, first, strict=True)
         )
         raise ValueError(
-            f"{found.root} has images with values of different types ({counts}); convert them to one type, or set "
+            f"the images {found.place} have values of different types ({counts}); convert them to one type, or set "
             f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
@@ -332,7 +411,9 @@ def _measure(
     return dtype, limits
 
 
-def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | None) -> tuple[str, tuple[float, float]]:
+def _probe(
+    found: EncodedImages, spec: ImageSpec, value_range: Sequence[float] | None
+) -> tuple[str, tuple[float, float]]:
     """Return the type of the first readable image, and its range if that does not need all images."""
     for k in range(len(found)):
         try:
@@ -347,7 +428,9 @@ def _probe(found: FoundImages, spec: ImageSpec, value_range: Sequence[float] | N
             )
         return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
     count = len(found)
-    raise DataReadError(f"{count} of {count} images under {found.root} cannot be read; set another data.root")
+    raise DataReadError(
+        f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
+    )
 
 
 def _pair(value_range: Sequence[float]) -> tuple[float, float]:
@@ -366,7 +449,8 @@ def _describe_sizes(
     low, high = sizes.min(0), sizes.max(0)
     text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
     text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
-    text += f", {cropped:.0%} of the area cropped" if spec.fit == "crop" and cropped >= 0.005 else ""
+    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
+        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
     text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
     if several := int((frames > 1).sum()):
         text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
@@ -400,7 +484,7 @@ def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source:
     return list(texts_of.values())
 
 
-def _classes_from_table(
+def classes_from_table(
     source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
 ) -> list[str]:
     """Return the class of each image from a table."""

@@ -1,10 +1,14 @@
 """The image data module, and its sources that are not folders: scikit-learn's digits and torchvision's datasets."""
 
 import pickle
+import re
+import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +16,23 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from src.data.augment import EDM_LABELS, ColorJitter, EdmAugmentation, horizontal_flip, rotate, vertical_flip
 from src.data.decode import from_pillow
-from src.data.fit import ImageSpec, height_and_width, prepare_image
+from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_size
 from src.data.module import BaseDataModule
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
 from src.quoting import format_override
 from src.rng import StepRng
+
+HORIZONTAL = r"\b(left|right)"
+VERTICAL = r"\b(top|bottom|above|below|upper|lower|up|down|upside)\b"
+"""Words of captions that mirroring and rotating make wrong."""
+
+MAX_CAPTIONS = 10_000
+"""Captions that are searched for these words."""
+RESIZED_AT_ONCE = 4096
+"""Images of a dataset in memory that are resized together."""
 
 
 class OpenImages(Protocol):
@@ -42,12 +56,16 @@ class ImageDataModule(BaseDataModule):
         dtype: the type of the values in the files. None takes that of the source.
         file_type: the suffix of the files, for saved samples. None takes that of the source.
         flip: mirror half of the training images left to right.
+        vertical_flip: mirror half of the training images top to bottom.
+        rotations: rotate each training image by 0, 90, 180 or 270 degrees.
+        color_jitter: the arguments of `src.data.augment.ColorJitter`.
+        edm_augment: the probability of each change of `src.data.augment.EdmAugmentation`; 0 turns it off.
         balance_classes: draw the class of each training image uniformly, then an image of that class.
 
     The other arguments are those of `BaseDataModule`.
     """
 
-    inferred_settings = ("value_range", "dtype", "file_type")
+    inferred_settings: ClassVar[Sequence[str]] = ("value_range", "dtype", "file_type")
 
     def __init__(
         self,
@@ -60,6 +78,10 @@ class ImageDataModule(BaseDataModule):
         dtype: str | None = None,
         file_type: str | None = None,
         flip: bool = False,
+        vertical_flip: bool = False,
+        rotations: bool = False,
+        color_jitter: Mapping[str, float] | None = None,
+        edm_augment: float = 0.0,
         batch_size: int = 64,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -69,10 +91,9 @@ class ImageDataModule(BaseDataModule):
         skip_unreadable: bool = False,
         balance_classes: bool = False,
     ) -> None:
-        height, width = height_and_width(image_size)
         super().__init__(
             partial(source, root, image_size, channels),
-            (channels, height, width),
+            (channels, *spatial_size(image_size)),
             batch_size,
             val_fraction,
             split_seed,
@@ -90,7 +111,17 @@ class ImageDataModule(BaseDataModule):
         self._prepare = partial(source, root, image_size, channels, prepare=True)
         self._prepared = False
         self._scaled = num_values is not None
+        self.color_jitter = ColorJitter.of(color_jitter or {}, channels)
+        size = list(spatial_size(image_size))
+        if rotations and len({*size}) > 1:
+            raise ValueError(f"data.rotations=true needs square images, and data.image_size={size}; set one number")
+        if not 0 <= edm_augment <= 1:
+            raise ValueError(f"data.edm_augment={edm_augment} must be in [0, 1]; 0.12 is usual, 0 turns it off")
         self.flip = flip
+        self.vertical_flip = vertical_flip
+        self.rotations = rotations
+        self.edm = EdmAugmentation(edm_augment) if edm_augment else None
+        self.augment_labels = EDM_LABELS if edm_augment else 0
         self.balance_classes = balance_classes
         self.value_range = value_range
         self.dtype = dtype
@@ -104,7 +135,7 @@ class ImageDataModule(BaseDataModule):
 
     @property
     def inferred(self) -> Mapping[str, Any]:
-        if self.value_range is None:
+        if self.value_range is None or self.dtype is None:
             self.prepare_once_per_node()
         return {"value_range": list(self._range()), "dtype": self.dtype, "file_type": self.file_type}
 
@@ -116,10 +147,13 @@ class ImageDataModule(BaseDataModule):
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         self.read_errors.names |= {*getattr(self.source, "unreadable", ())}
-        if self.value_range is None:
-            self.value_range = getattr(self.source, "value_range", (0.0, 255.0))
-            self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")
-            self.file_type = self.file_type or getattr(self.source, "suffix", ".png")
+        if self.rotations and hasattr(self.source, "buckets"):
+            raise ValueError("data.rotations=true excludes data.source.fit=buckets; leave one out")
+        if stage == "fit":
+            self._warn_about_captions()
+        self.value_range = self.value_range or getattr(self.source, "value_range", (0.0, 255.0))
+        self.dtype = self.dtype or getattr(self.source, "dtype", "uint8")
+        self.file_type = self.file_type or getattr(self.source, "suffix", ".png")
 
     def preprocess(self, x: Tensor) -> Tensor:
         return normalize(x, self._range())
@@ -148,10 +182,33 @@ class ImageDataModule(BaseDataModule):
         return samples if self._scaled else self.postprocess(self.preprocess(samples))
 
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
-        if not self.flip:
-            return x
-        mirrored = rng.uniform("flip") < 0.5
-        return torch.where(mirrored[:, None, None, None], x.flip(-1), x)
+        if self.flip:
+            x = horizontal_flip(x, rng)
+        if self.vertical_flip:
+            x = vertical_flip(x, rng)
+        if self.rotations:
+            x = rotate(x, rng)
+        return self.color_jitter(x, rng) if any(self.color_jitter) else x
+
+    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        return (x, None) if self.edm is None else self.edm(x, rng)
+
+    def _warn_about_captions(self) -> None:
+        """Warn if images are mirrored or rotated whose captions name sides."""
+        changes = {"flip": self.flip, "vertical_flip": self.vertical_flip, "rotations": self.rotations}
+        captions = None if self.source is None else self.source.captions
+        if captions is None or self.condition is None or not any(changes.values()):
+            return
+        mirrors_only = self.flip and not (self.vertical_flip or self.rotations)
+        pattern = re.compile(HORIZONTAL if mirrors_only else f"{HORIZONTAL}|{VERTICAL}", re.IGNORECASE)
+        texts = [each[0] for each in islice(captions, MAX_CAPTIONS) if each]
+        if named := [text for text in texts if pattern.search(text)]:
+            settings = " ".join(f"data.{name}=true" for name, value in changes.items() if value)
+            warnings.warn(
+                f"{settings} changes sides, and {len(named)} of {len(texts)} captions name one, such as {named[0]!r}; "
+                + " ".join(f"data.{name}=false" for name, value in changes.items() if value),
+                stacklevel=2,
+            )
 
     def _range(self) -> tuple[float, float]:
         if self.value_range is None:
@@ -216,18 +273,7 @@ def torchvision_images(
 
     Raises ValueError if the files are missing and cannot be downloaded.
     """
-    name = getattr(getattr(dataset, "func", dataset), "__name__", "dataset")
-    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
-    try:
-        opened = dataset(root=root, download=prepare)
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError) as error:
-        # Torchvision has no single error for missing files without network, nor for incomplete files.
-        reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
-        raise ValueError(
-            f"{format_override('data.root', Path(root or '.').resolve())} "
-            f"has no complete {name}, and it cannot be downloaded ({reason}); "
-            "connect to the network, put the dataset's original files there, or set data.root to their folder"
-        ) from error
+    opened = open_dataset(dataset, root, prepare)
     labels = _labels_of(opened)
     height, width = height_and_width(image_size)
     data = getattr(opened, "data", None)
@@ -239,18 +285,44 @@ def torchvision_images(
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)  # (N, H, W, 3)
     if images.shape[-2:] != (height, width):
-        images = TF.resize(images, [height, width], antialias=True)
+        # In parts, since resizing takes several times the memory.
+        parts = [TF.resize(part, [height, width], antialias=True) for part in torch.split(images, RESIZED_AT_ONCE)]
+        images = torch.cat(parts)
     if images.shape[1] != channels:
         images = TF.rgb_to_grayscale(images) if channels == 1 else images.expand(-1, 3, -1, -1)
     return InMemory(images.contiguous(), labels)
 
 
+def open_dataset(dataset: Callable[..., Any], root: str | None, prepare: bool) -> Any:
+    """Return a torchvision dataset, after downloading its files if `prepare` is true and they are missing.
+
+    Raises ValueError if the files are missing and cannot be downloaded.
+    """
+    inner: Any = dataset
+    while isinstance(inner, partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", "dataset")
+    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
+    try:
+        return dataset(root=root, download=prepare)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error) as error:
+        # Torchvision has no single error for missing files without network, nor for incomplete files.
+        reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
+        raise ValueError(
+            f"{format_override('data.root', Path(root or '.').resolve())} "
+            f"has no complete {name}, and it cannot be downloaded ({reason}); "
+            "connect to the network, put the dataset's original files there, or set data.root to their folder"
+        ) from error
+
+
 def _labels_of(dataset: Any) -> Labels | None:
-    """Return the labels of a torchvision dataset, its `targets` or `labels`; None if it has none."""
+    """Return the labels of a torchvision dataset, its `targets` or `labels`; None if it has none for some images."""
     targets = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if targets is None:
         return None
     targets = torch.as_tensor(targets).long()
+    if (targets < 0).any():
+        return None
     classes = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
     return Labels(targets, [str(name) for name in classes])
 

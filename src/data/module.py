@@ -57,6 +57,8 @@ class BaseDataModule(L.LightningDataModule):
     """The `DataFingerprint` of the run that is resumed or opened."""
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or a fraction of them."""
+    augment_labels: int = 0
+    """The number of labels that `augment_with_labels` returns; 0 for none."""
     balance_classes: bool = False
     """Whether each training sample comes from a class that is drawn uniformly."""
     threshold: int | None = None
@@ -149,6 +151,7 @@ class BaseDataModule(L.LightningDataModule):
                     f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
                     f"one batch; use an integer, or lower data.batch_size ({self.batch_size})"
                 )
+        buckets = getattr(self._source(), "buckets", None)
         return InfiniteBatchSampler(
             self.train_indices,
             self.batch_size,
@@ -160,6 +163,7 @@ class BaseDataModule(L.LightningDataModule):
             first_step=trainer.global_step,
             repeat=repeat,
             classes=self._training_classes() if self.balance_classes else None,
+            buckets=None if buckets is None else buckets[self.train_indices],
         )
 
     def _training_classes(self) -> Tensor:
@@ -199,7 +203,10 @@ class BaseDataModule(L.LightningDataModule):
         x = self.preprocess(batch["x"])
         trainer = self._trainer()
         if trainer.training:
-            x = self.augment(x, StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device))
+            rng = StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device)
+            x, labels = self.augment_with_labels(self.augment(x, rng), rng)
+            if labels is not None:
+                return {**batch, "x": x, "augment": labels}
         return {**batch, "x": x}
 
     def preprocess(self, x: Tensor) -> Tensor:
@@ -209,6 +216,13 @@ class BaseDataModule(L.LightningDataModule):
     def augment(self, x: Tensor, rng: StepRng) -> Tensor:
         """Augment preprocessed training samples (B, *data) randomly."""
         return x
+
+    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        """Augment further and return labels (B, augment_labels) of the changes for the network, 0 for no change.
+
+        Samples drawn with labels 0 do not show these changes.
+        """
+        return x, None
 
     def postprocess(self, x: Tensor) -> Tensor:
         """Map samples of the network to the form that is displayed and saved."""

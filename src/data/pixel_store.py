@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from src.data.encoded import EncodedImages
 from src.data.fit import ImageSpec, load_image
 from src.data.read_errors import read_with_retries
-from src.data.scan import FoundImages
 from src.errors import DataReadError
 
 Array = npt.NDArray[Any]
 
-VERSION = 1
+VERSION = 2
 """Changes whenever the same files give other pixels."""
 
 CHUNK = 64
@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 class PixelStore(NamedTuple):
     """Decoded images: `pixels` (N, C, H, W), uint8 if the files have 8 bits, else float32 with their values.
 
+    Images of different shapes have their `pixels` (V,) in one row, and `places` (N, 4) has the offset and the shape
+    C, H, W of each.
+
     `low`, `high` (N,) are the least and largest value of each file, `sizes` (N, 2) its width and height, `frames` (N,)
     the number of its images, `types` (N,) the type of its values. `errors` has the reason for each image that cannot
     be read, whose pixels are 0.
@@ -53,17 +56,26 @@ class PixelStore(NamedTuple):
     frames: Array
     types: Array
     errors: dict[int, str]
+    places: Array | None = None
 
     @property
     def ok(self) -> npt.NDArray[np.bool_]:
         """Return which images (N,) could be read."""
-        mask = np.ones(len(self.pixels), bool)
+        mask = np.ones(len(self.low), bool)
         mask[list(self.errors)] = False
         return mask
 
+    def image(self, index: int) -> Array:
+        """Return one image (C, H, W)."""
+        if self.places is None:
+            image: Array = self.pixels[index]
+            return image
+        start, *shape = self.places[index].tolist()
+        return self.pixels[start : start + math.prod(shape)].reshape(shape)
+
 
 class _Part(NamedTuple):
-    """What a process reports about the images that it decoded."""
+    """What a process reports about the images that it decoded, with their pixels if their shapes differ."""
 
     indices: list[int]
     low: list[float]
@@ -72,6 +84,7 @@ class _Part(NamedTuple):
     frames: list[int]
     types: list[str]
     errors: dict[int, str]
+    pixels: list[Array]
 
 
 def default_cache_dir() -> Path:
@@ -80,17 +93,17 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("DIFFUSION_CACHE") or Path(cache) / "denoising-diffusion-lab") / "images"
 
 
-def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
+def open_pixels(found: EncodedImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
     """Return the decoded images, from `cache_dir` if they are there, else after decoding all in parallel.
 
-    The key is the place, name, size and time of change of every file, and `spec`. A folder of the cache is complete or
+    The key is `found.identity()` and `spec`. A folder of the cache is complete or
     does not exist, whenever a process is killed. One process decodes; others wait for it.
 
     Raises OSError if the cache cannot be written, and DataReadError if a process that decodes dies.
     """
     from filelock import FileLock
 
-    folder = cache_dir / _key(found, spec)
+    folder = cache_dir / store_key(found, spec)
     if (store := _read(folder)) is not None and not _readable_now(store, found, spec):
         return store
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -111,12 +124,9 @@ def open_pixels(found: FoundImages, spec: ImageSpec, cache_dir: Path) -> PixelSt
     return store
 
 
-def _key(found: FoundImages, spec: ImageSpec) -> str:
-    total = sha256(f"{VERSION} {[str(root.resolve()) for root in found.roots]} {spec!r}".encode())
-    for name in found.names:
-        total.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    total.update(found.which.tobytes() + found.sizes.tobytes() + found.times.tobytes())
-    return total.hexdigest()[:32]
+def store_key(found: EncodedImages, spec: Any) -> str:
+    """Return the name of the cache of these files, decoded to `spec`, which changes with either."""
+    return sha256(f"{VERSION} {found.identity()} {spec!r}".encode()).hexdigest()[:32]
 
 
 def _read(folder: Path) -> PixelStore | None:
@@ -125,18 +135,18 @@ def _read(folder: Path) -> PixelStore | None:
         about = json.loads((folder / "about.json").read_text())
         pixels = np.memmap(folder / "pixels.bin", about["dtype"], "r", shape=tuple(about["shape"]))
         with np.load(folder / "files.npz") as files:
-            columns = {name: files[name] for name in ("low", "high", "sizes", "frames", "types")}
-    except (OSError, ValueError, KeyError):
+            columns = {name: files[name] for name in files.files}
+        return PixelStore(pixels, **columns, errors={int(k): str(v) for k, v in about["errors"].items()})
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return PixelStore(pixels, **columns, errors={int(k): str(v) for k, v in about["errors"].items()})
 
 
-def _readable_now(store: PixelStore, found: FoundImages, spec: ImageSpec) -> bool:
+def _readable_now(store: PixelStore, found: EncodedImages, spec: ImageSpec) -> bool:
     """Return whether an image that could not be read can be now, for example after a decoder was installed."""
     return any(_try_load(found, spec, k)[0] is not None for k in store.errors)
 
 
-def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
+def _try_load(found: EncodedImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
     """Return the image, or None and the reason why it cannot be read."""
     try:
         return read_with_retries(str(found.path(index)), partial(_load, found, spec, index)), ""
@@ -144,41 +154,53 @@ def _try_load(found: FoundImages, spec: ImageSpec, index: int) -> tuple[Any, str
         return None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
 
 
-def _load(found: FoundImages, spec: ImageSpec, index: int) -> Any:
+def _load(found: EncodedImages, spec: ImageSpec, index: int) -> Any:
     with found.open(index) as stream:
         return load_image(stream, spec)
 
 
-def _write(folder: Path, found: FoundImages, spec: ImageSpec) -> None:
+def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
     """Decode all images into `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shape = (len(found), spec.channels, *spec.size)
+    shape: tuple[int, ...] = (len(found), spec.channels, *spec.size)
+    varies, extra = spec.varies, dict[str, Any]()
     for dtype in dict.fromkeys((_storage_type(found, spec), "float32")):
-        needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+        itemsize = np.dtype(dtype).itemsize
+        needed, free = math.prod(shape) * itemsize, shutil.disk_usage(folder).free
         if needed > free:
             raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
         path = folder / "pixels.bin"
         with path.open("wb") as file:
-            file.truncate(needed)
+            file.truncate(0 if varies else needed)
         low, high = np.zeros(len(found)), np.zeros(len(found))
         sizes, frames = np.zeros((len(found), 2), np.int64), np.zeros(len(found), np.int64)
         types, errors = np.zeros(len(found), "U16"), {}
+        places, end = np.zeros((len(found), 4), np.int64), 0
         for part in _decode_all(found, spec, path, dtype, needed):
             errors.update(part.errors)
             if done := part.indices:
                 low[done], high[done], sizes[done] = part.low, part.high, part.sizes
                 frames[done], types[done] = part.frames, part.types
+            with path.open("ab") as file:
+                for index, pixels in zip(part.indices, part.pixels, strict=bool(part.pixels)):
+                    places[index] = end, *pixels.shape
+                    end += pixels.size
+                    file.write(pixels.tobytes())
         if dtype == "float32" or set(types) <= {"", "bool", "uint8"}:
             break
-    np.savez(folder / "files.npz", low=low, high=high, sizes=sizes, frames=frames, types=types)
+    if varies:
+        shape, extra = (max(end, 1),), {"places": places}
+        with path.open("ab") as file:
+            file.truncate(shape[0] * itemsize)
+    np.savez(folder / "files.npz", low=low, high=high, sizes=sizes, frames=frames, types=types, **extra)
     (folder / "about.json").write_text(json.dumps({"shape": shape, "dtype": dtype, "errors": errors}))
     for each in folder.iterdir():
         with each.open("rb") as file:
             os.fsync(file.fileno())
 
 
-def _storage_type(found: FoundImages, spec: ImageSpec) -> str:
+def _storage_type(found: EncodedImages, spec: ImageSpec) -> str:
     """Return uint8 if the first image that can be read has 8 bits, else float32."""
     for k in range(len(found)):
         image, _ = _try_load(found, spec, k)
@@ -187,14 +209,15 @@ def _storage_type(found: FoundImages, spec: ImageSpec) -> str:
     return "uint8"
 
 
-def _decode_all(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
+def _decode_all(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
     """Decode all images into the file `path`, and yield what is found out about them."""
     from tqdm import tqdm
 
     chunks = [range(start, min(start + CHUNK, len(found))) for start in range(0, len(found), CHUNK)]
     work = partial(_decode_chunk, found, spec, path, dtype)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    title = f"Decoding {len(found):,} images once ({needed / 1e6:,.0f} MB in {path.parent.parent})"
+    size = f"{'about ' * spec.varies}{needed / 1e6:,.0f} MB"
+    title = f"Decoding {len(found):,} images once ({size} in {path.parent.parent})"
     bar = tqdm(total=len(found), unit="image", desc=title, disable=None if len(found) >= MIN_PARALLEL else True)
     if not sys.stderr.isatty() and len(found) >= MIN_PARALLEL:
         logger.info(title)
@@ -226,17 +249,19 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _decode_chunk(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
-    """Decode some images into their places in the file `path`."""
-    shape = (len(indices), spec.channels, *spec.size)
-    pixels = np.zeros(shape, dtype)
-    part = _Part([], [], [], [], [], [], {})
+def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
+    """Decode some images into their places in the file `path`, or return their pixels if their shapes differ."""
+    varies = spec.varies
+    pixels = np.zeros((0 if varies else len(indices), spec.channels, *spec.size), dtype)
+    part = _Part([], [], [], [], [], [], {}, [])
     for row, index in enumerate(indices):
         image, reason = _try_load(found, spec, index)
         if image is None:
             part.errors[index] = reason
             continue
-        if dtype == "float32" or image.type in ("bool", "uint8"):  # otherwise all are decoded again, as float32
+        if varies:
+            part.pixels.append(image.pixels.astype(dtype))
+        elif dtype == "float32" or image.type in ("bool", "uint8"):  # otherwise all are decoded again, as float32
             pixels[row] = image.pixels
         part.indices.append(index)
         part.low.append(image.low)
@@ -244,7 +269,8 @@ def _decode_chunk(found: FoundImages, spec: ImageSpec, path: Path, dtype: str, i
         part.sizes.append(image.size)
         part.frames.append(image.frames)
         part.types.append(image.type)
-    with path.open("r+b") as file:
-        file.seek(indices.start * pixels[0].nbytes)
-        file.write(pixels.tobytes())
+    if not varies:
+        with path.open("r+b") as file:
+            file.seek(indices.start * pixels[0].nbytes)
+            file.write(pixels.tobytes())
     return part

@@ -32,6 +32,10 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
     over `world` processes, so that neither changes the batch of the optimizer. A resumed run starts at `first_step`. A
     positive `repeat` cycles through that many batches. With `classes`, the class of each of `indices`, each
     sample of an epoch is a random one of a random class.
+
+    With `buckets`, an integer for the shape of each of `indices`, all samples of a global batch have one shape. An
+    epoch has as many batches of each as its share of the samples, rounded at random, so that all samples are equally
+    frequent.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         first_step: int = 0,
         repeat: int = 0,
         classes: Tensor | None = None,
+        buckets: Tensor | None = None,
     ) -> None:
         if accumulate < 1:
             raise ValueError(f"trainer.accumulate_grad_batches={accumulate} must be at least 1")
@@ -67,6 +72,11 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
         self.world = world
         self.first_step = first_step
         self.repeat = repeat
+        if classes is not None and buckets is not None:
+            raise ValueError("data.balance_classes=true excludes data.source.fit=buckets; leave one out")
+        self.buckets = [] if buckets is None else [self.indices[buckets == k] for k in sorted(set(buckets.tolist()))]
+        full_batches = -(-len(self.indices) // batch_size) * batch_size
+        self.epoch_length = full_batches if self.buckets else len(self.indices)
         self.members = [] if classes is None else [self.indices[classes == k] for k in set(classes.tolist())]
 
     def __len__(self) -> int:
@@ -84,7 +94,7 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
     def batch(self, step: int) -> list[int]:
         """Return the dataset indices of the global batch of `step`."""
         step = step % self.repeat if self.repeat else step
-        epoch, offset = divmod(step * self.batch_size, len(self.indices))
+        epoch, offset = divmod(step * self.batch_size, self.epoch_length)
         taken = self._epoch(epoch)[offset : offset + self.batch_size]
         if len(taken) < self.batch_size:
             taken = torch.cat([taken, self._epoch(epoch + 1)[: self.batch_size - len(taken)]])
@@ -98,7 +108,25 @@ class InfiniteBatchSampler(Sampler[BatchIndices]):
             chosen = torch.randint(len(count), (len(self.indices),), generator=generator)
             within = (torch.rand(len(chosen), generator=generator, dtype=torch.float64) * count[chosen]).long()
             return torch.cat(self.members)[(count.cumsum(0) - count)[chosen] + within]
+        if self.buckets:
+            return self._bucketed_epoch(generator)
         return self.indices[torch.randperm(len(self.indices), generator=generator)]
+
+    def _bucketed_epoch(self, generator: torch.Generator) -> Tensor:
+        """Return batches of one bucket each, in random order and one after the other."""
+        steps = self.epoch_length // self.batch_size
+        # Evenly spaced points with a random offset hit each share of [0, 1) in proportion.
+        points = (torch.arange(steps) + torch.rand((), generator=generator, dtype=torch.float64)) / steps
+        ends = torch.tensor([len(each) for each in self.buckets], dtype=torch.float64).cumsum(0) / len(self.indices)
+        chosen = torch.searchsorted(ends, points, right=True).clamp(max=len(ends) - 1)
+        batches = torch.empty(steps, self.batch_size, dtype=torch.int64)
+        for bucket, members in enumerate(self.buckets):
+            count = int((chosen == bucket).sum()) * self.batch_size
+            passes = range(-(-count // len(members)))
+            drawn = [members[torch.randperm(len(members), generator=generator)] for _ in passes]
+            if drawn:
+                batches[chosen == bucket] = torch.cat(drawn)[:count].view(-1, self.batch_size)
+        return batches[torch.randperm(steps, generator=generator)].flatten()
 
 
 class EvalBatchSampler(Sampler[BatchIndices]):

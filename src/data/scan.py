@@ -6,17 +6,20 @@ import re
 import tarfile
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple, overload
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
+from src.data.encoded import EncodedImages, Names
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -50,28 +53,6 @@ MAX_STRAYS = 0.05
 """Largest share of files outside of all class folders that does not remove the classes."""
 
 
-class Names(Sequence[str]):
-    """Strings in one block of memory, which processes that load data share instead of copying object by object."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "list[str]": ...
-    def __getitem__(self, index: int | slice) -> "str | list[str]":
-        if isinstance(index, slice):
-            return [self[k] for k in range(*index.indices(len(self)))]
-        k = range(len(self))[index]
-        return self._text[self._ends[k] : self._ends[k + 1]].tobytes().decode("utf-8", "surrogateescape")
-
-
 @dataclass(frozen=True)
 class FoundImages:
     """The images of a dataset, in order of their names.
@@ -100,9 +81,19 @@ class FoundImages:
     def root(self) -> Path:
         return self.roots[0]
 
+    @property
+    def place(self) -> str:
+        return f"under {self.root}"
+
     def path(self, index: int) -> Path:
         """Return the path of an image, for messages."""
         return self.roots[int(self.which[index])] / self.names[index]
+
+    def identity(self) -> str:
+        """Return a digest of the place, name, size and time of change of every file."""
+        total = sha256(f"{[str(root.resolve()) for root in self.roots]}".encode() + self.names.digest())
+        total.update(self.which.tobytes() + self.sizes.tobytes() + self.times.tobytes())
+        return total.hexdigest()
 
     def ids(self) -> Sequence[str]:
         """Return names in Unicode normal form C, since file systems store accents differently.
@@ -138,8 +129,10 @@ class _File(NamedTuple):
     time: int
 
 
-def find_images(root: Path) -> FoundImages:
+def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image") -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files.
+
+    `accepts` chooses other files by their names, which are called `noun` in messages.
 
     Links to folders are followed. If the top has a folder for training (`SPLITS`), only it and the one for validation
     are used. Raises FileNotFoundError without the folder, and ValueError without images.
@@ -152,16 +145,20 @@ def find_images(root: Path) -> FoundImages:
     else:
         raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
     known = image_suffixes()
+
+    def is_image(name: str, suffix: str) -> bool:
+        return suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / name))
+
     kept = []
     for file in sorted(files):
         suffix = PurePosixPath(file.name).suffix.lower()
         if any(part.startswith((".", "__MACOSX")) for part in file.name.split("/")):
             if suffix in known and not PurePosixPath(file.name).name.startswith("._"):
                 left_out.setdefault("hidden", []).append(file.name)
-        elif suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / file.name)):
+        elif accepts(file.name) if accepts else is_image(file.name, suffix):
             kept.append(file)
         else:
-            left_out.setdefault(f"{suffix or 'no ending'}: not an image", []).append(file.name)
+            left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
     tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
     val_mask = None
     if any(SPLITS.get(top.lower()) == "train" for top in tops):
@@ -177,7 +174,8 @@ def find_images(root: Path) -> FoundImages:
             val_mask = np.array([split == "validation" for _, split in used])
     if not kept:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
-        raise ValueError(f"{root} has no images, such as .png, .jpg or .npy files" + (f" ({others})" if others else ""))
+        examples = ".npy, .wav or .nii.gz" if accepts else ".png, .jpg or .npy"
+        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else ""))
     sizes, times = (np.array([file[k] for file in kept], np.int64) for k in (1, 2))
     which = np.zeros(len(kept), np.int64)
     return FoundImages((root,), which, Names(file.name for file in kept), sizes, times, val_mask, left_out)
@@ -209,17 +207,71 @@ def open_member(root: Path, name: str) -> BinaryIO:
     """Open a file under a folder or in a zip or tar file. Raises OSError."""
     if root.is_dir():
         return (root / name).open("rb")
-    archive = _open_archive(root, os.getpid())
     try:
+        if (places := _tar_index(root)) is not None:
+            return io.BytesIO(read_at(root, *places[name]))
+        archive = _open_archive(root, os.getpid())
         if isinstance(archive, zipfile.ZipFile):
             return io.BytesIO(archive.read(name))
-        names = archive.getnames()
-        member = archive.extractfile(name if name in names else f"./{name}")
+        member = archive.extractfile(_tar_members(root, os.getpid())[name])
         if member is None:
             raise OSError(f"{name} is not a file")
         return io.BytesIO(member.read())
     except (KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise OSError(f"{name} cannot be read from {root} ({error})") from error
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Return a part of a file. Raises OSError if the file ends before it."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        contents = file.read(size)
+    if len(contents) < size:
+        raise OSError(f"{path} is truncated")
+    return contents
+
+
+def tar_places(path: Path) -> dict[str, tuple[int, int]] | None:
+    """Return (offset, size) in bytes of each file in a tar file, in their order; None for other and compressed files.
+
+    Raises ValueError if the file is cut off.
+    """
+    try:
+        archive = tarfile.open(path, "r:")  # noqa: SIM115 - closed below
+    except tarfile.TarError:
+        return None
+    places, end = {}, 0
+    with archive:
+        try:
+            for member in archive:
+                if member.isreg() and not member.issparse():
+                    places[member.name.removeprefix("./")] = (member.offset_data, member.size)
+                end = archive.offset
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is cut off or damaged ({error})") from error
+    with path.open("rb") as file:  # tarfile accepts a file that ends after a member or in a header
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise ValueError(f"{path} is cut off: it does not have the mark at the end of a tar file")
+    return places
+
+
+def _tar_index(path: Path) -> dict[str, tuple[int, int]] | None:
+    """Return `tar_places` of an archive, read once per process."""
+    status = path.stat()
+    return _tar_index_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _tar_index_of(path: Path, size: int, time: int) -> dict[str, tuple[int, int]] | None:
+    return None if zipfile.is_zipfile(path) else tar_places(path)
+
+
+@lru_cache(maxsize=8)
+def _tar_members(path: Path, process: int) -> dict[str, tarfile.TarInfo]:
+    archive = _open_archive(path, process)
+    assert isinstance(archive, tarfile.TarFile)
+    return {member.name.removeprefix("./"): member for member in archive.getmembers()}
 
 
 @lru_cache(maxsize=8)
@@ -229,15 +281,21 @@ def _open_archive(path: Path, process: int) -> zipfile.ZipFile | tarfile.TarFile
 
 
 def _members(path: Path) -> Iterator[_File]:
-    archive, time = _open_archive(path, os.getpid()), path.stat().st_mtime_ns
-    if isinstance(archive, zipfile.ZipFile):
-        for info in archive.infolist():
-            if not info.is_dir():
-                yield _File(info.filename, info.file_size, time)
-    else:
-        for member in archive:
-            if member.isfile():
-                yield _File(member.name.removeprefix("./"), member.size, time)
+    time = path.stat().st_mtime_ns
+    if (places := _tar_index(path)) is not None:
+        for name, (_, size) in places.items():
+            yield _File(name, size, time)
+        return
+    try:
+        archive = _open_archive(path, os.getpid())
+        if isinstance(archive, zipfile.ZipFile):
+            files = [_File(info.filename, info.file_size, time) for info in archive.infolist() if not info.is_dir()]
+        else:
+            members = _tar_members(path, os.getpid())
+            files = [_File(name, member.size, time) for name, member in members.items() if member.isfile()]
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is cut off or damaged ({error})") from error
+    yield from files
 
 
 def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:
@@ -303,12 +361,13 @@ def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
     return [match[1] for match in matches if match is not None]
 
 
-def describe(found: FoundImages, classes: Sequence[str] | None) -> str:
+def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:
     """Return one line about a dataset: files by type, classes with counts, and what was left out and why."""
     suffixes = Counter(PurePosixPath(name).suffix.lower().lstrip(".") or "no ending" for name in found.names)
-    text = f"{len(found):,} images ({_counts(suffixes)})" + (f" in {len(found.roots)} folders" * (len(found.roots) > 1))
+    roots = len(found.roots) if isinstance(found, FoundImages) else 1
+    text = f"{len(found):,} {nouns} ({_counts(suffixes)})" + f" in {roots} folders" * (roots > 1)
     if found.val_mask is not None:
-        text += f", {int(found.val_mask.sum()):,} of them in a folder for validation"
+        text += f", {int(found.val_mask.sum()):,} of them for validation"
     if classes is not None:
         text += f", {len(set(classes))} classes ({_counts(Counter(classes))})"
     if found.left_out:

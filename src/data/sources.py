@@ -27,7 +27,9 @@ class Source(Protocol):
 
     Any of `labels`, `covariates` and `captions` (one or several per sample) may be None. `ids` identify samples
     independent of location and order: the split depends on nothing else. None means the index. A source that defines
-    its own split has a mask `val_mask` (N,) of validation samples, and may describe itself in one line, `summary`.
+    its own split has a mask `val_mask` (N,) of validation samples, and may describe itself in one line, `summary`. One
+    with other samples in training has a method `fetch_training(indices, keys)`, with 63 random bits for each sample,
+    keyed by (seed, step, position). If these differ in shape, `buckets` (N,) has the same integer for equal shapes.
     """
 
     labels: Labels | None

@@ -8,11 +8,57 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from src.data.arrays import AUDIO_SUFFIXES, NIFTI_SUFFIXES, ArrayDataModule
 from src.data.decode import ARRAY_SUFFIXES, Array
+from src.data.images import ImageDataModule
 
 TIFF_SUFFIXES = {".tif", ".tiff"}
 PNG_CHANNELS = {1: 0, 2: 4, 3: 2, 4: 6}
 """The color type of the PNG specification by number of channels: gray, gray and opacity, RGB, RGBA."""
+
+
+def write_arrays(folder: Path, samples: Array, data: ArrayDataModule) -> Path:
+    """Write `samples.npy` (N, C, *size) and return it; with one file per sample in the data, write such files too."""
+    path = folder / "samples.npy"
+    np.save(path, to_type(samples, data.dtype))
+    if not (data.header or {}).get("one_file"):
+        for k, sample in enumerate(samples):
+            write_sample(folder, k, sample, data)
+    return path
+
+
+def write_sample(folder: Path, k: int, array: Array, data: ImageDataModule) -> Path:
+    """Write sample k (C, *size), as `data.denormalize` returns it, to a file like those of the data, and return it."""
+    name, suffix = f"{k:05d}", data.file_type or ".png"
+    values = to_type(array, data.dtype)
+    if not isinstance(data, ArrayDataModule):
+        return write_image(folder, name, np.moveaxis(values, 0, -1), suffix)
+    header = data.header or {}
+    if suffix in AUDIO_SUFFIXES:
+        import soundfile
+
+        path = folder / f"{name}.wav"
+        soundfile.write(path, values.T, header["sample_rate"], "PCM_16" if values.dtype == np.int16 else "FLOAT")
+    elif suffix in NIFTI_SUFFIXES:
+        import nibabel
+
+        path = folder / f"{name}{suffix}"
+        volume = values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)
+        image: Any = nibabel.Nifti1Image(volume, np.array(header["affine"]), dtype=volume.dtype)  # type: ignore[no-untyped-call]
+        image.to_filename(path)
+    else:
+        path = folder / f"{name}.npy"
+        np.save(path, values)
+    return path
+
+
+def to_type(values: Array, dtype: str | None) -> Array:
+    """Return values in the type of the files, rounded and clipped for integers; uint8 if the type is unknown."""
+    kind = np.dtype(dtype or "uint8")
+    if kind.kind in "ui":
+        info = np.iinfo(kind)
+        values = np.clip(np.rint(values.astype(np.float64)), info.min, info.max)
+    return values.astype(kind)
 
 
 def write_image(folder: Path, name: str, pixels: Array, suffix: str) -> Path:

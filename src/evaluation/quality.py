@@ -186,7 +186,9 @@ class SampleEvaluator:
         device, settings = self.device, self.settings
         if len(self.data.shape) != 3:
             if settings.features:
-                raise ValueError(f"features={','.join(settings.features)} needs images; omit it for points")
+                raise ValueError(f"features={','.join(settings.features)} needs images; leave it out")
+            if len(self.data.shape) > 1 and self.processes.rank == 0:
+                log.info(f"Skipping the metrics of images: samples of shape {self.data.shape} are compared like points")
             return [values_of(self.data)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]

@@ -156,7 +156,7 @@ def save_samples(
     """Save samples of each sampler from the same noise, and next to it those nearest to the training data."""
     data = evaluator.data
     real = data.postprocess(data.examples(NUM_SHOWN))
-    if real.ndim != 4:
+    if real.ndim == 2:
         val = data.postprocess(data.examples(2000))
         plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
         images.tile(plots).save(folder / "samples.png")

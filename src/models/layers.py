@@ -1,4 +1,7 @@
-"""Layers of the networks: time embedding, residual block, self- and cross-attention, resampling."""
+"""Layers of the networks: time embedding, residual block, self- and cross-attention, resampling.
+
+Feature maps have shape (B, C, *size), where size is (L,) for signals, (H, W) for images and (D, H, W) for volumes.
+"""
 
 import math
 from typing import Literal, TypeVar, get_args
@@ -12,6 +15,10 @@ from src.models.winograd import Conv3x3, ConvBackend
 TimeConditioning = Literal["add", "scale_shift"]
 Resample = Literal["up", "down"]
 M = TypeVar("M", bound=nn.Module)
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+"""The convolution for each number of dimensions of a feature map."""
+AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
@@ -47,10 +54,10 @@ class TimeEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Map x (B, C_in, H, W) and emb (B, E) to (B, C_out, H', W').
+    """Map x (B, C_in, *size) and emb (B, E) to (B, C_out, *size'), for a size of `dims` dimensions.
 
     GroupNorm, SiLU and convolution, twice (Ho et al. 2020, app. B). The time embedding is added between the two, or
-    scales and shifts the second norm (`time_conditioning`). `resample` halves or doubles H and W inside the block, as
+    scales and shifts the second norm (`time_conditioning`). `resample` halves or doubles the size inside the block, as
     in BigGAN and ADM (Dhariwal & Nichol 2021).
     """
 
@@ -64,6 +71,7 @@ class ResidualBlock(nn.Module):
         dropout: float = 0.0,
         resample: Resample | None = None,
         conv_backend: ConvBackend = "auto",
+        dims: int = 2,
     ) -> None:
         super().__init__()
         if time_conditioning not in get_args(TimeConditioning):
@@ -71,20 +79,21 @@ class ResidualBlock(nn.Module):
         self.time_conditioning: TimeConditioning = time_conditioning
         self.resample: Resample | None = resample
         self.norm1 = nn.GroupNorm(groups, in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels, conv_backend)
+        self.conv1 = conv3(dims, in_channels, out_channels, conv_backend)
         self.emb = nn.Linear(emb_dim, out_channels * (2 if time_conditioning == "scale_shift" else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(Conv3x3(out_channels, out_channels, conv_backend))
+        self.conv2 = zero_init(conv3(dims, out_channels, out_channels, conv_backend))
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else CONVS[dims](in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.resample is not None:
             x, h = resample(x, self.resample), resample(h, self.resample)
         h = self.conv1(h)
-        emb = self.emb(F.silu(emb))[:, :, None, None]
+        emb = self.emb(F.silu(emb))
+        emb = emb.view(*emb.shape, *[1] * (x.ndim - 2))
         if self.time_conditioning == "add":
             h = self.norm2(h + emb)
         else:
@@ -96,7 +105,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Add multi-head self-attention over the positions of x (B, C, H, W)."""
+    """Add multi-head self-attention over the positions of x (B, C, *size)."""
 
     def __init__(self, channels: int, groups: int, num_heads: int) -> None:
         super().__init__()
@@ -106,16 +115,16 @@ class SelfAttention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, H W, C)
+        b, c, *size = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, positions, C)
         qkv = self.qkv(tokens).view(b, -1, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, H W, C / heads)
+        attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, positions, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
-        return x + out.transpose(1, 2).view(b, c, height, width)
+        return x + out.transpose(1, 2).view(b, c, *size)
 
 
 class CrossAttention(nn.Module):
-    """Add multi-head attention from the positions of x (B, C, H, W) to tokens (B, L, token_width).
+    """Add multi-head attention from the positions of x (B, C, *size) to tokens (B, L, token_width).
 
     `mask` (B, L) is True for tokens and False for padding, with at least one token per sample; None means no padding.
     """
@@ -129,23 +138,23 @@ class CrossAttention(nn.Module):
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        b, c, height, width = x.shape
-        query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, H W, C)
+        b, c, *size = x.shape
+        query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, positions, C)
         query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
         keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
-        # (B, heads, H W, C / heads)
+        # (B, heads, positions, C / heads)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
-        return x + out.transpose(1, 2).view(b, c, height, width)
+        return x + out.transpose(1, 2).view(b, c, *size)
 
 
 class Downsample(nn.Module):
-    """Halve H and W of (B, C, H, W) by a strided convolution."""
+    """Halve the size of (B, C, *size) by a strided convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, dims: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = CONVS[dims](channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(x)
@@ -153,11 +162,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W of (B, C, H, W) by nearest neighbors, then apply a convolution."""
+    """Double the size of (B, C, *size) by nearest neighbors, then apply a convolution."""
 
-    def __init__(self, channels: int, conv_backend: ConvBackend = "auto") -> None:
+    def __init__(self, channels: int, conv_backend: ConvBackend = "auto", dims: int = 2) -> None:
         super().__init__()
-        self.conv = Conv3x3(channels, channels, conv_backend)
+        self.conv = conv3(dims, channels, channels, conv_backend)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv(resample(x, "up"))
@@ -165,8 +174,40 @@ class Upsample(nn.Module):
 
 
 def resample(x: Tensor, direction: Resample) -> Tensor:
-    """Double the height and width by nearest neighbors, or halve them by averaging."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else F.avg_pool2d(x, 2)
+    """Double the size of x (B, C, *size) by nearest neighbors, or halve it by averaging."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest") if direction == "up" else AVG_POOLS[x.ndim - 2](x, 2)
+
+
+def conv3(dims: int, in_channels: int, out_channels: int, backend: ConvBackend = "auto") -> nn.Module:
+    """Return a zero-padded convolution with 3 taps in each of `dims` dimensions; `backend` is for two dimensions."""
+    if dims == 2:
+        return Conv3x3(in_channels, out_channels, backend)
+    return CONVS[dims](in_channels, out_channels, 3, padding=1)
+
+
+def space_to_depth(x: Tensor, patch_size: int) -> Tensor:
+    """Move patches of `patch_size` positions each way into channels: (B, C, *size) -> (B, C * P, *size / patch_size).
+
+    P is patch_size^dims. Channels are in the order (channel, position in the patch) of `F.pixel_unshuffle`.
+    """
+    if x.ndim == 4:
+        return F.pixel_unshuffle(x, patch_size)
+    b, c, *size = x.shape
+    dims = len(size)
+    split = x.reshape(b, c, *(part for n in size for part in (n // patch_size, patch_size)))
+    positions, offsets = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    return split.permute(0, 1, *offsets, *positions).reshape(b, -1, *(n // patch_size for n in size))
+
+
+def depth_to_space(x: Tensor, patch_size: int) -> Tensor:
+    """Undo `space_to_depth`: (B, C * P, *size) -> (B, C, *size * patch_size)."""
+    if x.ndim == 4:
+        return F.pixel_shuffle(x, patch_size)
+    b, _, *size = x.shape
+    dims = len(size)
+    split = x.reshape(b, -1, *[patch_size] * dims, *size)
+    order = [axis for k in range(dims) for axis in (2 + dims + k, 2 + k)]
+    return split.permute(0, 1, *order).reshape(b, -1, *(n * patch_size for n in size))
 
 
 def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:

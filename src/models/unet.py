@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import (
+    CONVS,
     CrossAttention,
     Downsample,
     Resample,
@@ -19,38 +20,45 @@ from src.models.layers import (
     TimeConditioning,
     TimeEmbedding,
     Upsample,
+    depth_to_space,
     fit_groups,
+    space_to_depth,
     zero_init,
 )
 from src.models.winograd import ConvBackend
 
 
 class UNet(nn.Module):
-    """Map x (B, C, H, W), time (B,) in [0, 1] and cond (B, ...) to (B, C * outputs, H, W), for any H and W.
+    """Map x (B, C, *size), time (B,) in [0, 1] and cond (B, ...) to (B, C * outputs, *size), for any size.
 
-    Stage i has model_channels * channel_mult[i] channels, resolution image_size / (patch_size * 2^i),
-    `num_res_blocks` residual blocks on the way down and one more on the way up.
+    `image_size` is [L] for signals, [H, W] for images and [D, H, W] for volumes; one number is the side of a square
+    image. Its length chooses convolutions of one, two or three dimensions. Stage i has model_channels * channel_mult[i]
+    channels, resolution image_size / (patch_size * 2^i), `num_res_blocks` residual blocks on the way down and one more
+    on the way up.
 
     - `attention_resolutions`, in pixels of the feature map: each entry selects the stage of the nearest resolution,
-      within a factor of sqrt(2), so that 16 selects 14x14 for 28x28 images. The blocks of a selected stage end in
-      self-attention. An entry without such a stage is ignored, as in ADM, with a warning. The middle always attends.
+      within a factor of sqrt(2), so that 16 selects 14x14 for 28x28 images. The resolution of a stage is the geometric
+      mean of its sides, so that 16 selects 8x32, too. The blocks of a selected stage end in self-attention over all
+      positions. An entry without such a stage is ignored, as in ADM, with a warning. The middle always attends.
     - Attention has `num_heads` heads, or heads of `num_head_channels` channels.
     - `resblock_updown` resamples inside residual blocks (ADM) instead of by plain convolutions (DDPM).
-    - `patch_size`: the first stage sees patches of patch_size x patch_size pixels (Hoogeboom et al. 2023, arXiv
-      2301.11093, sec. 3.3). Other image sizes are padded by repeating the edge, and the output is cropped.
+    - `patch_size`: the first stage sees patches of this many pixels each way (Hoogeboom et al. 2023, arXiv 2301.11093,
+      sec. 3.3). Sizes that are no multiple are padded by repeating the edge, and the output is cropped.
     - `condition` maps the width of the time embedding to the embedding of conditions. Its vector is added to the time
       embedding; cross-attention to its tokens follows each self-attention (Rombach et al. 2022, arXiv 2112.10752).
+    - `augment_labels`: the number of labels of augmentations (src.data.augment). The network then takes `augment` (B,
+      augment_labels), by default 0, and adds a linear map of them to the time embedding (Karras et al. 2022, app. F.2).
     - `gradient_checkpointing` stores the input of each block only and recomputes the block in the backward pass (Chen
       et al. 2016, arXiv 1604.06174).
-    - `conv_backend` selects the algorithm of the 3x3 convolutions: see `src.models.winograd.Conv3x3`.
+    - `conv_backend` selects the algorithm of the 3x3 convolutions of images: see `src.models.winograd.Conv3x3`.
 
     With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
     """
 
     def __init__(
         self,
-        channels: int,
-        image_size: int,
+        channels: int | None,
+        image_size: int | Sequence[int] | None,
         model_channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         num_res_blocks: int = 2,
@@ -66,11 +74,20 @@ class UNet(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
         patch_size: int = 1,
         conv_backend: ConvBackend = "auto",
+        augment_labels: int = 0,
     ) -> None:
         super().__init__()
+        if channels is None or image_size is None:
+            raise ValueError(
+                f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
+                "infers them"
+            )
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(size) not in CONVS:
+            raise ValueError(f"model.image_size={list(size)} must be a number, [L], [H,W] or [D,H,W]")
         sizes: dict[str, int | list[int]] = {
             "channels": channels,
-            "image_size": image_size,
+            "image_size": image_size if isinstance(image_size, int) else list(size),
             "model_channels": model_channels,
             "num_res_blocks": num_res_blocks,
             "num_heads": num_heads,
@@ -80,8 +97,11 @@ class UNet(nn.Module):
         for name, value in sizes.items():
             if (min(value, default=0) if isinstance(value, list) else value) < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+        dims = len(size)
+        if conv_backend == "winograd" and dims != 2:
+            raise ValueError(f"model.conv_backend=winograd is for images, and model.image_size={list(size)}; use auto")
         widths = [model_channels * m for m in channel_mult]
-        resolutions = stage_resolutions(image_size, patch_size, len(widths))
+        resolutions = stage_resolutions(size, patch_size, len(widths))
         attended = attended_resolutions(attention_resolutions, resolutions)
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(widths) - 1)
@@ -93,7 +113,7 @@ class UNet(nn.Module):
         per_head = num_head_channels
 
         def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
-            return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend)
+            return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims)
 
         def heads(c: int) -> int:
             name, divisor = ("num_heads", num_heads) if per_head is None else ("num_head_channels", per_head)
@@ -104,13 +124,13 @@ class UNet(nn.Module):
         def cross_attention(c: int) -> CrossAttention | None:
             return None if token_width is None else CrossAttention(c, groups, heads(c), token_width)
 
-        def layer(c_in: int, c_out: int, resolution: int) -> Layer:
+        def layer(c_in: int, c_out: int, resolution: float) -> Layer:
             if resolution not in attended:
                 return Layer(residual(c_in, c_out), None)
             return Layer(residual(c_in, c_out), SelfAttention(c_out, groups, heads(c_out)), cross_attention(c_out))
 
         self.time = TimeEmbedding(model_channels, emb_dim, time_scale)
-        self.conv_in = nn.Conv2d(channels * patch_size**2, model_channels, 3, padding=1)
+        self.conv_in = CONVS[dims](channels * patch_size**dims, model_channels, 3, padding=1)
 
         stages = list(enumerate(zip(widths, resolutions, strict=True)))
         self.down = nn.ModuleList()
@@ -122,7 +142,7 @@ class UNet(nn.Module):
                 c = c_out
                 skips.append(c)
             if i < len(widths) - 1:
-                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c))
+                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c, dims))
                 skips.append(c)
 
         cross = cross_attention(c)
@@ -136,20 +156,24 @@ class UNet(nn.Module):
                 self.up.append(layer(c + skips.pop(), c_out, resolution))
                 c = c_out
             if i > 0:
-                self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend))
+                self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
 
         self.norm_out = nn.GroupNorm(groups, c)
-        self.conv_out = zero_init(nn.Conv2d(c, channels * outputs * patch_size**2, 3, padding=1))
+        self.conv_out = zero_init(CONVS[dims](c, channels * outputs * patch_size**dims, 3, padding=1))
+        # Last and without bias: the other weights start, and labels of 0 act, as without it.
+        self.augment = zero_init(nn.Linear(augment_labels, emb_dim, bias=False)) if augment_labels else None
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
-        height, width = x.shape[-2:]
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        size = x.shape[2:]
         x = pad_to_multiple(x.to(self.conv_in.weight.dtype), self.factor)
         context = Embedded(self.time(time))
         if self.condition is not None:
             assert cond is not None
             vector, tokens, mask = self.condition(cond)
             context = Embedded(context.vector + vector, tokens, mask)
-        h = self.conv_in(x if self.patch_size == 1 else F.pixel_unshuffle(x, self.patch_size))
+        if self.augment is not None and augment is not None:
+            context = context._replace(vector=context.vector + self.augment(augment.to(context.vector.dtype)))
+        h = self.conv_in(x if self.patch_size == 1 else space_to_depth(x, self.patch_size))
         skips = [h]
         for module in self.down:
             h = self._run(module, h, context)
@@ -159,9 +183,11 @@ class UNet(nn.Module):
         for module in self.up:
             h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
-        out = out if self.patch_size == 1 else F.pixel_shuffle(out, self.patch_size)
-        # Sharded networks warn if the output is a view, so crop only if there is padding.
-        return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
+        out = out if self.patch_size == 1 else depth_to_space(out, self.patch_size)
+        for axis, n in enumerate(size, 2):
+            if out.shape[axis] != n:  # Sharded networks warn if the output is a view, so crop only padding.
+                out = out.narrow(axis, 0, n)
+        return out
 
     def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):
@@ -187,12 +213,13 @@ class Layer(nn.Module):
         return h if self.cross is None else self.cross(h, context.tokens, context.mask)
 
 
-def stage_resolutions(image_size: int, patch_size: int, num_stages: int) -> list[int]:
-    """Return the feature map size of each stage in pixels, rounded up."""
-    return [-(-image_size // (patch_size * 2**i)) for i in range(num_stages)]
+def stage_resolutions(size: Sequence[int], patch_size: int, num_stages: int) -> list[float]:
+    """Return the geometric mean of the sides of each stage's feature map, which are rounded up, in pixels."""
+    stages = [[-(-n // (patch_size * 2**i)) for n in size] for i in range(num_stages)]
+    return [sides[0] if len(set(sides)) == 1 else math.prod(sides) ** (1 / len(sides)) for sides in stages]
 
 
-def attended_resolutions(requested: Sequence[int], resolutions: Sequence[int]) -> set[int]:
+def attended_resolutions(requested: Sequence[int], resolutions: Sequence[float]) -> set[float]:
     """Return the stage resolution nearest to each requested one; warn about those further than a factor of sqrt(2)."""
     if min(requested, default=1) < 1:
         raise ValueError(f"model.attention_resolutions={list(requested)} must be at least 1; use [] for no stage")
@@ -201,16 +228,16 @@ def attended_resolutions(requested: Sequence[int], resolutions: Sequence[int]) -
     if ignored:
         warnings.warn(
             f"model.attention_resolutions={list(requested)}: {ignored} ignored, the stages have resolutions "
-            f"{list(resolutions)}",
+            f"{[round(r, 1) for r in resolutions]}",
             stacklevel=3,
         )
     return {s for r, s in nearest.items() if r not in ignored}
 
 
 def pad_to_multiple(x: Tensor, factor: int) -> Tensor:
-    """Repeat the bottom and right edges of x (B, C, H, W) until `factor` divides H and W."""
-    bottom, right = (-x.shape[-2]) % factor, (-x.shape[-1]) % factor
-    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+    """Repeat the last values of x (B, C, *size) in each dimension until `factor` divides its size."""
+    margins = [margin for n in reversed(x.shape[2:]) for margin in (0, -n % factor)]
+    return F.pad(x, margins, mode="replicate") if any(margins) else x
 
 
 def _apply(module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None) -> Tensor:

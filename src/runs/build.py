@@ -111,7 +111,7 @@ def instantiate_run(
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
-    module = build_module(cfg, data.shape, data.num_values, data.condition)
+    module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
     warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
     steps, changes = 0, []

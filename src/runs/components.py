@@ -27,11 +27,16 @@ if TYPE_CHECKING:
 
 
 def build_module(
-    cfg: DictConfig, shape: tuple[int, ...], num_values: int | None, condition: "Condition | None" = None
+    cfg: DictConfig,
+    shape: tuple[int, ...],
+    num_values: int | None,
+    condition: "Condition | None" = None,
+    augment_labels: int = 0,
 ) -> "DiffusionModule":
     """Return the LightningModule for samples of `shape`, with new weights; without an optimizer it cannot train.
 
     `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
+    `augment_labels` is the number of labels of augmentations that the network gets in training.
     """
     import torch
 
@@ -39,12 +44,22 @@ def build_module(
     from src.training.learned_schedule import module_class
     from src.training.module import ConditionSpec
 
-    if len(shape) == 3 and get_class(cfg.model._target_) is MLP:
-        raise ValueError(f"model=mlp is for points, and the data are images of shape {shape}: choose model=unet_tiny")
+    if len(shape) > 1 and get_class(cfg.model._target_) is MLP:
+        raise ValueError(
+            f"model=mlp is for points, and the data are images or arrays of shape {shape}: choose model=unet_tiny"
+        )
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
-    net = instantiate_node(cfg.model, {"outputs": diffusion.outputs, **_network_condition(cfg)})
+    arguments = {"outputs": diffusion.outputs, **_network_condition(cfg)}
+    if augment_labels:
+        if "augment_labels" not in inspect.signature(get_class(cfg.model._target_)).parameters:
+            raise ValueError(
+                f"data.edm_augment={cfg.data.get('edm_augment')} needs a network with the argument augment_labels, and "
+                f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
+            )
+        arguments["augment_labels"] = augment_labels
+    net = instantiate_node(cfg.model, arguments)
     spec = None
     if condition is not None:
         null, examples = condition([None]), condition(condition.examples or [None])
@@ -230,7 +245,9 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
 
     with torch.device("meta"):
         net: torch.nn.Module = instantiate_node(cfg.model, {"outputs": outputs, **_network_condition(cfg)})
-    return net.to(memory_format=torch.channels_last)  # This leaves networks for points as they are.
+    if any(p.ndim == 5 for p in net.parameters()):  # a network for volumes
+        return net
+    return net.to(memory_format=torch.channels_last)  # This leaves networks for points and signals as they are.
 
 
 def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:

@@ -62,7 +62,7 @@ def open_run(
         data = instantiate_node(config.data)
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
-        module = build_module(built, data.shape, data.num_values, data.condition)
+        module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
         weights = weights_of(checkpoint, ema, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)

@@ -49,6 +49,21 @@ def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Seq
     return [OmegaConf.to_container(each) if isinstance(each, ListConfig) else each for each in cond]
 
 
+def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) -> None:
+    """Let the run draw images of another size, one number or (H, W), than in training; None keeps that.
+
+    Raises ValueError for a wrong size and for a run on points.
+    """
+    if image_size is None:
+        return
+    size = [image_size] * 2 if isinstance(image_size, int) else [int(side) for side in image_size]
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
+    if len(opened.module.shape) != 3:
+        raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")
+    opened.module.shape = (opened.module.shape[0], *size)
+
+
 def draw_batches(
     opened: "OpenedRun",
     sampler: "Sampler",
@@ -77,16 +92,20 @@ def draw_batches(
             yield from (part for part in gathered if part is not None)
 
 
-def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> None:
-    """Write `samples.npz`, and each image to a file like those of the data, or rows of a table in its format.
+def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> Path:
+    """Write `samples.npz`, or `samples.npy` for data=array, and return it; of a table, return the file of its rows.
 
-    `samples` are images (N, C, H, W), or points or rows (N, D), as `data.denormalize` returns them.
+    Each image is also written to a file like those of the data, and rows of a table to one in its format.
+    `samples` are images (N, C, H, W), arrays (N, C, *size), or rows (N, D), as `data.denormalize` returns them.
     """
     import numpy as np
 
+    from src.data.arrays import ArrayDataModule
     from src.data.table import TableDataModule
-    from src.data.write import write_image
+    from src.data.write import write_arrays, write_image
 
+    if isinstance(data, ArrayDataModule):
+        return write_arrays(folder, samples.numpy(), data)
     array = samples.movedim(1, -1).numpy()  # Tools that compute FID expect channels last.
     if samples.ndim == 4:
         dtype, suffix = getattr(data, "dtype", None) or "uint8", getattr(data, "file_type", None) or ".png"
@@ -96,3 +115,6 @@ def write_samples(folder: Path, samples: "Tensor", data: "BaseDataModule") -> No
     np.savez_compressed(folder / "samples.npz", array)
     if isinstance(data, TableDataModule):
         data.write_samples(folder / "samples", samples)
+        if (folder / "samples.csv").exists():
+            return folder / "samples.csv"
+    return folder / "samples.npz"

@@ -21,13 +21,15 @@ class LearnedScheduleModule(DiffusionModule):
         curve = {id(p) for p in self.curve_weights}
         self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
 
-    def compute_losses(self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
+    def compute_losses(
+        self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None, augment: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Also minimize the mean square of the losses over the schedule, in the network's backward pass.
 
         The gradient of the square is 2 loss times the gradient of the loss. The cleanest of the `num_steps` steps is
         held fixed, as in VDM: only the KL terms depend on the endpoint, and the decoder's term would outweigh them.
         """
-        terms = super().compute_losses(x0, transition, eps, cond)
+        terms = super().compute_losses(x0, transition, eps, cond, augment)
         losses = terms["loss"].detach()
         for level in (transition.t, transition.s):
             learns = level.time > 1.5 / self.schedule.num_steps

@@ -102,7 +102,7 @@ class DiffusionModule(SamplingModule):
         x0, cond = batch["x"], self.drop_condition(batch, rng)
         v, weight = self.timestep_sampler(rng.uniform("t"), rng.shared("t"), batch_positions(batch))
         t, eps = self.transition(v, x0), rng.normal("eps", x0.shape[1:])
-        terms = self.compute_losses(x0, t, eps, cond)
+        terms = self.compute_losses(x0, t, eps, cond, batch.get("augment"))
         loss = (weight * terms["loss"]).mean()
         return {"loss": loss, "v": v, "weight": weight, "terms": {name: x.detach() for name, x in terms.items()}}
 
@@ -137,8 +137,11 @@ class DiffusionModule(SamplingModule):
             return self.schedule.transition(v, like)
         return Transition(self.schedule.level_at(v, like), CLEAN, 1)
 
-    def compute_losses(self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None) -> dict[str, Tensor]:
-        denoise = self.denoise if cond is None else partial(self.denoise, cond=cond)
+    def compute_losses(
+        self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None, augment: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the terms of the loss, given conditions (B, ...) and labels of augmentations (B, K), if any."""
+        denoise = partial(self.denoise, cond=cond, augment=augment)
         return self.loss_fn(self.diffusion, denoise, x0, transition, eps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:

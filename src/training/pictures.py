@@ -42,7 +42,7 @@ class Trajectory(NamedTuple):
 
 def sample_trajectory(trainer: L.Trainer, module: DiffusionModule, data: BaseDataModule, seed: int) -> Trajectory:
     """Sample from noise to data and keep every step. Collective."""
-    count, shown = (64, 8) if len(module.shape) == 3 else (2000, 2000)
+    count, shown = {1: (2000, 2000), 4: (16, 8)}.get(len(module.shape), (64, 8))  # points, volumes, images
     module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after training
     frames = []
     for x in module.sample_distributed(count, seed):
@@ -67,7 +67,7 @@ def save_pictures(
         "samples/final": images.draw_samples(final, data.postprocess(data.examples(len(final))), titles, data.columns),
         "samples/trajectory": images.draw_trajectory(trajectory.frames, sigmas),
     }
-    if final.ndim == 4 and num_neighbors and num_candidates:
+    if final.ndim > 2 and num_neighbors and num_candidates:
         neighbors, distances = nearest_training(data, trajectory.final[:num_neighbors], num_candidates)
         neighbors, count = data.postprocess(neighbors), min(num_candidates, len(data.train_indices))
         pictures["samples/neighbors"] = images.neighbor_rows(final[:num_neighbors], neighbors, distances, count)

@@ -96,22 +96,27 @@ class SamplingModule(L.LightningModule):
         """Autocast type of sampling; None computes in the type of the weights."""
         self.check_sampler(sampler)
 
-    def denoise(self, x: Tensor, t: NoiseLevel, cond: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: NoiseLevel, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Return the network's output (B, outputs * C, *rest) for x (B, *data), in float32 in every precision.
 
-        A conditional network takes `cond` (B, ...), by default the null condition.
+        A conditional network takes `cond` (B, ...), by default the null condition. One that was built for labels of
+        augmentations takes `augment` (B, K), by default 0.
         """
         compiled = self.compiled_training if torch.is_grad_enabled() else None
-        return self._call_network(self.net if compiled is None else compiled, x, t, cond)
+        return self._call_network(self.net if compiled is None else compiled, x, t, cond, augment)
 
-    def _call_network(self, net: Callable[..., Tensor], x: Tensor, t: NoiseLevel, cond: Tensor | None) -> Tensor:
+    def _call_network(
+        self, net: Callable[..., Tensor], x: Tensor, t: NoiseLevel, cond: Tensor | None, augment: Tensor | None = None
+    ) -> Tensor:
         scaled = self.diffusion.scale_input(x, t).contiguous(memory_format=self.memory_format)
         # A scalar time is on the CPU; a Python number avoids a synchronizing copy.
         time = t.time.flatten().to(x) if t.time.ndim else x.new_full((len(x),), t.time.item())
-        if self.null is None:
-            out: Tensor = net(scaled, time)
-        else:
-            out = net(scaled, time, self.null.expand(len(x), *self.null.shape[1:]) if cond is None else cond)
+        if self.null is not None and cond is None:
+            cond = self.null.expand(len(x), *self.null.shape[1:])
+        inputs = [] if self.null is None else [cond]
+        if augment is not None:
+            inputs = [cond, augment]
+        out: Tensor = net(scaled, time, *inputs)
         return out.float()
 
     def denoise_for_sampling(

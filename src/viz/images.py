@@ -1,4 +1,8 @@
-"""Image grids, titles, trajectories and GIFs. Images are uint8 (N, C, H, W), C = 1 or 3."""
+"""Image grids, titles, trajectories and GIFs.
+
+Images are uint8 (N, C, H, W), C = 1 or 3. Signals (N, C, L) and volumes (N, 1 or 3, D, H, W) become images by
+`as_images`; 0 and 255 are the ends of their range.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from src.viz.charts import axis_limits, evenly_spaced_indices, pair_plot, scatter
+from src.viz.figures import COLORS
 from src.viz.tables import format_number
 
 CELL, GAP, LABEL_WIDTH, TITLE_HEIGHT = 64, 2, 140, 22
-"""Pixels: the usual side of an image, the space between images, of labels, and of titles."""
+SIGNAL_SIZE = (160, 80)
+"""Pixels: the usual side of an image, the space between images, of labels, and of titles; the plot of a signal."""
 MAX_GROUPS = 16
 """Maximum number of titles with a separate block; with more, the blocks are too small to read."""
 
@@ -24,7 +30,9 @@ def draw_samples(
     titles: Sequence[str] | None = None,
     columns: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Draw images as a grid, points (N, 2) as a scatter plot, (N, 1) as a histogram, others as a pair plot.
+    """Draw images as a grid, points (N, 2) as a scatter plot, (N, 1) as a histogram, other rows as a pair plot.
+
+    Signals are drawn as lines, and volumes as three slices.
 
     Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get
     one block of rows or one plot per title. `columns` names the features of points.
@@ -50,10 +58,49 @@ def image_grid(images: Tensor, columns: int | None = None, cell: int = CELL) -> 
     """Draw images in rows of `columns`; enlarge small ones by an integer factor to about `cell` pixels."""
     from torchvision.utils import make_grid
 
+    images = as_images(images)
     scale = max(1, round(cell / max(images.shape[2:])))
     enlarged = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     grid = make_grid(enlarged, columns or max(1, round(len(images) ** 0.5)), padding=GAP, pad_value=255)
     return Image.fromarray(grid.permute(1, 2, 0).cpu().numpy())
+
+
+def as_images(samples: Tensor) -> Tensor:
+    """Return images (N, C, H, W); of signals (N, C, L) plots, of volumes (N, C, D, H, W) the three central slices."""
+    if samples.ndim == 3:
+        return torch.stack([plot_signal(sample) for sample in samples.cpu()])
+    return central_slices(samples) if samples.ndim == 5 else samples
+
+
+def plot_signal(signal: Tensor) -> Tensor:
+    """Draw a signal (C, L) uint8 as one line per channel: (3, H, W) uint8, with 0 at the bottom and 255 at the top."""
+    width, height = (2 * side for side in SIGNAL_SIZE)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0, width - 1, height - 1), outline="#cccccc", width=2)
+    count = signal.shape[1]
+    across = [4 + (width - 8) * k / max(count - 1, 1) for k in range(count)]
+    for k, channel in enumerate(signal.tolist()):
+        points = [(x, 4 + (height - 8) * (1 - value / 255)) for x, value in zip(across, channel, strict=True)]
+        draw.line(points if count > 1 else [points[0], (width - 4, points[0][1])], COLORS[k % len(COLORS)], 3)
+    smooth = image.resize(SIGNAL_SIZE, Image.Resampling.LANCZOS)
+    return (
+        torch.frombuffer(bytearray(smooth.tobytes()), dtype=torch.uint8)
+        .view(height // 2, width // 2, 3)
+        .permute(2, 0, 1)
+    )
+
+
+def central_slices(volumes: Tensor) -> Tensor:
+    """Return the slices (H, W), (D, W) and (D, H) through the centers of volumes (N, C, D, H, W), side by side."""
+    depth, height, width = volumes.shape[2:]
+    slices = [volumes[:, :, depth // 2], volumes[:, :, :, height // 2], volumes[..., width // 2]]
+    tallest = max(depth, height)
+    scale = max(1, round(CELL / max(depth, height, width)))
+    padded = [torch.nn.functional.pad(part, (0, 0, 0, tallest - part.shape[2]), value=255) for part in slices]
+    enlarged = [part.repeat_interleave(scale, 2).repeat_interleave(scale, 3) for part in padded]
+    line = torch.full_like(enlarged[0][..., :1], 128)
+    return torch.cat([enlarged[0], line, enlarged[1], line, enlarged[2]], dim=3)
 
 
 def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:

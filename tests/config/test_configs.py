@@ -18,8 +18,11 @@ CSV = Path(__file__).parents[1] / "measurements.csv"
 # Choices that need more than themselves to be complete.
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
+    ("data", "array"): ["data.root=x", "data.channels=2", "data.image_size=[32]"],
     ("data", "captions"): ["data.root=x"],
     ("data", "folder"): ["data.root=x"],
+    ("data", "hub"): ["data.name=x"],
+    ("data", "webdataset"): ["data.urls=x"],
     ("data", "table"): [
         f"data.path='{Path(__file__).parents[1] / 'measurements.csv'}'",
         "data.columns=[height,weight]",
@@ -31,13 +34,14 @@ CHOICES = [(group, option) for group, options in config_groups().items() for opt
 # Arguments that the program gives and no configuration should.
 GIVEN = {
     *("decoder_scale", "num_values"),  # GaussianDiffusion, from the schedule and the data
-    *("outputs", "condition", "dim"),  # networks, from the process and the conditions
+    *("outputs", "condition", "dim", "augment_labels"),  # networks, from the process, the conditions and the data
     *("diffusion", "denoise", "x0", "transition", "t", "eps", "schedule"),  # objectives and weightings
     *("u", "shared_u", "position", "v"),  # timestep samplers, curves and warps
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
-    "prepare",
+    *("prepare", "download"),
+    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
 }
 
 

@@ -20,7 +20,7 @@ from src.data import pixel_store
 from src.data.decode import decode
 from src.data.fit import ImageSpec, infer_range, load_image
 from src.data.folder import folder
-from src.data.scan import find_images
+from src.data.scan import find_images, open_member, tar_places
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 7)
@@ -273,6 +273,31 @@ def test_archives_are_read_in_place(tmp_path, kind):
     assert packed.labels.classes == direct.labels.classes
     assert torch.equal(packed.fetch([0, 1, 2]), direct.fetch([0, 1, 2]))
     assert torch.equal(folder(archive, SHAPE, 1, cache=False).fetch([2]), direct.fetch([2]))
+
+
+def test_files_of_a_tar_are_read_at_their_place(tmp_path):
+    """Also with names of more than 100 characters, and without reading the archive from its start."""
+    long = "/".join(["folder" * 10, "b" * 120 + ".png"])
+    save(tmp_path / "in", "a.png", long)
+    archive = Path(shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "in"))
+    places = tar_places(archive)
+    assert places is not None
+    for name in ("a.png", long):
+        offset, size = places[name]
+        assert archive.read_bytes()[offset : offset + size] == (tmp_path / "in" / name).read_bytes()
+        assert open_member(archive, name).read() == (tmp_path / "in" / name).read_bytes()
+    with pytest.raises(OSError, match=r"c\.png"):
+        open_member(archive, "c.png")
+
+
+@pytest.mark.parametrize("keep", ["in a header", "after a member", "in a member"])
+def test_a_tar_that_is_cut_off_is_refused(tmp_path, keep):
+    save(tmp_path / "in", "a.png", "b.png")
+    archive = Path(shutil.make_archive(str(tmp_path / "images"), "tar", tmp_path / "in"))
+    offset = max(offset for offset, _ in tar_places(archive).values())
+    size = {"in a header": offset - 300, "after a member": offset - 512, "in a member": offset + 10}[keep]
+    archive.write_bytes(archive.read_bytes()[:size])
+    assert all(part in refusal(archive) for part in (str(archive), "cut off", "data.root"))
 
 
 def refusal(root: Path, channels: int = 1, **options: object) -> str:

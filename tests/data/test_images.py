@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import itertools
+import json
 import pickle
 import socket
 import struct
+import sys
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +32,13 @@ from tests.data.test_split import is_validation
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global Recorder
+    global Recorder, images_module, torchvision_sets
     global L, torchvision_utils, InMemory, Source, ImageDataModule, digits, fit_image, folder, torchvision_images
     import lightning as L
     from torchvision.datasets import utils as torchvision_utils
 
+    from src.data import images as images_module
+    from src.data import torchvision_sets
     from src.data.decode import from_pillow
     from src.data.fit import ImageSpec, prepare_image
     from src.data.folder import folder
@@ -537,7 +544,9 @@ def write_mnist(root: Path, name: str, images: np.ndarray) -> None:
         write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(images) if part == "train" else 1, dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("name", "dataset"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    ("name", "dataset"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 def test_mnist_files_are_read(tmp_path, name, dataset):
     """IDX files in <root>/<name>/raw, in order, with targets and classes."""
     images = noise(10, 28, 28)
@@ -545,9 +554,42 @@ def test_mnist_files_are_read(tmp_path, name, dataset):
     data = configured(name, f"data.root={tmp_path}", "data.batch_size=2")
     found = fetch_all(data)
     assert labels_of(data) == list(range(10))
-    assert data.source.labels.classes[9] == ("9 - nine" if name == "mnist" else "Ankle boot")
+    assert data.source.labels.classes[9] == {"mnist": "9 - nine", "kmnist": "wo"}.get(name, "Ankle boot")
     assert found.dtype == torch.uint8
     assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("split", "first", "count"), [("balanced", 0, 47), ("letters", 1, 26)])
+def test_emnist_images_are_upright(tmp_path, split, first, count):
+    """The files hold columns in place of rows; letters are numbered from 1."""
+    images = noise(10, 28, 28)
+    raw = tmp_path / "EMNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_idx(raw / f"emnist-{split}-train-images-idx3-ubyte", images.transpose(0, 2, 1))
+    targets = np.arange(first, first + 10, dtype=np.uint8)
+    write_idx(raw / f"emnist-{split}-train-labels-idx1-ubyte", targets)
+    data = configured("emnist", f"data.root={tmp_path}", "data.batch_size=2", f"data.source.dataset.split={split}")
+    assert_close(fetch_all(data)[:, 0].numpy(), images, rtol=0, atol=0)
+    classes = [data.source.labels.classes[k] for k in labels_of(data)]
+    assert classes == list("abcdefghij" if split == "letters" else "0123456789")
+    assert len(data.source.labels.classes) == count
+
+
+def test_fashion_mnist_comes_from_the_package_of_debian(tmp_path, monkeypatch):
+    """Its compressed files are used if root has none; corrupted ones are an error."""
+    images = noise(10, 28, 28)
+    write_mnist(tmp_path / "in", "FashionMNIST", images)
+    package = tmp_path / "package"
+    package.mkdir()
+    for file in (tmp_path / "in" / "FashionMNIST" / "raw").iterdir():
+        (package / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", package)
+    found = fetch_all(configured("fashion_mnist", f"data.root={tmp_path / 'a'}", "data.batch_size=2"))
+    assert_close(found[:, 0].numpy(), images, rtol=0, atol=0)
+    cut = package / "train-images-idx3-ubyte.gz"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="FashionMNIST"):
+        fetch_all(configured("fashion_mnist", f"data.root={tmp_path / 'b'}", "data.batch_size=2"))
 
 
 @pytest.mark.parametrize(("size", "channels"), [(32, 1), (14, 3), (28, 3)])
@@ -630,6 +672,133 @@ def test_svhn_files_are_read(tmp_path):
     assert_close(found.numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("split", ["unlabeled", "train"])
+@pytest.mark.usefixtures("any_checksum")
+def test_stl10_files_are_read(tmp_path, split, monkeypatch):
+    """Bytes of one channel after another, each column by column (the description of the dataset)."""
+    monkeypatch.setattr(images_module, "RESIZED_AT_ONCE", 2)
+    images = noise(5, 96, 96, 3)
+    base = tmp_path / "stl10_binary"
+    base.mkdir()
+    for name in ("train", "test", "unlabeled"):
+        given = images if name == split else images[:1]
+        (base / f"{name}_X.bin").write_bytes(given.transpose(0, 3, 2, 1).tobytes())
+        if name != "unlabeled":
+            (base / f"{name}_y.bin").write_bytes(np.arange(1, len(given) + 1, dtype=np.uint8).tobytes())
+    (base / "class_names.txt").write_text("airplane\nbird\ncar\ncat\ndeer\n")
+    settings = [f"data.root={tmp_path}", "data.batch_size=2", f"data.source.dataset.split={split}"]
+    data = configured("stl10", *settings)
+    assert_close(fetch_all(data).numpy(), images.transpose(0, 3, 1, 2), rtol=0, atol=0)
+    if split == "train":
+        assert labels_of(data) == [0, 1, 2, 3, 4] and data.source.labels.classes[4] == "deer"
+    else:
+        assert data.source.labels is None
+    small = fetch_all(configured("stl10", *settings, "data.image_size=48"))
+    halved = images.reshape(5, 48, 2, 48, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert small.shape == (5, 3, 48, 48)
+    assert np.abs(small.numpy() - halved).mean() < 20  # noise: antialiasing averages some more pixels
+
+
+def write_flowers(root: Path, colors: np.ndarray, train: list[int]) -> None:
+    """Write Oxford's numbered images and MATLAB files with classes and splits, both counted from 1."""
+    from scipy.io import savemat
+
+    base = root / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    for k, color in enumerate(colors, 1):
+        Image.fromarray(np.full((30, 40, 3), color)).save(base / "jpg" / f"image_{k:05d}.jpg", quality=100)
+    savemat(base / "imagelabels.mat", {"labels": np.arange(1, len(colors) + 1)[None]})
+    others = [k for k in range(1, len(colors) + 1) if k not in train]
+    savemat(base / "setid.mat", {"trnid": [train], "valid": [others], "tstid": [others]})
+
+
+def write_food(root: Path, colors: np.ndarray, train: list[int]) -> None:
+    """Write a folder per dish and the lists of splits; images and dishes are numbered from 1."""
+    base = root / "food-101"
+    (base / "meta").mkdir(parents=True)
+    for k, color in enumerate(colors, 1):
+        (base / "images" / f"dish{k}").mkdir(parents=True)
+        Image.fromarray(np.full((30, 40, 3), color)).save(base / "images" / f"dish{k}" / "1.jpg", quality=100)
+    for split, chosen in (("train", train), ("test", [k for k in range(1, len(colors) + 1) if k not in train])):
+        (base / "meta" / f"{split}.json").write_text(json.dumps({f"dish{k}": [f"dish{k}/1"] for k in chosen}))
+
+
+@pytest.mark.parametrize(("name", "write"), [("flowers102", write_flowers), ("food101", write_food)])
+@pytest.mark.usefixtures("any_checksum")
+def test_files_of_flowers_and_food_are_read(tmp_path, name, write):
+    """Only those for training, with their classes, and a file that is missing is reported."""
+    colors = noise(5, 3)
+    write(tmp_path, colors, [4, 1, 3])
+    data = configured(name, f"data.root={tmp_path}", "data.batch_size=1", f"data.cache_dir={tmp_path / 'cache'}")
+    found = fetch_all(data)
+    order = [3, 0, 2]  # as listed
+    assert found.shape == (3, 3, 64, 64) and found.dtype == torch.uint8
+    assert within(found, torch.from_numpy(colors[order])[:, :, None, None], 3)
+    expected = (
+        ["sweet pea", "pink primrose", "canterbury bells"] if name == "flowers102" else ["dish4", "dish1", "dish3"]
+    )
+    assert [data.source.labels.classes[k] for k in labels_of(data)] == expected
+    assert list(data.source.ids) == ["0", "1", "2"]
+    next(tmp_path.glob("*/**/image_00001.jpg" if name == "flowers102" else "*/**/dish1/1.jpg")).unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 images under .* cannot be read"):
+        fetch_all(configured(name, f"data.root={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}"))
+
+
+class StubLmdb:
+    """The part of the package lmdb that reads: a pickled dictionary in place of a database."""
+
+    Error = OSError
+
+    @staticmethod
+    def open(path: str, readonly: bool, **options: bool) -> SimpleNamespace:
+        stored = pickle.loads((Path(path) / "data.mdb").read_bytes())
+        transaction = SimpleNamespace(cursor=lambda: iter(sorted(stored.items())), get=stored.get)
+        return SimpleNamespace(begin=lambda buffers=False: contextlib.nullcontext(transaction))
+
+
+@pytest.fixture(params=["stub", "lmdb"])
+def write_database(request, monkeypatch):
+    """Return a function that writes a database."""
+    if request.param == "stub":
+        monkeypatch.setitem(sys.modules, "lmdb", StubLmdb)
+
+        def write(path: Path, stored: dict[bytes, bytes]) -> None:
+            path.mkdir(parents=True)
+            (path / "data.mdb").write_bytes(pickle.dumps(stored))
+
+        return write
+    lmdb = pytest.importorskip("lmdb")
+
+    def write_real(path: Path, stored: dict[bytes, bytes]) -> None:
+        path.mkdir(parents=True)
+        with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+            for key, value in stored.items():
+                transaction.put(key, value)
+
+    return write_real
+
+
+def test_lsun_databases_are_read(tmp_path, write_database):
+    """Images in the order of their keys; several databases are classes."""
+    pixels = noise(4, 64, 64, 3)
+    encoded = []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "WEBP", lossless=True)
+        encoded.append(file.getvalue())
+    write_database(tmp_path / "bedroom_train_lmdb", {b"b" * 40: encoded[1], b"a" * 40: encoded[0]})
+    write_database(tmp_path / "tower_train_lmdb", {b"a" * 40: encoded[2], b"c" * 40: encoded[3]})
+    both = configured("lsun", f"data.root={tmp_path}", "data.source.classes=[bedroom_train,tower_train]")
+    assert_close(fetch_all(both).numpy(), pixels.transpose(0, 3, 1, 2), rtol=0, atol=0)
+    assert [both.source.labels.classes[k] for k in labels_of(both)] == ["bedroom", "bedroom", "tower", "tower"]
+    one = configured("lsun", f"data.root={tmp_path}")
+    assert_close(fetch_all(one), both.source.fetch([0, 1]), rtol=0, atol=0)
+    assert one.source.labels is None and list(one.source.ids) == list(both.source.ids)[:2]
+    for wrong, kind in (("bedroom_test", ValueError), ("kitchen_train", FileNotFoundError)):
+        with pytest.raises(kind, match=r"data\.source\.classes"):
+            fetch_all(configured("lsun", f"data.root={tmp_path}", f"data.source.classes=[{wrong}]"))
+
+
 def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None:
     """Write CelebA's folder of aligned images and its five lists; `split` is 0 for training images."""
     base = root / "celeba"
@@ -651,7 +820,7 @@ def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None
 
 @pytest.mark.usefixtures("any_checksum")
 def test_celeba_files_are_read(tmp_path):
-    """The central squares of the training images, decoded lazily."""
+    """The central squares of the training images."""
     colors = noise(6, 3)
     pixels = [np.zeros((218, 178, 3), dtype=np.uint8) for _ in colors]
     for image, color in zip(pixels, colors, strict=True):
@@ -664,7 +833,10 @@ def test_celeba_files_are_read(tmp_path):
     assert within(found[..., 2:-2, :], torch.from_numpy(colors[[0, 1, 3, 5]])[:, :, None, None], 3)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba"])
+SETS = ["mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "celeba", "kmnist", "emnist", "stl10", "food101"]
+
+
+@pytest.mark.parametrize("name", [*SETS, "flowers102"])
 @pytest.mark.parametrize("prepared", [True, False], ids=["download", "no download"])
 def test_failed_downloads_raise(tmp_path, name, prepared):
     """The message names the dataset and the folder, when preparing and when not."""
@@ -672,7 +844,8 @@ def test_failed_downloads_raise(tmp_path, name, prepared):
     with pytest.raises(ValueError, match=r"cannot be downloaded") as error:
         data.prepare_data() if prepared else data.setup()
     message = str(error.value)
-    dataset = {"fashion_mnist": "FashionMNIST", "celeba": "CelebA"}.get(name, name.upper())
+    names = {"fashion_mnist": "FashionMNIST", "celeba": "CelebA", "food101": "Food101", "flowers102": "Flowers102"}
+    dataset = names.get(name, name.upper())
     assert message.startswith(f"data.root={tmp_path} has no complete {dataset}")
     assert "\n" not in message
 

@@ -367,7 +367,7 @@ def test_attention_resolutions_select_the_nearest_stage():
         (28, 1, (16,), {14}), (28, 1, (14,), {14}), (32, 1, (16, 8), {16, 8}), (32, 2, (8, 4), {8, 4}),
         (28, 2, (8, 4), {7, 4}), (8, 1, (4,), {4}), (5, 1, (2,), {2}), (64, 1, (), set()),
     ):  # fmt: skip
-        assert attended_resolutions(requested, stage_resolutions(image_size, patch_size, 3)) == attended
+        assert attended_resolutions(requested, stage_resolutions((image_size, image_size), patch_size, 3)) == attended
 
 
 def test_attention_resolutions_without_a_stage_warn():

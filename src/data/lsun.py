@@ -1,0 +1,103 @@
+"""LSUN's databases of photographs as a source.
+
+Torchvision's `LSUN` has the same arguments, but stores the keys in a file of the working directory that two databases
+may share.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from src.data.encoded import ImageBytes, Names
+from src.data.fit import Fit, ImageSpec, height_and_width
+from src.data.folder import FolderImages, open_images, refuse_val_root
+from src.quoting import format_override
+
+
+def lsun(
+    root: str | None,
+    image_size: int | Sequence[int],
+    channels: int,
+    prepare: bool = False,
+    *,
+    classes: Sequence[str] = ("bedroom_train",),
+    fit: Fit = "crop",
+    background: str = "white",
+    value_range: Sequence[float] | None = None,
+    skip_unreadable: bool | float = False,
+    cache: bool = True,
+    cache_dir: str | None = None,
+    val_root: str | None = None,
+) -> FolderImages:
+    """Open the databases `<root>/<name>_lmdb` of the names in `classes`, such as `bedroom_train`.
+
+    Several databases are classes. The other arguments are those of `src.data.folder.folder`.
+
+    Raises:
+        FileNotFoundError: If there is no such database.
+        ValueError: If the package lmdb is missing, a database cannot be read or has test images, or as `folder` does.
+    """
+    refuse_val_root(val_root, "leave it out, or set data.val_fraction")
+    names = [classes] if isinstance(classes, str) else list(classes)
+    setting = format_override("data.source.classes", names)
+    if not names or any(name.endswith("_test") for name in names):
+        raise ValueError(f"{setting} must name databases that are not for testing, such as [bedroom_train]")
+    paths = [Path(root or ".") / f"{name}_lmdb" for name in names]
+    for path in paths:
+        if root is None or not (path / "data.mdb").is_file():
+            raise FileNotFoundError(
+                f"{format_override('data.root', root)} has no {path.name}/data.mdb; download and unzip it there, or "
+                f"change {setting}"
+            )
+    keys: list[str] = []
+    sizes: list[int] = []
+    counts = []
+    for path in paths:
+        before = len(keys)
+        with _environment(path, os.getpid()).begin(buffers=True) as transaction:
+            for key, value in transaction.cursor():
+                keys.append(bytes(key).decode("utf-8", "surrogateescape"))
+                sizes.append(len(value))
+        counts.append(len(keys) - before)
+    which = np.repeat(np.arange(len(paths)), counts)
+    stated = [(str(path.resolve()), (path / "data.mdb").stat().st_mtime_ns) for path in paths]
+    listed = Names(f"{names[k]}/{key}.webp" for k, key in zip(which, keys, strict=True))
+    found = ImageBytes(
+        place=f"under {root}",
+        key=repr(stated),
+        names=listed,
+        sample_ids=listed,
+        sizes=np.array(sizes, np.int64),
+        read=partial(_read, paths, which, Names(keys)),
+    )
+    labels = [names[k].removesuffix("_train").removesuffix("_val") for k in which] if len(names) > 1 else None
+    spec = ImageSpec(height_and_width(image_size), channels, fit, background)
+    return open_images(found, spec, labels, None, value_range, skip_unreadable, cache, cache_dir)
+
+
+def _read(paths: Sequence[Path], which: npt.NDArray[np.int64], keys: Names, row: int) -> bytes:
+    with _environment(paths[int(which[row])], os.getpid()).begin() as transaction:
+        value: bytes | None = transaction.get(keys[row].encode("utf-8", "surrogateescape"))
+    if value is None:
+        raise ValueError("the database has no such image")
+    return value
+
+
+@lru_cache(maxsize=32)
+def _environment(path: Path, process: int) -> Any:
+    """Open a database once per process: a forked process must not use that of its parent."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ValueError("data=lsun needs the package lmdb; pip install lmdb") from error
+    try:
+        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise ValueError(
+            f"{path} is not a complete LMDB database ({' '.join(str(error).split())}); download it again"
+        ) from error

@@ -1,0 +1,240 @@
+"""Signals, volumes and latents from NumPy, audio and NIfTI files."""
+
+import pickle
+import wave
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from src.data.arrays import ArrayDataModule, Arrays, arrange, fit, fit_header, open_numpy
+from src.data.write import to_type, write_arrays
+from src.errors import DataReadError
+
+
+def module(root: Path, **settings: object) -> ArrayDataModule:
+    """Return a data module, with `source_*` settings for its source."""
+    source = {name.removeprefix("source_"): settings.pop(name) for name in [*settings] if name.startswith("source_")}
+    return ArrayDataModule(Arrays(**source), str(root), val_fraction=0.3, **settings)
+
+
+def ramp(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+def opened(root: Path, **settings: object) -> ArrayDataModule:
+    data = module(root, **settings)
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("kind", ["npy", "fortran npy", "npz", "compressed npz"])
+def test_one_file_holds_all_samples(kind, tmp_path):
+    x = np.random.default_rng(0).normal(size=(10, 2, 7)).astype("float32")
+    path = tmp_path / f"x.{kind[-3:]}"
+    if kind == "npz":
+        np.savez(path, x)
+    elif kind == "compressed npz":
+        np.savez_compressed(path, x)
+    else:
+        np.save(path, np.asfortranarray(x) if "fortran" in kind else x)
+    assert isinstance(open_numpy(path), np.memmap) == (kind != "compressed npz")
+    data = opened(path)
+    assert data.shape == (2, 7) and len(data.source) == 10
+    assert np.array_equal(data.source.fetch([3, 0]).numpy(), x[[3, 0]])
+    low, high = data.inferred["value_range"]
+    assert (low, high) == (x.min(), x.max())
+    inside = data.preprocess(data.source.fetch(range(10)))
+    assert inside.min() == -1 and inside.max() == pytest.approx(1)
+    assert np.allclose(data.denormalize(inside).numpy(), x, atol=1e-6)
+
+
+def test_other_processes_map_the_file_themselves(tmp_path):
+    np.save(tmp_path / "x.npy", ramp(500, 1, 100))
+    source = opened(tmp_path / "x.npy").source
+    sent = pickle.dumps(source)
+    assert len(sent) < 3000
+    assert torch.equal(pickle.loads(sent).fetch([7]), source.fetch([7]))
+
+
+def test_a_named_array_of_several_is_read(tmp_path):
+    np.savez(tmp_path / "x.npz", a=ramp(6, 1, 4), b=ramp(6, 1, 5))
+    with pytest.raises(ValueError, match=r"data\.source\.key=a"):
+        module(tmp_path / "x.npz")
+    assert module(tmp_path / "x.npz", source_key="b").shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "size", "expected"),
+    [
+        ((9, 30), None, None, (9, 1, 30)),  # N x L
+        ((9, 2, 30), None, None, (9, 2, 30)),
+        ((9, 2, 30), 1, None, (9, 1, 2, 30)),  # gray images without the axis of channels
+        ((9, 2, 30), None, (2, 30), (9, 1, 2, 30)),
+        ((9, 4, 8, 8), None, None, (9, 4, 8, 8)),
+        ((9, 8, 8, 3), 3, None, (9, 3, 8, 8)),  # channels at the end
+        ((9, 8, 8, 8), 1, None, (9, 1, 8, 8, 8)),
+        ((9, 1, 6, 7, 8), None, None, (9, 1, 6, 7, 8)),
+    ],
+)
+def test_settings_tell_a_missing_axis(shape, channels, size, expected):
+    assert arrange(Path("x"), np.zeros(shape), channels, size, batched=True).shape == expected
+    assert arrange(Path("x"), np.zeros(shape[1:]), channels, size, batched=False).shape == expected[1:]
+
+
+def test_ambiguous_and_wrong_shapes_name_the_setting(tmp_path):
+    for shape, settings, setting in (
+        ((9, 8, 8, 3), {}, "data.channels=3"),
+        ((9, 2, 8, 8, 8, 8), {}, "N x C x L"),
+        ((9, 2, 30), {"channels": 3, "image_size": [30]}, "data.channels=3"),
+        ((9, 2, 30), {"channels": 2, "image_size": [40]}, "data.image_size="),
+        ((9, 2, 30), {"channels": 2, "image_size": [30], "source_length": 20}, "data.source.length=20"),
+    ):
+        np.save(tmp_path / "x.npy", ramp(*shape))
+        with pytest.raises(ValueError, match=setting.replace(".", r"\.")):
+            opened(tmp_path / "x.npy", **settings)
+
+
+def test_values_that_are_not_finite_name_the_sample(tmp_path):
+    x = ramp(20, 1, 8)
+    x[13, 0, 2] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="sample 13"):
+        opened(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "high", "value_range", "num_values"),
+    [
+        ("bool", 1, (0, 1), 2),
+        ("uint8", 90, (0, 255), 256),
+        ("uint16", 4000, (0, 4095), 4096),
+        ("int16", 300, (0, 300), 301),
+        ("int32", 10**6, (0, 10**6), None),
+        ("float16", 0.5, (0, 1), None),
+        ("float64", 70, (0, 70), None),
+    ],
+)
+def test_samples_return_in_the_type_of_the_file(dtype, high, value_range, num_values, tmp_path):
+    x = (np.linspace(0, high, 90).reshape(9, 1, 10)).round(1 if high < 1 else 0).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    data = opened(tmp_path / "x.npy")
+    assert data.inferred["value_range"] == list(value_range) and data.num_values == num_values
+    back = data.denormalize(data.preprocess(data.source.fetch(range(9))))
+    saved = np.load(write_arrays(tmp_path, back.numpy(), data))
+    assert saved.dtype == x.dtype
+    assert np.allclose(saved.astype(float), x.astype(float), rtol=2e-3 if dtype == "float16" else 1e-6)
+
+
+def test_integers_beyond_the_type_are_clipped():
+    assert to_type(np.array([-3.0, 1.6, 40000.0]), "int16").tolist() == [-3, 2, 32767]
+
+
+def test_labels_come_from_integers_and_tables(tmp_path):
+    np.save(tmp_path / "x.npy", ramp(6, 1, 4))
+    np.save(tmp_path / "y.npy", np.array([3, 3, 10, 3, 10, 3]))
+    (tmp_path / "y.csv").write_text("label\ncat\ncat\ndog\ncat\ndog\ncat\n")
+    for name, classes in (("y.npy", ["3", "10"]), ("y.csv", ["cat", "dog"])):
+        labels = opened(tmp_path / "x.npy", source_labels=name).source.labels
+        assert list(labels.classes) == classes and labels.targets.tolist() == [0, 0, 1, 0, 1, 0]
+    np.save(tmp_path / "short.npy", np.zeros(5, int))
+    with pytest.raises(ValueError, match=r"data\.source\.labels"):
+        opened(tmp_path / "x.npy", source_labels="short.npy")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with one signal of two channels per file, in two folders of classes."""
+    for k in range(12):
+        place = tmp_path / "data" / ("a" if k % 3 else "b")
+        place.mkdir(parents=True, exist_ok=True)
+        np.save(place / f"{k:02}.npy", ramp(2, 5) + k)
+    return tmp_path / "data"
+
+
+def test_files_of_single_samples_are_decoded_once(folder, tmp_path):
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    data = opened(folder, **settings)
+    assert data.shape == (2, 5) and list(data.source.labels.classes) == ["a", "b"]
+    by_id = dict(zip(data.source.ids, data.source.fetch(range(12)), strict=True))
+    assert all(
+        torch.equal(by_id[f"{'a' if k % 3 else 'b'}/{k:02}.npy"], torch.tensor(ramp(2, 5) + k)) for k in range(12)
+    )
+    (cached,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    before = (cached / "samples.npy").stat().st_mtime_ns
+    opened(folder, **settings)
+    assert (cached / "samples.npy").stat().st_mtime_ns == before
+    np.save(folder / "a" / "01.npy", ramp(2, 5) - 9)
+    assert opened(folder, **settings).source.fetch([0]).min() == -9
+
+
+def test_archives_are_read_in_place(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for path in sorted(folder.rglob("*.npy")):
+            archive.write(path, path.relative_to(folder))
+    whole, zipped = opened(folder).source, opened(tmp_path / "data.zip").source
+    assert list(whole.ids) == list(zipped.ids) and torch.equal(whole.fetch(range(12)), zipped.fetch(range(12)))
+
+
+def test_files_that_do_not_suit_are_named(folder):
+    np.save(folder / "a" / "wide.npy", ramp(3, 5))
+    (folder / "b" / "empty.npy").write_bytes(b"")
+    with pytest.raises(DataReadError, match=r"2 of 14 .*a/wide\.npy.*b/empty\.npy.*data\.skip_unreadable"):
+        opened(folder)
+    data = opened(folder, skip_unreadable=0.2)
+    assert len(data.source) == 12 and len(data.source.unreadable) == 2
+
+
+def test_signals_are_cut_and_filled_up():
+    x = ramp(1, 5)
+    assert fit(x, (3,)).tolist() == [[0, 1, 2]]
+    assert fit(x, (7,)).tolist() == [[0, 1, 2, 3, 4, 0, 0]]
+
+
+def test_volumes_are_resampled():
+    x = np.random.default_rng(0).random((1, 4, 6, 8))
+    halves = x.reshape(1, 2, 2, 3, 2, 4, 2).mean((2, 4, 6))
+    assert np.allclose(fit(x, (2, 3, 4)), halves)
+    larger = F.interpolate(torch.from_numpy(x)[None], (5, 6, 9), mode="trilinear")[0].numpy()
+    assert np.allclose(fit(x, (5, 6, 9)), larger)
+    assert fit((9 * x).astype(np.int16), (2, 3, 4)).dtype == np.int16
+    affine = np.diag([2.0, 1.0, 1.0, 1.0])
+    changed = np.array(fit_header({"affine": affine}, (4, 6, 8), (2, 6, 8))["affine"])
+    corner, corner_before = changed @ [-0.5, -0.5, -0.5, 1], affine @ [-0.5, -0.5, -0.5, 1]
+    assert np.allclose(corner, corner_before) and changed[0, 0] == 4
+
+
+def test_silence_is_zero_inside(tmp_path):
+    for k in range(8):
+        with wave.open(str(tmp_path / f"{k}.wav"), "wb") as file:
+            file.setparams((2, 2, 16000, 0, "NONE", ""))
+            file.writeframes(np.array([[0, 500], [-2000, 100], [0, 0]], "<i2").tobytes())
+    data = opened(tmp_path, image_size=[4])
+    assert data.shape == (2, 4) and data.inferred["header"] == {"sample_rate": 16000}
+    x = data.source.fetch([0])
+    assert x[0].tolist() == [[0, -2000, 0, 0], [500, 100, 0, 0]]
+    assert data.preprocess(x)[0, 0].tolist() == [0, -1, 0, 0]
+    assert opened(tmp_path, image_size=[4], channels=1).source.fetch([0])[0].tolist() == [[250, -950, 0, 0]]
+
+
+def test_scaled_volumes_have_their_scaled_values(tmp_path):
+    import nibabel
+
+    for k in range(6):
+        image = nibabel.Nifti1Image(ramp(3, 4, 5, dtype="int16"), np.eye(4))
+        image.header.set_slope_inter(0.5, 10)
+        image.to_filename(tmp_path / f"{k}.nii")
+    stored = np.asanyarray(nibabel.load(tmp_path / "0.nii").dataobj)
+    data = opened(tmp_path)
+    assert data.shape == (1, 3, 4, 5) and data.inferred["dtype"] == "float32"
+    assert np.allclose(data.source.fetch([2])[0, 0].numpy(), stored)
+
+
+def test_stored_settings_need_no_files():
+    stored = {"channels": 1, "image_size": [9], "value_range": (0, 5), "dtype": "float32", "file_type": ".npy"}
+    data = module(Path("missing"), **stored)
+    assert data.shape == (1, 9) and data.num_values is None
+    assert data.denormalize(torch.ones(1, 1, 9)).max() == 5
