@@ -227,7 +227,7 @@ IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
 
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
     """Return the work of a network as large as `model`: the same channels, blocks and attention resolutions."""
-    resolutions = stage_resolutions(data.image_size, model.patch_size, len(model.channel_mult))
+    resolutions = stage_resolutions((data.image_size, data.image_size), model.patch_size, len(model.channel_mult))
     attended = attended_resolutions(model.attention_resolutions, resolutions)
     return Work(
         images,

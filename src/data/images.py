@@ -135,6 +135,8 @@ class ImageDataModule(BaseDataModule):
 
     @property
     def inferred(self) -> Mapping[str, Any]:
+        if self._scaled:  # `num_values` says all
+            return {}
         if self.value_range is None or self.dtype is None:
             self.prepare_once_per_node()
         return {"value_range": list(self._range()), "dtype": self.dtype, "file_type": self.file_type}

@@ -40,6 +40,7 @@ def fit_run(run: "Run") -> dict[str, float]:
     Raises UsageError if the guard against non-finite steps gave up.
     """
     from src.training.callbacks.nan_guard import NonFiniteGuard
+    from src.training.callbacks.wandb_artifact import WandbArtifact
     from src.training.lightning_internals import save_best
 
     start, trainer = time.perf_counter(), run.trainer
@@ -54,6 +55,8 @@ def fit_run(run: "Run") -> dict[str, float]:
         trainer.validate(run.module, datamodule=run.data, verbose=False)
         if save_best(trainer):
             save_last_checkpoint(run)  # knows the best loss, which a resumed run compares with
+    for artifact in run.callbacks(WandbArtifact):
+        artifact.upload(trainer)
     logged = trainer.callback_metrics.items()
     metrics = {
         **{name: float(x) for name, x in logged if name.startswith(("val/", "quality/"))},

@@ -125,9 +125,9 @@ def test_sampling_uses_the_microbatch_of_training(tmp_path, monkeypatch):
     batch_sizes = []
     original = DiffusionModule._call_network
 
-    def denoise(self, net, x, t, cond):
+    def denoise(self, net, x, t, cond, augment=None):
         batch_sizes.append(len(x))
-        return original(self, net, x, t, cond)
+        return original(self, net, x, t, cond, augment)
 
     monkeypatch.setattr(DiffusionModule, "_call_network", denoise)
     train_tiny(tmp_path / "run", "data.microbatch_size=8", "trainer.max_steps=1", "callbacks.samples.num_samples=20")

@@ -23,8 +23,8 @@ def poison(monkeypatch, steps, sample=slice(None)):
     """Make the network return NaN for these samples of the batch at these steps."""
     original = DiffusionModule.denoise
 
-    def denoise(self, x, t, cond=None):
-        out = original(self, x, t, cond)
+    def denoise(self, x, t, cond=None, augment=None):
+        out = original(self, x, t, cond, augment)
         if self.training and self.trainer.global_step in steps:
             wrong = torch.ones(len(out), *[1] * (out.ndim - 1))
             wrong[sample] = math.nan
@@ -80,8 +80,8 @@ def test_overflowing_loss_with_finite_gradient_is_skipped(tmp_path, monkeypatch)
     monkeypatch.setattr(
         DiffusionModule,
         "denoise",
-        lambda self, x, t, cond=None: (
-            original(self, x, t, cond) + 1e20 * (self.training and self.trainer.global_step == 3)
+        lambda self, x, t, cond=None, augment=None: (
+            original(self, x, t, cond, augment) + 1e20 * (self.training and self.trainer.global_step == 3)
         ),
     )
     history, _ = watch(monkeypatch)

@@ -20,7 +20,8 @@ class WandbArtifact(L.Callback):
     def __init__(self, directory: str) -> None:
         self.path = Path(directory) / "best.safetensors"
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def upload(self, trainer: L.Trainer) -> None:
+        """Export and log the best checkpoint, after the last validation."""
         if not trainer.is_global_zero or not any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
             return
         best = [
