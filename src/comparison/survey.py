@@ -29,10 +29,10 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
 
     Raises ValueError or FileNotFoundError for a path without runs.
     """
-    if not paths:
+    if not paths or not all(str(path).strip() for path in paths):
         raise ValueError(
-            "runs=null must name folders of runs under outputs/train, or of a sweep under outputs/sweeps"
-            + newest_run("runs", Path("outputs"))
+            f"runs={list(paths) or 'null'} must name folders of runs under outputs/train, or of a sweep under "
+            "outputs/sweeps" + newest_run("runs", Path("outputs"))
         )
     folders: list[Path] = []
 
