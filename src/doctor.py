@@ -101,8 +101,7 @@ def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
 
     from src.data.duplicates import across_split, find_duplicates
 
-    images = source.fetch(range(len(source)))
-    duplicates = find_duplicates(images)
+    duplicates = find_duplicates(source.fetch, len(source))
     is_val = np.zeros(len(source), bool)
     is_val[data.val_indices] = True
     copies, names = sum(len(group) - 1 for group in duplicates.exact), source.found.names

@@ -45,7 +45,7 @@ def run_name(folder: str) -> str:
 
 
 def _overrides(file: Path) -> list[str]:
-    """Return the overrides in a file of Hydra's, of a run or a sweep; empty if there is no such file."""
+    """Return the overrides in a file of Hydra's, of a run or a sweep; empty without the file."""
     if not file.is_file():
         return []
     written = yaml.safe_load(file.read_text())

@@ -19,8 +19,14 @@ PATH_KEYS = (
     *("data.source.labels", "data.source.captions"),
 )
 """Settings of files that a run only reads."""
-COLUMN_KEYS = tuple(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms"))
-"""Settings with names of columns and formats of dates, which may look like paths."""
+NAME_KEYS = (
+    *(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms")),
+    *(f"data.source.{name}_column" for name in ("file", "image", "label", "caption")),
+    *("data.source.class_pattern", "data.source.image_key", "data.source.label_key", "data.source.caption_key"),
+)
+"""Settings with names of columns, formats of dates and patterns, which may look like paths."""
+CACHE_KEY = "data.cache_dir"
+"""A folder to write to, which a resumed run takes from its own command line only."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""
 
@@ -51,6 +57,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
+        before = [o for o in before if key_of(o) != CACHE_KEY]
         check_saved(Path(folder), before)
     named = last_value(overrides, "hydra.run.dir")
     if named is not None and Path(named).resolve() != Path(folder).resolve():
@@ -181,7 +188,7 @@ def check_saved(folder: Path, overrides: Sequence[str]) -> None:
             value
         ):
             what = "may set where a run writes or logs"
-        elif key not in (*PATH_KEYS, *COLUMN_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(
+        elif key not in (*PATH_KEYS, *NAME_KEYS, "schedule.betas", "conditioning.encode.model") and re.search(
             r"[/\\]|\.\.", value
         ):
             what = "may be a path to write to"

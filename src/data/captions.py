@@ -42,7 +42,7 @@ def captioned(
     those named `file_column` and `caption_column`, by default one of `FILE_COLUMNS` and one of `KEYS`. Without a table,
     each non-empty line of the `.txt` with the image's name is a caption.
 
-    Raises FileNotFoundError if there is no such folder; ValueError for unreadable images, images without a caption,
+    Raises FileNotFoundError if the folder does not exist; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image, and as `folder` does.
     """
     found, classes = class_folders(find(root, val_root))
@@ -56,8 +56,11 @@ def captioned(
         setting = "data.source.captions" if captions else "data.root"
         pairs = read_pairs(tables[0], setting, "caption", *columns)
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
+        found = found.without_used([str(tables[0].absolute())])
     else:
-        texts = _from_text_files(path, [path / name for name in found.names])
+        files = [found.path(k) for k in range(len(found))]
+        texts = _from_text_files(path, files)
+        found = found.without_used([str(file.with_suffix(".txt").absolute()) for file in files])
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
     return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir)
 

@@ -1,6 +1,7 @@
 """Find duplicates among images."""
 
 import hashlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 THUMBNAIL = 8
 """Pixels per side of the thumbnails that near duplicates are found by."""
 BLOCK = 2048
-"""Images that are compared with all others at a time."""
+"""Images that are in memory at a time."""
 
 
 class Duplicates(NamedTuple):
@@ -26,20 +27,24 @@ class Duplicates(NamedTuple):
     compared: int
 
 
-def find_duplicates(images: Tensor, similarity: float = 0.995, max_compared: int = 20_000) -> Duplicates:
-    """Find equal and similar images (N, C, H, W).
+def find_duplicates(
+    fetch: Callable[[Sequence[int]], Tensor], count: int, similarity: float = 0.995, max_compared: int = 20_000
+) -> Duplicates:
+    """Find equal and similar images among `count`; `fetch` returns some of them (N, C, H, W) by their indices.
 
     Two images are similar if the correlation of their gray thumbnails of 8x8 pixels is at least `similarity`. Of more
     than `max_compared` images, evenly spaced ones are compared.
     """
     groups: dict[bytes, list[int]] = {}
-    for k, image in enumerate(images):
-        groups.setdefault(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest(), []).append(k)
+    for start in range(0, count, BLOCK):
+        for k, image in enumerate(fetch(range(start, min(start + BLOCK, count))), start):
+            groups.setdefault(hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest(), []).append(k)
     exact = [group for group in groups.values() if len(group) > 1]
     firsts = np.array(sorted(group[0] for group in groups.values()))
     if len(firsts) > max_compared:
         firsts = firsts[np.linspace(0, len(firsts) - 1, max_compared).round().astype(int)]
-    thumbnails = torch.cat([_thumbnails(images[part]) for part in np.array_split(firsts, -(-len(firsts) // BLOCK))])
+    blocks = np.array_split(firsts, -(-len(firsts) // BLOCK))
+    thumbnails = torch.cat([_thumbnails(fetch(block.tolist())) for block in blocks])
     near = []
     for start in range(0, len(firsts), BLOCK):
         likeness = thumbnails[start : start + BLOCK] @ thumbnails.T

@@ -1,7 +1,9 @@
 """Folders and archives of images as a source."""
 
+import os
 import posixpath
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,8 +34,8 @@ class FolderImages:
     """A source of image files, decoded once into `store`, or at every access if that is None.
 
     `value_range` is the range of the values that `fetch` returns, `dtype` their type in the files, and `suffix` the
-    ending of most files. `summary` describes the dataset in one line. `unreadable` has the reason for each image that
-    was left out.
+    ending of most of the first 1,000 files. `summary` describes the dataset in one line. `unreadable` has the reason
+    for each image that was left out.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class FolderImages:
 
     @property
     def suffix(self) -> str:
-        return posixpath.splitext(self.found.names[0])[1].lower()
+        endings = Counter(posixpath.splitext(name)[1].lower() for name in self.found.names[:1000])
+        return endings.most_common(1)[0][0]
 
     def __len__(self) -> int:
         return len(self.found)
@@ -266,7 +269,7 @@ def folder(
             the fraction `data.val_fraction`.
 
     Raises:
-        FileNotFoundError: If there is no such folder or file.
+        FileNotFoundError: If the folder or file does not exist.
         ValueError: If there are no images, unreadable ones, images without a class in the CSV file, images of different
             types, or values that are constant or use little of their range.
     """
@@ -277,6 +280,7 @@ def folder(
     if labels is not None:
         columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
         classes = classes_from_table(found.root / labels, found, *columns)
+        found = found.without_used([labels])
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
@@ -458,17 +462,18 @@ def _describe_sizes(
 
 
 def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source: Path, what: str) -> list[list[str]]:
-    """Return the texts of each image, from pairs of file name (relative to the root) and text in the file `source`.
+    """Return the texts of each image, from pairs of file name and text in the file `source`.
 
-    Raises ValueError for names without an image, and for images without text; `what` names the text in messages.
+    A file name is absolute, or relative to the first root. Raises ValueError for names without an image, and for images
+    without text; `what` names the text in messages.
     """
-    texts_of: dict[str, list[str]] = {name: [] for name in found.names}
-    root = str(found.root.absolute())
+    paths = [os.path.abspath(found.path(k)) for k in range(len(found))]
+    texts_of: dict[str, list[str]] = {path: [] for path in paths}
     unknown = []
     for name, text in pairs:
-        relative = posixpath.relpath(name, root) if posixpath.isabs(name) else posixpath.normpath(name)
-        if relative in texts_of:
-            texts_of[relative].append(text)
+        path = os.path.abspath(found.root / name)
+        if path in texts_of:
+            texts_of[path].append(text)
         else:
             unknown.append(name)
     if unknown:
@@ -476,12 +481,12 @@ def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source:
             f"{source} lists {len(unknown)} files that are not images under {found.root} ({first_names(unknown)}); "
             "remove these rows, or write file names relative to data.root"
         )
-    if missing := [name for name, texts in texts_of.items() if not texts]:
+    if missing := [name for name, path in zip(found.names, paths, strict=True) if not texts_of[path]]:
         raise ValueError(
             f"{source} has no {what} for {len(missing)} of {len(found)} images under {found.root} "
             f"({first_names(missing)}); add rows, or remove these images"
         )
-    return list(texts_of.values())
+    return [texts_of[path] for path in paths]
 
 
 def classes_from_table(

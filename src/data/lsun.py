@@ -39,7 +39,7 @@ def lsun(
     Several databases are classes. The other arguments are those of `src.data.folder.folder`.
 
     Raises:
-        FileNotFoundError: If there is no such database.
+        FileNotFoundError: If a database does not exist.
         ValueError: If the package lmdb is missing, a database cannot be read or has test images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -96,8 +96,8 @@ def default_cache_dir() -> Path:
 def open_pixels(found: EncodedImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
     """Return the decoded images, from `cache_dir` if they are there, else after decoding all in parallel.
 
-    The key is `found.identity()` and `spec`. A folder of the cache is complete or
-    does not exist, whenever a process is killed. One process decodes; others wait for it.
+    The key is `found.identity()` and `spec`. A folder of the cache is complete or does not exist, whenever a process is
+    killed. One process decodes; others wait for it.
 
     Raises OSError if the cache cannot be written, and DataReadError if a process that decodes dies.
     """
@@ -232,21 +232,31 @@ def _run(work: Any, chunks: Sequence[range], processes: int) -> Iterable[_Part]:
         return map(work, chunks)
     # A forked process needs no imports, and never uses torch or the device.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    return _run_in_processes(work, chunks, ProcessPoolExecutor(processes, context, _ignore_interrupts))
+    return _run_in_processes(chunks, ProcessPoolExecutor(processes, context, _start_process, (work,)))
 
 
-def _run_in_processes(work: Any, chunks: Sequence[range], pool: ProcessPoolExecutor) -> Iterator[_Part]:
+def _run_in_processes(chunks: Sequence[range], pool: ProcessPoolExecutor) -> Iterator[_Part]:
     try:
-        yield from pool.map(work, chunks)
+        yield from pool.map(_work_on, chunks)
     except BrokenProcessPool as error:
         raise DataReadError("a process that decodes images died, often for lack of memory") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Leave Ctrl-C to the process that started this one."""
+_work: Callable[[range], _Part] | None = None
+
+
+def _start_process(work: Callable[[range], _Part]) -> None:
+    """Store the work once per process, since it holds all names, and leave Ctrl-C to the process that started it."""
+    global _work
+    _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work_on(chunk: range) -> _Part:
+    assert _work is not None
+    return _work(chunk)
 
 
 def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:

@@ -122,6 +122,15 @@ class FoundImages:
             left_out={**self.left_out, reason: [*self.left_out.get(reason, []), *out]},
         )
 
+    def without_used(self, names: Sequence[str]) -> "FoundImages":
+        """Return the images without files among those left out that were read after all, such as captions."""
+        used = {os.path.abspath(self.root / name) for name in names}
+        left = {
+            reason: [name for name in out if os.path.abspath(self.root / name) not in used]
+            for reason, out in self.left_out.items()
+        }
+        return replace(self, left_out={reason: out for reason, out in left.items() if out})
+
 
 class _File(NamedTuple):
     name: str
@@ -134,8 +143,9 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
 
     `accepts` chooses other files by their names, which are called `noun` in messages.
 
-    Links to folders are followed. If the top has a folder for training (`SPLITS`), only it and the one for validation
-    are used. Raises FileNotFoundError without the folder, and ValueError without images.
+    Links to folders are followed. If the top has a folder for training (`SPLITS`), alone or beside one of another
+    split, only it and the one for validation are used. Raises FileNotFoundError without the folder, and ValueError
+    without images.
     """
     left_out: dict[str, list[str]] = {}
     if root.is_dir():
@@ -160,9 +170,11 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
         else:
             left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
     tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
+    split_of = {top: SPLITS.get(top.lower(), "outside of the splits") for top in tops}
+    kinds = set(split_of.values())
     val_mask = None
-    if any(SPLITS.get(top.lower()) == "train" for top in tops):
-        split_of = {top: SPLITS.get(top.lower(), "outside of the splits") for top in tops}
+    # Beside other folders and without another split, "train" is the name of a class, like "bus".
+    if "train" in kinds and (kinds == {"train"} or kinds & {"validation", "test"}):
         splits = [split_of.get(file.name.split("/")[0], "outside of the splits") for file in kept]
         for file, split in zip(kept, splits, strict=True):
             if split not in ("train", "validation"):
@@ -327,11 +339,11 @@ def class_folders(found: FoundImages) -> tuple[FoundImages, list[str] | None]:
 
     A few files outside of all class folders (`MAX_STRAYS`) are left out.
     """
-    top = [name.split("/")[0].lower() for name in found.names]
-    strip = [
-        any(SPLITS.get(top[i]) == "train" for i in np.flatnonzero(found.which == k)) for k in range(len(found.roots))
-    ]
-    parts = [name.split("/")[int(strip[k]) :] for k, name in zip(found.which, found.names, strict=True)]
+    tops: list[set[str | None]] = [set() for _ in found.roots]
+    for k, name in zip(found.which, found.names, strict=True):
+        tops[k].add(SPLITS.get(name.split("/")[0].lower()))
+    divided = [top <= {"train", "validation"} and "train" in top for top in tops]
+    parts = [name.split("/")[divided[k] :] for k, name in zip(found.which, found.names, strict=True)]
     inside = [len(each) > 1 for each in parts]
     classes = {each[0] for each, ok in zip(parts, inside, strict=True) if ok}
     if len(classes) < 2 or inside.count(False) > MAX_STRAYS * len(parts):

@@ -106,7 +106,7 @@ def read_table(
     and False names the columns c0, c1, ...
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it cannot be read, has no rows, rows of different lengths, or two columns with one name.
     """
     if not path.is_file():

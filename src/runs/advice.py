@@ -42,7 +42,7 @@ def look(decoded: Sequence[Decoded]) -> Found:
     used = any(each.alpha and np.ptp(each.pixels[..., -1]) > 0 for each in decoded)
     colors = [each.pixels[..., :3].astype(np.float64) for each in decoded if each.is_rgb]
     gray = channels - alpha == 3 and bool(colors) and all(np.ptp(each, axis=-1).max() == 0 for each in colors)
-    bands = channels in (2, 4) and not alpha  # the last band of such files is no opacity
+    bands = channels in (2, 4) and not alpha  # the last band of such files is not opacity
     return Found(channels, used or bands, gray, int(np.median([min(each.size) for each in decoded])))
 
 

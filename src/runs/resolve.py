@@ -83,9 +83,12 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
     """Return a copy of a trained run's configuration with the paths of this machine.
 
     `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
-    An encoder's cache folder is never taken from the file `checkpoint`. Raises ValueError for a run without such paths.
+    Cache folders are never taken from the file `checkpoint`, since anything could be written there. Raises ValueError
+    for a run without such paths.
     """
     config = copy.deepcopy(config)
+    if "cache_dir" in config.data:
+        config.data.cache_dir = None
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # A table is one file.
         if setting not in config.data:

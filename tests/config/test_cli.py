@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import src
@@ -164,6 +165,17 @@ def test_resume_expands_to_the_saved_overrides(tmp_path):
     assert again == ["seed=3", f"resume={tmp_path}", "schedule=linear", f"hydra.run.dir='{tmp_path}'"]
     with pytest.raises(UsageError, match="no run to resume"):
         expand_resume([f"resume={tmp_path / 'nowhere'}"])
+
+
+def test_resume_repeats_patterns_but_no_cache_folder(tmp_path):
+    """A run from others must not name a folder to write to; a typed one is used."""
+    (tmp_path / ".hydra").mkdir()
+    pattern = r"data.source.class_pattern='(cat|dog)_\\d'"
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([pattern, "data.cache_dir=/elsewhere"]))
+    resume, folder = f"resume={tmp_path}", f"hydra.run.dir='{tmp_path}'"
+    assert expand_resume([resume]) == [pattern, resume, folder]
+    assert expand_resume([resume, "data.cache_dir=/mine"]) == [pattern, resume, "data.cache_dir=/mine", folder]
+    assert expand_resume([resume, "trust=true"])[:2] == [pattern, "data.cache_dir=/elsewhere"]
 
 
 def test_existing_run_is_not_overwritten(tmp_path):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageCms
 
 from src.data import pixel_store
+from src.data.captions import captioned
 from src.data.decode import decode
 from src.data.fit import ImageSpec, infer_range, load_image
 from src.data.folder import folder
@@ -445,6 +446,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from src.data import pixel_store
+from src.data.captions import captioned
 from src.data.fit import ImageSpec
 from src.data.scan import find_images
 load = pixel_store.load_image
@@ -504,3 +506,41 @@ def test_several_roots_and_one_for_validation(tmp_path):
     assert np.array_equal(source.fetch(range(5))[:, 0].numpy(), expected)
     with pytest.raises(FileNotFoundError, match=r"data\.val_root"):
         folder(str(tmp_path / "a"), SHAPE, 1, val_root=str(tmp_path / "nowhere"))
+
+
+def test_train_beside_other_folders_is_a_class(tmp_path):
+    """Unless another folder is a split, too."""
+    save(tmp_path, "train/a.png", "bus/b.png", "car/c.png")
+    source = folder(str(tmp_path), SHAPE, 1)
+    assert source.labels.classes == ["bus", "car", "train"] and source.val_mask is None
+    save(tmp_path, "test/d.png")
+    assert list(folder(str(tmp_path), SHAPE, 1).found.names) == ["train/a.png"]
+
+
+def test_tables_of_several_roots_label_each_file(tmp_path):
+    """Also files of one name in two roots; the table is not among the files that were left out."""
+    save(tmp_path / "a", "1.png", "2.png")
+    save(tmp_path / "b", "1.png")
+    rows = ["1.png,x", "2.png,y", f"{tmp_path / 'b' / '1.png'},z"]
+    (tmp_path / "a" / "classes.csv").write_text("\n".join(["file,label", *rows]))
+    source = folder([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1, labels="classes.csv")
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["x", "y", "z"]
+    assert source.found.left_out == {}
+    (tmp_path / "a" / "classes.csv").write_text("\n".join(["file,label", *rows[:2]]))
+    with pytest.raises(ValueError, match="no label for 1 of 3"):
+        folder([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1, labels="classes.csv")
+
+
+def test_captions_of_several_roots_are_read(tmp_path):
+    for root, text in (("a", "one"), ("b", "two")):
+        save(tmp_path / root, "1.png")
+        (tmp_path / root / "1.txt").write_text(text)
+    (tmp_path / "a" / "notes.md").write_text("not read")
+    source = captioned([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1)
+    assert source.captions == [["one"], ["two"]]
+    assert [name for names in source.found.left_out.values() for name in names] == ["notes.md"]
+
+
+def test_samples_take_the_most_common_format(tmp_path):
+    save(tmp_path, "a.bmp", "b.png", "c.png")
+    assert folder(str(tmp_path), SHAPE, 1).suffix == ".png"

@@ -8,7 +8,7 @@ from src.data.split import hash_ids, hash_threshold, split
 
 
 def grid(rows: int = 6, columns: int = 6) -> Glyphs:
-    """Return one glyph for each combination of a row and a column, and one that is no combination."""
+    """Return one glyph for each combination of a row and a column, and one that is not a combination."""
     parts = [[f"row {r}", f"column {c}"] for r in range(rows) for c in range(columns)] + [[]]
     captions = [", ".join(each) or "alone" for each in parts]
     images = torch.arange(len(parts), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()

@@ -25,7 +25,7 @@ def test_a_folder_is_examined_and_trained(tmp_path):
     (tmp_path / "photos" / "dogs" / "copy.png").write_bytes((tmp_path / "photos" / "dogs" / "2.png").read_bytes())
     (tmp_path / "photos" / "notes.txt").write_text("text")
     words = ["data=folder", f"data.root={tmp_path / 'photos'}", f"hydra.run.dir={tmp_path / 'out'}", "steps=1"]
-    assert examine(*words, "model.model_channels=8").returncode == 2  # the network is no setting of this command
+    assert examine(*words, "model.model_channels=8").returncode == 2  # this command has no such setting
     done = examine(*words)
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("31 images (31 png)", "2 classes", "notes.txt", "dogs/copy.png"))

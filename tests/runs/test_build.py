@@ -11,7 +11,7 @@ from src.config.search_path import CONF
 from src.errors import UsageError
 from src.runs.build import build, close_run
 from src.runs.components import instantiate_node
-from src.runs.resolve import resolve
+from src.runs.resolve import relocate, resolve
 from src.runs.trainer import world_size
 from src.train import train
 from tests.conftest import TINY, compose, train_tiny
@@ -60,6 +60,14 @@ def test_build_leaves_the_configuration_unchanged(tmp_path):
     assert run.config.logger.wandb.id is not None
     assert run.module.hparams == OmegaConf.to_container(run.config, resolve=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_opened_runs_write_to_no_cache_folder_of_their_own():
+    """The configuration may be that of somebody else."""
+    config = compose("train", "data=folder", "data.root=photos", "data.cache_dir=/elsewhere", "run_dir=x")
+    moved = relocate(config, "other", None, Path("a.ckpt"))
+    assert moved.data.cache_dir is None and moved.data.root == "other"
+    assert config.data.cache_dir == "/elsewhere"
 
 
 def test_resolve_infers_settings_on_a_copy_once(tmp_path):

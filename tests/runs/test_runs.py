@@ -311,7 +311,7 @@ def test_commands_print_paths_below_the_current_folder(trained, tmp_path, monkey
 
 
 def test_best_checkpoint_counts_the_last_validation(tmp_path):
-    """The last step is no multiple of `validate_every`; a resumed run compares with its loss."""
+    """The last step is not a multiple of `validate_every`; a resumed run compares with its loss."""
     metrics = train_tiny(tmp_path / "run", "trainer.max_steps=4", "lr_scheduler.warmup_steps=0")
     before = float(losses(tmp_path / "run", "val/loss")[0])
     best, last = (read_checkpoint(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
