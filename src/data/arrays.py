@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.data.decode import ARRAY_SUFFIXES, Array
-from src.data.fit import check_range, infer_range, spatial_size
-from src.data.folder import classes_from_table
+from src.data.fit import find_limits, spatial_size
+from src.data.folder import check_readable, classes_from_table
 from src.data.images import ImageDataModule
 from src.data.pixel_store import default_cache_dir, store_key
 from src.data.read_errors import read_with_retries
@@ -33,8 +33,6 @@ from src.quoting import format_override
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}
 KINDS = {1: "signals", 2: "images", 3: "volumes"}
-MAX_SKIPPED = 0.1
-"""Largest share of files that `skip_unreadable=true` leaves out; a number sets another share."""
 CHUNK_BYTES = 64 * 2**20
 """Bytes of an array that are measured at a time."""
 MAX_VALUES = 65536
@@ -230,7 +228,7 @@ class Arrays:
         folder = decode_all(found, channels, size, self.key, cache_dir)
         about = json.loads((folder / "about.json").read_text())
         errors = {int(k): str(reason) for k, reason in about["errors"].items()}
-        check_readable(found, errors, skip_unreadable)
+        check_readable(found, errors, skip_unreadable, "files")
         keep = np.array([k not in errors for k in range(len(found))])
         suffix = suffix_of(found.names[int(np.flatnonzero(keep)[0])])
         text = describe(found, classes, KINDS[len(size)])
@@ -330,18 +328,6 @@ class ArrayDataModule(ImageDataModule):
         if len(self.shape) == 2 or count in (1, 3):
             return shown
         return shown[:, : 1 if count == 2 else 3]
-
-
-def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, high: float) -> tuple[float, float]:
-    """Return the values that become -1 and 1, of data in [low, high]. Raises ValueError if they do not suit."""
-    if value_range is None:
-        limits = infer_range(dtype, low, high)
-    elif len(value_range) == 2 and value_range[0] < value_range[1]:
-        limits = float(value_range[0]), float(value_range[1])
-    else:
-        raise ValueError(f"data.value_range={list(value_range)} must be [low,high] with low < high")
-    check_range(limits, low, high)
-    return limits
 
 
 def suffix_of(name: str) -> str:
@@ -664,18 +650,6 @@ def _read_all(
             yield None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
         else:
             yield Sample(fit(values, size), header), ""
-
-
-def check_readable(found: FoundImages, errors: Mapping[int, str], skip_unreadable: bool | float) -> None:
-    """Raise DataReadError for files that cannot be read, unless as few as `skip_unreadable` allows."""
-    if not errors:
-        return
-    share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
-    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in errors.items()], 3)
-    text = f"{len(errors)} of {len(found)} files under {found.root} cannot be used ({listed})"
-    if len(errors) > share * len(found):
-        raise DataReadError(f"{text}; remove them, or add data.skip_unreadable=true, or a share such as 0.5")
-    log.warning(f"{text}; they are left out")
 
 
 # Labels and the summary

@@ -243,3 +243,17 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
             f"data.value_range={shown} does not suit the files: their values lie in [{low:g}, {high:g}], less than "
             f"{MIN_USE:.0%} of it; set data.value_range=[{low:g},{high:g}]"
         )
+
+
+def as_range(value_range: Sequence[float]) -> tuple[float, float]:
+    """Return `data.value_range` as numbers. Raises ValueError unless it is two, the lower one first."""
+    if len(value_range) != 2 or not value_range[0] < value_range[1]:
+        raise ValueError(f"data.value_range={list(value_range)} must be [low,high] with low < high")
+    return float(value_range[0]), float(value_range[1])
+
+
+def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, high: float) -> tuple[float, float]:
+    """Return the values that become -1 and 1, of data in [low, high]. Raises ValueError if they do not suit."""
+    limits = infer_range(dtype, low, high) if value_range is None else as_range(value_range)
+    check_range(limits, low, high)
+    return limits

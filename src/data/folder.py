@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.data.decode import Pages
 from src.data.encoded import EncodedImages
-from src.data.fit import Fit, ImageSpec, bucket_sizes, check_range, crop_at, height_and_width, infer_range, load_image
+from src.data.fit import Fit, ImageSpec, as_range, bucket_sizes, crop_at, find_limits, height_and_width, load_image
 from src.data.images import ImageDataModule
 from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
 from src.data.read_errors import read_with_retries
@@ -318,7 +318,7 @@ def open_images(
     if store is not None:
         unreadable = {str(found.path(k)): reason for k, reason in store.errors.items()}
         keep = store.ok
-        _check_readable(found, store.errors, skip_unreadable)
+        check_readable(found, store.errors, skip_unreadable)
     names = [classes.classes[k] for k in classes.targets.tolist()] if isinstance(classes, Labels) else classes
     text = describe(found, names)
     chosen = np.flatnonzero(keep).tolist()
@@ -375,13 +375,15 @@ def _open_store(found: EncodedImages, spec: ImageSpec, cache_dir: str | None) ->
         return None
 
 
-def _check_readable(found: EncodedImages, unreadable: dict[int, str], skip_unreadable: bool | float) -> None:
+def check_readable(
+    found: EncodedImages, unreadable: Mapping[int, str], skip_unreadable: bool | float, noun: str = "images"
+) -> None:
     """Raise DataReadError for images that cannot be read, unless as few as `skip_unreadable` allows."""
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
     listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
-    text = f"{len(unreadable)} of {len(found)} images {found.place} cannot be read ({listed})"
+    text = f"{len(unreadable)} of {len(found)} {noun} {found.place} cannot be read ({listed})"
     if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
@@ -410,9 +412,7 @@ def _measure(
             f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
-    limits = _pair(value_range) if value_range is not None else infer_range(dtype, low, high)
-    check_range(limits, low, high)
-    return dtype, limits
+    return dtype, find_limits(value_range, dtype, low, high)
 
 
 def _probe(
@@ -430,17 +430,11 @@ def _probe(
                 f"data.cache=false does not measure the values of {dtype} images; set data.value_range=[low,high], or "
                 "data.cache=true"
             )
-        return dtype, (0.0, 255.0) if value_range is None else _pair(value_range)
+        return dtype, (0.0, 255.0) if value_range is None else as_range(value_range)
     count = len(found)
     raise DataReadError(
         f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
     )
-
-
-def _pair(value_range: Sequence[float]) -> tuple[float, float]:
-    if len(value_range) != 2 or not value_range[0] < value_range[1]:
-        raise ValueError(f"data.value_range={list(value_range)} must be [low,high] with low < high")
-    return float(value_range[0]), float(value_range[1])
 
 
 def _describe_sizes(

@@ -186,6 +186,11 @@ def test_files_that_do_not_suit_are_named(folder):
         opened(folder)
     data = opened(folder, skip_unreadable=0.2)
     assert len(data.source) == 12 and len(data.source.unreadable) == 2
+    only = folder / "only"
+    only.mkdir()
+    (only / "empty.npy").write_bytes(b"")
+    with pytest.raises(DataReadError, match=r"1 of 1 .*empty\.npy"):
+        opened(only, skip_unreadable=1.0, channels=1, image_size=[5])
 
 
 def test_signals_are_cut_and_filled_up():

@@ -544,3 +544,9 @@ def test_captions_of_several_roots_are_read(tmp_path):
 def test_samples_take_the_most_common_format(tmp_path):
     save(tmp_path, "a.bmp", "b.png", "c.png")
     assert folder(str(tmp_path), SHAPE, 1).suffix == ".png"
+
+
+def test_a_folder_without_a_readable_file_is_refused(tmp_path):
+    """Whatever share may be left out."""
+    (tmp_path / "a.png").write_text("no image")
+    assert "1 of 1" in refusal(tmp_path, skip_unreadable=1.0)
