@@ -631,7 +631,8 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
         if reason:
             errors[k] = reason
     if out is None:
-        raise DataReadError(f"{len(found)} of {len(found)} files under {found.root} cannot be read ({errors[0]})")
+        check_readable(found, errors, 1.0, "files")  # raises, since none is left
+    assert out is not None
     out.flush()
     about = {"low": low, "high": high, "header": header or None, "errors": errors}
     (folder / "about.json").write_text(json.dumps(about))

@@ -188,8 +188,9 @@ def test_files_that_do_not_suit_are_named(folder):
     assert len(data.source) == 12 and len(data.source.unreadable) == 2
     only = folder / "only"
     only.mkdir()
-    (only / "empty.npy").write_bytes(b"")
-    with pytest.raises(DataReadError, match=r"1 of 1 .*empty\.npy"):
+    for name in ("empty.npy", "too.npy"):  # one file would be the array of all samples
+        (only / name).write_bytes(b"")
+    with pytest.raises(DataReadError, match=r"2 of 2 .*empty\.npy"):
         opened(only, skip_unreadable=1.0, channels=1, image_size=[5])
 
 
