@@ -11,6 +11,7 @@ import yaml
 from src.comparison.grouping import RunRecord, data_of, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
+from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint, flatten_settings
 from src.training.checkpoints import read_checkpoint
 
@@ -31,8 +32,8 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
     """
     if not paths or not all(str(path).strip() for path in paths):
         raise ValueError(
-            f"runs={list(paths) or 'null'} must name folders of runs under outputs/train, or of a sweep under "
-            "outputs/sweeps" + newest_run("runs", Path("outputs"))
+            f"{format_override('runs', list(paths or ()))} must name folders of runs under outputs/train, or of a "
+            "sweep under outputs/sweeps" + newest_run("runs", Path("outputs"))
         )
     folders: list[Path] = []
 

@@ -446,7 +446,6 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from src.data import pixel_store
-from src.data.captions import captioned
 from src.data.fit import ImageSpec
 from src.data.scan import find_images
 load = pixel_store.load_image
