@@ -3,10 +3,7 @@
 import csv
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -37,7 +34,8 @@ from src.config.search_path import CONF
 from src.config.sweeps import CompareRuns
 from src.errors import UsageError
 from src.runs.trust import known_targets
-from tests.conftest import HANG_SECONDS, TINY, compose, train_tiny
+from tests.conftest import TINY, compose, train_tiny
+from tests.fork_server import run_python
 from tests.wandb_file import read_offline
 
 
@@ -473,14 +471,11 @@ def test_sweep_ends_with_its_comparison(tmp_path):
     """Run the preset's launcher in processes; the second time, nothing is trained or measured again."""
     folder = tmp_path / "jobs"
     few = "hydra.callbacks.compare.overrides=" + json.dumps([*QUICK, f"cache='{tmp_path}/cache'"]).replace(" ", "")
-    command = [sys.executable, "-m", "src.train", "-m", *TINY, "sweep=schedules", "schedule=cosine,linear", "seed=0,1"]
+    command = ["-m", "src.train", "-m", *TINY, "sweep=schedules", "schedule=cosine,linear", "seed=0,1"]
     command += ["trainer.max_steps=4", "validate_every=2", few, f"hydra.sweep.dir='{folder}'"]
-    env = {**os.environ, "PYTHONPATH": str(CONF.parent), "OMP_NUM_THREADS": "1"}
     for again in ([], ["resume=auto"]):
         shutil.rmtree(folder / "comparison", ignore_errors=True)
-        done = subprocess.run(
-            [*command, *again], cwd=tmp_path, env=env, text=True, capture_output=True, check=False, timeout=HANG_SECONDS
-        )
+        done = run_python(*command, *again, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         assert str(folder / "comparison" / "comparison.html") in done.stdout
         assert ("Measuring 4 runs" in done.stdout) == (not again)

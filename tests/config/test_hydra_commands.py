@@ -18,6 +18,7 @@ import src
 from src.config.overrides import parsed
 from src.config.search_path import CONF, load_option
 from tests.conftest import HANG_SECONDS
+from tests.fork_server import run_python
 
 OWN_CODE = """
 import torch
@@ -212,12 +213,19 @@ RESERVED = ("a(b", "a)b", "a[b", "a]b", "{a", "a}b", "a#b&c", "a~b'c", "größe"
 """Names with characters of Hydra's grammar, or outside ASCII."""
 
 
-def run_all(commands: list[list[str]], cwd: Path) -> list[dict[str, Any]]:
+def subprocess_python(*words: str, cwd: Path, stdin: str = "", **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run `python WORDS` in a process that has imported nothing."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, *words]
+    return subprocess.run(
+        command, input=stdin, cwd=cwd, env=environment, text=True, capture_output=True, timeout=HANG_SECONDS
+    )
+
+
+def run_all(commands: list[list[str]], cwd: Path, start: Any = subprocess_python) -> list[dict[str, Any]]:
+    """Run commands one after another in a process."""
     path = os.pathsep.join([str(CONF.parent), str(cwd)])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.config.run_commands"], input=json.dumps(commands), text=True, capture_output=True,
-        cwd=cwd, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, timeout=HANG_SECONDS,
-    )  # fmt: skip
+    done = start("-m", "tests.config.run_commands", stdin=json.dumps(commands), cwd=cwd, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return results
@@ -321,6 +329,7 @@ def test_run_uses_own_package_without_trust(folder):
             [*analytic, "analytic_steps=[4]", "analytic_samples=10", "hydra.run.dir=exact"],
         ],
         folder,
+        run_python,
     )
     assert trained["status"] == 0, trained["err"][-3000:]
     assert "hello from a callback" in trained["out"]

@@ -16,25 +16,16 @@ from src.config.overrides import check_overrides
 from src.config.search_path import CONF
 from src.config.sweeps import devices_of_worker
 from src.errors import UsageError
-from tests.conftest import HANG_SECONDS, TINY, train_tiny
+from tests.conftest import TINY, train_tiny
+from tests.fork_server import run_python
 
 SEEDS = (0, 1)
 
 
 def sweep(folder: Path, *overrides: str, **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run `src.train -m` with a tiny network and two steps per job, into `folder`."""
-    quiet = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "src.train", "-m", *TINY, "trainer.max_steps=2", f"hydra.sweep.dir='{folder}'"]
-    env = {**os.environ, **quiet, "PYTHONPATH": str(CONF.parent), **variables}
-    return subprocess.run(
-        [*command, *overrides],
-        cwd=folder.parent,
-        env=env,
-        text=True,
-        capture_output=True,
-        check=False,
-        timeout=HANG_SECONDS,
-    )
+    command = ["-m", "src.train", "-m", *TINY, "trainer.max_steps=2", f"hydra.sweep.dir='{folder}'", *overrides]
+    return run_python(*command, cwd=folder.parent, RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", **variables)
 
 
 def val_loss(run: Path) -> float:

@@ -1,16 +1,13 @@
 """The worked examples of CONTRIBUTING.md run as they stand, from a folder outside the repository."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import HANG_SECONDS
+from tests.fork_server import run_python
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,15 +52,7 @@ def output(tmp_path_factory):
         typed = {override.partition("=")[0] for override in rest}
         extra = [override for override in FAST if override.partition("=")[0] not in typed]
         arguments.append([*rest, *extra, f"hydra.run.dir={folder}/runs/{k}"])
-    result = subprocess.run(
-        [sys.executable, "-c", LOOP],
-        input=json.dumps(arguments),
-        env={**os.environ, name: value},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-    )
+    result = run_python("-c", LOOP, stdin=json.dumps(arguments), cwd=ROOT, **{name: value})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return folder / "runs", len(arguments)
 

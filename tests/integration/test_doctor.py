@@ -2,7 +2,6 @@
 
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 
 from src.data.decode import Decoded
 from src.runs.advice import look, suggest, suggest_steps
+from tests.fork_server import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +37,7 @@ def test_a_folder_is_examined_and_trained(tmp_path):
 
 
 def examine(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "src.doctor", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_python("-m", "src.doctor", *words, cwd=ROOT)
 
 
 def decoded(*shape: int, alpha: bool = False, rgb: bool = True, dtype: str = "uint8") -> Decoded:

@@ -1,7 +1,5 @@
 """Resolve and build: the configuration is read, resolved on a copy, and instantiated."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from src.runs.resolve import relocate, resolve
 from src.runs.trainer import world_size
 from src.train import train
 from tests.conftest import TINY, compose, train_tiny
+from tests.fork_server import run_python
 
 NOTEBOOK = """
 import os
@@ -33,7 +32,7 @@ def test_compose_and_build_work_in_a_notebook(tmp_path):
     """In a fresh process, without any other import of the project and without Hydra's main."""
     overrides = [*TINY, "trainer.max_steps=1", "~callbacks.samples", "~callbacks.bits_per_dim"]
     code = NOTEBOOK.format(conf=str(CONF), overrides=overrides, folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONF.parent)
+    done = run_python("-c", code, cwd=CONF.parent)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "steps 1 folders 2" in done.stdout
     assert len([*(tmp_path / "outputs" / "train").glob("*/checkpoints/last.ckpt")]) == 1

@@ -27,6 +27,7 @@ from src.runs.open import open_run
 from src.runs.trust import known_targets
 from src.training.checkpoints import MAX_VALUES, check_plain
 from tests.conftest import HANG_SECONDS, compose, train_tiny
+from tests.fork_server import run_python
 
 
 class Bomb:
@@ -355,8 +356,7 @@ def test_command_refuses_malicious_hydra_callbacks(trained, tmp_path, canary):
     )  # fmt: skip
     invalid = ["data=points", "trainer.precision=bf16-true"]  # refused before the slow imports
     for trust, message in (("false", "add trust=true"), ("true", "would round the points")):
-        command = [sys.executable, "-m", "src.train", f"resume={folder}", f"trust={trust}", *invalid]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_SECONDS)
+        done = run_python("-m", "src.train", f"resume={folder}", f"trust={trust}", *invalid, cwd=CONF.parent)
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
         assert canary.exists() == (trust == "true")
 
