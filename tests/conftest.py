@@ -33,8 +33,15 @@ TINY = [
     "neighbors.num_samples=3",
     "sampler.steps=3",
     "callbacks.progress.refresh_rate=0",
+    "callbacks.loss_by_noise=null",  # draws a chart
 ]
 """Overrides for a network that trains in milliseconds per step."""
+
+LOSS_BY_NOISE = (
+    "callbacks.loss_by_noise={_target_:src.training.callbacks.loss_by_noise.LossByNoise,"
+    "directory:'${run_dir}',num_bins:20}"
+)
+"""Restores a callback that `TINY` removes."""
 
 
 def once(*overrides: str) -> list[str]:

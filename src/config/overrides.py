@@ -5,6 +5,8 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +138,12 @@ def check_overrides(
                 f"-m {name}={','.join(options)}"
             )
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        base = compose(config_name, [_first_value(o) for o in choices], added, (), groups)
+        base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
             _check_sweep(override, read, multirun, groups)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                 _check_key(override, base, groups)
-        final = base  # if only options of groups are typed
+        final = deepcopy(base)  # if only options of groups are typed
         if len(choices) < len(read):
             final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
     plain = OmegaConf.to_container(base, resolve=False)
@@ -164,6 +166,12 @@ def check_overrides(
             raise UsageError(f"{name} has no default; add {name}=...")
     check_values(task)
     return final
+
+
+@lru_cache(maxsize=32)
+def _compose_choices(config_name: str, choices: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
+    """Return the configuration of these options of groups, composed once for all jobs of a sweep."""
+    return compose(config_name, choices, added, (), config_groups(config_folders(added)))
 
 
 def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: Sequence[str] = ()) -> list[str]:

@@ -7,8 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import active_children
@@ -20,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from src.config.search_path import CONF
 from src.data import read_errors
 from src.data.batches import BatchDataset, fetch_batch
 from src.data.conditions import Classes
@@ -31,14 +30,16 @@ from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
 from src.runs.components import instantiate_node
 from src.training.checkpoints import read_checkpoint
-from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
+from tests.conftest import LOSS_BY_NOISE, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images
+from tests.fork_server import run_python
 from tests.integration.test_stopping import assert_same_results
 from tests.runs.test_runs import assert_equal_bits, weights
 
 SETTINGS = [
     *("data=folder", "data.image_size=8", "data.batch_size=4", "data.val_fraction=0.3", "data.num_workers=0"),
     "data.cache=false",
+    LOSS_BY_NOISE,
     *("trainer.max_steps=8", "validate_every=4", "trainer.accumulate_grad_batches=2", "model.dropout=0.2"),
 ]
 
@@ -374,14 +375,7 @@ def test_failing_data_of_one_rank_end_all_ranks(photos, copied, undisturbed, tmp
     run = tmp_path / "run"
     settings = [*TINY, *root_of(copied), "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings += ["checkpoint_every=100", f"hydra.run.dir='{run}'", f"+callbacks.act._target_={__name__}.RemoveOn"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "src.train", *once(*settings)],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=HANG_SECONDS,
-    )
+    done = run_python("-m", "src.train", *once(*settings), cwd=CONF.parent)
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
     errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
     (deleted_file,) = copied.rglob("*.deleted")

@@ -19,6 +19,7 @@ from src.errors import UsageError
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
+from tests.fork_server import run_python
 from tests.runs.test_runs import weights
 
 
@@ -53,7 +54,8 @@ def python(*arguments: str, cwd: Path, **variables: str) -> "subprocess.Complete
 
 def run_jobs(*launcher: str, jobs: list[list[str]], cwd: Path) -> "subprocess.CompletedProcess[str]":
     """Run several commands in the processes of one start (`jobs.py`), by the launcher or by the first command."""
-    done = python(*launcher, "-m", "tests.distributed.jobs", cwd=cwd, JOBS=json.dumps(jobs))
+    start = python if launcher else run_python
+    done = start(*launcher, "-m", "tests.distributed.jobs", cwd=cwd, JOBS=json.dumps(jobs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert [p.name for p in cwd.iterdir()] == ["outputs"]
     return done

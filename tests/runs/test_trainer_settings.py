@@ -28,10 +28,11 @@ from src.errors import UsageError
 from src.train import train
 from src.training.checkpoint_io import AtomicCheckpointIO
 from src.training.checkpoints import read_checkpoint
-from tests.conftest import TINY, compose
+from tests.conftest import LOSS_BY_NOISE, TINY, compose
 
 FAST = [
     *TINY,
+    LOSS_BY_NOISE,
     *("trainer.max_steps=4", "validate_every=3", "checkpoint_every=100", "sampler.steps=1", "neighbors.num_samples=0"),
     *("~callbacks.samples", "~callbacks.bits_per_dim", "~callbacks.run_info", "~callbacks.throughput", "trust=true"),
     "+callbacks.recorder._target_=tests.runs.test_trainer_settings.Recorder",

@@ -25,7 +25,7 @@ from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
 from src.training.provenance import code_version
 from src.viz import charts
-from tests.conftest import TINY, compose, cut_network, train_tiny
+from tests.conftest import LOSS_BY_NOISE, TINY, compose, cut_network, train_tiny
 from tests.wandb_file import Offline, read_offline
 
 
@@ -82,7 +82,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("HOME", str(sweep / "home"))
         for name in ("WANDB_API_KEY", "WANDB_DATA_DIR"):
             patch.delenv(name, raising=False)
-        train_tiny(folder, "logger=[csv,tensorboard,wandb]", "seed=3", f"trainer.max_steps={STEPS}",
+        train_tiny(folder, "logger=[csv,tensorboard,wandb]", LOSS_BY_NOISE, "seed=3", f"trainer.max_steps={STEPS}",
                    "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.num_samples=512",
                    "neighbors.num_samples=16")  # fmt: skip
     assert not (sweep / "home").exists() or not [*(sweep / "home").rglob("staging/*")]
@@ -247,10 +247,10 @@ def test_resumed_run_continues_its_records(tmp_path, monkeypatch):
     """Stopped between validations and resumed, it leaves the same files as an uninterrupted run."""
     from tests.runs.test_runs import runs_until
 
-    train_tiny(tmp_path / "whole")
+    train_tiny(tmp_path / "whole", LOSS_BY_NOISE)
     runs_until(monkeypatch, stop_after=4)
     with pytest.raises(SystemExit):
-        train_tiny(tmp_path / "cut")
+        train_tiny(tmp_path / "cut", LOSS_BY_NOISE)
     monkeypatch.undo()
     train_tiny(tmp_path / "cut", f"resume='{tmp_path / 'cut'}'")
     whole, cut = ((tmp_path / name / "loss_by_noise.csv").read_text() for name in ("whole", "cut"))

@@ -15,7 +15,7 @@ from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, train_tiny
 
-PLAIN = ("optimizer.lr=2e-3", "validate_every=100", "~callbacks.bits_per_dim", "~callbacks.loss_by_noise")
+PLAIN = ("optimizer.lr=2e-3", "validate_every=100", "~callbacks.bits_per_dim")
 WARM = (*PLAIN, "lr_scheduler.warmup_steps=50")
 """Settings common to the runs of this module."""
 
