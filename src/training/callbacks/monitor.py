@@ -46,12 +46,15 @@ class Progress(TQDMProgressBar):
         self._last_line = time.monotonic(), self.trainer.global_step  # time in seconds and step
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._start = trainer.global_step
         self.train_progress_bar.reset(self.total_train_batches)
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description("Training")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         self.loss = outputs["loss"]
+        # `TimeBudget` changes the number of steps.
+        self.train_progress_bar.total = (trainer.max_steps - self._start) * trainer.accumulate_grad_batches
         super().on_train_batch_end(trainer, pl_module, outputs, *rest)
         (before, step), now = self._last_line, time.monotonic()
         is_last = trainer.global_step == trainer.max_steps
