@@ -35,9 +35,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run = build(cfg)
         load_data(run)
         if run.resume_from is not None and (metrics := run.finished):
+            in_time = run.trainer.max_steps < run.config.trainer.max_steps
             print_once(
-                f"{relative(run.directory)} is finished: all {run.steps} steps are done; raise trainer.max_steps to "
-                "continue"
+                f"{relative(run.directory)} is finished: all {run.steps} steps are done; raise "
+                f"{'callbacks.time_budget.minutes' if in_time else 'trainer.max_steps'} to continue"
             )
             return metrics
         start_run(run)

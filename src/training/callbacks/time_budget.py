@@ -30,7 +30,7 @@ MEASURED_SHARE = 0.05
 """Share of the budget that is measured before the number of steps is fixed."""
 
 VALIDATION_SHARE = 0.1
-"""Share of the budget left for validations if none has been measured."""
+"""Share of the budget left for validations if some will happen and none has been measured."""
 
 
 class TimeBudget(L.Callback):
@@ -106,7 +106,7 @@ class TimeBudget(L.Callback):
         left = 60 * self.minutes - self._elapsed_s()
         if self._validations:
             seconds += sum(self._validations) / len(self._validations) / module.validation_period
-        elif trainer.enable_validation:
+        elif trainer.enable_validation and decided_at + left / seconds >= module.validation_period:
             left -= VALIDATION_SHARE * 60 * self.minutes
         self.num_steps = trainer.strategy.broadcast(decided_at + max(0, int(left / seconds)))
         self._limit(trainer)
