@@ -44,17 +44,18 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, *args: Any) -> None:
         super().on_train_start(*args)
         self._last_line = time.monotonic(), self.trainer.global_step  # time in seconds and step
+        self._max_steps = self.trainer.max_steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        self._start = trainer.global_step
         self.train_progress_bar.reset(self.total_train_batches)
         self.train_progress_bar.initial = 0
         self.train_progress_bar.set_description("Training")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         self.loss = outputs["loss"]
-        # `TimeBudget` changes the number of steps.
-        self.train_progress_bar.total = (trainer.max_steps - self._start) * trainer.accumulate_grad_batches
+        if (fewer := self._max_steps - trainer.max_steps) and self.train_progress_bar.total is not None:
+            self.train_progress_bar.total -= fewer * trainer.accumulate_grad_batches
+        self._max_steps = trainer.max_steps  # `TimeBudget` lowers it once
         super().on_train_batch_end(trainer, pl_module, outputs, *rest)
         (before, step), now = self._last_line, time.monotonic()
         is_last = trainer.global_step == trainer.max_steps
