@@ -89,7 +89,7 @@ class Watch(L.Callback):
 class SkewedBudget(TimeBudget):
     """A budget whose clock counts 0.5 s per step, times the number of the process, from 1."""
 
-    def setup(self, trainer, *_):
+    def setup(self, trainer, pl_module, stage):
         self.clock = lambda: 0.5 * trainer.global_step * (1 + trainer.global_rank)
 
 
