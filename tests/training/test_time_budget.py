@@ -178,7 +178,7 @@ def test_impossible_budgets_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_fix_the_same_number(tmp_path):
-    """The second process has a clock of half the speed; the first one's decides: 15 s are 30 steps of 0.5 s."""
+    """By the clock of the first one, 15 s are 30 steps of 0.5 s; by that of the second, steps take twice as long."""
     settings = [*SETTINGS, "callbacks.time_budget._target_=tests.faults.SkewedBudget", "trainer.max_steps=60"]
     settings += ["callbacks.time_budget.minutes=0.25", "+callbacks.watch._target_=tests.faults.Watch"]
     done = lightning_starts(2, *settings, cwd=tmp_path)
