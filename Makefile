@@ -17,7 +17,7 @@ help: ## list the targets
 
 install: $(STAMP) ## create .venv from requirements.lock
 
-train: $(STAMP) ## draw characters that do not exist (5 minutes on 2 CPU cores); ARGS="experiment=digits" trains another recipe
+train: $(STAMP) ## draw characters that do not exist (under 5 minutes on 2 CPU cores); ARGS="experiment=digits" trains another recipe
 	@$(RUN) -m src.train $(if $(filter experiment=% data=% resume=%,$(ARGS)),,experiment=kanji) $(ARGS)
 
 test: $(STAMP) lint types unit ## lint, check types and run all tests

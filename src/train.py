@@ -35,9 +35,10 @@ def train(cfg: DictConfig) -> dict[str, float]:
         run = build(cfg)
         load_data(run)
         if run.resume_from is not None and (metrics := run.finished):
+            in_time = run.trainer.max_steps < run.config.trainer.max_steps
             print_once(
-                f"{relative(run.directory)} is finished: all {run.steps} steps are done; raise trainer.max_steps to "
-                "continue"
+                f"{relative(run.directory)} is finished: all {run.steps} steps are done; raise "
+                f"{'callbacks.time_budget.minutes' if in_time else 'trainer.max_steps'} to continue"
             )
             return metrics
         start_run(run)
@@ -94,14 +95,20 @@ def print_once(text: str) -> None:
 
 def print_training_summary(run: "Run") -> None:
     """Print what the data are, where the source says it, and the network, the devices and the run folder."""
+    from src.training.callbacks.time_budget import TimeBudget
+
     if summary := getattr(run.data.source, "summary", ""):
         print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
     devices = run.trainer.num_devices * run.trainer.num_nodes
+    steps, resumed = f"{run.trainer.max_steps} steps of {run.data.batch_size}", run.resume_from
+    for budget in run.callbacks(TimeBudget):
+        if budget.minutes is not None:
+            steps = f"{'at most ' if budget.num_steps is None else ''}{steps} in {budget.minutes:g} minutes"
     print_once(
         f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
-        f"{len(run.data.train_indices) or 'the'} samples of shape {run.module.shape}, {run.trainer.max_steps} steps of "
-        f"{run.data.batch_size}{f', resumed from {run.resume_from.name}' if run.resume_from else ''}, "
+        f"{len(run.data.train_indices) or 'the'} samples of shape {run.module.shape}, {steps}"
+        f"{f', resumed from {resumed.name}' if resumed else ''}, "
         f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}"
     )
 

@@ -21,6 +21,7 @@ FOREIGN_NAMES = {
     "trainer.max_steps=STEPS": "epochs max_epochs num_epochs trainer.max_epochs",
     "trainer.devices devices": "gpus",
     "trainer.gradient_clip_val": "grad_clip max_grad_norm",
+    "callbacks.time_budget.minutes": "minutes time_budget",
     "trainer.max_steps": "iterations train_num_steps",
     "optimizer.lr": "learning_rate",
     "loss.type": "loss_type",

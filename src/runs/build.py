@@ -105,6 +105,7 @@ def instantiate_run(
 ) -> Run:
     """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
     from src.distributed.processes import check_processes, start_quietly
+    from src.training.callbacks.time_budget import TimeBudget
     from src.training.compile import check_cuda_graphs, compile_network
     from src.training.memory import MicrobatchFinder, keep_freed_memory
 
@@ -130,6 +131,8 @@ def instantiate_run(
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
     run = Run(cfg, directory, module, data, trainer, resume_from, steps, changes)
+    for budget in run.callbacks(TimeBudget):
+        budget.restore(trainer, checkpoint or {})  # Lightning restores it later, after `Run.finished` is read.
     if not run.callbacks(MicrobatchFinder):
         keep_freed_memory(trainer.strategy.root_device)  # The finder needs the memory that a failed trial frees.
     check_sharding(run)

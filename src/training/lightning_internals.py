@@ -72,6 +72,11 @@ def stop_training(trainer: L.Trainer) -> None:
     trainer.should_stop = True
 
 
+def set_max_steps(trainer: L.Trainer, num_steps: int) -> None:
+    """Set `trainer.max_steps`, which Lightning can only set in the constructor; training stops at this step."""
+    trainer.fit_loop.epoch_loop.max_steps = num_steps
+
+
 def disable_sigterm_broadcast(trainer: L.Trainer) -> None:
     """Keep Lightning from broadcasting SIGTERM in each step: the broadcast synchronizes with the device."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]

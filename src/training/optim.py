@@ -72,6 +72,13 @@ def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
     scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler.state_dict()["_step_count"]})
 
 
+def replace_schedule(scheduler: LRScheduler, fresh: LRScheduler) -> LRScheduler:
+    """Return `fresh`, a new schedule of another length, at the step and for the optimizer of `scheduler`."""
+    update_settings(scheduler, fresh)
+    fresh.optimizer, fresh._step_count = scheduler.optimizer, scheduler._step_count
+    return fresh
+
+
 def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:
     """Return the optimizer's state of a weight (size, size) after one step."""
     weight = nn.Parameter(torch.zeros(size, size))

@@ -131,6 +131,15 @@ def test_training_stops_before_min_steps(tmp_path):
     assert fit(tmp_path, Stop(), min_steps=3).global_step == 1
 
 
+def test_training_ends_at_a_lowered_number_of_steps(tmp_path):
+    class Lower(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            internals.set_max_steps(trainer, 3)
+
+    trainer = fit(tmp_path, Lower())
+    assert trainer.global_step == trainer.max_steps == 3
+
+
 def test_sigterm_broadcast_is_disabled(tmp_path, monkeypatch):
     trainer = L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     loop = trainer.fit_loop.epoch_loop

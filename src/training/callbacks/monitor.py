@@ -44,6 +44,7 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, *args: Any) -> None:
         super().on_train_start(*args)
         self._last_line = time.monotonic(), self.trainer.global_step  # time in seconds and step
+        self._max_steps = self.trainer.max_steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         self.train_progress_bar.reset(self.total_train_batches)
@@ -52,6 +53,9 @@ class Progress(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *rest: Any) -> None:
         self.loss = outputs["loss"]
+        if (fewer := self._max_steps - trainer.max_steps) and self.train_progress_bar.total is not None:
+            self.train_progress_bar.total -= fewer * trainer.accumulate_grad_batches
+        self._max_steps = trainer.max_steps  # `TimeBudget` lowers it once
         super().on_train_batch_end(trainer, pl_module, outputs, *rest)
         (before, step), now = self._last_line, time.monotonic()
         is_last = trainer.global_step == trainer.max_steps
