@@ -71,6 +71,18 @@ RANGES = {
 }
 """Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a comment may follow."""
 
+RECIPE = {
+    "recipe.lr": "optimizer.lr",
+    "recipe.warmup_steps": "lr_scheduler.warmup_steps",
+    "recipe.ema_decay": "callbacks.ema.decay",
+    "recipe.max_steps": "trainer.max_steps",
+    "recipe.validate_every": "validate_every",
+    "recipe.checkpoint_every": "checkpoint_every",
+}
+"""Settings that a model or an experiment suggests, and those that read them."""
+
+RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items()}
+
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
-from src.config.search_path import config_groups
+from src.config.overrides import check_overrides
+from src.config.rules import RECIPE
+from src.config.search_path import CONF, config_groups
 from src.runs.components import build_module, build_sampler
 from tests.conftest import compose
 
@@ -124,6 +126,44 @@ def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(optio
     assert sum(p.numel() for p in net.parameters()) > 0
     assert node.trainer.max_steps >= node.validate_every
     assert 0 < node.optimizer.lr < 0.01
+
+
+@pytest.mark.parametrize("option", config_groups()["model"])
+def test_models_set_only_network_and_recipe(option):
+    assert set(OmegaConf.load(CONF / "model" / f"{option}.yaml")) <= {"defaults", "model", "recipe"}
+
+
+@pytest.mark.parametrize("other", ["model=unet_adm", "experiment=cifar10_ddpm", "data=points"])
+def test_typed_groups_keep_their_own_values(other):
+    cfg = compose("train", other, "optimizer=sgd", "run_dir=runs/x")
+    assert cfg.optimizer.lr == OmegaConf.load(CONF / "optimizer" / "sgd.yaml").lr
+    assert compose("train", other, "callbacks=none", "run_dir=runs/x").callbacks.get("ema") is None
+
+
+def test_settings_of_the_recipe_are_read():
+    values = {
+        "lr": 0.5,
+        "warmup_steps": 3,
+        "ema_decay": 0.25,
+        "max_steps": 4,
+        "validate_every": 5,
+        "checkpoint_every": 6,
+    }
+    cfg = compose("train", *(f"recipe.{name}={value}" for name, value in values.items()), "run_dir=runs/x")
+    assert set(cfg.recipe) == set(values) == {name.removeprefix("recipe.") for name in RECIPE}
+    assert {name: OmegaConf.select(cfg, reader) for name, reader in RECIPE.items()} == {
+        f"recipe.{name}": value for name, value in values.items()
+    }
+
+
+def test_model_without_a_recipe_trains_with_defaults(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: mine.Network\n")
+    defaults = OmegaConf.load(CONF / "train.yaml").recipe
+    cfg = check_overrides("train", ["model=mine"], added=[f"file://{tmp_path}"])
+    assert {name: OmegaConf.select(cfg, reader) for name, reader in RECIPE.items()} == {
+        f"recipe.{name}": value for name, value in defaults.items()
+    }
 
 
 @pytest.mark.parametrize("option", config_groups()["trainer"])
