@@ -57,6 +57,7 @@ RANGES = {
     "trainer.accumulate_grad_batches": "[1, inf)",
     "trainer.gradient_clip_val": "[0, inf): 0 turns clipping off",
     "trainer.num_nodes": "[1, inf)",
+    "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
     "max_features": "[1, inf)",
     "num_memorization": "[0, inf)",
