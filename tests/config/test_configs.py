@@ -12,7 +12,8 @@ from src.config.arguments import check_arguments
 from src.config.overrides import check_overrides
 from src.config.rules import RECIPE
 from src.config.search_path import CONF, config_groups
-from src.runs.components import build_module, build_sampler
+from src.runs.components import build_module, build_sampler, inline_aliases
+from src.runs.resolve import resolve
 from tests.conftest import compose
 
 CSV = Path(__file__).parents[1] / "measurements.csv"
@@ -43,12 +44,13 @@ GIVEN = {
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     *("prepare", "download"),
-    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
 }
 
 
 def chosen(group: str, option: str) -> DictConfig:
-    return compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+    cfg = compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+    cfg.data = inline_aliases(cfg.data, "data")
+    return cfg
 
 
 def targets(cfg: DictConfig) -> list[DictConfig]:
@@ -126,6 +128,14 @@ def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(optio
     assert sum(p.numel() for p in net.parameters()) > 0
     assert node.trainer.max_steps >= node.validate_every
     assert 0 < node.optimizer.lr < 0.01
+
+
+def test_aliases_become_the_settings_that_refer_to_them():
+    cfg = compose("train", "data=webdataset", "data.urls=[a.tar,b.tar]", "run_dir=runs/x")
+    resolved = resolve(cfg, None, None).data
+    assert (resolved.root, resolved.val_root) == (["a.tar", "b.tar"], None)
+    assert not {"urls", "val_urls"} & set(resolved)
+    assert resolve(compose("train", "data=hub", "data.name=user/set", "run_dir=x"), None, None).data.root == "user/set"
 
 
 @pytest.mark.parametrize("option", config_groups()["model"])
