@@ -28,12 +28,11 @@ def show_schedules(cfg: DictConfig) -> Path:
             raise UsageError(unknown_option("schedule", name, available))
 
     import torch
-    from hydra.utils import instantiate
 
     from src.config.arguments import check_arguments
     from src.diffusion.noise import NoiseLevel, terminal_alpha_bar
     from src.rng import StepRng
-    from src.runs.components import build_schedule
+    from src.runs.components import build_schedule, inline_aliases, instantiate_node
     from src.viz import charts, images
 
     tables = {}
@@ -44,8 +43,9 @@ def show_schedules(cfg: DictConfig) -> Path:
             node = node.get("schedule", node)  # some files also set other groups
             node.num_steps = cfg.num_steps
             tables[name] = build_schedule(node, cfg.snr_shift, cfg.zero_terminal_snr)
-        check_arguments(cfg.data, "data")
-        data = instantiate(cfg.data)
+        node = inline_aliases(cfg.data, "data")
+        check_arguments(node, "data")
+        data = instantiate_node(node)
         data.prepare_data()
         image = data.examples(1)
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from src.config.cli import launch
 from src.config.output import relative
 from src.config.search_path import search_path_overrides
-from src.distributed.ranks import handle_signals, rank
+from src.distributed.ranks import Interruption, handle_signals, rank
 from src.errors import UsageError, memory_errors, usage_errors
 from src.quoting import command, format_override
 from src.runs.resolve import finished_job
@@ -64,7 +64,7 @@ def fit_or_explain(run: "Run") -> dict[str, float]:
     from src.runs import out_of_memory
     from src.runs.build import close_run
     from src.runs.fit import fit_run
-    from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown
     from src.training.lightning_internals import wait_for_children
 
     interruption = Interruption()

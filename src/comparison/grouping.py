@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RUNTIME_SETTINGS = (
+    "recipe",  # other settings read it
     *("run_dir", "resume", "trust", "optimized_metric", "keep_checkpoints", "checkpoint_every", "validate_every"),
     *("data.num_workers", "data.microbatch_size", "data.root", "data.skip_unreadable", "neighbors", "logger"),
     *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches")),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
@@ -30,6 +29,7 @@ from src.config.overrides import check_overrides, choose_none, expand_grid, expa
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
 from src.distributed.ranks import (
+    Interruption,
     exit_process,
     handle_signals,
     ignore_signals,
@@ -60,7 +60,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # torch reads it on import
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    interruption = _Interruption()
+    interruption = Interruption()
     try:
         with handle_signals(interruption):
             _launch(config_name, task, together, interruption)
@@ -74,26 +74,8 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         remove_empty_dirs()
 
 
-class _Interruption:
-    """A signal handler that raises KeyboardInterrupt and stores the signal's `number`; a second signal kills."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)  # blocking library code handles the first one too late
-        sys.unraisablehook = self.again
-        raise KeyboardInterrupt
-
-    def again(self, unraisable: Any) -> None:
-        """Interrupt again if Python ignored the exception because a callback raised it, such as an import hook."""
-        if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            signal.signal(self.number, self)
-            os.kill(os.getpid(), self.number)
-
-
 def _launch(
-    config_name: str, task: Callable[[DictConfig], Any], together: str | None, interruption: _Interruption
+    config_name: str, task: Callable[[DictConfig], Any], together: str | None, interruption: Interruption
 ) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # without file and line
     deferred: DeferredOutput | None = None

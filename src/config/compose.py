@@ -68,6 +68,8 @@ def _missing_plugin(group: str, name: str) -> str:
 def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
     """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
     known = [name for name in (*names, *groups) if name != key]  # perhaps a group of another command
+    if not key.startswith("recipe"):  # type the setting itself instead of its default
+        known = [name for name in known if not name.startswith("recipe.")]
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         return f"; type {new if '=' in new else f'{new}={value}'}"
     parent = key.rpartition(".")[0]

@@ -142,5 +142,5 @@ def renamed_key(key: str, known: Collection[str]) -> str | None:
             full = ".".join([new, *parts[end:]])
             if full.partition("=")[0] in known or full.startswith("hydra."):
                 return full
-    same = [name for name in known if name.endswith(f".{key}")]
+    same = [name for name in known if name.endswith(f".{key}") and not name.startswith("recipe.")]
     return same[0] if len(same) == 1 else None

@@ -20,13 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
-from src.config.rules import check_combinations, check_required, check_type, check_value, check_values
+from src.config.rules import RECIPE, check_combinations, check_required, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
 from src.errors import UsageError, first_line
 from src.quoting import format_override
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
+
+SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -146,13 +148,18 @@ def check_overrides(
         final = deepcopy(base)  # if only options of groups are typed
         if len(choices) < len(read):
             final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
-    plain = OmegaConf.to_container(base, resolve=False)
+    plain, composed = (OmegaConf.to_container(each, resolve=False) for each in (base, final))
     for override in read:
         name = override.key_or_group
         if name not in groups and not name.startswith("hydra") and not override.is_delete():
+            default = _select(plain, name)
+            if default == f"${{{SUGGESTED.get(name)}}}":
+                default = _select(plain, SUGGESTED[name])
             for value in _values(override):
-                check_type(name, _select(plain, name), value)
+                check_type(name, default, value)
                 check_value(name, value)
+            if name in RECIPE and f"${{{name}}}" not in str(composed):
+                warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
     last = {override.key_or_group: override for override in read}
     check_required(config_name, base, final)
     names = {name for name, override in last.items() if override.value() is not None}

@@ -57,6 +57,7 @@ RANGES = {
     "trainer.accumulate_grad_batches": "[1, inf)",
     "trainer.gradient_clip_val": "[0, inf): 0 turns clipping off",
     "trainer.num_nodes": "[1, inf)",
+    "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
     "max_features": "[1, inf)",
     "num_memorization": "[0, inf)",
@@ -70,6 +71,18 @@ RANGES = {
     "frames": "[2, inf)",
 }
 """Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a comment may follow."""
+
+RECIPE = {
+    "recipe.lr": "optimizer.lr",
+    "recipe.warmup_steps": "lr_scheduler.warmup_steps",
+    "recipe.ema_decay": "callbacks.ema.decay",
+    "recipe.max_steps": "trainer.max_steps",
+    "recipe.validate_every": "validate_every",
+    "recipe.checkpoint_every": "checkpoint_every",
+}
+"""Settings that a model or an experiment suggests, and those that read them."""
+
+RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items()}
 
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),

@@ -158,7 +158,6 @@ class FolderDataModule(ImageDataModule):
         val_root: the folder of the validation images, see `folder`.
         skip_unreadable: leave out images that cannot be read, see `folder`.
         cache, cache_dir: decode all images once, into this folder, see `folder`.
-        name, urls, val_urls: what `root` and `val_root` refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `ImageDataModule`.
     """
@@ -189,9 +188,6 @@ class FolderDataModule(ImageDataModule):
         val_root: str | Sequence[str] | None = None,
         cache: bool = True,
         cache_dir: str | None = None,
-        name: str | None = None,
-        urls: str | Sequence[str] | None = None,
-        val_urls: str | Sequence[str] | None = None,
     ) -> None:
         super().__init__(
             partial(

@@ -23,8 +23,8 @@ ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "cross"),
     "color": ("red", "green", "blue", "yellow", "magenta", "cyan"),
     "size": ("small", "large"),
-    "position": ("centre", "top left", "top right", "bottom left", "bottom right"),
-    "background": ("black", "grey", "white"),
+    "position": ("center", "top left", "top right", "bottom left", "bottom right"),
+    "background": ("black", "gray", "white"),
 }
 """Values of the attributes of an object and of the background. Only a single object has a position."""
 
@@ -39,7 +39,7 @@ COLORS = {
     "magenta": (215, 60, 205),
     "cyan": (50, 205, 225),
     "black": (16, 16, 16),
-    "grey": (128, 128, 128),
+    "gray": (128, 128, 128),
     "white": (239, 239, 239),
 }
 """RGB of objects and backgrounds, before jitter."""
@@ -51,7 +51,7 @@ RADII = {"small": (0.09, 0.11), "large": (0.145, 0.17)}
 """Radius range of the circle with the object's area, relative to the image size. Small and large do not overlap."""
 
 PLACES = {
-    "centre": (0.5, 0.5),
+    "center": (0.5, 0.5),
     "top left": (0.27, 0.27),
     "top right": (0.73, 0.27),
     "bottom left": (0.27, 0.73),
@@ -131,7 +131,7 @@ TWO = (
 WORDINGS = len(ONE)
 EXAMPLES = (
     Scene((Object("circle", "red", "small", "top left"),), "black"),
-    Scene((Object("circle", "red", "small"), Object("square", "blue", "large")), "grey", "left of"),
+    Scene((Object("circle", "red", "small"), Object("square", "blue", "large")), "gray", "left of"),
 )
 VOCABULARY = sorted(
     set(re.findall(r"\w+", re.sub(r"{\w+}", "", " ".join(ONE + TWO))))
@@ -155,7 +155,7 @@ def caption(scene: Scene, wording: int = 0) -> str:
         )
     position = scene.objects[0].position
     assert position is not None
-    place = f"in the {position}" if position == "centre" else f"at the {position}"
+    place = f"in the {position}" if position == "center" else f"at the {position}"
     return ONE[wording].format(first=names[0], place=place, position=position, background=scene.background)
 
 
@@ -164,7 +164,7 @@ def parse(text: str) -> Scene:
 
     Ignores case, extra spaces and a final period, and accepts "gray" and "center". Raises ValueError for other strings.
     """
-    words = " ".join(text.lower().split()).rstrip(" .").replace("gray", "grey").replace("center", "centre")
+    words = " ".join(text.lower().split()).rstrip(" .").replace("grey", "gray").replace("centre", "center")
     for pattern in _patterns():
         if match := pattern.fullmatch(words):
             parts = match.groupdict()
@@ -208,7 +208,7 @@ def place(scenes: Sequence[Scene], seeds: Sequence[int]) -> Placed:
     half = radius[..., None] * lookup(HALF_SIZES, "shape")
     color = lookup(COLORS, "color") + COLOR_JITTER * signed[:, 2:8].view(-1, 2, 3)
     background = torch.tensor([COLORS[scene.background] for scene in scenes]) + COLOR_JITTER * signed[:, 8:9]
-    alone = torch.tensor([PLACES[scene.objects[0].position or "centre"] for scene in scenes], dtype=torch.float64)
+    alone = torch.tensor([PLACES[scene.objects[0].position or "center"] for scene in scenes], dtype=torch.float64)
     alone = (alone + PLACE_JITTER * signed[:, 9:11])[:, None].expand(-1, 2, -1)
     center = torch.where(two[..., None], _side_by_side(scenes, half, uniform[:, 11:]), alone)
     shape = torch.tensor([[ATTRIBUTES["shape"].index(each.shape) for each in pair] for pair in objects])

@@ -116,6 +116,28 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> Iterator[
             signal.signal(number, handler_before)
 
 
+class Interruption:
+    """A handler of stop signals that kills child processes, raises KeyboardInterrupt and stores the signal's `number`.
+
+    A second signal of the same number kills this process.
+    """
+
+    number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)  # blocking library code handles the first one too late
+        sys.unraisablehook = self._interrupt_again
+        kill_children()
+        raise KeyboardInterrupt
+
+    def _interrupt_again(self, unraisable: Any) -> None:
+        """Interrupt again if Python ignored the exception because a callback raised it, such as an import hook."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.signal(self.number, self)
+            os.kill(os.getpid(), self.number)
+
+
 def run_as_worker() -> None:
     """Silence warnings, which the first process prints, and end when the first process ends."""
     warnings.simplefilter("ignore")

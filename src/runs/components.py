@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from src.config.arguments import GRID_SETTINGS
+from src.config.arguments import GRID_SETTINGS, import_target
 from src.errors import sentence
 
 if TYPE_CHECKING:
@@ -269,6 +270,22 @@ def _unwrap(value: Any) -> Any:
     if not isinstance(value, functools.partial):
         return value
     return functools.partial(value.func, *value.args, **{k: _unwrap(v) for k, v in value.keywords.items()})
+
+
+def inline_aliases(node: DictConfig, name: str) -> DictConfig:
+    """Return a copy of the node `name` without settings that only name others, as `urls` in `root: ${.urls}`.
+
+    Such a setting is not an argument of the target; the other one gets its value.
+    """
+    node = copy.deepcopy(node)
+    for key, value in to_plain(node, resolve=False).items():
+        if isinstance(value, str) and (match := re.fullmatch(r"\$\{\.(\w+)\}", value)):
+            target = import_target(f"{name}._target_", str(node._target_))
+            if (alias := match[1]) not in inspect.signature(target).parameters:
+                node[key] = node[alias]
+                with open_dict(node):
+                    del node[alias]
+    return node
 
 
 def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:

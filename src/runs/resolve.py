@@ -17,7 +17,7 @@ from src.distributed.ranks import fresh_folder
 from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import to_plain
+from src.runs.components import inline_aliases, to_plain
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
@@ -35,6 +35,7 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
     Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
     """
     cfg = copy.deepcopy(cfg)
+    cfg.data = inline_aliases(cfg.data, "data")
     _infer_folders(cfg)
     _inline_betas(cfg, checkpoint)
     _restore_settings(cfg, checkpoint)

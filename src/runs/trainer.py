@@ -36,7 +36,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     dev_run = bool(settings.get("fast_dev_run"))
     logs = settings.get("logger", True) and not dev_run
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
-    # Models set values of callbacks that may be missing; such nodes have no _target_.
+    # Experiments set values of callbacks that may be missing; such nodes have no _target_.
     callbacks = [instantiate_node(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
@@ -72,7 +72,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         "deterministic": settings.get("deterministic", False),  # None would keep the value of an earlier job.
         "use_distributed_sampler": False,  # The batch sampler splits the batch itself.
     }
-    trainer = _construct(cfg.trainer, settings, arguments)
+    trainer = _construct(settings, arguments)
     check_strategy(trainer)
     disable_slurm_requeue(trainer)
     return trainer
@@ -85,15 +85,15 @@ def world_size(cfg: DictConfig) -> int:
     names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
     settings = {name: value for name, value in trainer_settings(cfg).items() if name in names}
     arguments = {"logger": False, "plugins": [instantiate_node(node) for node in cfg.trainer.get("plugins") or []]}
-    return _construct(cfg.trainer, settings, arguments).world_size
+    return _construct(settings, arguments).world_size
 
 
-def _construct(node: DictConfig, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> "L.Trainer":
-    """Return a Trainer with the `settings` of a node and further arguments. Raises ValueError with one line."""
+def _construct(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> "L.Trainer":
+    """Return a Trainer with the `settings` of its node and further arguments. Raises ValueError with one line."""
     from src.runs.trainer_settings import explain_error
 
     try:
-        trainer: L.Trainer = instantiate_node(OmegaConf.masked_copy(node, [*settings]), arguments)
+        trainer: L.Trainer = instantiate_node(OmegaConf.create(dict(settings)), arguments)
     except Exception as error:
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
         raise ValueError(explain_error(cause or error, settings)) from error

@@ -60,7 +60,6 @@ def _are_nodes(value: Any) -> bool:
 
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "num_sanity_val_steps": (lambda n: n >= -1, "must be at least 0 batches, or -1 for all"),
     "devices": (lambda n: not isinstance(n, int) or n >= 1 or n == -1, "must be at least 1; auto takes all devices"),
     "max_time": (_is_duration, 'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours'),
     "overfit_batches": (_is_batch_limit, "must be a number of batches, or a fraction of the data in [0.0, 1.0]"),

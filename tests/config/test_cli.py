@@ -59,6 +59,13 @@ def test_format_override_survives_shell_and_hydra(value):
         ("seed=null", ["seed=null", "integer"]),
         ("zero_terminal_snr=5", ["zero_terminal_snr=5", "true or false"]),
         ("model.channel_mult=2", ["model.channel_mult=2", "list"]),
+        ("optimizer.lr=fast", ["optimizer.lr=fast", "number"]),
+        ("optimizer.lr=-1", ["optimizer.lr=-1"]),
+        ("recipe.lr=-1", ["recipe.lr=-1"]),
+        ("recipe.max_steps=1.5", ["recipe.max_steps=1.5", "integer"]),
+        ("lr=1", ["type optimizer.lr=1"]),
+        ("max_steps=1", ["type trainer.max_steps=1"]),
+        ("trainer.max_step=1", ["trainer.max_steps?"]),
         ("++optimiser.lr=1", []),
     ],
 )
@@ -76,10 +83,16 @@ def test_wrong_value_is_refused(override, fragments):
         assert fragment in message
 
 
+def test_suggestion_that_nothing_reads_warns():
+    with pytest.warns(UserWarning, match=r"recipe\.lr=1 .* optimizer\.lr"):
+        check_overrides("train", ["recipe.lr=1", "optimizer=sgd"])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
         [],
+        ["recipe.lr=1e-3", "recipe.max_steps=7", "recipe.ema_decay=0.9", "recipe.validate_every=5"],
         ["schedule=linear", "schedule.num_steps=100", "trainer.devices=4"],
         ["+trainer.limit_train_batches=3"],
         ["++trainer.limit_val_batches=3", "logger=[csv,wandb]"],

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
-from src.config.search_path import config_groups
-from src.runs.components import build_module, build_sampler
+from src.config.overrides import check_overrides
+from src.config.rules import RECIPE
+from src.config.search_path import CONF, config_groups
+from src.runs.components import build_module, build_sampler, inline_aliases
+from src.runs.resolve import resolve
 from tests.conftest import compose
 
 CSV = Path(__file__).parents[1] / "measurements.csv"
@@ -41,12 +44,13 @@ GIVEN = {
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     *("prepare", "download"),
-    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
 }
 
 
 def chosen(group: str, option: str) -> DictConfig:
-    return compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+    cfg = compose("train", f"{group}={option}", "run_dir=runs/x", *ALSO.get((group, option), []))
+    cfg.data = inline_aliases(cfg.data, "data")
+    return cfg
 
 
 def targets(cfg: DictConfig) -> list[DictConfig]:
@@ -124,6 +128,52 @@ def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(optio
     assert sum(p.numel() for p in net.parameters()) > 0
     assert node.trainer.max_steps >= node.validate_every
     assert 0 < node.optimizer.lr < 0.01
+
+
+def test_aliases_become_the_settings_that_refer_to_them():
+    cfg = compose("train", "data=webdataset", "data.urls=[a.tar,b.tar]", "run_dir=runs/x")
+    resolved = resolve(cfg, None, None).data
+    assert (resolved.root, resolved.val_root) == (["a.tar", "b.tar"], None)
+    assert not {"urls", "val_urls"} & set(resolved)
+    assert resolve(compose("train", "data=hub", "data.name=user/set", "run_dir=x"), None, None).data.root == "user/set"
+
+
+@pytest.mark.parametrize("option", config_groups()["model"])
+def test_models_set_only_network_and_recipe(option):
+    assert set(OmegaConf.load(CONF / "model" / f"{option}.yaml")) <= {"defaults", "model", "recipe"}
+
+
+@pytest.mark.parametrize("other", ["model=unet_adm", "experiment=cifar10_ddpm", "data=points"])
+def test_typed_groups_keep_their_own_values(other):
+    cfg = compose("train", other, "optimizer=sgd", "run_dir=runs/x")
+    assert cfg.optimizer.lr == OmegaConf.load(CONF / "optimizer" / "sgd.yaml").lr
+    assert compose("train", other, "callbacks=none", "run_dir=runs/x").callbacks.get("ema") is None
+
+
+def test_settings_of_the_recipe_are_read():
+    values = {
+        "lr": 0.5,
+        "warmup_steps": 3,
+        "ema_decay": 0.25,
+        "max_steps": 4,
+        "validate_every": 5,
+        "checkpoint_every": 6,
+    }
+    cfg = compose("train", *(f"recipe.{name}={value}" for name, value in values.items()), "run_dir=runs/x")
+    assert set(cfg.recipe) == set(values) == {name.removeprefix("recipe.") for name in RECIPE}
+    assert {name: OmegaConf.select(cfg, reader) for name, reader in RECIPE.items()} == {
+        f"recipe.{name}": value for name, value in values.items()
+    }
+
+
+def test_model_without_a_recipe_trains_with_defaults(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: mine.Network\n")
+    defaults = OmegaConf.load(CONF / "train.yaml").recipe
+    cfg = check_overrides("train", ["model=mine"], added=[f"file://{tmp_path}"])
+    assert {name: OmegaConf.select(cfg, reader) for name, reader in RECIPE.items()} == {
+        f"recipe.{name}": value for name, value in defaults.items()
+    }
 
 
 @pytest.mark.parametrize("option", config_groups()["trainer"])

@@ -77,8 +77,8 @@ def test_mixture_samples_have_its_mean_and_covariance():
     assert x.dtype == torch.float32
     found = x.double().numpy()
     assert (np.abs(found.mean(0) - mean) < 5 * np.sqrt(np.diag(covariance) / n)).all()
-    centred = found - mean
-    products = centred[:, :, None] * centred[:, None]
+    centered = found - mean
+    products = centered[:, :, None] * centered[:, None]
     assert (np.abs(products.mean(0) - covariance) < 5 * products.std(0) / math.sqrt(n)).all()
 
 

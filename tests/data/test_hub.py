@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from src.data import pixel_store
+from src.runs.components import inline_aliases
 from tests.conftest import compose
 
 datasets = pytest.importorskip("datasets")
@@ -236,7 +237,7 @@ def test_the_configuration_opens_a_dataset(tmp_path):
     images = parquet(tmp_path / "data")
     settings = [f"data.name='{tmp_path / 'data'}'", f"data.cache_dir='{tmp_path / 'cache'}'", "data.image_size=[6,8]"]
     cfg = compose("train", "data=hub", "run_dir=x", *settings, "data.num_workers=0")
-    data = instantiate(cfg.data)
+    data = instantiate(inline_aliases(cfg.data, "data"))
     data.setup()
     assert (data.train_indices, data.val_indices) != ([], [])
     assert sorted(data.val_indices) == [5, 6]

@@ -96,18 +96,20 @@ def test_each_caption_parses_to_its_scene():
 def test_captions_are_parsed_as_people_write_them():
     small, large = Object("circle", "red", "small", "top left"), Object("square", "blue", "large")
     assert caption(Scene((small,), "black")) == "a small red circle at the top left on a black background"
-    two = Scene((small._replace(position=None), large), "grey", "left of")
-    assert caption(two) == "a small red circle left of a large blue square on a grey background"
+    two = Scene((small._replace(position=None), large), "gray", "left of")
+    assert caption(two) == "a small red circle left of a large blue square on a gray background"
     assert parse("  A small red circle left of a large\nblue square on a GRAY background. ") == two
-    assert parse("large blue square, center, white background").objects[0].position == "centre"
+    assert parse("large blue square, center, white background").objects[0].position == "center"
+    british = "a small red circle in the centre on a grey background"
+    assert caption(parse(british)) == british.replace("centre", "center").replace("grey", "gray")
     assert parse("a small red circle above a small red circle on a black background").relation == "above"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a small pimk circle in the centre on a black background", "'pimk'"),
-        ("a small red squar in the centre on a black background", "square"),
+        ("a small pimk circle in the center on a black background", "'pimk'"),
+        ("a small red squar in the center on a black background", "square"),
         ("a small red circle", "not a caption"),
         ("a small red circle left of a large blue square", "not a caption"),
         ("", "not a caption"),
@@ -332,7 +334,7 @@ def test_evaluation_scenes_are_balanced(objects):
     for name, options in {**ATTRIBUTES, "relation": RELATIONS}.items():
         found = [counts[name, option] for option in options if counts[name, option]]
         assert not found or (len(found) == len(options) and max(found) - min(found) <= 0.2 * max(found))
-    assert {value for scene in held_out for value in values(scene)} >= {("size", "small"), ("background", "grey")}
+    assert {value for scene in held_out for value in values(scene)} >= {("size", "small"), ("background", "gray")}
 
 
 def test_held_out_scenes_need_held_out_combinations():

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from src.data import pixel_store
+from src.runs.components import inline_aliases
 from tests.conftest import compose
 
 webdataset = pytest.importorskip("webdataset")
@@ -276,7 +277,8 @@ def test_the_configuration_opens_shards(tmp_path):
     for folder in ("a", "b"):
         pattern = write(tmp_path / folder, with_texts(images), per_shard=10)
         settings = [f'data.urls="{pattern}"', f"data.cache_dir='{tmp_path / 'cache'}'", "data.image_size=[6,8]"]
-        data = instantiate(compose("train", "data=webdataset", "run_dir=x", *settings, "data.num_workers=0").data)
+        cfg = compose("train", "data=webdataset", "run_dir=x", *settings, "data.num_workers=0")
+        data = instantiate(inline_aliases(cfg.data, "data"))
         data.setup()
         held_out.append(data.val_indices)
         expected = np.stack([images[k] for k in data.train_indices])

@@ -280,8 +280,8 @@ class GaussianData:
     def ideal_output(self, diffusion, mix=None):
         """Return the output of the ideal network: the target at E[x_0 | x_t] and E[eps | x_t]."""
         t = self.transition.t
-        centred = (self.x_t - t.alpha * self.m) / self.variance(t)
-        mean = diffusion.target(self.m + t.alpha * self.s**2 * centred, t, t.sigma * centred)
+        centered = (self.x_t - t.alpha * self.m) / self.variance(t)
+        mean = diffusion.target(self.m + t.alpha * self.s**2 * centered, t, t.sigma * centered)
         return mean if mix is None else torch.cat([mean, mix.expand(mean.shape)], 1)
 
     def optimal(self, target, decoder_scale=1.0):
@@ -443,8 +443,8 @@ def test_flow_of_gaussian_data_is_exact(schedule, m, s):
 
         def predict(x, t):
             noised = t.alpha**2 * s**2 + t.sigma**2
-            centred = (x - t.alpha * data_mean) / noised
-            return Prediction(data_mean + t.alpha * s**2 * centred, t.sigma * centred)
+            centered = (x - t.alpha * data_mean) / noised
+            return Prediction(data_mean + t.alpha * s**2 * centered, t.sigma * centered)
 
         z, probe = normal((4, len(m)), 6), normal((4, len(m)), 7).sign()
         slope, divergence = flow_slope(predict, z, angle, level, probe)

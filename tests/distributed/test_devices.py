@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from torch.testing import assert_close
 
+from src.distributed.ranks import Interruption
 from src.errors import UsageError
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
@@ -26,8 +27,8 @@ from tests.runs.test_runs import weights
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global DiffusionModule, GracefulShutdown, Interruption
-    from src.training.callbacks.graceful_shutdown import GracefulShutdown, Interruption
+    global DiffusionModule, GracefulShutdown
+    from src.training.callbacks.graceful_shutdown import GracefulShutdown
     from src.training.module import DiffusionModule
 
 

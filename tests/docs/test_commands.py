@@ -35,6 +35,26 @@ def test_commands_of_the_documentation_are_accepted():
     assert refused == []
 
 
-def test_brackets_in_commands_are_quoted_for_zsh():
-    quoted = re.compile(r"'[^']*'|\"[^\"]*\"|#.*$")
-    assert [rest for _, rest in sorted(commands()) if set("[]*?~") & set(quoted.sub("", rest))] == []
+def shell_blocks() -> list[str]:
+    """Return the code blocks with commands to paste into a shell; a script with `#!` runs in its own."""
+    fenced = [block.partition("\n") for page in PAGES for block in FENCE.findall(page.read_text())]
+    blocks = [block.rstrip("`") for fence, _, block in fenced if fence in ("```", "```bash")]
+    starts = re.compile(r"^(python|make|torchrun|pip|git|source|export) ", re.MULTILINE)
+    return [block.replace("\\\n", " ") for block in blocks if starts.search(block) and not block.startswith("#!")]
+
+
+def test_commands_quote_what_zsh_expands():
+    """zsh matches file names by these characters, and reports an error if none matches."""
+    quoted = re.compile(r"'[^']*'|\"[^\"]*\"")
+    lines = [line for block in shell_blocks() for line in block.splitlines() if not line.startswith("#")]
+    assert len(lines) > 50
+    assert [line for line in lines if re.search(r"[\[\]{}*?~()^!]|(^|\s)=", quoted.sub("", line))] == []
+
+
+def test_comments_of_commands_are_safe_in_zsh():
+    """An interactive zsh runs a comment: alone in its line it fails without effect, after a command it is arguments."""
+    quoted = re.compile(r"'[^']*'|\"[^\"]*\"")
+    lines = [quoted.sub("", line) for block in shell_blocks() for line in block.splitlines()]
+    assert [line for line in lines if not line.startswith("#") and "#" in line] == []
+    comments = [line for block in shell_blocks() for line in block.splitlines() if line.startswith("#")]
+    assert [line for line in comments if set("`'\"$;&|<>") & set(line)] == []

@@ -105,9 +105,23 @@ def test_failed_saves_leave_no_old_checkpoint(tmp_path, monkeypatch):
     assert saved == ["step_6.ckpt", "step_7.ckpt"]
 
 
-def test_changed_settings_leave_out_paths():
-    before = {"run_dir": "/a", "trainer": {"max_steps": 6}, "seed": 1, "stop": {"path": "/a/last.ckpt"}, "resume": None}
-    now = {"run_dir": "/b", "trainer": {"max_steps": 9}, "seed": 1, "stop": {"path": "/b/last.ckpt"}, "resume": "/a"}
+def test_changed_settings_leave_out_paths_and_recipe():
+    before = {
+        "recipe": {"max_steps": 6},
+        "run_dir": "/a",
+        "trainer": {"max_steps": 6},
+        "seed": 1,
+        "stop": {"path": "/a/last.ckpt"},
+        "resume": None,
+    }
+    now = {
+        "recipe": {"max_steps": 9},
+        "run_dir": "/b",
+        "trainer": {"max_steps": 9},
+        "seed": 1,
+        "stop": {"path": "/b/last.ckpt"},
+        "resume": "/a",
+    }
     assert changed_settings(before, now) == ["trainer.max_steps: 6 -> 9"]
 
 

@@ -15,17 +15,6 @@ from src.errors import DataReadError
 from src.training.lightning_internals import disable_sigterm_broadcast, mark_step_completed, wait_for_children
 
 
-class Interruption:
-    """A signal handler that stops immediately and stores the signal's `number`."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        kill_children()
-        raise KeyboardInterrupt
-
-
 class GracefulShutdown(L.Callback):
     """On a signal, finish the current step of training, validation or sampling, save `path`, and stop.
 
