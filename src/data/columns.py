@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,9 @@ DATE_FORMATS = [
     "%m/%d/%y",
     "%d/%m/%y",
 ]
-DATE_FORMATS += ["%d %b %Y", "%d %B %Y", "%d-%b-%Y", "%b %d, %Y", "%B %d, %Y", "%Y-%m"]
+DATE_FORMATS += ["%d %b %Y", "%d %B %Y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y", "%Y-%m"]
+COMPACT_DATE, COMPACT_FORMAT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"), "%Y%m%d"
+"""Dates such as 20200131: what whole numbers are if all are such dates, and at least three differ."""
 TIME_FORMATS = [
     "",
     " %H:%M",
@@ -109,6 +111,8 @@ class Column:
     unit: str = ""
     format: str = ""
     """Of dates that are text, as in strftime; empty for dates with a type."""
+    unpadded: str = ""
+    """Directives of `format` whose numbers have no leading zero, such as "dm" for 3/1/2020."""
     suffix: str = ""
     """Text after each date, such as Z."""
     digits: int = 6
@@ -205,7 +209,7 @@ class Column:
         elif self.decimals is not None:
             display = display.round(self.decimals)
         result: Floats = display.clip(self.low, self.high) if clip and self.low is not None else display
-        return result
+        return result + 0.0  # 0 for -0.0
 
     def restore(self, display: Floats) -> "pd.Series[Any]":
         """Return cells of the file's type (N,) from display values. Not finite ones become missing."""
@@ -231,7 +235,9 @@ class Column:
         if self.levels is not None:
             return pd.Series(pd.Categorical(cells, categories=self.levels, ordered=self.ordered))
         if self.dtype is None:
-            dtype = {"number": "float64", "integer": "int64"}.get(self.type, "object")
+            dtype = "float64" if self.type == "number" else "object"
+            if self.type == "integer" and all(-(2**63) <= cell < 2**63 for cell in cells):
+                dtype = "int64"
             return pd.Series(cells, dtype=dtype)
         if self.type == "date":
             return pd.Series(cells) if self.dtype == "object" else pd.Series(cells).astype(self.dtype)
@@ -250,7 +256,7 @@ class Column:
         ticks = numbers * (UNITS[self.unit] // UNITS[unit])
         dates = pd.DatetimeIndex(ticks.astype(f"datetime64[{unit}]"))
         if self.format:
-            texts = dates.strftime(self.format)
+            texts = _date_texts(dates, self.format, self.unpadded)
             cut = 6 - self.digits if self.format.endswith("%f") else 0
             return [f"{text[: len(text) - cut]}{self.suffix}" for text in texts]
         if self.dtype == "object":
@@ -329,8 +335,9 @@ def _parse_known(table: Table, series: "pd.Series[Any]", known: Column) -> Cells
     given = known.format or known.type
     parsed = _parse_texts(table, series, missing, given) if text else _parse_typed(series, missing, given)
     if parsed.type == "date" and parsed.details:
-        ratio = UNITS[parsed.details["unit"]], UNITS[known.unit]
-        parsed = parsed._replace(values=parsed.values * ratio[0] // ratio[1])
+        found, wanted = UNITS[parsed.details["unit"]], UNITS[known.unit]
+        values = parsed.values * (found // wanted) if found >= wanted else parsed.values // (wanted // found)
+        parsed = parsed._replace(values=values)
     return parsed
 
 
@@ -376,6 +383,11 @@ def _left_out(missing: npt.NDArray[np.bool_], why: str) -> Cells:
     return Cells(None, [], missing, np.zeros_like(missing), why)
 
 
+def _all_invalid(given: str, missing: npt.NDArray[np.bool_]) -> Cells:
+    """Return a column none of whose cells is of the given type, or a date of the given format."""
+    return Cells("date" if "%" in given else given, [], missing, ~missing)  # type: ignore[arg-type]
+
+
 def _missing(series: "pd.Series[Any]", is_text: bool, words: set[str]) -> npt.NDArray[np.bool_]:
     missing: npt.NDArray[np.bool_] = series.isna().to_numpy(dtype=bool)
     if is_text or series.dtype == object or str(series.dtype) == "str":
@@ -388,7 +400,8 @@ def _missing(series: "pd.Series[Any]", is_text: bool, words: set[str]) -> npt.ND
 def _categories(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_]) -> Cells:
     """Return a column of categories, sorted, or in the order of pandas' categorical type."""
     cells = [cell.item() if isinstance(cell, np.generic) else cell for cell in series.tolist()]
-    present = [cell for cell, lacks in zip(cells, missing, strict=True) if not lacks]
+    invalid = np.array([not isinstance(cell, str | int | float | bool) for cell in cells]) & ~missing
+    present = [cell for cell, leave in zip(cells, missing | invalid, strict=True) if not leave]
     dtype = None if all(isinstance(cell, str) for cell in present) and series.dtype == object else str(series.dtype)
     details: dict[str, Any] = {"dtype": dtype}
     if str(series.dtype) == "category":
@@ -403,7 +416,6 @@ def _categories(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_]) -> Cel
         details["categories"] = sorted_names(present)
     else:
         details["categories"] = sorted(set(present), key=lambda cell: (isinstance(cell, str), cell))
-    invalid = np.array([not isinstance(cell, str | int | float | bool) for cell in cells]) & ~missing
     return Cells("category", np.array(cells, dtype=object), missing, invalid, details=details)
 
 
@@ -423,21 +435,19 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
             return _left_out(missing, f"constant {words[0]!r}")
     numeric = table.is_text or given in ("number", "integer")
     leading_zero = given is None and re.search(r"^[+-]?0\d+$", "\n".join(different), re.MULTILINE) is not None
-    if numeric and given in (None, "number", "integer") and not leading_zero:
+    compact = given is None and _are_compact_dates(different)
+    if numeric and given in (None, "number", "integer") and not leading_zero and not compact:
         numbers = to_numbers(cells, table.decimal)
         valid = np.array([number is not None and number - number == 0 for number in numbers])
         wide = _missing(series, True, MISSING_NUMBERS)
         if given is not None or valid.sum() > 0.5 * (~wide).sum():
             return _numbers_of_texts(cells, numbers, valid, wide, given, table.decimal, dtype)
     if given in (None, "date") or "%" in (given or ""):
-        patterns = [given] if given and "%" in given else None
-        if found := _dates_of_texts([cell for cell in cells if cell is not None], patterns):
-            ticks, details = found
-            values = np.zeros(len(cells), dtype=np.int64)
-            values[~missing] = ticks
-            return Cells("date", values, missing, np.zeros_like(missing), details={**details, "dtype": dtype})
+        patterns = [given] if given and "%" in given else [COMPACT_FORMAT] if compact else None
+        if (dates := _parse_dates(cells, missing, patterns, dtype)) is not None:
+            return dates
     if given is not None:
-        return Cells(given if given in get_args(ColumnType) else "date", [], missing, ~missing)  # type: ignore[arg-type]
+        return _all_invalid(given, missing)
     if len(different) <= MAX_CATEGORIES and 2 * len(different) <= len(present):
         parsed = _categories(series, missing)
         return parsed._replace(details={**parsed.details, "dtype": dtype})
@@ -504,10 +514,42 @@ def _dates_of_texts(
             continue
         ticks, unit = _ticks(dates)
         details: dict[str, Any] = {"format": pattern, "suffix": suffix, "unit": unit}
+        first, wanted = pd.DatetimeIndex(dates[:1000]), bare[:1000].tolist()
+        exact = (each for each in ("", "dm", "HI", "dmHI") if _date_texts(first, pattern, each) == wanted)
+        details["unpadded"] = next(exact, "")
         if pattern.endswith("%f"):
             details["digits"] = max(len(text.rpartition(".")[2]) for text in bare)
         return ticks, details
     return None
+
+
+def _date_texts(dates: "pd.DatetimeIndex", pattern: str, unpadded: str) -> list[str]:
+    """Return dates as text, without the leading zeros of the numbers of the directives `unpadded`."""
+    for directive in unpadded:
+        pattern = pattern.replace(f"%{directive}", f"\x01%{directive}")
+    return [re.sub("\x010?", "", text) for text in dates.strftime(pattern)]
+
+
+def _are_compact_dates(different: Collection[str]) -> bool:
+    """Return whether these texts of whole numbers are dates such as 20200131."""
+    import pandas as pd
+
+    if len(different) < 3 or not all(map(COMPACT_DATE.fullmatch, different)):
+        return False
+    return bool(pd.to_datetime(pd.Series(list(different)), format=COMPACT_FORMAT, errors="coerce").notna().all())
+
+
+def _parse_dates(
+    cells: Sequence[str | None], missing: npt.NDArray[np.bool_], patterns: Sequence[str] | None, dtype: str | None
+) -> Cells | None:
+    """Return a column of dates that are text; None if any is not a date."""
+    found = _dates_of_texts([cell for cell in cells if cell is not None], patterns)
+    if found is None:
+        return None
+    ticks, details = found
+    values = np.zeros(len(cells), dtype=np.int64)
+    values[~missing] = ticks
+    return Cells("date", values, missing, np.zeros_like(missing), details={**details, "dtype": dtype})
 
 
 def _ticks(dates: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], str]:
@@ -546,6 +588,8 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
             return _valid("boolean", values, missing, details)
         cells = [cell if lacks else int(cell) for cell, lacks in zip(cells, missing, strict=True)]
     if types.is_datetime64_any_dtype(series.dtype) or all(isinstance(cell, datetime.date) for cell in present):
+        if given in ("number", "integer", "boolean"):
+            return _all_invalid(given, missing)
         dates = pd.Series(pd.to_datetime(series[~missing])).reset_index(drop=True)
         ticks = np.zeros(len(series), dtype=np.int64)
         ticks[~missing], details["unit"] = _ticks(dates)
@@ -554,6 +598,14 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
         found = sorted({type(cell).__name__ for cell in present})
         return _left_out(missing, f"has values of type {first_names(found)}")
     whole = all(isinstance(cell, int | np.integer) for cell in present)
+    texts = [None if lacks else str(cell) for cell, lacks in zip(cells, missing, strict=True)] if whole else []
+    compact = given is None and whole and _are_compact_dates({text for text in texts if text is not None})
+    if compact or (given is not None and "%" in given):
+        as_dates = _parse_dates(texts, missing, [given or COMPACT_FORMAT], "int64" if dtype == "object" else dtype)
+        if whole and as_dates is not None:
+            return as_dates
+    if given is not None and given not in ("number", "integer"):
+        return _all_invalid(given, missing)
     if given == "integer" or (given is None and whole):
         ok = np.array([lacks or int(cell) == cell for cell, lacks in zip(cells, missing, strict=True)])
         values = [0 if lacks or not ok[k] else int(cells[k]) for k, lacks in enumerate(missing)]

@@ -8,7 +8,9 @@ import io
 import itertools
 import json
 import lzma
+import math
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +32,13 @@ NAMELESS = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
 """Header of the index that pandas writes, or names when it reads."""
 FILE_COLUMNS = ("file_name", "file", "filename", "image")
 """Names of a column with the files of images; `file_name` is that of Hugging Face's ImageFolder."""
-_COMMA_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}([. ]\d{3})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
+_SPACES = r" \u00a0\u2009\u202f'\u2019"
+_COMMA_DECIMAL = re.compile(rf"[+-]?(\d+|\d{{1,3}}([.{_SPACES}]\d{{3}})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
 _POINT_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?\.\d+(e[+-]?\d+)?", re.IGNORECASE)
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+_POINT_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
+_SPACED = re.compile(rf"[+-]?[1-9]\d{{0,2}}(([{_SPACES[1:]}]\d{{3}})+([.,]\d+)?|( \d{{3}})+[.,]\d+)")
+"""Thousands between apostrophes or spaces; between ordinary spaces only with a fraction, unlike telephone numbers."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ def cell_text(cell: Any) -> str:
     """Return a cell as text: an empty one if it is missing, and whole numbers without decimals."""
     if isinstance(cell, str):
         return cell
-    if cell is None or cell != cell or type(cell).__name__ in ("NAType", "NaTType"):
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
 
@@ -181,6 +187,8 @@ def is_number(cell: str, decimal: str = ".") -> bool:
 
 def to_number(cell: str, decimal: str = ".") -> float | None:
     """Return the number, which may be infinite or NaN, that a text states; None for another text."""
+    if _SPACED.fullmatch(cell):
+        cell = re.sub(f"[{_SPACES}]", "", cell)
     if decimal == ",":
         if "." in cell and not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+(,\d+)?", cell):
             return None
@@ -314,7 +322,10 @@ def _read_text(
     try:
         read = [([cell.strip() for cell in row], reader.line_num) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV file ({error}); save it again, or set {setting}") from error
+        raise ValueError(
+            f"{path} is not a CSV file (line {reader.line_num}: {error}); double each quote in a quoted cell, or save "
+            "it again"
+        ) from error
     read = read[1:] if declared else read
     if header is False:
         if read:
@@ -326,9 +337,10 @@ def _read_text(
     names = _clean_names(path, read[0][0])
     for cells, line in read[1:]:
         if len(cells) != len(names):
+            sign = "a comma" if found == "," else repr(found)
+            fix = "remove the lines above the header, or " if len(names) == 1 else ""
             raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; quote cells that contain "
-                f"{'a comma' if found == ',' else repr(found)}"
+                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; {fix}quote cells with {sign}"
             )
     import pandas as pd
 
@@ -340,6 +352,10 @@ def _read_text(
         decimal = "." if found == "," else find_decimal(cell for row, _ in read[1:] for cell in row)
     notes = [f"separator {found!r}"] if found != "," else []
     notes += ["decimal comma"] if decimal == "," else []
+    if found == ";" and decimal == ".":
+        numbers = [cell for row, _ in read[1:] for cell in row if _POINT_DECIMAL.fullmatch(cell)]
+        if numbers and all(map(_POINT_GROUPS.fullmatch, numbers)):
+            notes += [f"decimal point (if {numbers[0]} is a whole number, add data.decimal=comma)"]
     notes += [f"encoding {encoding_used}"] if encoding_used not in ("utf-8", "utf-8-sig") else []
     return Table(path, frame, [line for _, line in read[1:]], True, found, decimal, "text", notes)
 
@@ -392,13 +408,19 @@ def _read_parquet(path: Path, data: bytes) -> "pd.DataFrame":
 def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int | None) -> Table:
     import pandas as pd
 
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if not any(name.startswith("xl/") for name in archive.namelist()):
+                raise ValueError(
+                    f"{path} is a zip file without an Excel workbook; unpack it, or save the table as .xlsx or .csv"
+                )
     with _reading(path, "xlrd" if data.startswith(b"\xd0") else "openpyxl"):
         book = pd.ExcelFile(io.BytesIO(data))
     names = book.sheet_names
     if sheet is not None and sheet not in names and not (isinstance(sheet, int) and 0 <= sheet < len(names)):
         raise ValueError(f"data.sheet={sheet} is not a sheet of {path}; {did_you_mean(str(sheet), [*map(str, names)])}")
     with _reading(path, "openpyxl"):
-        cells = book.parse(sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
+        cells = pd.read_excel(book, sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
     cells = cells.map(lambda cell: None if cell == "" else cell).dropna(how="all").dropna(how="all", axis=1)
     numbers = [int(row) + 1 for row in cells.index]
     rows = cells.values.tolist()
@@ -439,6 +461,8 @@ def _read_json(path: Path, data: bytes) -> "pd.DataFrame":
 
     try:
         value = json.loads(decode_text(data, None, path)[0])
+        if isinstance(value, dict) and {"columns", "data"} <= value.keys():  # pandas' orientation "split"
+            return pd.DataFrame(value["data"], columns=value["columns"])
         # A list of records, alone or as in {"data": [...]}.
         lists = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, list)]
         if len(lists) == 1 and all(isinstance(record, dict) for record in lists[0]):

@@ -140,6 +140,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
         ({"decimal": ";"}, "data.decimal=;"),
         ({"separator": "comma "}, "data.separator=comma "),
         ({"encoders": "{}"}, "data.encoders"),
+        ({"columns": ["height"], "types": {"height": "integer"}}, "not an integer"),
         (
             {"columns": ["height"], "mean": [1.0, 2.0], "std": [1.0]},
             "data.mean and data.std must have 1 numbers",
@@ -163,6 +164,8 @@ def test_invalid_columns_raise(tmp_path, settings, message):
         ("a,b\n", "has 1 rows"),
         ("", "has 0 rows"),
         ('a,b\n1,"2\n', "is not a CSV file"),
+        ("a,b\n1,2\n1,2\n", "a (constant '1'), b (constant '2')"),
+        ("a,b\n1,0e-310\n3,4e-310\n5,1e-310\n", "line 2: column 'b' is '0e-310', which has no finite code"),
     ],
 )
 def test_invalid_cells_raise_with_line_and_column(tmp_path, contents, message):
