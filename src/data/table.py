@@ -9,18 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.columns import (
-    CategoryCode,
-    Cells,
-    Column,
-    ColumnType,
-    Transform,
-    from_json,
-    infer_column,
-    parse,
-    to_json,
-    type_override,
-)
+from src.data.column_types import parse, type_override
+from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table

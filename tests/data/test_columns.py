@@ -11,7 +11,8 @@ import pytest
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global Cells, Column, from_json, infer_column, parse, read_table, to_json, type_override
-    from src.data.columns import Cells, Column, from_json, infer_column, parse, to_json, type_override
+    from src.data.column_types import parse, type_override
+    from src.data.columns import Cells, Column, from_json, infer_column, to_json
     from src.data.table_files import read_table
 
 

@@ -16,7 +16,8 @@ import pytest
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global Table, find_decimal, find_separator, read_pairs, read_table, to_number
-    from src.data.table_files import Table, find_decimal, find_separator, read_pairs, read_table, to_number
+    from src.data.table_files import Table, read_pairs, read_table
+    from src.data.table_text import find_decimal, find_separator, to_number
 
 
 def read(path: Path, contents: str | bytes, **settings: object) -> "Table":
