@@ -84,14 +84,15 @@ def open_numpy(path: Path, key: str | None = None) -> Array:
     """
     try:
         names = _names_in_npz(path) if zipfile.is_zipfile(path) else None
+        problem = None if names is None else _problem_with_key(names, key)
         if names is None:
             array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif (problem := _problem_with_key(names, key)) is None:
+        elif problem is None:
             array = _open_npz(path, key or names[0])
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({reason}); save it again as numbers, or set data.root") from error
-    if names is not None and problem is not None:
+    if problem is not None:
         raise ValueError(f"{path}: {problem}")
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path} has values of type {array.dtype}; use integers or floats, or split complex numbers")

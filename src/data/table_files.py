@@ -316,7 +316,7 @@ def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int |
         raise ValueError(f"data.sheet={sheet} is not a sheet of {path}; {did_you_mean(str(sheet), [*map(str, names)])}")
     with _reading(path, "openpyxl"):
         cells = pd.read_excel(book, sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
-    cells = cells.map(lambda cell: None if cell == "" else cell).dropna(how="all").dropna(how="all", axis=1)
+    cells = cells.where(cells != "", None).dropna(how="all").dropna(how="all", axis=1)
     numbers = [int(row) + 1 for row in cells.index]
     rows = cells.values.tolist()
     first: list[Any] = [f"c{k}" for k in range(cells.shape[1])]
@@ -329,7 +329,7 @@ def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int |
     named = zip(_clean_names(path, first), columns, strict=True)
     frame = pd.DataFrame({name: pd.Series(list(each), dtype=object) for name, each in named})
     notes = [f"sheet {names[0] if sheet is None else sheet!r} of {len(names)}"] if len(names) > 1 else []
-    return Table(path, frame.infer_objects(), numbers, False, kind="excel", notes=notes)
+    return Table(path, _infer_types(frame), numbers, False, kind="excel", notes=notes)
 
 
 def _read_json_lines(path: Path, data: bytes) -> Table:
@@ -375,7 +375,16 @@ def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
 
     names = dict.fromkeys(name for record in records for name in record)
     frame = pd.DataFrame({n: pd.Series([r.get(n) for r in records], dtype=object) for n in names})
-    return frame.infer_objects()
+    return _infer_types(frame)
+
+
+def _infer_types(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return columns of objects with their types; whole numbers beside missing cells stay objects, not floats."""
+    inferred = frame.infer_objects()
+    for name in frame:
+        if inferred[name].dtype.kind == "f" and not any(isinstance(cell, float) for cell in frame[name].tolist()):
+            inferred[name] = frame[name]
+    return inferred
 
 
 @contextmanager

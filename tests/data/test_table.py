@@ -476,6 +476,19 @@ def test_missing_cells_are_refused_or_dropped(tmp_path):
     assert len(data.source) == COUNT
 
 
+def test_whole_numbers_beside_missing_cells_stay_integers(tmp_path):
+    frame = pd.DataFrame({"x": np.arange(9) % 4, "day": [20200101 + 3 * k for k in range(9)]}, dtype=object)
+    frame.loc[2, "x"] = frame.loc[5, "day"] = None
+    frame.to_excel(tmp_path / "a.xlsx", index=False)
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    for name in ("a.xlsx", "a.jsonl"):
+        data = opened(tmp_path / name, missing="drop")
+        assert [column.type for column in data.encoders] == ["integer", "date"]
+        restored = data.to_frame(data.postprocess(data.source.fetch(range(7))))
+        assert restored.values.tolist() == frame.dropna().values.tolist()
+        assert all(isinstance(cell, int) for cell in restored.x)
+
+
 def test_a_category_may_be_named_none(tmp_path):
     """pandas reads None and NA as missing."""
     frame = pd.DataFrame({"x": np.arange(20) % 7, "drink": ["None", "Beer"] * 10, "land": ["NA", "DE"] * 10})
