@@ -7,7 +7,8 @@ from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, find, group_by_image, open_images
 from src.data.scan import class_folders
-from src.data.table_files import FILE_COLUMNS, decode_text, first_names, read_pairs
+from src.data.table_files import FILE_COLUMNS, first_names, read_pairs
+from src.data.table_text import decode_text
 from src.quoting import format_override
 
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))

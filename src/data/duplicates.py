@@ -63,12 +63,7 @@ def _thumbnails(images: Tensor) -> Tensor:
 
 def across_split(duplicates: Duplicates, is_val: npt.NDArray[np.bool_]) -> int:
     """Return how many validation images are equal or similar to a training image; `is_val` (N,) marks validation."""
-    leaked: set[int] = set()
-    pairs = [*duplicates.near, *((group[0], k) for group in duplicates.exact for k in group[1:])]
-    for group in duplicates.exact:
-        if not all(is_val[group]):
-            leaked |= {k for k in group if is_val[k]}
-    for first, second in pairs:
-        if is_val[first] != is_val[second]:
-            leaked.add(first if is_val[first] else second)
-    return len(leaked)
+    groups = {group[0]: group for group in duplicates.exact}
+    alike = [*groups.values()]
+    alike += [[*groups.get(first, [first]), *groups.get(second, [second])] for first, second in duplicates.near]
+    return len({k for group in alike if not all(is_val[group]) for k in group if is_val[k]})

@@ -101,7 +101,7 @@ class Columns(NamedTuple):
     about: str
 
     def used(self) -> list[str]:
-        return [name for name in (self.image, self.label, self.caption) if name is not None]
+        return list(dict.fromkeys(name for name in (self.image, self.label, self.caption) if name is not None))
 
 
 def choose_splits(name: str, splits: Sequence[str], split: str | None, val_split: str | None) -> tuple[str, str | None]:
@@ -152,10 +152,11 @@ def choose_columns(
                 f"{format_override(f'data.source.{setting}', typed)} is not a column of {name}; "
                 f"{did_you_mean(typed, list(features))}"
             )
+    free = {each: feature for each, feature in features.items() if each not in (image, label, caption)}
     of_type = {
-        "image": [each for each, feature in features.items() if isinstance(feature, Image)],
-        "label": [each for each, feature in features.items() if isinstance(feature, ClassLabel)],
-        "caption": [each for each, feature in features.items() if _is_text(feature)],
+        "image": [each for each, feature in free.items() if isinstance(feature, Image)],
+        "label": [each for each, feature in free.items() if isinstance(feature, ClassLabel)],
+        "caption": [each for each, feature in free.items() if _is_text(feature)],
     }
     if image is None and len(of_type["image"]) != 1:
         several = ", ".join(of_type["image"] or features)
@@ -313,6 +314,10 @@ def _labels(parts: Sequence[Any], columns: Columns, typed: str | None) -> tuple[
             f"image, and {missing:,} of {len(values):,} are empty; choose another column"
         )
     if isinstance(feature, ClassLabel):
+        names = [list(part.features[columns.label].names) for part in parts]
+        if any(each != names[0] for each in names):  # the splits number their classes differently
+            which = np.repeat(np.arange(len(parts)), [len(part) for part in parts]).tolist()
+            return [names[part][value] for part, value in zip(which, values, strict=True)], ""
         return Labels(torch.tensor(values, dtype=torch.int64), list(feature.names)), ""
     return [str(value) for value in values], ""
 

@@ -9,18 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.columns import (
-    CategoryCode,
-    Cells,
-    Column,
-    ColumnType,
-    Transform,
-    from_json,
-    infer_column,
-    parse,
-    to_json,
-    type_override,
-)
+from src.data.column_types import parse, type_override
+from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
@@ -249,9 +239,12 @@ class TableDataModule(BaseDataModule):
         widths = torch.tensor(self.widths)
         mean, scale = (each.repeat_interleave(widths) for each in (self.mean, self.scale))
         samples = ((encoded - mean) / scale).float()
-        if not (finite := samples.isfinite().all(1)).all():
+        if not (finite := samples.isfinite()).all():
+            row, value = (int(k) for k in (~finite).nonzero()[0])
+            column = self.encoders[int(np.repeat(np.arange(len(self.widths)), self.widths)[value])]
             raise ValueError(
-                f"{table.place(int(finite.int().argmin()))}: a number is outside the domain of its transform"
+                f"{table.place(row)}: column {column.name!r} is {table.column(column.name)[row]!r:.40}, which has no "
+                f"finite code by data.transforms={{{column.name}: {column.transform}}}; use quantile, or scale it"
             )
         covariates = labels = None
         if self.condition_columns:
@@ -315,7 +308,8 @@ class TableDataModule(BaseDataModule):
                 self.left_out[name] = cells.why
         if not parsed:
             raise ValueError(
-                f"{table.path} has no column to model among {first_names(free) or 'none'}; add for example "
+                f"{table.path} has no column to model among "
+                f"{first_names([f'{name} ({self.left_out[name]})' for name in free]) or 'none'}; add for example "
                 f"{type_override(free[0], 'category') if free else 'data.columns=[...]'}"
             )
         conditions = {name: _condition(table, name) for name in self.condition_columns}
@@ -383,7 +377,9 @@ class TableDataModule(BaseDataModule):
 
     def _refuse_invalid(self, table: Table, name: str, cells: Cells, row: int) -> None:
         column = next((each for each in self.encoders if each.name == name), None)
-        what = f"not a {cells.type}" if cells.type != "number" else "not a finite number"
+        what = {"number": "not a finite number", "integer": "not an integer"}.get(
+            cells.type or "", f"not a {cells.type}"
+        )
         fix = "fill it in, or remove the row"
         if column is not None and column.categories:
             what = "unknown to the run"

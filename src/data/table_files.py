@@ -5,10 +5,11 @@ import csv
 import difflib
 import gzip
 import io
-import itertools
 import json
 import lzma
+import math
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,21 +19,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.data.sources import Labels
+from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number, one_line
 from src.quoting import format_override
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SEPARATORS = (",", ";", "\t", "|")
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """Functions that decompress files with these first bytes."""
 NAMELESS = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
 """Header of the index that pandas writes, or names when it reads."""
 FILE_COLUMNS = ("file_name", "file", "filename", "image")
 """Names of a column with the files of images; `file_name` is that of Hugging Face's ImageFolder."""
-_COMMA_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}([. ]\d{3})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
-_POINT_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?\.\d+(e[+-]?\d+)?", re.IGNORECASE)
-_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 
 
 @dataclass(frozen=True)
@@ -168,42 +166,9 @@ def cell_text(cell: Any) -> str:
     """Return a cell as text: an empty one if it is missing, and whole numbers without decimals."""
     if isinstance(cell, str):
         return cell
-    if cell is None or cell != cell or type(cell).__name__ in ("NAType", "NaTType"):
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and math.isnan(cell)):
         return ""
     return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
-
-
-def is_number(cell: str, decimal: str = ".") -> bool:
-    """Return whether a text is a finite number."""
-    value = to_number(cell, decimal)
-    return value is not None and value - value == 0
-
-
-def to_number(cell: str, decimal: str = ".") -> float | None:
-    """Return the number, which may be infinite or NaN, that a text states; None for another text."""
-    if decimal == ",":
-        if "." in cell and not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+(,\d+)?", cell):
-            return None
-        cell = cell.replace(".", "").replace(",", ".")
-    elif "," in cell and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", cell):
-        cell = cell.replace(",", "")
-    try:
-        return None if "_" in cell else float(cell)
-    except ValueError:
-        return None
-
-
-def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | None]:
-    """Return `to_number` of each cell; None stays None."""
-    if decimal == ".":
-        try:
-            numbers = [float(cell) for cell in cells]  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            pass
-        else:
-            if not any("_" in cell for cell in cells if cell):
-                return numbers
-    return [None if cell is None else to_number(cell, decimal) for cell in cells]
 
 
 def labels_from_names(names: Iterable[str]) -> Labels:
@@ -233,67 +198,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # Text files
-
-
-def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
-    """Return the text and its encoding: UTF-8, UTF-16, else cp1252, else Latin-1. Raises ValueError for other data."""
-    if encoding is None:
-        zeros = [data[:2000][side::2].count(0) for side in (0, 1)]
-        marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-        marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
-        if marked is None and max(zeros) > len(data[:2000]) / 5 and min(zeros) * 5 < max(zeros):
-            marked = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-        candidates = [marked] if marked else ["utf-8", "cp1252", "latin-1"]
-    else:
-        candidates = [encoding]
-    for name in candidates:
-        try:
-            text = data.decode(name)
-        except UnicodeDecodeError as error:
-            reason = one_line(error)
-        except LookupError as error:
-            raise ValueError(f"data.encoding={encoding} is unknown; use one of Python's, such as cp1252") from error
-        else:
-            if "\0" in text:
-                raise ValueError(f"{path} is not a text file, it contains null bytes; save the table as CSV in UTF-8")
-            return text, name
-    raise ValueError(f"{path} is not text in {candidates[0]} ({reason}); save it as UTF-8")
-
-
-def find_separator(text: str) -> str:
-    """Return the separator that splits the first lines into the most cells of equal number; a comma if none does."""
-    head = [line for line in itertools.islice(io.StringIO(text, newline=""), 200) if line.strip()]
-    best, chosen = (0.0, 0), ","
-    for separator in SEPARATORS:
-        counts = [len(row) for row in csv.reader(head, delimiter=separator)]
-        if len(counts) and counts[0] > 1:
-            score = sum(count == counts[0] for count in counts) / len(counts), counts[0]
-            if score > best:
-                best, chosen = score, separator
-    if best == (0.0, 0) and len(head) > 1:
-        rows = [line.split() for line in head]
-        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) and all(map(is_number, row)) for row in rows[1:]):
-            return " "
-    return chosen
-
-
-def find_decimal(cells: Iterable[str]) -> str:
-    """Return the decimal sign, "," or ".", of most cells with a fraction.
-
-    Groups of three digits after a comma are thousands only beside fractions with a point.
-    """
-    comma = point = groups = 0
-    for cell in cells:
-        if "," in cell or "." in cell:
-            groups += (group := _THOUSANDS.fullmatch(cell) is not None)
-            comma += not group and _COMMA_DECIMAL.fullmatch(cell) is not None
-            point += _POINT_DECIMAL.fullmatch(cell) is not None
-    return "," if comma > point or (groups and not point) else "."
 
 
 def _read_text(
@@ -314,7 +219,10 @@ def _read_text(
     try:
         read = [([cell.strip() for cell in row], reader.line_num) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
-        raise ValueError(f"{path} is not a CSV file ({error}); save it again, or set {setting}") from error
+        raise ValueError(
+            f"{path} is not a CSV file (line {reader.line_num}: {error}); double each quote in a quoted cell, or save "
+            "it again"
+        ) from error
     read = read[1:] if declared else read
     if header is False:
         if read:
@@ -326,9 +234,10 @@ def _read_text(
     names = _clean_names(path, read[0][0])
     for cells, line in read[1:]:
         if len(cells) != len(names):
+            sign = "a comma" if found == "," else repr(found)
+            fix = "remove the lines above the header, or " if len(names) == 1 else ""
             raise ValueError(
-                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; quote cells that contain "
-                f"{'a comma' if found == ',' else repr(found)}"
+                f"{path}, line {line}: {len(cells)} cells under {len(names)} names; {fix}quote cells with {sign}"
             )
     import pandas as pd
 
@@ -340,6 +249,8 @@ def _read_text(
         decimal = "." if found == "," else find_decimal(cell for row, _ in read[1:] for cell in row)
     notes = [f"separator {found!r}"] if found != "," else []
     notes += ["decimal comma"] if decimal == "," else []
+    if found == ";" and decimal == "." and (number := ambiguous_number(cell for row, _ in read[1:] for cell in row)):
+        notes += [f"decimal point (if {number} is a whole number, add data.decimal=comma)"]
     notes += [f"encoding {encoding_used}"] if encoding_used not in ("utf-8", "utf-8-sig") else []
     return Table(path, frame, [line for _, line in read[1:]], True, found, decimal, "text", notes)
 
@@ -392,14 +303,20 @@ def _read_parquet(path: Path, data: bytes) -> "pd.DataFrame":
 def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int | None) -> Table:
     import pandas as pd
 
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if not any(name.startswith("xl/") for name in archive.namelist()):
+                raise ValueError(
+                    f"{path} is a zip file without an Excel workbook; unpack it, or save the table as .xlsx or .csv"
+                )
     with _reading(path, "xlrd" if data.startswith(b"\xd0") else "openpyxl"):
         book = pd.ExcelFile(io.BytesIO(data))
     names = book.sheet_names
     if sheet is not None and sheet not in names and not (isinstance(sheet, int) and 0 <= sheet < len(names)):
         raise ValueError(f"data.sheet={sheet} is not a sheet of {path}; {did_you_mean(str(sheet), [*map(str, names)])}")
     with _reading(path, "openpyxl"):
-        cells = book.parse(sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
-    cells = cells.map(lambda cell: None if cell == "" else cell).dropna(how="all").dropna(how="all", axis=1)
+        cells = pd.read_excel(book, sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
+    cells = cells.where(cells != "", None).dropna(how="all").dropna(how="all", axis=1)
     numbers = [int(row) + 1 for row in cells.index]
     rows = cells.values.tolist()
     first: list[Any] = [f"c{k}" for k in range(cells.shape[1])]
@@ -412,7 +329,7 @@ def _read_excel(path: Path, data: bytes, header: bool | None, sheet: str | int |
     named = zip(_clean_names(path, first), columns, strict=True)
     frame = pd.DataFrame({name: pd.Series(list(each), dtype=object) for name, each in named})
     notes = [f"sheet {names[0] if sheet is None else sheet!r} of {len(names)}"] if len(names) > 1 else []
-    return Table(path, frame.infer_objects(), numbers, False, kind="excel", notes=notes)
+    return Table(path, _infer_types(frame), numbers, False, kind="excel", notes=notes)
 
 
 def _read_json_lines(path: Path, data: bytes) -> Table:
@@ -439,6 +356,8 @@ def _read_json(path: Path, data: bytes) -> "pd.DataFrame":
 
     try:
         value = json.loads(decode_text(data, None, path)[0])
+        if isinstance(value, dict) and {"columns", "data"} <= value.keys():  # pandas' orientation "split"
+            return pd.DataFrame(value["data"], columns=value["columns"])
         # A list of records, alone or as in {"data": [...]}.
         lists = [each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, list)]
         if len(lists) == 1 and all(isinstance(record, dict) for record in lists[0]):
@@ -456,7 +375,16 @@ def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
 
     names = dict.fromkeys(name for record in records for name in record)
     frame = pd.DataFrame({n: pd.Series([r.get(n) for r in records], dtype=object) for n in names})
-    return frame.infer_objects()
+    return _infer_types(frame)
+
+
+def _infer_types(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Return columns of objects with their types; whole numbers beside missing cells stay objects, not floats."""
+    inferred = frame.infer_objects()
+    for name in frame:
+        if inferred[name].dtype.kind == "f" and not any(isinstance(cell, float) for cell in frame[name].tolist()):
+            inferred[name] = frame[name]
+    return inferred
 
 
 @contextmanager

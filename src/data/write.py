@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from src.data.arrays import AUDIO_SUFFIXES, NIFTI_SUFFIXES, ArrayDataModule
+from src.data.array_files import AUDIO_SUFFIXES, NIFTI_SUFFIXES
+from src.data.arrays import ArrayDataModule
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.images import ImageDataModule
 
@@ -37,8 +38,11 @@ def write_sample(folder: Path, k: int, array: Array, data: ImageDataModule) -> P
     if suffix in AUDIO_SUFFIXES:
         import soundfile
 
-        path = folder / f"{name}.wav"
-        soundfile.write(path, values.T, header["sample_rate"], "PCM_16" if values.dtype == np.int16 else "FLOAT")
+        subtype = header.get("subtype") or ("PCM_16" if values.dtype == np.int16 else "FLOAT")
+        kind = {".aif": "AIFF"}.get(suffix, suffix[1:].upper())
+        kind = kind if soundfile.check_format(kind, subtype) else "WAV"
+        path = folder / f"{name}{'.wav' if kind == 'WAV' else suffix}"
+        soundfile.write(path, values.T, header["sample_rate"], subtype, format=kind)
     elif suffix in NIFTI_SUFFIXES:
         import nibabel
 

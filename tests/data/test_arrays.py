@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from src.data.arrays import ArrayDataModule, Arrays, arrange, fit, fit_header, open_numpy
+from src.data.array_files import arrange, open_numpy
+from src.data.array_store import fit, fit_header
+from src.data.arrays import ArrayDataModule, Arrays
 from src.data.write import to_type, write_arrays
 from src.errors import DataReadError
 
@@ -76,6 +78,11 @@ def test_a_named_array_of_several_is_read(tmp_path):
         ((9, 2, 30), None, (2, 30), (9, 1, 2, 30)),
         ((9, 4, 8, 8), None, None, (9, 4, 8, 8)),
         ((9, 8, 8, 3), 3, None, (9, 3, 8, 8)),  # channels at the end
+        ((9, 30, 2), 2, None, (9, 2, 30)),
+        ((9, 30, 12), 12, None, (9, 12, 30)),
+        ((9, 30, 12), 30, None, (9, 30, 12)),
+        ((9, 30, 1), 1, None, (9, 1, 30)),
+        ((9, 8, 8, 3), None, (8, 8, 3), (9, 1, 8, 8, 3)),
         ((9, 8, 8, 8), 1, None, (9, 1, 8, 8, 8)),
         ((9, 1, 6, 7, 8), None, None, (9, 1, 6, 7, 8)),
     ],
@@ -88,6 +95,7 @@ def test_settings_tell_a_missing_axis(shape, channels, size, expected):
 def test_ambiguous_and_wrong_shapes_name_the_setting(tmp_path):
     for shape, settings, setting in (
         ((9, 8, 8, 3), {}, "data.channels=3"),
+        ((9, 30, 12), {}, "data.channels=12"),
         ((9, 2, 8, 8, 8, 8), {}, "N x C x L"),
         ((9, 2, 30), {"channels": 3, "image_size": [30]}, "data.channels=3"),
         ((9, 2, 30), {"channels": 2, "image_size": [40]}, "data.image_size="),
@@ -131,6 +139,28 @@ def test_samples_return_in_the_type_of_the_file(dtype, high, value_range, num_va
 
 def test_integers_beyond_the_type_are_clipped():
     assert to_type(np.array([-3.0, 1.6, 40000.0]), "int16").tolist() == [-3, 2, 32767]
+
+
+def test_values_that_float32_cannot_tell_apart_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", 1e9 + np.random.default_rng(0).normal(size=(9, 1, 8)))
+    with pytest.raises(ValueError, match=r"data\.value_range=\[.*float32"):
+        opened(tmp_path / "x.npy")
+
+
+def test_files_of_either_byte_order_are_read(tmp_path):
+    for k in range(6):
+        np.save(tmp_path / f"{k}.npy", ramp(2, 5, dtype=">i2" if k % 2 else "<i2") + k)
+    data = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert data.inferred["dtype"] == "int16" and "int16 values" in data.source.summary
+    assert data.source.fetch([1, 4]).tolist() == [(ramp(2, 5) + 1).tolist(), (ramp(2, 5) + 4).tolist()]
+
+
+def test_the_arrays_of_files_are_named(tmp_path):
+    for k in range(6):
+        np.savez(tmp_path / f"{k}.npz", image=ramp(1, 5) + k, label=k)
+    with pytest.raises(DataReadError, match=r"image, label; set data\.source\.key=image"):
+        module(tmp_path)
+    assert opened(tmp_path, source_key="image", cache_dir=str(tmp_path / "cache")).shape == (1, 5)
 
 
 def test_labels_come_from_integers_and_tables(tmp_path):
@@ -224,6 +254,36 @@ def test_silence_is_zero_inside(tmp_path):
     assert x[0].tolist() == [[0, -2000, 0, 0], [500, 100, 0, 0]]
     assert data.preprocess(x)[0, 0].tolist() == [0, -1, 0, 0]
     assert opened(tmp_path, image_size=[4], channels=1).source.fetch([0])[0].tolist() == [[250, -950, 0, 0]]
+
+
+def test_changed_lengths_and_mixed_channels_are_counted(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    for k, (length, channels) in enumerate([(5, 1), (7, 1), (3, 2), (5, 2), (5, 1), (9, 1)]):
+        soundfile.write(tmp_path / f"{k}.wav", np.full((length, channels), k / 10), 8000)
+    summary = opened(tmp_path, cache_dir=str(tmp_path / "cache")).source.summary
+    for part in ("2 cut", "1 filled up with zeros", "2 mixed down"):
+        assert part in summary
+
+
+@pytest.mark.parametrize(
+    ("ending", "subtype"),
+    [("wav", "PCM_U8"), ("wav", "PCM_16"), ("wav", "PCM_24"), ("wav", "FLOAT"), ("flac", "PCM_24"), ("aif", "PCM_S8")],
+)
+def test_audio_returns_in_its_bits_and_format(ending, subtype, tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    for k in range(6):
+        wave = np.sin(np.arange(40) + k)[:, None] / 2
+        soundfile.write(tmp_path / f"{k}.{ending}", wave, 8000, subtype, format="AIFF" if ending == "aif" else None)
+    data = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    out.mkdir()
+    values = data.source.fetch(range(6))
+    write_arrays(out, data.denormalize(data.preprocess(values)).numpy(), data)
+    written = soundfile.SoundFile(out / f"00002.{ending}")
+    assert (written.subtype, written.samplerate) == (subtype, 8000)
+    names = [str(Path(each).stem) for each in data.source.ids]
+    original = soundfile.read(tmp_path / f"{names[2]}.{ending}")[0]
+    assert np.abs(written.read() - original).max() < 1e-6
 
 
 def test_scaled_volumes_have_their_scaled_values(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global Cells, Column, from_json, infer_column, parse, read_table, to_json, type_override
-    from src.data.columns import Cells, Column, from_json, infer_column, parse, to_json, type_override
+    from src.data.column_types import parse, type_override
+    from src.data.columns import Cells, Column, from_json, infer_column, to_json
     from src.data.table_files import read_table
 
 
@@ -39,6 +40,9 @@ def column_of(path: Path, cells: list[str], **settings: object) -> "Cells":
         (["3/14/2020", "12/1/2020"], "date"),
         (["2020-01-05T10:00:00Z", "2021-12-31T23:59:59Z"], "date"),
         (["5 Jan 2020", "31 Dec 2021"], "date"),
+        (["05-Jan-20", "31-Dec-21"], "date"),
+        (["20200131", "20200201", "20211231"], "date"),
+        (["20200131", "20200232", "20211231"], "integer"),
         (["a", "b", "c"], None),
         (["one two", "three four", "one two", "five"], None),
         (["7", "7", "7"], None),
@@ -83,6 +87,64 @@ def test_dates_are_counted_in_their_coarsest_unit(tmp_path):
     column = infer_column("t", cells, "standardize", "onehot")
     assert column.label == "t (hours since 1970-01-03T00)"
     assert column.restore(np.array([0.0, 1.0])).tolist() == ["1970-01-03 00:00", "1970-01-03 01:00"]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["3/1/2020", "12/25/2020", "1/30/2021"],
+        ["05.03.2020 7:00", "31.12.2020 12:05", "01.01.2021 0:30"],
+        ["Mar 1, 2020", "Dec 25, 2020"],
+        ["1.3.20 9:05", "12.11.20 10:00"],
+        ["20200131", "20200201", "20211231"],
+        ["1199-03-01", "2020-02-29", "9999-12-31"],
+    ],
+)
+def test_dates_return_as_they_were_written(tmp_path, cells):
+    """Also where they are read a second time, in the unit that the run stores."""
+    column = infer_column("value", column_of(tmp_path, cells), "standardize", "onehot")
+    again = column_of(tmp_path, cells, known=column)
+    assert column.restore(column.display(again.values)).tolist() == cells
+
+
+def test_whole_numbers_in_typed_files_are_dates(tmp_path):
+    """If all are dates without separators; their type stays."""
+    frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "day": np.array([20200131, 20211231, 20200201], np.int32)})
+    frame.to_parquet(tmp_path / "a.parquet")
+    cells = parse(read_table(tmp_path / "a.parquet", "data.path"), "day")
+    assert cells.type == "date" and np.diff(cells.values).tolist() == [700, -699]
+    restored = infer_column("day", cells, "standardize", "onehot").restore(np.array([0.0, 700.0, 1.0]))
+    assert restored.dtype == np.int32 and restored.tolist() == frame.day.tolist()
+
+
+def test_a_type_that_no_cell_has_is_invalid(tmp_path):
+    """Instead of another type without a word."""
+    frame = pd.DataFrame({"x": [1, 2, 4], "day": pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-04"])})
+    frame.to_parquet(tmp_path / "a.parquet")
+    table = read_table(tmp_path / "a.parquet", "data.path")
+    for name, given in (("x", "date"), ("x", "%d.%m.%Y"), ("x", "boolean"), ("day", "number"), ("day", "integer")):
+        cells = parse(table, name, given)
+        assert cells.type == ("date" if "%" in given else given) and cells.invalid.all(), (name, given)
+
+
+def test_lists_in_cells_are_left_out(tmp_path):
+    frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "tags": [["a"], [], ["b", "c"]]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    table = read_table(tmp_path / "a.parquet", "data.path")
+    assert "ndarray" in parse(table, "tags").why and len(table.row_texts()) == 3
+    assert parse(table, "tags", "category").invalid.all()
+
+
+def test_restored_numbers_have_no_negative_zero():
+    column = Column("x", decimals=1, low=-1.0, high=1.0)
+    restored = column.decode(np.array([[-1e-9], [-0.5]]))
+    assert restored.tolist() == [0.0, -0.5] and not np.signbit(restored[0])
+
+
+def test_integers_beyond_64_bits_are_restored(tmp_path):
+    texts = [str(10**25 + k * k) for k in range(4)]
+    column = infer_column("value", column_of(tmp_path, texts), "standardize", "onehot")
+    assert column.restore(np.array([0.0, 9.0])).tolist() == [10**25, 10**25 + 9]
 
 
 @pytest.mark.parametrize("code", ["onehot", "bits"])

@@ -26,6 +26,13 @@ def test_copies_and_similar_images_are_found():
     assert across_split(found, is_val) == 2  # 7 equals 3, and 12 resembles 30
 
 
+def test_copies_of_similar_images_count_as_similar():
+    """Also where the first of the copies is on the same side of the split."""
+    found = Duplicates(exact=[[0, 5], [2, 6]], near=[(0, 7), (2, 3)], compared=8)
+    for val, count in (([0, 7], 2), ([5, 7], 2), ([2, 6], 2), ([2, 3, 6], 0), ([2], 1)):
+        assert across_split(found, np.isin(np.arange(8), val)) == count, val
+
+
 def test_images_of_one_color_are_not_similar():
     """Their thumbnails have no direction; equal ones are exact duplicates."""
     images = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 1, 8, 8).contiguous()

@@ -243,3 +243,25 @@ def test_the_configuration_opens_a_dataset(tmp_path):
     assert sorted(data.val_indices) == [5, 6]
     expected = torch.from_numpy(np.stack([images[k] for k in data.val_indices])).permute(0, 3, 1, 2)
     assert torch.equal(data.postprocess(data.examples(2)), expected)
+
+
+def test_a_text_is_a_class_if_it_is_named(tmp_path):
+    """And a caption, too, only if that is named as well."""
+    texts = ["red", "blue", "red", "blue"]
+    data = dataset(pictures(4), text=texts).remove_columns("label")
+    data.save_to_disk(tmp_path / "data")
+    source = opened(tmp_path / "data", label_column="text")
+    assert [source.labels.classes[k] for k in source.labels.targets] == texts and source.captions is None
+    source = opened(tmp_path / "data", label_column="text", caption_column="text")
+    assert source.captions == [[text] for text in texts] and source.labels is not None
+
+
+def test_classes_of_splits_are_matched_by_name(tmp_path):
+    """Although each split numbers them in its own order."""
+    train, val = dataset(pictures(4)), dataset(pictures(2, seed=1))
+    val = val.cast_column("label", datasets.Value("int64")).cast_column(
+        "label", datasets.ClassLabel(names=["cat", "dog"])
+    )
+    datasets.DatasetDict(train=train, validation=val).save_to_disk(tmp_path / "data")
+    labels = opened(tmp_path / "data").labels
+    assert [labels.classes[k] for k in labels.targets] == ["dog", "cat", "dog", "cat", "cat", "dog"]

@@ -140,6 +140,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
         ({"decimal": ";"}, "data.decimal=;"),
         ({"separator": "comma "}, "data.separator=comma "),
         ({"encoders": "{}"}, "data.encoders"),
+        ({"columns": ["height"], "types": {"height": "integer"}}, "not an integer"),
         (
             {"columns": ["height"], "mean": [1.0, 2.0], "std": [1.0]},
             "data.mean and data.std must have 1 numbers",
@@ -163,6 +164,8 @@ def test_invalid_columns_raise(tmp_path, settings, message):
         ("a,b\n", "has 1 rows"),
         ("", "has 0 rows"),
         ('a,b\n1,"2\n', "is not a CSV file"),
+        ("a,b\n1,2\n1,2\n", "a (constant '1'), b (constant '2')"),
+        ("a,b\n1,0e-310\n3,4e-310\n5,1e-310\n", "line 2: column 'b' is '0e-310', which has no finite code"),
     ],
 )
 def test_invalid_cells_raise_with_line_and_column(tmp_path, contents, message):
@@ -471,6 +474,19 @@ def test_missing_cells_are_refused_or_dropped(tmp_path):
         assert restored.city.tolist() == frame.dropna().city.tolist()
     data = opened(tmp_path / "a.csv", types={"city": "text", "day": "text"})
     assert len(data.source) == COUNT
+
+
+def test_whole_numbers_beside_missing_cells_stay_integers(tmp_path):
+    frame = pd.DataFrame({"x": np.arange(9) % 4, "day": [20200101 + 3 * k for k in range(9)]}, dtype=object)
+    frame.loc[2, "x"] = frame.loc[5, "day"] = None
+    frame.to_excel(tmp_path / "a.xlsx", index=False)
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    for name in ("a.xlsx", "a.jsonl"):
+        data = opened(tmp_path / name, missing="drop")
+        assert [column.type for column in data.encoders] == ["integer", "date"]
+        restored = data.to_frame(data.postprocess(data.source.fetch(range(7))))
+        assert restored.values.tolist() == frame.dropna().values.tolist()
+        assert all(isinstance(cell, int) for cell in restored.x)
 
 
 def test_a_category_may_be_named_none(tmp_path):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pytest
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global Table, find_decimal, find_separator, read_pairs, read_table, to_number
-    from src.data.table_files import Table, find_decimal, find_separator, read_pairs, read_table, to_number
+    from src.data.table_files import Table, read_pairs, read_table
+    from src.data.table_text import find_decimal, find_separator, to_number
 
 
 def read(path: Path, contents: str | bytes, **settings: object) -> "Table":
@@ -69,6 +71,10 @@ def test_numbers_have_either_decimal_sign_and_thousands():
         ("1.5", ",", None),
         ("1_000", ".", None),
         ("12.5.2020", ",", None),
+        ("1'234.5", ".", 1234.5),
+        ("1\u00a0234", ",", 1234),
+        ("12 345,6", ",", 12345.6),
+        ("555 123 456", ".", None),
     ):
         assert to_number(cell, decimal) == value, cell
 
@@ -131,6 +137,8 @@ def test_names_of_years_and_of_categories_are_a_header(tmp_path):
         ("a,b\n", "has 1 rows"),
         ("", "has 0 rows"),
         ('a,b\n1,"2\n', "is not a CSV file"),
+        ('a,b\n1,"x \\"y\\""\n', "line 2"),
+        ("# by x\na,b\n1,2\n", "remove the lines above the header"),
         (b"\x89PNG\x00\x00\x01", "null bytes"),
     ],
 )
@@ -149,7 +157,8 @@ def test_typed_files_keep_their_types(tmp_path):
     frame().to_json(tmp_path / "b.json")
     frame().to_json(tmp_path / "a.jsonl", orient="records", lines=True)
     (tmp_path / "c.json").write_text(json.dumps({"data": frame().to_dict("records"), "version": 1}))
-    for name in ("a.parquet", "a.xlsx", "a.json", "b.json", "a.jsonl", "c.json"):
+    frame().to_json(tmp_path / "d.json", orient="split")
+    for name in ("a.parquet", "a.xlsx", "a.json", "b.json", "a.jsonl", "c.json", "d.json"):
         table = read_table(tmp_path / name, "data.path", header=None)
         assert not table.is_text and table.frame.to_dict("list") == frame().to_dict("list"), name
         assert table.column("n") == ["1", "2", "3"] and table.frame.n.dtype == np.int64
@@ -160,6 +169,19 @@ def test_the_index_of_a_parquet_file_is_a_column(tmp_path):
     assert read_table(tmp_path / "a.parquet", "data.path").names == ["s", "n", "x", "b"]
     frame().iloc[[2, 0]].to_parquet(tmp_path / "b.parquet")
     assert read_table(tmp_path / "b.parquet", "data.path").names == ["n", "x", "s", "b"]
+
+
+def test_a_zip_file_that_is_not_a_workbook_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.csv", "a\n1\n")
+    assert "unpack it" in refused(tmp_path / "a.zip", (tmp_path / "a.zip").read_bytes())
+
+
+def test_ambiguous_points_are_reported(tmp_path):
+    """With a semicolon as the separator, 1.234 is a whole number in many countries."""
+    rows = "".join(f"{k}.234;{k % 3}\n" for k in range(1, 6))
+    assert any("data.decimal=comma" in note for note in read(tmp_path / "a.csv", "a;b\n" + rows).notes)
+    assert not any("data.decimal" in note for note in read(tmp_path / "a.csv", "a;b\n0.5;1\n" + rows).notes)
 
 
 def test_sheets_are_chosen_by_name(tmp_path):

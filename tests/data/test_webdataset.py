@@ -5,6 +5,7 @@ import gzip
 import http.server
 import io
 import json
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ SHAPE = (6, 8)
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not during collection."""
-    global module, shards
-    from src.data import webdataset as module
+    global shard_files, shard_index, shards
+    from src.data import shard_files, shard_index
     from src.data.webdataset import shards
 
 
@@ -94,7 +95,7 @@ def test_the_stored_index_has_the_same_samples(tmp_path, monkeypatch):
     pattern = write(tmp_path / "in", with_texts(pictures(4)), per_shard=2)
     first = opened(tmp_path, pattern, cache=False)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "tar_places", None)
+        patched.setattr(shard_index, "tar_places", None)
         again = opened(tmp_path, pattern, cache=False)
     assert np.array_equal(pixels(again), pixels(first))
     assert again.captions == first.captions and named(again) == named(first)
@@ -136,6 +137,27 @@ def test_the_ending_of_the_images_is_chosen(tmp_path):
     assert np.array_equal(pixels(opened(tmp_path, pattern, image_key="photo.png;mask.png")), [*images, masks[3]])
     pattern = write(tmp_path / "arrays", [{"png": png(images[0]), "npy": np.zeros(3)}])
     assert np.array_equal(pixels(opened(tmp_path, pattern)), images[:1])
+
+
+def test_shards_are_not_for_training_and_validation(tmp_path):
+    pattern = write(tmp_path / "in", with_texts(pictures(4)), per_shard=2)
+    with pytest.raises(ValueError, match=r"data\.val_urls names .*0001\.tar twice"):
+        opened(tmp_path, pattern, val_root=f"{tmp_path}/in/0001.tar")
+
+
+def test_files_that_belong_to_no_sample_are_reported(tmp_path):
+    """Names without an ending; a key ends at its first dot."""
+    image = pictures(1)[0]
+    for name, members in (("a", ["s0.png", "README", "._s0.png"]), ("b", ["v1.0.png", "v1.1.png"])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for member in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(png(image))
+                archive.addfile(info, io.BytesIO(png(image)))
+    source = opened(tmp_path, f"{tmp_path}/a.tar")
+    assert len(source) == 1 and [*source.found.left_out.values()] == [["a.tar/README", "a.tar/._s0.png"]]
+    with pytest.raises(ValueError, match="keys without dots"):
+        opened(tmp_path, f"{tmp_path}/b.tar")
 
 
 def test_shards_of_validation_are_the_validation_set(tmp_path):
@@ -183,6 +205,8 @@ def test_a_shard_that_is_cut_off_is_refused(tmp_path, rest):
         ("in/{0000..0001.tar", ValueError, "braces"),
         ("s3://bucket/0.tar", ValueError, "http"),
         ("in/text.tar", ValueError, "not a tar file"),
+        ("in", ValueError, "in/*.tar"),
+        (["in/0000.tar", "in/*.tar"], ValueError, "0000.tar twice"),
         ("in/broken.tar", ValueError, "not JSON"),
     ],
 )
@@ -204,7 +228,7 @@ def test_compressed_shards_are_unpacked_once(tmp_path, monkeypatch):
     packed.write_bytes(gzip.compress((tmp_path / "in" / "0000.tar").read_bytes()))
     assert np.array_equal(pixels(opened(tmp_path, str(packed))), images)
     with monkeypatch.context() as patched:
-        patched.setattr(module.tarfile, "open", None)
+        patched.setattr(shard_files.tarfile, "open", None)
         assert np.array_equal(pixels(opened(tmp_path, str(packed))), images)
     packed.write_bytes(packed.read_bytes()[:-200])
     with pytest.raises(ValueError, match=r"images\.tar\.gz cannot be read"):

@@ -1,0 +1,108 @@
+"""An array of samples in a file as a source."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.data.decode import Array
+from src.data.sources import Covariates, Labels
+
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of an array that are measured at a time."""
+
+
+class ArraySource:
+    """Samples (N, C, *size) of an array in a file, which `open_array` maps into memory.
+
+    `rows` are those of the array that are used. `value_range`, `dtype`, `suffix`, `header`, `summary` and `unreadable`
+    are as in `FolderImages` and `ArrayDataModule`.
+    """
+
+    covariates: Covariates | None = None
+    captions: Sequence[Sequence[str]] | None = None
+
+    def __init__(
+        self,
+        open_array: Callable[[], Array],
+        rows: Array | None,
+        labels: Labels | None,
+        ids: Sequence[str] | None,
+        val_mask: Array | None,
+        sizes: Sequence[int] | None,
+        value_range: tuple[float, float],
+        suffix: str,
+        header: Mapping[str, Any] | None,
+        summary: str,
+        unreadable: dict[str, str],
+    ) -> None:
+        self.open_array = open_array
+        self.array: Array | None = open_array()
+        self.rows = rows
+        self.labels = labels
+        self.ids = ids
+        self.val_mask = val_mask
+        self.sizes = sizes
+        self.value_range = value_range
+        self.dtype = self.array.dtype.name
+        self.suffix = suffix
+        self.header = header
+        self.summary = summary
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return len(self._array()) if self.rows is None else len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "array": None}  # a process maps the file itself, instead of copying the array
+
+    def stamps(self) -> Sequence[int] | None:
+        """Return the sizes of the files; None for one file, since hashing all samples takes too long."""
+        return self.sizes
+
+    def fetch(self, indices: Sequence[int]) -> Tensor:
+        """Return samples (N, C, *size), uint8 for 8 bits and booleans, else float32."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        values = self._array()[chosen if self.rows is None else self.rows[chosen]]
+        return torch.from_numpy(values.astype(np.uint8 if values.dtype in (np.uint8, np.bool_) else np.float32))
+
+    def _array(self) -> Array:
+        if self.array is None:
+            self.array = self.open_array()
+        return self.array
+
+
+def measure(path: Path, array: Array) -> tuple[float, float]:
+    """Return the least and the largest value of (N, *shape). Raises ValueError for values that are not finite."""
+    lows, highs = [], []
+    step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, len(array), step):
+        part = array[start : start + step]
+        low, high = float(part.min()), float(part.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            bad = np.flatnonzero(~np.isfinite(part).all(axis=tuple(range(1, part.ndim))))
+            raise ValueError(f"{path} has values that are not finite (sample {start + int(bad[0])}); remove the sample")
+        lows.append(low)
+        highs.append(high)
+    return min(lows), max(highs)
+
+
+def check_resolution(limits: tuple[float, float]) -> None:
+    """Raise ValueError if float32, the type of the network's inputs, has few different values between the limits."""
+    low, high = limits
+    if high - low < 2**-16 * max(abs(low), abs(high)):  # less than 256 of them
+        raise ValueError(
+            f"data.value_range=[{low:.10g},{high:.10g}] is too narrow for its distance from 0 in float32; subtract a "
+            "constant from the values of the files"
+        )
+
+
+def describe_array(array: Array, limits: tuple[float, float]) -> str:
+    """Return the end of the summary: channels, size, type and range."""
+    channels, *size = array.shape[1:]
+    shape = "x".join(map(str, size))
+    values = f"{array.dtype.name} values in [{limits[0]:g}, {limits[1]:g}]"
+    return f"; {channels} channel{'s' * (channels > 1)} of {shape}; {values}"

@@ -1,0 +1,151 @@
+"""Decode files of one sample each once, to one size, into an array in the cache."""
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, read_file, suffix_of
+from src.data.decode import Array
+from src.data.folder import check_readable
+from src.data.pixel_store import default_cache_dir, store_key
+from src.data.scan import FoundImages
+from src.errors import DataReadError
+from src.quoting import format_override
+
+log = logging.getLogger(__name__)
+
+
+def decode_all(
+    found: FoundImages, channels: int, size: tuple[int, ...], key: str | None, cache_dir: str | None
+) -> Path:
+    """Decode all files once into the cache and return its folder, with `samples.npy` and `about.json`.
+
+    The folder is complete or does not exist, whenever a process is killed. One process decodes; others wait for it.
+    Raises ValueError if the cache cannot be written, and DataReadError if no file can be read.
+    """
+    from filelock import FileLock
+
+    cache = default_cache_dir().with_name("arrays") if cache_dir is None else Path(cache_dir)
+    folder = cache / store_key(found, (channels, size, key))
+    if (folder / "about.json").exists():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if (folder / "about.json").exists():
+                return folder
+            for left in cache.glob(f"{folder.name}.partial*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            part = cache / f"{folder.name}.partial{os.getpid()}"
+            try:
+                part.mkdir()
+                _decode_into(part, found, channels, size, key)
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        setting = format_override("data.cache_dir", str(cache))
+        raise ValueError(f"{setting} cannot hold the decoded files ({error}); set it to a folder with room") from error
+    return folder
+
+
+def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[int, ...], key: str | None) -> None:
+    from tqdm import tqdm
+
+    errors: dict[int, str] = {}
+    out: Any = None
+    low, high, header = np.inf, -np.inf, {}
+    changes: Counter[str] = Counter()
+    bar = tqdm(range(len(found)), "Decoding once", unit="file", disable=None if len(found) >= 512 else True)
+    for k, (sample, reason) in zip(bar, _read_all(found, channels, size, key), strict=True):
+        if sample is not None and out is None:
+            header = sample.header
+            needed, free = len(found) * sample.values.nbytes, shutil.disk_usage(folder).free
+            log.info(f"Decoding {len(found):,} files once ({needed / 1e6:,.0f} MB in {folder.parent})")
+            if needed > free:
+                raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+            out = np.lib.format.open_memmap(
+                folder / "samples.npy", "w+", sample.values.dtype, (len(found), *sample.values.shape)
+            )
+        if sample is not None and out is not None:
+            if sample.values.dtype != out.dtype:
+                reason = f"its values have type {sample.values.dtype}, and those of others {out.dtype}"
+            elif sample.header.get("sample_rate") != header.get("sample_rate"):
+                rates = sample.header.get("sample_rate"), header.get("sample_rate")
+                reason = f"its sample rate is {rates[0]}, and that of others {rates[1]}"
+            else:
+                out[k] = sample.values
+                changes.update(sample.changes)
+                low, high = min(low, float(sample.values.min())), max(high, float(sample.values.max()))
+        if reason:
+            errors[k] = reason
+    if out is None:
+        check_readable(found, errors, 1.0, "files")  # raises, since none is left
+    assert out is not None
+    out.flush()
+    about = {"low": low, "high": high, "header": header or None, "errors": errors, "changes": changes}
+    (folder / "about.json").write_text(json.dumps(about))
+
+
+def _read_all(
+    found: FoundImages, channels: int, size: tuple[int, ...], key: str | None
+) -> Iterator[tuple[Sample | None, str]]:
+    """Yield each sample as (C, *size), or None and the reason why it cannot be read or does not suit."""
+    for k in range(len(found)):
+        try:
+            sample = read_file(found, k, key)
+            mixed = mix(found.names[k], sample.values, channels)
+            values = arrange(Path("it"), mixed, channels, size, batched=False)
+            header = fit_header(sample.header, values.shape[1:], size)
+        except (DataReadError, ValueError) as error:
+            yield None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
+        else:
+            changes = ["mixed down"] if len(mixed) < len(sample.values) else []
+            if values.shape[1:] != size:
+                cut = "cut" if values.shape[1] > size[0] else "filled up with zeros"
+                changes.append(cut if len(size) == 1 else "resampled")
+            yield Sample(fit(values, size), header, changes), ""
+
+
+def mix(name: str, values: Array, channels: int | None) -> Array:
+    """Return audio with several channels as one, if one is wanted; other data unchanged."""
+    if suffix_of(name) in AUDIO_SUFFIXES and channels == 1 < len(values):
+        mixed: Array = values.mean(0, keepdims=True).astype(values.dtype)
+        return mixed
+    return values
+
+
+def fit(values: Array, size: tuple[int, ...]) -> Array:
+    """Return (C, *any size) of the wanted size: signals cut or filled up with zeros, others resampled.
+
+    Resampling averages where all sides shrink, and interpolates linearly otherwise. It keeps the type.
+    """
+    if values.shape[1:] == size:
+        return values
+    if len(size) == 1:
+        cut = values[:, : size[0]]
+        return np.pad(cut, ((0, 0), (0, size[0] - cut.shape[1])))
+    shrinks = all(n <= m for n, m in zip(size, values.shape[1:], strict=True))
+    mode = "area" if shrinks else ("bilinear" if len(size) == 2 else "trilinear")
+    x = torch.from_numpy(values.astype(np.float64))[None]
+    resampled = F.interpolate(x, size, mode=mode)[0].numpy()
+    return (np.rint(resampled) if values.dtype.kind in "biu" else resampled).astype(values.dtype)
+
+
+def fit_header(header: Mapping[str, Any], before: Sequence[int], size: Sequence[int]) -> dict[str, Any]:
+    """Return the header of a volume that was resampled: its affine maps the same corner to the same place."""
+    if "affine" not in header or tuple(before) == tuple(size):
+        return dict(header)
+    steps = np.array([m / n for m, n in zip(before, size, strict=True)])
+    change = np.diag([*steps, 1.0])
+    change[:3, 3] = (steps - 1) / 2
+    return {"affine": (np.asarray(header["affine"]) @ change).tolist()}

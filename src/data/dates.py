@@ -1,0 +1,100 @@
+"""Formats of dates in texts, and dates as whole numbers of a unit of time."""
+
+import re
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DATE_FORMATS = [
+    "%Y-%m-%d",
+    "%Y/%m/%d",
+    "%d.%m.%Y",
+    "%m/%d/%Y",
+    "%d/%m/%Y",
+    "%d-%m-%Y",
+    "%d.%m.%y",
+    "%m/%d/%y",
+    "%d/%m/%y",
+]
+DATE_FORMATS += ["%d %b %Y", "%d %B %Y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y", "%Y-%m"]
+COMPACT_DATE, COMPACT_FORMAT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"), "%Y%m%d"
+"""Dates such as 20200131: what whole numbers are if all are such dates, and at least three differ."""
+TIME_FORMATS = [
+    "",
+    " %H:%M",
+    " %H:%M:%S",
+    " %H:%M:%S.%f",
+    "T%H:%M",
+    "T%H:%M:%S",
+    "T%H:%M:%S.%f",
+    " %I:%M %p",
+    " %I:%M:%S %p",
+]
+UNITS = {"D": 86_400_000_000_000, "h": 3_600_000_000_000, "m": 60_000_000_000, "s": 1_000_000_000}
+UNITS |= {"ms": 1_000_000, "us": 1_000, "ns": 1}
+"""Nanoseconds of each unit of time."""
+UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+
+
+def dates_of_texts(
+    texts: Sequence[str], patterns: Sequence[str] | None
+) -> tuple[npt.NDArray[np.int64], dict[str, Any]] | None:
+    """Return dates as units since 1970, and the details of their column; None if any text is not a date."""
+    import pandas as pd
+
+    if not all(any(c.isdigit() for c in text) and len(text) <= 40 for text in texts[:100]):
+        return None
+    ends = {match[0] if (match := re.search(r"(?<=\d)\s?(Z|[+-]\d\d:?\d\d|UTC)$", text)) else "" for text in texts}
+    suffix = ends.pop() if len(ends) == 1 else ""
+    if suffix and not any(":" in text for text in texts[:1]):  # 01-02-2020 ends in digits, not in a time zone
+        suffix = ""
+    bare = pd.Series([text.removesuffix(suffix) for text in texts], dtype=object)
+    for pattern in patterns or [date + time for date in DATE_FORMATS for time in TIME_FORMATS]:
+        if pd.to_datetime(bare[:20], format=pattern, errors="coerce").isna().any():
+            continue
+        dates = pd.to_datetime(bare, format=pattern, errors="coerce")
+        if dates.isna().any():
+            continue
+        ticks, unit = ticks_of(dates)
+        details: dict[str, Any] = {"format": pattern, "suffix": suffix, "unit": unit}
+        first, wanted = pd.DatetimeIndex(dates[:1000]), bare[:1000].tolist()
+        exact = (each for each in ("", "dm", "HI", "dmHI") if date_texts(first, pattern, each) == wanted)
+        details["unpadded"] = next(exact, "")
+        if pattern.endswith("%f"):
+            details["digits"] = max(len(text.rpartition(".")[2]) for text in bare)
+        return ticks, details
+    return None
+
+
+def date_texts(dates: "pd.DatetimeIndex", pattern: str, unpadded: str) -> list[str]:
+    """Return dates as text, without the leading zeros of the numbers of the directives `unpadded`."""
+    for directive in unpadded:
+        pattern = pattern.replace(f"%{directive}", f"\x01%{directive}")
+    return [re.sub("\x010?", "", text) for text in dates.strftime(pattern)]
+
+
+def are_compact_dates(different: Collection[str]) -> bool:
+    """Return whether these texts of whole numbers are dates such as 20200131."""
+    import pandas as pd
+
+    if len(different) < 3 or not all(map(COMPACT_DATE.fullmatch, different)):
+        return False
+    return bool(pd.to_datetime(pd.Series(list(different)), format=COMPACT_FORMAT, errors="coerce").notna().all())
+
+
+def ticks_of(dates: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], str]:
+    """Return dates without missing ones as units since 1970, and the coarsest unit that is exact."""
+    if getattr(dates.dt, "tz", None) is not None:
+        dates = dates.dt.tz_convert("UTC").dt.tz_localize(None)
+    array = dates.to_numpy(dtype=dates.dtype if str(dates.dtype).startswith("datetime64") else "datetime64[ns]")
+    size = UNITS[np.datetime_data(array.dtype)[0]]
+    ticks = array.astype(np.int64)
+    for unit, length in UNITS.items():
+        if length >= size and not (ticks % (length // size)).any():
+            return ticks // (length // size), unit
+    raise AssertionError("the unit of the dates is exact")

@@ -1,0 +1,93 @@
+"""Shards as uncompressed tar files on this machine: downloads and compressed shards are stored once."""
+
+import http.client
+import logging
+import os
+import re
+import shutil
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Callable
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from src.quoting import format_override
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+"""The first bytes of files compressed by gzip, bzip2 and xz."""
+TIMEOUT = 60
+"""Seconds without an answer after which a download fails."""
+
+logger = logging.getLogger(__name__)
+
+
+def local_shard(url: str, store: Path, setting: str) -> Path:
+    """Return the path of an uncompressed shard, after downloading or decompressing it into `store` if necessary."""
+    path = Path(url)
+    if re.match(r"https?://", url):
+        name = Path(url.partition("?")[0]).name or "shard.tar"
+        path = store / sha256(url.encode()).hexdigest()[:16] / name
+        try:
+            _store_once(path, partial(_download, url))
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ValueError(
+                f"{format_override(setting, url)} cannot be downloaded ({' '.join(str(error).split()):.200}); check "
+                "the URL and the network"
+            ) from error
+    with path.open("rb") as file:
+        compressed = file.read(6).startswith(COMPRESSED)
+    if not compressed:
+        return path
+    status = path.stat()
+    key = sha256(repr((str(path.resolve()), status.st_size, status.st_mtime_ns)).encode()).hexdigest()[:16]
+    target = store / key / f"{path.name.partition('.')[0]}.tar"
+    try:
+        _store_once(target, partial(_decompress, path))
+    except (EOFError, tarfile.TarError, zlib.error, OSError) as error:
+        raise damaged_shard(path, error) from error
+    return target
+
+
+def _store_once(target: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill the file `target` unless it exists; other processes see all of it or none."""
+    from filelock import FileLock
+
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{target.name}.lock")):
+        if target.exists():
+            return
+        partial_file = target.with_name(f"{target.name}.partial")
+        try:
+            with partial_file.open("wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial_file, target)
+        finally:
+            partial_file.unlink(missing_ok=True)
+
+
+def _download(url: str, file: BinaryIO) -> None:
+    logger.info("Downloading %s", url)
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        shutil.copyfileobj(response, file)
+        expected = response.headers.get("Content-Length")
+    if expected is not None and file.tell() != int(expected):
+        raise OSError(f"{file.tell()} of {expected} bytes arrived")
+
+
+def _decompress(path: Path, file: BinaryIO) -> None:
+    with tarfile.open(path) as archive:
+        contents: Any = archive.fileobj  # the decompressed file
+        contents.seek(0)
+        shutil.copyfileobj(contents, file)
+
+
+def damaged_shard(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()).removeprefix(f"{path} ") or type(error).__name__
+    return ValueError(f"the shard {path} cannot be read ({reason}); write it again, or leave it out of data.urls")

@@ -1,0 +1,234 @@
+"""The index of the samples in shards: the place of each image, with captions and classes."""
+
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from src.cache import write_atomically
+from src.data.decode import ARRAY_SUFFIXES, image_suffixes
+from src.data.encoded import Names
+from src.data.scan import tar_places
+from src.data.shard_files import damaged_shard
+from src.data.table_files import first_names
+from src.quoting import format_override
+
+CAPTION_KEYS = ("txt", "text", "caption", "captions")
+"""Endings of files with the caption, or keys of the .json."""
+LABEL_KEYS = ("cls", "label", "class")
+"""Endings of files with the class, or keys of the .json."""
+
+
+class Keys(NamedTuple):
+    """The typed endings, or keys of the .json, of image, caption and class."""
+
+    image: str | None
+    caption: str | None
+    label: str | None
+
+
+class ShardIndex(NamedTuple):
+    """The images in shards: number of the `shard`, `offset` and `size` in bytes (N,), name, captions and class.
+
+    `captions` and `classes` are None if samples have none. `about` and `left_out` say what is not used.
+    """
+
+    shard: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    names: Names
+    captions: list[list[str]] | None
+    classes: Names | None
+    left_out: dict[str, list[str]]
+    about: str
+
+
+def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
+    """Return the index of the shards, after reading the headers of all files, and all captions and classes."""
+    from tqdm import tqdm
+
+    samples: list[_Sample] = []
+    left_out: dict[str, list[str]] = {}
+    for number, path in enumerate(tqdm(paths, unit="shard", desc="Indexing shards once", disable=len(paths) < 10)):
+        try:
+            places = tar_places(path)
+        except ValueError as error:
+            raise damaged_shard(path, error) from error
+        if places is None:
+            raise damaged_shard(path, ValueError("it is not a tar file"))
+        with path.open("rb") as file:
+            samples += _samples_of(file, path, number, places, keys, left_out)
+    if not samples:
+        others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items()) or "no files"
+        raise ValueError(f"data.urls has no images in {len(paths)} shards ({others}); set data.urls to other shards")
+    without = {
+        "caption": [each.image for each in samples if not each.captions],
+        "class": [each.image for each in samples if each.label is None],
+    }
+    about = ""
+    for what, typed in (("caption", keys.caption), ("class", keys.label)):
+        missing = without[what]
+        if missing and typed is not None:
+            setting = "caption_key" if what == "caption" else "label_key"
+            raise ValueError(
+                f"{format_override(f'data.source.{setting}', typed)}: {len(missing)} of {len(samples)} samples have "
+                f"no such {what} ({first_names(missing)}); choose another ending or key"
+            )
+        if 0 < len(missing) < len(samples):
+            about += f"; {len(missing):,} images have no {what}, so none is used"
+    return ShardIndex(
+        np.array([each.shard for each in samples], np.int64),
+        np.array([each.place[0] for each in samples], np.int64),
+        np.array([each.place[1] for each in samples], np.int64),
+        Names(each.image for each in samples),
+        None if without["caption"] else [each.captions or [] for each in samples],
+        None if without["class"] else Names(each.label or "" for each in samples),
+        left_out,
+        about,
+    )
+
+
+class _Sample(NamedTuple):
+    """The image of a sample, its captions and its class; None without one."""
+
+    shard: int
+    image: str
+    place: tuple[int, int]
+    captions: list[str] | None
+    label: str | None
+
+
+def _samples_of(
+    file: BinaryIO,
+    path: Path,
+    number: int,
+    places: dict[str, tuple[int, int]],
+    keys: Keys,
+    left_out: dict[str, list[str]],
+) -> Iterator[_Sample]:
+    """Yield the samples of a shard, in the order of their first files."""
+    files: dict[str, dict[str, str]] = {}
+    for name in places:
+        if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name):
+            files.setdefault(match[1], {})[match[2].lower()] = name
+        else:
+            left_out.setdefault("files whose names are not key.ending", []).append(f"{path.name}/{name}")
+
+    def text(name: str) -> str:
+        offset, size = places[name]
+        file.seek(offset)
+        try:
+            return file.read(size).decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: {name} is not UTF-8 text ({error}); write it again as UTF-8") from error
+
+    for key, endings in files.items():
+        image = _image_of(path, key, endings, keys.image)
+        if image is None:
+            left_out.setdefault("samples without an image", []).append(f"{path.name}/{key}")
+            continue
+        fields = _Fields(path, endings, text)
+        captions = fields.first((keys.caption,) if keys.caption else CAPTION_KEYS)
+        label = fields.first((keys.label,) if keys.label else LABEL_KEYS)
+        texts = [each.strip() for each in (captions if isinstance(captions, list) else [captions]) if each is not None]
+        name = endings[image]
+        if isinstance(label, list):
+            raise ValueError(f"{path}: {key} has the class {label!r:.60}; it must be a name or a whole number")
+        yield _Sample(number, name, places[name], [each for each in texts if each] or None, label or None)
+
+
+def _image_of(path: Path, key: str, endings: dict[str, str], typed: str | None) -> str | None:
+    """Return the ending of a sample's image, or None without one. Raises ValueError if there are several."""
+    if typed is not None:
+        wanted = [each.strip().removeprefix(".") for each in typed.lower().split(";")]
+        return next((each for each in wanted if each in endings), None)
+    images = [each for each in endings if f".{each.rpartition('.')[2]}" in image_suffixes()]
+    files = [each for each in images if f".{each.rpartition('.')[2]}" not in ARRAY_SUFFIXES] or images
+    if len(files) > 1:
+        raise ValueError(
+            f"{path}: {key} has the images {first_names(files)}; set data.source.image_key to one of these endings, or "
+            "write keys without dots"
+        )
+    return files[0] if files else None
+
+
+class _Fields:
+    """The texts of a sample: in files by their endings, and in its .json by their keys."""
+
+    def __init__(self, path: Path, endings: dict[str, str], text: Callable[[str], str]) -> None:
+        self.path = path
+        self.endings = endings
+        self.text = text
+        self._json: dict[str, Any] | None = None
+
+    def first(self, keys: Sequence[str]) -> str | list[str] | None:
+        """Return the first of these texts; a number becomes text. Raises ValueError for other values."""
+        for key in keys:
+            if key.lower() in self.endings and key.lower() != "json":
+                return self.text(self.endings[key.lower()])
+        for key in keys:
+            value = self.json().get(key)
+            if isinstance(value, bool | float | dict):
+                raise ValueError(
+                    f"{self.path}: {self.endings['json']} has {key}={value!r:.60}; it must be a text or a whole number"
+                )
+            if value is not None:
+                return [str(each) for each in value] if isinstance(value, list) else str(value)
+        return None
+
+    def json(self) -> dict[str, Any]:
+        if self._json is None:
+            self._json = {}
+            if "json" in self.endings:
+                name = self.endings["json"]
+                try:
+                    loaded = json.loads(self.text(name))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{self.path}: {name} is not JSON ({error}); write the shard again") from error
+                self._json = loaded if isinstance(loaded, dict) else {}
+        return self._json
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    columns: dict[str, Any] = {"shard": index.shard, "offset": index.offset, "size": index.size}
+    columns |= {f"names_{name}": array for name, array in index.names.arrays().items()}
+    if index.classes is not None:
+        columns |= {f"classes_{name}": array for name, array in index.classes.arrays().items()}
+    if index.captions is not None:
+        columns["counts"] = np.array([len(texts) for texts in index.captions], np.int64)
+        texts = Names(text for texts in index.captions for text in texts)
+        columns |= {f"captions_{name}": array for name, array in texts.arrays().items()}
+    about = json.dumps({"left_out": index.left_out, "about": index.about}).encode()
+    file = io.BytesIO()
+    np.savez(file, about=np.frombuffer(about, np.uint8), **columns)
+    try:
+        write_atomically(path, file.getvalue())
+    except OSError as error:
+        setting = format_override("data.cache_dir", path.parent.parent)
+        warnings.warn(f"{setting} cannot hold the index of the shards ({error}); building it each time", stacklevel=2)
+
+
+def read_index(path: Path) -> ShardIndex | None:
+    """Return a stored index, or None."""
+    try:
+        with np.load(path) as loaded:
+            columns = dict(loaded)
+        about = json.loads(columns["about"].tobytes())
+        captions = classes = None
+        if "counts" in columns:
+            texts = iter(Names.of(columns["captions_ends"], columns["captions_text"]))
+            captions = [[next(texts) for _ in range(count)] for count in columns["counts"].tolist()]
+        if "classes_ends" in columns:
+            classes = Names.of(columns["classes_ends"], columns["classes_text"])
+        names = Names.of(columns["names_ends"], columns["names_text"])
+        shard, offset, size = (columns[name] for name in ("shard", "offset", "size"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return ShardIndex(shard, offset, size, names, captions, classes, about["left_out"], about["about"])

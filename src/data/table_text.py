@@ -1,0 +1,118 @@
+"""Text of a table: its encoding, separator and decimal sign, and the numbers in its cells."""
+
+import csv
+import io
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+SEPARATORS = (",", ";", "\t", "|")
+_SPACES = r" \u00a0\u2009\u202f'\u2019"
+_COMMA_DECIMAL = re.compile(rf"[+-]?(\d+|\d{{1,3}}([.{_SPACES}]\d{{3}})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
+_POINT_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?\.\d+(e[+-]?\d+)?", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+_POINT_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
+_SPACED = re.compile(rf"[+-]?[1-9]\d{{0,2}}(([{_SPACES[1:]}]\d{{3}})+([.,]\d+)?|( \d{{3}})+[.,]\d+)")
+"""Thousands between apostrophes or spaces; between ordinary spaces only with a fraction, unlike telephone numbers."""
+
+
+def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
+    """Return the text and its encoding: UTF-8, UTF-16, else cp1252, else Latin-1. Raises ValueError for other data."""
+    if encoding is None:
+        zeros = [data[:2000][side::2].count(0) for side in (0, 1)]
+        marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+        marked = next((name for mark, name in marks.items() if data.startswith(mark)), None)
+        if marked is None and max(zeros) > len(data[:2000]) / 5 and min(zeros) * 5 < max(zeros):
+            marked = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+        candidates = [marked] if marked else ["utf-8", "cp1252", "latin-1"]
+    else:
+        candidates = [encoding]
+    for name in candidates:
+        try:
+            text = data.decode(name)
+        except UnicodeDecodeError as error:
+            reason = one_line(error)
+        except LookupError as error:
+            raise ValueError(f"data.encoding={encoding} is unknown; use one of Python's, such as cp1252") from error
+        else:
+            if "\0" in text:
+                raise ValueError(f"{path} is not a text file, it contains null bytes; save the table as CSV in UTF-8")
+            return text, name
+    raise ValueError(f"{path} is not text in {candidates[0]} ({reason}); save it as UTF-8")
+
+
+def find_separator(text: str) -> str:
+    """Return the separator that splits the first lines into the most cells of equal number; a comma if none does."""
+    head = [line for line in itertools.islice(io.StringIO(text, newline=""), 200) if line.strip()]
+    best, chosen = (0.0, 0), ","
+    for separator in SEPARATORS:
+        counts = [len(row) for row in csv.reader(head, delimiter=separator)]
+        if len(counts) and counts[0] > 1:
+            score = sum(count == counts[0] for count in counts) / len(counts), counts[0]
+            if score > best:
+                best, chosen = score, separator
+    if best == (0.0, 0) and len(head) > 1:
+        rows = [line.split() for line in head]
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) and all(map(is_number, row)) for row in rows[1:]):
+            return " "
+    return chosen
+
+
+def find_decimal(cells: Iterable[str]) -> str:
+    """Return the decimal sign, "," or ".", of most cells with a fraction.
+
+    Groups of three digits after a comma are thousands only beside fractions with a point.
+    """
+    comma = point = groups = 0
+    for cell in cells:
+        if "," in cell or "." in cell:
+            groups += (group := _THOUSANDS.fullmatch(cell) is not None)
+            comma += not group and _COMMA_DECIMAL.fullmatch(cell) is not None
+            point += _POINT_DECIMAL.fullmatch(cell) is not None
+    return "," if comma > point or (groups and not point) else "."
+
+
+def ambiguous_number(cells: Iterable[str]) -> str | None:
+    """Return a number such as 1.234 if the point of all numbers may separate thousands, else None."""
+    numbers = [cell for cell in cells if _POINT_DECIMAL.fullmatch(cell)]
+    return numbers[0] if numbers and all(map(_POINT_GROUPS.fullmatch, numbers)) else None
+
+
+def is_number(cell: str, decimal: str = ".") -> bool:
+    """Return whether a text is a finite number."""
+    value = to_number(cell, decimal)
+    return value is not None and value - value == 0
+
+
+def to_number(cell: str, decimal: str = ".") -> float | None:
+    """Return the number, which may be infinite or NaN, that a text states; None for another text."""
+    if _SPACED.fullmatch(cell):
+        cell = re.sub(f"[{_SPACES}]", "", cell)
+    if decimal == ",":
+        if "." in cell and not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+(,\d+)?", cell):
+            return None
+        cell = cell.replace(".", "").replace(",", ".")
+    elif "," in cell and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", cell):
+        cell = cell.replace(",", "")
+    try:
+        return None if "_" in cell else float(cell)
+    except ValueError:
+        return None
+
+
+def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | None]:
+    """Return `to_number` of each cell; None stays None."""
+    if decimal == ".":
+        try:
+            numbers = [float(cell) for cell in cells]  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+        else:
+            if not any("_" in cell for cell in cells if cell):
+                return numbers
+    return [None if cell is None else to_number(cell, decimal) for cell in cells]
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
