@@ -252,7 +252,7 @@ def test_resumed_run_continues_its_records(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         train_tiny(tmp_path / "cut", LOSS_BY_NOISE)
     monkeypatch.undo()
-    train_tiny(tmp_path / "cut", f"resume='{tmp_path / 'cut'}'")
+    train_tiny(tmp_path / "cut", LOSS_BY_NOISE, f"resume='{tmp_path / 'cut'}'")
     whole, cut = ((tmp_path / name / "loss_by_noise.csv").read_text() for name in ("whole", "cut"))
     assert whole == cut and len(whole.splitlines()) == 1 + 2 * 20
     starts = json.loads((tmp_path / "cut" / "environment.json").read_text())["starts"]
