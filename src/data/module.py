@@ -169,7 +169,10 @@ class BaseDataModule(L.LightningDataModule):
     def _training_classes(self) -> Tensor:
         """Return the class of each training sample (N,). Raises ValueError for data without classes."""
         if (labels := self._source().labels) is None:
-            raise ValueError("data.balance_classes=true needs data with classes; leave it out, or add classes")
+            raise ValueError(
+                "data.balance_classes=true needs data with classes; leave it out, or add classes "
+                "(data.label=... of a table)"
+            )
         return labels.targets[self.train_indices]
 
     def val_sampler(self, trainer: L.Trainer) -> EvalBatchSampler:
