@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.fit import find_limits, spatial_size
-from src.data.folder import check_readable, classes_from_table
+from src.data.folder import check_readable
 from src.data.images import ImageDataModule
+from src.data.label_table import classes_from_table
 from src.data.pixel_store import default_cache_dir, store_key
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
