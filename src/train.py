@@ -98,9 +98,11 @@ def print_training_summary(run: "Run") -> None:
         print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
     devices = run.trainer.num_devices * run.trainer.num_nodes
+    count, epoch = len(run.data.train_indices), len(run.data.training_indices())
+    repeated = f" ({epoch} with repeats)" if epoch != count else ""
     print_once(
         f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
-        f"{len(run.data.train_indices) or 'the'} samples of shape {run.module.shape}, {run.trainer.max_steps} steps of "
+        f"{count or 'the'} samples{repeated} of shape {run.module.shape}, {run.trainer.max_steps} steps of "
         f"{run.data.batch_size}{f', resumed from {run.resume_from.name}' if run.resume_from else ''}, "
         f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}"
     )

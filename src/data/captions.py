@@ -5,7 +5,7 @@ from pathlib import Path
 
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, find_samples, open_images
+from src.data.folder import FolderImages, find, open_images
 from src.data.frames import describe_frames
 from src.data.label_table import group_by_image
 from src.data.scan import class_folders
@@ -47,7 +47,7 @@ def captioned(
     Raises FileNotFoundError if the folder does not exist; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image, and as `folder` does.
     """
-    found, classes = class_folders(find_samples(root, val_root, pages))
+    found, classes = class_folders(find(root, val_root, pages))
     path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()] if captions is None else [path / captions]
     if len(tables) > 1:

@@ -15,13 +15,23 @@ from torch import Tensor
 
 from src.data.decode import Pages
 from src.data.encoded import EncodedImages
-from src.data.fit import Fit, ImageSpec, as_range, bucket_sizes, crop_at, find_limits, height_and_width
+from src.data.fit import (
+    Fit,
+    ImageSpec,
+    as_range,
+    bucket_sizes,
+    crop_at,
+    describe_sizes,
+    find_limits,
+    height_and_width,
+)
 from src.data.frames import FrameImages, describe_frames, split_frames
 from src.data.images import ImageDataModule
 from src.data.label_table import read_label_table
 from src.data.multi_file import combine, describe_channels
 from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels
 from src.data.read_errors import read_with_retries
+from src.data.repeats import check_repeats, repeat_indices
 from src.data.scan import (
     Depth,
     FoundImages,
@@ -168,6 +178,7 @@ class FolderDataModule(ImageDataModule):
         val_root: the folder of the validation images, see `folder`.
         skip_unreadable: leave out images that cannot be read, see `folder`.
         cache, cache_dir: decode all images once, into this folder, see `folder`.
+        repeats: how often an epoch of training has the images of each of several roots; None has all once.
         name, urls, val_urls: what `root` and `val_root` refer to: a dataset of the hub, or the shards of a dataset.
 
     The other arguments are those of `ImageDataModule`.
@@ -199,6 +210,7 @@ class FolderDataModule(ImageDataModule):
         val_root: str | Sequence[str] | None = None,
         cache: bool = True,
         cache_dir: str | None = None,
+        repeats: Sequence[int] | None = None,
         name: str | None = None,
         urls: str | Sequence[str] | None = None,
         val_urls: str | Sequence[str] | None = None,
@@ -233,6 +245,12 @@ class FolderDataModule(ImageDataModule):
             bool(skip_unreadable),
             balance_classes,
         )
+        self.repeats = check_repeats(repeats, root)
+
+    def training_indices(self) -> list[int]:
+        if self.repeats is None or self.source is None:
+            return self.train_indices
+        return repeat_indices(self.train_indices, getattr(self.source, "found", None), self.repeats)
 
 
 def refuse_val_root(val_root: str | None, fix: str) -> None:
@@ -274,8 +292,8 @@ def folder(
         labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
             `root` are the classes if there are two or more and hold all images.
         file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
-        class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
+        class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
         condition_columns: columns of numbers in `labels`, for conditioning=continuous.
         channel_pattern, channel_names: the files that are the channels of one image, see `src.data.multi_file.combine`.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
@@ -290,7 +308,7 @@ def folder(
         ValueError: If there are no images, unreadable ones, images without a class in the CSV file, images of different
             types, or values that are constant or use little of their range.
     """
-    found = find_samples(root, val_root, pages, channel_pattern, channel_names)
+    found = find(root, val_root, pages, channel_pattern, channel_names)
     if labels is not None and class_pattern is not None:
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
     if condition_columns and labels is None:
@@ -299,8 +317,8 @@ def folder(
     classes: Sequence[str] | None
     about, covariates = "", None
     if labels is not None:
-        read = partial(read_label_table, found.root / labels, found, (file_column,) if file_column else FILE_COLUMNS)
-        classes, covariates = read(label_column, condition_columns)
+        columns = (file_column,) if file_column else FILE_COLUMNS, label_column, condition_columns
+        classes, covariates = read_label_table(found.root / labels, found, *columns)
         found = found.without_used([labels])
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
@@ -361,7 +379,7 @@ def open_images(
         dtype, limits = _probe(kept, spec, value_range)
     else:
         dtype, limits = _measure(kept, store, keep, value_range)
-        text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
+        text += describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
     arguments = (kept, spec, store, labels, captions, limits, dtype, text + about, unreadable)
     if shaped is not None:
@@ -369,30 +387,25 @@ def open_images(
     return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
 
 
-def find_samples(
+def find(
     root: str | Sequence[str] | None,
-    val_root: str | None,
-    pages: Pages,
+    val_root: str | None = None,
+    pages: Pages = "first",
     channel_pattern: str | None = None,
     channel_names: Sequence[str] | None = None,
 ) -> FoundImages:
-    """Return the images under `root` and `val_root`, each of one file, of several, or a frame. Raises as `find`."""
-    found = find(root, val_root)
-    if channel_pattern is None:
-        return split_frames(found) if pages == "samples" else found
-    if pages == "samples":
-        raise ValueError("data.source.channel_pattern excludes data.source.pages=samples; leave one out")
-    return combine(found, channel_pattern, channel_names)
-
-
-def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
-    """Return the images under `root` and `val_root`.
+    """Return the images under `root` and `val_root`, each of one file, of several, or a frame of one.
 
     Raises FileNotFoundError if one is neither a folder nor an archive, and ValueError if one has no images.
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
     parts = [_find_one(each, "data.root") for each in roots or [None]]
-    return join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+    found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+    if channel_pattern is None:
+        return split_frames(found) if pages == "samples" else found
+    if pages == "samples":
+        raise ValueError("data.source.channel_pattern excludes data.source.pages=samples; leave one out")
+    return combine(found, channel_pattern, channel_names)
 
 
 def _find_one(root: str | None, name: str) -> FoundImages:
@@ -478,21 +491,3 @@ def _probe(
     raise DataReadError(
         f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
     )
-
-
-def _describe_sizes(
-    sizes: npt.NDArray[Any], frames: npt.NDArray[Any], spec: ImageSpec, dtype: str, limits: tuple[float, float]
-) -> str:
-    """Return the part of the summary about sizes and values."""
-    (height, width), (widths, heights) = spec.size, sizes.T
-    scale = np.minimum(heights / height, widths / width)
-    smaller, cropped = int((scale < 1).sum()), 1 - float((scale**2 * height * width).sum() / (heights * widths).sum())
-    low, high = sizes.min(0), sizes.max(0)
-    text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
-    text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
-    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
-        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
-    text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
-    if several := int((frames > 1).sum()):
-        text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
-    return text

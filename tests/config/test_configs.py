@@ -41,7 +41,7 @@ GIVEN = {
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     *("prepare", "download"),
-    *("name", "urls", "val_urls"),  # of FolderDataModule, which only some of its options have
+    *("name", "urls", "val_urls", "repeats"),  # of FolderDataModule, which only some of its options have
 }
 
 

@@ -3,7 +3,9 @@
 import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -274,3 +276,46 @@ def test_invalid_numbers_are_refused(tmp_path):
             folder(str(tmp_path), SHAPE, 1, labels="t.csv", condition_columns=["age"])
     with pytest.raises(ValueError, match=r"data\.source\.labels"):
         folder(str(tmp_path), SHAPE, 1, condition_columns=["age"])
+
+
+# Repeats
+
+
+def test_roots_are_repeated_in_training(tmp_path):
+    from hydra.utils import instantiate
+
+    from tests.conftest import compose
+
+    for root, count in (("a", 40), ("b", 30)):
+        for k in range(count):
+            save(tmp_path / root / f"{k}.png", pixels(k + 100 * (root == "b")))
+    roots = f"data.root=['{tmp_path / 'a'}','{tmp_path / 'b'}']"
+
+    def opened(*overrides: str):
+        cfg = compose(
+            "train", "data=folder", roots, "data.image_size=[6,8]", "data.channels=1", "data.val_fraction=0.2",
+            "data.batch_size=6", "run_dir=x", *overrides,
+        )  # fmt: skip
+        data = instantiate(cfg.data)
+        data.setup()
+        return data
+
+    trainer = SimpleNamespace(max_steps=1000, global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
+    plain, data = opened(), opened("data.repeats=[1,3]")
+    assert data.val_indices == plain.val_indices and data.train_indices == plain.train_indices
+    assert list(data.source.ids) == list(plain.source.ids) and len({*data.source.ids}) == 70
+    wanted = {k: 3 if name.startswith("1/") else 1 for k, name in enumerate(data.source.ids) if k in data.train_indices}
+    per_epoch = sum(wanted.values())
+    sampler = data.train_sampler(trainer)
+    drawn = [index for step in range(per_epoch) for index in sampler.batch(step)]  # 6 epochs
+    for epoch in range(6):
+        assert Counter(drawn[epoch * per_epoch : (epoch + 1) * per_epoch]) == wanted
+    trainer.global_step = 17  # a resumed run continues with the same batches
+    assert [each.indices for _, each in zip(range(5), data.train_sampler(trainer), strict=False)] == [
+        sampler.batch(step) for step in range(17, 22)
+    ]
+    trainer.limit_val_batches = 1.0
+    assert sorted(k for each in data.val_sampler(trainer) for k in each.indices) == sorted(plain.val_indices)
+    for wrong in ("[1]", "[1,0]", "[1,2,3]"):
+        with pytest.raises(Exception, match=r"data\.repeats"):
+            opened(f"data.repeats={wrong}")
