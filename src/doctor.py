@@ -82,10 +82,16 @@ def probe(cfg: DictConfig) -> "Found":
     from src.runs import advice
 
     root = cfg.data.root if isinstance(cfg.data.root, str) else list(cfg.data.root)
-    files = find(root, cfg.data.get("val_root"))
+    source = cfg.data.source
+    settings = {name: source.get(name) for name in ("pages", "channel_pattern", "channel_names") if name in source}
+    files = find(root, cfg.data.get("val_root"), **settings)
+    decode_own = getattr(files, "decode", None)
     decoded: list[Any] = []
     for k in range(0, len(files), -(-len(files) // NUM_PROBED)):
         try:
+            if decode_own is not None:  # not an image per file
+                decoded.append(decode_own(k, source.pages))
+                continue
             with files.open(k) as stream:
                 decoded.append(decode(stream))
         except (OSError, ValueError, SyntaxError):

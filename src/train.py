@@ -101,13 +101,15 @@ def print_training_summary(run: "Run") -> None:
         print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
     devices = run.trainer.num_devices * run.trainer.num_nodes
+    count, epoch = len(run.data.train_indices), len(run.data.training_indices())
+    repeated = f" ({epoch} with repeats)" if epoch != count else ""
     steps, resumed = f"{run.trainer.max_steps} steps of {run.data.batch_size}", run.resume_from
     for budget in run.callbacks(TimeBudget):
         if budget.minutes is not None:
             steps = f"{'at most ' if budget.num_steps is None else ''}{steps} in {budget.minutes:g} minutes"
     print_once(
         f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
-        f"{len(run.data.train_indices) or 'the'} samples of shape {run.module.shape}, {steps}"
+        f"{count or 'the'} samples{repeated} of shape {run.module.shape}, {steps}"
         f"{f', resumed from {resumed.name}' if resumed else ''}, "
         f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}"
     )

@@ -22,7 +22,8 @@ PATH_KEYS = (
 NAME_KEYS = (
     *(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms")),
     *(f"data.source.{name}_column" for name in ("file", "image", "label", "caption")),
-    *("data.source.class_pattern", "data.source.image_key", "data.source.label_key", "data.source.caption_key"),
+    *(f"data.source.{name}" for name in ("class_pattern", "condition_columns", "channel_pattern", "channel_names")),
+    *("data.source.image_key", "data.source.label_key", "data.source.caption_key"),
 )
 """Settings with names of columns, formats of dates and patterns, which may look like paths."""
 CACHE_KEY = "data.cache_dir"

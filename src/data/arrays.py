@@ -22,8 +22,9 @@ from src.data.array_source import ArraySource, check_resolution, describe_array,
 from src.data.array_store import decode_all, mix
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.fit import find_limits, spatial_size
-from src.data.folder import check_readable, classes_from_table
+from src.data.folder import check_readable
 from src.data.images import ImageDataModule
+from src.data.label_table import classes_from_table
 from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
 from src.data.sources import to_uint8
 from src.data.table_files import FILE_COLUMNS, labels_from_names, read_table

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, find, group_by_image, open_images
+from src.data.folder import FolderImages, find, open_images
+from src.data.frames import describe_frames
+from src.data.label_table import group_by_image
 from src.data.scan import class_folders
 from src.data.table_files import FILE_COLUMNS, first_names, read_pairs
 from src.data.table_text import decode_text
@@ -46,7 +48,7 @@ def captioned(
     Raises FileNotFoundError if the folder does not exist; ValueError for unreadable images, images without a caption,
     empty captions and captions without an image, and as `folder` does.
     """
-    found, classes = class_folders(find(root, val_root))
+    found, classes = class_folders(find(root, val_root, pages))
     path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()] if captions is None else [path / captions]
     if len(tables) > 1:
@@ -63,7 +65,8 @@ def captioned(
         texts = _from_text_files(path, files)
         found = found.without_used([str(file.with_suffix(".txt").absolute()) for file in files])
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
-    return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir)
+    about = describe_frames(found)
+    return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir, about)
 
 
 def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:

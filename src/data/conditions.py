@@ -148,7 +148,7 @@ class Continuous:
         if source.covariates is None:
             raise ValueError(
                 "conditioning=continuous needs data with covariates; name columns of a table in "
-                "data.condition_columns=[...]"
+                "data.condition_columns=[...], or data.source.condition_columns=[...] for images of data=folder"
             )
         values = source.covariates.values.double()
         mean, std = values.mean(0), values.std(0, correction=0)

@@ -4,21 +4,26 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    from tifffile import TiffFile
+
 Array = npt.NDArray[Any]
-Pages = Literal["first", "channels"]
+Pages = Literal["first", "channels", "samples"]
+"""Which images of a file are used; `samples` is all, each as a sample of its own (`src.data.frames`)."""
 
 ARRAY_SUFFIXES = {".npy", ".npz"}
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")}
+TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
 
@@ -65,7 +70,6 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
         stream: the opened file. NumPy arrays have shape (H, W), (H, W, C) or (C, H, W).
         pages: which pages of a TIFF or frames of an animation to use: the first, or all as channels.
         at_least: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if no side becomes smaller.
-
         channels: the number of channels that is wanted, to recognize (C, H, W); otherwise the smallest of three is C.
 
     Raises:
@@ -76,7 +80,7 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
     stream.seek(0)
     if start.startswith((b"\x93NUMPY", b"PK\x03\x04")):
         decoded = _from_array(_load_numpy(stream), channels)
-    elif start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    elif start[:4] in TIFF_MARKS:
         decoded = _from_tiff(stream, pages)
     elif start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
         decoded = _from_png16(stream.read())
@@ -140,36 +144,102 @@ def _from_netpbm16(contents: bytes) -> Decoded | None:
     return Decoded(values.astype(np.uint16).reshape(shape), False, shape[2] == 3, (shape[1], shape[0]))
 
 
+def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
+    """Yield all frames of an animation, or pages of a TIFF, in the form of `decode`; other files have one.
+
+    Raises as `decode` does.
+    """
+    start = stream.read(4)
+    stream.seek(0)
+    if start not in TIFF_MARKS:
+        frames = _pillow_frames(stream) if count_frames(stream) > 1 else iter([decode(stream)])
+    else:
+        from tifffile import TiffFile
+
+        with TiffFile(stream) as tiff:
+            frames = _pillow_frames(stream) if _is_plain(tiff) else iter(list(_tiff_frames(tiff)))
+    for decoded in frames:
+        if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
+            raise ValueError("it has values that are not finite")
+        yield decoded
+
+
+def count_frames(stream: BinaryIO) -> int:
+    """Return the number of frames that `decode_frames` yields, without decoding them."""
+    start = stream.read(32)
+    stream.seek(0)
+    if start.startswith((b"\x93NUMPY", b"PK\x03\x04")) or (start.startswith(b"\x89PNG") and start[24:25] == b"\x10"):
+        return 1
+    if start[:4] in TIFF_MARKS:
+        from tifffile import TiffFile
+
+        with TiffFile(stream) as tiff:
+            if not _is_plain(tiff):
+                return sum(math.prod(each.shape[k] for k in _stacked(each.axes)) for each in tiff.series)
+    stream.seek(0)
+    _register_plugins()
+    try:
+        with Image.open(stream) as image:
+            count = int(getattr(image, "n_frames", 1))
+    except UnidentifiedImageError:  # `decode` has the reason
+        count = 1
+    stream.seek(0)
+    return count
+
+
+def _is_plain(tiff: "TiffFile") -> bool:
+    """Return whether a TIFF has ordinary 8-bit images, which Pillow decodes as well."""
+    page = tiff.pages.first
+    alpha = _has_alpha(page)
+    colors = {0: 1, 1: 1, 2: 3}.get(int(page.photometric))  # white is zero, black is zero, RGB
+    plain = colors is None or page.samplesperpixel == colors + alpha  # others, such as CMYK, are left to Pillow
+    return page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and plain
+
+
+def _has_alpha(page: Any) -> bool:
+    from tifffile import EXTRASAMPLE
+
+    return bool(page.extrasamples) and page.extrasamples[-1] in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
+
+
 def _from_tiff(stream: BinaryIO, pages: Pages) -> Decoded:
     """Decode a TIFF by Pillow if it is an ordinary 8-bit image, else by tifffile."""
-    from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
+    from tifffile import TiffFile
 
     with TiffFile(stream) as tiff:
-        page, count = tiff.pages.first, len(tiff.pages)
-        alpha = bool(page.extrasamples) and page.extrasamples[-1] in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
-        colors = {0: 1, 1: 1, 2: 3}.get(int(page.photometric))  # white is zero, black is zero, RGB
-        plain = colors is None or page.samplesperpixel == colors + alpha  # others, such as CMYK, are left to Pillow
-        if page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and plain and pages == "first":
+        count = len(tiff.pages)
+        if _is_plain(tiff) and pages != "channels":
             stream.seek(0)
             return _from_pillow(stream, pages, None)._replace(frames=count)
-        series = tiff.series[0]
-        array, axes = series.asarray(), series.axes
+        decoded = next(_tiff_frames(tiff, pages == "channels"))
+        one = pages == "channels" or "C" in tiff.series[0].axes
+    return decoded if one else decoded._replace(frames=count)
+
+
+def _stacked(axes: str) -> list[int]:
+    """Return the positions of the axes of a TIFF that are neither pixels nor channels."""
+    return [k for k, axis in enumerate(axes) if axis not in "YXSC"]
+
+
+def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decoded]:
+    """Yield the images in a TIFF, or all of its first series as the channels of one."""
+    from tifffile import PHOTOMETRIC
+
+    for series in tiff.series:
+        array, axes, page = series.asarray(), series.axes, series.keyframe
         turned = _UPRIGHT[int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1]
+        alpha = _has_alpha(page)
         rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
+        order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
-    others = [k for k, axis in enumerate(axes) if axis not in "YXSC"]
-    if pages == "first":
-        for k in reversed(others):
-            array = array.take(0, axis=k)
-        axes, others = "".join(axis for axis in axes if axis in "YXSC"), []
-    order = [*others, *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
-    array = array.transpose(order).reshape(-1, *(array.shape[k] for k in order[-2:])).transpose(1, 2, 0)
-    array = np.iinfo(array.dtype).max - array if inverted else array
-    size = (array.shape[1], array.shape[0])
-    channels_used = pages == "channels" or "C" in axes
-    return Decoded(
-        turned(array), alpha and not channels_used, rgb and not channels_used, size, 1 if channels_used else count
-    )
+        array = array.transpose(order)
+        sides = array.shape[-2:]
+        frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
+        channels_used = as_channels or "C" in axes
+        for frame in array.reshape(frames, -1, *sides):
+            pixels = frame.transpose(1, 2, 0)
+            pixels = np.iinfo(pixels.dtype).max - pixels if inverted else pixels
+            yield Decoded(turned(pixels), alpha and not channels_used, rgb and not channels_used, (sides[1], sides[0]))
 
 
 _UPRIGHT: Sequence[Callable[[Array], Array]] = (
@@ -207,6 +277,15 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decode
     height, width = decoded.pixels.shape[:2]
     turned = size if (size[0] > size[1]) == (width > height) else size[::-1]
     return decoded._replace(size=turned, frames=frames)
+
+
+def _pillow_frames(stream: BinaryIO) -> Iterator[Decoded]:
+    _register_plugins()
+    stream.seek(0)
+    with Image.open(stream) as image:
+        for k in range(getattr(image, "n_frames", 1)):
+            image.seek(k)
+            yield from_pillow(image)
 
 
 def from_pillow(image: Image.Image) -> Decoded:

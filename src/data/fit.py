@@ -257,3 +257,19 @@ def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, hig
     limits = infer_range(dtype, low, high) if value_range is None else as_range(value_range)
     check_range(limits, low, high)
     return limits
+
+
+def describe_sizes(sizes: Array, frames: Array, spec: ImageSpec, dtype: str, limits: tuple[float, float]) -> str:
+    """Return the part of the summary about sizes and values."""
+    (height, width), (widths, heights) = spec.size, sizes.T
+    scale = np.minimum(heights / height, widths / width)
+    smaller, cropped = int((scale < 1).sum()), 1 - float((scale**2 * height * width).sum() / (heights * widths).sum())
+    low, high = sizes.min(0), sizes.max(0)
+    text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
+    text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
+    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
+        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
+    text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
+    if several := int((frames > 1).sum()):
+        text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
+    return text

@@ -1,10 +1,9 @@
 """Folders and archives of images as a source."""
 
-import os
 import posixpath
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -16,13 +15,35 @@ from torch import Tensor
 
 from src.data.decode import Pages
 from src.data.encoded import EncodedImages
-from src.data.fit import Fit, ImageSpec, as_range, bucket_sizes, crop_at, find_limits, height_and_width, load_image
+from src.data.fit import (
+    Fit,
+    ImageSpec,
+    as_range,
+    bucket_sizes,
+    crop_at,
+    describe_sizes,
+    find_limits,
+    height_and_width,
+)
+from src.data.frames import FrameImages, describe_frames, split_frames
 from src.data.images import ImageDataModule
-from src.data.pixel_store import PixelStore, default_cache_dir, open_pixels
+from src.data.label_table import read_label_table
+from src.data.multi_file import combine, describe_channels
+from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels
 from src.data.read_errors import read_with_retries
-from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
+from src.data.repeats import check_repeats, repeat_indices
+from src.data.scan import (
+    Depth,
+    FoundImages,
+    class_by_pattern,
+    class_folders,
+    describe,
+    describe_depth,
+    find_images,
+    join,
+)
 from src.data.sources import Covariates, Labels, Source
-from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names, read_pairs
+from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -84,8 +105,7 @@ class FolderImages:
         return torch.stack([read_with_retries(str(self.found.path(i)), partial(self._load, i)) for i in indices])
 
     def _load(self, index: int) -> Tensor:
-        with self.found.open(index) as stream:
-            pixels = load_image(stream, self.spec).pixels
+        pixels = load_sample(self.found, self.spec, index).pixels
         if self.dtype != pixels.dtype.name and "uint8" in (self.dtype, pixels.dtype.name):
             raise ValueError(f"its values have type {pixels.dtype}, and those of other images {self.dtype}")
         return torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
@@ -158,6 +178,7 @@ class FolderDataModule(ImageDataModule):
         val_root: the folder of the validation images, see `folder`.
         skip_unreadable: leave out images that cannot be read, see `folder`.
         cache, cache_dir: decode all images once, into this folder, see `folder`.
+        repeats: how often an epoch of training has the images of each of several roots; None has all once.
 
     The other arguments are those of `ImageDataModule`.
     """
@@ -188,6 +209,7 @@ class FolderDataModule(ImageDataModule):
         val_root: str | Sequence[str] | None = None,
         cache: bool = True,
         cache_dir: str | None = None,
+        repeats: Sequence[int] | None = None,
     ) -> None:
         super().__init__(
             partial(
@@ -219,6 +241,12 @@ class FolderDataModule(ImageDataModule):
             bool(skip_unreadable),
             balance_classes,
         )
+        self.repeats = check_repeats(repeats, root)
+
+    def training_indices(self) -> list[int]:
+        if self.repeats is None or self.source is None:
+            return self.train_indices
+        return repeat_indices(self.train_indices, getattr(self.source, "found", None), self.repeats)
 
 
 def refuse_val_root(val_root: str | None, fix: str) -> None:
@@ -237,6 +265,10 @@ def folder(
     file_column: str | None = None,
     label_column: str | None = None,
     class_pattern: str | None = None,
+    class_depth: Depth = 1,
+    condition_columns: Sequence[str] = (),
+    channel_pattern: str | None = None,
+    channel_names: Sequence[str] | None = None,
     fit: Fit = "crop",
     background: str = "white",
     pages: Pages = "first",
@@ -257,6 +289,9 @@ def folder(
             `root` are the classes if there are two or more and hold all images.
         file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
+        class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
+        condition_columns: columns of numbers in `labels`, for conditioning=continuous.
+        channel_pattern, channel_names: the files that are the channels of one image, see `src.data.multi_file.combine`.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
         skip_unreadable: leave out images that cannot be read, up to a tenth of all, or up to this share.
@@ -269,20 +304,29 @@ def folder(
         ValueError: If there are no images, unreadable ones, images without a class in the CSV file, images of different
             types, or values that are constant or use little of their range.
     """
-    found = find(root, val_root)
+    found = find(root, val_root, pages, channel_pattern, channel_names)
     if labels is not None and class_pattern is not None:
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
+    if condition_columns and labels is None:
+        setting = format_override("data.source.condition_columns", list(condition_columns))
+        raise ValueError(f"{setting} needs a table of files and numbers; set data.source.labels to its name")
     classes: Sequence[str] | None
+    about, covariates = "", None
     if labels is not None:
-        columns = (file_column,) if file_column else FILE_COLUMNS, (label_column or "label",)
-        classes = classes_from_table(found.root / labels, found, *columns)
+        columns = (file_column,) if file_column else FILE_COLUMNS, label_column, condition_columns
+        classes, covariates = read_label_table(found.root / labels, found, *columns)
         found = found.without_used([labels])
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
-        found, classes = class_folders(found)
+        found, classes = class_folders(found, class_depth)
+        about = describe_depth(found, class_depth)
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
-    return open_images(found, spec, classes, None, value_range, skip_unreadable, cache, cache_dir)
+    about += describe_channels(found) + describe_frames(found)
+    source = open_images(found, spec, classes, None, value_range, skip_unreadable, cache, cache_dir, about)
+    if covariates is not None:
+        source.covariates = covariates._replace(values=covariates.values[torch.from_numpy(source.rows)])
+    return source
 
 
 def open_images(
@@ -301,6 +345,8 @@ def open_images(
     `classes` are the class of each image, or labels whose classes have an order of their own. `about` is appended to
     the summary.
     """
+    if spec.pages == "samples" and not isinstance(found, FrameImages):
+        raise ValueError("data.source.pages=samples is for data=folder and data=captions; set first or channels")
     bucketed = spec if spec.fit == "buckets" else None
     spec = spec._replace(fit="crop") if bucketed else spec
     store = _open_store(found, spec, cache_dir) if cache else None
@@ -329,7 +375,7 @@ def open_images(
         dtype, limits = _probe(kept, spec, value_range)
     else:
         dtype, limits = _measure(kept, store, keep, value_range)
-        text += _describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
+        text += describe_sizes(store.sizes[keep], store.frames[keep], spec, dtype, limits)
         text += f"; {len(unreadable):,} cannot be read" if unreadable else ""
     arguments = (kept, spec, store, labels, captions, limits, dtype, text + about, unreadable)
     if shaped is not None:
@@ -337,14 +383,25 @@ def open_images(
     return RandomCrops(*arguments) if spec.fit == "random_crop" else FolderImages(*arguments)
 
 
-def find(root: str | Sequence[str] | None, val_root: str | None = None) -> FoundImages:
-    """Return the images under `root` and `val_root`.
+def find(
+    root: str | Sequence[str] | None,
+    val_root: str | None = None,
+    pages: Pages = "first",
+    channel_pattern: str | None = None,
+    channel_names: Sequence[str] | None = None,
+) -> FoundImages:
+    """Return the images under `root` and `val_root`, each of one file, of several, or a frame of one.
 
     Raises FileNotFoundError if one is neither a folder nor an archive, and ValueError if one has no images.
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
     parts = [_find_one(each, "data.root") for each in roots or [None]]
-    return join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+    found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+    if channel_pattern is None:
+        return split_frames(found) if pages == "samples" else found
+    if pages == "samples":
+        raise ValueError("data.source.channel_pattern excludes data.source.pages=samples; leave one out")
+    return combine(found, channel_pattern, channel_names)
 
 
 def _find_one(root: str | None, name: str) -> FoundImages:
@@ -417,8 +474,7 @@ def _probe(
     """Return the type of the first readable image, and its range if that does not need all images."""
     for k in range(len(found)):
         try:
-            with found.open(k) as stream:
-                dtype = load_image(stream, spec).type
+            dtype = load_sample(found, spec, k).type
         except (OSError, ValueError, SyntaxError):
             continue
         if value_range is None and dtype != "uint8":
@@ -431,61 +487,3 @@ def _probe(
     raise DataReadError(
         f"{count} of {count} images {found.place} cannot be read; check the first of them, {found.path(0)}"
     )
-
-
-def _describe_sizes(
-    sizes: npt.NDArray[Any], frames: npt.NDArray[Any], spec: ImageSpec, dtype: str, limits: tuple[float, float]
-) -> str:
-    """Return the part of the summary about sizes and values."""
-    (height, width), (widths, heights) = spec.size, sizes.T
-    scale = np.minimum(heights / height, widths / width)
-    smaller, cropped = int((scale < 1).sum()), 1 - float((scale**2 * height * width).sum() / (heights * widths).sum())
-    low, high = sizes.min(0), sizes.max(0)
-    text = f"; {low[0]}x{low[1]}" + (f" to {high[0]}x{high[1]}" if (low != high).any() else "") + " pixels"
-    text += f", {smaller:,} smaller than {width}x{height}" if smaller else ""
-    if spec.fit in ("crop", "random_crop") and cropped >= 0.005:
-        text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
-    text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
-    if several := int((frames > 1).sum()):
-        text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
-    return text
-
-
-def group_by_image(pairs: Iterable[tuple[str, str]], found: FoundImages, source: Path, what: str) -> list[list[str]]:
-    """Return the texts of each image, from pairs of file name and text in the file `source`.
-
-    A file name is absolute, or relative to the first root. Raises ValueError for names without an image, and for images
-    without text; `what` names the text in messages.
-    """
-    paths = [os.path.abspath(found.path(k)) for k in range(len(found))]
-    texts_of: dict[str, list[str]] = {path: [] for path in paths}
-    unknown = []
-    for name, text in pairs:
-        path = os.path.abspath(found.root / name)
-        if path in texts_of:
-            texts_of[path].append(text)
-        else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(
-            f"{source} lists {len(unknown)} files that are not images under {found.root} ({first_names(unknown)}); "
-            "remove these rows, or write file names relative to data.root"
-        )
-    if missing := [name for name, path in zip(found.names, paths, strict=True) if not texts_of[path]]:
-        raise ValueError(
-            f"{source} has no {what} for {len(missing)} of {len(found)} images under {found.root} "
-            f"({first_names(missing)}); add rows, or remove these images"
-        )
-    return [texts_of[path] for path in paths]
-
-
-def classes_from_table(
-    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
-) -> list[str]:
-    """Return the class of each image from a table."""
-    pairs = read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
-    labels_of = group_by_image(pairs, found, source, "label")
-    for name, several in zip(found.names, labels_of, strict=True):
-        if len(set(several)) > 1:
-            raise ValueError(f"{source} lists the labels {' and '.join(sorted(set(several)))} for {name}; keep one")
-    return [several[0] for several in labels_of]

@@ -143,17 +143,17 @@ class BaseDataModule(L.LightningDataModule):
                 f"{trainer.world_size} processes need at least {trainer.world_size} validation samples, found "
                 f"{len(self.val_indices)}; lower trainer.devices, or raise data.val_fraction"
             )
-        repeat = self.overfit_batches
+        repeat, indices = self.overfit_batches, self.training_indices()
         if isinstance(repeat, float):
-            repeat = int(share := repeat * len(self.train_indices) / self.batch_size)
+            repeat = int(share := repeat * len(indices) / self.batch_size)
             if repeat == 0 < share:
                 raise ValueError(
-                    f"trainer.overfit_batches={self.overfit_batches} of {len(self.train_indices)} samples is less than "
+                    f"trainer.overfit_batches={self.overfit_batches} of {len(indices)} samples is less than "
                     f"one batch; use an integer, or lower data.batch_size ({self.batch_size})"
                 )
         buckets = getattr(self._source(), "buckets", None)
         return InfiniteBatchSampler(
-            self.train_indices,
+            indices,
             self.batch_size,
             trainer.max_steps,
             self.seed,
@@ -162,15 +162,22 @@ class BaseDataModule(L.LightningDataModule):
             trainer.world_size,
             first_step=trainer.global_step,
             repeat=repeat,
-            classes=self._training_classes() if self.balance_classes else None,
-            buckets=None if buckets is None else buckets[self.train_indices],
+            classes=self._classes_of(indices) if self.balance_classes else None,
+            buckets=None if buckets is None else buckets[indices],
         )
 
-    def _training_classes(self) -> Tensor:
-        """Return the class of each training sample (N,). Raises ValueError for data without classes."""
+    def training_indices(self) -> list[int]:
+        """Return the samples of one epoch of training, of which some may occur several times."""
+        return self.train_indices
+
+    def _classes_of(self, indices: Sequence[int]) -> Tensor:
+        """Return the class of each of `indices` (N,). Raises ValueError for data without classes."""
         if (labels := self._source().labels) is None:
-            raise ValueError("data.balance_classes=true needs data with classes; leave it out, or add classes")
-        return labels.targets[self.train_indices]
+            raise ValueError(
+                "data.balance_classes=true needs data with classes; leave it out, or add classes "
+                "(data.label=... of a table)"
+            )
+        return labels.targets[indices]
 
     def val_sampler(self, trainer: L.Trainer) -> EvalBatchSampler:
         """Return the validation batches of this process. Raises ValueError if `limit_val_batches` leaves none."""

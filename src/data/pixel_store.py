@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.encoded import EncodedImages
-from src.data.fit import ImageSpec, load_image
+from src.data.fit import ImageSpec, Loaded, load_image, prepare_image
 from src.data.read_errors import read_with_retries
 from src.errors import DataReadError
 
@@ -149,12 +149,18 @@ def _readable_now(store: PixelStore, found: EncodedImages, spec: ImageSpec) -> b
 def _try_load(found: EncodedImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
     """Return the image, or None and the reason why it cannot be read."""
     try:
-        return read_with_retries(str(found.path(index)), partial(_load, found, spec, index)), ""
+        return read_with_retries(str(found.path(index)), partial(load_sample, found, spec, index)), ""
     except DataReadError as error:
         return None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
 
 
-def _load(found: EncodedImages, spec: ImageSpec, index: int) -> Any:
+def load_sample(found: EncodedImages, spec: ImageSpec, index: int) -> Loaded:
+    """Return a decoded image, which is not all of one file if `found` has a method `decode`. Raises as `decode` does.
+
+    Such a method returns image `index` with its original values, given the setting `pages`.
+    """
+    if (decode := getattr(found, "decode", None)) is not None:
+        return prepare_image(decode(index, spec.pages), spec)
     with found.open(index) as stream:
         return load_image(stream, spec)
 

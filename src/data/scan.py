@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
 
+Depth = int | Literal["all"]
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -29,23 +30,9 @@ SPLITS = {
 """The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
 
 SIDECARS = {
-    *(
-        ".csv",
-        ".db",
-        ".htm",
-        ".html",
-        ".ini",
-        ".json",
-        ".jsonl",
-        ".log",
-        ".md",
-        ".parquet",
-        ".pdf",
-        ".py",
-        ".rst",
-        ".svg",
-    ),
-    *(".toml", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml", ".7z", ".gz", ".rar", ".tar", ".zip"),
+    *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
+    *(".svg", ".toml", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml"),
+    *(".7z", ".gz", ".rar", ".tar", ".zip"),
 }
 """Suffixes of files that are never images."""
 
@@ -88,6 +75,10 @@ class FoundImages:
     def path(self, index: int) -> Path:
         """Return the path of an image, for messages."""
         return self.roots[int(self.which[index])] / self.names[index]
+
+    def paths_of(self, index: int) -> list[str]:
+        """Return the paths of an image in tables."""
+        return [str(self.path(index))]
 
     def identity(self) -> str:
         """Return a digest of the place, name, size and time of change of every file."""
@@ -334,22 +325,36 @@ def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:
                     left_out.setdefault("broken links", []).append(name)
 
 
-def class_folders(found: FoundImages) -> tuple[FoundImages, list[str] | None]:
+def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, list[str] | None]:
     """Return images and their classes: the folder at the top, below a folder of a split; None unless two or more.
 
-    A few files outside of all class folders (`MAX_STRAYS`) are left out.
+    A class consists of the names of up to `depth` folders, such as "animals/cat". A few files outside of all class
+    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth.
     """
+    if depth != "all" and (isinstance(depth, str) or depth < 1):
+        raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
+    paths = list(map("/".join, class_paths(found, None if depth == "all" else depth)))
+    inside = [path != "" for path in paths]
+    if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
+        return found, None
+    return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
+
+
+def class_paths(found: FoundImages, depth: int | None) -> list[list[str]]:
+    """Return the first `depth` folders of each image, or all for None, below a folder of a split."""
     tops: list[set[str | None]] = [set() for _ in found.roots]
     for k, name in zip(found.which, found.names, strict=True):
         tops[k].add(SPLITS.get(name.split("/")[0].lower()))
     divided = [top <= {"train", "validation"} and "train" in top for top in tops]
-    parts = [name.split("/")[divided[k] :] for k, name in zip(found.which, found.names, strict=True)]
-    inside = [len(each) > 1 for each in parts]
-    classes = {each[0] for each, ok in zip(parts, inside, strict=True) if ok}
-    if len(classes) < 2 or inside.count(False) > MAX_STRAYS * len(parts):
-        return found, None
-    kept = found.keep(inside, "outside of the class folders")
-    return kept, [each[0] for each, ok in zip(parts, inside, strict=True) if ok]
+    return [name.split("/")[divided[k] : -1][:depth] for k, name in zip(found.which, found.names, strict=True)]
+
+
+def describe_depth(found: FoundImages, depth: Depth) -> str:
+    """Return the part of the summary about folders within those at the top, which are not classes."""
+    nested = {tuple(path) for path in class_paths(found, None) if path}
+    tops = {path[0] for path in nested}
+    text = f"; {len(nested)} subfolders in {len(tops)} folders at the top are not classes (data.source.class_depth)"
+    return text if depth == 1 and len(nested) > max(1, len(tops)) else ""
 
 
 def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
@@ -394,7 +399,3 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "
 def _counts(counter: Counter[str], limit: int = 10) -> str:
     parts = [f"{count:,} {name}" for name, count in counter.most_common(limit)]
     return ", ".join(parts) + (", ..." if len(counter) > limit else "")
-
-
-def _top(name: str) -> str:
-    return name.split("/")[0].lower()

@@ -59,6 +59,7 @@ class TableDataModule(BaseDataModule):
         header, separator, decimal, encoding, sheet: of the file; None detects them, and takes the first sheet.
         mean, std: statistics of each column's encoded values; None computes them over the table.
         encoders: the columns' types, categories and ranges as JSON; None infers them from the table.
+        balance_classes: draw the class of each training row uniformly, then a row of that class; needs `label`.
 
     `postprocess` returns display values (N, columns) in float64: numbers in the table's units, the index of a category,
     0 or 1 for a boolean, and dates since the first one. `to_frame` returns cells of the table's types.
@@ -88,6 +89,7 @@ class TableDataModule(BaseDataModule):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         encoders: str | None = None,
+        balance_classes: bool = False,
         batch_size: int = 512,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -145,6 +147,7 @@ class TableDataModule(BaseDataModule):
         self.widths = [column.width for column in self.encoders]
         shape = (sum(self.widths),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
+        self.balance_classes = balance_classes
         self.columns = [column.label for column in self.encoders]
         self.mean, self.scale = (torch.tensor(list(each), dtype=torch.float64) for each in (mean, std))
         display = [

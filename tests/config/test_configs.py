@@ -44,6 +44,7 @@ GIVEN = {
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
     *("prepare", "download"),
+    "repeats",  # of FolderDataModule, which only some of its options have
 }
 
 

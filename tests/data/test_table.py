@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -563,3 +564,22 @@ def test_a_mixed_table_trains_and_samples(tmp_path):
     assert frame.dtypes.astype(str).to_dict() == mixed()[MODELED].dtypes.astype(str).to_dict()
     assert len(pd.read_csv(out / "samples.csv")) == 6 and (out / "grid.png").exists()
     assert frame.rooms.between(mixed().rooms.min(), mixed().rooms.max()).all()
+
+
+def test_balanced_rows_draw_classes_equally(tmp_path):
+    lines = [f"{k / 7},{k % 5},{'rare' if k % 10 == 0 else 'common'}" for k in range(400)]
+    (tmp_path / "a.csv").write_text("\n".join(["x,y,kind", *lines]))
+    trainer = SimpleNamespace(max_steps=100, global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
+    shares = []
+    for balance in (False, True):
+        data = opened(tmp_path / "a.csv", label="kind", balance_classes=balance, batch_size=20)
+        sampler = data.train_sampler(trainer)
+        drawn = [index for step in range(100) for index in sampler.batch(step)]
+        assert set(drawn) <= set(data.train_indices)
+        rare = data.source.labels.classes.index("rare")
+        shares.append(float((data.source.labels.targets[drawn] == rare).double().mean()))
+    assert abs(shares[0] - 0.1) < 0.04  # 2,000 draws: a standard deviation is 0.011 at one half
+    assert abs(shares[1] - 0.5) < 0.05
+    unlabeled = opened(tmp_path / "a.csv", balance_classes=True, batch_size=20)
+    with pytest.raises(ValueError, match=r"data\.balance_classes"):
+        unlabeled.train_sampler(trainer)

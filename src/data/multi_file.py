@@ -1,0 +1,129 @@
+"""Images whose channels are in several files, such as the bands of a satellite."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from src.data.decode import Decoded, Pages, decode
+from src.data.encoded import Names
+from src.data.scan import FoundImages
+from src.data.table_files import first_names
+
+
+@dataclass(frozen=True)
+class CombinedImages(FoundImages):
+    """Images of several files each, in order of their names: the path of the files without the name of the channel.
+
+    `members` (N, K) are the indices in `files` of the channels `channel_names`, or -1 where a file is missing.
+    """
+
+    files: FoundImages
+    members: npt.NDArray[np.int64]
+    channel_names: tuple[str, ...]
+
+    def identity(self) -> str:
+        return sha256(f"{self.files.identity()} {self.members.tolist()}".encode()).hexdigest()
+
+    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "CombinedImages":
+        kept = replace(self, **vars(super().keep(chosen, reason)))
+        return replace(kept, members=self.members[np.asarray(chosen, bool)])
+
+    def paths_of(self, index: int) -> list[str]:
+        """Return the paths by which a table may name an image: its name, or one of its files."""
+        return [*super().paths_of(index), *(str(self.files.path(k)) for k in self.members[index].tolist() if k >= 0)]
+
+    def decode(self, index: int, pages: Pages) -> Decoded:
+        """Return the channels of all files (H, W, C). Raises ValueError for a missing file and unequal ones."""
+        members = self.members[index].tolist()
+        if missing := [name for name, k in zip(self.channel_names, members, strict=True) if k < 0]:
+            raise ValueError(f"it has no file of channel {first_names(missing)}; see data.source.channel_names")
+        parts = []
+        for k in members:
+            with self.files.open(k) as stream:
+                parts.append(decode(stream, pages))
+        for what, values in (
+            ("sizes", [f"{part.pixels.shape[1]}x{part.pixels.shape[0]}" for part in parts]),
+            ("types", [str(part.pixels.dtype) for part in parts]),
+        ):
+            if len(set(values)) > 1:
+                pairs = zip(self.channel_names, values, strict=True)
+                listed = first_names([f"{name} {value}" for name, value in pairs])
+                raise ValueError(f"its files have different {what} ({listed}); convert them to one")
+        pixels = np.concatenate([part.pixels for part in parts], axis=-1)
+        return Decoded(pixels, False, False, parts[0].size, max(part.frames for part in parts))
+
+
+def combine(found: FoundImages, pattern: str, channel_names: Sequence[str] | None) -> CombinedImages:
+    """Return the files that differ in a part of their path as one image each.
+
+    `pattern` is a regular expression of this part, whose group is the name of the channel. `channel_names` are those
+    to use, in their order; None takes all, sorted. Other files are left out. Raises ValueError for an invalid pattern
+    or no files.
+    """
+    setting = f"data.source.channel_pattern={pattern!r}"
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{setting} is not a regular expression ({error})") from error
+    if compiled.groups != 1:
+        raise ValueError(f"{setting} needs one group in parentheses, such as '_(B[0-9]+)' or '(red|green|blue)/'")
+    matches = [compiled.search(name) for name in found.names]
+    present = {match[1] for match in matches if match is not None and match[1] is not None}
+    names = tuple(sorted(present, key=_by_numbers) if channel_names is None else map(str, channel_names))
+    if not present or len({*names}) < len(names) or {*names} - present:
+        fix = f"their channels are {first_names(sorted(present, key=_by_numbers), 20)}" if present else ""
+        listed = "" if channel_names is None else f" data.source.channel_names=[{','.join(names)}]"
+        raise ValueError(f"{setting}{listed} must match files, each channel once; {fix or 'change the pattern'}")
+    members: dict[tuple[int, str], list[int]] = {}
+    unmatched, unused = [], []
+    for k, match in enumerate(matches):
+        name = found.names[k]
+        if match is None or match[1] is None:
+            unmatched.append(name)
+        elif match[1] not in names:
+            unused.append(name)
+        else:
+            rest = re.sub("/+", "/", name[: match.start()] + name[match.end() :]).strip("/")
+            suffix = PurePosixPath(name).suffix
+            rest += "" if rest.endswith(suffix) else suffix
+            row = members.setdefault((int(found.which[k]), rest), [-1] * len(names))
+            column = names.index(match[1])
+            if row[column] >= 0:
+                raise ValueError(f"{setting} takes {found.names[row[column]]} and {name} for one file; change it")
+            row[column] = k
+    keys = sorted(members)
+    rows = np.array([members[key] for key in keys], np.int64)
+    given, firsts = rows >= 0, rows.max(1)
+    left_out = {**found.left_out}
+    for reason, files in (("without a channel in the name", unmatched), ("of channels that are not used", unused)):
+        if files:
+            left_out[reason] = [*left_out.get(reason, []), *files]
+    return CombinedImages(
+        found.roots,
+        np.array([which for which, _ in keys], np.int64),
+        Names(rest for _, rest in keys),
+        (found.sizes[rows] * given).sum(1),
+        found.times[firsts],
+        None if found.val_mask is None else found.val_mask[firsts],
+        left_out,
+        found,
+        rows,
+        names,
+    )
+
+
+def describe_channels(found: FoundImages) -> str:
+    """Return the part of the summary about images of several files; empty for others."""
+    if not isinstance(found, CombinedImages):
+        return ""
+    return f"; each of {len(found.channel_names)} files: channels {', '.join(found.channel_names)}"
+
+
+def _by_numbers(name: str) -> list[tuple[int, int, str]]:
+    """Return a key that sorts B2 before B10."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]

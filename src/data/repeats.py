@@ -1,0 +1,26 @@
+"""How often an epoch of training has the images of each of several folders."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from src.data.scan import FoundImages
+from src.quoting import format_override
+
+
+def check_repeats(repeats: Sequence[int] | None, root: Any) -> list[int] | None:
+    """Return `data.repeats`. Raises ValueError unless it has an integer of at least 1 for each root."""
+    roots = 1 if root is None or isinstance(root, str) else len(root)
+    if repeats is not None and (len(repeats) != roots or min(repeats) < 1):
+        raise ValueError(
+            f"{format_override('data.repeats', list(repeats))} must have an integer of at least 1 for each of the "
+            f"{roots} folders of data.root; change it, or leave it out"
+        )
+    return None if repeats is None else list(repeats)
+
+
+def repeat_indices(indices: Sequence[int], found: object, repeats: Sequence[int]) -> list[int]:
+    """Return each index as often as `repeats` says for its root. Raises ValueError for images without folders."""
+    if not isinstance(found, FoundImages):
+        raise ValueError("data.repeats is for folders of images; leave it out")
+    which = found.which.tolist()
+    return [index for index in indices for _ in range(repeats[which[index]])]
