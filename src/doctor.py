@@ -10,7 +10,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.errors import UsageError, usage_errors
-from src.quoting import command, format_override
+from src.quoting import command, format_override, shell_word
 
 if TYPE_CHECKING:
     from src.data.folder import FolderImages
@@ -71,7 +71,7 @@ def examine(cfg: DictConfig) -> Path:
         words.append(f"trainer.max_steps={steps}")
     print(f"What to expect: {advice.expectation(num_train)}")
     print(f"Look at {relative(folder / 'images.png')} and {relative(folder / 'values.png')}, then train:")
-    print(command("train", *words))
+    print(command("train", *map(shell_word, words)))
     return folder
 
 

@@ -139,9 +139,7 @@ class Continuous:
     def check(self, source: Source) -> None:
         names = [] if source.covariates is None else source.covariates.names
         if list(names) != self.names:
-            raise ValueError(
-                f"data.condition_columns=[{','.join(names)}] must be [{','.join(self.names)}], as in training"
-            )
+            raise ValueError(f"condition_columns=[{','.join(names)}] must be [{','.join(self.names)}], as in training")
 
     @staticmethod
     def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -153,7 +151,7 @@ class Continuous:
         values = source.covariates.values.double()
         mean, std = values.mean(0), values.std(0, correction=0)
         if constant := [n for n, d in zip(source.covariates.names, std.tolist(), strict=True) if not d > 0]:
-            raise ValueError(f"data.condition_columns has the constant column {', '.join(constant)}; leave it out")
+            raise ValueError(f"condition_columns has the constant column {', '.join(constant)}; leave it out")
         quantiles = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
         return {
             "names": list(source.covariates.names),

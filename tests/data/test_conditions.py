@@ -76,7 +76,7 @@ def test_covariates_are_standardized_and_none_is_nan():
         with pytest.raises(ValueError, match="not a value of kelvin, bar; give 2"):
             made([wrong])
     made.check(source)
-    with pytest.raises(ValueError, match=r"data\.condition_columns=\[\] must be \[kelvin,bar\]"):
+    with pytest.raises(ValueError, match=r"condition_columns=\[\] must be \[kelvin,bar\]"):
         made.check(InMemory(torch.zeros(3, 2)))
     seconds = torch.tensor([[1.7e9], [1.7e9 + 1], [1.7e9 + 2]], dtype=torch.float64)  # float32 cannot resolve seconds
     source = InMemory(torch.zeros(3, 2), covariates=Covariates(seconds, ["time"]))

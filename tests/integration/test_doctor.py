@@ -18,13 +18,14 @@ def test_a_folder_is_examined_and_trained(tmp_path):
     """Gray photos saved in color, two of them equal: the printed command trains on one channel."""
     rng = np.random.default_rng(0)
     for k in range(30):
-        path = tmp_path / "photos" / ("cats" if k % 2 else "dogs") / f"{k}.png"
+        path = tmp_path / "my photos" / ("cats" if k % 2 else "dogs") / f"{k}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         gray = rng.integers(0, 256, (20, 24, 1), dtype=np.uint8)
         Image.fromarray(np.repeat(gray if k else gray * 0 + 9, 3, -1)).save(path)
-    (tmp_path / "photos" / "dogs" / "copy.png").write_bytes((tmp_path / "photos" / "dogs" / "2.png").read_bytes())
-    (tmp_path / "photos" / "notes.txt").write_text("text")
-    words = ["data=folder", f"data.root={tmp_path / 'photos'}", f"hydra.run.dir={tmp_path / 'out'}", "steps=1"]
+    (tmp_path / "my photos" / "dogs" / "copy.png").write_bytes((tmp_path / "my photos" / "dogs" / "2.png").read_bytes())
+    (tmp_path / "my photos" / "notes.txt").write_text("text")
+    own = [f"data.root='{tmp_path / 'my photos'}'", r"data.source.class_pattern='^(\w+)/'"]
+    words = ["data=folder", *own, f"hydra.run.dir={tmp_path / 'out'}", "steps=1"]
     assert examine(*words, "model.model_channels=8").returncode == 2  # this command has no such setting
     done = examine(*words)
     assert done.returncode == 0, done.stderr
@@ -33,7 +34,7 @@ def test_a_folder_is_examined_and_trained(tmp_path):
     *_, line = done.stdout.splitlines()
     typed = shlex.split(line)
     assert typed[:3] == ["python", "-m", "src.train"]
-    assert {"data.channels=1", "data.image_size=16", "conditioning=class"} <= {*typed}
+    assert {"data.channels=1", "data.image_size=16", "conditioning=class", *own} <= {*typed}
 
 
 def examine(*words: str) -> subprocess.CompletedProcess[str]:
