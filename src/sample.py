@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` an animation into the output folder; return it.
+    """Draw `n` samples from a run, write them to the output folder, and return the folder.
 
-    Images are also written as PNGs, and rows of a table as `samples.csv`. Sample k depends only on (seed, k) and
-    its condition, not on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The samples are
-    divided equally among the conditions in `cond`.
+    Writes `samples.npz`, a grid of images, and an animation if `gif` is true. Images are also written as PNGs, and rows
+    of a table as `samples.csv`. Sample k depends only on (seed, k) and its condition, not on `n`, `batch_size` or
+    `devices`. A GPU draws other random numbers than a CPU. The samples are divided equally among the conditions in
+    `cond`.
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of

@@ -44,10 +44,11 @@ from src.errors import UsageError
 from src.quoting import escaped
 
 SPIN_COUNT = 5_000
-"""How often a thread of libgomp, with which torch computes, polls for work before it sleeps; its default is 300,000.
+"""Number of times that a libgomp thread of torch polls for work before it sleeps; libgomp's default is 300,000.
 
-A polling thread occupies the core of another process, which may be the one that it waits for (docs/design.md).
+A polling thread occupies a core that another process may need (docs/design.md).
 """
+
 Program = tuple[ModuleSpec | None, str]
 """The typed command: the module that `python -m` found, and its file."""
 
@@ -173,7 +174,7 @@ def _prepare(
 
 
 def warn_repeated(overrides: list[str]) -> None:
-    """Warn if two overrides set the same key, of which Hydra takes the last."""
+    """Warn if two overrides set the same key; Hydra uses the last one."""
     seen: dict[str, str] = {}
     for override in overrides:
         if (key := key_of(override)) in seen and seen[key] != override:

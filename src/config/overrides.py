@@ -1,4 +1,4 @@
-"""Check overrides before any slow import: Hydra's errors, with a hint what to type instead."""
+"""Check overrides before any slow import: raise Hydra's errors with a hint about what to type instead."""
 
 import difflib
 import re
@@ -26,7 +26,7 @@ from src.errors import UsageError, first_line
 from src.quoting import format_override
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
-"""Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
+"""Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
@@ -258,7 +258,7 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
         hint = hint or f"; it takes {', '.join(name for name in map(str, node) if name[0] != '_')}"
         raise UsageError(f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint}")
-    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # of the user's own
+    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
 

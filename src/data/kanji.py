@@ -118,7 +118,7 @@ def draw_all(image_size: int, stroke_width: float) -> Glyphs:
 
 @cache
 def svg_files() -> Mapping[str, Path]:
-    """Return the SVG file of each CJK unified ideograph, in the order of code points, without variants of style."""
+    """Return the SVG file of each CJK unified ideograph, without stylistic variants, in code-point order."""
     found = {}
     for file in package_files("kanjivg", "kanji")[1]:
         if (match := FILE.fullmatch(file.name)) and int(match[1], 16) in IDEOGRAPHS:
