@@ -110,7 +110,7 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):
             raise ValueError(
-                f"logger={name} needs a package that is not installed ({sentence(cause)}): pip install {name}"
+                f"logger={name} needs a package that is not installed ({sentence(cause)}); pip install {name}"
             ) from error
         raise
     return logger
@@ -128,7 +128,7 @@ IGNORED_WARNINGS = (
 
 
 def quiet_libraries() -> None:
-    """Silence Lightning's tips and duplicate lines."""
+    """Silence Lightning's tips and its repeated log lines."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):
