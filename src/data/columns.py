@@ -146,9 +146,9 @@ class Column:
         return encoded[:, None]
 
     def decode(self, encoded: Floats, clip: bool = True) -> Floats:
-        """Return the display values (N,) of encoded values (N, width), rounded, and with `clip` in the observed range.
+        """Return the display values (N,) of encoded values (N, width), rounded; `clip` keeps the observed range.
 
-        The category is that with the nearest code. NaN stays NaN.
+        The category is the one with the nearest code. NaN stays NaN.
         """
         if self.type == "category":
             nearest = (encoded @ self.codebook.T).argmax(1).astype(np.float64)
