@@ -86,7 +86,8 @@ def sample(cfg: DictConfig) -> Path:
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
-    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
+    summary = sampler_summary(settings, sampler, opened.module.schedule)
+    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {summary}")
     print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
     return folder
 
@@ -107,7 +108,7 @@ def check_prompt_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int)
         )
 
 
-def describe(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
+def sampler_summary(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
     """Return the sampler's name and settings for display."""
     name = str(settings._target_).rpartition(".")[2]
     spacing = sampler.spacing if isinstance(sampler.spacing, str) else sampler.spacing.on(schedule)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ TIMEOUT = 60
 logger = logging.getLogger(__name__)
 
 
-def local_shard(url: str, store: Path, setting: str) -> Path:
+def cached_shard(url: str, store: Path, setting: str) -> Path:
     """Return the path of an uncompressed shard; download and decompress it into `store` if necessary.
 
     Raises ValueError, which names `setting`, if the shard cannot be downloaded or decompressed.

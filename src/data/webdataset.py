@@ -24,7 +24,7 @@ from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.scan import read_at
-from src.data.shard_files import local_shard
+from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
 from src.data.table_files import first_names
 from src.quoting import format_override
@@ -71,8 +71,8 @@ def shards(
             lacks the caption or class that a key names, or for the reasons of `folder`.
     """
     store = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "shards"
-    train = [local_shard(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
-    val = [] if val_root is None else [local_shard(url, store, "data.val_urls") for url in expand_urls(val_root)]
+    train = [cached_shard(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
+    val = [] if val_root is None else [cached_shard(url, store, "data.val_urls") for url in expand_urls(val_root)]
     paths = [*train, *val]
     if repeated := first_names(sorted(str(path) for path, count in Counter(paths).items() if count > 1)):
         setting = "data.val_urls" if {*train} & {*val} else "data.urls"
