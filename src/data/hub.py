@@ -16,6 +16,7 @@ from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.data.scan import SPLITS
 from src.data.sources import Labels
 from src.data.table_files import did_you_mean, first_names
+from src.errors import one_line
 from src.quoting import format_override
 
 BATCH = 1000
@@ -190,10 +191,9 @@ def _opened(name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # the library and its network layer raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{format_override('data.name', name)} cannot be opened ({reason}); check the name and the network, or set "
-            "data.name to the folder of a saved dataset"
+            f"{format_override('data.name', name)} cannot be opened ({one_line(error)}); check the name and "
+            "the network, or set data.name to the folder of a saved dataset"
         ) from error
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.data.sources import Labels
-from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number, one_line
+from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number
+from src.errors import one_line
 from src.quoting import format_override
 
 if TYPE_CHECKING:

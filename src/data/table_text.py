@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from src.errors import one_line
+
 SEPARATORS = (",", ";", "\t", "|")
 _SPACES = r" \u00a0\u2009\u202f'\u2019"
 _COMMA_DECIMAL = re.compile(rf"[+-]?(\d+|\d{{1,3}}([.{_SPACES}]\d{{3}})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -112,7 +114,3 @@ def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | No
             if not any("_" in cell for cell in cells if cell):
                 return numbers
     return [None if cell is None else to_number(cell, decimal) for cell in cells]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
