@@ -38,7 +38,7 @@ def _check_command(module: str) -> None:
 if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m`
     # sys.orig_argv has Python's options, -m, the module, and then the words that follow in sys.argv.
     _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
-    if _module.partition(".")[0] == __name__:  # a package of the user's own may import this one
+    if _module.partition(".")[0] == __name__:  # the user's package may import this one
         _check_command(_module)
         from src.distributed.ranks import end_on_ctrl_c
 

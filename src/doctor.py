@@ -1,4 +1,4 @@
-"""Look at images before training on them: `python -m src.doctor data=folder data.root=path/to/images`."""
+"""Inspect a dataset of images before training: `python -m src.doctor data=folder data.root=path/to/images`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,17 +15,17 @@ from src.quoting import command, format_override, shell_word
 if TYPE_CHECKING:
     from src.data.folder import FolderImages
     from src.data.images import ImageDataModule
-    from src.runs.advice import Found
+    from src.runs.advice import FileStats
 
 SOURCES = ("src.data.folder.folder", "src.data.captions.captioned")
 NUM_PROBED = 200
-"""Files that are decoded as they are to find their channels and sizes."""
+"""Number of files to decode unchanged, to find their channels and sizes."""
 
 
 def examine(cfg: DictConfig) -> Path:
-    """Print what the data hold, look for duplicates, draw some images, and print a command that trains on them.
+    """Print a summary of the data and a training command for them; return the output folder.
 
-    Writes `images.png` and `values.png` into the output folder and returns it.
+    Reports duplicates and measures some training steps. Writes `images.png`, a grid, and `values.png`, a histogram.
     """
     with usage_errors():
         check_values(cfg)
@@ -36,11 +36,11 @@ def examine(cfg: DictConfig) -> Path:
 
         if OmegaConf.select(cfg, "data.source._target_") not in SOURCES:
             raise UsageError("src.doctor looks at folders of images; set data=folder data.root=path/to/images")
-        found = probe(cfg)
+        stats = probe(cfg)
         task = list(HydraConfig.get().overrides.task)
         typed = {override.lstrip("+").partition("=")[0] for override in task}
         on_gpu = torch.cuda.is_available()
-        suggested = {"data.channels": found.suggested_channels, "data.image_size": found.suggested_size(on_gpu)}
+        suggested = {"data.channels": stats.suggested_channels, "data.image_size": stats.suggested_size(on_gpu)}
         for name, value in suggested.items():
             if name not in typed:
                 OmegaConf.update(cfg, name, value)
@@ -51,8 +51,8 @@ def examine(cfg: DictConfig) -> Path:
     print(f"{num_train:,} images for training and {num_val:,} for validation")
     folder = start_output(Path(cfg.run_dir))
     report_duplicates(data, source)
-    draw(data, folder)
-    suggestion = advice.suggest(found, num_train, on_gpu)
+    write_pictures(data, folder)
+    suggestion = advice.suggest(stats, num_train, on_gpu)
     words = [word for word in task if not word.startswith(("run_dir", "steps", "hydra"))]
     words += [word for word in suggestion if word.partition("=")[0] not in typed]
     if source.labels is not None and "conditioning" not in typed:
@@ -75,8 +75,8 @@ def examine(cfg: DictConfig) -> Path:
     return folder
 
 
-def probe(cfg: DictConfig) -> "Found":
-    """Return what some of the files have in common, decoded as they are. Raises ValueError if none can be read."""
+def probe(cfg: DictConfig) -> "FileStats":
+    """Return statistics of evenly spaced files, decoded unchanged. Raises ValueError if none can be read."""
     from src.data.decode import decode
     from src.data.folder import find
     from src.runs import advice
@@ -98,11 +98,11 @@ def probe(cfg: DictConfig) -> "Found":
             continue
     if not decoded:
         raise ValueError(f"{format_override('data.root', root)} has no image that can be read; set another folder")
-    return advice.look(decoded)
+    return advice.file_stats(decoded)
 
 
 def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
-    """Print how many images are equal or similar, and how many of those are on both sides of the split."""
+    """Print the number of duplicate and near-duplicate images, and how many of them cross the split."""
     import numpy as np
 
     from src.data.duplicates import across_split, find_duplicates
@@ -122,8 +122,8 @@ def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
     )
 
 
-def draw(data: "ImageDataModule", folder: Path) -> None:
-    """Draw some training images as the network will see them, and the histogram of their values."""
+def write_pictures(data: "ImageDataModule", folder: Path) -> None:
+    """Write a grid of training images as the network sees them, and a histogram of their values."""
     from src.viz.histograms import value_histogram
     from src.viz.images import image_grid
 

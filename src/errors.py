@@ -76,6 +76,11 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line of at most 200 characters, or its class name."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def sentence(error: BaseException) -> str:
     """Return the first sentence of an error, without its final period."""
     text = " ".join(str(error).split()) or type(error).__name__

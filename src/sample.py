@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def sample(cfg: DictConfig) -> Path:
-    """Write `n` samples of a run, a grid, `samples.npz` and with `gif` an animation into the output folder; return it.
+    """Draw `n` samples from a run, write them to the output folder, and return the folder.
 
-    Images are also written as PNGs, and rows of a table as `samples.csv`. Sample k depends only on (seed, k) and
-    its condition, not on `n`, `batch_size` or `devices`. A GPU draws other random numbers than a CPU. The samples are
-    divided equally among the conditions in `cond`.
+    Writes `samples.npz`, a grid of images, and an animation if `gif` is true. Images are also written as PNGs, and rows
+    of a table as `samples.csv`. Sample k depends only on (seed, k) and its condition, not on `n`, `batch_size` or
+    `devices`. A GPU draws other random numbers than a CPU. The samples are divided equally among the conditions in
+    `cond`.
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
@@ -85,7 +86,8 @@ def sample(cfg: DictConfig) -> Path:
     if condition:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
-    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {describe(settings, sampler, opened.module.schedule)}")
+    summary = sampler_summary(settings, sampler, opened.module.schedule)
+    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {summary}")
     print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
     return folder
 
@@ -106,7 +108,7 @@ def check_prompt_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int)
         )
 
 
-def describe(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
+def sampler_summary(settings: DictConfig, sampler: "Sampler", schedule: object) -> str:
     """Return the sampler's name and settings for display."""
     name = str(settings._target_).rpartition(".")[2]
     spacing = sampler.spacing if isinstance(sampler.spacing, str) else sampler.spacing.on(schedule)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def import_target(setting: str, path: str) -> Any:
         if callable(target):
             return target
         raise TypeError("it is neither a class nor a function")
-    except Exception as error:  # a module of the user's own may raise anything
+    except Exception as error:  # the user's module may raise anything
         raise ValueError(
             f"{setting}={path} cannot be imported ({sentence(error)}); correct the name, or type PYTHONPATH=FOLDER in "
             "front of python for a module in FOLDER"
@@ -75,7 +75,7 @@ def import_target(setting: str, path: str) -> Any:
 
 def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], parameters: Mapping[str, Any]) -> str:
     """Return the message for the keys of a node that its target does not take."""
-    # Our code passes the arguments without defaults of our own functions.
+    # Our functions get the arguments without defaults from code, not from the configuration.
     ours = str(cfg._target_).startswith("src.")
     known = [k for k, p in parameters.items() if p.default is not p.empty or not ours]
     known += GRID_SETTINGS if name == "sampler" else ()

@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 import src
-from src.config import resolvers, sweeps  # noqa: F401 - conf/ needs what the first registers
+from src.config import resolvers, sweeps  # noqa: F401 - `resolvers` registers those of conf/
 from src.config.help import help_text
 from src.config.output import DeferredOutput, defer_output, discard_output, preserve_sweep, store_output
 from src.config.overrides import check_overrides, choose_none, expand_grid, expand_home, key_of, split_arguments
@@ -44,18 +44,19 @@ from src.errors import UsageError
 from src.quoting import escaped
 
 SPIN_COUNT = 5_000
-"""How often a thread of libgomp, with which torch computes, polls for work before it sleeps; its default is 300,000.
+"""Number of times that a libgomp thread of torch polls for work before it sleeps; libgomp's default is 300,000.
 
-A polling thread occupies the core of another process, which may be the one that it waits for (docs/design.md).
+A polling thread occupies a core that another process may need (docs/design.md).
 """
+
 Program = tuple[ModuleSpec | None, str]
 """The typed command: the module that `python -m` found, and its file."""
 
 
 def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | None = None) -> None:
-    """Run `task` with the configuration that the command line composes. Exits with status 2 on a UsageError.
+    """Run `task` with the configuration that the command line composes; exit with status 2 on a UsageError.
 
-    Several values of the group `together` are one task's list instead of a sweep (`overrides.expand_grid`).
+    Without -m, several values of the group `together` become a list for one task (`overrides.expand_grid`).
     HYDRA_FULL_ERROR=1 shows the traceback of a UsageError.
     """
     if "OMP_WAIT_POLICY" not in os.environ:  # torch reads it on import
@@ -173,7 +174,7 @@ def _prepare(
 
 
 def warn_repeated(overrides: list[str]) -> None:
-    """Warn if two overrides set the same key, of which Hydra takes the last."""
+    """Warn if two overrides set the same key; Hydra uses the last one."""
     seen: dict[str, str] = {}
     for override in overrides:
         if (key := key_of(override)) in seen and seen[key] != override:
@@ -183,8 +184,8 @@ def warn_repeated(overrides: list[str]) -> None:
 
 @contextmanager
 def block_signals_of_workers() -> Iterator[None]:
-    """Start the worker processes of a launcher with stop signals blocked; this process receives them."""
-    with suppress(ImportError):  # a resource tracker that starts later unblocks them
+    """Block stop signals in the worker processes of a launcher, so that only this process receives them."""
+    with suppress(ImportError):  # a resource tracker that starts later would unblock them
         from multiprocessing import resource_tracker
 
         from joblib.externals.loky.backend import resource_tracker as tracker_of_loky
@@ -198,7 +199,7 @@ def block_signals_of_workers() -> Iterator[None]:
 
 @contextmanager
 def one_line_per_refusal() -> Iterator[None]:
-    """Keep Hydra from printing "Error executing job" before the UsageError of a sweep's job, which is one line."""
+    """Raise the UsageError of a sweep's job without Hydra's line "Error executing job" before it."""
     hydras = JobReturn.__dict__["return_value"]
 
     def value(job: JobReturn) -> Any:
@@ -218,7 +219,7 @@ def quote_run_dir() -> None:
     settings: Any = HydraConfig.get()
     with read_write(settings), read_write(settings.run):
         quoted = QuotedString(escaped(settings.runtime.output_dir), Quote.double).with_quotes()[1:-1]
-        settings.run.dir = escaped(quoted)  # a second time, because OmegaConf resolves it
+        settings.run.dir = escaped(quoted)  # twice, because OmegaConf resolves it once more
 
 
 @contextmanager
@@ -247,7 +248,7 @@ def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
 
 
 def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: Program, full_error: bool) -> Any:
-    """Run `task` as one job of a sweep on its part of the devices; return the metric that `optimized_metric` names."""
+    """Run `task` as one job of a sweep on its share of the devices; return its `optimized_metric`, if one is set."""
     settings = HydraConfig.get()
     if rank() > 0:  # one of the tasks of a SLURM job
         run_as_worker()

@@ -1,4 +1,4 @@
-"""Check overrides before any slow import: Hydra's errors, with a hint what to type instead."""
+"""Check overrides before any slow import: raise Hydra's errors with a hint about what to type instead."""
 
 import difflib
 import re
@@ -26,13 +26,13 @@ from src.errors import UsageError, first_line
 from src.quoting import format_override
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
-"""Groups of which several options merge into one configuration, as in logger=[csv,wandb]."""
+"""Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the overrides among the arguments, and Hydra's flags with their values.
+    """Split arguments into overrides and Hydra's flags with their values.
 
     Raises UsageError for an unknown flag.
     """
@@ -59,7 +59,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parsed(override: str) -> Override:
-    """Return an override as Hydra parses it. Raises HydraException if it cannot."""
+    """Return an override as Hydra parses it. Raises HydraException if Hydra cannot parse it."""
     return OverridesParser.create().parse_override(override)
 
 
@@ -72,9 +72,9 @@ def key_of(override: str) -> str:
 
 
 def last_value(overrides: Sequence[str], name: str) -> str | None:
-    """Return the value of the last override of the setting `name` as text; None if there is none, or it is null.
+    """Return the value of the last override of the setting `name` as text; None if it is null or not overridden.
 
-    Raises UsageError for an empty one.
+    Raises UsageError for an empty value.
     """
     override = next((each for each in reversed(overrides) if key_of(each) == name), None)
     if override is None:
@@ -104,7 +104,7 @@ def expand_home(overrides: Sequence[str]) -> list[str]:
 
 
 def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
-    """Replace `group=null`, which Hydra takes only in a defaults list, by its option `none` or by `~group`."""
+    """Replace `group=null`, which Hydra accepts only in a defaults list, by `group=none` or `~group`."""
     groups = config_groups(folders)
     chosen: list[str] = []
     for override in overrides:
@@ -119,14 +119,14 @@ def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> 
 def check_overrides(
     config_name: str, overrides: Sequence[str], multirun: bool = False, added: Sequence[str] = ()
 ) -> DictConfig:
-    """Return the configuration, with Hydra's own node, that the overrides compose; for a sweep, that of its first job.
+    """Check overrides and return the composed configuration, with Hydra's own node; of a sweep, its first job.
 
     `added` are the folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and
     for invalid values.
     """
     groups = config_groups(folders := config_folders(added))
     read = [_parse(config_name, word, groups) for word in overrides]
-    foreign = any("pkg://" in each for each in added)  # its options cannot be listed here
+    foreign = any("pkg://" in each for each in added)  # options in a package cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
     for override in choices:
         name, options = override.key_or_group, _options(override)
@@ -145,7 +145,7 @@ def check_overrides(
             _check_sweep(override, read, multirun, groups)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                 _check_key(override, base, groups)
-        final = deepcopy(base)  # if only options of groups are typed
+        final = deepcopy(base)  # right if every override chooses options of a group
         if len(choices) < len(read):
             final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
     plain, composed = (OmegaConf.to_container(each, resolve=False) for each in (base, final))
@@ -177,15 +177,15 @@ def check_overrides(
 
 @lru_cache(maxsize=32)
 def _compose_choices(config_name: str, choices: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
-    """Return the configuration of these options of groups, composed once for all jobs of a sweep."""
+    """Compose these options of groups, once for all jobs of a sweep."""
     return compose(config_name, choices, added, (), config_groups(config_folders(added)))
 
 
 def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: Sequence[str] = ()) -> list[str]:
-    """Turn several values of `group` and its settings into the list `<group>s` of all their combinations.
+    """Replace sweeps over `group` and its settings by one override `<group>s` that lists all combinations.
 
-    `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`; each combination is
-    checked by itself. Raises UsageError for values that cannot be listed, such as intervals.
+    `sampler=ddim,heun sampler.steps=10,20` becomes `samplers=[{sampler:ddim,steps:10},...]`. Each combination is
+    checked. Raises UsageError for an invalid combination, and for intervals, whose values cannot be listed.
     """
     try:
         read = [parsed(override) for override in overrides]
@@ -208,7 +208,7 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
 
 
 def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
-    """Return one override as Hydra parses it. Raises UsageError with the form to type if it cannot."""
+    """Return one override as Hydra parses it. Raises UsageError with the form to type if Hydra cannot parse it."""
     name, equals, value = word.partition("=")
     if not equals and not word.startswith("~"):
         raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, word, groups)}")
@@ -233,7 +233,7 @@ def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str
 
 
 def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
-    """Raise UsageError for several values without -m, and for an interval without a sweeper that draws from it."""
+    """Raise UsageError for a sweep without -m, and for an interval without a sweeper that searches it."""
     if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in read}:
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
     if override.is_sweep_override() and not multirun:
@@ -243,7 +243,7 @@ def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, g
 
 
 def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
-    """Raise UsageError for a key that nothing reads; warn of an added key that may be misspelled."""
+    """Raise UsageError for a key that nothing reads; warn about an added key that may be misspelled."""
     key, line = str(override.key_or_group), str(override.input_line)
     if key == "run_dir":  # Hydra's files must be next to the checkpoints
         folder = last_value([line], "run_dir") or "FOLDER"
@@ -258,13 +258,13 @@ def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]
     if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
         hint = hint or f"; it takes {', '.join(name for name in map(str, node) if name[0] != '_')}"
         raise UsageError(f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint}")
-    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # of the user's own
+    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
 
 
 def _select(plain: Any, name: str) -> Any:
-    """Return the value at a dotted name in nested plain values; None if there is none."""
+    """Return the value at a dotted name in nested dictionaries; None if there is none."""
     for part in name.split("."):
         plain = plain.get(part) if isinstance(plain, dict) else None
     return plain

@@ -245,7 +245,7 @@ def newest_run(name: str, folder: Path) -> str:
     return f"; the newest run in {folder} is {format_override(name, value)}"
 
 
-def _nearest(path: Path, name: str, pattern: str) -> str:
+def path_hint(path: Path, name: str, pattern: str) -> str:
     """Return the end of an error: the file next to `path` with the most similar name; empty if there is none."""
     close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
     return f"; did you mean {format_override(name, path.parent / close[0])}?" if close else ""

@@ -70,7 +70,7 @@ RANGES = {
     "num_steps": "[1, inf)",
     "frames": "[2, inf)",
 }
-"""Intervals of numbers by setting, pattern of settings, or argument of a `_target_`; a comment may follow."""
+"""Interval of each number, by setting, by pattern, or by argument of a `_target_`; a comment may follow a colon."""
 
 RECIPE = {
     "recipe.lr": "optimizer.lr",
@@ -80,7 +80,7 @@ RECIPE = {
     "recipe.validate_every": "validate_every",
     "recipe.checkpoint_every": "checkpoint_every",
 }
-"""Settings that a model or an experiment suggests, and those that read them."""
+"""Settings that a model or an experiment suggests, and the settings that interpolate them."""
 
 RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items()}
 
@@ -93,13 +93,13 @@ CHOICES = {
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
 }
-"""Texts that a setting takes, alone or in a list."""
+"""Strings that a setting accepts, alone or in a list."""
 
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
 SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
-"""Settings that take a list or a number too, whatever their default is; their constructors check the type."""
+"""Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
@@ -136,9 +136,9 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
 
 
 def check_type(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError if a value has another type than its default, unless that is a string or null, or is empty.
+    """Raise UsageError for a value whose type differs from its default's, and for an empty or not finite value.
 
-    As a folder, an empty string would mean the current one.
+    A default that is a string or null allows any type. An empty string as a folder would mean the current one.
     """
     if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
         return
@@ -163,7 +163,7 @@ def check_type(name: str, default: Any, value: Any) -> None:
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:
-    """Raise UsageError for NaN, and for an infinity unless the default is infinite; also in lists and dictionaries."""
+    """Raise UsageError for NaN, and for infinity unless the default is infinite; check lists and dictionaries too."""
     if isinstance(value, dict):
         for key, each in value.items():
             _check_finite(f"{name}.{key}", default.get(key) if isinstance(default, dict) else None, each)
@@ -187,7 +187,7 @@ def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:
 
 
 def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
-    """Raise UsageError for typed settings, by `names`, that exclude each other or that the command does not read."""
+    """Raise UsageError if typed settings, in `names`, exclude each other or have no effect in the command."""
     one, other = "validate_every", "trainer.val_check_interval"
     if {one, other} <= names:
         raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
@@ -209,7 +209,7 @@ def _lies_in(value: float, rule: str) -> bool:
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield name, value and `_target_` argument of each setting that resolves, except in nodes of other packages."""
+    """Yield name, value and `_target_` argument of each resolvable setting outside nodes of other packages."""
     target = str(node._get_node("_target_", validate_access=False) or "")
     if target not in ("", "None") and not target.startswith(("src.", "torch.optim.", "lightning.")):
         return

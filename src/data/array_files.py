@@ -1,4 +1,4 @@
-"""Read arrays from NumPy, audio and NIfTI files, and find their axis of channels."""
+"""Read arrays from NumPy, audio and NIfTI files, and find their channel axis."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ KINDS = {1: "signals", 2: "images", 3: "volumes"}
 
 
 class Sample(NamedTuple):
-    """What a file holds: `values` in the type of the file, its `header` (`ArrayDataModule`), and what was changed."""
+    """The contents of a file: `values` in the file's type, its `header` (`ArrayDataModule`), and the `changes` made."""
 
     values: Array
     header: dict[str, Any]
@@ -30,13 +30,13 @@ class Sample(NamedTuple):
 
 
 def suffix_of(name: str) -> str:
-    """Return the ending of a file name in lower case, with that of its compression."""
+    """Return the suffix of a file name in lower case, including .gz, such as `.nii.gz`."""
     suffixes = Path(name.lower()).suffixes[-2:]
     return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
 def is_array(name: str) -> bool:
-    """Return whether the ending of a file is that of an array."""
+    """Return whether a file name has the suffix of a NumPy, audio or NIfTI file."""
     return suffix_of(name) in ARRAY_SUFFIXES | AUDIO_SUFFIXES | NIFTI_SUFFIXES
 
 
@@ -46,7 +46,7 @@ def is_array(name: str) -> bool:
 def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...] | None, batched: bool) -> Array:
     """Return an array as (N, C, *size), or (C, *size) if it is not `batched`.
 
-    A missing axis of channels is added, and one at the end is moved, where `channels` and `size` tell so. Raises
+    Adds a missing channel axis, and moves one at the end to the front, if `channels` and `size` imply it. Raises
     ValueError for other shapes.
     """
     axis = int(batched)
@@ -80,7 +80,7 @@ def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...
 def open_numpy(path: Path, key: str | None = None) -> Array:
     """Return the array of a .npy file or of a .npz file, mapped into memory unless it is compressed.
 
-    Raises ValueError if it is not a file of numbers, or if an .npz file has several and `key` names none.
+    Raises ValueError for a file without numbers, or for an .npz file with several arrays without `key`.
     """
     try:
         names = _names_in_npz(path) if zipfile.is_zipfile(path) else None
@@ -105,7 +105,7 @@ def _names_in_npz(path: Path) -> list[str]:
 
 
 def _problem_with_key(names: Sequence[str], key: str | None) -> str | None:
-    """Return why `key` does not choose one of the arrays of an .npz file, with the setting; None if it does."""
+    """Return why `key` does not select one array of an .npz file, and the setting to change; None if it does."""
     if not names:
         return "it has no arrays; set data.root to another file"
     if key is None and len(names) > 1:
@@ -116,7 +116,7 @@ def _problem_with_key(names: Sequence[str], key: str | None) -> str | None:
 
 
 def _open_npz(path: Path, name: str) -> Array:
-    """Return an array of an .npz file; one that is not compressed is mapped at its place in the file."""
+    """Return an array of an .npz file, memory-mapped in place unless it is compressed."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(f"{name}.npy")
         if info.compress_type == zipfile.ZIP_STORED:
@@ -138,7 +138,7 @@ def _open_npz(path: Path, name: str) -> Array:
 
 
 def read_file(found: FoundImages, index: int, key: str | None = None) -> Sample:
-    """Return what a file holds, (C, *size) or `size`. Raises DataReadError."""
+    """Return the sample (C, *size) or `size` in a file. Raises DataReadError."""
     return read_with_retries(str(found.path(index)), partial(_read_file, found, index, key))
 
 
@@ -173,7 +173,7 @@ def _load_numpy(stream: BinaryIO, key: str | None) -> Array:
 
 
 def _read_audio(stream: BinaryIO) -> Sample:
-    """Return audio (channels, L): int16 for up to 16 bits, else float32. The header has any other `subtype`."""
+    """Return audio (channels, L): int16 for up to 16 bits, else float32. The header has no `subtype` for PCM_16."""
     try:
         import soundfile
     except ImportError as error:
@@ -188,7 +188,7 @@ def _read_audio(stream: BinaryIO) -> Sample:
 
 
 def _read_nifti(contents: bytes) -> Sample:
-    """Return a volume (C, X, Y, Z) with its scaled values; the fourth axis of a NIfTI file are its channels."""
+    """Return a volume (C, X, Y, Z) with its scaled values; the fourth axis of a NIfTI file holds the channels."""
     try:
         import nibabel
     except ImportError as error:
@@ -200,6 +200,6 @@ def _read_nifti(contents: bytes) -> Sample:
     if values.ndim > 4:
         values = values.reshape(*values.shape[:3], -1)
     values = values[None] if values.ndim < 4 else np.moveaxis(values, -1, 0)
-    # Scaled values are float64, of which the file has fewer bits.
+    # nibabel scales in float64, but the file has fewer bits than that.
     values = values.astype(np.float32) if values.dtype == np.float64 != image.get_data_dtype() else values
     return Sample(values, {"affine": image.affine.tolist()})

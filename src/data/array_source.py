@@ -1,4 +1,4 @@
-"""An array of samples in a file as a source."""
+"""A source of samples from one memory-mapped array."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from src.data.decode import Array
 from src.data.sources import Covariates, Labels
 
 CHUNK_BYTES = 64 * 2**20
-"""Bytes of an array that are measured at a time."""
+"""Bytes of an array that `measure` reads at a time."""
 
 
 class ArraySource:
     """Samples (N, C, *size) of an array in a file, which `open_array` maps into memory.
 
-    `rows` are those of the array that are used. `value_range`, `dtype`, `suffix`, `header`, `summary` and `unreadable`
-    are as in `FolderImages` and `ArrayDataModule`.
+    `rows` (N,) selects rows of the array; None uses all. `FolderImages` and `ArrayDataModule` explain `value_range`,
+    `dtype`, `suffix`, `header`, `summary` and `unreadable`.
     """
 
     covariates: Covariates | None = None
@@ -57,7 +57,7 @@ class ArraySource:
         return len(self._array()) if self.rows is None else len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "array": None}  # a process maps the file itself, instead of copying the array
+        return {**self.__dict__, "array": None}  # each process maps the file again instead of copying the array
 
     def stamps(self) -> Sequence[int] | None:
         """Return the sizes of the files; None for one file, since hashing all samples takes too long."""
@@ -76,7 +76,7 @@ class ArraySource:
 
 
 def measure(path: Path, array: Array) -> tuple[float, float]:
-    """Return the least and the largest value of (N, *shape). Raises ValueError for values that are not finite."""
+    """Return the minimum and maximum of an array (N, *shape). Raises ValueError for values that are not finite."""
     lows, highs = [], []
     step = max(1, CHUNK_BYTES // max(1, array[:1].nbytes))
     for start in range(0, len(array), step):
@@ -91,9 +91,9 @@ def measure(path: Path, array: Array) -> tuple[float, float]:
 
 
 def check_resolution(limits: tuple[float, float]) -> None:
-    """Raise ValueError if float32, the type of the network's inputs, has few different values between the limits."""
+    """Raise ValueError if float32, the type of network inputs, has fewer than 256 values between the limits."""
     low, high = limits
-    if high - low < 2**-16 * max(abs(low), abs(high)):  # less than 256 of them
+    if high - low < 2**-16 * max(abs(low), abs(high)):
         raise ValueError(
             f"data.value_range=[{low:.10g},{high:.10g}] is too narrow for its distance from 0 in float32; subtract a "
             "constant from the values of the files"
@@ -101,7 +101,7 @@ def check_resolution(limits: tuple[float, float]) -> None:
 
 
 def describe_array(array: Array, limits: tuple[float, float]) -> str:
-    """Return the end of the summary: channels, size, type and range."""
+    """Return the end of the line about the data: channels, size, type and range of an array (N, C, *size)."""
     channels, *size = array.shape[1:]
     shape = "x".join(map(str, size))
     values = f"{array.dtype.name} values in [{limits[0]:g}, {limits[1]:g}]"

@@ -1,4 +1,4 @@
-"""Decode files of one sample each once, to one size, into an array in the cache."""
+"""Decode a folder with one file per sample once, into one array of equal sizes in the cache."""
 
 import json
 import logging
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 def decode_all(
     found: FoundImages, channels: int, size: tuple[int, ...], key: str | None, cache_dir: str | None
 ) -> Path:
-    """Decode all files once into the cache and return its folder, with `samples.npy` and `about.json`.
+    """Decode all files once into the cache and return the folder with `samples.npy` and `about.json`.
 
-    The folder is complete or does not exist, whenever a process is killed. One process decodes; others wait for it.
+    The folder appears only when it is complete, even if a process is killed. One process decodes; others wait for it.
     Raises ValueError if the cache cannot be written, and DataReadError if no file can be read.
     """
     from filelock import FileLock
@@ -99,7 +99,7 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
 def _read_all(
     found: FoundImages, channels: int, size: tuple[int, ...], key: str | None
 ) -> Iterator[tuple[Sample | None, str]]:
-    """Yield each sample as (C, *size), or None and the reason why it cannot be read or does not suit."""
+    """Yield each sample as (C, *size), or None and why it cannot be read or used."""
     for k in range(len(found)):
         try:
             sample = read_file(found, k, key)
@@ -111,13 +111,13 @@ def _read_all(
         else:
             changes = ["mixed down"] if len(mixed) < len(sample.values) else []
             if values.shape[1:] != size:
-                cut = "cut" if values.shape[1] > size[0] else "filled up with zeros"
+                cut = "cut" if values.shape[1] > size[0] else "zero-padded"
                 changes.append(cut if len(size) == 1 else "resampled")
             yield Sample(fit(values, size), header, changes), ""
 
 
 def mix(name: str, values: Array, channels: int | None) -> Array:
-    """Return audio with several channels as one, if one is wanted; other data unchanged."""
+    """Mix audio (C, L) down to (1, L) if `channels` is 1; return other data unchanged."""
     if suffix_of(name) in AUDIO_SUFFIXES and channels == 1 < len(values):
         mixed: Array = values.mean(0, keepdims=True).astype(values.dtype)
         return mixed
@@ -125,9 +125,9 @@ def mix(name: str, values: Array, channels: int | None) -> Array:
 
 
 def fit(values: Array, size: tuple[int, ...]) -> Array:
-    """Return (C, *any size) of the wanted size: signals cut or filled up with zeros, others resampled.
+    """Return values (C, *any size) as (C, *size): signals are cut or zero-padded, others resampled.
 
-    Resampling averages where all sides shrink, and interpolates linearly otherwise. It keeps the type.
+    Resampling averages if every side shrinks, and interpolates linearly otherwise. It keeps the data type.
     """
     if values.shape[1:] == size:
         return values
@@ -142,7 +142,7 @@ def fit(values: Array, size: tuple[int, ...]) -> Array:
 
 
 def fit_header(header: Mapping[str, Any], before: Sequence[int], size: Sequence[int]) -> dict[str, Any]:
-    """Return the header of a volume that was resampled: its affine maps the same corner to the same place."""
+    """Return the header after resampling from the size `before` to `size`: the affine keeps the corners in place."""
     if "affine" not in header or tuple(before) == tuple(size):
         return dict(header)
     steps = np.array([m / n for m, n in zip(before, size, strict=True)])

@@ -32,7 +32,7 @@ from src.errors import DataReadError
 from src.quoting import format_override
 
 MAX_VALUES = 65536
-"""Most integers that the likelihood counts; more are as good as continuous."""
+"""Largest number of integer values for a discrete likelihood; data with more values are treated as continuous."""
 
 
 class Arrays:
@@ -40,14 +40,14 @@ class Arrays:
 
     Args:
         labels: the class of each sample: a .npy file of integers (N,), or a table with the column `label`, and for
-            one file per sample the column `file`. None takes the subfolders if there are two or more.
-        class_pattern: a regular expression with one group that finds the class in the path of a file.
-        key: the array of an .npz file that has several.
-        length: the length of signals, longer ones are cut to and shorter ones are filled up to with zeros.
+            one file per sample the column `file`. None uses the subfolders as classes if there are two or more.
+        class_pattern: a regular expression with one group, which matches the class in the path of a file.
+        key: the name of the array, for .npz files with several arrays.
+        length: the length of signals: longer ones are cut, shorter ones are zero-padded at the end.
 
-    Files of one sample have the shape (C, *size) or `size`. Images and volumes of another size are resampled, signals
-    cut or filled up. Opening raises FileNotFoundError without the files, DataReadError for unreadable ones, and
-    ValueError for shapes, types and values that do not suit.
+    A file of one sample has the shape (C, *size) or `size`. Images and volumes of another size are resampled; signals
+    are cut or zero-padded. Opening raises FileNotFoundError if there are no files, DataReadError for unreadable files,
+    and ValueError for unsupported shapes, types and values.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Arrays:
         self.length = length
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
-        """Return the shape (C, *size) of a sample, from settings and where they are None from the first file."""
+        """Return the shape (C, *size) of a sample from the settings; those that are None come from the first file."""
         size = self._size(image_size)
         if channels is not None and size is not None:
             return (channels, *size)
@@ -99,11 +99,11 @@ class Arrays:
 
         Args:
             prepare: unused; files are decoded when they are missing in the cache.
-            value_range: the values that become -1 and 1; None finds them.
-            skip_unreadable: leave out files that cannot be read, up to a tenth of all, or up to this share.
-            cache_dir: where one file per sample is decoded to, once; None is below the user's cache folder.
-            val_root: the folder or archive of the validation samples. None takes a folder for validation in the root,
-                or the fraction `data.val_fraction`.
+            value_range: the values that map to -1 and 1; None infers them.
+            skip_unreadable: leave out unreadable files: True up to a tenth of all, a number up to that share.
+            cache_dir: the folder for the decoded samples of many files; None is below the user's cache folder.
+            val_root: the folder or archive of the validation samples. None uses a validation folder in the root if
+                there is one, else the fraction `data.val_fraction`.
         """
         size = self._size(image_size)
         assert size is not None
@@ -170,7 +170,7 @@ class Arrays:
         open_array = partial(np.load, folder / "samples.npy", mmap_mode="r")
         array = open_array()
         low, high = about["low"], about["high"]
-        if suffix in AUDIO_SUFFIXES and array.dtype.kind == "i":  # silence is 0 inside, too
+        if suffix in AUDIO_SUFFIXES and array.dtype.kind == "i":  # so that silence maps to 0
             low, high = -max(-low, high), max(-low, high)
         limits = find_limits(value_range, array.dtype.name, low, high)
         check_resolution(limits)
@@ -191,10 +191,10 @@ class ArrayDataModule(ImageDataModule):
 
     Args:
         source: opens the files below `root`.
-        channels, image_size: shape of a sample; None takes those of the files.
-        header: what written samples repeat of the files: `sample_rate` of audio in Hz and its `subtype` if it is not
-            PCM_16, `affine` (4, 4) of NIfTI files, from positions to millimeters, or `one_file` if one file has all
-            samples. None takes that of the files.
+        channels, image_size: shape of a sample; None infers it from the files.
+        header: metadata of the files that written samples repeat: `sample_rate` of audio in Hz and its `subtype` if
+            it is not PCM_16, `affine` (4, 4) of NIfTI files, from voxel indices to millimeters, or `one_file` if one
+            file has all samples. None infers it from the files.
         skip_unreadable, cache_dir, val_root: see `Arrays.__call__`.
 
     The other arguments are those of `ImageDataModule`.
@@ -243,7 +243,7 @@ class ArrayDataModule(ImageDataModule):
 
     @property
     def num_values(self) -> int | None:  # type: ignore[override]
-        """The number of values that integers can take, or None for floats and for more than 65,536."""
+        """The number of possible values of integer data; None for floats and for more than 65,536 values."""
         count = super().num_values
         return None if count is None or count > MAX_VALUES else count
 
@@ -259,7 +259,7 @@ class ArrayDataModule(ImageDataModule):
             self.header = getattr(self.source, "header", None)
 
     def postprocess(self, x: Tensor) -> Tensor:
-        """Return samples to look at, uint8: all channels of signals, the first of two channels, or else three."""
+        """Return samples for display, uint8: signals with all channels; others with 1 of 2, or 3 of more channels."""
         shown = to_uint8(x, min(self.num_values or 256, 256))
         count = self.shape[0]
         if len(self.shape) == 2 or count in (1, 3):
@@ -268,7 +268,7 @@ class ArrayDataModule(ImageDataModule):
 
 
 def one_file(root: Any, labels: str | None) -> Path | None:
-    """Return the file with all samples: `root`, or the only file of a folder but `labels`; None for one per sample."""
+    """Return the file with all samples: `root`, or its only file besides `labels`; None for one file per sample."""
     if not isinstance(root, str | Path):
         return None
     path = Path(root)
@@ -304,7 +304,7 @@ def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, 
 
 
 def _read_labels(path: Path, count: int) -> list[str]:
-    """Return the class of each of `count` samples. Raises ValueError for another number, or for empty classes."""
+    """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
     if path.suffix.lower() == ".npy":
         array = open_numpy(path)
         if array.ndim != 1 or array.dtype.kind not in "bui":

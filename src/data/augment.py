@@ -1,6 +1,6 @@
-"""Random changes of training images on the device, keyed by step and position in the global batch.
+"""Random augmentation of training images on the device, keyed by step and position in the global batch.
 
-Each takes x (B, C, H, W) in [-1, 1] and the random numbers of its step.
+Each augmentation takes x (B, C, H, W) in [-1, 1] and the random numbers of the step.
 """
 
 import math
@@ -43,10 +43,10 @@ def rotate(x: Tensor, rng: StepRng) -> Tensor:
 
 
 class ColorJitter(NamedTuple):
-    """Change brightness, contrast, saturation and hue, in this order, by factors drawn for each image.
+    """Change brightness, contrast, saturation and hue, in this order, by random factors per image.
 
     The strengths are those of `torchvision.transforms.v2.ColorJitter`: a factor is uniform in [max(0, 1 - strength),
-    1 + strength], and the shift of the hue, in turns, in [-strength, strength]. Opacity keeps its values.
+    1 + strength], and the hue shift, in turns of the color circle, in [-strength, strength]. Alpha is unchanged.
     """
 
     brightness: float = 0.0
@@ -56,9 +56,9 @@ class ColorJitter(NamedTuple):
 
     @classmethod
     def of(cls, settings: Mapping[str, float], channels: int) -> "ColorJitter":
-        """Return the change of these strengths, by name.
+        """Return the augmentation with these strengths, by name.
 
-        Raises ValueError for an unknown name, a strength out of its range, or one that needs RGB images.
+        Raises ValueError for an unknown name, a strength out of range, or a strength that needs RGB images.
         """
         for name, strength in settings.items():
             if name not in cls._fields:
@@ -103,15 +103,15 @@ def shift_hue(y: Tensor, turns: Tensor) -> Tensor:
 
 
 class EdmAugmentation(NamedTuple):
-    """Warp images at random and return labels of what was done, so that the network tells warped images from others.
+    """Warp images at random and return augmentation labels, which condition the network so that warps do not leak.
 
-    Samples with labels 0 look like images that were not warped. Half of the images are mirrored left to right. Each
-    other change has probability `prob`: mirroring top to bottom (half of these), isotropic scaling, rotation,
-    anisotropic scaling and translation, one after the other.
+    Labels of 0 mean an image without augmentation, which is what sampling requests. Half of the images are mirrored
+    left to right. Each other transform has probability `prob`: a top-to-bottom flip (of half of these), isotropic
+    scaling, rotation, anisotropic scaling and translation, in this order.
 
-    Flips are exact, and images without another change keep their values. Otherwise one affine map changes the image:
-    it is enlarged to twice its size by bicubic interpolation, sampled bilinearly with its reflection beyond the edges,
-    and reduced by an antialiased bicubic filter.
+    Flips are exact, and images with flips only keep their values. All other transforms form one affine map: the image
+    is upsampled by 2 with bicubic interpolation, sampled bilinearly with reflection padding, and downsampled by an
+    antialiased bicubic filter.
 
     Source: Karras et al. 2022 (arXiv 2206.00364), app. F.2, table 6. 0.12 is their `prob` for CIFAR-10, 0.15 for faces.
     """
@@ -124,7 +124,7 @@ class EdmAugmentation(NamedTuple):
         return apply_edm(x, a), edm_labels(a)
 
     def draw(self, rng: StepRng) -> Tensor:
-        """Draw the parameters a_0 to a_7 of each image (B, 8); a parameter without effect is 0."""
+        """Draw the parameters a_0 to a_7 of each image, (B, 8); 0 means no effect."""
 
         def gated(name: str, values: Tensor) -> Tensor:
             return _where(rng.uniform(f"edm {name}") < self.prob, values, torch.zeros_like(values))
@@ -148,7 +148,7 @@ class EdmAugmentation(NamedTuple):
 
 
 def edm_labels(a: Tensor) -> Tensor:
-    """Return the labels (B, EDM_LABELS) of the parameters a (B, 8); 0 for an image without a change."""
+    """Return the augmentation labels (B, EDM_LABELS) of parameters a (B, 8); 0 for an unchanged image."""
     x_flip, y_flip, scale, turn, axis, stretch, right, down = a.unbind(1)
     labels = (
         x_flip,
@@ -165,11 +165,11 @@ def edm_labels(a: Tensor) -> Tensor:
 
 
 def apply_edm(x: Tensor, a: Tensor) -> Tensor:
-    """Return the images x (B, C, H, W) changed by the parameters a (B, 8) of `EdmAugmentation`."""
+    """Transform images x (B, C, H, W) by the parameters a (B, 8) of `EdmAugmentation`."""
     x = _where(a[:, 0] > 0, x.flip(-1), x)
     x = _where(a[:, 1] > 0, x.flip(-2), x)
     changed = (a[:, 2:] != 0).any(1)
-    if x.device.type != "cpu":  # where indexing by a mask would wait for the device
+    if x.device.type != "cpu":  # indexing by a mask would wait for the device
         return _where(changed, warp(x, *edm_inverse(a, x.shape[-1], x.shape[-2])), x)
     if changed.any():
         x[changed] = warp(x[changed], *edm_inverse(a[changed], x.shape[-1], x.shape[-2]))
@@ -177,9 +177,9 @@ def apply_edm(x: Tensor, a: Tensor) -> Tensor:
 
 
 def edm_inverse(a: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
-    """Return the linear part (B, 2, 2) and the offset (B, 2) of the map from a place in the warped image to its source.
+    """Return the linear part (B, 2, 2) and the offset (B, 2) of the inverse map, from the warped to the original image.
 
-    Places are (right, down) of the center, in pixels. Flips are not included.
+    Positions are (right, down) of the center, in pixels. Flips are not included.
     """
     scale, turn, axis, stretch = a[:, 2:6].unbind(1)
     extent = torch.tensor([width, height], device=a.device, dtype=a.dtype)
@@ -194,7 +194,10 @@ def edm_inverse(a: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
 
 
 def warp(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
-    """Return images whose value at p, (right, down) of the center in pixels, is that of x at linear p + offset."""
+    """Resample images x (B, C, H, W): the result at position p is x at linear p + offset.
+
+    Positions are (right, down) of the center, in pixels.
+    """
     height, width = x.shape[-2:]
     right = torch.linspace(0.25 - width / 2, width / 2 - 0.25, 2 * width, device=x.device, dtype=x.dtype)
     down = torch.linspace(0.25 - height / 2, height / 2 - 0.25, 2 * height, device=x.device, dtype=x.dtype)
@@ -204,7 +207,7 @@ def warp(x: Tensor, linear: Tensor, offset: Tensor) -> Tensor:
         for k in (0, 1)
     ]
     grid = torch.stack([place[0] * (2 / width), place[1] * (2 / height)], dim=-1)
-    # Three times as fast as without `antialias`, which enlarging does not need.
+    # Upsampling needs no antialiasing, but this code path of torch is three times as fast.
     large = F.interpolate(x, (2 * height, 2 * width), mode="bicubic", align_corners=False, antialias=True)
     moved = F.grid_sample(large, grid, "bilinear", "reflection", align_corners=False)
     small = F.interpolate(moved, (height, width), mode="bicubic", align_corners=False, antialias=True)
@@ -226,7 +229,7 @@ def _blend(y: Tensor, other: Tensor, factor: Tensor) -> Tensor:
 
 
 def _gray(y: Tensor) -> Tensor:
-    """Return the luma (B, 1, H, W) of RGB images, and the mean of other numbers of channels."""
+    """Return the luma (B, 1, H, W) of RGB images, or the channel mean of others."""
     return TF.rgb_to_grayscale(y) if y.shape[1] == 3 else y.mean(1, keepdim=True)
 
 

@@ -18,21 +18,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_CATEGORIES = 100
-"""Most categories of a column of texts; each must occur twice on average."""
+"""Largest number of categories of a text column; each must occur twice on average."""
 MAX_DECIMALS = 8
-"""Most decimals of a column whose samples are rounded to as many."""
+"""Largest number of decimals to which samples are rounded; columns with more are not rounded."""
 MISSING = {"", "na", "n/a", "nan", "null", "<na>", "#n/a"}
 MISSING_NUMBERS = MISSING | {"none", "-", "--", ".", "?", "-nan", "nat"}
-"""Texts of missing cells, in lower case; the second set for columns of numbers."""
+"""Texts of missing cells, in lower case; the second set is for columns of numbers."""
 BOOLEANS = [("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t")]
 ID_NAMES = re.compile(r"(?i:(.*[_\s.-])?(id|uuid|index|key))|.*[a-z](Id|ID)")
-"""Names of columns that are left out if all their integers differ."""
+"""Names of integer columns that are left out as ids if all their values differ."""
 
 
 def parse(table: Table, name: str, given: str | None = None, known: Column | None = None, used: bool = False) -> Cells:
-    """Return the cells of a column, of the type `given` or `known`, else of a detected one.
+    """Return the parsed cells of a column.
 
-    `used` means that a setting names the column: then it is a number or a category although it may be an id.
+    The type is `given` (`data.types`), that of the `known` encoding of a run, or else detected. `used` means that a
+    setting names the column: it is then kept even if it looks like an id or a constant.
     """
     series = table.frame[name]
     if known is not None:
@@ -90,7 +91,7 @@ def _left_out(missing: npt.NDArray[np.bool_], why: str) -> Cells:
 
 
 def _all_invalid(given: str, missing: npt.NDArray[np.bool_]) -> Cells:
-    """Return a column none of whose cells is of the given type, or a date of the given format."""
+    """Return a column whose cells all violate the given type or date format."""
     return Cells("date" if "%" in given else given, [], missing, ~missing)  # type: ignore[arg-type]
 
 
@@ -104,7 +105,7 @@ def _missing(series: "pd.Series[Any]", is_text: bool, words: set[str]) -> npt.ND
 
 
 def _categories(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_]) -> Cells:
-    """Return a column of categories, sorted, or in the order of pandas' categorical type."""
+    """Return a column of categories, sorted or in the order of a pandas categorical."""
     cells = [cell.item() if isinstance(cell, np.generic) else cell for cell in series.tolist()]
     invalid = np.array([not isinstance(cell, str | int | float | bool) for cell in cells]) & ~missing
     present = [cell for cell, leave in zip(cells, missing | invalid, strict=True) if not leave]
@@ -126,7 +127,7 @@ def _categories(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_]) -> Cel
 
 
 def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given: str | None) -> Cells:
-    """Return a column of texts as numbers, booleans, dates or categories, or why it is none of these."""
+    """Return a text column as numbers, booleans, dates or categories, or the reason why it is left out."""
     dtype = None if table.is_text or series.dtype == object else str(series.dtype)
     cells: list[Any] = [None if lacks else cell.strip() for cell, lacks in zip(series.tolist(), missing, strict=True)]
     present = [cell for cell in cells if cell is not None]
@@ -202,7 +203,7 @@ def _valid(
 def _parse_dates(
     cells: Sequence[str | None], missing: npt.NDArray[np.bool_], patterns: Sequence[str] | None, dtype: str | None
 ) -> Cells | None:
-    """Return a column of dates that are text; None if any is not a date."""
+    """Return a text column as dates; None if any cell is not a date."""
     found = dates_of_texts([cell for cell in cells if cell is not None], patterns)
     if found is None:
         return None
@@ -213,7 +214,7 @@ def _parse_dates(
 
 
 def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given: str | None) -> Cells:
-    """Return a column with types as booleans, integers, numbers or dates, or why it is none of these."""
+    """Return a column with a data type as booleans, integers, numbers or dates, or the reason why it is left out."""
     import datetime
     import decimal
 
@@ -269,7 +270,7 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
 
 
 def type_override(name: str, kind: str) -> str:
-    """Return the word on a command line that sets the type of a column."""
+    """Return the override that sets the type of a column, quoted for a shell."""
     if name.isascii() and re.fullmatch(r"[\w ./@%+-]+", name):
         return shell_word(f"data.types={{{name}: {kind}}}")
     return format_override("data.types", [f"{name}={kind}"])  # Hydra's grammar does not quote the keys of {...}

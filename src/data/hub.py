@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, and folders in the formats of their library, as a source of images."""
+"""A source of images in Hugging Face datasets: from the hub, or from a folder that their library reads."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,10 +16,11 @@ from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.data.scan import SPLITS
 from src.data.sources import Labels
 from src.data.table_files import did_you_mean, first_names
+from src.errors import one_line
 from src.quoting import format_override
 
 BATCH = 1000
-"""Rows whose sizes are read at a time."""
+"""Number of rows whose sizes are read at a time."""
 
 
 def hub(
@@ -49,23 +50,25 @@ def hub(
     """Open the images of a dataset with their classes and captions.
 
     Args:
-        root: `user/dataset` on the hub, or a folder: one of `Dataset.save_to_disk`, of Parquet files, of images, or any
-            other that `datasets.load_dataset` reads.
-        image_size: of the images that are returned, in pixels: one number or (H, W).
-        channels: of the images that are returned.
+        root: `user/dataset` on the hub, or a folder: written by `Dataset.save_to_disk`, of Parquet files, of images,
+            or in any other format of `datasets.load_dataset`.
+        image_size: size of the returned images in pixels: one number or (H, W).
+        channels: number of channels of the returned images.
         prepare: unused; the library downloads files when they are missing.
         subset: the configuration of a dataset that has several.
         revision: the branch, tag or commit of the dataset.
-        split, val_split: the splits for training and validation. None takes those with the usual names. Without a
-            split for validation, `data.val_fraction` applies.
-        image_column, label_column, caption_column: None takes the only column of images, of classes and of text.
+        split, val_split: the splits for training and validation. None uses those with the usual names, and
+            `data.val_fraction` if there is no validation split.
+        image_column, label_column, caption_column: the columns to read. None uses the only column of images, of
+            classes and of text.
         streaming: read the first `max_samples` of each split over the network, instead of downloading all files.
-        max_samples: the number of samples of each split to use, the first ones; None uses all.
+        max_samples: use only the first samples of each split, up to this number; None uses all.
         val_root: must be None.
         fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
     Raises:
-        ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, or as `folder` does.
+        ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, or for the
+            reasons of `folder`.
     """
     refuse_val_root(val_root, "leave it out, or set data.source.val_split")
     if root is None:
@@ -93,7 +96,7 @@ def hub(
 
 
 class Columns(NamedTuple):
-    """The columns to read; `about` says which could not be chosen."""
+    """The columns to read; `about` reports ambiguous types of columns, which are not read."""
 
     image: str
     label: str | None
@@ -105,9 +108,9 @@ class Columns(NamedTuple):
 
 
 def choose_splits(name: str, splits: Sequence[str], split: str | None, val_split: str | None) -> tuple[str, str | None]:
-    """Return the names of the splits for training and validation, by the convention `SPLITS` or as typed.
+    """Return the names of the training and the validation split: as typed, or by the usual names in `SPLITS`.
 
-    Raises ValueError if one does not exist or is for testing, and if it is unclear which is for training.
+    Raises ValueError for an unknown split, for a test split, and if the training split is ambiguous.
     """
     for setting, typed in (("split", split), ("val_split", val_split)):
         if typed is not None and typed not in splits:
@@ -180,7 +183,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _opened(name: str, read: Callable[[], Any]) -> Any:
-    """Return what `read` returns. Raises ValueError, in one line, if the library cannot open the dataset."""
+    """Call `read` and return its result. Raises a one-line ValueError if the library cannot open the dataset."""
     try:
         import datasets  # noqa: F401
     except ImportError as error:
@@ -188,17 +191,16 @@ def _opened(name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except Exception as error:  # the library and its network layer raise almost anything
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{format_override('data.name', name)} cannot be opened ({reason}); check the name and the network, or set "
-            "data.name to the folder of a saved dataset"
+            f"{format_override('data.name', name)} cannot be opened ({one_line(error)}); check the name and "
+            "the network, or set data.name to the folder of a saved dataset"
         ) from error
 
 
 def _open_splits(
     name: str, subset: str | None, revision: str | None, streaming: bool, cache_dir: str | None
 ) -> tuple[dict[str, Any], str]:
-    """Return the datasets of the library by their splits, and a key of the files of a streamed one."""
+    """Return the library's dataset of each split, and a cache key for streaming; it is empty otherwise."""
     from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
 
     folder = Path(name).expanduser()
@@ -265,7 +267,7 @@ def _images(name: str, parts: Sequence[Any], splits: Sequence[str], columns: Col
 
 
 def _sizes_and_paths(dataset: Any, column: str) -> list[tuple[int, str | None]]:
-    """Return the bytes and the original file of each image, without its contents."""
+    """Return the number of bytes and the original file of each image, without reading the images."""
     import pyarrow.compute as pc
 
     found: list[tuple[int, str | None]] = []

@@ -100,10 +100,10 @@ def kanji(
         raise ValueError(f"data.source.stroke_width={stroke_width} must be in (0, {UNITS / 4:g}]; the default is 4")
     release, _ = package_files("kanjivg", "kanji")
     key = ("kanji", DRAWING, release, size, stroke_width)
-    return GlyphSource(load_glyphs(root, key, lambda: draw_all(size, stroke_width)), held_out, MIN_OTHERS)
+    return GlyphSource(load_glyphs(root, key, lambda: draw_characters(size, stroke_width)), held_out, MIN_OTHERS)
 
 
-def draw_all(image_size: int, stroke_width: float) -> Glyphs:
+def draw_characters(image_size: int, stroke_width: float) -> Glyphs:
     """Draw and caption every character."""
     characters = [read_character(path) for path in svg_files().values()]
     names = part_names(characters)
@@ -118,7 +118,7 @@ def draw_all(image_size: int, stroke_width: float) -> Glyphs:
 
 @cache
 def svg_files() -> Mapping[str, Path]:
-    """Return the SVG file of each CJK unified ideograph, in the order of code points, without variants of style."""
+    """Return the SVG file of each CJK unified ideograph, without stylistic variants, in code-point order."""
     found = {}
     for file in package_files("kanjivg", "kanji")[1]:
         if (match := FILE.fullmatch(file.name)) and int(match[1], 16) in IDEOGRAPHS:

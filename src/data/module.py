@@ -236,7 +236,7 @@ class BaseDataModule(L.LightningDataModule):
         return x
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Map samples of the network to the values of the data, in which they are saved."""
+        """Map samples of the network to the range and units of the data, in which they are saved."""
         return self.postprocess(x)
 
     def display(self, samples: Tensor) -> Tensor:

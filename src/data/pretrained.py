@@ -24,9 +24,9 @@ from src.data.text import (
     clean_text,
     distinct_texts,
     import_optional,
-    one_line,
     sample_captions,
 )
+from src.errors import one_line
 from src.rng import key
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

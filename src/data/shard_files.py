@@ -1,4 +1,4 @@
-"""Shards as uncompressed tar files on this machine: downloads and compressed shards are stored once."""
+"""Provide shards as uncompressed local tar files: download and decompress each one once."""
 
 import http.client
 import logging
@@ -19,13 +19,16 @@ from src.quoting import format_override
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """The first bytes of files compressed by gzip, bzip2 and xz."""
 TIMEOUT = 60
-"""Seconds without an answer after which a download fails."""
+"""Seconds without a response after which a download fails."""
 
 logger = logging.getLogger(__name__)
 
 
-def local_shard(url: str, store: Path, setting: str) -> Path:
-    """Return the path of an uncompressed shard, after downloading or decompressing it into `store` if necessary."""
+def cached_shard(url: str, store: Path, setting: str) -> Path:
+    """Return the path of an uncompressed shard; download and decompress it into `store` if necessary.
+
+    Raises ValueError, which names `setting`, if the shard cannot be downloaded or decompressed.
+    """
     path = Path(url)
     if re.match(r"https?://", url):
         name = Path(url.partition("?")[0]).name or "shard.tar"
@@ -52,7 +55,7 @@ def local_shard(url: str, store: Path, setting: str) -> Path:
 
 
 def _store_once(target: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill the file `target` unless it exists; other processes see all of it or none."""
+    """Write the file `target` by `write` unless it exists; it appears only when it is complete."""
     from filelock import FileLock
 
     if target.exists():

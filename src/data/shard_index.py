@@ -1,4 +1,4 @@
-"""The index of the samples in shards: the place of each image, with captions and classes."""
+"""The index of the samples in shards: shard and byte offset of each image, with captions and classes."""
 
 import io
 import json
@@ -21,13 +21,13 @@ from src.data.table_files import first_names
 from src.quoting import format_override
 
 CAPTION_KEYS = ("txt", "text", "caption", "captions")
-"""Endings of files with the caption, or keys of the .json."""
+"""Extensions of files with the caption, or keys of the .json file."""
 LABEL_KEYS = ("cls", "label", "class")
-"""Endings of files with the class, or keys of the .json."""
+"""Extensions of files with the class, or keys of the .json file."""
 
 
 class Keys(NamedTuple):
-    """The typed endings, or keys of the .json, of image, caption and class."""
+    """The extensions, or keys of the .json file, of image, caption and class; None is automatic."""
 
     image: str | None
     caption: str | None
@@ -35,9 +35,10 @@ class Keys(NamedTuple):
 
 
 class ShardIndex(NamedTuple):
-    """The images in shards: number of the `shard`, `offset` and `size` in bytes (N,), name, captions and class.
+    """The N images in shards: index of the `shard`, `offset` and `size` in bytes, each (N,), and their names.
 
-    `captions` and `classes` are None if samples have none. `about` and `left_out` say what is not used.
+    `captions` and `classes` are None unless every sample has one. `left_out` lists unused files by reason; `about`
+    reports unused captions and classes.
     """
 
     shard: npt.NDArray[np.int64]
@@ -51,7 +52,10 @@ class ShardIndex(NamedTuple):
 
 
 def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
-    """Return the index of the shards, after reading the headers of all files, and all captions and classes."""
+    """Build the index of the shards from the headers of all files, and read all captions and classes.
+
+    Raises ValueError for a corrupted shard, shards without images, and samples without a requested caption or class.
+    """
     from tqdm import tqdm
 
     samples: list[_Sample] = []
@@ -96,7 +100,7 @@ def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
 
 
 class _Sample(NamedTuple):
-    """The image of a sample, its captions and its class; None without one."""
+    """The image of a sample, with captions and class, or None."""
 
     shard: int
     image: str
@@ -113,7 +117,7 @@ def _samples_of(
     keys: Keys,
     left_out: dict[str, list[str]],
 ) -> Iterator[_Sample]:
-    """Yield the samples of a shard, in the order of their first files."""
+    """Yield the samples of a shard in the order of their first files, and add unused files to `left_out`."""
     files: dict[str, dict[str, str]] = {}
     for name in places:
         if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name):
@@ -145,7 +149,7 @@ def _samples_of(
 
 
 def _image_of(path: Path, key: str, endings: dict[str, str], typed: str | None) -> str | None:
-    """Return the ending of a sample's image, or None without one. Raises ValueError if there are several."""
+    """Return the extension of a sample's image, or None if it has none. Raises ValueError for several images."""
     if typed is not None:
         wanted = [each.strip().removeprefix(".") for each in typed.lower().split(";")]
         return next((each for each in wanted if each in endings), None)
@@ -160,7 +164,7 @@ def _image_of(path: Path, key: str, endings: dict[str, str], typed: str | None) 
 
 
 class _Fields:
-    """The texts of a sample: in files by their endings, and in its .json by their keys."""
+    """The texts of a sample: files by extension, and entries of its .json file by key."""
 
     def __init__(self, path: Path, endings: dict[str, str], text: Callable[[str], str]) -> None:
         self.path = path
@@ -169,7 +173,7 @@ class _Fields:
         self._json: dict[str, Any] | None = None
 
     def first(self, keys: Sequence[str]) -> str | list[str] | None:
-        """Return the first of these texts; a number becomes text. Raises ValueError for other values."""
+        """Return the first text that exists under `keys`; integers become text. Raises ValueError for other values."""
         for key in keys:
             if key.lower() in self.endings and key.lower() != "json":
                 return self.text(self.endings[key.lower()])
@@ -197,6 +201,7 @@ class _Fields:
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
+    """Store an index in an .npz file; warn if it cannot be written."""
     columns: dict[str, Any] = {"shard": index.shard, "offset": index.offset, "size": index.size}
     columns |= {f"names_{name}": array for name, array in index.names.arrays().items()}
     if index.classes is not None:
@@ -216,7 +221,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
 
 
 def read_index(path: Path) -> ShardIndex | None:
-    """Return a stored index, or None."""
+    """Return a stored index; None if the file is missing or corrupted."""
     try:
         with np.load(path) as loaded:
             columns = dict(loaded)

@@ -1,4 +1,4 @@
-"""Read tables from CSV, TSV, Excel, Parquet, JSON and JSON Lines files, with the place of each row for messages."""
+"""Read tables from CSV, TSV, Excel, Parquet, JSON and JSON Lines files; keep the line of each row for messages."""
 
 import bz2
 import csv
@@ -19,32 +19,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from src.data.sources import Labels
-from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number, one_line
+from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number
+from src.errors import one_line
 from src.quoting import format_override
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
-"""Functions that decompress files with these first bytes."""
+"""Decompression function by the first bytes of a file."""
 NAMELESS = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
-"""Header of the index that pandas writes, or names when it reads."""
+"""Header of an index as pandas writes it (empty) or reads it (Unnamed: 0)."""
 FILE_COLUMNS = ("file_name", "file", "filename", "image")
-"""Names of a column with the files of images; `file_name` is that of Hugging Face's ImageFolder."""
+"""Names of the column with image files; Hugging Face's ImageFolder uses `file_name`."""
 
 
 @dataclass(frozen=True)
 class Table:
     """The columns of a file, all of one length, by name.
 
-    Cells of a text file are stripped strings (`is_text`); those of other files have types. `notes` describe what was
-    left out or detected.
+    Cells of a text file (`is_text`) are stripped strings; cells of other files have data types. `notes` describe the
+    detected format and columns that were left out.
     """
 
     path: Path
     frame: "pd.DataFrame"
     lines: Sequence[int]
-    """Where each row is: the line of a text file in which it ends, or its number."""
+    """Position of each row: the line of a text file where it ends, or the number of the row."""
     is_text: bool
     separator: str = ","
     decimal: str = "."
@@ -63,7 +64,7 @@ class Table:
         return f"{self.path}, {'line' if self.kind in ('text', 'jsonl') else 'row'} {self.lines[row]}"
 
     def column(self, name: str) -> list[str]:
-        """Return the cells of a column as text; a missing one is empty."""
+        """Return the cells of a column as text; missing cells are empty."""
         return [cell_text(cell) for cell in self.frame[name].tolist()]
 
     def one_of(self, names: Sequence[str], setting: str) -> str:
@@ -77,7 +78,7 @@ class Table:
         return found[0]
 
     def row_texts(self) -> list[str]:
-        """Return a text per row that equals that of equal rows."""
+        """Return one text per row; equal rows have equal texts."""
         return ["\x1f".join(cells) for cells in zip(*map(self.column, self.names), strict=True)]
 
     def rows(self, keep: Sequence[int]) -> "Table":
@@ -97,11 +98,11 @@ def read_table(
     encoding: str | None = None,
     sheet: str | int | None = None,
 ) -> Table:
-    """Read the table that `setting` names, without empty lines and without a nameless index of its rows.
+    """Read the table that `setting` names, without empty lines and without an unnamed index column.
 
-    The contents determine compression, Excel and Parquet, the ending `.json` and `.jsonl`; all else is text, whose
-    encoding, separator and decimal sign are detected if None. `header=None` refuses a first row that looks like data,
-    and False names the columns c0, c1, ...
+    Compression, Excel and Parquet are detected by the contents, JSON by the suffix; any other file is text. Encoding,
+    separator and decimal sign of text are detected if they are None. `header=None` rejects a first row that looks like
+    data; False names the columns c0, c1, ...
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -136,11 +137,11 @@ def read_table(
 def read_pairs(
     path: Path, setting: str, what: str, file_columns: Sequence[str], columns: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield file name and text of each row of a table, one per text of a list; `what` names the texts in messages.
+    """Yield the file name and the text of each row; a list of texts yields one pair per text.
 
-    The files are in the first of `file_columns` that exists, the texts in the only one of `columns`; an object of JSON
-    may have another one of these.
-    Raises ValueError for empty texts.
+    The file names are in the first of `file_columns` that exists, the texts in the only one of `columns`; in JSON,
+    objects may use different ones of `columns`. `what` names the texts in messages. Raises ValueError for an empty text
+    or file name.
     """
     table = read_table(path, setting)
     found = [name for name in file_columns if name in table.names][:1]
@@ -163,7 +164,7 @@ def read_pairs(
 
 
 def cell_text(cell: Any) -> str:
-    """Return a cell as text: an empty one if it is missing, and whole numbers without decimals."""
+    """Return a cell as text: missing cells are empty, and whole numbers have no decimals."""
     if isinstance(cell, str):
         return cell
     if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and math.isnan(cell)):
@@ -172,7 +173,7 @@ def cell_text(cell: Any) -> str:
 
 
 def labels_from_names(names: Iterable[str]) -> Labels:
-    """Return labels from the class name of each sample. Classes are sorted, as numbers if all are integers."""
+    """Return labels from the class name of each sample; `sorted_names` orders the classes."""
     names = list(names)
     classes = sorted_names(names)
     index = {name: k for k, name in enumerate(classes)}
@@ -180,7 +181,7 @@ def labels_from_names(names: Iterable[str]) -> Labels:
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Return the different names, sorted, as numbers if all are integers."""
+    """Return the unique names in order; if all are integers, in numeric order."""
     different = sorted(set(names))
     if all(name.isdecimal() for name in different):
         different.sort(key=int)
@@ -188,7 +189,7 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 
 
 def first_names(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names and the number of the rest, for a message."""
+    """List the first names and count the rest, for a message."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
@@ -245,7 +246,7 @@ def _read_text(
     frame = pd.DataFrame(
         {name: pd.Series(list(cells), dtype=object) for name, cells in zip(names, columns, strict=True)}
     )
-    if decimal is None:  # within commas, a comma in a number separates thousands
+    if decimal is None:  # in a comma-separated file, a comma in a number separates thousands
         decimal = "." if found == "," else find_decimal(cell for row, _ in read[1:] for cell in row)
     notes = [f"separator {found!r}"] if found != "," else []
     notes += ["decimal comma"] if decimal == "," else []
@@ -256,7 +257,7 @@ def _read_text(
 
 
 def check_header(place: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError if the first row is data: numbers, or mostly texts that occur below it in their column."""
+    """Raise ValueError if the first row looks like data: numbers, or mostly texts that recur in their columns."""
     named = [name for name in names if not NAMELESS.fullmatch(name)]
     numbers = [name for name in named if is_number(name) or is_number(name, ",")]
     why = ""
@@ -274,7 +275,7 @@ def check_header(place: str, names: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def _clean_names(path: Path, cells: Sequence[Any]) -> list[str]:
-    """Return the names of columns without line breaks; nameless ones are named as by pandas."""
+    """Return column names without line breaks; name unnamed ones as pandas does. Raises ValueError for duplicates."""
     names = [" ".join(cell_text(cell).split()) or f"Unnamed: {k}" for k, cell in enumerate(cells)]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} has several columns named {', '.join(map(repr, duplicates))}; rename them")
@@ -370,7 +371,7 @@ def _read_json(path: Path, data: bytes) -> "pd.DataFrame":
 
 
 def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
-    """Return records as columns in order of appearance; a missing cell is None, so that integers stay integers."""
+    """Return records as a frame with columns in order of appearance; missing cells are None, which keeps integers."""
     import pandas as pd
 
     names = dict.fromkeys(name for record in records for name in record)
@@ -379,7 +380,7 @@ def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
 
 
 def _infer_types(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """Return columns of objects with their types; whole numbers beside missing cells stay objects, not floats."""
+    """Infer the types of object columns, but keep integers with missing cells as objects instead of floats."""
     inferred = frame.infer_objects()
     for name in frame:
         if inferred[name].dtype.kind == "f" and not any(isinstance(cell, float) for cell in frame[name].tolist()):
@@ -389,7 +390,7 @@ def _infer_types(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 @contextmanager
 def _reading(path: Path, package: str) -> Iterator[None]:
-    """Turn errors of a reader into ValueError: how to install a missing `package`, or the reason."""
+    """Turn errors of a reader into a ValueError that says how to install `package`, or why the file is unreadable."""
     try:
         yield
     except ImportError as error:
@@ -399,7 +400,7 @@ def _reading(path: Path, package: str) -> Iterator[None]:
 
 
 def _without_index(table: Table) -> Table:
-    """Return the table without nameless columns that are empty or number the rows."""
+    """Return the table without unnamed columns that are empty or number the rows."""
     notes, dropped = [], []
     for name in table.names:
         cells = table.column(name) if NAMELESS.fullmatch(name) else ["x"]

@@ -1,4 +1,4 @@
-"""Text of a table: its encoding, separator and decimal sign, and the numbers in its cells."""
+"""Detect encoding, separator and decimal sign of a text table, and parse its numbers."""
 
 import csv
 import io
@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from src.errors import one_line
+
 SEPARATORS = (",", ";", "\t", "|")
 _SPACES = r" \u00a0\u2009\u202f'\u2019"
 _COMMA_DECIMAL = re.compile(rf"[+-]?(\d+|\d{{1,3}}([.{_SPACES}]\d{{3}})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -14,11 +16,11 @@ _POINT_DECIMAL = re.compile(r"[+-]?(\d+|\d{1,3}(,\d{3})+)?\.\d+(e[+-]?\d+)?", re
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 _POINT_GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}(\.\d{3})+")
 _SPACED = re.compile(rf"[+-]?[1-9]\d{{0,2}}(([{_SPACES[1:]}]\d{{3}})+([.,]\d+)?|( \d{{3}})+[.,]\d+)")
-"""Thousands between apostrophes or spaces; between ordinary spaces only with a fraction, unlike telephone numbers."""
+"""Thousands separated by apostrophes or spaces; ordinary spaces need a fraction, unlike in telephone numbers."""
 
 
 def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
-    """Return the text and its encoding: UTF-8, UTF-16, else cp1252, else Latin-1. Raises ValueError for other data."""
+    """Return the text and its encoding: UTF-8, UTF-16, cp1252 or Latin-1. Raises ValueError for binary data."""
     if encoding is None:
         zeros = [data[:2000][side::2].count(0) for side in (0, 1)]
         marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -43,7 +45,7 @@ def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str
 
 
 def find_separator(text: str) -> str:
-    """Return the separator that splits the first lines into the most cells of equal number; a comma if none does."""
+    """Return the separator that splits the first lines most consistently and into most cells, by default a comma."""
     head = [line for line in itertools.islice(io.StringIO(text, newline=""), 200) if line.strip()]
     best, chosen = (0.0, 0), ","
     for separator in SEPARATORS:
@@ -62,7 +64,7 @@ def find_separator(text: str) -> str:
 def find_decimal(cells: Iterable[str]) -> str:
     """Return the decimal sign, "," or ".", of most cells with a fraction.
 
-    Groups of three digits after a comma are thousands only beside fractions with a point.
+    If every comma precedes three digits, as in 1,234, it is a decimal comma unless other cells have a decimal point.
     """
     comma = point = groups = 0
     for cell in cells:
@@ -74,7 +76,7 @@ def find_decimal(cells: Iterable[str]) -> str:
 
 
 def ambiguous_number(cells: Iterable[str]) -> str | None:
-    """Return a number such as 1.234 if the point of all numbers may separate thousands, else None."""
+    """Return the first number, such as 1.234, if the point in every number could separate thousands; else None."""
     numbers = [cell for cell in cells if _POINT_DECIMAL.fullmatch(cell)]
     return numbers[0] if numbers and all(map(_POINT_GROUPS.fullmatch, numbers)) else None
 
@@ -86,7 +88,7 @@ def is_number(cell: str, decimal: str = ".") -> bool:
 
 
 def to_number(cell: str, decimal: str = ".") -> float | None:
-    """Return the number, which may be infinite or NaN, that a text states; None for another text."""
+    """Parse a number, which may be infinite or NaN; return None for any other text."""
     if _SPACED.fullmatch(cell):
         cell = re.sub(f"[{_SPACES}]", "", cell)
     if decimal == ",":
@@ -112,7 +114,3 @@ def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | No
             if not any("_" in cell for cell in cells if cell):
                 return numbers
     return [None if cell is None else to_number(cell, decimal) for cell in cells]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

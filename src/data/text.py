@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from src.data.sources import Source
+from src.errors import one_line
 
 PADDING, BEGIN, END = range(3)
 SPECIAL = 3
@@ -175,7 +176,3 @@ def import_optional(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f"conditioning by text needs the package {name}; pip install {name}") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -1,9 +1,9 @@
-"""Shards of images in tar files, in the format of webdataset, as a source.
+"""A source of images in tar shards in the webdataset format.
 
-The files of a sample follow the library: they differ after the first dot of their names. They are read at their places
-in the shards, by an index that is built once, and not through the library's pipeline: its shuffle buffers and its deal
-of shards to workers have no position that a resumed run could return to, and give other batches for another number of
-processes. Here sample k is the same image for any process at any time.
+As in the webdataset library, the files of a sample have the same name up to the first dot. An index, built once, gives
+the offset of each image, so images are read at random. The library's pipeline is not used: its shuffle buffers and its
+assignment of shards to workers cannot be resumed at a step, and change the batches with the number of processes. Here
+sample k is always the same image in every process.
 """
 
 import glob
@@ -24,13 +24,13 @@ from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.scan import read_at
-from src.data.shard_files import local_shard
+from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
 from src.data.table_files import first_names
 from src.quoting import format_override
 
 VERSION = 2
-"""Changes whenever the same shards give another index."""
+"""Version of the index; increase it when the same shards would produce another index."""
 
 
 def shards(
@@ -55,24 +55,24 @@ def shards(
 
     Args:
         root: paths or http(s) URLs of the shards, one or several, with braces such as `{0000..0009}` or `*`. Shards
-            from the network, and compressed ones, are stored in `cache_dir` once.
-        image_size: of the images that are returned, in pixels: one number or (H, W).
-        channels: of the images that are returned.
+            from the network and compressed shards are stored in `cache_dir` once.
+        image_size: size of the returned images in pixels: one number or (H, W).
+        channels: number of channels of the returned images.
         prepare: unused; shards are downloaded when they are missing.
         val_root: the shards for validation (`data.val_urls`). None takes `data.val_fraction` of the samples.
-        image_key: the ending of the images, or several separated by `;`. None takes the only image of each sample.
-        caption_key, label_key: the ending of the file, or the key in the .json, with the caption and with the class.
-            None takes the first of `CAPTION_KEYS` and of `LABEL_KEYS`.
+        image_key: the extension of the images, or several separated by `;`. None uses the only image of each sample.
+        caption_key, label_key: the extension of the file, or the key in the .json file, with the caption or the class.
+            None uses the first of `CAPTION_KEYS` or `LABEL_KEYS` that exists.
         fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
     Raises:
         FileNotFoundError: If a shard does not exist.
-        ValueError: If a shard occurs twice, is cut off or cannot be downloaded, if samples have several images, or no
-            caption or class where one was typed, or as `folder` does.
+        ValueError: If a shard occurs twice, is truncated or cannot be downloaded, if a sample has several images or
+            lacks the caption or class that a key names, or for the reasons of `folder`.
     """
     store = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "shards"
-    train = [local_shard(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
-    val = [] if val_root is None else [local_shard(url, store, "data.val_urls") for url in expand_urls(val_root)]
+    train = [cached_shard(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
+    val = [] if val_root is None else [cached_shard(url, store, "data.val_urls") for url in expand_urls(val_root)]
     paths = [*train, *val]
     if repeated := first_names(sorted(str(path) for path, count in Counter(paths).items() if count > 1)):
         setting = "data.val_urls" if {*train} & {*val} else "data.urls"
@@ -107,7 +107,7 @@ def shards(
 def expand_urls(urls: str | Sequence[str] | None, setting: str = "data.val_urls") -> list[str]:
     """Return the paths and URLs of the shards, with braces and `*` expanded.
 
-    Raises FileNotFoundError for a path without a file, and ValueError for folders and braces that do not match.
+    Raises FileNotFoundError for a path that does not exist, and ValueError for folders and unmatched braces.
     """
     given = [urls] if isinstance(urls, str) else list(urls or [])
     if not given:

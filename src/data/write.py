@@ -68,8 +68,8 @@ def to_type(values: Array, dtype: str | None) -> Array:
 def write_image(folder: Path, name: str, pixels: Array, suffix: str) -> Path:
     """Write an image (H, W, C) with its values and return the file.
 
-    The format is PNG for 8 and 16 bits and up to four channels, unless `suffix` is that of TIFF or NumPy files. Other
-    images of a PNG, JPEG or similar become TIFF.
+    `suffix` is that of the original file. NumPy and TIFF files keep their format. Other formats become PNG for 8 or 16
+    bits and up to four channels, and TIFF otherwise.
     """
     if suffix in ARRAY_SUFFIXES:
         path = folder / f"{name}.npy"

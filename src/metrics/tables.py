@@ -1,7 +1,7 @@
 """Compare generated rows of a table with real ones: marginals, associations between columns, nearest neighbors.
 
-Rows are display values (N, K): `num_categories` holds the number of categories of each column whose values are indices
-of categories, and 0 for numbers.
+Rows are display values (N, K). `num_categories` has one entry per column: the number of categories if the values are
+category indices, and 0 if they are numbers.
 """
 
 from collections.abc import Sequence

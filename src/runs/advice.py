@@ -1,5 +1,6 @@
-"""Suggest settings for a dataset of images, and measure what a training step costs."""
+"""Suggest settings for a dataset of images, and measure the cost of a training step."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ from src.data.decode import Decoded
 SIZES = (8, 16, 32, 64, 128, 256)
 
 
-class Found(NamedTuple):
-    """What the files of a dataset have in common.
+class FileStats(NamedTuple):
+    """Statistics of the files of a dataset.
 
-    `channels` is their number, opacity included; `alpha` tells whether the last one must be kept, and `gray` whether
-    color files hold gray images. `side` is the median length of the shorter side in pixels.
+    `channels` is the most frequent number of channels, alpha included. `alpha` means that the last channel must be
+    kept, `gray` that color files hold gray images. `side` is the median length of the shorter side in pixels.
     """
 
     channels: int
@@ -26,7 +27,7 @@ class Found(NamedTuple):
 
     @property
     def suggested_channels(self) -> int:
-        """Return `data.channels`: with opacity if it is used, and 1 for color files of gray images."""
+        """Return `data.channels`: with alpha if it is used, and 1 for gray images in color files."""
         if self.alpha:
             return self.channels
         return 1 if self.gray or self.channels == 2 else 3 if self.channels == 4 else self.channels
@@ -36,19 +37,19 @@ class Found(NamedTuple):
         return max([size for size in SIZES if size <= min(self.side, 256 if on_gpu else 32)], default=SIZES[0])
 
 
-def look(decoded: Sequence[Decoded]) -> Found:
-    """Return what decoded images have in common."""
+def file_stats(decoded: Sequence[Decoded]) -> FileStats:
+    """Return statistics of decoded images."""
     ((channels, alpha), _), *_ = Counter((each.pixels.shape[-1], each.alpha) for each in decoded).most_common()
     used = any(each.alpha and np.ptp(each.pixels[..., -1]) > 0 for each in decoded)
     colors = [each.pixels[..., :3].astype(np.float64) for each in decoded if each.is_rgb]
     gray = channels - alpha == 3 and bool(colors) and all(np.ptp(each, axis=-1).max() == 0 for each in colors)
-    bands = channels in (2, 4) and not alpha  # the last band of such files is not opacity
-    return Found(channels, used or bands, gray, int(np.median([min(each.size) for each in decoded])))
+    bands = channels in (2, 4) and not alpha  # the last band of such files is not alpha
+    return FileStats(channels, used or bands, gray, int(np.median([min(each.size) for each in decoded])))
 
 
-def suggest(found: Found, num_train: int, on_gpu: bool) -> list[str]:
-    """Return overrides of `src.train` for a number of training images. These are rules of thumb."""
-    size = found.suggested_size(on_gpu)
+def suggest(stats: FileStats, num_train: int, on_gpu: bool) -> list[str]:
+    """Return overrides of `src.train` by rules of thumb."""
+    size = stats.suggested_size(on_gpu)
     recipe = f"experiment=folder_{64 if size == 64 else 256}" if on_gpu and size >= 64 else None
     small = "model=unet_small" if on_gpu else "model=unet_patched" if size >= 32 else "model=unet_tiny"
     batch = 64
@@ -57,7 +58,7 @@ def suggest(found: Found, num_train: int, on_gpu: bool) -> list[str]:
     return [
         recipe or small,
         f"data.image_size={size}",
-        f"data.channels={found.suggested_channels}",
+        f"data.channels={stats.suggested_channels}",
         f"data.batch_size={batch}",
         *([f"snr_shift={64 / size:g}"] if size > 64 else []),
         *(["model.dropout=0.2"] if num_train < 1000 else []),
@@ -73,7 +74,7 @@ def suggest_steps(num_train: int, on_gpu: bool, seconds: float = 0.0) -> int:
 
 
 def expectation(num_train: int) -> str:
-    """Return what a number of training images usually leads to."""
+    """Return the usual outcome of training on a number of images."""
     if num_train < 100:
         return (
             "fewer than 100 images: expect copies of them (look at neighbors.png); add images, flips "
@@ -85,21 +86,21 @@ def expectation(num_train: int) -> str:
             "(data.flip=true), dropout and fewer steps"
         )
     if num_train < 10_000:
-        return "some thousand images: expect good samples of a narrow subject, and copies of rare kinds"
+        return "a few thousand images: expect good samples of a narrow subject, and copies of rare images"
     return "enough images for varied samples; quality grows with the network and the number of steps"
 
 
 class StepCost(NamedTuple):
-    """Seconds of a training step, and the bytes that the device or the process needed at most."""
+    """Seconds per training step, and the peak memory of the device or the process in bytes."""
 
     seconds: float
     memory: int
 
 
 def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost:
-    """Train `count` steps with these overrides of `src.train`, without writing, and return the cost of one.
+    """Train `count` timed steps with these overrides of `src.train`, without saving, and return the cost of one step.
 
-    The first two steps, which are slower, do not count. Raises ValueError for settings that do not work.
+    The first two steps are slower and not counted. Raises ValueError for invalid settings.
     """
     import resource
 
@@ -126,6 +127,7 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost
     run.trainer.fit(run.module, run.data)
     steps = run.trainer.accumulate_grad_batches
     seconds = float(np.median(np.diff(times[2 * steps - 1 :]))) * steps
-    on_gpu = run.trainer.strategy.root_device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return StepCost(seconds, peak)
+    if run.trainer.strategy.root_device.type == "cuda":
+        return StepCost(seconds, torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
+    return StepCost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

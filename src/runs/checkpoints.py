@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from src.config.resume import _nearest, newest_run
+from src.config.resume import newest_run, path_hint
 from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first
 
@@ -36,7 +36,7 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         return given
     if not given.is_dir():
         kind, pattern = ("run folder", "*/") if name == "run" else ("checkpoint", "*.ckpt")
-        hint = _nearest(given, name, pattern) or ": runs are in outputs/train"
+        hint = path_hint(given, name, pattern) or ": runs are in outputs/train"
         raise FileNotFoundError(f"no {kind} {given.resolve()}{hint}")
     folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):

@@ -34,10 +34,11 @@ def build_module(
     condition: "Condition | None" = None,
     augment_labels: int = 0,
 ) -> "DiffusionModule":
-    """Return the LightningModule for samples of `shape`, with new weights; without an optimizer it cannot train.
+    """Return the LightningModule for samples of `shape` (C, *size) or (D,), with newly initialized weights.
 
-    `num_values` counts the values of a pixel, None for continuous data. `condition` comes from `build_condition`.
-    `augment_labels` is the number of labels of augmentations that the network gets in training.
+    `num_values` is the number of values of a pixel; None means continuous data. `condition` comes from
+    `build_condition`. `augment_labels` is the number of augmentation labels that the network receives in training. If
+    `cfg` has no optimizer, the module cannot train. Raises ValueError for settings that do not suit the data.
     """
     import torch
 
@@ -46,9 +47,7 @@ def build_module(
     from src.training.module import ConditionSpec
 
     if len(shape) > 1 and get_class(cfg.model._target_) is MLP:
-        raise ValueError(
-            f"model=mlp is for points, and the data are images or arrays of shape {shape}: choose model=unet_tiny"
-        )
+        raise ValueError(f"model=mlp needs points or rows, and the data have shape {shape}; choose model=unet_tiny")
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
@@ -79,7 +78,7 @@ def build_module(
         conditioning=spec,
     )
     check_network(net, shape, diffusion.outputs, spec)
-    if trains:  # Optimizer and scheduler raise for invalid values now, before training.
+    if trains:  # The optimizer and the scheduler reject invalid values here, before training.
         module.prepare_optimizer(1)
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
@@ -87,7 +86,7 @@ def build_module(
 
 
 def build_condition(cfg: DictConfig) -> "Condition | None":
-    """Return the encoder from prompts, classes or covariates to the network's input; None for an unconditional run."""
+    """Return the encoder of prompts, classes or covariates for the network; None for an unconditional run."""
     return None if cfg.get("conditioning") is None else instantiate_node(cfg.conditioning.encode)
 
 
@@ -97,7 +96,7 @@ def _network_condition(cfg: DictConfig) -> dict[str, Any]:
 
 
 def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -> "NoiseSchedule | ContinuousSchedule":
-    """Return the schedule of a node after the transforms. Raises ValueError for a transform that does not apply."""
+    """Return the schedule of a node after both transforms. Raises ValueError for a transform that does not apply."""
     from torch import Tensor
 
     from src.diffusion import curves, schedules
@@ -119,9 +118,9 @@ def build_schedule(cfg: DictConfig, snr_shift: float, zero_terminal_snr: bool) -
 
 
 def build_loss(cfg: DictConfig, schedule: "Schedule") -> "LossFn":
-    """Return the loss of a node. A weighting with an argument `schedule` gets the schedule of the run.
+    """Return the loss of a node. A weighting with an argument `schedule` receives the run's schedule.
 
-    Hydra would deep-copy it: the weights of a learned schedule would exist twice.
+    The schedule is bound here because Hydra would deep-copy it, and with it the weights of a learned schedule.
     """
     loss_fn = instantiate_node(cfg)
     weighting = getattr(loss_fn, "keywords", {}).get("weighting")
@@ -142,7 +141,7 @@ def build_sampler(cfg: DictConfig, guidance: DictConfig | None = None) -> "Sampl
 
 
 def build_guidance(cfg: DictConfig | None) -> "Guidance":
-    """Return the guidance of a node, without its model, which `open_guidance_model` opens."""
+    """Return the guidance of a node; `open_guidance_model` adds its model. Raises ValueError for invalid numbers."""
     from src.diffusion.guidance import Guidance
 
     if cfg is None:
@@ -159,9 +158,9 @@ def build_guidance(cfg: DictConfig | None) -> "Guidance":
 
 
 def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
-    """Return the chosen sampler, or that of the run, `trained`, with the settings that were typed.
+    """Return the sampler on the command line, `typed`, or the run's own, `trained`, with the typed settings.
 
-    `typed` has no `_target_` if no sampler was chosen.
+    `typed` has no `_target_` unless the command line chooses a sampler.
     """
     if typed.get("_target_") is not None:
         return typed
@@ -171,12 +170,12 @@ def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
 
 
 def names_of(value: Any) -> list[str] | None:
-    """Return one name or a list of names as a list; None for no name."""
+    """Return a name or a sequence of names as a list; None if there is none."""
     return [value] if isinstance(value, str) else list(value) if value else None
 
 
 def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
-    """Start the W&B run, if W&B is among the loggers, and save its id.
+    """Start the run at W&B, if it is one of the loggers, and save its id.
 
     Without a connection, warn and log offline. Raises ValueError if W&B cannot start offline either.
     """
@@ -186,13 +185,13 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
 
     node = (cfg.logger or {}).get("wandb")
     for k, logger in enumerate(trainer.loggers):
-        if not isinstance(logger, WandbLogger) or node is None:  # The user's own logger starts by itself.
+        if not isinstance(logger, WandbLogger) or node is None:  # A logger of the user starts by itself.
             continue
         try:
             _ = logger.experiment
         except Exception as error:
             if node.offline:
-                raise ValueError(f"logger=wandb cannot start ({sentence(error)}): change logger.wandb.*") from error
+                raise ValueError(f"logger=wandb cannot start ({sentence(error)}); change logger.wandb.*") from error
             warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
             offline: WandbLogger = instantiate(node, offline=True, mode="offline")
             _ = offline.experiment
@@ -204,7 +203,7 @@ def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
 def check_network(
     net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "ConditionSpec | None" = None
 ) -> None:
-    """Raise ValueError unless the network keeps the shape (C, ...) and makes `outputs` times C channels.
+    """Raise ValueError unless the network maps (B, C, ...) to (B, C * outputs, ...).
 
     Runs a copy of the network once, on meta tensors.
     """
@@ -215,27 +214,31 @@ def check_network(
         with torch.no_grad():
             got = tuple(copy.deepcopy(net).to("meta")(*(x.to("meta") for x in inputs)).shape[1:])
     except RuntimeError as error:
-        raise ValueError(f"the network does not take data of shape {shape} ({sentence(error)}): see model.*") from error
+        raise ValueError(f"the network rejects data of shape {shape} ({sentence(error)}); change model.*") from error
     if got != (outputs * shape[0], *shape[1:]):
-        raise ValueError(f"the network turns data of shape {shape} into {got}: model.* must keep the shape")
+        raise ValueError(
+            f"the network maps data of shape {shape} to {got}, which must have {outputs * shape[0]} channels and the "
+            "same size; change model.*"
+        )
 
 
 def warn_about_schedule(module: "DiffusionModule") -> None:
-    """Warn if the last step, where sampling starts, is not pure noise or has no weight in the loss."""
+    """Warn if the last step of the schedule, where sampling starts, is not pure noise or has no weight in the loss."""
     from src.diffusion.noise import terminal_alpha_bar
 
     left = terminal_alpha_bar(module.schedule)
     if left > 0.01:
         warnings.warn(
-            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts at "
-            "a noise level that training lacks; use more steps, a larger schedule.beta_end, or zero_terminal_snr=true",
+            f"the schedule does not reach noise: alpha_bar ends at {left:.3g} (above 0.01), so sampling starts at a "
+            "noise level that training does not cover; use more steps, a larger schedule.beta_end, or "
+            "zero_terminal_snr=true",
             stacklevel=2,
         )
     terms = module.check_loss()
     if terms["loss"].item() < 1e-12 * terms["mse"].item():
         warnings.warn(
-            "the weighting is 0 at the last step of the schedule, where sampling starts, so it has no weight at all in "
-            "the loss; use weighting=uniform (min-SNR is 0 at zero SNR)",
+            "the loss weighting is 0 at the last step of the schedule, where sampling starts, so training ignores that "
+            "step; use weighting=uniform (min-SNR is 0 at zero SNR)",
             stacklevel=2,
         )
 
@@ -254,11 +257,11 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
 def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the object of a node, with further arguments.
 
-    Partials come without Hydra's wrapper, which scans all loaded modules at each call. An error of a constructor for a
-    wrong value comes without Hydra's wrapper too.
+    Partial functions lose Hydra's wrapper, which scans all loaded modules at each call. If the constructor raises
+    ValueError, TypeError, OSError or ImportError, that error is raised instead of Hydra's InstantiationException.
     """
     try:
-        # Convert to plain lists: an optimizer would put OmegaConf lists into checkpoints, and these could not be read.
+        # Plain lists: an optimizer would store OmegaConf lists in checkpoints, which a safe load rejects.
         return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
     except InstantiationException as error:
         if isinstance(cause := error.__cause__, ValueError | TypeError | OSError | ImportError):
@@ -273,9 +276,9 @@ def _unwrap(value: Any) -> Any:
 
 
 def inline_aliases(node: DictConfig, name: str) -> DictConfig:
-    """Return a copy of the node `name` without settings that only name others, as `urls` in `root: ${.urls}`.
+    """Return a copy of the node `name` without aliases, such as `urls` in `root: ${.urls}`.
 
-    Such a setting is not an argument of the target; the other one gets its value.
+    An alias is not an argument of the target; the setting that refers to it gets its value.
     """
     node = copy.deepcopy(node)
     for key, value in to_plain(node, resolve=False).items():
@@ -289,7 +292,7 @@ def inline_aliases(node: DictConfig, name: str) -> DictConfig:
 
 
 def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
-    """Return the configuration as nested plain values; with `resolve`, interpolations have their values."""
+    """Return the configuration as nested dictionaries and lists; `resolve` replaces interpolations by their values."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     assert isinstance(container, dict)
     return container

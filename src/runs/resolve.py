@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[str, Any] | None) -> DictConfig:
     """Return a copy of `cfg` in which every inferred setting has its value.
 
-    `checkpoint` is that from which a run resumes. Without `data`, settings that depend on them are not inferred.
-    Resolving twice changes nothing.
+    `checkpoint` belongs to the run that is resumed; None starts a new run. `data=None` skips the settings that depend
+    on the data. Resolving twice changes nothing.
 
-    Raises ValueError for settings that contradict each other, and FileNotFoundError without the file of betas.
+    Raises ValueError for contradictory settings, and FileNotFoundError if the file in `schedule.betas` does not exist.
     """
     cfg = copy.deepcopy(cfg)
     cfg.data = inline_aliases(cfg.data, "data")
@@ -65,7 +65,7 @@ def resumed_folder(cfg: DictConfig) -> Path | None:
 
 
 def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Return the metrics of a sweep job that `resume=auto` finds finished; None if it has steps left.
+    """Return the metrics of a sweep job that is already finished under `resume=auto`; None if it is not.
 
     Raises ValueError if a job with other settings trained in its folder.
     """
@@ -83,37 +83,37 @@ def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
 def relocate(config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path) -> DictConfig:
     """Return a copy of a trained run's configuration with the paths of this machine.
 
-    `data_root` and `encoder` replace the folder or file of the data and the pretrained text encoder; null keeps them.
-    Cache folders are never taken from the file `checkpoint`, since anything could be written there. Raises ValueError
-    for a run without such paths.
+    `data_root` replaces the folder or file of the data, and `encoder` the pretrained text encoder; None keeps them. The
+    cache folders recorded in `checkpoint` are ignored: the file is untrusted and could name any folder. Raises
+    ValueError if the run has no such path.
     """
     config = copy.deepcopy(config)
     if "cache_dir" in config.data:
         config.data.cache_dir = None
     if data_root is not None:
-        setting = "path" if "path" in config.data else "root"  # A table is one file.
+        setting = "path" if "path" in config.data else "root"  # data=table reads one file, data.path
         if setting not in config.data:
             raise ValueError(
-                f"{format_override('data.root', data_root)} is for images, and {checkpoint} was trained on points: "
-                "leave it out"
+                f"{format_override('data.root', data_root)} needs a run trained on files, and {checkpoint} was trained "
+                "on generated points; leave it out"
             )
         config.data[setting] = data_root
     node = OmegaConf.select(config, "conditioning.encode")
     if node is None or "fingerprint" not in node:
         if encoder is not None:
             raise ValueError(
-                f"{format_override('encoder', encoder)} needs a run with conditioning=pretrained, and {checkpoint} has "
-                "none: leave it out"
+                f"{format_override('encoder', encoder)} needs a run with conditioning=pretrained, and {checkpoint} "
+                "is from another; leave it out"
             )
         return config
     node.update({"cache": "outputs/cache", "device": "auto", "model": encoder or node.model})
     if node.model is None:
-        raise ValueError(f"{checkpoint} does not name its text encoder: add its folder or hub name as encoder=...")
+        raise ValueError(f"{checkpoint} does not name its text encoder; add encoder=FOLDER or encoder=NAME of the hub")
     return config
 
 
 def _infer_folders(cfg: DictConfig) -> None:
-    """Set `resume=auto` to the run folder or null, and give a configuration composed without Hydra's main a folder."""
+    """Replace `resume=auto` by the run folder or null; set the run folder if Hydra's main function has not done so."""
     if "${hydra:" in str(to_plain(cfg, resolve=False)["run_dir"]) and not HydraConfig.initialized():
         resumed = cfg.resume not in (None, "auto")
         cfg.run_dir = str(cfg.resume) if resumed else fresh_folder("outputs/train", again=True)
@@ -123,7 +123,7 @@ def _infer_folders(cfg: DictConfig) -> None:
 
 
 def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None:
-    """Replace a file name in `schedule.betas` by the numbers in the file, or by those of the resumed run."""
+    """Replace a file name in `schedule.betas` by the betas in the file, or by those of the resumed run."""
     betas = OmegaConf.select(cfg, "schedule.betas")
     if not isinstance(betas, str):
         return
@@ -134,12 +134,15 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
 
     path = Path(betas)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path.resolve()}: schedule.betas takes a list, or a .npy or .csv file")
+        raise FileNotFoundError(
+            f"{format_override('schedule.betas', str(path.resolve()))} does not exist; set it to a list, or to a .npy "
+            "or .csv file"
+        )
     try:
         if path.suffix == ".npy":
-            table: Any = np.lib.format.open_memmap(path, mode="r")  # neither unpickles nor allocates
+            table: Any = np.lib.format.open_memmap(path, mode="r")  # never unpickles nor allocates
         else:
-            with path.open() as lines:  # numpy would unpack an archive if it got the file name
+            with path.open() as lines:  # given a path, numpy would decompress archives
                 table = np.loadtxt(lines, delimiter=",")
         cfg.schedule.betas = np.asarray(table, dtype=np.float64).ravel().tolist()
     except (OverflowError, TypeError, ValueError) as error:
@@ -152,7 +155,7 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
 def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None:
     """Fill in the inferred settings of the resumed run, except where the configuration sets another value.
 
-    The data may have grown since the run started. Inferred again, they could contradict the weights.
+    The data may have grown since the run started, so settings inferred from them again could contradict the weights.
     """
     if checkpoint is None:
         return
@@ -174,9 +177,10 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
 
 
 def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) -> None:
-    """Set the settings that depend on the data: those of the data, and the features of a network for points.
+    """Set the settings that depend on the data: `data.inferred`, and the number of features of a network for points.
 
-    For a new run, set those of conditions too, such as class names. Raises ValueError without conditions.
+    For a new run, also set the settings of conditions, such as class names. Raises ValueError if the data have no
+    conditions.
     """
     check_texts(dict(data.inferred), "the data")
     cfg.data.update(data.inferred)
@@ -194,14 +198,14 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) 
 def _infer_accumulation(cfg: DictConfig) -> None:
     """Set `trainer.accumulate_grad_batches` from `data.microbatch_size`.
 
-    The callback `MicrobatchFinder` replaces `auto` later. Raises ValueError for contradictions.
+    The callback `MicrobatchFinder` resolves `auto` later. Raises ValueError for contradictory settings.
     """
     from src.training.memory import divisors
 
     micro, typed = cfg.data.get("microbatch_size"), cfg.trainer.accumulate_grad_batches
     if micro == "auto" and cfg.resume is None and typed != 1:
         raise ValueError(
-            f"data.microbatch_size=auto sets trainer.accumulate_grad_batches, given as {typed}: leave one out"
+            f"data.microbatch_size=auto sets trainer.accumulate_grad_batches, but it is {typed}; leave one out"
         )
     if micro in (None, "auto"):
         return
@@ -212,12 +216,12 @@ def _infer_accumulation(cfg: DictConfig) -> None:
     if share % micro:
         near = min(divisors(share), key=lambda n: abs(n - micro))
         raise ValueError(
-            f"data.microbatch_size={micro} does not divide the {share} samples per step of each of {processes} "
-            f"processes (data.batch_size={cfg.data.batch_size}): choose {near}"
+            f"data.microbatch_size={micro} must divide the {share} samples per step and process "
+            f"(data.batch_size={cfg.data.batch_size}, {processes} processes); choose {near}"
         )
     if typed not in (1, share // micro):
         raise ValueError(
-            f"data.microbatch_size={micro} makes trainer.accumulate_grad_batches {share // micro}, given as {typed}: "
+            f"data.microbatch_size={micro} needs trainer.accumulate_grad_batches={share // micro}, but it is {typed}; "
             "leave one out"
         )
     cfg.trainer.accumulate_grad_batches = share // micro

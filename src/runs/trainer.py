@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     """Return Lightning's Trainer with the configured callbacks, loggers and plugins.
 
-    Null means Lightning's default. Raises ValueError for arguments that this project sets by another setting.
+    Null means Lightning's default. Raises ValueError for arguments that another setting of this project controls.
     """
     from lightning.pytorch.callbacks import ProgressBar
     from lightning.pytorch.plugins import CheckpointIO
@@ -36,7 +36,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
     dev_run = bool(settings.get("fast_dev_run"))
     logs = settings.get("logger", True) and not dev_run
     loggers = [build_logger(name, node) for name, node in (cfg.logger or {}).items() if node and logs]
-    # Experiments set values of callbacks that may be missing; such nodes have no _target_.
+    # An experiment may set values of a callback that is not configured; that node has no _target_.
     callbacks = [instantiate_node(node) for node in (cfg.callbacks or {}).values() if node and "_target_" in node]
     if cfg.data.get("microbatch_size") == "auto" and cfg.resume is None:
         callbacks.append(MicrobatchFinder())
@@ -67,7 +67,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         ),
         "check_val_every_n_epoch": None,
         "limit_val_batches": limit,
-        "min_epochs": 0,  # Otherwise Lightning extends min_steps to an epoch, which has all steps.
+        "min_epochs": 0,  # Otherwise Lightning trains at least one epoch, and an epoch here has all steps.
         "overfit_batches": 0,  # The data module repeats the batches.
         "deterministic": settings.get("deterministic", False),  # None would keep the value of an earlier job.
         "use_distributed_sampler": False,  # The batch sampler splits the batch itself.
@@ -79,7 +79,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
 
 def world_size(cfg: DictConfig) -> int:
-    """Return the number of processes that the configuration of the Trainer starts."""
+    """Return the number of processes that the Trainer of a configuration starts."""
     from src.runs.trainer_settings import trainer_settings
 
     names = ("_target_", "accelerator", "devices", "num_nodes", "strategy")
@@ -89,7 +89,7 @@ def world_size(cfg: DictConfig) -> int:
 
 
 def _construct(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> "L.Trainer":
-    """Return a Trainer with the `settings` of its node and further arguments. Raises ValueError with one line."""
+    """Return a Trainer from the `settings` of its node and further arguments. Raises ValueError in one line."""
     from src.runs.trainer_settings import explain_error
 
     try:
@@ -101,7 +101,7 @@ def _construct(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> "L.
 
 
 def build_logger(name: str, node: DictConfig) -> "Logger":
-    """Return the logger of a node. It writes nothing yet."""
+    """Return the logger of a node; it writes nothing yet. Raises ValueError if its package is not installed."""
     try:
         logger: Logger = instantiate(node)
         if name == "wandb":
@@ -110,7 +110,7 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
         cause = error.__cause__ or error
         if isinstance(cause, ImportError):
             raise ValueError(
-                f"logger={name} needs a package that is not installed ({sentence(cause)}): pip install {name}"
+                f"logger={name} needs a package that is not installed ({sentence(cause)}); pip install {name}"
             ) from error
         raise
     return logger
@@ -128,7 +128,7 @@ IGNORED_WARNINGS = (
 
 
 def quiet_libraries() -> None:
-    """Silence Lightning's tips and duplicate lines."""
+    """Silence Lightning's tips and its repeated log lines."""
     import lightning  # noqa: F401 - sets the levels that are changed below
 
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "pytorch_lightning"):

@@ -33,8 +33,9 @@ __all__ = ["ConditionSpec", "DiffusionModule", "LossFn", "Sampler"]
 class LossFn(Protocol):
     """Return per-sample terms, each (B,), including "loss".
 
-    A loss with a term "vlb" estimates the variational bound and receives transitions of the chain. Any other loss
-    receives the transition from the level at v, anywhere on a continuous schedule, to clean data.
+    A loss with a term "vlb" estimates the variational bound and receives transitions between neighboring steps. Any
+    other loss receives the transition from the sampled noise level to clean data; on a continuous schedule, that level
+    can be anywhere.
     """
 
     def __call__(

@@ -153,7 +153,7 @@ def loss_by_noise(log: Path) -> Image.Image:
     edges = [log_snr[0] - half, *(level + half for level in log_snr)]
     finite = table[np.isfinite(table)]
     high = float(finite.max()) if len(finite) else 1.0
-    # Some weightings take the loss of pure noise towards 0: show the four decades that matter.
+    # Some weightings push the loss toward 0 at pure noise; show only the top four decades.
     low = max(float(finite.min()) if len(finite) else 0.1, 1e-4 * high)
     figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, grid=False)
     left.set_facecolor("0.85")

@@ -48,7 +48,7 @@ def set_log_scale(axes: "Axes", which: str) -> None:
 
 
 def set_log_ticks(axis: Any, low: float, high: float) -> None:
-    """Label powers of ten, and 2 and 5 times these below two decades, in plain numbers."""
+    """Label powers of ten in plain numbers; over less than two decades, label 2 and 5 times these powers too."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     decades = math.log10(high / low)

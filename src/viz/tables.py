@@ -69,7 +69,7 @@ def better_direction(metric: str) -> Literal["lower", "higher"] | None:
 
 
 def direction_arrow(metric: str) -> str:
-    """Return ` ↓` for a metric of which lower values are better, ` ↑` for higher, or nothing."""
+    """Return ` ↓` if lower values of a metric are better, ` ↑` if higher ones are, or nothing."""
     return {"lower": " ↓", "higher": " ↑", None: ""}[better_direction(metric)]
 
 

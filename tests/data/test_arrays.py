@@ -261,7 +261,7 @@ def test_changed_lengths_and_mixed_channels_are_counted(tmp_path):
     for k, (length, channels) in enumerate([(5, 1), (7, 1), (3, 2), (5, 2), (5, 1), (9, 1)]):
         soundfile.write(tmp_path / f"{k}.wav", np.full((length, channels), k / 10), 8000)
     summary = opened(tmp_path, cache_dir=str(tmp_path / "cache")).source.summary
-    for part in ("2 cut", "1 filled up with zeros", "2 mixed down"):
+    for part in ("2 cut", "1 zero-padded", "2 mixed down"):
         assert part in summary
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, features
 
 from src.data import emoji
-from src.data.emoji import EmojiBrush, combined_pairs, describe, sequences
+from src.data.emoji import EmojiBrush, combined_pairs, emoji_words, sequences
 from src.data.glyphs import package_files
 
 RED_SQUARE, BLUE_CIRCLE = "\U0001f7e5", "\U0001f535"
@@ -70,16 +70,16 @@ def test_pictures_are_averages_of_large_ones():
 
 
 def test_captions_are_the_names_of_code_points():
-    assert describe(ASTRONAUT) == ["woman", "dark skin", "rocket"]
-    assert describe("\U0001f9d1\U0001f3fb\u200d\u2695\ufe0f") == ["person", "light skin", "staff of aesculapius"]
-    assert describe("\U0001f468\U0001f3fd\u200d\U0001f9b0") == ["man", "medium skin", "red hair"]
-    assert describe("\U0001f1e9\U0001f1ea") == ["letter d", "letter e"]
-    assert describe("\U0001f98a") == ["fox face"]
+    assert emoji_words(ASTRONAUT) == ["woman", "dark skin", "rocket"]
+    assert emoji_words("\U0001f9d1\U0001f3fb\u200d\u2695\ufe0f") == ["person", "light skin", "staff of aesculapius"]
+    assert emoji_words("\U0001f468\U0001f3fd\u200d\U0001f9b0") == ["man", "medium skin", "red hair"]
+    assert emoji_words("\U0001f1e9\U0001f1ea") == ["letter d", "letter e"]
+    assert emoji_words("\U0001f98a") == ["fox face"]
 
 
 def test_code_points_without_names_have_no_caption():
-    assert describe("\ue000") == []
-    assert describe(f"{RED_SQUARE}\ue000") == []
+    assert emoji_words("\ue000") == []
+    assert emoji_words(f"{RED_SQUARE}\ue000") == []
 
 
 def test_combinations_are_persons_with_skin_and_object():
@@ -93,7 +93,7 @@ def test_combinations_are_persons_with_skin_and_object():
 
 def test_held_out_pairs_occur_in_other_emoji(monkeypatch, tmp_path):
     objects = {"rocket", "wrench", "school", "briefcase"}
-    persons = [each for each in sequences() if len(words := describe(each)) == 3 and words[2] in objects]
+    persons = [each for each in sequences() if len(words := emoji_words(each)) == 3 and words[2] in objects]
     assert len(persons) == 3 * 5 * len(objects)
     monkeypatch.setattr(emoji, "sequences", lambda: [*persons, RED_SQUARE])
     source = emoji.emoji(str(tmp_path), 16, 3, held_out=5)

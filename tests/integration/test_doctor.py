@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from src.data.decode import Decoded
-from src.runs.advice import look, suggest, suggest_steps
+from src.runs.advice import file_stats, suggest, suggest_steps
 from tests.fork_server import run_python
 
 ROOT = Path(__file__).parents[2]
@@ -48,14 +48,14 @@ def decoded(*shape: int, alpha: bool = False, rgb: bool = True, dtype: str = "ui
 
 def test_suggestions_follow_the_files():
     """Opacity is kept if it is used; bands are kept; sizes are powers of two below the files and the device's limit."""
-    assert look([decoded(40, 50, 3)] * 3).suggested_channels == 3
-    assert look([decoded(40, 50, 4, alpha=True)]).suggested_channels == 4
+    assert file_stats([decoded(40, 50, 3)] * 3).suggested_channels == 3
+    assert file_stats([decoded(40, 50, 4, alpha=True)]).suggested_channels == 4
     opaque = decoded(40, 50, 4, alpha=True)
     opaque.pixels[..., 3] = 255
-    assert look([opaque]).suggested_channels == 3
-    assert look([decoded(40, 50, 4, rgb=False)]).suggested_channels == 4
-    assert look([decoded(40, 50, 12, rgb=False, dtype="uint16")]).suggested_channels == 12
-    large = look([decoded(500, 300, 3)])
+    assert file_stats([opaque]).suggested_channels == 3
+    assert file_stats([decoded(40, 50, 4, rgb=False)]).suggested_channels == 4
+    assert file_stats([decoded(40, 50, 12, rgb=False, dtype="uint16")]).suggested_channels == 12
+    large = file_stats([decoded(500, 300, 3)])
     assert (large.suggested_size(on_gpu=True), large.suggested_size(on_gpu=False)) == (256, 32)
     assert "experiment=folder_256" in suggest(large, 5000, on_gpu=True)
     assert "data.batch_size=16" in suggest(large, 70, on_gpu=False)

@@ -27,7 +27,7 @@ def heavy_imports() -> None:
 
 SETTINGS = (
     *("optimizer.lr=2e-3", "lr_scheduler.warmup_steps=5", "validate_every=1000", "checkpoint_every=25"),
-    *("~callbacks.bits_per_dim", "~callbacks.loss_by_noise", "data.batch_size=8", "keep_checkpoints=-1"),
+    *("~callbacks.bits_per_dim", "data.batch_size=8", "keep_checkpoints=-1"),
 )
 HALF_A_MINUTE = ("callbacks.time_budget.minutes=0.5", "trainer.max_steps=200")
 

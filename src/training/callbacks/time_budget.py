@@ -1,4 +1,4 @@
-"""Fit the number of steps into a budget of minutes, so that the learning rate ends with it."""
+"""Fit the number of training steps to a time budget, so that the learning-rate schedule ends with it."""
 
 import json
 import math
@@ -18,33 +18,35 @@ from src.training.module import DiffusionModule
 from src.training.optim import replace_schedule
 
 UNTIMED_STEPS = 5
-"""Steps at the start that are not timed: they compile, allocate memory and start workers."""
+"""Untimed steps at the start: they compile, allocate memory and start workers."""
 
 FIRST_ESTIMATE = 10
-"""Steps after which the time per step is known well enough to decide how long to measure."""
+"""Steps after which a first estimate of the time per step decides how long to measure."""
 
 MIN_MEASURED = 20
-"""Steps after which the number of steps is fixed, unless `MEASURED_SHARE` of the budget lasts longer."""
+"""Least number of steps, untimed ones included, before the number of steps is fixed."""
 
 MEASURED_SHARE = 0.05
-"""Share of the budget that is measured before the number of steps is fixed."""
+"""Share of the budget to measure before the number of steps is fixed, if that is longer than `MIN_MEASURED` steps."""
 
 VALIDATION_SHARE = 0.1
-"""Share of the budget left for validations if some will happen and none has been measured."""
+"""Share of the budget reserved for validations if some will run and none has been measured."""
 
 
 class TimeBudget(L.Callback):
-    """Fix the number of steps once, early in a run, so that training takes `minutes` and the schedule ends with it.
+    """Fix the number of steps early in a run, so that training takes `minutes` and the learning rate ends on time.
 
-    The number is at most `trainer.max_steps` and at least `min_steps`. All processes use that of the first one. The
-    budget includes the time of earlier starts, compilation and validations, but not what follows the last step. Until
-    the number is fixed, the learning rate is that of a run of `trainer.max_steps`. Checkpoints hold the number, so a
-    resumed run keeps it, unless its `minutes` differ. `directory`/time_budget.json records it. Null `minutes` do
-    nothing.
+    The number is at least `min_steps` and at most `trainer.max_steps`. The first process determines it for all. The
+    budget includes compilation, validations and training time before a resume, but nothing after the last step. Until
+    the number is fixed, the learning rate follows the schedule of a run with `trainer.max_steps` steps. Checkpoints
+    store the number, so a resumed run keeps it unless `minutes` has changed. `directory`/time_budget.json records it.
+    With `minutes=None` the callback does nothing.
+
+    Raises ValueError for `minutes` that are not positive and finite, and for `min_steps` below 1.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
-    """Return the time in seconds; tests replace it."""
+    """Returns the time in seconds; tests replace it."""
 
     def __init__(self, directory: str, minutes: float | None = None, min_steps: int = 1) -> None:
         if minutes is not None and not 0 < minutes < math.inf:
@@ -55,13 +57,14 @@ class TimeBudget(L.Callback):
         self.minutes = minutes
         self.min_steps = min_steps
         self.num_steps: int | None = None
-        """Steps that fit into the budget, before the limits; None until it is known."""
-        self._earlier_s = 0.0  # time of the starts before this one
+        """Steps that fit into the budget, before both limits apply; None until it is known."""
+        self._earlier_s = 0.0  # training time before this start
         self._started: float | None = None
-        self._validations: list[float] = []  # seconds of each since the start
+        self._validations: list[float] = []  # duration in seconds of each validation since the start
         self._validation_start = 0.0
-        self._timed_from = (0, 0.0)  # first timed step, and the time at its start without validations
-        self._next_step = -1
+        self._timed_from = (0, 0.0)  # first timed step, and the clock then, minus validations
+        self._first_step = 0
+        self._next_step = -1  # the step whose end the callback acts on; -1 for none
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = self.clock()
@@ -89,8 +92,8 @@ class TimeBudget(L.Callback):
             self._timed_from = (step, now)
             self._next_step = self._first_step + FIRST_ESTIMATE
             return
-        since, start = self._timed_from
-        seconds = max((now - start) / (step - since), 1e-9)
+        first_timed, start = self._timed_from
+        seconds = max((now - start) / (step - first_timed), 1e-9)
         if step == self._first_step + FIRST_ESTIMATE:
             assert self.minutes is not None
             measured = max(MIN_MEASURED, math.ceil(MEASURED_SHARE * 60 * self.minutes / seconds))
@@ -100,7 +103,7 @@ class TimeBudget(L.Callback):
         self._fix(trainer, pl_module, seconds)
 
     def _fix(self, trainer: L.Trainer, module: L.LightningModule, seconds: float) -> None:
-        """Fix the number of steps from the time per step, and with it the learning-rate schedule. Collective."""
+        """Fix the number of steps and the learning-rate schedule, given the seconds per training step. Collective."""
         assert isinstance(module, DiffusionModule) and self.minutes is not None
         decided_at, limit = trainer.global_step, trainer.max_steps
         left = 60 * self.minutes - self._elapsed_s()
@@ -115,8 +118,8 @@ class TimeBudget(L.Callback):
         if not trainer.is_global_zero:
             return
         reason = {limit: " (trainer.max_steps)", self.min_steps: " (min_steps)"}.get(trainer.max_steps, "")
-        taken = "" if trainer.max_steps == self.num_steps else f"; training takes {trainer.max_steps:,}{reason}"
-        tqdm.write(f"{self.num_steps:,} steps fit into {self.minutes:.1f} minutes ({seconds:.2g} s per step){taken}")
+        limited = "" if trainer.max_steps == self.num_steps else f"; training takes {trainer.max_steps:,}{reason}"
+        tqdm.write(f"{self.num_steps:,} steps fit into {self.minutes:.1f} minutes ({seconds:.2g} s per step){limited}")
         record = {
             "minutes": self.minutes,
             "num_steps": trainer.max_steps,
@@ -131,7 +134,7 @@ class TimeBudget(L.Callback):
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     def _limit(self, trainer: L.Trainer) -> None:
-        """Set the number of steps of the Trainer. Doing so twice changes nothing."""
+        """Set the number of steps of the Trainer; calling it again changes nothing."""
         assert self.num_steps is not None
         set_max_steps(trainer, min(max(self.num_steps, self.min_steps, trainer.min_steps or 0), trainer.max_steps))
 
@@ -146,7 +149,7 @@ class TimeBudget(L.Callback):
             self.restore(trainer, checkpoint)
 
     def restore(self, trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
-        """Continue the budget of a checkpoint, with its number of steps if the minutes are the same."""
+        """Restore the elapsed time of a checkpoint, and its number of steps if `minutes` is unchanged."""
         minutes, num_steps, self._earlier_s = checkpoint.get("time_budget", (None, None, 0.0))
         if self.minutes is not None and minutes == self.minutes and num_steps is not None:
             self.num_steps = num_steps
