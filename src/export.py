@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
+from src.config.search_path import search_path_overrides
 from src.errors import usage_errors
 from src.quoting import command, format_override
 from src.runs.checkpoints import find_checkpoint
@@ -26,7 +27,8 @@ def export(cfg: DictConfig) -> Path:
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")
-    print(f"Sample from it with: {command('sample', format_override('ckpt', path), 'n=64')}")
+    sample = command("sample", *search_path_overrides(), format_override("ckpt", relative(path)), "n=64")
+    print(f"Sample from it with: {sample}")
     return path
 
 

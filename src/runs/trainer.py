@@ -23,7 +23,7 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
 
     Null means Lightning's default. Raises ValueError for arguments that another setting of this project controls.
     """
-    from lightning.pytorch.callbacks import ProgressBar
+    from lightning.pytorch.callbacks import Checkpoint, ProgressBar
     from lightning.pytorch.plugins import CheckpointIO
 
     from src.runs.trainer_settings import check_strategy, enabled_callbacks, trainer_settings, validation_interval
@@ -59,6 +59,8 @@ def build_trainer(cfg: DictConfig, directory: Path) -> "L.Trainer":
         "callbacks": callbacks,
         # Lightning would add its own progress bar, which shows epochs.
         "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
+        # With None, Lightning would add a ModelCheckpoint that writes beside the logs.
+        "enable_checkpointing": settings.get("enable_checkpointing", any(isinstance(c, Checkpoint) for c in callbacks)),
         "logger": loggers or False,
         "plugins": plugins,
         "default_root_dir": str(directory),

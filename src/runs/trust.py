@@ -21,7 +21,10 @@ TRAINING_GROUPS = ("callbacks", "logger", "lr_scheduler", "optimizer", "trainer"
 OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 """Safe classes of torch.optim."""
 
-REMEDY = "; refusing to instantiate anything: if you trust its author, add trust=true"
+REMEDY = (
+    "; refusing to instantiate anything: for parts of your own add the --config-dir they were trained with; if you trust "
+    "the author, add trust=true"
+)
 
 
 class Target(NamedTuple):

@@ -96,7 +96,7 @@ def test_seed_folder_and_runtime_settings_share_a_group():
 def test_callbacks_that_change_weights_separate_groups():
     files = [yaml.safe_load((CONF / "callbacks" / f"{name}.yaml").read_text()) for name in ("default", "quality")]
     names = {f"callbacks.{name}" for file in files for name in file}
-    assert names - {*RUNTIME_SETTINGS} == {"callbacks.ema", "callbacks.nan_guard"}
+    assert names - {*RUNTIME_SETTINGS} == {"callbacks.ema", "callbacks.nan_guard", "callbacks.time_budget"}
 
 
 def test_other_seeds_separate_groups():

@@ -154,3 +154,10 @@ def test_resumed_run_warns_of_changed_settings(trained, tmp_path):
     with pytest.warns(UserWarning, match=r"another setting: trainer\.max_steps: 6 -> 7"):
         metrics = train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.max_steps=7")
     assert metrics["steps"] == 7
+
+
+def test_run_without_checkpoint_callbacks_saves_last_only(tmp_path):
+    """Lightning would add a callback that writes beside the logs."""
+    train_tiny(tmp_path / "run", "trainer.max_steps=2", "~callbacks.best", "~callbacks.checkpoint_every")
+    assert [path.name for path in (tmp_path / "run").rglob("*.ckpt")] == ["last.ckpt"]
+    assert [path.parent.name for path in (tmp_path / "run").rglob("*.ckpt")] == ["checkpoints"]
