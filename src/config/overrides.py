@@ -127,18 +127,7 @@ def check_overrides(
     groups = config_groups(folders := config_folders(added))
     read = [_parse(config_name, word, groups) for word in overrides]
     foreign = any("pkg://" in each for each in added)  # options in a package cannot be listed here
-    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
-    for override in choices:
-        name, options = override.key_or_group, _options(override)
-        for option in options:
-            exists = option in groups[name] or any((f / name / f"{option}.yaml").is_file() for f in folders)
-            if not (exists or foreign):
-                raise UsageError(unknown_option(name, option, groups[name]))
-        if isinstance(override.value(), list) and len(options) > 1 and name not in MERGED_GROUPS:
-            raise UsageError(
-                f"{override.input_line} would merge several files into one {name}; to run one job for each type "
-                f"-m {name}={','.join(options)}"
-            )
+    choices = _choices(read, groups, folders, foreign)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
@@ -173,6 +162,44 @@ def check_overrides(
             raise UsageError(f"{name} has no default; add {name}=...")
     check_values(task)
     return final
+
+
+def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the options of all groups that these overrides choose, without checking any other setting.
+
+    Raises UsageError for an unknown option, and for an override that Hydra cannot parse.
+    """
+    groups = config_groups(folders := config_folders(added))
+    read = [_parse(config_name, word, groups) for word in overrides]
+    choices = _choices(read, groups, folders, any("pkg://" in each for each in added))
+    if not choices:
+        return {}
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+    chosen = {str(group): [str(option)] for group, option in composed.hydra.runtime.choices.items()}
+    return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options
+
+
+def _choices(
+    read: Sequence[Override], groups: dict[str, list[str]], folders: Sequence[Path], anywhere: bool
+) -> list[Override]:
+    """Return the overrides that choose an option; `anywhere` allows options that are in none of the `folders`.
+
+    Raises UsageError for an unknown option, and for several options of a group that takes one.
+    """
+    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
+    for override in choices:
+        name, options = override.key_or_group, _options(override)
+        for option in options:
+            exists = option in groups[name] or any((f / name / f"{option}.yaml").is_file() for f in folders)
+            if not (exists or anywhere):
+                raise UsageError(unknown_option(name, option, groups[name]))
+        if isinstance(override.value(), list) and len(options) > 1 and name not in MERGED_GROUPS:
+            raise UsageError(
+                f"{override.input_line} would merge several files into one {name}; to run one job for each type "
+                f"-m {name}={','.join(options)}"
+            )
+    return choices
 
 
 @lru_cache(maxsize=32)

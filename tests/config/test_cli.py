@@ -319,3 +319,25 @@ def test_spin_count_is_set_unless_user_sets_it(own, expected, monkeypatch):
     with pytest.raises(SystemExit):
         launch("train", lambda _: None)
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_help_shows_settings_of_typed_choices(tmp_path, monkeypatch, capsys):
+    """The options of an experiment count too, of the user's folders as well, and a list shows each option."""
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - override /model: mlp\n\nseed: 7 # mine\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    cases = {
+        ("model=mlp", "data=points"): ("model=mlp", "data=points"),
+        ("data=folder", "logger=[csv,wandb]"): ("data=folder", "logger=csv", "logger=wandb", "model=unet_tiny"),
+        ("experiment=moons",): ("model=mlp", "data=points", "experiment=moons"),
+        ("--config-dir", str(tmp_path), "experiment=mine"): ("model=mlp", "data=digits", "experiment=mine"),
+        ("schedule=null", "optimizer.lr=fast"): ("model=unet_tiny", "data=digits"),
+    }
+    for words, shown in cases.items():
+        monkeypatch.setattr(sys, "argv", ["train", *words, "--help"])
+        launch("train", lambda _: None)
+        text = capsys.readouterr().out
+        headings = {line for line in text.splitlines() if line.startswith("Settings of ")}
+        assert {f"Settings of {each}:" for each in shown} <= headings
+        assert sum(line.startswith(("Settings of model=", "Settings of data=")) for line in headings) == 2
+    assert "seed: 7" not in text
