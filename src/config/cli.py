@@ -32,10 +32,10 @@ from src.config.overrides import (
     expand_grid,
     expand_home,
     key_of,
-    split_arguments,
 )
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
+from src.config.words import split_arguments
 from src.distributed.ranks import (
     Interruption,
     exit_process,

@@ -75,15 +75,18 @@ def load_option(group: str, name: str) -> DictConfig:
     raise ValueError(unknown_option(group, name, config_groups()[group]))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return "; did you mean X?" for the known word most similar to `word`; empty if none is similar."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def near_matches(word: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
+    """Return the known word most similar to `word`; empty if none is similar, or if it starts several of them."""
+    if sum(each.startswith(f"{word}_") for each in known) > 1:
+        return []
+    return difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     """Return the message for an option that a config group lacks."""
     new = FOREIGN_OPTIONS.get(f"{group}={option}")
     new = new or next((f"{other}={option}" for other, names in config_groups().items() if option in names), None)
-    hint = f"; type {new}. The" if new else nearest(option, options).replace("?", "? The") or "; the"
+    hint = f"; type {new}. The" if new else "; the"
+    if not new and (close := near_matches(option, options)):
+        hint = f"; did you mean {close[0]}? The"
     return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

@@ -13,9 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import src
 from src.config.arguments import check_arguments
 from src.config.cli import launch
-from src.config.overrides import check_overrides, split_arguments
+from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_groups
+from src.config.words import split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError

@@ -15,8 +15,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 import src
-from src.config.overrides import parsed
 from src.config.search_path import CONF, load_option
+from src.config.words import parsed
 from tests.conftest import HANG_SECONDS
 from tests.fork_server import run_python
 
@@ -164,7 +164,7 @@ REFUSED = {
     "train warmup_steps=5": "type lr_scheduler.warmup_steps=5",
     "train learning_rate=1e-3": "type optimizer.lr=1e-3",
     "train batch_size=8": "type data.batch_size=8",
-    "train epochs=3": "type trainer.max_steps=STEPS",
+    "train epochs=3": "trainer.max_steps to 3 times",
     "train steps=50": "type trainer.max_steps=50",
     "sample steps=50": "type sampler.steps=50",
     "schedules steps=50": "type num_steps=50",
