@@ -72,11 +72,11 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     known = [name for name in (*names, *groups) if name != key]  # perhaps a group of another command
     if not key.startswith("recipe"):  # type the setting itself instead of its default
         known = [name for name in known if not name.startswith("recipe.")]
+    if explanation := explain_key(key, value, names):
+        return f"; {explanation}"
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         value = run_folder(value) if new in ("resume", "run") else value
         return f"; type {shell_word(f'{new}={value}')}"
-    if explanation := explain_key(key, value, names):
-        return f"; {explanation}"
     parent, _, last = key.rpartition(".")
     if parent in names:
         siblings = [name.removeprefix(f"{parent}.") for name in names if name.startswith(f"{parent}.")]

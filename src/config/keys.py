@@ -135,7 +135,6 @@ FOREIGN_OPTIONS = {
 """Options of config groups under other names."""
 
 FOREIGN_VALUES = {
-    "precision=bf16": "bf16-mixed",
     "precision=float16": "16-mixed",
     "precision=float32": "32-true",
     "precision=fp16": "16-mixed",

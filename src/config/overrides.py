@@ -112,7 +112,8 @@ def check_overrides(
             if default == f"${{{SUGGESTED.get(name)}}}":
                 default = _select(plain, SUGGESTED[name])
             for value in _values(override):
-                check_type(name, default, value)
+                typed = "" if override.is_sweep_override() else str(override.input_line).partition("=")[2]
+                check_type(name, default, value, typed)
                 check_value(name, value)
             if name in RECIPE and f"${{{name}}}" not in str(composed):
                 warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
 from src.errors import UsageError
-from src.quoting import format_override
+from src.quoting import format_override, shell_word
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -28,6 +28,13 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir {config_dir} must be a folder of config groups")
+        ours, inner = {each.name for each in CONF.glob("*/")}, Path(config_dir, "conf")
+        here, below = ({each.name for each in folder.glob("*/")} & ours for folder in (Path(config_dir), inner))
+        if below and not here:
+            raise UsageError(
+                f"--config-dir {config_dir} holds no config groups, but its subfolder conf does; "
+                f"type --config-dir {shell_word(str(inner))}"
+            )
         added.append(f"file://{Path(config_dir).resolve()}")
     return added
 

@@ -81,7 +81,7 @@ def _other_form(name: str, value: str, following: Sequence[str]) -> str | None:
         joined = value + "".join(following[:count])
         if joined.count("[") == joined.count("]"):
             return f"a list has no spaces: type {shell_word(f'{name}={joined}')}"
-    return None
+    return "close the bracket" if value.startswith("[") and value.count("[") > value.count("]") else None
 
 
 def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[str, list[str]]) -> str:

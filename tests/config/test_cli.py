@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from src.config.arguments import check_arguments
 from src.config.cli import launch
 from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
-from src.config.search_path import CONF, config_groups
+from src.config.search_path import CONF, config_groups, extra_folders
 from src.config.words import split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
@@ -90,6 +92,66 @@ def test_suggestion_that_nothing_reads_warns():
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["ckpt_path=R/checkpoints/last.ckpt"], ["resume=R"]),
+        (["R/checkpoints/last.ckpt"], ["resume=R"]),
+        (["conf/experiment/digits.yaml"], ["experiment=digits"]),
+        (["optimizer.betas=[0.9,", "0.99]", "seed=1"], ["optimizer.betas=[0.9,0.99]"]),
+        (["optimizer.betas=(0.9,0.99)"], ["optimizer.betas=[0.9,0.99]"]),
+        (["optimizer.lr=1e-3,"], ["optimizer.lr=1e-3"]),
+        (["schedule", "=", "linear"], ["schedule=linear"]),
+        (["schedule=", "linear"], ["schedule=linear"]),
+        (["schedule", "=linear"], ["schedule=linear"]),
+        (["schedul=linear"], ["schedule=linear"]),
+        (["trainer.gpus=1"], ["trainer.devices=1"]),
+        (["trainer.max_steps=1e3"], ["trainer.max_steps=1000"]),
+        (["trainer.precision=fp16"], ["trainer.precision=16-mixed"]),
+        (["debug=default"], ["debug=fast_dev_run"]),
+        (["seed=0..2"], ["-m", "seed=range(0,3)"]),
+        (["-cfg", "job"], ["--cfg"]),
+    ],
+    ids=" ".join,
+)
+def test_hint_can_be_typed(words, wanted):
+    """The words after `type`, as a shell splits them, pass every check."""
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", split_arguments(words)[0])
+    message = str(error.value)
+    assert "{" not in message
+    hint = shlex.split(re.split(r"\b[Tt]ype ", message)[-1].split(". The ")[0])
+    assert hint == wanted
+    overrides, flags = split_arguments(hint if "--cfg" not in hint else [*hint, "job"])
+    check_overrides("train", overrides, multirun="-m" in flags)
+
+
+@pytest.mark.parametrize(
+    ("word", "fragment"),
+    [
+        ("sampler.foo=3", "unknown setting 'sampler.foo'"),
+        ("test=true", "src.evaluate run="),
+        ("train=false", "src.evaluate run="),
+        ("epochs=3", "trainer.max_steps"),
+        ("max_epochs=3", "trainer.max_steps"),
+        ("model=unet", "mlp, unet_adm"),
+    ],
+)
+def test_far_guess_is_not_offered(word, fragment):
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", [word])
+    assert fragment in str(error.value) and "did you mean" not in str(error.value)
+
+
+def test_config_folder_above_conf_is_refused(tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"type --config-dir {tmp_path / 'conf'}$"):
+        extra_folders([], str(tmp_path))
+    assert extra_folders([], str(tmp_path / "conf")) == [f"file://{tmp_path / 'conf'}"]
+    (tmp_path / "model").mkdir()
+    assert extra_folders([], str(tmp_path)) == [f"file://{tmp_path}"]
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         [],
@@ -116,6 +178,7 @@ def test_valid_overrides_pass(overrides):
         (["optimizer._target_=nowhere.Foo"], ["optimizer._target_=nowhere.Foo", "'nowhere'", "PYTHONPATH="]),
         (["optimizer._target_=torch.optim.RMSprop"], ["~optimizer.betas ~optimizer.fused"]),
         (["trainer.precision=bf17"], ["trainer.precision=bf17", "bf16-mixed"]),
+        (["callbacks.time_budget.minutes=10m"], ["callbacks.time_budget.minutes=10m", "such as 10"]),
         (["schedule=custom", "schedule.betas=[0.1,x]"], ["schedule.betas=[0.1, 'x']"]),
     ],
 )

@@ -154,3 +154,13 @@ def test_resumed_run_warns_of_changed_settings(trained, tmp_path):
     with pytest.warns(UserWarning, match=r"another setting: trainer\.max_steps: 6 -> 7"):
         metrics = train_tiny(tmp_path / "run", f"resume='{trained}'", "trainer.max_steps=7")
     assert metrics["steps"] == 7
+
+
+def test_unknown_run_names_the_newest_run(tmp_path, monkeypatch):
+    saved = tmp_path / "outputs" / "train" / "2026-01-01" / "checkpoints" / "last.ckpt"
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    monkeypatch.chdir(tmp_path)
+    for run in ("nothing", "outputs/train"):
+        with pytest.raises(FileNotFoundError, match=r"run=outputs/train/2026-01-01$"):
+            find_checkpoint(run, None)
