@@ -3,6 +3,8 @@
 import re
 from collections.abc import Collection
 
+from src.quoting import command
+
 FOREIGN_NAMES = {
     # diffusers, guided-diffusion, EDM, denoising-diffusion-pytorch, Lightning.
     "trainer.accumulate_grad_batches": "gradient_accumulation_steps",
@@ -145,7 +147,7 @@ FOREIGN_VALUES = {
 EXPLANATIONS = {
     "epochs max_epochs num_epochs": "training is counted in steps: one epoch is the number of training samples / "
     "data.batch_size, so set trainer.max_steps to {value} times that",
-    "test train validate": "this command always trains; evaluate its run with python -m src.evaluate run=FOLDER",
+    "test train validate": f"this command always trains; evaluate its run with {command('evaluate', 'run=FOLDER')}",
 }
 """Hints for settings of other training commands that no setting of ours replaces."""
 
