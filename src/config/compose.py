@@ -77,6 +77,8 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         value = run_folder(value) if new in ("resume", "run") else value
         return f"; type {shell_word(f'{new}={value}')}"
+    if key in groups:  # a group that this command does not have
+        return ""
     parent, _, last = key.rpartition(".")
     if parent in names:
         siblings = [name.removeprefix(f"{parent}.") for name in names if name.startswith(f"{parent}.")]
