@@ -27,7 +27,7 @@ def export(cfg: DictConfig) -> Path:
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")
-    sample = command("sample", *search_path_overrides(), format_override("ckpt", relative(path)), "n=64")
+    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
     print(f"Sample from it with: {sample}")
     return path
 

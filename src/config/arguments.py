@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,9 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
                 continue
             if key in hints and not _matches(value, hints[key]):
                 shown = "null" if value is None else value
-                raise ValueError(f"{dotted}={shown} must be {_describe(hints[key])}")
+                number = re.match(r"\d+(\.\d+)?", str(value)) if isinstance(value, str) else None  # with a unit
+                example = f", such as {number[0]}" if number and _matches(float(number[0]), hints[key]) else ""
+                raise ValueError(f"{dotted}={shown} must be {_describe(hints[key])}{example}")
     for key in map(str, cfg):
         if isinstance(node := cfg._get_node(key), DictConfig) and not node._is_none():
             check_arguments(node, f"{name}.{key}".lstrip("."))

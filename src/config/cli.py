@@ -25,9 +25,17 @@ import src
 from src.config import resolvers, sweeps  # noqa: F401 - `resolvers` registers those of conf/
 from src.config.help import help_text
 from src.config.output import DeferredOutput, defer_output, discard_output, preserve_sweep, store_output
-from src.config.overrides import check_overrides, choose_none, expand_grid, expand_home, key_of, split_arguments
+from src.config.overrides import (
+    check_overrides,
+    choose_none,
+    chosen_options,
+    expand_grid,
+    expand_home,
+    key_of,
+)
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_folders, config_groups, extra_folders
+from src.config.words import split_arguments
 from src.distributed.ranks import (
     Interruption,
     exit_process,
@@ -89,7 +97,9 @@ def _launch(
         flags = get_args_parser().parse_args(words)
         added = extra_folders(overrides, flags.config_dir)
         if flags.help:
-            print(help_text(config_name, config_groups(config_folders(added))))
+            folders = config_folders(added)
+            typed = chosen_options(config_name, choose_none(overrides, folders), added)
+            print(help_text(config_name, config_groups(folders), typed, folders))
             return
         overrides, deferred, folder = _prepare(config_name, overrides, flags, added, together)
         sys.argv[1:] = [*words, *overrides]

@@ -9,10 +9,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.keys import renamed_key
-from src.config.search_path import nearest, unknown_option
+from src.config.keys import explain_key, renamed_key, run_folder
+from src.config.search_path import near_matches, unknown_option
 from src.errors import UsageError
-from src.quoting import quoted
+from src.quoting import quoted, shell_word
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
@@ -44,10 +44,12 @@ def compose(
             hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)
             if match[1].startswith(("hydra.launcher", "hydra.sweeper")):
                 hint = "; choose its option first, as in hydra/launcher=slurm. --cfg hydra lists the settings"
+            elif line.startswith("~"):
+                hint = hint.partition(" Type ")[0]
             elif not hint:
                 hint = "; --help lists the settings"
-            if "To append to your config use " in message and not hint.startswith("; type "):
-                hint += f"{'' if hint.endswith('?') else '.'} To append to your config use +{line.lstrip('+')}"
+                if "To append to your config use " in message:
+                    hint += f". To append to your config use +{line.lstrip('+')}"
             message = f"unknown setting '{match[1]}' in {line}{hint}"
         raise UsageError(message) from error
 
@@ -70,11 +72,20 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     known = [name for name in (*names, *groups) if name != key]  # perhaps a group of another command
     if not key.startswith("recipe"):  # type the setting itself instead of its default
         known = [name for name in known if not name.startswith("recipe.")]
+    if explanation := explain_key(key, value, names):
+        return f"; {explanation}"
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
-        return f"; type {new if '=' in new else f'{new}={value}'}"
-    parent = key.rpartition(".")[0]
-    siblings = [name for name in names if name.startswith(f"{parent}.")] if parent else []
-    return nearest(key, siblings) or nearest(key, known)
+        value = run_folder(value) if new in ("resume", "run") else value
+        return f"; type {shell_word(f'{new}={value}')}"
+    if key in groups:  # a group that this command does not have
+        return ""
+    parent, _, last = key.rpartition(".")
+    if parent in names:
+        siblings = [name.removeprefix(f"{parent}.") for name in names if name.startswith(f"{parent}.")]
+        close = [f"{parent}.{name}" for name in near_matches(last, siblings)]
+    else:
+        close = near_matches(key, known, cutoff=0.75)
+    return f"; did you mean {close[0]}? Type {shell_word(f'{close[0]}={value}')}" if close else ""
 
 
 def setting_names(cfg: DictConfig, prefix: str = "") -> list[str]:

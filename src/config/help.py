@@ -2,12 +2,21 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 from src.config.search_path import CONF
 
 
-def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Return the help of `src.<command>`: conf/<command>.yaml, whose head has examples, and the options it chooses."""
+def help_text(
+    command: str,
+    groups: Mapping[str, Sequence[str]],
+    typed: Mapping[str, Sequence[str]] | None = None,
+    folders: Sequence[Path] = (CONF,),
+) -> str:
+    """Return the help of `src.<command>`: conf/<command>.yaml, whose head has examples, and the settings of options.
+
+    These are the default options, or those in `typed`, by group, whose files are in `folders`.
+    """
     text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
     chosen = {
         group: option
@@ -22,8 +31,10 @@ def help_text(command: str, groups: Mapping[str, Sequence[str]]) -> str:
         *(["", "Config groups (GROUP=OPTION), files under conf/ and in --config-dir:", *lists] if lists else []),
         *("", "Settings (SETTING=VALUE):", *_settings(text, groups)),
     ]
-    for group, option in chosen.items():
-        if (file := CONF / group / f"{option}.yaml").is_file() and (settings := _settings(file.read_text(), ())):
+    options = {group: [option] for group, option in chosen.items()} | dict(typed or {})
+    for group, option in [(each, option) for each in chosen for option in options[each]]:
+        files = [file for folder in folders if (file := folder / group / f"{option}.yaml").is_file()]
+        if files and (settings := _settings(files[0].read_text(encoding="utf-8"), ())):
             lines += ["", f"Settings of {group}={option}:", *settings]
     lines += ["", "--cfg job prints all settings with their values, --hydra-help the flags of Hydra."]
     return "\n".join(lines)

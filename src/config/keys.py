@@ -1,6 +1,9 @@
 """Names of settings in other libraries and in earlier versions of this one; typing one of them prints a hint."""
 
+import re
 from collections.abc import Collection
+
+from src.quoting import command
 
 FOREIGN_NAMES = {
     # diffusers, guided-diffusion, EDM, denoising-diffusion-pytorch, Lightning.
@@ -18,8 +21,7 @@ FOREIGN_NAMES = {
     "data": "dataset",
     "schedule.num_steps num_steps": "diffusion_steps num_timesteps",
     "callbacks.ema.decay": "ema_decay ema_rate",
-    "trainer.max_steps=STEPS": "epochs max_epochs num_epochs trainer.max_epochs",
-    "trainer.devices devices": "gpus",
+    "trainer.devices devices": "gpus trainer.gpus",
     "trainer.gradient_clip_val": "grad_clip max_grad_norm",
     "callbacks.time_budget.minutes": "minutes time_budget",
     "trainer.max_steps": "iterations train_num_steps",
@@ -118,6 +120,7 @@ OTHER_KEYS = {
 
 FOREIGN_OPTIONS = {
     "conditioning=measured": "conditioning=continuous",
+    "debug=default": "debug=fast_dev_run",
     "loss=huber": "loss=simple loss.type=huber",
     "loss=l1": "loss=simple loss.type=l1",
     "loss=l2": "loss=simple",
@@ -133,6 +136,33 @@ FOREIGN_OPTIONS = {
 }
 """Options of config groups under other names."""
 
+FOREIGN_VALUES = {
+    "precision=float16": "16-mixed",
+    "precision=float32": "32-true",
+    "precision=fp16": "16-mixed",
+    "precision=fp32": "32-true",
+}
+"""Values under other names, by the last part of the setting."""
+
+EXPLANATIONS = {
+    "epochs max_epochs num_epochs": "training is counted in steps: one epoch is the number of training samples / "
+    "data.batch_size, so set trainer.max_steps to {value} times that",
+    "test train validate": f"this command always trains; evaluate its run with {command('evaluate', 'run=FOLDER')}",
+}
+"""Hints for settings of other training commands that no setting of ours replaces."""
+
+
+def explain_key(key: str, value: str, known: Collection[str]) -> str | None:
+    """Return the explanation of a setting of other training commands, where `known` are those of ours."""
+    if "trainer.max_steps" not in known:
+        return None
+    return next((text.format(value=value) for keys, text in EXPLANATIONS.items() if key in keys.split()), None)
+
+
+def run_folder(path: str) -> str:
+    """Return the run folder of a checkpoint's path; any other path stays the same."""
+    return re.sub(r"/checkpoints/[^/]+\.ckpt$", "", path)
+
 
 def renamed_key(key: str, known: Collection[str]) -> str | None:
     """Return the setting among `known` that has another name, or a name without its groups; None if there is none."""
@@ -140,7 +170,7 @@ def renamed_key(key: str, known: Collection[str]) -> str | None:
     for end in range(len(parts), 0, -1):
         for new in OTHER_KEYS.get(".".join(parts[:end]), "").split():
             full = ".".join([new, *parts[end:]])
-            if full.partition("=")[0] in known or full.startswith("hydra."):
+            if full in known or full.startswith("hydra."):
                 return full
     same = [name for name in known if name.endswith(f".{key}") and not name.startswith("recipe.")]
     return same[0] if len(same) == 1 else None

@@ -12,8 +12,6 @@ from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -22,45 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import RECIPE, check_combinations, check_required, check_type, check_value, check_values
 from src.config.search_path import CONF, config_folders, config_groups, unknown_option
-from src.errors import UsageError, first_line
+from src.config.words import parse_words, parsed
+from src.errors import UsageError
 from src.quoting import format_override
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into overrides and Hydra's flags with their values.
-
-    Raises UsageError for an unknown flag.
-    """
-    parser = get_args_parser()
-
-    def refuse(message: str) -> None:
-        raise UsageError(f"{message}; overrides look like key=value, and --hydra-help lists the flags")
-
-    parser.error = refuse  # type: ignore[assignment, method-assign]
-    words = [word for word in arguments if word != "--version"]  # argparse would print Hydra's version
-    known, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        name, _, value = unknown[0].lstrip("-").partition("=")
-        overrides = [*known.overrides, *unknown]
-        value = value or next((word for word in overrides[: overrides.index(unknown[0])][-1:]), "VALUE")
-        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
-    overrides, flags, rest = list(known.overrides), [], list(known.overrides)
-    for word in arguments:
-        if rest and word == rest[0]:
-            rest.pop(0)
-        else:
-            flags.append(word)
-    return overrides, flags
-
-
-def parsed(override: str) -> Override:
-    """Return an override as Hydra parses it. Raises HydraException if Hydra cannot parse it."""
-    return OverridesParser.create().parse_override(override)
 
 
 def key_of(override: str) -> str:
@@ -125,20 +92,9 @@ def check_overrides(
     for invalid values.
     """
     groups = config_groups(folders := config_folders(added))
-    read = [_parse(config_name, word, groups) for word in overrides]
+    read = parse_words(config_name, overrides, groups)
     foreign = any("pkg://" in each for each in added)  # options in a package cannot be listed here
-    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
-    for override in choices:
-        name, options = override.key_or_group, _options(override)
-        for option in options:
-            exists = option in groups[name] or any((f / name / f"{option}.yaml").is_file() for f in folders)
-            if not (exists or foreign):
-                raise UsageError(unknown_option(name, option, groups[name]))
-        if isinstance(override.value(), list) and len(options) > 1 and name not in MERGED_GROUPS:
-            raise UsageError(
-                f"{override.input_line} would merge several files into one {name}; to run one job for each type "
-                f"-m {name}={','.join(options)}"
-            )
+    choices = _choices(read, groups, folders, foreign)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
@@ -156,7 +112,8 @@ def check_overrides(
             if default == f"${{{SUGGESTED.get(name)}}}":
                 default = _select(plain, SUGGESTED[name])
             for value in _values(override):
-                check_type(name, default, value)
+                typed = "" if override.is_sweep_override() else str(override.input_line).partition("=")[2]
+                check_type(name, default, value, typed)
                 check_value(name, value)
             if name in RECIPE and f"${{{name}}}" not in str(composed):
                 warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
@@ -173,6 +130,44 @@ def check_overrides(
             raise UsageError(f"{name} has no default; add {name}=...")
     check_values(task)
     return final
+
+
+def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the options of all groups that these overrides choose, without checking any other setting.
+
+    Raises UsageError for an unknown option, and for an override that Hydra cannot parse.
+    """
+    groups = config_groups(folders := config_folders(added))
+    read = parse_words(config_name, overrides, groups)
+    choices = _choices(read, groups, folders, any("pkg://" in each for each in added))
+    if not choices:
+        return {}
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+    chosen = {str(group): [str(option)] for group, option in composed.hydra.runtime.choices.items()}
+    return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options
+
+
+def _choices(
+    read: Sequence[Override], groups: dict[str, list[str]], folders: Sequence[Path], anywhere: bool
+) -> list[Override]:
+    """Return the overrides that choose an option; `anywhere` allows options that are in none of the `folders`.
+
+    Raises UsageError for an unknown option, and for several options of a group that takes one.
+    """
+    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
+    for override in choices:
+        name, options = override.key_or_group, _options(override)
+        for option in options:
+            exists = option in groups[name] or any((f / name / f"{option}.yaml").is_file() for f in folders)
+            if not (exists or anywhere):
+                raise UsageError(unknown_option(name, option, groups[name]))
+        if isinstance(override.value(), list) and len(options) > 1 and name not in MERGED_GROUPS:
+            raise UsageError(
+                f"{override.input_line} would merge several files into one {name}; to run one job for each type "
+                f"-m {name}={','.join(options)}"
+            )
+    return choices
 
 
 @lru_cache(maxsize=32)
@@ -205,31 +200,6 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
         check_overrides(config_name, [*rest, *job], added=added)
         items.append(",".join(each.lstrip("+").removeprefix(f"{group}.").replace("=", ":", 1) for each in job))
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
-
-
-def _parse(config_name: str, word: str, groups: dict[str, list[str]]) -> Override:
-    """Return one override as Hydra parses it. Raises UsageError with the form to type if Hydra cannot parse it."""
-    name, equals, value = word.partition("=")
-    if not equals and not word.startswith("~"):
-        raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, word, groups)}")
-    try:
-        return parsed(word)
-    except HydraException as error:
-        fix = "overrides look like key=value"
-        if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
-            fix = f"if its value is one string, type {format_override(name, value)}"
-        raise UsageError(f"{word} cannot be parsed ({first_line(error)}); {fix}") from error
-
-
-def _bare_word(config_name: str, word: str, groups: dict[str, list[str]]) -> str:
-    """Return the hint for a word without `=`."""
-    setting = {"train": "resume", "compare": "runs"}.get(config_name, "run")
-    if Path(word).exists() or "/" in word:
-        if word.endswith((".ckpt", ".safetensors")) and setting == "run":
-            setting = "ckpt"
-        return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
-    choices = [f"{group}={word}" for group, options in groups.items() if word in options]
-    return f"type {' or '.join(choices)}" if choices else "overrides look like key=value, without spaces"
 
 
 def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:

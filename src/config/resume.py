@@ -9,8 +9,9 @@ import yaml
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import check_overrides, key_of, last_value, parsed
+from src.config.overrides import check_overrides, key_of, last_value
 from src.config.search_path import CONF
+from src.config.words import parsed
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.config.keys import FOREIGN_VALUES
 from src.errors import UsageError
 
 RANGES = {
@@ -129,16 +130,19 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
         at_least = rule.removeprefix("[").removesuffix(", inf)")
         wanted = f"at least {at_least}" if f"[{at_least}, inf)" == rule else f"in {rule}"
         raise UsageError(f"{name}={value} must be {wanted}")
+    if other := FOREIGN_VALUES.get(f"{name.rpartition('.')[2]}={value}"):
+        raise UsageError(f"{name}={value} is a name of another library; type {name}={other}")
     choices = CHOICES.get(name) if value is not None else None
     for each in value if isinstance(value, list | ListConfig) else [value]:
         if choices and each not in choices and "${" not in str(each):
             raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
 
 
-def check_type(name: str, default: Any, value: Any) -> None:
+def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     """Raise UsageError for a value whose type differs from its default's, and for an empty or not finite value.
 
-    A default that is a string or null allows any type. An empty string as a folder would mean the current one.
+    A default that is a string or null allows any type. An empty string as a folder would mean the current one. The
+    message shows the value as it was `typed`, if that is known.
     """
     if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
         return
@@ -157,8 +161,12 @@ def check_type(name: str, default: Any, value: Any) -> None:
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
                 example = "" if "${" in str(default) or kind is dict else f", such as {default}"
+                if kind is int and isinstance(value, float) and value.is_integer():
+                    example = f"; type {name}={int(value)}"
+                if kind is int and (ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value))):
+                    example += f"; for one job per value type -m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-                raise UsageError(f"{name}={shown} must be {rule}{example}")
+                raise UsageError(f"{name}={typed or shown} must be {rule}{example}")
             return
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
 from src.errors import UsageError
-from src.quoting import format_override
+from src.quoting import format_override, shell_word
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -28,6 +28,13 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir {config_dir} must be a folder of config groups")
+        ours, inner = {each.name for each in CONF.glob("*/")}, Path(config_dir, "conf")
+        here, below = ({each.name for each in folder.glob("*/")} & ours for folder in (Path(config_dir), inner))
+        if below and not here:
+            raise UsageError(
+                f"--config-dir {config_dir} holds no config groups, but its subfolder conf does; "
+                f"type --config-dir {shell_word(str(inner))}"
+            )
         added.append(f"file://{Path(config_dir).resolve()}")
     return added
 
@@ -75,15 +82,18 @@ def load_option(group: str, name: str) -> DictConfig:
     raise ValueError(unknown_option(group, name, config_groups()[group]))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """Return "; did you mean X?" for the known word most similar to `word`; empty if none is similar."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def near_matches(word: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
+    """Return the known word most similar to `word`; empty if none is similar, or if it starts several of them."""
+    if sum(each.startswith(f"{word}_") for each in known) > 1:
+        return []
+    return difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     """Return the message for an option that a config group lacks."""
     new = FOREIGN_OPTIONS.get(f"{group}={option}")
     new = new or next((f"{other}={option}" for other, names in config_groups().items() if option in names), None)
-    hint = f"; type {new}. The" if new else nearest(option, options).replace("?", "? The") or "; the"
+    hint = f"; type {new}. The" if new else "; the"
+    if not new and (close := near_matches(option, options)):
+        hint = f"; did you mean {close[0]}? The"
     return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

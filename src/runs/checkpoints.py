@@ -36,7 +36,8 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
         return given
     if not given.is_dir():
         kind, pattern = ("run folder", "*/") if name == "run" else ("checkpoint", "*.ckpt")
-        hint = path_hint(given, name, pattern) or ": runs are in outputs/train"
+        newest = newest_run(name, Path("outputs/train"))
+        hint = path_hint(given, name, pattern) or newest or ": runs are in outputs/train"
         raise FileNotFoundError(f"no {kind} {given.resolve()}{hint}")
     folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):

@@ -22,7 +22,7 @@ OPTIMIZERS = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "Ada
 """Safe classes of torch.optim."""
 
 REMEDY = (
-    "; refusing to instantiate anything: for parts of your own add the --config-dir they were trained with; if you trust "
+    "; refusing to instantiate anything: for parts of your own add the --config-dir of their training; if you trust "
     "the author, add trust=true"
 )
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import src
 from src.config.arguments import check_arguments
 from src.config.cli import launch
-from src.config.overrides import check_overrides, split_arguments
+from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
-from src.config.search_path import CONF, config_groups
+from src.config.search_path import CONF, config_groups, extra_folders
+from src.config.words import split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError
@@ -89,6 +92,66 @@ def test_suggestion_that_nothing_reads_warns():
 
 
 @pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["ckpt_path=R/checkpoints/last.ckpt"], ["resume=R"]),
+        (["R/checkpoints/last.ckpt"], ["resume=R"]),
+        (["conf/experiment/digits.yaml"], ["experiment=digits"]),
+        (["optimizer.betas=[0.9,", "0.99]", "seed=1"], ["optimizer.betas=[0.9,0.99]"]),
+        (["optimizer.betas=(0.9,0.99)"], ["optimizer.betas=[0.9,0.99]"]),
+        (["optimizer.lr=1e-3,"], ["optimizer.lr=1e-3"]),
+        (["schedule", "=", "linear"], ["schedule=linear"]),
+        (["schedule=", "linear"], ["schedule=linear"]),
+        (["schedule", "=linear"], ["schedule=linear"]),
+        (["schedul=linear"], ["schedule=linear"]),
+        (["trainer.gpus=1"], ["trainer.devices=1"]),
+        (["trainer.max_steps=1e3"], ["trainer.max_steps=1000"]),
+        (["trainer.precision=fp16"], ["trainer.precision=16-mixed"]),
+        (["debug=default"], ["debug=fast_dev_run"]),
+        (["seed=0..2"], ["-m", "seed=range(0,3)"]),
+        (["-cfg", "job"], ["--cfg"]),
+    ],
+    ids=" ".join,
+)
+def test_hint_can_be_typed(words, wanted):
+    """The words after `type`, as a shell splits them, pass every check."""
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", split_arguments(words)[0])
+    message = str(error.value)
+    assert "{" not in message
+    hint = shlex.split(re.split(r"\b[Tt]ype ", message)[-1].split(". The ")[0])
+    assert hint == wanted
+    overrides, flags = split_arguments(hint if "--cfg" not in hint else [*hint, "job"])
+    check_overrides("train", overrides, multirun="-m" in flags)
+
+
+@pytest.mark.parametrize(
+    ("word", "fragment"),
+    [
+        ("sampler.foo=3", "unknown setting 'sampler.foo'"),
+        ("test=true", "src.evaluate run="),
+        ("train=false", "src.evaluate run="),
+        ("epochs=3", "trainer.max_steps"),
+        ("max_epochs=3", "trainer.max_steps"),
+        ("model=unet", "mlp, unet_adm"),
+    ],
+)
+def test_far_guess_is_not_offered(word, fragment):
+    with pytest.raises(UsageError) as error:
+        check_overrides("train", [word])
+    assert fragment in str(error.value) and "did you mean" not in str(error.value)
+
+
+def test_config_folder_above_conf_is_refused(tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"type --config-dir {tmp_path / 'conf'}$"):
+        extra_folders([], str(tmp_path))
+    assert extra_folders([], str(tmp_path / "conf")) == [f"file://{tmp_path / 'conf'}"]
+    (tmp_path / "model").mkdir()
+    assert extra_folders([], str(tmp_path)) == [f"file://{tmp_path}"]
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         [],
@@ -115,6 +178,7 @@ def test_valid_overrides_pass(overrides):
         (["optimizer._target_=nowhere.Foo"], ["optimizer._target_=nowhere.Foo", "'nowhere'", "PYTHONPATH="]),
         (["optimizer._target_=torch.optim.RMSprop"], ["~optimizer.betas ~optimizer.fused"]),
         (["trainer.precision=bf17"], ["trainer.precision=bf17", "bf16-mixed"]),
+        (["callbacks.time_budget.minutes=10m"], ["callbacks.time_budget.minutes=10m", "such as 10"]),
         (["schedule=custom", "schedule.betas=[0.1,x]"], ["schedule.betas=[0.1, 'x']"]),
     ],
 )
@@ -319,3 +383,25 @@ def test_spin_count_is_set_unless_user_sets_it(own, expected, monkeypatch):
     with pytest.raises(SystemExit):
         launch("train", lambda _: None)
     assert os.environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_help_shows_settings_of_typed_choices(tmp_path, monkeypatch, capsys):
+    """The options of an experiment count too, of the user's folders as well, and a list shows each option."""
+    (tmp_path / "experiment").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - override /model: mlp\n\nseed: 7 # mine\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(mine)
+    cases = {
+        ("model=mlp", "data=points"): ("model=mlp", "data=points"),
+        ("data=folder", "logger=[csv,wandb]"): ("data=folder", "logger=csv", "logger=wandb", "model=unet_tiny"),
+        ("experiment=moons",): ("model=mlp", "data=points", "experiment=moons"),
+        ("--config-dir", str(tmp_path), "experiment=mine"): ("model=mlp", "data=digits", "experiment=mine"),
+        ("schedule=null", "optimizer.lr=fast"): ("model=unet_tiny", "data=digits"),
+    }
+    for words, shown in cases.items():
+        monkeypatch.setattr(sys, "argv", ["train", *words, "--help"])
+        launch("train", lambda _: None)
+        text = capsys.readouterr().out
+        headings = {line for line in text.splitlines() if line.startswith("Settings of ")}
+        assert {f"Settings of {each}:" for each in shown} <= headings
+        assert sum(line.startswith(("Settings of model=", "Settings of data=")) for line in headings) == 2
+    assert "seed: 7" not in text

@@ -15,8 +15,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 import src
-from src.config.overrides import parsed
 from src.config.search_path import CONF, load_option
+from src.config.words import parsed
 from tests.conftest import HANG_SECONDS
 from tests.fork_server import run_python
 
@@ -159,12 +159,13 @@ REFUSED = {
     "evaluate run=x analytic_steps=[5]": "add analytic=mixture",
     "train data=folder": "data.root=...",
     "schedules data=points": "data=points",
+    "sample schedule=cosine": "--help lists the settings",
     # Names of other libraries.
     "train lr=1e-3": "type optimizer.lr=1e-3",
     "train warmup_steps=5": "type lr_scheduler.warmup_steps=5",
     "train learning_rate=1e-3": "type optimizer.lr=1e-3",
     "train batch_size=8": "type data.batch_size=8",
-    "train epochs=3": "type trainer.max_steps=STEPS",
+    "train epochs=3": "trainer.max_steps to 3 times",
     "train steps=50": "type trainer.max_steps=50",
     "sample steps=50": "type sampler.steps=50",
     "schedules steps=50": "type num_steps=50",
@@ -188,7 +189,8 @@ REFUSED = {
     "train ~shedule": "did you mean schedule?",
     "train schedule.num_stps=10": "did you mean schedule.num_steps?",
     "train +schedule.num_stps=10": "did you mean schedule.num_steps?",
-    "train trainer.fast_dev=true": "To append to your config use +trainer.fast_dev=true",
+    "train trainer.fast_dev=true": "did you mean trainer.fast_dev_run?",
+    "train trainer.foo=1": "To append to your config use +trainer.foo=1",
     "train +schedule=linear": "without the +",
     "sample trainer=ddp": "trainer=ddp",
     "train run_dir=x": "type hydra.run.dir=x",

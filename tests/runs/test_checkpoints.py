@@ -161,3 +161,13 @@ def test_run_without_checkpoint_callbacks_saves_last_only(tmp_path):
     train_tiny(tmp_path / "run", "trainer.max_steps=2", "~callbacks.best", "~callbacks.checkpoint_every")
     assert [path.name for path in (tmp_path / "run").rglob("*.ckpt")] == ["last.ckpt"]
     assert [path.parent.name for path in (tmp_path / "run").rglob("*.ckpt")] == ["checkpoints"]
+
+
+def test_unknown_run_names_the_newest_run(tmp_path, monkeypatch):
+    saved = tmp_path / "outputs" / "train" / "2026-01-01" / "checkpoints" / "last.ckpt"
+    saved.parent.mkdir(parents=True)
+    saved.touch()
+    monkeypatch.chdir(tmp_path)
+    for run in ("nothing", "outputs/train"):
+        with pytest.raises(FileNotFoundError, match=r"run=outputs/train/2026-01-01$"):
+            find_checkpoint(run, None)

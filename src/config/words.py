@@ -1,0 +1,107 @@
+"""Parse the words of a command line; raise UsageError with the form to type for those that Hydra cannot parse."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from src.config.keys import run_folder
+from src.errors import UsageError, first_line
+from src.quoting import format_override, shell_word
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into overrides and Hydra's flags with their values.
+
+    Raises UsageError for an unknown flag.
+    """
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise UsageError(f"{message}; overrides look like key=value, and --hydra-help lists the flags")
+
+    parser.error = refuse  # type: ignore[assignment, method-assign]
+    for word in arguments:  # argparse would read -cfg as -c fg
+        if re.match(r"-\w\w", word) and (long := f"-{word}").partition("=")[0] in parser._option_string_actions:
+            raise UsageError(f"{word} is not a flag; type {long}")
+    words = [word for word in arguments if word != "--version"]  # argparse would print Hydra's version
+    known, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        name, _, value = unknown[0].lstrip("-").partition("=")
+        overrides = [*known.overrides, *unknown]
+        value = value or next((word for word in overrides[: overrides.index(unknown[0])][-1:]), "VALUE")
+        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
+    overrides, flags, rest = list(known.overrides), [], list(known.overrides)
+    for word in arguments:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        else:
+            flags.append(word)
+    return overrides, flags
+
+
+def parsed(override: str) -> Override:
+    """Return an override as Hydra parses it. Raises HydraException if Hydra cannot parse it."""
+    return OverridesParser.create().parse_override(override)
+
+
+def parse_words(config_name: str, words: Sequence[str], groups: dict[str, list[str]]) -> list[Override]:
+    """Return overrides as Hydra parses them. Raises UsageError with the form to type if Hydra cannot parse one."""
+    read = []
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, words, i, groups)}")
+        try:
+            read.append(parsed(word))
+        except HydraException as error:
+            fix = _other_form(name, value, words[i + 1 :])
+            if fix is None:
+                reason = first_line(error).partition(" expecting ")[0]  # a list of tokens follows
+                fix = "overrides look like key=value"
+                if value and re.fullmatch(r"[+~]*[\w./@:]+", name):
+                    fix = f"if its value is one string, type {format_override(name, value)}"
+                raise UsageError(f"{word} cannot be parsed ({reason}); {fix}") from error
+            raise UsageError(f"{word} cannot be parsed; {fix}") from error
+    return read
+
+
+def _other_form(name: str, value: str, following: Sequence[str]) -> str | None:
+    """Return the hint for a tuple, a trailing comma, or a list that a shell has split at its spaces."""
+    if match := re.fullmatch(r"\((.*?),?\)", value):
+        return f"a list has brackets: type {shell_word(f'{name}=[{match[1]}]')}"
+    if re.fullmatch(r"[^\[{(]*[^\[{(,],+", value):
+        value = value.rstrip(",")
+        return f"remove the comma at its end: type {shell_word(f'{name}={value}')}"
+    for count in range(1, len(following) + 1 if value.startswith("[") else 0):
+        joined = value + "".join(following[:count])
+        if joined.count("[") == joined.count("]"):
+            return f"a list has no spaces: type {shell_word(f'{name}={joined}')}"
+    return "close the bracket" if value.startswith("[") and value.count("[") > value.count("]") else None
+
+
+def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[str, list[str]]) -> str:
+    """Return the hint for the word at `index`, which has no `=`."""
+    word, before, after = words[index], words[index - 1] if index else "", words[index + 1 : index + 3]
+    setting = {"train": "resume", "compare": "runs"}.get(config_name, "run")
+    joined = before + word if before.endswith("=") else ""
+    if after and after[0].startswith("="):
+        joined = word + "".join(after if after[0] == "=" else after[:1])
+    if joined:
+        return f"overrides look like key=value, without spaces: type {shell_word(joined)}"
+    if word.endswith(".yaml"):
+        parts = Path(word).with_suffix("").parts
+        choices = [("/".join(parts[i:-1]), parts[-1]) for i in range(len(parts) - 1)]
+        if found := [f"{group}={option}" for group, option in choices if option in groups.get(group, ())]:
+            return f"type {found[0]}"
+    if Path(word).exists() or "/" in word:
+        if word.endswith((".ckpt", ".safetensors")) and setting == "run":
+            setting = "ckpt"
+        word = word if setting == "ckpt" else run_folder(word)
+        return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
+    found = [f"{group}={word}" for group, options in groups.items() if word in options]
+    return f"type {' or '.join(found)}" if found else "overrides look like key=value, without spaces"
