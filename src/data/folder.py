@@ -29,6 +29,7 @@ from src.data.frames import FrameImages, describe_frames, split_frames
 from src.data.images import ImageDataModule
 from src.data.label_table import read_label_table
 from src.data.multi_file import combine, describe_channels
+from src.data.overlap import check_overlap
 from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.repeats import check_repeats, repeat_indices
@@ -392,10 +393,12 @@ def find(
 ) -> FoundImages:
     """Return the images under `root` and `val_root`, each of one file, of several, or a frame of one.
 
-    Raises FileNotFoundError if one is neither a folder nor an archive, and ValueError if one has no images.
+    Images of `val_root` below `root` are for validation only. Raises FileNotFoundError if one is neither a folder nor
+    an archive, and ValueError if one has no images, or if they have the same files.
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
-    parts = [_find_one(each, "data.root") for each in roots or [None]]
+    check_overlap(roots, val_root)
+    parts = [_find_one(each, "data.root", val_root) for each in roots or [None]]
     found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
     if channel_pattern is None:
         return split_frames(found) if pages == "samples" else found
@@ -404,14 +407,14 @@ def find(
     return combine(found, channel_pattern, channel_names)
 
 
-def _find_one(root: str | None, name: str) -> FoundImages:
+def _find_one(root: str | None, name: str, val_root: str | None = None) -> FoundImages:
     path = Path(root or "")
     setting = format_override(name, path.resolve() if root else None)
     fix = f"set {name} to the folder, zip or tar file with your images"
     if root is None or not path.exists():
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
     try:
-        return find_images(path)
+        return find_images(path, val_root=None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{setting}: {error}; {fix}") from error
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
+from src.data.overlap import lies_in
 
 Depth = int | Literal["all"]
 SPLITS = {
@@ -129,10 +130,12 @@ class _File(NamedTuple):
     time: int
 
 
-def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image") -> FoundImages:
+def find_images(
+    root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image", val_root: Path | None = None
+) -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files.
 
-    `accepts` chooses other files by their names, which are called `noun` in messages.
+    `accepts` chooses other files by their names, which are called `noun` in messages. Those in `val_root` are left out.
 
     Links to folders are followed. If the top has a folder for training (`SPLITS`), alone or beside one of another
     split, only it and the one for validation are used. Raises FileNotFoundError without the folder, and ValueError
@@ -150,6 +153,7 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
     def is_image(name: str, suffix: str) -> bool:
         return suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / name))
 
+    for_validation = lies_in(root, val_root) if val_root is not None and root.is_dir() else None
     kept = []
     for file in sorted(files):
         suffix = PurePosixPath(file.name).suffix.lower()
@@ -157,7 +161,10 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
             if suffix in known and not PurePosixPath(file.name).name.startswith("._"):
                 left_out.setdefault("hidden", []).append(file.name)
         elif accepts(file.name) if accepts else is_image(file.name, suffix):
-            kept.append(file)
+            if for_validation is not None and for_validation(file.name):
+                left_out.setdefault("used for validation", []).append(file.name)
+            else:
+                kept.append(file)
         else:
             left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
     tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
