@@ -28,13 +28,13 @@ from src.data.fit import (
 from src.data.frames import FrameImages, describe_frames, split_frames
 from src.data.images import ImageDataModule
 from src.data.label_table import read_label_table
+from src.data.layout import Depth
 from src.data.multi_file import combine, describe_channels
 from src.data.overlap import check_overlap
 from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.repeats import check_repeats, repeat_indices
 from src.data.scan import (
-    Depth,
     FoundImages,
     class_by_pattern,
     class_folders,

@@ -13,22 +13,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
+from src.data.layout import SPLITS, Depth, class_levels, outer_folders
 from src.data.overlap import lies_in
-
-Depth = int | Literal["all"]
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -137,9 +130,9 @@ def find_images(
 
     `accepts` chooses other files by their names, which are called `noun` in messages. Those in `val_root` are left out.
 
-    Links to folders are followed. If the top has a folder for training (`SPLITS`), alone or beside one of another
-    split, only it and the one for validation are used. Raises FileNotFoundError without the folder, and ValueError
-    without images.
+    Links to folders are followed. If the top, or the only folder there, has a folder for training (`SPLITS`), alone or
+    beside one of another split, only it and the one for validation are used. Raises FileNotFoundError without the
+    folder, and ValueError without images.
     """
     left_out: dict[str, list[str]] = {}
     if root.is_dir():
@@ -167,13 +160,14 @@ def find_images(
                 kept.append(file)
         else:
             left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
-    tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
+    level = outer_folders(file.name for file in kept) if kept else 0
+    tops = {"".join(file.name.split("/")[level:-1][:1]) for file in kept} - {""}
     split_of = {top: SPLITS.get(top.lower(), "outside of the splits") for top in tops}
     kinds = set(split_of.values())
     val_mask = None
     # Beside other folders and without another split, "train" is the name of a class, like "bus".
     if "train" in kinds and (kinds == {"train"} or kinds & {"validation", "test"}):
-        splits = [split_of.get(file.name.split("/")[0], "outside of the splits") for file in kept]
+        splits = [split_of.get(file.name.split("/")[level], "outside of the splits") for file in kept]
         for file, split in zip(kept, splits, strict=True):
             if split not in ("train", "validation"):
                 reason = "test images" if split == "test" else split
@@ -340,25 +334,25 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     """
     if depth != "all" and (isinstance(depth, str) or depth < 1):
         raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
-    paths = list(map("/".join, class_paths(found, None if depth == "all" else depth)))
+    paths = list(map("/".join, class_paths(found, depth)))
     inside = [path != "" for path in paths]
     if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
         return found, None
     return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
 
 
-def class_paths(found: FoundImages, depth: int | None) -> list[list[str]]:
-    """Return the first `depth` folders of each image, or all for None, below a folder of a split."""
-    tops: list[set[str | None]] = [set() for _ in found.roots]
+def class_paths(found: FoundImages, depth: Depth, whole: bool = False) -> list[list[str]]:
+    """Return the first `depth` folders of each image, or all if `whole`, that are not of a split or around all."""
+    names: list[list[str]] = [[] for _ in found.roots]
     for k, name in zip(found.which, found.names, strict=True):
-        tops[k].add(SPLITS.get(name.split("/")[0].lower()))
-    divided = [top <= {"train", "validation"} and "train" in top for top in tops]
-    return [name.split("/")[divided[k] : -1][:depth] for k, name in zip(found.which, found.names, strict=True)]
+        names[k].append(name)
+    levels, end = class_levels(names, depth), None if depth == "all" or whole else depth
+    return [name.split("/")[levels[k] : -1][:end] for k, name in zip(found.which, found.names, strict=True)]
 
 
 def describe_depth(found: FoundImages, depth: Depth) -> str:
     """Return the part of the summary about folders within those at the top, which are not classes."""
-    nested = {tuple(path) for path in class_paths(found, None) if path}
+    nested = {tuple(path) for path in class_paths(found, depth, whole=True) if path}
     tops = {path[0] for path in nested}
     text = f"; {len(nested)} subfolders in {len(tops)} folders at the top are not classes (data.source.class_depth)"
     return text if depth == 1 and len(nested) > max(1, len(tops)) else ""

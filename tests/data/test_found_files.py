@@ -1,5 +1,6 @@
 """Which files of folders and archives are used, for what, and the messages about those that cannot be."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,48 @@ def test_validation_folders_with_all_images_are_refused(tmp_path, val_root):
     save(tmp_path, "a/0.png", "b/0.png")
     with pytest.raises(ValueError, match=r"data\.val_root=.*data\.root="):
         find([f"{tmp_path}/b", f"{tmp_path}/a"], f"{tmp_path}/{val_root}")
+
+
+# One folder around everything
+
+
+@pytest.mark.parametrize("packed", [None, "zip", "gztar"])
+@pytest.mark.parametrize("outer", ["splits", "x/y"])
+def test_splits_in_one_outer_folder_are_recognized(tmp_path, packed, outer):
+    names = [f"{split}/{name}/{k}.png" for split in ("test", "train", "val") for name in "ab" for k in range(2)]
+    save(tmp_path / "in" / outer, *names)
+    (tmp_path / "in" / ".hidden").mkdir()
+    root = shutil.make_archive(str(tmp_path / "x"), packed, tmp_path / "in") if packed else str(tmp_path / "in")
+    source = open_folder(root)
+    assert list(source.ids) == [f"{outer}/{name}" for name in names[4:]]
+    assert source.val_mask.tolist() == [False] * 4 + [True] * 4
+    assert source.labels.classes == ["a", "b"] and source.labels.targets.tolist() == [0, 0, 1, 1] * 2
+    assert source.found.left_out["test images"] == [f"{outer}/{name}" for name in names[:4]]
+    assert open_folder(root, class_depth="all").labels.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "depth", "classes"),
+    [
+        (["wrap/a/0", "wrap/b/1"], 1, ["a", "b"]),
+        (["wrap/a/0", "wrap/b/1"], 2, ["wrap/a", "wrap/b"]),
+        (["wrap/a/0", "wrap/b/1"], "all", ["wrap/a", "wrap/b"]),
+        (["w/x/a/p/0", "w/x/b/p/1"], 1, ["a", "b"]),
+        (["wrap/train/a/0", "wrap/train/b/0"], 1, ["a", "b"]),
+        (["train/a/0", "train/b/0"], 1, ["a", "b"]),
+        (["test/a/0", "test/b/0"], 1, None),
+        (["train/a/x/0", "train/a/y/0"], 1, None),
+        (["wrap/train/0", "wrap/bus/0"], 1, ["bus", "train"]),
+        (["a/0", "a/1"], 1, None),
+        (["0", "1"], 1, None),
+    ],
+)
+def test_classes_in_one_outer_folder_are_recognized(tmp_path, names, depth, classes):
+    save(tmp_path, *(f"{name}.png" for name in names))
+    source = open_folder(str(tmp_path), class_depth=depth)
+    assert (source.labels and source.labels.classes) == classes and len(source) == len(names)
+
+
+def test_roots_of_one_class_each_keep_it(tmp_path):
+    save(tmp_path, "0/a/x/0.png", "0/a/y/0.png", "1/b/0.png")
+    assert open_folder([str(tmp_path / "0"), str(tmp_path / "1")]).labels.classes == ["a", "b"]
