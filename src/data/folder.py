@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from src.data.decode import Pages
+from src.data.decode import Pages, image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages
 from src.data.fit import (
     Fit,
@@ -413,6 +413,8 @@ def _find_one(root: str | None, name: str, val_root: str | None = None) -> Found
     fix = f"set {name} to the folder, zip or tar file with your images"
     if root is None or not path.exists():
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
+    if path.is_file() and (path.suffix.lower() in image_suffixes() or looks_like_image(path)):
+        raise ValueError(f"{setting} is one image; set {format_override(name, path.resolve().parent)}, its folder")
     try:
         return find_images(path, val_root=None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:
@@ -438,9 +440,19 @@ def check_readable(
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
-    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
+    # What follows a semicolon is the fix of that file; if all have the same reason, it is the fix of the settings.
+    causes = [reason.partition("; ")[0] for reason in unreadable.values()]
+    names = [found.names[k] for k in unreadable]
+    if len({*causes}) == 1:
+        listed = f"{first_names(names, 3)}: {causes[0]}"
+    else:
+        listed = first_names([f"{name}: {cause}" for name, cause in zip(names, causes, strict=True)], 3)
     text = f"{len(unreadable)} of {len(found)} {noun} {found.place} cannot be read ({listed})"
-    if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
+    if len(unreadable) == len(found):
+        fixes = {reason.partition("; ")[2] for reason in unreadable.values()}
+        fix = fixes.pop() if len(fixes) == 1 else ""
+        raise DataReadError(f"{text}; {fix or 'check these files, or set data.root to other ones'}")
+    if len(unreadable) <= share * len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
     fix = "remove them, or add data.skip_unreadable=true"

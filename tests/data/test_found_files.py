@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from src.data.folder import FolderImages, find, folder
+from src.data.split import hash_ids, hash_threshold, split
+from src.errors import DataReadError
 
 SHAPE = (4, 4)
 
@@ -101,3 +104,44 @@ def test_classes_in_one_outer_folder_are_recognized(tmp_path, names, depth, clas
 def test_roots_of_one_class_each_keep_it(tmp_path):
     save(tmp_path, "0/a/x/0.png", "0/a/y/0.png", "1/b/0.png")
     assert open_folder([str(tmp_path / "0"), str(tmp_path / "1")]).labels.classes == ["a", "b"]
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "pages", "fix"),
+    [
+        ({"photometric": "minisblack", "planarconfig": "separate"}, 3, "first", "data.channels=12"),
+        ({"photometric": "minisblack"}, 12, "first", "data.source.pages=channels"),
+        ({"photometric": "minisblack"}, 5, "channels", "data.channels=12"),
+    ],
+)
+def test_a_common_reason_brings_its_fix(tmp_path, options, channels, pages, fix):
+    for k in range(2):
+        values = np.random.default_rng(k).integers(0, 256, (12, 6, 6)).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{k}.tif", values, **options)
+    with pytest.raises(DataReadError, match=r"2 of 2 .*0\.tif, 1\.tif") as error:
+        folder(str(tmp_path), SHAPE, channels, pages=pages, skip_unreadable=0.9, cache_dir=str(tmp_path / ".cache"))
+    assert str(error.value).endswith(f"set {fix}") and "skip_unreadable" not in str(error.value)
+
+
+def test_files_with_various_reasons_are_checked(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(DataReadError, match=r"a\.png: the file is empty, b\.png") as error:
+        folder(str(tmp_path), SHAPE, 1, cache_dir=str(tmp_path / ".cache"))
+    assert "skip_unreadable" not in str(error.value)
+
+
+def test_an_image_is_not_a_root(tmp_path):
+    save(tmp_path, "a b/0.png")
+    for settings in ((str(tmp_path / "a b/0.png"),), (str(tmp_path), str(tmp_path / "a b/0.png"))):
+        with pytest.raises(ValueError, match="is one image") as error:
+            find(*settings)
+        assert str(tmp_path / "a b") in str(error.value).split(";")[1]
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="one sample"):
+        split(hash_ids(["0.png"], 0), hash_threshold(0.1))
