@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from src.data.decode import Pages, image_suffixes, looks_like_image
+from src.data.decode import ARRAY_SUFFIXES, Pages, image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages
 from src.data.fit import (
     Fit,
@@ -286,8 +286,8 @@ def folder(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; images are decoded when the source is opened first.
-        labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
-            `root` are the classes if there are two or more and hold all images.
+        labels: a table (absolute, or relative to each root that has it) of files and their classes. Without it, the
+            subfolders of `root` are the classes if there are two or more and hold all images.
         file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
         class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
@@ -315,7 +315,7 @@ def folder(
     about, covariates = "", None
     if labels is not None:
         columns = (file_column,) if file_column else FILE_COLUMNS, label_column, condition_columns
-        classes, covariates = read_label_table(found.root / labels, found, *columns)
+        classes, covariates = read_label_table(labels, found, *columns)
         found = found.without_used([labels])
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
@@ -413,8 +413,11 @@ def _find_one(root: str | None, name: str, val_root: str | None = None) -> Found
     fix = f"set {name} to the folder, zip or tar file with your images"
     if root is None or not path.exists():
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
-    if path.is_file() and (path.suffix.lower() in image_suffixes() or looks_like_image(path)):
-        raise ValueError(f"{setting} is one image; set {format_override(name, path.resolve().parent)}, its folder")
+    suffix = path.suffix.lower()
+    if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
+        raise FileNotFoundError(
+            f"{setting} is one image; set {format_override(name, path.resolve().parent)}, its folder"
+        )
     try:
         return find_images(path, val_root=None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:

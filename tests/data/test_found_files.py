@@ -137,7 +137,7 @@ def test_files_with_various_reasons_are_checked(tmp_path):
 def test_an_image_is_not_a_root(tmp_path):
     save(tmp_path, "a b/0.png")
     for settings in ((str(tmp_path / "a b/0.png"),), (str(tmp_path), str(tmp_path / "a b/0.png"))):
-        with pytest.raises(ValueError, match="is one image") as error:
+        with pytest.raises(FileNotFoundError, match="is one image") as error:
             find(*settings)
         assert str(tmp_path / "a b") in str(error.value).split(";")[1]
 
@@ -145,3 +145,32 @@ def test_an_image_is_not_a_root(tmp_path):
 def test_one_image_cannot_be_split():
     with pytest.raises(ValueError, match="one sample"):
         split(hash_ids(["0.png"], 0), hash_threshold(0.1))
+
+
+# Tables of labels
+
+
+def test_tables_may_have_backslashes(tmp_path):
+    save(tmp_path, "pets/cat/0.png", "pets/1.png")
+    (tmp_path / "a.csv").write_text("file,label,age\npets\\1.png,y,2\npets\\cat\\0.png,x,1\n")
+    source = open_folder(str(tmp_path), labels="a.csv", condition_columns=["age"])
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["y", "x"]
+    assert list(source.ids) == ["pets/1.png", "pets/cat/0.png"] and source.covariates.values.tolist() == [[2], [1]]
+
+
+def test_names_without_ending_are_explained(tmp_path):
+    save(tmp_path, "00.png", "01.png")
+    (tmp_path / "a.csv").write_text("file,label\n00,x\n01,y\n")
+    with pytest.raises(ValueError, match=r"ending.*00\.png"):
+        open_folder(str(tmp_path), labels="a.csv")
+
+
+def test_every_root_may_have_a_table(tmp_path):
+    save(tmp_path, "a/0.png", "b/0.png", "b/1.png", "c/0.png")
+    (tmp_path / "b/t.csv").write_text("file,label\n0.png,x\n1.png,y\n")
+    roots = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(ValueError, match=r"1 of 3 .*a/0\.png.*a table of this name"):
+        open_folder(roots, labels="t.csv")
+    (tmp_path / "a/t.csv").write_text("file,label\n0.png,z\n../c/0.png,w\n")
+    source = open_folder(roots, labels="t.csv", val_root=str(tmp_path / "c"))
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["z", "x", "y", "w"]
