@@ -415,9 +415,8 @@ def _find_one(root: str | None, name: str, val_root: str | None = None) -> Found
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
     suffix = path.suffix.lower()
     if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
-        raise FileNotFoundError(
-            f"{setting} is one image; set {format_override(name, path.resolve().parent)}, its folder"
-        )
+        parent = format_override(name, path.resolve().parent)
+        raise FileNotFoundError(f"{setting} is one image; set {parent}, the folder with it")
     try:
         return find_images(path, val_root=None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
-from src.data.layout import SPLITS, Depth, class_levels, outer_folders
+from src.data.layout import SPLITS, Depth, check_class_names, class_levels, outer_folders
 from src.data.overlap import lies_in
+from src.data.table_files import first_names
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -330,7 +331,7 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     """Return images and their classes: the folder at the top, below a folder of a split; None unless two or more.
 
     A class consists of the names of up to `depth` folders, such as "animals/cat". A few files outside of all class
-    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth.
+    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth, and names that are not plain text.
     """
     if depth != "all" and (isinstance(depth, str) or depth < 1):
         raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
@@ -338,6 +339,7 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     inside = [path != "" for path in paths]
     if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
         return found, None
+    check_class_names(paths, "rename its folder without ${ and unprintable characters")
     return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
 
 
@@ -376,7 +378,9 @@ def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
             f"data.source.class_pattern={pattern!r} does not match {len(missing)} of {len(found)} names, such as "
             f"{missing[0]}; change the pattern, or move these files away"
         )
-    return [match[1] for match in matches if match is not None]
+    classes = [match[1] for match in matches if match is not None]
+    check_class_names(classes, "change data.source.class_pattern, or rename these files")
+    return classes
 
 
 def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:
@@ -388,6 +392,8 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "
         text += f", {int(found.val_mask.sum()):,} of them for validation"
     if classes is not None:
         text += f", {len(set(classes))} classes ({_counts(Counter(classes))})"
+        if unseen := untrained_classes(classes, found.val_mask):
+            text += f", {len(unseen)} of them only in validation ({first_names(unseen)})"
     if found.left_out:
         parts = (
             f"{len(names):,} {reason} ({names[0]}{', ...' * (len(names) > 1)})"
@@ -395,6 +401,13 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "
         )
         text += f"; left out: {', '.join(parts)}"
     return text
+
+
+def untrained_classes(classes: Sequence[str], val_mask: npt.NDArray[np.bool_] | None) -> list[str]:
+    """Return the classes of which all images are for validation; none without such a split."""
+    held_out = np.zeros(len(classes), bool) if val_mask is None else val_mask
+    trained = {name for name, out in zip(classes, held_out, strict=True) if not out}
+    return sorted(set(classes) - trained)
 
 
 def _counts(counter: Counter[str], limit: int = 10) -> str:

@@ -174,3 +174,25 @@ def test_every_root_may_have_a_table(tmp_path):
     (tmp_path / "a/t.csv").write_text("file,label\n0.png,z\n../c/0.png,w\n")
     source = open_folder(roots, labels="t.csv", val_root=str(tmp_path / "c"))
     assert [source.labels.classes[k] for k in source.labels.targets] == ["z", "x", "y", "w"]
+
+
+# Classes
+
+
+@pytest.mark.parametrize("name", ["a\nb", "${oc.env:HOME}", "\udcff"])
+def test_class_folders_with_odd_names_are_refused(tmp_path, name):
+    save(tmp_path, f"{name}/0.png", "b/0.png")
+    with pytest.raises(ValueError, match="rename") as error:
+        open_folder(str(tmp_path))
+    assert repr(name) in str(error.value) and str(error.value).isprintable()
+    with pytest.raises(ValueError, match=r"data\.source\.class_pattern"):
+        open_folder(str(tmp_path), class_pattern="([^/]*)/")
+    assert open_folder(str(tmp_path), class_pattern="(0)").labels.classes == ["0"]
+
+
+def test_classes_only_in_validation_are_reported(tmp_path):
+    save(tmp_path / "in", "cat/0.png", "dog/0.png")
+    save(tmp_path / "out", "bird/0.png", "dog/0.png")
+    source = open_folder(str(tmp_path / "in"), val_root=str(tmp_path / "out"))
+    assert "1 of them only in validation (bird)" in source.summary
+    assert "only in validation" not in open_folder([str(tmp_path / "in"), str(tmp_path / "out")]).summary
