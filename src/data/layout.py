@@ -39,10 +39,3 @@ def class_levels(names: Sequence[Sequence[str]], depth: Depth) -> list[int]:
     if len(some - {()}) < 2:
         return [level or around for level, around in zip(levels, outer, strict=True)]
     return levels
-
-
-def check_class_names(classes: Iterable[str], fix: str) -> None:
-    """Raise ValueError for a class whose name a run cannot store: one with `${` or unprintable characters."""
-    if bad := sorted({name for name in classes if "${" in name or not name.isprintable()}):
-        others = f" and {len(bad) - 1} other classes" if len(bad) > 1 else ""
-        raise ValueError(f"the class {bad[0]!r:.80}{others} has a name that is not plain text; {fix}")

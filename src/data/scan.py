@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
-from src.data.layout import SPLITS, Depth, check_class_names, class_levels, outer_folders
+from src.data.layout import SPLITS, Depth, class_levels, outer_folders
 from src.data.overlap import lies_in
 from src.data.table_files import first_names
 
@@ -331,7 +331,7 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     """Return images and their classes: the folder at the top, below a folder of a split; None unless two or more.
 
     A class consists of the names of up to `depth` folders, such as "animals/cat". A few files outside of all class
-    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth, and names that are not plain text.
+    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth.
     """
     if depth != "all" and (isinstance(depth, str) or depth < 1):
         raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
@@ -339,7 +339,6 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     inside = [path != "" for path in paths]
     if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
         return found, None
-    check_class_names(paths, "rename its folder without ${ and unprintable characters")
     return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
 
 
@@ -378,9 +377,7 @@ def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
             f"data.source.class_pattern={pattern!r} does not match {len(missing)} of {len(found)} names, such as "
             f"{missing[0]}; change the pattern, or move these files away"
         )
-    classes = [match[1] for match in matches if match is not None]
-    check_class_names(classes, "change data.source.class_pattern, or rename these files")
-    return classes
+    return [match[1] for match in matches if match is not None]
 
 
 def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:
