@@ -14,6 +14,11 @@ from torch import Tensor
 from src.data.sources import Source
 from src.data.table_files import did_you_mean
 
+NO_CLASSES = (
+    "conditioning=class needs data with classes; put the images of each class into a subfolder of data.root, or list "
+    "the classes in a CSV file (data.source.labels=classes.csv)"
+)
+
 
 class Condition(Protocol):
     """Encodes values of a condition for the network. `examples` are the default values for sampling."""
@@ -75,7 +80,9 @@ class Classes:
         return "no class" if value is None else self.names[self._index(value)]
 
     def check(self, source: Source) -> None:
-        if unknown := [name for name in self.infer_settings(source, {})["names"] if name not in self.names]:
+        if source.labels is None:
+            raise ValueError(NO_CLASSES)
+        if unknown := [name for name in source.labels.classes if name not in self.names]:
             raise ValueError(
                 f"the data have the class {unknown[0]!r}, unknown to the run: {did_you_mean(unknown[0], self.names)}; "
                 "leave its images out, or train a new run"
@@ -84,9 +91,12 @@ class Classes:
     @staticmethod
     def infer_settings(source: Source, settings: Mapping[str, Any]) -> Mapping[str, Any]:
         if source.labels is None:
+            raise ValueError(NO_CLASSES)
+        # A run stores the names, and refuses texts that may do more than name a class (`src.runs.trust`).
+        if odd := [name for name in source.labels.classes if "${" in name or not name.isprintable()]:
             raise ValueError(
-                "conditioning=class needs data with classes; put the images of each class into a subfolder of "
-                "data.root, or list the classes in a CSV file (data.source.labels=classes.csv)"
+                f"conditioning=class: the name of the class {odd[0]!r:.80} is not plain text ({len(odd)} of "
+                f"{len(source.labels.classes)} classes); rename its folder, or change it in the table of classes"
             )
         return {"names": list(source.labels.classes)}
 

@@ -77,6 +77,8 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
         ValueError: If the contents are not an image, or not finite.
     """
     start = stream.read(32)
+    if not start:
+        raise ValueError("the file is empty")
     stream.seek(0)
     if start.startswith((b"\x93NUMPY", b"PK\x03\x04")):
         decoded = _from_array(_load_numpy(stream), channels)

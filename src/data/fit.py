@@ -99,8 +99,11 @@ def convert_channels(decoded: Decoded, channels: int, background: str = "white")
         pixels, alpha = _compose(pixels[..., :-1], pixels[..., -1:], background, opaque), False
     convertible = channels in (1, 2, 3, 4) and (colors == 1 or (colors == 3 and is_rgb))
     if not convertible:
-        has = f"{pixels.shape[-1]} channel{'s' * (pixels.shape[-1] != 1)}"
-        raise ValueError(f"it has {has}, and data.channels={channels}")
+        count = decoded.pixels.shape[-1]
+        has = f"{count} channel{'s' * (count != 1)}" + f" and {decoded.frames} pages" * (decoded.frames > 1)
+        by_page = decoded.frames > 1 and decoded.frames * count == channels
+        fix = "data.source.pages=channels" if by_page else f"data.channels={count}"
+        raise ValueError(f"it has {has}, and data.channels={channels}; set {fix}")
     color, opacity = pixels[..., :colors], pixels[..., colors:]
     if colors == 1 and channels > 2:
         color = np.repeat(color, 3, axis=-1)
@@ -237,7 +240,9 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
     start, end = value_range
     shown = f"[{start:g},{end:g}]"
     if low == high:
-        raise ValueError(f"all values of all files are {low:g}; check the files, or set data.root to others")
+        raise ValueError(
+            f"all values of all files are {low:g}; check the files, or set data.root to a folder with other files"
+        )
     if high < start or low > end or min(high, end) - max(low, start) < MIN_USE * (end - start):
         raise ValueError(
             f"data.value_range={shown} does not suit the files: their values lie in [{low:g}, {high:g}], less than "

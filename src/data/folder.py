@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from src.data.decode import Pages
+from src.data.decode import ARRAY_SUFFIXES, Pages, image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages
 from src.data.fit import (
     Fit,
@@ -28,12 +28,13 @@ from src.data.fit import (
 from src.data.frames import FrameImages, describe_frames, split_frames
 from src.data.images import ImageDataModule
 from src.data.label_table import read_label_table
+from src.data.layout import Depth
 from src.data.multi_file import combine, describe_channels
+from src.data.overlap import check_overlap
 from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels
 from src.data.read_errors import read_with_retries
 from src.data.repeats import check_repeats, repeat_indices
 from src.data.scan import (
-    Depth,
     FoundImages,
     class_by_pattern,
     class_folders,
@@ -285,8 +286,8 @@ def folder(
         image_size: of the images that are returned, in pixels: one number or (H, W).
         channels: of the images that are returned.
         prepare: unused; images are decoded when the source is opened first.
-        labels: a table (absolute or relative to `root`) of files and their classes. Without it, the subfolders of
-            `root` are the classes if there are two or more and hold all images.
+        labels: a table (absolute, or relative to each root that has it) of files and their classes. Without it, the
+            subfolders of `root` are the classes if there are two or more and hold all images.
         file_column, label_column: columns of this table; None takes the first of `FILE_COLUMNS`, and `label`.
         class_pattern: a regular expression with one group that finds the class in the relative path of an image.
         class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
@@ -314,7 +315,7 @@ def folder(
     about, covariates = "", None
     if labels is not None:
         columns = (file_column,) if file_column else FILE_COLUMNS, label_column, condition_columns
-        classes, covariates = read_label_table(found.root / labels, found, *columns)
+        classes, covariates = read_label_table(labels, found, *columns)
         found = found.without_used([labels])
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
@@ -392,10 +393,12 @@ def find(
 ) -> FoundImages:
     """Return the images under `root` and `val_root`, each of one file, of several, or a frame of one.
 
-    Raises FileNotFoundError if one is neither a folder nor an archive, and ValueError if one has no images.
+    Images of `val_root` below `root` are for validation only. Raises FileNotFoundError if one is neither a folder nor
+    an archive, and ValueError if one has no images, or if they have the same files.
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
-    parts = [_find_one(each, "data.root") for each in roots or [None]]
+    check_overlap(roots, val_root)
+    parts = [_find_one(each, "data.root", val_root) for each in roots or [None]]
     found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
     if channel_pattern is None:
         return split_frames(found) if pages == "samples" else found
@@ -404,14 +407,18 @@ def find(
     return combine(found, channel_pattern, channel_names)
 
 
-def _find_one(root: str | None, name: str) -> FoundImages:
+def _find_one(root: str | None, name: str, val_root: str | None = None) -> FoundImages:
     path = Path(root or "")
     setting = format_override(name, path.resolve() if root else None)
     fix = f"set {name} to the folder, zip or tar file with your images"
     if root is None or not path.exists():
         raise FileNotFoundError(f"{setting} does not exist; {fix}")
+    suffix = path.suffix.lower()
+    if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
+        parent = format_override(name, path.resolve().parent)
+        raise FileNotFoundError(f"{setting} is one image; set {parent}, the folder with it")
     try:
-        return find_images(path)
+        return find_images(path, val_root=None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{setting}: {error}; {fix}") from error
 
@@ -435,9 +442,19 @@ def check_readable(
     share = MAX_SKIPPED if skip_unreadable is True else float(skip_unreadable)
     if not unreadable:
         return
-    listed = first_names([f"{found.names[k]}: {reason}" for k, reason in unreadable.items()], 3)
+    # What follows a semicolon is the fix of that file; if all have the same reason, it is the fix of the settings.
+    causes = [reason.partition("; ")[0] for reason in unreadable.values()]
+    names = [found.names[k] for k in unreadable]
+    if len({*causes}) == 1:
+        listed = f"{first_names(names, 3)}: {causes[0]}"
+    else:
+        listed = first_names([f"{name}: {cause}" for name, cause in zip(names, causes, strict=True)], 3)
     text = f"{len(unreadable)} of {len(found)} {noun} {found.place} cannot be read ({listed})"
-    if len(unreadable) <= share * len(found) and len(unreadable) < len(found):
+    if len(unreadable) == len(found):
+        fixes = {reason.partition("; ")[2] for reason in unreadable.values()}
+        fix = fixes.pop() if len(fixes) == 1 else ""
+        raise DataReadError(f"{text}; {fix or 'check these files, or set data.root to other ones'}")
+    if len(unreadable) <= share * len(found):
         warnings.warn(f"{text}; they are left out", stacklevel=2)
         return
     fix = "remove them, or add data.skip_unreadable=true"

@@ -13,7 +13,7 @@ from src.data.decode import Pages, image_suffixes
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, open_images, refuse_val_root
-from src.data.scan import SPLITS
+from src.data.layout import SPLITS
 from src.data.sources import Labels
 from src.data.table_files import did_you_mean, first_names
 from src.errors import one_line

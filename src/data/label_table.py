@@ -1,7 +1,7 @@
 """Tables with the class, the numbers or the texts of each image file."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,11 +15,11 @@ from src.data.table_text import to_numbers
 T = TypeVar("T")
 
 
-def group_by_image(pairs: Iterable[tuple[str, T]], found: FoundImages, source: Path, what: str) -> list[list[T]]:
+def group_by_image(pairs: Iterable[tuple[str, T]], found: FoundImages, source: Path | str, what: str) -> list[list[T]]:
     """Return the values of each image, from pairs of file name and value in the file `source`.
 
-    A file name is absolute, or relative to the first root. Raises ValueError for names without an image, and for images
-    without values; `what` names the value in messages.
+    A file name is absolute, or relative to the first root, with slashes or backslashes. Raises ValueError for names
+    without an image, and for images without values; `what` names the value in messages.
     """
     indices: dict[str, list[int]] = {}
     for k in range(len(found)):
@@ -28,29 +28,59 @@ def group_by_image(pairs: Iterable[tuple[str, T]], found: FoundImages, source: P
     values: list[list[T]] = [[] for _ in range(len(found))]
     unknown = []
     for name, value in pairs:
-        path = os.path.abspath(found.root / name)
-        if path not in indices:
+        paths = [os.path.abspath(found.root / each) for each in (name, name.replace("\\", "/"))]
+        known = next((path for path in paths if path in indices), None)
+        if known is None:
             unknown.append(name)
-        for k in indices.get(path, ()):
-            values[k].append(value)
+        else:
+            for k in indices[known]:
+                values[k].append(value)
     if unknown:
+        fix = _missing_ending(unknown, found, indices)
         raise ValueError(
             f"{source} lists {len(unknown)} files that are not images under {found.root} ({first_names(unknown)}); "
-            "remove these rows, or write file names relative to data.root"
+            f"{fix or 'remove these rows, or write file names relative to data.root'}"
         )
-    if missing := [name for name, several in zip(found.names, values, strict=True) if not several]:
+    several_roots = len(found.roots) > 1
+    if missing := [k for k, several in enumerate(values) if not several]:
+        names = [str(found.path(k)) if several_roots else found.names[k] for k in missing[:6]]
+        fix = "add rows, or remove these images"
+        if several_roots:
+            fix = "add rows, with absolute file names for roots after the first, or put a table of this name there"
         raise ValueError(
-            f"{source} has no {what} for {len(missing)} of {len(found)} images under {found.root} "
-            f"({first_names(missing)}); add rows, or remove these images"
+            f"{source} has no {what} for {len(missing)} of {len(found)} images {found.place}"
+            f"{' and other roots' * several_roots} ({first_names(names + [''] * (len(missing) - len(names)))}); {fix}"
         )
     return values
 
 
-def classes_from_table(
-    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
+def _missing_ending(unknown: Sequence[str], found: FoundImages, paths: Iterable[str]) -> str:
+    """Return the fix for names that lack only the ending of an image's file; empty for others."""
+    endings = dict(os.path.splitext(path) for path in paths)
+    for name in unknown:
+        if ending := endings.get(os.path.abspath(found.root / name.replace("\\", "/"))):
+            return f"write them with their ending, such as {name}{ending}"
+    return ""
+
+
+def find_tables(name: str, found: FoundImages) -> dict[Path, Path]:
+    """Return the table `name` of each root that has one, and that root; that of the first root if none does."""
+    paths: dict[Path, Path] = {}
+    for root in found.roots:
+        paths.setdefault(root / name, root)
+    return {path: root for path, root in paths.items() if path.is_file()} or {found.root / name: found.root}
+
+
+def read_classes(
+    tables: Mapping[Path, Path], found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
 ) -> list[str]:
-    """Return the class of each image from a table."""
-    pairs = read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
+    """Return the class of each image from tables with their roots."""
+    pairs = [
+        (_below(root, file, found), label)
+        for source, root in tables.items()
+        for file, label in read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
+    ]
+    source = " and ".join(map(str, tables))
     labels_of = group_by_image(pairs, found, source, "label")
     for name, several in zip(found.names, labels_of, strict=True):
         if len(set(several)) > 1:
@@ -58,13 +88,65 @@ def classes_from_table(
     return [several[0] for several in labels_of]
 
 
-def numbers_from_table(
-    source: Path, found: FoundImages, file_columns: Sequence[str], columns: Sequence[str]
+def classes_from_table(
+    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
+) -> list[str]:
+    """Return the class of each image from one table, with names relative to the first root."""
+    return read_classes({source: found.root}, found, file_columns, label_columns)
+
+
+def read_numbers(
+    tables: Mapping[Path, Path], found: FoundImages, file_columns: Sequence[str], columns: Sequence[str]
 ) -> Covariates:
-    """Return the numbers of each image in some columns of a table; true and false are 1 and 0.
+    """Return the numbers of each image in some columns of tables with their roots; true and false are 1 and 0.
 
     Raises ValueError for unknown columns, for cells that are not finite numbers, and for images with different numbers.
     """
+    pairs = [
+        (_below(root, file, found), numbers)
+        for source, root in tables.items()
+        for file, numbers in _rows_of_numbers(source, file_columns, columns)
+    ]
+    source = " and ".join(map(str, tables))
+    rows = group_by_image(pairs, found, source, "numbers")
+    for name, several in zip(found.names, rows, strict=True):
+        if len(set(several)) > 1:
+            raise ValueError(f"{source} lists different {', '.join(columns)} for {name}; keep one row")
+    return Covariates(torch.tensor([several[0] for several in rows], dtype=torch.float64), list(columns))
+
+
+def read_label_table(
+    name: str,
+    found: FoundImages,
+    file_columns: Sequence[str],
+    label_column: str | None,
+    condition_columns: Sequence[str],
+) -> tuple[list[str] | None, Covariates | None]:
+    """Return the class and the numbers of each image. With `condition_columns` the table needs no classes.
+
+    `name` is absolute, or relative to each root that has such a table.
+    """
+    tables = find_tables(name, found)
+    if not condition_columns:
+        return read_classes(tables, found, file_columns, (label_column or "label",)), None
+    numbers = read_numbers(tables, found, file_columns, condition_columns)
+    with_classes = label_column is not None or all(
+        "label" in read_table(source, "data.source.labels").names for source in tables
+    )
+    if not with_classes or ("label" in condition_columns and label_column is None):
+        return None, numbers
+    return read_classes(tables, found, file_columns, (label_column or "label",)), numbers
+
+
+def _below(root: Path, file: str, found: FoundImages) -> str:
+    """Return the name of a file in a table of `root` as `group_by_image` takes it, relative to the first root."""
+    return file if root == found.root else str(root / file.replace("\\", "/"))
+
+
+def _rows_of_numbers(
+    source: Path, file_columns: Sequence[str], columns: Sequence[str]
+) -> Iterator[tuple[str, tuple[float | None, ...]]]:
+    """Yield the file and the numbers of each row of a table."""
     table = read_table(source, "data.source.labels")
     first = [name for name in file_columns if name in table.names][:1]
     files = table.column(table.one_of(first or file_columns, "data.source.file_column"))
@@ -83,25 +165,4 @@ def numbers_from_table(
                 f"({len(bad)} of {len(table)} rows); correct it, or remove the row and its image"
             )
         values.append(numbers)
-    rows = group_by_image(zip(files, zip(*values, strict=True), strict=True), found, source, "numbers")
-    for name, several in zip(found.names, rows, strict=True):
-        if len(set(several)) > 1:
-            raise ValueError(f"{source} lists different {', '.join(columns)} for {name}; keep one row")
-    return Covariates(torch.tensor([several[0] for several in rows], dtype=torch.float64), list(columns))
-
-
-def read_label_table(
-    source: Path,
-    found: FoundImages,
-    file_columns: Sequence[str],
-    label_column: str | None,
-    condition_columns: Sequence[str],
-) -> tuple[list[str] | None, Covariates | None]:
-    """Return the class and the numbers of each image. With `condition_columns` the table needs no classes."""
-    if not condition_columns:
-        return classes_from_table(source, found, file_columns, (label_column or "label",)), None
-    numbers = numbers_from_table(source, found, file_columns, condition_columns)
-    with_classes = label_column is not None or "label" in read_table(source, "data.source.labels").names
-    if not with_classes or ("label" in condition_columns and label_column is None):
-        return None, numbers
-    return classes_from_table(source, found, file_columns, (label_column or "label",)), numbers
+    yield from zip(files, zip(*values, strict=True), strict=True)

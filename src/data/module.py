@@ -128,7 +128,8 @@ class BaseDataModule(L.LightningDataModule):
                 val, train, self.threshold = *split_by_mask(hashes, mask), None
         except ValueError as error:
             raise ValueError(
-                f"data.val_fraction={self.val_fraction} cannot split {len(source)} samples ({error}); use more data"
+                f"data.val_fraction={self.val_fraction} cannot split {len(source)} sample{'s' * (len(source) != 1)} "
+                f"({error}); use more data"
             ) from error
         if self.condition is not None:
             self.condition.check(source)

@@ -13,21 +13,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
-
-Depth = int | Literal["all"]
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-"""The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
+from src.data.layout import SPLITS, Depth, class_levels, outer_folders
+from src.data.overlap import lies_in
+from src.data.table_files import first_names
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -129,14 +124,16 @@ class _File(NamedTuple):
     time: int
 
 
-def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image") -> FoundImages:
+def find_images(
+    root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image", val_root: Path | None = None
+) -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files.
 
-    `accepts` chooses other files by their names, which are called `noun` in messages.
+    `accepts` chooses other files by their names, which are called `noun` in messages. Those in `val_root` are left out.
 
-    Links to folders are followed. If the top has a folder for training (`SPLITS`), alone or beside one of another
-    split, only it and the one for validation are used. Raises FileNotFoundError without the folder, and ValueError
-    without images.
+    Links to folders are followed. If the top, or the only folder there, has a folder for training (`SPLITS`), alone or
+    beside one of another split, only it and the one for validation are used. Raises FileNotFoundError without the
+    folder, and ValueError without images.
     """
     left_out: dict[str, list[str]] = {}
     if root.is_dir():
@@ -150,6 +147,7 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
     def is_image(name: str, suffix: str) -> bool:
         return suffix in known or (suffix not in SIDECARS and root.is_dir() and looks_like_image(root / name))
 
+    for_validation = lies_in(root, val_root) if val_root is not None and root.is_dir() else None
     kept = []
     for file in sorted(files):
         suffix = PurePosixPath(file.name).suffix.lower()
@@ -157,16 +155,20 @@ def find_images(root: Path, accepts: Callable[[str], bool] | None = None, noun: 
             if suffix in known and not PurePosixPath(file.name).name.startswith("._"):
                 left_out.setdefault("hidden", []).append(file.name)
         elif accepts(file.name) if accepts else is_image(file.name, suffix):
-            kept.append(file)
+            if for_validation is not None and for_validation(file.name):
+                left_out.setdefault("used for validation", []).append(file.name)
+            else:
+                kept.append(file)
         else:
             left_out.setdefault(f"{suffix or 'no ending'}: not an {noun}", []).append(file.name)
-    tops = {file.name.split("/")[0] for file in kept if "/" in file.name}
+    level = outer_folders(file.name for file in kept) if kept else 0
+    tops = {"".join(file.name.split("/")[level:-1][:1]) for file in kept} - {""}
     split_of = {top: SPLITS.get(top.lower(), "outside of the splits") for top in tops}
     kinds = set(split_of.values())
     val_mask = None
     # Beside other folders and without another split, "train" is the name of a class, like "bus".
     if "train" in kinds and (kinds == {"train"} or kinds & {"validation", "test"}):
-        splits = [split_of.get(file.name.split("/")[0], "outside of the splits") for file in kept]
+        splits = [split_of.get(file.name.split("/")[level], "outside of the splits") for file in kept]
         for file, split in zip(kept, splits, strict=True):
             if split not in ("train", "validation"):
                 reason = "test images" if split == "test" else split
@@ -333,25 +335,25 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
     """
     if depth != "all" and (isinstance(depth, str) or depth < 1):
         raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
-    paths = list(map("/".join, class_paths(found, None if depth == "all" else depth)))
+    paths = list(map("/".join, class_paths(found, depth)))
     inside = [path != "" for path in paths]
     if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
         return found, None
     return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
 
 
-def class_paths(found: FoundImages, depth: int | None) -> list[list[str]]:
-    """Return the first `depth` folders of each image, or all for None, below a folder of a split."""
-    tops: list[set[str | None]] = [set() for _ in found.roots]
+def class_paths(found: FoundImages, depth: Depth, whole: bool = False) -> list[list[str]]:
+    """Return the first `depth` folders of each image, or all if `whole`, that are not of a split or around all."""
+    names: list[list[str]] = [[] for _ in found.roots]
     for k, name in zip(found.which, found.names, strict=True):
-        tops[k].add(SPLITS.get(name.split("/")[0].lower()))
-    divided = [top <= {"train", "validation"} and "train" in top for top in tops]
-    return [name.split("/")[divided[k] : -1][:depth] for k, name in zip(found.which, found.names, strict=True)]
+        names[k].append(name)
+    levels, end = class_levels(names, depth), None if depth == "all" or whole else depth
+    return [name.split("/")[levels[k] : -1][:end] for k, name in zip(found.which, found.names, strict=True)]
 
 
 def describe_depth(found: FoundImages, depth: Depth) -> str:
     """Return the part of the summary about folders within those at the top, which are not classes."""
-    nested = {tuple(path) for path in class_paths(found, None) if path}
+    nested = {tuple(path) for path in class_paths(found, depth, whole=True) if path}
     tops = {path[0] for path in nested}
     text = f"; {len(nested)} subfolders in {len(tops)} folders at the top are not classes (data.source.class_depth)"
     return text if depth == 1 and len(nested) > max(1, len(tops)) else ""
@@ -387,6 +389,8 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "
         text += f", {int(found.val_mask.sum()):,} of them for validation"
     if classes is not None:
         text += f", {len(set(classes))} classes ({_counts(Counter(classes))})"
+        if unseen := untrained_classes(classes, found.val_mask):
+            text += f", {len(unseen)} of them only in validation ({first_names(unseen)})"
     if found.left_out:
         parts = (
             f"{len(names):,} {reason} ({names[0]}{', ...' * (len(names) > 1)})"
@@ -394,6 +398,13 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "
         )
         text += f"; left out: {', '.join(parts)}"
     return text
+
+
+def untrained_classes(classes: Sequence[str], val_mask: npt.NDArray[np.bool_] | None) -> list[str]:
+    """Return the classes of which all images are for validation; none without such a split."""
+    held_out = np.zeros(len(classes), bool) if val_mask is None else val_mask
+    trained = {name for name, out in zip(classes, held_out, strict=True) if not out}
+    return sorted(set(classes) - trained)
 
 
 def _counts(counter: Counter[str], limit: int = 10) -> str:

@@ -46,10 +46,12 @@ def split(hashes: Hashes, threshold: int) -> tuple[list[int], list[int], int]:
     """Return the indices of validation and training samples, each ordered by hash, and the threshold between them.
 
     The returned threshold differs if one side would be empty: then the sample with the smallest hash is for
-    validation, or the one with the largest for training. Raises ValueError if all hashes are equal.
+    validation, or the one with the largest for training. Raises ValueError if all hashes are equal, as that of one.
     """
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
+    if len(ordered) == 1:
+        raise ValueError("one sample cannot be both for training and for validation")
     if not len(ordered) or ordered[0] == ordered[-1]:
         raise ValueError("all samples are equal")
     threshold = min(max(threshold, int(ordered[0]) + 1), int(ordered[-1]))

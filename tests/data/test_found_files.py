@@ -1,0 +1,198 @@
+"""Which files of folders and archives are used, for what, and the messages about those that cannot be."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from src.data.conditions import Classes
+from src.data.folder import FolderImages, find, folder
+from src.data.split import hash_ids, hash_threshold, split
+from src.errors import DataReadError
+
+SHAPE = (4, 4)
+
+
+def save(root: Path, *names: str) -> None:
+    """Write a different image for each name."""
+    for k, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng([k, len(name)]).integers(0, 256, SHAPE)
+        values.flat[:2] = 0, 255
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+def open_folder(root: object, **settings: object) -> FolderImages:
+    return folder(root, SHAPE, 1, cache=False, **settings)
+
+
+# Files of two folders
+
+
+def test_validation_images_below_the_root_are_not_trained(tmp_path):
+    save(tmp_path, "cat/0.png", "cat/1.png", "dog/0.png", "held/cat/2.png", "held/dog/1.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "held/cat/2.png")
+    (tmp_path / "pets").symlink_to(tmp_path / "held/dog")
+    source = open_folder(str(tmp_path), val_root=str(tmp_path / "cat" / ".." / "held"))
+    paths = [str(source.found.path(k).resolve().relative_to(tmp_path.resolve())) for k in range(len(source))]
+    assert paths == ["cat/0.png", "cat/1.png", "dog/0.png", "held/cat/2.png", "held/dog/1.png"]
+    assert source.val_mask.tolist() == [False] * 3 + [True] * 2
+    assert source.labels.classes == ["cat", "dog"] and source.labels.targets.tolist() == [0, 0, 1, 0, 1]
+    left_out = source.found.left_out
+    assert sorted(left_out["used for validation"]) == ["held/cat/2.png", "held/dog/1.png", "link.png", "pets/1.png"]
+
+
+@pytest.mark.parametrize("roots", [["a", "a/"], ["a/in", "b", "a"], ["b", "link"]])
+def test_roots_that_share_files_are_refused(tmp_path, roots):
+    save(tmp_path, "a/0.png", "a/in/1.png", "b/0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"data\.root=") as error:
+        find([f"{tmp_path}/{root}" for root in roots])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("val_root", ["a", "a/../a", "."])
+def test_validation_folders_with_all_images_are_refused(tmp_path, val_root):
+    save(tmp_path, "a/0.png", "b/0.png")
+    with pytest.raises(ValueError, match=r"data\.val_root=.*data\.root="):
+        find([f"{tmp_path}/b", f"{tmp_path}/a"], f"{tmp_path}/{val_root}")
+
+
+# One folder around everything
+
+
+@pytest.mark.parametrize("packed", [None, "zip", "gztar"])
+@pytest.mark.parametrize("outer", ["splits", "x/y"])
+def test_splits_in_one_outer_folder_are_recognized(tmp_path, packed, outer):
+    names = [f"{split}/{name}/{k}.png" for split in ("test", "train", "val") for name in "ab" for k in range(2)]
+    save(tmp_path / "in" / outer, *names)
+    (tmp_path / "in" / ".hidden").mkdir()
+    root = shutil.make_archive(str(tmp_path / "x"), packed, tmp_path / "in") if packed else str(tmp_path / "in")
+    source = open_folder(root)
+    assert list(source.ids) == [f"{outer}/{name}" for name in names[4:]]
+    assert source.val_mask.tolist() == [False] * 4 + [True] * 4
+    assert source.labels.classes == ["a", "b"] and source.labels.targets.tolist() == [0, 0, 1, 1] * 2
+    assert source.found.left_out["test images"] == [f"{outer}/{name}" for name in names[:4]]
+    assert open_folder(root, class_depth="all").labels.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "depth", "classes"),
+    [
+        (["wrap/a/0", "wrap/b/1"], 1, ["a", "b"]),
+        (["wrap/a/0", "wrap/b/1"], 2, ["wrap/a", "wrap/b"]),
+        (["wrap/a/0", "wrap/b/1"], "all", ["wrap/a", "wrap/b"]),
+        (["w/x/a/p/0", "w/x/b/p/1"], 1, ["a", "b"]),
+        (["wrap/train/a/0", "wrap/train/b/0"], 1, ["a", "b"]),
+        (["train/a/0", "train/b/0"], 1, ["a", "b"]),
+        (["test/a/0", "test/b/0"], 1, None),
+        (["train/a/x/0", "train/a/y/0"], 1, None),
+        (["wrap/train/0", "wrap/bus/0"], 1, ["bus", "train"]),
+        (["a/0", "a/1"], 1, None),
+        (["0", "1"], 1, None),
+    ],
+)
+def test_classes_in_one_outer_folder_are_recognized(tmp_path, names, depth, classes):
+    save(tmp_path, *(f"{name}.png" for name in names))
+    source = open_folder(str(tmp_path), class_depth=depth)
+    assert (source.labels and source.labels.classes) == classes and len(source) == len(names)
+
+
+def test_roots_of_one_class_each_keep_it(tmp_path):
+    save(tmp_path, "0/a/x/0.png", "0/a/y/0.png", "1/b/0.png")
+    assert open_folder([str(tmp_path / "0"), str(tmp_path / "1")]).labels.classes == ["a", "b"]
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("options", "channels", "pages", "fix"),
+    [
+        ({"photometric": "minisblack", "planarconfig": "separate"}, 3, "first", "data.channels=12"),
+        ({"photometric": "minisblack"}, 12, "first", "data.source.pages=channels"),
+        ({"photometric": "minisblack"}, 5, "channels", "data.channels=12"),
+    ],
+)
+def test_a_common_reason_brings_its_fix(tmp_path, options, channels, pages, fix):
+    for k in range(2):
+        values = np.random.default_rng(k).integers(0, 256, (12, 6, 6)).astype(np.uint8)
+        tifffile.imwrite(tmp_path / f"{k}.tif", values, **options)
+    with pytest.raises(DataReadError, match=r"2 of 2 .*0\.tif, 1\.tif") as error:
+        folder(str(tmp_path), SHAPE, channels, pages=pages, skip_unreadable=0.9, cache_dir=str(tmp_path / ".cache"))
+    assert str(error.value).endswith(f"set {fix}") and "skip_unreadable" not in str(error.value)
+
+
+def test_files_with_various_reasons_are_checked(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_text("no image")
+    with pytest.raises(DataReadError, match=r"a\.png: the file is empty, b\.png") as error:
+        folder(str(tmp_path), SHAPE, 1, cache_dir=str(tmp_path / ".cache"))
+    assert "skip_unreadable" not in str(error.value)
+
+
+def test_an_image_is_not_a_root(tmp_path):
+    save(tmp_path, "a b/0.png")
+    for settings in ((str(tmp_path / "a b/0.png"),), (str(tmp_path), str(tmp_path / "a b/0.png"))):
+        with pytest.raises(FileNotFoundError, match="is one image") as error:
+            find(*settings)
+        assert str(tmp_path / "a b") in str(error.value).split(";")[1]
+
+
+def test_one_image_cannot_be_split():
+    with pytest.raises(ValueError, match="one sample"):
+        split(hash_ids(["0.png"], 0), hash_threshold(0.1))
+
+
+# Tables of labels
+
+
+def test_tables_may_have_backslashes(tmp_path):
+    save(tmp_path, "pets/cat/0.png", "pets/1.png")
+    (tmp_path / "a.csv").write_text("file,label,age\npets\\1.png,y,2\npets\\cat\\0.png,x,1\n")
+    source = open_folder(str(tmp_path), labels="a.csv", condition_columns=["age"])
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["y", "x"]
+    assert list(source.ids) == ["pets/1.png", "pets/cat/0.png"] and source.covariates.values.tolist() == [[2], [1]]
+
+
+def test_names_without_ending_are_explained(tmp_path):
+    save(tmp_path, "00.png", "01.png")
+    (tmp_path / "a.csv").write_text("file,label\n00,x\n01,y\n")
+    with pytest.raises(ValueError, match=r"ending.*00\.png"):
+        open_folder(str(tmp_path), labels="a.csv")
+
+
+def test_every_root_may_have_a_table(tmp_path):
+    save(tmp_path, "a/0.png", "b/0.png", "b/1.png", "c/0.png")
+    (tmp_path / "b/t.csv").write_text("file,label\n0.png,x\n1.png,y\n")
+    roots = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(ValueError, match=r"1 of 3 .*a/0\.png.*a table of this name"):
+        open_folder(roots, labels="t.csv")
+    (tmp_path / "a/t.csv").write_text("file,label\n0.png,z\n../c/0.png,w\n")
+    source = open_folder(roots, labels="t.csv", val_root=str(tmp_path / "c"))
+    assert [source.labels.classes[k] for k in source.labels.targets] == ["z", "x", "y", "w"]
+
+
+# Classes
+
+
+@pytest.mark.parametrize("name", ["a\nb", "${oc.env:HOME}", "\udcff"])
+def test_class_folders_with_odd_names_are_refused(tmp_path, name):
+    save(tmp_path, f"{name}/0.png", "b/0.png")
+    source = open_folder(str(tmp_path))
+    assert sorted(source.labels.classes) == sorted([name, "b"])
+    with pytest.raises(ValueError, match="rename its folder") as error:
+        Classes.infer_settings(source, {})
+    assert repr(name) in str(error.value) and str(error.value).isprintable()
+
+
+def test_classes_only_in_validation_are_reported(tmp_path):
+    save(tmp_path / "in", "cat/0.png", "dog/0.png")
+    save(tmp_path / "out", "bird/0.png", "dog/0.png")
+    source = open_folder(str(tmp_path / "in"), val_root=str(tmp_path / "out"))
+    assert "1 of them only in validation (bird)" in source.summary
+    assert "only in validation" not in open_folder([str(tmp_path / "in"), str(tmp_path / "out")]).summary
