@@ -29,13 +29,16 @@ def examine(cfg: DictConfig) -> Path:
     """
     with usage_errors():
         check_values(cfg)
+        if OmegaConf.select(cfg, "data.source._target_") not in SOURCES:  # before the slow imports
+            raise UsageError(
+                "src.doctor looks at folders of images only, data=folder and data=captions; src.train describes other "
+                "data at its start"
+            )
         import torch
 
         from src.runs import advice
         from src.runs.components import instantiate_node
 
-        if OmegaConf.select(cfg, "data.source._target_") not in SOURCES:
-            raise UsageError("src.doctor looks at folders of images; set data=folder data.root=path/to/images")
         stats = probe(cfg)
         task = list(HydraConfig.get().overrides.task)
         typed = {override.lstrip("+").partition("=")[0] for override in task}
@@ -48,6 +51,8 @@ def examine(cfg: DictConfig) -> Path:
         data.prepare_once_per_node()
         source, num_train, num_val = data.source, len(data.train_indices), len(data.val_indices)
     print(source.summary)
+    if "data.source.class_depth" in source.summary:
+        print("Add data.source.class_depth=2 to make each folder within these a class")
     print(f"{num_train:,} images for training and {num_val:,} for validation")
     folder = start_output(Path(cfg.run_dir))
     report_duplicates(data, source)
@@ -55,8 +60,8 @@ def examine(cfg: DictConfig) -> Path:
     suggestion = advice.suggest(stats, num_train, on_gpu)
     words = [word for word in task if not word.startswith(("run_dir", "steps", "hydra"))]
     words += [word for word in suggestion if word.partition("=")[0] not in typed]
-    if source.labels is not None and "conditioning" not in typed:
-        words.append("conditioning=class")
+    if "conditioning" not in typed and (source.captions is not None or source.labels is not None):
+        words.append("conditioning=class" if source.captions is None else "conditioning=text")
     steps = advice.suggest_steps(num_train, on_gpu)
     if cfg.steps > 0:
         with usage_errors():
@@ -69,7 +74,7 @@ def examine(cfg: DictConfig) -> Path:
         )
     if "trainer.max_steps" not in typed:
         words.append(f"trainer.max_steps={steps}")
-    print(f"What to expect: {advice.expectation(num_train)}")
+    print(f"What to expect: {advice.expectation(num_train, bool(cfg.data.get('flip')))}")
     print(f"Look at {relative(folder / 'images.png')} and {relative(folder / 'values.png')}, then train:")
     print(command("train", *map(shell_word, words)))
     return folder
@@ -115,11 +120,14 @@ def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
         print(f"No duplicates among {duplicates.compared:,} images")
         return
     first, second, *_ = (duplicates.exact or duplicates.near)[0]
+    crossing = across_split(duplicates, is_val)
     print(
         f"{copies:,} images repeat another exactly, and {len(duplicates.near):,} pairs of {duplicates.compared:,} "
         f"images are nearly equal, such as {names[first]} and {names[second]}; "
-        f"{across_split(duplicates, is_val):,} validation images are equal or similar to a training image"
+        f"{crossing:,} validation images are equal or similar to a training image"
     )
+    if crossing:
+        print("Remove one of each pair, or set data.val_root to other images: these lower the validation loss")
 
 
 def write_pictures(data: "ImageDataModule", folder: Path) -> None:

@@ -102,6 +102,9 @@ OPTIONAL = ("neighbors", "guidance")
 SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
+WORDS = {"data.source.class_depth": ("all",)}
+"""Words that a setting accepts besides values of its default's type."""
+
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
@@ -149,7 +152,7 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
     _check_finite(name, default, value)
-    if name in SEVERAL_TYPES and isinstance(value, int | float | list):
+    if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
     for kind, fits, rule in (
         (bool, bool, "true or false"),

@@ -77,7 +77,7 @@ def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...
 # NumPy files of all samples
 
 
-def open_numpy(path: Path, key: str | None = None) -> Array:
+def open_numpy(path: Path, key: str | None = None, setting: str = "data.root") -> Array:
     """Return the array of a .npy file or of a .npz file, mapped into memory unless it is compressed.
 
     Raises ValueError for a file without numbers, or for an .npz file with several arrays without `key`.
@@ -91,7 +91,7 @@ def open_numpy(path: Path, key: str | None = None) -> Array:
             array = _open_npz(path, key or names[0])
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} cannot be read ({reason}); save it again as numbers, or set data.root") from error
+        raise ValueError(f"{path} cannot be read ({reason}); save it again as numbers, or set {setting}") from error
     if problem is not None:
         raise ValueError(f"{path}: {problem}")
     if array.dtype.kind not in "buif":

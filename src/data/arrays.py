@@ -306,7 +306,7 @@ def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, 
 def _read_labels(path: Path, count: int) -> list[str]:
     """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
     if path.suffix.lower() == ".npy":
-        array = open_numpy(path)
+        array = open_numpy(path, setting="data.source.labels")
         if array.ndim != 1 or array.dtype.kind not in "bui":
             raise ValueError(f"data.source.labels={path} has shape {array.shape} of {array.dtype}; use integers (N,)")
         names = [str(int(value)) for value in array]

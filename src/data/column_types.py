@@ -21,6 +21,8 @@ MAX_CATEGORIES = 100
 """Largest number of categories of a text column; each must occur twice on average."""
 MAX_DECIMALS = 8
 """Largest number of decimals to which samples are rounded; columns with more are not rounded."""
+_SIGN = re.compile(r"^\s*[$€£¥]\s*|\s*[$€£¥%]\s*$")
+"""Currency or percent signs, which make a text of a number."""
 MISSING = {"", "na", "n/a", "nan", "null", "<na>", "#n/a"}
 MISSING_NUMBERS = MISSING | {"none", "-", "--", ".", "?", "-nan", "nat"}
 """Texts of missing cells, in lower case; the second set is for columns of numbers."""
@@ -158,6 +160,10 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
     if len(different) <= MAX_CATEGORIES and 2 * len(different) <= len(present):
         parsed = _categories(series, missing)
         return parsed._replace(details={**parsed.details, "dtype": dtype})
+    if table.is_text and all(_SIGN.search(cell) for cell in present[:100]):
+        bare = [_SIGN.sub("", cell) for cell in present]
+        if all(number is not None for number in to_numbers(bare, table.decimal)):
+            return _left_out(missing, f"text: numbers with a sign such as {present[0]!r:.30}; remove the sign")
     unique = len(different) == len(present)
     return _left_out(missing, f"{'id' if unique else 'text'} like {present[0]!r:.30}")
 

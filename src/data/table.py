@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.column_types import parse, type_override
+from src.data.column_types import MAX_CATEGORIES, MISSING, parse, type_override
 from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
+from src.data.table_text import to_number
+from src.quoting import format_override
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +117,7 @@ class TableDataModule(BaseDataModule):
         self.encoders: list[Column] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
+        self.label_note = ""
         self.file: dict[str, Any] = {}
         self._stores_encoders = True
         self._table: Table | None = None  # from the constructor to the first use
@@ -170,6 +173,8 @@ class TableDataModule(BaseDataModule):
         """How each column is modeled, with what was detected in the file, and which are left out and why."""
         modeled = first_names([column.summary for column in self.encoders], 20)
         lines = [*filter(None, [", ".join(self.notes)]), f"columns {modeled}"]
+        if self.label_note:
+            lines.append(self.label_note)
         if self.left_out:
             lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
@@ -257,6 +262,10 @@ class TableDataModule(BaseDataModule):
             covariates = Covariates(torch.tensor(values, dtype=torch.float64).T, self.condition_columns)
         if self.label is not None:
             labels = labels_from_names(table.column(self.label))
+            self._check_label(table, labels)
+            counts = torch.bincount(labels.targets, minlength=len(labels.classes)).tolist()
+            shown = first_names([f"{n:,} {name}" for n, name in zip(counts, labels.classes, strict=True)], 10)
+            self.label_note = f"label {self.label}: {len(counts)} classes ({shown})"
         # The cells identify a row, so that equal rows are on the same side of the split.
         return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 
@@ -356,7 +365,8 @@ class TableDataModule(BaseDataModule):
                 self._refuse_invalid(table, name, each, int(bad[0]))
             lacks |= each.missing
         labels = [] if self.label is None else table.column(self.label)
-        empty = np.array([label == "" for label in labels], dtype=bool)
+        words = {""} if self.types.get(self.label or "") == "category" else MISSING
+        empty = np.array([label.strip().lower() in words for label in labels], dtype=bool)
         lacks = lacks | empty if labels else lacks
         if self.missing is None and lacks.any():
             row = int(np.flatnonzero(lacks)[0])
@@ -369,7 +379,8 @@ class TableDataModule(BaseDataModule):
                         f"({count} of {len(table)} rows); {rest}, or leave the column out: "
                         f"{type_override(name, 'text')}"
                     )
-            raise ValueError(f"{table.place(row)}: the label {self.label!r} is empty; {rest}")
+            cell = labels[row].strip() or "empty"
+            raise ValueError(f"{table.place(row)}: the label {self.label!r} is {cell}, which is missing; {rest}")
         kept = np.flatnonzero(~lacks)
         if not len(kept):
             raise ValueError(
@@ -377,6 +388,19 @@ class TableDataModule(BaseDataModule):
                 f"{type_override(max(cells, key=lambda name: cells[name].missing.sum()), 'text')}"
             )
         return (table if len(kept) == len(table) else table.rows(kept.tolist())), kept
+
+    def _check_label(self, table: Table, labels: Labels) -> None:
+        """Raise ValueError for a label of numbers with decimals that repeat too rarely to be classes."""
+        if len(labels.classes) <= MAX_CATEGORIES and 2 * len(labels.classes) <= len(labels.targets):
+            return
+        numbers = [to_number(name.strip(), table.decimal) for name in labels.classes]
+        fraction = next((x for x in numbers if x is not None and not x.is_integer()), None)
+        if fraction is not None and None not in numbers:
+            raise ValueError(
+                f"{format_override('data.label', self.label)} has numbers with decimals, such as {fraction:g}, and "
+                f"{len(numbers)} different ones; add conditioning=continuous and "
+                f"{format_override('data.condition_columns', [self.label])} instead"
+            )
 
     def _refuse_invalid(self, table: Table, name: str, cells: Cells, row: int) -> None:
         column = next((each for each in self.encoders if each.name == name), None)

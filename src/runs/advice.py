@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def suggest(stats: FileStats, num_train: int, on_gpu: bool) -> list[str]:
     batch = 64
     while batch > 4 and batch > num_train // 4:
         batch //= 2
+    batch = max(1, min(batch, num_train))
     return [
         recipe or small,
         f"data.image_size={size}",
@@ -73,17 +75,18 @@ def suggest_steps(num_train: int, on_gpu: bool, seconds: float = 0.0) -> int:
     return int(round(steps, -2))
 
 
-def expectation(num_train: int) -> str:
-    """Return the usual outcome of training on a number of images."""
+def expectation(num_train: int, flipped: bool) -> str:
+    """Return the usual outcome of training on a number of images, and advice; `flipped` if they are flipped already."""
+    flips = "" if flipped else "flips (data.flip=true)"
     if num_train < 100:
         return (
-            "fewer than 100 images: expect copies of them (look at neighbors.png); add images, flips "
-            "(data.flip=true) or start from a trained model"
+            "fewer than 100 images: expect copies of them (look at neighbors.png); add images"
+            f"{flips and f', {flips}'} or start from a trained model"
         )
     if num_train < 1000:
         return (
-            "fewer than 1,000 images: expect near copies (look at neighbors.png); more images help most, then flips "
-            "(data.flip=true), dropout and fewer steps"
+            "fewer than 1,000 images: expect near copies (look at neighbors.png); more images help most, then "
+            f"{flips and f'{flips}, '}dropout and fewer steps"
         )
     if num_train < 10_000:
         return "a few thousand images: expect good samples of a narrow subject, and copies of rare images"
@@ -113,7 +116,9 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost
 
     quiet = ["callbacks=none", "logger=none", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
     cfg = hydra.compose("train", [*overrides, *quiet, f"trainer.max_steps={count + 2}", f"run_dir='{run_dir}'"])
-    run = build(cfg)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"trainer\.limit_val_batches=0 ")  # set here, not by the user
+        run = build(cfg)
     load_data(run)
     times: list[float] = []
 

@@ -304,3 +304,9 @@ def test_stored_settings_need_no_files():
     data = module(Path("missing"), **stored)
     assert data.shape == (1, 9) and data.num_values is None
     assert data.denormalize(torch.ones(1, 1, 9)).max() == 5
+
+
+def test_missing_label_file_names_its_setting(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 1, 8), np.float32) + np.arange(8, dtype=np.float32))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"data\.source\.labels"):
+        opened(tmp_path / "a.npy", source_labels="gone.npy")

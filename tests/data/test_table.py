@@ -583,3 +583,36 @@ def test_balanced_rows_draw_classes_equally(tmp_path):
     unlabeled = opened(tmp_path / "a.csv", balance_classes=True, batch_size=20)
     with pytest.raises(ValueError, match=r"data\.balance_classes"):
         unlabeled.train_sampler(trainer)
+
+
+def labeled(path: Path, labels: list[str]) -> Path:
+    path.write_text("\n".join(["x,group", *(f"{k % 7 + 0.5},{label}" for k, label in enumerate(labels))]))
+    return path
+
+
+def test_classes_and_counts_are_named(tmp_path):
+    data = opened(labeled(tmp_path / "a.csv", ["b", "a", "b", "b"] * 5), label="group")
+    assert "label group: 2 classes (5 a, 15 b)" in data.summary
+    data = opened(labeled(tmp_path / "b.csv", ["0.5", "1.5"] * 10), label="group")  # doses that repeat are classes
+    assert data.source.labels.classes == ["0.5", "1.5"]
+
+
+def test_measured_values_are_refused_as_label(tmp_path):
+    path = labeled(tmp_path / "a.csv", [f"{k / 8 + 0.01:.2f}" for k in range(20)])
+    message = refused(path, label="group")
+    assert "data.label=group" in message and "data.condition_columns=[group]" in message
+
+
+@pytest.mark.parametrize("word", ["NA", "n/a"])
+def test_words_for_missing_labels_are_missing(word, tmp_path):
+    path = labeled(tmp_path / "a.csv", ["a", "b", word, "b"] * 5)
+    assert "data.missing=drop" in refused(path, label="group")
+    assert len(opened(path, label="group", missing="drop").source) == 15
+    assert word in opened(path, label="group", types={"group": "category"}).source.labels.classes
+
+
+@pytest.mark.parametrize("form", ["${}", "{} €", "{}%"])
+def test_signs_explain_why_numbers_are_text(form, tmp_path):
+    rows = [f"{k % 7},{form.format(k + 0.25)}" for k in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["x,price", *rows]))
+    assert "remove the sign" in opened(tmp_path / "a.csv").left_out["price"]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from src.data.decode import Decoded
-from src.runs.advice import file_stats, suggest, suggest_steps
+from src.runs.advice import expectation, file_stats, suggest, suggest_steps
 from tests.fork_server import run_python
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +31,7 @@ def test_a_folder_is_examined_and_trained(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all(text in done.stdout for text in ("31 images (31 png)", "2 classes", "notes.txt", "dogs/copy.png"))
     assert (tmp_path / "out" / "images.png").exists() and (tmp_path / "out" / "values.png").exists()
+    assert "trainer.limit_val_batches" not in done.stderr  # the user has not set it
     *_, line = done.stdout.splitlines()
     typed = shlex.split(line)
     assert typed[:3] == ["python", "-m", "src.train"]
@@ -60,3 +61,26 @@ def test_suggestions_follow_the_files():
     assert "experiment=folder_256" in suggest(large, 5000, on_gpu=True)
     assert "data.batch_size=16" in suggest(large, 70, on_gpu=False)
     assert suggest_steps(10**6, on_gpu=False, seconds=2.0) == 1800
+    assert "data.batch_size=2" in suggest(large, 2, on_gpu=False)
+    assert "data.flip" in expectation(50, flipped=False) and "data.flip" in expectation(500, flipped=False)
+    assert "data.flip" not in expectation(50, flipped=True) + expectation(500, flipped=True)
+
+
+def test_few_captioned_images_train_on_text(tmp_path):
+    """With 3 images, 2 of them for training, the suggested batch fits."""
+    root = tmp_path / "photos"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(root / f"{k}.png")
+        (root / f"{k}.txt").write_text(f"picture {k}")
+    done = examine("data=captions", f"data.root={root}", f"hydra.run.dir={tmp_path / 'out'}", "steps=0")
+    assert done.returncode == 0, done.stderr
+    *_, line = done.stdout.splitlines()
+    assert {"conditioning=text", "data.batch_size=2"} <= {*shlex.split(line)}
+
+
+def test_other_data_are_refused(tmp_path):
+    done = examine("data=array", f"data.root={tmp_path / 'x.npy'}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert done.returncode == 2
+    assert "data=folder" in done.stderr and done.stderr.count("\n") == 1
