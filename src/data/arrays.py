@@ -140,6 +140,7 @@ class Arrays:
             labels = labels_from_names(_read_labels(path.parent / self.labels, len(array)))
             counted = f", {len(labels.classes)} classes"
         text = f"{len(array):,} {KINDS[len(size)]} in {path.name}{counted}" + describe_array(array, limits)
+        text += _guessed_channels(array)
         return ArraySource(open_array, None, labels, None, None, None, limits, ".npy", {"one_file": True}, text, {})
 
     def _open_many(
@@ -276,6 +277,16 @@ def one_file(root: Any, labels: str | None) -> Path | None:
         files = [each for each in path.iterdir() if each.name != labels and (each.is_dir() or is_array(each.name))]
         path = files[0] if len(files) == 1 else path
     return path if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES else None
+
+
+def _guessed_channels(array: Array) -> str:
+    """Return the part of the summary that says how to read an array (N, C, *size) whose axis 1 may be no channels."""
+    _, channels, *size = array.shape
+    many = channels > 4 and array.dtype.kind in "bui"
+    if channels == 1 or len(size) > 2 or not (many or size == [channels]):
+        return ""
+    kind = KINDS[len(size) + 1]
+    return f"; axis 1 is read as {channels} channels: if the samples are {kind} of one channel, add data.channels=1"
 
 
 def _find_folder(root: Any, name: str) -> FoundImages:

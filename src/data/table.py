@@ -1,5 +1,6 @@
 """Rows of a table as samples, with columns for classes and covariates."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from src.data.column_types import MAX_CATEGORIES, MISSING, parse, type_override
 from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
+from src.data.dates import dates_of_texts
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
@@ -350,6 +352,9 @@ class TableDataModule(BaseDataModule):
                 raise ValueError(f"{table.path}: data.transforms of {error}") from error
             if column.low is not None and column.high is not None:
                 _check_varies(table, name, column.low, column.high, "data.columns")
+            if name not in self.types and (other := _other_order(table, column)):
+                use = type_override(name, other)
+                self.notes.append(f"{name} read as {column.format}, although it may be {other}: then add {use}")
             columns.append(column)
             cells_kept.append(cells)
         return columns, cells_kept
@@ -441,6 +446,16 @@ def _condition(table: Table, name: str) -> Cells:
         )
         return cells._replace(type="number", values=values)
     return cells if cells.type in ("number", "integer") else parse(table, name, "number")
+
+
+def _other_order(table: Table, column: Column) -> str | None:
+    """Return the format of a column's dates with day and month swapped if it fits all of them too."""
+    if not re.match(r"%[dm][-/]%[dm]", column.format) or column.suffix:
+        return None
+    other = column.format.translate(str.maketrans("dm", "md"))
+    texts = [cell.strip() for cell in table.column(column.name)]
+    texts = [text for text in texts if text.lower() not in MISSING]
+    return other if dates_of_texts(texts, [other]) is not None else None
 
 
 def _check_varies(table: Table, name: str, low: float, high: float, setting: str) -> None:

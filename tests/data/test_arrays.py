@@ -310,3 +310,15 @@ def test_missing_label_file_names_its_setting(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((4, 1, 8), np.float32) + np.arange(8, dtype=np.float32))
     with pytest.raises((ValueError, FileNotFoundError), match=r"data\.source\.labels"):
         opened(tmp_path / "a.npy", source_labels="gone.npy")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "hinted"),
+    [((30, 16, 16), "uint8", True), ((20, 8, 9, 10), "uint8", True), ((30, 3, 16, 16), "uint8", False),
+     ((20, 8, 9, 10), "float32", False)],
+)  # fmt: skip
+def test_ambiguous_channels_name_the_setting(shape, dtype, hinted, tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 256, shape).astype(dtype))
+    assert ("data.channels=1" in opened(tmp_path / "a.npy").source.summary) == hinted
+    other = opened(tmp_path / "a.npy", channels=1) if hinted else None
+    assert other is None or (other.shape == (1, *shape[1:]) and "data.channels" not in other.source.summary)

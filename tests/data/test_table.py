@@ -616,3 +616,13 @@ def test_signs_explain_why_numbers_are_text(form, tmp_path):
     rows = [f"{k % 7},{form.format(k + 0.25)}" for k in range(20)]
     (tmp_path / "a.csv").write_text("\n".join(["x,price", *rows]))
     assert "remove the sign" in opened(tmp_path / "a.csv").left_out["price"]
+
+
+@pytest.mark.parametrize(("last", "hinted"), [("07/12/2020", True), ("01/13/2020", False)])
+def test_dates_of_either_order_are_named(last, hinted, tmp_path):
+    rows = [f"{k},0{k + 1}/0{7 - k}/2020" for k in range(7)] + [f"7.5,{last}"]
+    (tmp_path / "a.csv").write_text("\n".join(["x,day", *rows]))
+    notes = [note for note in opened(tmp_path / "a.csv").notes if "day" in note]
+    assert bool(notes) == hinted
+    if hinted:
+        assert "%m/%d/%Y" in notes[0] and "data.types=" in notes[0] and "%d/%m/%Y" in notes[0]
