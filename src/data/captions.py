@@ -1,5 +1,6 @@
 """Image folders with captions, for text-to-image models."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,15 +77,15 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
         raise ValueError(
             f"{format_override('data.root', path)} "
             f"has no captions, neither in {' nor '.join(TABLES)} nor in a text file per image, such "
-            f"as {texts[0].relative_to(path)}; write one of these, or use data=folder"
+            f"as {os.path.relpath(texts[0], path)}; write one of these, or use data=folder"
         )
-    if missing := [str(f.relative_to(path)) for f, found in zip(files, exists, strict=True) if not found]:
+    if missing := [os.path.relpath(f, path) for f, found in zip(files, exists, strict=True) if not found]:
         raise ValueError(
             f"{len(missing)} of {len(files)} images under {path} have no caption ({first_names(missing)}); write a "
             ".txt with the same name for each, or remove these images"
         )
     captions = [[line for line in _lines(text) if line] for text in texts]
-    if empty := [str(t.relative_to(path)) for t, found in zip(texts, captions, strict=True) if not found]:
+    if empty := [os.path.relpath(t, path) for t, found in zip(texts, captions, strict=True) if not found]:
         raise ValueError(f"{len(empty)} captions under {path} are empty ({first_names(empty)}); write a line of text")
     return captions
 

@@ -138,6 +138,14 @@ def test_images_without_caption_are_named(tmp_path):
     assert "metadata.csv has no caption for 8 of 9 images" in refused(tmp_path)
 
 
+def test_image_of_another_root_without_caption_is_named(tmp_path):
+    for root, captioned_file in (("a", "0.png"), ("b", "1.png")):
+        images(tmp_path / root, "0.png", "1.png")
+        (tmp_path / root / captioned_file).with_suffix(".txt").write_text("one")
+    with pytest.raises(ValueError, match=r"2 of 4 images .*\(1\.png, \.\./b/0\.png\)"):
+        captioned([str(tmp_path / "a"), str(tmp_path / "b")], 8, 3)
+
+
 def test_rows_without_image_are_named(tmp_path):
     """Including files that are not images or lie outside of the root."""
     images(tmp_path, "a.png")
