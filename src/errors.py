@@ -1,7 +1,8 @@
 """Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
 
+import difflib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -85,3 +86,14 @@ def sentence(error: BaseException) -> str:
     """Return the first sentence of an error, without its final period."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")
+
+
+def first_names(names: Sequence[str], count: int = 5) -> str:
+    """List the first names and count the rest, for a message."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return the end of an error: the known names most similar to an unknown one."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"

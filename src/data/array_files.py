@@ -14,7 +14,7 @@ import numpy as np
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.read_errors import read_with_retries
 from src.data.scan import FoundImages
-from src.data.table_files import first_names
+from src.errors import first_names
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}

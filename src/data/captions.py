@@ -10,8 +10,9 @@ from src.data.folder import FolderImages, find, open_images
 from src.data.frames import describe_frames
 from src.data.label_table import group_by_image
 from src.data.scan import class_folders
-from src.data.table_files import FILE_COLUMNS, first_names, read_pairs
+from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
+from src.errors import first_names
 from src.quoting import format_override
 
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
@@ -22,7 +23,7 @@ KEYS = ("text", "caption", "captions")
 
 
 def captioned(
-    root: str | None,
+    root: str | Sequence[str] | None,
     image_size: int | Sequence[int],
     channels: int,
     prepare: bool = False,

@@ -10,8 +10,9 @@ import numpy.typing as npt
 
 from src.data.columns import EXACT, Cells, Column, ColumnType, Floats
 from src.data.dates import COMPACT_FORMAT, UNITS, are_compact_dates, dates_of_texts, ticks_of
-from src.data.table_files import Table, cell_text, first_names, sorted_names
+from src.data.table_files import Table, cell_text, sorted_names
 from src.data.table_text import to_numbers
+from src.errors import first_names
 from src.quoting import format_override, shell_word
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.data.sources import Source
-from src.data.table_files import did_you_mean
+from src.errors import did_you_mean
 
 NO_CLASSES = (
     "conditioning=class needs data with classes; put the images of each class into a subfolder of data.root, or list "

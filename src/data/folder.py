@@ -44,8 +44,8 @@ from src.data.scan import (
     join,
 )
 from src.data.sources import Covariates, Labels, Source
-from src.data.table_files import FILE_COLUMNS, first_names, labels_from_names
-from src.errors import DataReadError
+from src.data.table_files import FILE_COLUMNS, labels_from_names
+from src.errors import DataReadError, first_names
 from src.quoting import format_override
 
 MAX_SKIPPED = 0.1

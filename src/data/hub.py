@@ -15,8 +15,7 @@ from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import FolderImages, open_images, refuse_val_root
 from src.data.layout import SPLITS
 from src.data.sources import Labels
-from src.data.table_files import did_you_mean, first_names
-from src.errors import one_line
+from src.errors import did_you_mean, first_names, one_line
 from src.quoting import format_override
 
 BATCH = 1000

@@ -9,8 +9,9 @@ import torch
 
 from src.data.scan import FoundImages
 from src.data.sources import Covariates
-from src.data.table_files import did_you_mean, first_names, read_pairs, read_table
+from src.data.table_files import read_pairs, read_table
 from src.data.table_text import to_numbers
+from src.errors import did_you_mean, first_names
 
 T = TypeVar("T")
 

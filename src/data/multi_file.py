@@ -12,7 +12,7 @@ import numpy.typing as npt
 from src.data.decode import Decoded, Pages, decode
 from src.data.encoded import Names
 from src.data.scan import FoundImages
-from src.data.table_files import first_names
+from src.errors import first_names
 
 
 @dataclass(frozen=True)

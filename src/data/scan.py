@@ -22,7 +22,7 @@ from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import EncodedImages, Names
 from src.data.layout import SPLITS, Depth, class_levels, outer_folders
 from src.data.overlap import lies_in
-from src.data.table_files import first_names
+from src.errors import first_names
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),

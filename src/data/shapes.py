@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from src.data.sources import Covariates, Labels, Source
-from src.data.table_files import did_you_mean
+from src.errors import did_you_mean
 from src.rng import key
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {

@@ -17,7 +17,7 @@ from src.data.decode import ARRAY_SUFFIXES, image_suffixes
 from src.data.encoded import Names
 from src.data.scan import tar_places
 from src.data.shard_files import damaged_shard
-from src.data.table_files import first_names
+from src.errors import first_names
 from src.quoting import format_override
 
 CAPTION_KEYS = ("txt", "text", "caption", "captions")

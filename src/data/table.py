@@ -15,8 +15,9 @@ from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform,
 from src.data.dates import dates_of_texts
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
-from src.data.table_files import Table, did_you_mean, first_names, labels_from_names, read_table
+from src.data.table_files import Table, labels_from_names, read_table
 from src.data.table_text import to_number
+from src.errors import did_you_mean, first_names
 from src.quoting import format_override
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 import bz2
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -20,7 +19,7 @@ import torch
 
 from src.data.sources import Labels
 from src.data.table_text import ambiguous_number, decode_text, find_decimal, find_separator, is_number
-from src.errors import one_line
+from src.errors import did_you_mean, first_names, one_line
 from src.quoting import format_override
 
 if TYPE_CHECKING:
@@ -186,17 +185,6 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     if all(name.isdecimal() for name in different):
         different.sort(key=int)
     return different
-
-
-def first_names(names: Sequence[str], count: int = 5) -> str:
-    """List the first names and count the rest, for a message."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error: the known names most similar to an unknown one."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
 
 
 # Text files

@@ -26,7 +26,7 @@ from src.data.pixel_store import default_cache_dir
 from src.data.scan import read_at
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
-from src.data.table_files import first_names
+from src.errors import first_names
 from src.quoting import format_override
 
 VERSION = 2

@@ -445,7 +445,7 @@ def test_schedule_that_does_not_reach_noise_warns(tmp_path):
 
 
 def test_weighting_of_zero_at_the_last_step_warns(tmp_path):
-    with pytest.warns(UserWarning, match="no weight at all"):
+    with pytest.warns(UserWarning, match="weighting=uniform"):
         train_tiny(tmp_path / "run", "zero_terminal_snr=true", "trainer.max_steps=1")
 
 
