@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from src.data.decode import Decoded, Pages, decode
 from src.data.encoded import Names
-from src.data.scan import FoundImages
+from src.data.scan import FoundImages, compile_pattern
 from src.errors import first_names
 
 
@@ -66,12 +66,7 @@ def combine(found: FoundImages, pattern: str, channel_names: Sequence[str] | Non
     or no files.
     """
     setting = f"data.source.channel_pattern={pattern!r}"
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{setting} is not a regular expression ({error})") from error
-    if compiled.groups != 1:
-        raise ValueError(f"{setting} needs one group in parentheses, such as '_(B[0-9]+)' or '(red|green|blue)/'")
+    compiled = compile_pattern("data.source.channel_pattern", pattern, "'_(B[0-9]+)' or '(red|green|blue)/'")
     matches = [compiled.search(name) for name in found.names]
     present = {match[1] for match in matches if match is not None and match[1] is not None}
     names = tuple(sorted(present, key=_by_numbers) if channel_names is None else map(str, channel_names))

@@ -359,17 +359,23 @@ def describe_depth(found: FoundImages, depth: Depth) -> str:
     return text if depth == 1 and len(nested) > max(1, len(tops)) else ""
 
 
+def compile_pattern(setting: str, pattern: str, example: str) -> re.Pattern[str]:
+    """Return a regular expression with one group. Raises ValueError, with an `example`, for any other pattern."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{setting}={pattern!r} is not a regular expression ({error}); correct it") from error
+    if compiled.groups != 1:
+        raise ValueError(f"{setting}={pattern!r} needs one group in parentheses, such as {example}")
+    return compiled
+
+
 def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
     """Return the class of each image: what the group of a regular expression matches in its name.
 
     Raises ValueError for an invalid pattern, one without a group, and names that it does not match.
     """
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"data.source.class_pattern={pattern!r} is not a regular expression ({error})") from error
-    if compiled.groups != 1:
-        raise ValueError(f"data.source.class_pattern={pattern!r} needs one group in parentheses, such as '(cat|dog)_'")
+    compiled = compile_pattern("data.source.class_pattern", pattern, "'(cat|dog)_'")
     matches = [compiled.search(name) for name in found.names]
     missing = [name for name, match in zip(found.names, matches, strict=True) if match is None or match[1] is None]
     if missing:
