@@ -21,25 +21,12 @@ COMMANDS = ("compare", "dashboard", "doctor", "evaluate", "export", "sample", "s
 """The modules that are commands."""
 
 
-def _check_command(module: str) -> None:
-    """Exit with status 2 if `module` is not a command; `python -m` would only define its functions."""
-    import difflib
-
-    name = module.partition(".")[2]
-    if name in COMMANDS:
-        return
-    close = difflib.get_close_matches(name.rpartition(".")[2], COMMANDS, n=1)
-    hint = f"did you mean src.{close[0]}? The" if close else "the"
-    known = ", ".join(f"src.{command}" for command in COMMANDS)
-    sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")
-    sys.exit(2)
-
-
 if sys.argv[:1] == ["-m"]:  # only while Python looks for the module of `python -m`
     # sys.orig_argv has Python's options, -m, the module, and then the words that follow in sys.argv.
     _module = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)].removeprefix("-m")
     if _module.partition(".")[0] == __name__:  # the user's package may import this one
-        _check_command(_module)
         from src.distributed.ranks import end_on_ctrl_c
+        from src.errors import check_command
 
+        check_command(_module, COMMANDS)
         end_on_ctrl_c()

@@ -1,6 +1,7 @@
 """Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
 
 import difflib
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,3 +98,15 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """Return the end of an error: the known names most similar to an unknown one."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
+
+
+def check_command(module: str, commands: Sequence[str]) -> None:
+    """Exit with status 2 if `python -m module` names none of the commands; it would only define functions."""
+    package, _, name = module.partition(".")
+    if name in commands:
+        return
+    close = difflib.get_close_matches(name.rpartition(".")[2], commands, n=1)
+    hint = f"did you mean {package}.{close[0]}? The" if close else "the"
+    known = ", ".join(f"{package}.{command}" for command in commands)
+    sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")
+    sys.exit(2)

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 SRC = Path(__file__).parents[1] / "src"
@@ -9,10 +10,9 @@ FILES = sorted(SRC.rglob("*.py"))
 COMMANDS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
 STANDARD = set(sys.stdlib_module_names)
 LAYERS = (
-    {"errors", "rng", "cache", "quoting"},
-    {"diffusion", "models", "distributed", "viz"},
-    {"data", "metrics", "config", "interop"},
-    {"training"},
+    {"errors", "rng", "cache", "quoting", "diffusion", "models", "distributed", "viz"},
+    {"data", "metrics", "interop"},
+    {"training", "config"},
     {"evaluation"},
     {"runs"},
     {"comparison"},
@@ -21,6 +21,7 @@ LAYERS = (
 """Folders and modules of src; each imports only from layers below its own (docs/design.md)."""
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Return the full name of every module that a file imports, inside functions and for type checking too."""
     names: set[str] = set()

@@ -12,14 +12,10 @@ from src.config.output import OUTPUT_OVERRIDE
 from src.config.overrides import check_overrides, key_of, last_value
 from src.config.search_path import CONF
 from src.config.words import parsed
+from src.data import PATH_KEYS
 from src.errors import UsageError, first_line
 from src.quoting import format_override, quoted, shell_word
 
-PATH_KEYS = (
-    *("data.root", "data.val_root", "data.path", "data.name", "data.urls", "data.val_urls"),
-    *("data.source.labels", "data.source.captions"),
-)
-"""Settings of files that a run only reads."""
 NAME_KEYS = (
     *(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms")),
     *(f"data.source.{name}_column" for name in ("file", "image", "label", "caption")),

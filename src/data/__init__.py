@@ -1,1 +1,7 @@
 """Datasets and LightningDataModules. Independent of the mathematics and the networks."""
+
+PATH_KEYS = (
+    *("data.root", "data.val_root", "data.path", "data.name", "data.urls", "data.val_urls"),
+    *("data.source.labels", "data.source.captions"),
+)
+"""Settings of files that a run only reads."""

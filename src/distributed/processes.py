@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 
 from src.distributed.ranks import remember_children, signals_blocked, slurm_tasks
-from src.errors import sentence
 
 T = TypeVar("T")
 
@@ -106,7 +105,8 @@ def start_processes(device: torch.device, devices: int, num_nodes: int) -> Proce
     try:
         fabric = Fabric(accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy="ddp")
     except MisconfigurationException as error:
-        raise ValueError(f"devices={devices} is not available: {sentence(error)} (device={device.type})") from error
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"devices={devices} is not available: {reason} (device={device.type})") from error
     check_processes("", fabric.device, devices, num_nodes, getattr(fabric.strategy, "cluster_environment", None))
     start_quietly(fabric.strategy)
     fabric.launch()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from src.config.resume import PATH_KEYS
+from src.data import PATH_KEYS
 
 if TYPE_CHECKING:
     from torch import Tensor
