@@ -9,6 +9,9 @@ PEERS := $(VENV)/.peers
 NEEDED_GB := 8
 ARGS ?=
 
+# Without bytecode files each process would compile torch and Lightning again: 8 s at every start.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-faults lint types format unit schedules reference bench bench-gpu gpu-check lock clean
 

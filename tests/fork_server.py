@@ -12,7 +12,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,15 +31,39 @@ def _server() -> tuple[IO[str], IO[str]]:
 
 def run_python(*words: str, cwd: Path, stdin: str = "", **variables: str) -> "subprocess.CompletedProcess[str]":
     """Run `python WORDS`, with `-m module` or `-c code` first, in the environment of now with further `variables`."""
+    (done,) = _run(words, cwd, stdin, [variables])
+    return done
+
+
+def run_ranks(count: int, *words: str, cwd: Path, **variables: str) -> "list[subprocess.CompletedProcess[str]]":
+    """Run `python WORDS` in `count` processes, each with the environment, and all with the store, of torchrun."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True}
+    shared |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+    ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return _run(words, cwd, "", [variables | {name: str(value) for name, value in rank.items()} for rank in ranks])
+
+
+def _run(
+    words: tuple[str, ...], cwd: Path, stdin: str, variables: list[dict[str, str]]
+) -> "list[subprocess.CompletedProcess[str]]":
+    """Run the command once for each set of variables, all at the same time."""
     requests, answers = _server()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     with tempfile.TemporaryDirectory() as folder:
-        files = [os.path.join(folder, name) for name in ("stdin", "stdout", "stderr")]
-        Path(files[0]).write_text(stdin)
-        request = {"words": words, "cwd": str(cwd), "environment": environment, "files": files}
-        print(json.dumps(request), file=requests, flush=True)
-        status = int(answers.readline())
-        return subprocess.CompletedProcess(words, status, *(Path(file).read_text() for file in files[1:]))
+        commands: list[dict[str, Any]] = []
+        for number, own in enumerate(variables):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own}
+            files = [os.path.join(folder, f"{number}.{name}") for name in ("stdin", "stdout", "stderr")]
+            Path(files[0]).write_text(stdin)
+            commands.append({"words": words, "cwd": str(cwd), "environment": environment, "files": files})
+        print(json.dumps(commands), file=requests, flush=True)
+        return [
+            subprocess.CompletedProcess(words, status, *(Path(file).read_text() for file in command["files"][1:]))
+            for command, status in zip(commands, json.loads(answers.readline()), strict=True)
+        ]
 
 
 def _become(words: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> None:
@@ -63,7 +87,10 @@ if __name__ == "__main__":
     import torchvision  # noqa: F401
 
     while line := sys.stdin.readline():
-        if (child := os.fork()) == 0:
-            _become(**json.loads(line))
-            sys.exit()
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        for command in json.loads(line):
+            if (child := os.fork()) == 0:
+                _become(**command)
+                sys.exit()
+            children.append(child)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)

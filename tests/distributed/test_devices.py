@@ -20,7 +20,7 @@ from src.errors import UsageError
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import HANG_SECONDS, TINY, compose, once, train_tiny
-from tests.fork_server import run_python
+from tests.fork_server import run_python, run_ranks
 from tests.runs.test_runs import weights
 
 
@@ -53,17 +53,18 @@ def python(*arguments: str, cwd: Path, **variables: str) -> "subprocess.Complete
     )
 
 
-def run_jobs(*launcher: str, jobs: list[list[str]], cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """Run several commands in the processes of one start (`jobs.py`), by the launcher or by the first command."""
-    start = python if launcher else run_python
-    done = start(*launcher, "-m", "tests.distributed.jobs", cwd=cwd, JOBS=json.dumps(jobs))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+def run_jobs(jobs: list[list[str]], cwd: Path, ranks: int = 0) -> str:
+    """Run commands one after the other in `ranks` processes, or in those that the first command starts."""
+    words = ("-m", "tests.distributed.jobs")
+    done = (
+        run_ranks(ranks, *words, cwd=cwd, JOBS=json.dumps(jobs))
+        if ranks
+        else [run_python(*words, cwd=cwd, JOBS=json.dumps(jobs))]
+    )
+    for process in done:
+        assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
     assert [p.name for p in cwd.iterdir()] == ["outputs"]
-    return done
-
-
-def torchrun(processes: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return "".join(process.stdout for process in done)
 
 
 def lightning_starts(processes: int, *overrides: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
@@ -129,18 +130,18 @@ def started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[P
         ["src.train", *once(*TINY, "trainer.devices=2", *SETTINGS)],
         ["src.evaluate", f"run={trained}", *EVALUATION, "devices=2"],
     ]
-    return cwd, run_jobs(jobs=jobs, cwd=cwd).stdout
+    return cwd, run_jobs(jobs, cwd)
 
 
 @pytest.fixture(scope="module")
 def torchrun_started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, str]":
-    """Return the folder and the output of two processes of torchrun: they train with sharded weights and sample."""
+    """Return the folder and the output of two processes in the environment of torchrun: they train sharded and sample."""
     cwd = tmp_path_factory.mktemp("torchrun")
     jobs = [
         ["src.train", *once(*TINY, "trainer.devices=2", *SHARDED, *SETTINGS)],
         ["src.sample", f"run={trained}", *SAMPLING, "batch_size=2", "devices=2", "gif=true"],
     ]
-    return cwd, run_jobs(*torchrun(2), jobs=jobs, cwd=cwd).stdout
+    return cwd, run_jobs(jobs, cwd, ranks=2)
 
 
 @pytest.mark.slow
