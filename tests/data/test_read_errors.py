@@ -32,7 +32,7 @@ from src.runs.components import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import LOSS_BY_NOISE, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images
-from tests.fork_server import run_python
+from tests.fork_server import run_ranks
 from tests.integration.test_stopping import assert_same_results
 from tests.runs.test_runs import assert_equal_bits, weights
 
@@ -375,11 +375,12 @@ def test_failing_data_of_one_rank_end_all_ranks(photos, copied, undisturbed, tmp
     run = tmp_path / "run"
     settings = [*TINY, *root_of(copied), "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     settings += ["checkpoint_every=100", f"hydra.run.dir='{run}'", f"+callbacks.act._target_={__name__}.RemoveOn"]
-    done = run_python("-m", "src.train", *once(*settings), cwd=CONF.parent)
-    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr[-3000:]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    ranks = run_ranks(2, "-m", "src.train", *once(*settings), cwd=CONF.parent)
+    output = "".join(done.stdout + done.stderr for done in ranks)
+    assert [done.returncode for done in ranks] == [2, 2] and "Traceback" not in output, output[-3000:]
+    errors = [line for line in output.splitlines() if line.startswith("error")]
     (deleted_file,) = copied.rglob("*.deleted")
-    assert len(errors) == 1 and str(deleted_file.with_suffix(".png")) in errors[0], done.stderr
+    assert len(errors) == 1 and str(deleted_file.with_suffix(".png")) in errors[0], output
     assert "saved at step 5" in errors[0] and f"resume={run}" in errors[0]
     deleted_file.rename(deleted_file.with_suffix(".png"))
     quietly(run, *root_of(copied), f"resume='{run}'")

@@ -12,7 +12,8 @@ from src.runs.build import build, close_run, start_run
 from src.runs.fit import save_last_checkpoint
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, once, train_tiny
-from tests.distributed.test_devices import lightning_starts, only_run
+from tests.distributed.test_devices import only_run
+from tests.fork_server import run_ranks
 from tests.training.test_resume_lr import formula, rates
 
 
@@ -181,9 +182,9 @@ def test_two_processes_fix_the_same_number(tmp_path):
     """By the clock of the first one, 15 s are 30 steps of 0.5 s; by that of the second, steps take twice as long."""
     settings = [*SETTINGS, "callbacks.time_budget._target_=tests.faults.SkewedBudget", "trainer.max_steps=60"]
     settings += ["callbacks.time_budget.minutes=0.25", "+callbacks.watch._target_=tests.faults.Watch"]
-    done = lightning_starts(2, *settings, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    ranks = run_ranks(2, "-m", "src.train", *once(*TINY, "trainer.devices=2", *settings), cwd=tmp_path)
+    assert [done.returncode for done in ranks] == [0, 0], "".join(done.stdout + done.stderr for done in ranks)[-5000:]
     run = only_run(tmp_path)
     assert json.loads((run / "metrics.json").read_text())["steps"] == 30
-    assert all(f"rank {rank} step 29 weights" in done.stdout for rank in (0, 1))
-    assert done.stdout.count("steps fit into") == 1
+    assert all(f"rank {rank} step 29 weights" in done.stdout for rank, done in enumerate(ranks))
+    assert sum(done.stdout.count("steps fit into") for done in ranks) == 1
