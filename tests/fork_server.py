@@ -84,7 +84,7 @@ def _become(words: list[str], cwd: str, environment: dict[str, str], files: list
 
 
 if __name__ == "__main__":
-    import lightning.pytorch.callbacks
+    import lightning.pytorch.callbacks  # noqa: F401
     import torchvision  # noqa: F401
 
     while line := sys.stdin.readline():

@@ -135,7 +135,7 @@ def started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[P
 
 @pytest.fixture(scope="module")
 def torchrun_started(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> "tuple[Path, str]":
-    """Return the folder and the output of two processes in the environment of torchrun: they train sharded and sample."""
+    """Return the folder and the output of two processes, as of torchrun: they train with sharded weights and sample."""
     cwd = tmp_path_factory.mktemp("torchrun")
     jobs = [
         ["src.train", *once(*TINY, "trainer.devices=2", *SHARDED, *SETTINGS)],
