@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src.comparison.survey import check_same_data, find_wandb, run_folders, survey
+from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.overrides import key_of
@@ -19,7 +19,9 @@ from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
 from src.quoting import quoted
+from src.runs.checkpoints import has_averages
 from src.runs.evaluation import quality_settings
+from src.training.checkpoints import read_checkpoint
 from src.viz.tables import write_json
 
 
@@ -41,6 +43,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
+        if cfg.ema is None:
+            cfg.ema = common_weights(runs)
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed
@@ -82,6 +86,16 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         log_comparison(results["runs"], where["project"], group, folder, where.get("entity"), wandb_offline())
         print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
     return results
+
+
+def common_weights(runs: Sequence[SurveyedRun]) -> bool:
+    """Return whether all runs have averaged weights. Raises ValueError if only some have them."""
+    without = [run.record.name for run in runs if not has_averages(read_checkpoint(run.checkpoint))]
+    if without and len(without) < len(runs):
+        raise ValueError(f"ema=null needs one kind of weights, and {without[0]} has only raw ones; type ema=false")
+    if without and rank() == 0:
+        print("The runs have no averaged weights; using the raw ones, as ema=false does")
+    return not without
 
 
 def with_runs(arguments: Sequence[str]) -> list[str]:

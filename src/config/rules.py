@@ -105,6 +105,9 @@ SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
 WORDS = {"data.source.class_depth": ("all",)}
 """Words that a setting accepts besides values of its default's type."""
 
+SWITCHES = ("ema",)
+"""Settings that are true or false, with the default null."""
+
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
@@ -147,11 +150,14 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     A default that is a string or null allows any type. An empty string as a folder would mean the current one. The
     message shows the value as it was `typed`, if that is known.
     """
-    if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
+    if (value is None and ("." in name or name in (*OPTIONAL, *SWITCHES))) or (
+        isinstance(value, str) and "${" in value
+    ):
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
     _check_finite(name, default, value)
+    default = True if name in SWITCHES else default
     if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
     for kind, fits, rule in (
