@@ -1,13 +1,17 @@
 """Check a configuration against the signatures of its targets before anything is built."""
 
+import ast
 import difflib
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig
@@ -74,6 +78,44 @@ def import_target(setting: str, path: str) -> Any:
             f"{setting}={path} cannot be imported ({sentence(error)}); correct the name, or type PYTHONPATH=FOLDER in "
             "front of python for a module in FOLDER"
         ) from error
+
+
+@cache
+def arguments_in_source(path: str) -> tuple[str, ...] | None:
+    """Return the arguments of the class or function at a dotted path, read from its source: importing torch takes long.
+
+    Returns None if it accepts any argument, or if its definition is not found.
+    """
+    module, _, name = path.rpartition(".")
+    top, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        assert spec is not None and spec.origin is not None
+        file = Path(spec.origin) if not inner else Path(spec.origin).parent.joinpath(*inner, "__init__.py")
+        file = file if file.is_file() else file.parent.with_suffix(".py")
+        nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    except (AssertionError, ImportError, OSError, SyntaxError, ValueError):
+        return None
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    above = ".".join(package.split(".")[: -(node.level - 1) or None]) if node.level else ""
+                    return arguments_in_source(".".join(filter(None, [above, node.module, alias.name])))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            own = node if isinstance(node, ast.FunctionDef) else None
+            for each in node.body if isinstance(node, ast.ClassDef) else ():
+                own = each if isinstance(each, ast.FunctionDef) and each.name == "__init__" else own
+            if own is None:  # of its base class
+                bases = node.bases if isinstance(node, ast.ClassDef) and not node.decorator_list else []
+                return (
+                    arguments_in_source(f"{module}.{bases[0].id}") if bases and isinstance(bases[0], ast.Name) else None
+                )
+            listed = own.args
+            names = [each.arg for each in (*listed.posonlyargs, *listed.args, *listed.kwonlyargs)]
+            return None if listed.kwarg else tuple(each for each in names if each != "self")
+    return None
 
 
 def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], parameters: Mapping[str, Any]) -> str:

@@ -148,9 +148,12 @@ def _launch(
 
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)
     if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
-        with redirect_stdout(io.StringIO()) as text:
-            run(run_task)()
-        print(text.getvalue(), end="")
+        text = io.StringIO()
+        try:
+            with redirect_stdout(text):  # so that `quiet_pipe` sees a closed pipe first
+                run(run_task)()
+        finally:
+            print(text.getvalue(), end="")
         return
     if not (flags.multirun and deferred):
         run(run_task)()

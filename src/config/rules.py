@@ -169,7 +169,7 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) or kind is dict else f", such as {default}"
+                example = "" if "${" in str(default) or kind in (bool, dict) else f", such as {default}"
                 if kind is int and isinstance(value, float) and value.is_integer():
                     example = f"; type {name}={int(value)}"
                 if kind is int and (ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value))):
