@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
@@ -32,7 +32,9 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         settings = quality_settings(cfg)
         settings.check()
-        folders = run_folders(list(cfg.runs or []))
+        folders = run_folders(
+            list(cfg.runs or []) if isinstance(cfg.runs, ListConfig | type(None)) else [str(cfg.runs)]
+        )
         runs, notes = survey(folders)
         if rank() == 0:
             for note in notes:
@@ -118,5 +120,6 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = with_runs(sys.argv[1:])
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     launch("compare", compare)

@@ -14,7 +14,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.arguments import arguments_in_source
@@ -27,6 +27,9 @@ from src.quoting import format_override, shell_word
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
+
+LISTS = ("names", "runs", "cond", "features", "analytic_spacing", "data.root", "data.columns", "data.condition_columns")
+"""Settings with the default null that may be lists."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
@@ -99,7 +102,7 @@ def check_overrides(
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
-            _check_sweep(override, read, multirun, groups)
+            _check_sweep(override, read, multirun, groups, base)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                 _check_key(override, read, base, groups)
         final = deepcopy(base)  # right if every override chooses options of a group
@@ -208,13 +211,18 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
+def _check_sweep(
+    override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]], base: DictConfig
+) -> None:
     """Raise UsageError for a sweep without -m, and for an interval without a sweeper that searches it."""
     if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in read}:
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
     if override.is_sweep_override() and not multirun:
         name, _, value = str(override.input_line).partition("=")
         as_text = "" if name in groups else f", or type {format_override(name, value)} if it is one value"
+        default = OmegaConf.select(base, name, throw_on_missing=False, throw_on_resolution_failure=False)
+        if override.is_choice_sweep() and (isinstance(default, ListConfig) or name in LISTS):
+            raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
         raise UsageError(f"{override.input_line} is a sweep; add -m to run one job per value{as_text}")
 
 

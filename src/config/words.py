@@ -36,8 +36,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     known, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
-        overrides = [*known.overrides, *unknown]
-        value = value or next((word for word in overrides[: overrides.index(unknown[0])][-1:]), "VALUE")
+        following = arguments[arguments.index(unknown[0]) + 1 :][:1]
+        value = value or next((word for word in following if not re.search(r"^-|=", word)), "VALUE")
         raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
     overrides, flags, rest = list(known.overrides), [], list(known.overrides)
     for word in arguments:
@@ -134,5 +134,7 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
             setting = "ckpt"
         word = word if setting == "ckpt" else run_folder(word)
         return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
+    if config_name == "schedules" and word in groups["schedule"]:
+        return f"type {format_override('names', [each for each in words if '=' not in each])}"
     found = [f"{group}={word}" for group, options in groups.items() if word in options]
     return f"type {' or '.join(found)}" if found else "overrides look like key=value, without spaces"

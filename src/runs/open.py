@@ -141,6 +141,8 @@ def pick_device(name: str) -> "torch.device":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
+        if not isinstance(name, str):
+            raise RuntimeError("a device has a name, such as cuda:1")
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
