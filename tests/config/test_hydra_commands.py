@@ -126,6 +126,7 @@ COMPOSE = {
     "train --help": ["Usage: python -m src.train", "schedule:", "cosine", "seed: 0 #", "max_steps: 2500"],
     "train -h --config-dir own": ["mine"],
     "compare runs=[~/a,~/b] --cfg job": [f"- {Path.home()}/a", f"- {Path.home()}/b"],
+    "sample sampler=ddim sampler.spacing=karras --cfg job": ["spacing: karras"],
     "sample --help": ["Usage: python -m src.sample", "run: null #"],
 }
 """Commands that print something, with parts of it."""
@@ -227,6 +228,21 @@ REFUSED = {
     "train -m optimizer.lr=interval(1,2)": "hydra/sweeper=search",
     "train --config-dir nowhere schedule=mine": "--config-dir nowhere",
     "train --experimental-rerun x": "resume=FOLDER",
+    # Settings with the default null, and lists.
+    "sample run=x ema=yes": "ema=yes must be true or false",
+    "sample run=x guidance.interval=0.5": "guidance.interval=0.5 must be a list",
+    "sample run=x device=gpu": "type device=cuda",
+    "sample run=x sampler=ddim sampler.spacing=foo": "karras",
+    "evaluate run=x num_terms=few": "num_terms=few must be an integer",
+    "evaluate run=x features=[]": "features=[]",
+    "evaluate run=x cache=null": "cache=null",
+    "evaluate run=x alignment=false": "type alignment.enabled=false",
+    "evaluate analytic=mixture analytic_steps=[a]": "analytic_steps=[a] must be a list of numbers",
+    "schedules names=linear,cosine": "names=[linear,cosine]",
+    "schedules linear cosine": "names=[linear,cosine]",
+    "schedules names=5": "unknown schedule '5'",
+    "compare runs=nope": "nope",
+    "train --format json": "type format=json",
     # Hydra's flags.
     "train --cfg job --package": "--package",
     "train --cfg job -p nope": "--package nope",
