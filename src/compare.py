@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
-from src.comparison.survey import check_same_data, find_wandb, run_folders, survey
+from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.overrides import key_of
@@ -19,7 +19,9 @@ from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
 from src.quoting import quoted
+from src.runs.checkpoints import has_averages
 from src.runs.evaluation import quality_settings
+from src.training.checkpoints import read_checkpoint
 from src.viz.tables import write_json
 
 
@@ -30,7 +32,9 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         settings = quality_settings(cfg)
         settings.check()
-        folders = run_folders(list(cfg.runs or []))
+        folders = run_folders(
+            list(cfg.runs or []) if isinstance(cfg.runs, ListConfig | type(None)) else [str(cfg.runs)]
+        )
         runs, notes = survey(folders)
         if rank() == 0:
             for note in notes:
@@ -41,6 +45,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
+        if cfg.ema is None:
+            cfg.ema = common_weights(runs)
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed
@@ -84,6 +90,16 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     return results
 
 
+def common_weights(runs: Sequence[SurveyedRun]) -> bool:
+    """Return whether all runs have averaged weights. Raises ValueError if only some have them."""
+    without = [run.record.name for run in runs if not has_averages(read_checkpoint(run.checkpoint))]
+    if without and len(without) < len(runs):
+        raise ValueError(f"ema=null needs one kind of weights, and {without[0]} has only raw ones; type ema=false")
+    if without and rank() == 0:
+        print("The runs have no averaged weights; using the raw ones, as ema=false does")
+    return not without
+
+
 def with_runs(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with all folders, which are neither overrides nor flags, as `runs=[...]`."""
     overrides, flags = split_arguments(arguments)
@@ -104,5 +120,6 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = with_runs(sys.argv[1:])
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     launch("compare", compare)

@@ -26,7 +26,8 @@ def show_dashboard(cfg: DictConfig) -> str:
                 f"src.dashboard needs wandb-workspaces, which is not installed ({sentence(error)}); run "
                 "pip install -e '.[wandb,dashboard]'"
             ) from error
-        made = report(cfg.entity, cfg.project, cfg.name) if cfg.report else workspace(cfg.entity, cfg.project, cfg.name)
+        names = str(cfg.entity), str(cfg.project), str(cfg.name)  # a team named 5 arrives as an integer
+        made = report(*names) if cfg.report else workspace(*names)
         try:
             made.save()
         except Exception as error:  # network, login and server errors alike

@@ -23,7 +23,7 @@ def export(cfg: DictConfig) -> Path:
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path = start_output(Path(cfg.run_dir)) / "model.safetensors"
-    write_exported(path, opened.module.state_dict(), cfg.ema, config)
+    write_exported(path, opened.module.state_dict(), opened.averaged, config)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({path.stat().st_size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")

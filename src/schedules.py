@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from src.config.cli import launch
 from src.config.output import start_output
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def show_schedules(cfg: DictConfig) -> Path:
     """Print and write a table of the chosen schedules, plot their curves, and draw a strip of noised data for each."""
     available = [name for name in config_groups()["schedule"] if name != "custom"]
-    names = available if cfg.names is None else [cfg.names] if isinstance(cfg.names, str) else list(cfg.names)
+    names = available if cfg.names is None else list(cfg.names) if isinstance(cfg.names, ListConfig) else [cfg.names]
     if not names:
         raise UsageError("names=[] must name at least one schedule; leave it out for all")
     for name in names:
         if name not in available:
-            raise UsageError(unknown_option("schedule", name, available))
+            raise UsageError(unknown_option("schedule", str(name), available))
 
     import torch
 

@@ -135,7 +135,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
         print_once("No checkpoint was saved: trainer.enable_checkpointing=false")
         return
     folder = format_override("run", relative(run.directory))
-    sample = command("sample", *search_path_overrides(), folder, *([] if run.averages else ["ema=false"]))
+    sample = command("sample", *search_path_overrides(), folder)
     print_once(f"More samples: {sample} n=64")
     if (condition := run.data.condition) and condition.examples:
         example = condition.examples[0]

@@ -10,7 +10,7 @@ FILES = sorted(SRC.rglob("*.py"))
 COMMANDS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
 STANDARD = set(sys.stdlib_module_names)
 LAYERS = (
-    {"errors", "rng", "cache", "quoting", "diffusion", "models", "distributed", "viz"},
+    {"errors", "rng", "cache", "quoting", "src", "diffusion", "models", "distributed", "viz"},
     {"data", "metrics", "interop"},
     {"training", "config"},
     {"evaluation"},

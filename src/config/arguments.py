@@ -84,7 +84,8 @@ def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], param
     known += GRID_SETTINGS if name == "sampler" else ()
     close = difflib.get_close_matches(unknown[0], known, n=1) if len(unknown) == 1 else []
     hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
-    if removable := [f"~{name}.{key}" for key in unknown if cfg[key] is not None]:  # another option may set it
+    removable = [f"~{name}.{key}" for key in unknown if cfg[key] is not None]  # another option may set them
+    if removable and not close:
         hint += f"; if another option sets it, type {' '.join(removable)}"
     shown = ", ".join(f"'{name}.{key}'" for key in unknown)
     return f"unknown setting{'s' if len(unknown) > 1 else ''} {shown} for {cfg._target_}; {hint}"

@@ -1,6 +1,8 @@
 """Start a command: check the command line before any slow import, then run Hydra."""
 
+import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -8,10 +10,10 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -24,7 +26,7 @@ from omegaconf import DictConfig, read_write
 import src
 from src.config import resolvers, sweeps  # noqa: F401 - `resolvers` registers those of conf/
 from src.config.help import help_text
-from src.config.output import DeferredOutput, defer_output, discard_output, preserve_sweep, store_output
+from src.config.output import DeferredOutput, absolute_paths, defer_output, discard_output, preserve_sweep, store_output
 from src.config.overrides import (
     check_overrides,
     choose_none,
@@ -34,8 +36,8 @@ from src.config.overrides import (
     key_of,
 )
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
-from src.config.search_path import CONF, config_folders, config_groups, extra_folders
-from src.config.words import split_arguments
+from src.config.search_path import CONF, check_config_flags, config_folders, config_groups, extra_folders
+from src.config.words import check_flags, check_package, split_arguments
 from src.distributed.ranks import (
     Interruption,
     exit_process,
@@ -71,7 +73,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     interruption = Interruption()
     try:
-        with handle_signals(interruption):
+        with handle_signals(interruption), quiet_pipe():
             _launch(config_name, task, together, interruption)
     except KeyboardInterrupt:  # nothing to save yet
         kill_children()
@@ -94,14 +96,19 @@ def _launch(
         if "--version" in words:
             print(f"{src.NAME} {src.__version__}")
             return
-        flags = get_args_parser().parse_args(words)
+        flags = get_args_parser().parse_args([*words, *overrides])
+        check_flags(flags)
         added = extra_folders(overrides, flags.config_dir)
         if flags.help:
             folders = config_folders(added)
             typed = chosen_options(config_name, choose_none(overrides, folders), added)
             print(help_text(config_name, config_groups(folders), typed, folders))
             return
+        if flags.config_path or flags.config_name:
+            check_config_flags(config_name, flags, added)
         overrides, deferred, folder = _prepare(config_name, overrides, flags, added, together)
+        if flags.config_path and Path(flags.config_path).is_dir():  # Hydra would look next to this file
+            words += ["--config-path", str(Path(flags.config_path).resolve())]
         sys.argv[1:] = [*words, *overrides]
     except UsageError as error:
         sys.exit(_report(error))
@@ -110,6 +117,7 @@ def _launch(
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
     def run_task(cfg: DictConfig) -> Any:
+        absolute_paths(cfg)
         if deferred is not None:
             store_output(deferred, cfg)
         quote_run_dir()
@@ -126,6 +134,8 @@ def _launch(
         except Exception as error:
             if interruption.number:
                 raise KeyboardInterrupt from error
+            if isinstance(error, BrokenPipeError) and reader_left():  # Hydra would print a traceback
+                end_silently()
             for _ in range(100 if rank() > 0 else 0):
                 if is_orphan():
                     os._exit(1)  # the first process prints the message
@@ -137,6 +147,14 @@ def _launch(
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)
+    if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
+        text = io.StringIO()
+        try:
+            with redirect_stdout(text):  # so that `quiet_pipe` sees a closed pipe first
+                run(run_task)()
+        finally:
+            print(text.getvalue(), end="")
+        return
     if not (flags.multirun and deferred):
         run(run_task)()
         return
@@ -177,10 +195,39 @@ def _prepare(
     except UsageError as error:
         raise explain_resume(error, config_name, typed, overrides, added) from error
     if flags.cfg:
+        check_package(flags, cfg)
         return overrides, None, Path()
     overrides, deferred, folder = defer_output(cfg, overrides, flags.multirun)
     check_writable(overrides)
     return overrides, deferred, folder
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """End the process silently if the reader of its output ends first, as `head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not reader_left():
+            raise
+        end_silently()
+
+
+def reader_left() -> bool:
+    """Return whether the reader of a pipe at stdout or stderr has ended."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def end_silently() -> NoReturn:
+    """Exit with the status of SIGPIPE; what is left in the buffers goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def warn_repeated(overrides: list[str]) -> None:

@@ -48,8 +48,6 @@ def compose(
                 hint = hint.partition(" Type ")[0]
             elif not hint:
                 hint = "; --help lists the settings"
-                if "To append to your config use " in message:
-                    hint += f". To append to your config use +{line.lstrip('+')}"
             message = f"unknown setting '{match[1]}' in {line}{hint}"
         raise UsageError(message) from error
 

@@ -137,6 +137,7 @@ FOREIGN_OPTIONS = {
 """Options of config groups under other names."""
 
 FOREIGN_VALUES = {
+    "device=gpu": "cuda",
     "precision=float16": "16-mixed",
     "precision=float32": "32-true",
     "precision=fp16": "16-mixed",

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from hydra.utils import to_absolute_path
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from src.distributed.ranks import rank, record_missing_dirs
@@ -171,6 +172,36 @@ def _start_times(sweep: Path, subdir: str | None) -> dict[Path, int]:
     """Return when each job of a sweep last started."""
     files = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+FILE_SETTINGS = (
+    *("data.root", "data.val_root", "data.path", "data.urls", "data.val_urls", "data.cache_dir", "schedule.betas"),
+    *("conditioning.encode.cache", "callbacks.quality.cache", "cache", "inception_weights", "guidance.model"),
+    *("resume", "run", "ckpt", "runs"),
+)
+"""Settings of files and folders."""
+NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")
+"""Settings of a file or folder, or else of something else, such as a name of the hub."""
+
+
+def absolute_paths(cfg: DictConfig) -> None:
+    """Make the paths in `cfg` absolute, from the folder in which the command was typed, under hydra.job.chdir=true."""
+    if not HydraConfig.get().job.chdir:
+        return
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(each) for each in value]
+        return value if not isinstance(value, str) or ":" in value or value == "auto" else to_absolute_path(value)
+
+    for name in (*FILE_SETTINGS, *NAME_OR_FILE):
+        parent, _, key = name.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not isinstance(node, DictConfig) or key not in node or OmegaConf.is_interpolation(node, key):
+            continue
+        value = OmegaConf.to_container(node[key]) if isinstance(node[key], ListConfig) else node[key]
+        if name in FILE_SETTINGS or (isinstance(value, str) and os.path.lexists(to_absolute_path(value))):
+            node[key] = absolute(value)
 
 
 def relative(path: Path) -> Path:

@@ -14,18 +14,21 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import RECIPE, check_combinations, check_required, check_type, check_value, check_values
-from src.config.search_path import CONF, config_folders, config_groups, unknown_option
+from src.config.search_path import CONF, config_folders, config_groups, load_option, near_matches, unknown_option
 from src.config.words import parse_words, parsed
-from src.errors import UsageError
-from src.quoting import format_override
+from src.errors import UsageError, first_names
+from src.quoting import format_override, shell_word
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
+
+LISTS = ("names", "runs", "cond", "features", "analytic_spacing", "data.root", "data.columns", "data.condition_columns")
+"""Settings with the default null that may be lists."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
@@ -98,9 +101,9 @@ def check_overrides(
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
-            _check_sweep(override, read, multirun, groups)
+            _check_sweep(override, read, multirun, groups, base)
             if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
-                _check_key(override, base, groups)
+                _check_key(override, read, base, groups)
         final = deepcopy(base)  # right if every override chooses options of a group
         if len(choices) < len(read):
             final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
@@ -118,6 +121,11 @@ def check_overrides(
             if name in RECIPE and f"${{{name}}}" not in str(composed):
                 warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
     last = {override.key_or_group: override for override in read}
+    if "data.root" in last and _select(plain, "data._target_") and _select(plain, "data.root") is None:
+        choice = base.hydra.runtime.choices.data
+        raise UsageError(
+            f"{last['data.root'].input_line} has no effect with data={choice}, which has no files; add data=folder"
+        )
     check_required(config_name, base, final)
     names = {name for name, override in last.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
@@ -202,35 +210,66 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def _check_sweep(override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]]) -> None:
+def _check_sweep(
+    override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]], base: DictConfig
+) -> None:
     """Raise UsageError for a sweep without -m, and for an interval without a sweeper that searches it."""
     if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in read}:
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
     if override.is_sweep_override() and not multirun:
         name, _, value = str(override.input_line).partition("=")
         as_text = "" if name in groups else f", or type {format_override(name, value)} if it is one value"
+        default = OmegaConf.select(base, name, throw_on_missing=False, throw_on_resolution_failure=False)
+        if override.is_choice_sweep() and (isinstance(default, ListConfig) or name in LISTS):
+            raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
         raise UsageError(f"{override.input_line} is a sweep; add -m to run one job per value{as_text}")
 
 
-def _check_key(override: Override, base: DictConfig, groups: dict[str, list[str]]) -> None:
-    """Raise UsageError for a key that nothing reads; warn about an added key that may be misspelled."""
+def _check_key(override: Override, read: Sequence[Override], base: DictConfig, groups: dict[str, list[str]]) -> None:
+    """Raise UsageError for an argument that a `_target_` lacks; warn about an added key that may be misspelled."""
     key, line = str(override.key_or_group), str(override.input_line)
     if key == "run_dir":  # Hydra's files must be next to the checkpoints
         folder = last_value([line], "run_dir") or "FOLDER"
         raise UsageError(f"{line} is set by Hydra's run folder; type {format_override('hydra.run.dir', folder)}")
     names = setting_names(base)
-    if key in names or not (override.is_add() or override.is_force_add()):
+    if key in names or override.is_delete():
         return
-    parent = key.rpartition(".")[0]
+    parent, _, last = key.rpartition(".")
     node = OmegaConf.select(base, parent) if parent in names else None
-    target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
+    target = str(node.get("_target_") or "") if isinstance(node, DictConfig) else ""
+    typed = [o for o in read if o.key_or_group == f"{parent}._target_" or f"{parent}.".startswith(f"{o.key_or_group}.")]
     hint = key_hint(key, override.get_value_element_as_str(), names, groups)
-    if target.startswith("src.") and isinstance(node, DictConfig):  # our YAMLs list every argument
-        hint = hint or f"; it takes {', '.join(name for name in map(str, node) if name[0] != '_')}"
-        raise UsageError(f"{line}: {target} has no argument '{key.rpartition('.')[2]}'{hint}")
+    other, is_added = _other_option(key, groups), override.is_add() or override.is_force_add()
+    if target and isinstance(node, DictConfig) and all(o.key_or_group in groups for o in typed) and last[0] != "_":
+        if target.startswith("src."):  # our YAMLs list every argument
+            known = [name for name in map(str, node) if name[0] != "_"]
+            close = near_matches(last, known)
+            takes = f"it takes {first_names(known, 20) or 'no settings'}"
+            other = other or hint.removeprefix("; ") or (f"did you mean {parent}.{close[0]}?" if close else takes)
+            raise UsageError(f"{line}: {target} has no argument '{last}'; {other}")
+        if not is_added and not hint:
+            raise UsageError(
+                f"unknown setting '{key}' in {line}; type {shell_word(f'+{line}')} if {target} has this argument"
+            )
+    if not is_added and other:
+        raise UsageError(f"unknown setting '{key}' in {line}; {other}")
+    if not is_added:
+        return  # Hydra refuses it
     added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
     if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
         warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
+
+
+def _other_option(key: str, groups: dict[str, list[str]]) -> str:
+    """Return the hint that other options of a group have a setting; empty if none has it."""
+    group, _, rest = key.partition(".")
+    found = []
+    for option in groups.get(group, ()) if rest else ():
+        with suppress(ValueError):  # a defaults list with options of another folder
+            node = load_option(group, option)
+            if any(OmegaConf.select(node, name, throw_on_missing=False) is not None for name in (rest, key)):
+                found.append(f"{group}={option}")
+    return f"{first_names(found, 3)} {'has' if len(found) == 1 else 'have'} it: choose one" if found else ""
 
 
 def _select(plain: Any, name: str) -> Any:

@@ -68,7 +68,7 @@ RANGES = {
     "alignment.n": "[1, inf)",
     "alignment.detector_steps": "[1, inf)",
     "analytic_samples": "[10, inf)",
-    "num_steps": "[1, inf)",
+    "num_steps": "[10, 10000]",
     "frames": "[2, inf)",
 }
 """Interval of each number, by setting, by pattern, or by argument of a `_target_`; a comment may follow a colon."""
@@ -93,6 +93,7 @@ CHOICES = {
     "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
+    "sampler.spacing": ("trailing", "leading", "linspace", "karras", "log_snr"),
 }
 """Strings that a setting accepts, alone or in a list."""
 
@@ -104,6 +105,18 @@ SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
 
 WORDS = {"data.source.class_depth": ("all",)}
 """Words that a setting accepts besides values of its default's type."""
+
+EXAMPLES = {
+    "ema": True,
+    "guidance.scale": 1.0,
+    "guidance.rescale": 0.0,
+    "guidance.interval": [0.2, 5],
+    "num_val": 1000,
+    "num_terms": 50,
+    "alignment.n": 200,
+    "samplers": [{"sampler": "ddim", "steps": 10}],
+}
+"""Values of the right type for settings whose default is null."""
 
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
@@ -136,8 +149,8 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
     if other := FOREIGN_VALUES.get(f"{name.rpartition('.')[2]}={value}"):
         raise UsageError(f"{name}={value} is a name of another library; type {name}={other}")
     choices = CHOICES.get(name) if value is not None else None
-    for each in value if isinstance(value, list | ListConfig) else [value]:
-        if choices and each not in choices and "${" not in str(each):
+    for each in (value or ["[]"]) if isinstance(value, list | ListConfig) else [value]:
+        if choices and not isinstance(each, dict | DictConfig) and each not in choices and "${" not in str(each):
             raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
 
 
@@ -147,13 +160,23 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     A default that is a string or null allows any type. An empty string as a folder would mean the current one. The
     message shows the value as it was `typed`, if that is known.
     """
-    if (value is None and ("." in name or name in OPTIONAL)) or (isinstance(value, str) and "${" in value):
+    if (value is None and ("." in name or name in (*OPTIONAL, *EXAMPLES))) or (
+        isinstance(value, str) and "${" in value
+    ):
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
     _check_finite(name, default, value)
+    default = EXAMPLES.get(name, default) if default is None else default
+    if isinstance(default, dict) and isinstance(value, str) and name in CHOICES:  # `check_value` has the choices
+        return
     if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
+    if value is None and isinstance(default, str) and name != "optimized_metric":
+        raise UsageError(f"{name}=null must have a value, such as {default}")
+    numbers = isinstance(default, list) and default and all(isinstance(each, int | float) for each in default)
+    if numbers and isinstance(value, list) and any(isinstance(e, str | bool) and "${" not in str(e) for e in value):
+        raise UsageError(f"{name}={typed or value} must be a list of numbers, such as {default}")
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),
@@ -163,9 +186,11 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) or kind is dict else f", such as {default}"
+                example = "" if "${" in str(default) or kind in (bool, dict) else f", such as {default}"
                 if kind is int and isinstance(value, float) and value.is_integer():
                     example = f"; type {name}={int(value)}"
+                if isinstance(default, dict) and "enabled" in default and isinstance(value, bool):
+                    example = f"; type {name}.enabled={str(value).lower()}"
                 if kind is int and (ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value))):
                     example += f"; for one job per value type -m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value

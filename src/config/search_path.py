@@ -1,6 +1,8 @@
 """The folders of config groups: conf/, and those of --config-dir and hydra.searchpath."""
 
 import difflib
+import importlib.util
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
-from src.errors import UsageError
+from src.errors import UsageError, did_you_mean
 from src.quoting import format_override, shell_word
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -24,7 +26,9 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
         if "hydra.searchpath=" in override:
             with suppress(HydraException):  # `check_overrides` reports it
                 value = OverridesParser.create().parse_override(override).value()
-                added = [str(each) for each in value] if isinstance(value, list) else []
+                if not isinstance(value, list):
+                    raise UsageError(f"{override} must be a list; type {format_override('hydra.searchpath', [value])}")
+                added = [_existing("hydra.searchpath", str(each)) for each in value]
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir {config_dir} must be a folder of config groups")
@@ -37,6 +41,38 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
             )
         added.append(f"file://{Path(config_dir).resolve()}")
     return added
+
+
+def _existing(setting: str, entry: str) -> str:
+    """Return an entry of Hydra's search path. Raises UsageError if neither a folder nor a package has that name."""
+    kind, _, name = entry.rpartition("://")
+    if kind == "pkg":
+        with suppress(ImportError, ValueError):
+            if importlib.util.find_spec(name.replace("/", ".")) is not None:
+                return entry
+        rule = "must be a package that Python can import; type PYTHONPATH=FOLDER in front of python"
+    else:
+        if Path(name).is_dir():
+            return entry
+        rule = "must be an existing folder; type file:// and its path"
+    raise UsageError(f"{format_override(setting, [entry])} {rule}")
+
+
+def check_config_flags(command: str, flags: Namespace, added: Sequence[str]) -> None:
+    """Raise UsageError for a `--config-path` or a `--config-name` that does not exist, or is of another command."""
+    folders = config_folders(added)
+    if flags.config_path is not None and "://" not in flags.config_path:
+        if not (folder := Path(flags.config_path)).is_dir():
+            raise UsageError(f"--config-path {flags.config_path} must be an existing folder")
+        folders = [folder, *folders[1:]]
+    name = (flags.config_name or command).removesuffix(".yaml")
+    if any((folder / f"{name}.yaml").is_file() for folder in folders) or "pkg://" in " ".join(added):
+        if (CONF / f"{name}.yaml").is_file() and name != command:
+            raise UsageError(f"--config-name {name} is of another command; type python -m src.{name}")
+        return
+    commands = {file.stem for file in CONF.glob("*.yaml")} - {command}
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} - commands)
+    raise UsageError(f"--config-name {name} does not exist; {did_you_mean(name, known)}")
 
 
 def config_folders(added: Sequence[str] | None = None) -> list[Path]:

@@ -1,16 +1,20 @@
 """Parse the words of a command line; raise UsageError with the form to type for those that Hydra cannot parse."""
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import run_folder
-from src.errors import UsageError, first_line
+from src.errors import UsageError, did_you_mean, first_line
 from src.quoting import format_override, shell_word
 
 
@@ -22,7 +26,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     parser = get_args_parser()
 
     def refuse(message: str) -> None:
-        raise UsageError(f"{message}; overrides look like key=value, and --hydra-help lists the flags")
+        raise UsageError(f"{message.removeprefix('argument ')}; --hydra-help lists the flags")
 
     parser.error = refuse  # type: ignore[assignment, method-assign]
     for word in arguments:  # argparse would read -cfg as -c fg
@@ -32,8 +36,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     known, unknown = parser.parse_known_intermixed_args(words)
     if unknown:
         name, _, value = unknown[0].lstrip("-").partition("=")
-        overrides = [*known.overrides, *unknown]
-        value = value or next((word for word in overrides[: overrides.index(unknown[0])][-1:]), "VALUE")
+        following = arguments[arguments.index(unknown[0]) + 1 :][:1]
+        value = value or next((word for word in following if not re.search(r"^-|=", word)), "VALUE")
         raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
     overrides, flags, rest = list(known.overrides), [], list(known.overrides)
     for word in arguments:
@@ -42,6 +46,33 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             flags.append(word)
     return overrides, flags
+
+
+def check_flags(flags: Namespace) -> None:
+    """Raise UsageError for flags of Hydra that exclude each other, have no effect, or lack a value."""
+    modes = {"--run": flags.run, "--multirun": flags.multirun, "--cfg": flags.cfg, "--info": flags.info}
+    typed = [name for name, value in {**modes, "--shell-completion": flags.shell_completion}.items() if value]
+    if len(typed) > 1:
+        raise UsageError(f"{' and '.join(typed)} exclude each other; leave one out")
+    for name, value in {"--resolve": flags.resolve, "--package": flags.package}.items():
+        if value and not flags.cfg:
+            raise UsageError(f"{name} has no effect without --cfg; add --cfg job")
+    if flags.shell_completion:
+        form = "(install|uninstall|query)=(bash|fish|zsh)"
+        if sum(re.fullmatch(form, word) is not None for word in flags.overrides) != 1:
+            raise UsageError("--shell-completion needs a shell; add install=bash, install=fish or install=zsh")
+
+
+def check_package(flags: Namespace, cfg: DictConfig) -> None:
+    """Raise UsageError if the node that `--package` shows is absent from the composed configuration."""
+    if flags.package in (None, "_global_"):
+        return
+    known = [str(key) for key in cfg if flags.cfg == "all" or (key == "hydra") == (flags.cfg == "hydra")]
+    with suppress(OmegaConfBaseException):
+        if flags.package.split(".")[0] in known and OmegaConf.select(cfg, flags.package) is not None:
+            return
+    hint = did_you_mean(flags.package, known)
+    raise UsageError(f"--package {flags.package} must be a node of the configuration; {hint}")
 
 
 def parsed(override: str) -> Override:
@@ -103,5 +134,7 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
             setting = "ckpt"
         word = word if setting == "ckpt" else run_folder(word)
         return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
+    if config_name == "schedules" and word in groups["schedule"]:
+        return f"type {format_override('names', [each for each in words if '=' not in each])}"
     found = [f"{group}={word}" for group, options in groups.items() if word in options]
     return f"type {' or '.join(found)}" if found else "overrides look like key=value, without spaces"

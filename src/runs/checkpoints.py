@@ -48,6 +48,11 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
 
 
+def has_averages(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint or an exported model holds averaged weights."""
+    return bool(checkpoint.get("averaged")) or "current_model_state" in checkpoint
+
+
 def record_path(checkpoint: Path) -> Path | None:
     """Return the path of the data record of a checkpoint's run; None for a file outside a run folder."""
     from src.data.split import FINGERPRINT_FILE

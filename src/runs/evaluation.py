@@ -31,7 +31,7 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
     quality = quality_settings(cfg)
     own = cfg.alignment
     scales = list(own.scales) if isinstance(own.scales, ListConfig) else [own.scales]
-    alignment = AlignmentSettings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(cfg.cache))
+    alignment = AlignmentSettings(scales, own.n, own.detector_steps, cfg.seed, cfg.batch_size, Path(str(cfg.cache)))
     if cfg.quality:
         quality.check()
     if own.enabled:
@@ -49,7 +49,7 @@ def quality_settings(cfg: DictConfig) -> QualitySettings:
         cfg.max_features,
         cfg.num_memorization,
         cfg.reference,
-        Path(cfg.cache),
+        Path(str(cfg.cache)),
         cfg.inception_weights and Path(cfg.inception_weights),
         cfg.dinov2_model,
     )

@@ -1,5 +1,6 @@
 """Open a trained run from its folder or from a checkpoint."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.arguments import check_arguments
 from src.errors import sentence
 from src.quoting import format_override
-from src.runs.checkpoints import check_fit, find_checkpoint, record_path
+from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler, instantiate_node
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
@@ -30,21 +31,24 @@ class OpenedRun(NamedTuple):
     checkpoint: Path
     module: "DiffusionModule"
     data: "BaseDataModule"
+    averaged: bool
+    """Whether the weights are averages."""
 
 
 def open_run(
     run: str | None,
     ckpt: str | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
     trust: bool = False,
     data_root: str | None = None,
     encoder: str | None = None,
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`.
 
-    It has the averaged weights, or with `ema=False` the raw ones. `data_root` and `encoder` replace the paths of the
-    data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names are
-    instantiated. Raises FileNotFoundError or ValueError if the run does not exist or cannot be read.
+    It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
+    else warns. `data_root` and `encoder` replace the paths of the data and of the pretrained text encoder. Without
+    `trust`, only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if
+    the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt)
     quiet_libraries()
@@ -63,7 +67,8 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        weights = weights_of(checkpoint, ema, path)
+        averaged = has_averages(checkpoint) if ema is None else ema
+        weights = weights_of(checkpoint, averaged, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
@@ -73,7 +78,9 @@ def open_run(
     from src.training.memory import keep_freed_memory
 
     keep_freed_memory(torch.device("cpu"))
-    return OpenedRun(config, path, module.eval(), data)
+    if ema is None and not averaged:
+        warnings.warn(f"{path} has no averaged weights; using the raw ones, as ema=false does", stacklevel=2)
+    return OpenedRun(config, path, module.eval(), data, averaged)
 
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
@@ -134,6 +141,8 @@ def pick_device(name: str) -> "torch.device":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
+        if not isinstance(name, str):
+            raise RuntimeError("a device has a name, such as cuda:1")
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -92,10 +92,10 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
         config.data.cache_dir = None
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # data=table reads one file, data.path
-        if setting not in config.data:
+        if config.data.get(setting) is None:
             raise ValueError(
                 f"{format_override('data.root', data_root)} needs a run trained on files, and {checkpoint} was trained "
-                "on generated points; leave it out"
+                "on data without files; leave it out"
             )
         config.data[setting] = data_root
     node = OmegaConf.select(config, "conditioning.encode")

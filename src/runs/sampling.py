@@ -56,8 +56,8 @@ def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) 
     """
     if image_size is None:
         return
-    size = [image_size] * 2 if isinstance(image_size, int) else [int(side) for side in image_size]
-    if len(size) != 2 or min(size) < 1:
+    size = list(image_size) if isinstance(image_size, Sequence) else [image_size] * 2
+    if len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
         raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
     if len(opened.module.shape) != 3:
         raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")

@@ -129,7 +129,7 @@ def test_hint_can_be_typed(words, wanted):
 @pytest.mark.parametrize(
     ("word", "fragment"),
     [
-        ("sampler.foo=3", "unknown setting 'sampler.foo'"),
+        ("sampler.foo=3", "has no argument 'foo'"),
         ("test=true", "src.evaluate run="),
         ("train=false", "src.evaluate run="),
         ("epochs=3", "trainer.max_steps"),

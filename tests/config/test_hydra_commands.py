@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 import src
+from src.config.cli import launch
 from src.config.search_path import CONF, load_option
 from src.config.words import parsed
 from tests.conftest import HANG_SECONDS
@@ -61,6 +64,7 @@ class Logger(CSVLogger):
 """
 
 OWN_FILES = {
+    "own.yaml": "seed: 11\n",
     "schedule/mine.yaml": "_target_: own_package.betas\nnum_steps: 20\n",
     "sampler/finer.yaml": "defaults: [ddim, _self_]\nsteps: 7\n",
     "sampler/mine.yaml": "_target_: own_package.sampler\n_partial_: true\nsteps: 3\nspacing: trailing\n",
@@ -87,6 +91,11 @@ COMPOSE = {
     "train --cfg job": ["seed: 0", "prediction: "],
     "train --cfg job --package schedule": ["num_steps: 1000"],
     "train -c hydra": ["output_subdir: .hydra"],
+    "train -c hydra -p hydra.job": ["chdir: "],
+    "train --cfg job --resolve -p model": ["model_channels: 32"],
+    "train --config-path own --cfg job -cn own": ["seed: 11"],
+    "train --config-dir own -cn own --cfg job": ["seed: 11"],
+    "train hydra.searchpath=[pkg://hydra.conf] --cfg job": ["seed: 0"],
     "train --config-dir own schedule=mine --cfg job": ["_target_: own_package.betas"],
     "train --config-dir=own schedule=mine --cfg job": ["_target_: own_package.betas"],
     "train hydra.searchpath=[file://own] schedule=mine --cfg job": ["_target_: own_package.betas"],
@@ -117,6 +126,7 @@ COMPOSE = {
     "train --help": ["Usage: python -m src.train", "schedule:", "cosine", "seed: 0 #", "max_steps: 2500"],
     "train -h --config-dir own": ["mine"],
     "compare runs=[~/a,~/b] --cfg job": [f"- {Path.home()}/a", f"- {Path.home()}/b"],
+    "sample sampler=ddim sampler.spacing=karras --cfg job": ["spacing: karras"],
     "sample --help": ["Usage: python -m src.sample", "run: null #"],
 }
 """Commands that print something, with parts of it."""
@@ -190,7 +200,17 @@ REFUSED = {
     "train schedule.num_stps=10": "did you mean schedule.num_steps?",
     "train +schedule.num_stps=10": "did you mean schedule.num_steps?",
     "train trainer.fast_dev=true": "did you mean trainer.fast_dev_run?",
-    "train trainer.foo=1": "To append to your config use +trainer.foo=1",
+    "train trainer.foo=1": "has no argument 'foo'",
+    "train +trainer.foo=1": "has no argument 'foo'",
+    "train callbacks.best.foo=1": "it takes dirpath, filename",
+    "train optimizer.foo=1": "it takes",
+    "train optimizer.amsgrad=true": "type +optimizer.amsgrad=true",
+    "train callbacks.best.verbos=true": "did you mean callbacks.best.verbose?",
+    "train logger=wandb logger.wandb.foo=1": "if lightning.pytorch.loggers.WandbLogger has this argument",
+    "train sampler.eta=0.5": "sampler=ddim",
+    "train optimizer=sgd optimizer.betas=[0.9,0.99]": "optimizer=adam",
+    "train conditioning.cond_drop_prob=0.2": "conditioning=class",
+    "train data.root=photos": "add data=folder",
     "train +schedule=linear": "without the +",
     "sample trainer=ddp": "trainer=ddp",
     "train run_dir=x": "type hydra.run.dir=x",
@@ -208,6 +228,38 @@ REFUSED = {
     "train -m optimizer.lr=interval(1,2)": "hydra/sweeper=search",
     "train --config-dir nowhere schedule=mine": "--config-dir nowhere",
     "train --experimental-rerun x": "resume=FOLDER",
+    # Settings with the default null, and lists.
+    "sample run=x ema=yes": "ema=yes must be true or false",
+    "sample run=x guidance.interval=0.5": "guidance.interval=0.5 must be a list",
+    "sample run=x device=gpu": "type device=cuda",
+    "sample run=x sampler=ddim sampler.spacing=foo": "karras",
+    "evaluate run=x num_terms=few": "num_terms=few must be an integer",
+    "evaluate run=x features=[]": "features=[]",
+    "evaluate run=x cache=null": "cache=null",
+    "evaluate run=x alignment=false": "type alignment.enabled=false",
+    "evaluate analytic=mixture analytic_steps=[a]": "analytic_steps=[a] must be a list of numbers",
+    "schedules names=linear,cosine": "names=[linear,cosine]",
+    "schedules linear cosine": "names=[linear,cosine]",
+    "schedules names=5": "unknown schedule '5'",
+    "compare runs=nope": "nope",
+    "train --format json": "type format=json",
+    # Hydra's flags.
+    "train --cfg job --package": "--package",
+    "train --cfg job -p nope": "--package nope",
+    "train --cfg job -p hydra.job": "--package hydra.job",
+    "train --package model": "add --cfg job",
+    "train --resolve": "add --cfg job",
+    "train --cfg jobs": "--cfg",
+    "train -m --cfg job": "--multirun and --cfg",
+    "train --shell-completion": "install=bash",
+    "train -sc install=tcsh": "install=bash",
+    "train --config-name trein": "did you mean train?",
+    "train -cn sample": "type python -m src.sample",
+    "train --config-dir own -cn mein": "--config-name mein",
+    "train --config-path nowhere": "--config-path nowhere",
+    "train hydra.searchpath=[pkg://nope]": "hydra.searchpath=",
+    "train hydra.searchpath=[file://nope]": "hydra.searchpath=",
+    "train hydra.searchpath=own": "must be a list",
 }
 """Commands that are refused, and part of the message, before torch is imported."""
 
@@ -361,3 +413,39 @@ def test_sampler_of_own_folder_loads_beside_ours(folder, monkeypatch):
     assert load_option("sampler", "finer") == {**ddim, "steps": 7}
     with pytest.raises(ValueError, match="unknown sampler 'min'"):
         load_option("sampler", "min")
+
+
+def test_closed_pipe_ends_a_command_silently(folder):
+    task = "import sys; from src.config.cli import launch; launch('train', lambda _: print('x' * 10**6))"
+    for words in (["-m", "src.train", "--cfg", "job"], ["-m", "src.train", "--hydra-help"], ["-c", task]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_command_run_as_a_file_names_the_module(folder):
+    for words in ([str(CONF.parent / "src" / "sample.py"), "n=1"], ["-m", "sample"]):
+        done = subprocess_python(*words, cwd=CONF.parent / "src" if words[0] == "-m" else folder)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert "python -m src.sample" in done.stderr
+
+
+def test_paths_start_where_the_command_was_typed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    seen = []
+    paths = {"train": ["data.root", "data.val_root"], "sample": ["run", "guidance.model"], "evaluate": ["ckpt"]}
+    for name, settings in paths.items():
+        own = ["data=folder", "data.val_root=b/c"] if name == "train" else []
+        typed = [f"{setting}=b/c" for setting in settings if setting != "data.val_root"]
+        where = ["hydra.job.chdir=true", f"hydra.run.dir='{folder}/moved/{name}'"]
+        monkeypatch.setattr(sys, "argv", [name, *own, *typed, *where])
+        launch(name, lambda cfg: seen.append((cfg, os.getcwd())))
+        cfg, here = seen.pop()
+        assert here == str(folder / "moved" / name)
+        assert all(OmegaConf.select(cfg, setting) == str(folder / "b" / "c") for setting in settings)
+        assert "cache" not in cfg or cfg.cache == str(folder / "outputs" / "cache")

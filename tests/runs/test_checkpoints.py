@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from src.compare import common_weights
 from src.errors import UsageError
 from src.runs.checkpoints import changed_settings, find_checkpoint
 from src.training.checkpoints import newest_first
@@ -103,6 +105,30 @@ def test_failed_saves_leave_no_old_checkpoint(tmp_path, monkeypatch):
         saved = sorted(p.name for p in tmp_path.iterdir())
         assert len(saved) == min(step + 1, 2), step
     assert saved == ["step_6.ckpt", "step_7.ckpt"]
+
+
+@pytest.mark.filterwarnings("always")
+def test_run_without_averages_opens_its_raw_weights(trained, tmp_path):
+    from src.runs.open import open_run
+
+    raw = tmp_path / "checkpoints" / "last.ckpt"
+    raw.parent.mkdir()
+    saved = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    saved["state_dict"] = saved.pop("current_model_state")
+    torch.save(saved, raw)
+    assert open_run(str(trained)).averaged
+    with pytest.warns(UserWarning, match=r"no averaged weights.* ema=false"):
+        opened = open_run(str(tmp_path))
+    assert not opened.averaged
+    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in opened.module.state_dict().items())
+    with pytest.raises(ValueError, match="ema=false"):
+        open_run(str(tmp_path), ema=True)
+
+    record = [SimpleNamespace(record=SimpleNamespace(name="a"), checkpoint=path) for path in (raw, raw)]
+    assert not common_weights(record)
+    record[0].checkpoint = trained / "checkpoints" / "last.ckpt"
+    with pytest.raises(ValueError, match=r"ema=null .* ema=false"):
+        common_weights(record)
 
 
 def test_changed_settings_leave_out_paths_and_recipe():

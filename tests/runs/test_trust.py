@@ -450,7 +450,7 @@ def test_exported_model_draws_the_same_bits_as_the_run(trained, tmp_path):
         opened = [open_run(r, c, ema == "true").module for r, c in ((str(trained), None), (None, str(alone)))]
         for x, y in zip(*(m.sample(range(2), 0) for m in opened), strict=True):
             assert torch.equal(x, y)
-    assert "no averaged weights" in refused("sample", tmp_path / "x", f"ckpt='{alone}'")
+    assert "no averaged weights" in refused("sample", tmp_path / "x", f"ckpt='{alone}'", "ema=true")
     averaged = tmp_path / "alone-true.safetensors"
     assert "ema=false" in refused("sample", tmp_path / "x", f"ckpt='{averaged}'", "ema=false")
 
