@@ -13,7 +13,7 @@ from src.errors import UsageError, usage_errors
 from src.quoting import command, format_override, shell_word
 
 if TYPE_CHECKING:
-    from src.data.folder import FolderImages
+    from src.data.image_source import ImageSource
     from src.data.images import ImageDataModule
     from src.runs.advice import FileStats
 
@@ -106,7 +106,7 @@ def probe(cfg: DictConfig) -> "FileStats":
     return advice.file_stats(decoded)
 
 
-def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
+def report_duplicates(data: "ImageDataModule", source: "ImageSource") -> None:
     """Print the number of duplicate and near-duplicate images, and how many of them cross the split."""
     import numpy as np
 

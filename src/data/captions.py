@@ -6,10 +6,11 @@ from pathlib import Path
 
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, find, open_images
+from src.data.folder import find
 from src.data.frames import describe_frames
+from src.data.image_source import ImageSource, open_images
 from src.data.label_table import group_by_image
-from src.data.scan import class_folders
+from src.data.layout import class_folders
 from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
 from src.errors import first_names
@@ -39,7 +40,7 @@ def captioned(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
     Captions are read from the table `captions` (absolute or relative to `root`) or from the one of `TABLES` that
@@ -61,11 +62,11 @@ def captioned(
         setting = "data.source.captions" if captions else "data.root"
         pairs = read_pairs(tables[0], setting, "caption", *columns)
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
-        found = found.without_used([str(tables[0].absolute())])
+        found = found.without_used([tables[0].absolute()])
     else:
         files = [found.path(k) for k in range(len(found))]
         texts = _from_text_files(path, files)
-        found = found.without_used([str(file.with_suffix(".txt").absolute()) for file in files])
+        found = found.without_used(file.with_suffix(".txt").absolute() for file in files)
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
     about = describe_frames(found)
     return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir, about)

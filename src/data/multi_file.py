@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import Decoded, Pages, decode
 from src.data.encoded import Names
-from src.data.scan import FoundImages, compile_pattern
+from src.data.found_images import FoundImages
+from src.data.layout import compile_pattern
 from src.errors import first_names
 
 
@@ -29,9 +31,8 @@ class CombinedImages(FoundImages):
     def identity(self) -> str:
         return sha256(f"{self.files.identity()} {self.members.tolist()}".encode()).hexdigest()
 
-    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "CombinedImages":
-        kept = replace(self, **vars(super().keep(chosen, reason)))
-        return replace(kept, members=self.members[np.asarray(chosen, bool)])
+    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
+        return replace(super().keep(chosen, reason), members=self.members[np.asarray(chosen, bool)])
 
     def paths_of(self, index: int) -> list[str]:
         """Return the paths by which a table may name an image: its name, or one of its files."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from src.data.scan import FoundImages
+from src.data.found_images import FoundImages
 from src.quoting import format_override
 
 

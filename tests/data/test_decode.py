@@ -17,11 +17,12 @@ import torch
 from PIL import Image, ImageCms
 
 from src.data import pixel_store
+from src.data.archives import open_member, tar_places
 from src.data.captions import captioned
 from src.data.decode import decode
 from src.data.fit import ImageSpec, infer_range, load_image
 from src.data.folder import folder
-from src.data.scan import find_images, open_member, tar_places
+from src.data.scan import find_images
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 7)

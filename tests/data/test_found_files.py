@@ -9,7 +9,8 @@ import tifffile
 from PIL import Image
 
 from src.data.conditions import Classes
-from src.data.folder import FolderImages, find, folder
+from src.data.folder import find, folder
+from src.data.image_source import ImageSource
 from src.data.split import hash_ids, hash_threshold, split
 from src.errors import DataReadError
 
@@ -26,7 +27,7 @@ def save(root: Path, *names: str) -> None:
         Image.fromarray(values.astype(np.uint8)).save(path)
 
 
-def open_folder(root: object, **settings: object) -> FolderImages:
+def open_folder(root: object, **settings: object) -> ImageSource:
     return folder(root, SHAPE, 1, cache=False, **settings)
 
 

@@ -14,7 +14,8 @@ import tifffile
 from PIL import Image
 
 from src.data.captions import captioned
-from src.data.folder import FolderImages, folder
+from src.data.folder import folder
+from src.data.image_source import ImageSource
 from src.data.split import hash_ids
 from src.errors import DataReadError
 
@@ -37,11 +38,11 @@ def save(path: Path, image: np.ndarray) -> None:
         Image.fromarray(image).save(path)
 
 
-def classes_of(source: FolderImages) -> list[str] | None:
+def classes_of(source: ImageSource) -> list[str] | None:
     return None if source.labels is None else [source.labels.classes[k] for k in source.labels.targets]
 
 
-def all_of(source: FolderImages) -> np.ndarray:
+def all_of(source: ImageSource) -> np.ndarray:
     return source.fetch(range(len(source))).numpy()
 
 
