@@ -133,7 +133,7 @@ def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) 
     target = size
     if fit == "crop":
         scale = min(have_height / height, have_width / width)
-        crop_height, crop_width = round(scale * height), round(scale * width)
+        crop_height, crop_width = max(1, round(scale * height)), max(1, round(scale * width))
         left, top = (have_width - crop_width) // 2, (have_height - crop_height) // 2
         box = (float(left), float(top), float(left + crop_width), float(top + crop_height))
     elif fit == "random_crop":
