@@ -19,8 +19,8 @@ from src.quoting import format_override
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""
 
-KEYS = ("text", "caption", "captions")
-"""Names of the column, or key, with the caption."""
+CAPTION_COLUMNS = ("text", "caption", "captions")
+"""Names of the column, or of the key in JSON, with the caption."""
 
 
 def captioned(
@@ -43,13 +43,19 @@ def captioned(
 ) -> ImageSource:
     """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
-    Captions are read from the table `captions` (absolute or relative to `root`) or from the one of `TABLES` that
-    exists: a row per caption, or a list of them in one cell, with the image's file relative to `root`. The columns are
-    those named `file_column` and `caption_column`, by default one of `FILE_COLUMNS` and one of `KEYS`. Without a table,
-    each non-empty line of the `.txt` with the image's name is a caption.
+    Without a table of captions, each non-empty line of the `.txt` with the image's name is a caption.
 
-    Raises FileNotFoundError if the folder does not exist; ValueError for unreadable images, images without a caption,
-    empty captions and captions without an image, and as `folder` does.
+    Args:
+        captions: a table (absolute, or relative to the first root) with a row per caption, or a list of them in one
+            cell. None takes the one of `TABLES` that exists.
+        file_column: its column with the images' files, relative to the first root; None takes one of `FILE_COLUMNS`.
+        caption_column: its column with the captions; None takes one of `CAPTION_COLUMNS`.
+
+    The other arguments are those of `src.data.folder.folder`.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: For images without a caption, empty captions and captions without an image, and as `folder` does.
     """
     found, classes = class_folders(find(root, val_root, pages))
     path = found.root
@@ -58,9 +64,10 @@ def captioned(
         names = " and ".join(table.name for table in tables)
         raise ValueError(f"{path} has both {names}; remove one, or name one by data.source.captions={tables[0].name}")
     if tables:
-        columns = (file_column,) if file_column else FILE_COLUMNS, (caption_column,) if caption_column else KEYS
+        file_columns = (file_column,) if file_column else FILE_COLUMNS
+        caption_columns = (caption_column,) if caption_column else CAPTION_COLUMNS
         setting = "data.source.captions" if captions else "data.root"
-        pairs = read_pairs(tables[0], setting, "caption", *columns)
+        pairs = read_pairs(tables[0], setting, "caption", file_columns, caption_columns)
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
         found = found.without_used([tables[0].absolute()])
     else:
@@ -76,10 +83,12 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
     texts = [file.with_suffix(".txt") for file in files]
     exists = [text.is_file() for text in texts]
     if not any(exists):
+        fix = "write one of these, or use data=folder"
+        if path.is_file():
+            fix = "unpack this archive, or set data.source.captions to the path of a table outside of it"
         raise ValueError(
-            f"{format_override('data.root', path)} "
-            f"has no captions, neither in {' nor '.join(TABLES)} nor in a text file per image, such "
-            f"as {os.path.relpath(texts[0], path)}; write one of these, or use data=folder"
+            f"{format_override('data.root', path)} has no captions, neither in {' nor '.join(TABLES)} nor in a text "
+            f"file per image, such as {os.path.relpath(texts[0], path)}; {fix}"
         )
     if missing := [os.path.relpath(f, path) for f, found in zip(files, exists, strict=True) if not found]:
         raise ValueError(

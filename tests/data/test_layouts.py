@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_nested_folders_are_classes_on_request(tmp_path):
         save(tmp_path / f"{name}.png", pixels(k))
     tops = folder(str(tmp_path), SHAPE, 1)
     assert classes_of(tops) == ["animals", "animals", "animals", "plants", "plants"]
-    assert "data.source.class_depth" in tops.summary
+    assert re.search(r"; 4 .* 2 .*data\.source\.class_depth=2", tops.summary)
     two = folder(str(tmp_path), SHAPE, 1, class_depth=2)
     assert classes_of(two) == ["animals/cat", "animals/cat", "animals/dog", "plants", "plants/rose"]
     assert "data.source.class_depth" not in two.summary and "animals/cat" in two.summary
@@ -71,6 +72,15 @@ def test_nested_classes_lie_below_a_split(tmp_path):
     assert classes_of(folder(str(tmp_path), SHAPE, 1)) is None
     source = folder(str(tmp_path), SHAPE, 1, class_depth=2)
     assert classes_of(source) == ["a/x", "a/y", "a/x"] and source.val_mask.tolist() == [False, False, True]
+
+
+def test_nested_folders_are_counted_without_those_at_the_top(tmp_path):
+    save(tmp_path / "a" / "1.png", pixels(0))
+    save(tmp_path / "a" / "x" / "2.png", pixels(1))
+    save(tmp_path / "b" / "3.png", pixels(2))
+    assert re.search(
+        r"; 1 subfolder .* 1 folder .*data\.source\.class_depth=2", folder(str(tmp_path), SHAPE, 1).summary
+    )
 
 
 # Several files per image
@@ -106,6 +116,16 @@ def test_channels_in_folders_are_combined(tmp_path):
     assert list(source.found.names) == ["train/0.png", "train/1.png"]
     assert np.array_equal(all_of(source), np.stack([np.stack([pixels(3 * k + c) for c in range(3)]) for k in range(2)]))
     assert "train/red/notes.png" in source.summary
+
+
+def test_channels_may_be_the_names_of_files(tmp_path):
+    """As in a folder per scene; samples are written in the format of the files."""
+    for scene in "ab":
+        for k in (1, 2):
+            save(tmp_path / scene / f"B{k}.tif", pixels(k))
+    source = folder(str(tmp_path), SHAPE, 2, channel_pattern=r"(B\d)")
+    assert classes_of(source) == ["a", "b"] and source.suffix == ".tif"
+    assert np.array_equal(all_of(source), np.stack([[pixels(1), pixels(2)]] * 2))
 
 
 def test_every_file_is_in_the_key_of_the_cache(tmp_path):
@@ -317,6 +337,6 @@ def test_roots_are_repeated_in_training(tmp_path):
     ]
     trainer.limit_val_batches = 1.0
     assert sorted(k for each in data.val_sampler(trainer) for k in each.indices) == sorted(plain.val_indices)
-    for wrong in ("[1]", "[1,0]", "[1,2,3]"):
+    for wrong in ("[1]", "[1,0]", "[1,2,3]", "[1,1.5]", "2"):
         with pytest.raises(Exception, match=r"data\.repeats"):
             opened(f"data.repeats={wrong}")
