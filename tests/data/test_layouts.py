@@ -312,17 +312,16 @@ def test_roots_are_repeated_in_training(tmp_path):
             save(tmp_path / root / f"{k}.png", pixels(k + 100 * (root == "b")))
     roots = f"data.root=['{tmp_path / 'a'}','{tmp_path / 'b'}']"
 
-    def opened(*overrides: str):
-        cfg = compose(
-            "train", "data=folder", roots, "data.image_size=[6,8]", "data.channels=1", "data.val_fraction=0.2",
-            "data.batch_size=6", "run_dir=x", *overrides,
-        )  # fmt: skip
-        data = instantiate(cfg.data)
+    sizes = "data.image_size=[6,8]", "data.channels=1", "data.val_fraction=0.2", "data.batch_size=6"
+    cfg = compose("train", "data=folder", roots, *sizes, "run_dir=x").data
+
+    def opened(repeats: object):
+        data = instantiate(cfg, repeats=repeats)
         data.setup()
         return data
 
     trainer = SimpleNamespace(max_steps=1000, global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
-    plain, data = opened(), opened("data.repeats=[1,3]")
+    plain, data = opened(None), opened([1, 3])
     assert data.val_indices == plain.val_indices and data.train_indices == plain.train_indices
     assert list(data.source.ids) == list(plain.source.ids) and len({*data.source.ids}) == 70
     wanted = {k: 3 if name.startswith("1/") else 1 for k, name in enumerate(data.source.ids) if k in data.train_indices}
@@ -337,6 +336,6 @@ def test_roots_are_repeated_in_training(tmp_path):
     ]
     trainer.limit_val_batches = 1.0
     assert sorted(k for each in data.val_sampler(trainer) for k in each.indices) == sorted(plain.val_indices)
-    for wrong in ("[1]", "[1,0]", "[1,2,3]", "[1,1.5]", "2"):
+    for wrong in ([1], [1, 0], [1, 2, 3], [1, 1.5], 2):
         with pytest.raises(Exception, match=r"data\.repeats"):
-            opened(f"data.repeats={wrong}")
+            opened(wrong)
