@@ -6,7 +6,7 @@ from pathlib import Path
 
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import find
+from src.data.folder import find, refuse_columns
 from src.data.frames import describe_frames
 from src.data.image_source import ImageSource, open_images
 from src.data.label_table import group_by_image
@@ -71,6 +71,7 @@ def captioned(
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
         found = found.without_used([tables[0].absolute()])
     else:
+        refuse_columns({"file_column": file_column, "caption_column": caption_column}, "data.source.captions")
         files = [found.path(k) for k in range(len(found))]
         texts = _from_text_files(path, files)
         found = found.without_used(file.with_suffix(".txt").absolute() for file in files)

@@ -179,17 +179,17 @@ def folder(
     """
     if labels is not None and class_pattern is not None:
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")
-    if condition_columns and labels is None:
-        setting = format_override("data.source.condition_columns", list(condition_columns))
-        raise ValueError(f"{setting} needs a table of files and numbers; set data.source.labels to its name")
+    if labels is None:
+        columns = {"file_column": file_column, "label_column": label_column, "condition_columns": condition_columns}
+        refuse_columns(columns, "data.source.labels")
     found = find(root, val_root, pages, channel_pattern, channel_names)
     classes: Sequence[str] | None
     covariates: Covariates | None = None
     about = ""
     if labels is not None:
-        columns = (file_column,) if file_column else FILE_COLUMNS, label_column, condition_columns
         tables = find_tables(labels, found)
-        classes, covariates = read_label_table(tables, found, *columns)
+        file_columns = (file_column,) if file_column else FILE_COLUMNS
+        classes, covariates = read_label_table(tables, found, file_columns, label_column, condition_columns)
         found = found.without_used(tables)
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
@@ -202,6 +202,14 @@ def folder(
     if covariates is not None:
         source.covariates = covariates._replace(values=covariates.values[torch.from_numpy(source.rows)])
     return source
+
+
+def refuse_columns(columns: Mapping[str, str | Sequence[str] | None], table_setting: str) -> None:
+    """Raise ValueError for columns, by the names of their settings, without a table."""
+    for name, value in columns.items():
+        if value:
+            setting = format_override(f"data.source.{name}", value)
+            raise ValueError(f"{setting} needs a table; set {table_setting} to its name")
 
 
 def find(
@@ -218,6 +226,9 @@ def find(
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
     check_overlap(roots, val_root)
+    if channel_names is not None and channel_pattern is None:
+        setting = format_override("data.source.channel_names", channel_names)
+        raise ValueError(f"{setting} needs data.source.channel_pattern, such as '_(B[0-9]+)'; set it")
     parts = [_find_one(each, "data.root", val_root) for each in roots or [None]]
     found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
     if channel_pattern is None:

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from src.data.decode import Array
@@ -148,6 +149,11 @@ def open_images(
     """
     if spec.pages == "samples" and not isinstance(found, FrameImages):
         raise ValueError("data.source.pages=samples is for data=folder and data=captions; set first or channels")
+    try:
+        ImageColor.getrgb(spec.background)
+    except ValueError as error:
+        setting = format_override("data.source.background", spec.background)
+        raise ValueError(f"{setting} must be a color, such as white or '#ff8000'; change it") from error
     in_buckets = spec if spec.fit == "buckets" else None
     spec = spec._replace(fit="crop") if in_buckets else spec  # buckets are for training only
     store = _open_store(found, spec, cache_dir) if cache else None

@@ -258,3 +258,30 @@ def test_classes_only_in_validation_are_reported(tmp_path):
     source = open_folder(str(tmp_path / "in"), val_root=str(tmp_path / "out"))
     assert "1 of them only in validation (bird)" in source.summary
     assert "only in validation" not in open_folder([str(tmp_path / "in"), str(tmp_path / "out")]).summary
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("background", "tranparent"),
+        ("channel_names", ["a"]),
+        ("condition_columns", ["age"]),
+        ("file_column", "path"),
+        ("label_column", "kind"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, name, value):
+    save(tmp_path, "cat/0.png", "dog/1.png")
+    with pytest.raises(ValueError, match=rf"data\.source\.{name}="):
+        open_folder(str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["file_column", "caption_column"])
+def test_columns_of_captions_need_a_table(tmp_path, name):
+    save(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_text("text")
+    with pytest.raises(ValueError, match=rf"data\.source\.{name}=.*data\.source\.captions"):
+        captioned(str(tmp_path), SHAPE, 1, **{name: "x"})
