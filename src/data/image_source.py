@@ -82,6 +82,7 @@ class ImageSource:
         return torch.from_numpy(np.stack([self._image(i) for i in indices]))
 
     def _image(self, index: int) -> Array:
+        """Return an image (C, H, W). Raises DataReadError."""
         if self.store is not None:
             return self.store.image(int(self.rows[index]))
         return read_with_retries(str(self.found.path(index)), partial(self._decode, index))
@@ -104,8 +105,8 @@ class RandomCrops(ImageSource):
     def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
         return self._crop(indices, keys)
 
-    def _crop(self, indices: Sequence[int], places: Sequence[int | None]) -> Tensor:
-        crops = [crop_at(self._image(i), self.spec.size, k) for i, k in zip(indices, places, strict=True)]
+    def _crop(self, indices: Sequence[int], keys: Sequence[int | None]) -> Tensor:
+        crops = [crop_at(self._image(i), self.spec.size, key) for i, key in zip(indices, keys, strict=True)]
         return torch.from_numpy(np.stack(crops))
 
 
