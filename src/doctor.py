@@ -8,12 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
+from src.config.overrides import key_of
 from src.config.rules import check_values
 from src.errors import UsageError, usage_errors
 from src.quoting import command, format_override, shell_word
 
 if TYPE_CHECKING:
-    from src.data.folder import FolderImages
+    from src.data.image_source import ImageSource
     from src.data.images import ImageDataModule
     from src.runs.advice import FileStats
 
@@ -29,39 +30,37 @@ def examine(cfg: DictConfig) -> Path:
     """
     with usage_errors():
         check_values(cfg)
+        words = [word for word in HydraConfig.get().overrides.task if not word.startswith(("run_dir", "steps"))]
+        typed = {key_of(word) for word in words}
         if OmegaConf.select(cfg, "data.source._target_") not in SOURCES:  # before the slow imports
             raise UsageError(
-                "src.doctor looks at folders of images only, data=folder and data=captions; src.train describes other "
-                "data at its start"
+                "src.doctor looks at folders of images only, data=folder and data=captions; the start of this command "
+                f"describes other data: {command('train', *map(shell_word, words))}"
             )
         import torch
 
         from src.runs import advice
         from src.runs.components import instantiate_node
 
-        stats = probe(cfg)
-        task = list(HydraConfig.get().overrides.task)
-        typed = {override.lstrip("+").partition("=")[0] for override in task}
         on_gpu = torch.cuda.is_available()
+        stats = probe(cfg)
         suggested = {"data.channels": stats.suggested_channels, "data.image_size": stats.suggested_size(on_gpu)}
         for name, value in suggested.items():
             if name not in typed:
                 OmegaConf.update(cfg, name, value)
         data = instantiate_node(cfg.data)
         data.prepare_once_per_node()
-        source, num_train, num_val = data.source, len(data.train_indices), len(data.val_indices)
+    source, num_train = data.source, len(data.train_indices)
     print(source.summary)
-    if "data.source.class_depth" in source.summary:
-        print("Add data.source.class_depth=2 to make each folder within these a class")
-    print(f"{num_train:,} images for training and {num_val:,} for validation")
+    print(f"{num_train:,} images for training and {len(data.val_indices):,} for validation")
     folder = start_output(Path(cfg.run_dir))
     report_duplicates(data, source)
     write_pictures(data, folder)
-    suggestion = advice.suggest(stats, num_train, on_gpu)
-    words = [word for word in task if not word.startswith(("run_dir", "steps", "hydra"))]
-    words += [word for word in suggestion if word.partition("=")[0] not in typed]
-    if "conditioning" not in typed and (source.captions is not None or source.labels is not None):
-        words.append("conditioning=class" if source.captions is None else "conditioning=text")
+    suggestions = [f"{name}={value}" for name, value in suggested.items()]
+    suggestions += advice.suggest(max(data.shape[1:]), num_train, on_gpu)
+    if source.captions is not None or source.labels is not None:
+        suggestions.append("conditioning=class" if source.captions is None else "conditioning=text")
+    words += [suggestion for suggestion in suggestions if key_of(suggestion) not in typed]
     steps = advice.suggest_steps(num_train, on_gpu)
     if cfg.steps > 0:
         with usage_errors():
@@ -90,23 +89,23 @@ def probe(cfg: DictConfig) -> "FileStats":
     source = cfg.data.source
     settings = {name: source.get(name) for name in ("pages", "channel_pattern", "channel_names") if name in source}
     files = find(root, cfg.data.get("val_root"), **settings)
-    decode_own = getattr(files, "decode", None)
+    decode_image = getattr(files, "decode", None)  # of files with other than one image each
     decoded: list[Any] = []
     for k in range(0, len(files), -(-len(files) // NUM_PROBED)):
         try:
-            if decode_own is not None:  # not an image per file
-                decoded.append(decode_own(k, source.pages))
-                continue
-            with files.open(k) as stream:
-                decoded.append(decode(stream))
-        except (OSError, ValueError, SyntaxError):
+            if decode_image is not None:
+                decoded.append(decode_image(k, source.pages))
+            else:
+                with files.open(k) as stream:
+                    decoded.append(decode(stream))
+        except Exception:  # decoders raise almost anything; reading all files reports the reason
             continue
     if not decoded:
         raise ValueError(f"{format_override('data.root', root)} has no image that can be read; set another folder")
     return advice.file_stats(decoded)
 
 
-def report_duplicates(data: "ImageDataModule", source: "FolderImages") -> None:
+def report_duplicates(data: "ImageDataModule", source: "ImageSource") -> None:
     """Print the number of duplicate and near-duplicate images, and how many of them cross the split."""
     import numpy as np
 

@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from src.data.decode import ARRAY_SUFFIXES, Array
+from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
-from src.data.scan import FoundImages
 from src.errors import first_names
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff"}

@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 * 2**20
 class ArraySource:
     """Samples (N, C, *size) of an array in a file, which `open_array` maps into memory.
 
-    `rows` (N,) selects rows of the array; None uses all. `FolderImages` and `ArrayDataModule` explain `value_range`,
+    `rows` (N,) selects rows of the array; None uses all. `ImageSource` and `ArrayDataModule` explain `value_range`,
     `dtype`, `suffix`, `header`, `summary` and `unreadable`.
     """
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, read_file, suffix_of
 from src.data.decode import Array
-from src.data.folder import check_readable
+from src.data.found_images import FoundImages
+from src.data.image_source import check_readable
 from src.data.pixel_store import default_cache_dir, store_key
-from src.data.scan import FoundImages
 from src.errors import DataReadError
 from src.quoting import format_override
 

@@ -22,10 +22,12 @@ from src.data.array_source import ArraySource, check_resolution, describe_array,
 from src.data.array_store import decode_all, mix
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.fit import find_limits, spatial_size
-from src.data.folder import check_readable
+from src.data.found_images import FoundImages, describe, join
+from src.data.image_source import check_readable
 from src.data.images import ImageDataModule
 from src.data.label_table import classes_from_table
-from src.data.scan import FoundImages, class_by_pattern, class_folders, describe, find_images, join
+from src.data.layout import class_by_pattern, class_folders
+from src.data.scan import find_images
 from src.data.sources import to_uint8
 from src.data.table_files import FILE_COLUMNS, labels_from_names, read_table
 from src.errors import DataReadError

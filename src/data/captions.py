@@ -6,10 +6,11 @@ from pathlib import Path
 
 from src.data.decode import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, find, open_images
+from src.data.folder import find, refuse_columns
 from src.data.frames import describe_frames
+from src.data.image_source import ImageSource, open_images
 from src.data.label_table import group_by_image
-from src.data.scan import class_folders
+from src.data.layout import class_folders
 from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
 from src.errors import first_names
@@ -18,8 +19,8 @@ from src.quoting import format_override
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""
 
-KEYS = ("text", "caption", "captions")
-"""Names of the column, or key, with the caption."""
+CAPTION_COLUMNS = ("text", "caption", "captions")
+"""Names of the column, or of the key in JSON, with the caption."""
 
 
 def captioned(
@@ -39,16 +40,22 @@ def captioned(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open every image under `root`, as `src.data.folder.folder` does, with one or several captions each.
 
-    Captions are read from the table `captions` (absolute or relative to `root`) or from the one of `TABLES` that
-    exists: a row per caption, or a list of them in one cell, with the image's file relative to `root`. The columns are
-    those named `file_column` and `caption_column`, by default one of `FILE_COLUMNS` and one of `KEYS`. Without a table,
-    each non-empty line of the `.txt` with the image's name is a caption.
+    Without a table of captions, each non-empty line of the `.txt` with the image's name is a caption.
 
-    Raises FileNotFoundError if the folder does not exist; ValueError for unreadable images, images without a caption,
-    empty captions and captions without an image, and as `folder` does.
+    Args:
+        captions: a table (absolute, or relative to the first root) with a row per caption, or a list of them in one
+            cell. None takes the one of `TABLES` that exists.
+        file_column: its column with the images' files, relative to the first root; None takes one of `FILE_COLUMNS`.
+        caption_column: its column with the captions; None takes one of `CAPTION_COLUMNS`.
+
+    The other arguments are those of `src.data.folder.folder`.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: For images without a caption, empty captions and captions without an image, and as `folder` does.
     """
     found, classes = class_folders(find(root, val_root, pages))
     path = found.root
@@ -57,15 +64,17 @@ def captioned(
         names = " and ".join(table.name for table in tables)
         raise ValueError(f"{path} has both {names}; remove one, or name one by data.source.captions={tables[0].name}")
     if tables:
-        columns = (file_column,) if file_column else FILE_COLUMNS, (caption_column,) if caption_column else KEYS
+        file_columns = (file_column,) if file_column else FILE_COLUMNS
+        caption_columns = (caption_column,) if caption_column else CAPTION_COLUMNS
         setting = "data.source.captions" if captions else "data.root"
-        pairs = read_pairs(tables[0], setting, "caption", *columns)
+        pairs = read_pairs(tables[0], setting, "caption", file_columns, caption_columns)
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
-        found = found.without_used([str(tables[0].absolute())])
+        found = found.without_used([tables[0].absolute()])
     else:
+        refuse_columns({"file_column": file_column, "caption_column": caption_column}, "data.source.captions")
         files = [found.path(k) for k in range(len(found))]
         texts = _from_text_files(path, files)
-        found = found.without_used([str(file.with_suffix(".txt").absolute()) for file in files])
+        found = found.without_used(file.with_suffix(".txt").absolute() for file in files)
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
     about = describe_frames(found)
     return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir, about)
@@ -75,10 +84,12 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
     texts = [file.with_suffix(".txt") for file in files]
     exists = [text.is_file() for text in texts]
     if not any(exists):
+        fix = "write one of these, or use data=folder"
+        if path.is_file():
+            fix = "unpack this archive, or set data.source.captions to the path of a table outside of it"
         raise ValueError(
-            f"{format_override('data.root', path)} "
-            f"has no captions, neither in {' nor '.join(TABLES)} nor in a text file per image, such "
-            f"as {os.path.relpath(texts[0], path)}; write one of these, or use data=folder"
+            f"{format_override('data.root', path)} has no captions, neither in {' nor '.join(TABLES)} nor in a text "
+            f"file per image, such as {os.path.relpath(texts[0], path)}; {fix}"
         )
     if missing := [os.path.relpath(f, path) for f, found in zip(files, exists, strict=True) if not found]:
         raise ValueError(

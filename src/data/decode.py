@@ -24,6 +24,8 @@ ARRAY_SUFFIXES = {".npy", ".npz"}
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")}
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NETPBM_HEADER = re.compile(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s")
+"""The header of a binary PGM (5) or PPM (6): width, height and largest value, with comments."""
 NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
 
@@ -32,9 +34,9 @@ class Decoded(NamedTuple):
     """An image with its original values.
 
     `pixels` has shape (H, W, C) and the type of the file. With `alpha` the last channel is opacity. `is_rgb` tells
-    whether three color channels are red, green and blue, not bands of other meaning. `size` (W, H) is the size of the
-    file, which is larger than `pixels` where a JPEG was decoded at reduced size. `frames` counts the images in the
-    file, of which `pixels` is the first.
+    whether three color channels are red, green and blue, not bands of other meaning. `size` (W, H) is that of the
+    upright image in the file, which is larger than `pixels` where a JPEG was decoded at reduced size. `frames` counts
+    the images in the file, of which `pixels` is the first.
     """
 
     pixels: Array
@@ -64,7 +66,7 @@ def looks_like_image(file: Path) -> bool:
 
 
 def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None, channels: int = 0) -> Decoded:
-    """Return the image in a file, by its contents, upright and in sRGB if it has a color profile.
+    """Return the image in a file, by its contents. Those that Pillow decodes are upright, and in sRGB by their profile.
 
     Args:
         stream: the opened file. NumPy arrays have shape (H, W), (H, W, C) or (C, H, W).
@@ -76,21 +78,40 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
         OSError: If the file cannot be read.
         ValueError: If the contents are not an image, or not finite.
     """
-    start = stream.read(32)
-    if not start:
-        raise ValueError("the file is empty")
+    match _kind(stream):
+        case "empty":
+            raise ValueError("the file is empty")
+        case "numpy":
+            decoded = _from_array(_load_numpy(stream), channels)
+        case "tiff":
+            decoded = _from_tiff(stream, pages)
+        case "png16":
+            decoded = _from_png16(stream.read())
+        case "netpbm16":
+            decoded = _from_netpbm16(stream.read())
+        case "other":
+            decoded = _from_pillow(stream, pages, at_least)
+    return _check_finite(decoded)
+
+
+def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpbm16", "other"]:
+    """Return which decoder an opened file needs, by its first bytes."""
+    start = stream.read(4096)
     stream.seek(0)
+    if not start:
+        return "empty"
     if start.startswith((b"\x93NUMPY", b"PK\x03\x04")):
-        decoded = _from_array(_load_numpy(stream), channels)
-    elif start[:4] in TIFF_MARKS:
-        decoded = _from_tiff(stream, pages)
-    elif start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
-        decoded = _from_png16(stream.read())
-    elif start[:2] in (b"P5", b"P6") and (raw := _from_netpbm16(stream.read())) is not None:
-        decoded = raw
-    else:
-        stream.seek(0)
-        decoded = _from_pillow(stream, pages, at_least)
+        return "numpy"
+    if start[:4] in TIFF_MARKS:
+        return "tiff"
+    if start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
+        return "png16"
+    if (header := NETPBM_HEADER.match(start)) is not None and int(header[4]) > 255:
+        return "netpbm16"
+    return "other"
+
+
+def _check_finite(decoded: Decoded) -> Decoded:
     if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
         raise ValueError("it has values that are not finite")
     return decoded
@@ -136,11 +157,10 @@ def _from_png16(contents: bytes) -> Decoded:
     return Decoded(pixels, channels in (2, 4), channels > 2, (width, height))
 
 
-def _from_netpbm16(contents: bytes) -> Decoded | None:
-    """Decode a PGM or PPM file with more than 8 bits, whose values Pillow rescales; None for 8 bits."""
-    header = re.match(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s", contents)
-    if header is None or int(header[4]) < 256:
-        return None
+def _from_netpbm16(contents: bytes) -> Decoded:
+    """Decode a PGM or PPM file with more than 8 bits, whose values Pillow rescales."""
+    header = NETPBM_HEADER.match(contents)
+    assert header is not None
     shape = int(header[3]), int(header[2]), 1 if header[1] == b"5" else 3
     values = np.frombuffer(contents, ">u2", count=math.prod(shape), offset=header.end())
     return Decoded(values.astype(np.uint16).reshape(shape), False, shape[2] == 3, (shape[1], shape[0]))
@@ -151,28 +171,22 @@ def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
 
     Raises as `decode` does.
     """
-    start = stream.read(4)
-    stream.seek(0)
-    if start not in TIFF_MARKS:
-        frames = _pillow_frames(stream) if count_frames(stream) > 1 else iter([decode(stream)])
-    else:
+    if _kind(stream) == "tiff":
         from tifffile import TiffFile
 
         with TiffFile(stream) as tiff:
             frames = _pillow_frames(stream) if _is_plain(tiff) else iter(list(_tiff_frames(tiff)))
-    for decoded in frames:
-        if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
-            raise ValueError("it has values that are not finite")
-        yield decoded
+    else:
+        frames = _pillow_frames(stream) if count_frames(stream) > 1 else iter([decode(stream)])
+    yield from map(_check_finite, frames)
 
 
 def count_frames(stream: BinaryIO) -> int:
     """Return the number of frames that `decode_frames` yields, without decoding them."""
-    start = stream.read(32)
-    stream.seek(0)
-    if start.startswith((b"\x93NUMPY", b"PK\x03\x04")) or (start.startswith(b"\x89PNG") and start[24:25] == b"\x10"):
+    kind = _kind(stream)
+    if kind in ("numpy", "png16", "netpbm16"):
         return 1
-    if start[:4] in TIFF_MARKS:
+    if kind == "tiff":
         from tifffile import TiffFile
 
         with TiffFile(stream) as tiff:
@@ -235,13 +249,13 @@ def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decode
         order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
         array = array.transpose(order)
-        sides = array.shape[-2:]
         frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
         channels_used = as_channels or "C" in axes
-        for frame in array.reshape(frames, -1, *sides):
-            pixels = frame.transpose(1, 2, 0)
+        for frame in array.reshape(frames, -1, *array.shape[-2:]):
+            pixels = turned(frame.transpose(1, 2, 0))
             pixels = np.iinfo(pixels.dtype).max - pixels if inverted else pixels
-            yield Decoded(turned(pixels), alpha and not channels_used, rgb and not channels_used, (sides[1], sides[0]))
+            size = pixels.shape[1], pixels.shape[0]
+            yield Decoded(pixels, alpha and not channels_used, rgb and not channels_used, size)
 
 
 _UPRIGHT: Sequence[Callable[[Array], Array]] = (

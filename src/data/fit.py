@@ -17,10 +17,11 @@ MIN_USE = 0.05
 
 
 class ImageSpec(NamedTuple):
-    """The images that a run trains on: `size` (H, W), `channels`, and how files of other shapes become such images.
+    """The images that a run trains on: `size` (H, W) and `channels`, and how other files are converted to them.
 
-    `fit` crops to the center or, in training, at random, pads with the edge, stretches, or crops to one of
+    `fit`: `crop` to the center, `random_crop` in training, `pad` with the edge, `stretch`, or crop to the nearest of
     `bucket_sizes`. `background` is the color behind transparent pixels, unless `channels` is 2 or 4 and keeps them.
+    `pages` chooses the images of a TIFF or an animation.
     """
 
     size: tuple[int, int]
@@ -52,7 +53,7 @@ def spatial_size(image_size: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class Loaded(NamedTuple):
-    """An image of the wanted shape, or one side of which is larger until it is cropped at random.
+    """A decoded image with the channels and size of an `ImageSpec`; for `random_crop` one side is larger.
 
     `pixels` is (C, H, W) in the type of the file, `type` names that type (bool for pixels of 0 and 1), `low` and `high`
     are the least and largest value of the file, `size` (W, H) is its size, and `frames` counts its images.
@@ -133,7 +134,7 @@ def resize(pixels: Array, size: tuple[int, int], fit: Fit, alpha: bool = False) 
     target = size
     if fit == "crop":
         scale = min(have_height / height, have_width / width)
-        crop_height, crop_width = round(scale * height), round(scale * width)
+        crop_height, crop_width = max(1, round(scale * height)), max(1, round(scale * width))
         left, top = (have_width - crop_width) // 2, (have_height - crop_height) // 2
         box = (float(left), float(top), float(left + crop_width), float(top + crop_height))
     elif fit == "random_crop":
@@ -164,14 +165,14 @@ def bucket_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     return sorted({size, *allowed, *((long, short) for short, long in allowed)}, key=lambda s: s[0] / s[1])
 
 
-def crop_at(pixels: Array, size: tuple[int, int], place: int | None = None) -> Array:
-    """Return the part of `size` (H, W) of pixels (C, H', W'), in the center, or at a place uniform in 63 bits."""
+def crop_at(pixels: Array, size: tuple[int, int], key: int | None = None) -> Array:
+    """Return the part of `size` (H, W) of pixels (C, H', W'): the center, or a place drawn by 63 random bits `key`."""
     height, width = size
     down, right = pixels.shape[1] - height, pixels.shape[2] - width
-    if place is None:
+    if key is None:
         top, left = down // 2, right // 2
     else:
-        top, left = (place % 2**32) * (down + 1) >> 32, (place >> 32) * (right + 1) >> 31
+        top, left = (key % 2**32) * (down + 1) >> 32, (key >> 32) * (right + 1) >> 31
     return pixels[:, top : top + height, left : left + width]
 
 
@@ -194,11 +195,11 @@ def _resample(pixels: Array, size: tuple[int, int], box: tuple[float, float, flo
 
 
 def _compose(color: Array, opacity: Array, background: str, opaque: float) -> Array:
-    """Compose (H, W, C) on a background color."""
+    """Compose colors (H, W, C) with opacity (H, W, 1) in [0, opaque] on a background color."""
     red, green, blue = (c / 255 for c in ImageColor.getrgb(background)[:3])
-    behind = [red, green, blue] if color.shape[-1] == 3 else [0.299 * red + 0.587 * green + 0.114 * blue]
-    share = opacity.astype(np.float64) / opaque
-    return _round_to(color * share + np.asarray(behind) * opaque * (1 - share), color.dtype)
+    backdrop = [red, green, blue] if color.shape[-1] == 3 else [0.299 * red + 0.587 * green + 0.114 * blue]
+    alpha = opacity.astype(np.float64) / opaque
+    return _round_to(color * alpha + np.asarray(backdrop) * opaque * (1 - alpha), color.dtype)
 
 
 def _luma(color: Array) -> Array:
@@ -209,6 +210,7 @@ def _luma(color: Array) -> Array:
 
 
 def _opaque(dtype: npt.DTypeLike) -> float:
+    """Return the value of full opacity."""
     dtype = np.dtype(dtype)
     return float(np.iinfo(dtype).max) if dtype.kind in "ui" else 1.0
 
@@ -265,7 +267,10 @@ def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, hig
 
 
 def describe_sizes(sizes: Array, frames: Array, spec: ImageSpec, dtype: str, limits: tuple[float, float]) -> str:
-    """Return the part of the summary about sizes and values."""
+    """Return the part of the summary about sizes and values.
+
+    `sizes` (N, 2) are the width and height of each file, `frames` (N,) the number of its images.
+    """
     (height, width), (widths, heights) = spec.size, sizes.T
     scale = np.minimum(heights / height, widths / width)
     smaller, cropped = int((scale < 1).sum()), 1 - float((scale**2 * height * width).sum() / (heights * widths).sum())

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import Decoded, Pages, count_frames, decode_frames
 from src.data.encoded import Names
-from src.data.scan import FoundImages
+from src.data.found_images import FoundImages
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class FrameImages(FoundImages):
     def identity(self) -> str:
         return sha256(f"{super().identity()} frames".encode() + self.frame.tobytes()).hexdigest()
 
-    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "FrameImages":
-        kept = replace(self, **vars(super().keep(chosen, reason)))
-        return replace(kept, frame=self.frame[np.asarray(chosen, bool)])
+    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
+        return replace(super().keep(chosen, reason), frame=self.frame[np.asarray(chosen, bool)])
 
     def decode(self, index: int, pages: Pages) -> Decoded:
         """Return a frame of a file. Raises OSError or ValueError."""

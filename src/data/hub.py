@@ -12,7 +12,8 @@ import torch
 from src.data.decode import Pages, image_suffixes
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images, refuse_val_root
+from src.data.folder import refuse_val_root
+from src.data.image_source import ImageSource, open_images
 from src.data.layout import SPLITS
 from src.data.sources import Labels
 from src.errors import did_you_mean, first_names, one_line
@@ -45,7 +46,7 @@ def hub(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open the images of a dataset with their classes and captions.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.augment import EDM_LABELS, ColorJitter, EdmAugmentation, horizontal_flip, rotate, vertical_flip
-from src.data.decode import from_pillow
+from src.data.decode import Array, from_pillow
 from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_size
 from src.data.module import BaseDataModule
 from src.data.read_errors import read_with_retries
@@ -39,7 +39,7 @@ class OpenImages(Protocol):
     """Opens a source of images (N, channels, H, W) from `root`, uint8 or float32; `image_size` is H = W, or (H, W).
 
     `prepare`, set once per machine before training, downloads the files or checks that each can be read. A source of
-    float32 images, or of fewer values than 256, has the attributes `value_range` and `dtype` of `FolderImages`.
+    float32 images, or of fewer values than 256, has the attributes `value_range` and `dtype` of `ImageSource`.
     """
 
     def __call__(self, root: Any, image_size: int | Sequence[int], channels: int, prepare: bool = False) -> Source: ...
@@ -245,11 +245,11 @@ class ImageFiles:
         return None
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([read_with_retries(f"image {i}", partial(self._read, i)) for i in indices])
+        return torch.from_numpy(np.stack([read_with_retries(f"image {i}", partial(self._read, i)) for i in indices]))
 
-    def _read(self, i: int) -> Tensor:
+    def _read(self, i: int) -> Array:
         with self.open_image(i) as image:
-            return torch.from_numpy(prepare_image(from_pillow(image), self.spec).pixels)
+            return prepare_image(from_pillow(image), self.spec).pixels
 
 
 def digits(root: str | None, image_size: int | Sequence[int], channels: int, prepare: bool = False) -> Source:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from src.data.scan import FoundImages
+from src.data.found_images import FoundImages
 from src.data.sources import Covariates
 from src.data.table_files import read_pairs, read_table
 from src.data.table_text import to_numbers
@@ -44,13 +44,13 @@ def group_by_image(pairs: Iterable[tuple[str, T]], found: FoundImages, source: P
         )
     several_roots = len(found.roots) > 1
     if missing := [k for k, several in enumerate(values) if not several]:
-        names = [str(found.path(k)) if several_roots else found.names[k] for k in missing[:6]]
+        names = [str(found.path(k)) if several_roots else found.names[k] for k in missing]
         fix = "add rows, or remove these images"
         if several_roots:
             fix = "add rows, with absolute file names for roots after the first, or put a table of this name there"
         raise ValueError(
             f"{source} has no {what} for {len(missing)} of {len(found)} images {found.place}"
-            f"{' and other roots' * several_roots} ({first_names(names + [''] * (len(missing) - len(names)))}); {fix}"
+            f"{' and other roots' * several_roots} ({first_names(names)}); {fix}"
         )
     return values
 
@@ -65,7 +65,10 @@ def _missing_ending(unknown: Sequence[str], found: FoundImages, paths: Iterable[
 
 
 def find_tables(name: str, found: FoundImages) -> dict[Path, Path]:
-    """Return the table `name` of each root that has one, and that root; that of the first root if none does."""
+    """Return the paths of the table `name`, absolute or one in each root that has it, with the root of each.
+
+    Without any, returns the path in the first root.
+    """
     paths: dict[Path, Path] = {}
     for root in found.roots:
         paths.setdefault(root / name, root)
@@ -75,7 +78,10 @@ def find_tables(name: str, found: FoundImages) -> dict[Path, Path]:
 def read_classes(
     tables: Mapping[Path, Path], found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
 ) -> list[str]:
-    """Return the class of each image from tables with their roots."""
+    """Return the class of each image from tables with their roots.
+
+    Raises ValueError for unknown columns, images without a class or with several, and rows without an image.
+    """
     pairs = [
         (_below(root, file, found), label)
         for source, root in tables.items()
@@ -117,17 +123,16 @@ def read_numbers(
 
 
 def read_label_table(
-    name: str,
+    tables: Mapping[Path, Path],
     found: FoundImages,
     file_columns: Sequence[str],
     label_column: str | None,
     condition_columns: Sequence[str],
 ) -> tuple[list[str] | None, Covariates | None]:
-    """Return the class and the numbers of each image. With `condition_columns` the table needs no classes.
+    """Return the class and the numbers of each image from tables with their roots.
 
-    `name` is absolute, or relative to each root that has such a table.
+    With `condition_columns` the tables need no classes. Raises ValueError as `read_classes` and `read_numbers` do.
     """
-    tables = find_tables(name, found)
     if not condition_columns:
         return read_classes(tables, found, file_columns, (label_column or "label",)), None
     numbers = read_numbers(tables, found, file_columns, condition_columns)

@@ -1,7 +1,10 @@
-"""The folders at the top of a dataset: those that hold everything, splits, and classes."""
+"""The splits and the classes of images, from their folders and names."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
+
+from src.data.found_images import FoundImages
 
 Depth = int | Literal["all"]
 SPLITS = {
@@ -11,25 +14,96 @@ SPLITS = {
 }
 """The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
 
-
-def outer_folders(names: Iterable[str]) -> int:
-    """Return the number of folders, from the top, that hold all files of these names, above any of a split."""
-    first, last = min(names := list(names)), max(names)  # what these share, all share
-    shared = 0
-    for a, b in zip(first.split("/")[:-1], last.split("/")[:-1], strict=False):
-        if a != b or a.lower() in SPLITS:
-            break
-        shared += 1
-    return shared
+MAX_STRAYS = 0.05
+"""Largest share of files outside of all class folders that does not remove the classes."""
 
 
-def class_levels(names: Sequence[Sequence[str]], depth: Depth) -> list[int]:
+def splits_of(names: Sequence[str]) -> list[str | None] | None:
+    """Return the split of each file, or None for files outside of the folders of splits.
+
+    Returns None for all if there is no folder for training at the top, or in the only folder there. Beside other
+    folders and without another split, "train" is the name of a class, like "bus".
+    """
+    level = _outer_folders(names) if names else 0
+    folders = [name.split("/")[level:-1] for name in names]
+    splits = [SPLITS.get(parts[0].lower()) if parts else None for parts in folders]
+    present = {split for split, parts in zip(splits, folders, strict=True) if parts}
+    has_splits = "train" in present and (present == {"train"} or present & {"validation", "test"})
+    return splits if has_splits else None
+
+
+def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, list[str] | None]:
+    """Return images and their classes: the folder at the top, below a folder of a split; None unless two or more.
+
+    A class consists of the names of up to `depth` folders, such as "animals/cat". A few files outside of all class
+    folders (`MAX_STRAYS`) are left out. Raises ValueError for an invalid depth.
+    """
+    if depth != "all" and (isinstance(depth, str) or depth < 1):
+        raise ValueError(f"data.source.class_depth={depth} must be a number of folders, at least 1, or all")
+    paths = list(map("/".join, _class_paths(found, depth)))
+    inside = [path != "" for path in paths]
+    if len({path for path in paths if path}) < 2 or inside.count(False) > MAX_STRAYS * len(paths):
+        return found, None
+    return found.keep(inside, "outside of the class folders"), [path for path in paths if path]
+
+
+def describe_depth(found: FoundImages, depth: Depth) -> str:
+    """Return the part of the summary about folders within those at the top, which are not classes; empty without."""
+    paths = {tuple(path) for path in _class_paths(found, depth, complete=True) if path}
+    nested = [path for path in paths if len(path) > 1]
+    tops = {path[0] for path in nested}
+    if depth != 1 or len(paths) == len({path[0] for path in paths}):
+        return ""
+    folders, are = ("subfolder", "is not a class") if len(nested) == 1 else ("subfolders", "are not classes")
+    return (
+        f"; {len(nested):,} {folders} of {len(tops):,} folder{'s' * (len(tops) > 1)} {are} "
+        "(data.source.class_depth=2 makes each one)"
+    )
+
+
+def compile_pattern(setting: str, pattern: str, example: str) -> re.Pattern[str]:
+    """Return a regular expression with one group. Raises ValueError, with an `example`, for any other pattern."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{setting}={pattern!r} is not a regular expression ({error}); correct it") from error
+    if compiled.groups != 1:
+        raise ValueError(f"{setting}={pattern!r} needs one group in parentheses, such as {example}")
+    return compiled
+
+
+def class_by_pattern(found: FoundImages, pattern: str) -> list[str]:
+    """Return the class of each image: what the group of a regular expression matches in its name.
+
+    Raises ValueError for an invalid pattern, one without a group, and names that it does not match.
+    """
+    compiled = compile_pattern("data.source.class_pattern", pattern, "'(cat|dog)_'")
+    matches = [compiled.search(name) for name in found.names]
+    missing = [name for name, match in zip(found.names, matches, strict=True) if match is None or match[1] is None]
+    if missing:
+        raise ValueError(
+            f"data.source.class_pattern={pattern!r} does not match {len(missing)} of {len(found)} names, such as "
+            f"{missing[0]}; change the pattern, or move these files away"
+        )
+    return [match[1] for match in matches if match is not None]
+
+
+def _class_paths(found: FoundImages, depth: Depth, complete: bool = False) -> list[list[str]]:
+    """Return the class folders of each image: the first `depth`, or all if `complete`, below those of a split."""
+    names: list[list[str]] = [[] for _ in found.roots]
+    for k, name in zip(found.which, found.names, strict=True):
+        names[k].append(name)
+    levels, end = _class_levels(names, depth), None if depth == "all" or complete else depth
+    return [name.split("/")[levels[k] : -1][:end] for k, name in zip(found.which, found.names, strict=True)]
+
+
+def _class_levels(names: Sequence[Sequence[str]], depth: Depth) -> list[int]:
     """Return the number of folders, from the top, that are not classes, for the files `names` of each root.
 
     These are folders of splits and those around them. A folder that holds everything is a class only beside those of
     other roots.
     """
-    outer = [outer_folders(each) if each else 0 for each in names]
+    outer = [_outer_folders(each) if each else 0 for each in names]
     levels = []
     for each, level in zip(names, outer, strict=True):
         splits = {SPLITS.get(name.split("/")[level].lower()) for name in each}
@@ -39,3 +113,14 @@ def class_levels(names: Sequence[Sequence[str]], depth: Depth) -> list[int]:
     if len(some - {()}) < 2:
         return [level or around for level, around in zip(levels, outer, strict=True)]
     return levels
+
+
+def _outer_folders(names: Iterable[str]) -> int:
+    """Return the number of folders, from the top, that hold all files of these names, above any of a split."""
+    first, last = min(names := list(names)), max(names)  # what these share, all share
+    shared = 0
+    for a, b in zip(first.split("/")[:-1], last.split("/")[:-1], strict=False):
+        if a != b or a.lower() in SPLITS:
+            break
+        shared += 1
+    return shared

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images, refuse_val_root
+from src.data.folder import refuse_val_root
+from src.data.image_source import ImageSource, open_images
 from src.quoting import format_override
 
 
@@ -33,7 +34,7 @@ def lsun(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open the databases `<root>/<name>_lmdb` of the names in `classes`, such as `bedroom_train`.
 
     Several databases are classes. The other arguments are those of `src.data.folder.folder`.

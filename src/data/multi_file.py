@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import PurePosixPath
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from src.data.decode import Decoded, Pages, decode
 from src.data.encoded import Names
-from src.data.scan import FoundImages, compile_pattern
+from src.data.found_images import FoundImages
+from src.data.layout import compile_pattern
 from src.errors import first_names
 
 
@@ -29,9 +31,8 @@ class CombinedImages(FoundImages):
     def identity(self) -> str:
         return sha256(f"{self.files.identity()} {self.members.tolist()}".encode()).hexdigest()
 
-    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> "CombinedImages":
-        kept = replace(self, **vars(super().keep(chosen, reason)))
-        return replace(kept, members=self.members[np.asarray(chosen, bool)])
+    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
+        return replace(super().keep(chosen, reason), members=self.members[np.asarray(chosen, bool)])
 
     def paths_of(self, index: int) -> list[str]:
         """Return the paths by which a table may name an image: its name, or one of its files."""
@@ -67,49 +68,57 @@ def combine(found: FoundImages, pattern: str, channel_names: Sequence[str] | Non
     """
     setting = f"data.source.channel_pattern={pattern!r}"
     compiled = compile_pattern("data.source.channel_pattern", pattern, "'_(B[0-9]+)' or '(red|green|blue)/'")
-    matches = [compiled.search(name) for name in found.names]
-    present = {match[1] for match in matches if match is not None and match[1] is not None}
-    names = tuple(sorted(present, key=_by_numbers) if channel_names is None else map(str, channel_names))
-    if not present or len({*names}) < len(names) or {*names} - present:
-        fix = f"their channels are {first_names(sorted(present, key=_by_numbers), 20)}" if present else ""
-        listed = "" if channel_names is None else f" data.source.channel_names=[{','.join(names)}]"
-        raise ValueError(f"{setting}{listed} must match files, each channel once; {fix or 'change the pattern'}")
+    parts = [_split_name(compiled, name) for name in found.names]
+    channels = _choose_channels({channel for channel, _ in parts if channel is not None}, channel_names, setting)
     members: dict[tuple[int, str], list[int]] = {}
-    unmatched, unused = [], []
-    for k, match in enumerate(matches):
-        name = found.names[k]
-        if match is None or match[1] is None:
-            unmatched.append(name)
-        elif match[1] not in names:
-            unused.append(name)
-        else:
-            rest = re.sub("/+", "/", name[: match.start()] + name[match.end() :]).strip("/")
-            suffix = PurePosixPath(name).suffix
-            rest += "" if rest.endswith(suffix) else suffix
-            row = members.setdefault((int(found.which[k]), rest), [-1] * len(names))
-            column = names.index(match[1])
-            if row[column] >= 0:
-                raise ValueError(f"{setting} takes {found.names[row[column]]} and {name} for one file; change it")
-            row[column] = k
+    left_out = {reason: [*names] for reason, names in found.left_out.items()}
+    for k, (channel, rest) in enumerate(parts):
+        if channel not in channels:
+            reason = "without a channel in the name" if channel is None else "of channels that are not used"
+            left_out.setdefault(reason, []).append(found.names[k])
+            continue
+        row = members.setdefault((int(found.which[k]), rest), [-1] * len(channels))
+        column = channels.index(channel)
+        if row[column] >= 0:
+            names = f"{found.names[row[column]]} and {found.names[k]}"
+            raise ValueError(f"{setting} takes {names} for one file; change it")
+        row[column] = k
     keys = sorted(members)
     rows = np.array([members[key] for key in keys], np.int64)
-    given, firsts = rows >= 0, rows.max(1)
-    left_out = {**found.left_out}
-    for reason, files in (("without a channel in the name", unmatched), ("of channels that are not used", unused)):
-        if files:
-            left_out[reason] = [*left_out.get(reason, []), *files]
+    some_file = rows.max(1)
     return CombinedImages(
         found.roots,
         np.array([which for which, _ in keys], np.int64),
         Names(rest for _, rest in keys),
-        (found.sizes[rows] * given).sum(1),
-        found.times[firsts],
-        None if found.val_mask is None else found.val_mask[firsts],
+        (found.sizes[rows] * (rows >= 0)).sum(1),
+        found.times[some_file],
+        None if found.val_mask is None else found.val_mask[some_file],
         left_out,
         found,
         rows,
-        names,
+        channels,
     )
+
+
+def _split_name(pattern: re.Pattern[str], name: str) -> tuple[str | None, str]:
+    """Return the channel in the name of a file, or None, and the name of its image: the rest, with the suffix."""
+    match = pattern.search(name)
+    if match is None or match[1] is None:
+        return None, name
+    rest = re.sub("/+", "/", name[: match.start()] + name[match.end() :]).strip("/")
+    suffix = PurePosixPath(name).suffix
+    return match[1], rest if rest.endswith(suffix) else rest + suffix
+
+
+def _choose_channels(present: set[str], chosen: Sequence[str] | None, setting: str) -> tuple[str, ...]:
+    """Return the channels of an image, in order. Raises ValueError unless each of them is present, and once."""
+    known = sorted(present, key=_by_numbers)
+    channels = tuple(known if chosen is None else map(str, chosen))
+    if not present or len({*channels}) < len(channels) or {*channels} - present:
+        fix = f"their channels are {first_names(known, 20)}" if present else "change the pattern"
+        listed = "" if chosen is None else f" data.source.channel_names=[{','.join(channels)}]"
+        raise ValueError(f"{setting}{listed} must match files, each channel once; {fix}")
+    return channels
 
 
 def describe_channels(found: FoundImages) -> str:

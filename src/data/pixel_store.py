@@ -143,10 +143,10 @@ def _read(folder: Path) -> PixelStore | None:
 
 def _readable_now(store: PixelStore, found: EncodedImages, spec: ImageSpec) -> bool:
     """Return whether an image that could not be read can be now, for example after a decoder was installed."""
-    return any(_try_load(found, spec, k)[0] is not None for k in store.errors)
+    return any(try_load(found, spec, k)[0] is not None for k in store.errors)
 
 
-def _try_load(found: EncodedImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
+def try_load(found: EncodedImages, spec: ImageSpec, index: int) -> tuple[Any, str]:
     """Return the image, or None and the reason why it cannot be read."""
     try:
         return read_with_retries(str(found.path(index)), partial(load_sample, found, spec, index)), ""
@@ -209,7 +209,7 @@ def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
 def _storage_type(found: EncodedImages, spec: ImageSpec) -> str:
     """Return uint8 if the first image that can be read has 8 bits, else float32."""
     for k in range(len(found)):
-        image, _ = _try_load(found, spec, k)
+        image, _ = try_load(found, spec, k)
         if image is not None:
             return "uint8" if image.pixels.dtype == np.uint8 else "float32"
     return "uint8"
@@ -271,7 +271,7 @@ def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str,
     pixels = np.zeros((0 if varies else len(indices), spec.channels, *spec.size), dtype)
     part = _Part([], [], [], [], [], [], {}, [])
     for row, index in enumerate(indices):
-        image, reason = _try_load(found, spec, index)
+        image, reason = try_load(found, spec, index)
         if image is None:
             part.errors[index] = reason
             continue

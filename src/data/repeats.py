@@ -3,19 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-from src.data.scan import FoundImages
+from src.data.found_images import FoundImages
 from src.quoting import format_override
 
 
 def check_repeats(repeats: Sequence[int] | None, root: Any) -> list[int] | None:
     """Return `data.repeats`. Raises ValueError unless it has an integer of at least 1 for each root."""
+    if repeats is None:
+        return None
     roots = 1 if root is None or isinstance(root, str) else len(root)
-    if repeats is not None and (len(repeats) != roots or min(repeats) < 1):
+    counts = list(repeats) if isinstance(repeats, Sequence) else [repeats]
+    if len(counts) != roots or not all(isinstance(count, int) and count >= 1 for count in counts):
         raise ValueError(
-            f"{format_override('data.repeats', list(repeats))} must have an integer of at least 1 for each of the "
+            f"{format_override('data.repeats', repeats)} must have an integer of at least 1 for each of the "
             f"{roots} folders of data.root; change it, or leave it out"
         )
-    return None if repeats is None else list(repeats)
+    return counts
 
 
 def repeat_indices(indices: Sequence[int], found: object, repeats: Sequence[int]) -> list[int]:

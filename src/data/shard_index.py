@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from src.cache import write_atomically
+from src.data.archives import tar_places
 from src.data.decode import ARRAY_SUFFIXES, image_suffixes
 from src.data.encoded import Names
-from src.data.scan import tar_places
 from src.data.shard_files import damaged_shard
 from src.errors import first_names
 from src.quoting import format_override

@@ -16,7 +16,8 @@ from torchvision import datasets
 from src.cache import write_atomically
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images, refuse_val_root
+from src.data.folder import refuse_val_root
+from src.data.image_source import ImageSource, open_images
 from src.data.images import open_dataset
 from src.data.sources import Labels
 
@@ -66,7 +67,7 @@ def torchvision_files(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open a torchvision dataset of image files: CelebA, or any whose constructor takes `loader`.
 
     Args:

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from src.data.archives import read_at
 from src.data.decode import Pages, image_suffixes
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.folder import FolderImages, open_images
+from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
-from src.data.scan import read_at
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
 from src.errors import first_names
@@ -50,7 +50,7 @@ def shards(
     cache: bool = True,
     cache_dir: str | None = None,
     val_root: str | Sequence[str] | None = None,
-) -> FolderImages:
+) -> ImageSource:
     """Open the images of shards with their classes and captions.
 
     Args:

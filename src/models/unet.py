@@ -226,9 +226,12 @@ def attended_resolutions(requested: Sequence[int], resolutions: Sequence[float])
     nearest = {r: min(resolutions, key=lambda s: abs(math.log(s / r))) for r in requested}
     ignored = [r for r, s in nearest.items() if not r / math.sqrt(2) <= s <= r * math.sqrt(2)]
     if ignored:
+        accepted = ",".join(str(r) for r in requested if r not in ignored)
+        nearby = ",".join(str(round(s)) for s in sorted({*nearest.values()}, reverse=True))
         warnings.warn(
             f"model.attention_resolutions={list(requested)}: {ignored} ignored, the stages have resolutions "
-            f"{[round(r, 1) for r in resolutions]}",
+            f"{[round(r, 1) for r in resolutions]}; set model.attention_resolutions=[{accepted}] for this network, or "
+            f"[{nearby}] for more attention",
             stacklevel=3,
         )
     return {s for r, s in nearest.items() if r not in ignored}

@@ -48,9 +48,8 @@ def file_stats(decoded: Sequence[Decoded]) -> FileStats:
     return FileStats(channels, used or bands, gray, int(np.median([min(each.size) for each in decoded])))
 
 
-def suggest(stats: FileStats, num_train: int, on_gpu: bool) -> list[str]:
-    """Return overrides of `src.train` by rules of thumb."""
-    size = stats.suggested_size(on_gpu)
+def suggest(size: int, num_train: int, on_gpu: bool) -> list[str]:
+    """Return overrides of `src.train` by rules of thumb, for images whose longer side is `size` pixels."""
     recipe = f"experiment=folder_{64 if size == 64 else 256}" if on_gpu and size >= 64 else None
     small = "model=unet_small" if on_gpu else "model=unet_patched" if size >= 32 else "model=unet_tiny"
     batch = 64
@@ -59,8 +58,8 @@ def suggest(stats: FileStats, num_train: int, on_gpu: bool) -> list[str]:
     batch = max(1, min(batch, num_train))
     return [
         recipe or small,
-        f"data.image_size={size}",
-        f"data.channels={stats.suggested_channels}",
+        # The attention of these networks is at feature maps that they do not have at these sizes.
+        *(["model.attention_resolutions=[8]"] if size == (8 if on_gpu else 16) else []),
         f"data.batch_size={batch}",
         *([f"snr_shift={64 / size:g}"] if size > 64 else []),
         *(["model.dropout=0.2"] if num_train < 1000 else []),
@@ -113,7 +112,9 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost
 
     from src.runs.build import build
     from src.runs.fit import load_data
+    from src.runs.trainer import quiet_libraries
 
+    quiet_libraries()
     quiet = ["callbacks=none", "logger=none", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
     cfg = hydra.compose("train", [*overrides, *quiet, f"trainer.max_steps={count + 2}", f"run_dir='{run_dir}'"])
     with warnings.catch_warnings():

@@ -3,11 +3,10 @@
 import io
 import os
 import shutil
+import signal
 import struct
-import subprocess
-import sys
-import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,13 @@ import torch
 from PIL import Image, ImageCms
 
 from src.data import pixel_store
+from src.data.archives import open_member, tar_places
 from src.data.captions import captioned
 from src.data.decode import decode
 from src.data.fit import ImageSpec, infer_range, load_image
 from src.data.folder import folder
-from src.data.scan import find_images, open_member, tar_places
+from src.data.scan import find_images
+from src.errors import DataReadError
 
 RNG = np.random.default_rng(0)
 SHAPE = (5, 7)
@@ -143,6 +144,14 @@ def test_pages_are_counted_or_become_channels(tmp_path):
     assert np.array_equal(source.fetch([0])[0, 0].numpy(), pages[0])
     assert "1 files hold several images" in source.summary
     assert np.array_equal(fetched(tmp_path, 3, pages="channels"), pages.transpose(1, 2, 0))
+
+
+def test_sizes_are_those_of_upright_images(tmp_path):
+    """Orientation 6 of EXIF and TIFF: the first row of the file is the right column of the image."""
+    (tmp_path / "a.tif").write_bytes(tiff(GRAY16[..., 0], extratags=[(274, "H", 1, 6, True)]))
+    source = folder(str(tmp_path), SHAPE[::-1], 1)
+    assert np.array_equal(source.fetch([0])[0, 0].numpy(), np.rot90(GRAY16[..., 0], -1))
+    assert f"; {SHAPE[0]}x{SHAPE[1]} pixels;" in source.summary
 
 
 def test_background_and_opacity(tmp_path):
@@ -318,6 +327,20 @@ def test_constant_and_dark_images_are_refused(tmp_path):
     assert source.fetch([0]).unique().tolist() == [0, 1] and source.value_range == (0, 1)
 
 
+def test_masks_need_no_cache(tmp_path):
+    """Their range is that of their type, and a file of another type is refused."""
+    masks = [uniform(*SHAPE, high=1 + k) == 1 for k in range(2)]
+    for k, mask in enumerate(masks):
+        np.save(tmp_path / f"{k}.npy", mask)
+    for value_range in (None, [0, 1]):
+        source = folder(str(tmp_path), SHAPE, 1, cache=False, value_range=value_range)
+        assert source.value_range == (0, 1)
+        assert np.array_equal(source.fetch([0, 1])[:, 0].numpy(), masks)
+    np.save(tmp_path / "2.npy", uniform(*SHAPE))
+    with pytest.raises(DataReadError, match=r"2\.npy .*uint8.*bool"):
+        folder(str(tmp_path), SHAPE, 1, cache=False).fetch([2])
+
+
 def test_types_that_do_not_compare_are_refused(tmp_path):
     save(tmp_path, "a.png")
     (tmp_path / "b.png").write_bytes(png16(GRAY16))
@@ -442,42 +465,47 @@ def test_many_files_are_decoded_in_processes(tmp_path, monkeypatch):
     assert torch.equal(several.fetch(range(40)), one.fetch(range(40)))
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from src.data import pixel_store
-from src.data.fit import ImageSpec
-from src.data.scan import find_images
-load = pixel_store.load_image
-def slow(*arguments):
-    time.sleep(0.01)
-    return load(*arguments)
-pixel_store.load_image = slow
-pixel_store.CHUNK = 4
-pixel_store.MIN_PARALLEL = 8
-print("start", flush=True)
-pixel_store.open_pixels(find_images(Path(sys.argv[1])), ImageSpec((5, 7), 1), Path(sys.argv[2]))
-"""
+def decode_until_killed(root: Path, cache: Path, events: int) -> None:
+    """Decode a folder in a forked process, which is killed with its workers at its event number `events`.
+
+    An event is an image decoded, or a file of the cache closed or renamed.
+    """
+    counter = os.open(cache.with_suffix(".events"), os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_APPEND)
+    if (child := os.fork()) > 0:
+        os.close(counter)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        return
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            os.write(counter, b".")
+            if os.fstat(counter).st_size >= events:
+                os.killpg(0, signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return call
+
+    try:
+        os.setsid()
+        pixel_store.load_image = counted(pixel_store.load_image)
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+        pixel_store.CHUNK, pixel_store.MIN_PARALLEL = 4, 8
+        pixel_store.open_pixels(find_images(root), ImageSpec(SHAPE, 1), cache)
+    finally:
+        os._exit(0)
 
 
 def test_a_killed_process_leaves_no_wrong_image(tmp_path):
-    """Killed at ten moments while it decodes; the next process has every pixel right."""
-    save(tmp_path / "in", *(f"{k:03}.png" for k in range(60)))
+    """Killed while it decodes or writes; the next process has every pixel right."""
+    count = 20
+    save(tmp_path / "in", *(f"{k:03}.png" for k in range(count)))
     cache = tmp_path / "cache"
-    for k in range(10):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / "in"), str(cache)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.04 * k)
-        os.killpg(process.pid, 9)
-        process.wait()
-        process.stdout.close()
-        for complete in cache.glob("*/about.json"):
-            if ".partial" not in complete.parent.name:
-                shutil.rmtree(complete.parent)  # it was faster
-    expected = folder(str(tmp_path / "in"), SHAPE, 1, cache=False).fetch(range(60))
-    assert torch.equal(folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(cache)).fetch(range(60)), expected)
+    cache.mkdir()
+    for events in (1, 7, count, count + 2, count + 5):  # the image that shows the type is decoded twice
+        decode_until_killed(tmp_path / "in", cache, events)
+        assert not [folder for folder in cache.glob("*/about.json") if ".partial" not in folder.parent.name]
+    expected = folder(str(tmp_path / "in"), SHAPE, 1, cache=False).fetch(range(count))
+    assert torch.equal(folder(str(tmp_path / "in"), SHAPE, 1, cache_dir=str(cache)).fetch(range(count)), expected)
     assert [path.name for path in cache.iterdir() if "partial" in path.name] == []
 
 

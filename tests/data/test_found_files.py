@@ -1,6 +1,8 @@
 """Which files of folders and archives are used, for what, and the messages about those that cannot be."""
 
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 import tifffile
 from PIL import Image
 
+from src.data.captions import captioned
 from src.data.conditions import Classes
-from src.data.folder import FolderImages, find, folder
+from src.data.folder import find, folder
+from src.data.image_source import ImageSource
 from src.data.split import hash_ids, hash_threshold, split
 from src.errors import DataReadError
 
@@ -26,7 +30,7 @@ def save(root: Path, *names: str) -> None:
         Image.fromarray(values.astype(np.uint8)).save(path)
 
 
-def open_folder(root: object, **settings: object) -> FolderImages:
+def open_folder(root: object, **settings: object) -> ImageSource:
     return folder(root, SHAPE, 1, cache=False, **settings)
 
 
@@ -60,6 +64,23 @@ def test_validation_folders_with_all_images_are_refused(tmp_path, val_root):
     save(tmp_path, "a/0.png", "b/0.png")
     with pytest.raises(ValueError, match=r"data\.val_root=.*data\.root="):
         find([f"{tmp_path}/b", f"{tmp_path}/a"], f"{tmp_path}/{val_root}")
+
+
+def test_left_out_files_of_other_roots_have_their_path(tmp_path):
+    """A text that was read as a caption is not left out, whichever root has it."""
+    save(tmp_path, "a/0.png", "b/1.png")
+    for name in ("a/0.txt", "b/1.txt", "b/notes.md"):
+        (tmp_path / name).write_text("text")
+    source = captioned([str(tmp_path / "a"), str(tmp_path / "b")], SHAPE, 1, cache=False)
+    assert [name for names in source.found.left_out.values() for name in names] == [str(tmp_path / "b" / "notes.md")]
+
+
+def test_pipes_are_left_out(tmp_path):
+    """Opening one would wait for a writer."""
+    save(tmp_path, "0.png", "1.png")
+    os.mkfifo(tmp_path / "pipe")
+    found = find(str(tmp_path))
+    assert len(found) == 2 and [name for names in found.left_out.values() for name in names] == ["pipe"]
 
 
 # One folder around everything
@@ -135,6 +156,47 @@ def test_files_with_various_reasons_are_checked(tmp_path):
     assert "skip_unreadable" not in str(error.value)
 
 
+def zip_of(path: Path, **contents: bytes) -> str:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    return str(path)
+
+
+def test_archives_with_damaged_names_are_refused(tmp_path):
+    archive = Path(zip_of(tmp_path / "x.zip", é=b"0" * 99))
+    archive.write_bytes(archive.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    with pytest.raises(ValueError, match=r"data\.root=.*x\.zip is cut off or damaged"):
+        find(str(archive))
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_unreadable_members_of_archives_have_a_reason(tmp_path, encrypted):
+    save(tmp_path, "0.png")
+    image = (tmp_path / "0.png").read_bytes()
+    archive = Path(zip_of(tmp_path / "x.zip", **{"0.png": image, "1.png": image}))
+    contents = bytearray(archive.read_bytes())
+    if encrypted:
+        contents[contents.index(b"PK\x01\x02") + 8] |= 1  # the flag of the first file in the list of files
+        contents[6] |= 1
+    else:
+        contents[35 : 35 + len(image) // 2] = bytes(len(image) // 2)
+    archive.write_bytes(contents)
+    with pytest.raises(DataReadError, match=r"1 of 2 .*0\.png.*data\.skip_unreadable"):
+        folder(str(archive), SHAPE, 1)
+    source = folder(str(archive), SHAPE, 1, cache=False)
+    assert source.fetch([1]).shape == (1, 1, *SHAPE)
+    with pytest.raises(DataReadError, match=r"0\.png"):
+        source.fetch([0])
+
+
+def test_captions_inside_an_archive_are_explained(tmp_path):
+    save(tmp_path, "0.png")
+    archive = zip_of(tmp_path / "x.zip", **{"0.png": (tmp_path / "0.png").read_bytes(), "0.txt": b"text"})
+    with pytest.raises(ValueError, match=r"data\.root=.*unpack.*data\.source\.captions"):
+        captioned(archive, SHAPE, 1)
+
+
 def test_an_image_is_not_a_root(tmp_path):
     save(tmp_path, "a b/0.png")
     for settings in ((str(tmp_path / "a b/0.png"),), (str(tmp_path), str(tmp_path / "a b/0.png"))):
@@ -196,3 +258,30 @@ def test_classes_only_in_validation_are_reported(tmp_path):
     source = open_folder(str(tmp_path / "in"), val_root=str(tmp_path / "out"))
     assert "1 of them only in validation (bird)" in source.summary
     assert "only in validation" not in open_folder([str(tmp_path / "in"), str(tmp_path / "out")]).summary
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("background", "tranparent"),
+        ("channel_names", ["a"]),
+        ("condition_columns", ["age"]),
+        ("file_column", "path"),
+        ("label_column", "kind"),
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, name, value):
+    save(tmp_path, "cat/0.png", "dog/1.png")
+    with pytest.raises(ValueError, match=rf"data\.source\.{name}="):
+        open_folder(str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["file_column", "caption_column"])
+def test_columns_of_captions_need_a_table(tmp_path, name):
+    save(tmp_path, "0.png")
+    (tmp_path / "0.txt").write_text("text")
+    with pytest.raises(ValueError, match=rf"data\.source\.{name}=.*data\.source\.captions"):
+        captioned(str(tmp_path), SHAPE, 1, **{name: "x"})

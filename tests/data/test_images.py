@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gzip
 import io
 import itertools
@@ -12,6 +13,7 @@ import socket
 import struct
 import sys
 import urllib.request
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -20,7 +22,9 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -89,10 +93,18 @@ def any_checksum(monkeypatch):
     monkeypatch.setattr(torchvision_utils, "check_md5", lambda *args, **kwargs: True)
 
 
+@cache
+def composed(name: str) -> DictConfig:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("train", overrides=[f"data={name}", "data.num_workers=0"])
+    return OmegaConf.masked_copy(cfg, ["data", "seed"])
+
+
 def configured(name: str, *overrides: str) -> ImageDataModule:
     """Return the data module of a YAML."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("train", overrides=[f"data={name}", "data.num_workers=0", *overrides])
+    cfg = copy.deepcopy(composed(name))
+    for override in OverridesParser.create().parse_overrides([*overrides]):
+        OmegaConf.update(cfg, override.key_or_group, override.value())
     return instantiate(cfg.data)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ import tifffile
 from PIL import Image
 
 from src.data.captions import captioned
-from src.data.folder import FolderImages, folder
+from src.data.folder import folder
+from src.data.image_source import ImageSource
 from src.data.split import hash_ids
 from src.errors import DataReadError
 
@@ -37,11 +39,11 @@ def save(path: Path, image: np.ndarray) -> None:
         Image.fromarray(image).save(path)
 
 
-def classes_of(source: FolderImages) -> list[str] | None:
+def classes_of(source: ImageSource) -> list[str] | None:
     return None if source.labels is None else [source.labels.classes[k] for k in source.labels.targets]
 
 
-def all_of(source: FolderImages) -> np.ndarray:
+def all_of(source: ImageSource) -> np.ndarray:
     return source.fetch(range(len(source))).numpy()
 
 
@@ -53,7 +55,7 @@ def test_nested_folders_are_classes_on_request(tmp_path):
         save(tmp_path / f"{name}.png", pixels(k))
     tops = folder(str(tmp_path), SHAPE, 1)
     assert classes_of(tops) == ["animals", "animals", "animals", "plants", "plants"]
-    assert "data.source.class_depth" in tops.summary
+    assert re.search(r"; 4 .* 2 .*data\.source\.class_depth=2", tops.summary)
     two = folder(str(tmp_path), SHAPE, 1, class_depth=2)
     assert classes_of(two) == ["animals/cat", "animals/cat", "animals/dog", "plants", "plants/rose"]
     assert "data.source.class_depth" not in two.summary and "animals/cat" in two.summary
@@ -70,6 +72,15 @@ def test_nested_classes_lie_below_a_split(tmp_path):
     assert classes_of(folder(str(tmp_path), SHAPE, 1)) is None
     source = folder(str(tmp_path), SHAPE, 1, class_depth=2)
     assert classes_of(source) == ["a/x", "a/y", "a/x"] and source.val_mask.tolist() == [False, False, True]
+
+
+def test_nested_folders_are_counted_without_those_at_the_top(tmp_path):
+    save(tmp_path / "a" / "1.png", pixels(0))
+    save(tmp_path / "a" / "x" / "2.png", pixels(1))
+    save(tmp_path / "b" / "3.png", pixels(2))
+    assert re.search(
+        r"; 1 subfolder .* 1 folder .*data\.source\.class_depth=2", folder(str(tmp_path), SHAPE, 1).summary
+    )
 
 
 # Several files per image
@@ -105,6 +116,16 @@ def test_channels_in_folders_are_combined(tmp_path):
     assert list(source.found.names) == ["train/0.png", "train/1.png"]
     assert np.array_equal(all_of(source), np.stack([np.stack([pixels(3 * k + c) for c in range(3)]) for k in range(2)]))
     assert "train/red/notes.png" in source.summary
+
+
+def test_channels_may_be_the_names_of_files(tmp_path):
+    """As in a folder per scene; samples are written in the format of the files."""
+    for scene in "ab":
+        for k in (1, 2):
+            save(tmp_path / scene / f"B{k}.tif", pixels(k))
+    source = folder(str(tmp_path), SHAPE, 2, channel_pattern=r"(B\d)")
+    assert classes_of(source) == ["a", "b"] and source.suffix == ".tif"
+    assert np.array_equal(all_of(source), np.stack([[pixels(1), pixels(2)]] * 2))
 
 
 def test_every_file_is_in_the_key_of_the_cache(tmp_path):
@@ -291,17 +312,16 @@ def test_roots_are_repeated_in_training(tmp_path):
             save(tmp_path / root / f"{k}.png", pixels(k + 100 * (root == "b")))
     roots = f"data.root=['{tmp_path / 'a'}','{tmp_path / 'b'}']"
 
-    def opened(*overrides: str):
-        cfg = compose(
-            "train", "data=folder", roots, "data.image_size=[6,8]", "data.channels=1", "data.val_fraction=0.2",
-            "data.batch_size=6", "run_dir=x", *overrides,
-        )  # fmt: skip
-        data = instantiate(cfg.data)
+    sizes = "data.image_size=[6,8]", "data.channels=1", "data.val_fraction=0.2", "data.batch_size=6"
+    cfg = compose("train", "data=folder", roots, *sizes, "run_dir=x").data
+
+    def opened(repeats: object):
+        data = instantiate(cfg, repeats=repeats)
         data.setup()
         return data
 
     trainer = SimpleNamespace(max_steps=1000, global_step=0, accumulate_grad_batches=1, global_rank=0, world_size=1)
-    plain, data = opened(), opened("data.repeats=[1,3]")
+    plain, data = opened(None), opened([1, 3])
     assert data.val_indices == plain.val_indices and data.train_indices == plain.train_indices
     assert list(data.source.ids) == list(plain.source.ids) and len({*data.source.ids}) == 70
     wanted = {k: 3 if name.startswith("1/") else 1 for k, name in enumerate(data.source.ids) if k in data.train_indices}
@@ -316,6 +336,6 @@ def test_roots_are_repeated_in_training(tmp_path):
     ]
     trainer.limit_val_batches = 1.0
     assert sorted(k for each in data.val_sampler(trainer) for k in each.indices) == sorted(plain.val_indices)
-    for wrong in ("[1]", "[1,0]", "[1,2,3]"):
+    for wrong in ([1], [1, 0], [1, 2, 3], [1, 1.5], 2):
         with pytest.raises(Exception, match=r"data\.repeats"):
-            opened(f"data.repeats={wrong}")
+            opened(wrong)

@@ -23,7 +23,8 @@ from src.data import read_errors
 from src.data.batches import BatchDataset, fetch_batch
 from src.data.conditions import Classes
 from src.data.fit import ImageSpec
-from src.data.folder import FolderImages, folder
+from src.data.folder import folder
+from src.data.image_source import ImageSource
 from src.data.images import ImageFiles
 from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
@@ -134,7 +135,7 @@ def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-def file_of(source: FolderImages, index: int) -> Path:
+def file_of(source: ImageSource, index: int) -> Path:
     return source.found.root / source.found.names[index]
 
 

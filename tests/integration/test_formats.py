@@ -60,7 +60,14 @@ def test_samples_have_the_type_and_range_of_the_files(tmp_path, kind, channels, 
     ranges = ["data.value_range=[0,1]"] if kind == "mask PNG" else []
     data = ["data=folder", f"data.root='{tmp_path / 'data'}'", "data.image_size=8", f"data.channels={channels}"]
     run = tmp_path / "run"
-    train_tiny(run, *data, *ranges, "data.batch_size=4", "data.val_fraction=0.3", "data.num_workers=0")
+    short = [
+        "trainer.max_steps=1",
+        "validate_every=1",
+        "~callbacks.bits_per_dim",
+        "neighbors.num_samples=0",
+        "logger=none",
+    ]
+    train_tiny(run, *data, *ranges, *short, "data.batch_size=4", "data.val_fraction=0.3")
     assert (run / "samples" / "final.png").exists()
     out = tmp_path / "out"
     sample(compose("sample", f"run='{run}'", "n=3", f"run_dir='{out}'", "device=cpu", "sampler.steps=2"))

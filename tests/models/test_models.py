@@ -371,11 +371,16 @@ def test_attention_resolutions_select_the_nearest_stage():
 
 
 def test_attention_resolutions_without_a_stage_warn():
-    """ADM ignores them silently."""
+    """ADM ignores them silently. The warning has two settings to type, which do not warn."""
     settings = {"channels": 1, "image_size": 28, "model_channels": 8, "channel_mult": (1, 1, 1)}
-    with pytest.warns(UserWarning, match=r"model\.attention_resolutions=\[64, 14, 2\].*\[64, 2\].*\[28, 14, 7\]"):
+    with pytest.warns(
+        UserWarning, match=r"model\.attention_resolutions=\[64, 14, 2\].*\[64, 2\].*\[28, 14, 7\]"
+    ) as seen:
         net = UNet(**settings, attention_resolutions=(64, 14, 2))
-    assert count(net) == count(UNet(**settings, attention_resolutions=(14,)))
+    typed = re.findall(r"\[([\d,]*)\]", str(seen[0].message))
+    same, more = (UNet(**settings, attention_resolutions=tuple(map(int, each.split(",")))) for each in typed)
+    assert count(net) == count(same) < count(more)
+    assert count(more) == count(UNet(**settings, attention_resolutions=(28, 14, 7)))
 
 
 def test_attention_resolutions_below_one_raise():
