@@ -40,7 +40,8 @@ def lsun(
 
     Raises:
         FileNotFoundError: If a database does not exist.
-        ValueError: If the package lmdb is missing, a database cannot be read or has test images, or as `folder` does.
+        ValueError: If the package lmdb is missing, a database cannot be read, occurs twice or has test
+            images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)
@@ -48,11 +49,16 @@ def lsun(
     if not names or any(name.endswith("_test") for name in names):
         raise ValueError(f"{setting} must name databases that are not for testing, such as [bedroom_train]")
     paths = [Path(root or ".") / f"{name}_lmdb" for name in names]
-    for path in paths:
+    for k, path in enumerate(paths):
         if root is None or not (path / "data.mdb").is_file():
             raise FileNotFoundError(
                 f"{format_override('data.root', root)} has no {path.name}/data.mdb; download and unzip it there, or "
                 f"change {setting}"
+            )
+        if same := next((each for each in paths[:k] if (path / "data.mdb").samefile(each / "data.mdb")), None):
+            raise ValueError(
+                f"{setting} names one database twice, as {same.name} and {path.name}, so validation would repeat "
+                "training images; leave one out"
             )
     keys: list[str] = []
     sizes: list[int] = []

@@ -797,6 +797,10 @@ def test_lsun_databases_are_read(tmp_path, write_database):
     for wrong, kind in (("bedroom_test", ValueError), ("kitchen_train", FileNotFoundError)):
         with pytest.raises(kind, match=r"data\.source\.classes"):
             fetch_all(configured("lsun", f"data.root={tmp_path}", f"data.source.classes=[{wrong}]"))
+    (tmp_path / "link_train_lmdb").symlink_to(tmp_path / "tower_train_lmdb")
+    for twice in ("tower_train,tower_train", "bedroom_train,tower_train,link_train"):
+        with pytest.raises(ValueError, match=r"data\.source\.classes=.*tower_train_lmdb"):
+            fetch_all(configured("lsun", f"data.root={tmp_path}", f"data.source.classes=[{twice}]"))
 
 
 def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None:
