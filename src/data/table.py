@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.column_types import MAX_CATEGORIES, MISSING, parse, type_override
+from src.data.column_types import MAX_CATEGORIES, MISSING, parse_column, type_override
 from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
-from src.data.dates import dates_of_texts
+from src.data.dates import EPOCHS, UNIT_NAMES, dates_of_texts
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
 from src.data.table_files import Table, labels_from_names, read_table
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
 """Names of separators and decimal signs that are hard to type in a shell."""
-TYPES = (*get_args(ColumnType), "id", "text")
+TYPES = (*get_args(ColumnType), *EPOCHS, "id", "text")
 """What `data.types` takes, besides the format of a date; the last two leave a column out."""
 
 
@@ -237,7 +237,7 @@ class TableDataModule(BaseDataModule):
         table = self._table or self._read()
         self._table = None
         self.notes = self.notes or [*table.notes]
-        cells = [parse(table, column.name, known=column) for column in self.encoders]
+        cells = [parse_column(table, column.name, known=column) for column in self.encoders]
         names = [column.name for column in self.encoders]
         conditions = [_condition(table, name) for name in self.condition_columns]
         table, kept = self._complete(
@@ -311,7 +311,7 @@ class TableDataModule(BaseDataModule):
         free = [name for name in table.names if name not in self.condition_columns and name != self.label]
         parsed = {}
         for name in self.names or free:
-            cells = parse(table, name, self.types.get(name), used=explicit)
+            cells = parse_column(table, name, self.types.get(name), used=explicit)
             if cells.type is not None:
                 parsed[name] = cells
             elif explicit:
@@ -353,9 +353,8 @@ class TableDataModule(BaseDataModule):
                 raise ValueError(f"{table.path}: data.transforms of {error}") from error
             if column.low is not None and column.high is not None:
                 _check_varies(table, name, column.low, column.high, "data.columns")
-            if name not in self.types and (other := _other_order(table, column)):
-                use = type_override(name, other)
-                self.notes.append(f"{name} read as {column.format}, although it may be {other}: then add {use}")
+            if name not in self.types and (doubt := _describe_doubt(table, column)):
+                self.notes.append(doubt)
             columns.append(column)
             cells_kept.append(cells)
         return columns, cells_kept
@@ -421,6 +420,8 @@ class TableDataModule(BaseDataModule):
             fix += ", or remove the column from data.condition_columns"
         else:
             fix += f", or leave the column out: {type_override(name, 'text')}"
+        if cells.type == "date" and table.column(name)[row].isdecimal():
+            fix += f", or set the unit of whole numbers since 1970: {type_override(name, 'epoch_ms')}"
         raise ValueError(
             f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r:.40}, {what} "
             f"({int(cells.invalid.sum())} of {len(table)} rows); {fix}"
@@ -439,14 +440,28 @@ def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) ->
 
 def _condition(table: Table, name: str) -> Cells:
     """Return a column of covariates: numbers, or booleans as 0 and 1."""
-    cells = parse(table, name, used=True)
+    cells = parse_column(table, name, used=True)
     if cells.type == "boolean":
         numbers = Column(name, **cells.details, type="boolean").display
         values = np.array(
             [0.0 if lacks else numbers([v])[0] for v, lacks in zip(cells.values, cells.missing, strict=True)]
         )
         return cells._replace(type="number", values=values)
-    return cells if cells.type in ("number", "integer") else parse(table, name, "number")
+    return cells if cells.type in ("number", "integer") else parse_column(table, name, "number")
+
+
+def _describe_doubt(table: Table, column: Column) -> str:
+    """Return which other type a column of dates may have, and how to set it; empty for other columns."""
+    if column.format in EPOCHS:
+        unit = UNIT_NAMES[EPOCHS[column.format]]
+        return (
+            f"{column.name} read as dates, {unit} since 1970 from {column.origin}, although it may be a number: "
+            f"then add {type_override(column.name, 'integer')}"
+        )
+    if (other := _other_order(table, column)) is not None:
+        use = type_override(column.name, other)
+        return f"{column.name} read as {column.format}, although it may be {other}: then add {use}"
+    return ""
 
 
 def _other_order(table: Table, column: Column) -> str | None:
