@@ -20,8 +20,8 @@ from src.data.dates import (
     ticks_of,
     ticks_of_epochs,
 )
-from src.data.table_files import Table, cell_text, sorted_names
-from src.data.table_text import to_numbers
+from src.data.table_files import Table, sorted_names
+from src.data.table_text import cell_text, to_numbers
 from src.errors import first_names
 from src.quoting import format_override, shell_word
 
