@@ -67,7 +67,10 @@ def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
 
 
 def _without_linked(found: FoundImages) -> FoundImages:
-    """Return the files without those for training that a file for validation is a link to."""
+    """Return the files without those for training that a file for validation is a link to.
+
+    Raises ValueError if none is left for training.
+    """
     if found.val_mask is None:
         return found
     folders = [root.is_dir() for root in found.roots]
@@ -77,7 +80,13 @@ def _without_linked(found: FoundImages) -> FoundImages:
         inodes.append(None if status is None else (status.st_dev, status.st_ino))
     held_out = {inode for inode, out in zip(inodes, found.val_mask, strict=True) if out} - {None}
     kept = [bool(out) or inode not in held_out for inode, out in zip(inodes, found.val_mask, strict=True)]
-    return found.keep(kept, "used for validation")
+    found = found.keep(kept, "used for validation")
+    if found.val_mask is not None and found.val_mask.all():
+        raise ValueError(
+            f"{format_override('data.root', str(found.root))} has no training samples besides those for validation, "
+            "which are links to them; set data.val_root to other files, or leave it out"
+        )
+    return found
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:

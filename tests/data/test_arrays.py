@@ -360,12 +360,17 @@ def test_validation_samples_are_not_trained(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "linked.npy").symlink_to(tmp_path / "in" / "1.npy")
     (tmp_path / "out" / "same.npy").hardlink_to(tmp_path / "in" / "3.npy")
+    (tmp_path / "links").mkdir()
+    for path in sorted((tmp_path / "out").iterdir()):
+        (tmp_path / "links" / path.name).symlink_to(path)
     settings = {"cache_dir": str(tmp_path / "cache")}
     inside = opened(tmp_path / "in", val_root=str(tmp_path / "in" / "held"), **settings)
     assert sides(inside) == ([f"0/{k}.npy" for k in range(5)], ["1/8.npy"])
     linked = opened(tmp_path / "in", val_root=str(tmp_path / "out"), **settings)
     assert sides(linked) == (["0/0.npy", "0/2.npy", "0/4.npy", "0/held/8.npy"], ["1/linked.npy", "1/same.npy"])
     assert linked.source.fetch(linked.val_indices)[:, 0, 0].sort().values.tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"data\.val_root"):
+        opened(tmp_path / "out", val_root=str(tmp_path / "links"), **settings)
 
 
 def test_splits_of_samples_in_an_outer_folder_are_recognized(tmp_path):
