@@ -87,7 +87,11 @@ def hub(
     labels, about_labels = _labels(parts, columns, label_column)
     captions, about_captions = _captions(parts, columns, caption_column)
     found = _images(root, parts, chosen, columns)
-    _check_splits_differ(root, found, chosen)
+    if found.repeats_training():
+        raise ValueError(
+            f"{format_override('data.name', root)} has the same images in its splits {' and '.join(chosen)}; set "
+            "data.source.val_split to another one, or save the dataset with different splits"
+        )
     about = f"; columns {', '.join(columns.used())}{columns.about}{about_labels}{about_captions}"
     if others := [name for name in splits if name not in chosen]:
         about += f"; splits that are not used: {', '.join(others)}"
@@ -132,9 +136,7 @@ def choose_splits(name: str, splits: Sequence[str], split: str | None, val_split
     train = split or candidates[0]
     val = val_split or next((each for each in splits if role[each] == "validation" and each != train), None)
     if val == train:
-        raise ValueError(
-            f"data.source.val_split={val} must differ from the split for training; leave it out for data.val_fraction"
-        )
+        raise ValueError(f"data.source.val_split={val} must differ from the training split; leave it out, or change it")
     return train, val
 
 
@@ -266,19 +268,6 @@ def _images(name: str, parts: Sequence[Any], splits: Sequence[str], columns: Col
         read=partial(_read, parts, columns.image),
         val_mask=held_out if len(parts) > 1 else None,
     )
-
-
-def _check_splits_differ(name: str, found: ImageBytes, splits: Sequence[str]) -> None:
-    """Raise ValueError if the training and the validation split have the same images, by their sizes and some bytes."""
-    if found.val_mask is None:
-        return
-    train, val = found.sizes[~found.val_mask], found.sizes[found.val_mask]
-    first = np.flatnonzero(train)[:9].tolist()  # the others have no image
-    if first and np.array_equal(train, val) and all(found.read(k) == found.read(len(train) + k) for k in first):
-        raise ValueError(
-            f"{format_override('data.name', name)} has the same images in its splits {' and '.join(splits)}; set "
-            "data.source.val_split to another one, or save the dataset with different splits"
-        )
 
 
 def _sizes_and_paths(dataset: Any, column: str) -> list[tuple[int, str | None]]:
