@@ -13,25 +13,22 @@ from src.data.array_files import (
     AUDIO_SUFFIXES,
     KINDS,
     arrange,
-    is_array,
     open_numpy,
     read_file,
     suffix_of,
 )
+from src.data.array_folders import find_arrays, labels_of_files, one_file, read_labels
 from src.data.array_source import ArraySource, check_resolution, describe_array, measure
 from src.data.array_store import decode_all, mix
-from src.data.decode import ARRAY_SUFFIXES, Array
+from src.data.decode import Array
 from src.data.fit import find_limits, spatial_size
-from src.data.found_images import FoundImages, describe, join
+from src.data.found_images import FoundImages, describe
 from src.data.image_source import check_readable
 from src.data.images import ImageDataModule
-from src.data.label_table import classes_from_table
 from src.data.layout import class_by_pattern, class_folders
-from src.data.scan import find_images
 from src.data.sources import to_uint8
-from src.data.table_files import FILE_COLUMNS, labels_from_names, read_table
+from src.data.table_files import labels_from_names
 from src.errors import DataReadError
-from src.quoting import format_override
 
 MAX_VALUES = 65536
 """Largest number of integer values for a discrete likelihood; data with more values are treated as continuous."""
@@ -71,7 +68,7 @@ class Arrays:
             return (channels, *size)
         if (path := one_file(root, self.labels)) is not None:
             return arrange(path, open_numpy(path, self.key), channels, size, batched=True).shape[1:]
-        found = self._find(root, None)
+        found = find_arrays(root, None, self.labels)
         first: DataReadError | None = None
         for k in range(len(found)):
             try:
@@ -110,7 +107,7 @@ class Arrays:
         size = self._size(image_size)
         assert size is not None
         if (path := one_file(root, self.labels)) is None:
-            found = self._find(root, val_root)
+            found = find_arrays(root, val_root, self.labels)
             return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
         if val_root is not None:
             raise ValueError(f"data.val_root={val_root} is for one file per sample; use data.val_fraction")
@@ -124,12 +121,6 @@ class Arrays:
             raise ValueError(f"data.source.length={self.length} contradicts data.image_size={image_size}; leave one")
         return spatial_size([self.length])
 
-    def _find(self, root: Any, val_root: str | None) -> FoundImages:
-        roots = [root] if root is None or isinstance(root, str | Path) else list(root)
-        parts = [_find_folder(each, "data.root") for each in roots or [None]]
-        found = join(parts, None if val_root is None else _find_folder(val_root, "data.val_root"))
-        return found if self.labels is None else found.keep([name != self.labels for name in found.names], "labels")
-
     def _open_one(
         self, path: Path, channels: int, size: tuple[int, ...], value_range: Sequence[float] | None
     ) -> ArraySource:
@@ -139,7 +130,7 @@ class Arrays:
         check_resolution(limits)
         labels, counted = None, ""
         if self.labels is not None:
-            labels = labels_from_names(_read_labels(path.parent / self.labels, len(array)))
+            labels = labels_from_names(read_labels(path.parent / self.labels, len(array)))
             counted = f", {len(labels.classes)} classes"
         text = f"{len(array):,} {KINDS[len(size)]} in {path.name}{counted}" + describe_array(array, limits)
         text += _guessed_channels(array)
@@ -156,7 +147,7 @@ class Arrays:
     ) -> ArraySource:
         classes: Sequence[str] | None = None
         if self.labels is not None:
-            classes = _labels_of_files(found.root / self.labels, found)
+            classes = labels_of_files(self.labels, found)
         elif self.class_pattern is not None:
             classes = class_by_pattern(found, self.class_pattern)
         else:
@@ -270,17 +261,6 @@ class ArrayDataModule(ImageDataModule):
         return shown[:, : 1 if count == 2 else 3]
 
 
-def one_file(root: Any, labels: str | None) -> Path | None:
-    """Return the file with all samples: `root`, or its only file besides `labels`; None for one file per sample."""
-    if not isinstance(root, str | Path):
-        return None
-    path = Path(root)
-    if path.is_dir():
-        files = [each for each in path.iterdir() if each.name != labels and (each.is_dir() or is_array(each.name))]
-        path = files[0] if len(files) == 1 else path
-    return path if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES else None
-
-
 def _guessed_channels(array: Array) -> str:
     """Return the part of the summary that says how to read an array (N, C, *size) whose axis 1 may be no channels."""
     _, channels, *size = array.shape
@@ -291,18 +271,6 @@ def _guessed_channels(array: Array) -> str:
     return f"; axis 1 is read as {channels} channels: if the samples are {kind} of one channel, add data.channels=1"
 
 
-def _find_folder(root: Any, name: str) -> FoundImages:
-    path = Path(root or "")
-    setting = format_override(name, str(path.resolve()) if root else None)
-    fix = f"set {name} to a .npy or .npz file, or to a folder, zip or tar file of .npy, .wav or .nii.gz files"
-    if root is None or not path.exists():
-        raise FileNotFoundError(f"{setting} does not exist; {fix}")
-    try:
-        return find_images(path, is_array, "array")
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{setting}: {error}; {fix}") from error
-
-
 def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, ...]) -> Array:
     array = arrange(path, open_numpy(path, key), channels, size, batched=True)
     if array.shape[2:] != size:
@@ -311,30 +279,3 @@ def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, 
             "file per sample, which are resampled"
         )
     return array
-
-
-# Labels
-
-
-def _read_labels(path: Path, count: int) -> list[str]:
-    """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
-    if path.suffix.lower() == ".npy":
-        array = open_numpy(path, setting="data.source.labels")
-        if array.ndim != 1 or array.dtype.kind not in "bui":
-            raise ValueError(f"data.source.labels={path} has shape {array.shape} of {array.dtype}; use integers (N,)")
-        names = [str(int(value)) for value in array]
-    else:
-        table = read_table(path, "data.source.labels")
-        names = table.column(table.one_of(("label",), "data.source.labels"))
-    if len(names) != count:
-        raise ValueError(f"data.source.labels={path} has {len(names)} labels for {count} samples; give one each")
-    if "" in names:
-        raise ValueError(f"data.source.labels={path} has no label for sample {names.index('')}; fill it in")
-    return names
-
-
-def _labels_of_files(path: Path, found: FoundImages) -> list[str]:
-    """Return the class of each file."""
-    if path.suffix.lower() == ".npy":
-        return _read_labels(path, len(found))
-    return classes_from_table(path, found, FILE_COLUMNS, ("label",))

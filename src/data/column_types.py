@@ -9,9 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.columns import EXACT, Cells, Column, ColumnType, Floats
-from src.data.dates import COMPACT_FORMAT, UNITS, are_compact_dates, dates_of_texts, ticks_of
-from src.data.table_files import Table, cell_text, sorted_names
-from src.data.table_text import to_numbers
+from src.data.dates import (
+    COMPACT_FORMAT,
+    EPOCHS,
+    UNITS,
+    are_compact_dates,
+    dates_of_texts,
+    epoch_format,
+    is_named_like_time,
+    ticks_of,
+    ticks_of_epochs,
+)
+from src.data.table_files import Table, sorted_names
+from src.data.table_text import cell_text, to_numbers
 from src.errors import first_names
 from src.quoting import format_override, shell_word
 
@@ -32,7 +42,9 @@ ID_NAMES = re.compile(r"(?i:(.*[_\s.-])?(id|uuid|index|key))|.*[a-z](Id|ID)")
 """Names of integer columns that are left out as ids if all their values differ."""
 
 
-def parse(table: Table, name: str, given: str | None = None, known: Column | None = None, used: bool = False) -> Cells:
+def parse_column(
+    table: Table, name: str, given: str | None = None, known: Column | None = None, used: bool = False
+) -> Cells:
     """Return the parsed cells of a column.
 
     The type is `given` (`data.types`), that of the `known` encoding of a run, or else detected. `used` means that a
@@ -54,6 +66,10 @@ def parse(table: Table, name: str, given: str | None = None, known: Column | Non
         return _left_out(missing, constant)
     if given == "category" or (given is None and str(series.dtype) == "category"):
         return _categories(series, missing)
+    if given in EPOCHS or given == "date" or (given is None and is_named_like_time(name)):
+        dates = _parse_epochs(table, series, given)
+        if dates is not None:
+            return dates
     text = all(isinstance(cell, str) for cell in present)
     parsed = _parse_texts(table, series, missing, given) if text else _parse_typed(series, missing, given)
     if given is not None or used or parsed.type not in ("number", "integer", "date"):
@@ -81,7 +97,9 @@ def _parse_known(table: Table, series: "pd.Series[Any]", known: Column) -> Cells
     missing = _missing(series, table.is_text, MISSING_NUMBERS)
     text = all(isinstance(cell, str) for cell in series[~missing].tolist())
     given = known.format or known.type
-    parsed = _parse_texts(table, series, missing, given) if text else _parse_typed(series, missing, given)
+    parsed = _parse_epochs(table, series, given) if given in EPOCHS else None
+    if parsed is None:
+        parsed = _parse_texts(table, series, missing, given) if text else _parse_typed(series, missing, given)
     if parsed.type == "date" and parsed.details:
         found, wanted = UNITS[parsed.details["unit"]], UNITS[known.unit]
         values = parsed.values * (found // wanted) if found >= wanted else parsed.values // (wanted // found)
@@ -95,7 +113,7 @@ def _left_out(missing: npt.NDArray[np.bool_], why: str) -> Cells:
 
 def _all_invalid(given: str, missing: npt.NDArray[np.bool_]) -> Cells:
     """Return a column whose cells all violate the given type or date format."""
-    return Cells("date" if "%" in given else given, [], missing, ~missing)  # type: ignore[arg-type]
+    return Cells("date" if "%" in given or given in EPOCHS else given, [], missing, ~missing)  # type: ignore[arg-type]
 
 
 def _missing(series: "pd.Series[Any]", is_text: bool, words: set[str]) -> npt.NDArray[np.bool_]:
@@ -145,7 +163,7 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
             return _left_out(missing, f"constant {words[0]!r}")
     numeric = table.is_text or given in ("number", "integer")
     leading_zero = given is None and re.search(r"^[+-]?0\d+$", "\n".join(different), re.MULTILINE) is not None
-    compact = given is None and are_compact_dates(different)
+    compact = given in (None, "date") and are_compact_dates(different)
     if numeric and given in (None, "number", "integer") and not leading_zero and not compact:
         numbers = to_numbers(cells, table.decimal)
         valid = np.array([number is not None and number - number == 0 for number in numbers])
@@ -220,6 +238,38 @@ def _parse_dates(
     return Cells("date", values, missing, np.zeros_like(missing), details={**details, "dtype": dtype})
 
 
+def _parse_epochs(table: Table, series: "pd.Series[Any]", given: str | None) -> Cells | None:
+    """Return a column of whole numbers as dates: counts of a unit since 1970, of the format `given` or of their size.
+
+    None for other columns, and if no unit puts all numbers in `EPOCH_RANGE`.
+    """
+    missing = _missing(series, table.is_text, MISSING_NUMBERS)
+    cells = series.tolist()
+    if not table.is_text and any(isinstance(cell, str) for cell in cells):
+        return None
+    numbers = [None if lacks else _whole(cell) for cell, lacks in zip(cells, missing, strict=True)]
+    invalid = np.array([number is None for number in numbers]) & ~missing
+    present = [number for number in numbers if number is not None]
+    form = given
+    if given not in EPOCHS:
+        enough = given is not None or len(set(present)) > 2
+        form = epoch_format(present) if enough and not invalid.any() else None
+    if form is None:
+        return None
+    values = np.zeros(len(cells), dtype=np.int64)
+    values[~missing & ~invalid], details = ticks_of_epochs(present, form)
+    dtype = None if table.is_text else "int64" if series.dtype == object else str(series.dtype)
+    return Cells("date", values, missing, invalid, details={**details, "dtype": dtype})
+
+
+def _whole(cell: Any) -> int | None:
+    """Return a cell as an integer of 64 bits; None for others."""
+    if isinstance(cell, str):
+        cell = int(cell) if re.fullmatch(r"\s*[+-]?\d{1,19}\s*", cell) else None
+    is_integer = isinstance(cell, int | np.integer) and not isinstance(cell, bool | np.bool_)
+    return int(cell) if is_integer and abs(int(cell)) < 2**63 else None
+
+
 def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given: str | None) -> Cells:
     """Return a column with a data type as booleans, integers, numbers or dates, or the reason why it is left out."""
     import datetime
@@ -254,9 +304,11 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
         return _left_out(missing, f"has values of type {first_names(found)}")
     whole = all(isinstance(cell, int | np.integer) for cell in present)
     texts = [None if lacks else str(cell) for cell, lacks in zip(cells, missing, strict=True)] if whole else []
-    compact = given is None and whole and are_compact_dates({text for text in texts if text is not None})
+    may_be_dates = given in (None, "date") and whole
+    compact = may_be_dates and are_compact_dates({text for text in texts if text is not None})
     if compact or (given is not None and "%" in given):
-        as_dates = _parse_dates(texts, missing, [given or COMPACT_FORMAT], "int64" if dtype == "object" else dtype)
+        patterns = [COMPACT_FORMAT if compact or given is None else given]
+        as_dates = _parse_dates(texts, missing, patterns, "int64" if dtype == "object" else dtype)
         if whole and as_dates is not None:
             return as_dates
     if given is not None and given not in ("number", "integer"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from src.data.dates import UNIT_NAMES, UNITS, date_texts
+from src.data.dates import EPOCHS, UNIT_NAMES, UNITS, date_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,7 +69,7 @@ class Column:
     ordered: bool = False
     unit: str = ""
     format: str = ""
-    """strftime format of dates that are text; empty for dates with a data type."""
+    """strftime format of dates that are text, one of `EPOCHS`, or empty for dates with a data type."""
     unpadded: str = ""
     """Directives of `format` whose numbers have no leading zero, such as "dm" for 3/1/2020."""
     suffix: str = ""
@@ -207,10 +207,12 @@ class Column:
         return pd.Series(cells, dtype=object if self.dtype == "object" else None).astype(self.dtype)
 
     def _dates(self, display: Floats) -> Any:
-        """Return dates as in the file: text, Python dates, or pandas timestamps, in UTC if `dtype` has a time zone."""
+        """Return dates as in the file: whole numbers, text, Python dates, or pandas timestamps, in UTC with a zone."""
         import pandas as pd
 
         numbers = display.astype(np.int64) + self.offset
+        if self.format in EPOCHS:
+            return (numbers * (UNITS[self.unit] // UNITS[EPOCHS[self.format]])).tolist()
         unit = {"D": "s", "h": "s", "m": "s"}.get(self.unit, self.unit)
         ticks = numbers * (UNITS[self.unit] // UNITS[unit])
         dates = pd.DatetimeIndex(ticks.astype(f"datetime64[{unit}]"))

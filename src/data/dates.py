@@ -38,7 +38,14 @@ TIME_FORMATS = [
 UNITS = {"D": 86_400_000_000_000, "h": 3_600_000_000_000, "m": 60_000_000_000, "s": 1_000_000_000}
 UNITS |= {"ms": 1_000_000, "us": 1_000, "ns": 1}
 """Nanoseconds of each unit of time."""
-UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds"}
+UNIT_NAMES |= {"ns": "nanoseconds"}
+EPOCHS = {f"epoch_{unit}": unit for unit in ("s", "ms", "us", "ns")}
+"""Formats of dates that are whole numbers of a unit since 1970-01-01."""
+EPOCH_RANGE = (631_152_000, 2_524_608_000)
+"""Seconds from 1970 to 1990 and to 2050: whole numbers are read as dates if all lie between them in one unit."""
+TIME_WORDS = {"date", "day", "time", "datetime", "timestamp", "ts", "epoch", "created", "updated", "modified", "at"}
+"""Words in the names of columns whose whole numbers may be dates; `at` as in created_at."""
 
 
 def dates_of_texts(
@@ -85,6 +92,29 @@ def are_compact_dates(different: Collection[str]) -> bool:
     if len(different) < 3 or not all(map(COMPACT_DATE.fullmatch, different)):
         return False
     return bool(pd.to_datetime(pd.Series(list(different)), format=COMPACT_FORMAT, errors="coerce").notna().all())
+
+
+def is_named_like_time(name: str) -> bool:
+    """Return whether a word of a column name is one of `TIME_WORDS`, as in created_at, eventTime or Date (UTC)."""
+    return not TIME_WORDS.isdisjoint(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
+
+
+def epoch_format(numbers: Collection[int]) -> str | None:
+    """Return the format in `EPOCHS` by which all numbers lie in `EPOCH_RANGE`; None if there is none."""
+    for form, unit in EPOCHS.items():
+        low, high = (second * (UNITS["s"] // UNITS[unit]) for second in EPOCH_RANGE)
+        if len(numbers) and low <= min(numbers) and max(numbers) <= high:
+            return form
+    return None
+
+
+def ticks_of_epochs(numbers: Sequence[int], form: str) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+    """Return dates (N,), whole numbers in a format of `EPOCHS`, as `dates_of_texts` does."""
+    import pandas as pd
+
+    dates = np.array(numbers, dtype=np.int64).astype(f"datetime64[{EPOCHS[form]}]")
+    ticks, unit = ticks_of(pd.Series(dates))
+    return ticks, {"format": form, "unit": unit}
 
 
 def ticks_of(dates: "pd.Series[Any]") -> tuple[npt.NDArray[np.int64], str]:

@@ -126,6 +126,17 @@ class ImageBytes:
     def ids(self) -> Sequence[str]:
         return self.sample_ids
 
+    def repeats_training(self) -> bool:
+        """Return whether the validation images equal those for training, by all sizes and the bytes of some."""
+        if self.val_mask is None:
+            return False
+        train, val = np.flatnonzero(~self.val_mask), np.flatnonzero(self.val_mask)
+        if not np.array_equal(self.sizes[train], self.sizes[val]):
+            return False
+        some = np.flatnonzero(self.sizes[train])[:9]  # the others have no image
+        pairs = zip(train[some].tolist(), val[some].tolist(), strict=True)
+        return len(some) > 0 and all(self.open(k).read() == self.open(j).read() for k, j in pairs)
+
     def keep(self, chosen: Sequence[bool] | Mask, reason: str) -> "ImageBytes":
         mask = np.asarray(chosen, bool)
         kept, out = np.flatnonzero(mask).tolist(), [self.names[int(k)] for k in np.flatnonzero(~mask)]

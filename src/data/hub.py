@@ -67,8 +67,8 @@ def hub(
         fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
     Raises:
-        ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, or for the
-            reasons of `folder`.
+        ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, the splits have the
+            same images, or for the reasons of `folder`.
     """
     refuse_val_root(val_root, "leave it out, or set data.source.val_split")
     if root is None:
@@ -88,6 +88,11 @@ def hub(
     labels, about_labels = _labels(parts, columns, label_column)
     captions, about_captions = _captions(parts, columns, caption_column)
     found = _images(root, parts, chosen, columns)
+    if found.repeats_training():
+        raise ValueError(
+            f"{format_override('data.name', root)} has the same images in its splits {' and '.join(chosen)}; set "
+            "data.source.val_split to another one, or save the dataset with different splits"
+        )
     about = f"; columns {', '.join(columns.used())}{columns.about}{about_labels}{about_captions}"
     if others := [name for name in splits if name not in chosen]:
         about += f"; splits that are not used: {', '.join(others)}"
@@ -132,7 +137,7 @@ def choose_splits(name: str, splits: Sequence[str], split: str | None, val_split
     train = split or candidates[0]
     val = val_split or next((each for each in splits if role[each] == "validation" and each != train), None)
     if val == train:
-        raise ValueError(f"data.source.val_split={val} must differ from the split for training")
+        raise ValueError(f"data.source.val_split={val} must differ from the training split; leave it out, or change it")
     return train, val
 
 

@@ -111,7 +111,7 @@ def draw_characters(image_size: int, stroke_width: float) -> Glyphs:
     return Glyphs(
         torch.from_numpy(np.stack(images))[:, None],
         [f"U+{ord(character.text):04X}" for character in characters],
-        [caption(character, names) for character in characters],
+        [describe_parts(character, names) for character in characters],
         [combined_parts(character) for character in characters],
     )
 
@@ -245,7 +245,7 @@ def part_names(characters: Sequence[Character]) -> Mapping[tuple[str, str | None
     return names
 
 
-def caption(character: Character, names: Mapping[tuple[str, str | None], str]) -> str:
+def describe_parts(character: Character, names: Mapping[tuple[str, str | None], str]) -> str:
     """Return the parts with their positions, such as "mouth left, dog right"; else the name of the character."""
     if not character.parts:
         return radical_names().get(character.text, character.text)

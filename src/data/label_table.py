@@ -95,13 +95,6 @@ def read_classes(
     return [several[0] for several in labels_of]
 
 
-def classes_from_table(
-    source: Path, found: FoundImages, file_columns: Sequence[str], label_columns: Sequence[str]
-) -> list[str]:
-    """Return the class of each image from one table, with names relative to the first root."""
-    return read_classes({source: found.root}, found, file_columns, label_columns)
-
-
 def read_numbers(
     tables: Mapping[Path, Path], found: FoundImages, file_columns: Sequence[str], columns: Sequence[str]
 ) -> Covariates:

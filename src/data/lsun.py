@@ -6,7 +6,7 @@ may share.
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
+from src.errors import one_line
 from src.quoting import format_override
+
+_OPEN: dict[Path, tuple[int, Any]] = {}
+"""The process that opened each database, and the database."""
 
 
 def lsun(
@@ -41,7 +45,8 @@ def lsun(
 
     Raises:
         FileNotFoundError: If a database does not exist.
-        ValueError: If the package lmdb is missing, a database cannot be read or has test images, or as `folder` does.
+        ValueError: If the package lmdb is missing, a database cannot be read, occurs twice or has test
+            images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)
@@ -49,24 +54,30 @@ def lsun(
     if not names or any(name.endswith("_test") for name in names):
         raise ValueError(f"{setting} must name databases that are not for testing, such as [bedroom_train]")
     paths = [Path(root or ".") / f"{name}_lmdb" for name in names]
-    for path in paths:
+    for k, path in enumerate(paths):
         if root is None or not (path / "data.mdb").is_file():
             raise FileNotFoundError(
                 f"{format_override('data.root', root)} has no {path.name}/data.mdb; download and unzip it there, or "
                 f"change {setting}"
             )
+        if same := next((each for each in paths[:k] if (path / "data.mdb").samefile(each / "data.mdb")), None):
+            raise ValueError(
+                f"{setting} names one database twice, as {same.name} and {path.name}, so validation would repeat "
+                "training images; leave one out"
+            )
+    paths = [path.resolve() for path in paths]  # a process can open a database once, by one name
     keys: list[str] = []
     sizes: list[int] = []
     counts = []
     for path in paths:
         before = len(keys)
-        with _environment(path, os.getpid()).begin(buffers=True) as transaction:
+        with _environment(path).begin(buffers=True) as transaction:
             for key, value in transaction.cursor():
                 keys.append(bytes(key).decode("utf-8", "surrogateescape"))
                 sizes.append(len(value))
         counts.append(len(keys) - before)
     which = np.repeat(np.arange(len(paths)), counts)
-    stated = [(str(path.resolve()), (path / "data.mdb").stat().st_mtime_ns) for path in paths]
+    stated = [(str(path), (path / "data.mdb").stat().st_mtime_ns) for path in paths]
     listed = Names(f"{names[k]}/{key}.webp" for k, key in zip(which, keys, strict=True))
     found = ImageBytes(
         place=f"under {root}",
@@ -82,23 +93,30 @@ def lsun(
 
 
 def _read(paths: Sequence[Path], which: npt.NDArray[np.int64], keys: Names, row: int) -> bytes:
-    with _environment(paths[int(which[row])], os.getpid()).begin() as transaction:
+    with _environment(paths[int(which[row])]).begin() as transaction:
         value: bytes | None = transaction.get(keys[row].encode("utf-8", "surrogateescape"))
     if value is None:
         raise ValueError("the database has no such image")
     return value
 
 
-@lru_cache(maxsize=32)
-def _environment(path: Path, process: int) -> Any:
-    """Open a database once per process: a forked process must not use that of its parent."""
+def _environment(path: Path) -> Any:
+    """Open a database once per process: a forked process must not use that of its parent, and closes it."""
+    process, environment = _OPEN.get(path, (0, None))
+    if process == os.getpid():
+        return environment
     try:
         import lmdb
     except ImportError as error:
         raise ValueError("data=lsun needs the package lmdb; pip install lmdb") from error
+    if environment is not None:
+        environment.close()  # else the library refuses to open it again
     try:
-        return lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
+        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
         raise ValueError(
-            f"{path} is not a complete LMDB database ({' '.join(str(error).split())}); download it again"
+            f"{path} cannot be opened as an LMDB database ({one_line(error)}); download it again, or close it if this "
+            "process has opened it elsewhere"
         ) from error
+    _OPEN[path] = os.getpid(), environment
+    return environment

@@ -1,32 +1,34 @@
 """Rows of a table as samples, with columns for classes and covariates."""
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.column_types import MAX_CATEGORIES, MISSING, parse, type_override
-from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, from_json, infer_column, to_json
-from src.data.dates import dates_of_texts
+from src.data.column_types import parse_column
+from src.data.columns import CategoryCode, Column, from_json, to_json
 from src.data.module import BaseDataModule
 from src.data.sources import Covariates, InMemory, Labels, Source
+from src.data.table_columns import (
+    ColumnSettings,
+    check_label,
+    check_varies,
+    complete_rows,
+    condition_cells,
+    infer_columns,
+)
 from src.data.table_files import Table, labels_from_names, read_table
-from src.data.table_text import to_number
-from src.errors import did_you_mean, first_names
-from src.quoting import format_override
+from src.errors import first_names
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
 """Names of separators and decimal signs that are hard to type in a shell."""
-TYPES = (*get_args(ColumnType), "id", "text")
-"""What `data.types` takes, besides the format of a date; the last two leave a column out."""
 
 
 class TableRows(InMemory):
@@ -103,20 +105,15 @@ class TableDataModule(BaseDataModule):
         microbatch_size: int | Literal["auto"] | None = None,
     ) -> None:
         self.path = path
-        self.condition_columns = list(condition_columns)
-        self.label = label
-        self.names = list(columns) if columns else None
-        self.types, self.transforms = _by_column(types, "data.types"), _by_column(transforms, "data.transforms")
+        self.settings = ColumnSettings(
+            list(columns) if columns else None, list(condition_columns), label, _by_column(types, "data.types"),
+            _by_column(transforms, "data.transforms"), categories, missing,
+        )  # fmt: skip
         self.clip = clip
-        self.missing = missing
-        self.categories: CategoryCode = categories
-        self.separator, self.decimal = (
-            None if sign is None else SIGNS.get(sign, sign) for sign in (separator, decimal)
-        )
+        separator, decimal = _signs(separator, decimal)
         self._read_file = partial(
-            read_table, header=header, separator=self.separator, decimal=self.decimal, encoding=encoding, sheet=sheet
+            read_table, header=header, separator=separator, decimal=decimal, encoding=encoding, sheet=sheet
         )
-        self._check_settings()
         self.encoders: list[Column] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
@@ -126,24 +123,15 @@ class TableDataModule(BaseDataModule):
         self._table: Table | None = None  # from the constructor to the first use
         if encoders is not None:
             self.encoders, self.file = from_json(encoders)
-            self.names = [column.name for column in self.encoders] if self.names is None else self.names
-        elif self.names is not None and mean is not None and std is not None:
-            self.encoders = [Column(name) for name in self.names]  # a run from before encoders existed
+        elif columns and mean is not None and std is not None:
+            self.encoders = [Column(name) for name in columns]  # a run from before encoders existed
             self._stores_encoders = False
         else:
-            table = self._read()
-            self._table = table
-            self.encoders, cells = self._infer(table)
-            encoded = self._encode(
-                [column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)]
-            )
+            self._table = self._read()
+            inferred_mean, inferred_std = self._infer(self._table)
             if mean is None or std is None:
-                coded = [column.is_coded for column in self.encoders for _ in range(column.width)]
-                first = np.cumsum([0, *(column.width for column in self.encoders)])[:-1].tolist()
-                means, stds = encoded.mean(0).tolist(), encoded.std(0, correction=0).tolist()
-                mean = [0.0 if coded[k] else means[k] for k in first]
-                std = [1.0 if coded[k] else stds[k] for k in first]
-        assert self.names is not None
+                mean, std = inferred_mean, inferred_std
+        self.names = list(columns) if columns else [column.name for column in self.encoders]
         if not len(self.names) == len(mean or []) == len(std or []) == len(self.encoders):
             raise ValueError(
                 f"data.mean and data.std must have {len(self.names)} numbers, one for each of "
@@ -215,38 +203,36 @@ class TableDataModule(BaseDataModule):
         if self.file.get("kind") == "parquet":
             frame.to_parquet(path.with_suffix(".parquet"), index=False)
 
-    def _check_settings(self) -> None:
-        if unknown := next((t for t in self.types.values() if t not in TYPES and "%" not in t), None):
-            raise ValueError(
-                f"data.types has {unknown!r}, which must be one of {', '.join(TYPES)}, or a date's format, "
-                "such as %d.%m.%Y"
-            )
-        if unknown := next((t for t in self.transforms.values() if t not in get_args(Transform)), None):
-            raise ValueError(f"data.transforms has {unknown!r}, which must be one of {', '.join(get_args(Transform))}")
-        if self.categories not in get_args(CategoryCode):
-            raise ValueError(f"data.categories={self.categories} must be one of {', '.join(get_args(CategoryCode))}")
-        if self.missing not in (None, "drop"):
-            raise ValueError(f"data.missing={self.missing} must be null, which refuses missing cells, or drop")
-        if self.decimal not in (None, ".", ","):
-            raise ValueError(f"data.decimal={self.decimal} must be point or comma")
-        if self.separator is not None and len(self.separator) != 1:
-            names = ", ".join(SIGNS)
-            raise ValueError(f"data.separator={self.separator} must be one character, or one of {names}")
+    def _read(self) -> Table:
+        if self.path is None:
+            raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
+        table = self._read_file(Path(self.path), "data.path")
+        self.settings.check(table)
+        return table
+
+    def _infer(self, table: Table) -> tuple[list[float], list[float]]:
+        """Infer the columns to model from the table. Return the mean and std of each column's encoded values."""
+        self.encoders, cells, self.left_out, self.notes = infer_columns(table, self.settings)
+        self.file = {"separator": table.separator, "decimal": table.decimal, "kind": table.kind}
+        encoded = self._encode([column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)])
+        first = np.cumsum([0, *(column.width for column in self.encoders)])[:-1].tolist()
+        means, stds = encoded.mean(0)[first].tolist(), encoded.std(0, correction=0)[first].tolist()
+        coded = [column.is_coded for column in self.encoders]
+        return (
+            [0.0 if codes else each for codes, each in zip(coded, means, strict=True)],
+            [1.0 if codes else each for codes, each in zip(coded, stds, strict=True)],
+        )
 
     def _open(self) -> Source:
         table = self._table or self._read()
         self._table = None
         self.notes = self.notes or [*table.notes]
-        cells = [parse(table, column.name, known=column) for column in self.encoders]
-        names = [column.name for column in self.encoders]
-        conditions = [_condition(table, name) for name in self.condition_columns]
-        table, kept = self._complete(
-            table, dict(zip([*names, *self.condition_columns], [*cells, *conditions], strict=True))
-        )
-        unused = set(table.names) - {*names, *self.condition_columns, self.label, *self.left_out}
+        cells = {column.name: parse_column(table, column.name, known=column) for column in self.encoders}
+        conditions = {name: condition_cells(table, name) for name in self.settings.condition_columns}
+        table, kept = complete_rows(table, {**cells, **conditions}, self.settings, self.encoders)
+        unused = set(table.names) - {*cells, *conditions, self.settings.label, *self.left_out}
         self.left_out |= {name: "not in the run" for name in table.names if name in unused}
-        display = [c.display(each.values[kept]) for c, each in zip(self.encoders, cells, strict=True)]
-        encoded = self._encode(display)
+        encoded = self._encode([column.display(cells[column.name].values[kept]) for column in self.encoders])
         widths = torch.tensor(self.widths)
         mean, scale = (each.repeat_interleave(widths) for each in (self.mean, self.scale))
         samples = ((encoded - mean) / scale).float()
@@ -258,17 +244,17 @@ class TableDataModule(BaseDataModule):
                 f"finite code by data.transforms={{{column.name}: {column.transform}}}; use quantile, or scale it"
             )
         covariates = labels = None
-        if self.condition_columns:
-            values = [each.values[kept].astype(np.float64).tolist() for each in conditions]
-            for name, numbers in zip(self.condition_columns, values, strict=True):
-                _check_varies(table, name, min(numbers), max(numbers), "data.condition_columns")
-            covariates = Covariates(torch.tensor(values, dtype=torch.float64).T, self.condition_columns)
-        if self.label is not None:
-            labels = labels_from_names(table.column(self.label))
-            self._check_label(table, labels)
+        if conditions:
+            values = {name: each.values[kept].astype(np.float64).tolist() for name, each in conditions.items()}
+            for name, numbers in values.items():
+                check_varies(table, name, min(numbers), max(numbers), "data.condition_columns")
+            covariates = Covariates(torch.tensor([*values.values()], dtype=torch.float64).T, [*values])
+        if (label := self.settings.label) is not None:
+            labels = labels_from_names(table.column(label))
+            check_label(table, label, labels)
             counts = torch.bincount(labels.targets, minlength=len(labels.classes)).tolist()
             shown = first_names([f"{n:,} {name}" for n, name in zip(counts, labels.classes, strict=True)], 10)
-            self.label_note = f"label {self.label}: {len(counts)} classes ({shown})"
+            self.label_note = f"label {label}: {len(counts)} classes ({shown})"
         # The cells identify a row, so that equal rows are on the same side of the split.
         return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 
@@ -279,152 +265,15 @@ class TableDataModule(BaseDataModule):
             [each[:, k].tolist() for each in encoded for k in range(each.shape[1])], dtype=torch.float64
         ).T
 
-    def _read(self) -> Table:
-        """Read the table. Raises ValueError unless all columns in the settings exist and have one use each."""
-        if self.path is None:
-            raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
-        table = self._read_file(Path(self.path), "data.path")
-        uses = {
-            "data.columns": self.names or [],
-            "data.condition_columns": self.condition_columns,
-            "data.label": [] if self.label is None else [self.label],
-        }
-        used: dict[str, str] = {}
-        for setting, names in [
-            *uses.items(),
-            ("data.types", list(self.types)),
-            ("data.transforms", list(self.transforms)),
-        ]:
-            for name in names:
-                if name not in table.names:
-                    hint = did_you_mean(name, table.names)
-                    raise ValueError(f"{setting}: {name!r} is not a column of {table.path}; {hint}")
-                if name in used and setting in uses:
-                    where = f"both {used[name]} and {setting}" if used[name] != setting else f"{setting} twice"
-                    raise ValueError(f"{name!r} is in {where}; remove one of them")
-                used[name] = setting
-        return table
 
-    def _infer(self, table: Table) -> tuple[list[Column], list[Cells]]:
-        """Return the columns to model and their complete cells; set the names, and what was left out."""
-        explicit = self.names is not None
-        free = [name for name in table.names if name not in self.condition_columns and name != self.label]
-        parsed = {}
-        for name in self.names or free:
-            cells = parse(table, name, self.types.get(name), used=explicit)
-            if cells.type is not None:
-                parsed[name] = cells
-            elif explicit:
-                raise ValueError(
-                    f"{table.place(0)}: column {name!r} is {table.column(name)[0]!r:.40}, and the column is left out "
-                    f"({cells.why}); remove it from data.columns, or add {type_override(name, 'category')}"
-                )
-            else:
-                self.left_out[name] = cells.why
-        if not parsed:
-            raise ValueError(
-                f"{table.path} has no column to model among "
-                f"{first_names([f'{name} ({self.left_out[name]})' for name in free]) or 'none'}; add for example "
-                f"{type_override(free[0], 'category') if free else 'data.columns=[...]'}"
-            )
-        conditions = {name: _condition(table, name) for name in self.condition_columns}
-        _, kept = self._complete(table, {**parsed, **conditions})
-        self.names = list(parsed)
-        self.notes = [*table.notes]
-        if len(kept) < len(table):
-            self.notes.append(f"data.missing=drop left out {len(table) - len(kept)} of {len(table)} rows")
-        self.file = {"separator": table.separator, "decimal": table.decimal, "kind": table.kind}
-        columns, cells_kept = [], []
-        for name, cells in parsed.items():
-            cells = cells._replace(values=cells.values[kept])
-            transform = self.transforms.get(name, "standardize")
-            if transform != "standardize" and cells.type in ("category", "boolean"):
-                raise ValueError(
-                    f"data.transforms={{{name}: {transform}}} needs numbers, and the column is a {cells.type}"
-                )
-            if cells.type == "category":
-                present = set(cells.values)
-                known = [category for category in cells.details["categories"] if category in present]
-                cells = cells._replace(details={**cells.details, "categories": known})
-                _check_varies(table, name, 1, len(known), "data.columns")
-            try:
-                column = infer_column(name, cells, transform, self.categories)
-            except ValueError as error:
-                raise ValueError(f"{table.path}: data.transforms of {error}") from error
-            if column.low is not None and column.high is not None:
-                _check_varies(table, name, column.low, column.high, "data.columns")
-            if name not in self.types and (other := _other_order(table, column)):
-                use = type_override(name, other)
-                self.notes.append(f"{name} read as {column.format}, although it may be {other}: then add {use}")
-            columns.append(column)
-            cells_kept.append(cells)
-        return columns, cells_kept
-
-    def _complete(self, table: Table, cells: Mapping[str, Cells]) -> tuple[Table, "np.ndarray[Any, Any]"]:
-        """Return the table without rows of missing cells, and the positions of those that remain.
-
-        Raises ValueError for invalid cells, and unless `data.missing=drop` for missing ones.
-        """
-        lacks = np.zeros(len(table), dtype=bool)
-        for name, each in cells.items():
-            if len(bad := np.flatnonzero(each.invalid)):
-                self._refuse_invalid(table, name, each, int(bad[0]))
-            lacks |= each.missing
-        labels = [] if self.label is None else table.column(self.label)
-        words = {""} if self.types.get(self.label or "") == "category" else MISSING
-        empty = np.array([label.strip().lower() in words for label in labels], dtype=bool)
-        lacks = lacks | empty if labels else lacks
-        if self.missing is None and lacks.any():
-            row = int(np.flatnonzero(lacks)[0])
-            rest = f"fill in all {int(lacks.sum())}, or add data.missing=drop to leave out their rows"
-            for name, each in cells.items():
-                if each.missing[row]:
-                    count = int(each.missing.sum())
-                    raise ValueError(
-                        f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r}, which is missing "
-                        f"({count} of {len(table)} rows); {rest}, or leave the column out: "
-                        f"{type_override(name, 'text')}"
-                    )
-            cell = labels[row].strip() or "empty"
-            raise ValueError(f"{table.place(row)}: the label {self.label!r} is {cell}, which is missing; {rest}")
-        kept = np.flatnonzero(~lacks)
-        if not len(kept):
-            raise ValueError(
-                f"{table.path}: data.missing=drop leaves out all {len(table)} rows; leave out columns instead, such as "
-                f"{type_override(max(cells, key=lambda name: cells[name].missing.sum()), 'text')}"
-            )
-        return (table if len(kept) == len(table) else table.rows(kept.tolist())), kept
-
-    def _check_label(self, table: Table, labels: Labels) -> None:
-        """Raise ValueError for a label of numbers with decimals that repeat too rarely to be classes."""
-        if len(labels.classes) <= MAX_CATEGORIES and 2 * len(labels.classes) <= len(labels.targets):
-            return
-        numbers = [to_number(name.strip(), table.decimal) for name in labels.classes]
-        fraction = next((x for x in numbers if x is not None and not x.is_integer()), None)
-        if fraction is not None and None not in numbers:
-            raise ValueError(
-                f"{format_override('data.label', self.label)} has numbers with decimals, such as {fraction:g}, and "
-                f"{len(numbers)} different ones; add conditioning=continuous and "
-                f"{format_override('data.condition_columns', [self.label])} instead"
-            )
-
-    def _refuse_invalid(self, table: Table, name: str, cells: Cells, row: int) -> None:
-        column = next((each for each in self.encoders if each.name == name), None)
-        what = {"number": "not a finite number", "integer": "not an integer"}.get(
-            cells.type or "", f"not a {cells.type}"
-        )
-        fix = "fill it in, or remove the row"
-        if column is not None and column.categories:
-            what = "unknown to the run"
-            fix = "leave its rows out, or train a new run"
-        elif name in self.condition_columns:
-            fix += ", or remove the column from data.condition_columns"
-        else:
-            fix += f", or leave the column out: {type_override(name, 'text')}"
-        raise ValueError(
-            f"{table.place(row)}: column {name!r} is {table.column(name)[row]!r:.40}, {what} "
-            f"({int(cells.invalid.sum())} of {len(table)} rows); {fix}"
-        )
+def _signs(separator: str | None, decimal: str | None) -> list[str | None]:
+    """Return the separator and the decimal sign from their names. Raises ValueError for other texts."""
+    signs = [None if sign is None else SIGNS.get(sign, sign) for sign in (separator, decimal)]
+    if signs[1] not in (None, ".", ","):
+        raise ValueError(f"data.decimal={decimal} must be point or comma")
+    if signs[0] is not None and len(signs[0]) != 1:
+        raise ValueError(f"data.separator={separator} must be one character, or one of {', '.join(SIGNS)}")
+    return signs
 
 
 def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) -> dict[str, str]:
@@ -435,31 +284,3 @@ def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) ->
     if not all(column and value for column, _, value in parts):
         raise ValueError(f"{name}={list(settings or [])} must be a mapping or a list such as ['zip=category']")
     return {column: value for column, _, value in parts}
-
-
-def _condition(table: Table, name: str) -> Cells:
-    """Return a column of covariates: numbers, or booleans as 0 and 1."""
-    cells = parse(table, name, used=True)
-    if cells.type == "boolean":
-        numbers = Column(name, **cells.details, type="boolean").display
-        values = np.array(
-            [0.0 if lacks else numbers([v])[0] for v, lacks in zip(cells.values, cells.missing, strict=True)]
-        )
-        return cells._replace(type="number", values=values)
-    return cells if cells.type in ("number", "integer") else parse(table, name, "number")
-
-
-def _other_order(table: Table, column: Column) -> str | None:
-    """Return the format of a column's dates with day and month swapped if it fits all of them too."""
-    if not re.match(r"%[dm][-/]%[dm]", column.format) or column.suffix:
-        return None
-    other = column.format.translate(str.maketrans("dm", "md"))
-    texts = [cell.strip() for cell in table.column(column.name)]
-    texts = [text for text in texts if text.lower() not in MISSING]
-    return other if dates_of_texts(texts, [other]) is not None else None
-
-
-def _check_varies(table: Table, name: str, low: float, high: float, setting: str) -> None:
-    if low == high:
-        cell = table.column(name)[0]
-        raise ValueError(f"{table.path}: column {name!r} is {cell} in all rows; remove it from {setting}")

@@ -1,14 +1,18 @@
-"""Detect encoding, separator and decimal sign of a text table, and parse its numbers."""
+"""Detect encoding, separator and decimal sign of a text table, check its header, and parse its numbers."""
 
 import csv
 import io
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from src.errors import one_line
+from src.errors import first_names, one_line
 
+NAMELESS = re.compile(r"(Unnamed: \d+(_level_\d+)?)?")
+"""Header of an index as pandas writes it (empty) or reads it (Unnamed: 0)."""
 SEPARATORS = (",", ";", "\t", "|")
 _SPACES = r" \u00a0\u2009\u202f'\u2019"
 _COMMA_DECIMAL = re.compile(rf"[+-]?(\d+|\d{{1,3}}([.{_SPACES}]\d{{3}})+)?,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -114,3 +118,41 @@ def to_numbers(cells: Sequence[str | None], decimal: str) -> Sequence[float | No
             if not any("_" in cell for cell in cells if cell):
                 return numbers
     return [None if cell is None else to_number(cell, decimal) for cell in cells]
+
+
+# Headers and cells
+
+
+def check_header(place: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError if the first row looks like data: numbers, or mostly texts that recur in their columns."""
+    named = [name for name in names if not NAMELESS.fullmatch(name)]
+    numbers = [name for name in named if is_number(name) or is_number(name, ",")]
+    why = ""
+    if numbers and (len(numbers) == len(named) or any(not name.isdecimal() for name in numbers)):
+        why = f"has the number {numbers[0]} in place of a column name"
+    else:
+        repeated = [n for k, n in enumerate(names) if n and any(len(row) > k and row[k] == n for row in rows)]
+        if len(repeated) > max(1, len(named) / 2):
+            why = f"has {first_names([*map(repr, repeated)])}, which are also cells below it"
+    if why:
+        raise ValueError(
+            f"{place} {why}; add a header, or type data.header=false if the file has none, which names the columns "
+            "c0, c1, ... (data.header=true accepts it as the header)"
+        )
+
+
+def clean_names(path: Path, cells: Sequence[Any]) -> list[str]:
+    """Return column names without line breaks; name unnamed ones as pandas does. Raises ValueError for duplicates."""
+    names = [" ".join(cell_text(cell).split()) or f"Unnamed: {k}" for k, cell in enumerate(cells)]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has several columns named {', '.join(map(repr, duplicates))}; rename them")
+    return names
+
+
+def cell_text(cell: Any) -> str:
+    """Return a cell as text: missing cells are empty, and whole numbers have no decimals."""
+    if isinstance(cell, str):
+        return cell
+    if cell is None or type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)

@@ -9,7 +9,6 @@ sample k is always the same image in every process.
 import glob
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
@@ -26,7 +25,6 @@ from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
-from src.errors import first_names
 from src.quoting import format_override
 
 VERSION = 2
@@ -71,12 +69,11 @@ def shards(
             lacks the caption or class that a key names, or for the reasons of `folder`.
     """
     store = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "shards"
-    train = [cached_shard(url, store, "data.urls") for url in expand_urls(root, "data.urls")]
-    val = [] if val_root is None else [cached_shard(url, store, "data.val_urls") for url in expand_urls(val_root)]
-    paths = [*train, *val]
-    if repeated := first_names(sorted(str(path) for path, count in Counter(paths).items() if count > 1)):
-        setting = "data.val_urls" if {*train} & {*val} else "data.urls"
-        raise ValueError(f"{setting} names {repeated} twice, so validation would repeat training samples; remove one")
+    train_urls = expand_urls(root, "data.urls")
+    val_urls = [] if val_root is None else expand_urls(val_root)
+    _check_shards_differ(train_urls, val_urls)
+    train = [cached_shard(url, store, "data.urls") for url in train_urls]
+    paths = [*train, *(cached_shard(url, store, "data.val_urls") for url in val_urls)]
     keys = Keys(image_key, caption_key, label_key)
     status = [path.stat() for path in paths]
     stated = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(paths, status, strict=True)]
@@ -95,7 +92,7 @@ def shards(
         sample_ids=names,
         sizes=index.size,
         read=partial(_read_sample, paths, index.shard, index.offset, index.size),
-        val_mask=index.shard >= len(train) if val else None,
+        val_mask=index.shard >= len(train) if val_urls else None,
         left_out=index.left_out,
     )
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
@@ -130,6 +127,19 @@ def expand_urls(urls: str | Sequence[str] | None, setting: str = "data.val_urls"
                 raise FileNotFoundError(f"{text}: {path} does not exist; set {setting} to tar files")
             expanded += matches
     return expanded
+
+
+def _check_shards_differ(urls: Sequence[str], val_urls: Sequence[str]) -> None:
+    """Raise ValueError if a shard occurs twice, by one name or by several, such as links."""
+    first: dict[str | tuple[int, int], str] = {}
+    for k, url in enumerate([*urls, *val_urls]):
+        status = None if re.match(r"https?://", url) else os.stat(url)
+        shard = url if status is None else (status.st_dev, status.st_ino)
+        if shard in first:
+            setting = format_override("data.urls" if k < len(urls) else "data.val_urls", url)
+            other = "is named twice" if url == first[shard] else f"is the same file as {first[shard]}"
+            raise ValueError(f"{setting} {other}, so validation would repeat training samples; leave one out")
+        first[shard] = url
 
 
 def _expand_braces(url: str, text: str) -> list[str]:

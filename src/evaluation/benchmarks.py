@@ -15,7 +15,9 @@ from torch import Tensor
 from src.data.conditions import Classes
 from src.data.glyphs import GlyphSource
 from src.data.module import BaseDataModule
-from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
+from src.data.scene_images import PLACES, paint, place, render
+from src.data.scenes import ATTRIBUTES, WORDINGS, Scene, describe_scene, parse_scene
+from src.data.shapes import Shapes
 from src.data.text import TextCondition
 from src.distributed.processes import Processes
 from src.evaluation.glyphs import GlyphBenchmark
@@ -190,7 +192,7 @@ class ShapesBenchmark:
         if self.source.held_out:
             scenes["held out"] = self.source.held_out_scenes(count, settings.seed)
         self.prompts: Mapping[str, Sequence[str]] = {
-            group: [caption(scene, key(settings.seed, "wording", k) % WORDINGS) for k, scene in enumerate(some)]
+            group: [describe_scene(scene, key(settings.seed, "wording", k) % WORDINGS) for k, scene in enumerate(some)]
             for group, some in scenes.items()
         }
         # A detector trained on single objects would overlook a surplus object in a sample.
@@ -207,11 +209,11 @@ class ShapesBenchmark:
         self.detector_accuracy: Mapping[str, Metric] = self._test_detector(settings.detector_steps)
 
     def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._score(images, [parse(prompt) for prompt in prompts])
+        return self._score(images, [parse_scene(prompt) for prompt in prompts])
 
     def real(self, prompt: str) -> Tensor:
         seeds = [key(self.seed, "real", prompt, k) for k in range(MAX_REAL)]
-        return self._display(render([parse(prompt)] * MAX_REAL, self.source.image_size, seeds))
+        return self._display(render([parse_scene(prompt)] * MAX_REAL, self.source.image_size, seeds))
 
     def _score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
         result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)

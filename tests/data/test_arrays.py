@@ -322,3 +322,113 @@ def test_ambiguous_channels_name_the_setting(shape, dtype, hinted, tmp_path):
     assert ("data.channels=1" in opened(tmp_path / "a.npy").source.summary) == hinted
     other = opened(tmp_path / "a.npy", channels=1) if hinted else None
     assert other is None or (other.shape == (1, *shape[1:]) and "data.channels" not in other.source.summary)
+
+
+# Folders for validation, and files of labels
+
+
+def save_signals(root: Path, *names: str) -> None:
+    """Write a different signal for each name."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root / name, ramp(2, 5) + k)
+
+
+def sides(data: ArrayDataModule) -> tuple[list[str], list[str]]:
+    """Return the ids of training and validation samples."""
+    return tuple(sorted(data.source.ids[k] for k in indices) for indices in (data.train_indices, data.val_indices))
+
+
+@pytest.mark.parametrize("val_root", ["a", "a/../a", "link", "."])
+def test_validation_folders_with_all_samples_are_refused(val_root, tmp_path):
+    save_signals(tmp_path, "a/0.npy", "a/1.npy", "b/2.npy")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"data\.val_root=.*data\.root=") as error:
+        opened(tmp_path / "a", val_root=str(tmp_path / val_root))
+    assert "\n" not in str(error.value)
+
+
+def test_roots_that_share_samples_are_refused(tmp_path):
+    save_signals(tmp_path, "a/0.npy", "a/in/1.npy")
+    with pytest.raises(ValueError, match=r"data\.root="):
+        ArrayDataModule(Arrays(), [str(tmp_path / "a"), str(tmp_path / "a" / "in")])
+
+
+def test_validation_samples_are_not_trained(tmp_path):
+    """Those of a folder inside of the root, and those that are links to other files."""
+    save_signals(tmp_path, *(f"in/{k}.npy" for k in range(5)), "in/held/8.npy")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "linked.npy").symlink_to(tmp_path / "in" / "1.npy")
+    (tmp_path / "out" / "same.npy").hardlink_to(tmp_path / "in" / "3.npy")
+    (tmp_path / "links").mkdir()
+    for path in sorted((tmp_path / "out").iterdir()):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    inside = opened(tmp_path / "in", val_root=str(tmp_path / "in" / "held"), **settings)
+    assert sides(inside) == ([f"0/{k}.npy" for k in range(5)], ["1/8.npy"])
+    linked = opened(tmp_path / "in", val_root=str(tmp_path / "out"), **settings)
+    assert sides(linked) == (["0/0.npy", "0/2.npy", "0/4.npy", "0/held/8.npy"], ["1/linked.npy", "1/same.npy"])
+    assert linked.source.fetch(linked.val_indices)[:, 0, 0].sort().values.tolist() == [1, 3]
+    with pytest.raises(ValueError, match=r"data\.val_root"):
+        opened(tmp_path / "out", val_root=str(tmp_path / "links"), **settings)
+
+
+def test_splits_of_samples_in_an_outer_folder_are_recognized(tmp_path):
+    names = [f"x/{split}/{name}/{k}.npy" for split in ("train", "val", "test") for name in "ab" for k in range(2)]
+    save_signals(tmp_path / "in", *names)
+    data = opened(tmp_path / "in", cache_dir=str(tmp_path / "cache"))
+    assert sides(data) == (names[:4], names[4:8]) and data.source.labels.classes == ["a", "b"]
+
+
+def test_one_file_in_an_outer_folder_holds_all_samples(tmp_path):
+    save_signals(tmp_path, "x/all.npy")
+    np.save(tmp_path / "x" / "all.npy", ramp(9, 2, 5))
+    assert len(opened(tmp_path).source) == 9
+
+
+@pytest.mark.parametrize(
+    "names", [("train.npy", "test.npy"), ("x_train.npy", "x_val.npy"), ("train/x.npy", "val/x.npy")]
+)
+def test_files_of_whole_splits_are_refused(names, tmp_path):
+    """Each would be one sample, and that of the test set might be trained on."""
+    for name in names:
+        save_signals(tmp_path, name)
+        np.save(tmp_path / name, ramp(9, 2, 5))
+    with pytest.raises(ValueError, match=rf"set data\.root={tmp_path / names[0]} "):
+        module(tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["l.csv", "l.npy", "all.csv"])
+@pytest.mark.parametrize("for_validation", [False, True])
+def test_labels_of_several_roots_are_read(labels, for_validation, tmp_path):
+    """From a table or integers in each root, or from one table of all files."""
+    rows = {"a": "xyx", "b": "yyx"}
+    lines = ["file,label"]
+    for root, names in rows.items():
+        save_signals(tmp_path / root, "0.npy", "1.npy", "2.npy")
+        if labels == "l.npy":
+            np.save(tmp_path / root / labels, np.array([7 + (name == "y") for name in names]))
+        elif labels == "l.csv":
+            table = [f"{k}.npy,{name}" for k, name in enumerate(names)]
+            (tmp_path / root / labels).write_text("\n".join(["file,label", *table]))
+        lines += [f"{tmp_path / root}/{k}.npy,{name}" for k, name in enumerate(names)]
+    if labels == "all.csv":
+        labels = str(tmp_path / labels)
+        Path(labels).write_text("\n".join(lines))
+    roots = [str(tmp_path / root) for root in rows]
+    root, val_root = (roots[0], roots[1]) if for_validation else (roots, None)
+    data = ArrayDataModule(Arrays(labels), root, cache_dir=str(tmp_path / "cache"), val_root=val_root)
+    data.setup()
+    assert data.source.labels.targets.tolist() == [0, 1, 0, 1, 1, 0]
+
+
+def test_a_file_of_labels_is_not_a_sample(tmp_path):
+    """By a relative or an absolute path, for one file or many."""
+    save_signals(tmp_path / "many", *(f"{k}.npy" for k in range(4)))
+    (tmp_path / "one").mkdir()
+    np.save(tmp_path / "one" / "x.npy", ramp(4, 2, 5))
+    for folder in (tmp_path / "one", tmp_path / "many"):
+        np.save(folder / "y.npy", np.array([1, 0, 0, 1]))
+        for labels in ("y.npy", "./y.npy", str(folder / "y.npy")):
+            source = opened(folder, source_labels=labels, cache_dir=str(tmp_path / "cache")).source
+            assert source.labels.targets.tolist() == [1, 0, 0, 1]

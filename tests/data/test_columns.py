@@ -10,9 +10,10 @@ import pytest
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global Cells, Column, from_json, infer_column, parse, read_table, to_json, type_override
-    from src.data.column_types import parse, type_override
+    global Cells, Column, from_json, infer_column, is_named_like_time, parse_column, read_table, to_json, type_override
+    from src.data.column_types import parse_column, type_override
     from src.data.columns import Cells, Column, from_json, infer_column, to_json
+    from src.data.dates import is_named_like_time
     from src.data.table_files import read_table
 
 
@@ -20,7 +21,7 @@ def column_of(path: Path, cells: list[str], **settings: object) -> "Cells":
     """Return the parsed cells of a CSV file with one column besides `x`."""
     lines = [f"{k % 3}\t{cell}" for k, cell in enumerate(cells)]
     (path / "a.tsv").write_text("\n".join(["x\tvalue", *lines]), encoding="utf-8")
-    return parse(read_table(path / "a.tsv", "data.path"), "value", **settings)
+    return parse_column(read_table(path / "a.tsv", "data.path"), "value", **settings)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_columns_named_like_ids_are_left_out(tmp_path):
     """If all their integers differ."""
     for name, left_out in (("customer_id", True), ("userId", True), ("ID", True), ("paid", False), ("grid", False)):
         (tmp_path / "a.csv").write_text(f"x,{name}\n1,17\n2,4\n1,99\n")
-        assert (parse(read_table(tmp_path / "a.csv", "data.path"), name).type is None) == left_out, name
+        assert (parse_column(read_table(tmp_path / "a.csv", "data.path"), name).type is None) == left_out, name
 
 
 def test_a_named_column_is_never_an_id(tmp_path):
@@ -111,10 +112,82 @@ def test_whole_numbers_in_typed_files_are_dates(tmp_path):
     """If all are dates without separators; their type stays."""
     frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "day": np.array([20200131, 20211231, 20200201], np.int32)})
     frame.to_parquet(tmp_path / "a.parquet")
-    cells = parse(read_table(tmp_path / "a.parquet", "data.path"), "day")
+    cells = parse_column(read_table(tmp_path / "a.parquet", "data.path"), "day")
     assert cells.type == "date" and np.diff(cells.values).tolist() == [700, -699]
     restored = infer_column("day", cells, "standardize", "onehot").restore(np.array([0.0, 700.0, 1.0]))
     assert restored.dtype == np.int32 and restored.tolist() == frame.day.tolist()
+
+
+DAYS = ["2020-01-31", "2021-03-01", "2023-12-24"]
+
+
+def epochs(unit: str) -> list[int]:
+    """Return `DAYS` as whole numbers of a unit since 1970."""
+    return [int((pd.Timestamp(day) - pd.Timestamp(0)) / pd.Timedelta(1, unit)) for day in DAYS]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_epochs_are_dates_and_return_in_their_unit(tmp_path, unit, suffix):
+    frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "createdAt": epochs(unit), "code": epochs(unit)})
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        frame.to_parquet(path)
+    elif suffix == "csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    table = read_table(path, "data.path")
+    for given in (None, "date", f"epoch_{unit}"):
+        cells = parse_column(table, "createdAt", given)
+        assert cells.type == "date" and cells.values.astype("datetime64[D]").astype(str).tolist() == DAYS
+        column = infer_column("createdAt", cells, "standardize", "onehot")
+        assert column.unit == "D" and f"epoch_{unit}" in column.summary
+        (column,), _ = from_json(to_json([column]))
+        again = parse_column(table, "createdAt", known=column)
+        restored = column.restore(column.display(again.values))
+        assert restored.tolist() == epochs(unit) and all(isinstance(cell, int) for cell in restored.tolist())
+        assert suffix != "parquet" or restored.dtype == np.int64
+    assert parse_column(table, "code").type == "integer"  # not named like a time
+
+
+@pytest.mark.parametrize(
+    ("name", "is_time"),
+    [("created_at", True), ("eventTime", True), ("Date (UTC)", True), ("TIMESTAMP", True), ("ts", True),
+     ("lattice", False), ("datum", False), ("rating", False), ("id", False)],
+)  # fmt: skip
+def test_names_of_times_are_recognized(name, is_time):
+    assert is_named_like_time(name) == is_time
+
+
+@pytest.mark.parametrize("numbers", [[7, 8, 900], [1_600_000_000, 1_600_000_001_000, 5], [0, 1_600_000_000, 4]])
+def test_other_whole_numbers_are_not_dates(numbers, tmp_path):
+    """They have no unit that fits all; the type `date` refuses them, and one with a unit takes them."""
+    (tmp_path / "a.csv").write_text("\n".join(["x,time", *(f"{k % 2},{number}" for k, number in enumerate(numbers))]))
+    table = read_table(tmp_path / "a.csv", "data.path")
+    assert parse_column(table, "time").type == "integer"
+    assert parse_column(table, "time", "date").invalid.all()
+    assert parse_column(table, "time", "epoch_ms").values.tolist() == numbers
+
+
+def test_invalid_epochs_are_marked(tmp_path):
+    (tmp_path / "a.csv").write_text("x,time\n1,1600000000\n2,soon\n3,-\n1,5.5\n")
+    cells = parse_column(read_table(tmp_path / "a.csv", "data.path"), "time", "epoch_s")
+    assert cells.invalid.tolist() == [False, True, False, True] and cells.missing.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_compact_dates_take_the_type_date(tmp_path, suffix):
+    frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "day": [20200131, 20211231, 20200201]})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    cells = parse_column(read_table(tmp_path / f"a.{suffix}", "data.path"), "day", "date")
+    assert cells.details["format"] == "%Y%m%d" and np.diff(cells.values).tolist() == [700, -699]
 
 
 def test_a_type_that_no_cell_has_is_invalid(tmp_path):
@@ -123,7 +196,7 @@ def test_a_type_that_no_cell_has_is_invalid(tmp_path):
     frame.to_parquet(tmp_path / "a.parquet")
     table = read_table(tmp_path / "a.parquet", "data.path")
     for name, given in (("x", "date"), ("x", "%d.%m.%Y"), ("x", "boolean"), ("day", "number"), ("day", "integer")):
-        cells = parse(table, name, given)
+        cells = parse_column(table, name, given)
         assert cells.type == ("date" if "%" in given else given) and cells.invalid.all(), (name, given)
 
 
@@ -131,8 +204,8 @@ def test_lists_in_cells_are_left_out(tmp_path):
     frame = pd.DataFrame({"x": [1.5, 2.0, 0.5], "tags": [["a"], [], ["b", "c"]]})
     frame.to_parquet(tmp_path / "a.parquet")
     table = read_table(tmp_path / "a.parquet", "data.path")
-    assert "ndarray" in parse(table, "tags").why and len(table.row_texts()) == 3
-    assert parse(table, "tags", "category").invalid.all()
+    assert "ndarray" in parse_column(table, "tags").why and len(table.row_texts()) == 3
+    assert parse_column(table, "tags", "category").invalid.all()
 
 
 def test_restored_numbers_have_no_negative_zero():
@@ -190,7 +263,7 @@ def test_categories_of_pandas_keep_their_order(tmp_path):
     levels = ["low", "mid", "high", "unused"]
     frame = pd.DataFrame({"x": [1.0, 2.0, 4.0], "c": pd.Categorical(["high", "low", "mid"], levels, ordered=True)})
     frame.to_parquet(tmp_path / "a.parquet")
-    cells = parse(read_table(tmp_path / "a.parquet", "data.path"), "c")
+    cells = parse_column(read_table(tmp_path / "a.parquet", "data.path"), "c")
     assert cells.details["categories"] == levels[:3]
     restored = infer_column("c", cells, "standardize", "bits").restore(np.array([2.0, 0.0]))
     assert restored.dtype == frame.c.dtype and restored.tolist() == ["high", "low"]

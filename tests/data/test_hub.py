@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face library on disk: pixels, classes, captions, splits and errors."""
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,39 @@ def test_unknown_columns_and_splits_are_refused(tmp_path):
     assert "data.source.val_split=train" in refusal(tmp_path / "data", val_split="train")
     assert "data.source.max_samples" in refusal(tmp_path / "data", streaming=True)
     assert "data.source.max_samples=1" in refusal(tmp_path / "data", max_samples=1)
+
+
+@pytest.mark.parametrize("kind", ["saved", "link", "copy"])
+def test_splits_with_the_same_images_are_refused(tmp_path, kind):
+    """Also if one is a link to the other."""
+    folder = tmp_path / "data"
+    if kind == "saved":
+        datasets.DatasetDict(train=dataset(pictures(4))).save_to_disk(folder)
+        (folder / "validation").symlink_to(folder / "train")
+        (folder / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
+    else:
+        folder.mkdir()
+        dataset(pictures(4)).to_parquet(folder / "train.parquet")
+        if kind == "link":
+            (folder / "validation.parquet").symlink_to(folder / "train.parquet")
+        else:
+            shutil.copy(folder / "train.parquet", folder / "validation.parquet")
+    assert "data.source.val_split" in refusal(folder)
+
+
+def test_splits_with_images_of_equal_sizes_are_accepted(tmp_path):
+    images = pictures(8)
+    splits = {}
+    for k, name in enumerate(["train", "validation"]):
+        files = [io.BytesIO() for _ in range(4)]
+        for file, image in zip(files, images[4 * k :], strict=False):
+            Image.fromarray(image).save(file, "BMP")
+        rows = {"image": [{"bytes": file.getvalue(), "path": None} for file in files]}
+        splits[name] = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image()))
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    source = opened(tmp_path / "data")
+    assert np.array_equal(source.fetch(range(8)).permute(0, 2, 3, 1).numpy(), images)
+    assert source.val_mask.tolist() == [False] * 4 + [True] * 4
 
 
 def test_splits_of_other_names_are_chosen_by_name(tmp_path):

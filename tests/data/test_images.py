@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import json
+import multiprocessing
 import pickle
 import socket
 import struct
@@ -765,7 +766,7 @@ class StubLmdb:
     def open(path: str, readonly: bool, **options: bool) -> SimpleNamespace:
         stored = pickle.loads((Path(path) / "data.mdb").read_bytes())
         transaction = SimpleNamespace(cursor=lambda: iter(sorted(stored.items())), get=stored.get)
-        return SimpleNamespace(begin=lambda buffers=False: contextlib.nullcontext(transaction))
+        return SimpleNamespace(begin=lambda buffers=False: contextlib.nullcontext(transaction), close=lambda: None)
 
 
 @pytest.fixture(params=["stub", "lmdb"])
@@ -809,6 +810,32 @@ def test_lsun_databases_are_read(tmp_path, write_database):
     for wrong, kind in (("bedroom_test", ValueError), ("kitchen_train", FileNotFoundError)):
         with pytest.raises(kind, match=r"data\.source\.classes"):
             fetch_all(configured("lsun", f"data.root={tmp_path}", f"data.source.classes=[{wrong}]"))
+    (tmp_path / "link_train_lmdb").symlink_to(tmp_path / "tower_train_lmdb")
+    for twice in ("tower_train,tower_train", "bedroom_train,tower_train,link_train"):
+        with pytest.raises(ValueError, match=r"data\.source\.classes=.*tower_train_lmdb"):
+            fetch_all(configured("lsun", f"data.root={tmp_path}", f"data.source.classes=[{twice}]"))
+
+
+def all_pixels(source: Source) -> np.ndarray:
+    return source.fetch(range(len(source))).numpy()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded")
+def test_lsun_is_read_in_forked_processes(tmp_path, write_database):
+    """Under two names of its folder, and without a cache."""
+    pixels = noise(3, 64, 64, 3)
+    stored = {}
+    for k, image in enumerate(pixels):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        stored[b"%d" % k] = file.getvalue()
+    write_database(tmp_path / "bedroom_train_lmdb", stored)
+    for root in (tmp_path, tmp_path / ".." / tmp_path.name):
+        data = configured("lsun", f"data.root={root}", "data.cache=false")
+        found = fetch_all(data).numpy()
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            assert np.array_equal(pool.apply(all_pixels, (data.source,)), found)
+        assert np.array_equal(found, pixels.transpose(0, 3, 1, 2))
 
 
 def write_celeba(root: Path, pixels: list[np.ndarray], split: list[int]) -> None:

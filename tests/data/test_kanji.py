@@ -11,8 +11,8 @@ from src.data import kanji
 from src.data.kanji import (
     POSITIONS,
     bezier_curves,
-    caption,
     combined_parts,
+    describe_parts,
     draw,
     flatten,
     part_names,
@@ -150,7 +150,7 @@ def located_groups(text: str) -> list[tuple[str, str]]:
 def test_captions_name_the_parts_of_the_file():
     characters = [read(text) for text in "唄吠語"]
     names = part_names(characters)
-    assert [caption(each, names) for each in characters] == [
+    assert [describe_parts(each, names) for each in characters] == [
         "mouth left, shell right",
         "mouth left, dog right",
         "speech left, 吾 right",
@@ -159,7 +159,7 @@ def test_captions_name_the_parts_of_the_file():
         parts = located_groups(each.text)
         assert combined_parts(each) == [f"{element} {position}" for element, position in parts]
         expected = [f"{radical_names().get(element, element)} {POSITIONS[position]}" for element, position in parts]
-        assert caption(each, names) == ", ".join(expected)
+        assert describe_parts(each, names) == ", ".join(expected)
 
 
 def test_forms_of_a_radical_have_its_name():
@@ -173,9 +173,9 @@ def test_forms_of_a_radical_have_its_name():
 
 def test_characters_without_located_parts_have_their_own_name():
     names = part_names([read("斥")])
-    assert caption(read("一"), names) == "one"
-    assert caption(read("年"), names) == "年"
-    assert caption(read("斥"), names) == "axe, dot"  # parts without positions
+    assert describe_parts(read("一"), names) == "one"
+    assert describe_parts(read("年"), names) == "年"
+    assert describe_parts(read("斥"), names) == "axe, dot"  # parts without positions
     assert [combined_parts(read(text)) for text in "一年斥"] == [[], [], []]
 
 

@@ -23,29 +23,21 @@ def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global SHAPES, SIZES, ONE, TWO
     global Outline, ATTRIBUTES, COLOR_JITTER, COLORS, GAP, PLACES, RELATIONS, WORDINGS, Object, Placed, Scene
-    global Shapes, caption, paint, parse, place, render, shapes, wordings
+    global Shapes, describe_scene, paint, parse_scene, place, render, shapes, wordings
     from matplotlib.path import Path as Outline
 
-    from src.data.shapes import (
+    from src.data.scene_images import COLOR_JITTER, COLORS, GAP, PLACES, Placed, paint, place, render
+    from src.data.scenes import (
         ATTRIBUTES,
-        COLOR_JITTER,
-        COLORS,
-        GAP,
-        PLACES,
         RELATIONS,
         WORDINGS,
         Object,
-        Placed,
         Scene,
-        Shapes,
-        caption,
-        paint,
-        parse,
-        place,
-        render,
-        shapes,
+        describe_scene,
+        parse_scene,
         wordings,
     )
+    from src.data.shapes import Shapes, shapes
 
     SHAPES, SIZES = ATTRIBUTES["shape"], ATTRIBUTES["size"]
     ONE, TWO = all_scenes(1), all_scenes(2)
@@ -85,24 +77,24 @@ def test_each_caption_parses_to_its_scene():
     scene_of: dict[str, Scene] = {}
     for scene in ONE + TWO:
         texts = wordings(scene)
-        assert texts == [caption(scene, k) for k in range(WORDINGS)]
+        assert texts == [describe_scene(scene, k) for k in range(WORDINGS)]
         assert len(set(texts)) == WORDINGS >= 3
         scene_of.update(dict.fromkeys(texts, scene))
     assert len(scene_of) == WORDINGS * (len(ONE) + len(TWO))
     assert len(ONE) == 4 * 6 * 2 * 5 * 3 and len(TWO) == 48 * 40 * 3 * 4
-    assert all(parse(text) == scene_of[text] for text in list(scene_of)[::7])
+    assert all(parse_scene(text) == scene_of[text] for text in list(scene_of)[::7])
 
 
 def test_captions_are_parsed_as_people_write_them():
     small, large = Object("circle", "red", "small", "top left"), Object("square", "blue", "large")
-    assert caption(Scene((small,), "black")) == "a small red circle at the top left on a black background"
+    assert describe_scene(Scene((small,), "black")) == "a small red circle at the top left on a black background"
     two = Scene((small._replace(position=None), large), "gray", "left of")
-    assert caption(two) == "a small red circle left of a large blue square on a gray background"
-    assert parse("  A small red circle left of a large\nblue square on a GRAY background. ") == two
-    assert parse("large blue square, center, white background").objects[0].position == "center"
+    assert describe_scene(two) == "a small red circle left of a large blue square on a gray background"
+    assert parse_scene("  A small red circle left of a large\nblue square on a GRAY background. ") == two
+    assert parse_scene("large blue square, center, white background").objects[0].position == "center"
     british = "a small red circle in the centre on a grey background"
-    assert caption(parse(british)) == british.replace("centre", "center").replace("grey", "gray")
-    assert parse("a small red circle above a small red circle on a black background").relation == "above"
+    assert describe_scene(parse_scene(british)) == british.replace("centre", "center").replace("grey", "gray")
+    assert parse_scene("a small red circle above a small red circle on a black background").relation == "above"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +110,7 @@ def test_captions_are_parsed_as_people_write_them():
 )
 def test_other_texts_raise(text, message):
     with pytest.raises(ValueError, match=message) as error:
-        parse(text)
+        parse_scene(text)
     assert "\n" not in str(error.value)
     assert "'a small red circle at the top left on a black background'" in str(error.value)
 
@@ -297,7 +289,7 @@ def test_captions_belong_to_their_images():
     assert source.labels is None and source.covariates is None
     for k in (0, 17, 49):
         assert source.captions[k] == wordings(source.scenes[k])
-        assert parse(source.captions[k][2]) == source.scenes[k]
+        assert parse_scene(source.captions[k][2]) == source.scenes[k]
     assert source.captions[-1] == source.captions[49]
     assert source.scenes[3:5] == [source.scenes[3], source.scenes[4]]
     assert len(list(source.scenes)) == 50

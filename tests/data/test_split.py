@@ -178,7 +178,8 @@ def test_a_resumed_run_warns_of_changed_data(tmp_path):
     """Evaluation warns too: of an added, a removed and a changed file, but not of another folder."""
     names = write_images(tmp_path / "photos")
     run, moved = tmp_path / "run", tmp_path / "moved"
-    settings = ["data=folder", *TINY_IMAGES]
+    no_pictures = ["callbacks.samples=null", "callbacks.bits_per_dim=null", "neighbors.num_samples=0"]
+    settings = ["data=folder", *TINY_IMAGES, *no_pictures]
     train_tiny(run, *settings, f"data.root='{tmp_path / 'photos'}'", "trainer.max_steps=2", "validate_every=2")
     shutil.move(tmp_path / "photos", moved)
     for path in moved.rglob("*.png"):

@@ -207,7 +207,7 @@ def test_a_resumed_run_keeps_its_mean_and_std(tmp_path):
             "trainer.accelerator=cpu",
             "validate_every=3",
         ),
-        *("checkpoint_every=100", "sampler.steps=2", "callbacks.samples.num_samples=4", "neighbors.num_samples=0"),
+        *("checkpoint_every=100", "sampler.steps=2", "callbacks.samples=null", "neighbors.num_samples=0"),
         *("callbacks.progress.refresh_rate=0", f"run_dir='{folder}'"),
     ]
     given = [
@@ -626,3 +626,20 @@ def test_dates_of_either_order_are_named(last, hinted, tmp_path):
     assert bool(notes) == hinted
     if hinted:
         assert "%m/%d/%Y" in notes[0] and "data.types=" in notes[0] and "%d/%m/%Y" in notes[0]
+
+
+def test_dates_detected_in_whole_numbers_are_named(tmp_path):
+    """Samples have whole numbers in the unit of the file again, within its range."""
+    seconds = 1_600_000_000 + 86_400 * np.arange(20) % 700_000
+    rows = [f"{k * 7 % 13},{second},{second}" for k, second in enumerate(seconds)]
+    (tmp_path / "a.csv").write_text("\n".join(["x,created_at,count", *rows]))
+    data = opened(tmp_path / "a.csv")
+    (note,) = (note for note in data.notes if "created_at" in note)
+    assert "seconds since 1970" in note and "data.types={created_at: integer}" in note
+    assert [column.type for column in data.encoders] == ["integer", "date", "integer"]
+    data.write_samples(tmp_path / "samples", data.postprocess(data.source.fetch(range(20))))
+    saved = pd.read_csv(tmp_path / "samples.csv")
+    assert (saved.created_at == seconds).all() and saved.created_at.dtype == np.int64
+    integers = opened(tmp_path / "a.csv", types={"created_at": "integer"})
+    assert integers.encoders[1].type == "integer" and not integers.notes
+    assert "data.types={x: epoch_ms}" in refused(tmp_path / "a.csv", types={"x": "date"})

@@ -23,8 +23,9 @@ from tests.loops import for_each
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global pretrained, text, InMemory, Pretrained, Tokens
+    global fingerprint_of, pretrained, text, InMemory, Pretrained, Tokens
     from src.data import pretrained, text
+    from src.data.encoder_files import fingerprint_of
     from src.data.pretrained import Pretrained
     from src.data.sources import InMemory
     from src.data.text import Tokens
@@ -431,12 +432,12 @@ def test_the_fingerprint_depends_on_each_weight(tmp_path):
     make("bert", tmp_path)
     path = tmp_path / "model.safetensors"
     weights = safetensors.torch.load_file(path)
-    before = pretrained._fingerprint(tmp_path)
+    before = fingerprint_of(tmp_path)
     for name, weight in weights.items():
         safetensors.torch.save_file({**weights, name: weight + 1}, path)
-        assert pretrained._fingerprint(tmp_path) != before, name
+        assert fingerprint_of(tmp_path) != before, name
     safetensors.torch.save_file(weights, path, {"format": "pt"})
-    assert pretrained._fingerprint(tmp_path) == before
+    assert fingerprint_of(tmp_path) == before
 
 
 def remove_weight(folder):

@@ -139,10 +139,18 @@ def test_the_ending_of_the_images_is_chosen(tmp_path):
     assert np.array_equal(pixels(opened(tmp_path, pattern)), images[:1])
 
 
-def test_shards_are_not_for_training_and_validation(tmp_path):
+@pytest.mark.parametrize("name", ["in/0001.tar", "in/../in/0001.tar", "link.tar", "folder/0001.tar", "same.tar"])
+def test_shards_are_not_for_training_and_validation(tmp_path, name):
+    """Under any name."""
     pattern = write(tmp_path / "in", with_texts(pictures(4)), per_shard=2)
-    with pytest.raises(ValueError, match=r"data\.val_urls names .*0001\.tar twice"):
-        opened(tmp_path, pattern, val_root=f"{tmp_path}/in/0001.tar")
+    (tmp_path / "link.tar").symlink_to(tmp_path / "in" / "0001.tar")
+    (tmp_path / "folder").symlink_to(tmp_path / "in")
+    (tmp_path / "same.tar").hardlink_to(tmp_path / "in" / "0001.tar")
+    with pytest.raises(ValueError, match=r"data\.val_urls=.*0001\.tar") as error:
+        opened(tmp_path, pattern, val_root=f"{tmp_path}/{name}")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"data\.urls=.*0001\.tar"):
+        opened(tmp_path, [pattern, f"{tmp_path}/{name}"])
 
 
 def test_files_that_belong_to_no_sample_are_reported(tmp_path):
@@ -206,7 +214,7 @@ def test_a_shard_that_is_cut_off_is_refused(tmp_path, rest):
         ("s3://bucket/0.tar", ValueError, "http"),
         ("in/text.tar", ValueError, "not a tar file"),
         ("in", ValueError, "in/*.tar"),
-        (["in/0000.tar", "in/*.tar"], ValueError, "0000.tar twice"),
+        (["in/0000.tar", "in/*.tar"], ValueError, "0000.tar is named twice"),
         ("in/broken.tar", ValueError, "not JSON"),
     ],
 )

@@ -29,13 +29,15 @@ from tests.data.test_split import held_out_digits
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global binomtest, ImageDataModule, ATTRIBUTES, Shapes, paint, parse, place, render, shapes, ConditionSpec
+    global binomtest, ImageDataModule, ATTRIBUTES, Shapes, paint, parse_scene, place, render, shapes, ConditionSpec
     global best_scale, pairwise_rms, sample_and_score, score_group, DiffusionModule, Sampler
     global OBJECT_ATTRIBUTES, ClassBenchmark, ShapesBenchmark, attribute_accuracy, build_benchmark, match_scene
     from scipy.stats import binomtest
 
     from src.data.images import ImageDataModule
-    from src.data.shapes import ATTRIBUTES, Shapes, paint, parse, place, render, shapes
+    from src.data.scene_images import paint, place, render
+    from src.data.scenes import ATTRIBUTES, parse_scene
+    from src.data.shapes import Shapes, shapes
     from src.evaluation.alignment import best_scale, pairwise_rms, sample_and_score, score_group
     from src.evaluation.benchmarks import (
         OBJECT_ATTRIBUTES,
@@ -147,9 +149,9 @@ def test_one_changed_attribute_is_the_only_wrong_one():
 
 def test_surplus_objects_are_wrong_in_number_alone():
     """A scene equals its description from the other object."""
-    pair = parse("a small red circle left of a large blue square on a gray background")
-    same = parse("a large blue square right of a small red circle on a gray background")
-    square = parse("a large blue square in the center on a gray background")
+    pair = parse_scene("a small red circle left of a large blue square on a gray background")
+    same = parse_scene("a large blue square right of a small red circle on a gray background")
+    square = parse_scene("a large blue square in the center on a gray background")
     detected = {scene: perfect_detections(place([scene], [0]), scene, 0) for scene in (pair, square)}
     assert all(match_scene(same, detected[pair]).values())
     wrong = {"number", "shape", "color", "size", "relation"}
@@ -165,7 +167,7 @@ def test_surplus_objects_are_wrong_in_number_alone():
 
 def render_prompts(benchmark, group, per_prompt, change=lambda scene: scene):
     """Render the prompts in turn as if they were samples: the scenes and the images."""
-    scenes = [change(parse(prompt)) for prompt in benchmark.prompts[group]] * per_prompt
+    scenes = [change(parse_scene(prompt)) for prompt in benchmark.prompts[group]] * per_prompt
     return scenes, render(scenes, 32, range(len(scenes)))
 
 
@@ -177,8 +179,8 @@ def recolor(scene):
 
 def test_correct_and_recolored_renders_are_scored(benchmark):
     assert [len(benchmark.prompts[group]) for group in ("seen", "held out")] == [3, 3]
-    assert all(benchmark.source.is_held_out(parse(prompt)) for prompt in benchmark.prompts["held out"])
-    assert not any(benchmark.source.is_held_out(parse(prompt)) for prompt in benchmark.prompts["seen"])
+    assert all(benchmark.source.is_held_out(parse_scene(prompt)) for prompt in benchmark.prompts["held out"])
+    assert not any(benchmark.source.is_held_out(parse_scene(prompt)) for prompt in benchmark.prompts["seen"])
     prompts = benchmark.prompts["seen"]
     real_rms = [pairwise_rms(benchmark.real(prompt)) for prompt in prompts]
     for change, wrong in ((lambda scene: scene, {}), (recolor, {"color", "all"})):
@@ -193,7 +195,7 @@ def test_correct_and_recolored_renders_are_scored(benchmark):
         if not wrong:  # the contrast to the background changes
             assert metrics["diversity"].value == pytest.approx(1, abs=0.15)
         assert result.by_prompt == dict.fromkeys(prompts, 1.0 - bool(wrong))
-    singles = sum(len(parse(prompt).objects) == 1 for prompt in prompts)
+    singles = sum(len(parse_scene(prompt).objects) == 1 for prompt in prompts)
     assert {f"position_{20 * singles}", f"relation_{60 - 20 * singles}", "all_60"} <= result.metrics.keys()
 
 
@@ -226,7 +228,7 @@ def painter(benchmark, change):
     """Return a module that predicts the prompts, held-out ones after `change`, and a perfect detector."""
     texts = [prompt for group in benchmark.prompts.values() for prompt in group]
     benchmark.data.condition(texts)
-    scenes = [parse(text) for text in benchmark.data.condition.texts]
+    scenes = [parse_scene(text) for text in benchmark.data.condition.texts]
     shown = [change(scene) if benchmark.source.is_held_out(scene) else scene for scene in scenes]
     images = render(shown, 32, range(len(shown)))
     net = Painter(benchmark.data.preprocess(images), null=1000)
@@ -443,7 +445,7 @@ def test_inaccurate_detector_warns_or_is_rejected(tmp_path, monkeypatch):
             again = build_benchmark(data, AlignmentSettings(detector_steps=2, cache=tmp_path), ALONE)
     assert again.detector_accuracy == first.detector_accuracy
     monkeypatch.setattr("src.evaluation.benchmarks.DETECTOR_STEPS", 2)
-    monkeypatch.setattr("src.data.shapes.COLOR_JITTER", 11)
+    monkeypatch.setattr("src.data.scene_images.COLOR_JITTER", 11)
     with pytest.raises(ValueError, match=r"alignment\.detector_steps=2"):
         build_benchmark(data, AlignmentSettings(detector_steps=2, cache=tmp_path), ALONE)
     assert len([*tmp_path.glob("detector-*.safetensors")]) == 2
@@ -475,7 +477,7 @@ def test_seen_and_held_out_captions_end_to_end(tmp_path, cache, monkeypatch):
         for each in scales.values():
             assert {"number_12", "shape_12", "background_12", "all_12", "diversity_12"} <= {*each["metrics"]}
             assert len(each["by_prompt"]) == 2  # up to 8 samples each
-            assert all(parse(prompt) for prompt in each["by_prompt"])
+            assert all(parse_scene(prompt) for prompt in each["by_prompt"])
     assert "number_50" in kept["detector"]
     for name in ("alignment.png", "prompts.png", "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 500

@@ -1,0 +1,141 @@
+"""Find the files of arrays: one file with all samples, or one file per sample, with the classes of the samples."""
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from src.data.array_files import is_array, open_numpy
+from src.data.decode import ARRAY_SUFFIXES
+from src.data.found_images import FoundImages, join
+from src.data.label_table import find_tables, read_classes
+from src.data.layout import SPLITS
+from src.data.overlap import check_overlap
+from src.data.scan import find_images
+from src.data.table_files import FILE_COLUMNS, read_table
+from src.errors import first_names
+from src.quoting import format_override
+
+
+def one_file(root: Any, labels: str | None) -> Path | None:
+    """Return the file with all samples: `root`, or its only file besides `labels`; None for one file per sample.
+
+    Folders that hold only one folder are passed through.
+    """
+    if not isinstance(root, str | Path):
+        return None
+    path = Path(root)
+    while path.is_dir():
+        used = None if labels is None else os.path.abspath(path / labels)
+        hidden = (each for each in path.iterdir() if not each.name.startswith("."))
+        files = [each for each in hidden if os.path.abspath(each) != used and (each.is_dir() or is_array(each.name))]
+        if len(files) != 1:
+            return None
+        path = files[0]
+    return path if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES else None
+
+
+def find_arrays(root: Any, val_root: str | None, labels: str | None) -> FoundImages:
+    """Return the files of single samples under one or several roots; those of `val_root` are for validation only.
+
+    Files of `labels` are not samples. Raises FileNotFoundError for a missing folder, and ValueError without arrays, for
+    roots with the same files, and if one file has all samples of a split.
+    """
+    roots = [root] if root is None or isinstance(root, str | Path) else list(root)
+    check_overlap([None if each is None else str(each) for each in roots], val_root)
+    parts = [_find_in(each, "data.root", val_root) for each in roots or [None]]
+    found = join(parts, None if val_root is None else _find_in(val_root, "data.val_root"))
+    if labels is not None:
+        label_files = [Path(os.path.relpath(each / labels, each)).as_posix() for each in found.roots]
+        samples = [name != label_files[k] for k, name in zip(found.which, found.names, strict=True)]
+        found = found.keep(samples, "labels").without_used([str(each / labels) for each in found.roots])
+    found = _without_linked(found)
+    _check_one_sample_per_file(found)
+    return found
+
+
+def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
+    path = Path(root or "")
+    setting = format_override(name, str(path.resolve()) if root else None)
+    fix = f"set {name} to a .npy or .npz file, or to a folder, zip or tar file of .npy, .wav or .nii.gz files"
+    if root is None or not path.exists():
+        raise FileNotFoundError(f"{setting} does not exist; {fix}")
+    try:
+        return find_images(path, is_array, "array", None if val_root is None else Path(val_root))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{setting}: {error}; {fix}") from error
+
+
+def _without_linked(found: FoundImages) -> FoundImages:
+    """Return the files without those for training that a file for validation is a link to.
+
+    Raises ValueError if none is left for training.
+    """
+    if found.val_mask is None:
+        return found
+    folders = [root.is_dir() for root in found.roots]
+    inodes: list[tuple[int, int] | None] = []
+    for k, root in enumerate(found.which.tolist()):
+        status = os.stat(found.path(k)) if folders[root] else None
+        inodes.append(None if status is None else (status.st_dev, status.st_ino))
+    held_out = {inode for inode, out in zip(inodes, found.val_mask, strict=True) if out} - {None}
+    kept = [bool(out) or inode not in held_out for inode, out in zip(inodes, found.val_mask, strict=True)]
+    found = found.keep(kept, "used for validation")
+    if found.val_mask is not None and found.val_mask.all():
+        raise ValueError(
+            f"{format_override('data.root', str(found.root))} has no training samples besides those for validation, "
+            "which are links to them; set data.val_root to other files, or leave it out"
+        )
+    return found
+
+
+def _check_one_sample_per_file(found: FoundImages) -> None:
+    """Raise ValueError if each split seems to be one file: train.npy and test.npy, or only one file for training."""
+    files = [PurePosixPath(name) for name in found.names]
+    if any(file.suffix.lower() not in ARRAY_SUFFIXES for file in files):
+        return
+    splits = [SPLITS.get(file.stem.lower().rpartition("_")[2]) for file in files]
+    held_out = np.zeros(len(files), bool) if found.val_mask is None else found.val_mask
+    if "train" in splits and len(set(splits)) > 1 and None not in splits:
+        train = splits.index("train")
+    elif len(files) > held_out.sum() == len(files) - 1:
+        train = int(np.flatnonzero(~held_out)[0])
+    else:
+        return
+    raise ValueError(
+        f"{format_override('data.root', str(found.root))} must have one file per sample, and has "
+        f"{first_names(found.names, 3)} as if a split were one file; set "
+        f"{format_override('data.root', str(found.path(train)))} for a file with all training samples"
+    )
+
+
+# Labels
+
+
+def read_labels(path: Path, count: int) -> list[str]:
+    """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
+    if path.suffix.lower() == ".npy":
+        array = open_numpy(path, setting="data.source.labels")
+        if array.ndim != 1 or array.dtype.kind not in "bui":
+            raise ValueError(f"data.source.labels={path} has shape {array.shape} of {array.dtype}; use integers (N,)")
+        names = [str(int(value)) for value in array]
+    else:
+        table = read_table(path, "data.source.labels")
+        names = table.column(table.one_of(("label",), "data.source.labels"))
+    if len(names) != count:
+        raise ValueError(f"data.source.labels={path} has {len(names)} labels for {count} samples; give one each")
+    if "" in names:
+        raise ValueError(f"data.source.labels={path} has no label for sample {names.index('')}; fill it in")
+    return names
+
+
+def labels_of_files(labels: str, found: FoundImages) -> list[str]:
+    """Return the class of each file, from the table or the .npy file `labels`, or from that of each root."""
+    tables = find_tables(labels, found)
+    if Path(labels).suffix.lower() != ".npy":
+        return read_classes(tables, found, FILE_COLUMNS, ("label",))
+    if len(tables) == 1:
+        return read_labels(next(iter(tables)), len(found))
+    counts = np.bincount(found.which, minlength=len(found.roots)).tolist()  # files are in the order of their roots
+    return [name for root, count in zip(found.roots, counts, strict=True) for name in read_labels(root / labels, count)]
