@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     changes: Sequence[str] = ()
 
 
-def suffix_of(name: str) -> str:
+def array_suffix(name: str) -> str:
     """Return the suffix of a file name in lower case, including .gz, such as `.nii.gz`."""
     suffixes = Path(name.lower()).suffixes[-2:]
     return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
@@ -37,7 +37,7 @@ def suffix_of(name: str) -> str:
 
 def is_array(name: str) -> bool:
     """Return whether a file name has the suffix of a NumPy, audio or NIfTI file."""
-    return suffix_of(name) in ARRAY_SUFFIXES | AUDIO_SUFFIXES | NIFTI_SUFFIXES
+    return array_suffix(name) in ARRAY_SUFFIXES | AUDIO_SUFFIXES | NIFTI_SUFFIXES
 
 
 # Shapes
@@ -144,7 +144,7 @@ def read_file(found: FoundImages, index: int, key: str | None = None) -> Sample:
 
 def _read_file(found: FoundImages, index: int, key: str | None) -> Sample:
     with found.open(index) as stream:
-        suffix = suffix_of(found.names[index])
+        suffix = array_suffix(found.names[index])
         if suffix in AUDIO_SUFFIXES:
             sample = _read_audio(stream)
         elif suffix in NIFTI_SUFFIXES:

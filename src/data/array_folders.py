@@ -8,7 +8,7 @@ import numpy as np
 
 from src.data.array_files import is_array, open_numpy
 from src.data.decode import ARRAY_SUFFIXES
-from src.data.found_images import FoundImages, join
+from src.data.found_images import FoundImages, join, without_linked
 from src.data.label_table import find_tables, read_classes
 from src.data.layout import SPLITS
 from src.data.overlap import check_overlap
@@ -49,8 +49,8 @@ def find_arrays(root: Any, val_root: str | None, labels: str | None) -> FoundIma
     if labels is not None:
         label_files = [Path(os.path.relpath(each / labels, each)).as_posix() for each in found.roots]
         samples = [name != label_files[k] for k, name in zip(found.which, found.names, strict=True)]
-        found = found.keep(samples, "labels").without_used([str(each / labels) for each in found.roots])
-    found = _without_linked(found)
+        found = found.keep(samples, "labels").without_used([each / labels for each in found.roots])
+    found = without_linked(found)
     _check_one_sample_per_file(found)
     return found
 
@@ -65,29 +65,6 @@ def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
         return find_images(path, is_array, "array", None if val_root is None else Path(val_root))
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{setting}: {error}; {fix}") from error
-
-
-def _without_linked(found: FoundImages) -> FoundImages:
-    """Return the files without those for training that a file for validation is a link to.
-
-    Raises ValueError if none is left for training.
-    """
-    if found.val_mask is None:
-        return found
-    folders = [root.is_dir() for root in found.roots]
-    inodes: list[tuple[int, int] | None] = []
-    for k, root in enumerate(found.which.tolist()):
-        status = os.stat(found.path(k)) if folders[root] else None
-        inodes.append(None if status is None else (status.st_dev, status.st_ino))
-    held_out = {inode for inode, out in zip(inodes, found.val_mask, strict=True) if out} - {None}
-    kept = [bool(out) or inode not in held_out for inode, out in zip(inodes, found.val_mask, strict=True)]
-    found = found.keep(kept, "used for validation")
-    if found.val_mask is not None and found.val_mask.all():
-        raise ValueError(
-            f"{format_override('data.root', str(found.root))} has no training samples besides those for validation, "
-            "which are links to them; set data.val_root to other files, or leave it out"
-        )
-    return found
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:

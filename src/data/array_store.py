@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, read_file, suffix_of
+from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, read_file
 from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
@@ -118,7 +118,7 @@ def _read_all(
 
 def mix(name: str, values: Array, channels: int | None) -> Array:
     """Mix audio (C, L) down to (1, L) if `channels` is 1; return other data unchanged."""
-    if suffix_of(name) in AUDIO_SUFFIXES and channels == 1 < len(values):
+    if array_suffix(name) in AUDIO_SUFFIXES and channels == 1 < len(values):
         mixed: Array = values.mean(0, keepdims=True).astype(values.dtype)
         return mixed
     return values

@@ -13,9 +13,9 @@ from src.data.array_files import (
     AUDIO_SUFFIXES,
     KINDS,
     arrange,
+    array_suffix,
     open_numpy,
     read_file,
-    suffix_of,
 )
 from src.data.array_folders import find_arrays, labels_of_files, one_file, read_labels
 from src.data.array_source import ArraySource, check_resolution, describe_array, measure
@@ -157,7 +157,7 @@ class Arrays:
         errors = {int(k): str(reason) for k, reason in about["errors"].items()}
         check_readable(found, errors, skip_unreadable, "files")
         keep = np.array([k not in errors for k in range(len(found))])
-        suffix = suffix_of(found.names[int(np.flatnonzero(keep)[0])])
+        suffix = array_suffix(found.names[int(np.flatnonzero(keep)[0])])
         text = describe(found, classes, KINDS[len(size)])
         kept = found.keep(keep, "unreadable")
         labels = None if classes is None else labels_from_names(classes[k] for k in np.flatnonzero(keep))

@@ -9,7 +9,7 @@ import torch
 
 from src.data.decode import ARRAY_SUFFIXES, Pages, image_suffixes, looks_like_image
 from src.data.fit import Fit, ImageSpec, height_and_width
-from src.data.found_images import FoundImages, join
+from src.data.found_images import FoundImages, join, without_linked
 from src.data.frames import describe_frames, split_frames
 from src.data.image_source import ImageSource, open_images
 from src.data.images import ImageDataModule
@@ -230,7 +230,7 @@ def find(
         setting = format_override("data.source.channel_names", channel_names)
         raise ValueError(f"{setting} needs data.source.channel_pattern, such as '_(B[0-9]+)'; set it")
     parts = [_find_one(each, "data.root", val_root) for each in roots or [None]]
-    found = join(parts, None if val_root is None else _find_one(val_root, "data.val_root"))
+    found = without_linked(join(parts, None if val_root is None else _find_one(val_root, "data.val_root")))
     if channel_pattern is None:
         return split_frames(found) if pages == "samples" else found
     if pages == "samples":

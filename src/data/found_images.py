@@ -15,6 +15,7 @@ import numpy.typing as npt
 from src.data.archives import open_member
 from src.data.encoded import EncodedImages, Names
 from src.errors import first_names
+from src.quoting import format_override
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,29 @@ def join(parts: Sequence[FoundImages], val: FoundImages | None) -> FoundImages:
         np.concatenate(masks) if has_split else None,
         left_out,
     )
+
+
+def without_linked(found: FoundImages) -> FoundImages:
+    """Return the images without those for training to whose files an image for validation links.
+
+    Raises ValueError if none is left for training.
+    """
+    if found.val_mask is None:
+        return found
+    folders = [root.is_dir() for root in found.roots]
+    inodes: list[tuple[int, int] | None] = []
+    for k, root in enumerate(found.which.tolist()):
+        status = os.stat(found.path(k)) if folders[root] else None
+        inodes.append(None if status is None else (status.st_dev, status.st_ino))
+    held_out = {inode for inode, out in zip(inodes, found.val_mask, strict=True) if out} - {None}
+    kept = [bool(out) or inode not in held_out for inode, out in zip(inodes, found.val_mask, strict=True)]
+    found = found.keep(kept, "used for validation")
+    if found.val_mask is not None and found.val_mask.all():
+        raise ValueError(
+            f"{format_override('data.root', str(found.root))} has no training samples besides those for validation, "
+            "which are links to them; set data.val_root to other files, or leave it out"
+        )
+    return found
 
 
 def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:

@@ -50,6 +50,20 @@ def test_validation_images_below_the_root_are_not_trained(tmp_path):
     assert sorted(left_out["used for validation"]) == ["held/cat/2.png", "held/dog/1.png", "link.png", "pets/1.png"]
 
 
+def test_images_that_validation_images_link_to_are_not_trained(tmp_path):
+    """By a symbolic or a hard link; a copy is another file, which src.doctor reports."""
+    save(tmp_path, "in/0.png", "in/1.png", "in/2.png", "out/3.png")
+    (tmp_path / "out" / "soft.png").symlink_to(tmp_path / "in" / "0.png")
+    (tmp_path / "out" / "hard.png").hardlink_to(tmp_path / "in" / "2.png")
+    found = find(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert list(found.names) == ["1.png", "3.png", "hard.png", "soft.png"]
+    assert found.val_mask is not None and found.val_mask.tolist() == [False, True, True, True]
+    assert found.left_out["used for validation"] == ["0.png", "2.png"]
+    (tmp_path / "out" / "last.png").symlink_to(tmp_path / "in" / "1.png")
+    with pytest.raises(ValueError, match=r"data\.root="):
+        find(str(tmp_path / "in"), str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("roots", [["a", "a/"], ["a/in", "b", "a"], ["b", "link"]])
 def test_roots_that_share_files_are_refused(tmp_path, roots):
     save(tmp_path, "a/0.png", "a/in/1.png", "b/0.png")
