@@ -450,7 +450,7 @@ def test_weighting_of_zero_at_the_last_step_warns(tmp_path):
 
 
 def test_run_without_logger_writes_samples(tmp_path):
-    train_tiny(tmp_path / "run", "logger=none", "trainer.max_steps=2")
+    train_tiny(tmp_path / "run", "logger=none", "trainer.max_steps=2", curves=True)
     assert (tmp_path / "run" / "samples" / "final.png").exists()
     assert not (tmp_path / "run" / "curves.png").exists()
 

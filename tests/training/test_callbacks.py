@@ -84,7 +84,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.delenv(name, raising=False)
         train_tiny(folder, "logger=[csv,tensorboard,wandb]", LOSS_BY_NOISE, "seed=3", f"trainer.max_steps={STEPS}",
                    "callbacks.bits_per_dim.every_validation=true", "callbacks.bits_per_dim.num_samples=512",
-                   "neighbors.num_samples=16")  # fmt: skip
+                   "neighbors.num_samples=16", curves=True)  # fmt: skip
     assert not (sweep / "home").exists() or not [*(sweep / "home").rglob("staging/*")]
     return folder
 
