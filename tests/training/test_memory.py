@@ -30,10 +30,10 @@ CPU = torch.device("cpu")
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
 
 
-def network(gradient_checkpointing: bool, resblock_updown: bool = False) -> UNet:
+def network(gradient_checkpointing: bool, resblock_updown: bool = False, stages: int = 2) -> UNet:
     torch.manual_seed(0)
     net = UNet(
-        channels=1, image_size=8, model_channels=16, channel_mult=(1, 2), num_res_blocks=1,
+        channels=1, image_size=8, model_channels=16, channel_mult=(1, 2)[:stages], num_res_blocks=1,
         attention_resolutions=(4,), dropout=0.2, resblock_updown=resblock_updown,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
@@ -109,10 +109,10 @@ def test_estimate_equals_the_allocators_peak(gradient_checkpointing):
 
 def test_estimate_has_every_part():
     """Adam keeps two moments per weight; the average is float32; half precision halves activations."""
-    size = sum(p.nbytes for p in network(False).parameters())
+    size = sum(p.nbytes for p in network(False, stages=1).parameters())
 
     def bytes_of(precision: str, batch: int = 64, optimizer=ADAMW, **settings) -> int:
-        return estimate(network(False).to("meta"), (1, 8, 8), batch, CPU, precision, optimizer, **settings)
+        return estimate(network(False, stages=1).to("meta"), (1, 8, 8), batch, CPU, precision, optimizer, **settings)
 
     whole = bytes_of("32-true")
     assert whole - bytes_of("32-true", average=False) == size
@@ -167,7 +167,7 @@ def test_microbatches_equal_accumulation_and_survive_resume(tmp_path):
         train_tiny(resumed, *settings, "data.microbatch_size=32", f"resume='{resumed}'", "trainer.max_steps=8")
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(1000, 64), (40, 32), (1, 1)])
+@pytest.mark.parametrize(("limit", "expected"), [(1000, 16), (10, 8), (1, 1)])
 def test_auto_finds_the_largest_microbatch(tmp_path, monkeypatch, limit, expected):
     """With a network that takes at most `limit` samples at once, also in sampling and validation."""
     forward = UNet.forward
@@ -179,9 +179,9 @@ def test_auto_finds_the_largest_microbatch(tmp_path, monkeypatch, limit, expecte
 
     monkeypatch.setattr(UNet, "forward", limited)
     settings = ["data.microbatch_size=auto", "trainer.max_steps=1", "validate_every=1", "logger=none"]
-    train_tiny(tmp_path / "run", *settings)
+    train_tiny(tmp_path / "run", *settings, "data.batch_size=16", "trainer.limit_val_batches=2")
     saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 64 // expected
+    assert saved["hyper_parameters"]["trainer"]["accumulate_grad_batches"] == 16 // expected
 
 
 LIMITED = """

@@ -166,6 +166,7 @@ def test_failed_rollbacks_end_with_a_diagnosis(tmp_path, monkeypatch):
         train_tiny(
             tmp_path,
             "trainer.max_steps=40",
+            "validate_every=100",
             "checkpoint_every=2",
             "callbacks.nan_guard.patience=3",
             "keep_checkpoints=-1",
