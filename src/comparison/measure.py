@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,24 +51,18 @@ def measure_run(
     `advance` receives the number of samples that completed a sampler step, or a network call of the bound.
     """
     module, data, condition = run.module, evaluator.data, run.data.condition
-    generated = evaluator.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
-    (samples,) = evaluator.measure([generated], lambda it: it)
+    generated = evaluator.draw(module, sampler, lambda count: advance(count * sampler.steps), condition=condition)
+    (samples,) = evaluator.measure([generated])
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
     result["cost/calls_per_image"] = torch.tensor(generated.calls)
     result["cost/seconds_per_image"] = torch.tensor(generated.seconds)
     num_shown = NUM_IMAGES if generated.first.ndim > 2 else NUM_POINTS
     result["samples"] = generated.first[:num_shown]
     result["real"] = data.postprocess(data.examples(num_shown))
-
-    def show(positions: range, passes: Iterable[int]) -> Iterator[int]:
-        for each in passes:
-            yield each
-            advance(len(positions))
-
-    count, size = count_val(data, cfg), cfg.batch_size
-    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    positions = range(count_val(data, cfg))
+    batches = [positions[start : start + cfg.batch_size] for start in range(0, len(positions), cfg.batch_size)]
     load = functools.partial(load_val, module, data, condition)
-    parts = bounds(module, batches, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, show)
+    parts = bounds(module, batches, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, advance)
     total = torch.cat([part.total for part in parts])
     error = 1.96 * standard_error(total)
     result["metric/bits_per_dim"] = total.mean() + torch.tensor([0, -error, error])

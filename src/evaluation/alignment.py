@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.evaluation.benchmarks import PromptBenchmark, all_correct, attribute_accuracy
+from src.evaluation.quality import draw_batches
 from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
@@ -87,73 +89,53 @@ def sample_and_score(
     processes: Processes,
     progress: Callable[[float, int], object],
 ) -> AlignmentResult:
-    """Draw and score `benchmark.n` samples of each group at each of `settings.scales`, a part in each process.
+    """Draw and score `benchmark.n` samples of each group at each of `settings.scales` by `draw_batches`.
 
-    Sample k depends on (seed, k) and its prompt, so the noise is the same at all scales. `progress` receives the
-    scale and the number of further samples. Only rank 0 returns metrics.
-
-    Raises ValueError, in all processes, if any sample is not finite.
+    The noise is the same at all scales. `progress` receives the scale and the number of further samples. Only rank 0
+    returns metrics.
     """
     assert data.condition is not None
-    groups = list(benchmark.prompts)
-    prompts = [prompt for group in groups for prompt in benchmark.prompts[group]]
+    groups = benchmark.prompts
+    prompts = [prompt for group in groups.values() for prompt in group]
+    firsts = itertools.accumulate(map(len, groups.values()), initial=0)
+    parts = {name: slice(first, first + len(groups[name])) for name, first in zip(groups, firsts, strict=False)}
     # Sample k belongs to group k // n, and cycles through the prompts of its group.
     total = benchmark.n * len(groups)
-    ends = list(itertools.accumulate(len(benchmark.prompts[group]) for group in groups))
-    firsts = dict(zip(groups, [0, *ends], strict=False))
-    prompt_of = [firsts[group] + k % len(benchmark.prompts[group]) for group in groups for k in range(benchmark.n)]
+    prompt_of = [part.start + k % len(groups[name]) for name, part in parts.items() for k in range(benchmark.n)]
     cond = data.condition(prompts)  # one call, so that all have the same length
     titles = [data.condition.title(prompt) for prompt in prompts]
     real_rms = [pairwise_rms(benchmark.real(prompt)) for prompt in prompts] if processes.rank == 0 else []
     size = min(settings.batch_size, -(-total // processes.count))
-    result = AlignmentResult({group: {} for group in groups}, {})
+    result = AlignmentResult({name: {} for name in groups}, {})
+
+    def encode(numbers: range) -> Tensor:
+        return cond[[prompt_of[k % total] for k in numbers]]
+
     for scale in settings.scales:
-        parts, num_corrupted = [], 0
-        # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
-        for turn in range(-(-total // (size * processes.count))):
-            start = (turn * processes.count + processes.rank) * size
-            numbers = range(start, start + size)
-            batch_cond = cond[[prompt_of[k % total] for k in numbers]]
-            for x in module.sample(numbers, settings.seed, with_scale(sampler, scale), cond=batch_cond):  # noqa: B007
-                pass
-            x = x[: max(0, total - start)]
-            num_corrupted += int((~x.isfinite().flatten(1).all(1)).sum())
-            parts.append(data.postprocess(x).cpu())
-            progress(scale, min(size * processes.count, total - turn * processes.count * size))
-        if num_corrupted := sum(processes.gather(num_corrupted)):
-            raise ValueError(
-                f"{num_corrupted} of {total} samples are not finite: remove {scale:g} from alignment.scales"
-            )
-        images = torch.cat(processes.gather_in_turn(parts))
+        guided, advance = with_scale(sampler, scale), partial(progress, scale)
+        batches = draw_batches(module, guided, total, size, settings.seed, processes, encode, advance)
+        images = torch.cat(processes.gather_in_turn([data.postprocess(x).cpu() for _, x in batches]))
         if processes.rank > 0:
             continue
         result.examples[scale] = []
-        for k, group in enumerate(groups):
-            of_group, first = images[k * benchmark.n : (k + 1) * benchmark.n], firsts[group]
-            count = len(benchmark.prompts[group])
-            part = slice(first, first + count)
-            result.groups[group][scale] = score_group(
+        for (name, part), of_group in zip(parts.items(), torch.split(images, benchmark.n), strict=True):
+            result.groups[name][scale] = score_group(
                 benchmark, of_group, prompts[part], titles[part], real_rms[part], settings.seed
             )
-            for p in range(min(count, MAX_ROWS // len(groups))):
-                title = titles[first + p] if len(groups) == 1 else f"{group}: {titles[first + p]}"
-                result.examples[scale].append((title, of_group[p::count][:MAX_COLUMNS]))
+            for p, title in enumerate(titles[part][: MAX_ROWS // len(groups)]):
+                shown = title if len(groups) == 1 else f"{name}: {title}"
+                result.examples[scale].append((shown, of_group[p :: len(groups[name])][:MAX_COLUMNS]))
     return result
 
 
-def diversity_curves(
-    groups: Mapping[str, Mapping[float, AlignmentMetrics]],
-) -> dict[str, list[tuple[float, Metric, Metric]]]:
-    """Return for each group its scales, each with the diversity and the fraction correct in all attributes."""
-    return {
-        group: [
-            (scale, diversity, share_correct(each.metrics))
-            for scale, each in by_scale.items()
-            for name, diversity in each.metrics.items()
-            if name.startswith("diversity_")
-        ]
-        for group, by_scale in groups.items()
-    }
+def diversity_curve(by_scale: Mapping[float, AlignmentMetrics]) -> list[tuple[float, Metric, Metric]]:
+    """Return the scales of a group, each with the diversity and the fraction correct in all attributes."""
+    return [
+        (scale, diversity, share_correct(each.metrics))
+        for scale, each in by_scale.items()
+        for name, diversity in each.metrics.items()
+        if name.startswith("diversity_")
+    ]
 
 
 def best_scale(groups: Mapping[str, Mapping[float, AlignmentMetrics]]) -> float:

@@ -4,7 +4,7 @@ All processes call these functions; files and metrics come from rank 0.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from src.data.module import BaseDataModule
 from src.data.table import TableDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
-from src.evaluation.alignment import best_scale, diversity_curves, sample_and_score, share_correct, with_scale
+from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct, with_scale
 from src.evaluation.benchmarks import PromptBenchmark
-from src.evaluation.likelihood import Bound, bounds, flow_bits
+from src.evaluation.likelihood import Bound, bounds, flow_bits, network_passes
 from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, values_of
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
@@ -56,21 +56,17 @@ def evaluate_likelihood(
     With `ode_tolerance` also the likelihood by the probability flow. Saves `bound.png`.
     """
     size = min(batch_size, -(-num_val // processes.count))
-    batches = [range(start, min(start + size, num_val)) for start in range(0, num_val, size)]
-    own = processes.share(batches)
+    own = processes.share([range(num_val)[start : start + size] for start in range(0, num_val, size)])
     load = partial(load_val, module, data, data.condition)
-
-    def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
-        yield from progress_bar(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
-
-    parts = bounds(
-        module, own, load, seed, num_terms, reverse_variance, show, lambda errors: sum_errors(processes.gather(errors))
-    )
+    total_calls = network_passes(module.schedule, num_terms, reverse_variance) * sum(map(len, own))
+    with call_bar("Bound", total_calls, processes.rank) as bar:
+        settings = seed, num_terms, reverse_variance
+        parts = bounds(module, own, load, *settings, bar.update, lambda errors: sum_errors(processes.gather(errors)))
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     result = Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
     flows = []
     if ode_tolerance is not None:
-        for batch in progress_bar(own, "Flow", processes.rank):
+        for batch in tqdm(own, desc="Flow", disable=processes.rank > 0):
             x, cond = load(batch)
             flows.append(flow_bits(module, x, seed, ode_tolerance, batch.start, cond))
     metrics: dict[str, Any] = {
@@ -80,8 +76,8 @@ def evaluate_likelihood(
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
+        "decoder": result.terms[0].item(),
     }
-    metrics["decoder"] = result.terms[0].item()
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if ode_tolerance is not None:
         flow = torch.cat(processes.gather_in_turn(flows))
@@ -112,13 +108,10 @@ def evaluate_quality(
     generated = {}
     with call_bar("Samples", n * sum(calls.values()), processes.rank) as bar, usage_errors():
         for name, sampler in samplers.items():
-
-            def advance(samples: int, calls: int = calls[name]) -> None:
-                bar.update(calls * samples)
-
+            advance = partial(lambda calls, count: bar.update(calls * count), calls[name])
             generated[name] = evaluator.draw(module, sampler, advance, condition=evaluator.data.condition)
     baseline = evaluator.baseline()
-    measured = evaluator.measure(list(generated.values()), lambda it: progress_bar(it, "Nearest", processes.rank))
+    measured = evaluator.measure(list(generated.values()), show_progress=True)
     if processes.rank > 0:
         return {}
     metrics: dict[str, Any] = {
@@ -218,19 +211,15 @@ def evaluate_alignment(
     calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
     total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
     with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
-        result = sample_and_score(
-            module,
-            sampler,
-            benchmark,
-            data,
-            settings,
-            processes,
-            lambda scale, samples: bar.update(calls[scale] * samples),
-        )
+
+        def progress(scale: float, count: int) -> None:
+            bar.update(calls[scale] * count)
+
+        result = sample_and_score(module, sampler, benchmark, data, settings, processes, progress)
     if processes.rank > 0:
         return {}
     accuracy = share_correct(benchmark.detector_accuracy).value
-    curves = diversity_curves(result.groups)
+    curves = {group: diversity_curve(by_scale) for group, by_scale in result.groups.items()}
     if any(curves.values()):  # a prompt with one real image, such as a glyph, has no diversity
         charts.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
@@ -270,11 +259,6 @@ def as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
 def standard_error(values: Tensor) -> float:
     """Return the standard error of the mean of values (N,); NaN for N = 1."""
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def progress_bar(items: Iterable[Any], label: str, rank: int = 0) -> Any:
-    """Yield the items and show a progress bar on rank 0."""
-    return tqdm(items, desc=label, disable=rank > 0)
 
 
 def call_bar(label: str, total: int, rank: int) -> Any:

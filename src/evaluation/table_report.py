@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from src.data.table import TableDataModule
+from src.evaluation.quality import fetch_for_display
 from src.metrics.features import Values
 from src.metrics.tables import association_error, associations, closer_to_training, marginal_distances
 from src.viz import table_plots
@@ -20,30 +21,27 @@ def table_report(folder: Path, data: TableDataModule, samples: Tensor, space: Va
     The baseline of each distance is that of training rows, as many as there are samples or held-out rows. `space` has
     the distances between rows. Writes `columns.png` and `associations.png`.
     """
-    val, train = (
-        data.postprocess(data.preprocess(data.fetch(indices[:MAX_REAL])[0])).cpu()
-        for indices in (data.val_indices, data.train_indices)
-    )
+    val, train = (fetch_for_display(data, part[:MAX_REAL]).cpu() for part in (data.val_indices, data.train_indices))
     samples, baseline = samples.cpu(), train[: len(samples)]
     kinds = data.num_categories
     names = [column.name for column in data.encoders]
-    words = [["False", "True"] if column.type == "boolean" else [] for column in data.encoders]
     categories = [
-        [*map(str, column.categories)] or booleans for column, booleans in zip(data.encoders, words, strict=True)
+        ["False", "True"] if column.type == "boolean" else [*map(str, column.categories)] for column in data.encoders
     ]
     table_plots.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
+    ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
     if len(names) > 1:
-        pictures = [associations(rows, kinds) for rows in (samples, val)]
-        table_plots.association_matrices(pictures[0], pictures[1], names).save(folder / "associations.png")
+        table_plots.association_matrices(ours, real, names).save(folder / "associations.png")
     distances = (marginal_distances(rows, val, kinds) for rows in (samples, baseline))
     nearer = closer_to_training(*(space(rows).features for rows in (samples, train, val)))
     return {
         "n": len(samples),
         "num_val": len(val),
         "columns": {
-            name: {"distance": ours, "baseline": real} for name, ours, real in zip(names, *distances, strict=True)
+            name: {"distance": distance, "baseline": other}
+            for name, distance, other in zip(names, *distances, strict=True)
         },
-        "association_error": association_error(samples, val, kinds),
-        "association_baseline": association_error(baseline, val, kinds),
+        "association_error": association_error(ours, real),
+        "association_baseline": association_error(of_baseline, real),
         "closer_to_training": nearer._asdict(),
     }

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -89,11 +88,8 @@ def median_of(scores: Tensor) -> Statistic:
 
 
 def wilson(correct: int, n: int) -> Metric:
-    """Return the fraction correct / n with Wilson's 95% interval, whose width is positive even for 0 and 1.
+    """Return the fraction correct / n with Wilson's 95% interval, whose width is positive even for 0 and 1."""
+    from scipy.stats import binomtest
 
-    Source: Wilson 1927.
-    """
-    share, z = correct / n, NormalDist().inv_cdf(0.975)
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    return Metric(share, max(middle - half, UNIT_INTERVAL[0]), min(middle + half, UNIT_INTERVAL[1]))
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
+    return Metric(correct / n, float(interval.low), float(interval.high))

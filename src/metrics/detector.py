@@ -3,13 +3,14 @@
 The heat map and its peaks follow CenterNet. Source: Zhou et al. 2019 (arXiv 1904.07850).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from src.cache import Tensors, cached, digest
 
@@ -21,8 +22,6 @@ THRESHOLD = 0.4
 """Smallest score of an object. The training target is 1 at its center, and at least 0.78 in the nearest cell."""
 WARMUP = 50
 """Steps over which the learning rate rises."""
-Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Yields the items and shows a progress bar."""
 
 
 class LabeledImages(NamedTuple):
@@ -100,7 +99,6 @@ def train_detector(
     backgrounds: int,
     steps: int,
     cache: Path,
-    progress: Progress,
     lr: float = 6e-3,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -116,21 +114,19 @@ def train_detector(
     key = digest(str(net), steps, lr, seed, *render_batch(0))
 
     def compute() -> Tensors:
-        fit_detector(net.to(device), render_batch, steps, progress, lr)
+        fit_detector(net.to(device), render_batch, steps, lr)
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"detector-{key}", compute))
     return Detector(net.to(device))
 
 
-def fit_detector(
-    net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, progress: Progress, lr: float
-) -> None:
+def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, lr: float) -> None:
     """Minimize `detection_loss` for this many steps."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps))
     device = net.background.weight.device
-    for step in progress(range(steps)):
+    for step in tqdm(range(steps), desc="Detector"):
         batch = LabeledImages(*(part.to(device) for part in render_batch(step)))
         optimizer.zero_grad()
         detection_loss(net, batch).backward()  # type: ignore[no-untyped-call]

@@ -16,12 +16,13 @@ from src.metrics.confidence import metric_name
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global ImageDataModule, GlyphBenchmark, TextCondition, build_benchmark, reports, AlignmentResult, score_group
+    from src.evaluation.glyphs import GlyphBenchmark
+
     from src.data.images import ImageDataModule
     from src.data.text import TextCondition
     from src.evaluation import reports
     from src.evaluation.alignment import AlignmentResult, score_group
     from src.evaluation.benchmarks import build_benchmark
-    from src.evaluation.glyphs import GlyphBenchmark
 
 
 def source(*args, **kwargs) -> GlyphSource:
