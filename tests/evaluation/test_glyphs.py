@@ -16,13 +16,11 @@ from src.metrics.confidence import metric_name
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global ImageDataModule, GlyphBenchmark, TextCondition, build_benchmark, reports, AlignmentResult, score_group
-    from src.evaluation.glyphs import GlyphBenchmark
-
     from src.data.images import ImageDataModule
     from src.data.text import TextCondition
     from src.evaluation import reports
     from src.evaluation.alignment import AlignmentResult, score_group
-    from src.evaluation.benchmarks import build_benchmark
+    from src.evaluation.benchmarks import GlyphBenchmark, build_benchmark
 
 
 def source(*args, **kwargs) -> GlyphSource:
@@ -40,7 +38,7 @@ def source(*args, **kwargs) -> GlyphSource:
 def benchmark():
     data = ImageDataModule(source, None, 1, 16, val_fraction=0.2)
     data.setup()
-    return GlyphBenchmark(data, AlignmentSettings())
+    return GlyphBenchmark(data, AlignmentSettings(), torch.device("cpu"))
 
 
 def test_prompts_are_held_out_and_training_captions(benchmark):
@@ -97,6 +95,6 @@ def test_pictures_need_no_diversity(benchmark, tmp_path, monkeypatch):
 
 
 def test_number_of_prompts_is_a_setting(benchmark):
-    fewer = GlyphBenchmark(benchmark.data, AlignmentSettings(n=4))
+    fewer = GlyphBenchmark(benchmark.data, AlignmentSettings(n=4), torch.device("cpu"))
     assert fewer.n == 4
     assert fewer.prompts["held out"] == benchmark.prompts["held out"][:4]
