@@ -50,6 +50,10 @@ class Group:
     settings: Mapping[str, Any]
     records: Sequence[RunRecord]
 
+    @property
+    def formatted_settings(self) -> dict[str, str]:
+        return {name: format_setting(value) for name, value in self.settings.items()}
+
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, one per run."""
         values = (record.values.get(metric) for record in self.records)
@@ -91,7 +95,7 @@ def without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list
     last: dict[str, RunRecord] = {}
     repeats = []
     for record in records:
-        key = repr((record.seed, sorted(identity_settings(record).items(), key=lambda item: item[0])))
+        key = repr((record.seed, sorted(identity_settings(record).items())))
         if key in last:
             repeats.append((last.pop(key), record))
         last[key] = record
@@ -106,8 +110,7 @@ def group_by_settings(records: Sequence[RunRecord]) -> tuple[list[Group], dict[s
     """
     members: dict[str, list[RunRecord]] = {}
     for record in records:
-        key = repr(sorted(identity_settings(record).items(), key=lambda item: item[0]))
-        members.setdefault(key, []).append(record)
+        members.setdefault(repr(sorted(identity_settings(record).items())), []).append(record)
     runs = [sorted(group, key=lambda record: record.seed) for group in members.values()]
     settings = [identity_settings(group[0]) for group in runs]
     names = list(dict.fromkeys(name for each in settings for name in each))

@@ -21,7 +21,7 @@ from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.likelihood import SPECTRUM, bounds, error_by_log_snr, network_passes
-from src.evaluation.quality import SampleEvaluator, time_network_call
+from src.evaluation.quality import SampleEvaluator, build_on_rank_0_first, time_network_call
 from src.evaluation.reports import load_val, standard_error
 from src.evaluation.settings import QualitySettings
 from src.runs import components
@@ -145,9 +145,7 @@ def measure_all(
                 open_surveyed(runs[k], cfg).module.check_sampler(samplers[k])
     total = 0
     if missing:
-        if processes.rank == 0:  # downloads or trains; the other processes read the result
-            evaluator()
-        processes.gather(None)
+        build_on_rank_0_first(processes, evaluator)
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
