@@ -30,8 +30,7 @@ from src.runs.trust import check_targets, known_targets
 from src.training.module import Sampler
 from src.viz.tables import USUAL, format_duration, strip_sample_count
 
-NUM_IMAGES, NUM_POINTS = 16, 1000
-"""Samples of a run that the report shows."""
+NUM_IMAGES, NUM_POINTS = 16, 1000  # samples of a run that the report shows
 
 Measurements = dict[str, Tensor]
 """`metric/<name>`, `baseline/<name>` (3,): value and interval; `cost/<name>` (); `samples`, `real`; `error`."""

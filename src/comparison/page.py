@@ -15,8 +15,7 @@ from src.viz.tables import format_number, metric_title
 
 SYMBOLS = {"o": "●", "s": "■", "^": "▲"}  # of the line markers in the charts
 TEMPLATE = Path(__file__).with_suffix(".html")
-MAX_COLUMNS = 9
-"""Metrics in one table, so that it fits a page of 1200 pixels."""
+MAX_COLUMNS = 9  # metrics in one table, so that it fits a page of 1200 pixels
 
 
 def write_files(folder: Path, report: Report) -> Path:

@@ -17,8 +17,7 @@ from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
 
-MAX_ROWS, MAX_COLUMNS = 10, 8
-"""Numbers of prompts and of samples per prompt in `prompts.png`."""
+MAX_ROWS, MAX_COLUMNS = 10, 8  # numbers of prompts and of samples per prompt in `prompts.png`
 
 
 class AlignmentMetrics(NamedTuple):

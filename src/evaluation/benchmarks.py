@@ -31,20 +31,13 @@ from src.metrics.detector import Detections, LabeledImages, train_detector
 from src.metrics.retrieval import target_ranks
 from src.rng import key
 
-MIN_ACCURACY = 0.99
-"""Accuracy that the detector needs in each attribute, on renders that it was not trained on."""
-TEST_RENDERS = 2000
-"""Renders that measure this accuracy."""
-PER_CAPTION = 8
-"""Samples per caption, if there are enough."""
-MAX_REAL = 32
-"""Real images per prompt that define the unit of diversity."""
-TOP = 5
-"""A glyph is among the `TOP` nearest."""
-NOISE = 0.1
-"""Standard deviation of the noise that tests whether the nearest glyph is found; pixels are in [0, 1]."""
-OBJECT_ATTRIBUTES = ("shape", "color", "size")
-"""Attributes that the detector of shapes predicts for each object."""
+MIN_ACCURACY = 0.99  # accuracy that the detector needs in each attribute, on renders that it was not trained on
+TEST_RENDERS = 2000  # renders that measure this accuracy
+PER_CAPTION = 8  # samples per caption, if there are enough
+MAX_REAL = 32  # real images per prompt that define the unit of diversity
+TOP = 5  # A glyph is among the `TOP` nearest
+NOISE = 0.1  # standard deviation of the noise that tests whether the nearest glyph is found; pixels are in [0, 1]
+OBJECT_ATTRIBUTES = ("shape", "color", "size")  # attributes that the detector of shapes predicts for each object
 
 
 class PromptBenchmark(Protocol):

@@ -32,8 +32,7 @@ from src.training.module import DiffusionModule
 Load = Callable[[range], tuple[Tensor, Tensor | None]]
 """Positions in the validation set -> samples (N, *data) and their conditions (N, ...), on the module's device."""
 
-SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)
-"""Edges of the log-SNR bins in which the error is shown."""
+SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)  # edges of the log-SNR bins in which the error is shown
 
 
 class Bound(NamedTuple):

@@ -36,10 +36,8 @@ from src.training.module import DiffusionModule, Sampler
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MIN_REAL = 6
-"""Minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor."""
-FEW_VAL = 100
-"""Below this many validation samples, metrics depend on the split, which their intervals do not cover."""
+MIN_REAL = 6  # minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor
+FEW_VAL = 100  # below this many validation samples, metrics depend on the split, which their intervals do not cover
 MAX_PIXELS = 4096
 """Maximum number of values of an image for features=pixels: the covariance has the square of this size."""
 MAX_CLASSIFIER_IMAGES = 20_000

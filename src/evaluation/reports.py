@@ -21,21 +21,21 @@ from src.errors import usage_errors
 from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct, with_scale
 from src.evaluation.benchmarks import PromptBenchmark
 from src.evaluation.likelihood import Bound, bounds, flow_bits, network_passes
-from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, values_of
+from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, fetch_for_display, values_of
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
-from src.evaluation.table_report import table_report
 from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
+from src.metrics.tables import association_error, associations, closer_to_training, marginal_distances
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
 from src.viz.tables import markdown_table, strip_sample_count
 
 PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
 """Metrics plotted over the cost of sampling, in the first feature space."""
-NUM_SHOWN = 12
-"""Samples per row of an image."""
+NUM_SHOWN = 12  # samples per row of an image
+MAX_ROWS = 5000  # rows of training and of validation data in the report on a table
 
 
 def evaluate_likelihood(
@@ -134,7 +134,7 @@ def evaluate_quality(
     save_class_frequencies(folder, evaluator, generated)
     if isinstance(evaluator.data, TableDataModule):
         first = next(iter(generated.values())).first
-        metrics["table"] = table_report(folder, evaluator.data, first, values_of(evaluator.data))
+        metrics["table"] = table_report(folder, evaluator.data, first)
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics
@@ -176,6 +176,37 @@ def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: 
             if p is not None
         }
         charts.class_frequencies(names, shares).save(folder / "classes.png")
+
+
+def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[str, Any]:
+    """Return metrics of generated rows, display values (N, K), against held-out rows, and save two pictures.
+
+    The baseline of each distance is that of training rows, as many as there are samples or held-out rows. Writes `columns.png` and `associations.png`.
+    """
+    val, train = (fetch_for_display(data, part[:MAX_ROWS]).cpu() for part in (data.val_indices, data.train_indices))
+    samples, baseline = samples.cpu(), train[: len(samples)]
+    kinds = data.num_categories
+    names = [column.name for column in data.encoders]
+    categories = [
+        ["False", "True"] if column.type == "boolean" else [*map(str, column.categories)] for column in data.encoders
+    ]
+    charts.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
+    ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
+    if len(names) > 1:
+        charts.association_matrices(ours, real, names).save(folder / "associations.png")
+    distances = (marginal_distances(rows, val, kinds) for rows in (samples, baseline))
+    nearer = closer_to_training(*(values_of(data)(rows).features for rows in (samples, train, val)))
+    return {
+        "n": len(samples),
+        "num_val": len(val),
+        "columns": {
+            name: {"distance": distance, "baseline": other}
+            for name, distance, other in zip(names, *distances, strict=True)
+        },
+        "association_error": association_error(ours, real),
+        "association_baseline": association_error(of_baseline, real),
+        "closer_to_training": nearer._asdict(),
+    }
 
 
 def save_quality_curves(

@@ -16,11 +16,9 @@ from src.diffusion.noise import NoiseLevel, Schedule
 from src.rng import StepRng
 from src.training.module import DiffusionModule
 
-Advance = Callable[[int], object]
-"""Receives the number of samples of each network call, for a progress bar."""
+Advance = Callable[[int], object]  # receives the number of samples of each network call, for a progress bar
 
-MEASURED_ROWS = 32
-"""Rows of the schedule, besides the decoder's, at which the error of x_0 is measured."""
+MEASURED_ROWS = 32  # rows of the schedule, besides the decoder's, at which the error of x_0 is measured
 
 
 class ErrorSums(NamedTuple):

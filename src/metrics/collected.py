@@ -53,8 +53,7 @@ class Collected(NamedTuple):
         return Collected(self.moments, *rest)
 
 
-Batches = Iterable[tuple[int, Tensor]]
-"""The number of the first image in each batch, and its images (B, C, H, W) uint8."""
+Batches = Iterable[tuple[int, Tensor]]  # the number of the first image in each batch, and its images (B, C, H, W) uint8
 
 
 def collect(extractor: Extractor, batches: Batches, limit: int) -> Collected:

@@ -59,8 +59,7 @@ class Statistic:
         return Metric(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
 
 
-UNIT_INTERVAL = (0.0, 1.0)
-"""The range of a fraction."""
+UNIT_INTERVAL = (0.0, 1.0)  # the range of a fraction
 
 
 def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:

@@ -14,14 +14,11 @@ from tqdm import tqdm
 
 from src.cache import Tensors, cached, digest
 
-SIDE, CELLS = 32, 16
-"""Side of the network's input in pixels, and of its grid of cells."""
-NEIGHBORHOOD = 2
-"""Cells to each side of an object's center that hold no other center."""
+SIDE, CELLS = 32, 16  # side of the network's input in pixels, and of its grid of cells
+NEIGHBORHOOD = 2  # cells to each side of an object's center that hold no other center
 THRESHOLD = 0.4
 """Smallest score of an object. The training target is 1 at its center, and at least 0.78 in the nearest cell."""
-WARMUP = 50
-"""Steps over which the learning rate rises."""
+WARMUP = 50  # steps over which the learning rate rises
 
 
 class LabeledImages(NamedTuple):
@@ -68,28 +65,21 @@ class DetectorNet(nn.Module):
         heatmap, *attributes = self.objects(hidden).split([1, *self.attributes], dim=1)
         return heatmap.squeeze(1), attributes, self.background(hidden).mean((2, 3))
 
-
-class Detector:
-    """Detect objects in images (N, 3, H, W) uint8."""
-
-    def __init__(self, net: DetectorNet) -> None:
-        self.net = net.eval()
-
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[Detections]:
-        device = self.net.background.weight.device
-        return [each for part in torch.split(images, 256) for each in self._detect(part.to(device))]
-
-    def _detect(self, images: Tensor) -> list[Detections]:
-        heatmap, attributes, background = self.net(images)
-        highest = F.max_pool2d(heatmap, 2 * NEIGHBORHOOD + 1, stride=1, padding=NEIGHBORHOOD)
-        peaks = ((heatmap == highest) & (heatmap.sigmoid() > THRESHOLD)).nonzero()  # (M, 3): image, row, column
-        numbers, rows, columns = peaks.unbind(1)
-        classes = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in attributes], dim=1)
-        result = [Detections([], [], k) for k in background.argmax(1).tolist()]
-        for (number, row, column), each in zip(peaks.tolist(), classes.tolist(), strict=True):
-            result[number].centers.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
-            result[number].attributes.append(tuple(each))
+    def detect(self, images: Tensor) -> list[Detections]:
+        """Detect objects in images (N, 3, H, W) uint8."""
+        result: list[Detections] = []
+        for part in torch.split(images, 256):
+            heatmap, attributes, background = self(part.to(self.background.weight.device))
+            highest = F.max_pool2d(heatmap, 2 * NEIGHBORHOOD + 1, stride=1, padding=NEIGHBORHOOD)
+            peaks = ((heatmap == highest) & (heatmap.sigmoid() > THRESHOLD)).nonzero()  # (M, 3): image, row, column
+            numbers, rows, columns = peaks.unbind(1)
+            classes = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in attributes], dim=1)
+            detections = [Detections([], [], k) for k in background.argmax(1).tolist()]
+            for (number, row, column), each in zip(peaks.tolist(), classes.tolist(), strict=True):
+                detections[number].centers.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
+                detections[number].attributes.append(tuple(each))
+            result += detections
         return result
 
 
@@ -102,8 +92,9 @@ def train_detector(
     lr: float = 6e-3,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Detector:
-    """Train a detector on `render_batch(step)` for steps 0..steps - 1, or read it from `cache`.
+) -> Callable[[Tensor], list[Detections]]:
+    """Train a detector of objects in images (N, 3, H, W) uint8 on `render_batch(step)` for steps 0..steps - 1, or read it
+    from `cache`.
 
     `attributes` and `backgrounds` are numbers of classes. The optimizer is AdamW with warmup and linear decay to 0.
     The first batch is part of the cache key, so a change of the renderer trains another detector.
@@ -118,11 +109,10 @@ def train_detector(
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"detector-{key}", compute))
-    return Detector(net.to(device))
+    return net.to(device).eval().detect
 
 
 def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, lr: float) -> None:
-    """Minimize `detection_loss` for this many steps."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps))
     device = net.background.weight.device

@@ -12,8 +12,7 @@ from src.metrics.kernels import energy_distance, kid, mmd
 from src.metrics.neighbors import manifolds
 from src.metrics.transport import sliced_wasserstein
 
-WIDE = 512
-"""Number of features from which the interval of the Fréchet distance is linearized."""
+WIDE = 512  # number of features from which the interval of the Fréchet distance is linearized
 
 
 def image_metrics(extractor: str, samples: Collected, reference: Collected, seed: int) -> dict[str, Metric]:

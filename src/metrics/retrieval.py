@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLUR = 0.03
-"""Standard deviation of the blur, relative to the image: about a pixel of 32."""
-SHIFT = 0.0625
-"""Maximum shift of an image in each direction, relative to the image: two pixels of 32."""
-TIE = 1e-6
-"""Difference of the mean squared distance per value below which two references are equally near: rounding."""
-CHUNK = 64
-"""Images that are compared at once."""
+BLUR = 0.03  # standard deviation of the blur, relative to the image: about a pixel of 32
+SHIFT = 0.0625  # maximum shift of an image in each direction, relative to the image: two pixels of 32
+TIE = 1e-6  # difference of the mean squared distance per value below which two references are equally near: rounding
+CHUNK = 64  # images that are compared at once
 
 
 def target_ranks(images: Tensor, references: Tensor, targets: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Charts drawn with matplotlib."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,10 @@ from src.viz.tables import better_direction, metric_title
 Interval = tuple[float, float, float]
 """A value and its confidence limits (value, low, high), such as a `metrics.confidence.Metric`."""
 
-AxisLimits = tuple[tuple[float, float], tuple[float, float]]
-"""(left, right) and (bottom, top) of a plot."""
+AxisLimits = tuple[tuple[float, float], tuple[float, float]]  # (left, right) and (bottom, top) of a plot
 LOWER_IS_BETTER = "(lower is better)"
+MAX_COLUMNS = 40  # most columns in a picture
+MAX_BARS = 12  # most categories of a column that are shown
 
 
 def scatter(
@@ -220,8 +223,7 @@ def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
         style_below = {"color": COLORS[1], "marker": "v", "markersize": 5, "linestyle": "", "label": "minus the term"}
         left.plot(t[values < 0], -values[values < 0], **style_below)
         left.legend(fontsize=8)
-    set_log_scale(left, "x")
-    set_log_scale(left, "y")
+    set_log_scale(left, "xy")
     left.set_ylim(bottom=max(left.get_ylim()[0], 1e-7 * float(np.abs(values).max(initial=1e-5))))
     left.set(title="Terms of the variational bound", xlabel="t (1: decoder)", ylabel=f"bits/dim {LOWER_IS_BETTER}")
     right.plot(log_snr[known].cpu().numpy(), mse[known].cpu().numpy(), **style)
@@ -247,8 +249,7 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
     right.set(title="Error of the distribution", ylabel=f"distance of mean and covariance {LOWER_IS_BETTER}")
     for axes in (left, right):
         axes.set_xlabel("network evaluations")
-        set_log_scale(axes, "x")
-        set_log_scale(axes, "y")
+        set_log_scale(axes, "xy")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
@@ -323,6 +324,79 @@ def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interv
     axes.set_xticks(np.arange(len(names)), names, rotation=90 if vertical else 0)
     axes.margins(x=0.01)
     axes.legend(fontsize=8)
+    return render_figure(figure)
+
+
+def marginals(
+    samples: Tensor, real: Tensor, names: Sequence[str], categories: Sequence[Sequence[str]], per_row: int = 4
+) -> Image.Image:
+    """Draw the distribution of each column of samples (N, K) and real data (M, K): histograms, bars for categories.
+
+    `categories` holds the categories of a column of indices, and nothing for numbers.
+    """
+    count = min(len(names), MAX_COLUMNS)
+    columns = min(per_row, count)
+    rows = math.ceil(count / columns)
+    figure, panels = new_figure(3.2 * columns, 2.4 * rows, rows, columns, grid=False)
+    for k, axes in enumerate(panels.flat):
+        if k >= count:
+            axes.set_axis_off()
+            continue
+        x, y = (each[:, k].cpu().double().numpy() for each in (samples, real))
+        if categories[k]:
+            _bars(axes, x, y, categories[k])
+        else:
+            bins = histogram_bins(np.concatenate([x, y]), max(10, min(40, round(len(y) ** 0.5))))
+            for values, color, label in ((y, "0.7", "real data"), (x, COLORS[0], "samples")):
+                finite = values[np.isfinite(values)]
+                axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
+        axes.set_title(names[k][:40], fontsize=9)
+        axes.tick_params(labelsize=7)
+    panels.flat[0].legend(fontsize=7)
+    return render_figure(figure)
+
+
+def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw the associations (K, K) of real data, of samples, and their difference as heat maps."""
+    count = min(len(names), MAX_COLUMNS)
+    size = max(3.4, min(0.45 * count, 7.0))
+    figure, (panels,) = new_figure(3 * size + 0.8, size + 0.4, columns=3, grid=False)
+    matrices = {"real data": real, "samples": samples, "difference": samples - real}
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        shown = axes.imshow(matrix[:count, :count].cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_title(title, fontsize=9)
+        labels = [name[:18] for name in names[:count]]
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), labels, fontsize=7)
+    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(labelsize=7)
+    return render_figure(figure)
+
+
+def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:
+    """Draw the shares of the most frequent categories of real data y, and of samples x."""
+    shares = [
+        np.bincount(each[np.isfinite(each)].astype(int), minlength=len(categories)) / max(1, len(each))
+        for each in (y, x)
+    ]
+    order = np.argsort(-shares[0], kind="stable")[:MAX_BARS]
+    places = np.arange(len(order))
+    for shift, share, color, label in ((-0.2, shares[0], "0.7", "real data"), (0.2, shares[1], COLORS[0], "samples")):
+        axes.bar(places + shift, share[order], 0.4, color=color, label=label)
+    labels = [categories[k][:10] for k in order]
+    axes.set_xticks(places, labels, rotation=90 if len(order) > 4 else 0, fontsize=7)
+
+
+def value_histogram(values: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Draw the distribution of the values (C, M) of the first channels over the range `limits`."""
+    figure, ((axes,),) = new_figure(7.0, 4.0)
+    colors = ("#c33", "#393", "#36c") if len(values) == 3 else COLORS
+    names = ("red", "green", "blue") if len(values) == 3 else [f"channel {k}" for k in range(len(values))]
+    low, high = limits
+    for k, channel in enumerate(values[:6]):
+        axes.hist(channel, bins=64, range=limits, histtype="step", color=colors[k], label=names[k], density=True)
+    axes.set(xlim=(low, high), xlabel="pixel value", ylabel="density")
+    if len(values) > 1:
+        axes.legend()
     return render_figure(figure)
 
 

@@ -37,14 +37,15 @@ def histogram_bins(values: np.ndarray, count: int = 40) -> np.ndarray:
     return np.linspace(low, high, count + 1)
 
 
-def set_log_scale(axes: "Axes", which: str) -> None:
-    """Make the x or y axis logarithmic if its positive data span a factor of 5 or more."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axis.get_data_interval()
-    low = max(low, axis.get_minpos())
-    if 0 < low < math.inf and high >= 5 * low:
-        axes.set(**{f"{which}scale": "log"})
-        set_log_ticks(axis, low, high)
+def set_log_scale(axes: "Axes", names: str) -> None:
+    """Make each of the axes `names` (x, y or xy) logarithmic if its positive data span a factor of 5 or more."""
+    for name in names:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        low, high = axis.get_data_interval()
+        low = max(low, axis.get_minpos())
+        if 0 < low < math.inf and high >= 5 * low:
+            axes.set(**{f"{name}scale": "log"})
+            set_log_ticks(axis, low, high)
 
 
 def set_log_ticks(axis: Any, low: float, high: float) -> None:
@@ -75,9 +76,8 @@ def new_figure(
 
 
 def render_figure(figure: "Figure") -> Image.Image:
-    """Render a figure to an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas: Any = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -20,8 +20,7 @@ from src.viz.tables import format_number
 CELL, GAP, LABEL_WIDTH, TITLE_HEIGHT = 64, 2, 140, 22
 SIGNAL_SIZE = (160, 80)
 """Pixels: the usual side of an image, the space between images, of labels, and of titles; the plot of a signal."""
-MAX_GROUPS = 16
-"""Maximum number of titles with a separate block; with more, the blocks are too small to read."""
+MAX_GROUPS = 16  # maximum number of titles with a separate block; with more, the blocks are too small to read
 
 
 def draw_samples(
