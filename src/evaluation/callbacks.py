@@ -7,7 +7,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from src.data.conditions import encode_conditions
@@ -26,9 +25,8 @@ class BitsPerDim(L.Callback):
     """Log `val/bits_per_dim`: an estimate of the bound with the averaged weights by `likelihood.bounds`.
 
     The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
-    network call per term; `optimal` doubles the calls (5120 by default, as many as validation on 5120 samples). It
-    runs at the end of training, or at every validation. The samples are divided equally among the processes; the
-    remainder is dropped.
+    network call per term; `optimal` doubles the calls. It runs at the end of training, or at every validation. The
+    samples are divided equally among the processes; the remainder is dropped.
     """
 
     def __init__(
@@ -62,14 +60,7 @@ class BitsPerDim(L.Callback):
         device = pl_module.device
         cond = encode_conditions(data.condition, data.source, indices)
         share, size = len(x) // trainer.world_size, data.microbatch_size(trainer)
-        first = trainer.global_rank * share
-        stop = first + share
-        if self.reverse_variance == "optimal" and share * trainer.world_size < 2:
-            rank_zero_warn(
-                "skipping val/bits_per_dim: callbacks.bits_per_dim.reverse_variance=optimal needs at least 2 "
-                "validation samples, found 1; raise data.val_fraction, or use reverse_variance=fixed_large"
-            )
-            return
+        own = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
 
         def load(positions: range) -> tuple[Tensor, Tensor | None]:
             if trainer.state.fn == TrainerFn.FITTING:
@@ -77,7 +68,7 @@ class BitsPerDim(L.Callback):
             part = slice(positions.start, positions.stop)
             return x[part].to(device), None if cond is None else cond[part].to(device)
 
-        parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
+        parts = [own[start : start + size] for start in range(0, share, size)]
         settings = self.seed, self.num_terms, self.reverse_variance
         processes = Processes(device, trainer.global_rank, trainer.world_size)
         results = bounds(

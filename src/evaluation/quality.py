@@ -164,7 +164,7 @@ class SampleEvaluator:
         return fetch_for_display(self.data, [self.data.train_indices[k] for k in positions.tolist()])
 
     def _open_extractors(self) -> list[Extractor]:
-        device, settings = self.device, self.settings
+        settings = self.settings
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={','.join(settings.features)} needs images; leave it out")
@@ -173,33 +173,30 @@ class SampleEvaluator:
             return [values_of(self.data)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
-        extractors: list[Extractor] = []
-        for name in dict.fromkeys(names):
-            match name:
-                case "pixels":
-                    if (size := math.prod(self.data.shape)) > MAX_PIXELS:
-                        raise ValueError(
-                            f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
-                        )
-                    extractors.append(Pixels())
-                case "classifier":
-                    if not (labels := self.data.source.labels):
-                        raise ValueError(
-                            "features=classifier needs labels: use features=pixels, or a folder of images per class"
-                        )
-                    classifier, _ = train_data_classifier(self.data, settings.cache, device)
-                    extractors.append(classifier)
-                    if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
-                        warnings.warn(
-                            f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to "
-                            "chance: choose other features=...",
-                            stacklevel=2,
-                        )
-                case "inception":
-                    extractors.append(Inception(settings.inception_weights, device))
-                case "dinov2":
-                    extractors.append(DinoV2(settings.dinov2_model, device))
-        return extractors
+        return [self._open_extractor(name) for name in dict.fromkeys(names)]
+
+    def _open_extractor(self, name: str) -> Extractor:
+        if name == "inception":
+            return Inception(self.settings.inception_weights, self.device)
+        if name == "dinov2":
+            return DinoV2(self.settings.dinov2_model, self.device)
+        if name == "pixels":
+            if (size := math.prod(self.data.shape)) > MAX_PIXELS:
+                raise ValueError(
+                    f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
+                )
+            return Pixels()
+        assert self.data.source is not None
+        if not (labels := self.data.source.labels):
+            raise ValueError("features=classifier needs labels: use features=pixels, or a folder of images per class")
+        classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
+        if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
+            warnings.warn(
+                f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to chance: choose "
+                "other features=...",
+                stacklevel=2,
+            )
+        return classifier
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield this process's batches on its device, each with the position of its first sample."""

@@ -53,7 +53,7 @@ def evaluate_likelihood(
 ) -> dict[str, Any]:
     """Return the variational bound of `num_val` validation samples in bits/dim, its terms, and its standard error.
 
-    With `ode_tolerance` also the likelihood by the probability flow. Saves `bound.png`.
+    With `ode_tolerance` also the likelihood by the probability flow.
     """
     size = min(batch_size, -(-num_val // processes.count))
     own = processes.share([range(num_val)[start : start + size] for start in range(0, num_val, size)])
@@ -114,19 +114,12 @@ def evaluate_quality(
     measured = evaluator.measure(list(generated.values()), show_progress=True)
     if processes.rank > 0:
         return {}
-    metrics: dict[str, Any] = {
-        "n": n,
-        "reference": evaluator.settings.reference,
-        "baseline": as_dicts(baseline),
-        "samplers": {
-            name: {
-                "calls_per_image": samples.calls,
-                "seconds_per_image": samples.seconds,
-                "metrics": as_dicts(each.metrics),
-            }
-            for (name, samples), each in zip(generated.items(), measured, strict=True)
-        },
-    }
+    rows = {}
+    for (name, samples), each in zip(generated.items(), measured, strict=True):
+        costs = {"calls_per_image": samples.calls, "seconds_per_image": samples.seconds}
+        rows[name] = {**costs, "metrics": as_dicts(each.metrics)}
+    metrics: dict[str, Any] = {"n": n, "reference": evaluator.settings.reference, "baseline": as_dicts(baseline)}
+    metrics["samplers"] = rows
     for extractor in evaluator.extractors:
         if isinstance(extractor, Classifier):
             metrics["classifier_accuracy"] = extractor.accuracy
@@ -165,23 +158,22 @@ def save_samples(
 
 def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
     """Save how often the classifier predicts each class in real data and in samples, if there is a classifier."""
-    source = evaluator.data.source
-    collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
-    probs = {name: each["classifier"].probabilities for name, each in collected.items() if "classifier" in each}
-    if probs and source and source.labels:
-        names = source.labels.classes
-        shares = {
-            name: [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
-            for name, p in probs.items()
-            if p is not None
-        }
-        charts.class_frequencies(names, shares).save(folder / "classes.png")
+    if "classifier" not in evaluator.reference:
+        return
+    assert evaluator.data.source is not None and evaluator.data.source.labels is not None
+    names = evaluator.data.source.labels.classes
+    shares = {}
+    for name, each in {"real data": evaluator.reference, **{k: g.collected for k, g in generated.items()}}.items():
+        p = each["classifier"].probabilities
+        assert p is not None
+        shares[name] = [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
+    charts.class_frequencies(names, shares).save(folder / "classes.png")
 
 
 def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[str, Any]:
     """Return metrics of generated rows, display values (N, K), against held-out rows, and save two pictures.
 
-    The baseline of each distance is that of training rows, as many as there are samples or held-out rows. Writes `columns.png` and `associations.png`.
+    The baseline of each distance is that of training rows, as many as there are samples or held-out rows.
     """
     val, train = (fetch_for_display(data, part[:MAX_ROWS]).cpu() for part in (data.val_indices, data.train_indices))
     samples, baseline = samples.cpu(), train[: len(samples)]
@@ -256,20 +248,17 @@ def evaluate_alignment(
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
     images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
-    groups = {
-        group: {
-            f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
-            for scale, each in by_scale.items()
-        }
-        for group, by_scale in result.groups.items()
-    }
+    groups: dict[str, dict[str, Any]] = {group: {} for group in result.groups}
+    for group, by_scale in result.groups.items():
+        for scale, each in by_scale.items():
+            groups[group][f"{scale:g}"] = {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
     return {"n": benchmark.n, "detector": as_dicts(benchmark.detector_accuracy), "groups": groups}
 
 
 def format_sampler_errors(
     results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
 ) -> str:
-    """Return the errors of samplers against the exact solution as two Markdown tables."""
+    """Return the errors of samplers as two Markdown tables."""
 
     def table(errors: Mapping[str, Sequence[float]]) -> str:
         rows = [[name, *(f"{error:.2e}" for error in values)] for name, values in errors.items() if values]
@@ -283,7 +272,6 @@ def format_sampler_errors(
 
 
 def as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
-    """Return metrics as plain dictionaries of value, low and high."""
     return {name: metric._asdict() for name, metric in metrics.items()}
 
 
@@ -293,5 +281,4 @@ def standard_error(values: Tensor) -> float:
 
 
 def call_bar(label: str, total: int, rank: int) -> Any:
-    """Return a progress bar of network calls, shown on rank 0."""
     return tqdm(total=total, unit="call", unit_scale=True, desc=label, disable=rank > 0)

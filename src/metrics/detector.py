@@ -93,11 +93,10 @@ def train_detector(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Callable[[Tensor], list[Detections]]:
-    """Train a detector of objects in images (N, 3, H, W) uint8 on `render_batch(step)` for steps 0..steps - 1, or read it
-    from `cache`.
+    """Train a detector on `render_batch(step)` for steps 0..steps - 1, or read it from `cache`.
 
-    `attributes` and `backgrounds` are numbers of classes. The optimizer is AdamW with warmup and linear decay to 0.
-    The first batch is part of the cache key, so a change of the renderer trains another detector.
+    `attributes` and `backgrounds` are numbers of classes. The first batch is part of the cache key, so a change of the
+    renderer trains another detector. Returns a function of images (N, 3, H, W) uint8.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -127,8 +126,8 @@ def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages],
 def detection_loss(net: DetectorNet, batch: LabeledImages) -> Tensor:
     """Return the sum () of the cross-entropies of the heat map, of the attributes, and of the background.
 
-    The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). The entropy of these soft targets is
-    large; at full weight it would dominate the gradient of the attributes.
+    The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). At full weight these soft targets
+    would dominate the gradient of the attributes.
     """
     heatmap, attributes, background = net(batch.images)
     cells = (torch.arange(CELLS, device=heatmap.device) + 0.5) / CELLS

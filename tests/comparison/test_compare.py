@@ -409,6 +409,7 @@ def test_runs_are_logged_to_wandb(results, sweep, tmp_path, monkeypatch):
         compared(sweep, tmp_path, "wandb=true")
     logged = {"project": "of-runs", "group": "of-two"}
     monkeypatch.setattr("src.compare.find_wandb", lambda runs: logged)
+    monkeypatch.setattr("src.comparison.page.draw_charts", lambda _: {})  # slow
     compared(sweep, tmp_path, "wandb=true")
     offline = read_offline(tmp_path)
     assert (offline.run.project, offline.run.run_group) == ("of-runs", "of-two")

@@ -285,11 +285,6 @@ def class_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def digits(class_run, cache):
     data = open_run(str(class_run)).data
     return data, build_benchmark(data, AlignmentSettings(n=30, cache=cache), ALONE)

@@ -41,11 +41,6 @@ ALONE = Processes(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def arguments(trained, cache) -> list[str]:
     return [
         f"run='{trained}'",
