@@ -36,8 +36,8 @@ Measurements = dict[str, Tensor]
 """`metric/<name>`, `baseline/<name>` (3,): value and interval; `cost/<name>` (); `samples`, `real`; `error`."""
 
 MEASURING = (
-    *("cache.py", "rng.py", "comparison/measure.py", "data", "diffusion", "evaluation", "metrics", "models"),
-    "training/module.py",
+    *("cache.py", "rng.py", "comparison/measure.py", "training/module.py"),
+    *(f"{folder}/**/*.py" for folder in ("data", "diffusion", "evaluation", "metrics", "models")),
 )
 """Files and folders of src whose code determines the measurements. They are part of the cache key."""
 
@@ -70,7 +70,6 @@ def measure_run(
 
 
 def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
-    """Return a run's record with its measurements."""
     metrics = {k.removeprefix("metric/"): v.tolist() for k, v in measurements.items() if k.startswith("metric/")}
     costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}
     return replace(
@@ -93,7 +92,6 @@ def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, fl
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    """Open a surveyed run with the weights and the data root of the comparison."""
     return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root)
 
 
@@ -132,7 +130,6 @@ def measure_all(
 
     @functools.cache
     def evaluator() -> tuple[SampleEvaluator, Measurements]:
-        """Return the evaluator and the real-data baseline."""
         with usage_errors():
             built = SampleEvaluator(first.data, settings, type(processes)(processes.device))
         return built, {f"baseline/{name}": torch.tensor(metric) for name, metric in built.baseline().items()}
@@ -184,7 +181,6 @@ def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
 
 
 def data_digest(opened: OpenedRun) -> str:
-    """Return a digest of the validation data and of the size of the dataset."""
     opened.data.setup()
     source, indices = opened.data.source, opened.data.val_indices
     assert source is not None
@@ -206,8 +202,5 @@ def measurement_key(run: SurveyedRun, cfg: DictConfig, data: str, code: str, dev
 
 
 def code_digest() -> str:
-    """Return the SHA-256 of the files that determine the measurements."""
-    src = CONF.parent / "src"
-    paths = [src / name for name in MEASURING]
-    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    files = [file for pattern in MEASURING for file in sorted((CONF.parent / "src").glob(pattern))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

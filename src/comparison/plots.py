@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
-    """Return every chart and the samples as PNG by name."""
     drawn = {}
     for ranking in report.rankings:
         if len({x for group in report.groups for x in group.values(ranking.metric)}) > 1:
@@ -39,7 +38,6 @@ def draw_charts(report: Report) -> dict[str, bytes]:
 
 
 def chart_name(metric: str) -> str:
-    """Return the name of a metric's chart, without slashes."""
     return f"metric_{metric.replace('/', '_')}"
 
 

@@ -1,8 +1,4 @@
-"""Compare groups of runs and describe the results in text.
-
-Groups are compared by Welch's t-test (Welch 1947) over seeds, with Holm's correction (Holm 1979) over the tested
-pairs.
-"""
+"""Compare groups of runs by Welch's t-test over seeds, with Holm's correction over the tested pairs, in words."""
 
 import math
 import warnings
@@ -46,7 +42,6 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the difference is significant at `ALPHA`."""
         if math.isnan(self.adjusted):
             return "single seed"
         return "significant" if self.adjusted < ALPHA else "not significant"
@@ -151,7 +146,6 @@ def metrics_of(groups: Sequence[Group]) -> list[str]:
 
 
 def format_summary(each: Summary | None) -> str:
-    """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
     if each.n == 1 or each.std == 0:
@@ -160,7 +154,6 @@ def format_summary(each: Summary | None) -> str:
 
 
 def format_difference(pair: Pair) -> str:
-    """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
         return format_number(pair.difference, sign="+")
@@ -169,7 +162,6 @@ def format_difference(pair: Pair) -> str:
 
 
 def format_p_value(p: float) -> str:
-    """Format a p-value."""
     return "-" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
@@ -214,7 +206,6 @@ def describe_ranking(groups: Sequence[Group], ranking: Ranking) -> str:
 
 
 def headline(groups: Sequence[Group], rankings: Sequence[Ranking]) -> str:
-    """Return the sentence on the main metric."""
     if len(groups) == 1:
         return f"All {len(groups[0].records)} runs have the same settings and differ only in their seed."
     main = next((ranking for ranking in rankings if ranking.best is not None), None)

@@ -1,7 +1,6 @@
 """Find the runs to compare."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,15 +35,14 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
             "sweep under outputs/sweeps" + newest_run("runs", Path("outputs"))
         )
     folders: list[Path] = []
-
-    def by_number(folder: Path) -> tuple[float, str]:
-        return int(folder.name) if folder.name.isdecimal() else math.inf, folder.name
-
-    for name in map(str, paths):
-        folder = Path(name)
+    for folder in map(Path, paths):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder.resolve()}: runs=... takes folders of runs or sweeps")
-        inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=by_number)
+        inside = [folder]
+        if not is_run(folder):
+            inside = sorted(
+                filter(is_run, folder.iterdir()), key=lambda job: (job.name.isdecimal() and int(job.name), job.name)
+            )
         if not inside:
             hint = newest_run("runs", folder) or ": runs=... takes folders of runs or sweeps"
             raise ValueError(f"no run in {folder}{hint}")
@@ -53,7 +51,6 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a run was started in this folder."""
     return (folder / "checkpoints").is_dir() or (folder / "train.log").is_file()
 
 

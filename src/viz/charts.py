@@ -44,32 +44,24 @@ def scatter(
     Without `limits`, `axis_limits` of `real` or of the points apply. A square plot about 0 has no ticks, since its
     scale is arbitrary; all other plots have them.
     """
-    one_feature = points.shape[1] == 1
-    across, up = limits or ((0.0, 0.0), (0.0, 1.0))
-    if not one_feature and limits is None:
-        across, up = axis_limits(points if real is None else real)
-    ticks = one_feature or across != up
     figure, ((axes,),) = new_figure(size, size, grid=False)
     clouds = [(real, "0.75", "real data")] if real is not None else []
     for cloud, color, label in [*clouds, (points, COLORS[0], "samples")]:
         xy = cloud.cpu().double().numpy()  # float32 would round values far from 0 to one number
-        if one_feature:
-            finite = xy[np.isfinite(xy[:, 0]), 0]
-            axes.hist(
-                finite, bins=histogram_bins(finite, 60), density=len(finite) > 0, color=color, alpha=0.7, label=label
-            )
+        if points.shape[1] == 1:
+            _histogram(axes, xy[:, 0], histogram_bins(xy[:, 0], 60), color, label)
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
-    if columns:
-        axes.set_xlabel(columns[0])
-    if one_feature:
-        axes.set_ylabel("density")
+    xlabel, ylabel, *_ = [*(columns or ()), "", ""]
+    if points.shape[1] == 1:
+        axes.set(xlabel=xlabel, ylabel="density")
     else:
-        axes.set(xlim=across, ylim=up, ylabel=columns[1] if columns else "")
-    if not ticks:
-        axes.set(aspect="equal", xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(visible=True, color="0.7")
+        across, up = limits or axis_limits(points if real is None else real)
+        axes.set(xlim=across, ylim=up, xlabel=xlabel, ylabel=ylabel)
+        if across == up:
+            axes.set(aspect="equal", xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(visible=True, color="0.7")
     if real is not None:
         axes.legend(loc="upper right", markerscale=4)
     return render_figure(figure)
@@ -171,9 +163,8 @@ def loss_by_noise(log: Path) -> Image.Image:
         label = f"steps {int(steps[k - 1]) if k else 0:,} to {int(steps[k]):,}"
         right.plot(table[:, k], log_snr, color=shade, marker=".", linewidth=1.3, label=label)
     set_log_scale(right, "x")
-    right.set(
-        title="Loss profile during training", xlabel=f"training loss {LOWER_IS_BETTER}", xlim=(0.7 * low, 1.4 * high)
-    )
+    label = f"training loss {LOWER_IS_BETTER}"
+    right.set(title="Loss profile during training", xlabel=label, xlim=(0.7 * low, 1.4 * high))
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     for axes in (left, right):
@@ -183,7 +174,6 @@ def loss_by_noise(log: Path) -> Image.Image:
 
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
     """Draw beta, alpha_bar and log-SNR over t / T of each named schedule: (betas, alpha, sigma), each (T,)."""
-    names = [*schedules]
     figure, (panels,) = new_figure(12.5, 4.2, columns=3)
     for k, (name, (betas, alpha, sigma)) in enumerate(schedules.items()):
         u = (np.arange(len(betas)) + 1) / len(betas)
@@ -191,16 +181,12 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
         log_snr = 2 * (alpha.log() - sigma.log())
         for axes, values in zip(panels, (betas, alpha.square(), log_snr), strict=True):
             axes.plot(u, values.cpu().numpy(), **style)
-    for axes, title, label in zip(
-        panels,
-        ("Step variance", "Signal power", "Signal-to-noise ratio"),
-        ("beta", "alpha_bar", "log-SNR"),
-        strict=True,
-    ):
+    titles = {"beta": "Step variance", "alpha_bar": "Signal power", "log-SNR": "Signal-to-noise ratio"}
+    for axes, (label, title) in zip(panels, titles.items(), strict=True):
         axes.set(title=title, xlabel="t / T (0: data, 1: noise)", ylabel=label)
     set_log_scale(panels[0], "y")
     panels[2].set_ylim(-15, 15)
-    if len(names) > 1:
+    if len(schedules) > 1:
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
@@ -271,9 +257,8 @@ def quality_against_cost(
         value, low, high = baseline[m]
         axes.axhline(value, color="0.5", linestyle="-.", linewidth=1, label="real data")
         axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
-        axes.set(
-            ylabel=f"{metric_title(metric)}\n({better_direction(metric)} is better)", xlabel="network calls per sample"
-        )
+        label = f"{metric_title(metric)}\n({better_direction(metric)} is better)"
+        axes.set(ylabel=label, xlabel="network calls per sample")
         set_log_scale(axes, "x")
     panels[0].set_title("Quality against cost (bars: 95% intervals)", loc="left")
     panels[-1].legend(fontsize=8)
@@ -348,8 +333,7 @@ def marginals(
         else:
             bins = histogram_bins(np.concatenate([x, y]), max(10, min(40, round(len(y) ** 0.5))))
             for values, color, label in ((y, "0.7", "real data"), (x, COLORS[0], "samples")):
-                finite = values[np.isfinite(values)]
-                axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
+                _histogram(axes, values, bins, color, label)
         axes.set_title(names[k][:40], fontsize=9)
         axes.tick_params(labelsize=7)
     panels.flat[0].legend(fontsize=7)
@@ -370,6 +354,11 @@ def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) ->
         axes.set_yticks(range(count), labels, fontsize=7)
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(labelsize=7)
     return render_figure(figure)
+
+
+def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, color: str, label: str) -> None:
+    finite = values[np.isfinite(values)]
+    axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
 
 
 def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:

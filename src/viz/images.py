@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -83,11 +84,7 @@ def plot_signal(signal: Tensor) -> Tensor:
         points = [(x, 4 + (height - 8) * (1 - value / 255)) for x, value in zip(across, channel, strict=True)]
         draw.line(points if count > 1 else [points[0], (width - 4, points[0][1])], COLORS[k % len(COLORS)], 3)
     smooth = image.resize(SIGNAL_SIZE, Image.Resampling.LANCZOS)
-    return (
-        torch.frombuffer(bytearray(smooth.tobytes()), dtype=torch.uint8)
-        .view(height // 2, width // 2, 3)
-        .permute(2, 0, 1)
-    )
+    return torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
 
 
 def central_slices(volumes: Tensor) -> Tensor:
@@ -129,7 +126,6 @@ def draw_text(image: Image.Image, position: tuple[float, float], text: str, size
 
 
 def text_width(text: str) -> int:
-    """Return the width in pixels of a title or label with its margin."""
     return math.ceil(text_font(13).getlength(text)) + 12
 
 
@@ -141,7 +137,6 @@ def extend(image: Image.Image, left: int = 0, top: int = 0, bottom: int = 0, wid
 
 
 def add_title(image: Image.Image, text: str) -> Image.Image:
-    """Return the image with a line of text above it."""
     canvas = extend(image, top=TITLE_HEIGHT, width=text_width(text))
     draw_text(canvas, (GAP, TITLE_HEIGHT / 2), text)
     return canvas
