@@ -59,22 +59,17 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
     runs: dict[str, SurveyedRun] = {}
     notes = []
     for folder in folders:
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text())
-        except FileNotFoundError:
+        if not (folder / "metrics.json").is_file():
             notes.append(f"{folder}: unfinished, without metrics.json")
             continue
-        except (OSError, ValueError) as error:
-            notes.append(f"{folder}: cannot read metrics.json ({' '.join(str(error).split())})")
-            continue
-        if not isinstance(metrics, dict) or metrics.get("val/loss", 0.0) is None:
-            notes.append(f"{folder}: training diverged, val/loss is not finite")
-            continue
         try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            if metrics.get("val/loss", 0.0) is None:
+                raise ValueError("training diverged, val/loss is not finite")
             checkpoint = find_checkpoint(str(folder), None)
             settings = read_checkpoint(checkpoint)["hyper_parameters"]
         except (OSError, ValueError) as error:
-            notes.append(" ".join(str(error).split()))
+            notes.append(f"{folder}: {' '.join(str(error).split())}")
             continue
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         typed_overrides, choices = saved_choices(folder)

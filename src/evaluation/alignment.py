@@ -23,18 +23,15 @@ MAX_ROWS, MAX_COLUMNS = 10, 8  # numbers of prompts and of samples per prompt in
 class AlignmentMetrics(NamedTuple):
     """Metrics of one group of prompts at one guidance scale."""
 
-    metrics: dict[str, Metric]
-    """The fraction of correct samples in each attribute and in all attributes, and `diversity`."""
-    by_prompt: dict[str, float]
-    """The fraction of samples that are correct in all attributes, by the title of the prompt."""
+    metrics: dict[str, Metric]  # the fraction of correct samples in each attribute and in all, and `diversity`
+    by_prompt: dict[str, float]  # the fraction of samples correct in all attributes, by the title of the prompt
 
 
 class AlignmentResult(NamedTuple):
     """Metrics and example samples of an alignment benchmark."""
 
     groups: dict[str, dict[float, AlignmentMetrics]]  # metrics by group and guidance scale
-    examples: dict[float, list[tuple[str, Tensor]]]
-    """By guidance scale: titles of some prompts, with samples (M, C, H, W) uint8 of each."""
+    examples: dict[float, list[tuple[str, Tensor]]]  # titles of prompts with samples (M, C, H, W) uint8, by scale
 
 
 def pairwise_rms(images: Tensor) -> float:
@@ -75,7 +72,6 @@ def possible_scales(module: DiffusionModule, sampler: Sampler, scales: Sequence[
 
 
 def with_scale(sampler: Sampler, scale: float) -> Sampler:
-    """Return the sampler with another guidance scale."""
     return sampler._replace(guidance=sampler.guidance._replace(scale=scale))
 
 
@@ -144,5 +140,4 @@ def best_scale(groups: Mapping[str, Mapping[float, AlignmentMetrics]]) -> float:
 
 
 def share_correct(metrics: Mapping[str, Metric]) -> Metric:
-    """Return the fraction of samples that are correct in all attributes."""
     return next(metric for key, metric in metrics.items() if key.startswith("all_"))

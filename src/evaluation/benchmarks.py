@@ -15,7 +15,7 @@ from torch import Tensor
 from src.data.conditions import Classes
 from src.data.glyphs import GlyphSource
 from src.data.module import BaseDataModule
-from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Scene, Shapes, caption, paint, parse, place, render
+from src.data.shapes import ATTRIBUTES, PLACES, WORDINGS, Object, Scene, Shapes, caption, paint, parse, place, render
 from src.data.text import TextCondition
 from src.distributed.processes import Processes
 from src.evaluation.quality import (
@@ -121,31 +121,32 @@ def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
     the position or relation. `shape`, `color` and `size` must match in all objects. A surplus object counts
     against `number` only. `position` is the nearest named position; `relation` is `spatial_relation`.
     """
-    wanted = [tuple(ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES) for each in scene.objects]
+    wanted = [object_classes(each) for each in scene.objects]
     found = len(detected.attributes)
-    candidates = [*range(found), *[None] * len(wanted)][: max(found, len(wanted))]
-    best: tuple[tuple[int, bool], dict[str, bool]] | None = None
-    for assigned in itertools.permutations(candidates, len(wanted)):
+    spatial_name = "position" if scene.relation is None else "relation"
+    results = []
+    for assigned in itertools.permutations(range(max(found, len(wanted))), len(wanted)):
         matches = [
-            [k is not None and detected.attributes[k][q] == own[q] for q in range(len(OBJECT_ATTRIBUTES))]
+            [k < found and detected.attributes[k][q] == own[q] for q in range(len(OBJECT_ATTRIBUTES))]
             for k, own in zip(assigned, wanted, strict=True)
         ]
-        columns = zip(*matches, strict=True)
-        correct = {a: all(column) for a, column in zip(OBJECT_ATTRIBUTES, columns, strict=True)}
-        centers = [None if k is None else detected.centers[k] for k in assigned]
-        if scene.relation is None:
-            spatial = centers[0] is not None and nearest_position(centers[0]) == scene.objects[0].position
-            correct["position"] = spatial
+        correct = dict(zip(OBJECT_ATTRIBUTES, map(all, zip(*matches, strict=True)), strict=True))
+        centers = [detected.centers[k] for k in assigned if k < found]
+        if len(centers) < len(wanted):
+            correct[spatial_name] = False
+        elif scene.relation is None:
+            correct[spatial_name] = nearest_position(centers[0]) == scene.objects[0].position
         else:
-            first, second = centers
-            spatial = first is not None and second is not None and spatial_relation(first, second) == scene.relation
-            correct["relation"] = spatial
-        score = (sum(map(sum, matches)), spatial)
-        if best is None or score > best[0]:
-            best = score, correct
-    assert best is not None
+            correct[spatial_name] = spatial_relation(*centers) == scene.relation
+        results.append((sum(map(sum, matches)), correct))
+    _, best = max(results, key=lambda result: (result[0], result[1][spatial_name]))
     background = detected.background == ATTRIBUTES["background"].index(scene.background)
-    return {"number": found == len(wanted), **best[1], "background": background}
+    return {"number": found == len(wanted), **best, "background": background}
+
+
+def object_classes(each: Object) -> tuple[int, ...]:
+    """Return the index of each of an object's `OBJECT_ATTRIBUTES`."""
+    return tuple(ATTRIBUTES[name].index(getattr(each, name)) for name in OBJECT_ATTRIBUTES)
 
 
 def nearest_position(center: tuple[float, float]) -> str:
@@ -203,13 +204,9 @@ class ShapesBenchmark:
         return quantize(self.data, render([parse(prompt)] * MAX_REAL, self.source.image_size, seeds))
 
     def _score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)
-        for k, (scene, detected) in enumerate(zip(scenes, self.detector(images), strict=True)):
-            matches = match_scene(scene, detected)
-            for column, attribute in enumerate(self.attributes):
-                if attribute in matches:
-                    result[k, column] = matches[attribute]
-        return result
+        matches = [match_scene(*pair) for pair in zip(scenes, self.detector(images), strict=True)]
+        rows = [[float(each.get(attribute, math.nan)) for attribute in self.attributes] for each in matches]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def _render_batch(self, step: int, count: int = 32) -> LabeledImages:
         """Render random scenes of one and two objects to train the detector on."""
@@ -219,7 +216,7 @@ class ShapesBenchmark:
         attributes = torch.zeros(count, 2, len(OBJECT_ATTRIBUTES), dtype=torch.int64)
         for n, scene in enumerate(scenes):
             for k, each in enumerate(scene.objects):
-                attributes[n, k] = torch.tensor([ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES])
+                attributes[n, k] = torch.tensor(object_classes(each))
         background = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
         present = placed.shape >= 0
         centers = torch.where(present[..., None], placed.center, math.nan).float()

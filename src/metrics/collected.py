@@ -23,15 +23,7 @@ class Collected(NamedTuple):
 
     @classmethod
     def of(cls, batch: Features, start: int, limit: int) -> "Collected":
-        """Collect samples number `start`, `start` + 1, ..., and keep the features of at most `limit`.
-
-        Raises ValueError for features that are not finite.
-        """
-        if num_corrupted := int((~batch.features.isfinite().all(1)).sum()):
-            raise ValueError(
-                f"{num_corrupted} of {len(batch.features)} samples from number {start} have features that are not "
-                "finite: inspect the samples, or choose other features=..."
-            )
+        """Collect samples number `start`, `start` + 1, ..., and keep the features of at most `limit`."""
         numbers = torch.arange(start, start + len(batch.features), device=batch.features.device)
         return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
 

@@ -101,12 +101,12 @@ def central_slices(volumes: Tensor) -> Tensor:
 
 def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
     """Draw a grid of images per group under its title, with the number of columns that makes the whole most square."""
-    largest = max(map(len, groups))
 
     def shape_error(columns: int) -> float:
         rows = sum(-(-len(group) // columns) for group in groups)
         return abs(math.log(columns / (rows + len(groups) * TITLE_HEIGHT / CELL)))
 
+    largest = max(map(len, groups))
     columns = min((-(-largest // rows) for rows in range(1, largest + 1)), key=shape_error)  # rows of equal length
     grids = [add_title(image_grid(group, columns), title) for group, title in zip(groups, titles, strict=True)]
     return tile(grids, columns=1, gap=0)
