@@ -150,7 +150,6 @@ def object_classes(each: Object) -> tuple[int, ...]:
 
 
 def nearest_position(center: tuple[float, float]) -> str:
-    """Return the named position nearest to a center (x, y)."""
     return min(PLACES, key=lambda position: math.dist(PLACES[position], center))
 
 
@@ -224,7 +223,6 @@ class ShapesBenchmark:
         return LabeledImages(images, centers, attributes, background)
 
     def _test_detector(self, steps: int) -> dict[str, Metric]:
-        """Return the detector's accuracy on renders that it was not trained on."""
         scenes = self._train_source.any_scenes(TEST_RENDERS, key("judge", "tested"))
         seeds = [key("judge", "tested", k) for k in range(TEST_RENDERS)]
         images = quantize(self.data, render(scenes, self.source.image_size, seeds))

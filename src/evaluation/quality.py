@@ -160,7 +160,6 @@ class SampleEvaluator:
         return results
 
     def training_samples(self, positions: Tensor) -> Tensor:
-        """Return the training samples at these positions (M,) after `postprocess`."""
         return fetch_for_display(self.data, [self.data.train_indices[k] for k in positions.tolist()])
 
     def _open_extractors(self) -> list[Extractor]:
@@ -322,7 +321,6 @@ def quantize(data: BaseDataModule, samples: Tensor) -> Tensor:
 
 
 def values_of(data: BaseDataModule) -> Values:
-    """Return the feature space of points or rows of a table."""
     return Values(data.std, data.num_categories if isinstance(data, TableDataModule) else ())
 
 

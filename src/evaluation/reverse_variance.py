@@ -63,7 +63,6 @@ def rows_per_sample(num_terms: int | None) -> int:
 
 
 def zero_errors(diffusion: GaussianDiffusion, schedule: Schedule) -> ErrorSums:
-    """Return sums initialized to zero."""
     counts, squares = torch.zeros(2, 2, schedule.num_steps, dtype=torch.float64)
     candidates = 0 if diffusion.num_values is None else len(decoder_log_variances(diffusion.num_values))
     return ErrorSums(counts, squares, torch.zeros(2, candidates, dtype=torch.float64))
@@ -160,7 +159,6 @@ def decoder_log_variances(num_values: int) -> Tensor:
 
 
 def sum_errors(parts: Sequence[ErrorSums]) -> ErrorSums:
-    """Return the sums of all parts."""
     return ErrorSums(*(torch.stack(field).sum(0) for field in zip(*parts, strict=True)))
 
 

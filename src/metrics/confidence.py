@@ -43,8 +43,7 @@ class Statistic:
         """Return the value with a percentile bootstrap interval over the samples.
 
         Resampling adds about the same bias to a distance as sampling did. The percentiles are shifted so that the mean
-        of the replicates equals the value: the interval then covers the expectation of the metric for n samples. For
-        means this is the plain percentile interval.
+        of the replicates equals the value: the interval then covers the expectation of the metric for n samples.
 
         Source: Efron 1979.
         """

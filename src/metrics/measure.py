@@ -39,10 +39,7 @@ def image_metrics(extractor: str, samples: Collected, reference: Collected, seed
 
 
 def frechet_metric(samples: Collected, reference: Collected, seed: int) -> Metric:
-    """Return the Fréchet distance of all samples, with an interval from those whose features were kept.
-
-    The interval is scaled by the root of kept over all samples.
-    """
+    """Return the Fréchet distance of all samples; its interval is that of the kept ones, scaled to all."""
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
     kept = resampled(samples.features, reference.moments).bootstrap(seed)
     value = frechet_distance(samples.moments, reference.moments)

@@ -32,10 +32,8 @@ def draw_samples(
 ) -> Image.Image:
     """Draw images as a grid, points (N, 2) as a scatter plot, (N, 1) as a histogram, other rows as a pair plot.
 
-    Signals are drawn as lines, and volumes as three slices.
-
-    Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get
-    one block of rows or one plot per title. `columns` names the features of points.
+    Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get one
+    block of rows or one plot per title. `columns` names the features of points.
     """
     groups: dict[str, list[int]] = {}
     for k, title in enumerate(titles or ()):
@@ -130,7 +128,6 @@ def text_width(text: str) -> int:
 
 
 def extend(image: Image.Image, left: int = 0, top: int = 0, bottom: int = 0, width: int = 0) -> Image.Image:
-    """Return the image with white margins, and at least `width` pixels wide."""
     canvas = Image.new("RGB", (max(left + image.width, width), top + image.height + bottom), "white")
     canvas.paste(image, (left, top))
     return canvas
