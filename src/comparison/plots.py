@@ -2,8 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,8 +14,7 @@ from src.evaluation.likelihood import SPECTRUM
 from src.viz import charts, figures, images
 from src.viz.tables import metric_title
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+BAND = {"alpha": 0.18, "linewidth": 0}
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
@@ -75,18 +73,17 @@ def _error_chart(report: Report, relative: bool) -> bytes:
     # The mean over groups is comparable only in bins that all groups have; it is NaN in the others.
     scale = np.exp(np.log(means).mean(skipna=False)) if relative else 1.0
 
-    def draw(axes: "Axes") -> None:
-        for k, each in enumerate(errors):
-            style = {**figures.series_style(k), "linewidth": 1.4, "markersize": 3}
-            axes.plot(centers, each.mean() / scale, label=report.groups[k].label, **style)
-            band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
-            axes.fill_between(centers, each.min() / scale, each.max() / scale, **band)
-        if relative:
-            axes.axhline(1, color="0.5", linewidth=0.8)
-
+    figure, axes = _line_figure(report)
+    for k, each in enumerate(errors):
+        style = {**figures.series_style(k), "linewidth": 1.4, "markersize": 3}
+        axes.plot(centers, each.mean() / scale, label=report.groups[k].label, **style)
+        axes.fill_between(centers, each.min() / scale, each.max() / scale, color=style["color"], **BAND)
+    if relative:
+        axes.axhline(1, color="0.5", linewidth=0.8)
     title = "Relative error of the predicted noise" if relative else "Error of the predicted noise"
     label = "error / geometric mean of groups" if relative else "mean squared error"
-    return _line_chart(report, draw, title, "log-SNR (noise left, data right)", f"{label} {charts.LOWER_IS_BETTER}")
+    axes.set(title=title, xlabel="log-SNR (noise left, data right)", ylabel=f"{label} {charts.LOWER_IS_BETTER}")
+    return _finish(figure, axes)
 
 
 def _training_chart(report: Report, name: str) -> bytes:
@@ -94,30 +91,30 @@ def _training_chart(report: Report, name: str) -> bytes:
 
     `train/loss` is smoothed; `val/loss` has a band from the lowest to the highest seed.
     """
-
-    def draw(axes: "Axes") -> None:
-        for k, runs in enumerate(report.runs):
-            logged = [dict(zip(*run.curves[name], strict=True)) for run in runs if name in run.curves]
-            table = _finite(pd.DataFrame(logged)).dropna(axis=1).sort_index(axis=1)  # a row per run, a column per step
-            line, style = table.mean(), figures.series_style(k)
-            if name == "train/loss":
-                line = line.rolling(2 * max(1, len(line) // 40) + 1, center=True, min_periods=1).mean()
-            else:
-                band = {"color": style["color"], "alpha": 0.18, "linewidth": 0}
-                axes.fill_between(table.columns, table.min(), table.max(), **band)
-            style |= {} if len(line) < 15 else {"marker": ""}
-            axes.plot(line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
-
-    titles = {"train/loss": "Training loss (smoothed)", "val/loss": "Validation loss"}
-    return _line_chart(report, draw, titles[name], "step", f"{name} {charts.LOWER_IS_BETTER}")
+    figure, axes = _line_figure(report)
+    for k, runs in enumerate(report.runs):
+        logged = [dict(zip(*run.curves[name], strict=True)) for run in runs if name in run.curves]
+        table = _finite(pd.DataFrame(logged)).dropna(axis=1).sort_index(axis=1)  # a row per run, a column per step
+        line, style = table.mean(), figures.series_style(k)
+        if name == "train/loss":
+            line = line.rolling(2 * max(1, len(line) // 40) + 1, center=True, min_periods=1).mean()
+        else:
+            axes.fill_between(table.columns, table.min(), table.max(), color=style["color"], **BAND)
+        style |= {} if len(line) < 15 else {"marker": ""}
+        axes.plot(line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
+    title = "Training loss (smoothed)" if name == "train/loss" else "Validation loss"
+    axes.set(title=title, xlabel="step", ylabel=f"{name} {charts.LOWER_IS_BETTER}")
+    return _finish(figure, axes)
 
 
-def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlabel: str, ylabel: str) -> bytes:
-    """Draw one chart with the legend of the groups below it."""
+def _line_figure(report: Report) -> tuple[Any, Any]:
+    """Return a figure with room for the legend of the groups, and its axes."""
     figure, ((axes,),) = figures.new_figure(5.4, 3.9 + 0.17 * math.ceil(len(report.groups) / 2))
-    draw(axes)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any) -> bytes:
     figures.set_log_scale(axes, "y")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     legend: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
     return _png(figures.render_figure(figure).quantize(192))  # half the size

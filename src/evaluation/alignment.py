@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.evaluation.benchmarks import PromptBenchmark, all_correct, attribute_accuracy
 from src.evaluation.quality import draw_batches
+from src.evaluation.reverse_variance import Advance
 from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import Metric, mean_of, metric_name
 from src.training.module import DiffusionModule, Sampler
@@ -82,12 +82,11 @@ def sample_and_score(
     data: BaseDataModule,
     settings: AlignmentSettings,
     processes: Processes,
-    progress: Callable[[float, int], object],
+    advance: Advance = lambda count: None,
 ) -> AlignmentResult:
     """Draw and score `benchmark.n` samples of each group at each of `settings.scales` by `draw_batches`.
 
-    The noise is the same at all scales. `progress` receives the scale and the number of further samples. Only rank 0
-    returns metrics.
+    The noise is the same at all scales. Only rank 0 returns metrics.
     """
     assert data.condition is not None
     groups = benchmark.prompts
@@ -107,7 +106,7 @@ def sample_and_score(
         return cond[[prompt_of[k % total] for k in numbers]]
 
     for scale in settings.scales:
-        guided, advance = with_scale(sampler, scale), partial(progress, scale)
+        guided = with_scale(sampler, scale)
         batches = draw_batches(module, guided, total, size, settings.seed, processes, encode, advance)
         images = torch.cat(processes.gather_in_turn([data.postprocess(x).cpu() for _, x in batches]))
         if processes.rank > 0:

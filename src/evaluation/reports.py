@@ -18,7 +18,7 @@ from src.data.module import BaseDataModule
 from src.data.table import TableDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
-from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct, with_scale
+from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct
 from src.evaluation.benchmarks import PromptBenchmark
 from src.evaluation.likelihood import Bound, bounds, flow_bits, network_passes
 from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, fetch_for_display, values_of
@@ -59,7 +59,7 @@ def evaluate_likelihood(
     own = processes.share([range(num_val)[start : start + size] for start in range(0, num_val, size)])
     load = partial(load_val, module, data, data.condition)
     total_calls = network_passes(module.schedule, num_terms, reverse_variance) * sum(map(len, own))
-    with call_bar("Bound", total_calls, processes.rank) as bar:
+    with progress_bar("Bound", total_calls, processes.rank) as bar:
         settings = seed, num_terms, reverse_variance
         parts = bounds(module, own, load, *settings, bar.update, lambda errors: sum_errors(processes.gather(errors)))
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
@@ -104,12 +104,11 @@ def evaluate_quality(
 ) -> dict[str, Any]:
     """Return the metrics of each sampler's samples and their real-data baseline, and save plots. Rank 0 only."""
     processes, n = evaluator.processes, evaluator.settings.n
-    calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
-    generated = {}
-    with call_bar("Samples", n * sum(calls.values()), processes.rank) as bar, usage_errors():
-        for name, sampler in samplers.items():
-            advance = partial(lambda calls, count: bar.update(calls * count), calls[name])
-            generated[name] = evaluator.draw(module, sampler, advance, condition=evaluator.data.condition)
+    with progress_bar("Samples", n * len(samplers), processes.rank) as bar, usage_errors():
+        generated = {
+            name: evaluator.draw(module, sampler, bar.update, condition=evaluator.data.condition)
+            for name, sampler in samplers.items()
+        }
     baseline = evaluator.baseline()
     measured = evaluator.measure(list(generated.values()), show_progress=True)
     if processes.rank > 0:
@@ -231,14 +230,9 @@ def evaluate_alignment(
     folder: Path,
 ) -> dict[str, Any]:
     """Return the accuracy of samples given their prompts, and their diversity, at each guidance scale. Rank 0 only."""
-    calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
-    total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
-    with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
-
-        def progress(scale: float, count: int) -> None:
-            bar.update(calls[scale] * count)
-
-        result = sample_and_score(module, sampler, benchmark, data, settings, processes, progress)
+    total = benchmark.n * len(benchmark.prompts) * len(settings.scales)
+    with progress_bar("Alignment", total, processes.rank) as bar, usage_errors():
+        result = sample_and_score(module, sampler, benchmark, data, settings, processes, bar.update)
     if processes.rank > 0:
         return {}
     accuracy = share_correct(benchmark.detector_accuracy).value
@@ -280,5 +274,5 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def call_bar(label: str, total: int, rank: int) -> Any:
-    return tqdm(total=total, unit="call", unit_scale=True, desc=label, disable=rank > 0)
+def progress_bar(label: str, total: int, rank: int) -> Any:
+    return tqdm(total=total, unit="sample", unit_scale=True, desc=label, disable=rank > 0)

@@ -238,9 +238,7 @@ def painter(benchmark, change):
 def test_wrong_held_out_colors_lower_their_metrics(benchmark):
     module, benchmark.detector = painter(benchmark, recolor)
     settings = AlignmentSettings([1], batch_size=7)
-    result = sample_and_score(
-        module, module.sampler, benchmark, benchmark.data, settings, ALONE, lambda scale, count: None
-    )
+    result = sample_and_score(module, module.sampler, benchmark, benchmark.data, settings, ALONE)
     seen, held_out = (
         {name: metric.value for name, metric in result.groups[group][1].metrics.items()}
         for group in ("seen", "held out")
@@ -299,9 +297,7 @@ def test_two_processes_equal_one(class_run, digits):
 
     def work(processes, name):
         module = modules.pop()
-        result = sample_and_score(
-            module, module.sampler, benchmark, data, settings, processes, lambda scale, count: None
-        )
+        result = sample_and_score(module, module.sampler, benchmark, data, settings, processes)
         results[name] = result
 
     work(ALONE, "alone")

@@ -1,7 +1,6 @@
 """The benchmark of glyphs: prompts, correct samples, and the accuracy of the nearest glyph."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,11 +83,9 @@ def test_pictures_need_no_diversity(benchmark, tmp_path, monkeypatch):
     scores = score_group(benchmark, images, prompts, prompts, [math.nan] * len(prompts), seed=0)
     result = AlignmentResult({"held out": {2.0: scores}}, {2.0: [(prompts[0], images[:1])]})
     monkeypatch.setattr(reports, "sample_and_score", lambda *args: result)
-    module = SimpleNamespace(network_calls=lambda sampler: 1)
-    monkeypatch.setattr(reports, "with_scale", lambda sampler, scale: sampler)
     alone = Processes(torch.device("cpu"))
     metrics = reports.evaluate_alignment(
-        module, benchmark.data, None, benchmark, AlignmentSettings(scales=[2.0]), alone, tmp_path
+        None, benchmark.data, None, benchmark, AlignmentSettings(scales=[2.0]), alone, tmp_path
     )
     assert metrics["groups"]["held out"]["2"]["metrics"]["top_1_6"]["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.png"]
