@@ -99,8 +99,7 @@ def holm(p: Sequence[float]) -> list[float]:
     known = sorted((k for k in range(len(p)) if not math.isnan(p[k])), key=lambda k: p[k])
     adjusted, largest = list(p), 0.0
     for rank, k in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p[k]))
-        adjusted[k] = largest
+        adjusted[k] = largest = max(largest, min(1.0, (len(known) - rank) * p[k]))
     return adjusted
 
 

@@ -109,9 +109,7 @@ class ClassBenchmark:
         assert self.data.source is not None and self.data.source.labels is not None
         labels = self.data.source.labels.targets
         indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
-        if not indices:
-            return torch.empty(0, *self.data.shape, dtype=torch.uint8)
-        return fetch_for_display(self.data, indices)
+        return fetch_for_display(self.data, indices) if indices else torch.empty(0, *self.data.shape)
 
 
 def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
@@ -255,16 +253,13 @@ class GlyphBenchmark:
         trained.sort(key=lambda i: key(settings.seed, "glyph", glyphs.ids[i]))
         self.n = settings.n or len(self.source.held_out) or 200
         of_group = {"held out": self.source.held_out[: self.n], "seen": trained[: self.n]}
+        self._index = {glyphs.captions[i]: i for indices in of_group.values() for i in indices}
         # Pictures show the first captions, and their font has no CJK.
-        of_group = {
-            group: sorted(indices, key=lambda i: not glyphs.captions[i].isascii())
+        self.prompts: Mapping[str, Sequence[str]] = {
+            group: sorted((glyphs.captions[i] for i in indices), key=lambda caption: not caption.isascii())
             for group, indices in of_group.items()
             if indices
         }
-        self.prompts: Mapping[str, Sequence[str]] = {
-            group: [glyphs.captions[i] for i in indices] for group, indices in of_group.items()
-        }
-        self._index = {glyphs.captions[i]: i for indices in of_group.values() for i in indices}
         self._references = quantize(data, glyphs.images)
         self.detector_accuracy: Mapping[str, Metric] = self._test()
 

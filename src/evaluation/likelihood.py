@@ -133,9 +133,7 @@ def bound(
             transition = Transition(schedule.row(k), schedule.row(k - 1), steps)
         else:
             assert num_terms is not None
-            if k == 0:
-                rows = torch.zeros_like(rows)
-            else:
+            if k > 0:
                 place = (k - 1 + rng.uniform("link").cpu().double()) / num_terms
                 rows = 1 + torch.searchsorted(probs.cumsum(0), place, right=True).clamp(max=steps - 2)
                 weight = 1 / (num_terms * probs[rows - 1])

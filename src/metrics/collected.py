@@ -64,7 +64,6 @@ def collect_once(
         named = {**result.moments._asdict(), **result._asdict()}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
-    key = f"{extractor.name}-{digest(data, extractor.fingerprint, limit)}"
-    saved = cached(folder, key, compute)
+    saved = cached(folder, f"{extractor.name}-{digest(data, extractor.fingerprint, limit)}", compute)
     moments = Moments(*(saved[name] for name in Moments._fields))
     return Collected(moments, saved["numbers"], saved["features"], saved.get("probabilities"))

@@ -146,10 +146,9 @@ def loss_by_noise(log: Path) -> Image.Image:
         table[log_snr.index(level), steps.index(step)] = loss if loss > 0 else np.nan
     half = (log_snr[1] - log_snr[0]) / 2 if len(log_snr) > 1 else 0.5
     edges = [log_snr[0] - half, *(level + half for level in log_snr)]
-    finite = table[np.isfinite(table)]
-    high = float(finite.max()) if len(finite) else 1.0
+    finite = table[np.isfinite(table)] if np.isfinite(table).any() else np.array([0.1, 1.0])
     # Some weightings push the loss toward 0 at pure noise; show only the top four decades.
-    low = max(float(finite.min()) if len(finite) else 0.1, 1e-4 * high)
+    low, high = max(finite.min(), 1e-4 * finite.max()), finite.max()
     figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, grid=False)
     left.set_facecolor("0.85")
     norm = LogNorm(0.999 * low, 1.001 * high, clip=True)
@@ -312,15 +311,13 @@ def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interv
     return render_figure(figure)
 
 
-def marginals(
-    samples: Tensor, real: Tensor, names: Sequence[str], categories: Sequence[Sequence[str]], per_row: int = 4
-) -> Image.Image:
+def marginals(samples: Tensor, real: Tensor, names: Sequence[str], categories: Sequence[Sequence[str]]) -> Image.Image:
     """Draw the distribution of each column of samples (N, K) and real data (M, K): histograms, bars for categories.
 
     `categories` holds the categories of a column of indices, and nothing for numbers.
     """
     count = min(len(names), MAX_COLUMNS)
-    columns = min(per_row, count)
+    columns = min(4, count)
     rows = math.ceil(count / columns)
     figure, panels = new_figure(3.2 * columns, 2.4 * rows, rows, columns, grid=False)
     for k, axes in enumerate(panels.flat):
@@ -346,10 +343,10 @@ def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) ->
     size = max(3.4, min(0.45 * count, 7.0))
     figure, (panels,) = new_figure(3 * size + 0.8, size + 0.4, columns=3, grid=False)
     matrices = {"real data": real, "samples": samples, "difference": samples - real}
+    labels = [name[:18] for name in names[:count]]
     for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
         shown = axes.imshow(matrix[:count, :count].cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
         axes.set_title(title, fontsize=9)
-        labels = [name[:18] for name in names[:count]]
         axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
         axes.set_yticks(range(count), labels, fontsize=7)
     figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(labelsize=7)
@@ -363,14 +360,14 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, color: str, labe
 
 def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:
     """Draw the shares of the most frequent categories of real data y, and of samples x."""
-    shares = [
+    real, samples = (
         np.bincount(each[np.isfinite(each)].astype(int), minlength=len(categories)) / max(1, len(each))
         for each in (y, x)
-    ]
-    order = np.argsort(-shares[0], kind="stable")[:MAX_BARS]
+    )
+    order = np.argsort(-real, kind="stable")[:MAX_BARS]
     places = np.arange(len(order))
-    for shift, share, color, label in ((-0.2, shares[0], "0.7", "real data"), (0.2, shares[1], COLORS[0], "samples")):
-        axes.bar(places + shift, share[order], 0.4, color=color, label=label)
+    axes.bar(places - 0.2, real[order], 0.4, color="0.7", label="real data")
+    axes.bar(places + 0.2, samples[order], 0.4, color=COLORS[0], label="samples")
     labels = [categories[k][:10] for k in order]
     axes.set_xticks(places, labels, rotation=90 if len(order) > 4 else 0, fontsize=7)
 

@@ -53,9 +53,8 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     decades = math.log10(high / low)
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    if decades < 0.7:  # a single tick might remain
-        subs = tuple(float(k) for k in range(1, 10))
+    # Below 0.7 decades a single tick might remain.
+    subs = range(1, 10) if decades < 0.7 else (1, 2, 5) if decades < 2 else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
