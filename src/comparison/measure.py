@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -70,8 +71,7 @@ def measure_run(
 
 
 def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
-    metrics = {k.removeprefix("metric/"): v.tolist() for k, v in measurements.items() if k.startswith("metric/")}
-    costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}
+    metrics, costs = values_below("metric", measurements), values_below("cost", measurements)
     return replace(
         record,
         values={**{name: value for name, (value, _, _) in metrics.items()}, **record.values},
@@ -82,13 +82,19 @@ def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
 
 def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
     """Return the real-data baseline of each metric, which may use another number of samples."""
-    measured = {k.removeprefix("baseline/"): v.tolist() for k, v in measurements.items() if k.startswith("baseline/")}
-    stems = {strip_sample_count(name): tuple(baseline) for name, baseline in measured.items()}
-    names = [k.removeprefix("metric/") for k in measurements if k.startswith("metric/")]
-    usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
-    return {name: (value, value, value) for name, value in usual.items()} | {
-        name: stems[strip_sample_count(name)] for name in names if strip_sample_count(name) in stems
-    }
+    measured = {strip_sample_count(name): each for name, each in values_below("baseline", measurements).items()}
+    baselines = {}
+    for name in values_below("metric", measurements):
+        if each := measured.get(strip_sample_count(name)):
+            baselines[name] = tuple(each)
+        elif usual := USUAL.get(name.split("_")[0]):
+            baselines[name] = (float(usual),) * 3
+    return baselines
+
+
+def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
+    """Return the measurements named `node`/<name>, by name."""
+    return {k.removeprefix(f"{node}/"): v.tolist() for k, v in measurements.items() if k.startswith(f"{node}/")}
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:

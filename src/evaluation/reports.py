@@ -164,7 +164,6 @@ def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: 
     shares = {}
     for name, each in {"real data": evaluator.reference, **{k: g.collected for k, g in generated.items()}}.items():
         p = each["classifier"].probabilities
-        assert p is not None
         shares[name] = [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
     charts.class_frequencies(names, shares).save(folder / "classes.png")
 

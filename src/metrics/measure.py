@@ -25,7 +25,7 @@ def image_metrics(extractor: str, samples: Collected, reference: Collected, seed
     metrics = {"fd": frechet_metric(samples, reference, seed)}
     x, y = samples.features, reference.features
     statistics = {"kd": kid(x, y), **manifolds(x, y)._asdict()}
-    if samples.probabilities is not None and reference.probabilities is not None:
+    if reference.probabilities.shape[1]:
         classes = reference.probabilities.argmax(1).bincount(minlength=reference.probabilities.shape[1])
         statistics["class_score"] = inception_score(samples.probabilities, splits=min(10, len(x)))
         statistics["class_variation"] = total_variation(samples.probabilities.argmax(1), classes)
