@@ -113,16 +113,16 @@ def group_by_settings(records: Sequence[RunRecord]) -> tuple[list[Group], dict[s
         members.setdefault(repr(sorted(identity_settings(record).items())), []).append(record)
     runs = [sorted(group, key=lambda record: record.seed) for group in members.values()]
     settings = [identity_settings(group[0]) for group in runs]
-    names = list(dict.fromkeys(name for each in settings for name in each))
     columns: dict[str, list[Any]] = {}
-    for name in dict.fromkeys(name for group in runs for record in group for name in record.choices):
+    for name in dict.fromkeys(name for record in records for name in record.choices):
         chosen = [{record.choices.get(name) for record in group} for group in runs]
         if name not in RUNTIME_SETTINGS and all(len(each) == 1 for each in chosen):
             columns[name] = [each.pop() for each in chosen]
-    columns |= {name: [each.get(name) for each in settings] for name in names if name not in columns}
+    for name in dict.fromkeys(name for each in settings for name in each):
+        columns.setdefault(name, [each.get(name) for each in settings])
     differing = {name: values for name, values in columns.items() if len(set(map(repr, values))) > 1}
-    typed_overrides = {name for group in runs for record in group for name in record.typed_overrides}
-    order = sorted(differing, key=lambda name: (name not in typed_overrides, name not in runs[0][0].choices))
+    typed = {name for record in records for name in record.typed_overrides}
+    order = sorted(differing, key=lambda name: (name not in typed, name not in runs[0][0].choices))
     naming: dict[str, list[Any]] = {}
     split = [""] * len(runs)
     for name in order:

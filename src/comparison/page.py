@@ -79,6 +79,6 @@ def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Map
             kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
             names = f"{report.groups[a].label} minus {report.groups[b].label}"
             hint = f"{names}: {format_difference(signed)}, {format_p_value(pair.adjusted)}, {pair.verdict}"
-            width = (pair.high - pair.low) / 2
-            cells[a, b] = {"kind": kind, "value": format_number(signed.difference, width, "+"), "hint": hint}
+            value = format_number(signed.difference, (high - low) / 2, "+")
+            cells[a, b] = {"kind": kind, "value": value, "hint": hint}
     return [[cells.get((a, b)) for b in report.order] for a in report.order]
