@@ -450,14 +450,6 @@ def test_folders_without_runs_are_named(tmp_path, name, text):
         run_folders([str(tmp_path / name)])
 
 
-def test_sweep_folder_lists_runs_by_number(tmp_path):
-    for name in ("10", "9", "comparison"):
-        (tmp_path / name).mkdir()
-    for name in ("10", "9"):
-        (tmp_path / name / "checkpoints").mkdir()
-    assert [f.name for f in run_folders([str(tmp_path), str(tmp_path / "9")])] == ["9", "10"]
-
-
 # After a sweep.
 
 
