@@ -171,9 +171,9 @@ def measure_contender(
         parts = [contender.sample(min(200, n - k), calls) for k in range(0, n, 200)]
     sampling = time.process_time() - start
     evaluator = build_evaluator(data, n, args.seed)
-    drawn = evaluator.draw(FixedSamples(torch.cat(parts), calls), None, lambda _: None)  # type: ignore[arg-type]
+    drawn = evaluator.draw(FixedSamples(torch.cat(parts), calls), None)  # type: ignore[arg-type]
     images.draw_samples(drawn.first[:64]).save(folder / "grid.png")
-    (measured,) = evaluator.measure([drawn], lambda batches: batches)
+    (measured,) = evaluator.measure([drawn])
     row = {"steps": steps, "spent": spent / budget, "calls": calls, "sampling": sampling}
     return {**row, "parameters": sum(p.numel() for p in net.parameters()), "metrics": without_counts(measured.metrics)}
 

@@ -135,8 +135,8 @@ def measure_samplers(
         images = torch.cat([case.sample(range(k, min(k + 250, n))) for k in range(0, n, 250)])
         seconds = time.perf_counter() - start
         outside = 1 - net.seconds / seconds
-        drawn = evaluator.draw(FixedSamples(images, case.calls), None, lambda _: None)  # type: ignore[arg-type]
-        (measured,) = evaluator.measure([drawn], lambda batches: batches)
+        drawn = evaluator.draw(FixedSamples(images, case.calls), None)  # type: ignore[arg-type]
+        (measured,) = evaluator.measure([drawn])
         metrics = {strip_sample_count(key): format_metric(metric._asdict()) for key, metric in measured.metrics.items()}
         ratio = statistics.median(a / b for a, b in zip(few[name], few[first], strict=True))
         cells = [f"{statistics.median(few[name]):.2f}", f"{ratio:.2f}", f"{seconds / n * 10_000:.0f}", f"{outside:.1%}"]

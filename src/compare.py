@@ -69,13 +69,13 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         measurements = measure_all(runs, samplers, first, cfg, settings, processes)
     if processes.rank > 0:
         return {}
-    from src.comparison import report
     from src.comparison.page import write_files
+    from src.comparison.report import build_report
 
-    built = report.build_report(runs, measurements, notes, cfg, processes)
+    report = build_report(runs, measurements, notes, cfg, processes)
     folder = start_output(Path(cfg.run_dir))
-    path = write_files(folder, built)
-    results = report.as_json(built)
+    path = write_files(folder, report)
+    results = report.as_json()
     write_json(folder / "comparison.json", results)
     print(f"\n{results['headline']}\nOutput:")
     for name in (path.name, "comparison.md", "runs.csv", "groups.csv", "comparison.json"):

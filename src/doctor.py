@@ -131,7 +131,7 @@ def report_duplicates(data: "ImageDataModule", source: "ImageSource") -> None:
 
 def write_pictures(data: "ImageDataModule", folder: Path) -> None:
     """Write a grid of training images as the network sees them, and a histogram of their values."""
-    from src.viz.histograms import value_histogram
+    from src.viz.charts import value_histogram
     from src.viz.images import image_grid
 
     count = min(64, len(data.train_indices))

@@ -139,12 +139,9 @@ def build_alignment(
     if opened.data.condition is None:
         return None
     from src.evaluation.benchmarks import build_benchmark
-    from src.evaluation.reports import progress_bar
 
     with usage_errors():
-        benchmark = build_benchmark(
-            opened.data, settings, processes, lambda steps: progress_bar(steps, "Detector", processes.rank)
-        )
+        benchmark = build_benchmark(opened.data, settings, processes)
     if benchmark is None and processes.rank == 0:
         print(
             "Skipping alignment: it supports images with conditioning=class, and data=shapes, kanji and emoji with "
@@ -167,13 +164,11 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     with usage_errors():
         data, schedule, samplers, grid = build_analytic(cfg)
     steps = list(cfg.analytic_steps)
-    from src.evaluation.reports import format_sampler_errors, progress_bar
+    from src.evaluation.reports import format_sampler_errors
     from src.evaluation.sampler_accuracy import compare_samplers
     from src.viz import charts
 
-    results, sampling_error = compare_samplers(
-        data, schedule, samplers, steps, cfg.analytic_samples, cfg.seed, lambda it: progress_bar(it, "Samplers")
-    )
+    results, sampling_error = compare_samplers(data, schedule, samplers, steps, cfg.analytic_samples, cfg.seed)
     text = format_sampler_errors(results, steps, sampling_error, grid)
     start_output(folder)
     (folder / "samplers.txt").write_text(f"{text}\n")

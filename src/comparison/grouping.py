@@ -1,5 +1,6 @@
 """Group runs by their settings: pure functions over records. Runs that differ only in the seed form a group."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ class Group:
     settings: Mapping[str, Any]
     records: Sequence[RunRecord]
 
+    @property
+    def formatted_settings(self) -> dict[str, str]:
+        return {name: format_setting(value) for name, value in self.settings.items()}
+
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, one per run."""
         values = (record.values.get(metric) for record in self.records)
@@ -57,7 +62,6 @@ class Group:
 
 
 def is_below(name: str, nodes: Sequence[str]) -> bool:
-    """Return whether a dotted name equals one of the nodes or is below one."""
     return any(name == node or name.startswith(f"{node}.") for node in nodes)
 
 
@@ -91,7 +95,7 @@ def without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list
     last: dict[str, RunRecord] = {}
     repeats = []
     for record in records:
-        key = repr((record.seed, sorted(identity_settings(record).items(), key=lambda item: item[0])))
+        key = repr((record.seed, sorted(identity_settings(record).items())))
         if key in last:
             repeats.append((last.pop(key), record))
         last[key] = record
@@ -106,30 +110,27 @@ def group_by_settings(records: Sequence[RunRecord]) -> tuple[list[Group], dict[s
     """
     members: dict[str, list[RunRecord]] = {}
     for record in records:
-        key = repr(sorted(identity_settings(record).items(), key=lambda item: item[0]))
-        members.setdefault(key, []).append(record)
+        members.setdefault(repr(sorted(identity_settings(record).items())), []).append(record)
     runs = [sorted(group, key=lambda record: record.seed) for group in members.values()]
     settings = [identity_settings(group[0]) for group in runs]
-    names = list(dict.fromkeys(name for each in settings for name in each))
     columns: dict[str, list[Any]] = {}
-    for name in dict.fromkeys(name for group in runs for record in group for name in record.choices):
+    for name in dict.fromkeys(name for record in records for name in record.choices):
         chosen = [{record.choices.get(name) for record in group} for group in runs]
         if name not in RUNTIME_SETTINGS and all(len(each) == 1 for each in chosen):
             columns[name] = [each.pop() for each in chosen]
-    columns |= {name: [each.get(name) for each in settings] for name in names if name not in columns}
+    for name in dict.fromkeys(name for each in settings for name in each):
+        columns.setdefault(name, [each.get(name) for each in settings])
     differing = {name: values for name, values in columns.items() if len(set(map(repr, values))) > 1}
-    typed_overrides = {name for group in runs for record in group for name in record.typed_overrides}
-    order = sorted(differing, key=lambda name: (name not in typed_overrides, name not in runs[0][0].choices))
+    typed = {name for record in records for name in record.typed_overrides}
+    order = sorted(differing, key=lambda name: (name not in typed, name not in runs[0][0].choices))
     naming: dict[str, list[Any]] = {}
     split = [""] * len(runs)
     for name in order:
         finer = [f"{before};{value!r}" for before, value in zip(split, differing[name], strict=True)]
         if len(set(finer)) > len(set(split)):
             naming[name], split = differing[name], finer
-    groups = []
-    for k, group in enumerate(runs):
-        own = {name: values[k] for name, values in naming.items()}
-        groups.append(Group(group_label(own), own, group))
+    named = [{name: values[k] for name, values in naming.items()} for k in range(len(runs))]
+    groups = [Group(group_label(own), own, group) for own, group in zip(named, runs, strict=True)]
     return groups, {name: differing[name] for name in order if name not in naming}
 
 
@@ -146,23 +147,23 @@ def group_label(settings: Mapping[str, Any]) -> str:
 
 def format_setting(value: Any) -> str:
     """Return a setting as typed on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(format_setting, value))}]"
-    return str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def differing_in(groups: Sequence[Group], nodes: Sequence[str]) -> list[str]:
     """Return the config nodes in which the groups differ."""
-    settings = [
-        {n: v for n, v in identity_settings(group.records[0]).items() if is_below(n, nodes)} for group in groups
-    ]
-    names = {name for each in settings for name in each}
-    differing = [n for n in names if len({repr(each.get(n)) for each in settings}) > 1]
-    return [node for node in nodes if any(is_below(name, [node]) for name in differing)]
+
+    def values(node: str, group: Group) -> str:
+        settings = identity_settings(group.records[0])
+        return repr(
+            sorted((name, value) for name, value in settings.items() if is_below(name, [node]) and value is not None)
+        )
+
+    return [node for node in nodes if len({values(node, group) for group in groups}) > 1]
 
 
 def common_settings(groups: Sequence[Group]) -> dict[str, Any]:

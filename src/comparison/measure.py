@@ -3,9 +3,10 @@
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -21,7 +22,7 @@ from src.data.module import BaseDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.likelihood import SPECTRUM, bounds, error_by_log_snr, network_passes
-from src.evaluation.quality import SampleEvaluator, time_network_call
+from src.evaluation.quality import SampleEvaluator, build_on_rank_0_first, time_network_call
 from src.evaluation.reports import load_val, standard_error
 from src.evaluation.settings import QualitySettings
 from src.runs import components
@@ -30,15 +31,14 @@ from src.runs.trust import check_targets, known_targets
 from src.training.module import Sampler
 from src.viz.tables import USUAL, format_duration, strip_sample_count
 
-NUM_IMAGES, NUM_POINTS = 16, 1000
-"""Samples of a run that the report shows."""
+NUM_IMAGES, NUM_POINTS = 16, 1000  # samples of a run that the report shows
 
 Measurements = dict[str, Tensor]
 """`metric/<name>`, `baseline/<name>` (3,): value and interval; `cost/<name>` (); `samples`, `real`; `error`."""
 
 MEASURING = (
-    *("cache.py", "rng.py", "comparison/measure.py", "data", "diffusion", "evaluation", "metrics", "models"),
-    "training/module.py",
+    *("cache.py", "rng.py", "comparison/measure.py", "training/module.py"),
+    *(f"{folder}/**/*.py" for folder in ("data", "diffusion", "evaluation", "metrics", "models")),
 )
 """Files and folders of src whose code determines the measurements. They are part of the cache key."""
 
@@ -51,24 +51,18 @@ def measure_run(
     `advance` receives the number of samples that completed a sampler step, or a network call of the bound.
     """
     module, data, condition = run.module, evaluator.data, run.data.condition
-    generated = evaluator.draw(module, sampler, lambda samples: advance(samples * sampler.steps), condition=condition)
-    (samples,) = evaluator.measure([generated], lambda it: it)
+    generated = evaluator.draw(module, sampler, lambda count: advance(count * sampler.steps), condition=condition)
+    (samples,) = evaluator.measure([generated])
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
     result["cost/calls_per_image"] = torch.tensor(generated.calls)
     result["cost/seconds_per_image"] = torch.tensor(generated.seconds)
     num_shown = NUM_IMAGES if generated.first.ndim > 2 else NUM_POINTS
     result["samples"] = generated.first[:num_shown]
     result["real"] = data.postprocess(data.examples(num_shown))
-
-    def show(positions: range, passes: Iterable[int]) -> Iterator[int]:
-        for each in passes:
-            yield each
-            advance(len(positions))
-
-    count, size = count_val(data, cfg), cfg.batch_size
-    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    positions = range(count_val(data, cfg))
+    batches = [positions[start : start + cfg.batch_size] for start in range(0, len(positions), cfg.batch_size)]
     load = functools.partial(load_val, module, data, condition)
-    parts = bounds(module, batches, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, show)
+    parts = bounds(module, batches, load, cfg.seed, cfg.num_terms, cfg.reverse_variance, advance)
     total = torch.cat([part.total for part in parts])
     error = 1.96 * standard_error(total)
     result["metric/bits_per_dim"] = total.mean() + torch.tensor([0, -error, error])
@@ -77,9 +71,7 @@ def measure_run(
 
 
 def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
-    """Return a run's record with its measurements."""
-    metrics = {k.removeprefix("metric/"): v.tolist() for k, v in measurements.items() if k.startswith("metric/")}
-    costs = {k.removeprefix("cost/"): v.item() for k, v in measurements.items() if k.startswith("cost/")}
+    metrics, costs = values_below("metric", measurements), values_below("cost", measurements)
     return replace(
         record,
         values={**{name: value for name, (value, _, _) in metrics.items()}, **record.values},
@@ -90,17 +82,22 @@ def with_metrics(record: RunRecord, measurements: Measurements) -> RunRecord:
 
 def baselines_of(measurements: Measurements) -> dict[str, tuple[float, float, float]]:
     """Return the real-data baseline of each metric, which may use another number of samples."""
-    measured = {k.removeprefix("baseline/"): v.tolist() for k, v in measurements.items() if k.startswith("baseline/")}
-    stems = {strip_sample_count(name): tuple(baseline) for name, baseline in measured.items()}
-    names = [k.removeprefix("metric/") for k in measurements if k.startswith("metric/")]
-    usual = {name: float(value) for name in names if (value := USUAL.get(name.split("_")[0]))}
-    return {name: (value, value, value) for name, value in usual.items()} | {
-        name: stems[strip_sample_count(name)] for name in names if strip_sample_count(name) in stems
-    }
+    measured = {strip_sample_count(name): each for name, each in values_below("baseline", measurements).items()}
+    baselines = {}
+    for name in values_below("metric", measurements):
+        if each := measured.get(strip_sample_count(name)):
+            baselines[name] = tuple(each)
+        elif usual := USUAL.get(name.split("_")[0]):
+            baselines[name] = (float(usual),) * 3
+    return baselines
+
+
+def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
+    """Return the measurements named `node`/<name>, by name."""
+    return {k.removeprefix(f"{node}/"): v.tolist() for k, v in measurements.items() if k.startswith(f"{node}/")}
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    """Open a surveyed run with the weights and the data root of the comparison."""
     return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root)
 
 
@@ -139,7 +136,6 @@ def measure_all(
 
     @functools.cache
     def evaluator() -> tuple[SampleEvaluator, Measurements]:
-        """Return the evaluator and the real-data baseline."""
         with usage_errors():
             built = SampleEvaluator(first.data, settings, type(processes)(processes.device))
         return built, {f"baseline/{name}": torch.tensor(metric) for name, metric in built.baseline().items()}
@@ -151,9 +147,7 @@ def measure_all(
                 open_surveyed(runs[k], cfg).module.check_sampler(samplers[k])
     total = 0
     if missing:
-        if processes.rank == 0:  # downloads or trains; the other processes read the result
-            evaluator()
-        processes.gather(None)
+        build_on_rank_0_first(processes, evaluator)
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
@@ -193,7 +187,6 @@ def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
 
 
 def data_digest(opened: OpenedRun) -> str:
-    """Return a digest of the validation data and of the size of the dataset."""
     opened.data.setup()
     source, indices = opened.data.source, opened.data.val_indices
     assert source is not None
@@ -215,8 +208,5 @@ def measurement_key(run: SurveyedRun, cfg: DictConfig, data: str, code: str, dev
 
 
 def code_digest() -> str:
-    """Return the SHA-256 of the files that determine the measurements."""
-    src = CONF.parent / "src"
-    paths = [src / name for name in MEASURING]
-    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    files = [file for pattern in MEASURING for file in sorted((CONF.parent / "src").glob(pattern))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -4,29 +4,18 @@ import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from src.comparison.grouping import common_settings, format_setting
 from src.comparison.plots import chart_name, draw_charts
-from src.comparison.report import (
-    LEGEND,
-    Report,
-    column_title,
-    cost_table,
-    group_order,
-    group_rows,
-    group_table,
-    report_markdown,
-    run_rows,
-    sorted_rankings,
-    write_csv,
-)
-from src.comparison.statistics import Ranking, describe_ranking, format_difference, format_p_value, headline
+from src.comparison.report import LEGEND, Report, column_title
+from src.comparison.statistics import Ranking, describe_ranking, format_difference, format_p_value
 from src.viz.figures import series_style
 from src.viz.tables import format_number, metric_title
 
 SYMBOLS = {"o": "●", "s": "■", "^": "▲"}  # of the line markers in the charts
 TEMPLATE = Path(__file__).with_suffix(".html")
-MAX_COLUMNS = 9
-"""Metrics in one table, so that it fits a page of 1200 pixels."""
+MAX_COLUMNS = 9  # metrics in one table, so that it fits a page of 1200 pixels
 
 
 def write_files(folder: Path, report: Report) -> Path:
@@ -35,9 +24,9 @@ def write_files(folder: Path, report: Report) -> Path:
     charts = draw_charts(report)
     for name, png in charts.items():
         (folder / f"{name}.png").write_bytes(png)
-    write_csv(folder / "runs.csv", run_rows(report))
-    write_csv(folder / "groups.csv", group_rows(report))
-    (folder / "comparison.md").write_text(report_markdown(report))
+    for name, rows in (("runs", report.run_rows()), ("groups", report.group_rows())):
+        pd.DataFrame(rows, dtype=object).to_csv(folder / f"{name}.csv", index=False)
+    (folder / "comparison.md").write_text(report.markdown())
     page = folder / "comparison.html"
     page.write_text(render_page(report, charts))
     return page
@@ -55,20 +44,18 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
         "title": metric_title,
         "uri": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
     }
-    rankings = sorted_rankings(report)
-    ranked, unranked = ([r for r in rankings if (r.best is None) == without] for without in (False, True))
+    rankings = [*report.ranked, *report.unranked]
     chunks = [rankings[k : k + MAX_COLUMNS] for k in range(0, len(rankings), MAX_COLUMNS)]
-    cost_header, costs = cost_table(report)
+    cost_header, costs = report.cost_table()
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
-        headline=headline(report.groups, report.rankings),
-        sentences=[describe_ranking(report.groups, r) for r in [*ranked[1:], *unranked]],
-        ranked=ranked,
-        unranked=unranked,
-        tables=[group_table(report, chunk) for chunk in chunks],
+        order=report.order,
+        ranked=report.ranked,
+        unranked=report.unranked,
+        sentences=[describe_ranking(report.groups, r) for r in [*report.ranked[1:], *report.unranked]],
+        tables=[report.group_table(chunk) for chunk in chunks],
         num_settings=len(report.groups[0].settings) or 1,
         best_cells=[[r.best for r in chunk] for chunk in chunks],
-        order=group_order(report),
         symbols=[(style["color"], SYMBOLS[style["marker"]]) for style in map(series_style, range(len(report.groups)))],
         legend=LEGEND,
         charts=charts,
@@ -83,7 +70,6 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
 
 def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Mapping[str, str] | None]]:
     """Return the difference of means, row minus column, of all pairs in the order of the page."""
-    order = group_order(report)
     cells: dict[tuple[int, int], dict[str, str]] = {}
     for pair in ranking.pairs:
         for a, b, sign in ((pair.first, pair.second, 1), (pair.second, pair.first, -1)):
@@ -93,6 +79,6 @@ def difference_matrix(report: Report, ranking: Ranking) -> Sequence[Sequence[Map
             kind = ("better" if better else "worse") if pair.verdict == "significant" else "same"
             names = f"{report.groups[a].label} minus {report.groups[b].label}"
             hint = f"{names}: {format_difference(signed)}, {format_p_value(pair.adjusted)}, {pair.verdict}"
-            width = (pair.high - pair.low) / 2
-            cells[a, b] = {"kind": kind, "value": format_number(signed.difference, width, "+"), "hint": hint}
-    return [[cells.get((a, b)) for b in order] for a in order]
+            value = format_number(signed.difference, (high - low) / 2, "+")
+            cells[a, b] = {"kind": kind, "value": value, "hint": hint}
+    return [[cells.get((a, b)) for b in report.order] for a in report.order]

@@ -2,26 +2,24 @@
 
 import io
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
-from src.comparison.report import Report, group_order, sorted_rankings
+from src.comparison.report import Report
 from src.comparison.statistics import Ranking
 from src.evaluation.likelihood import SPECTRUM
 from src.viz import charts, figures, images
 from src.viz.tables import metric_title
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+BAND = {"alpha": 0.18, "linewidth": 0}
 
 
 def draw_charts(report: Report) -> dict[str, bytes]:
-    """Return every chart and the samples as PNG by name."""
     drawn = {}
-    for ranking in sorted_rankings(report):
+    for ranking in report.rankings:
         if len({x for group in report.groups for x in group.values(ranking.metric)}) > 1:
             drawn[chart_name(ranking.metric)] = _seed_chart(report, ranking)
     runs = [run for group in report.runs for run in group]
@@ -38,16 +36,14 @@ def draw_charts(report: Report) -> dict[str, bytes]:
 
 
 def chart_name(metric: str) -> str:
-    """Return the name of a metric's chart, without slashes."""
     return f"metric_{metric.replace('/', '_')}"
 
 
 def _seed_chart(report: Report, ranking: Ranking) -> bytes:
     """Draw a row per group: a dot per seed, a bar at their mean, or the interval of a single seed."""
-    order = group_order(report)
     width = max(5.4, 3.3 + 0.075 * max(len(group.label) for group in report.groups))
-    figure, ((axes,),) = figures.new_figure(width, 1.2 + 0.26 * len(order))
-    for row, k in enumerate(order):
+    figure, ((axes,),) = figures.new_figure(width, 1.2 + 0.26 * len(report.groups))
+    for row, k in enumerate(report.order):
         group, style = report.groups[k], figures.series_style(k)
         values, color = group.values(ranking.metric), style["color"]
         axes.plot(values, [row] * len(values), style["marker"], color=color, markersize=5, alpha=0.75)
@@ -60,8 +56,8 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
         axes.axvline(baseline[0], color="0.5", linestyle="-.", linewidth=1.2)
         where = {"xycoords": ("data", "axes fraction"), "xytext": (3, 1), "textcoords": "offset points"}
         axes.annotate("real data", (baseline[0], 1.0), color="0.4", fontsize=8, **where)
-    axes.set_yticks(range(len(order)), [report.groups[k].label for k in order])
-    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_yticks(range(len(report.groups)), [report.groups[k].label for k in report.order])
+    axes.set_ylim(len(report.groups) - 0.5, -0.5)
     axes.locator_params(axis="x", nbins=6)
     direction = f"{ranking.direction} is better" if ranking.best is not None else "not ranked"
     axes.set_title(metric_title(ranking.metric), pad=16)
@@ -72,25 +68,22 @@ def _seed_chart(report: Report, ranking: Ranking) -> bytes:
 def _error_chart(report: Report, relative: bool) -> bytes:
     """Draw the error of eps over log-SNR: a line per group, and a band from the lowest to the highest seed."""
     centers = ((SPECTRUM[:-1] + SPECTRUM[1:]) / 2).numpy()
-    errors = [np.stack([run.error for run in runs]) for runs in report.runs]
-    means = np.stack([_reduce_finite(np.mean, each) for each in errors])
-    with np.errstate(all="ignore"):
-        scale = np.exp(_reduce_finite(np.mean, np.log(means))) if relative else np.ones(len(centers))
-    # The mean over groups is comparable only in bins that all groups have.
-    known = np.isfinite(means).all(0) if relative else np.ones(len(centers), bool)
+    errors = [_finite(np.stack([run.error for run in runs])) for runs in report.runs]
+    means = pd.DataFrame([each.mean() for each in errors])
+    # The mean over groups is comparable only in bins that all groups have; it is NaN in the others.
+    scale = np.exp(np.log(means).mean(skipna=False)) if relative else 1.0
 
-    def draw(axes: "Axes") -> None:
-        for k, each in enumerate(errors):
-            style = {**figures.series_style(k), "linewidth": 1.4, "markersize": 3}
-            axes.plot(centers, np.where(known, means[k] / scale, np.nan), label=report.groups[k].label, **style)
-            low, high = (np.where(known, _reduce_finite(end, each) / scale, np.nan) for end in (np.min, np.max))
-            axes.fill_between(centers, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        if relative:
-            axes.axhline(1, color="0.5", linewidth=0.8)
-
+    figure, axes = _line_figure(report)
+    for k, each in enumerate(errors):
+        style = {**figures.series_style(k), "linewidth": 1.4, "markersize": 3}
+        axes.plot(centers, each.mean() / scale, label=report.groups[k].label, **style)
+        axes.fill_between(centers, each.min() / scale, each.max() / scale, color=style["color"], **BAND)
+    if relative:
+        axes.axhline(1, color="0.5", linewidth=0.8)
     title = "Relative error of the predicted noise" if relative else "Error of the predicted noise"
     label = "error / geometric mean of groups" if relative else "mean squared error"
-    return _line_chart(report, draw, title, "log-SNR (noise left, data right)", f"{label} {charts.LOWER_IS_BETTER}")
+    axes.set(title=title, xlabel="log-SNR (noise left, data right)", ylabel=f"{label} {charts.LOWER_IS_BETTER}")
+    return _finish(figure, axes)
 
 
 def _training_chart(report: Report, name: str) -> bytes:
@@ -98,53 +91,43 @@ def _training_chart(report: Report, name: str) -> bytes:
 
     `train/loss` is smoothed; `val/loss` has a band from the lowest to the highest seed.
     """
-
-    def draw(axes: "Axes") -> None:
-        for k, runs in enumerate(report.runs):
-            logged = [dict(zip(*run.curves[name], strict=True)) for run in runs if name in run.curves]
-            if not logged:
-                continue
-            steps = sorted(set.intersection(*(set(each) for each in logged)))
-            values = np.array([[each[step] for step in steps] for each in logged])
-            line, style = _reduce_finite(np.mean, values), figures.series_style(k)
-            if name == "train/loss":
-                line = smoothed(line, max(1, len(steps) // 40))
-            elif len(logged) > 1:
-                low, high = _reduce_finite(np.min, values), _reduce_finite(np.max, values)
-                axes.fill_between(steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
-            style |= {} if len(steps) < 15 else {"marker": ""}
-            axes.plot(steps, line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
-
-    titles = {"train/loss": "Training loss (smoothed)", "val/loss": "Validation loss"}
-    return _line_chart(report, draw, titles[name], "step", f"{name} {charts.LOWER_IS_BETTER}")
+    figure, axes = _line_figure(report)
+    for k, runs in enumerate(report.runs):
+        logged = [dict(zip(*run.curves[name], strict=True)) for run in runs if name in run.curves]
+        table = _finite(pd.DataFrame(logged)).dropna(axis=1).sort_index(axis=1)  # a row per run, a column per step
+        line, style = table.mean(), figures.series_style(k)
+        if name == "train/loss":
+            line = line.rolling(2 * max(1, len(line) // 40) + 1, center=True, min_periods=1).mean()
+        else:
+            axes.fill_between(table.columns, table.min(), table.max(), color=style["color"], **BAND)
+        style |= {} if len(line) < 15 else {"marker": ""}
+        axes.plot(line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
+    title = "Training loss (smoothed)" if name == "train/loss" else "Validation loss"
+    axes.set(title=title, xlabel="step", ylabel=f"{name} {charts.LOWER_IS_BETTER}")
+    return _finish(figure, axes)
 
 
-def _line_chart(report: Report, draw: "Callable[[Axes], None]", title: str, xlabel: str, ylabel: str) -> bytes:
-    """Draw one chart with the legend of the groups below it."""
+def _line_figure(report: Report) -> tuple[Any, Any]:
+    """Return a figure with room for the legend of the groups, and its axes."""
     figure, ((axes,),) = figures.new_figure(5.4, 3.9 + 0.17 * math.ceil(len(report.groups) / 2))
-    draw(axes)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any) -> bytes:
     figures.set_log_scale(axes, "y")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     legend: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "fontsize": 8, "frameon": False}
     figure.legend(*axes.get_legend_handles_labels(), **legend)
     return _png(figures.render_figure(figure).quantize(192))  # half the size
 
 
-def _reduce_finite(reduce: Callable[..., Any], values: np.ndarray) -> np.ndarray:
-    """Reduce the first axis over finite values; return NaN where there are none."""
-    masked = np.ma.masked_invalid(values)
-    result: np.ndarray = np.ma.filled(reduce(masked, axis=0).astype(float), np.nan)
-    return result
-
-
-def smoothed(values: np.ndarray, radius: int) -> np.ndarray:
-    """Return the moving average over `radius` values before and after each value."""
-    return np.array([np.nanmean(values[max(0, k - radius) : k + radius + 1]) for k in range(len(values))])
+def _finite(values: np.ndarray | pd.DataFrame) -> pd.DataFrame:
+    """Return values as a table, whose means, minima and maxima exclude non-finite numbers."""
+    return pd.DataFrame(values).where(np.isfinite(values))
 
 
 def _sample_chart(report: Report) -> bytes | None:
     """Draw samples of each group's first seed, and validation data, with their labels."""
-    rows = {report.groups[k].label: report.runs[k][0].samples for k in group_order(report)}
+    rows = {report.groups[k].label: report.runs[k][0].samples for k in report.order}
     rows["validation data"] = report.real
     if not all(len(row) for row in rows.values()):
         return None

@@ -1,8 +1,4 @@
-"""Compare groups of runs and describe the results in text.
-
-Groups are compared by Welch's t-test (Welch 1947) over seeds, with Holm's correction (Holm 1979) over the tested
-pairs.
-"""
+"""Compare groups of runs by Welch's t-test over seeds, with Holm's correction over the tested pairs, in words."""
 
 import math
 import warnings
@@ -15,8 +11,7 @@ from typing import Literal, NamedTuple
 from src.comparison.grouping import LOSS_KEYS, Group, differing_in
 from src.viz.tables import better_direction, format_number, metric_title
 
-ALPHA = 0.05
-"""Significance level: the probability of a false positive in a family of tests."""
+ALPHA = 0.05  # significance level: the probability of a false positive in a family of tests
 MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
 """Metrics in the order of priority for the headline."""
 
@@ -47,7 +42,6 @@ class Pair(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the difference is significant at `ALPHA`."""
         if math.isnan(self.adjusted):
             return "single seed"
         return "significant" if self.adjusted < ALPHA else "not significant"
@@ -105,8 +99,7 @@ def holm(p: Sequence[float]) -> list[float]:
     known = sorted((k for k in range(len(p)) if not math.isnan(p[k])), key=lambda k: p[k])
     adjusted, largest = list(p), 0.0
     for rank, k in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p[k]))
-        adjusted[k] = largest
+        adjusted[k] = largest = max(largest, min(1.0, (len(known) - rank) * p[k]))
     return adjusted
 
 
@@ -152,7 +145,6 @@ def metrics_of(groups: Sequence[Group]) -> list[str]:
 
 
 def format_summary(each: Summary | None) -> str:
-    """Format mean ± standard deviation, to the second significant digit of the latter."""
     if each is None:
         return "-"
     if each.n == 1 or each.std == 0:
@@ -161,7 +153,6 @@ def format_summary(each: Summary | None) -> str:
 
 
 def format_difference(pair: Pair) -> str:
-    """Format a difference with its 95% interval, to the second significant digit of half the width."""
     width = (pair.high - pair.low) / 2
     if math.isnan(width) or width <= 0:
         return format_number(pair.difference, sign="+")
@@ -170,7 +161,6 @@ def format_difference(pair: Pair) -> str:
 
 
 def format_p_value(p: float) -> str:
-    """Format a p-value."""
     return "-" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
@@ -215,7 +205,6 @@ def describe_ranking(groups: Sequence[Group], ranking: Ranking) -> str:
 
 
 def headline(groups: Sequence[Group], rankings: Sequence[Ranking]) -> str:
-    """Return the sentence on the main metric."""
     if len(groups) == 1:
         return f"All {len(groups[0].records)} runs have the same settings and differ only in their seed."
     main = next((ranking for ranking in rankings if ranking.best is not None), None)

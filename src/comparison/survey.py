@@ -1,7 +1,6 @@
 """Find the runs to compare."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,15 +35,14 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
             "sweep under outputs/sweeps" + newest_run("runs", Path("outputs"))
         )
     folders: list[Path] = []
-
-    def by_number(folder: Path) -> tuple[float, str]:
-        return int(folder.name) if folder.name.isdecimal() else math.inf, folder.name
-
-    for name in map(str, paths):
-        folder = Path(name)
+    for folder in map(Path, paths):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder.resolve()}: runs=... takes folders of runs or sweeps")
-        inside = [folder] if is_run(folder) else sorted(filter(is_run, folder.iterdir()), key=by_number)
+        inside = [folder]
+        if not is_run(folder):
+            inside = sorted(
+                filter(is_run, folder.iterdir()), key=lambda job: (job.name.isdecimal() and int(job.name), job.name)
+            )
         if not inside:
             hint = newest_run("runs", folder) or ": runs=... takes folders of runs or sweeps"
             raise ValueError(f"no run in {folder}{hint}")
@@ -53,7 +51,6 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a run was started in this folder."""
     return (folder / "checkpoints").is_dir() or (folder / "train.log").is_file()
 
 
@@ -62,22 +59,17 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
     runs: dict[str, SurveyedRun] = {}
     notes = []
     for folder in folders:
-        try:
-            metrics = json.loads((folder / "metrics.json").read_text())
-        except FileNotFoundError:
+        if not (folder / "metrics.json").is_file():
             notes.append(f"{folder}: unfinished, without metrics.json")
             continue
-        except (OSError, ValueError) as error:
-            notes.append(f"{folder}: cannot read metrics.json ({' '.join(str(error).split())})")
-            continue
-        if not isinstance(metrics, dict) or metrics.get("val/loss", 0.0) is None:
-            notes.append(f"{folder}: training diverged, val/loss is not finite")
-            continue
         try:
+            metrics = json.loads((folder / "metrics.json").read_text())
+            if metrics.get("val/loss", 0.0) is None:
+                raise ValueError("training diverged, val/loss is not finite")
             checkpoint = find_checkpoint(str(folder), None)
             settings = read_checkpoint(checkpoint)["hyper_parameters"]
         except (OSError, ValueError) as error:
-            notes.append(" ".join(str(error).split()))
+            notes.append(f"{folder}: {' '.join(str(error).split())}")
             continue
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         typed_overrides, choices = saved_choices(folder)

@@ -16,28 +16,30 @@ from src.data.conditions import Classes
 from src.data.glyphs import GlyphSource
 from src.data.module import BaseDataModule
 from src.data.scene_images import PLACES, paint, place, render
-from src.data.scenes import ATTRIBUTES, WORDINGS, Scene, describe_scene, parse_scene
+from src.data.scenes import ATTRIBUTES, WORDINGS, Object, Scene, describe_scene, parse_scene
 from src.data.shapes import Shapes
 from src.data.text import TextCondition
 from src.distributed.processes import Processes
-from src.evaluation.glyphs import GlyphBenchmark
-from src.evaluation.quality import fetch_for_display, train_data_classifier
-from src.evaluation.reverse_variance import Progress
+from src.evaluation.quality import (
+    build_on_rank_0_first,
+    fetch_for_display,
+    metric_device,
+    quantize,
+    train_data_classifier,
+)
 from src.evaluation.settings import DETECTOR_STEPS, AlignmentSettings
 from src.metrics.confidence import Metric, metric_name, wilson
 from src.metrics.detector import Detections, LabeledImages, train_detector
+from src.metrics.retrieval import target_ranks
 from src.rng import key
 
-MIN_ACCURACY = 0.99
-"""Accuracy that the detector needs in each attribute, on renders that it was not trained on."""
-TEST_RENDERS = 2000
-"""Renders that measure this accuracy."""
-PER_CAPTION = 8
-"""Samples per caption, if there are enough."""
-MAX_REAL = 32
-"""Real images per prompt that define the unit of diversity."""
-OBJECT_ATTRIBUTES = ("shape", "color", "size")
-"""Attributes that the detector of shapes predicts for each object."""
+MIN_ACCURACY = 0.99  # accuracy that the detector needs in each attribute, on renders that it was not trained on
+TEST_RENDERS = 2000  # renders that measure this accuracy
+PER_CAPTION = 8  # samples per caption, if there are enough
+MAX_REAL = 32  # real images per prompt that define the unit of diversity
+TOP = 5  # A glyph is among the `TOP` nearest
+NOISE = 0.1  # standard deviation of the noise that tests whether the nearest glyph is found; pixels are in [0, 1]
+OBJECT_ATTRIBUTES = ("shape", "color", "size")  # attributes that the detector of shapes predicts for each object
 
 
 class PromptBenchmark(Protocol):
@@ -58,33 +60,23 @@ class PromptBenchmark(Protocol):
         ...
 
 
-def build_benchmark(
-    data: BaseDataModule, settings: AlignmentSettings, processes: Processes, progress: Progress = lambda steps: steps
-) -> PromptBenchmark | None:
+def build_benchmark(data: BaseDataModule, settings: AlignmentSettings, processes: Processes) -> PromptBenchmark | None:
     """Return the benchmark for a run's data, or None if there is none. Every process must call this.
 
-    Rank 0 trains the scorer while the others wait and then read it from the cache. `progress` wraps the detector's
-    training steps. Raises ValueError for invalid settings, and for a detector that is not accurate enough.
+    Raises ValueError for invalid settings, and for a detector that is not accurate enough.
     """
     settings.check()
     data.setup()
-    shapes = isinstance(data.source, Shapes) and data.condition is not None
-    glyphs = isinstance(data.source, GlyphSource) and isinstance(data.condition, TextCondition)
-    if not shapes and not glyphs and not (isinstance(data.condition, Classes) and len(data.shape) == 3):
+    benchmark: type[ShapesBenchmark | GlyphBenchmark | ClassBenchmark]
+    if isinstance(data.source, Shapes) and data.condition is not None:
+        benchmark = ShapesBenchmark
+    elif isinstance(data.source, GlyphSource) and isinstance(data.condition, TextCondition):
+        benchmark = GlyphBenchmark
+    elif isinstance(data.condition, Classes) and len(data.shape) == 3:
+        benchmark = ClassBenchmark
+    else:
         return None
-
-    def build() -> PromptBenchmark:
-        if shapes:
-            return ShapesBenchmark(data, settings, device, progress)
-        if glyphs:
-            return GlyphBenchmark(data, settings)
-        return ClassBenchmark(data, settings, device)
-
-    # MPS has no float64, which the metrics need.
-    device = torch.device("cpu") if processes.device.type == "mps" else processes.device
-    benchmark = build() if processes.rank == 0 else None
-    processes.gather(None)
-    return benchmark or build()
+    return build_on_rank_0_first(processes, lambda: benchmark(data, settings, metric_device(processes)))
 
 
 class ClassBenchmark:
@@ -119,9 +111,7 @@ class ClassBenchmark:
         assert self.data.source is not None and self.data.source.labels is not None
         labels = self.data.source.labels.targets
         indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
-        if not indices:
-            return torch.empty(0, *self.data.shape, dtype=torch.uint8)
-        return fetch_for_display(self.data, indices)
+        return fetch_for_display(self.data, indices) if indices else torch.empty(0, *self.data.shape)
 
 
 def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
@@ -131,35 +121,35 @@ def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
     the position or relation. `shape`, `color` and `size` must match in all objects. A surplus object counts
     against `number` only. `position` is the nearest named position; `relation` is `spatial_relation`.
     """
-    wanted = [tuple(ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES) for each in scene.objects]
+    wanted = [object_classes(each) for each in scene.objects]
     found = len(detected.attributes)
-    candidates = [*range(found), *[None] * len(wanted)][: max(found, len(wanted))]
-    best: tuple[tuple[int, bool], dict[str, bool]] | None = None
-    for assigned in itertools.permutations(candidates, len(wanted)):
+    spatial_name = "position" if scene.relation is None else "relation"
+    results = []
+    for assigned in itertools.permutations(range(max(found, len(wanted))), len(wanted)):
         matches = [
-            [k is not None and detected.attributes[k][q] == own[q] for q in range(len(OBJECT_ATTRIBUTES))]
+            [k < found and detected.attributes[k][q] == own[q] for q in range(len(OBJECT_ATTRIBUTES))]
             for k, own in zip(assigned, wanted, strict=True)
         ]
-        columns = zip(*matches, strict=True)
-        correct = {a: all(column) for a, column in zip(OBJECT_ATTRIBUTES, columns, strict=True)}
-        centers = [None if k is None else detected.centers[k] for k in assigned]
-        if scene.relation is None:
-            spatial = centers[0] is not None and nearest_position(centers[0]) == scene.objects[0].position
-            correct["position"] = spatial
+        correct = dict(zip(OBJECT_ATTRIBUTES, map(all, zip(*matches, strict=True)), strict=True))
+        centers = [detected.centers[k] for k in assigned if k < found]
+        if len(centers) < len(wanted):
+            correct[spatial_name] = False
+        elif scene.relation is None:
+            correct[spatial_name] = nearest_position(centers[0]) == scene.objects[0].position
         else:
-            first, second = centers
-            spatial = first is not None and second is not None and spatial_relation(first, second) == scene.relation
-            correct["relation"] = spatial
-        score = (sum(map(sum, matches)), spatial)
-        if best is None or score > best[0]:
-            best = score, correct
-    assert best is not None
+            correct[spatial_name] = spatial_relation(*centers) == scene.relation
+        results.append((sum(map(sum, matches)), correct))
+    _, best = max(results, key=lambda result: (result[0], result[1][spatial_name]))
     background = detected.background == ATTRIBUTES["background"].index(scene.background)
-    return {"number": found == len(wanted), **best[1], "background": background}
+    return {"number": found == len(wanted), **best, "background": background}
+
+
+def object_classes(each: Object) -> tuple[int, ...]:
+    """Return the index of each of an object's `OBJECT_ATTRIBUTES`."""
+    return tuple(ATTRIBUTES[name].index(getattr(each, name)) for name in OBJECT_ATTRIBUTES)
 
 
 def nearest_position(center: tuple[float, float]) -> str:
-    """Return the named position nearest to a center (x, y)."""
     return min(PLACES, key=lambda position: math.dist(PLACES[position], center))
 
 
@@ -180,9 +170,7 @@ class ShapesBenchmark:
 
     attributes: Sequence[str] = ("number", *OBJECT_ATTRIBUTES, "position", "relation", "background")
 
-    def __init__(
-        self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device, progress: Progress
-    ) -> None:
+    def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
         assert isinstance(data.source, Shapes)
         self.data, self.source = data, data.source
         self.seed = settings.seed
@@ -203,7 +191,6 @@ class ShapesBenchmark:
             len(ATTRIBUTES["background"]),
             settings.detector_steps,
             settings.cache,
-            progress,
             device=device,
         )
         self.detector_accuracy: Mapping[str, Metric] = self._test_detector(settings.detector_steps)
@@ -213,16 +200,12 @@ class ShapesBenchmark:
 
     def real(self, prompt: str) -> Tensor:
         seeds = [key(self.seed, "real", prompt, k) for k in range(MAX_REAL)]
-        return self._display(render([parse_scene(prompt)] * MAX_REAL, self.source.image_size, seeds))
+        return quantize(self.data, render([parse_scene(prompt)] * MAX_REAL, self.source.image_size, seeds))
 
     def _score(self, images: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        result = torch.full((len(images), len(self.attributes)), math.nan, dtype=torch.float64)
-        for k, (scene, detected) in enumerate(zip(scenes, self.detector(images), strict=True)):
-            matches = match_scene(scene, detected)
-            for column, attribute in enumerate(self.attributes):
-                if attribute in matches:
-                    result[k, column] = matches[attribute]
-        return result
+        matches = [match_scene(*pair) for pair in zip(scenes, self.detector(images), strict=True)]
+        rows = [[float(each.get(attribute, math.nan)) for attribute in self.attributes] for each in matches]
+        return torch.tensor(rows, dtype=torch.float64)
 
     def _render_batch(self, step: int, count: int = 32) -> LabeledImages:
         """Render random scenes of one and two objects to train the detector on."""
@@ -232,18 +215,17 @@ class ShapesBenchmark:
         attributes = torch.zeros(count, 2, len(OBJECT_ATTRIBUTES), dtype=torch.int64)
         for n, scene in enumerate(scenes):
             for k, each in enumerate(scene.objects):
-                attributes[n, k] = torch.tensor([ATTRIBUTES[a].index(getattr(each, a)) for a in OBJECT_ATTRIBUTES])
+                attributes[n, k] = torch.tensor(object_classes(each))
         background = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
         present = placed.shape >= 0
         centers = torch.where(present[..., None], placed.center, math.nan).float()
-        images = self._display(paint(placed, self.source.image_size))
+        images = quantize(self.data, paint(placed, self.source.image_size))
         return LabeledImages(images, centers, attributes, background)
 
     def _test_detector(self, steps: int) -> dict[str, Metric]:
-        """Return the detector's accuracy on renders that it was not trained on."""
         scenes = self._train_source.any_scenes(TEST_RENDERS, key("judge", "tested"))
         seeds = [key("judge", "tested", k) for k in range(TEST_RENDERS)]
-        images = self._display(render(scenes, self.source.image_size, seeds))
+        images = quantize(self.data, render(scenes, self.source.image_size, seeds))
         accuracy = attribute_accuracy(self.attributes, self._score(images, scenes))
         worst = min(accuracy, key=lambda each: accuracy[each].value if not each.startswith("all_") else math.inf)
         if accuracy[worst].value < MIN_ACCURACY:
@@ -256,9 +238,48 @@ class ShapesBenchmark:
             warnings.warn(message, stacklevel=2)
         return accuracy
 
-    def _display(self, images: Tensor) -> Tensor:
-        """Quantize images to the number of values of the data, as for generated samples."""
-        return self.data.postprocess(self.data.preprocess(images))
+
+class GlyphBenchmark:
+    """Captions of held-out and of training glyphs. A sample is correct if the nearest of all glyphs is the right one.
+
+    `top_1` and `top_5` are the fractions of samples whose glyph is the nearest, and among the five nearest.
+    """
+
+    attributes: Sequence[str] = ("top_1", f"top_{TOP}")
+
+    def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
+        assert isinstance(data.source, GlyphSource)
+        self.data, self.source = data, data.source
+        glyphs = self.source.glyphs
+        trained = [self.source.seen[k] for k in data.train_indices if glyphs.parts[self.source.seen[k]]]
+        trained.sort(key=lambda i: key(settings.seed, "glyph", glyphs.ids[i]))
+        self.n = settings.n or len(self.source.held_out) or 200
+        of_group = {"held out": self.source.held_out[: self.n], "seen": trained[: self.n]}
+        self._index = {glyphs.captions[i]: i for indices in of_group.values() for i in indices}
+        # Pictures show the first captions, and their font has no CJK.
+        self.prompts: Mapping[str, Sequence[str]] = {
+            group: sorted((glyphs.captions[i] for i in indices), key=lambda caption: not caption.isascii())
+            for group, indices in of_group.items()
+            if indices
+        }
+        self._references = quantize(data, glyphs.images)
+        self.detector_accuracy: Mapping[str, Metric] = self._test()
+
+    def correct(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        targets = torch.tensor([self._index[prompt] for prompt in prompts])
+        ranks = target_ranks(images, self._references, targets)
+        return torch.stack([ranks < 1, ranks < TOP], dim=1).double()
+
+    def real(self, prompt: str) -> Tensor:
+        return self._references[self._index[prompt]][None]
+
+    def _test(self) -> dict[str, Metric]:
+        """Return how often a glyph with noise is the nearest to itself."""
+        prompts = [prompt for group in self.prompts.values() for prompt in group]
+        clean = torch.cat([self.real(prompt) for prompt in prompts])
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        noisy = (clean.float() + 255 * NOISE * noise).clamp(0, 255).to(torch.uint8)
+        return attribute_accuracy(self.attributes, self.correct(noisy, prompts))
 
 
 def attribute_accuracy(attributes: Sequence[str], correct: Tensor) -> dict[str, Metric]:

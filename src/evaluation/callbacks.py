@@ -7,7 +7,6 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from src.data.conditions import encode_conditions
@@ -16,7 +15,7 @@ from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.likelihood import bounds
 from src.evaluation.quality import SampleEvaluator, estimate_seconds, log
-from src.evaluation.reverse_variance import ErrorSums
+from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.settings import QualitySettings, ReverseVariance, check_num_val, check_reverse_variance
 from src.training.callbacks.graceful_shutdown import check_stop_requested
 from src.training.module import DiffusionModule, Sampler
@@ -26,9 +25,8 @@ class BitsPerDim(L.Callback):
     """Log `val/bits_per_dim`: an estimate of the bound with the averaged weights by `likelihood.bounds`.
 
     The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
-    network call per term; `optimal` doubles the calls (5120 by default, as many as validation on 5120 samples). It
-    runs at the end of training, or at every validation. The samples are divided equally among the processes; the
-    remainder is dropped.
+    network call per term; `optimal` doubles the calls. It runs at the end of training, or at every validation. The
+    samples are divided equally among the processes; the remainder is dropped.
     """
 
     def __init__(
@@ -62,14 +60,7 @@ class BitsPerDim(L.Callback):
         device = pl_module.device
         cond = encode_conditions(data.condition, data.source, indices)
         share, size = len(x) // trainer.world_size, data.microbatch_size(trainer)
-        first = trainer.global_rank * share
-        stop = first + share
-        if self.reverse_variance == "optimal" and share * trainer.world_size < 2:
-            rank_zero_warn(
-                "skipping val/bits_per_dim: callbacks.bits_per_dim.reverse_variance=optimal needs at least 2 "
-                "validation samples, found 1; raise data.val_fraction, or use reverse_variance=fixed_large"
-            )
-            return
+        own = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)
 
         def load(positions: range) -> tuple[Tensor, Tensor | None]:
             if trainer.state.fn == TrainerFn.FITTING:
@@ -77,17 +68,14 @@ class BitsPerDim(L.Callback):
             part = slice(positions.start, positions.stop)
             return x[part].to(device), None if cond is None else cond[part].to(device)
 
-        def reduce_errors(errors: ErrorSums) -> ErrorSums:
-            flat = torch.cat([part.flatten() for part in errors]).to(device, torch.float32)
-            summed = trainer.strategy.all_gather(flat).view(-1, len(flat)).sum(0).cpu().double()
-            pieces = torch.split(summed, [part.numel() for part in errors])
-            return ErrorSums(*(piece.view_as(part) for piece, part in zip(pieces, errors, strict=True)))
-
-        parts = [range(start, min(start + size, stop)) for start in range(first, stop, size)]
+        parts = [own[start : start + size] for start in range(0, share, size)]
         settings = self.seed, self.num_terms, self.reverse_variance
-        results = bounds(pl_module, parts, load, *settings, reduce_errors=reduce_errors)
-        mean = torch.cat([part.total for part in results]).mean().to(device, torch.float32)
-        pl_module.log("val/bits_per_dim", trainer.strategy.all_gather(mean).mean(), rank_zero_only=False)
+        processes = Processes(device, trainer.global_rank, trainer.world_size)
+        results = bounds(
+            pl_module, parts, load, *settings, reduce_errors=lambda errors: sum_errors(processes.gather(errors))
+        )
+        totals = processes.gather(torch.cat([part.total for part in results]))
+        pl_module.log("val/bits_per_dim", torch.cat(totals).mean().to(device, torch.float32), rank_zero_only=False)
 
 
 class Quality(L.Callback):
@@ -149,15 +137,14 @@ class Quality(L.Callback):
             generated = self._evaluator.draw(
                 pl_module,
                 self._sampler(pl_module),
-                lambda _: None,
-                lambda: check_stop_requested(trainer) if fitting else None,
-                data.condition,
+                on_step=lambda: check_stop_requested(trainer) if fitting else None,
+                condition=data.condition,
             )
         except ValueError as error:
             if trainer.is_global_zero:
                 warnings.warn(f"skipping callbacks.quality: {error}", stacklevel=2)
             return
-        measured = self._evaluator.measure([generated], lambda batches: batches)
+        measured = self._evaluator.measure([generated])
         values = {name: metric.value for each in measured for name, metric in each.metrics.items()}
         for name, value in trainer.strategy.broadcast(values).items():
             pl_module.log(f"quality/{name}", value)

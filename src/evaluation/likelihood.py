@@ -1,7 +1,7 @@
 """Likelihood of validation data: the variational bound and the probability flow."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ from src.diffusion.likelihood import flow_slope, prior_bits, transition_bits
 from src.diffusion.noise import Schedule, Transition, per_sample
 from src.diffusion.samplers import predictor
 from src.evaluation.reverse_variance import (
+    Advance,
     ErrorSums,
-    Progress,
     fixed_log_variances,
     measure_errors,
     optimal_log_variances,
@@ -32,8 +32,7 @@ from src.training.module import DiffusionModule
 Load = Callable[[range], tuple[Tensor, Tensor | None]]
 """Positions in the validation set -> samples (N, *data) and their conditions (N, ...), on the module's device."""
 
-SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)
-"""Edges of the log-SNR bins in which the error is shown."""
+SPECTRUM = torch.arange(-20, 21, dtype=torch.float64)  # edges of the log-SNR bins in which the error is shown
 
 
 class Bound(NamedTuple):
@@ -69,14 +68,14 @@ def bounds(
     seed: int,
     num_terms: int | None,
     variance: ReverseVariance,
-    show: Callable[[range, Iterable[int]], Iterable[int]] = lambda part, passes: passes,
+    advance: Advance = lambda count: None,
     reduce_errors: Callable[[ErrorSums], ErrorSums] = lambda errors: errors,
 ) -> list[Bound]:
     """Return the bound of the validation samples at each of `parts`, with the chosen reverse variance.
 
     `optimal` first measures the error of x_0 in each half of the samples, and gives each half the variance from the
     error of the other. No sample affects its own variance, so the result remains a bound. `reduce_errors` sums the
-    errors over all processes. `show` wraps the network calls of a part in a progress bar; twice for `optimal`.
+    errors over all processes. `advance` receives the number of samples of each network call.
     """
     schedule, diffusion = module.schedule, module.diffusion
     log_variance = None
@@ -84,15 +83,14 @@ def bounds(
         errors = zero_errors(diffusion, schedule)
         for part in parts:
             x, cond = load(part)
-            measured = measure_errors(module, x, seed, num_terms, partial(show, part), part.start, cond)
-            errors = sum_errors([errors, measured])
+            errors = sum_errors([errors, measure_errors(module, x, seed, num_terms, part.start, cond, advance)])
         log_variance = optimal_log_variances(reduce_errors(errors), diffusion, schedule)
     elif variance != "trained":
         log_variance = fixed_log_variances(variance, diffusion, schedule)
     results = []
     for part in parts:
         x, cond = load(part)
-        results.append(bound(module, x, seed, num_terms, partial(show, part), part.start, cond, log_variance))
+        results.append(bound(module, x, seed, num_terms, part.start, cond, log_variance, advance))
     return results
 
 
@@ -102,10 +100,10 @@ def bound(
     x: Tensor,
     seed: int,
     num_terms: int | None,
-    progress: Progress,
     start: int = 0,
     cond: Tensor | None = None,
     log_variance: Tensor | None = None,
+    advance: Advance = lambda count: None,
 ) -> Bound:
     """Return the bound of x (N, *data) over all T transitions, or an estimate from the decoder and `num_terms` others.
 
@@ -127,7 +125,7 @@ def bound(
     total = prior.clone()
     halves = None if log_variance is None else sample_halves(x)
     probs = None if num_terms is None else transition_probs(schedule)
-    for k in progress(range(steps if num_terms is None else num_terms + 1)):
+    for k in range(steps if num_terms is None else num_terms + 1):
         rng = StepRng(seed, k, start, len(x), x.device)
         weight = torch.ones(len(x), dtype=torch.float64)
         rows = torch.full((len(x),), k)
@@ -135,9 +133,7 @@ def bound(
             transition = Transition(schedule.row(k), schedule.row(k - 1), steps)
         else:
             assert num_terms is not None
-            if k == 0:
-                rows = torch.zeros_like(rows)
-            else:
+            if k > 0:
                 place = (k - 1 + rng.uniform("link").cpu().double()) / num_terms
                 rows = 1 + torch.searchsorted(probs.cumsum(0), place, right=True).clamp(max=steps - 2)
                 weight = 1 / (num_terms * probs[rows - 1])
@@ -151,6 +147,7 @@ def bound(
         total += bits * weight
         for table, values in ((sums, bits), (errors, mse), (counts, torch.ones_like(bits))):
             table.index_add_(0, rows, values)
+        advance(len(x))
     return Bound(prior, total, counts, sums, errors)
 
 

@@ -11,17 +11,18 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from src.cache import digest
 from src.data.conditions import Condition, encode_conditions
 from src.data.module import BaseDataModule
 from src.data.table import TableDataModule
 from src.distributed.processes import Processes
-from src.evaluation.reverse_variance import Progress
+from src.evaluation.reverse_variance import Advance
 from src.evaluation.settings import QualitySettings
 from src.metrics.classifier import Classifier, train_classifier
 from src.metrics.collected import Collected, collect_once
@@ -33,11 +34,10 @@ from src.rng import key
 from src.training.module import DiffusionModule, Sampler
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-MIN_REAL = 6
-"""Minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor."""
-FEW_VAL = 100
-"""Below this many validation samples, metrics depend on the split, which their intervals do not cover."""
+MIN_REAL = 6  # minimum numbers of training and of validation samples: the metrics use the fifth nearest neighbor
+FEW_VAL = 100  # below this many validation samples, metrics depend on the split, which their intervals do not cover
 MAX_PIXELS = 4096
 """Maximum number of values of an image for features=pixels: the covariance has the square of this size."""
 MAX_CLASSIFIER_IMAGES = 20_000
@@ -76,13 +76,8 @@ class SampleEvaluator:
         self.data = data
         self.settings = settings
         self.processes = processes
-        # MPS has no float64.
-        self.device = torch.device("cpu") if processes.device.type == "mps" else processes.device
-        if processes.rank == 0:  # downloads or trains; the other processes read the result
-            self.extractors = self._open_extractors()
-        processes.gather(None)
-        if processes.rank > 0:
-            self.extractors = self._open_extractors()
+        self.device = metric_device(processes)
+        self.extractors = build_on_rank_0_first(processes, self._open_extractors)
         own: Extractor = Pixels() if len(data.shape) == 3 else values_of(data)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Feature spaces in which copies are searched; always includes the space of the data."""
@@ -95,56 +90,42 @@ class SampleEvaluator:
         self,
         module: DiffusionModule,
         sampler: Sampler,
-        progress: Callable[[int], object],
+        advance: Advance = lambda count: None,
         on_step: Callable[[], object] = lambda: None,
         condition: Condition | None = None,
     ) -> GeneratedSamples:
-        """Draw `settings.n` samples, divided among the processes. `progress` receives the number of further samples.
+        """Draw `settings.n` samples by `draw_batches`, with the conditions of training samples.
 
-        Sample k equals that of `src.sample` with the same seed; its condition, if the module takes one, is that of
-        some training sample. `on_step` is called at every noise level.
-
-        Raises ValueError, in all processes, if any sample is not finite.
+        Sample k equals that of `src.sample` with the same seed.
         """
-        assert self.data.source is not None
-        n, max_features, count = self.settings.n, self.settings.max_features, self.processes.count
-        size = min(self.settings.batch_size, n)
-        # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
-        turns = -(-n // (size * count))
+        settings, source = self.settings, self.data.source
+        assert source is not None
+
+        def encode(numbers: range) -> Tensor | None:
+            return encode_conditions(condition, source, self.data.condition_indices(numbers, settings.seed))
+
         collected: dict[str, Collected] = {}
         first: list[Tensor] = []
-        seconds, num_corrupted = 0.0, 0
-        for turn in range(turns):
-            start = (turn * count + self.processes.rank) * size
-            began = time.perf_counter()
-            numbers = range(start, start + size)
-            indices = self.data.condition_indices(numbers, self.settings.seed)
-            cond = encode_conditions(condition, self.data.source, indices)
-            for x in module.sample(numbers, self.settings.seed, sampler, cond=cond):  # noqa: B007
-                on_step()
-            x = x[: max(0, n - start)]
-            finite = x.isfinite().flatten(1).all(1)
-            num_corrupted += int((~finite).sum())
-            # Zeros replace corrupted samples until all processes raise together below.
-            display = self.data.postprocess(torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)).to(self.device)
+        seconds, began = 0.0, time.perf_counter()
+        size = min(settings.batch_size, settings.n)
+        for start, x in draw_batches(
+            module, sampler, settings.n, size, settings.seed, self.processes, encode, advance, on_step
+        ):
+            display = self.data.postprocess(x).to(self.device)
             _synchronize(self.processes.device)
             seconds += time.perf_counter() - began
             if len(display):
                 for extractor in self.extractors:
-                    part = Collected.of(extractor(display), start, max_features).to("cpu")
+                    part = Collected.of(extractor(display), start, settings.max_features).to("cpu")
                     before = collected.get(extractor.name)
-                    collected[extractor.name] = before.merge(part, max_features) if before else part
-            first.append(display[: max(0, self.settings.num_memorization - start)].cpu())
-            progress(min(size * count, n - turn * count * size))
-        if num_corrupted := sum(self.processes.gather(num_corrupted)):
-            raise ValueError(
-                f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... is unsuitable"
-            )
+                    collected[extractor.name] = before.merge(part, settings.max_features) if before else part
+            first.append(display[: max(0, settings.num_memorization - start)].cpu())
+            began = time.perf_counter()
         return GeneratedSamples(
             {e.name: self._merge(collected.get(e.name)) for e in self.extractors},
             torch.cat(self.processes.gather_in_turn(first)),
             module.network_calls(sampler),
-            sum(self.processes.gather(seconds)) / (turns * count * size),
+            sum(self.processes.gather(seconds)) / (len(first) * self.processes.count * size),
         )
 
     def baseline(self) -> dict[str, Metric]:
@@ -154,11 +135,11 @@ class SampleEvaluator:
         collected = self._collect([self._baseline_indices[k] for k in order])
         return self._compute_metrics(collected) if self.processes.rank == 0 else {}
 
-    def measure(self, generated: Sequence[GeneratedSamples], progress: Progress) -> list[SampleMetrics]:
-        """Return the metrics of each sampler; rank 0 only. `progress` wraps the batches of training data."""
+    def measure(self, generated: Sequence[GeneratedSamples], show_progress: bool = False) -> list[SampleMetrics]:
+        """Return the metrics of each sampler; rank 0 only."""
         count = min(self.settings.num_memorization, len(self.data.val_indices))
         groups = [fetch_for_display(self.data, self.data.val_indices[:count]), *(g.first for g in generated)]
-        neighbors = self._nearest(torch.cat(groups), progress)
+        neighbors = self._nearest(torch.cat(groups), show_progress)
         if self.processes.rank > 0:
             return []
         sizes = [len(group) for group in groups]
@@ -179,11 +160,10 @@ class SampleEvaluator:
         return results
 
     def training_samples(self, positions: Tensor) -> Tensor:
-        """Return the training samples at these positions (M,) after `postprocess`."""
         return fetch_for_display(self.data, [self.data.train_indices[k] for k in positions.tolist()])
 
     def _open_extractors(self) -> list[Extractor]:
-        device, settings = self.device, self.settings
+        settings = self.settings
         if len(self.data.shape) != 3:
             if settings.features:
                 raise ValueError(f"features={','.join(settings.features)} needs images; leave it out")
@@ -192,33 +172,30 @@ class SampleEvaluator:
             return [values_of(self.data)]
         assert self.data.source is not None
         names = settings.features or ["classifier" if self.data.source.labels else "pixels"]
-        extractors: list[Extractor] = []
-        for name in dict.fromkeys(names):
-            match name:
-                case "pixels":
-                    if (size := math.prod(self.data.shape)) > MAX_PIXELS:
-                        raise ValueError(
-                            f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
-                        )
-                    extractors.append(Pixels())
-                case "classifier":
-                    if not (labels := self.data.source.labels):
-                        raise ValueError(
-                            "features=classifier needs labels: use features=pixels, or a folder of images per class"
-                        )
-                    classifier, _ = train_data_classifier(self.data, settings.cache, device)
-                    extractors.append(classifier)
-                    if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
-                        warnings.warn(
-                            f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to "
-                            "chance: choose other features=...",
-                            stacklevel=2,
-                        )
-                case "inception":
-                    extractors.append(Inception(settings.inception_weights, device))
-                case "dinov2":
-                    extractors.append(DinoV2(settings.dinov2_model, device))
-        return extractors
+        return [self._open_extractor(name) for name in dict.fromkeys(names)]
+
+    def _open_extractor(self, name: str) -> Extractor:
+        if name == "inception":
+            return Inception(self.settings.inception_weights, self.device)
+        if name == "dinov2":
+            return DinoV2(self.settings.dinov2_model, self.device)
+        if name == "pixels":
+            if (size := math.prod(self.data.shape)) > MAX_PIXELS:
+                raise ValueError(
+                    f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
+                )
+            return Pixels()
+        assert self.data.source is not None
+        if not (labels := self.data.source.labels):
+            raise ValueError("features=classifier needs labels: use features=pixels, or a folder of images per class")
+        classifier, _ = train_data_classifier(self.data, self.settings.cache, self.device)
+        if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
+            warnings.warn(
+                f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to chance: choose "
+                "other features=...",
+                stacklevel=2,
+            )
+        return classifier
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """Yield this process's batches on its device, each with the position of its first sample."""
@@ -253,17 +230,18 @@ class SampleEvaluator:
                 metrics |= image_metrics(name, each, reference, self.settings.seed)
         return metrics
 
-    def _nearest(self, samples: Tensor, progress: Progress) -> dict[str, Nearest]:
+    def _nearest(self, samples: Tensor, show_progress: bool) -> dict[str, Nearest]:
         """Return the nearest training samples of (N, *data) in each space; each process searches a part."""
-        size, device = self.settings.batch_size, self.device
+        parts = torch.split(samples, self.settings.batch_size)
         queries = {
-            name: torch.cat([space(part.to(device)).features for part in torch.split(samples, size)])
+            name: torch.cat([space(part.to(self.device)).features for part in parts])
             for name, space in self.spaces.items()
         }
         result = {name: Nearest.none(x) for name, x in queries.items()}
         batches = self._batches(self.data.train_indices)
-        for _ in progress(self.processes.share(range(0, len(self.data.train_indices), size))):
-            start, x = next(batches)
+        total = -(-len(self.data.train_indices) // (self.settings.batch_size * self.processes.count))
+        hidden = self.processes.rank > 0 or not show_progress
+        for start, x in tqdm(batches, desc="Nearest", total=total, disable=hidden):
             for name, space in self.spaces.items():
                 result[name] = result[name].or_nearer(nearest_neighbors(queries[name], space(x).features, start))
         return {
@@ -272,24 +250,77 @@ class SampleEvaluator:
         }
 
 
+def draw_batches(
+    module: DiffusionModule,
+    sampler: Sampler,
+    n: int,
+    batch_size: int,
+    seed: int,
+    processes: Processes,
+    encode: Callable[[range], Tensor | None],
+    advance: Advance = lambda count: None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Draw samples 0..n - 1, divided among the processes; yield batches with the number of their first sample.
+
+    Sample k depends on (seed, k) and its condition by `encode`. `advance` receives the number of further samples of all
+    processes. `on_step` is called at every noise level.
+
+    Raises ValueError after the last batch, in all processes, if any sample is not finite; zeros replace it until then.
+    """
+    num_corrupted, stride = 0, batch_size * processes.count
+    # Sharded weights are gathered jointly, so all processes draw the same number of batches. Drop the surplus.
+    for start in range(0, n, stride):
+        own = start + processes.rank * batch_size
+        numbers = range(own, own + batch_size)
+        for x in module.sample(numbers, seed, sampler, cond=encode(numbers)):  # noqa: B007
+            on_step()
+        x = x[: max(0, n - own)]
+        finite = x.isfinite().flatten(1).all(1)
+        num_corrupted += int((~finite).sum())
+        yield own, torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x, 0)
+        advance(min(stride, n - start))
+    if num_corrupted := sum(processes.gather(num_corrupted)):
+        raise ValueError(
+            f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... or the guidance scale "
+            f"{sampler.guidance.scale:g} is unsuitable"
+        )
+
+
+def build_on_rank_0_first(processes: Processes, build: Callable[[], T]) -> T:
+    """Return `build()` in every process: rank 0 downloads or trains what the others then read from the cache."""
+    result = build() if processes.rank == 0 else None
+    processes.gather(None)
+    return build() if result is None else result
+
+
+def metric_device(processes: Processes) -> torch.device:
+    """Return the device of the metrics, which need float64; MPS has none."""
+    return torch.device("cpu") if processes.device.type == "mps" else processes.device
+
+
 def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.device) -> tuple[Classifier, int]:
     """Return a classifier of the data's labels, trained once, and the number of images behind its accuracy."""
     assert data.source is not None and data.source.labels is not None
     labels = data.source.labels.targets
     x, train = data.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
     y, val = data.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
-    images, val_images = (data.postprocess(data.preprocess(part)) for part in (x, y))
+    images, val_images = quantize(data, x), quantize(data, y)
     classifier = train_classifier(images, labels[train], (val_images, labels[val]), cache, device=device)
     return classifier, len(val)
 
 
 def fetch_for_display(data: BaseDataModule, indices: Sequence[int]) -> Tensor:
-    """Return these samples of the source after `preprocess` and `postprocess`, as generated samples are displayed."""
-    return data.postprocess(data.preprocess(data.fetch(indices)[0]))
+    """Return these samples of the source after `quantize`."""
+    return quantize(data, data.fetch(indices)[0])
+
+
+def quantize(data: BaseDataModule, samples: Tensor) -> Tensor:
+    """Return raw samples with the values that generated samples can have."""
+    return data.postprocess(data.preprocess(samples))
 
 
 def values_of(data: BaseDataModule) -> Values:
-    """Return the feature space of points or rows of a table."""
     return Values(data.std, data.num_categories if isinstance(data, TableDataModule) else ())
 
 
@@ -316,7 +347,5 @@ def estimate_seconds(module: DiffusionModule, n: int, calls: int, batch_size: in
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -4,7 +4,7 @@ All processes call these functions; files and metrics come from rank 0.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,24 @@ from src.data.module import BaseDataModule
 from src.data.table import TableDataModule
 from src.distributed.processes import Processes
 from src.errors import usage_errors
-from src.evaluation.alignment import best_scale, diversity_curves, sample_and_score, share_correct, with_scale
+from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct
 from src.evaluation.benchmarks import PromptBenchmark
-from src.evaluation.likelihood import Bound, bounds, flow_bits
-from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, values_of
+from src.evaluation.likelihood import Bound, bounds, flow_bits, network_passes
+from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, fetch_for_display, values_of
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
 from src.evaluation.settings import AlignmentSettings, ReverseVariance
-from src.evaluation.table_report import table_report
 from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
+from src.metrics.tables import association_error, associations, closer_to_training, marginal_distances
 from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
 from src.viz.tables import markdown_table, strip_sample_count
 
 PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
 """Metrics plotted over the cost of sampling, in the first feature space."""
-NUM_SHOWN = 12
-"""Samples per row of an image."""
+NUM_SHOWN = 12  # samples per row of an image
+MAX_ROWS = 5000  # rows of training and of validation data in the report on a table
 
 
 def evaluate_likelihood(
@@ -53,24 +53,20 @@ def evaluate_likelihood(
 ) -> dict[str, Any]:
     """Return the variational bound of `num_val` validation samples in bits/dim, its terms, and its standard error.
 
-    With `ode_tolerance` also the likelihood by the probability flow. Saves `bound.png`.
+    With `ode_tolerance` also the likelihood by the probability flow.
     """
     size = min(batch_size, -(-num_val // processes.count))
-    batches = [range(start, min(start + size, num_val)) for start in range(0, num_val, size)]
-    own = processes.share(batches)
+    own = processes.share([range(num_val)[start : start + size] for start in range(0, num_val, size)])
     load = partial(load_val, module, data, data.condition)
-
-    def show(batch: range, passes: Iterable[int]) -> Iterable[int]:
-        yield from progress_bar(passes, f"Bound, samples {batch.start + 1} to {batch.stop}", processes.rank)
-
-    parts = bounds(
-        module, own, load, seed, num_terms, reverse_variance, show, lambda errors: sum_errors(processes.gather(errors))
-    )
+    total_calls = network_passes(module.schedule, num_terms, reverse_variance) * sum(map(len, own))
+    with progress_bar("Bound", total_calls, processes.rank) as bar:
+        settings = seed, num_terms, reverse_variance
+        parts = bounds(module, own, load, *settings, bar.update, lambda errors: sum_errors(processes.gather(errors)))
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     result = Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
     flows = []
     if ode_tolerance is not None:
-        for batch in progress_bar(own, "Flow", processes.rank):
+        for batch in tqdm(own, desc="Flow", disable=processes.rank > 0):
             x, cond = load(batch)
             flows.append(flow_bits(module, x, seed, ode_tolerance, batch.start, cond))
     metrics: dict[str, Any] = {
@@ -80,8 +76,8 @@ def evaluate_likelihood(
         "bits_per_dim": result.total.mean().item(),
         "standard_error": standard_error(result.total),
         "prior": result.prior.mean().item(),
+        "decoder": result.terms[0].item(),
     }
-    metrics["decoder"] = result.terms[0].item()
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if ode_tolerance is not None:
         flow = torch.cat(processes.gather_in_turn(flows))
@@ -108,32 +104,21 @@ def evaluate_quality(
 ) -> dict[str, Any]:
     """Return the metrics of each sampler's samples and their real-data baseline, and save plots. Rank 0 only."""
     processes, n = evaluator.processes, evaluator.settings.n
-    calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
-    generated = {}
-    with call_bar("Samples", n * sum(calls.values()), processes.rank) as bar, usage_errors():
-        for name, sampler in samplers.items():
-
-            def advance(samples: int, calls: int = calls[name]) -> None:
-                bar.update(calls * samples)
-
-            generated[name] = evaluator.draw(module, sampler, advance, condition=evaluator.data.condition)
+    with progress_bar("Samples", n * len(samplers), processes.rank) as bar, usage_errors():
+        generated = {
+            name: evaluator.draw(module, sampler, bar.update, condition=evaluator.data.condition)
+            for name, sampler in samplers.items()
+        }
     baseline = evaluator.baseline()
-    measured = evaluator.measure(list(generated.values()), lambda it: progress_bar(it, "Nearest", processes.rank))
+    measured = evaluator.measure(list(generated.values()), show_progress=True)
     if processes.rank > 0:
         return {}
-    metrics: dict[str, Any] = {
-        "n": n,
-        "reference": evaluator.settings.reference,
-        "baseline": as_dicts(baseline),
-        "samplers": {
-            name: {
-                "calls_per_image": samples.calls,
-                "seconds_per_image": samples.seconds,
-                "metrics": as_dicts(each.metrics),
-            }
-            for (name, samples), each in zip(generated.items(), measured, strict=True)
-        },
-    }
+    rows = {}
+    for (name, samples), each in zip(generated.items(), measured, strict=True):
+        costs = {"calls_per_image": samples.calls, "seconds_per_image": samples.seconds}
+        rows[name] = {**costs, "metrics": as_dicts(each.metrics)}
+    metrics: dict[str, Any] = {"n": n, "reference": evaluator.settings.reference, "baseline": as_dicts(baseline)}
+    metrics["samplers"] = rows
     for extractor in evaluator.extractors:
         if isinstance(extractor, Classifier):
             metrics["classifier_accuracy"] = extractor.accuracy
@@ -141,7 +126,7 @@ def evaluate_quality(
     save_class_frequencies(folder, evaluator, generated)
     if isinstance(evaluator.data, TableDataModule):
         first = next(iter(generated.values())).first
-        metrics["table"] = table_report(folder, evaluator.data, first, values_of(evaluator.data))
+        metrics["table"] = table_report(folder, evaluator.data, first)
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics
@@ -172,17 +157,46 @@ def save_samples(
 
 def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: Mapping[str, GeneratedSamples]) -> None:
     """Save how often the classifier predicts each class in real data and in samples, if there is a classifier."""
-    source = evaluator.data.source
-    collected = {"real data": evaluator.reference} | {name: each.collected for name, each in generated.items()}
-    probs = {name: each["classifier"].probabilities for name, each in collected.items() if "classifier" in each}
-    if probs and source and source.labels:
-        names = source.labels.classes
-        shares = {
-            name: [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
-            for name, p in probs.items()
-            if p is not None
-        }
-        charts.class_frequencies(names, shares).save(folder / "classes.png")
+    if "classifier" not in evaluator.reference:
+        return
+    assert evaluator.data.source is not None and evaluator.data.source.labels is not None
+    names = evaluator.data.source.labels.classes
+    shares = {}
+    for name, each in {"real data": evaluator.reference, **{k: g.collected for k, g in generated.items()}}.items():
+        p = each["classifier"].probabilities
+        shares[name] = [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
+    charts.class_frequencies(names, shares).save(folder / "classes.png")
+
+
+def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[str, Any]:
+    """Return metrics of generated rows, display values (N, K), against held-out rows, and save two pictures.
+
+    The baseline of each distance is that of training rows, as many as there are samples or held-out rows.
+    """
+    val, train = (fetch_for_display(data, part[:MAX_ROWS]).cpu() for part in (data.val_indices, data.train_indices))
+    samples, baseline = samples.cpu(), train[: len(samples)]
+    kinds = data.num_categories
+    names = [column.name for column in data.encoders]
+    categories = [
+        ["False", "True"] if column.type == "boolean" else [*map(str, column.categories)] for column in data.encoders
+    ]
+    charts.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
+    ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
+    if len(names) > 1:
+        charts.association_matrices(ours, real, names).save(folder / "associations.png")
+    distances = (marginal_distances(rows, val, kinds) for rows in (samples, baseline))
+    nearer = closer_to_training(*(values_of(data)(rows).features for rows in (samples, train, val)))
+    return {
+        "n": len(samples),
+        "num_val": len(val),
+        "columns": {
+            name: {"distance": distance, "baseline": other}
+            for name, distance, other in zip(names, *distances, strict=True)
+        },
+        "association_error": association_error(ours, real),
+        "association_baseline": association_error(of_baseline, real),
+        "closer_to_training": nearer._asdict(),
+    }
 
 
 def save_quality_curves(
@@ -215,41 +229,29 @@ def evaluate_alignment(
     folder: Path,
 ) -> dict[str, Any]:
     """Return the accuracy of samples given their prompts, and their diversity, at each guidance scale. Rank 0 only."""
-    calls = {scale: module.network_calls(with_scale(sampler, scale)) for scale in settings.scales}
-    total = benchmark.n * len(benchmark.prompts) * sum(calls.values())
-    with call_bar("Alignment", total, processes.rank) as bar, usage_errors():
-        result = sample_and_score(
-            module,
-            sampler,
-            benchmark,
-            data,
-            settings,
-            processes,
-            lambda scale, samples: bar.update(calls[scale] * samples),
-        )
+    total = benchmark.n * len(benchmark.prompts) * len(settings.scales)
+    with progress_bar("Alignment", total, processes.rank) as bar, usage_errors():
+        result = sample_and_score(module, sampler, benchmark, data, settings, processes, bar.update)
     if processes.rank > 0:
         return {}
     accuracy = share_correct(benchmark.detector_accuracy).value
-    curves = diversity_curves(result.groups)
+    curves = {group: diversity_curve(by_scale) for group, by_scale in result.groups.items()}
     if any(curves.values()):  # a prompt with one real image, such as a glyph, has no diversity
         charts.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
     images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")
-    groups = {
-        group: {
-            f"{scale:g}": {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
-            for scale, each in by_scale.items()
-        }
-        for group, by_scale in result.groups.items()
-    }
+    groups: dict[str, dict[str, Any]] = {group: {} for group in result.groups}
+    for group, by_scale in result.groups.items():
+        for scale, each in by_scale.items():
+            groups[group][f"{scale:g}"] = {"metrics": as_dicts(each.metrics), "by_prompt": each.by_prompt}
     return {"n": benchmark.n, "detector": as_dicts(benchmark.detector_accuracy), "groups": groups}
 
 
 def format_sampler_errors(
     results: Mapping[str, SamplerErrors], steps: Sequence[int], sampling_error: float, grid: str
 ) -> str:
-    """Return the errors of samplers against the exact solution as two Markdown tables."""
+    """Return the errors of samplers as two Markdown tables."""
 
     def table(errors: Mapping[str, Sequence[float]]) -> str:
         rows = [[name, *(f"{error:.2e}" for error in values)] for name, values in errors.items() if values]
@@ -263,7 +265,6 @@ def format_sampler_errors(
 
 
 def as_dicts(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float]]:
-    """Return metrics as plain dictionaries of value, low and high."""
     return {name: metric._asdict() for name, metric in metrics.items()}
 
 
@@ -272,11 +273,5 @@ def standard_error(values: Tensor) -> float:
     return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def progress_bar(items: Iterable[Any], label: str, rank: int = 0) -> Any:
-    """Yield the items and show a progress bar on rank 0."""
-    return tqdm(items, desc=label, disable=rank > 0)
-
-
-def call_bar(label: str, total: int, rank: int) -> Any:
-    """Return a progress bar of network calls, shown on rank 0."""
-    return tqdm(total=total, unit="call", unit_scale=True, desc=label, disable=rank > 0)
+def progress_bar(label: str, total: int, rank: int) -> Any:
+    return tqdm(total=total, unit="sample", unit_scale=True, desc=label, disable=rank > 0)

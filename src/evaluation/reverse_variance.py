@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -16,11 +16,9 @@ from src.diffusion.noise import NoiseLevel, Schedule
 from src.rng import StepRng
 from src.training.module import DiffusionModule
 
-Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Yields the items and shows a progress bar."""
+Advance = Callable[[int], object]  # receives the number of samples of each network call, for a progress bar
 
-MEASURED_ROWS = 32
-"""Rows of the schedule, besides the decoder's, at which the error of x_0 is measured."""
+MEASURED_ROWS = 32  # rows of the schedule, besides the decoder's, at which the error of x_0 is measured
 
 
 class ErrorSums(NamedTuple):
@@ -65,7 +63,6 @@ def rows_per_sample(num_terms: int | None) -> int:
 
 
 def zero_errors(diffusion: GaussianDiffusion, schedule: Schedule) -> ErrorSums:
-    """Return sums initialized to zero."""
     counts, squares = torch.zeros(2, 2, schedule.num_steps, dtype=torch.float64)
     candidates = 0 if diffusion.num_values is None else len(decoder_log_variances(diffusion.num_values))
     return ErrorSums(counts, squares, torch.zeros(2, candidates, dtype=torch.float64))
@@ -77,9 +74,9 @@ def measure_errors(
     x: Tensor,
     seed: int,
     num_terms: int | None,
-    progress: Progress,
     start: int = 0,
     cond: Tensor | None = None,
+    advance: Advance = lambda count: None,
 ) -> ErrorSums:
     """Return the errors of x (N, *data) at the decoder's row and at `MEASURED_ROWS` others.
 
@@ -93,7 +90,7 @@ def measure_errors(
     halves = sample_halves(x)
     turn = start + torch.arange(len(x))
     per_sample = rows_per_sample(num_terms)
-    for k in progress(range(1 + per_sample)):
+    for k in range(1 + per_sample):
         rows = torch.zeros_like(turn)
         if k > 0:
             rows = measured[((k - 1) * MEASURED_ROWS // per_sample + turn) % MEASURED_ROWS]
@@ -109,6 +106,7 @@ def measure_errors(
                 q = Gaussian(x0, log_variance.to(x))
                 bits = in_bits(-discretized_gaussian_log_prob(x, q, diffusion.num_values)).cpu().double()
                 errors.decoder[:, c].index_add_(0, halves, bits)
+        advance(len(x))
     return errors
 
 
@@ -161,7 +159,6 @@ def decoder_log_variances(num_values: int) -> Tensor:
 
 
 def sum_errors(parts: Sequence[ErrorSums]) -> ErrorSums:
-    """Return the sums of all parts."""
     return ErrorSums(*(torch.stack(field).sum(0) for field in zip(*parts, strict=True)))
 
 

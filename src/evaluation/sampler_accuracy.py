@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from src.data.analytic import GaussianMixture
 from src.diffusion.gaussian_diffusion import GaussianDiffusion, Prediction
 from src.diffusion.noise import NoiseLevel, Schedule, make_time_grid
-from src.evaluation.reverse_variance import Progress
 from src.metrics.frechet import Moments, frechet_distance
 from src.training.module import Sampler
 
@@ -30,7 +30,6 @@ def compare_samplers(
     steps: Sequence[int],
     count: int,
     seed: int,
-    progress: Progress,
 ) -> tuple[dict[str, SamplerErrors], float]:
     """Return the errors of every sampler with the ideal denoiser, on `count` samples from the same noise, in float64.
 
@@ -40,9 +39,7 @@ def compare_samplers(
     unit = torch.randn(count, data.means.shape[1], generator=generator, dtype=torch.float64)
     flows: dict[float, Tensor] = {}
     results = {name: SamplerErrors([], [], []) for name in samplers}
-    jobs = [(name, n) for name in samplers for n in steps]
-    for job in progress(range(len(jobs))):
-        name, n = jobs[job]
+    for name, n in tqdm([(name, n) for name in samplers for n in steps], desc="Samplers"):
         grid = make_time_grid(schedule, n, samplers[name].spacing)
         x = grid[0].norm * unit
         if (start := grid[0].time.item()) not in flows:

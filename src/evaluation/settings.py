@@ -7,25 +7,22 @@ from typing import Literal, NamedTuple, get_args
 
 ReverseVariance = Literal["optimal", "fixed_small", "fixed_large", "trained"]
 """The variance of the reverse steps in the bound; `trained` is the variance of the run's diffusion process."""
-FEATURES = ("classifier", "pixels", "inception", "dinov2")
-"""Feature extractors for images."""
-DETECTOR_STEPS = 600
-"""Training steps after which the detector of shapes reaches the required accuracy."""
+FEATURES = ("classifier", "pixels", "inception", "dinov2")  # feature extractors for images
+DETECTOR_STEPS = 600  # training steps after which the detector of shapes reaches the required accuracy
 
 
 class QualitySettings(NamedTuple):
     """Settings of the sample quality metrics."""
 
-    features: Sequence[str] | None = None
-    """Names in `FEATURES`. None: the classifier for images with labels, else pixels. Points use their own values."""
+    features: Sequence[str] | None = (
+        None  # names in `FEATURES`; None: the classifier for images with labels, else pixels
+    )
     n: int = 1000  # number of generated samples
     seed: int = 0  # seed of the sampling noise, of the training samples in the baseline, and of the bootstrap
     batch_size: int = 256
     max_features: int = 10_000  # maximum number of samples in metrics that compare pairs: all but the Fréchet distance
-    num_memorization: int = 1000
-    """Number of generated and of validation samples whose nearest training samples are searched."""
-    reference: str = "val"
-    """`val` or `train`: the reference data of the metrics. The baseline consists of samples of the other split."""
+    num_memorization: int = 1000  # samples and validation samples whose nearest training samples are searched
+    reference: str = "val"  # reference data of the metrics: `val` or `train`; the baseline is the other split
     cache: Path = Path("outputs/cache")
     inception_weights: Path | None = None
     dinov2_model: str = "facebook/dinov2-large"
@@ -46,8 +43,7 @@ class AlignmentSettings(NamedTuple):
     """Settings of the prompt alignment benchmark."""
 
     scales: Sequence[float] = (1, 1.5, 2, 3, 5)  # guidance scales
-    n: int | None = None
-    """Samples per scale and group of prompts. None: 200 for captions; for classes 500, at least 2 per class."""
+    n: int | None = None  # samples per scale and group of prompts; None: 200 for captions, 500 for classes
     detector_steps: int = DETECTOR_STEPS
     seed: int = 0  # seed of the sampling noise, of the captions, and of the bootstrap
     batch_size: int = 256

@@ -87,7 +87,6 @@ def train_classifier(
 def fit_classifier(
     net: ClassifierNet, images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, seed: int
 ) -> None:
-    """Minimize the cross-entropy on images in a random order of `seed`."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     steps = epochs * -(-len(images) // batch_size)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,42 +19,29 @@ class Collected(NamedTuple):
     moments: Moments
     numbers: Tensor  # (M,) int64, ascending
     features: Tensor  # (M, F) float64
-    probabilities: Tensor | None  # (M, K) float64
+    probabilities: Tensor  # (M, K) float64; K = 0 without classes
 
     @classmethod
     def of(cls, batch: Features, start: int, limit: int) -> "Collected":
-        """Collect samples number `start`, `start` + 1, ..., and keep the features of at most `limit`.
-
-        Raises ValueError for features that are not finite.
-        """
-        if num_corrupted := int((~batch.features.isfinite().all(1)).sum()):
-            raise ValueError(
-                f"{num_corrupted} of {len(batch.features)} samples from number {start} have features that are not "
-                "finite: inspect the samples, or choose other features=..."
-            )
+        """Collect samples number `start`, `start` + 1, ..., and keep the features of at most `limit`."""
         numbers = torch.arange(start, start + len(batch.features), device=batch.features.device)
-        return cls(Moments.of(batch.features), numbers, *batch)._first(limit)
+        probabilities = batch.features[:, :0] if batch.probabilities is None else batch.probabilities
+        return cls(Moments.of(batch.features), numbers, batch.features, probabilities)._first(limit)
 
     def merge(self, other: "Collected", limit: int) -> "Collected":
         """Merge both; the order matters only for rounding of the moments."""
-        rest: list[Any] = [
-            None if x is None or y is None else torch.cat([x, y]) for x, y in zip(self[1:], other[1:], strict=True)
-        ]
+        rest = (torch.cat(pair) for pair in zip(self[1:], other[1:], strict=True))
         return Collected(self.moments.merge(other.moments), *rest)._first(limit)
 
     def to(self, device: torch.device | str) -> "Collected":
-        """Move to a device."""
-        rest: list[Any] = [None if x is None else x.to(device) for x in self[1:]]
-        return Collected(Moments(*(part.to(device) for part in self.moments)), *rest)
+        return Collected(Moments(*(x.to(device) for x in self.moments)), *(x.to(device) for x in self[1:]))
 
     def _first(self, limit: int) -> "Collected":
         order = self.numbers.argsort()[:limit]
-        rest: list[Any] = [None if x is None else x[order] for x in self[1:]]
-        return Collected(self.moments, *rest)
+        return Collected(self.moments, *(x[order] for x in self[1:]))
 
 
-Batches = Iterable[tuple[int, Tensor]]
-"""The number of the first image in each batch, and its images (B, C, H, W) uint8."""
+Batches = Iterable[tuple[int, Tensor]]  # the number of the first image in each batch, and its images (B, C, H, W) uint8
 
 
 def collect(extractor: Extractor, batches: Batches, limit: int) -> Collected:
@@ -70,10 +57,8 @@ def collect_once(
 
     def compute() -> Tensors:
         result = collect(extractor, batches(), limit)
-        named = {**result.moments._asdict(), **result._asdict()}
-        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        return {**result.moments._asdict(), **dict(zip(result._fields[1:], result[1:], strict=True))}
 
-    key = f"{extractor.name}-{digest(data, extractor.fingerprint, limit)}"
-    saved = cached(folder, key, compute)
+    saved = cached(folder, f"features-{extractor.name}-{digest(data, extractor.fingerprint, limit)}", compute)
     moments = Moments(*(saved[name] for name in Moments._fields))
-    return Collected(moments, saved["numbers"], saved["features"], saved.get("probabilities"))
+    return Collected(moments, saved["numbers"], saved["features"], saved["probabilities"])

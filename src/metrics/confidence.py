@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -44,8 +43,7 @@ class Statistic:
         """Return the value with a percentile bootstrap interval over the samples.
 
         Resampling adds about the same bias to a distance as sampling did. The percentiles are shifted so that the mean
-        of the replicates equals the value: the interval then covers the expectation of the metric for n samples. For
-        means this is the plain percentile interval.
+        of the replicates equals the value: the interval then covers the expectation of the metric for n samples.
 
         Source: Efron 1979.
         """
@@ -60,8 +58,7 @@ class Statistic:
         return Metric(value.item(), max(low.item(), self.within[0]), min(high.item(), self.within[1]))
 
 
-UNIT_INTERVAL = (0.0, 1.0)
-"""The range of a fraction."""
+UNIT_INTERVAL = (0.0, 1.0)  # the range of a fraction
 
 
 def linear_statistic(value: Tensor, slope: Tensor, within: tuple[float, float] = (-math.inf, math.inf)) -> Statistic:
@@ -89,11 +86,8 @@ def median_of(scores: Tensor) -> Statistic:
 
 
 def wilson(correct: int, n: int) -> Metric:
-    """Return the fraction correct / n with Wilson's 95% interval, whose width is positive even for 0 and 1.
+    """Return the fraction correct / n with Wilson's 95% interval, whose width is positive even for 0 and 1."""
+    from scipy.stats import binomtest
 
-    Source: Wilson 1927.
-    """
-    share, z = correct / n, NormalDist().inv_cdf(0.975)
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    return Metric(share, max(middle - half, UNIT_INTERVAL[0]), min(middle + half, UNIT_INTERVAL[1]))
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
+    return Metric(correct / n, float(interval.low), float(interval.high))

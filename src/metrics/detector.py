@@ -3,26 +3,22 @@
 The heat map and its peaks follow CenterNet. Source: Zhou et al. 2019 (arXiv 1904.07850).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from src.cache import Tensors, cached, digest
 
-SIDE, CELLS = 32, 16
-"""Side of the network's input in pixels, and of its grid of cells."""
-NEIGHBORHOOD = 2
-"""Cells to each side of an object's center that hold no other center."""
+SIDE, CELLS = 32, 16  # side of the network's input in pixels, and of its grid of cells
+NEIGHBORHOOD = 2  # cells to each side of an object's center that hold no other center
 THRESHOLD = 0.4
 """Smallest score of an object. The training target is 1 at its center, and at least 0.78 in the nearest cell."""
-WARMUP = 50
-"""Steps over which the learning rate rises."""
-Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Yields the items and shows a progress bar."""
+WARMUP = 50  # steps over which the learning rate rises
 
 
 class LabeledImages(NamedTuple):
@@ -69,28 +65,21 @@ class DetectorNet(nn.Module):
         heatmap, *attributes = self.objects(hidden).split([1, *self.attributes], dim=1)
         return heatmap.squeeze(1), attributes, self.background(hidden).mean((2, 3))
 
-
-class Detector:
-    """Detect objects in images (N, 3, H, W) uint8."""
-
-    def __init__(self, net: DetectorNet) -> None:
-        self.net = net.eval()
-
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> list[Detections]:
-        device = self.net.background.weight.device
-        return [each for part in torch.split(images, 256) for each in self._detect(part.to(device))]
-
-    def _detect(self, images: Tensor) -> list[Detections]:
-        heatmap, attributes, background = self.net(images)
-        highest = F.max_pool2d(heatmap, 2 * NEIGHBORHOOD + 1, stride=1, padding=NEIGHBORHOOD)
-        peaks = ((heatmap == highest) & (heatmap.sigmoid() > THRESHOLD)).nonzero()  # (M, 3): image, row, column
-        numbers, rows, columns = peaks.unbind(1)
-        classes = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in attributes], dim=1)
-        result = [Detections([], [], k) for k in background.argmax(1).tolist()]
-        for (number, row, column), each in zip(peaks.tolist(), classes.tolist(), strict=True):
-            result[number].centers.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
-            result[number].attributes.append(tuple(each))
+    def detect(self, images: Tensor) -> list[Detections]:
+        """Detect objects in images (N, 3, H, W) uint8."""
+        result: list[Detections] = []
+        for part in torch.split(images, 256):
+            heatmap, attributes, background = self(part.to(self.background.weight.device))
+            highest = F.max_pool2d(heatmap, 2 * NEIGHBORHOOD + 1, stride=1, padding=NEIGHBORHOOD)
+            peaks = ((heatmap == highest) & (heatmap.sigmoid() > THRESHOLD)).nonzero()  # (M, 3): image, row, column
+            numbers, rows, columns = peaks.unbind(1)
+            classes = torch.stack([logits[numbers, :, rows, columns].argmax(1) for logits in attributes], dim=1)
+            detections = [Detections([], [], k) for k in background.argmax(1).tolist()]
+            for (number, row, column), each in zip(peaks.tolist(), classes.tolist(), strict=True):
+                detections[number].centers.append(((column + 0.5) / CELLS, (row + 0.5) / CELLS))
+                detections[number].attributes.append(tuple(each))
+            result += detections
         return result
 
 
@@ -100,15 +89,14 @@ def train_detector(
     backgrounds: int,
     steps: int,
     cache: Path,
-    progress: Progress,
     lr: float = 6e-3,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Detector:
+) -> Callable[[Tensor], list[Detections]]:
     """Train a detector on `render_batch(step)` for steps 0..steps - 1, or read it from `cache`.
 
-    `attributes` and `backgrounds` are numbers of classes. The optimizer is AdamW with warmup and linear decay to 0.
-    The first batch is part of the cache key, so a change of the renderer trains another detector.
+    `attributes` and `backgrounds` are numbers of classes. The first batch is part of the cache key, so a change of the
+    renderer trains another detector. Returns a function of images (N, 3, H, W) uint8.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -116,21 +104,18 @@ def train_detector(
     key = digest(str(net), steps, lr, seed, *render_batch(0))
 
     def compute() -> Tensors:
-        fit_detector(net.to(device), render_batch, steps, progress, lr)
+        fit_detector(net.to(device), render_batch, steps, lr)
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"detector-{key}", compute))
-    return Detector(net.to(device))
+    return net.to(device).eval().detect
 
 
-def fit_detector(
-    net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, progress: Progress, lr: float
-) -> None:
-    """Minimize `detection_loss` for this many steps."""
+def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, lr: float) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps))
     device = net.background.weight.device
-    for step in progress(range(steps)):
+    for step in tqdm(range(steps), desc="Detector"):
         batch = LabeledImages(*(part.to(device) for part in render_batch(step)))
         optimizer.zero_grad()
         detection_loss(net, batch).backward()  # type: ignore[no-untyped-call]
@@ -141,8 +126,8 @@ def fit_detector(
 def detection_loss(net: DetectorNet, batch: LabeledImages) -> Tensor:
     """Return the sum () of the cross-entropies of the heat map, of the attributes, and of the background.
 
-    The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). The entropy of these soft targets is
-    large; at full weight it would dominate the gradient of the attributes.
+    The target of a cell at a distance of d cells from a center is exp(-d^2 / 2). At full weight these soft targets
+    would dominate the gradient of the attributes.
     """
     heatmap, attributes, background = net(batch.images)
     cells = (torch.arange(CELLS, device=heatmap.device) + 0.5) / CELLS

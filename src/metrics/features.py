@@ -59,19 +59,16 @@ class Values:
     def __init__(self, scale: Tensor | None = None, num_categories: Sequence[int] = ()) -> None:
         self.scale = scale
         self.num_categories = list(num_categories) if any(num_categories) else []
-        self.fingerprint = self.name if scale is None else f"{self.name} over {scale.tolist()}"
-        self.fingerprint += f" with categories {self.num_categories}" if self.num_categories else ""
+        self.fingerprint = f"values over {scale if scale is None else scale.tolist()}, {self.num_categories}"
 
     def __call__(self, samples: Tensor) -> Features:
         values = samples.flatten(1).double()
         scaled = values if self.scale is None else values / self.scale.to(values)
-        if not self.num_categories:
-            return Features(scaled)
-        parts = [
-            F.one_hot(values[:, k].long(), count).double() if count else scaled[:, k : k + 1]
+        columns = [
+            F.one_hot(values[:, k].long(), count).double() if count else scaled[:, [k]]
             for k, count in enumerate(self.num_categories)
         ]
-        return Features(torch.cat(parts, dim=1))
+        return Features(torch.cat(columns, dim=1) if columns else scaled)
 
 
 class Inception:
@@ -142,10 +139,10 @@ class DinoV2:
     ) -> None:
         try:
             from transformers import AutoModel
+
+            net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         except ImportError as error:
             raise ValueError("features=dinov2 needs transformers: pip install transformers") from error
-        try:
-            net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(

@@ -45,7 +45,6 @@ class Moments(NamedTuple):
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Return the distance between Gaussians with these moments."""
     return _distance(a, b, sqrtm(b.covariance)).item()
 
 

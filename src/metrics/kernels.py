@@ -9,8 +9,7 @@ from torch import Tensor
 from src.metrics.confidence import Statistic
 from src.metrics.neighbors import chunks, distances
 
-Kernel = Callable[[Tensor, Tensor], Tensor]
-"""x (N, F), y (M, F) -> (N, M) float64."""
+Kernel = Callable[[Tensor, Tensor], Tensor]  # x (N, F), y (M, F) -> (N, M) float64
 
 
 def kid(x: Tensor, y: Tensor) -> Statistic:
@@ -56,12 +55,10 @@ def kernel_distance(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool = True)
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:
-    """Return (x . y / F + 1)^3: (N, M)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def gaussian(x: Tensor, y: Tensor, bandwidth: float) -> Tensor:
-    """Return exp(-|x - y|^2 / (2 bandwidth^2)): (N, M)."""
     return (distances(x, y) / bandwidth).square().mul(-0.5).exp()
 
 

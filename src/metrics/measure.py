@@ -2,18 +2,17 @@
 
 import math
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from src.metrics.classes import inception_score, total_variation
 from src.metrics.collected import Collected
-from src.metrics.confidence import Metric, Statistic, median_of, metric_name, wilson
+from src.metrics.confidence import UNIT_INTERVAL, Metric, Statistic, median_of, metric_name, wilson
 from src.metrics.frechet import frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
 from src.metrics.neighbors import manifolds
-from src.metrics.transport import sliced_wasserstein
 
-WIDE = 512
-"""Number of features from which the interval of the Fréchet distance is linearized."""
+WIDE = 512  # number of features from which the interval of the Fréchet distance is linearized
 
 
 def image_metrics(extractor: str, samples: Collected, reference: Collected, seed: int) -> dict[str, Metric]:
@@ -26,7 +25,7 @@ def image_metrics(extractor: str, samples: Collected, reference: Collected, seed
     metrics = {"fd": frechet_metric(samples, reference, seed)}
     x, y = samples.features, reference.features
     statistics = {"kd": kid(x, y), **manifolds(x, y)._asdict()}
-    if samples.probabilities is not None and reference.probabilities is not None:
+    if reference.probabilities.shape[1]:
         classes = reference.probabilities.argmax(1).bincount(minlength=reference.probabilities.shape[1])
         statistics["class_score"] = inception_score(samples.probabilities, splits=min(10, len(x)))
         statistics["class_variation"] = total_variation(samples.probabilities.argmax(1), classes)
@@ -40,10 +39,7 @@ def image_metrics(extractor: str, samples: Collected, reference: Collected, seed
 
 
 def frechet_metric(samples: Collected, reference: Collected, seed: int) -> Metric:
-    """Return the Fréchet distance of all samples, with an interval from those whose features were kept.
-
-    The interval is scaled by the root of kept over all samples.
-    """
+    """Return the Fréchet distance of all samples; its interval is that of the kept ones, scaled to all."""
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
     kept = resampled(samples.features, reference.moments).bootstrap(seed)
     value = frechet_distance(samples.moments, reference.moments)
@@ -77,3 +73,64 @@ def memorization_metrics(space: str, distances: Tensor, of_val: Tensor, seed: in
     ratio = Statistic(n, lambda counts: medians.of(counts) / middle).bootstrap(seed)
     copies = wilson(int((distances <= of_val.quantile(0.05)).sum()), n)
     return {metric_name(f"nearest_ratio_{space}", n): ratio, metric_name(f"copies_{space}", n): copies}
+
+
+def inception_score(probabilities: Tensor, splits: int = 10) -> Statistic:
+    """Return exp E KL(p(class | x) || p(class)) for probabilities (N, K), averaged over `splits` parts: in [1, K].
+
+    The parts are consecutive, and their sizes differ by at most one sample.
+
+    Source: Salimans et al. 2016 (arXiv 1606.03498), section 4.
+    """
+    n = len(probabilities)
+    p = probabilities.double()
+    entropy = torch.special.entr(p).sum(1)
+    parts = [slice(i * n // splits, (i + 1) * n // splits) for i in range(splits)]
+
+    def part_score(counts: Tensor, part: slice) -> Tensor:
+        share = counts[:, part] / counts[:, part].sum(1, keepdim=True).clamp(min=1)
+        information: Tensor = torch.special.entr(share @ p[part]).sum(1) - share @ entropy[part]
+        return information.exp()
+
+    return Statistic(n, lambda counts: torch.stack([part_score(counts.to(p), part) for part in parts]).mean(0))
+
+
+def total_variation(labels: Tensor, reference: Tensor) -> Statistic:
+    """Return the total variation distance between labels (N,) and the data's class counts (K,): in [0, 1]."""
+    one_hot = F.one_hot(labels, len(reference)).double()
+    expected = reference.to(one_hot) / reference.sum()
+
+    def of(counts: Tensor) -> Tensor:
+        counts = counts.to(one_hot)
+        return ((counts @ one_hot / counts.sum(1, keepdim=True)) - expected).abs().sum(1) / 2
+
+    return Statistic(len(labels), of, UNIT_INTERVAL)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, seed: int, directions: int = 128) -> Statistic:
+    """Return the sliced 2-Wasserstein distance of samples x (N, F) to y (M, F), in units of the data.
+
+    It is the root mean square over random directions of the distance along each, which is exact for any N and M.
+
+    Source: Bonneel et al. 2015.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    projections = torch.randn(x.shape[1], directions, generator=generator, dtype=torch.float64).to(x.device)
+    projections /= projections.norm(dim=0)
+    projected, order = (x.double() @ projections).T.sort(dim=1)  # (directions, N)
+    target = (y.double() @ projections).T.sort(dim=1).values
+    ours, theirs, share = matched_quantiles(len(x), len(y), x.device)
+
+    def distance(counts: Tensor) -> Tensor:
+        taken = projected.flatten().repeat_interleave(counts.long()[order].flatten()).view_as(projected)
+        return ((taken[:, ours] - target[:, theirs]).square() @ share).mean().sqrt()
+
+    return Statistic(len(x), lambda counts: torch.stack([distance(row.to(x.device)) for row in counts]))
+
+
+def matched_quantiles(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the matched indices of n and of m sorted values, and the mass (float64) of each match."""
+    ends = torch.cat([torch.arange(1, n + 1, device=device) * m, torch.arange(1, m + 1, device=device) * n])
+    edges = ends.unique()  # type: ignore[no-untyped-call]
+    widths = edges.diff(prepend=edges.new_zeros(1))  # in units of 1 / (n m)
+    return (edges - 1) // m, (edges - 1) // n, widths.double() / (n * m)

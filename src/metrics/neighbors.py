@@ -8,8 +8,7 @@ from torch import Tensor
 
 from src.metrics.confidence import UNIT_INTERVAL, Statistic, linear_statistic, mean_of
 
-CHUNK = 2**23
-"""Elements per chunk of a distance matrix: 64 MB."""
+CHUNK = 2**23  # elements per chunk of a distance matrix: 64 MB
 
 
 class Manifolds(NamedTuple):

@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLUR = 0.03
-"""Standard deviation of the blur, relative to the image: about a pixel of 32."""
-SHIFT = 0.0625
-"""Maximum shift of an image in each direction, relative to the image: two pixels of 32."""
-TIE = 1e-6
-"""Difference of the mean squared distance per value below which two references are equally near: rounding."""
-CHUNK = 64
-"""Images that are compared at once."""
+BLUR = 0.03  # standard deviation of the blur, relative to the image: about a pixel of 32
+SHIFT = 0.0625  # maximum shift of an image in each direction, relative to the image: two pixels of 32
+TIE = 1e-6  # difference of the mean squared distance per value below which two references are equally near: rounding
+CHUNK = 64  # images that are compared at once
 
 
 def target_ranks(images: Tensor, references: Tensor, targets: Tensor) -> Tensor:
@@ -37,18 +33,13 @@ def target_ranks(images: Tensor, references: Tensor, targets: Tensor) -> Tensor:
 
 def _blur(images: Tensor) -> Tensor:
     """Return images (N, C, H, W) as float32 in [0, 1], blurred by a Gaussian; the border repeats the edge."""
-    size = images.shape[-1]
-    std = BLUR * size
+    from torchvision.transforms.functional import gaussian_blur
+
+    std = BLUR * images.shape[-1]
     radius = max(1, math.ceil(3 * std))
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-    weights = (-(offsets**2) / (2 * std**2)).exp()
-    weights /= weights.sum()
-    x = images.float() / 255
-    channels = x.shape[1]
-    for kernel in (weights.view(1, 1, 1, -1), weights.view(1, 1, -1, 1)):
-        sides = (radius, radius, 0, 0) if kernel.shape[-1] > 1 else (0, 0, radius, radius)
-        x = F.conv2d(F.pad(x, sides, mode="replicate"), kernel.expand(channels, 1, -1, -1), groups=channels)
-    return x
+    padded = F.pad(images.float() / 255, (radius,) * 4, mode="replicate")
+    blurred: Tensor = gaussian_blur(padded, 2 * radius + 1, std)
+    return blurred[..., radius:-radius, radius:-radius]
 
 
 def _shifts(images: Tensor) -> list[Tensor]:

@@ -4,8 +4,11 @@ Rows are display values (N, K). `num_categories` has one entry per column: the n
 category indices, and 0 if they are numbers.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import combinations
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,15 +21,15 @@ def marginal_distances(rows: Tensor, reference: Tensor, num_categories: Sequence
 
     It is the Kolmogorov-Smirnov statistic of numbers, and the total variation distance of categories.
     """
+    from scipy.stats import ks_2samp
+
     distances = []
     for x, y, count in zip(rows.double().T, reference.double().T, num_categories, strict=True):
         if count:
             shares = [each.long().bincount(minlength=count).double() / len(each) for each in (x, y)]
             distances.append(0.5 * float((shares[0] - shares[1]).abs().sum()))
         else:
-            grid = torch.cat([x, y]).sort().values
-            below = [torch.searchsorted(each.sort().values, grid, right=True).double() / len(each) for each in (x, y)]
-            distances.append(float((below[0] - below[1]).abs().max()))
+            distances.append(float(ks_2samp(x, y, method="asymp").statistic))
     return distances
 
 
@@ -36,28 +39,26 @@ def associations(rows: Tensor, num_categories: Sequence[int]) -> Tensor:
     It is Pearson's correlation of two numbers, in [-1, 1]; the correlation ratio of a number and a category, in [0, 1];
     and Cramér's V of two categories, in [0, 1]. That of a constant column is 0.
     """
-    x, count = rows.double(), rows.shape[1]
-    matrix = torch.eye(count, dtype=torch.float64)
-    for i in range(count):
-        for j in range(i):
-            kinds = num_categories[i], num_categories[j]
-            if not any(kinds):
-                value = _pearson(x[:, i], x[:, j])
-            elif all(kinds):
-                value = _cramers_v(x[:, i].long(), x[:, j].long(), *kinds)
-            elif kinds[0]:
-                value = _correlation_ratio(x[:, i].long(), x[:, j], kinds[0])
-            else:
-                value = _correlation_ratio(x[:, j].long(), x[:, i], kinds[1])
-            matrix[i, j] = matrix[j, i] = value
+    columns = [pd.Series(column) for column in rows.double().T.numpy()]
+    matrix = torch.eye(len(columns), dtype=torch.float64)
+    for i, j in combinations(range(len(columns)), 2):
+        x, y = columns[i], columns[j]
+        if num_categories[i] and num_categories[j]:
+            value = _cramers_v(x, y)
+        elif num_categories[i]:
+            value = y.corr(y.groupby(x).transform("mean"))
+        elif num_categories[j]:
+            value = x.corr(x.groupby(y).transform("mean"))
+        else:
+            value = x.corr(y)
+        matrix[i, j] = matrix[j, i] = 0.0 if math.isnan(value) else value
     return matrix
 
 
-def association_error(rows: Tensor, reference: Tensor, num_categories: Sequence[int]) -> float:
-    """Return the mean absolute difference of the associations of all pairs of columns; 0 for one column."""
-    difference = (associations(rows, num_categories) - associations(reference, num_categories)).abs()
-    pairs = torch.ones_like(difference).tril(-1).bool()
-    return float(difference[pairs].mean()) if pairs.any() else 0.0
+def association_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the mean absolute difference of two `associations` (K, K) over all pairs of columns; 0 for K = 1."""
+    pairs = torch.ones_like(ours).tril(-1).bool()
+    return float((ours - theirs).abs()[pairs].mean()) if pairs.any() else 0.0
 
 
 def closer_to_training(samples: Tensor, train: Tensor, held_out: Tensor) -> Metric:
@@ -72,28 +73,8 @@ def closer_to_training(samples: Tensor, train: Tensor, held_out: Tensor) -> Metr
     return wilson(round(wins), len(samples))
 
 
-def _pearson(x: Tensor, y: Tensor) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    scale = (x.square().sum() * y.square().sum()).sqrt()
-    return float((x * y).sum() / scale) if scale > 0 else 0.0
+def _cramers_v(x: pd.Series, y: pd.Series) -> float:
+    from scipy.stats import contingency
 
-
-def _correlation_ratio(classes: Tensor, y: Tensor, count: int) -> float:
-    """Return the root of the share of the variance of y (N,) that lies between the classes (N,)."""
-    y = y - y.mean()
-    total = y.square().sum()
-    sizes = classes.bincount(minlength=count).double()
-    sums = torch.zeros(count, dtype=torch.float64).index_add(0, classes, y)
-    between = (sums.square() / sizes.clamp(min=1)).sum()
-    return float((between / total).clamp(0, 1).sqrt()) if total > 0 else 0.0
-
-
-def _cramers_v(x: Tensor, y: Tensor, rows: int, columns: int) -> float:
-    """Return Cramér's V of two columns of classes (N,), over the classes that occur."""
-    table = (x * columns + y).bincount(minlength=rows * columns).view(rows, columns).double()
-    table = table[table.sum(1) > 0][:, table.sum(0) > 0]
-    if min(table.shape) < 2:
-        return 0.0
-    expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
-    chi2 = ((table - expected).square() / expected).sum()
-    return float((chi2 / table.sum() / (min(table.shape) - 1)).sqrt())
+    table = contingency.crosstab(x, y).count
+    return float(contingency.association(table, method="cramer")) if min(table.shape) > 1 else 0.0

@@ -1,8 +1,10 @@
 """Charts drawn with matplotlib."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,10 @@ from src.viz.tables import better_direction, metric_title
 Interval = tuple[float, float, float]
 """A value and its confidence limits (value, low, high), such as a `metrics.confidence.Metric`."""
 
-AxisLimits = tuple[tuple[float, float], tuple[float, float]]
-"""(left, right) and (bottom, top) of a plot."""
+AxisLimits = tuple[tuple[float, float], tuple[float, float]]  # (left, right) and (bottom, top) of a plot
 LOWER_IS_BETTER = "(lower is better)"
+MAX_COLUMNS = 40  # most columns in a picture
+MAX_BARS = 12  # most categories of a column that are shown
 
 
 def scatter(
@@ -41,32 +44,24 @@ def scatter(
     Without `limits`, `axis_limits` of `real` or of the points apply. A square plot about 0 has no ticks, since its
     scale is arbitrary; all other plots have them.
     """
-    one_feature = points.shape[1] == 1
-    across, up = limits or ((0.0, 0.0), (0.0, 1.0))
-    if not one_feature and limits is None:
-        across, up = axis_limits(points if real is None else real)
-    ticks = one_feature or across != up
     figure, ((axes,),) = new_figure(size, size, grid=False)
     clouds = [(real, "0.75", "real data")] if real is not None else []
     for cloud, color, label in [*clouds, (points, COLORS[0], "samples")]:
         xy = cloud.cpu().double().numpy()  # float32 would round values far from 0 to one number
-        if one_feature:
-            finite = xy[np.isfinite(xy[:, 0]), 0]
-            axes.hist(
-                finite, bins=histogram_bins(finite, 60), density=len(finite) > 0, color=color, alpha=0.7, label=label
-            )
+        if points.shape[1] == 1:
+            _histogram(axes, xy[:, 0], histogram_bins(xy[:, 0], 60), color, label)
         else:
             axes.scatter(xy[:, 0], xy[:, 1], s=4, color=color, alpha=0.6, linewidths=0, label=label)
-    if columns:
-        axes.set_xlabel(columns[0])
-    if one_feature:
-        axes.set_ylabel("density")
+    xlabel, ylabel, *_ = [*(columns or ()), "", ""]
+    if points.shape[1] == 1:
+        axes.set(xlabel=xlabel, ylabel="density")
     else:
-        axes.set(xlim=across, ylim=up, ylabel=columns[1] if columns else "")
-    if not ticks:
-        axes.set(aspect="equal", xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(visible=True, color="0.7")
+        across, up = limits or axis_limits(points if real is None else real)
+        axes.set(xlim=across, ylim=up, xlabel=xlabel, ylabel=ylabel)
+        if across == up:
+            axes.set(aspect="equal", xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(visible=True, color="0.7")
     if real is not None:
         axes.legend(loc="upper right", markerscale=4)
     return render_figure(figure)
@@ -151,10 +146,9 @@ def loss_by_noise(log: Path) -> Image.Image:
         table[log_snr.index(level), steps.index(step)] = loss if loss > 0 else np.nan
     half = (log_snr[1] - log_snr[0]) / 2 if len(log_snr) > 1 else 0.5
     edges = [log_snr[0] - half, *(level + half for level in log_snr)]
-    finite = table[np.isfinite(table)]
-    high = float(finite.max()) if len(finite) else 1.0
+    finite = table[np.isfinite(table)] if np.isfinite(table).any() else np.array([0.1, 1.0])
     # Some weightings push the loss toward 0 at pure noise; show only the top four decades.
-    low = max(float(finite.min()) if len(finite) else 0.1, 1e-4 * high)
+    low, high = max(finite.min(), 1e-4 * finite.max()), finite.max()
     figure, ((left, right),) = new_figure(11.0, 4.4, columns=2, grid=False)
     left.set_facecolor("0.85")
     norm = LogNorm(0.999 * low, 1.001 * high, clip=True)
@@ -168,9 +162,8 @@ def loss_by_noise(log: Path) -> Image.Image:
         label = f"steps {int(steps[k - 1]) if k else 0:,} to {int(steps[k]):,}"
         right.plot(table[:, k], log_snr, color=shade, marker=".", linewidth=1.3, label=label)
     set_log_scale(right, "x")
-    right.set(
-        title="Loss profile during training", xlabel=f"training loss {LOWER_IS_BETTER}", xlim=(0.7 * low, 1.4 * high)
-    )
+    label = f"training loss {LOWER_IS_BETTER}"
+    right.set(title="Loss profile during training", xlabel=label, xlim=(0.7 * low, 1.4 * high))
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     for axes in (left, right):
@@ -180,7 +173,6 @@ def loss_by_noise(log: Path) -> Image.Image:
 
 def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
     """Draw beta, alpha_bar and log-SNR over t / T of each named schedule: (betas, alpha, sigma), each (T,)."""
-    names = [*schedules]
     figure, (panels,) = new_figure(12.5, 4.2, columns=3)
     for k, (name, (betas, alpha, sigma)) in enumerate(schedules.items()):
         u = (np.arange(len(betas)) + 1) / len(betas)
@@ -188,16 +180,12 @@ def schedule_curves(schedules: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> I
         log_snr = 2 * (alpha.log() - sigma.log())
         for axes, values in zip(panels, (betas, alpha.square(), log_snr), strict=True):
             axes.plot(u, values.cpu().numpy(), **style)
-    for axes, title, label in zip(
-        panels,
-        ("Step variance", "Signal power", "Signal-to-noise ratio"),
-        ("beta", "alpha_bar", "log-SNR"),
-        strict=True,
-    ):
+    titles = {"beta": "Step variance", "alpha_bar": "Signal power", "log-SNR": "Signal-to-noise ratio"}
+    for axes, (label, title) in zip(panels, titles.items(), strict=True):
         axes.set(title=title, xlabel="t / T (0: data, 1: noise)", ylabel=label)
     set_log_scale(panels[0], "y")
     panels[2].set_ylim(-15, 15)
-    if len(names) > 1:
+    if len(schedules) > 1:
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
@@ -220,8 +208,7 @@ def bound_curves(terms: Tensor, mse: Tensor, log_snr: Tensor) -> Image.Image:
         style_below = {"color": COLORS[1], "marker": "v", "markersize": 5, "linestyle": "", "label": "minus the term"}
         left.plot(t[values < 0], -values[values < 0], **style_below)
         left.legend(fontsize=8)
-    set_log_scale(left, "x")
-    set_log_scale(left, "y")
+    set_log_scale(left, "xy")
     left.set_ylim(bottom=max(left.get_ylim()[0], 1e-7 * float(np.abs(values).max(initial=1e-5))))
     left.set(title="Terms of the variational bound", xlabel="t (1: decoder)", ylabel=f"bits/dim {LOWER_IS_BETTER}")
     right.plot(log_snr[known].cpu().numpy(), mse[known].cpu().numpy(), **style)
@@ -247,8 +234,7 @@ def sampler_errors(results: Mapping[str, tuple[list[int], list[float], list[floa
     right.set(title="Error of the distribution", ylabel=f"distance of mean and covariance {LOWER_IS_BETTER}")
     for axes in (left, right):
         axes.set_xlabel("network evaluations")
-        set_log_scale(axes, "x")
-        set_log_scale(axes, "y")
+        set_log_scale(axes, "xy")
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return render_figure(figure)
 
@@ -270,9 +256,8 @@ def quality_against_cost(
         value, low, high = baseline[m]
         axes.axhline(value, color="0.5", linestyle="-.", linewidth=1, label="real data")
         axes.axhspan(low, high, color="0.5", alpha=0.12, linewidth=0)
-        axes.set(
-            ylabel=f"{metric_title(metric)}\n({better_direction(metric)} is better)", xlabel="network calls per sample"
-        )
+        label = f"{metric_title(metric)}\n({better_direction(metric)} is better)"
+        axes.set(ylabel=label, xlabel="network calls per sample")
         set_log_scale(axes, "x")
     panels[0].set_title("Quality against cost (bars: 95% intervals)", loc="left")
     panels[-1].legend(fontsize=8)
@@ -323,6 +308,81 @@ def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interv
     axes.set_xticks(np.arange(len(names)), names, rotation=90 if vertical else 0)
     axes.margins(x=0.01)
     axes.legend(fontsize=8)
+    return render_figure(figure)
+
+
+def marginals(samples: Tensor, real: Tensor, names: Sequence[str], categories: Sequence[Sequence[str]]) -> Image.Image:
+    """Draw the distribution of each column of samples (N, K) and real data (M, K): histograms, bars for categories.
+
+    `categories` holds the categories of a column of indices, and nothing for numbers.
+    """
+    count = min(len(names), MAX_COLUMNS)
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
+    figure, panels = new_figure(3.2 * columns, 2.4 * rows, rows, columns, grid=False)
+    for k, axes in enumerate(panels.flat):
+        if k >= count:
+            axes.set_axis_off()
+            continue
+        x, y = (each[:, k].cpu().double().numpy() for each in (samples, real))
+        if categories[k]:
+            _bars(axes, x, y, categories[k])
+        else:
+            bins = histogram_bins(np.concatenate([x, y]), max(10, min(40, round(len(y) ** 0.5))))
+            for values, color, label in ((y, "0.7", "real data"), (x, COLORS[0], "samples")):
+                _histogram(axes, values, bins, color, label)
+        axes.set_title(names[k][:40], fontsize=9)
+        axes.tick_params(labelsize=7)
+    panels.flat[0].legend(fontsize=7)
+    return render_figure(figure)
+
+
+def association_matrices(samples: Tensor, real: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw the associations (K, K) of real data, of samples, and their difference as heat maps."""
+    count = min(len(names), MAX_COLUMNS)
+    size = max(3.4, min(0.45 * count, 7.0))
+    figure, (panels,) = new_figure(3 * size + 0.8, size + 0.4, columns=3, grid=False)
+    matrices = {"real data": real, "samples": samples, "difference": samples - real}
+    labels = [name[:18] for name in names[:count]]
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        shown = axes.imshow(matrix[:count, :count].cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+        axes.set_title(title, fontsize=9)
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(count), labels, fontsize=7)
+    figure.colorbar(shown, ax=list(panels), shrink=0.7).ax.tick_params(labelsize=7)
+    return render_figure(figure)
+
+
+def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, color: str, label: str) -> None:
+    finite = values[np.isfinite(values)]
+    axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
+
+
+def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:
+    """Draw the shares of the most frequent categories of real data y, and of samples x."""
+    real, samples = (
+        np.bincount(each[np.isfinite(each)].astype(int), minlength=len(categories)) / max(1, len(each))
+        for each in (y, x)
+    )
+    order = np.argsort(-real, kind="stable")[:MAX_BARS]
+    places = np.arange(len(order))
+    axes.bar(places - 0.2, real[order], 0.4, color="0.7", label="real data")
+    axes.bar(places + 0.2, samples[order], 0.4, color=COLORS[0], label="samples")
+    labels = [categories[k][:10] for k in order]
+    axes.set_xticks(places, labels, rotation=90 if len(order) > 4 else 0, fontsize=7)
+
+
+def value_histogram(values: np.ndarray, limits: tuple[float, float]) -> Image.Image:
+    """Draw the distribution of the values (C, M) of the first channels over the range `limits`."""
+    figure, ((axes,),) = new_figure(7.0, 4.0)
+    colors = ("#c33", "#393", "#36c") if len(values) == 3 else COLORS
+    names = ("red", "green", "blue") if len(values) == 3 else [f"channel {k}" for k in range(len(values))]
+    low, high = limits
+    for k, channel in enumerate(values[:6]):
+        axes.hist(channel, bins=64, range=limits, histtype="step", color=colors[k], label=names[k], density=True)
+    axes.set(xlim=(low, high), xlabel="pixel value", ylabel="density")
+    if len(values) > 1:
+        axes.legend()
     return render_figure(figure)
 
 

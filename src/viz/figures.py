@@ -37,14 +37,15 @@ def histogram_bins(values: np.ndarray, count: int = 40) -> np.ndarray:
     return np.linspace(low, high, count + 1)
 
 
-def set_log_scale(axes: "Axes", which: str) -> None:
-    """Make the x or y axis logarithmic if its positive data span a factor of 5 or more."""
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axis.get_data_interval()
-    low = max(low, axis.get_minpos())
-    if 0 < low < math.inf and high >= 5 * low:
-        axes.set(**{f"{which}scale": "log"})
-        set_log_ticks(axis, low, high)
+def set_log_scale(axes: "Axes", names: str) -> None:
+    """Make each of the axes `names` (x, y or xy) logarithmic if its positive data span a factor of 5 or more."""
+    for name in names:
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        low, high = axis.get_data_interval()
+        low = max(low, axis.get_minpos())
+        if 0 < low < math.inf and high >= 5 * low:
+            axes.set(**{f"{name}scale": "log"})
+            set_log_ticks(axis, low, high)
 
 
 def set_log_ticks(axis: Any, low: float, high: float) -> None:
@@ -52,9 +53,8 @@ def set_log_ticks(axis: Any, low: float, high: float) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     decades = math.log10(high / low)
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if decades < 2 else (1.0,)
-    if decades < 0.7:  # a single tick might remain
-        subs = tuple(float(k) for k in range(1, 10))
+    # Below 0.7 decades a single tick might remain.
+    subs = range(1, 10) if decades < 0.7 else (1, 2, 5) if decades < 2 else (1,)
     axis.set_major_locator(LogLocator(subs=subs, numticks=12))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -75,9 +75,8 @@ def new_figure(
 
 
 def render_figure(figure: "Figure") -> Image.Image:
-    """Render a figure to an image."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombytes("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -20,8 +21,7 @@ from src.viz.tables import format_number
 CELL, GAP, LABEL_WIDTH, TITLE_HEIGHT = 64, 2, 140, 22
 SIGNAL_SIZE = (160, 80)
 """Pixels: the usual side of an image, the space between images, of labels, and of titles; the plot of a signal."""
-MAX_GROUPS = 16
-"""Maximum number of titles with a separate block; with more, the blocks are too small to read."""
+MAX_GROUPS = 16  # maximum number of titles with a separate block; with more, the blocks are too small to read
 
 
 def draw_samples(
@@ -32,10 +32,8 @@ def draw_samples(
 ) -> Image.Image:
     """Draw images as a grid, points (N, 2) as a scatter plot, (N, 1) as a histogram, other rows as a pair plot.
 
-    Signals are drawn as lines, and volumes as three slices.
-
-    Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get
-    one block of rows or one plot per title. `columns` names the features of points.
+    Grids of `real` images are to the right of the samples, `real` points under them. Samples with `titles` get one
+    block of rows or one plot per title. `columns` names the features of points.
     """
     groups: dict[str, list[int]] = {}
     for k, title in enumerate(titles or ()):
@@ -84,11 +82,7 @@ def plot_signal(signal: Tensor) -> Tensor:
         points = [(x, 4 + (height - 8) * (1 - value / 255)) for x, value in zip(across, channel, strict=True)]
         draw.line(points if count > 1 else [points[0], (width - 4, points[0][1])], COLORS[k % len(COLORS)], 3)
     smooth = image.resize(SIGNAL_SIZE, Image.Resampling.LANCZOS)
-    return (
-        torch.frombuffer(bytearray(smooth.tobytes()), dtype=torch.uint8)
-        .view(height // 2, width // 2, 3)
-        .permute(2, 0, 1)
-    )
+    return torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
 
 
 def central_slices(volumes: Tensor) -> Tensor:
@@ -105,12 +99,12 @@ def central_slices(volumes: Tensor) -> Tensor:
 
 def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
     """Draw a grid of images per group under its title, with the number of columns that makes the whole most square."""
-    largest = max(map(len, groups))
 
     def shape_error(columns: int) -> float:
         rows = sum(-(-len(group) // columns) for group in groups)
         return abs(math.log(columns / (rows + len(groups) * TITLE_HEIGHT / CELL)))
 
+    largest = max(map(len, groups))
     columns = min((-(-largest // rows) for rows in range(1, largest + 1)), key=shape_error)  # rows of equal length
     grids = [add_title(image_grid(group, columns), title) for group, title in zip(groups, titles, strict=True)]
     return tile(grids, columns=1, gap=0)
@@ -130,19 +124,16 @@ def draw_text(image: Image.Image, position: tuple[float, float], text: str, size
 
 
 def text_width(text: str) -> int:
-    """Return the width in pixels of a title or label with its margin."""
     return math.ceil(text_font(13).getlength(text)) + 12
 
 
 def extend(image: Image.Image, left: int = 0, top: int = 0, bottom: int = 0, width: int = 0) -> Image.Image:
-    """Return the image with white margins, and at least `width` pixels wide."""
     canvas = Image.new("RGB", (max(left + image.width, width), top + image.height + bottom), "white")
     canvas.paste(image, (left, top))
     return canvas
 
 
 def add_title(image: Image.Image, text: str) -> Image.Image:
-    """Return the image with a line of text above it."""
     canvas = extend(image, top=TITLE_HEIGHT, width=text_width(text))
     draw_text(canvas, (GAP, TITLE_HEIGHT / 2), text)
     return canvas

@@ -97,7 +97,6 @@ def format_metric(metric: Mapping[str, float]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a time to two digits in a suitable unit."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.2g} {unit}"
@@ -117,7 +116,6 @@ def markdown(metrics: Mapping[str, Any]) -> str:
 
 
 def _quality_table(metrics: Mapping[str, Any]) -> str:
-    """Return a row per metric, a column per sampler, and a column for real data."""
     samplers: Mapping[str, Any] = metrics.get("samplers", {})
     columns = [*samplers] or ["model"]
     rows = []
@@ -126,13 +124,10 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
         bits = format_number(metrics["bits_per_dim"], error)
         bits = "one sample" if math.isnan(error) else f"{bits} ± {format_number(error, error)}"
         rows.append([f"bits/dim of {metrics['num_val']} validation samples ↓", *[bits] * len(columns), ""])
-    baseline: Mapping[str, Any] = metrics.get("baseline", {})
+    baseline = {strip_sample_count(name): format_metric(each) for name, each in metrics.get("baseline", {}).items()}
     for name in dict.fromkeys(name for each in samplers.values() for name in each["metrics"]):
         cells = [format_metric(each["metrics"][name]) for each in samplers.values()]
-        real = next(
-            (metric for key, metric in baseline.items() if strip_sample_count(key) == strip_sample_count(name)), None
-        )
-        usual = format_metric(real) if real else USUAL.get(name.split("_")[0], "")
+        usual = baseline.get(strip_sample_count(name), USUAL.get(name.split("_")[0], ""))
         rows.append([metric_title(name) + direction_arrow(name), *cells, usual])
     for title, key in (("network calls per sample", "calls_per_image"), ("seconds per sample", "seconds_per_image")):
         if samplers:
@@ -140,29 +135,27 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
     table = markdown_table(["", *columns, "real data" if samplers else ""], rows) + "\n"
     if not samplers:
         return table
-    reference, others = (
-        ("training", "validation") if metrics.get("reference") == "train" else ("validation", "training")
-    )
-    accuracy = metrics.get("classifier_accuracy")
-    return (
+    reference, others = "validation", "training"
+    if metrics.get("reference") == "train":
+        reference, others = others, reference
+    note = (
         f"{table}\n± is one standard error; brackets hold 95% bootstrap intervals. ↓ lower is better, ↑ higher. The "
         f"reference is {reference} data; the last column compares {others} data to it, with as many samples as there "
         "are, at most n. The distance to training data is the median over samples, divided by that of validation data. "
         "Copies is the fraction of samples closer to a training sample than 95% of validation data are. A distance far "
         "below 1 with copies far above 0.05 indicates memorization; a distance far above 1 indicates samples unlike "
         "any data. Definitions: docs/metrics.md.\n"
-    ) + (f"The classifier is correct on {accuracy:.1%} of validation images.\n" if accuracy is not None else "")
+    )
+    if "classifier_accuracy" in metrics:
+        note += f"The classifier is correct on {metrics['classifier_accuracy']:.1%} of validation images.\n"
+    return note
 
 
 def _rows_table(report: Mapping[str, Any]) -> str:
     """Return a row per column of a generated table, and the comparison of whole rows."""
-    rows = [
-        [name, format_number(each["distance"]), format_number(each["baseline"])]
-        for name, each in report["columns"].items()
-    ]
-    rows.append(
-        ["mean error of associations", *(format_number(report[f"association_{k}"]) for k in ("error", "baseline"))]
-    )
+    pairs = {name: (each["distance"], each["baseline"]) for name, each in report["columns"].items()}
+    pairs["mean error of associations"] = report["association_error"], report["association_baseline"]
+    rows = [[name, *map(format_number, pair)] for name, pair in pairs.items()]
     rows.append(["nearer to training than to held-out rows", format_metric(report["closer_to_training"]), "0.5"])
     note = (
         f"\nDistances of {report['n']} samples, and of as many training rows, from {report['num_val']} held-out rows; "

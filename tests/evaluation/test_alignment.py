@@ -29,11 +29,9 @@ from tests.data.test_split import held_out_digits
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global binomtest, ImageDataModule, ATTRIBUTES, Shapes, paint, parse_scene, place, render, shapes, ConditionSpec
+    global ImageDataModule, ATTRIBUTES, Shapes, paint, parse_scene, place, render, shapes, ConditionSpec
     global best_scale, pairwise_rms, sample_and_score, score_group, DiffusionModule, Sampler
     global OBJECT_ATTRIBUTES, ClassBenchmark, ShapesBenchmark, attribute_accuracy, build_benchmark, match_scene
-    from scipy.stats import binomtest
-
     from src.data.images import ImageDataModule
     from src.data.scene_images import paint, place, render
     from src.data.scenes import ATTRIBUTES, parse_scene
@@ -54,12 +52,6 @@ ALONE = Processes(torch.device("cpu"))
 HELD_OUT = [{"shape": "square", "color": "red"}, {"shape": "circle", "color": "blue"}]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TURNED = {"left of": "above", "right of": "below", "above": "left of", "below": "right of"}
-
-
-@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (199, 200), (1, 1)])
-def test_wilson_interval_equals_scipy(right, n):
-    theirs = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    assert wilson(right, n) == pytest.approx((right / n, theirs.low, theirs.high), abs=1e-12)
 
 
 class Captions:
@@ -113,7 +105,7 @@ def benchmark(tmp_path, monkeypatch):
     """A shapes benchmark without a detector."""
     monkeypatch.setattr("src.evaluation.benchmarks.train_detector", lambda *args, **kwargs: None)
     monkeypatch.setattr(ShapesBenchmark, "_test_detector", lambda self, steps: {"all_9": wilson(9, 9)})
-    return ShapesBenchmark(shapes_data(), AlignmentSettings(n=24, cache=tmp_path), torch.device("cpu"), list)
+    return ShapesBenchmark(shapes_data(), AlignmentSettings(n=24, cache=tmp_path), torch.device("cpu"))
 
 
 def with_object(scene, k, new):
@@ -248,9 +240,7 @@ def painter(benchmark, change):
 def test_wrong_held_out_colors_lower_their_metrics(benchmark):
     module, benchmark.detector = painter(benchmark, recolor)
     settings = AlignmentSettings([1], batch_size=7)
-    result = sample_and_score(
-        module, module.sampler, benchmark, benchmark.data, settings, ALONE, lambda scale, count: None
-    )
+    result = sample_and_score(module, module.sampler, benchmark, benchmark.data, settings, ALONE)
     seen, held_out = (
         {name: metric.value for name, metric in result.groups[group][1].metrics.items()}
         for group in ("seen", "held out")
@@ -295,11 +285,6 @@ def class_run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def digits(class_run, cache):
     data = open_run(str(class_run)).data
     return data, build_benchmark(data, AlignmentSettings(n=30, cache=cache), ALONE)
@@ -314,9 +299,7 @@ def test_two_processes_equal_one(class_run, digits):
 
     def work(processes, name):
         module = modules.pop()
-        result = sample_and_score(
-            module, module.sampler, benchmark, data, settings, processes, lambda scale, count: None
-        )
+        result = sample_and_score(module, module.sampler, benchmark, data, settings, processes)
         results[name] = result
 
     work(ALONE, "alone")

@@ -1,7 +1,6 @@
 """The benchmark of glyphs: prompts, correct samples, and the accuracy of the nearest glyph."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +19,7 @@ def heavy_imports() -> None:
     from src.data.text import TextCondition
     from src.evaluation import reports
     from src.evaluation.alignment import AlignmentResult, score_group
-    from src.evaluation.benchmarks import build_benchmark
-    from src.evaluation.glyphs import GlyphBenchmark
+    from src.evaluation.benchmarks import GlyphBenchmark, build_benchmark
 
 
 def source(*args, **kwargs) -> GlyphSource:
@@ -39,7 +37,7 @@ def source(*args, **kwargs) -> GlyphSource:
 def benchmark():
     data = ImageDataModule(source, None, 1, 16, val_fraction=0.2)
     data.setup()
-    return GlyphBenchmark(data, AlignmentSettings())
+    return GlyphBenchmark(data, AlignmentSettings(), torch.device("cpu"))
 
 
 def test_prompts_are_held_out_and_training_captions(benchmark):
@@ -85,17 +83,15 @@ def test_pictures_need_no_diversity(benchmark, tmp_path, monkeypatch):
     scores = score_group(benchmark, images, prompts, prompts, [math.nan] * len(prompts), seed=0)
     result = AlignmentResult({"held out": {2.0: scores}}, {2.0: [(prompts[0], images[:1])]})
     monkeypatch.setattr(reports, "sample_and_score", lambda *args: result)
-    module = SimpleNamespace(network_calls=lambda sampler: 1)
-    monkeypatch.setattr(reports, "with_scale", lambda sampler, scale: sampler)
     alone = Processes(torch.device("cpu"))
     metrics = reports.evaluate_alignment(
-        module, benchmark.data, None, benchmark, AlignmentSettings(scales=[2.0]), alone, tmp_path
+        None, benchmark.data, None, benchmark, AlignmentSettings(scales=[2.0]), alone, tmp_path
     )
     assert metrics["groups"]["held out"]["2"]["metrics"]["top_1_6"]["value"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.png"]
 
 
 def test_number_of_prompts_is_a_setting(benchmark):
-    fewer = GlyphBenchmark(benchmark.data, AlignmentSettings(n=4))
+    fewer = GlyphBenchmark(benchmark.data, AlignmentSettings(n=4), torch.device("cpu"))
     assert fewer.n == 4
     assert fewer.prompts["held out"] == benchmark.prompts["held out"][:4]

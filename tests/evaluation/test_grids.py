@@ -46,7 +46,7 @@ def test_default_grids_are_near_the_best():
             for spacing in ("trailing", "linspace", "karras", "log_snr")
         }
         samplers = {f"{k} {spacing}": change(sampler_of(k)) for k in SAMPLERS for spacing, change in choices.items()}
-        results, _ = compare_samplers(data, schedule_of(name), samplers, [20], 400, 0, lambda jobs: jobs)
+        results, _ = compare_samplers(data, schedule_of(name), samplers, [20], 400, 0)
         for k in ("ddim", "dpmpp_2m", "heun"):
             (own,), *others = (results[f"{k} {spacing}"].flow for spacing in choices)
             assert own <= 1.1 * min(error for (error,) in others), (name, k, own, others)
@@ -60,7 +60,7 @@ def test_flows_use_equal_time_steps():
     data = instantiate(OmegaConf.load(CONF / "analytic" / "mixture.yaml"), _convert_="all")
     own = sampler_of("dpmpp_2m")
     samplers = {"own": own, "log_snr": own._replace(spacing="log_snr")}
-    results, _ = compare_samplers(data, flow, samplers, [20], 200, 0, lambda jobs: jobs)
+    results, _ = compare_samplers(data, flow, samplers, [20], 200, 0)
     assert results["own"].flow[0] < results["log_snr"].flow[0] / 2
 
 

@@ -41,11 +41,6 @@ ALONE = Processes(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def arguments(trained, cache) -> list[str]:
     return [
         f"run='{trained}'",
@@ -164,7 +159,7 @@ def test_only_memorization_metrics_detect_copies(trained, cache):
     copies = data.postprocess(data.preprocess(data.source.fetch(indices)))
     (pixels,) = evaluator.extractors
     generated = GeneratedSamples({"pixels": Collected.of(pixels(copies), 0, 1000)}, copies, 1, 1.0)
-    (measured,) = evaluator.measure([generated], lambda it: it)
+    (measured,) = evaluator.measure([generated])
     baseline = evaluator.baseline()
     for name, metric in measured.metrics.items():
         if name in baseline:
@@ -182,7 +177,7 @@ def test_copies_look_perfect_with_reference_train(trained, cache):
     everything = data.postprocess(data.preprocess(data.source.fetch(data.train_indices)))
     (pixels,) = evaluator.extractors
     copies = GeneratedSamples({"pixels": Collected.of(pixels(everything), 0, 2000)}, everything[:20], 1, 1.0)
-    (measured,) = evaluator.measure([copies], lambda it: it)
+    (measured,) = evaluator.measure([copies])
     assert measured.metrics[f"fd_pixels_{len(data.train_indices)}"].value == pytest.approx(0, abs=1e-4)
     assert f"fd_pixels_{len(data.val_indices)}" in evaluator.baseline()
 
@@ -213,7 +208,7 @@ def test_non_finite_samples_are_rejected(trained, cache):
 
     evaluator = SampleEvaluator(opened.data, QualitySettings(["pixels"], n=24, batch_size=16, cache=cache), ALONE)
     with pytest.raises(ValueError, match="3 of 24 samples are not finite"):
-        evaluator.draw(opened.module, Sampler(diverge, 2, "trailing"), lambda _: None)
+        evaluator.draw(opened.module, Sampler(diverge, 2, "trailing"))
 
 
 def test_too_little_data_and_large_images_are_rejected(trained, cache, monkeypatch):
@@ -234,9 +229,7 @@ def test_memory_is_bounded_in_the_number_of_samples(trained, cache):
     fn = Sampler(samplers.ddim, 2, "trailing")
     limits = {"batch_size": 16, "max_features": 24, "num_memorization": 10, "cache": cache}
     few, many = (
-        SampleEvaluator(opened.data, QualitySettings(["pixels"], n, **limits), ALONE).draw(
-            opened.module, fn, lambda _: None
-        )
+        SampleEvaluator(opened.data, QualitySettings(["pixels"], n, **limits), ALONE).draw(opened.module, fn)
         for n in (24, 88)
     )
     assert [d.collected["pixels"].moments.number for d in (few, many)] == [24, 88]

@@ -13,10 +13,9 @@ from src.viz.tables import markdown
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global TableDataModule, table_report, values_of
+    global TableDataModule, table_report
     from src.data.table import TableDataModule
-    from src.evaluation.quality import values_of
-    from src.evaluation.table_report import table_report
+    from src.evaluation.reports import table_report
 
 
 def opened(path: Path) -> "TableDataModule":
@@ -32,7 +31,7 @@ def opened(path: Path) -> "TableDataModule":
 def test_copies_have_the_distances_of_training_data(tmp_path):
     data = opened(tmp_path)
     copies = data.postprocess(data.source.fetch(data.train_indices[: len(data.val_indices)]))
-    report = table_report(tmp_path, data, copies, values_of(data))
+    report = table_report(tmp_path, data, copies)
     assert report["closer_to_training"]["value"] == 1  # as many training rows as held-out ones are compared
     assert list(report["columns"]) == ["x", "y", "sign", "b"]
     assert all(each["distance"] == each["baseline"] for each in report["columns"].values())
@@ -48,6 +47,6 @@ def test_shuffled_columns_have_wrong_associations_only(tmp_path):
     rows = data.postprocess(data.source.fetch(data.train_indices))
     generator = torch.Generator().manual_seed(0)
     shuffled = torch.stack([column[torch.randperm(len(rows), generator=generator)] for column in rows.T], dim=1)
-    report = table_report(tmp_path, data, shuffled, values_of(data))
+    report = table_report(tmp_path, data, shuffled)
     assert all(each["distance"] == each["baseline"] for each in report["columns"].values())
     assert report["association_error"] > 3 * report["association_baseline"]

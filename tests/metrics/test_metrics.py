@@ -13,22 +13,20 @@ from src.metrics.confidence import mean_of, median_of, metric_name
 from src.metrics.frechet import Moments, frechet, frechet_distance, frechet_linear
 from src.metrics.kernels import energy_distance, kid, mmd
 from src.metrics.neighbors import manifolds, nearest_neighbors
-from src.metrics.transport import sliced_wasserstein
 
 
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
     global sqrtm, linear_sum_assignment, scipy_energy, NearestNeighbors, maximum_mean_discrepancy, poly_mmd
-    global inception_score, total_variation, memorization_metrics
+    global inception_score, total_variation, memorization_metrics, sliced_wasserstein
     from scipy.linalg import sqrtm
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import energy_distance as scipy_energy
     from sklearn.neighbors import NearestNeighbors
     from torchmetrics.image.kid import maximum_mean_discrepancy, poly_mmd
 
-    from src.metrics.classes import inception_score, total_variation
-    from src.metrics.measure import memorization_metrics
+    from src.metrics.measure import inception_score, memorization_metrics, sliced_wasserstein, total_variation
 
 
 def normal(n: int, width: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from src.viz.charts import association_matrices, marginals
 from src.viz.figures import histogram_bins
-from src.viz.table_plots import association_matrices, marginals
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e9, -1e17])

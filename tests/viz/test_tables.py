@@ -8,7 +8,6 @@ import pytest
 from src.viz.tables import (
     better_direction,
     direction_arrow,
-    format_metric,
     format_number,
     markdown_table,
     metric_title,
@@ -33,10 +32,6 @@ from src.viz.tables import (
 )
 def test_numbers_have_the_digits_of_their_error(value, error, text):
     assert format_number(value, error) == text
-
-
-def test_metrics_are_formatted_with_their_interval():
-    assert format_metric({"value": 12.3456, "low": 11.2, "high": 13.5}) == "12.3 [11.2, 13.5]"
 
 
 @pytest.mark.parametrize(
