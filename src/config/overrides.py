@@ -248,11 +248,9 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
         added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
         if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
             warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
-    elif target and not hint:
-        fix = f"type {shell_word(f'+{line}')} if {target} has this argument"
+    elif other or (target and not hint):
+        fix = other or f"type {shell_word(f'+{line}')} if {target} has this argument"
         raise UsageError(f"unknown setting '{key}' in {line}; {fix}")
-    elif other:
-        raise UsageError(f"unknown setting '{key}' in {line}; {other}")
 
 
 def _fixed_node(
