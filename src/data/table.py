@@ -217,10 +217,9 @@ class TableDataModule(BaseDataModule):
         encoded = self._encode([column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)])
         first = np.cumsum([0, *(column.width for column in self.encoders)])[:-1].tolist()
         means, stds = encoded.mean(0)[first].tolist(), encoded.std(0, correction=0)[first].tolist()
-        coded = [column.is_coded for column in self.encoders]
         return (
-            [0.0 if codes else each for codes, each in zip(coded, means, strict=True)],
-            [1.0 if codes else each for codes, each in zip(coded, stds, strict=True)],
+            [0.0 if column.is_coded else mean for column, mean in zip(self.encoders, means, strict=True)],
+            [1.0 if column.is_coded else std for column, std in zip(self.encoders, stds, strict=True)],
         )
 
     def _open(self) -> Source:
