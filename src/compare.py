@@ -19,9 +19,7 @@ from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
 from src.quoting import quoted
-from src.runs.checkpoints import has_averages
 from src.runs.evaluation import quality_settings
-from src.training.checkpoints import read_checkpoint
 from src.viz.tables import write_json
 
 
@@ -32,9 +30,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         settings = quality_settings(cfg)
         settings.check()
-        folders = run_folders(
-            list(cfg.runs or []) if isinstance(cfg.runs, ListConfig | type(None)) else [str(cfg.runs)]
-        )
+        paths = [] if cfg.runs is None else list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]
+        folders = run_folders(paths)
         runs, notes = survey(folders)
         if rank() == 0:
             for note in notes:
@@ -92,9 +89,11 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
 
 def common_weights(runs: Sequence[SurveyedRun]) -> bool:
     """Return whether all runs have averaged weights. Raises ValueError if only some have them."""
-    without = [run.record.name for run in runs if not has_averages(read_checkpoint(run.checkpoint))]
+    without = [run.record.name for run in runs if not run.averaged]
     if without and len(without) < len(runs):
-        raise ValueError(f"ema=null needs one kind of weights, and {without[0]} has only raw ones; type ema=false")
+        raise ValueError(
+            f"ema=null needs averaged weights in all runs or none, and {without[0]} has only raw ones; type ema=false"
+        )
     if without and rank() == 0:
         print("The runs have no averaged weights; using the raw ones, as ema=false does")
     return not without

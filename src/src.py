@@ -1,4 +1,7 @@
-"""Explain `python src/train.py`: Python then looks for `src` in the folder of that file, and finds this one."""
+"""Exit with the command to type for `python src/train.py`, and for `python -m src.train` in the folder `src`.
+
+Python then searches that folder first, and imports this file as `src`.
+"""
 
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ from src.comparison.grouping import RunRecord, data_of, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
 from src.quoting import format_override
-from src.runs.checkpoints import find_checkpoint, flatten_settings
+from src.runs.checkpoints import find_checkpoint, flatten_settings, has_averages
 from src.training.checkpoints import read_checkpoint
 
 
@@ -22,6 +22,7 @@ class SurveyedRun(NamedTuple):
     checkpoint: Path
     settings: dict[str, Any]  # nested settings from the checkpoint
     folder: Path
+    averaged: bool  # whether the checkpoint has averaged weights
 
 
 def run_folders(paths: Sequence[str]) -> list[Path]:
@@ -67,7 +68,9 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
             if metrics.get("val/loss", 0.0) is None:
                 raise ValueError("training diverged, val/loss is not finite")
             checkpoint = find_checkpoint(str(folder), None)
-            settings = read_checkpoint(checkpoint)["hyper_parameters"]
+            contents = read_checkpoint(checkpoint)
+            settings, averaged = contents["hyper_parameters"], has_averages(contents)
+            del contents  # the weights
         except (OSError, ValueError) as error:
             notes.append(f"{folder}: {' '.join(str(error).split())}")
             continue
@@ -82,7 +85,7 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
             typed_overrides=typed_overrides,
             costs={k: v for k, v in numbers.items() if not k.startswith("val/")},
         )
-        runs[record.name] = SurveyedRun(record, checkpoint, settings, folder)
+        runs[record.name] = SurveyedRun(record, checkpoint, settings, folder, averaged)
     kept, repeats = without_repeats([run.record for run in runs.values()])
     notes += [f"{old.name}: same settings and seed as {new.name}" for old, new in repeats]
     return [runs[record.name] for record in kept], notes

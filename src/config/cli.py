@@ -148,12 +148,8 @@ def _launch(
 
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)
     if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
-        text = io.StringIO()
-        try:
-            with redirect_stdout(text):  # so that `quiet_pipe` sees a closed pipe first
-                run(run_task)()
-        finally:
-            print(text.getvalue(), end="")
+        with print_at_end():
+            run(run_task)()
         return
     if not (flags.multirun and deferred):
         run(run_task)()
@@ -212,6 +208,17 @@ def quiet_pipe() -> Iterator[None]:
         if not reader_left():
             raise
         end_silently()
+
+
+@contextmanager
+def print_at_end() -> Iterator[None]:
+    """Hold back the output until the end, so that `quiet_pipe` sees a closed pipe instead of Hydra."""
+    text = io.StringIO()
+    try:
+        with redirect_stdout(text):
+            yield
+    finally:
+        print(text.getvalue(), end="")
 
 
 def reader_left() -> bool:

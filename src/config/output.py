@@ -28,6 +28,14 @@ OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
 """Overrides that control Hydra's files in the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """Overrides that disable Hydra's output."""
+FILE_SETTINGS = (
+    *("data.root", "data.val_root", "data.path", "data.urls", "data.val_urls", "data.cache_dir", "schedule.betas"),
+    *("conditioning.encode.cache", "callbacks.quality.cache", "cache", "inception_weights", "guidance.model"),
+    *("resume", "run", "ckpt", "runs"),
+)
+"""Settings of files and folders."""
+NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")
+"""Settings whose value may be a file or folder, or something else, such as a name of the hub."""
 
 
 class DeferredOutput(NamedTuple):
@@ -172,16 +180,6 @@ def _start_times(sweep: Path, subdir: str | None) -> dict[Path, int]:
     """Return when each job of a sweep last started."""
     files = sweep.rglob(f"{subdir or '.hydra'}/overrides.yaml")
     return {path: path.stat().st_mtime_ns for path in files}
-
-
-FILE_SETTINGS = (
-    *("data.root", "data.val_root", "data.path", "data.urls", "data.val_urls", "data.cache_dir", "schedule.betas"),
-    *("conditioning.encode.cache", "callbacks.quality.cache", "cache", "inception_weights", "guidance.model"),
-    *("resume", "run", "ckpt", "runs"),
-)
-"""Settings of files and folders."""
-NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")
-"""Settings of a file or folder, or else of something else, such as a name of the hub."""
 
 
 def absolute_paths(cfg: DictConfig) -> None:

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import RECIPE, check_combinations, check_required, check_type, check_value, check_values
-from src.config.search_path import CONF, config_folders, config_groups, load_option, near_matches, unknown_option
+from src.config.search_path import CONF, config_folders, config_groups, load_option, unknown_option
 from src.config.words import parse_words, parsed
 from src.errors import UsageError, first_names
 from src.quoting import format_override, shell_word
@@ -28,7 +28,7 @@ MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
 LISTS = ("names", "runs", "cond", "features", "analytic_spacing", "data.root", "data.columns", "data.condition_columns")
-"""Settings with the default null that may be lists."""
+"""Settings that may be lists although their default is not one."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
@@ -122,10 +122,8 @@ def check_overrides(
                 warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
     last = {override.key_or_group: override for override in read}
     if "data.root" in last and _select(plain, "data._target_") and _select(plain, "data.root") is None:
-        choice = base.hydra.runtime.choices.data
-        raise UsageError(
-            f"{last['data.root'].input_line} has no effect with data={choice}, which has no files; add data=folder"
-        )
+        line, choice = last["data.root"].input_line, base.hydra.runtime.choices.data
+        raise UsageError(f"{line} has no effect with data={choice}, which has no files; add data=folder")
     check_required(config_name, base, final)
     names = {name for name, override in last.items() if override.value() is not None}
     if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
@@ -226,7 +224,10 @@ def _check_sweep(
 
 
 def _check_key(override: Override, read: Sequence[Override], base: DictConfig, groups: dict[str, list[str]]) -> None:
-    """Raise UsageError for an argument that a `_target_` lacks; warn about an added key that may be misspelled."""
+    """Raise UsageError for an unknown key if other options or a `_target_` give a hint; Hydra refuses the others.
+
+    Warns about an added key that may be misspelled.
+    """
     key, line = str(override.key_or_group), str(override.input_line)
     if key == "run_dir":  # Hydra's files must be next to the checkpoints
         folder = last_value([line], "run_dir") or "FOLDER"
@@ -235,29 +236,33 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
     if key in names or override.is_delete():
         return
     parent, _, last = key.rpartition(".")
-    node = OmegaConf.select(base, parent) if parent in names else None
-    target = str(node.get("_target_") or "") if isinstance(node, DictConfig) else ""
-    typed = [o for o in read if o.key_or_group == f"{parent}._target_" or f"{parent}.".startswith(f"{o.key_or_group}.")]
+    node = _fixed_node(parent, read, base, groups) if parent in names and not last.startswith("_") else None
+    target = "" if node is None else str(node._target_)
     hint = key_hint(key, override.get_value_element_as_str(), names, groups)
-    other, is_added = _other_option(key, groups), override.is_add() or override.is_force_add()
-    if target and isinstance(node, DictConfig) and all(o.key_or_group in groups for o in typed) and last[0] != "_":
-        if target.startswith("src."):  # our YAMLs list every argument
-            known = [name for name in map(str, node) if name[0] != "_"]
-            close = near_matches(last, known)
-            takes = f"it takes {first_names(known, 20) or 'no settings'}"
-            other = other or hint.removeprefix("; ") or (f"did you mean {parent}.{close[0]}?" if close else takes)
-            raise UsageError(f"{line}: {target} has no argument '{last}'; {other}")
-        if not is_added and not hint:
-            raise UsageError(
-                f"unknown setting '{key}' in {line}; type {shell_word(f'+{line}')} if {target} has this argument"
-            )
-    if not is_added and other:
-        raise UsageError(f"unknown setting '{key}' in {line}; {other}")
-    if not is_added:
-        return  # Hydra refuses it
-    added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
-    if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
-        warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
+    other = _other_option(key, groups)
+    if node is not None and target.startswith("src."):  # our YAMLs list every argument
+        takes = first_names([name for name in map(str, node) if name[0] != "_"], 20) or "no settings"
+        fix = other or hint.removeprefix("; ") or f"it takes {takes}"
+        raise UsageError(f"{line}: {target} has no argument '{last}'; {fix}")
+    if override.is_add() or override.is_force_add():
+        added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
+        if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
+            warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
+    elif other or (target and not hint):
+        fix = other or f"type {shell_word(f'+{line}')} if {target} has this argument"
+        raise UsageError(f"unknown setting '{key}' in {line}; {fix}")
+
+
+def _fixed_node(
+    name: str, read: Sequence[Override], base: DictConfig, groups: dict[str, list[str]]
+) -> DictConfig | None:
+    """Return a node with a `_target_`; None for other nodes, and if an override sets the node or its `_target_`."""
+    node = OmegaConf.select(base, name)
+    if not isinstance(node, DictConfig) or not node.get("_target_"):
+        return None
+    keys = {str(each.key_or_group) for each in read} - groups.keys()
+    is_typed = any(key == f"{name}._target_" or f"{name}.".startswith(f"{key}.") for key in keys)
+    return None if is_typed else node
 
 
 def _other_option(key: str, groups: dict[str, list[str]]) -> str:

@@ -118,6 +118,9 @@ EXAMPLES = {
 }
 """Values of the right type for settings whose default is null."""
 
+NULLABLE = (*OPTIONAL, *EXAMPLES, "optimized_metric")
+"""Settings without a dot in their name, and nodes, that may be null; settings of nodes may be null, too."""
+
 ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
@@ -148,21 +151,25 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
         raise UsageError(f"{name}={value} must be {wanted}")
     if other := FOREIGN_VALUES.get(f"{name.rpartition('.')[2]}={value}"):
         raise UsageError(f"{name}={value} is a name of another library; type {name}={other}")
-    choices = CHOICES.get(name) if value is not None else None
-    for each in (value or ["[]"]) if isinstance(value, list | ListConfig) else [value]:
-        if choices and not isinstance(each, dict | DictConfig) and each not in choices and "${" not in str(each):
+    choices = CHOICES.get(name)
+    if choices is None or value is None or isinstance(value, dict | DictConfig):
+        return
+    values = list(value) if isinstance(value, list | ListConfig) else [value]
+    for each in values or ["[]"]:
+        if each not in choices and "${" not in str(each):
             raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
 
 
 def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     """Raise UsageError for a value whose type differs from its default's, and for an empty or not finite value.
 
-    A default that is a string or null allows any type. An empty string as a folder would mean the current one. The
-    message shows the value as it was `typed`, if that is known.
+    A default that is a string allows any value but null. A default of null allows any type, unless `EXAMPLES` has one.
+    An empty string as a folder would mean the current one. The message shows the value as it was `typed`, if that is
+    known.
     """
-    if (value is None and ("." in name or name in (*OPTIONAL, *EXAMPLES))) or (
-        isinstance(value, str) and "${" in value
-    ):
+    if value is None and ("." in name or name in NULLABLE):
+        return
+    if isinstance(value, str) and "${" in value:
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
@@ -172,11 +179,12 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         return
     if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
-    if value is None and isinstance(default, str) and name != "optimized_metric":
+    if value is None and isinstance(default, str):
         raise UsageError(f"{name}=null must have a value, such as {default}")
-    numbers = isinstance(default, list) and default and all(isinstance(each, int | float) for each in default)
-    if numbers and isinstance(value, list) and any(isinstance(e, str | bool) and "${" not in str(e) for e in value):
-        raise UsageError(f"{name}={typed or value} must be a list of numbers, such as {default}")
+    if isinstance(default, list) and default and all(isinstance(each, int | float) for each in default):
+        others = [each for each in value if isinstance(each, str | bool)] if isinstance(value, list) else []
+        if any("${" not in str(each) for each in others):
+            raise UsageError(f"{name}={typed or value} must be a list of numbers, such as {default}")
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),
@@ -186,16 +194,25 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                example = "" if "${" in str(default) or kind in (bool, dict) else f", such as {default}"
-                if kind is int and isinstance(value, float) and value.is_integer():
-                    example = f"; type {name}={int(value)}"
-                if isinstance(default, dict) and "enabled" in default and isinstance(value, bool):
-                    example = f"; type {name}.enabled={str(value).lower()}"
-                if kind is int and (ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value))):
-                    example += f"; for one job per value type -m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
                 shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-                raise UsageError(f"{name}={typed or shown} must be {rule}{example}")
+                raise UsageError(f"{name}={typed or shown} must be {rule}{_example(name, default, value)}")
             return
+
+
+def _example(name: str, default: Any, value: Any) -> str:
+    """Return the end of the error about a value of a wrong type: what to type instead, or the default."""
+    if isinstance(default, dict):
+        has_switch = "enabled" in default and isinstance(value, bool)
+        return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
+    if isinstance(default, bool) or "${" in str(default):
+        return ""
+    if isinstance(default, int):
+        if isinstance(value, float) and value.is_integer():
+            return f"; type {name}={int(value)}"
+        if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
+            sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
+            return f", such as {default}; for one job per value type {sweep}"
+    return f", such as {default}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:

@@ -28,7 +28,9 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
                 value = OverridesParser.create().parse_override(override).value()
                 if not isinstance(value, list):
                     raise UsageError(f"{override} must be a list; type {format_override('hydra.searchpath', [value])}")
-                added = [_existing("hydra.searchpath", str(each)) for each in value]
+                added = [str(each) for each in value]
+                for entry in added:
+                    _check_entry(entry)
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise UsageError(f"--config-dir {config_dir} must be a folder of config groups")
@@ -43,19 +45,19 @@ def extra_folders(overrides: Sequence[str], config_dir: str | None = None) -> li
     return added
 
 
-def _existing(setting: str, entry: str) -> str:
-    """Return an entry of Hydra's search path. Raises UsageError if neither a folder nor a package has that name."""
+def _check_entry(entry: str) -> None:
+    """Raise UsageError if an entry of `hydra.searchpath` is neither a folder nor a package."""
     kind, _, name = entry.rpartition("://")
     if kind == "pkg":
         with suppress(ImportError, ValueError):
             if importlib.util.find_spec(name.replace("/", ".")) is not None:
-                return entry
+                return
         rule = "must be a package that Python can import; type PYTHONPATH=FOLDER in front of python"
+    elif Path(name).is_dir():
+        return
     else:
-        if Path(name).is_dir():
-            return entry
         rule = "must be an existing folder; type file:// and its path"
-    raise UsageError(f"{format_override(setting, [entry])} {rule}")
+    raise UsageError(f"{format_override('hydra.searchpath', [entry])} {rule}")
 
 
 def check_config_flags(command: str, flags: Namespace, added: Sequence[str]) -> None:

@@ -68,7 +68,7 @@ def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:
-    """Raise ValueError if each split seems to be one file: train.npy and test.npy, or only one file for training."""
+    """Raise ValueError if a split seems to be one file: train.npy and test.npy, or only one training file."""
     files = [PurePosixPath(name) for name in found.names]
     if any(file.suffix.lower() not in ARRAY_SUFFIXES for file in files):
         return
@@ -76,14 +76,14 @@ def _check_one_sample_per_file(found: FoundImages) -> None:
     held_out = np.zeros(len(files), bool) if found.val_mask is None else found.val_mask
     if "train" in splits and len(set(splits)) > 1 and None not in splits:
         train = splits.index("train")
-    elif len(files) > held_out.sum() == len(files) - 1:
+    elif held_out.sum() == len(files) - 1:
         train = int(np.flatnonzero(~held_out)[0])
     else:
         return
     raise ValueError(
-        f"{format_override('data.root', str(found.root))} must have one file per sample, and has "
-        f"{first_names(found.names, 3)} as if a split were one file; set "
-        f"{format_override('data.root', str(found.path(train)))} for a file with all training samples"
+        f"{format_override('data.root', str(found.root))} must have one file per sample, but one file seems to hold a "
+        f"whole split ({first_names(found.names, 3)}); set {format_override('data.root', str(found.path(train)))} for "
+        "a file with all training samples"
     )
 
 

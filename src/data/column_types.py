@@ -239,9 +239,9 @@ def _parse_dates(
 
 
 def _parse_epochs(table: Table, series: "pd.Series[Any]", given: str | None) -> Cells | None:
-    """Return a column of whole numbers as dates: counts of a unit since 1970, of the format `given` or of their size.
+    """Return a column of whole numbers as dates, in a unit since 1970; None for other columns.
 
-    None for other columns, and if no unit puts all numbers in `EPOCH_RANGE`.
+    The unit is that of `given`, if it is one of `EPOCHS`, or else the one that puts all numbers in `EPOCH_RANGE`.
     """
     missing = _missing(series, table.is_text, MISSING_NUMBERS)
     cells = series.tolist()

@@ -38,8 +38,8 @@ TIME_FORMATS = [
 UNITS = {"D": 86_400_000_000_000, "h": 3_600_000_000_000, "m": 60_000_000_000, "s": 1_000_000_000}
 UNITS |= {"ms": 1_000_000, "us": 1_000, "ns": 1}
 """Nanoseconds of each unit of time."""
-UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds", "ms": "milliseconds", "us": "microseconds"}
-UNIT_NAMES |= {"ns": "nanoseconds"}
+UNIT_NAMES = {"D": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+UNIT_NAMES |= {"ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 EPOCHS = {f"epoch_{unit}": unit for unit in ("s", "ms", "us", "ns")}
 """Formats of dates that are whole numbers of a unit since 1970-01-01."""
 EPOCH_RANGE = (631_152_000, 2_524_608_000)
@@ -101,9 +101,12 @@ def is_named_like_time(name: str) -> bool:
 
 def epoch_format(numbers: Collection[int]) -> str | None:
     """Return the format in `EPOCHS` by which all numbers lie in `EPOCH_RANGE`; None if there is none."""
+    if not numbers:
+        return None
+    smallest, largest = min(numbers), max(numbers)
     for form, unit in EPOCHS.items():
         low, high = (second * (UNITS["s"] // UNITS[unit]) for second in EPOCH_RANGE)
-        if len(numbers) and low <= min(numbers) and max(numbers) <= high:
+        if low <= smallest and largest <= high:
             return form
     return None
 

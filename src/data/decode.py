@@ -66,7 +66,9 @@ def looks_like_image(file: Path) -> bool:
 
 
 def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None, channels: int = 0) -> Decoded:
-    """Return the image in a file, by its contents. Those that Pillow decodes are upright, and in sRGB by their profile.
+    """Return the image in a file of any name.
+
+    An image that Pillow decodes is upright, and in sRGB if it has a color profile.
 
     Args:
         stream: the opened file. NumPy arrays have shape (H, W), (H, W, C) or (C, H, W).
@@ -112,6 +114,7 @@ def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpb
 
 
 def _check_finite(decoded: Decoded) -> Decoded:
+    """Return an image. Raises ValueError if it has infinite values or NaN."""
     if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
         raise ValueError("it has values that are not finite")
     return decoded

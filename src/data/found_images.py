@@ -129,26 +129,26 @@ def join(parts: Sequence[FoundImages], val: FoundImages | None) -> FoundImages:
 
 
 def without_linked(found: FoundImages) -> FoundImages:
-    """Return the images without those for training to whose files an image for validation links.
+    """Return the images without training images that are the same file as a validation image, by a link.
 
     Raises ValueError if none is left for training.
     """
     if found.val_mask is None:
         return found
     folders = [root.is_dir() for root in found.roots]
-    inodes: list[tuple[int, int] | None] = []
+    inodes: list[tuple[int, int] | None] = []  # None for files in archives
     for k, root in enumerate(found.which.tolist()):
         status = os.stat(found.path(k)) if folders[root] else None
         inodes.append(None if status is None else (status.st_dev, status.st_ino))
-    held_out = {inode for inode, out in zip(inodes, found.val_mask, strict=True) if out} - {None}
-    kept = [bool(out) or inode not in held_out for inode, out in zip(inodes, found.val_mask, strict=True)]
-    found = found.keep(kept, "used for validation")
-    if found.val_mask is not None and found.val_mask.all():
+    held_out = {inode for inode, is_val in zip(inodes, found.val_mask, strict=True) if is_val} - {None}
+    chosen = [bool(is_val) or inode not in held_out for inode, is_val in zip(inodes, found.val_mask, strict=True)]
+    kept = found.keep(chosen, "used for validation")
+    if kept.val_mask is not None and kept.val_mask.all():
         raise ValueError(
-            f"{format_override('data.root', str(found.root))} has no training samples besides those for validation, "
-            "which are links to them; set data.val_root to other files, or leave it out"
+            f"{format_override('data.root', str(found.root))} must have training samples that are not links to "
+            "validation samples, or their targets; replace the links, or set data.val_root to other files"
         )
-    return found
+    return kept
 
 
 def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:

@@ -275,4 +275,4 @@ def _probe(
             )
         return image.type, infer_range(image.type, image.low, image.high)
     check_readable(found, errors, skip_unreadable=False)
-    raise AssertionError
+    raise AssertionError("check_readable raises if no image is readable")

@@ -49,11 +49,13 @@ def class_folders(found: FoundImages, depth: Depth = 1) -> tuple[FoundImages, li
 
 def describe_depth(found: FoundImages, depth: Depth) -> str:
     """Return the part of the summary about folders within those at the top, which are not classes; empty without."""
+    if depth != 1:
+        return ""
     paths = {tuple(path) for path in _class_paths(found, depth, complete=True) if path}
+    if len(paths) == len({path[0] for path in paths}):
+        return ""
     nested = [path for path in paths if len(path) > 1]
     tops = {path[0] for path in nested}
-    if depth != 1 or len(paths) == len({path[0] for path in paths}):
-        return ""
     folders, are = ("subfolder", "is not a class") if len(nested) == 1 else ("subfolders", "are not classes")
     return (
         f"; {len(nested):,} {folders} of {len(tops):,} folder{'s' * (len(tops) > 1)} {are} "

@@ -32,9 +32,9 @@ class _File(NamedTuple):
 def find_images(
     root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image", val_root: Path | None = None
 ) -> FoundImages:
-    """Return every image under a folder, or in a zip or tar file, except hidden files.
+    """Return every image under a folder, or in a zip or tar file, except hidden files and files in `val_root`.
 
-    `accepts` chooses other files by their names, which are called `noun` in messages. Those in `val_root` are left out.
+    `accepts` chooses other files than images by their names; messages call them `noun`.
 
     Links to folders are followed. If the top, or the only folder there, has a folder for training (`SPLITS`), alone or
     beside one of another split, only it and the one for validation are used. Raises FileNotFoundError without the

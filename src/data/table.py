@@ -217,10 +217,9 @@ class TableDataModule(BaseDataModule):
         encoded = self._encode([column.display(each.values) for column, each in zip(self.encoders, cells, strict=True)])
         first = np.cumsum([0, *(column.width for column in self.encoders)])[:-1].tolist()
         means, stds = encoded.mean(0)[first].tolist(), encoded.std(0, correction=0)[first].tolist()
-        coded = [column.is_coded for column in self.encoders]
         return (
-            [0.0 if codes else each for codes, each in zip(coded, means, strict=True)],
-            [1.0 if codes else each for codes, each in zip(coded, stds, strict=True)],
+            [0.0 if column.is_coded else mean for column, mean in zip(self.encoders, means, strict=True)],
+            [1.0 if column.is_coded else std for column, std in zip(self.encoders, stds, strict=True)],
         )
 
     def _open(self) -> Source:
@@ -266,14 +265,15 @@ class TableDataModule(BaseDataModule):
         ).T
 
 
-def _signs(separator: str | None, decimal: str | None) -> list[str | None]:
+def _signs(separator: str | None, decimal: str | None) -> tuple[str | None, str | None]:
     """Return the separator and the decimal sign from their names. Raises ValueError for other texts."""
-    signs = [None if sign is None else SIGNS.get(sign, sign) for sign in (separator, decimal)]
-    if signs[1] not in (None, ".", ","):
-        raise ValueError(f"data.decimal={decimal} must be point or comma")
-    if signs[0] is not None and len(signs[0]) != 1:
-        raise ValueError(f"data.separator={separator} must be one character, or one of {', '.join(SIGNS)}")
-    return signs
+    character, sign = (None if name is None else SIGNS.get(name, name) for name in (separator, decimal))
+    if sign not in (None, ".", ","):
+        raise ValueError(f"data.decimal={decimal} must be point or comma; change it, or leave it out")
+    if character is not None and len(character) != 1:
+        names = ", ".join(SIGNS)
+        raise ValueError(f"data.separator={separator} must be one character, or one of {names}; change it")
+    return character, sign
 
 
 def _by_column(settings: Mapping[str, str] | Sequence[str] | None, name: str) -> dict[str, str]:

@@ -18,12 +18,12 @@ from src.errors import did_you_mean, first_names
 from src.quoting import format_override
 
 TYPES = (*get_args(ColumnType), *EPOCHS, "id", "text")
-"""What `data.types` takes, besides the format of a date; the last two leave a column out."""
+"""Values of `data.types`, besides the format of a date; the last two leave a column out."""
 
 
 @dataclass(frozen=True)
 class ColumnSettings:
-    """What `TableDataModule` takes about columns. Raises ValueError for values that no table allows."""
+    """The settings of columns, as in `TableDataModule`. Raises ValueError for values that no table allows."""
 
     columns: Sequence[str] | None
     condition_columns: Sequence[str]
@@ -67,12 +67,14 @@ class ColumnSettings:
 
 
 class InferredColumns(NamedTuple):
-    """The columns to model and their complete cells; the reason for each that is left out; and what was detected."""
+    """The columns to model, without rows of missing cells, and notes for the start of a run."""
 
     columns: list[Column]
     cells: list[Cells]
     left_out: dict[str, str]
+    """The reason for each column that is left out."""
     notes: list[str]
+    """What was detected."""
 
 
 def infer_columns(table: Table, settings: ColumnSettings) -> InferredColumns:
@@ -151,7 +153,7 @@ def _describe_doubt(table: Table, column: Column) -> str:
 
 
 def condition_cells(table: Table, name: str) -> Cells:
-    """Return a column of covariates: numbers, or booleans as 0 and 1."""
+    """Return the cells of a column of covariates: numbers, or booleans as 0 and 1."""
     cells = parse_column(table, name, used=True)
     if cells.type == "boolean":
         numbers = Column(name, **cells.details, type="boolean").display

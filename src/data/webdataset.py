@@ -138,7 +138,7 @@ def _check_shards_differ(urls: Sequence[str], val_urls: Sequence[str]) -> None:
         if shard in first:
             setting = format_override("data.urls" if k < len(urls) else "data.val_urls", url)
             other = "is named twice" if url == first[shard] else f"is the same file as {first[shard]}"
-            raise ValueError(f"{setting} {other}, so validation would repeat training samples; leave one out")
+            raise ValueError(f"{setting} {other}, and a shard may occur once; leave one out")
         first[shard] = url
 
 

@@ -141,9 +141,7 @@ def pick_device(name: str) -> "torch.device":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
     try:
-        if not isinstance(name, str):
-            raise RuntimeError("a device has a name, such as cuda:1")
-        device = torch.device(name)
+        device = torch.device(str(name))  # device=1 arrives as an integer
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device={name} is not available here ({sentence(error)}): use device=auto or cpu") from error

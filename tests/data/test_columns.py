@@ -173,12 +173,8 @@ def test_other_whole_numbers_are_not_dates(numbers, tmp_path):
 def test_invalid_epochs_are_marked(tmp_path):
     (tmp_path / "a.csv").write_text("x,time\n1,1600000000\n2,soon\n3,-\n1,5.5\n")
     cells = parse_column(read_table(tmp_path / "a.csv", "data.path"), "time", "epoch_s")
-    assert cells.invalid.tolist() == [False, True, False, True] and cells.missing.tolist() == [
-        False,
-        False,
-        True,
-        False,
-    ]
+    assert cells.invalid.tolist() == [False, True, False, True]
+    assert cells.missing.tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])

@@ -1,5 +1,8 @@
 """The rules of thumb of `src.doctor`."""
 
+import warnings
+from itertools import product
+
 import numpy as np
 
 from src.data.decode import Decoded
@@ -40,17 +43,14 @@ def test_suggestions_follow_size_and_number():
 
 
 def test_suggested_networks_have_their_attention():
-    """At every size that is suggested without a type by the user."""
-    import warnings
-
+    """Without a warning about `model.attention_resolutions`."""
     from hydra.utils import instantiate
 
     from tests.conftest import compose
 
-    for on_gpu, sizes in ((True, (8, 16, 32)), (False, (8, 16, 32))):
-        for size in sizes:
-            words = [each for each in suggest(size, 5000, on_gpu) if each.startswith("model")]
-            cfg = compose("train", "data=folder", "data.root=x", f"data.image_size={size}", *words, "run_dir=x")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                instantiate(cfg.model, channels=3, image_size=size, model_channels=32)
+    for on_gpu, size in product((False, True), (8, 16, 32)):
+        words = [each for each in suggest(size, 5000, on_gpu) if each.startswith("model")]
+        cfg = compose("train", "data=folder", "data.root=x", f"data.image_size={size}", *words, "run_dir=x")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            instantiate(cfg.model, channels=3, image_size=size, model_channels=32)

@@ -124,11 +124,12 @@ def test_run_without_averages_opens_its_raw_weights(trained, tmp_path):
     with pytest.raises(ValueError, match="ema=false"):
         open_run(str(tmp_path), ema=True)
 
-    record = [SimpleNamespace(record=SimpleNamespace(name="a"), checkpoint=path) for path in (raw, raw)]
-    assert not common_weights(record)
-    record[0].checkpoint = trained / "checkpoints" / "last.ckpt"
+
+def test_compared_runs_need_one_kind_of_weights():
+    averaged, raw = (SimpleNamespace(record=SimpleNamespace(name="a"), averaged=each) for each in (True, False))
+    assert common_weights([averaged, averaged]) and not common_weights([raw, raw])
     with pytest.raises(ValueError, match=r"ema=null .* ema=false"):
-        common_weights(record)
+        common_weights([averaged, raw])
 
 
 def test_changed_settings_leave_out_paths_and_recipe():
