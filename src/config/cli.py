@@ -34,6 +34,7 @@ from src.config.overrides import (
     expand_grid,
     expand_home,
     key_of,
+    last_value,
 )
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, check_config_flags, config_folders, config_groups, extra_folders
@@ -98,6 +99,7 @@ def _launch(
             return
         flags = get_args_parser().parse_args([*words, *overrides])
         check_flags(flags)
+        flags.multirun = flags.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN"
         added = extra_folders(overrides, flags.config_dir)
         if flags.help:
             folders = config_folders(added)

@@ -161,7 +161,7 @@ def _choices(
 
     Raises UsageError for an unknown option, and for several options of a group that takes one.
     """
-    choices = [override for override in read if override.key_or_group in groups and not override.is_delete()]
+    choices = [override for override in read if override.key_or_group in groups and _chooses(override)]
     for override in choices:
         name, options = override.key_or_group, _options(override)
         for option in options:
@@ -238,7 +238,7 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
     parent, _, last = key.rpartition(".")
     node = _fixed_node(parent, read, base, groups) if parent in names and not last.startswith("_") else None
     target = "" if node is None else str(node._target_)
-    hint = key_hint(key, override.get_value_element_as_str(), names, groups)
+    hint = key_hint(key, _first_value(override).partition("=")[2], names, groups)
     other = _other_option(key, groups)
     if node is not None and target.startswith("src."):  # our YAMLs list every argument
         takes = first_names([name for name in map(str, node) if name[0] != "_"], 20) or "no settings"
@@ -282,6 +282,11 @@ def _select(plain: Any, name: str) -> Any:
     for part in name.split("."):
         plain = plain.get(part) if isinstance(plain, dict) else None
     return plain
+
+
+def _chooses(override: Override) -> bool:
+    """Return whether an override of a group chooses options; optimizer={lr:0.1} sets values of the chosen one."""
+    return not override.is_delete() and not isinstance(parsed(_first_value(override)).value(), dict)
 
 
 def _options(override: Override) -> list[str]:

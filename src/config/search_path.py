@@ -72,6 +72,9 @@ def check_config_flags(command: str, flags: Namespace, added: Sequence[str]) -> 
         if (CONF / f"{name}.yaml").is_file() and name != command:
             raise UsageError(f"--config-name {name} is of another command; type python -m src.{name}")
         return
+    if flags.config_path and not flags.config_name:
+        path = flags.config_path
+        raise UsageError(f"--config-path {path} has no {name}.yaml; type --config-dir {path} to add options")
     commands = {file.stem for file in CONF.glob("*.yaml")} - {command}
     known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} - commands)
     raise UsageError(f"--config-name {name} does not exist; {did_you_mean(name, known)}")

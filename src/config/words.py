@@ -71,7 +71,10 @@ def check_package(flags: Namespace, cfg: DictConfig) -> None:
     with suppress(OmegaConfBaseException):
         if flags.package.split(".")[0] in known and OmegaConf.select(cfg, flags.package) is not None:
             return
-    hint = did_you_mean(flags.package, known)
+    parent, _, last = flags.package.rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    is_null = isinstance(node, DictConfig) and last in node
+    hint = "it is null" if is_null else did_you_mean(flags.package, known)
     raise UsageError(f"--package {flags.package} must be a node of the configuration; {hint}")
 
 

@@ -89,6 +89,8 @@ def _open_once(path: Path, size: int, time: int, process: int) -> _Archive:
     """Open an archive once per process: processes must not share the position in a file."""
     if zipfile.is_zipfile(path):
         zipped = zipfile.ZipFile(path)
+        if all(each.flag_bits & 1 for each in zipped.infolist() if not each.is_dir()):  # the first bit: encrypted
+            raise ValueError(f"{path} is encrypted or empty; unpack it into a folder")
         return _Archive({each.filename: each.file_size for each in zipped.infolist() if not each.is_dir()}, zipped.read)
     if (places := _tar_places(path, size, time)) is not None:
         return _Archive({name: size for name, (_, size) in places.items()}, lambda name: read_at(path, *places[name]))

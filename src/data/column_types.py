@@ -256,6 +256,11 @@ def _parse_epochs(table: Table, series: "pd.Series[Any]", given: str | None) -> 
         form = epoch_format(present) if enough and not invalid.any() else None
     if form is None:
         return None
+    if (likely := epoch_format(present)) not in (None, form):
+        raise ValueError(
+            f"{type_override(str(series.name), form)} puts numbers such as {present[0]} far from today, and {likely} "
+            f"between 1990 and 2050; add {type_override(str(series.name), str(likely))}"
+        )
     values = np.zeros(len(cells), dtype=np.int64)
     values[~missing & ~invalid], details = ticks_of_epochs(present, form)
     dtype = None if table.is_text else "int64" if series.dtype == object else str(series.dtype)

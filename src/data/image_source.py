@@ -124,7 +124,7 @@ class BucketedImages(ImageSource):
         self.buckets = torch.tensor(indices)
         counts = self.buckets.bincount(minlength=len(sizes)).tolist()
         used = ", ".join(f"{w}x{h} ({n:,})" for (h, w), n in zip(sizes, counts, strict=True) if n)
-        self.summary += f"; trained as {used}"
+        self.summary += f"; trained as {used}, width x height"
         return self
 
     def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:

@@ -22,12 +22,16 @@ def splits_of(names: Sequence[str]) -> list[str | None] | None:
     """Return the split of each file, or None for files outside of the folders of splits.
 
     Returns None for all if there is no folder for training at the top, or in the only folder there. Beside other
-    folders and without another split, "train" is the name of a class, like "bus".
+    folders and without another split, "train" is the name of a class, like "bus". Raises ValueError if all files are in
+    folders for validation and test.
     """
     level = _outer_folders(names) if names else 0
     folders = [name.split("/")[level:-1] for name in names]
     splits = [SPLITS.get(parts[0].lower()) if parts else None for parts in folders]
     present = {split for split, parts in zip(splits, folders, strict=True) if parts}
+    if present and present <= {"validation", "test"} and all(folders):
+        tops = sorted({parts[0] for parts in folders})
+        raise ValueError(f"it has no folder for training beside {' and '.join(tops)}; name one train")
     has_splits = "train" in present and (present == {"train"} or present & {"validation", "test"})
     return splits if has_splits else None
 

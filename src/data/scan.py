@@ -46,6 +46,8 @@ def find_images(
     elif is_archive(root):
         time = root.stat().st_mtime_ns
         files = [_File(name, size, time) for name, size in member_sizes(root).items()]
+    elif root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
+        raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
     else:
         raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
     if accepts is None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
     from src.training.module import ConditionSpec, DiffusionModule, LossFn, Sampler
+
+
+def is_typed(name: str) -> bool:
+    """Return whether the command line of this job sets a setting."""
+    return HydraConfig.initialized() and any(o.startswith(f"{name}=") for o in HydraConfig.get().overrides.task)
 
 
 def build_module(
@@ -59,7 +65,10 @@ def build_module(
                 f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
             )
         arguments["augment_labels"] = augment_labels
-    net = instantiate_node(cfg.model, arguments)
+    with warnings.catch_warnings():
+        if not is_typed("model.attention_resolutions"):  # a default for larger images
+            warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
+        net = instantiate_node(cfg.model, arguments)
     spec = None
     if condition is not None:
         null, examples = condition([None]), condition(condition.examples or [None])

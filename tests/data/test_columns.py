@@ -170,6 +170,19 @@ def test_other_whole_numbers_are_not_dates(numbers, tmp_path):
     assert parse_column(table, "time", "epoch_ms").values.tolist() == numbers
 
 
+def test_wrong_units_of_dates_are_refused(tmp_path):
+    """A unit is wrong if the years are far from today, and those of another unit are not."""
+    for numbers, right, wrong in (
+        ([1_600_000_000_000, 1_700_000_000_000], "epoch_ms", "epoch_s"),
+        ([1_600_000_000, 1_700_000_000], "epoch_s", "epoch_ms"),
+    ):
+        (tmp_path / "a.csv").write_text("\n".join(["x,time", *(f"{k},{number}" for k, number in enumerate(numbers))]))
+        table = read_table(tmp_path / "a.csv", "data.path")
+        assert parse_column(table, "time", right).type == "date"
+        with pytest.raises(ValueError, match=rf"data\.types=.*{wrong}.*{right}"):
+            parse_column(table, "time", wrong)
+
+
 def test_invalid_epochs_are_marked(tmp_path):
     (tmp_path / "a.csv").write_text("x,time\n1,1600000000\n2,soon\n3,-\n1,5.5\n")
     cells = parse_column(read_table(tmp_path / "a.csv", "data.path"), "time", "epoch_s")

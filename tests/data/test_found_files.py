@@ -97,6 +97,17 @@ def test_pipes_are_left_out(tmp_path):
     assert len(found) == 2 and [name for names in found.left_out.values() for name in names] == ["pipe"]
 
 
+@pytest.mark.parametrize("names", [["test/a/0.png", "test/b/0.png"], ["val/0.png", "x/test/1.png", "dev/2.png"]])
+def test_folders_without_training_images_are_refused(tmp_path, names):
+    tops = [name.removeprefix("x/") for name in names]
+    save(tmp_path, *tops)
+    with pytest.raises(ValueError, match=r"data\.root=.*no folder for training"):
+        find(str(tmp_path))
+    assert len(find(str(tmp_path / tops[0].split("/")[0]))) == sum(t[:3] == tops[0][:3] for t in tops)
+    save(tmp_path, "train/3.png")
+    assert "train/3.png" in find(str(tmp_path)).names
+
+
 # One folder around everything
 
 
@@ -202,6 +213,20 @@ def test_unreadable_members_of_archives_have_a_reason(tmp_path, encrypted):
     assert source.fetch([1]).shape == (1, 1, *SHAPE)
     with pytest.raises(DataReadError, match=r"0\.png"):
         source.fetch([0])
+
+
+def test_archives_that_cannot_be_read_are_refused(tmp_path):
+    save(tmp_path, "0.png")
+    image = (tmp_path / "0.png").read_bytes()
+    archive = Path(zip_of(tmp_path / "x.zip", **{"0.png": image}))
+    contents = bytearray(archive.read_bytes())
+    archive.write_bytes(contents[:-30])
+    with pytest.raises(ValueError, match=r"data\.root=.*x\.zip"):
+        find(str(archive))
+    contents[contents.index(b"PK\x01\x02") + 8] |= 1  # encrypted
+    archive.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"data\.root=.*x\.zip is encrypted"):
+        find(str(archive))
 
 
 def test_captions_inside_an_archive_are_explained(tmp_path):
