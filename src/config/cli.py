@@ -83,6 +83,7 @@ def launch(config_name: str, task: Callable[[DictConfig], Any], together: str | 
             print("Interrupted", file=sys.stderr)
         exit_process(128 + (interruption.number or signal.SIGINT))
     finally:
+        discard_output()  # of a task that wrote none
         remove_empty_dirs()
 
 

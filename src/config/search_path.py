@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
 from src.errors import UsageError, did_you_mean
+from src.quoting import command as command_line
 from src.quoting import format_override, shell_word
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -70,7 +71,7 @@ def check_config_flags(command: str, flags: Namespace, added: Sequence[str]) -> 
     name = (flags.config_name or command).removesuffix(".yaml")
     if any((folder / f"{name}.yaml").is_file() for folder in folders) or "pkg://" in " ".join(added):
         if (CONF / f"{name}.yaml").is_file() and name != command:
-            raise UsageError(f"--config-name {name} is of another command; type python -m src.{name}")
+            raise UsageError(f"--config-name {name} is of another command; type {command_line(name)}")
         return
     if flags.config_path and not flags.config_name:
         path = flags.config_path

@@ -201,7 +201,7 @@ REFUSED = {
     "train ~shedule": "did you mean schedule?",
     "train -m shedule=linear,cosine": "did you mean schedule?",
     "train -m +model.foo=1,2": "model.foo",
-    "train -m optimizer.amsgrad=true,false": "type +optimizer.amsgrad=true,false",
+    "train -m optimizer.amsgrad=true,false": "+optimizer.amsgrad=true,false",
     "train --config-path own": "--config-dir own",
     "train -p conditioning --cfg job": "it is null",
     "train schedule.num_stps=10": "did you mean schedule.num_steps?",
