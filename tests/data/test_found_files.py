@@ -135,7 +135,6 @@ def test_splits_in_one_outer_folder_are_recognized(tmp_path, packed, outer):
         (["w/x/a/p/0", "w/x/b/p/1"], 1, ["a", "b"]),
         (["wrap/train/a/0", "wrap/train/b/0"], 1, ["a", "b"]),
         (["train/a/0", "train/b/0"], 1, ["a", "b"]),
-        (["test/a/0", "test/b/0"], 1, None),
         (["train/a/x/0", "train/a/y/0"], 1, None),
         (["wrap/train/0", "wrap/bus/0"], 1, ["bus", "train"]),
         (["a/0", "a/1"], 1, None),
