@@ -121,7 +121,7 @@ def check_overrides(
             if name in RECIPE and f"${{{name}}}" not in str(composed):
                 warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
     last = {override.key_or_group: override for override in read}
-    if "data.root" in last and _select(plain, "data._target_") and _select(plain, "data.root") is None:
+    if "data.root" in last and not multirun and _select(plain, "data._target_") and _select(plain, "data.root") is None:
         line, choice = last["data.root"].input_line, base.hydra.runtime.choices.data
         raise UsageError(f"{line} has no effect with data={choice}, which has no files; add data=folder")
     check_required(config_name, base, final)

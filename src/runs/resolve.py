@@ -92,7 +92,8 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
         config.data.cache_dir = None
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # data=table reads one file, data.path
-        if config.data.get(setting) is None:
+        is_exported = checkpoint.suffix == ".safetensors" and setting in config.data  # src.export sets paths to null
+        if config.data.get(setting) is None and not is_exported:
             raise ValueError(
                 f"{format_override('data.root', data_root)} needs a run trained on files, and {checkpoint} was trained "
                 "on data without files; leave it out"
