@@ -107,6 +107,8 @@ def print_training_summary(run: "Run") -> None:
     for budget in run.callbacks(TimeBudget):
         if budget.minutes is not None:
             steps = f"{'at most ' if budget.num_steps is None else ''}{steps} in {budget.minutes:g} minutes"
+    if run.initial:
+        print_once(f"Start: {run.initial}")
     print_once(
         f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
         f"{count or 'the'} samples{repeated} of shape {run.module.shape}, {steps}"

@@ -33,6 +33,7 @@ from src.config.overrides import (
     chosen_options,
     expand_grid,
     expand_home,
+    expand_init_from,
     key_of,
     last_value,
 )
@@ -179,7 +180,7 @@ def _prepare(
         raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
         warn_repeated(overrides)
-    typed = expand_home(overrides)
+    typed = expand_init_from(expand_home(overrides))
     overrides = expand_sweep(typed) if flags.multirun else expand_resume(typed)
     overrides = choose_none(overrides, config_folders(added))
     check_unused(overrides, flags.multirun)

@@ -31,7 +31,7 @@ NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 FILE_SETTINGS = (
     *("data.root", "data.val_root", "data.path", "data.urls", "data.val_urls", "data.cache_dir", "schedule.betas"),
     *("conditioning.encode.cache", "callbacks.quality.cache", "cache", "inception_weights", "guidance.model"),
-    *("resume", "run", "ckpt", "runs"),
+    *("resume", "init_from.path", "run", "ckpt", "runs"),
 )
 """Settings of files and folders."""
 NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")

@@ -73,6 +73,11 @@ def expand_home(overrides: Sequence[str]) -> list[str]:
     return expanded
 
 
+def expand_init_from(overrides: Sequence[str]) -> list[str]:
+    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place."""
+    return [re.sub(r"^(\+*)init_from=(?!\{)", r"\1init_from.path=", override) for override in overrides]
+
+
 def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
     """Replace `group=null`, which Hydra accepts only in a defaults list, by `group=none` or `~group`."""
     groups = config_groups(folders)

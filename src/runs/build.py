@@ -11,7 +11,14 @@ from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.quoting import format_override
-from src.runs.checkpoints import check_fit, check_resumed, find_checkpoint, read_metrics, record_path
+from src.runs.checkpoints import (
+    check_fit,
+    check_resumed,
+    find_checkpoint,
+    load_initial_weights,
+    read_metrics,
+    record_path,
+)
 from src.runs.components import (
     build_condition,
     build_module,
@@ -48,6 +55,8 @@ class Run(NamedTuple):
     resume_from: Path | None
     steps: int = 0
     """Steps that the run took before it was resumed."""
+    initial: str = ""
+    """Which weights a new run took from a trained model, and which it could not take."""
     changes: Sequence[str] = ()
     """Settings of a resumed run that differ from its checkpoint, as "name: old -> new"."""
 
@@ -115,7 +124,7 @@ def instantiate_run(
     module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
     warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
-    steps, changes = 0, []
+    steps, changes, initial = 0, [], ""
     if checkpoint is not None:
         assert resume_from is not None
         check_fit(checkpoint["state_dict"], module, resume_from)
@@ -125,12 +134,14 @@ def instantiate_run(
             f"{directory} already holds a run: resume it with {format_override('resume', directory)}, or choose "
             "another run_dir"
         )
+    elif cfg.init_from.path is not None:
+        initial = load_initial_weights(module, str(cfg.init_from.path), cfg.init_from.weights)
     trainer = build_trainer(cfg, directory)
     environment = getattr(trainer.strategy, "cluster_environment", None)  # strategies with several processes have one
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)
     start_quietly(trainer.strategy)
     data.overfit_batches, data.limit_val_batches = cfg.trainer.get("overfit_batches") or 0, trainer.limit_val_batches
-    run = Run(cfg, directory, module, data, trainer, resume_from, steps, changes)
+    run = Run(cfg, directory, module, data, trainer, resume_from, steps, initial, changes)
     for budget in run.callbacks(TimeBudget):
         budget.restore(trainer, checkpoint or {})  # Lightning restores it later, after `Run.finished` is read.
     if not run.callbacks(MicrobatchFinder):

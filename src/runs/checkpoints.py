@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.quoting import format_override
 from src.runs.components import to_plain
-from src.training.checkpoints import is_intact, newest_first
+from src.training.checkpoints import is_intact, newest_first, read_checkpoint, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from src.training.module import DiffusionModule
 
 
-def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
+def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> Path:
     """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
 
-    Raises FileNotFoundError without one, and ValueError unless exactly one of the two is given.
+    `setting` is the name of `run` in messages. Raises FileNotFoundError without one, and ValueError unless exactly one
+    of the two is given.
     """
-    name, value = ("ckpt", ckpt) if run is None else ("run", run)
+    name, value = ("ckpt", ckpt) if run is None else (setting, run)
     if (run is None) == (ckpt is None):
         raise ValueError(
             "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
@@ -35,10 +37,10 @@ def find_checkpoint(run: str | None, ckpt: str | None) -> Path:
     if given.is_file():
         return given
     if not given.is_dir():
-        kind, pattern = ("run folder", "*/") if name == "run" else ("checkpoint", "*.ckpt")
+        kind, pattern = ("checkpoint", "*.ckpt") if name == "ckpt" else ("run folder", "*/")
         newest = newest_run(name, Path("outputs/train"))
         hint = path_hint(given, name, pattern) or newest or ": runs are in outputs/train"
-        raise FileNotFoundError(f"no {kind} {given.resolve()}{hint}")
+        raise FileNotFoundError(f"{name}: no {kind} {given.resolve()}{hint}")
     folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):
         if is_intact(path):
@@ -78,6 +80,32 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
                 f"{path} holds another network: {name} is {saved} there and {built} here; use the settings of its "
                 "training, or start a new run"
             )
+
+
+def load_initial_weights(module: "DiffusionModule", location: str, kind: str | None) -> str:
+    """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
+
+    `location` is a run folder or a checkpoint; `kind` is "ema" or "raw", and None takes the averaged weights if the
+    checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    """
+    from src.training.initial_weights import load_matching
+
+    path = find_checkpoint(location, None, "init_from")
+    checkpoint = read_checkpoint(path)
+    averaged = has_averages(checkpoint) if kind is None else kind == "ema"
+    if averaged != has_averages(checkpoint) and (averaged or checkpoint.get("averaged")):
+        raise ValueError(f"init_from.weights={kind} needs weights that {path} does not have; leave it out")
+    weights = weights_of(checkpoint, averaged, path)
+    prefix = "net."
+    of_network = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    report = load_matching(module.net, of_network)
+    if not any(of_network[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
+        node = checkpoint["hyper_parameters"]["model"]
+        raise ValueError(
+            f"{format_override('init_from', location)} has no weights that fit this network: it was trained with "
+            f"model._target_={node['_target_']}; choose that model and its sizes"
+        )
+    return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
 
 def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "DiffusionModule") -> list[str]:
@@ -135,7 +163,13 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     )
     lines = []
     for name in {**old, **new}:
-        if old.get(name) != new.get(name) and name.split(".")[0] not in ("recipe", "resume", "run_dir", "trust"):
+        if old.get(name) != new.get(name) and name.split(".")[0] not in (
+            "recipe",
+            "init_from",
+            "resume",
+            "run_dir",
+            "trust",
+        ):
             lines.append(f"{name}: {old.get(name)} -> {new.get(name)}")
             if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
                 raise ValueError(f"{lines[-1]} changes the model of a resumed run: keep it, or start a new run")

@@ -36,6 +36,8 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
     """
     cfg = copy.deepcopy(cfg)
     cfg.data = inline_aliases(cfg.data, "data")
+    if not isinstance(cfg.init_from, DictConfig):  # composed without the command line, which writes init_from.path
+        cfg.init_from = {"path": cfg.init_from, "weights": None}
     _infer_folders(cfg)
     _inline_betas(cfg, checkpoint)
     _restore_settings(cfg, checkpoint)

@@ -4,7 +4,7 @@ import re
 import shlex
 
 from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
-from src.config.overrides import check_overrides, expand_grid
+from src.config.overrides import check_overrides, expand_grid, expand_init_from
 from src.config.words import split_arguments
 from src.errors import UsageError
 from tests.docs.test_links import FENCE, PAGES
@@ -30,7 +30,7 @@ def test_commands_of_the_documentation_are_accepted():
         try:
             if name == "evaluate":
                 overrides = expand_grid(name, overrides, "sampler")
-            check_overrides(name, overrides, "-m" in flags)
+            check_overrides(name, expand_init_from(overrides), "-m" in flags)
         except UsageError as error:
             refused.append(f"src.{name} {rest}: {error}")
     assert refused == []

@@ -1,15 +1,22 @@
 """Networks that start from the weights of others."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
+from src.config.overrides import expand_init_from
 from src.models.conditioning import ClassEmbedding
 from src.models.mlp import MLP
 from src.models.unet import UNet
+from src.runs.build import build, close_run
+from src.training.checkpoints import read_checkpoint
 from src.training.initial_weights import load_matching
+from tests.conftest import TINY, compose, train_tiny
 
 
 def random_weights(net: nn.Module, seed: int) -> nn.Module:
@@ -65,3 +72,63 @@ def test_weights_that_do_not_fit_are_named_and_stay():
     assert all(torch.equal(before[name], net.state_dict()[name]) for name in missing)
     assert sorted([*report.loaded, *missing]) == sorted(before) and report.partial == []
     assert "condition.table.weight (6, 64), not (11, 64)" in report.new
+
+
+# Whole runs.
+
+
+def averages_and_weights(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    return checkpoint["state_dict"], checkpoint["current_model_state"]
+
+
+def initial_weights(folder: Path, *overrides: str) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of a run before its first step, and what it says about them."""
+    cfg = compose("train", *TINY, f"run_dir='{folder}'", *expand_init_from(overrides))
+    run = build(cfg)
+    close_run(run)
+    return {name: value.clone() for name, value in run.module.state_dict().items()}, run.initial
+
+
+def test_run_starts_from_averaged_or_raw_weights(trained, tmp_path):
+    averages, raw = averages_and_weights(trained)
+    assert not all(torch.equal(averages[name], raw[name]) for name in raw)
+    others = ["seed=5", "diffusion.prediction=v", "schedule=linear", "optimizer.lr=1e-4"]
+    for settings, expected in (
+        ([f"init_from={trained}", *others], averages),
+        ([f"init_from={trained}", "init_from.weights=raw"], raw),
+        ([f"init_from={trained}/checkpoints/last.ckpt", "init_from.weights=ema"], averages),
+    ):
+        ours, report = initial_weights(tmp_path / "new", *settings)
+        assert str(trained) in report
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_class_condition_is_added_to_a_trained_network(trained, tmp_path):
+    averages, _ = averages_and_weights(trained)
+    ours, report = initial_weights(tmp_path / "new", f"init_from={trained}", "conditioning=class")
+    assert all(torch.equal(ours[name], averages[name]) for name in averages)
+    assert "condition.table.weight" in report and "1 initialized anew" in report
+
+
+def test_resumed_run_takes_the_weights_of_its_checkpoint(tmp_path):
+    """Also when the model that it started from is gone; and its losses are those of a run without interruption."""
+    first = tmp_path / "first"
+    train_tiny(first, "trainer.max_steps=2")
+    start = [f"init_from={first}", "lr_scheduler.decay=none", "logger=csv", "trainer.log_every_n_steps=1"]
+    for name, steps in (("whole", 6), ("parts", 3)):
+        train_tiny(tmp_path / name, *expand_init_from(start), f"trainer.max_steps={steps}")
+    shutil.rmtree(first)
+    train_tiny(tmp_path / "parts", *expand_init_from(start), "trainer.max_steps=6", f"resume='{tmp_path / 'parts'}'")
+    for ours, theirs in zip(*(averages_and_weights(tmp_path / name) for name in ("whole", "parts")), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_unusable_weights_are_refused(trained, tmp_path):
+    for settings, rule in (
+        ([f"init_from={tmp_path}/none"], r"init_from"),
+        ([f"init_from={trained}", "model.model_channels=24"], r"init_from="),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=rule) as error:
+            initial_weights(tmp_path / "new", *settings)
+        assert "\n" not in str(error.value)
