@@ -111,6 +111,7 @@ COMPOSE = {
     "train trainer.fast_dev_run=true --cfg job": ["fast_dev_run: true"],
     "train +trainer.limit_val_batches=3 --cfg job": ["limit_val_batches: 3"],
     "train ++seed=4 --cfg job": ["seed: 4"],
+    "train init_from=x init_from.weights=raw --cfg job": ["path: x", "weights: raw"],
     "train optimizer={lr:0.002} --cfg job": ["torch.optim.AdamW", "lr: 0.002"],
     "train ~callbacks.ema --cfg job": ["nan_guard:"],
     "train seed=1 model=unet_tiny seed=2 --cfg job": ["seed: 2"],
