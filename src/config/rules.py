@@ -68,7 +68,7 @@ RANGES = {
     "alignment.n": "[1, inf)",
     "alignment.detector_steps": "[1, inf)",
     "analytic_samples": "[10, inf)",
-    "num_steps": "[10, 10000]",
+    "num_steps": "[10, 10000]: 1000 is usual",
     "frames": "[2, inf)",
 }
 """Interval of each number, by setting, by pattern, or by argument of a `_target_`; a comment may follow a colon."""
