@@ -21,33 +21,50 @@ CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def sinusoidal_embedding(time: Tensor, dim: int, scale: float = 1000.0, max_period: float = 10_000.0) -> Tensor:
-    """Return sines, then cosines, of scale * time at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
+def sinusoidal_embedding(
+    time: Tensor,
+    dim: int,
+    scale: float = 1000.0,
+    max_period: float = 10_000.0,
+    offset: float = 0.0,
+    freq_shift: int = 1,
+) -> Tensor:
+    """Return sines, then cosines, of scale * time + offset at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
 
+    The lowest frequency is 1 / max_period with `freq_shift` 1 (Ho et al. 2020), and the next lower one with 0 (ADM).
     Always float32: bfloat16 rounds steps 500 and 501 of 1000 to the same value.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), sec. 3.5, in the layout of Ho et al. 2020.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=time.device) / max(half - 1, 1)
-    angle = scale * time.float()[:, None] * torch.exp(-math.log(max_period) * exponent)
+    exponent = torch.arange(half, dtype=torch.float32, device=time.device) / max(half - freq_shift, 1)
+    position = scale * time.float()[:, None]
+    if offset:
+        position = position + offset
+    angle = position * torch.exp(-math.log(max_period) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 class TimeEmbedding(nn.Module):
     """Map time (B,) in [0, 1] to (B, dim): `width` sinusoidal features through a two-layer MLP."""
 
-    def __init__(self, width: int, dim: int, time_scale: float = 1000.0) -> None:
+    def __init__(
+        self, width: int, dim: int, time_scale: float = 1000.0, time_offset: float = 0.0, freq_shift: int = 1
+    ) -> None:
         super().__init__()
         if width % 2:
             raise ValueError(f"the time embedding width={width} must be even; make model.model_channels even")
         self.width = width
         self.time_scale = time_scale
+        self.time_offset = time_offset
+        self.freq_shift = freq_shift
         self.linear1 = nn.Linear(width, dim)
         self.linear2 = nn.Linear(dim, dim)
 
     def forward(self, time: Tensor) -> Tensor:
-        sinusoids = sinusoidal_embedding(time, self.width, self.time_scale)
+        sinusoids = sinusoidal_embedding(
+            time, self.width, self.time_scale, offset=self.time_offset, freq_shift=self.freq_shift
+        )
         hidden: Tensor = F.silu(self.linear1(sinusoids.to(self.linear1.weight.dtype)))
         out: Tensor = self.linear2(hidden)
         return out
@@ -72,16 +89,17 @@ class ResidualBlock(nn.Module):
         resample: Resample | None = None,
         conv_backend: ConvBackend = "auto",
         dims: int = 2,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if time_conditioning not in get_args(TimeConditioning):
             raise ValueError(f"model.time_conditioning={time_conditioning} must be add or scale_shift")
         self.time_conditioning: TimeConditioning = time_conditioning
         self.resample: Resample | None = resample
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, norm_eps)
         self.conv1 = conv3(dims, in_channels, out_channels, conv_backend)
         self.emb = nn.Linear(emb_dim, out_channels * (2 if time_conditioning == "scale_shift" else 1))
-        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(conv3(dims, out_channels, out_channels, conv_backend))
         same = in_channels == out_channels
@@ -107,10 +125,10 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Add multi-head self-attention over the positions of x (B, C, *size)."""
 
-    def __init__(self, channels: int, groups: int, num_heads: int) -> None:
+    def __init__(self, channels: int, groups: int, num_heads: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
 
@@ -129,10 +147,12 @@ class CrossAttention(nn.Module):
     `mask` (B, L) is True for tokens and False for padding, with at least one token per sample; None means no padding.
     """
 
-    def __init__(self, channels: int, groups: int, num_heads: int, token_width: int) -> None:
+    def __init__(
+        self, channels: int, groups: int, num_heads: int, token_width: int, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.norm = nn.GroupNorm(groups, channels, norm_eps)
         self.query = nn.Linear(channels, channels)
         self.kv = nn.Linear(token_width, 2 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
@@ -150,14 +170,20 @@ class CrossAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the size of (B, C, *size) by a strided convolution."""
+    """Halve the size of (B, C, *size) by a strided convolution.
 
-    def __init__(self, channels: int, dims: int = 2) -> None:
+    `padding` 1 pads both sides by a zero, and 0 only the end, as TensorFlow and therefore Ho et al. 2020 do.
+    """
+
+    def __init__(self, channels: int, dims: int = 2, padding: int = 1) -> None:
         super().__init__()
-        self.conv = CONVS[dims](channels, channels, 3, stride=2, padding=1)
+        if padding not in (0, 1):
+            raise ValueError(f"model.downsample_padding={padding} must be 0 or 1")
+        self.conv = CONVS[dims](channels, channels, 3, stride=2, padding=padding)
+        self.pad = [] if padding else [0, 1] * dims
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
+        out: Tensor = self.conv(F.pad(x, self.pad) if self.pad else x)
         return out
 
 

@@ -50,6 +50,9 @@ class UNet(nn.Module):
       augment_labels), by default 0, and adds a linear map of them to the time embedding (Karras et al. 2022, app. F.2).
     - `gradient_checkpointing` stores the input of each block only and recomputes the block in the backward pass (Chen
       et al. 2016, arXiv 1604.06174).
+    - `norm_groups` is the number of groups of each GroupNorm, and None chooses up to 32; `norm_eps` is its epsilon.
+    - The time embedding sees time_scale * time + time_offset; for `freq_shift` see `sinusoidal_embedding`, and for
+      `downsample_padding` see `Downsample`. With these, networks of other projects have the same weights.
     - `conv_backend` selects the algorithm of the 3x3 convolutions of images: see `src.models.winograd.Conv3x3`.
 
     With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
@@ -75,6 +78,11 @@ class UNet(nn.Module):
         patch_size: int = 1,
         conv_backend: ConvBackend = "auto",
         augment_labels: int = 0,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        downsample_padding: int = 1,
+        time_offset: float = 0.0,
+        freq_shift: int = 1,
     ) -> None:
         super().__init__()
         if channels is None or image_size is None:
@@ -106,14 +114,18 @@ class UNet(nn.Module):
         self.patch_size = patch_size
         self.factor = patch_size * 2 ** (len(widths) - 1)
         self.gradient_checkpointing = gradient_checkpointing
-        groups = fit_groups(model_channels)
+        groups = fit_groups(model_channels) if norm_groups is None else norm_groups
+        if groups < 1 or any(width % groups for width in widths):
+            raise ValueError(f"model.norm_groups={groups} must divide the channels of each stage, {widths}; use null")
         emb_dim = 4 * model_channels
         self.condition = None if condition is None else condition(emb_dim)
         token_width = None if self.condition is None else self.condition.token_width
         per_head = num_head_channels
 
         def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
-            return ResidualBlock(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims)
+            return ResidualBlock(
+                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps)
+            )
 
         def heads(c: int) -> int:
             name, divisor = ("num_heads", num_heads) if per_head is None else ("num_head_channels", per_head)
@@ -122,14 +134,17 @@ class UNet(nn.Module):
             return num_heads if per_head is None else c // per_head
 
         def cross_attention(c: int) -> CrossAttention | None:
-            return None if token_width is None else CrossAttention(c, groups, heads(c), token_width)
+            return None if token_width is None else CrossAttention(c, groups, heads(c), token_width, norm_eps)
+
+        def attention(c: int) -> SelfAttention:
+            return SelfAttention(c, groups, heads(c), norm_eps)
 
         def layer(c_in: int, c_out: int, resolution: float) -> Layer:
             if resolution not in attended:
                 return Layer(residual(c_in, c_out), None)
-            return Layer(residual(c_in, c_out), SelfAttention(c_out, groups, heads(c_out)), cross_attention(c_out))
+            return Layer(residual(c_in, c_out), attention(c_out), cross_attention(c_out))
 
-        self.time = TimeEmbedding(model_channels, emb_dim, time_scale)
+        self.time = TimeEmbedding(model_channels, emb_dim, time_scale, time_offset, freq_shift)
         self.conv_in = CONVS[dims](channels * patch_size**dims, model_channels, 3, padding=1)
 
         stages = list(enumerate(zip(widths, resolutions, strict=True)))
@@ -142,12 +157,12 @@ class UNet(nn.Module):
                 c = c_out
                 skips.append(c)
             if i < len(widths) - 1:
-                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c, dims))
+                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c, dims, downsample_padding))
                 skips.append(c)
 
         cross = cross_attention(c)
         cross_layers = [] if cross is None else [cross]
-        middle = [residual(c, c), SelfAttention(c, groups, heads(c)), *cross_layers, residual(c, c)]
+        middle = [residual(c, c), attention(c), *cross_layers, residual(c, c)]
         self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
@@ -158,7 +173,7 @@ class UNet(nn.Module):
             if i > 0:
                 self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
 
-        self.norm_out = nn.GroupNorm(groups, c)
+        self.norm_out = nn.GroupNorm(groups, c, norm_eps)
         self.conv_out = zero_init(CONVS[dims](c, channels * outputs * patch_size**dims, 3, padding=1))
         # Last and without bias: the other weights start, and labels of 0 act, as without it.
         self.augment = zero_init(nn.Linear(augment_labels, emb_dim, bias=False)) if augment_labels else None
