@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from src.models.layers import (
     zero_init,
 )
 from src.models.winograd import ConvBackend
+
+DecoderAttention = Literal["all", "last"]
 
 
 class UNet(nn.Module):
@@ -53,6 +56,8 @@ class UNet(nn.Module):
     - `norm_groups` is the number of groups of each GroupNorm, and None chooses up to 32; `norm_eps` is its epsilon.
     - The time embedding sees time_scale * time + time_offset; for `freq_shift` see `sinusoidal_embedding`, and for
       `downsample_padding` see `Downsample`. With these, networks of other projects have the same weights.
+    - So have those of DDPM++ (Song et al. 2021, arXiv 2011.13456) with `skip_scale` and `resample_proj`, see
+      `ResidualBlock`, and with `decoder_attention` last: on the way up, only the last block of a stage attends.
     - `conv_backend` selects the algorithm of the 3x3 convolutions of images: see `src.models.winograd.Conv3x3`.
 
     With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
@@ -83,8 +88,13 @@ class UNet(nn.Module):
         downsample_padding: int = 1,
         time_offset: float = 0.0,
         freq_shift: int = 1,
+        skip_scale: float = 1.0,
+        resample_proj: bool = False,
+        decoder_attention: DecoderAttention = "all",
     ) -> None:
         super().__init__()
+        if decoder_attention not in get_args(DecoderAttention):
+            raise ValueError(f"model.decoder_attention={decoder_attention} must be all or last")
         if channels is None or image_size is None:
             raise ValueError(
                 f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
@@ -124,7 +134,9 @@ class UNet(nn.Module):
 
         def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
             return ResidualBlock(
-                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps)
+                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps),
+                skip_scale,
+                resample_proj,
             )
 
         def heads(c: int) -> int:
@@ -137,10 +149,10 @@ class UNet(nn.Module):
             return None if token_width is None else CrossAttention(c, groups, heads(c), token_width, norm_eps)
 
         def attention(c: int) -> SelfAttention:
-            return SelfAttention(c, groups, heads(c), norm_eps)
+            return SelfAttention(c, groups, heads(c), norm_eps, skip_scale)
 
-        def layer(c_in: int, c_out: int, resolution: float) -> Layer:
-            if resolution not in attended:
+        def layer(c_in: int, c_out: int, resolution: float, attends: bool = True) -> Layer:
+            if resolution not in attended or not attends:
                 return Layer(residual(c_in, c_out), None)
             return Layer(residual(c_in, c_out), attention(c_out), cross_attention(c_out))
 
@@ -167,8 +179,9 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for i, (c_out, resolution) in reversed(stages):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(layer(c + skips.pop(), c_out, resolution))
+            for k in range(num_res_blocks + 1):
+                attends = decoder_attention == "all" or k == num_res_blocks
+                self.up.append(layer(c + skips.pop(), c_out, resolution, attends))
                 c = c_out
             if i > 0:
                 self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
