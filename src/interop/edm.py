@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from src.errors import first_names
+from src.interop.diffusers_unet import swap_halves
 from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit, sines_first, with_null_class
+from src.interop.weights import check_fit, with_null_class
 
 CONVERT = (
     'python -c "import json, pickle, sys; from safetensors.torch import save_file; '
@@ -122,6 +123,7 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
     model = {
         "channels": channels,
         "image_size": image_size,
+        "patch_size": 1,
         "model_channels": width,
         "channel_mult": mult,
         "num_res_blocks": kwargs["num_blocks"],
@@ -164,7 +166,8 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         ours[renamed] = _convert(renamed, value.float(), is_adm)
     classes = kwargs.get("label_dim", 0) or None
     has_null = classes is not None and kwargs.get("label_dropout", 0) > 0
-    return check_fit(ImportedModel(model, schedule, diffusion, ours, classes, has_null), names)
+    imported = ImportedModel(model, schedule, diffusion, ours, classes, sampler="heun", has_null_class=has_null)
+    return check_fit(imported, names)
 
 
 def _modules(image_size: int, num_stages: int, num_blocks: int) -> dict[str, str]:
@@ -203,7 +206,7 @@ def _modules(image_size: int, num_stages: int, num_blocks: int) -> dict[str, str
 def _convert(name: str, value: Tensor, is_adm: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
     if name == "time.linear1.weight":
-        return sines_first(value) if is_adm else value
+        return swap_halves(value) if is_adm else value
     if name == "condition.table.weight":
         return with_null_class(value.T)
     if name.endswith(("attention.qkv.weight", "attention.out.weight", "middle.1.qkv.weight", "middle.1.out.weight")):

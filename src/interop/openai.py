@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from src.errors import did_you_mean
+from src.interop.diffusers_unet import swap_halves
 from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit, sines_first, with_null_class
+from src.interop.weights import check_fit, with_null_class
 
 TOP = {
     "time_embed.0": "time.linear1",
@@ -116,6 +117,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     model = {
         "channels": weights["input_blocks.0.0.weight"].shape[1],
         "image_size": image_size,
+        "patch_size": 1,
         "model_channels": width,
         "channel_mult": [int(mult) for mult in shown["channel_mult"]],
         "num_res_blocks": shown["num_res_blocks"],
@@ -283,7 +285,7 @@ def _our_name(theirs: str, num_res_blocks: int) -> str | None:
 def _convert(name: str, value: Tensor, heads: int | None, per_head: int, legacy: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
     if name == "time.linear1.weight":
-        return sines_first(value)
+        return swap_halves(value)
     if name == "condition.table.weight":
         return with_null_class(value)
     if name.endswith(("qkv.weight", "attention.out.weight", "middle.1.out.weight")):

@@ -1,4 +1,4 @@
-"""Conversions of weights between layouts, and the check that imported weights fit our U-Net."""
+"""The check that imported weights fit our U-Net."""
 
 from functools import partial
 from typing import Any
@@ -10,11 +10,6 @@ from src.errors import first_names
 from src.interop.imported import ImportedModel
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
-
-
-def sines_first(weight: Tensor) -> Tensor:
-    """Reorder the columns of a linear map of (cosines, sines) to (sines, cosines): (D, width) -> (D, width)."""
-    return torch.cat([*reversed(weight.chunk(2, dim=1))], dim=1)
 
 
 def with_null_class(table: Tensor) -> Tensor:
