@@ -35,7 +35,13 @@ FIXED = {
 }
 """Arguments of UNet2DModel with the only values that our U-Net has, the default first."""
 
-ONLY_OURS = {"skip_scale": 1.0, "resample_proj": False, "decoder_attention": "all"}
+ONLY_OURS = {
+    "skip_scale": 1.0,
+    "resample_proj": False,
+    "decoder_attention": "all",
+    "cond_in_time_mlp": False,
+    "time_channels": None,
+}
 """Arguments of our U-Net with the only values that UNet2DModel has."""
 
 TIME = "time.linear1.weight"

@@ -51,7 +51,6 @@ REQUIRED: dict[str, dict[str, Any]] = {
         "encoder_type": "standard",
         "decoder_type": "standard",
         "resample_filter": [1, 1],
-        "label_dim": 0,
     },
 }
 """Arguments that our U-Net has with one value only, their default."""
@@ -66,6 +65,7 @@ RESIDUAL = {
     "conv1": "conv2",
     "skip": "shortcut",
 }
+TABLE = "condition.table.weight"
 ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "out"}
 
 
@@ -111,21 +111,21 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
     kwargs = DEFAULTS[kind] | given
     width, mult = kwargs["model_channels"], kwargs["channel_mult"]
     is_adm = kind == "DhariwalUNet"
+    base = width * mult[0] if is_adm else width  # channels of the first convolution
+    if any(width * m % base for m in mult):
+        raise ValueError(f"init_from: EDM's {kind} with channel_mult={mult} is not supported; choose another network")
     if width * min(mult) < 128:
         raise ValueError(
             f"init_from: EDM's {kind} with fewer than 128 channels is not supported: its norms differ in groups; "
             "choose a wider network"
         )
-    if is_adm and mult[0] != 1:
-        raise ValueError(f"init_from: EDM's {kind} with channel_mult={mult} is not supported; its first must be 1")
-
     time_scale = math.log(SIGMA_MAX / SIGMA_MIN) / 4  # the network sees c_noise = log(sigma) / 4
     model = {
         "channels": channels,
         "image_size": image_size,
         "patch_size": 1,
-        "model_channels": width,
-        "channel_mult": mult,
+        "model_channels": base,
+        "channel_mult": [width * m // base for m in mult],
         "num_res_blocks": kwargs["num_blocks"],
         "attention_resolutions": [r for i in range(len(mult)) if (r := image_size >> i) in kwargs["attn_resolutions"]],
         "num_heads": 1,
@@ -142,6 +142,8 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         "skip_scale": 1.0 if is_adm else math.sqrt(0.5),
         "resample_proj": not is_adm,
         "decoder_attention": "all" if is_adm else "last",
+        "cond_in_time_mlp": not is_adm,
+        "time_channels": None if width == base else width,
     }
     schedule = {
         "_target_": "src.diffusion.noise.ContinuousSchedule",
@@ -164,6 +166,8 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         renamed = f"{modules.get(module, module)}.{leaf}"
         names[renamed] = name
         ours[renamed] = _convert(renamed, value.float(), is_adm)
+    if not is_adm and {TABLE, "condition.table.bias", "time.linear1.weight"} <= ours.keys():
+        ours[TABLE] = _song_table(ours[TABLE], ours.pop("condition.table.bias"), ours["time.linear1.weight"])
     classes = kwargs.get("label_dim", 0) or None
     has_null = classes is not None and kwargs.get("label_dropout", 0) > 0
     imported = ImportedModel(model, schedule, diffusion, ours, classes, sampler="heun", has_null_class=has_null)
@@ -207,10 +211,20 @@ def _convert(name: str, value: Tensor, is_adm: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
     if name == "time.linear1.weight":
         return swap_halves(value) if is_adm else value
-    if name == "condition.table.weight":
-        return with_null_class(value.T)
+    if name == TABLE:
+        return with_null_class(value.T) if is_adm else value
     if name.endswith(("attention.qkv.weight", "attention.out.weight", "middle.1.qkv.weight", "middle.1.out.weight")):
         value = value.flatten(1)  # a 1x1 convolution
     if ".qkv." in name:  # rows (heads, channels, 3) instead of (3, heads, channels)
         value = value.view(-1, 3, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
     return value
+
+
+def _song_table(weight: Tensor, bias: Tensor, linear1: Tensor) -> Tensor:
+    """Return the class embedding of a SongUNet, (num_classes + 1, dim), in the hidden layer of the time embedding.
+
+    SongUNet adds `weight` (width, num_classes) times sqrt(num_classes) times one-hot labels, and `bias` (width,) to the
+    sinusoids, which `linear1` (dim, width) maps to the hidden layer.
+    """
+    rows = with_null_class(weight.T * math.sqrt(weight.shape[1])) + bias
+    return rows @ linear1.T

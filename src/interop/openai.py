@@ -39,7 +39,13 @@ RESAMPLE = {"op": "conv", "conv": "conv"}
 PARTS = RESIDUAL | ATTENTION | RESAMPLE
 
 # The channel multipliers of an image size, unless the flags have others.
-CHANNEL_MULT = {32: [1, 2, 2, 2], 64: [1, 2, 3, 4], 128: [1, 1, 2, 3, 4], 256: [1, 1, 2, 2, 4, 4]}
+CHANNEL_MULT: dict[int, list[float]] = {
+    32: [1, 2, 2, 2],
+    64: [1, 2, 3, 4],
+    128: [1, 1, 2, 3, 4],
+    256: [1, 1, 2, 2, 4, 4],
+    512: [0.5, 1, 1, 2, 2, 4, 4],
+}
 GUIDED_ONLY = ("num_head_channels", "channel_mult", "resblock_updown", "use_fp16", "use_new_attention_order")
 """Flags of guided-diffusion that improved-diffusion does not have."""
 IGNORED = (
@@ -107,9 +113,8 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
             f"init_from.flags: --num_heads_upsample {given['num_heads_upsample']} must equal --num_heads {heads}; "
             "other values are not supported"
         )
-    image_size, stages = given["image_size"], enumerate(shown["channel_mult"])
-    attended = [width * int(mult) for i, mult in stages if 2**i in shown["attention"]]
-    attended.append(width * int(shown["channel_mult"][-1]))
+    image_size, widths = given["image_size"], [round(width * mult) for mult in shown["channel_mult"]]
+    attended = [*(c for i, c in enumerate(widths) if 2**i in shown["attention"]), widths[-1]]
     name, divisor = ("num_heads", heads) if per_head == -1 else ("num_head_channels", per_head)
     if wrong := [c for c in attended if divisor < 1 or c % divisor]:
         raise ValueError(f"init_from.flags: --{name} {divisor} must divide {wrong[0]}, the channels of an attention")
@@ -118,8 +123,8 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
         "channels": weights["input_blocks.0.0.weight"].shape[1],
         "image_size": image_size,
         "patch_size": 1,
-        "model_channels": width,
-        "channel_mult": [int(mult) for mult in shown["channel_mult"]],
+        "model_channels": widths[0],
+        "channel_mult": [c // widths[0] for c in widths],
         "num_res_blocks": shown["num_res_blocks"],
         "attention_resolutions": [image_size // factor for factor in shown["attention"]],
         "num_heads": heads,
@@ -132,6 +137,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
         "time_scale": time_scale,
         "time_offset": -time_scale / steps,
         "freq_shift": 0,
+        "time_channels": None if width == widths[0] else width,
         "norm_groups": 32,
         "norm_eps": 1e-5,
         "downsample_padding": 1,
@@ -221,13 +227,8 @@ def _shown(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _compare(given: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Raise ValueError if a flag contradicts the weights, or if these are not those of our U-Net."""
+    """Raise ValueError if a flag contradicts the weights."""
     image_size, mult = given["image_size"], shown["channel_mult"]
-    if mult[0] != 1 or any(m % 1 for m in mult):
-        raise ValueError(
-            f"init_from: --channel_mult {_listed(mult)}, as in OpenAI's model for 512x512 pixels, is not supported; "
-            "choose a model whose first multiplier is 1"
-        )
     if "channel_mult" not in given and (default := CHANNEL_MULT.get(image_size, mult)) != mult:
         raise ValueError(
             f"init_from.flags: --image_size {image_size} stands for --channel_mult {_listed(default)}, but the file "

@@ -61,12 +61,13 @@ class TimeEmbedding(nn.Module):
         self.linear1 = nn.Linear(width, dim)
         self.linear2 = nn.Linear(dim, dim)
 
-    def forward(self, time: Tensor) -> Tensor:
+    def forward(self, time: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return the embedding of time (B,); `cond` (B, dim) is added to the hidden layer before its nonlinearity."""
         sinusoids = sinusoidal_embedding(
             time, self.width, self.time_scale, offset=self.time_offset, freq_shift=self.freq_shift
         )
-        hidden: Tensor = F.silu(self.linear1(sinusoids.to(self.linear1.weight.dtype)))
-        out: Tensor = self.linear2(hidden)
+        hidden: Tensor = self.linear1(sinusoids.to(self.linear1.weight.dtype))
+        out: Tensor = self.linear2(F.silu(hidden if cond is None else hidden + cond))
         return out
 
 

@@ -84,12 +84,13 @@ class Block(nn.Module):
 class Network(nn.Module):
     """DhariwalUNet (`adm`) or SongUNet (DDPM++), with one block per stage and attention at 4x4 pixels."""
 
-    def __init__(self, adm: bool, mult: list[int]) -> None:
+    def __init__(self, adm: bool, mult: list[int], labeled: bool) -> None:
         super().__init__()
         self.adm = adm
         self.map_augment = nn.Linear(9, WIDTH, bias=False)
         self.map_layer0, self.map_layer1 = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, 4 * WIDTH)
-        self.map_label = nn.Linear(CLASSES, 4 * WIDTH, bias=False) if adm else None
+        self.map_label = nn.Linear(CLASSES, 4 * WIDTH, bias=False) if adm else nn.Linear(CLASSES, WIDTH)
+        self.map_label = self.map_label if labeled else None
         c = WIDTH
         enc: dict[str, nn.Module] = {f"{SIDE}x{SIDE}_conv": Conv(3, c, 3)}
         skips = [c]
@@ -121,8 +122,13 @@ class Network(nn.Module):
         half = WIDTH // 2
         angles = c_noise[:, None] * 10_000 ** (-torch.arange(half) / (half if self.adm else half - 1))
         waves = [angles.cos(), angles.sin()] if self.adm else [angles.sin(), angles.cos()]
-        emb = self.map_layer1(F.silu(self.map_layer0(torch.cat(waves, 1))))
-        emb = F.silu(emb if self.map_label is None or labels is None else emb + self.map_label(labels))
+        emb = torch.cat(waves, 1)
+        if labels is not None and not self.adm:
+            emb = emb + self.map_label(labels * math.sqrt(CLASSES))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        if labels is not None and self.adm:
+            emb = emb + self.map_label(labels)
+        emb = F.silu(emb)
         skips = []
         for block in self.enc.values():
             x = block(x, emb) if isinstance(block, Block) else block(x)
@@ -137,9 +143,9 @@ class Network(nn.Module):
 class EDMPrecond(nn.Module):
     """EDM's preconditioning (tab. 1)."""
 
-    def __init__(self, adm: bool, mult: list[int]) -> None:
+    def __init__(self, adm: bool, mult: list[int], labeled: bool) -> None:
         super().__init__()
-        self.model = Network(adm, mult)
+        self.model = Network(adm, mult, labeled)
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         s = sigma[:, None, None, None]
@@ -147,20 +153,20 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * self.model(x / (s**2 + STD**2).sqrt(), sigma.log() / 4, labels)
 
 
-def theirs(adm: bool, mult: list[int]) -> EDMPrecond:
+def theirs(adm: bool, mult: list[int], labeled: bool) -> EDMPrecond:
     torch.manual_seed(0)
-    net = EDMPrecond(adm, mult)
+    net = EDMPrecond(adm, mult, labeled)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
     return net.eval()
 
 
-def metadata(adm: bool, mult: list[int], precond: str = "EDMPrecond", **changes: Any) -> dict[str, str]:
+def metadata(adm: bool, mult: list[int], labeled: bool, precond: str = "EDMPrecond", **changes: Any) -> dict[str, str]:
     kwargs = {
         "model_type": "DhariwalUNet" if adm else "SongUNet",
         "img_resolution": SIDE,
         "img_channels": 3,
-        "label_dim": CLASSES if adm else 0,
+        "label_dim": CLASSES if labeled else 0,
         "sigma_data": STD,
         "model_channels": WIDTH,
         "channel_mult": mult,
@@ -172,12 +178,19 @@ def metadata(adm: bool, mult: list[int], precond: str = "EDMPrecond", **changes:
     return {"edm": json.dumps({"class": precond, "kwargs": kwargs | changes})}
 
 
-@for_each("adm, mult", {"DhariwalUNet": (True, [1, 2]), "DDPM++": (False, [2, 2])})
+NETWORKS = {
+    "DhariwalUNet": (True, [1, 2], True),
+    "DDPM++ without classes": (False, [2, 2], False),
+    "DDPM++ with classes": (False, [1, 1], True),
+}
+
+
+@for_each("adm, mult, labeled", NETWORKS)
 @torch.no_grad()
-def test_denoised_images_equal_those_of_edm(adm, mult):
-    net = theirs(adm, mult)
-    imported = read_edm(net.state_dict(), metadata(adm, mult))
-    condition = (lambda dim: ClassEmbedding(dim, CLASSES)) if adm else None
+def test_denoised_images_equal_those_of_edm(adm, mult, labeled):
+    net = theirs(adm, mult, labeled)
+    imported = read_edm(net.state_dict(), metadata(adm, mult, labeled))
+    condition = (lambda dim: ClassEmbedding(dim, CLASSES)) if labeled else None
     ours = UNet(**imported.model, condition=condition).eval()
     ours.load_state_dict(imported.weights)
     diffusion = GaussianDiffusion(**imported.diffusion)
@@ -189,16 +202,15 @@ def test_denoised_images_equal_those_of_edm(adm, mult):
     x = torch.randn(3, 3, SIDE, SIDE) * torch.hypot(level.sigma, torch.tensor(STD))
     labels = F.one_hot(torch.tensor([0, 2, 1]), CLASSES).float()
     cond = torch.tensor([0, 2, 1])
-    if adm:  # EDM's empty class is a vector of zeros
-        labels[2], cond[2] = 0, CLASSES
-    out = ours(diffusion.scale_input(x, level), u.float(), cond if adm else None)
-    expected = net(x, sigma.float(), labels if adm else None)
+    labels[2], cond[2] = 0, CLASSES  # EDM's empty class is a vector of zeros
+    out = ours(diffusion.scale_input(x, level), u.float(), cond if labeled else None)
+    expected = net(x, sigma.float(), labels if labeled else None)
     assert_close(diffusion.interpret(out, x, level).x0, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
-    net = theirs(False, [2, 2])
-    described = json.loads(metadata(False, [2, 2])["edm"])
+    net = theirs(False, [2, 2], False)
+    described = json.loads(metadata(False, [2, 2], False)["edm"])
     net.init_kwargs = described["kwargs"]
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"ema": net}))
     monkeypatch.chdir(tmp_path)
@@ -214,29 +226,29 @@ def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
 
 
 def test_label_dropout_trains_the_empty_class():
-    weights = theirs(True, [1, 2]).state_dict()
+    weights = theirs(True, [1, 2], True).state_dict()
     for dropout, trained in {0.0: False, 0.1: True}.items():
-        imported = read_edm(weights, metadata(True, [1, 2], label_dropout=dropout))
+        imported = read_edm(weights, metadata(True, [1, 2], True, label_dropout=dropout))
         assert (imported.num_classes, imported.has_null_class) == (CLASSES, trained)
 
 
 @for_each(
     "setting, described",
     {
-        "VP": ("VPPrecond", metadata(False, [2, 2], "VPPrecond")),
-        "NCSN++": ("embedding_type=fourier", metadata(False, [2, 2], embedding_type="fourier")),
-        "residual": ("encoder_type=residual", metadata(False, [2, 2], encoder_type="residual")),
-        "filter": ("resample_filter", metadata(False, [2, 2], resample_filter=[1, 3, 3, 1])),
-        "classes": ("label_dim=10", metadata(False, [2, 2], label_dim=10)),
-        "other network": ("OtherUNet", metadata(False, [2, 2], model_type="OtherUNet")),
-        "unknown argument": ("additive_pos_embed", metadata(False, [2, 2], additive_pos_embed=True)),
-        "narrow": ("128 channels", metadata(False, [2, 2], model_channels=32)),
-        "shape": ("init_from", metadata(False, [2, 4])),
-        "depth": ("init_from", metadata(False, [2, 2], num_blocks=2)),
+        "VP": ("VPPrecond", metadata(False, [2, 2], False, "VPPrecond")),
+        "NCSN++": ("embedding_type=fourier", metadata(False, [2, 2], False, embedding_type="fourier")),
+        "residual": ("encoder_type=residual", metadata(False, [2, 2], False, encoder_type="residual")),
+        "filter": ("resample_filter", metadata(False, [2, 2], False, resample_filter=[1, 3, 3, 1])),
+        "classes": ("condition", metadata(False, [2, 2], False, label_dim=10)),
+        "other network": ("OtherUNet", metadata(False, [2, 2], False, model_type="OtherUNet")),
+        "unknown argument": ("additive_pos_embed", metadata(False, [2, 2], False, additive_pos_embed=True)),
+        "narrow": ("128 channels", metadata(False, [2, 2], False, model_channels=32)),
+        "shape": ("init_from", metadata(False, [2, 4], False)),
+        "depth": ("init_from", metadata(False, [2, 2], False, num_blocks=2)),
         "damaged": ("metadata", {"edm": "{"}),
     },
 )
 def test_networks_that_do_not_fit_are_refused(setting, described):
     with pytest.raises(ValueError, match=setting) as raised:
-        read_edm(theirs(False, [2, 2]).state_dict(), described)
+        read_edm(theirs(False, [2, 2], False).state_dict(), described)
     assert "\n" not in str(raised.value)

@@ -16,7 +16,7 @@ from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from tests.loops import for_each
 
-WIDTH, SIDE = 32, 16
+WIDTH, SIDE = 64, 16
 
 
 class Res(nn.Module):
@@ -94,7 +94,7 @@ class Theirs(nn.Module):
     """OpenAI's U-Net with attention at the downsampling factors `attended`; `t` is what the time embedding sees."""
 
     def __init__(
-        self, mult: list[int], blocks: int, attended: list[int], heads: Any, scale_shift: bool, updown: bool,
+        self, mult: list[float], blocks: int, attended: list[int], heads: Any, scale_shift: bool, updown: bool,
         new_order: bool = False, outputs: int = 1, classes: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -107,11 +107,12 @@ class Theirs(nn.Module):
 
         self.time_embed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.SiLU(), nn.Linear(4 * WIDTH, 4 * WIDTH))
         self.label_emb = None if classes is None else nn.Embedding(classes, 4 * WIDTH)
-        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, WIDTH, 3, padding=1)])])
-        c, skips = WIDTH, [WIDTH]
+        c = int(mult[0] * WIDTH)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, c, 3, padding=1)])])
+        skips = [c]
         for i, m in enumerate(mult):
             for _ in range(blocks):
-                layers = [res(c, c := m * WIDTH), *([attention(c)] if 2**i in attended else [])]
+                layers = [res(c, c := int(m * WIDTH)), *([attention(c)] if 2**i in attended else [])]
                 self.input_blocks.append(nn.ModuleList(layers))
                 skips.append(c)
             if i < len(mult) - 1:
@@ -121,7 +122,7 @@ class Theirs(nn.Module):
         self.output_blocks = nn.ModuleList()
         for i, m in reversed([*enumerate(mult)]):
             for k in range(blocks + 1):
-                layers = [res(c + skips.pop(), c := m * WIDTH), *([attention(c)] if 2**i in attended else [])]
+                layers = [res(c + skips.pop(), c := int(m * WIDTH)), *([attention(c)] if 2**i in attended else [])]
                 if i and k == blocks:
                     layers.append(res(c, c, double) if updown else Up(c))
                 self.output_blocks.append(nn.ModuleList(layers))
@@ -197,6 +198,7 @@ def ours(imported: ImportedModel) -> UNet:
         "adm, new order": (theirs(new_order=True), ADM_FLAGS + "--use_new_attention_order True", 1000, 1),
         "adm, legacy order": (theirs(new_order=False), ADM_FLAGS, 1000, 1),
         "adm, 400 steps": (theirs(), ADM_FLAGS.replace("1000", "400"), 400, 1),
+        "half as wide at first": (theirs(mult=[0.5, 1, 1]), ADM_FLAGS.replace("1,2,2", "0.5,1,1"), 1000, 1),
         "improved": (theirs(**IMPROVED), IMPROVED_FLAGS, 4000, 0.25),
         "only what the file does not show": (theirs(), f"--image_size {SIDE} --num_head_channels 16", 1000, 1),
     },
@@ -237,7 +239,7 @@ def test_half_precision_weights_become_float32():
 @for_each(
     "setting, flags",
     {
-        "num_channels": ("--num_channels 64", ADM_FLAGS + "--num_channels 64"),
+        "num_channels": ("--num_channels 32", ADM_FLAGS + "--num_channels 32"),
         "class_cond": ("--class_cond False", ADM_FLAGS + "--class_cond False"),
         "learn_sigma": ("--learn_sigma False", ADM_FLAGS + "--learn_sigma False"),
         "num_res_blocks": ("--num_res_blocks 3", ADM_FLAGS + "--num_res_blocks 3"),
