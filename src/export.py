@@ -19,8 +19,8 @@ def export(cfg: DictConfig) -> Path:
     from src.runs.open import open_run
 
     with usage_errors():
-        find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
+        find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from)
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path = start_output(Path(cfg.run_dir)) / "model.safetensors"
     write_exported(path, opened.module.state_dict(), opened.averaged, config)

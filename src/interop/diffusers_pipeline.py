@@ -21,11 +21,6 @@ SAMPLERS = {"DDPMScheduler": "ancestral", "DDIMScheduler": "ddim", "HeunDiscrete
 WEIGHTS = "diffusion_pytorch_model"
 
 
-def is_pipeline(folder: Path) -> bool:
-    """Return whether a folder holds a pipeline or a model of diffusers."""
-    return (folder / "model_index.json").is_file() or "_class_name" in _read_json(folder / "config.json")
-
-
 def read_pipeline(folder: Path) -> ImportedModel:
     """Return the U-Net and the scheduler of a pipeline folder; a folder with a U-Net only has a linear schedule.
 

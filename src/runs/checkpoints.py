@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from src.config.resume import newest_run, path_hint
 from src.quoting import format_override
 from src.runs.components import to_plain
-from src.training.checkpoints import is_intact, newest_first, read_checkpoint, weights_of
+from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +19,20 @@ if TYPE_CHECKING:
     from src.training.module import DiffusionModule
 
 
-def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> Path:
-    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
+def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None) -> Path:
+    """Return the newest intact checkpoint in the folder `run`, the file `ckpt`, or the model `init_from`.
 
-    `setting` is the name of `run` in messages. Raises FileNotFoundError without one, and ValueError unless exactly one
-    of the two is given.
+    Each takes a folder or a file; the folder of a diffusers model is returned itself. Raises FileNotFoundError without
+    a model there, and ValueError unless exactly one of the three is given.
     """
-    name, value = ("ckpt", ckpt) if run is None else (setting, run)
-    if (run is None) == (ckpt is None):
+    given_settings = {"run": run, "ckpt": ckpt, "init_from": init_from}
+    typed = {name: value for name, value in given_settings.items() if value is not None}
+    if len(typed) != 1:
         raise ValueError(
-            "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
-            + ("" if run else newest_run("run", Path("outputs/train")))
+            "give one of run=FOLDER (a run folder, under outputs/train), ckpt=FILE (one checkpoint or exported model) "
+            "and init_from=FOLDER (a model of diffusers)" + ("" if typed else newest_run("run", Path("outputs/train")))
         )
+    ((name, value),) = typed.items()
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
     given = Path(str(value))
@@ -41,6 +43,8 @@ def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> 
         newest = newest_run(name, Path("outputs/train"))
         hint = path_hint(given, name, pattern) or newest or ": runs are in outputs/train"
         raise FileNotFoundError(f"{name}: no {kind} {given.resolve()}{hint}")
+    if is_pipeline(given):
+        return given
     folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):
         if is_intact(path):
@@ -48,6 +52,12 @@ def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> 
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
     hint = newest_run(name, folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline or a model of diffusers."""
+    config = folder / "config.json"
+    return (folder / "model_index.json").is_file() or (config.is_file() and '"_class_name"' in config.read_text())
 
 
 def has_averages(checkpoint: Mapping[str, Any]) -> bool:
@@ -82,16 +92,17 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
             )
 
 
-def load_initial_weights(module: "DiffusionModule", location: str, kind: str | None) -> str:
+def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
-    `location` is a run folder or a checkpoint; `kind` is "ema" or "raw", and None takes the averaged weights if the
-    checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
+    `flags` of OpenAI. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
     """
+    from src.runs.imported import read_model
     from src.training.initial_weights import load_matching
 
-    path = find_checkpoint(location, None, "init_from")
-    checkpoint = read_checkpoint(path)
+    path, kind = find_checkpoint(None, None, init_from.path), init_from.weights
+    checkpoint = read_model(path, init_from.flags)
     averaged = has_averages(checkpoint) if kind is None else kind == "ema"
     if averaged != has_averages(checkpoint) and (averaged or checkpoint.get("averaged")):
         raise ValueError(f"init_from.weights={kind} needs weights that {path} does not have; leave it out")
@@ -102,7 +113,7 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
     if not any(of_network[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
         node = checkpoint["hyper_parameters"]["model"]
         raise ValueError(
-            f"{format_override('init_from', location)} has no weights that fit this network: it was trained with "
+            f"{format_override('init_from', init_from.path)} has no weights that fit this network: it was trained with "
             f"model._target_={node['_target_']}; choose that model and its sizes"
         )
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"

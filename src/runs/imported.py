@@ -1,0 +1,84 @@
+"""Read trained models of this project and of others as checkpoints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.search_path import CONF
+from src.runs.components import to_plain
+from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint
+
+if TYPE_CHECKING:
+    from src.interop.imported import ImportedModel
+
+OTHER_KEYS = ("seed", "snr_shift", "zero_terminal_snr", "weighting")
+
+
+def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
+    """Return a trained model as a checkpoint with `state_dict` and `hyper_parameters`.
+
+    `path` is a checkpoint or an exported model of this project, or a folder of diffusers; `flags` are those of OpenAI's
+    scripts. Only tensors and plain values are read. Raises ValueError if the file is not such a model, or if this
+    project has no such network.
+    """
+    if not path.is_dir():
+        return read_checkpoint(path)
+    from src.interop.diffusers_pipeline import read_pipeline
+
+    return as_checkpoint(read_pipeline(path))
+
+
+def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
+    """Return a model of another project as a checkpoint of this one, with averaged weights.
+
+    Its data are a folder of 8-bit images that `data.root` names.
+    """
+    import torch
+
+    weights = dict(imported.weights)
+    classes = imported.num_classes
+    if classes is not None and not imported.has_null_class:
+        table = weights["condition.table.weight"]
+        weights["condition.table.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    settings = compose_settings(imported)
+    return {
+        "state_dict": {f"net.{name}": value for name, value in weights.items()},
+        "hyper_parameters": settings,
+        "averaged": True,  # what other projects publish are averages
+        "imported": True,
+    }
+
+
+def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
+    """Return the configuration of an imported model: conf/ with its network, schedule and process."""
+    overrides = [f"sampler={imported.sampler}", "data=folder", "data.root=null", "model=unet_ddpm"]
+    overrides += [] if imported.num_classes is None else ["conditioning=class"]
+    model = {name: value for name, value in imported.model.items() if name != "outputs"}
+    data = {name: model[name] for name in ("channels", "image_size")}
+    changes: dict[str, Any] = {
+        "model": model,
+        "diffusion": imported.diffusion,
+        "zero_terminal_snr": imported.zero_terminal_snr,
+        "data": data | {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"},
+    }
+    if imported.num_classes is not None:
+        names = [str(k) for k in range(imported.num_classes)]
+        dropped = 0.1 if imported.has_null_class else 0.0
+        changes["conditioning"] = {"encode": {"names": names}, "cond_drop_prob": dropped}
+    cfg = _compose(overrides)
+    OmegaConf.set_struct(cfg, False)
+    cfg.schedule = imported.schedule
+    merged = OmegaConf.merge(cfg, changes)
+    assert isinstance(merged, DictConfig)
+    plain = to_plain(OmegaConf.masked_copy(merged, [*MODEL_KEYS, *CONDITION_KEYS, *OTHER_KEYS]))
+    return {name: value for name, value in plain.items() if name != "weighting"}  # `loss` contains it
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("train", overrides)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("train", overrides)
