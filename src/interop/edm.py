@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from src.errors import first_names
 from src.interop.diffusers_unet import swap_halves
 from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit, with_null_class
+from src.interop.weights import check_fit
 
 CONVERT = (
     'python -c "import json, pickle, sys; from safetensors.torch import save_file; '
@@ -166,10 +167,16 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         renamed = f"{modules.get(module, module)}.{leaf}"
         names[renamed] = name
         ours[renamed] = _convert(renamed, value.float(), is_adm)
-    if not is_adm and {TABLE, "condition.table.bias", "time.linear1.weight"} <= ours.keys():
-        ours[TABLE] = _song_table(ours[TABLE], ours.pop("condition.table.bias"), ours["time.linear1.weight"])
     classes = kwargs.get("label_dim", 0) or None
     has_null = classes is not None and kwargs.get("label_dropout", 0) > 0
+    if TABLE in ours:
+        rows = ours[TABLE].T
+        rows = torch.cat([rows, torch.zeros_like(rows[:1])]) if has_null else rows  # labels of zeros
+        bias, linear1 = ours.pop("condition.table.bias", None), ours.get("time.linear1.weight")
+        if bias is not None and linear1 is not None:
+            # SongUNet adds sqrt(num_classes) rows + bias to the sinusoids, which linear1 maps to the hidden layer.
+            rows = (math.sqrt(classes or 1) * rows + bias) @ linear1.T
+        ours[TABLE] = rows
     imported = ImportedModel(model, schedule, diffusion, ours, classes, sampler="heun", has_null_class=has_null)
     return check_fit(imported, names)
 
@@ -211,20 +218,8 @@ def _convert(name: str, value: Tensor, is_adm: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
     if name == "time.linear1.weight":
         return swap_halves(value) if is_adm else value
-    if name == TABLE:
-        return with_null_class(value.T) if is_adm else value
     if name.endswith(("attention.qkv.weight", "attention.out.weight", "middle.1.qkv.weight", "middle.1.out.weight")):
         value = value.flatten(1)  # a 1x1 convolution
     if ".qkv." in name:  # rows (heads, channels, 3) instead of (3, heads, channels)
         value = value.view(-1, 3, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
     return value
-
-
-def _song_table(weight: Tensor, bias: Tensor, linear1: Tensor) -> Tensor:
-    """Return the class embedding of a SongUNet, (num_classes + 1, dim), in the hidden layer of the time embedding.
-
-    SongUNet adds `weight` (width, num_classes) times sqrt(num_classes) times one-hot labels, and `bias` (width,) to the
-    sinusoids, which `linear1` (dim, width) maps to the hidden layer.
-    """
-    rows = with_null_class(weight.T * math.sqrt(weight.shape[1])) + bias
-    return rows @ linear1.T

@@ -16,7 +16,7 @@ from torch import Tensor
 from src.errors import did_you_mean
 from src.interop.diffusers_unet import swap_halves
 from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit, with_null_class
+from src.interop.weights import check_fit
 
 TOP = {
     "time_embed.0": "time.linear1",
@@ -287,8 +287,6 @@ def _convert(name: str, value: Tensor, heads: int | None, per_head: int, legacy:
     """Return a weight in our layout; `name` is ours."""
     if name == "time.linear1.weight":
         return swap_halves(value)
-    if name == "condition.table.weight":
-        return with_null_class(value)
     if name.endswith(("qkv.weight", "attention.out.weight", "middle.1.out.weight")):
         value = value.flatten(1)  # a convolution with one tap
     if legacy and ".qkv." in name:  # rows (heads, 3, channels) instead of (3, heads, channels)

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from src.errors import first_names
 from src.interop.imported import ImportedModel
@@ -12,18 +11,15 @@ from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 
 
-def with_null_class(table: Tensor) -> Tensor:
-    """Append a row of zeros for the empty class to a class embedding: (num_classes, D) -> (num_classes + 1, D)."""
-    return torch.cat([table, torch.zeros_like(table[:1])])
-
-
 def check_fit(imported: ImportedModel, names: dict[str, str]) -> ImportedModel:
     """Return the argument; raise ValueError unless its weights are those of the U-Net that it describes.
 
     `names` maps the names of our weights to those in the file.
     """
-    classes = imported.num_classes
-    condition: Any = None if classes is None else partial(ClassEmbedding, num_classes=classes)
+    condition: Any = None
+    if imported.num_classes is not None:  # ClassEmbedding has one more row, for the empty class
+        rows = imported.num_classes + imported.has_null_class
+        condition = partial(ClassEmbedding, num_classes=rows - 1)
     with torch.device("meta"):
         net = UNet(**imported.model, condition=condition)
     expected = {name: value.shape for name, value in net.state_dict().items()}

@@ -189,7 +189,7 @@ NETWORKS = {
 @torch.no_grad()
 def test_denoised_images_equal_those_of_edm(adm, mult, labeled):
     net = theirs(adm, mult, labeled)
-    imported = read_edm(net.state_dict(), metadata(adm, mult, labeled))
+    imported = read_edm(net.state_dict(), metadata(adm, mult, labeled, label_dropout=0.1))
     condition = (lambda dim: ClassEmbedding(dim, CLASSES)) if labeled else None
     ours = UNet(**imported.model, condition=condition).eval()
     ours.load_state_dict(imported.weights)
@@ -230,6 +230,7 @@ def test_label_dropout_trains_the_empty_class():
     for dropout, trained in {0.0: False, 0.1: True}.items():
         imported = read_edm(weights, metadata(True, [1, 2], True, label_dropout=dropout))
         assert (imported.num_classes, imported.has_null_class) == (CLASSES, trained)
+        assert len(imported.weights["condition.table.weight"]) == CLASSES + trained
 
 
 @for_each(

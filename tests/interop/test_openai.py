@@ -187,7 +187,8 @@ def theirs(**changes: Any) -> Theirs:
 
 def ours(imported: ImportedModel) -> UNet:
     classes = imported.num_classes
-    net = UNet(**imported.model, condition=None if classes is None else lambda dim: ClassEmbedding(dim, classes))
+    # Without an empty class, the table has one row per class.
+    net = UNet(**imported.model, condition=None if classes is None else lambda dim: ClassEmbedding(dim, classes - 1))
     net.load_state_dict(imported.weights)
     return net.eval()
 
