@@ -35,6 +35,15 @@ FIXED = {
 }
 """Arguments of UNet2DModel with the only values that our U-Net has, the default first."""
 
+ONLY_OURS = {
+    "skip_scale": 1.0,
+    "resample_proj": False,
+    "decoder_attention": "all",
+    "cond_in_time_mlp": False,
+    "time_channels": None,
+}
+"""Arguments of our U-Net with the only values that UNet2DModel has."""
+
 TIME = "time.linear1.weight"
 
 
@@ -103,6 +112,9 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
         raise ValueError(f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel")
     if model["num_head_channels"] is None and model["num_heads"] != 1:
         raise ValueError(f"model.num_heads={model['num_heads']} must be 1, or num_head_channels set, for a UNet2DModel")
+    for name, value in ONLY_OURS.items():
+        if model.get(name, value) != value:
+            raise ValueError(f"model.{name}={model[name]} must be {value} for a UNet2DModel")
     resampling = model["resblock_updown"]
     names = {True: ("AttnDownBlock2D", "AttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
     if resampling:
