@@ -7,15 +7,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from src.config.overrides import expand_init_from
 from src.runs.build import build, close_run
 from src.runs.components import build_sampler
+from src.runs.imported import read_model
 from src.runs.open import OpenedRun, open_run
 from src.training.checkpoints import exportable_settings, write_exported
 from tests.conftest import compose
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
+from tests.interop.test_edm import metadata as edm_metadata
+from tests.interop.test_edm import theirs as edm_net
+from tests.interop.test_openai import ADM_FLAGS
+from tests.interop.test_openai import theirs as openai_net
 from tests.models.test_models import randomize
 
 diffusers = pytest.importorskip("diffusers")
@@ -118,3 +124,28 @@ def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named
     with pytest.raises(ValueError, match=named) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_openai_and_edm_files_open_as_runs(tmp_path):
+    """Their networks are compared in tests/interop."""
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    net = edm_net(True, [1, 2], True)
+    save_file(dict(net.state_dict()), tmp_path / "model.safetensors", edm_metadata(True, [1, 2], True))
+    for name, flags, prediction in (("model.pt", ADM_FLAGS, "eps"), ("model.safetensors", None, "edm")):
+        run = open_run(None, init_from=OmegaConf.create({"path": str(tmp_path / name), "flags": flags}))
+        assert run.module.diffusion.prediction == prediction
+        *_, x = run.module.sample(range(2), 0, run.module.sampler._replace(steps=2), cond=run.data.condition([0, 1]))
+        assert x.shape == (2, *run.data.shape) and x.isfinite().all()
+
+
+def test_files_that_need_or_exclude_flags_say_so(tmp_path):
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.pkl").write_bytes(b"anything")
+    for name, flags, named in (
+        ("model.pt", None, "--image_size"),
+        ("model.pkl", None, "safetensors"),
+        ("model.pkl", "--image_size 64", "flags"),
+    ):
+        with pytest.raises(ValueError, match=named) as error:
+            read_model(tmp_path / name, flags)
+        assert "\n" not in str(error.value)
