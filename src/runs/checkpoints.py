@@ -92,7 +92,8 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `location` is a run folder, a checkpoint or a model of the Hub; `kind` is "ema" or "raw", and None takes the
-    averaged weights if the checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    averaged weights if the checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none
+    of them fits.
     """
     from src.training.initial_weights import load_matching
 

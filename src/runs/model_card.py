@@ -9,7 +9,7 @@ import yaml
 
 from src.config.overrides import key_of
 from src.config.resume import saved_overrides
-from src.quoting import command, shell_word
+from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import read_metrics
 from src.runs.components import to_plain
 from src.runs.open import OpenedRun, pick_device
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 NUM_SAMPLES = 16
 MAX_LENGTH = 60
 """Characters of a value in the card; longer ones, such as a tokenizer, are left out."""
+
+
+def usage_here(location: str) -> str:
+    """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card."""
+    return f"""Open it with Denoising Diffusion Lab, in its clone:
+```
+{command("sample", format_override("run", location), "n=64")}
+```
+or in Python:
+```python
+from src.runs.open import open_run
+
+opened = open_run("{location}")
+*_, samples = opened.module.sample(range(16), seed=0)
+```"""
 
 
 def write_model_card(
