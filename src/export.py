@@ -12,7 +12,7 @@ from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
 from src.errors import UsageError, usage_errors
 from src.interop.hub_models import check_push, push
-from src.quoting import command, format_override
+from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
 """Packages that a format needs, of the extra of its name."""
+DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr", "diffusion", "conditioning")
+"""Settings in network.json."""
 
 
 def export(cfg: DictConfig) -> Path:
@@ -33,6 +35,10 @@ def export(cfg: DictConfig) -> Path:
         check_hub(cfg)
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
         check_packages(cfg.format)
+        if cfg.aot:
+            from src.training.compile import check_compiler
+
+            check_compiler("aot")
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
@@ -91,12 +97,35 @@ def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConf
     return path, f"Sample from it with: {sample}"
 
 
-def write_torch_export(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
-    raise UsageError("format=torch_export is not available yet; use format=safetensors")
+def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
+    """Write the network, `network.json` and `sample.py`, which needs no file of this project."""
+    import torch
 
+    from src.interop import torch_export
 
-def write_onnx(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
-    raise UsageError("format=onnx is not available yet; use format=safetensors")
+    module, folder = opened.module, Path(cfg.run_dir)
+    for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
+        if (folder / name).exists():
+            raise UsageError(f"hydra.run.dir={folder} already has {name}; choose another folder")
+    null, examples = module.null, module.examples
+    conditions = None if null is None or examples is None else torch.cat([null, examples])
+    with usage_errors():
+        program = torch_export.trace(module.net, torch_export.example_inputs(module.shape, conditions, 2))
+    settings = {name: config.get(name) for name in DESCRIBED_KEYS}
+    info = torch_export.describe(module.diffusion, module.schedule, module.shape, settings) | {
+        "cond_null": None if null is None else null[0].tolist(),
+        "cond_examples": None if examples is None else examples.tolist(),
+        "value_range": getattr(opened.data, "value_range", None),
+        "weights": "averaged" if opened.averaged else "raw",
+    }
+    start_output(folder)
+    checks = [torch_export.example_inputs(module.shape, conditions, batch) for batch in (1, 3)]
+    with usage_errors():
+        path = torch_export.write_network(folder, cfg.format, program, module.net, checks)
+        if cfg.aot:
+            torch_export.write_network(folder, "aot", program, module.net, checks)
+    script = torch_export.write_guide(folder, cfg.format, info)
+    return path, f"Sample from it without this project: python {shell_word(str(relative(script)))}"
 
 
 def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
@@ -105,8 +134,8 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
 
 WRITERS: dict[str, Writer] = {
     "safetensors": write_safetensors,
-    "torch_export": write_torch_export,
-    "onnx": write_onnx,
+    "torch_export": write_network,
+    "onnx": write_network,
     "diffusers": write_diffusers,
 }
 
