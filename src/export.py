@@ -73,7 +73,13 @@ def usage(cfg: DictConfig, name: str) -> str:
 
     if cfg.format == "safetensors":
         return usage_here(name if cfg.hub is None else f"hf://{cfg.hub}")
-    return f"`{name}` is a model in the format {cfg.format}, exported by Denoising Diffusion Lab (docs/export.md)."
+    fetch = "" if cfg.hub is None else f"hf download {cfg.hub} --local-dir model && cd model\n"
+    packages = "numpy and onnxruntime" if cfg.format == "onnx" else "torch"
+    return f"""Draw 16 samples by `{name}`; this needs {packages} only:
+```
+{fetch}python sample.py
+```
+`network.json` describes the inputs and the output of the network."""
 
 
 def check_packages(name: str) -> None:

@@ -42,7 +42,9 @@ opened = open_run("{location}")
 def write_model_card(
     folder: Path, opened: OpenedRun, usage: str, library: str | None = None, draw: bool = False
 ) -> None:
-    """Write README.md into `folder` and, with `draw` and for images, samples of the model into samples.png."""
+    """Write README.md into `folder`, unless it has one, and with `draw` samples of a model of images into samples.png."""
+    if (folder / "README.md").exists():  # of another project, perhaps
+        return
     samples = ""
     if draw and len(opened.module.shape) == 3:
         draw_card_samples(opened).save(folder / "samples.png")
