@@ -42,7 +42,7 @@ opened = open_run("{location}")
 def write_model_card(
     folder: Path, opened: OpenedRun, usage: str, library: str | None = None, draw: bool = False
 ) -> None:
-    """Write README.md into `folder`, unless it has one, and with `draw` samples of a model of images into samples.png."""
+    """Write README.md into `folder`, unless it has one; with `draw`, also samples of a model of images."""
     if (folder / "README.md").exists():  # of another project, perhaps
         return
     samples = ""
