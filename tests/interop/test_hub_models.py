@@ -21,7 +21,7 @@ from tests.interop.hub_server import running_hub
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch, no_network):
+def hub(tmp_path, monkeypatch):
     hub_models._download.cache_clear()
     with running_hub(str(tmp_path / "cache"), monkeypatch) as running:
         yield running
