@@ -147,9 +147,7 @@ class CrossAttention(nn.Module):
     `mask` (B, L) is True for tokens and False for padding, with at least one token per sample; None means no padding.
     """
 
-    def __init__(
-        self, channels: int, groups: int, num_heads: int, token_width: int, norm_eps: float = 1e-5
-    ) -> None:
+    def __init__(self, channels: int, groups: int, num_heads: int, token_width: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(groups, channels, norm_eps)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.errors import first_names
 from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint, weights_of
@@ -86,8 +87,10 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `location` is a run folder or a checkpoint; `kind` is "ema" or "raw", and None takes the averaged weights if the
-    checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    checkpoint has them. Raises FileNotFoundError or ValueError without such weights, if none of them fits, or if some
+    weights would be neither loaded nor trained.
     """
+    from src.training.finetuning import plain_name
     from src.training.initial_weights import load_matching
 
     path = find_checkpoint(location, None, "init_from")
@@ -104,6 +107,12 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
         raise ValueError(
             f"{format_override('init_from', location)} has no weights that fit this network: it was trained with "
             f"model._target_={node['_target_']}; choose that model and its sizes"
+        )
+    trained = {plain_name(name): parameter.requires_grad for name, parameter in module.net.named_parameters()}
+    if untrained := [name for name in report.new if not trained[name.split()[0]]]:
+        raise ValueError(
+            f"{format_override('init_from', location)} has no weights for {first_names(untrained)}, and freeze or lora "
+            "excludes them from training: change freeze, or name them in lora.train"
         )
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
@@ -138,12 +147,12 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    "data.encoders",
+    *("data.encoders", "freeze", "lora", "lr_multipliers"),
 )
-"""Settings that a resumed run must keep: they determine the meaning of the weights."""
+"""Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
-    *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
+    *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""
@@ -152,7 +161,7 @@ MUTABLE_KEYS = (
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if the setting determines the meaning of the weights.
+    Raises ValueError for a setting among `FIXED_KEYS`.
     """
     old, new = (
         {
