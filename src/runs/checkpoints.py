@@ -109,7 +109,7 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
             f"model._target_={node['_target_']}; choose that model and its sizes"
         )
     trained = {plain_name(name): parameter.requires_grad for name, parameter in module.net.named_parameters()}
-    if untrained := [name for name in report.new if not trained[name.split()[0]]]:
+    if untrained := [name for name in report.new if not trained.get(name.split()[0], True)]:
         raise ValueError(
             f"{format_override('init_from', location)} has no weights for {first_names(untrained)}, and freeze or lora "
             "excludes them from training: change freeze, or name them in lora.train"

@@ -202,6 +202,13 @@ def test_opened_run_has_merged_adapters(adapted, tmp_path):
     assert "lora" not in read_checkpoint(exported)["hyper_parameters"]
 
 
+def test_run_with_adapters_starts_at_the_loaded_model(trained, tmp_path):
+    run = build(compose("train", *TINY, f"run_dir='{tmp_path}'", f"init_from.path={trained}", *LORA))
+    close_run(run)
+    x, time = torch.randn(2, 1, 8, 8), torch.rand(2)
+    assert torch.equal(run.module.net(x, time), open_run(str(trained)).module.net(x, time))
+
+
 def test_run_starts_from_merged_adapters(adapted, tmp_path):
     run = build(compose("train", *TINY, f"run_dir='{tmp_path / 'new'}'", f"init_from.path={adapted}"))
     close_run(run)
@@ -237,7 +244,7 @@ def test_tuned_run_resumes_with_equal_bits(trained, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.faults)])
 def test_two_processes_tune_like_one(trained, tmp_path, strategy):
     settings = [
         f"init_from.path={trained}",
