@@ -100,6 +100,8 @@ def print_training_summary(run: "Run") -> None:
     if summary := getattr(run.data.source, "summary", ""):
         print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
+    trained = sum(p.numel() for p in run.module.net.parameters() if p.requires_grad)
+    part = f", {trained / 1e6:.3g} M trained" if trained < parameters else ""
     devices = run.trainer.num_devices * run.trainer.num_nodes
     count, epoch = len(run.data.train_indices), len(run.data.training_indices())
     repeated = f" ({epoch} with repeats)" if epoch != count else ""
@@ -110,7 +112,7 @@ def print_training_summary(run: "Run") -> None:
     if run.initial:
         print_once(f"Start: {run.initial}")
     print_once(
-        f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
+        f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters{part}) on "
         f"{count or 'the'} samples{repeated} of shape {run.module.shape}, {steps}"
         f"{f', resumed from {resumed.name}' if resumed else ''}, "
         f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}"

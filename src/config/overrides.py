@@ -137,7 +137,8 @@ def check_overrides(
     check_combinations(config_name, names, task)
     for name in setting_names(task):
         parent, _, key = name.rpartition(".")
-        if OmegaConf.is_missing(OmegaConf.select(task, parent) if parent else task, key):
+        node = OmegaConf.select(task, parent) if parent else task
+        if node is not None and OmegaConf.is_missing(node, key):  # keys of lr_multipliers have dots
             raise UsageError(f"{name} has no default; add {name}=...")
     check_values(task)
     return final

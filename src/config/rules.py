@@ -33,6 +33,10 @@ RANGES = {
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
     "lr_scheduler.warmup_steps": "[0, inf)",
+    "lr_multipliers.*": "(0, inf): freeze=[...] excludes weights from training",
+    "lora.rank": "[1, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
@@ -116,6 +120,8 @@ EXAMPLES = {
     "num_val": 1000,
     "num_terms": 50,
     "alignment.n": 200,
+    "freeze": ["time.*"],
+    "lr_multipliers": {"down.*": 0.1},
     "samplers": [{"sampler": "ddim", "steps": 10}],
 }
 """Values of the right type for settings whose default is null."""

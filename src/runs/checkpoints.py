@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.errors import first_names
 from src.interop.hub_models import MODEL_FILE, SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.components import to_plain
@@ -107,12 +108,15 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
-    `flags` of OpenAI. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    `flags` of OpenAI. Raises FileNotFoundError or ValueError without such weights, if none of them fits, or if some
+    weights would be neither loaded nor trained.
     """
     from src.runs.imported import read_model
+    from src.training.finetuning import plain_name
     from src.training.initial_weights import load_matching
 
     path, kind = find_checkpoint(None, None, init_from.path), init_from.weights
+    override = format_override("init_from", init_from.path)
     checkpoint = read_model(path, init_from.flags)
     averaged = has_averages(checkpoint) if kind is None else kind == "ema"
     if averaged != has_averages(checkpoint) and (averaged or checkpoint.get("averaged")):
@@ -124,8 +128,14 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     if not any(of_network[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
         node = checkpoint["hyper_parameters"]["model"]
         raise ValueError(
-            f"{format_override('init_from', init_from.path)} has no weights that fit this network: it was trained with "
+            f"{override} has no weights that fit this network: it was trained with "
             f"model._target_={node['_target_']}; choose that model and its sizes"
+        )
+    trained = {plain_name(name): parameter.requires_grad for name, parameter in module.net.named_parameters()}
+    if untrained := [name for name in report.new if not trained.get(name.split()[0], True)]:
+        raise ValueError(
+            f"{override} has no weights for {first_names(untrained)}, and freeze or lora "
+            "excludes them from training: change freeze, or name them in lora.train"
         )
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
@@ -160,12 +170,12 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    "data.encoders",
+    *("data.encoders", "freeze", "lora", "lr_multipliers"),
 )
-"""Settings that a resumed run must keep: they determine the meaning of the weights."""
+"""Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
-    *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
+    *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""
@@ -174,7 +184,7 @@ MUTABLE_KEYS = (
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if the setting determines the meaning of the weights.
+    Raises ValueError for a setting among `FIXED_KEYS`.
     """
     old, new = (
         {

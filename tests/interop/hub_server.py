@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].strip("/")
         kind = "resolve"
         if path.startswith("api/models/"):  # user/name/revision/main describes a commit, user/name/tree/main its files
-            user, name, kind, revision, file = [*path.split("/")[2:], "revision", "main"][:4] + [""]
+            user, name, kind, revision, file = (*[*path.split("/")[2:], "revision", "main"][:4], "")
         else:
             user, name, _, revision, file = path.split("/", 4)
         repo, signed = f"{user}/{name}", self.headers["Authorization"] == f"Bearer {TOKEN}"
