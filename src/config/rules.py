@@ -94,7 +94,7 @@ CHOICES = {
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
-    "features": ("classifier", "pixels", "inception", "dinov2"),
+    "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
     "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
