@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.errors import first_names
@@ -70,9 +71,14 @@ TABLE = "condition.table.weight"
 ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "out"}
 
 
-def is_edm(metadata: Mapping[str, str]) -> bool:
-    """Return whether the metadata of a safetensors file are those of `CONVERT`."""
-    return "edm" in metadata
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors and metadata of a safetensors file that `CONVERT` wrote; None for another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            return ({name: file.get_tensor(name) for name in file.keys()}, metadata) if "edm" in metadata else None
+    except (SafetensorError, OSError):
+        return None
 
 
 def pickle_error(path: Path) -> ValueError:

@@ -20,15 +20,24 @@ OTHER_KEYS = ("seed", "snr_shift", "zero_terminal_snr", "weighting")
 def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     """Return a trained model as a checkpoint with `state_dict` and `hyper_parameters`.
 
-    `path` is a checkpoint or an exported model of this project, or a folder of diffusers; `flags` are those of OpenAI's
-    scripts. Only tensors and plain values are read. Raises ValueError if the file is not such a model, or if this
-    project has no such network.
+    `path` is a checkpoint or an exported model of this project, a folder of diffusers, a `.pt` file of OpenAI, whose
+    scripts have `flags`, or weights of EDM as safetensors. Only tensors and plain values are read. Raises ValueError if
+    the file is not such a model, or if this project has no such network.
     """
-    if not path.is_dir():
-        return read_checkpoint(path)
-    from src.interop.diffusers_pipeline import read_pipeline
+    from src.interop import diffusers_pipeline, edm, openai
 
-    return as_checkpoint(read_pipeline(path))
+    is_openai = path.suffix in (".pt", ".pth")
+    if flags is not None and not is_openai:
+        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is none; leave it out")
+    if path.is_dir():
+        return as_checkpoint(diffusers_pipeline.read_pipeline(path))
+    if is_openai:
+        return as_checkpoint(openai.read_openai(openai.read_pt(path), flags or ""))
+    if path.suffix == ".pkl":
+        raise edm.pickle_error(path)
+    if path.suffix == ".safetensors" and (found := edm.read_file(path)):
+        return as_checkpoint(edm.read_edm(*found))
+    return read_checkpoint(path)
 
 
 def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:

@@ -126,7 +126,9 @@ def _adopt_model(cfg: DictConfig) -> None:
     """
     path = find_checkpoint(None, None, str(cfg.init_from.path))
     checkpoint = read_model(path, cfg.init_from.flags)
-    settings = checkpoint["hyper_parameters"]
+    settings, imported = checkpoint["hyper_parameters"], checkpoint.get("imported", False)
+    if not imported and not HydraConfig.initialized():  # A composed configuration does not say what was typed.
+        return
     if not is_typed("model") and settings["model"]["_target_"] == cfg.model._target_:
         network = {k: v for k, v in settings["model"].items() if k not in ("channels", "image_size", "features")}
         before, now = settings["model"].get("image_size"), cfg.model.get("image_size")
@@ -136,7 +138,7 @@ def _adopt_model(cfg: DictConfig) -> None:
         for name, value in network.items():
             if not is_typed(f"model.{name}"):
                 OmegaConf.update(cfg.model, name, value, force_add=True)
-    if not checkpoint.get("imported"):
+    if not imported:
         return
     if not is_typed("schedule"):
         cfg.schedule, cfg.zero_terminal_snr = settings["schedule"], settings["zero_terminal_snr"]

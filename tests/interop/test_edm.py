@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from src.diffusion.curves import exploding
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import NoiseLevel
-from src.interop.edm import CONVERT, is_edm, pickle_error, read_edm
+from src.interop.edm import CONVERT, pickle_error, read_edm, read_file
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from tests.loops import for_each
@@ -224,10 +223,10 @@ def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
     _, option, code, *arguments = shlex.split(CONVERT)
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
-    with safe_open("model.safetensors", "pt") as file:
-        assert is_edm(file.metadata())
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-        assert json.loads(file.metadata()["edm"]) == described
+    found = read_file(Path("model.safetensors"))
+    assert found is not None
+    weights, read = found
+    assert json.loads(read["edm"]) == described
     assert_close(weights, dict(net.state_dict()))
 
 
