@@ -271,7 +271,7 @@ def test_flags_that_do_not_fit_are_named(setting, flags):
 
 def test_incomplete_or_foreign_weights_are_refused():
     weights = adm_weights()
-    for name in ("output_blocks.3.0.in_layers.2.weight", "input_blocks.1.0.in_layers.2.weight", "out.2.weight"):
+    for name in ("output_blocks.3.0.in_layers.2.weight", "input_blocks.0.0.weight", "out.2.weight"):
         with pytest.raises(ValueError, match="init_from"):
             read_openai({other: value for other, value in weights.items() if other != name}, ADM_FLAGS)
     with pytest.raises(ValueError, match="extra"):
