@@ -30,7 +30,9 @@ def read_pipeline(folder: Path) -> ImportedModel:
     config = _read_json(unet / "config.json")
     if (name := config.get("_class_name")) != "UNet2DModel":
         raise ValueError(f"{unet} holds a {name}; only UNet2DModel is supported")
-    process = process_of(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    # Older pipelines have both files in one folder.
+    scheduler = next((s for s in (folder / "scheduler", folder) if s.is_dir()), folder) / "scheduler_config.json"
+    process = process_of(_read_json(scheduler))
     outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
     if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
         process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.interop.hub_models import MODEL_FILE, SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, weights_of
@@ -19,23 +20,31 @@ if TYPE_CHECKING:
     from src.training.module import DiffusionModule
 
 
-def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None) -> Path:
+def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
     """Return the newest intact checkpoint in the folder `run`, the file `ckpt`, or the model `init_from`.
 
-    Each takes a folder or a file; the folder of a diffusers model is returned itself. Raises FileNotFoundError without
-    a model there, and ValueError unless exactly one of the three is given.
+    Each takes a folder or a file; the folder of a diffusers model is returned itself, and a folder without checkpoints
+    may hold an exported model. A model of the Hugging Face Hub, `hf://user/name`, is downloaded. `setting` is the
+    name of `run` in messages. Raises FileNotFoundError without a model there, and ValueError unless exactly one of the
+    three is given.
     """
-    given_settings = {"run": run, "ckpt": ckpt, "init_from": init_from}
+    given_settings = {setting: run, "ckpt": ckpt, "init_from": init_from}
     typed = {name: value for name, value in given_settings.items() if value is not None}
     if len(typed) != 1:
         raise ValueError(
-            "give one of run=FOLDER (a run folder, under outputs/train), ckpt=FILE (one checkpoint or exported model) "
-            "and init_from=FOLDER (a model of diffusers)" + ("" if typed else newest_run("run", Path("outputs/train")))
+            "give one of run=FOLDER (a run folder, under outputs/train, or hf://user/name), ckpt=FILE (one checkpoint "
+            "or exported model) and init_from=FOLDER (a model of another project)"
+            + ("" if typed else newest_run("run", Path("outputs/train")))
         )
     ((name, value),) = typed.items()
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
     given = Path(str(value))
+    of_hub = str(value).startswith(SCHEME)
+    if name == "init_from" and len(given.parts) == 2 and not (given.is_absolute() or given.parent.exists()):
+        of_hub = True  # a name as diffusers takes it, such as google/ddpm-cifar10-32
+    if of_hub:
+        given = local_copy(str(value), name)
     if given.is_file():
         return given
     if not given.is_dir():
@@ -50,8 +59,10 @@ def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = N
         if is_intact(path):
             return path
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+    if (exported := folder / MODEL_FILE).is_file():
+        return exported
     hint = newest_run(name, folder) or ": has it trained?"
-    raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
+    raise FileNotFoundError(f"{folder.resolve()} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
 
 
 def is_pipeline(folder: Path) -> bool:
