@@ -220,6 +220,7 @@ def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"ema": net}))
     monkeypatch.chdir(tmp_path)
     assert str(pickle_error(Path("model.pkl"))).endswith(CONVERT)
+    assert CONVERT in (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
     _, option, code, *arguments = shlex.split(CONVERT)
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
