@@ -91,6 +91,10 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
         ValueError: If a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
     """
     given = _parse(flags)
+    if not is_openai(weights):
+        raise ValueError(
+            "init_from: the file has no input_blocks.0.0.weight; choose one of improved-diffusion or guided-diffusion"
+        )
     if "out.2.weight" not in weights or not any(name.startswith("output_blocks.") for name in weights):
         raise ValueError("init_from: the file is a classifier or incomplete; choose one with a diffusion model")
     if "large_size" in given or "small_size" in given or weights["input_blocks.0.0.weight"].shape[1] == 6:

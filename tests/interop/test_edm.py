@@ -5,6 +5,7 @@ import math
 import pickle
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * self.model(x / (s**2 + STD**2).sqrt(), sigma.log() / 4, labels)
 
 
+@cache
+def ddpmpp_weights() -> dict[str, Tensor]:
+    return theirs(False, [2, 2], False).state_dict()
+
+
 def theirs(adm: bool, mult: list[int], labeled: bool) -> EDMPrecond:
     torch.manual_seed(0)
     net = EDMPrecond(adm, mult, labeled)
@@ -214,6 +220,7 @@ def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"ema": net}))
     monkeypatch.chdir(tmp_path)
     assert str(pickle_error(Path("model.pkl"))).endswith(CONVERT)
+    assert CONVERT in (Path(__file__).parents[2] / "docs" / "pretrained.md").read_text()
     _, option, code, *arguments = shlex.split(CONVERT)
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
@@ -250,5 +257,5 @@ def test_label_dropout_trains_the_empty_class():
 )
 def test_networks_that_do_not_fit_are_refused(setting, described):
     with pytest.raises(ValueError, match=setting) as raised:
-        read_edm(theirs(False, [2, 2], False).state_dict(), described)
+        read_edm(ddpmpp_weights(), described)
     assert "\n" not in str(raised.value)

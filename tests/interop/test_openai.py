@@ -1,6 +1,7 @@
 """Weights of improved-diffusion and guided-diffusion: outputs equal those of a second implementation."""
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from tests.loops import for_each
 
-WIDTH, SIDE = 64, 16
+WIDTH, SIDE = 32, 8
 
 
 class Res(nn.Module):
@@ -94,7 +95,7 @@ class Theirs(nn.Module):
     """OpenAI's U-Net with attention at the downsampling factors `attended`; `t` is what the time embedding sees."""
 
     def __init__(
-        self, mult: list[float], blocks: int, attended: list[int], heads: Any, scale_shift: bool, updown: bool,
+        self, mult: list[int], blocks: int, attended: list[int], heads: Any, scale_shift: bool, updown: bool,
         new_order: bool = False, outputs: int = 1, classes: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -107,12 +108,12 @@ class Theirs(nn.Module):
 
         self.time_embed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.SiLU(), nn.Linear(4 * WIDTH, 4 * WIDTH))
         self.label_emb = None if classes is None else nn.Embedding(classes, 4 * WIDTH)
-        c = int(mult[0] * WIDTH)
+        c = mult[0] * WIDTH
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, c, 3, padding=1)])])
         skips = [c]
         for i, m in enumerate(mult):
             for _ in range(blocks):
-                layers = [res(c, c := int(m * WIDTH)), *([attention(c)] if 2**i in attended else [])]
+                layers = [res(c, c := m * WIDTH), *([attention(c)] if 2**i in attended else [])]
                 self.input_blocks.append(nn.ModuleList(layers))
                 skips.append(c)
             if i < len(mult) - 1:
@@ -122,7 +123,7 @@ class Theirs(nn.Module):
         self.output_blocks = nn.ModuleList()
         for i, m in reversed([*enumerate(mult)]):
             for k in range(blocks + 1):
-                layers = [res(c + skips.pop(), c := int(m * WIDTH)), *([attention(c)] if 2**i in attended else [])]
+                layers = [res(c + skips.pop(), c := m * WIDTH), *([attention(c)] if 2**i in attended else [])]
                 if i and k == blocks:
                     layers.append(res(c, c, double) if updown else Up(c))
                 self.output_blocks.append(nn.ModuleList(layers))
@@ -167,7 +168,7 @@ IMPROVED = {
     "classes": None,
 }
 ADM_FLAGS = (
-    f"--image_size {SIDE} --num_channels {WIDTH} --num_res_blocks 2 --channel_mult 1,2,2 --attention_resolutions 8,4 "
+    f"--image_size {SIDE} --num_channels {WIDTH} --num_res_blocks 2 --channel_mult 1,2,2 --attention_resolutions 4,2 "
     "--num_head_channels 16 --class_cond True --learn_sigma True --resblock_updown True --use_scale_shift_norm True "
     "--use_fp16 True --diffusion_steps 1000 --noise_schedule linear "
 )
@@ -185,6 +186,11 @@ def theirs(**changes: Any) -> Theirs:
     return net.eval()
 
 
+@cache
+def adm_weights() -> dict[str, Tensor]:
+    return theirs().state_dict()
+
+
 def ours(imported: ImportedModel) -> UNet:
     classes = imported.num_classes
     # Without an empty class, the table has one row per class.
@@ -199,7 +205,7 @@ def ours(imported: ImportedModel) -> UNet:
         "adm, new order": (theirs(new_order=True), ADM_FLAGS + "--use_new_attention_order True", 1000, 1),
         "adm, legacy order": (theirs(new_order=False), ADM_FLAGS, 1000, 1),
         "adm, 400 steps": (theirs(), ADM_FLAGS.replace("1000", "400"), 400, 1),
-        "half as wide at first": (theirs(mult=[0.5, 1, 1]), ADM_FLAGS.replace("1,2,2", "0.5,1,1"), 1000, 1),
+        "first multiplier": (theirs(mult=[2, 2, 4]), ADM_FLAGS.replace("1,2,2", "2,2,4"), 1000, 1),
         "improved": (theirs(**IMPROVED), IMPROVED_FLAGS, 4000, 0.25),
         "only what the file does not show": (theirs(), f"--image_size {SIDE} --num_head_channels 16", 1000, 1),
     },
@@ -215,7 +221,7 @@ def test_outputs_equal_those_of_openais_network(net, flags, steps, scale):
 
 
 def test_flags_choose_schedule_and_variance():
-    adm = read_openai(theirs().state_dict(), ADM_FLAGS)
+    adm = read_openai(adm_weights(), ADM_FLAGS)
     assert adm.diffusion == {"prediction": "eps", "variance": "learned_range", "clip_x0": 1.0}
     assert (adm.num_classes, adm.has_null_class, adm.model["outputs"]) == (5, False, 2)
     improved = read_openai(theirs(**IMPROVED).state_dict(), IMPROVED_FLAGS + " --predict_xstart True")
@@ -233,20 +239,20 @@ def test_cosine_schedule_equals_openais():
 
 
 def test_half_precision_weights_become_float32():
-    imported = read_openai({name: value.half() for name, value in theirs().state_dict().items()}, ADM_FLAGS)
+    imported = read_openai({name: value.half() for name, value in adm_weights().items()}, ADM_FLAGS)
     assert {value.dtype for value in imported.weights.values()} == {torch.float32}
 
 
 @for_each(
     "setting, flags",
     {
-        "num_channels": ("--num_channels 32", ADM_FLAGS + "--num_channels 32"),
+        "num_channels": ("--num_channels 64", ADM_FLAGS + "--num_channels 64"),
         "class_cond": ("--class_cond False", ADM_FLAGS + "--class_cond False"),
         "learn_sigma": ("--learn_sigma False", ADM_FLAGS + "--learn_sigma False"),
         "num_res_blocks": ("--num_res_blocks 3", ADM_FLAGS + "--num_res_blocks 3"),
         "channel_mult": ("--channel_mult 1,2,4", ADM_FLAGS + "--channel_mult 1,2,4"),
         "image size": ("--image_size 64", ADM_FLAGS.replace("--channel_mult 1,2,2", "") + "--image_size 64"),
-        "attention": ("--attention_resolutions 8", ADM_FLAGS + "--attention_resolutions 8"),
+        "attention": ("--attention_resolutions 4", ADM_FLAGS + "--attention_resolutions 4"),
         "resblock_updown": ("--resblock_updown False", ADM_FLAGS + "--resblock_updown False"),
         "scale shift": ("--use_scale_shift_norm False", ADM_FLAGS + "--use_scale_shift_norm False"),
         "heads": ("--num_head_channels 24", ADM_FLAGS + "--num_head_channels 24"),
@@ -259,13 +265,13 @@ def test_half_precision_weights_become_float32():
 )
 def test_flags_that_do_not_fit_are_named(setting, flags):
     with pytest.raises(ValueError, match=setting) as raised:
-        read_openai(theirs().state_dict(), flags)
+        read_openai(adm_weights(), flags)
     assert "\n" not in str(raised.value)
 
 
 def test_incomplete_or_foreign_weights_are_refused():
-    weights = theirs().state_dict()
-    for name in ("output_blocks.3.0.in_layers.2.weight", "input_blocks.1.0.in_layers.2.weight", "out.2.weight"):
+    weights = adm_weights()
+    for name in ("output_blocks.3.0.in_layers.2.weight", "input_blocks.0.0.weight", "out.2.weight"):
         with pytest.raises(ValueError, match="init_from"):
             read_openai({other: value for other, value in weights.items() if other != name}, ADM_FLAGS)
     with pytest.raises(ValueError, match="extra"):
