@@ -53,12 +53,15 @@ def _download(repo: str, revision: str | None) -> Path:
 def check_push(repo: str) -> None:
     """Raise ValueError if it is certain that `push` would fail: without package, valid name, network or login."""
     override = format_override("hub", repo)
-    library = _import_library(override)
+    _import_library(override)
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     with _hub_errors(override, repo):
-        library.utils.validate_repo_id(repo)
-    if library.constants.HF_HUB_OFFLINE:
+        validate_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
         raise ValueError(f"{override} needs the network, and HF_HUB_OFFLINE is set; unset it, or leave hub out")
-    if library.get_token() is None:
+    if get_token() is None:
         raise ValueError(f"{override} needs a login: {LOGIN}")
 
 

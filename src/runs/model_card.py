@@ -116,7 +116,7 @@ def describe(value: Any) -> str:
         return str(value)
     items = {k: describe(v) for k, v in value.items() if v is not None and not str(k).startswith("_")}
     arguments = ", ".join(f"{name}={text}" for name, text in items.items() if "(" in text or len(text) <= MAX_LENGTH)
-    return f"{str(value.get('_target_', '')).rpartition('.')[2]}({arguments})"
+    return str(value.get("_target_", "")).rpartition(".")[2] + (f"({arguments})" if arguments else "")
 
 
 def published_overrides(run: Path) -> list[str] | None:

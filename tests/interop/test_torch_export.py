@@ -71,7 +71,7 @@ def heavy_imports() -> None:
 
 def network(shape: tuple[int, ...], settings: dict[str, object]) -> nn.Module:
     if len(shape) == 1:
-        return randomize(MLP(*shape, hidden_size=8, num_res_blocks=1, **settings)).eval()
+        return randomize(MLP(*shape, **{"hidden_size": 8, "num_res_blocks": 1, **settings})).eval()
     return randomize(UNet(image_size=list(shape[1:]), **{**SMALL, **settings})).eval()
 
 
@@ -143,20 +143,17 @@ def test_wrong_program_is_refused_and_removed(tmp_path):
 @for_each("prediction", get_args(Target))
 def test_levels_invert_the_target(prediction):
     """x_0 is recovered from x_t and the target of the network at every level."""
-    curve = partial(curves.rectified_flow) if prediction == "velocity" else curves.cosine_log_snr
+    curve = curves.rectified_flow if prediction == "velocity" else curves.cosine_log_snr
     schedule = NoiseSchedule(schedules.linear(20)) if prediction == "eps" else ContinuousSchedule(curve, 20)
     diffusion = GaussianDiffusion(prediction, "learned_range")
     levels = torch_export.describe(diffusion, schedule, (2,), {})["levels"]
-    x0, eps = 0.3, -1.7
+    x0, eps = torch.tensor([0.3, -1.7], dtype=torch.float64)
     assert {len(column) for column in levels.values()} == {21}
     for t in range(20):
         level = schedule.row(t)
-        x_t = level.alpha * x0 + level.sigma * eps
+        x_t, target = level.alpha * x0 + level.sigma * eps, diffusion.target(x0, level, eps)
         row = {name: column[t] for name, column in levels.items()}
-        target = diffusion.target(torch.tensor(x0), level, torch.tensor(eps))
-        assert_close(
-            row["c_skip"] * x_t + row["c_out"] * target, torch.tensor(x0, dtype=torch.float64), check_dtype=False
-        )
+        assert_close(row["c_skip"] * x_t + row["c_out"] * target, x0)
         assert_close(row["c_in"] * x_t, diffusion.scale_input(x_t, level))
         assert row["time"] == level.time == (t + 1) / 20
     assert [levels[name][-1] for name in ("time", "alpha", "sigma")] == [0, 1, 0]

@@ -69,4 +69,4 @@ def test_card_shows_samples_of_the_run(run):
 
 def test_long_values_stay_out_of_the_table():
     node = {"_target_": "a.b.f", "_partial_": True, "x": 1, "none": None, "long": "x" * 100, "g": {"_target_": "c.g"}}
-    assert describe(node) == "f(x=1, g=g())"
+    assert describe(node) == "f(x=1, g=g)"
