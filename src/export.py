@@ -1,36 +1,115 @@
-"""Export a trained model to one file: `python -m src.export run=outputs/train/...`."""
+"""Export a trained model for this project or for other programs: `python -m src.export run=outputs/train/...`."""
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
-from src.errors import usage_errors
-from src.quoting import command, format_override
+from src.errors import UsageError, usage_errors
+from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
+if TYPE_CHECKING:
+    from src.runs.open import OpenedRun
+
+PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
+"""Packages that a format needs, of the extra of its name."""
+DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr", "diffusion", "conditioning")
+"""Settings in network.json."""
+
 
 def export(cfg: DictConfig) -> Path:
-    """Write `model.safetensors`, the weights and the model configuration, into the output folder; return its path."""
+    """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs import components
     from src.runs.open import open_run
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
+        check_packages(cfg.format)
+        if cfg.aot:
+            from src.training.compile import check_compiler
+
+            check_compiler("aot")
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = exportable_settings(components.to_plain(opened.config))
-    path = start_output(Path(cfg.run_dir)) / "model.safetensors"
-    write_exported(path, opened.module.state_dict(), opened.averaged, config)
-    print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({path.stat().st_size / 1e6:.1f} MB)")
+    path, hint = WRITERS[cfg.format](opened, config, cfg)
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files)
+    print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")
-    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
-    print(f"Sample from it with: {sample}")
+    print(hint)
     return path
 
+
+def check_packages(name: str) -> None:
+    """Raise ValueError with the command to install the packages of a format, if one is missing."""
+    if missing := [package for package in PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"format={name} needs {' and '.join(missing)}; pip install {' '.join(PACKAGES[name])}")
+
+
+Writer = Callable[["OpenedRun", dict[str, Any], DictConfig], tuple[Path, str]]
+"""(run, its settings without paths, settings of this command) -> path of the file or folder, line about its use.
+
+It calls `start_output` after everything that can be refused, with UsageError.
+"""
+
+
+def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
+    """Write `model.safetensors`, the weights and the model configuration, for this project."""
+    path = start_output(Path(cfg.run_dir)) / "model.safetensors"
+    write_exported(path, opened.module.state_dict(), opened.averaged, config)
+    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
+    return path, f"Sample from it with: {sample}"
+
+
+def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
+    """Write the network, `network.json` and `sample.py`, which needs no file of this project."""
+    import torch
+
+    from src.interop import torch_export
+
+    module, folder = opened.module, Path(cfg.run_dir)
+    for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
+        if (folder / name).exists():
+            raise UsageError(f"hydra.run.dir={folder} already has {name}; choose another folder")
+    null, examples = module.null, module.examples
+    conditions = None if null is None or examples is None else torch.cat([null, examples])
+    with usage_errors():
+        program = torch_export.trace(module.net, torch_export.example_inputs(module.shape, conditions, 2))
+    settings = {name: config.get(name) for name in DESCRIBED_KEYS}
+    info = torch_export.describe(module.diffusion, module.schedule, module.shape, settings) | {
+        "cond_null": None if null is None else null[0].tolist(),
+        "cond_examples": None if examples is None else examples.tolist(),
+        "value_range": getattr(opened.data, "value_range", None),
+        "weights": "averaged" if opened.averaged else "raw",
+    }
+    start_output(folder)
+    checks = [torch_export.example_inputs(module.shape, conditions, batch) for batch in (1, 3)]
+    with usage_errors():
+        path = torch_export.write_network(folder, cfg.format, program, module.net, checks)
+        if cfg.aot:
+            torch_export.write_network(folder, "aot", program, module.net, checks)
+    script = torch_export.write_guide(folder, cfg.format, info)
+    return path, f"Sample from it without this project: python {shell_word(str(relative(script)))}"
+
+
+def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
+    raise UsageError("format=diffusers is not available yet; use format=safetensors")
+
+
+WRITERS: dict[str, Writer] = {
+    "safetensors": write_safetensors,
+    "torch_export": write_network,
+    "onnx": write_network,
+    "diffusers": write_diffusers,
+}
 
 if __name__ == "__main__":
     launch("export", export)

@@ -89,6 +89,7 @@ CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "format": ("safetensors", "torch_export", "onnx", "diffusers"),
     "features": ("classifier", "pixels", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
     "reference": ("val", "train"),
@@ -245,6 +246,8 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
     one, other = "validate_every", "trainer.val_check_interval"
     if {one, other} <= names:
         raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
+    if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
+        raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":
         typed = {n for n in names if not re.match(r"hydra[./]", n)} - {"analytic", "seed", "run", "ckpt"}
         of_analytic = {name for name in typed if name.startswith("analytic")}

@@ -22,14 +22,19 @@ def compile_network(net: nn.Module, mode: str | bool | None) -> Callable[..., Te
     mode = "default" if mode is True else mode
     if mode not in MODES:
         raise ValueError(f"compile={mode} must be true, false or a mode of torch.compile: {', '.join(MODES)}")
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
-        raise ValueError("compile=true needs a C++ compiler: install g++, or set compile=false")
+    check_compiler("compile")
     # By default the compiler leaves channels-last layout if any convolution has at least twice as many input as output
     # channels, as those after a skip connection do, and copies every input: a tenth of a step on a GPU.
     options = {**torch._inductor.list_mode_options(mode), "force_layout_optimization": True}
     # With dynamic shapes, a second batch size would make the code slower for all sizes.
     fast = torch.compile(net, options=options, dynamic=False)
     return lambda *inputs: fast(*inputs)  # a module would register its parameters a second time
+
+
+def check_compiler(setting: str) -> None:
+    """Raise ValueError if there is no C++ compiler, which the `setting` needs."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        raise ValueError(f"{setting}=true needs a C++ compiler: install g++, or set {setting}=false")
 
 
 def check_cuda_graphs(mode: str | bool | None, batches: int | str) -> None:
