@@ -138,7 +138,8 @@ def from_diffusers(
 ) -> dict[str, Tensor]:
     """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError if they are not complete."""
     theirs = {_new_name(name): value for name, value in weights.items()}
-    result, used = {}, set()
+    result: dict[str, Tensor] = {}
+    used: set[str] = set()
     for name, parts in weight_names(model):
         if found := [theirs[part] for part in parts if part in theirs]:
             # Old files have 1x1 convolutions, or linear layers with two more dimensions.
@@ -154,7 +155,7 @@ def from_diffusers(
 
 def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the weights of our U-Net by the names of the UNet2DModel of `config_of`, for timesteps from 0."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, parts in weight_names(model):
         if name in weights:
             value = weights[name]
