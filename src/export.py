@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
@@ -101,7 +101,28 @@ def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
 
 
 def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
-    raise UsageError("format=diffusers is not available yet; use format=safetensors")
+    """Write a pipeline folder of the diffusers library, which samples as the sampler of the run or of `cfg` does.
+
+    `training.safetensors` has what this project needs to read the folder without loss.
+    """
+    from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
+    from src.interop.diffusers_unet import TIME
+    from src.runs.components import sampler_settings
+    from src.runs.open import sampler_of
+
+    module, folder = opened.module, Path(cfg.run_dir)
+    if (folder / "model_index.json").exists():
+        raise UsageError(f"hydra.run.dir={folder} already has model_index.json; choose another folder")
+    with usage_errors():
+        guidance = OmegaConf.create({**cfg.guidance, "model": None})
+        sampler = sampler_of(opened, sampler_settings(cfg.sampler, opened.config.sampler), guidance)
+        pipeline = make_pipeline(
+            *(module.net, config["model"], module.diffusion, module.schedule, sampler.fn, sampler.steps),
+            *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
+        )
+    write_pipeline(start_output(folder), pipeline)
+    write_exported(folder / "training.safetensors", {TIME: module.net.state_dict()[TIME]}, opened.averaged, config)
+    return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
 
 
 WRITERS: dict[str, Writer] = {

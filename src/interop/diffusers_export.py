@@ -6,9 +6,10 @@ whose sampler steps along rows of the schedule use pipelines of diffusers. Other
 
 import functools
 import importlib.metadata
+import inspect
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from src.diffusion.guidance import Guidance
 from src.diffusion.noise import DefaultSpacing, NoiseSchedule, Schedule, Spacing, TimeGrid, make_time_grid
 from src.interop.diffusers_samplers import diffusers
 from src.interop.diffusers_unet import config_of, to_diffusers
-from src.models.conditioning import ClassEmbedding
+from src.interop.torch_export import example_inputs, trace, write_network
+from src.models.conditioning import ClassEmbedding, TextTransformer
 from src.models.unet import UNet
 
 TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -59,12 +61,15 @@ class Method(NamedTuple):
 class Pipeline(NamedTuple):
     """The contents of a folder of diffusers."""
 
-    unet: dict[str, Any]
+    network: nn.Module
+    unet: dict[str, Any] | None
+    """The configuration of a UNet2DModel, or None for a network with text, which is traced instead."""
     weights: dict[str, Tensor]
     scheduler: dict[str, Any]
     model_index: dict[str, Any]
     call: dict[str, Any]
     """Arguments with which the pipeline samples as our sampler does."""
+    channels: int
 
     @property
     def is_custom(self) -> bool:
@@ -80,22 +85,21 @@ def make_pipeline(
     sampler: Callable[..., Any],
     steps: int,
     spacing: Spacing | DefaultSpacing,
-    classes: Sequence[str] | None = None,
+    encode: Mapping[str, Any] | None = None,
     guidance: Guidance | None = None,
 ) -> Pipeline:
     """Return the pipeline of a network with the arguments `model`, which samples as `sampler` does.
 
-    `classes` are the names of the classes of a class-conditional network. Raises ValueError, naming the setting, for
-    what diffusers does not have.
+    `encode` has the settings of the encoder of its conditions, such as the names of classes. Raises ValueError, naming
+    the setting, for what diffusers does not have.
     """
-    seen, rows = _without_patches(net, model)
-    unet = {"_class_name": "UNet2DModel", **config_of(seen, diffusion.outputs, rows)}
+    model = {name: each.default for name, each in inspect.signature(UNet).parameters.items()} | dict(model)
+    unet, weights = _unet_2d(net, model, diffusion.outputs)
     if isinstance(spacing, DefaultSpacing):
         spacing = spacing.on(schedule)
     method = _method(sampler)
-    scheduler, levels = _scheduler(
-        method, diffusion, make_time_grid(schedule, steps, spacing), spacing, model, _function(sampler) is diffusers
-    )
+    grid = make_time_grid(schedule, steps, spacing)
+    scheduler, levels = _scheduler(method, diffusion, grid, spacing, model, _function(sampler) is diffusers)
     name, learned = scheduler["_class_name"], scheduler.get("variance_type") == "learned_range"
     version = {"_diffusers_version": importlib.metadata.version("diffusers")}
     index: dict[str, Any] = {"_class_name": "DDIMPipeline" if name == DDIM else "DDPMPipeline", **version}
@@ -103,38 +107,42 @@ def make_pipeline(
     if method.eta and name == DDIM:
         call["eta"] = method.eta
     is_stock = name in (DDPM, DDIM, DPM) and levels is None and (diffusion.outputs == 1 or learned)
-    if not is_stock or rows is not None or model["patch_size"] > 1:
+    if not is_stock or encode is not None or model["patch_size"] > 1:
         index["_class_name"] = [CODE, "UNetPipeline"]
-        index |= {"patch_size": model["patch_size"], "levels": levels}
-        if rows is not None:
-            guidance = _check_guidance(guidance or Guidance())
-            index |= {"id2label": {str(k): name for k, name in enumerate(classes or ())}}
-            index |= {"guidance_scale": guidance.scale}
+        index |= {"patch_size": model["patch_size"] if unet else 1, "levels": levels}
+        if encode is not None:
+            index |= _condition(encode, model, unet is None)
+            index["guidance_scale"] = _check_guidance(guidance or Guidance()).scale
     elif name == DDIM:
         call["use_clipped_model_output"] = True
-    index |= {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
-    return Pipeline(unet | version, to_diffusers(net.state_dict(), seen), scheduler | version, index, call)
+    index |= {"unet": ["diffusers", "UNet2DModel"] if unet else [None, None], "scheduler": ["diffusers", name]}
+    return Pipeline(net, unet and unet | version, weights, scheduler | version, index, call, model["channels"])
 
 
 def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
     """Write the files of a pipeline into a folder."""
-    for name, content in (("unet/config", pipeline.unet), ("scheduler/scheduler_config", pipeline.scheduler)):
-        path = folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    weights = {name: value.contiguous() for name, value in pipeline.weights.items()}
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+    _write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
+    if pipeline.unet is None:
+        text = pipeline.model_index["text"]
+        inputs = [
+            example_inputs(tuple(text["shape"].values()), torch.ones(1, text["max_length"], dtype=torch.int64), batch)
+            for batch in (2, 1)
+        ]
+        write_network(folder, "torch_export", trace(pipeline.network, inputs[0]), pipeline.network, inputs)
+    else:
+        _write_json(folder / "unet" / "config.json", pipeline.unet)
+        weights = {name: value.contiguous() for name, value in pipeline.weights.items()}
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
     if pipeline.is_custom:
         shutil.copyfile(Path(__file__).with_name("diffusers_pipelines") / f"{CODE}.py", folder / f"{CODE}.py")
-    (folder / "model_index.json").write_text(json.dumps(pipeline.model_index, indent=2) + "\n")
+    _write_json(folder / "model_index.json", pipeline.model_index)
 
 
 def sampling_code(pipeline: Pipeline, folder: str) -> str:
     """Return lines of Python that sample from the pipeline in `folder`, importing only torch and diffusers."""
     trust = ", trust_remote_code=True" if pipeline.is_custom else ""
     arguments = {"batch_size": 16, **pipeline.call}
-    channels = pipeline.unet["in_channels"] // pipeline.model_index.get("patch_size", 1) ** 2
-    is_image = channels in (1, 3)
+    is_image = pipeline.channels in (1, 3)
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -150,23 +158,30 @@ def sampling_code(pipeline: Pipeline, folder: str) -> str:
     return "\n".join([*lines, *(save if is_image else ['torch.save(images, "samples.pt")'])])
 
 
-def _without_patches(net: nn.Module, model: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """Return the arguments of the U-Net that sees patches as channels, and the rows of its class embedding.
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
-    Raises ValueError if it is not a UNet2DModel.
+
+def _unet_2d(net: nn.Module, model: Mapping[str, Any], outputs: int) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """Return the configuration and weights as a UNet2DModel, which sees patches as channels; None for text.
+
+    Raises ValueError if it is not such a network.
     """
     if not isinstance(net, UNet):
         raise ValueError(f"model._target_={type(net).__name__} is not a U-Net of diffusers; {OTHER_FORMAT}")
-    size, patch = model["image_size"], model["patch_size"]
+    size, patch, condition = model["image_size"], model["patch_size"], net.condition
     sides = [size] * 2 if isinstance(size, int) else list(size)
+    if isinstance(condition, TextTransformer) and len(sides) == 2:
+        return None, {}
     if len(sides) != 2 or any(side % net.factor for side in sides):
         raise ValueError(
             f"model.image_size={size} must be two sides that {net.factor} divides for format=diffusers; {OTHER_FORMAT}"
         )
-    if net.condition is not None and not isinstance(net.condition, ClassEmbedding):
+    if condition is not None and not isinstance(condition, ClassEmbedding):
         raise ValueError(
-            f"conditioning.embed={type(net.condition).__name__} is not part of UNet2DModel, which has classes "
-            f"only; {OTHER_FORMAT}"
+            f"conditioning.embed={type(condition).__name__} is not part of a pipeline, which has classes and text; "
+            f"{OTHER_FORMAT}"
         )
     smaller = [side // patch for side in sides]
     seen = {
@@ -175,7 +190,20 @@ def _without_patches(net: nn.Module, model: Mapping[str, Any]) -> tuple[dict[str
         "channels": model["channels"] * patch**2,
         "image_size": smaller[0] if isinstance(size, int) else smaller,
     }
-    return seen, None if net.condition is None else net.condition.table.num_embeddings
+    rows = None if condition is None else condition.table.num_embeddings
+    unet = {"_class_name": "UNet2DModel", **config_of(seen, outputs, rows)}
+    return unet, to_diffusers(net.state_dict(), seen)
+
+
+def _condition(encode: Mapping[str, Any], model: Mapping[str, Any], is_text: bool) -> dict[str, Any]:
+    """Return the settings of conditions in model_index.json, without lists, which diffusers takes for components."""
+    if not is_text:
+        return {"id2label": {str(k): str(name) for k, name in enumerate(encode["names"])}}
+    size = model["image_size"]
+    height, width = [size] * 2 if isinstance(size, int) else size
+    text = {name: encode[name] for name in ("tokenizer", "max_length")}
+    text |= {"time_scale": model["time_scale"], "prompts": {str(k): x for k, x in enumerate(encode["examples"])}}
+    return {"text": {**text, "shape": {"channels": model["channels"], "height": height, "width": width}}}
 
 
 def _function(sampler: Callable[..., Any]) -> Callable[..., Any]:
@@ -219,7 +247,7 @@ def _scheduler(
     by_diffusers: bool,
 ) -> tuple[dict[str, Any], dict[str, list[float]] | None]:
     """Return the configuration of a scheduler, and its timesteps and sigmas if it cannot select them itself."""
-    schedule, steps, scale = grid.schedule, len(grid) - 1, model.get("time_scale", 1000.0)
+    schedule, steps, scale = grid.schedule, len(grid) - 1, model["time_scale"]
     is_flow = _is_flow(schedule, diffusion)
     num_steps = schedule.num_steps
     # What keeps the sampler from the rows of a table, whose timesteps are 0, 1, ..., T - 1.

@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -73,28 +74,28 @@ class Case(NamedTuple):
     sampler: Callable[..., Any]
     spacing: str = "trailing"
     steps: int = 5
-    model: dict[str, Any] = {}
+    model: Mapping[str, Any] = MappingProxyType({})
     classes: int | None = None
     guidance: Guidance = Guidance()
 
     def network(self) -> UNet:
         condition = None if self.classes is None else partial(ClassEmbedding, num_classes=self.classes)
         torch.manual_seed(0)
-        net = randomize(UNet(**MODEL | self.model, condition=condition, outputs=self.diffusion.outputs)).eval()
+        net = randomize(UNet(**MODEL | dict(self.model), condition=condition, outputs=self.diffusion.outputs)).eval()
         net.conv_out.weight.data.mul_(0.3)
         return net
 
     def pipeline(self, net: Any = None) -> Any:
-        names = None if self.classes is None else [f"class {k}" for k in range(self.classes)]
+        encode = None if self.classes is None else {"names": [f"class {k}" for k in range(self.classes)]}
         return make_pipeline(
             self.network() if net is None else net,
-            MODEL | self.model,
+            MODEL | dict(self.model),
             self.diffusion,
             self.schedule,
             self.sampler,
             self.steps,
             self.spacing,
-            names,
+            encode,
             self.guidance,
         )
 
@@ -130,8 +131,158 @@ def our_samples(each: Case, net: UNet, batch: int = 2) -> torch.Tensor:
     null = None if each.classes is None else torch.tensor([each.classes])
     predict = samplers.predictor(each.diffusion, guided(denoise, cond, null, each.guidance, 1))
     grid = make_time_grid(each.schedule, each.steps, each.spacing)
-    size = (MODEL | each.model)["image_size"]
+    size = (MODEL | dict(each.model))["image_size"]
     x = grid[0].norm * noise(torch.empty(batch, 1, size, size))
     with torch.no_grad():
         *_, out = each.sampler(each.diffusion, predict, x, grid, noise=noise)
     return (out / 2 + 0.5).clamp(0, 1)
+
+
+def others() -> dict[str, Case]:
+    """Return cases of further samplers, noise levels, networks and conditions."""
+    cosine, zero = NoiseSchedule(TABLES["cosine"]), NoiseSchedule(schedules.zero_terminal_snr(TABLES["linear"]))
+    flow = ContinuousSchedule(curves.rectified_flow, 1000)
+    sde = samplers.dpmpp_2m_sde
+    guidance = Guidance(scale=2.5)
+    return {
+        "ddim eta": case(sampler=partial(samplers.ddim, eta=0.6)),
+        "dpmpp_2m_sde": case(sampler=sde),
+        "learned_range": case(prediction="eps", variance="learned_range"),
+        "learned_range with ddim": case(variance="learned_range", sampler="ddim"),
+        "dynamic threshold": case(prediction="eps", dynamic_threshold=0.9),
+        "dynamic threshold with dpmpp_2m": case(prediction="eps", sampler="dpmpp_2m", dynamic_threshold=0.9),
+        "no bound": case("linear", "v", sampler="ddim", clip_x0=None),
+        "other bound": case(prediction="eps", sampler="ddim", clip_x0=0.5),
+        "zero terminal SNR": case(zero, "v"),
+        "zero terminal SNR with ddim": case(zero, "x0", sampler="ddim"),
+        "many steps": case(steps=20, sampler="dpmpp_2m"),
+        "one step": case(steps=1, sampler="dpmpp_2m"),
+        "karras": case(sampler="heun", spacing="karras"),
+        "log-SNR": case(prediction="v", sampler="dpmpp_2m", spacing="log_snr"),
+        "log-SNR with noise": case(sampler=sde, spacing="log_snr"),
+        "karras ancestral": case(spacing="karras"),
+        "karras ddim": case(sampler="ddim", spacing="karras"),
+        "leading": case(sampler=partial(samplers.ddim, eta=1.0), spacing="leading"),
+        "steps that do not divide": case(sampler="ddim", steps=7),
+        "other time scale": case(sampler="dpmpp_2m", model={"time_scale": 1000.0}),
+        "continuous": case(ContinuousSchedule(curves.cosine_log_snr), "v", spacing="karras", sampler="heun"),
+        "continuous ancestral": case(ContinuousSchedule(curves.linear_log_snr)),
+        "flow": case(flow, "velocity", sampler="ddim", clip_x0=None),
+        "flow with a bound": case(flow, "velocity", sampler="ddim"),
+        "flow ancestral": case(flow, "velocity"),
+        "flow with dpmpp_2m": case(flow, "velocity", sampler="dpmpp_2m"),
+        "shifted flow": case(
+            ContinuousSchedule(curves.shifted(curves.rectified_flow, 0.5)), "velocity", sampler="ddim", clip_x0=None
+        ),
+        "classes": case(cosine, classes=3),
+        "guidance": case(cosine, "eps", classes=3, sampler="ddim", guidance=guidance),
+        "guidance of learned_range": case(cosine, "eps", "learned_range", classes=3, guidance=guidance),
+        "patches": case(model={"patch_size": 2, "image_size": 16}),
+        "patches with learned_range": case(variance="learned_range", model={"patch_size": 2, "image_size": 16}),
+        "patches, classes and karras": case(
+            sampler="heun", spacing="karras", classes=2, model={"patch_size": 2, "image_size": 16}
+        ),
+        "ADM": case(model={"time_conditioning": "scale_shift", "resblock_updown": True, "num_head_channels": 8}),
+    }
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the samples of all cases, ours and those of a process with diffusers only."""
+    root = tmp_path_factory.mktemp("pipelines")
+    ours = {}
+    for name, each in {**matrix(), **others()}.items():
+        net = each.network()
+        pipeline, folder = each.pipeline(net), root / name
+        write_pipeline(folder, pipeline)
+        (folder / "call.json").write_text(json.dumps({"batch_size": 2, **pipeline.call}))
+        ours[name] = our_samples(each, net)
+    default = case(model={"channels": 3})
+    (root / "lines.py").write_text(sampling_code(default.pipeline(), "default"))
+    write_pipeline(root / "default", default.pipeline())
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("open_pipelines.py")
+    done = subprocess.run(
+        [sys.executable, script, root], env=environment, cwd=root, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(root.glob("sample*.png"))) == 16
+    theirs = load_file(root / "results.safetensors")
+    return {name: (ours[name], theirs[name]) for name in ours}
+
+
+def test_pipelines_sample_as_ours(samples):
+    errors = {name: (ours - theirs).abs().max().item() for name, (ours, theirs) in samples.items()}
+    assert {name: error for name, error in errors.items() if not error <= 1e-4} == {}
+
+
+def test_compared_samples_are_not_saturated(samples):
+    inside = {name: ((ours > 0) & (ours < 1)).float().mean().item() for name, (ours, _) in samples.items()}
+    assert {name: share for name, share in inside.items() if share < 0.1} == {}
+
+
+EDM = ContinuousSchedule(curves.exploding)
+REFUSED = {
+    "diffusion.prediction": [
+        lambda: case(EDM, "edm"),
+        lambda: case(prediction="edm"),
+        lambda: case(prediction="velocity"),
+        lambda: case(ContinuousSchedule(curves.rectified_flow), "x0"),
+    ],
+    "schedule": [lambda: case(EDM, "x0")],
+    "diffusion.variance": [
+        lambda: case(variance="learned"),
+        lambda: case(variance="fixed_large", spacing="karras"),
+        lambda: case(ContinuousSchedule(curves.cosine_log_snr), variance="learned_range"),
+    ],
+    "diffusion.clip_x0": [
+        lambda: case(sampler="euler"),
+        lambda: case(sampler="dpmpp_2m", clip_x0=0.5),
+        lambda: case(clip_x0=0.5, dynamic_threshold=0.9),
+    ],
+    "diffusion.dynamic_threshold": [lambda: case(sampler="heun", dynamic_threshold=0.9)],
+    "sampler.eta": [
+        lambda: case(sampler=partial(samplers.ddim, eta=0.5), spacing="karras"),
+        lambda: case(sampler=partial(samplers.dpmpp_2m_sde, eta=0.5)),
+    ],
+    "sampler.s_churn": [lambda: case(sampler=partial(samplers.heun, s_churn=10.0))],
+    "sampler.scheduler": [lambda: case(sampler=partial(diffusers, scheduler="UniPCMultistepScheduler"))],
+    "sampler=our_own": [lambda: case(sampler=our_own)],
+    "sampler.spacing": [lambda: case(variance="fixed_large", spacing="log_snr")],
+    "sampler.steps": [lambda: case(variance="fixed_large", steps=7)],
+    "model.time_scale": [lambda: case(variance="fixed_large", model={"time_scale": 1000.0})],
+    "zero_terminal_snr": [
+        lambda: case(NoiseSchedule(schedules.zero_terminal_snr(TABLES["linear"])), "v", sampler=name)
+        for name in ("dpmpp_2m", "heun")
+    ],
+    "model.image_size": [
+        lambda: case(model={"image_size": 9}),
+        lambda: case(model={"image_size": 10, "patch_size": 2}),
+        lambda: case(model={"image_size": [8]}),
+    ],
+    "model.num_heads": [lambda: case(model={"num_heads": 2})],
+    "guidance.interval": [lambda: case(classes=2, guidance=Guidance(2.0, (0.1, 5.0)))],
+    "guidance.rescale": [lambda: case(classes=2, guidance=Guidance(2.0, rescale=0.7))],
+}
+
+
+def our_own(diffusion, predict, x, time_grid, *, noise):
+    yield x
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_diffusers_lacks_is_refused_by_name(setting):
+    for make in REFUSED[setting]:
+        with pytest.raises(ValueError, match=setting) as raised:
+            make().pipeline()
+        assert "\n" not in str(raised.value)
+        assert ";" in str(raised.value)
+
+
+def test_other_networks_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"model._target_=MLP"):
+        case().pipeline(MLP(features=2))
+    net = UNet(**MODEL, condition=partial(ContinuousEmbedding, num_covariates=2))
+    with pytest.raises(ValueError, match=r"conditioning.embed=ContinuousEmbedding"):
+        case().pipeline(net)
