@@ -107,6 +107,8 @@ def make_pipeline(
     if method.eta and name == DDIM:
         call["eta"] = method.eta
     is_stock = name in (DDPM, DDIM, DPM) and levels is None and (diffusion.outputs == 1 or learned)
+    # In the last of fewer steps than T, DDPMPipeline adds noise unless its variance is that of the posterior.
+    is_stock &= scheduler.get("variance_type", "fixed_small") == "fixed_small" or steps == schedule.num_steps
     if not is_stock or encode is not None or model["patch_size"] > 1:
         index["_class_name"] = [CODE, "UNetPipeline"]
         index |= {"patch_size": model["patch_size"] if unet else 1, "levels": levels}
@@ -232,7 +234,7 @@ def _method(sampler: Callable[..., Any]) -> Method:
     if function is diffusers:
         known = (DDPM, DDIM, DPM, EULER, HEUN)
         if (name := settings["scheduler"]) not in known:
-            raise ValueError(f"sampler.scheduler={name} must be one of {', '.join(known)} for format=diffusers")
+            raise ValueError(f"sampler.scheduler={name} must be one of {', '.join(known)}; add sampler=dpmpp_2m")
         return Method(name)
     name = getattr(function, "__name__", str(function))
     raise ValueError(f"sampler={name} is not a scheduler of diffusers; add sampler=ddim or sampler=dpmpp_2m")

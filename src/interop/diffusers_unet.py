@@ -100,9 +100,13 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
     if len(sides) != 2 or any(side % factor for side in sides):
         raise ValueError(f"model.image_size={size} must be two sides that {factor} divides, for format=diffusers")
     if model["patch_size"] != 1:
-        raise ValueError(f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel")
+        raise ValueError(
+            f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel; use patches in another format"
+        )
     if model["num_head_channels"] is None and model["num_heads"] != 1:
-        raise ValueError(f"model.num_heads={model['num_heads']} must be 1, or num_head_channels set, for a UNet2DModel")
+        raise ValueError(
+            f"model.num_heads={model['num_heads']} must be 1 for a UNet2DModel; set model.num_head_channels"
+        )
     resampling = model["resblock_updown"]
     names = {True: ("AttnDownBlock2D", "AttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
     if resampling:

@@ -89,9 +89,12 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         x = x / scale_input(torch.ones((), device=device), scheduler.timesteps[0])
         for t in self.progress_bar(scheduler.timesteps):
             out = self.guided(scale_input(x, t), t, cond, scale)
-            x = scheduler.step(out, t, x, **settings).prev_sample
+            step = scheduler.step(out, t, x, **settings)
+            x = step.prev_sample
+        # The last step returns the mean; in fewer steps than in training, that of DDPM would add noise.
+        x0 = getattr(step, "pred_original_sample", x)
 
-        images: Any = (F.pixel_shuffle(x, patch_size) / 2 + 0.5).clamp(0, 1)
+        images: Any = (F.pixel_shuffle(x0, patch_size) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
