@@ -46,6 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 CODE = "unet_pipeline"
 NO_LIMIT = 1e30
+MAX_RATIO = 250.0
+"""Above this sigma / alpha, schedulers that store x / alpha in float32 differ from our samples by more than 1e-4."""
 
 
 class Method(NamedTuple):
@@ -271,6 +273,11 @@ def _scheduler(
         raise ValueError(
             f"zero_terminal_snr=true starts at pure noise, where {method.scheduler} is not finite; add sampler=ddim or "
             "sampler=ancestral"
+        )
+    if method.scheduler in (EULER, HEUN) and grid[0].ratio > MAX_RATIO:
+        raise ValueError(
+            f"sampler.spacing={spacing} starts at sigma / alpha = {grid[0].ratio:.0f}, where {method.scheduler} loses "
+            "digits; add sampler.spacing=karras, which starts at 80, or sampler=ddim"
         )
     config: dict[str, Any] = {"_class_name": method.scheduler, **SETTINGS[method.scheduler]}
     config |= {"num_train_timesteps": num_steps, **_clipping(method.scheduler, diffusion)}

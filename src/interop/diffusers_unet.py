@@ -35,7 +35,7 @@ FIXED = {
 }
 """Arguments of UNet2DModel with the only values that our U-Net has, the default first."""
 
-TIME = "time.linear1.weight"
+TIME, THEIR_TIME = "time.linear1.weight", "time_embedding.linear_1.weight"
 
 
 def settings_of(config: Mapping[str, Any], num_steps: float, first_step: int = 0) -> dict[str, Any]:
@@ -164,9 +164,27 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any]) -> dic
         if name in weights:
             value = weights[name]
             if name == TIME:
-                value = shift_time(value, model.get("time_offset", 0.0) + 1, model.get("freq_shift", 1))
+                value = _rotated(value, model)
             result.update(zip(parts, (part.clone() for part in value.chunk(len(parts))), strict=True))
     return result
+
+
+def original_time(
+    weights: Mapping[str, Tensor], sidecar: Mapping[str, Tensor], model: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the `TIME` weight of `sidecar`, which `to_diffusers` rotated and rounded to that of a UNet2DModel.
+
+    `weights` are those of the UNet2DModel, and `model` has the arguments of our U-Net. Return None if the file has other
+    weights, for example because they were trained further.
+    """
+    original = sidecar.get(TIME)
+    if original is None or original.shape != weights[THEIR_TIME].shape:
+        return None
+    return original if torch.equal(_rotated(original, model), weights[THEIR_TIME]) else None
+
+
+def _rotated(time: Tensor, model: Mapping[str, Any]) -> Tensor:
+    return shift_time(time, model.get("time_offset", 0.0) + 1, model.get("freq_shift", 1))
 
 
 def shift_time(weight: Tensor, steps: float, freq_shift: int) -> Tensor:

@@ -64,15 +64,14 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         Without those, a conditional model cycles through its classes or examples. `eta` is that of the DDIM scheduler.
         """
-        device, scheduler, patch_size = self._execution_device, self.scheduler, self.config.patch_size
+        device, scheduler = self._execution_device, self.scheduler
         if isinstance(prompt, str):
             prompt = [prompt] * batch_size
         if (values := class_labels or prompt) is not None:
             batch_size = len(values)
         cond = self.encode(values, batch_size)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        noise = randn_tensor((batch_size, *self.image_shape()), generator=generator, device=device)
-        x = F.pixel_unshuffle(noise, patch_size)
+        x = randn_tensor((batch_size, *self.input_shape()), generator=generator, device=device)
 
         scheduler.set_timesteps(num_inference_steps, device=device)
         if levels := self.config.levels:
@@ -94,7 +93,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         # The last step returns the mean; in fewer steps than in training, that of DDPM would add noise.
         x0 = getattr(step, "pred_original_sample", x)
 
-        images: Any = (F.pixel_shuffle(x0, patch_size) / 2 + 0.5).clamp(0, 1)
+        images: Any = (F.pixel_shuffle(x0, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
@@ -102,14 +101,12 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def image_shape(self) -> tuple[int, ...]:
-        """Return the channels, height and width of an image."""
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the channels, height and width of an input of the network."""
         if self.config.text is not None:
-            shape = self.config.text["shape"]
-            return shape["channels"], shape["height"], shape["width"]
-        size, patch_size = self.unet.config.sample_size, self.config.patch_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels // patch_size**2, height * patch_size, width * patch_size
+            return tuple(self.config.text["shape"].values())
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
     def guided(self, x: Tensor, t: Tensor, cond: Tensor | None, scale: float) -> Tensor:
         """Return the output of the network with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
