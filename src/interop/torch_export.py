@@ -113,7 +113,10 @@ def write_network(
     run: Callable[..., Tensor]
     match name:
         case "torch_export":
-            torch.export.save(program, path)
+            with warnings.catch_warnings():
+                # Weights in channels-last layout are not contiguous; they are saved whole nevertheless.
+                warnings.filterwarnings("ignore", "No complete tensor found")
+                torch.export.save(program, path)
             run = torch.export.load(path).module()
         case "aot":
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
