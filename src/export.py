@@ -11,6 +11,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
 from src.errors import UsageError, usage_errors
+from src.interop.hub_models import check_push, push
 from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
@@ -27,9 +28,11 @@ DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr",
 def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs import components
+    from src.runs.model_card import write_model_card
     from src.runs.open import open_run
 
     with usage_errors():
+        check_hub(cfg)
         find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
         check_packages(cfg.format)
         if cfg.aot:
@@ -39,13 +42,44 @@ def export(cfg: DictConfig) -> Path:
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
+    folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
+    write_model_card(folder, opened, usage(cfg, path.name), library, draw=cfg.hub is not None)
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")
     if left_out:
         print(f"Left out paths and names of this machine: {', '.join(left_out)}")
     print(hint)
+    if cfg.hub is not None:
+        with usage_errors():
+            print(f"Pushed to {push(folder, cfg.hub, cfg.hub_private)}")
     return path
+
+
+def check_hub(cfg: DictConfig) -> None:
+    """Raise ValueError if pushing to the Hub is certain to fail, or would push other files of the output folder."""
+    if cfg.hub is None:
+        return
+    check_push(cfg.hub)
+    if (folder := Path(cfg.run_dir)).is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"{format_override('hub', cfg.hub)} needs an empty output folder, and {folder} has files; name another one"
+        )
+
+
+def usage(cfg: DictConfig, name: str) -> str:
+    """Return how to use the exported file or folder `name`, in Markdown for its model card."""
+    from src.runs.model_card import usage_here
+
+    if cfg.format == "safetensors":
+        return usage_here(name if cfg.hub is None else f"hf://{cfg.hub}")
+    fetch = "" if cfg.hub is None else f"hf download {cfg.hub} --local-dir model && cd model\n"
+    packages = "numpy and onnxruntime" if cfg.format == "onnx" else "torch"
+    return f"""Draw 16 samples by `{name}`; this needs {packages} only:
+```
+{fetch}python sample.py
+```
+`network.json` describes the inputs and the output of the network."""
 
 
 def check_packages(name: str) -> None:
@@ -78,7 +112,7 @@ def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
     module, folder = opened.module, Path(cfg.run_dir)
     for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
         if (folder / name).exists():
-            raise UsageError(f"hydra.run.dir={folder} already has {name}; choose another folder")
+            raise UsageError(f"{format_override('hydra.run.dir', folder)} already has {name}; choose another folder")
     null, examples = module.null, module.examples
     conditions = None if null is None or examples is None else torch.cat([null, examples])
     with usage_errors():

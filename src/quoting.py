@@ -31,7 +31,7 @@ def literal(value: object) -> str:
     if isinstance(value, list | tuple | ListConfig):
         return f"[{','.join(map(literal, value))}]"
     text = str(value)
-    plain = re.fullmatch(r"[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII)
+    plain = re.fullmatch(r"(hf://)?[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII)
     if plain and OverridesParser.create().parse_override(f"name={text}").value() == text:
         return text
     return quoted(text)

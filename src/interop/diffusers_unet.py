@@ -174,8 +174,8 @@ def original_time(
 ) -> Tensor | None:
     """Return the `TIME` weight of `sidecar`, which `to_diffusers` rotated and rounded to that of a UNet2DModel.
 
-    `weights` are those of the UNet2DModel, and `model` has the arguments of our U-Net. Return None if the file has other
-    weights, for example because they were trained further.
+    `weights` are those of the UNet2DModel, and `model` has the arguments of our U-Net. Return None if they do not fit,
+    for example because the UNet2DModel was trained further.
     """
     original = sidecar.get(TIME)
     if original is None or original.shape != weights[THEIR_TIME].shape:

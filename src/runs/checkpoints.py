@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.interop.hub_models import MODEL_FILE, SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint, weights_of
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
 def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> Path:
     """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
 
-    `setting` is the name of `run` in messages. Raises FileNotFoundError without one, and ValueError unless exactly one
-    of the two is given.
+    A folder without checkpoints may hold an exported model. A model of the Hugging Face Hub, `hf://user/name`, is
+    downloaded. `setting` is the name of `run` in messages. Raises FileNotFoundError without one, and ValueError unless
+    exactly one of the two is given.
     """
     name, value = ("ckpt", ckpt) if run is None else (setting, run)
     if (run is None) == (ckpt is None):
         raise ValueError(
-            "give run=FOLDER (a run folder, under outputs/train) or ckpt=FILE (one checkpoint or exported model)"
-            + ("" if run else newest_run("run", Path("outputs/train")))
+            "give run=FOLDER (a run folder, under outputs/train, or hf://user/name) or ckpt=FILE (one checkpoint or "
+            "exported model)" + ("" if run else newest_run("run", Path("outputs/train")))
         )
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
+    if str(value).startswith(SCHEME):
+        return local_copy(str(value), name)
     given = Path(str(value))
     if given.is_file():
         return given
@@ -46,8 +50,10 @@ def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> 
         if is_intact(path):
             return path
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
+    if (exported := folder / MODEL_FILE).is_file():
+        return exported
     hint = newest_run(name, folder) or ": has it trained?"
-    raise FileNotFoundError(f"{folder.resolve()} holds no intact checkpoint in checkpoints/{hint}")
+    raise FileNotFoundError(f"{folder.resolve()} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
 
 
 def has_averages(checkpoint: Mapping[str, Any]) -> bool:
@@ -85,8 +91,9 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
 def load_initial_weights(module: "DiffusionModule", location: str, kind: str | None) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
-    `location` is a run folder or a checkpoint; `kind` is "ema" or "raw", and None takes the averaged weights if the
-    checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none of them fits.
+    `location` is a run folder, a checkpoint or a model of the Hub; `kind` is "ema" or "raw", and None takes the
+    averaged weights if the checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none
+    of them fits.
     """
     from src.training.initial_weights import load_matching
 

@@ -143,15 +143,20 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
             return {key: clear(value, f"{name}.{key}") for key, value in node.items()}
         if isinstance(node, list):
             return [clear(value, f"{name}.{k}") for k, value in enumerate(node)]
-        is_text = name.startswith((*TEXT_KEYS, "data.columns", "data.encoders"))
-        if name == "conditioning.encode.model" and isinstance(node, str):
-            is_text = node.count("/") == 1 and not node.startswith("/") and not Path(node).exists()  # a hub id
-        if isinstance(node, str) and not is_text and (name in PATH_KEYS or "/" in node or "\\" in node):
+        if isinstance(node, str) and may_be_path(name, node):
             cleared_names.append(name)
             return None
         return node
 
     return {name: clear(settings[name], name) for name in EXPORTED_KEYS if name in settings}, cleared_names
+
+
+def may_be_path(name: str, value: str) -> bool:
+    """Return whether the value of a setting may be a path of this machine."""
+    is_text = name.startswith((*TEXT_KEYS, "data.columns", "data.encoders"))
+    if name == "conditioning.encode.model":
+        is_text = value.count("/") == 1 and not value.startswith("/") and not Path(value).exists()  # a hub id
+    return not is_text and (name in PATH_KEYS or "/" in value or "\\" in value)
 
 
 MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sampler", "sampler")

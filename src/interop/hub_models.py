@@ -1,0 +1,102 @@
+"""Open models of the Hugging Face Hub, and push them there, by `huggingface_hub`, an optional extra."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from src.errors import one_line
+from src.quoting import format_override
+
+SCHEME = "hf://"
+MODEL_FILE = "model.safetensors"
+LOGIN = "run hf auth login, or set the variable HF_TOKEN"
+NOT_PUSHED = [".hydra/*", "*.log"]
+"""What Hydra writes into the folder of an export: the command line, with paths of this machine."""
+
+
+def local_copy(location: str, setting: str) -> Path:
+    """Return the model file of `hf://user/name` or `hf://user/name@revision`, in the cache of the Hub's library.
+
+    Downloads it if it is missing or has changed. `setting` is the name of `location` in messages. Raises ValueError if
+    the Hub has no such model, does not permit the download, or cannot be reached.
+    """
+    override = format_override(setting, location)
+    _import_library(override)
+    repo, at, revision = location.removeprefix(SCHEME).partition("@")
+    if at and not revision:
+        raise ValueError(f"{override} has an empty revision; leave out the @")
+    with _hub_errors(override, repo):
+        return _download(repo, revision or None)
+
+
+@functools.cache
+def _download(repo: str, revision: str | None) -> Path:
+    """Return the model file of a repository; once per process, so that all readers get the same revision."""
+    return Path(_import_library(repo).hf_hub_download(repo, MODEL_FILE, revision=revision))
+
+
+def check_push(repo: str) -> None:
+    """Raise ValueError if it is certain that `push` would fail: without package, valid name, network or login."""
+    override = format_override("hub", repo)
+    _import_library(override)
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    with _hub_errors(override, repo):
+        validate_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{override} needs the network, and HF_HUB_OFFLINE is set; unset it, or leave hub out")
+    if get_token() is None:
+        raise ValueError(f"{override} needs a login: {LOGIN}")
+
+
+def push(folder: Path, repo: str, private: bool) -> str:
+    """Upload the files of an exported model to the repository `user/name`, and return its address.
+
+    A missing repository is created, visible to others unless `private`; an existing one keeps its visibility. Raises
+    ValueError if the Hub does not permit the upload or cannot be reached.
+    """
+    override = format_override("hub", repo)
+    api = _import_library(override).HfApi()
+    with _hub_errors(override, repo):
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, ignore_patterns=NOT_PUSHED)
+    return str(url)
+
+
+def _import_library(override: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"{override} needs the package huggingface_hub; pip install huggingface_hub, or leave it out"
+        ) from error
+    return huggingface_hub
+
+
+@contextmanager
+def _hub_errors(override: str, repo: str) -> Iterator[None]:
+    """Turn the library's errors into ValueError with the setting and the fix."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except Exception as error:  # those of its HTTP library too, which depends on its version
+        match error:
+            case errors.HFValidationError():
+                problem = "does not name a model of the Hub; its form is user/name, of letters, digits, - _ and ."
+            case errors.GatedRepoError():
+                problem = f"needs the consent of its authors; ask on https://huggingface.co/{repo}, then {LOGIN}"
+            case errors.RepositoryNotFoundError():
+                problem = f"does not exist or is private; check its name, or {LOGIN}"
+            case errors.RevisionNotFoundError():
+                problem = "has no such revision; name a branch, tag or commit after the @, or leave it out"
+            case errors.LocalEntryNotFoundError():
+                problem = "was not downloaded before, and the Hub cannot be reached; connect, and unset HF_HUB_OFFLINE"
+            case errors.EntryNotFoundError():
+                problem = f"has no {MODEL_FILE}; name a model that src.export hub=... has pushed"
+            case _:
+                problem = f"failed ({one_line(error)}); check the connection and your rights, and try again"
+        raise ValueError(f"{override} {problem}") from error

@@ -1,0 +1,145 @@
+"""Write the model card of an exported model: README.md, which the Hugging Face Hub shows and searches."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from src.config.overrides import key_of
+from src.config.resume import saved_overrides
+from src.quoting import command, format_override, shell_word
+from src.runs.checkpoints import read_metrics
+from src.runs.components import to_plain
+from src.runs.open import OpenedRun, pick_device
+from src.training.checkpoints import exportable_settings, may_be_path, step_of
+from src.viz.tables import markdown_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+NUM_SAMPLES = 16
+MAX_LENGTH = 60
+"""Characters of a value in the card; longer ones, such as a tokenizer, are left out."""
+
+
+def usage_here(location: str) -> str:
+    """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card."""
+    return f"""Open it with Denoising Diffusion Lab, in its clone:
+```
+{command("sample", format_override("run", location), "n=64")}
+```
+or in Python:
+```python
+from src.runs.open import open_run
+
+opened = open_run("{location}")
+*_, samples = opened.module.sample(range(16), seed=0)
+```"""
+
+
+def write_model_card(
+    folder: Path, opened: OpenedRun, usage: str, library: str | None = None, draw: bool = False
+) -> None:
+    """Write README.md into `folder`, unless it has one; with `draw`, also samples of a model of images."""
+    if (folder / "README.md").exists():  # of another project, perhaps
+        return
+    samples = ""
+    if draw and len(opened.module.shape) == 3:
+        draw_card_samples(opened).save(folder / "samples.png")
+        sampler = describe(exportable_settings(to_plain(opened.config))[0]["sampler"])
+        samples = f"![{NUM_SAMPLES} samples](samples.png)\n\nNot selected: the samples of seed 0, by `{sampler}`.\n\n"
+    (folder / "README.md").write_text(model_card(opened, usage, samples, library), encoding="utf-8")
+
+
+def model_card(opened: OpenedRun, usage: str, samples: str = "", library: str | None = None) -> str:
+    """Return the card in Markdown: front matter, `usage`, `samples`, settings, training command and metrics.
+
+    `usage` says in Markdown how to open the exported files. `library` is the Hub's name of the library that opens them.
+    The command and the metrics are those of the run folder; an exported model has none. Paths are left out.
+    """
+    config, _ = exportable_settings(to_plain(opened.config))
+    in_run = opened.checkpoint.parent.name == "checkpoints"
+    run = opened.checkpoint.parents[1] if in_run else None
+    header = yaml.safe_dump(front_matter(opened, library), sort_keys=False)
+    card = f"---\n{header}---\n\n# Denoising diffusion model\n\n{usage.strip()}\n\n{samples}"
+    card += f"## Settings\n{markdown_table(['setting', 'value'], recipe(opened, config))}\n"
+    if run is not None and (overrides := published_overrides(run)) is not None:
+        card += f"\n## Training\n```\n{command('train', *overrides)}\n```\n"
+        if any(each.endswith("=...") for each in overrides):
+            card += "`...` stands for files of the author.\n"
+    metrics = (run and read_metrics(run)) or {}
+    rows = [[name, f"{x:.4g}"] for name, x in metrics.items() if name.startswith("val/") and isinstance(x, float)]
+    if rows:
+        card += f"\n## Metrics at the end of training\n{markdown_table(['metric', 'value'], rows)}\n"
+    return card
+
+
+def front_matter(opened: OpenedRun, library: str | None) -> dict[str, Any]:
+    """Return the metadata by which the Hub lists the model."""
+    from src.data.text import TextCondition
+
+    condition, found = opened.data.condition, {"library_name": library, "tags": ["diffusion", "pytorch"]}
+    if len(opened.module.shape) == 3 and condition is None:
+        found["pipeline_tag"] = "unconditional-image-generation"
+    elif len(opened.module.shape) == 3 and isinstance(condition, TextCondition):
+        found["pipeline_tag"] = "text-to-image"
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of the table of settings: what the model is and how it was trained."""
+    step = step_of(opened.checkpoint)
+    encode = (config.get("conditioning") or {}).get("encode")
+    rows = {
+        "network": describe(config["model"]),
+        "parameters": f"{sum(p.numel() for p in opened.module.net.parameters()):,}",
+        "shape of a sample": " x ".join(map(str, opened.module.shape)),
+        "condition": encode and str(encode["_target_"]).rpartition(".")[2],
+        "schedule": describe(config["schedule"]),
+        "diffusion": describe(config["diffusion"]),
+        "loss": describe(config["loss"]),
+        "timestep sampler": describe(config["timestep_sampler"]),
+        "sampler": describe(config["sampler"]),
+        "optimizer": config.get("optimizer") and describe(config["optimizer"]),
+        "batch size": config["data"].get("batch_size"),
+        "training steps": None if math.isinf(step) else f"{step:g}",
+        "weights": "averaged" if opened.averaged else "raw",
+    }
+    return [[name, f"`{value}`"] for name, value in rows.items() if value is not None]
+
+
+def describe(value: Any) -> str:
+    """Return a value as text, and a node as its function with the arguments that are set: `cosine(num_steps=1000)`."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    items = {k: describe(v) for k, v in value.items() if v is not None and not str(k).startswith("_")}
+    arguments = ", ".join(f"{name}={text}" for name, text in items.items() if "(" in text or len(text) <= MAX_LENGTH)
+    return str(value.get("_target_", "")).rpartition(".")[2] + (f"({arguments})" if arguments else "")
+
+
+def published_overrides(run: Path) -> list[str] | None:
+    """Return the overrides of a run for its card, as shell words, with `...` for paths; None if they are not saved.
+
+    Those of Hydra and of loggers, which name folders and accounts, are left out.
+    """
+    if not (run / ".hydra" / "overrides.yaml").is_file():
+        return None
+    words = []
+    for override in saved_overrides(run):
+        key = key_of(override)
+        if key.split(".")[0].split("/")[0] not in ("hydra", "logger", "run_dir"):
+            name, _, value = override.partition("=")
+            words.append(f"{name}=..." if may_be_path(key, value) else shell_word(override))
+    return words
+
+
+def draw_card_samples(opened: OpenedRun) -> "Image":
+    """Draw samples 0 to 15 of seed 0 with the run's own sampler, as `src.sample` does."""
+    from src.viz.images import draw_samples
+
+    module = opened.module.to(pick_device("auto"))
+    *_, x = module.sample(range(NUM_SAMPLES), 0)
+    shown = opened.data.display(opened.data.denormalize(x).cpu())
+    return draw_samples(shown, titles=opened.data.titles(NUM_SAMPLES))
