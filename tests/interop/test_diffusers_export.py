@@ -1,11 +1,13 @@
 """Exported pipelines, opened in a process that has diffusers but not this project, against our samplers."""
 
+import io
 import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -16,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from src.data.text import Tokens, _train_tokenizer
 from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from src.interop.diffusers_export import MAX_RATIO, make_pipeline, sampling_code, write_pipeline
 from src.interop.diffusers_samplers import diffusers
-from src.models.conditioning import ClassEmbedding, ContinuousEmbedding
+from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextTransformer
 from src.models.mlp import MLP
 from src.models.unet import UNet
+from tests.conftest import compose
 from tests.models.test_models import randomize
 
 pytest.importorskip("diffusers")
@@ -58,6 +62,7 @@ TABLES = {
     "custom": schedules.custom(torch.linspace(0.001, 0.2, T, dtype=torch.float64).tolist()),
     "shifted": schedules.snr_shift(schedules.cosine(T), 0.5),
 }
+TOKENIZER = _train_tokenizer(["a red circle", "two blue squares"], 290)
 SAMPLERS = {
     "ancestral": samplers.ancestral,
     "ddim": samplers.ddim,
@@ -77,14 +82,21 @@ class Case(NamedTuple):
     steps: int = 5
     model: Mapping[str, Any] = MappingProxyType({})
     classes: int | None = None
+    prompts: tuple[str, ...] = ()
     guidance: Guidance = Guidance()
+
+    def encode(self) -> dict[str, Any] | None:
+        if self.prompts:
+            return {"tokenizer": TOKENIZER, "max_length": 12, "examples": list(self.prompts)}
+        return None if self.classes is None else {"names": [f"class {k}" for k in range(self.classes)]}
 
     def network(self) -> UNet:
         condition = None if self.classes is None else partial(ClassEmbedding, num_classes=self.classes)
+        if self.prompts:
+            condition = partial(TextTransformer, vocab_size=300, max_length=12, hidden_size=8, num_layers=1)
         return scale_noise(UNet(**MODEL | dict(self.model), condition=condition, outputs=self.diffusion.outputs))
 
     def pipeline(self, net: Any = None) -> Any:
-        encode = None if self.classes is None else {"names": [f"class {k}" for k in range(self.classes)]}
         return make_pipeline(
             self.network() if net is None else net,
             MODEL | dict(self.model),
@@ -93,9 +105,18 @@ class Case(NamedTuple):
             self.sampler,
             self.steps,
             self.spacing,
-            encode,
+            self.encode(),
             self.guidance,
         )
+
+    def conditions(self, batch: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the conditions of a batch, which cycles through the examples, and the null condition."""
+        if self.prompts:
+            tokens = Tokens(TOKENIZER, 12, 300, self.prompts)
+            return tokens([self.prompts[k % len(self.prompts)] for k in range(batch)]), tokens([None])
+        if self.classes is None:
+            return None, None
+        return torch.arange(batch) % self.classes, torch.tensor([self.classes])
 
 
 @torch.no_grad()
@@ -141,20 +162,16 @@ def matrix() -> dict[str, Case]:
 
 def our_samples(each: Case, net: UNet, batch: int = 2) -> torch.Tensor:
     """Sample with the noise of a generator of seed 0, which the pipeline draws in the same order."""
-    generator = torch.Generator().manual_seed(0)
+    generator, patch = torch.Generator().manual_seed(0), each.model.get("patch_size", 1)
 
     def denoise(x, t, cond):
-        inputs = [] if cond is None else [cond]
-        return net(x, torch.full((len(x),), t.time.item()), *inputs)
-
-    patch = each.model.get("patch_size", 1)
+        return net(x, torch.full((len(x),), t.time.item()), *([] if cond is None else [cond]))
 
     def noise(x):
         patches = F.pixel_unshuffle(x, patch)
         return F.pixel_shuffle(torch.randn(patches.shape, generator=generator), patch)
 
-    cond = None if each.classes is None else torch.arange(batch) % each.classes
-    null = None if each.classes is None else torch.tensor([each.classes])
+    cond, null = each.conditions(batch)
     predict = samplers.predictor(each.diffusion, guided(denoise, cond, null, each.guidance, 1))
     grid = make_time_grid(each.schedule, each.steps, each.spacing)
     size = (MODEL | dict(each.model))["image_size"]
@@ -209,8 +226,29 @@ def others() -> dict[str, Case]:
         "patches, classes and karras": case(
             sampler="heun", spacing="karras", classes=2, model={"patch_size": 2, "image_size": 16}
         ),
+        "text with guidance": case(prompts=("a red circle", "Two  blue squares"), guidance=guidance, sampler="ddim"),
+        "text of any size": case(prompts=("a red circle",), model={"image_size": 9, "time_scale": 1000.0}, sampler=sde),
         "ADM": case(model={"time_conditioning": "scale_shift", "resblock_updown": True, "num_head_channels": 8}),
     }
+
+
+def export_default(root: Path) -> tuple[torch.Tensor, str]:
+    """Export a run of src.train with default settings; return its samples, and the lines that the command prints."""
+    from src.export import export
+    from src.runs.open import open_run
+    from src.train import train
+
+    few = ["trainer.max_steps=1", "validate_every=1", "trainer.accelerator=cpu", "callbacks.progress=null"]
+    few += ["callbacks.samples=null", "callbacks.bits_per_dim=null", "callbacks.loss_by_noise=null", "neighbors=null"]
+    train(compose("train", f"run_dir='{root / 'run'}'", *few))
+    folder = root / "default"
+    with redirect_stdout(io.StringIO()) as printed:
+        export(compose("export", f"run='{root / 'run'}'", f"run_dir='{folder}'", "format=diffusers"))
+    lines = printed.getvalue().partition("\n\n")[2]
+    module = open_run(str(root / "run")).module
+    each = Case(module.schedule, module.diffusion, module.sampler.fn, "trailing", module.sampler.steps)
+    (folder / "call.json").write_text(json.dumps({"batch_size": 2, "num_inference_steps": each.steps}))
+    return our_samples(each, module.net), lines
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +262,8 @@ def samples(tmp_path_factory) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         write_pipeline(folder, pipeline)
         (folder / "call.json").write_text(json.dumps({"batch_size": 2, **pipeline.call}))
         ours[name] = our_samples(each, net)
-    default = case(model={"channels": 3})
-    (root / "lines.py").write_text(sampling_code(default.pipeline(), "default"))
-    write_pipeline(root / "default", default.pipeline())
+    ours["default"], lines = export_default(root)
+    (root / "lines.py").write_text(lines)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(root / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("open_pipelines.py")
