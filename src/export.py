@@ -1,11 +1,12 @@
 """Export a trained model for this project or for other programs: `python -m src.export run=outputs/train/...`."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
@@ -43,7 +44,7 @@ def export(cfg: DictConfig) -> Path:
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
-    write_model_card(folder, opened, usage(cfg, path.name), library, draw=cfg.hub is not None)
+    write_model_card(folder, opened, usage(cfg, path, hint), library, draw=cfg.hub is not None)
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")
@@ -67,15 +68,18 @@ def check_hub(cfg: DictConfig) -> None:
         )
 
 
-def usage(cfg: DictConfig, name: str) -> str:
-    """Return how to use the exported file or folder `name`, in Markdown for its model card."""
+def usage(cfg: DictConfig, path: Path, hint: str) -> str:
+    """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
     from src.runs.model_card import usage_here
 
     if cfg.format == "safetensors":
-        return usage_here(name if cfg.hub is None else f"hf://{cfg.hub}")
+        return usage_here(path.name if cfg.hub is None else f"hf://{cfg.hub}")
+    if cfg.format == "diffusers":
+        code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
+        return f"Draw 16 samples; this needs torch and diffusers only:\n```python\n{code}\n```"
     fetch = "" if cfg.hub is None else f"hf download {cfg.hub} --local-dir model && cd model\n"
     packages = "numpy and onnxruntime" if cfg.format == "onnx" else "torch"
-    return f"""Draw 16 samples by `{name}`; this needs {packages} only:
+    return f"""Draw 16 samples by `{path.name}`; this needs {packages} only:
 ```
 {fetch}python sample.py
 ```
@@ -135,7 +139,30 @@ def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
 
 
 def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
-    raise UsageError("format=diffusers is not available yet; use format=safetensors")
+    """Write a pipeline folder of the diffusers library, which samples as the sampler of the run or of `cfg` does.
+
+    `training.safetensors` has what this project needs to read the folder without loss.
+    """
+    from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
+    from src.interop.diffusers_unet import TIME
+    from src.runs.components import sampler_settings
+    from src.runs.open import sampler_of
+
+    module, folder = opened.module, Path(cfg.run_dir)
+    if (folder / "model_index.json").exists():
+        raise UsageError(
+            f"{format_override('hydra.run.dir', folder)} already has model_index.json; choose another folder"
+        )
+    with usage_errors():
+        guidance = OmegaConf.create({**cfg.guidance, "model": None})
+        sampler = sampler_of(opened, sampler_settings(cfg.sampler, opened.config.sampler), guidance)
+        pipeline = make_pipeline(
+            *(module.net, config["model"], module.diffusion, module.schedule, sampler.fn, sampler.steps),
+            *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
+        )
+        write_pipeline(start_output(folder), pipeline)
+    write_exported(folder / "training.safetensors", {TIME: module.net.state_dict()[TIME]}, opened.averaged, config)
+    return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
 
 
 WRITERS: dict[str, Writer] = {

@@ -44,7 +44,7 @@ ONLY_OURS = {
 }
 """Arguments of our U-Net with the only values that UNet2DModel has."""
 
-TIME = "time.linear1.weight"
+TIME, THEIR_TIME = "time.linear1.weight", "time_embedding.linear_1.weight"
 
 
 def settings_of(config: Mapping[str, Any], num_steps: float, first_step: int = 0) -> dict[str, Any]:
@@ -109,12 +109,16 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
     if len(sides) != 2 or any(side % factor for side in sides):
         raise ValueError(f"model.image_size={size} must be two sides that {factor} divides, for format=diffusers")
     if model["patch_size"] != 1:
-        raise ValueError(f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel")
+        raise ValueError(
+            f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel; use patches in another format"
+        )
     if model["num_head_channels"] is None and model["num_heads"] != 1:
-        raise ValueError(f"model.num_heads={model['num_heads']} must be 1, or num_head_channels set, for a UNet2DModel")
+        raise ValueError(
+            f"model.num_heads={model['num_heads']} must be 1 for a UNet2DModel; set model.num_head_channels"
+        )
     for name, value in ONLY_OURS.items():
         if model.get(name, value) != value:
-            raise ValueError(f"model.{name}={model[name]} must be {value} for a UNet2DModel")
+            raise ValueError(f"model.{name}={model[name]} must be {value} for a UNet2DModel; use another format")
     resampling = model["resblock_updown"]
     names = {True: ("AttnDownBlock2D", "AttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
     if resampling:
@@ -172,9 +176,27 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any]) -> dic
         if name in weights:
             value = weights[name]
             if name == TIME:
-                value = shift_time(value, model.get("time_offset", 0.0) + 1, model.get("freq_shift", 1))
+                value = _rotated(value, model)
             result.update(zip(parts, (part.clone() for part in value.chunk(len(parts))), strict=True))
     return result
+
+
+def original_time(
+    weights: Mapping[str, Tensor], sidecar: Mapping[str, Tensor], model: Mapping[str, Any]
+) -> Tensor | None:
+    """Return the `TIME` weight of `sidecar`, which `to_diffusers` rotated and rounded to that of a UNet2DModel.
+
+    `weights` are those of the UNet2DModel, and `model` has the arguments of our U-Net. Return None if they do not fit,
+    for example because the UNet2DModel was trained further.
+    """
+    original = sidecar.get(TIME)
+    if original is None or original.shape != weights[THEIR_TIME].shape:
+        return None
+    return original if torch.equal(_rotated(original, model), weights[THEIR_TIME]) else None
+
+
+def _rotated(time: Tensor, model: Mapping[str, Any]) -> Tensor:
+    return shift_time(time, model.get("time_offset", 0.0) + 1, model.get("freq_shift", 1))
 
 
 def shift_time(weight: Tensor, steps: float, freq_shift: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src.interop.diffusers_unet import config_of, from_diffusers, settings_of, shift_time, to_diffusers
+from src.interop.diffusers_unet import config_of, from_diffusers, original_time, settings_of, shift_time, to_diffusers
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from tests.models.test_models import normal, randomize
@@ -105,6 +105,19 @@ def test_exported_unet_sees_steps_from_zero():
     theirs.load_state_dict(to_diffusers(ours.state_dict(), settings))
     x, t = normal(3, 1, 8, 8), torch.tensor([0, 40, 999])
     assert_close(theirs(x, t).sample, ours(x, (t + 1) / 1000), rtol=1e-5, atol=1e-5)
+
+
+def test_sidecar_restores_bits_of_the_time_embedding():
+    """The rotation rounds, so that its inverse has other bits."""
+    settings = {"channels": 1, "image_size": 8, "model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1}
+    settings |= {"attention_resolutions": [4], "num_heads": 1, "num_head_channels": None, "patch_size": 1}
+    settings |= {"resblock_updown": False, "dropout": 0.0, "time_conditioning": "add"}
+    time = randomize(UNet(**settings)).state_dict()["time.linear1.weight"]
+    exported = to_diffusers({"time.linear1.weight": time}, settings)
+    assert torch.equal(original_time(exported, {"time.linear1.weight": time}, settings), time)
+    trained = {name: value + 1e-6 for name, value in exported.items()}
+    assert original_time(trained, {"time.linear1.weight": time}, settings) is None
+    assert original_time(exported, {}, settings) is None
 
 
 def test_old_attention_names_are_read():
