@@ -23,7 +23,7 @@ from src.diffusion import curves, samplers, schedules
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
-from src.interop.diffusers_export import MAX_RATIO, make_pipeline, sampling_code, write_pipeline
+from src.interop.diffusers_export import MAX_RATIO, make_pipeline, write_pipeline
 from src.interop.diffusers_samplers import diffusers
 from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextTransformer
 from src.models.mlp import MLP
