@@ -145,6 +145,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     """
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
+    from src.interop.hub_models import SIDECAR
     from src.runs.components import sampler_settings
     from src.runs.open import sampler_of
 
@@ -161,7 +162,9 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
             *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
         )
         write_pipeline(start_output(folder), pipeline)
-    write_exported(folder / "training.safetensors", {TIME: module.net.state_dict()[TIME]}, opened.averaged, config)
+    weights = module.state_dict()
+    kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
+    write_exported(folder / SIDECAR, kept, opened.averaged, config)
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
 
 

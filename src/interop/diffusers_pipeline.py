@@ -27,12 +27,12 @@ def read_pipeline(folder: Path) -> ImportedModel:
     Only JSON and tensors are read. Raises ValueError if this project has no such network or process.
     """
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _read_json(unet / "config.json")
+    config = read_json(unet / "config.json")
     if (name := config.get("_class_name")) != "UNet2DModel":
         raise ValueError(f"{unet} holds a {name}; only UNet2DModel is supported")
     # Older pipelines have both files in one folder.
     scheduler = next((s for s in (folder / "scheduler", folder) if s.is_dir()), folder) / "scheduler_config.json"
-    process = process_of(_read_json(scheduler))
+    process = process_of(read_json(scheduler))
     outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
     if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
         process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
@@ -40,7 +40,7 @@ def read_pipeline(folder: Path) -> ImportedModel:
     # The time of a flow is its noise level, from 0 to 1; otherwise timesteps count from 0.
     steps = process.schedule.get("num_steps") or len(process.schedule["betas"])
     model = settings_of(config, 1000 if flow else steps, first_step=int(flow))
-    weights = from_diffusers(_read_weights(unet), config, model)
+    weights = from_diffusers(read_weights(unet), config, model)
     classes = config.get("num_class_embeds")
     return process._replace(model=model, weights=weights, num_classes=classes)
 
@@ -101,7 +101,7 @@ def _known(scheduler: Mapping[str, Any], name: str, default: str, known: Mapping
     return known[value]
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a model folder, from safetensors in one or several files, or from torch's format."""
     from safetensors.torch import load_file
 
@@ -118,7 +118,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has no {WEIGHTS}.safetensors")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one without the file. Raises ValueError for other contents."""
     if not path.is_file():
         return {}

@@ -11,9 +11,10 @@ from src.quoting import format_override
 
 SCHEME = "hf://"
 MODEL_FILE = "model.safetensors"
+SIDECAR = "training.safetensors"  # of format=diffusers
 LOGIN = "run hf auth login, or set the variable HF_TOKEN"
 PATTERNS = [
-    *(MODEL_FILE, "training.safetensors", "model_index.json", "config.json", "scheduler_config.json"),
+    *(MODEL_FILE, SIDECAR, "model_index.json", "config.json", "scheduler_config.json"),
     *("diffusion_pytorch_model*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
 ]
 """The files of a model that this project reads."""

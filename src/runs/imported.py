@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.search_path import CONF
+from src.interop.hub_models import SIDECAR
 from src.runs.components import to_plain
 from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint
 
@@ -29,6 +30,8 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     is_openai = path.suffix in (".pt", ".pth")
     if flags is not None and not is_openai:
         raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is none; leave it out")
+    if (path / SIDECAR).is_file():
+        return read_exported_pipeline(path)
     if path.is_dir():
         return as_checkpoint(diffusers_pipeline.read_pipeline(path))
     if is_openai:
@@ -38,6 +41,27 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     if path.suffix == ".safetensors" and (found := edm.read_file(path)):
         return as_checkpoint(edm.read_edm(*found))
     return read_checkpoint(path)
+
+
+def read_exported_pipeline(folder: Path) -> dict[str, Any]:
+    """Return the model that `src.export format=diffusers` wrote, also if its U-Net has been trained since.
+
+    Raises ValueError if its network is not a U-Net of diffusers.
+    """
+    from src.interop import diffusers_pipeline, diffusers_unet
+
+    if not (unet := folder / "unet").is_dir():
+        raise ValueError(f"{folder} holds a traced network, which cannot be read; use format=safetensors for it")
+    checkpoint = read_checkpoint(folder / SIDECAR)
+    kept, model = checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
+    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_json(unet / "config.json")
+    ours = diffusers_unet.from_diffusers(theirs, config, model)
+    if (time := diffusers_unet.original_time(theirs, kept, model)) is None:
+        model["time_offset"] = -1.0  # The new weights are for steps from 0.
+    else:
+        ours[diffusers_unet.TIME] = time
+    rest = {name: value for name, value in kept.items() if name != diffusers_unet.TIME}
+    return checkpoint | {"state_dict": rest | {f"net.{name}": value for name, value in ours.items()}}
 
 
 def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from src.config.overrides import expand_init_from
+from src.export import export
 from src.runs.build import build, close_run
 from src.runs.components import build_sampler
 from src.runs.imported import read_model
@@ -124,6 +125,36 @@ def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named
     with pytest.raises(ValueError, match=named) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_round_trips_through_diffusers_keep_bits(trained, tmp_path):
+    """Of a run, with the settings; and of OpenAI's weights, whose steps count from 0."""
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    init_from = f"init_from={{path: '{tmp_path / 'model.pt'}', flags: '{ADM_FLAGS}'}}"
+    for name, source in (("run", f"run='{trained}'"), ("openai", init_from)):
+        folder = export(compose("export", source, "format=diffusers", "sampler=ddim", f"run_dir='{tmp_path / name}'"))
+        sources = {
+            "run": (str(trained), None),
+            "openai": (None, OmegaConf.create({"path": str(tmp_path / "model.pt"), "flags": ADM_FLAGS})),
+        }
+        before, after = open_run(sources[name][0], init_from=sources[name][1]), open_run(str(folder))
+        ours, theirs = before.module.state_dict(), after.module.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert after.config.model == before.config.model and after.config.schedule == before.config.schedule
+
+
+def test_pipeline_that_was_trained_further_is_read(trained, tmp_path):
+    """Its time embedding is no longer that of the run."""
+    folder = export(compose("export", f"run='{trained}'", "format=diffusers", f"run_dir='{tmp_path / 'out'}'"))
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        unet.time_embedding.linear_1.weight.mul_(1.5)
+    unet.save_pretrained(folder / "unet")
+    net = open_run(str(folder)).module.net
+    x, t = torch.randn(2, unet.config.in_channels, *[unet.config.sample_size] * 2), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert_close(net(x, (t + 1) / 1000), unet(x, t).sample, rtol=1e-4, atol=1e-4)
 
 
 def test_openai_and_edm_files_open_as_runs(tmp_path):
