@@ -94,10 +94,18 @@ def first_names(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error: the known names most similar to an unknown one."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
+def near_matches(word: str, known: Sequence[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the known words most similar to `word`; empty if none is similar, or if it starts several of them."""
+    if sum(each.startswith(f"{word}_") for each in known) > 1:
+        return []
+    return difflib.get_close_matches(word, known, n=count, cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+    """Return the end of an error: the known names most similar to an unknown one, or the alternative to none."""
+    if close := near_matches(name, known, 3, 0.5):
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose one of {first_names(known)}" if otherwise is None else otherwise
 
 
 def check_command(module: str, commands: Sequence[str]) -> None:

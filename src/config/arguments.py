@@ -1,6 +1,5 @@
 """Check a configuration against the signatures of its targets before anything is built."""
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -13,10 +12,13 @@ from typing import Any, Literal, Union
 from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError
 
-from src.errors import sentence
+from src.config.rules import unresolved
+from src.errors import first_names, near_matches, sentence
 
 GRID_SETTINGS = ("steps", "spacing")
 """Settings of a sampler's YAML that define the time grid and are not arguments of its function."""
+PASSED_BY_CODE = {"lr_scheduler": 2}
+"""Number of arguments, the first ones, with which code calls the target of a `_partial_` node; 1 for other nodes."""
 
 
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
@@ -26,7 +28,8 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
     """
     if "_target_" in cfg:
         target = import_target(f"{name}._target_", str(cfg._target_))
-        parameters = inspect.signature(target).parameters
+        by_code = PASSED_BY_CODE.get(name, 1) if cfg.get("_partial_") else 0
+        parameters = dict(list(inspect.signature(target).parameters.items())[by_code:])
         hints = _hints(target)
         keys = [key for key in map(str, cfg) if not key.startswith("_")]
         if name == "sampler":
@@ -41,11 +44,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
             try:
                 value = cfg[key]
             except InterpolationKeyError as error:
-                absent = str(error).split("'")[1]
-                raise ValueError(
-                    f"{dotted} refers to {absent}, which the configuration lacks; choose a model that fits the data: "
-                    "model=mlp for points, model=unet_* for images"
-                ) from error
+                raise ValueError(unresolved(cfg, key, dotted, error)) from error
             if isinstance(value, DictConfig) or (name == "trainer" and value is None):  # Lightning's default
                 continue
             if key in hints and not _matches(value, hints[key]):
@@ -82,8 +81,8 @@ def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], param
     ours = str(cfg._target_).startswith("src.")
     known = [k for k, p in parameters.items() if p.default is not p.empty or not ours]
     known += GRID_SETTINGS if name == "sampler" else ()
-    close = difflib.get_close_matches(unknown[0], known, n=1) if len(unknown) == 1 else []
-    hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
+    close = near_matches(unknown[0], known) if len(unknown) == 1 else []
+    hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {first_names(known, 12)}"
     removable = [f"~{name}.{key}" for key in unknown if cfg[key] is not None]  # another option may set them
     if removable and not close:
         hint += f"; if another option sets it, type {' '.join(removable)}"
