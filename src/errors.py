@@ -1,10 +1,12 @@
 """Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -92,6 +94,18 @@ def sentence(error: BaseException) -> str:
 def first_names(names: Sequence[str], count: int = 5) -> str:
     """List the first names and count the rest, for a message."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "2,000 classes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def absence(path: Path) -> str:
+    """Return why there is no file at a path, for a message: nothing is there, a link to nothing, or a pipe."""
+    if path.exists():
+        return "is neither a file nor a folder" if not path.is_dir() else "is a folder"
+    return f"is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "does not exist"
 
 
 def near_matches(word: str, known: Sequence[str], count: int = 1, cutoff: float = 0.6) -> list[str]:

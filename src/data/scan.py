@@ -55,7 +55,7 @@ def find_images(
     in_val_root = lies_in(root, val_root) if val_root is not None and root.is_dir() else None
     used: list[_File] = []
     for file in sorted(files):
-        if reason := _reason_to_leave_out(file.name, accepts, noun, in_val_root):
+        if reason := _reason_to_leave_out(file.name, accepts, in_val_root):
             left_out.setdefault(reason, []).append(file.name)
         elif reason is None:
             used.append(file)
@@ -88,14 +88,14 @@ def _image_test(root: Path) -> Callable[[str], bool]:
 
 
 def _reason_to_leave_out(
-    name: str, accepts: Callable[[str], bool], noun: str, in_val_root: Callable[[str], bool] | None
+    name: str, accepts: Callable[[str], bool], in_val_root: Callable[[str], bool] | None
 ) -> str | None:
     """Return why a file is left out, or None if it is used; empty for hidden files that are not worth a line."""
     if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
         is_copy = PurePosixPath(name).name.startswith("._")  # macOS stores attributes of the file there
         return "hidden" if suffix_of(name) in image_suffixes() and not is_copy else ""
     if not accepts(name):
-        return f"{suffix_of(name) or 'no ending'}: not an {noun}"
+        return f"of type {suffix_of(name)}" if suffix_of(name) else "without ending"
     return "used for validation" if in_val_root is not None and in_val_root(name) else None
 
 
@@ -111,7 +111,7 @@ def _without_test_images(
         if split in ("train", "validation"):
             used.append((file, split))
         else:
-            reason = "test images" if split == "test" else "outside of the splits"
+            reason = "for testing" if split == "test" else "outside of the splits"
             left_out.setdefault(reason, []).append(file.name)
     return [file for file, _ in used], [split for _, split in used]
 
@@ -128,16 +128,16 @@ def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:
                 try:
                     status = entry.stat()
                 except OSError:
-                    left_out.setdefault("broken links", []).append(name)
+                    left_out.setdefault("linked to nothing", []).append(name)
                     continue
                 place = (status.st_dev, status.st_ino)
                 if stat.S_ISREG(status.st_mode):
                     yield _File(name, status.st_size, status.st_mtime_ns)
                 elif not stat.S_ISDIR(status.st_mode):  # reading a pipe would wait forever
-                    left_out.setdefault("not a file", []).append(name)
+                    left_out.setdefault("neither file nor folder", []).append(name)
                 elif entry.name.startswith("."):
                     continue
                 elif place in parents:
-                    left_out.setdefault("links to a parent folder", []).append(name)
+                    left_out.setdefault("linked to a parent folder", []).append(name)
                 else:
                     folders.append((f"{name}/", entry.path, (*parents, place)))
