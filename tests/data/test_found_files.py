@@ -126,7 +126,7 @@ def test_splits_in_one_outer_folder_are_recognized(tmp_path, packed, outer):
     assert list(source.ids) == [f"{outer}/{name}" for name in names[4:]]
     assert source.val_mask.tolist() == [False] * 4 + [True] * 4
     assert source.labels.classes == ["a", "b"] and source.labels.targets.tolist() == [0, 0, 1, 1] * 2
-    assert source.found.left_out["test images"] == [f"{outer}/{name}" for name in names[:4]]
+    assert source.found.left_out["for testing"] == [f"{outer}/{name}" for name in names[:4]]
     assert open_folder(root, class_depth="all").labels.classes == ["a", "b"]
 
 

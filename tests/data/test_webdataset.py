@@ -133,7 +133,7 @@ def test_the_ending_of_the_images_is_chosen(tmp_path):
         opened(tmp_path, pattern)
     source = opened(tmp_path, pattern, image_key="photo.png")
     assert np.array_equal(pixels(source), images)
-    assert source.found.left_out == {"samples without an image": ["0000.tar/sample003"]}
+    assert source.found.left_out == {"without an image": ["0000.tar/sample003"]}
     assert np.array_equal(pixels(opened(tmp_path, pattern, image_key="photo.png;mask.png")), [*images, masks[3]])
     pattern = write(tmp_path / "arrays", [{"png": png(images[0]), "npy": np.zeros(3)}])
     assert np.array_equal(pixels(opened(tmp_path, pattern)), images[:1])
