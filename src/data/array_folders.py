@@ -13,9 +13,9 @@ from src.data.found_images import FoundImages, join, without_linked
 from src.data.label_table import find_tables, read_classes
 from src.data.layout import SPLITS
 from src.data.overlap import check_overlap
-from src.data.scan import find_images
+from src.data.scan import find_in
 from src.data.table_files import FILE_COLUMNS, read_table
-from src.errors import absence, first_names
+from src.errors import first_names
 from src.quoting import format_override
 
 LABEL_NAMES = {"label", "labels", "target", "targets"}
@@ -75,15 +75,8 @@ def find_arrays(root: Any, val_root: str | None = None, labels: str | None = Non
 
 
 def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
-    path = Path(root or "")
-    setting = format_override(name, str(path.resolve()) if root else None)
     fix = f"set {name} to a .npy or .npz file, or to a folder, zip or tar file of .npy, .wav or .nii.gz files"
-    if root is None or not (path.is_file() or path.is_dir()):
-        raise FileNotFoundError(f"{setting} {'does not exist' if root is None else absence(path)}; {fix}")
-    try:
-        return find_images(path, is_array, "array", None if val_root is None else Path(val_root))
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{setting}: {error}; {fix}") from error
+    return find_in(root, name, fix, val_root, is_array, "array")
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:

@@ -99,7 +99,8 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
         )
     captions = [[line for line in _lines(text) if line] for text in texts]
     if empty := [os.path.relpath(t, path) for t, found in zip(texts, captions, strict=True) if not found]:
-        raise ValueError(f"{len(empty)} captions under {path} are empty ({first_names(empty)}); write a line of text")
+        count = counted(len(empty), "empty caption")
+        raise ValueError(f"{path} has {count} ({first_names(empty)}); write a line of text")
     return captions
 
 

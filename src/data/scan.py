@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
 from src.data.layout import splits_of
 from src.data.overlap import lies_in
+from src.errors import absence
+from src.quoting import format_override
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -74,6 +76,26 @@ def find_images(
         np.array([split == "validation" for split in splits]) if "validation" in splits else None,
         left_out,
     )
+
+
+def find_in(
+    root: Any,
+    name: str,
+    fix: str,
+    val_root: str | None = None,
+    accepts: Callable[[str], bool] | None = None,
+    noun: str = "image",
+) -> FoundImages:
+    """Return the files that `find_images` finds under the root in the setting `name`; errors name it and the fix."""
+    path = Path(root or "")
+    setting = format_override(name, str(path.absolute()) if root else None)
+    if root is None or not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(f"{setting} {'does not exist' if root is None else absence(path)}; {fix}")
+    try:
+        return find_images(path, accepts, noun, None if val_root is None else Path(val_root))
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{setting}: {error}; {fix}") from error
 
 
 def _image_test(root: Path) -> Callable[[str], bool]:

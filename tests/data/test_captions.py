@@ -158,7 +158,7 @@ def test_rows_without_image_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("a.txt", " \n\n", "1 captions under .* are empty (a.txt)"),
+        ("a.txt", " \n\n", "1 empty caption (a.txt)"),
         ("a.txt", b"\xff\xfe\x00", "is not text in utf-16"),
         ("metadata.csv", "file_name,text\na.png,\n", "metadata.csv, line 2: the caption is empty"),
         ("metadata.csv", "file_name,text\n", "has 1 rows"),
