@@ -98,7 +98,7 @@ def _launch(
         sys.exit(_report(error))
     if read is None:
         return
-    flags, deferred, folder = read
+    flags, deferred = read
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
     job = _job(task, deferred, full_error, interruption)
     run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)(job)
@@ -106,13 +106,13 @@ def _launch(
         with print_at_end():
             run()
     elif flags.multirun and deferred:
-        _run_sweep(run, deferred, folder, full_error)
+        _run_sweep(run, deferred, full_error)
     else:
         run()
 
 
-def _read_command_line(config_name: str, together: str | None) -> tuple[Namespace, DeferredOutput | None, Path] | None:
-    """Check sys.argv and leave there what Hydra needs; return the flags, the deferred output and the output folder.
+def _read_command_line(config_name: str, together: str | None) -> tuple[Namespace, DeferredOutput | None] | None:
+    """Check sys.argv and leave there what Hydra needs; return the flags and the deferred output.
 
     Prints the version or the help, if typed, and returns None. Raises UsageError.
     """
@@ -131,11 +131,11 @@ def _read_command_line(config_name: str, together: str | None) -> tuple[Namespac
         return None
     if flags.config_path or flags.config_name:
         check_config_flags(config_name, flags, added)
-    overrides, deferred, folder = _prepare(config_name, overrides, flags, added, together)
+    overrides, deferred = _prepare(config_name, overrides, flags, added, together)
     if flags.config_path and Path(flags.config_path).is_dir():  # Hydra would look next to this file
         words += ["--config-path", str(Path(flags.config_path).resolve())]
     sys.argv[1:] = [*words, *overrides]
-    return flags, deferred, folder
+    return flags, deferred
 
 
 def _job(
@@ -177,12 +177,16 @@ def _job(
     return run_task
 
 
-def _run_sweep(run: Callable[[], Any], deferred: DeferredOutput, folder: Path, full_error: bool) -> None:
+def _run_sweep(run: Callable[[], Any], deferred: DeferredOutput, full_error: bool) -> None:
     """Run the jobs of a sweep; exit with status 2 if one was refused."""
     if not full_error:  # Hydra then raises a job's error here instead of exiting with status 1
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers(), one_line_per_refusal():
+        with (
+            preserve_sweep(deferred),
+            block_signals_of_workers(),
+            one_line_per_refusal(),
+        ):
             run()
     except UsageError as error:
         if full_error:
@@ -195,8 +199,8 @@ def _run_sweep(run: Callable[[], Any], deferred: DeferredOutput, folder: Path, f
 
 def _prepare(
     config_name: str, overrides: list[str], flags: Namespace, added: list[str], together: str | None
-) -> tuple[list[str], DeferredOutput | None, Path]:
-    """Return the overrides for Hydra, the deferred output and the output folder. Raises UsageError."""
+) -> tuple[list[str], DeferredOutput | None]:
+    """Return the overrides for Hydra and the deferred output. Raises UsageError."""
     if flags.experimental_rerun:
         raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
@@ -208,7 +212,7 @@ def _prepare(
     if rank() > 0:
         run_as_worker()
     if flags.hydra_help or flags.info or flags.shell_completion or flags.config_path or flags.config_name:
-        return overrides, None, Path()
+        return overrides, None
     if together and not flags.multirun:
         overrides = expand_grid(config_name, overrides, together, added)
     try:
@@ -217,10 +221,10 @@ def _prepare(
         raise explain_resume(error, config_name, typed, overrides, added) from error
     if flags.cfg:
         check_package(flags, cfg)
-        return overrides, None, Path()
-    overrides, deferred, folder = defer_output(cfg, overrides, flags.multirun)
+        return overrides, None
+    overrides, deferred = defer_output(cfg, overrides, flags.multirun)
     check_writable(overrides)
-    return overrides, deferred, folder
+    return overrides, deferred
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class DeferredOutput(NamedTuple):
     """With interpolations unresolved."""
     overrides: list[str]
     """The typed overrides of these settings."""
+    folder: Path
+    """Of the run, or of the sweep."""
 
 
 class PendingOutput(NamedTuple):
@@ -62,8 +64,8 @@ class PendingOutput(NamedTuple):
 _pending: PendingOutput | None = None
 
 
-def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[list[str], DeferredOutput, Path]:
-    """Return overrides with which Hydra writes no output, the output that it would write, and the output folder.
+def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[list[str], DeferredOutput]:
+    """Return overrides with which Hydra writes no output, and the output that it would write.
 
     `cfg` is the composed configuration with Hydra's node. Records which of the output folder and its parents are
     missing. Raises UsageError if the name of the folder cannot be resolved.
@@ -71,19 +73,19 @@ def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> t
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # the folder's name may contain `${hydra:...}`
     try:
-        folder = str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+        folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
     except OmegaConfBaseException as error:
         setting = "hydra.sweep.dir" if multirun else "hydra.run.dir"
         raise UsageError(f"{setting} cannot be resolved ({first_line(error)}); name a folder") from error
     finally:
         HydraConfig.instance().cfg = before
-    record_missing_dirs(Path(folder))
+    record_missing_dirs(folder)
     job_logging = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
     assert isinstance(job_logging, dict)
     own = [o for o in overrides if OUTPUT_OVERRIDE.match(o)]
     kept = [o for o in overrides if not OUTPUT_OVERRIDE.match(o)]
-    deferred = DeferredOutput(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, own)
-    return [*kept, *NO_OUTPUT], deferred, Path(folder)
+    logged = {str(key): value for key, value in job_logging.items()}
+    return [*kept, *NO_OUTPUT], DeferredOutput(cfg.hydra.output_subdir, logged, own, folder)
 
 
 def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
@@ -153,14 +155,15 @@ def discard_output() -> None:
 
 
 @contextmanager
-def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
-    """Run a sweep in the folder `sweep`; restore the folder's own files if no job started.
+def preserve_sweep(deferred: DeferredOutput) -> Iterator[None]:
+    """Run a sweep in its folder; restore the folder's own files if no job started.
 
     Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is moved away first.
     """
     if rank() > 0:
         yield
         return
+    sweep, subdir = deferred.folder, deferred.output_subdir
     file, aside = sweep / "multirun.yaml", sweep / ".multirun.yaml.before"
     if existed := file.is_file():
         os.replace(file, aside)

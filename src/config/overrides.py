@@ -108,14 +108,12 @@ def check_overrides(
     folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and for invalid
     values.
     """
-    groups = config_groups(folders := config_folders(added))
+    groups = config_groups(config_folders(added))
     read = parse_words(config_name, overrides, groups)
-    foreign = any("pkg://" in each for each in added)  # options in a package cannot be listed here
     final: DictConfig | None = None
     for job in _jobs(read, groups) if multirun else [read]:
         try:
-            choices = _choices(job, groups, folders, foreign)
-            base, cfg = _compose_job(config_name, job, choices, multirun, added, groups)
+            base, cfg = _compose_job(config_name, job, multirun, added, groups)
             _check_typed(job, base, cfg, groups, multirun)
             _check_composed(config_name, job, base, cfg, multirun)
         except UsageError as error:
@@ -143,14 +141,10 @@ def _jobs(read: Sequence[Override], groups: Mapping[str, Sequence[str]]) -> Iter
 
 
 def _compose_job(
-    config_name: str,
-    read: Sequence[Override],
-    choices: Sequence[Override],
-    multirun: bool,
-    added: Sequence[str],
-    groups: dict[str, list[str]],
+    config_name: str, read: Sequence[Override], multirun: bool, added: Sequence[str], groups: dict[str, list[str]]
 ) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a job without and with its settings. Raises UsageError for an unknown key."""
+    choices = _choices(read, groups, added)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
@@ -210,9 +204,8 @@ def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[s
 
     Raises UsageError for an unknown option, and for an override that Hydra cannot parse.
     """
-    groups = config_groups(folders := config_folders(added))
-    read = parse_words(config_name, overrides, groups)
-    choices = _choices(read, groups, folders, any("pkg://" in each for each in added))
+    groups = config_groups(config_folders(added))
+    choices = _choices(parse_words(config_name, overrides, groups), groups, added)
     if not choices:
         return {}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -221,13 +214,13 @@ def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[s
     return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options
 
 
-def _choices(
-    read: Sequence[Override], groups: dict[str, list[str]], folders: Sequence[Path], anywhere: bool
-) -> list[Override]:
-    """Return the overrides that choose an option; `anywhere` allows options that are in none of the `folders`.
+def _choices(read: Sequence[Override], groups: dict[str, list[str]], added: Sequence[str]) -> list[Override]:
+    """Return the overrides that choose an option.
 
     Raises UsageError for an unknown option, and for several options of a group that takes one.
     """
+    folders = config_folders(added)
+    anywhere = any("pkg://" in each for each in added)  # options in a package cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and _chooses(override)]
     for override in choices:
         name, options = override.key_or_group, _options(override)
@@ -279,7 +272,8 @@ def _check_sweep(
     override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]], base: DictConfig
 ) -> None:
     """Raise UsageError for a sweep without -m or without a sweeper for it, and for values of a sweep set to null."""
-    if re.match(r"hydra\.sweeper\.params\b", override.key_or_group) and base.hydra.sweeper.get("params") is None:
+    is_params = re.match(r"hydra\.sweeper\.params\b", override.key_or_group) and override.value() is not None
+    if is_params and base.hydra.sweeper.get("params") is None:
         raise UsageError(f"{override.input_line} is for configuration files; type the values, as in -m seed=0,1")
     is_basic = base.hydra.sweeper._target_.endswith(".BasicSweeper")
     if override.is_interval_sweep() and is_basic and "hydra/sweeper" not in {o.key_or_group for o in read}:
