@@ -182,11 +182,7 @@ def _run_sweep(run: Callable[[], Any], deferred: DeferredOutput, full_error: boo
     if not full_error:  # Hydra then raises a job's error here instead of exiting with status 1
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with (
-            preserve_sweep(deferred),
-            block_signals_of_workers(),
-            one_line_per_refusal(),
-        ):
+        with preserve_sweep(deferred), block_signals_of_workers(), one_line_per_refusal():
             run()
     except UsageError as error:
         if full_error:
