@@ -156,6 +156,7 @@ REFUSED = {
     "train -m optimizer.lr=1e-3,-1": "optimizer.lr=-1",
     "train hydra.mode=MULTIRUN optimizer.lr=1e-3,-1": "optimizer.lr=-1",
     "train -m seed=range(1,-2,-2)": "seed=-1",
+    "train -m schedule=glob(c*)": "schedule=custom: schedule.betas has no default",
     "train -m data=digits,folder seed=0,1": "data=folder: data.root has no default",
     "train -m sampler=dpmpp_2m_sde,ddim sampler.eta=1,2": "sampler=ddim: sampler.eta=2",
     "train -m hydra.sweeper.max_batch_size=x seed=0,1": "hydra.sweeper.max_batch_size=x",
