@@ -110,18 +110,14 @@ def check_overrides(
     """
     groups = config_groups(config_folders(added))
     read = parse_words(config_name, overrides, groups)
-    final: DictConfig | None = None
-    for job in _jobs(read, groups) if multirun else [read]:
+    first, *others = _jobs(read, groups) if multirun else [read]
+    base, final = _compose_job(config_name, first, multirun, added, groups)
+    _check_composed(config_name, first, base, final, groups, multirun)
+    for job in others:
         try:
-            base, cfg = _compose_job(config_name, job, multirun, added, groups)
-            _check_typed(job, base, cfg, groups, multirun)
-            _check_composed(config_name, job, base, cfg, multirun)
+            _check_composed(config_name, job, *_compose_job(config_name, job, multirun, added, groups, base), groups)
         except UsageError as error:
-            if final is None:
-                raise
             raise UsageError(f"{' '.join(str(o.input_line) for o in job if o not in read)}: {error}") from error
-        final = final or cfg
-    assert final is not None
     params = (final.hydra.sweeper.get("params") if multirun else None) or {}
     preset = [f"{name}={value}" for name, value in params.items()]
     if missing := [each for each in preset if key_of(each) not in {o.key_or_group for o in read}]:
@@ -141,18 +137,27 @@ def _jobs(read: Sequence[Override], groups: Mapping[str, Sequence[str]]) -> Iter
 
 
 def _compose_job(
-    config_name: str, read: Sequence[Override], multirun: bool, added: Sequence[str], groups: dict[str, list[str]]
+    config_name: str,
+    read: Sequence[Override],
+    multirun: bool,
+    added: Sequence[str],
+    groups: dict[str, list[str]],
+    base: DictConfig | None = None,
 ) -> tuple[DictConfig, DictConfig]:
-    """Return the configuration of a job without and with its settings. Raises UsageError for an unknown key."""
+    """Return the configuration of a job without its settings, or `base` of an earlier job, and with them.
+
+    Raises UsageError for an unknown key.
+    """
     choices = _choices(read, groups, added)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
-        for override in read:
-            _check_sweep(override, read, multirun, groups, base)
-            if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
-                _check_key(override, read, base, groups)
-        if len(choices) == len(read):
-            return base, deepcopy(base)
+        if base is None:
+            base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+            for override in read:
+                _check_sweep(override, read, multirun, groups, base)
+                if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
+                    _check_key(override, read, base, groups)
+            if len(choices) == len(read):
+                return base, deepcopy(base)
         return base, compose(config_name, list(map(_first_value, read)), added, setting_names(base), groups)
 
 
@@ -184,9 +189,15 @@ def _check_typed(
 
 
 def _check_composed(
-    config_name: str, read: Sequence[Override], base: DictConfig, final: DictConfig, multirun: bool
+    config_name: str,
+    read: Sequence[Override],
+    base: DictConfig,
+    final: DictConfig,
+    groups: dict[str, list[str]],
+    multirun: bool = True,
 ) -> None:
-    """Raise UsageError for settings that are missing, exclude each other, or have an invalid value by default."""
+    """Raise UsageError for settings that are invalid, missing, or exclude each other."""
+    _check_typed(read, base, final, groups, multirun)
     check_required(config_name, base, final)
     last = {str(override.key_or_group): override for override in read}
     names = {name for name, override in last.items() if override.value() is not None}

@@ -180,7 +180,7 @@ def test_valid_overrides_pass(overrides):
         (["optimizer._target_=torch.optim.Foo"], ["optimizer._target_=torch.optim.Foo", "'Foo'", "PYTHONPATH="]),
         (["optimizer._target_=nowhere.Foo"], ["optimizer._target_=nowhere.Foo", "'nowhere'", "PYTHONPATH="]),
         (["optimizer._target_=torch.optim.RMSprop"], ["~optimizer.betas ~optimizer.fused"]),
-        (["+optimizer.parms=1"], ["optimizer.parms", "it takes lr, betas"]),
+        (["+optimizer.parms=1"], ["'optimizer.parms'", "it takes lr, betas"]),
         (["+optimizer.params=1"], ["'optimizer.params'", "it takes lr, betas"]),
         (
             [

@@ -138,7 +138,7 @@ def test_slurm_script_requests_resources_and_signal(tmp_path):
     "overrides",
     [
         ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "seed=0,1"],
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep=schedules"],
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"],
         ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "seed=range(0,3)"],
         ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(1e-4,1e-2))"],
         ["sweep=optimizer", "hydra/launcher=ray_local", "hydra.sweeper.n_jobs=2"],
