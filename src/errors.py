@@ -127,7 +127,7 @@ def check_command(module: str, commands: Sequence[str]) -> None:
     package, _, name = module.partition(".")
     if name in commands:
         return
-    close = difflib.get_close_matches(name.rpartition(".")[2], commands, n=1)
+    close = near_matches(name.rpartition(".")[2], commands)
     hint = f"did you mean {package}.{close[0]}? The" if close else "the"
     known = ", ".join(f"{package}.{command}" for command in commands)
     sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")

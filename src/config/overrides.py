@@ -8,7 +8,7 @@ from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -108,14 +108,14 @@ def check_overrides(
     folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and for invalid
     values.
     """
-    groups = config_groups(config_folders(added))
-    read = parse_words(config_name, overrides, groups)
-    first, *others = _jobs(read, groups) if multirun else [read]
-    base, final = _compose_job(config_name, first, multirun, added, groups)
-    _check_composed(config_name, first, base, final, groups, multirun)
+    command = _Command(config_name, multirun, added, config_groups(config_folders(added)))
+    read = parse_words(config_name, overrides, command.groups)
+    first, *others = _jobs(read, command.groups) if multirun else [read]
+    base, final = _compose_job(command, first)
+    _check_composed(command, first, base, final)
     for job in others:
         try:
-            _check_composed(config_name, job, *_compose_job(config_name, job, multirun, added, groups, base), groups)
+            _check_composed(command, job, *_compose_job(command, job, base))
         except UsageError as error:
             raise UsageError(f"{' '.join(str(o.input_line) for o in job if o not in read)}: {error}") from error
     params = (final.hydra.sweeper.get("params") if multirun else None) or {}
@@ -123,6 +123,15 @@ def check_overrides(
     if missing := [each for each in preset if key_of(each) not in {o.key_or_group for o in read}]:
         return check_overrides(config_name, [*missing, *overrides], multirun, added)
     return final
+
+
+class _Command(NamedTuple):
+    """A command whose overrides are checked: the folders `added` to Hydra's search path, the options of all groups."""
+
+    name: str
+    multirun: bool
+    added: Sequence[str]
+    groups: dict[str, list[str]]
 
 
 def _jobs(read: Sequence[Override], groups: Mapping[str, Sequence[str]]) -> Iterator[list[Override]]:
@@ -137,38 +146,32 @@ def _jobs(read: Sequence[Override], groups: Mapping[str, Sequence[str]]) -> Iter
 
 
 def _compose_job(
-    config_name: str,
-    read: Sequence[Override],
-    multirun: bool,
-    added: Sequence[str],
-    groups: dict[str, list[str]],
-    base: DictConfig | None = None,
+    command: _Command, read: Sequence[Override], base: DictConfig | None = None
 ) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a job without its settings, or `base` of an earlier job, and with them.
 
     Raises UsageError for an unknown key.
     """
+    name, _, added, groups = command
     choices = _choices(read, groups, added)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         if base is None:
-            base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+            base = _compose_choices(name, tuple(map(_first_value, choices)), tuple(added))
             for override in read:
-                _check_sweep(override, read, multirun, groups, base)
+                _check_sweep(command, override, read, base)
                 if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
                     _check_key(override, read, base, groups)
             if len(choices) == len(read):
                 return base, deepcopy(base)
-        return base, compose(config_name, list(map(_first_value, read)), added, setting_names(base), groups)
+        return base, compose(name, list(map(_first_value, read)), added, setting_names(base), groups)
 
 
-def _check_typed(
-    read: Sequence[Override], base: DictConfig, final: DictConfig, groups: dict[str, list[str]], multirun: bool
-) -> None:
+def _check_typed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError for a typed value of a wrong type or outside its range, and for a setting without effect."""
     plain, composed = (OmegaConf.to_container(each, resolve=False) for each in (base, final))
     for override in read:
         name = str(override.key_or_group)
-        if name in groups or override.is_delete() or name.startswith("hydra/"):
+        if name in command.groups or override.is_delete() or name.startswith("hydra/"):
             continue
         parent, _, key = name.rpartition(".")
         argument = f"{_select(composed, f'{parent}._target_')}.{key}"
@@ -183,31 +186,24 @@ def _check_typed(
         if name in RECIPE and f"${{{name}}}" not in str(composed):
             warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=3)
     line = next((o.input_line for o in reversed(read) if o.key_or_group == "data.root"), None)
-    if line and not multirun and _select(plain, "data._target_") and _select(plain, "data.root") is None:
+    if line and not command.multirun and _select(plain, "data._target_") and _select(plain, "data.root") is None:
         choice = base.hydra.runtime.choices.data
         raise UsageError(f"{line} has no effect with data={choice}, which has no files; add data=folder")
 
 
-def _check_composed(
-    config_name: str,
-    read: Sequence[Override],
-    base: DictConfig,
-    final: DictConfig,
-    groups: dict[str, list[str]],
-    multirun: bool = True,
-) -> None:
+def _check_composed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError for settings that are invalid, missing, or exclude each other."""
-    _check_typed(read, base, final, groups, multirun)
-    check_required(config_name, base, final)
+    _check_typed(command, read, base, final)
+    check_required(command.name, base, final)
     last = {str(override.key_or_group): override for override in read}
     names = {name for name, override in last.items() if override.value() is not None}
-    if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
+    if "sweep" in names and not (command.multirun or "resume" in names):  # a resumed job of a sweep repeats it
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
-    check_combinations(config_name, names, task)
+    check_combinations(command.name, names, task)
     check_resolved(task, setting_names(task))
     check_resolved(final, [name for name in names if name.startswith("hydra.")])
-    check_values(task, config_name)
+    check_values(task, command.name)
 
 
 def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -279,9 +275,7 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def _check_sweep(
-    override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]], base: DictConfig
-) -> None:
+def _check_sweep(command: _Command, override: Override, read: Sequence[Override], base: DictConfig) -> None:
     """Raise UsageError for a sweep without -m or without a sweeper for it, and for values of a sweep set to null."""
     is_params = re.match(r"hydra\.sweeper\.params\b", override.key_or_group) and override.value() is not None
     if is_params and base.hydra.sweeper.get("params") is None:
@@ -289,9 +283,9 @@ def _check_sweep(
     is_basic = base.hydra.sweeper._target_.endswith(".BasicSweeper")
     if override.is_interval_sweep() and is_basic and "hydra/sweeper" not in {o.key_or_group for o in read}:
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
-    if override.is_sweep_override() and not multirun:
+    if override.is_sweep_override() and not command.multirun:
         name, _, value = str(override.input_line).partition("=")
-        as_text = "" if name in groups else f", or type {format_override(name, value)} if it is one value"
+        as_text = "" if name in command.groups else f", or type {format_override(name, value)} if it is one value"
         default = OmegaConf.select(base, name, throw_on_missing=False, throw_on_resolution_failure=False)
         if override.is_choice_sweep() and (isinstance(default, ListConfig) or name in LISTS):
             raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
