@@ -81,6 +81,7 @@ def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], param
     ours = str(cfg._target_).startswith("src.")
     known = [k for k, p in parameters.items() if p.default is not p.empty or not ours]
     known += GRID_SETTINGS if name == "sampler" else ()
+    known = [*(key for key in map(str, cfg) if key in known), *(k for k in known if k not in cfg)]  # as in the YAML
     close = near_matches(unknown[0], known) if len(unknown) == 1 else []
     hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {first_names(known, 12)}"
     removable = [f"~{name}.{key}" for key in unknown if cfg[key] is not None]  # another option may set them

@@ -181,6 +181,7 @@ def test_valid_overrides_pass(overrides):
         (["optimizer._target_=nowhere.Foo"], ["optimizer._target_=nowhere.Foo", "'nowhere'", "PYTHONPATH="]),
         (["optimizer._target_=torch.optim.RMSprop"], ["~optimizer.betas ~optimizer.fused"]),
         (["+optimizer.parms=1"], ["'optimizer.parms'", "it takes lr, betas"]),
+        (["+trainer.foo=1"], ["'trainer.foo'", "it takes accelerator, devices, strategy"]),
         (["+optimizer.params=1"], ["'optimizer.params'", "it takes lr, betas"]),
         (
             [
