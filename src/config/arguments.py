@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig
-from omegaconf.errors import InterpolationKeyError
 
-from src.config.rules import unresolved
+from src.config.compose import setting_names
+from src.config.rules import check_resolved
 from src.errors import first_names, near_matches, sentence
 
 GRID_SETTINGS = ("steps", "spacing")
@@ -24,8 +24,11 @@ PASSED_BY_CODE = {"lr_scheduler": 2}
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
     """Check every node with a `_target_` against the target's signature.
 
-    Raises ValueError for unknown arguments and for values that do not match the annotated type.
+    Raises ValueError for unknown arguments, values that do not match the annotated type, and, in a whole configuration,
+    values that are missing or cannot be resolved.
     """
+    if not name:
+        check_resolved(cfg, setting_names(cfg))
     if "_target_" in cfg:
         target = import_target(f"{name}._target_", str(cfg._target_))
         by_code = PASSED_BY_CODE.get(name, 1) if cfg.get("_partial_") else 0
@@ -41,10 +44,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
             raise ValueError(_unknown_arguments(cfg, name, unknown, parameters))
         for key in keys:
             dotted = f"{name}.{key}"
-            try:
-                value = cfg[key]
-            except InterpolationKeyError as error:
-                raise ValueError(unresolved(cfg, key, dotted, error)) from error
+            value = cfg[key]
             if isinstance(value, DictConfig) or (name == "trainer" and value is None):  # Lightning's default
                 continue
             if key in hints and not _matches(value, hints[key]):

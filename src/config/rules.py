@@ -251,6 +251,8 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
     for name in names:
         parent, _, key = name.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not isinstance(node, DictConfig) or key not in node:  # a key with a dot, as of a column
+            continue
         if OmegaConf.is_missing(node, key):
             raise UsageError(f"{name} has no default; add {name}=...")
         try:
@@ -259,21 +261,18 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
         except InterpolationToMissingValueError:  # of a setting that is in `names`, too
             continue
         except OmegaConfBaseException as error:
-            if not re.search(r"hydra$|HydraConfig", first_line(error)):
-                raise UsageError(unresolved(node, key, name, error, names)) from error
-
-
-def unresolved(node: DictConfig, key: str, name: str, error: Exception, known: Sequence[str] = ()) -> str:
-    """Return the message for an interpolation that cannot be resolved, of a `key` of a node."""
-    plain: Any = OmegaConf.to_container(node, resolve=False)
-    typed, reason = plain[key], first_line(error)
-    if not isinstance(error, InterpolationKeyError):
-        return f"{name}={typed} cannot be resolved ({reason}); correct it"
-    absent = reason.split("'")[1]
-    fix = did_you_mean(absent, known, "correct it; --help lists the settings")
-    if name.startswith("model.") and absent.startswith("data."):
-        fix = "choose a model that fits the data: model=mlp for points, model=unet_* for images"
-    return f"{name}={typed} refers to {absent}, which the configuration lacks; {fix}"
+            reason = first_line(error)
+            if re.search(r"hydra$|HydraConfig", reason):  # which only a running job has
+                continue
+            plain: Any = OmegaConf.to_container(node, resolve=False)
+            if not isinstance(error, InterpolationKeyError):
+                raise UsageError(f"{name}={plain[key]} cannot be resolved ({reason}); correct it") from error
+            absent = reason.split("'")[1]
+            fix = did_you_mean(absent, names, "correct it; --help lists the settings")
+            if name.startswith("model.") and absent.startswith("data."):
+                fix = "choose a model that fits the data: model=mlp for points, model=unet_* for images"
+            message = f"{name}={plain[key]} refers to {absent}, which the configuration lacks; {fix}"
+            raise UsageError(message) from error
 
 
 def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:

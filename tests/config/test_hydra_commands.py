@@ -105,6 +105,7 @@ COMPOSE = {
     "train ~logger --cfg job": ["logger: null"],
     "train logger=null --cfg job": ["logger: {}"],
     "train callbacks=none --cfg job": ["seed: 0"],
+    "train data=table data.path=x data.types={a.b:number} --cfg job": ["a.b: number"],
     "train conditioning=null --cfg job": ["conditioning: null"],
     "train conditioning=null experiment=shapes_text --cfg job": ["conditioning: null"],
     "train conditioning=class conditioning=null --cfg job": ["conditioning: null"],
