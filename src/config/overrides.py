@@ -113,6 +113,7 @@ def check_overrides(
     first, *others = _jobs(read, command.groups) if multirun else [read]
     base, final = _compose_job(command, first)
     _check_composed(command, first, base, final)
+    check_resolved(final, [o.key_or_group for o in read if _is_hydras(o) and "${" in str(o.input_line)])
     for job in others:
         try:
             _check_composed(command, job, *_compose_job(command, job, base))
@@ -150,19 +151,20 @@ def _compose_job(
 ) -> tuple[DictConfig, DictConfig]:
     """Return the configuration of a job without its settings, or `base` of an earlier job, and with them.
 
-    Raises UsageError for an unknown key.
+    With `base` Hydra's own settings are those of the default. Raises UsageError for an unknown key.
     """
     name, _, added, groups = command
     choices = _choices(read, groups, added)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        if base is None:
-            base = _compose_choices(name, tuple(map(_first_value, choices)), tuple(added))
-            for override in read:
-                _check_sweep(command, override, read, base)
-                if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
-                    _check_key(override, read, base, groups)
-            if len(choices) == len(read):
-                return base, deepcopy(base)
+        if base is not None:
+            return base, _compose_cached(name, tuple(_first_value(o) for o in read if not _is_hydras(o)), tuple(added))
+        base = _compose_cached(name, tuple(map(_first_value, choices)), tuple(added))
+        for override in read:
+            _check_sweep(command, override, read, base)
+            if override.key_or_group not in groups and not _is_hydras(override):
+                _check_key(override, read, base, groups)
+        if len(choices) == len(read):
+            return base, deepcopy(base)
         return base, compose(name, list(map(_first_value, read)), added, setting_names(base), groups)
 
 
@@ -202,7 +204,6 @@ def _check_composed(command: _Command, read: Sequence[Override], base: DictConfi
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
     check_combinations(command.name, names, task)
     check_resolved(task, setting_names(task))
-    check_resolved(final, [name for name in names if name.startswith("hydra.")])
     check_values(task, command.name)
 
 
@@ -216,7 +217,7 @@ def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[s
     if not choices:
         return {}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+        composed = _compose_cached(config_name, tuple(map(_first_value, choices)), tuple(added))
     chosen = {str(group): [str(option)] for group, option in composed.hydra.runtime.choices.items()}
     return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options
 
@@ -243,10 +244,10 @@ def _choices(read: Sequence[Override], groups: dict[str, list[str]], added: Sequ
     return choices
 
 
-@lru_cache(maxsize=32)
-def _compose_choices(config_name: str, choices: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
-    """Compose these options of groups, once for all jobs of a sweep."""
-    return compose(config_name, choices, added, (), config_groups(config_folders(added)))
+@lru_cache(maxsize=64)
+def _compose_cached(config_name: str, overrides: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
+    """Compose a configuration, once for all that ask for these overrides."""
+    return compose(config_name, overrides, added, (), config_groups(config_folders(added)))
 
 
 def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: Sequence[str] = ()) -> list[str]:
@@ -344,6 +345,11 @@ def _other_option(key: str, groups: dict[str, list[str]]) -> str:
             if any(OmegaConf.select(node, name, throw_on_missing=False) is not None for name in (rest, key)):
                 found.append(f"{group}={option}")
     return f"{first_names(found, 3)} {'has' if len(found) == 1 else 'have'} it: choose one" if found else ""
+
+
+def _is_hydras(override: Override) -> bool:
+    """Return whether an override is of Hydra's own settings."""
+    return str(override.key_or_group).startswith(("hydra.", "hydra/"))
 
 
 def _select(plain: Any, name: str) -> Any:

@@ -251,7 +251,7 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
     for name in names:
         parent, _, key = name.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        if not isinstance(node, DictConfig) or key not in node:  # a key with a dot, as of a column
+        if not isinstance(node, DictConfig) or node._get_node(key) is None:  # a key with a dot, as of a column
             continue
         if OmegaConf.is_missing(node, key):
             raise UsageError(f"{name} has no default; add {name}=...")
