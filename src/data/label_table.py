@@ -111,9 +111,8 @@ def _one_per_image(
     values = group_by_image(pairs, found, source, what)
     for name, several in zip(found.names, values, strict=True):
         if len(different := dict.fromkeys(several)) > 1:
-            raise ValueError(
-                f"{source} lists the {what.removesuffix('s')}s {' and '.join(map(str, different))} for {name}; keep one row"
-            )
+            listed = " and ".join(map(str, different))
+            raise ValueError(f"{source} lists the {what.removesuffix('s')}s {listed} for {name}; keep one row")
     return [several[0] for several in values]
 
 
