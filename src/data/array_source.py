@@ -10,6 +10,7 @@ from torch import Tensor
 
 from src.data.decode import Array
 from src.data.sources import Covariates, Labels
+from src.errors import counted
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of an array that `measure` reads at a time."""
@@ -105,4 +106,4 @@ def describe_array(array: Array, limits: tuple[float, float]) -> str:
     channels, *size = array.shape[1:]
     shape = "x".join(map(str, size))
     values = f"{array.dtype.name} values in [{limits[0]:g}, {limits[1]:g}]"
-    return f"; {channels} channel{'s' * (channels > 1)} of {shape}; {values}"
+    return f"; {counted(channels, 'channel')} of {shape}; {values}"

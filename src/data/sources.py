@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from src.errors import counted, first_names
+
 
 class Labels(NamedTuple):
     """The class of each sample: `targets` (N,) int64 index into the names `classes`."""
@@ -20,6 +22,11 @@ class Covariates(NamedTuple):
 
     values: Tensor
     names: Sequence[str]
+
+
+def describe_conditions(names: Sequence[str]) -> str:
+    """Return the part of a summary about covariates of these names."""
+    return f"conditions: {counted(len(names), 'number')} ({first_names(names, 10)})"
 
 
 class Source(Protocol):

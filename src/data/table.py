@@ -12,7 +12,7 @@ from torch import Tensor
 from src.data.column_types import parse_column
 from src.data.columns import CategoryCode, Column, from_json, to_json
 from src.data.module import BaseDataModule
-from src.data.sources import Covariates, InMemory, Labels, Source
+from src.data.sources import Covariates, InMemory, Labels, Source, describe_conditions
 from src.data.table_columns import (
     ColumnSettings,
     check_label,
@@ -22,7 +22,7 @@ from src.data.table_columns import (
     infer_columns,
 )
 from src.data.table_files import Table, labels_from_names, read_table
-from src.errors import first_names
+from src.errors import counted, first_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,6 +166,8 @@ class TableDataModule(BaseDataModule):
         lines = [*filter(None, [", ".join(self.notes)]), f"columns {modeled}"]
         if self.label_note:
             lines.append(self.label_note)
+        if self.settings.condition_columns:
+            lines.append(describe_conditions(self.settings.condition_columns))
         if self.left_out:
             lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
@@ -253,7 +255,7 @@ class TableDataModule(BaseDataModule):
             check_label(table, label, labels)
             counts = torch.bincount(labels.targets, minlength=len(labels.classes)).tolist()
             shown = first_names([f"{n:,} {name}" for n, name in zip(counts, labels.classes, strict=True)], 10)
-            self.label_note = f"label {label}: {len(counts)} classes ({shown})"
+            self.label_note = f"label {label}: {counted(len(counts), 'class')} ({shown})"
         # The cells identify a row, so that equal rows are on the same side of the split.
         return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 

@@ -15,7 +15,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import sentence
+from src.errors import absence, sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import inline_aliases, is_typed, to_plain
@@ -175,8 +175,8 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     path = Path(betas)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{format_override('schedule.betas', str(path.resolve()))} does not exist; set it to a list, or to a .npy "
-            "or .csv file"
+            f"{format_override('schedule.betas', str(path.absolute()))} {absence(path)}; set it to a list, or to a "
+            ".npy or .csv file"
         )
     try:
         if path.suffix == ".npy":
