@@ -11,7 +11,7 @@ from src.metrics.features import Features, to_rgb
 SIZE = 224
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 """Strides of the blocks. The weights determine all other sizes."""
-MICROBATCH_SIZE = 64  # the first layers take 15 MB per image
+MICROBATCH_SIZE = 4  # fits into the caches of a CPU: 1.5 times as fast as 64
 
 
 class EfficientNet:
@@ -50,8 +50,9 @@ class EfficientNet:
 
     def _pooled_features(self, images: Tensor) -> Tensor:
         x = F.interpolate(to_rgb(images).float(), (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 255)
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
         layers = iter(self._layers)
-        x = conv((x - 127) / 128, *next(layers), stride=2).clamp_(0, 6)
+        x = conv(x, *next(layers), stride=2).clamp_(0, 6)
         for k, stride in enumerate(STRIDES):
             y = conv(x, *next(layers)).clamp_(0, 6) if k else x  # expand; the first block does not
             y = conv(y, *next(layers), stride).clamp_(0, 6)  # depthwise
