@@ -42,7 +42,7 @@ def check_push(repo: str) -> None:
     override = format_override("hub", repo)
     _import_library(override)
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     with _hub_errors(override, repo):
         validate_repo_id(repo)
