@@ -47,6 +47,8 @@ def open_run(
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`, or the model of another project, `init_from`.
 
+    `run` may be on the Hub (`hf://user/name`).
+
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
     else warns. `data_root` and `encoder` replace the paths of the data and of the pretrained text encoder. Without
     `trust`, only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if
@@ -108,11 +110,12 @@ def sampler_of(opened: OpenedRun, settings: DictConfig, guidance: DictConfig | N
 
 
 def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
-    """Return the weaker network of autoguidance, from a run folder or a checkpoint.
+    """Return the weaker network of autoguidance, from a run folder, a checkpoint or a model of the Hub.
 
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
-    weak = open_run(location, encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
+    path = find_checkpoint(location, None, "guidance.model")
+    weak = open_run(None, str(path), encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"
     own, others = (output_settings(each.config) for each in (opened, weak))

@@ -87,13 +87,13 @@ class Case(NamedTuple):
 
     def encode(self) -> dict[str, Any] | None:
         if self.prompts:
-            return {"tokenizer": TOKENIZER, "max_length": 12, "examples": list(self.prompts)}
+            return {"tokenizer": TOKENIZER, "max_length": 16, "examples": list(self.prompts)}
         return None if self.classes is None else {"names": [f"class {k}" for k in range(self.classes)]}
 
     def network(self) -> UNet:
         condition = None if self.classes is None else partial(ClassEmbedding, num_classes=self.classes)
         if self.prompts:
-            condition = partial(TextTransformer, vocab_size=300, max_length=12, hidden_size=8, num_layers=1)
+            condition = partial(TextTransformer, vocab_size=300, max_length=16, hidden_size=8, num_layers=1)
         return scale_noise(UNet(**MODEL | dict(self.model), condition=condition, outputs=self.diffusion.outputs))
 
     def pipeline(self, net: Any = None) -> Any:
@@ -112,7 +112,7 @@ class Case(NamedTuple):
     def conditions(self, batch: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the conditions of a batch, which cycles through the examples, and the null condition."""
         if self.prompts:
-            tokens = Tokens(TOKENIZER, 12, 300, self.prompts)
+            tokens = Tokens(TOKENIZER, 16, 300, self.prompts)
             return tokens([self.prompts[k % len(self.prompts)] for k in range(batch)]), tokens([None])
         if self.classes is None:
             return None, None

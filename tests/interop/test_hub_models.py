@@ -130,6 +130,8 @@ def test_exported_run_samples_the_same_from_the_hub(hub, trained, tmp_path):
         for k, run in enumerate((trained, folder, "hf://ann/digits"))
     ]
     assert all(np.array_equal(each["arr_0"], drawn[0]["arr_0"]) for each in drawn)
+    with pytest.raises(UsageError, match=r"guidance\.model=hf://ann/absent"):
+        command(sample, "sample", tmp_path / "s", f"run='{trained}'", "guidance.model='hf://ann/absent'")
     with pytest.raises(UsageError, match="empty output folder"):
         command(export, "export", folder, f"run='{trained}'", "hub=ann/digits")
     train_tiny(tmp_path / "new", "init_from.path='hf://ann/digits'", "trainer.max_steps=1")
