@@ -114,7 +114,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
-    path = find_checkpoint(location, None, "guidance.model")
+    path = find_checkpoint(location, None, setting="guidance.model")
     weak = open_run(None, str(path), encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"
