@@ -1,6 +1,7 @@
 """Open models of the Hugging Face Hub, and push them there, by `huggingface_hub`, an optional extra."""
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,8 @@ def _import_library(override: str) -> Any:
         raise ValueError(
             f"{override} needs the package huggingface_hub; pip install huggingface_hub, or leave it out"
         ) from error
+    for name in ("httpx", "httpx2"):  # which logs every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     return huggingface_hub
 
 
