@@ -142,9 +142,11 @@ def _adopt_model(cfg: DictConfig) -> None:
         return
     if not is_typed("schedule"):
         cfg.schedule, cfg.zero_terminal_snr = settings["schedule"], settings["zero_terminal_snr"]
-    for name in ("prediction", "variance", "clip_x0"):
+    for name, value in settings["diffusion"].items():
         if not is_typed(f"diffusion.{name}"):
-            cfg.diffusion[name] = settings["diffusion"][name]
+            cfg.diffusion[name] = value
+    if not is_typed("sampler"):
+        cfg.sampler = settings["sampler"]
 
 
 def mean_side(size: int | Sequence[int]) -> float:

@@ -176,7 +176,7 @@ REFUSED = {
     "evaluate run=x reference=test": "reference=test",
     "compare n=0": "n=0",
     "compare runs=[x,y]": "x",
-    "sample": "give run=FOLDER",
+    "sample": "run=FOLDER",
     "sample run=outputs/no/such/run": "no run folder",
     "schedules names=[cosin]": "did you mean cosine?",
     # Combinations.
