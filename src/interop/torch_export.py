@@ -138,7 +138,8 @@ def write_network(
 
 def write_guide(folder: Path, name: Format, info: Mapping[str, Any]) -> Path:
     """Write `network.json`, and a script that samples with it; return the script."""
-    (folder / "network.json").write_text(json.dumps(info, indent=1))
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in info.items()]  # a table in a line
+    (folder / "network.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     script = Path(__file__).with_name("sample_onnx.py" if name == "onnx" else "sample_torch.py")
     return Path(shutil.copyfile(script, folder / "sample.py"))
 
