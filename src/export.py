@@ -78,7 +78,7 @@ def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
     module, folder = opened.module, Path(cfg.run_dir)
     for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
         if (folder / name).exists():
-            raise UsageError(f"hydra.run.dir={folder} already has {name}; choose another folder")
+            raise UsageError(f"{format_override('hydra.run.dir', folder)} already has {name}; choose another folder")
     null, examples = module.null, module.examples
     conditions = None if null is None or examples is None else torch.cat([null, examples])
     with usage_errors():
