@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import first_names
 from src.models.layers import fit_groups
 from src.models.unet import attended_resolutions, stage_resolutions
 
@@ -152,19 +153,21 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
 def from_diffusers(
     weights: Mapping[str, Tensor], config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError if they are not complete."""
+    """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError for one of another network."""
     theirs = {_new_name(name): value for name, value in weights.items()}
     result: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, parts in weight_names(model):
-        if found := [theirs[part] for part in parts if part in theirs]:
-            # Old files have 1x1 convolutions, or linear layers with two more dimensions.
-            flat = [value.flatten(1) if ".attention." in f".{name}" and value.ndim > 2 else value for value in found]
-            result[name] = torch.cat(flat) if len(flat) > 1 else flat[0]
+        if values := [theirs[part] for part in parts if part in theirs]:
+            if name.endswith((".qkv.weight", ".out.weight")):
+                values = [value.flatten(1) for value in values]  # old files have 1x1 convolutions
+            result[name] = torch.cat(values) if len(values) > 1 else values[0]
             used.update(parts)
     if rest := sorted(theirs.keys() - used):
-        raise ValueError(f"the weights {', '.join(rest[:3])} have no place in a UNet2DModel of this configuration")
-    if config.get("flip_sin_to_cos", True):
+        raise ValueError(
+            f"init_from: the file has weights for no layer of this network: {first_names(rest)}; correct config.json"
+        )
+    if TIME in result and config.get("flip_sin_to_cos", True):
         result[TIME] = swap_halves(result[TIME])
     return result
 

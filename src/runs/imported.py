@@ -26,6 +26,7 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     the file is not such a model, or if this project has no such network.
     """
     from src.interop import diffusers_pipeline, edm, openai
+    from src.interop.imported import read_pt
 
     is_openai = path.suffix in (".pt", ".pth")
     if flags is not None and not is_openai:
@@ -35,10 +36,10 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     if path.is_dir():
         return as_checkpoint(diffusers_pipeline.read_pipeline(path))
     if is_openai:
-        return as_checkpoint(openai.read_openai(openai.read_pt(path), flags or ""))
+        return as_checkpoint(openai.read_openai(read_pt(path), flags or ""))
     if path.suffix == ".pkl":
         raise edm.pickle_error(path)
-    if path.suffix == ".safetensors" and (found := edm.read_file(path)):
+    if path.suffix == ".safetensors" and (found := edm.read_converted(path)):
         return as_checkpoint(edm.read_edm(*found))
     return read_checkpoint(path)
 
@@ -54,7 +55,7 @@ def read_exported_pipeline(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a traced network, which cannot be read; use format=safetensors for it")
     checkpoint = read_checkpoint(folder / SIDECAR)
     kept, model = checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
-    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_json(unet / "config.json")
+    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_config(unet / "config.json")
     ours = diffusers_unet.from_diffusers(theirs, config, model)
     if (time := diffusers_unet.original_time(theirs, kept, model)) is None:
         model["time_offset"] = -1.0  # The new weights are for steps from 0.

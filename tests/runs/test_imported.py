@@ -1,5 +1,6 @@
 """Models of other projects, from their files to samples, bounds and new runs."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from src.config.overrides import expand_init_from
@@ -116,6 +117,7 @@ def test_classes_of_a_pipeline_are_conditions(tmp_path):
         ("unet/config.json", "{", "config.json"),
         ("scheduler/scheduler_config.json", '{"beta_schedule": "new"}', "beta_schedule"),
         ("scheduler/scheduler_config.json", '{"prediction_type": "new"}', "prediction_type"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "CMStochasticIterativeScheduler"}', "CMStochastic"),
     ],
 )
 def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named):
@@ -125,6 +127,19 @@ def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named
     with pytest.raises(ValueError, match=named) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_incomplete_and_damaged_weights_are_refused(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for name in ("conv_in.bias", "time_embedding.linear_1.weight", "mid_block.attentions.0.to_k.weight"):
+        save_file({other: value for other, value in weights.items() if other != name}, file)
+        with pytest.raises(ValueError, match=r"init_from.*(conv_in|linear_1|to_q)"):
+            opened(tmp_path / "pipeline")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="safetensors"):
+        opened(tmp_path / "pipeline")
 
 
 def test_round_trips_through_diffusers_keep_bits(trained, tmp_path):
