@@ -17,6 +17,7 @@ from src.runs.build import build, close_run
 from src.runs.components import build_sampler
 from src.runs.imported import read_model
 from src.runs.open import OpenedRun, open_run
+from src.runs.resolve import resolve
 from src.training.checkpoints import exportable_settings, write_exported
 from tests.conftest import compose
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
@@ -87,6 +88,19 @@ def test_new_run_takes_network_and_process_of_a_pipeline(pipeline, images, tmp_p
     assert run.config.diffusion.prediction == "v" and run.config.schedule.num_steps == 100
     assert run.config.model.attention_resolutions == [8]  # the same stage at twice the size
     assert run.module.shape == (3, 16, 16)
+
+
+def test_typed_settings_win_over_those_of_a_pipeline(pipeline, images, tmp_path, monkeypatch):
+    """The other arguments of a group are those of the pipeline."""
+    typed = {"schedule.num_steps": 50, "sampler.steps": 7, "zero_terminal_snr": True, "diffusion.clip_x0": 2.0}
+    monkeypatch.setattr("src.runs.resolve.is_typed", typed.__contains__)
+    words = [f"{name}={value}" for name, value in typed.items()]
+    settings = ["data=folder", f"data.root='{images}'", "callbacks=none", "logger=none", f"run_dir='{tmp_path}'"]
+    cfg = compose("train", *settings, *words, *expand_init_from([f"init_from={pipeline}"]))
+    resolved = resolve(cfg, None, None)
+    assert {name: OmegaConf.select(resolved, name) for name in typed} == typed
+    assert resolved.schedule._target_.endswith(".cosine") and resolved.sampler._target_.endswith(".ddim")
+    assert resolved.diffusion.prediction == "v"
 
 
 def test_converted_model_has_equal_weights_and_settings(pipeline, tmp_path):
