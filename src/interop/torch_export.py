@@ -61,7 +61,7 @@ def example_inputs(shape: Sequence[int], conditions: Tensor | None, batch: int) 
     return (x, time) if conditions is None else (x, time, conditions[index % len(conditions)])
 
 
-def describe(
+def describe_network(
     diffusion: GaussianDiffusion, schedule: Schedule, shape: Sequence[int], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a person needs to sample, as plain values. `config` has the settings of the model.

@@ -10,12 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.search_path import CONF
 from src.interop.hub_models import SIDECAR
 from src.runs.components import to_plain
-from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint
+from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 
 if TYPE_CHECKING:
     from src.interop.imported import ImportedModel
-
-OTHER_KEYS = ("seed", "snr_shift", "zero_terminal_snr", "weighting")
 
 
 def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
 
 
 def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
-    """Return the configuration of an imported model: conf/ with its network, schedule and process."""
+    """Return the configuration of an imported model: conf/ with its network, schedule and diffusion process."""
     overrides = [f"sampler={imported.sampler}", "data=folder", "data.root=null", "model=unet_ddpm"]
     overrides += [] if imported.num_classes is None else ["conditioning=class"]
     model = {name: value for name, value in imported.model.items() if name != "outputs"}
@@ -107,8 +105,8 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     cfg.schedule = imported.schedule
     merged = OmegaConf.merge(cfg, changes)
     assert isinstance(merged, DictConfig)
-    plain = to_plain(OmegaConf.masked_copy(merged, [*MODEL_KEYS, *CONDITION_KEYS, *OTHER_KEYS]))
-    return {name: value for name, value in plain.items() if name != "weighting"}  # `loss` contains it
+    plain = to_plain(OmegaConf.masked_copy(merged, [*OPENED_KEYS, "weighting"]))  # `loss` refers to `weighting`
+    return {name: plain[name] for name in OPENED_KEYS if name in plain}
 
 
 def _compose(overrides: list[str]) -> DictConfig:

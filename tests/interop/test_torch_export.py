@@ -146,7 +146,7 @@ def test_levels_invert_the_target(prediction):
     curve = curves.rectified_flow if prediction == "velocity" else curves.cosine_log_snr
     schedule = NoiseSchedule(schedules.linear(20)) if prediction == "eps" else ContinuousSchedule(curve, 20)
     diffusion = GaussianDiffusion(prediction, "learned_range")
-    levels = torch_export.describe(diffusion, schedule, (2,), {})["levels"]
+    levels = torch_export.describe_network(diffusion, schedule, (2,), {})["levels"]
     x0, eps = torch.tensor([0.3, -1.7], dtype=torch.float64)
     assert {len(column) for column in levels.values()} == {21}
     for t in range(20):
