@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from src.config.overrides import key_of
 from src.config.resume import saved_overrides
+from src.config.words import key_of
 from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import read_metrics
 from src.runs.components import to_plain

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from src.config.overrides import expand_init_from
+from src.config.words import expand_init_from
 from src.export import export
 from src.runs.build import build, close_run
 from src.runs.components import build_sampler
