@@ -10,7 +10,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.overrides import key_of
 from src.config.rules import check_values
-from src.errors import UsageError, usage_errors
+from src.errors import UsageError, counted, usage_errors
 from src.quoting import command, format_override, shell_word
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def examine(cfg: DictConfig) -> Path:
         data.prepare_once_per_node()
     source, num_train = data.source, len(data.train_indices)
     print(source.summary)
-    print(f"{num_train:,} images for training and {len(data.val_indices):,} for validation")
+    print(f"{counted(num_train, 'image')} for training and {len(data.val_indices):,} for validation")
     folder = start_output(Path(cfg.run_dir))
     report_duplicates(data, source)
     write_pictures(data, folder)
@@ -121,9 +121,9 @@ def report_duplicates(data: "ImageDataModule", source: "ImageSource") -> None:
     first, second, *_ = (duplicates.exact or duplicates.near)[0]
     crossing = across_split(duplicates, is_val)
     print(
-        f"{copies:,} images repeat another exactly, and {len(duplicates.near):,} pairs of {duplicates.compared:,} "
-        f"images are nearly equal, such as {names[first]} and {names[second]}; "
-        f"{crossing:,} validation images are equal or similar to a training image"
+        f"{counted(copies, 'image')} equal to another and {counted(len(duplicates.near), 'pair')} of nearly equal ones "
+        f"among {duplicates.compared:,} images, such as {names[first]} and {names[second]}; "
+        f"{counted(crossing, 'validation image')} equal or similar to a training image"
     )
     if crossing:
         print("Remove one of each pair, or set data.val_root to other images: these lower the validation loss")

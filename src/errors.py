@@ -1,10 +1,12 @@
 """Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
 
 import difflib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -94,10 +96,30 @@ def first_names(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error: the known names most similar to an unknown one."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"choose one of {first_names(known)}"
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "2,000 classes"."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def absence(path: Path) -> str:
+    """Return why there is no file at a path, for a message: nothing is there, a link to nothing, or a pipe."""
+    if path.exists():
+        return "is neither a file nor a folder" if not path.is_dir() else "is a folder"
+    return f"is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "does not exist"
+
+
+def near_matches(word: str, known: Sequence[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the known words most similar to `word`; empty if none is similar, or if it starts several of them."""
+    if sum(each.startswith(f"{word}_") for each in known) > 1:
+        return []
+    return difflib.get_close_matches(word, known, n=count, cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Sequence[str], otherwise: str | None = None) -> str:
+    """Return the end of an error: the known names most similar to an unknown one, or the alternative to none."""
+    if close := near_matches(name, known, 3, 0.5):
+        return f"did you mean {' or '.join(close)}?"
+    return f"choose one of {first_names(known)}" if otherwise is None else otherwise
 
 
 def check_command(module: str, commands: Sequence[str]) -> None:
@@ -105,7 +127,7 @@ def check_command(module: str, commands: Sequence[str]) -> None:
     package, _, name = module.partition(".")
     if name in commands:
         return
-    close = difflib.get_close_matches(name.rpartition(".")[2], commands, n=1)
+    close = near_matches(name.rpartition(".")[2], commands)
     hint = f"did you mean {package}.{close[0]}? The" if close else "the"
     known = ", ".join(f"{package}.{command}" for command in commands)
     sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json`, tables and pictures into the output folder, and return the metrics."""
     folder = Path(cfg.run_dir)
-    for name in ("run", "ckpt"):
-        if cfg.analytic and cfg[name] is not None:
+    for name in ("run", "ckpt", "init_from.path"):
+        if cfg.analytic and OmegaConf.select(cfg, name) is not None:
             raise UsageError(f"{name}=... and analytic=..., which needs no run, exclude each other; leave one out")
     if cfg.analytic and rank() > 0:
         return {}
@@ -42,7 +42,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         from src.runs import out_of_memory
         from src.runs.open import configure_inference, open_run, pick_device
 
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder)
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder, cfg.init_from)
         configure_inference(opened, cfg.precision, cfg.compile)
         samplers = build_samplers(cfg, opened)
         if rank() == 0:  # prepares the data for the other processes

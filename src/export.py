@@ -34,13 +34,13 @@ def export(cfg: DictConfig) -> Path:
 
     with usage_errors():
         check_hub(cfg)
-        find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
+        find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
         check_packages(cfg.format)
         if cfg.aot:
             from src.training.compile import check_compiler
 
             check_compiler("aot")
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust)
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from)
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
@@ -145,6 +145,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     """
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
+    from src.interop.hub_models import SIDECAR
     from src.runs.components import sampler_settings
     from src.runs.open import sampler_of
 
@@ -161,7 +162,9 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
             *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
         )
         write_pipeline(start_output(folder), pipeline)
-    write_exported(folder / "training.safetensors", {TIME: module.net.state_dict()[TIME]}, opened.averaged, config)
+    weights = module.state_dict()
+    kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
+    write_exported(folder / SIDECAR, kept, opened.averaged, config)
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
 
 

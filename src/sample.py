@@ -31,9 +31,9 @@ def sample(cfg: DictConfig) -> Path:
     from src.runs.sampling import draw_batches, read_prompts, resize_samples, write_samples
 
     with usage_errors():
-        find_checkpoint(cfg.run, cfg.ckpt)  # before the slow imports
+        find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
         check_values(cfg)
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder)
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder, init_from=cfg.init_from)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.get("guidance"))

@@ -11,7 +11,7 @@ from src.config.cli import launch
 from src.config.output import relative
 from src.config.search_path import search_path_overrides
 from src.distributed.ranks import Interruption, handle_signals, rank
-from src.errors import UsageError, memory_errors, usage_errors
+from src.errors import UsageError, counted, memory_errors, usage_errors
 from src.quoting import command, format_override
 from src.runs.resolve import finished_job
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint
@@ -100,18 +100,20 @@ def print_training_summary(run: "Run") -> None:
     if summary := getattr(run.data.source, "summary", ""):
         print_once(f"Data: {summary}")
     parameters = sum(p.numel() for p in run.module.net.parameters())
+    trained = sum(p.numel() for p in run.module.net.parameters() if p.requires_grad)
+    part = f", {trained / 1e6:.3g} M trained" if trained < parameters else ""
     devices = run.trainer.num_devices * run.trainer.num_nodes
     count, epoch = len(run.data.train_indices), len(run.data.training_indices())
     repeated = f" ({epoch} with repeats)" if epoch != count else ""
-    steps, resumed = f"{run.trainer.max_steps} steps of {run.data.batch_size}", run.resume_from
+    steps, resumed = f"{counted(run.trainer.max_steps, 'step')} of {run.data.batch_size}", run.resume_from
     for budget in run.callbacks(TimeBudget):
         if budget.minutes is not None:
             steps = f"{'at most ' if budget.num_steps is None else ''}{steps} in {budget.minutes:g} minutes"
     if run.initial:
         print_once(f"Start: {run.initial}")
     print_once(
-        f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters) on "
-        f"{count or 'the'} samples{repeated} of shape {run.module.shape}, {steps}"
+        f"Training {type(run.module.net).__name__} ({parameters / 1e6:.2f} M parameters{part}) on "
+        f"{counted(count, 'sample') if count else 'the samples'}{repeated} of shape {run.module.shape}, {steps}"
         f"{f', resumed from {resumed.name}' if resumed else ''}, "
         f"on {devices} x {run.trainer.strategy.root_device.type}, into {relative(run.directory)}"
     )
@@ -121,7 +123,7 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
     """Print the validation loss, the files to look at and the command that samples."""
     from src.runs.fit import is_time_over
 
-    steps = f"{metrics['steps']} step{'' if metrics['steps'] == 1 else 's'}"
+    steps = counted(int(metrics["steps"]), "step")
     loss = f"val/loss {metrics['val/loss']:.4g}" if "val/loss" in metrics else "not validated"
     if run.config.trainer.get("fast_dev_run"):
         print_once(f"Done: trainer.fast_dev_run tried {steps}, {loss}. No checkpoint and no metrics.json was written.")

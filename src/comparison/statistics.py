@@ -12,7 +12,18 @@ from src.comparison.grouping import LOSS_KEYS, Group, differing_in
 from src.viz.tables import better_direction, format_number, metric_title
 
 ALPHA = 0.05  # significance level: the probability of a false positive in a family of tests
-MAIN = ("fid", "fd_classifier", "fd_dinov2", "fd_", "sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss")
+MAIN = (
+    "fid",
+    "fd_classifier",
+    "fd_dinov2",
+    "kd_efficientnet",
+    "fd_",
+    "sliced_wasserstein",
+    "bits_per_dim",
+    "kid",
+    "kd_",
+    "val/loss",
+)
 """Metrics in the order of priority for the headline."""
 
 Verdict = Literal["best", "significant", "not significant", "single seed"]

@@ -1,6 +1,5 @@
 """Check a configuration against the signatures of its targets before anything is built."""
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -11,22 +10,29 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig
-from omegaconf.errors import InterpolationKeyError
 
-from src.errors import sentence
+from src.config.compose import setting_names
+from src.config.rules import check_resolved
+from src.errors import first_names, near_matches, sentence
 
 GRID_SETTINGS = ("steps", "spacing")
 """Settings of a sampler's YAML that define the time grid and are not arguments of its function."""
+PASSED_BY_CODE = {"lr_scheduler": 2}
+"""Number of arguments, the first ones, with which code calls the target of a `_partial_` node; 1 for other nodes."""
 
 
 def check_arguments(cfg: DictConfig, name: str = "") -> None:
     """Check every node with a `_target_` against the target's signature.
 
-    Raises ValueError for unknown arguments and for values that do not match the annotated type.
+    Raises ValueError for unknown arguments, values that do not match the annotated type, and, in a whole configuration,
+    values that are missing or cannot be resolved.
     """
+    if not name:
+        check_resolved(cfg, setting_names(cfg))
     if "_target_" in cfg:
         target = import_target(f"{name}._target_", str(cfg._target_))
-        parameters = inspect.signature(target).parameters
+        by_code = PASSED_BY_CODE.get(name, 1) if cfg.get("_partial_") else 0
+        parameters = dict(list(inspect.signature(target).parameters.items())[by_code:])
         hints = _hints(target)
         keys = [key for key in map(str, cfg) if not key.startswith("_")]
         if name == "sampler":
@@ -38,14 +44,7 @@ def check_arguments(cfg: DictConfig, name: str = "") -> None:
             raise ValueError(_unknown_arguments(cfg, name, unknown, parameters))
         for key in keys:
             dotted = f"{name}.{key}"
-            try:
-                value = cfg[key]
-            except InterpolationKeyError as error:
-                absent = str(error).split("'")[1]
-                raise ValueError(
-                    f"{dotted} refers to {absent}, which the configuration lacks; choose a model that fits the data: "
-                    "model=mlp for points, model=unet_* for images"
-                ) from error
+            value = cfg[key]
             if isinstance(value, DictConfig) or (name == "trainer" and value is None):  # Lightning's default
                 continue
             if key in hints and not _matches(value, hints[key]):
@@ -82,8 +81,9 @@ def _unknown_arguments(cfg: DictConfig, name: str, unknown: Sequence[str], param
     ours = str(cfg._target_).startswith("src.")
     known = [k for k, p in parameters.items() if p.default is not p.empty or not ours]
     known += GRID_SETTINGS if name == "sampler" else ()
-    close = difflib.get_close_matches(unknown[0], known, n=1) if len(unknown) == 1 else []
-    hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {', '.join(known[:12])}"
+    known = [*(key for key in map(str, cfg) if key in known), *(k for k in known if k not in cfg)]  # as in the YAML
+    close = near_matches(unknown[0], known) if len(unknown) == 1 else []
+    hint = f"did you mean {name}.{close[0]}?" if close else f"it takes {first_names(known, 12)}"
     removable = [f"~{name}.{key}" for key in unknown if cfg[key] is not None]  # another option may set them
     if removable and not close:
         hint += f"; if another option sets it, type {' '.join(removable)}"

@@ -92,33 +92,57 @@ def _launch(
     config_name: str, task: Callable[[DictConfig], Any], together: str | None, interruption: Interruption
 ) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"\nwarning: {message}\n"  # without file and line
-    deferred: DeferredOutput | None = None
-    folder = Path()
     try:
-        overrides, words = split_arguments(sys.argv[1:])
-        if "--version" in words:
-            print(f"{src.NAME} {src.__version__}")
-            return
-        flags = get_args_parser().parse_args([*words, *overrides])
-        check_flags(flags)
-        flags.multirun = flags.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN"
-        added = extra_folders(overrides, flags.config_dir)
-        if flags.help:
-            folders = config_folders(added)
-            typed = chosen_options(config_name, choose_none(overrides, folders), added)
-            print(help_text(config_name, config_groups(folders), typed, folders))
-            return
-        if flags.config_path or flags.config_name:
-            check_config_flags(config_name, flags, added)
-        overrides, deferred, folder = _prepare(config_name, overrides, flags, added, together)
-        if flags.config_path and Path(flags.config_path).is_dir():  # Hydra would look next to this file
-            words += ["--config-path", str(Path(flags.config_path).resolve())]
-        sys.argv[1:] = [*words, *overrides]
+        read = _read_command_line(config_name, together)
     except UsageError as error:
         sys.exit(_report(error))
-
-    program = sys.modules["__main__"].__spec__, sys.argv[0]
+    if read is None:
+        return
+    flags, deferred = read
     full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    job = _job(task, deferred, full_error, interruption)
+    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)(job)
+    if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
+        with print_at_end():
+            run()
+    elif flags.multirun and deferred:
+        _run_sweep(run, deferred, full_error)
+    else:
+        run()
+
+
+def _read_command_line(config_name: str, together: str | None) -> tuple[Namespace, DeferredOutput | None] | None:
+    """Check sys.argv and leave there what Hydra needs; return the flags and the deferred output.
+
+    Prints the version or the help, if typed, and returns None. Raises UsageError.
+    """
+    overrides, words = split_arguments(sys.argv[1:])
+    if "--version" in words:
+        print(f"{src.NAME} {src.__version__}")
+        return None
+    flags = get_args_parser().parse_args([*words, *overrides])
+    check_flags(flags)
+    flags.multirun = flags.multirun or last_value(overrides, "hydra.mode") == "MULTIRUN"
+    added = extra_folders(overrides, flags.config_dir)
+    if flags.help:
+        folders = config_folders(added)
+        typed = chosen_options(config_name, choose_none(overrides, folders), added)
+        print(help_text(config_name, config_groups(folders), typed, folders))
+        return None
+    if flags.config_path or flags.config_name:
+        check_config_flags(config_name, flags, added)
+    overrides, deferred = _prepare(config_name, overrides, flags, added, together)
+    if flags.config_path and Path(flags.config_path).is_dir():  # Hydra would look next to this file
+        words += ["--config-path", str(Path(flags.config_path).resolve())]
+    sys.argv[1:] = [*words, *overrides]
+    return flags, deferred
+
+
+def _job(
+    task: Callable[[DictConfig], Any], deferred: DeferredOutput | None, full_error: bool, interruption: Interruption
+) -> Callable[[DictConfig], Any]:
+    """Return the function that Hydra calls for each job. It exits with status 2 on a UsageError of a single run."""
+    program = sys.modules["__main__"].__spec__, sys.argv[0]
 
     def run_task(cfg: DictConfig) -> Any:
         absolute_paths(cfg)
@@ -150,19 +174,16 @@ def _launch(
                 with suppress(OSError):  # fails if the job wrote into its folder
                     Path(HydraConfig.get().runtime.output_dir).rmdir()
 
-    run = hydra.main(version_base="1.3", config_path=str(CONF), config_name=flags.config_name or config_name)
-    if flags.cfg or flags.info or flags.hydra_help or flags.shell_completion:
-        with print_at_end():
-            run(run_task)()
-        return
-    if not (flags.multirun and deferred):
-        run(run_task)()
-        return
+    return run_task
+
+
+def _run_sweep(run: Callable[[], Any], deferred: DeferredOutput, full_error: bool) -> None:
+    """Run the jobs of a sweep; exit with status 2 if one was refused."""
     if not full_error:  # Hydra then raises a job's error here instead of exiting with status 1
         os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with preserve_sweep(folder, deferred.output_subdir), block_signals_of_workers(), one_line_per_refusal():
-            run(run_task)()
+        with preserve_sweep(deferred), block_signals_of_workers(), one_line_per_refusal():
+            run()
     except UsageError as error:
         if full_error:
             raise
@@ -174,8 +195,8 @@ def _launch(
 
 def _prepare(
     config_name: str, overrides: list[str], flags: Namespace, added: list[str], together: str | None
-) -> tuple[list[str], DeferredOutput | None, Path]:
-    """Return the overrides for Hydra, the deferred output and the output folder. Raises UsageError."""
+) -> tuple[list[str], DeferredOutput | None]:
+    """Return the overrides for Hydra and the deferred output. Raises UsageError."""
     if flags.experimental_rerun:
         raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
@@ -187,7 +208,7 @@ def _prepare(
     if rank() > 0:
         run_as_worker()
     if flags.hydra_help or flags.info or flags.shell_completion or flags.config_path or flags.config_name:
-        return overrides, None, Path()
+        return overrides, None
     if together and not flags.multirun:
         overrides = expand_grid(config_name, overrides, together, added)
     try:
@@ -196,10 +217,10 @@ def _prepare(
         raise explain_resume(error, config_name, typed, overrides, added) from error
     if flags.cfg:
         check_package(flags, cfg)
-        return overrides, None, Path()
-    overrides, deferred, folder = defer_output(cfg, overrides, flags.multirun)
+        return overrides, None
+    overrides, deferred = defer_output(cfg, overrides, flags.multirun)
     check_writable(overrides)
-    return overrides, deferred, folder
+    return overrides, deferred
 
 
 @contextmanager
@@ -300,7 +321,7 @@ def as_single_run(program: Program, full_error: bool) -> Iterator[None]:
     arguments, environment, spec = sys.argv, dict(os.environ), main.__spec__
     main.__spec__, sys.argv = program[0], [program[1], *HydraConfig.get().overrides.task]
     if not full_error:
-        os.environ.pop("HYDRA_FULL_ERROR", None)  # set by `_launch`
+        os.environ.pop("HYDRA_FULL_ERROR", None)  # set by `_run_sweep`
     try:
         yield
     finally:

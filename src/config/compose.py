@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import explain_key, renamed_key, run_folder
-from src.config.search_path import near_matches, unknown_option
-from src.errors import UsageError
+from src.config.search_path import unknown_option
+from src.errors import UsageError, first_line, near_matches
 from src.quoting import quoted, shell_word
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
@@ -40,6 +40,8 @@ def compose(
             message = f"src.{command} does not support {choice}, which needs {match[2]}; {fix}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
             message = _missing_plugin(*match.groups())
+        elif match := re.match(r"Error merging override (.*)", message):
+            message = f"{match[1]} has an invalid value ({first_line(error.__cause__ or error)}); correct it"
         elif match := re.search(r"Multiple values for (\S+)\. To override", message):
             message = f"{match[1]} is chosen already; type {match[1]}=... without the +"
         elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):

@@ -21,6 +21,7 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
+from src.data import PATH_KEYS
 from src.distributed.ranks import rank, record_missing_dirs
 from src.errors import UsageError, first_line
 
@@ -28,14 +29,14 @@ OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
 """Overrides that control Hydra's files in the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """Overrides that disable Hydra's output."""
-FILE_SETTINGS = (
-    *("data.root", "data.val_root", "data.path", "data.urls", "data.val_urls", "data.cache_dir", "schedule.betas"),
-    *("conditioning.encode.cache", "callbacks.quality.cache", "cache", "inception_weights", "guidance.model"),
-    *("resume", "init_from.path", "run", "ckpt", "runs"),
-)
-"""Settings of files and folders."""
 NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")
 """Settings whose value may be a file or folder, or something else, such as a name of the hub."""
+FILE_SETTINGS = (
+    *(name for name in PATH_KEYS if name not in NAME_OR_FILE and "data.source." not in name),  # those are in data.root
+    *("data.cache_dir", "schedule.betas", "conditioning.encode.cache", "callbacks.quality.cache", "cache"),
+    *("inception_weights", "guidance.model", "resume", "run", "ckpt", "runs"),
+)
+"""Settings of files and folders."""
 
 
 class DeferredOutput(NamedTuple):
@@ -46,6 +47,8 @@ class DeferredOutput(NamedTuple):
     """With interpolations unresolved."""
     overrides: list[str]
     """The typed overrides of these settings."""
+    folder: Path
+    """Of the run, or of the sweep."""
 
 
 class PendingOutput(NamedTuple):
@@ -61,8 +64,8 @@ class PendingOutput(NamedTuple):
 _pending: PendingOutput | None = None
 
 
-def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[list[str], DeferredOutput, Path]:
-    """Return overrides with which Hydra writes no output, the output that it would write, and the output folder.
+def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> tuple[list[str], DeferredOutput]:
+    """Return overrides with which Hydra writes no output, and the output that it would write.
 
     `cfg` is the composed configuration with Hydra's node. Records which of the output folder and its parents are
     missing. Raises UsageError if the name of the folder cannot be resolved.
@@ -70,19 +73,19 @@ def defer_output(cfg: DictConfig, overrides: Sequence[str], multirun: bool) -> t
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(cfg)  # the folder's name may contain `${hydra:...}`
     try:
-        folder = str(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
+        folder = Path(cfg.hydra.sweep.dir if multirun else cfg.hydra.run.dir)
     except OmegaConfBaseException as error:
         setting = "hydra.sweep.dir" if multirun else "hydra.run.dir"
         raise UsageError(f"{setting} cannot be resolved ({first_line(error)}); name a folder") from error
     finally:
         HydraConfig.instance().cfg = before
-    record_missing_dirs(Path(folder))
+    record_missing_dirs(folder)
     job_logging = OmegaConf.to_container(cfg.hydra.job_logging, resolve=False)
     assert isinstance(job_logging, dict)
     own = [o for o in overrides if OUTPUT_OVERRIDE.match(o)]
     kept = [o for o in overrides if not OUTPUT_OVERRIDE.match(o)]
-    deferred = DeferredOutput(cfg.hydra.output_subdir, {str(key): value for key, value in job_logging.items()}, own)
-    return [*kept, *NO_OUTPUT], deferred, Path(folder)
+    logged = {str(key): value for key, value in job_logging.items()}
+    return [*kept, *NO_OUTPUT], DeferredOutput(cfg.hydra.output_subdir, logged, own, folder)
 
 
 def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
@@ -152,14 +155,15 @@ def discard_output() -> None:
 
 
 @contextmanager
-def preserve_sweep(sweep: Path, subdir: str | None) -> Iterator[None]:
-    """Run a sweep in the folder `sweep`; restore the folder's own files if no job started.
+def preserve_sweep(deferred: DeferredOutput) -> Iterator[None]:
+    """Run a sweep in its folder; restore the folder's own files if no job started.
 
     Hydra writes `multirun.yaml` before the first job, so the file of an earlier start is moved away first.
     """
     if rank() > 0:
         yield
         return
+    sweep, subdir = deferred.folder, deferred.output_subdir
     file, aside = sweep / "multirun.yaml", sweep / ".multirun.yaml.before"
     if existed := file.is_file():
         os.replace(file, aside)

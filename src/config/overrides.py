@@ -1,27 +1,35 @@
 """Check overrides before any slow import: raise Hydra's errors with a hint about what to type instead."""
 
-import difflib
+import itertools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
-from src.config.rules import RECIPE, check_combinations, check_required, check_type, check_value, check_values
+from src.config.rules import (
+    RECIPE,
+    check_combinations,
+    check_required,
+    check_resolved,
+    check_type,
+    check_value,
+    check_values,
+)
 from src.config.search_path import CONF, config_folders, config_groups, load_option, unknown_option
 from src.config.words import parse_words, parsed
-from src.errors import UsageError, first_names
+from src.errors import UsageError, first_names, near_matches
 from src.quoting import format_override, shell_word
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
@@ -96,51 +104,107 @@ def check_overrides(
 ) -> DictConfig:
     """Check overrides and return the composed configuration, with Hydra's own node; of a sweep, its first job.
 
-    `added` are the folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and
-    for invalid values.
+    Every value of a sweep is checked, and one job for each combination of swept options of groups. `added` are the
+    folders that Hydra searches besides conf/. Raises UsageError for overrides that Hydra rejects and for invalid
+    values.
     """
-    groups = config_groups(folders := config_folders(added))
-    read = parse_words(config_name, overrides, groups)
-    foreign = any("pkg://" in each for each in added)  # options in a package cannot be listed here
-    choices = _choices(read, groups, folders, foreign)
+    command = _Command(config_name, multirun, added, config_groups(config_folders(added)))
+    read = parse_words(config_name, overrides, command.groups)
+    first, *others = _jobs(read, command.groups) if multirun else [read]
+    base, final = _compose_job(command, first)
+    _check_composed(command, first, base, final)
+    check_resolved(final, [o.key_or_group for o in read if _is_hydras(o) and "${" in str(o.input_line)])
+    for job in others:
+        try:
+            _check_composed(command, job, *_compose_job(command, job, base))
+        except UsageError as error:
+            raise UsageError(f"{' '.join(str(o.input_line) for o in job if o not in read)}: {error}") from error
+    params = (final.hydra.sweeper.get("params") if multirun else None) or {}
+    preset = [f"{name}={value}" for name, value in params.items()]
+    if missing := [each for each in preset if key_of(each) not in {o.key_or_group for o in read}]:
+        return check_overrides(config_name, [*missing, *overrides], multirun, added)
+    return final
+
+
+class _Command(NamedTuple):
+    """A command whose overrides are checked: the folders `added` to Hydra's search path, the options of all groups."""
+
+    name: str
+    multirun: bool
+    added: Sequence[str]
+    groups: dict[str, list[str]]
+
+
+def _jobs(read: Sequence[Override], groups: Mapping[str, Sequence[str]]) -> Iterator[list[Override]]:
+    """Yield the overrides of a job for each combination of swept options of groups; sweeps of settings stay."""
+    values = [
+        [parsed(f"{override.get_key_element()}={value}") for value in override.sweep_string_iterator()]
+        if override.key_or_group in groups and override.is_discrete_sweep()
+        else [override]
+        for override in read
+    ]
+    yield from map(list, itertools.product(*values))
+
+
+def _compose_job(
+    command: _Command, read: Sequence[Override], base: DictConfig | None = None
+) -> tuple[DictConfig, DictConfig]:
+    """Return the configuration of a job without its settings, or `base` of an earlier job, and with them.
+
+    With `base` Hydra's own settings are those of the default. Raises UsageError for an unknown key.
+    """
+    name, _, added, groups = command
+    choices = _choices(read, groups, added)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        base = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+        if base is not None:
+            return base, _compose_cached(name, tuple(_first_value(o) for o in read if not _is_hydras(o)), tuple(added))
+        base = _compose_cached(name, tuple(map(_first_value, choices)), tuple(added))
         for override in read:
-            _check_sweep(override, read, multirun, groups, base)
-            if override.key_or_group not in groups and not override.key_or_group.startswith("hydra"):
+            _check_sweep(command, override, read, base)
+            if override.key_or_group not in groups and not _is_hydras(override):
                 _check_key(override, read, base, groups)
-        final = deepcopy(base)  # right if every override chooses options of a group
-        if len(choices) < len(read):
-            final = compose(config_name, [_first_value(o) for o in read], added, setting_names(base), groups)
+        if len(choices) == len(read):
+            return base, deepcopy(base)
+        return base, compose(name, list(map(_first_value, read)), added, setting_names(base), groups)
+
+
+def _check_typed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
+    """Raise UsageError for a typed value of a wrong type or outside its range, and for a setting without effect."""
     plain, composed = (OmegaConf.to_container(each, resolve=False) for each in (base, final))
     for override in read:
-        name = override.key_or_group
-        if name not in groups and not name.startswith("hydra") and not override.is_delete():
-            default = _select(plain, name)
-            if default == f"${{{SUGGESTED.get(name)}}}":
-                default = _select(plain, SUGGESTED[name])
-            for value in _values(override):
-                typed = "" if override.is_sweep_override() else str(override.input_line).partition("=")[2]
+        name = str(override.key_or_group)
+        if name in command.groups or override.is_delete() or name.startswith("hydra/"):
+            continue
+        parent, _, key = name.rpartition(".")
+        argument = f"{_select(composed, f'{parent}._target_')}.{key}"
+        default = _select(plain, name)
+        if default == f"${{{SUGGESTED.get(name)}}}":
+            default = _select(plain, SUGGESTED[name])
+        for value in _values(override):
+            typed = "" if override.is_sweep_override() else str(override.input_line).partition("=")[2]
+            if not name.startswith("hydra."):
                 check_type(name, default, value, typed)
-                check_value(name, value)
-            if name in RECIPE and f"${{{name}}}" not in str(composed):
-                warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=2)
-    last = {override.key_or_group: override for override in read}
-    if "data.root" in last and not multirun and _select(plain, "data._target_") and _select(plain, "data.root") is None:
-        line, choice = last["data.root"].input_line, base.hydra.runtime.choices.data
+            check_value(name, value, argument)
+        if name in RECIPE and f"${{{name}}}" not in str(composed):
+            warnings.warn(f"{override.input_line} has no effect; set {RECIPE[name]}", stacklevel=3)
+    line = next((o.input_line for o in reversed(read) if o.key_or_group == "data.root"), None)
+    if line and not command.multirun and _select(plain, "data._target_") and _select(plain, "data.root") is None:
+        choice = base.hydra.runtime.choices.data
         raise UsageError(f"{line} has no effect with data={choice}, which has no files; add data=folder")
-    check_required(config_name, base, final)
+
+
+def _check_composed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
+    """Raise UsageError for settings that are invalid, missing, or exclude each other."""
+    _check_typed(command, read, base, final)
+    check_required(command.name, base, final)
+    last = {str(override.key_or_group): override for override in read}
     names = {name for name, override in last.items() if override.value() is not None}
-    if "sweep" in names and not multirun and "resume" not in names:  # resuming a job of a sweep repeats its overrides
+    if "sweep" in names and not (command.multirun or "resume" in names):  # a resumed job of a sweep repeats it
         raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
-    check_combinations(config_name, names, task)
-    for name in setting_names(task):
-        parent, _, key = name.rpartition(".")
-        if OmegaConf.is_missing(OmegaConf.select(task, parent) if parent else task, key):
-            raise UsageError(f"{name} has no default; add {name}=...")
-    check_values(task)
-    return final
+    check_combinations(command.name, names, task)
+    check_resolved(task, setting_names(task))
+    check_values(task, command.name)
 
 
 def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -148,24 +212,23 @@ def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[s
 
     Raises UsageError for an unknown option, and for an override that Hydra cannot parse.
     """
-    groups = config_groups(folders := config_folders(added))
-    read = parse_words(config_name, overrides, groups)
-    choices = _choices(read, groups, folders, any("pkg://" in each for each in added))
+    groups = config_groups(config_folders(added))
+    choices = _choices(parse_words(config_name, overrides, groups), groups, added)
     if not choices:
         return {}
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = _compose_choices(config_name, tuple(map(_first_value, choices)), tuple(added))
+        composed = _compose_cached(config_name, tuple(map(_first_value, choices)), tuple(added))
     chosen = {str(group): [str(option)] for group, option in composed.hydra.runtime.choices.items()}
     return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options
 
 
-def _choices(
-    read: Sequence[Override], groups: dict[str, list[str]], folders: Sequence[Path], anywhere: bool
-) -> list[Override]:
-    """Return the overrides that choose an option; `anywhere` allows options that are in none of the `folders`.
+def _choices(read: Sequence[Override], groups: dict[str, list[str]], added: Sequence[str]) -> list[Override]:
+    """Return the overrides that choose an option.
 
     Raises UsageError for an unknown option, and for several options of a group that takes one.
     """
+    folders = config_folders(added)
+    anywhere = any("pkg://" in each for each in added)  # options in a package cannot be listed here
     choices = [override for override in read if override.key_or_group in groups and _chooses(override)]
     for override in choices:
         name, options = override.key_or_group, _options(override)
@@ -181,10 +244,10 @@ def _choices(
     return choices
 
 
-@lru_cache(maxsize=32)
-def _compose_choices(config_name: str, choices: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
-    """Compose these options of groups, once for all jobs of a sweep."""
-    return compose(config_name, choices, added, (), config_groups(config_folders(added)))
+@lru_cache(maxsize=64)
+def _compose_cached(config_name: str, overrides: tuple[str, ...], added: tuple[str, ...]) -> DictConfig:
+    """Compose a configuration, once for all that ask for these overrides."""
+    return compose(config_name, overrides, added, (), config_groups(config_folders(added)))
 
 
 def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: Sequence[str] = ()) -> list[str]:
@@ -213,15 +276,17 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     return [*rest, f"{group}s=[{','.join(f'{{{item}}}' for item in items)}]"]
 
 
-def _check_sweep(
-    override: Override, read: Sequence[Override], multirun: bool, groups: dict[str, list[str]], base: DictConfig
-) -> None:
-    """Raise UsageError for a sweep without -m, and for an interval without a sweeper that searches it."""
-    if override.is_interval_sweep() and not {"hydra/sweeper", "sweep"} & {o.key_or_group for o in read}:
+def _check_sweep(command: _Command, override: Override, read: Sequence[Override], base: DictConfig) -> None:
+    """Raise UsageError for a sweep without -m or without a sweeper for it, and for values of a sweep set to null."""
+    is_params = re.match(r"hydra\.sweeper\.params\b", override.key_or_group) and override.value() is not None
+    if is_params and base.hydra.sweeper.get("params") is None:
+        raise UsageError(f"{override.input_line} is for configuration files; type the values, as in -m seed=0,1")
+    is_basic = base.hydra.sweeper._target_.endswith(".BasicSweeper")
+    if override.is_interval_sweep() and is_basic and "hydra/sweeper" not in {o.key_or_group for o in read}:
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
-    if override.is_sweep_override() and not multirun:
+    if override.is_sweep_override() and not command.multirun:
         name, _, value = str(override.input_line).partition("=")
-        as_text = "" if name in groups else f", or type {format_override(name, value)} if it is one value"
+        as_text = "" if name in command.groups else f", or type {format_override(name, value)} if it is one value"
         default = OmegaConf.select(base, name, throw_on_missing=False, throw_on_resolution_failure=False)
         if override.is_choice_sweep() and (isinstance(default, ListConfig) or name in LISTS):
             raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
@@ -251,7 +316,7 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
         raise UsageError(f"{line}: {target} has no argument '{last}'; {fix}")
     if override.is_add() or override.is_force_add():
         added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
-        if hint and not added_node and difflib.get_close_matches(key, [*names, *groups], n=1, cutoff=0.8):
+        if hint and not added_node and near_matches(key, [*names, *groups], cutoff=0.8):
             warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
     elif other or (target and not hint):
         fix = other or f"type {shell_word(f'+{line}')} if {target} has this argument"
@@ -282,6 +347,11 @@ def _other_option(key: str, groups: dict[str, list[str]]) -> str:
     return f"{first_names(found, 3)} {'has' if len(found) == 1 else 'have'} it: choose one" if found else ""
 
 
+def _is_hydras(override: Override) -> bool:
+    """Return whether an override is of Hydra's own settings."""
+    return str(override.key_or_group).startswith(("hydra.", "hydra/"))
+
+
 def _select(plain: Any, name: str) -> Any:
     """Return the value at a dotted name in nested dictionaries; None if there is none."""
     for part in name.split("."):
@@ -307,17 +377,14 @@ def _first_value(override: Override) -> str:
     """Return the override; for a sweep, the override with its first value."""
     if not override.is_sweep_override():
         return str(override.input_line)
-    prefix = {"ADD": "+", "FORCE_ADD": "++"}.get(override.type.name if override.type else "", "")
     value = override.value()
     first = value.start if isinstance(value, IntervalSweep) else next(iter(override.sweep_string_iterator()))
-    return f"{prefix}{override.key_or_group}={first}"
+    return f"{override.get_key_element()}={first}"
 
 
 def _values(override: Override) -> list[Any]:
-    """Return the value of an override, or the values of a sweep; for a range or an interval, its ends."""
+    """Return the value of an override, or the values of a sweep; for an interval, its ends."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         return [value.start, value.end]
-    if isinstance(value, RangeSweep):
-        return [value.start]
     return list(override.sweep_iterator(Override._convert_value)) if override.is_sweep_override() else [value]

@@ -1,6 +1,5 @@
 """Find the run that `resume=...` names and the overrides that started it."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from src.config.overrides import check_overrides, key_of, last_value
 from src.config.search_path import CONF
 from src.config.words import parsed
 from src.data import PATH_KEYS
-from src.errors import UsageError, first_line
+from src.errors import UsageError, first_line, near_matches
 from src.quoting import format_override, quoted, shell_word
 
 NAME_KEYS = (
@@ -244,5 +243,5 @@ def newest_run(name: str, folder: Path) -> str:
 
 def path_hint(path: Path, name: str, pattern: str) -> str:
     """Return the end of an error: the file next to `path` with the most similar name; empty if there is none."""
-    close = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=1)
+    close = near_matches(path.name, [each.name for each in path.parent.glob(pattern)])
     return f"; did you mean {format_override(name, path.parent / close[0])}?" if close else ""

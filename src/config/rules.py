@@ -3,14 +3,15 @@
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from src.config.keys import FOREIGN_VALUES
-from src.errors import UsageError
+from src.errors import UsageError, did_you_mean, first_line
 
 RANGES = {
     # Every command.
@@ -27,12 +28,21 @@ RANGES = {
     "sampler.s_tmax": "[0, inf]",
     "sampler.s_noise": "[0, inf)",
     "guidance.rescale": "[0, 1]",
-    "schedule.num_steps": "[1, inf)",
+    "guidance.scale": "[0, inf): 1 turns guidance off",
+    "schedule.num_steps": "[2, inf): 1000 is usual",
+    "src.diffusion.schedules.*.num_steps": "[10, 10000]: 1000 is usual (sampler.steps sets the sampling steps)",
     "snr_shift": "(0, inf)",
+    "hydra.sweeper.max_batch_size": "[1, inf)",
+    "hydra.sweeper.n_jobs": "[1, inf)",
+    "hydra.sweeper.n_trials": "[1, inf)",
     # Training.
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
     "lr_scheduler.warmup_steps": "[0, inf)",
+    "lr_multipliers.*": "(0, inf): freeze=[...] excludes weights from training",
+    "lora.rank": "[1, inf)",
+    "lora.alpha": "(0, inf)",
+    "lora.dropout": "[0, 1)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
@@ -41,11 +51,13 @@ RANGES = {
     "data.edm_augment": "[0, 1]: 0.12 is usual, 0 turns it off",
     "data.color_jitter.hue": "[0, 0.5]",
     "data.color_jitter.*": "[0, inf)",
-    "data.num_samples": "[1, inf)",
+    "data.num_samples": "[2, inf)",
+    "data.source.num_samples": "[2, inf)",
+    "data.source.max_samples": "[2, inf)",
     "model.dropout": "[0, 1)",
     "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
     "diffusion.clip_x0": "(0, inf)",
-    "diffusion.dynamic_threshold": "(0, 1]",
+    "diffusion.dynamic_threshold": "(0, 1): 0.995 is usual",
     "diffusion.sigma_data": "(0, inf)",
     "callbacks.ema.decay": "[0, 1)",
     "callbacks.nan_guard.lr_factor": "(0, 1]",
@@ -60,18 +72,21 @@ RANGES = {
     "trainer.num_nodes": "[1, inf)",
     "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
-    "max_features": "[1, inf)",
-    "num_memorization": "[0, inf)",
+    "evaluate.n": "[10, inf)",
+    "compare.n": "[10, inf)",
+    "max_features": "[10, inf)",
+    "num_memorization": "[10, inf)",
     "num_val": "[1, inf)",
     "num_terms": "[1, inf)",
     "ode_tolerance": "(0, inf)",
-    "alignment.n": "[1, inf)",
+    "alignment.n": "[2, inf)",
     "alignment.detector_steps": "[1, inf)",
     "analytic_samples": "[10, inf)",
     "num_steps": "[10, 10000]: 1000 is usual",
     "frames": "[2, inf)",
 }
-"""Interval of each number, by setting, by pattern, or by argument of a `_target_`; a comment may follow a colon."""
+"""Interval of each number, by setting or argument of a `_target_` or command, or by pattern; a comment may follow a
+colon. The constructors repeat them for whoever calls them from Python."""
 
 RECIPE = {
     "recipe.lr": "optimizer.lr",
@@ -90,7 +105,7 @@ CHOICES = {
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
-    "features": ("classifier", "pixels", "inception", "dinov2"),
+    "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
     "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
@@ -116,6 +131,8 @@ EXAMPLES = {
     "num_val": 1000,
     "num_terms": 50,
     "alignment.n": 200,
+    "freeze": ["time.*"],
+    "lr_multipliers": {"down.*": 0.1},
     "samplers": [{"sampler": "ddim", "steps": 10}],
 }
 """Values of the right type for settings whose default is null."""
@@ -131,13 +148,19 @@ ALLOW_INFINITE = ("guidance.interval",)
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
 
-def check_values(cfg: DictConfig) -> None:
-    """Raise UsageError for a value of a composed configuration outside RANGES or CHOICES.
+def check_values(cfg: DictConfig, command: str = "") -> None:
+    """Raise UsageError for a value of the composed configuration of a command outside RANGES or CHOICES.
 
     A node with a `_target_` of another package is not checked, except an optimizer of torch.
     """
     for name, value, argument in _leaves(cfg):
-        check_value(name, value, argument)
+        check_value(name, value, argument or f"{command}.{name}")
+
+
+@cache
+def _rule(name: str) -> str | None:
+    """Return the interval of a setting or argument; None if it has none."""
+    return RANGES.get(name) or next((RANGES[p] for p in RANGES if "*" in p and fnmatch.fnmatchcase(name, p)), None)
 
 
 def check_value(name: str, value: Any, argument: str = "") -> None:
@@ -145,8 +168,7 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
 
     Values of another type, such as null or auto, have no range.
     """
-    patterns = (RANGES[p] for p in RANGES if "*" in p and fnmatch.fnmatchcase(name, p))
-    rule = RANGES.get(argument) or RANGES.get(name) or next(patterns, None)
+    rule = _rule(argument) or _rule(name)
     if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
         at_least = rule.removeprefix("[").removesuffix(", inf)")
         wanted = f"at least {at_least}" if f"[{at_least}, inf)" == rule else f"in {rule}"
@@ -231,6 +253,35 @@ def _check_finite(name: str, default: Any, value: Any) -> None:
             raise UsageError(f"{name}={value} must be a finite number")
 
 
+def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
+    """Raise UsageError for a setting without a value, and for an interpolation that no running job can resolve."""
+    for name in names:
+        parent, _, key = name.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not isinstance(node, DictConfig) or node._get_node(key) is None:  # a key with a dot, as of a column
+            continue
+        if OmegaConf.is_missing(node, key):
+            raise UsageError(f"{name} has no default; add {name}=...")
+        try:
+            if isinstance(value := node[key], ListConfig):
+                OmegaConf.to_container(value, resolve=True)
+        except InterpolationToMissingValueError:  # of a setting that is in `names`, too
+            continue
+        except OmegaConfBaseException as error:
+            reason = first_line(error)
+            if re.search(r"hydra$|HydraConfig", reason):  # which only a running job has
+                continue
+            plain: Any = OmegaConf.to_container(node, resolve=False)
+            if not isinstance(error, InterpolationKeyError):
+                raise UsageError(f"{name}={plain[key]} cannot be resolved ({reason}); correct it") from error
+            absent = reason.split("'")[1]
+            fix = did_you_mean(absent, names, "correct it; --help lists the settings")
+            if name.startswith("model.") and absent.startswith("data."):
+                fix = "choose a model that fits the data: model=mlp for points, model=unet_* for images"
+            message = f"{name}={plain[key]} refers to {absent}, which the configuration lacks; {fix}"
+            raise UsageError(message) from error
+
+
 def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:
     """Raise UsageError for a default setting that `cfg` lacks, or a default node that has lost its `_target_`."""
     for name in map(str, default.keys() - set(OPTIONAL)):
@@ -278,4 +329,4 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]
         if isinstance(value, DictConfig):
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value, f"{target}.{key}"
+            yield f"{prefix}{key}", value, f"{target}.{key}" if target else ""

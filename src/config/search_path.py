@@ -1,6 +1,5 @@
 """The folders of config groups: conf/, and those of --config-dir and hydra.searchpath."""
 
-import difflib
 import importlib.util
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
-from src.errors import UsageError, did_you_mean
+from src.errors import UsageError, did_you_mean, near_matches
 from src.quoting import command as command_line
 from src.quoting import format_override, shell_word
 
@@ -122,13 +121,6 @@ def load_option(group: str, name: str) -> DictConfig:
             assert isinstance(merged, DictConfig)
             return merged
     raise ValueError(unknown_option(group, name, config_groups()[group]))
-
-
-def near_matches(word: str, known: Sequence[str], cutoff: float = 0.6) -> list[str]:
-    """Return the known word most similar to `word`; empty if none is similar, or if it starts several of them."""
-    if sum(each.startswith(f"{word}_") for each in known) > 1:
-        return []
-    return difflib.get_close_matches(word, known, n=1, cutoff=cutoff)
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:

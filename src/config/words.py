@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import run_folder
+from src.config.search_path import config_groups
 from src.errors import UsageError, did_you_mean, first_line
 from src.quoting import format_override, shell_word
 
@@ -78,9 +79,18 @@ def check_package(flags: Namespace, cfg: DictConfig) -> None:
     raise UsageError(f"--package {flags.package} must be a node of the configuration; {hint}")
 
 
+class _Options:
+    """What Hydra's parser needs of a configuration loader, for `glob(...)`: the options of a group."""
+
+    def get_group_options(self, group_name: str, results_filter: object = None) -> list[str]:
+        return config_groups().get(group_name, [])
+
+
 def parsed(override: str) -> Override:
     """Return an override as Hydra parses it. Raises HydraException if Hydra cannot parse it."""
-    return OverridesParser.create().parse_override(override)
+    read = OverridesParser.create().parse_override(override)
+    read.config_loader = _Options()  # type: ignore[assignment]
+    return read
 
 
 def parse_words(config_name: str, words: Sequence[str], groups: dict[str, list[str]]) -> list[Override]:

@@ -14,11 +14,11 @@ import numpy as np
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
-from src.errors import first_names
+from src.errors import absence, first_names
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}
-KINDS = {1: "signals", 2: "images", 3: "volumes"}
+KINDS = {1: "signal", 2: "image", 3: "volume"}
 
 
 class Sample(NamedTuple):
@@ -82,6 +82,8 @@ def open_numpy(path: Path, key: str | None = None, setting: str = "data.root") -
 
     Raises ValueError for a file without numbers, or for an .npz file with several arrays without `key`.
     """
+    if not path.is_file():  # reading a pipe would wait forever
+        raise ValueError(f"{path} {absence(path)}; set {setting} to a .npy or .npz file")
     try:
         names = _names_in_npz(path) if zipfile.is_zipfile(path) else None
         problem = None if names is None else _problem_with_key(names, key)

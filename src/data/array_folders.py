@@ -1,6 +1,7 @@
 """Find the files of arrays: one file with all samples, or one file per sample, with the classes of the samples."""
 
 import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,14 +13,28 @@ from src.data.found_images import FoundImages, join, without_linked
 from src.data.label_table import find_tables, read_classes
 from src.data.layout import SPLITS
 from src.data.overlap import check_overlap
-from src.data.scan import find_images
+from src.data.scan import find_in
 from src.data.table_files import FILE_COLUMNS, read_table
 from src.errors import first_names
 from src.quoting import format_override
 
+LABEL_NAMES = {"label", "labels", "target", "targets"}
+"""Words in the names of files that hold the classes of the samples beside them, such as train_labels.npy."""
+
+
+def names_labels(name: str) -> bool:
+    """Return whether a file, by its path below a root, seems to hold the classes of samples beside it."""
+    return "/" not in name and not LABEL_NAMES.isdisjoint(re.split(r"[\W_]", PurePosixPath(name).stem.lower()))
+
+
+def labels_beside(path: Path) -> list[str]:
+    """Return the names of arrays that seem to be labels, in the folder of a file of all samples."""
+    names = (each.name for each in path.parent.iterdir() if each != path)
+    return sorted(name for name in names if is_array(name) and names_labels(name))
+
 
 def one_file(root: Any, labels: str | None) -> Path | None:
-    """Return the file with all samples: `root`, or its only file besides `labels`; None for one file per sample.
+    """Return the file with all samples: `root`, or its only file without labels; None for one file per sample.
 
     Folders that hold only one folder are passed through.
     """
@@ -28,19 +43,21 @@ def one_file(root: Any, labels: str | None) -> Path | None:
     path = Path(root)
     while path.is_dir():
         used = None if labels is None else os.path.abspath(path / labels)
-        hidden = (each for each in path.iterdir() if not each.name.startswith("."))
-        files = [each for each in hidden if os.path.abspath(each) != used and (each.is_dir() or is_array(each.name))]
-        if len(files) != 1:
+        shown = [each for each in path.iterdir() if not each.name.startswith(".")]
+        files = [each for each in shown if os.path.abspath(each) != used and (each.is_dir() or is_array(each.name))]
+        samples = [each for each in files if each.is_dir() or not names_labels(each.name)]
+        if len(samples or files) != 1:
             return None
-        path = files[0]
+        (path,) = samples or files
     return path if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES else None
 
 
-def find_arrays(root: Any, val_root: str | None, labels: str | None) -> FoundImages:
+def find_arrays(root: Any, val_root: str | None = None, labels: str | None = None) -> FoundImages:
     """Return the files of single samples under one or several roots; those of `val_root` are for validation only.
 
-    Files of `labels` are not samples. Raises FileNotFoundError for a missing folder, and ValueError without arrays, for
-    roots with the same files, and if one file has all samples of a split.
+    Files of `labels`, or files at the top whose names say that they hold labels, are not samples. Raises
+    FileNotFoundError for a missing folder, and ValueError without arrays, for roots with the same files, and if one
+    file has all samples of a split.
     """
     roots = [root] if root is None or isinstance(root, str | Path) else list(root)
     check_overlap([None if each is None else str(each) for each in roots], val_root)
@@ -49,22 +66,17 @@ def find_arrays(root: Any, val_root: str | None, labels: str | None) -> FoundIma
     if labels is not None:
         label_files = [Path(os.path.relpath(each / labels, each)).as_posix() for each in found.roots]
         samples = [name != label_files[k] for k, name in zip(found.which, found.names, strict=True)]
-        found = found.keep(samples, "labels").without_used([each / labels for each in found.roots])
+        found = found.keep(samples, "with labels").without_used([each / labels for each in found.roots])
+    elif any(samples := [not names_labels(name) for name in found.names]):
+        found = found.keep(samples, "with labels, for data.source.labels")
     found = without_linked(found)
     _check_one_sample_per_file(found)
     return found
 
 
 def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
-    path = Path(root or "")
-    setting = format_override(name, str(path.resolve()) if root else None)
     fix = f"set {name} to a .npy or .npz file, or to a folder, zip or tar file of .npy, .wav or .nii.gz files"
-    if root is None or not path.exists():
-        raise FileNotFoundError(f"{setting} does not exist; {fix}")
-    try:
-        return find_images(path, is_array, "array", None if val_root is None else Path(val_root))
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{setting}: {error}; {fix}") from error
+    return find_in(root, name, fix, val_root, is_array, "array")
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:

@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, 
 from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
-from src.data.pixel_store import default_cache_dir, store_key
+from src.data.pixel_store import default_cache_dir, fill_cache, store_key
 from src.errors import DataReadError
 from src.quoting import format_override
 
@@ -29,33 +29,20 @@ def decode_all(
 ) -> Path:
     """Decode all files once into the cache and return the folder with `samples.npy` and `about.json`.
 
-    The folder appears only when it is complete, even if a process is killed. One process decodes; others wait for it.
     Raises ValueError if the cache cannot be written, and DataReadError if no file can be read.
     """
-    from filelock import FileLock
-
     cache = default_cache_dir().with_name("arrays") if cache_dir is None else Path(cache_dir)
     folder = cache / store_key(found, (channels, size, key))
-    if (folder / "about.json").exists():
-        return folder
+    write = partial(_decode_into, found=found, channels=channels, size=size, key=key)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if (folder / "about.json").exists():
-                return folder
-            for left in cache.glob(f"{folder.name}.partial*"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            part = cache / f"{folder.name}.partial{os.getpid()}"
-            try:
-                part.mkdir()
-                _decode_into(part, found, channels, size, key)
-                os.replace(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        return _complete(folder) or fill_cache(folder, _complete, write)
     except OSError as error:
         setting = format_override("data.cache_dir", str(cache))
         raise ValueError(f"{setting} cannot hold the decoded files ({error}); set it to a folder with room") from error
-    return folder
+
+
+def _complete(folder: Path) -> Path | None:
+    return folder if (folder / "about.json").exists() else None
 
 
 def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[int, ...], key: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +18,7 @@ from src.data.array_files import (
     open_numpy,
     read_file,
 )
-from src.data.array_folders import find_arrays, labels_of_files, one_file, read_labels
+from src.data.array_folders import find_arrays, labels_beside, labels_of_files, one_file, read_labels
 from src.data.array_source import ArraySource, check_resolution, describe_array, measure
 from src.data.array_store import decode_all, mix
 from src.data.decode import Array
@@ -28,12 +29,14 @@ from src.data.images import ImageDataModule
 from src.data.layout import class_by_pattern, class_folders
 from src.data.sources import to_uint8
 from src.data.table_files import labels_from_names
-from src.errors import DataReadError
+from src.errors import DataReadError, counted, first_names
+from src.quoting import format_override
 
 MAX_VALUES = 65536
 """Largest number of integer values for a discrete likelihood; data with more values are treated as continuous."""
 
 
+@dataclass(eq=False)
 class Arrays:
     """Opens arrays as a source (`OpenImages`): one .npy or .npz file of all samples, or one file per sample.
 
@@ -49,17 +52,10 @@ class Arrays:
     and ValueError for unsupported shapes, types and values.
     """
 
-    def __init__(
-        self,
-        labels: str | None = None,
-        class_pattern: str | None = None,
-        key: str | None = None,
-        length: int | None = None,
-    ) -> None:
-        self.labels = labels
-        self.class_pattern = class_pattern
-        self.key = key
-        self.length = length
+    labels: str | None = None
+    class_pattern: str | None = None
+    key: str | None = None
+    length: int | None = None
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
         """Return the shape (C, *size) of a sample from the settings; those that are None come from the first file."""
@@ -110,7 +106,10 @@ class Arrays:
             found = find_arrays(root, val_root, self.labels)
             return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
         if val_root is not None:
-            raise ValueError(f"data.val_root={val_root} is for one file per sample; use data.val_fraction")
+            raise ValueError(
+                f"{format_override('data.val_root', val_root)} is for one file per sample, and {path} has all samples; "
+                "leave it out (data.val_fraction sets the share for validation), or save one file per sample"
+            )
         return self._open_one(path, channels, size, value_range)
 
     def _size(self, image_size: int | Sequence[int] | None) -> tuple[int, ...] | None:
@@ -128,12 +127,13 @@ class Arrays:
         array = open_array()
         limits = find_limits(value_range, array.dtype.name, *measure(path, array))
         check_resolution(limits)
-        labels, counted = None, ""
+        labels, text = None, f"{counted(len(array), KINDS[len(size)])} in {path.name}"
         if self.labels is not None:
             labels = labels_from_names(read_labels(path.parent / self.labels, len(array)))
-            counted = f", {len(labels.classes)} classes"
-        text = f"{len(array):,} {KINDS[len(size)]} in {path.name}{counted}" + describe_array(array, limits)
-        text += _guessed_channels(array)
+            text += f", {counted(len(labels.classes), 'class')} from {Path(self.labels).name}"
+        text += describe_array(array, limits) + _guessed_channels(array)
+        if self.labels is None and (unused := labels_beside(path)):
+            text += f"; not used: {first_names(unused)} (add {format_override('data.source.labels', unused[0])})"
         return ArraySource(open_array, None, labels, None, None, None, limits, ".npy", {"one_file": True}, text, {})
 
     def _open_many(
@@ -268,7 +268,7 @@ def _guessed_channels(array: Array) -> str:
     if channels == 1 or len(size) > 2 or not (many or size == [channels]):
         return ""
     kind = KINDS[len(size) + 1]
-    return f"; axis 1 is read as {channels} channels: if the samples are {kind} of one channel, add data.channels=1"
+    return f"; axis 1 is read as {channels} channels: if the samples are {kind}s of one channel, add data.channels=1"
 
 
 def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, ...]) -> Array:

@@ -13,7 +13,7 @@ from src.data.label_table import group_by_image
 from src.data.layout import class_folders
 from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
-from src.errors import first_names
+from src.errors import counted, first_names
 from src.quoting import format_override
 
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
@@ -69,14 +69,15 @@ def captioned(
         setting = "data.source.captions" if captions else "data.root"
         pairs = read_pairs(tables[0], setting, "caption", file_columns, caption_columns)
         texts: Sequence[Sequence[str]] = group_by_image(pairs, found, tables[0], "caption")
+        origin = tables[0].name
         found = found.without_used([tables[0].absolute()])
     else:
         refuse_columns({"file_column": file_column, "caption_column": caption_column}, "data.source.captions")
         files = [found.path(k) for k in range(len(found))]
-        texts = _from_text_files(path, files)
+        texts, origin = _from_text_files(path, files), "text files"
         found = found.without_used(file.with_suffix(".txt").absolute() for file in files)
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
-    about = describe_frames(found)
+    about = f"; {counted(sum(map(len, texts)), 'caption')} from {origin}" + describe_frames(found)
     return open_images(found, spec, classes, texts, value_range, skip_unreadable, cache, cache_dir, about)
 
 
@@ -98,7 +99,8 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
         )
     captions = [[line for line in _lines(text) if line] for text in texts]
     if empty := [os.path.relpath(t, path) for t, found in zip(texts, captions, strict=True) if not found]:
-        raise ValueError(f"{len(empty)} captions under {path} are empty ({first_names(empty)}); write a line of text")
+        count = counted(len(empty), "empty caption")
+        raise ValueError(f"{path} has {count} ({first_names(empty)}); write a line of text")
     return captions
 
 

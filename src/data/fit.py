@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image, ImageColor
 
 from src.data.decode import Array, Decoded, Pages, decode
+from src.errors import counted
 
 Fit = Literal["crop", "random_crop", "pad", "stretch", "buckets"]
 
@@ -281,5 +282,5 @@ def describe_sizes(sizes: Array, frames: Array, spec: ImageSpec, dtype: str, lim
         text += f", {cropped:.0%} of the area cropped" + " at random" * (spec.fit == "random_crop")
     text += f"; {dtype} values in [{limits[0]:g}, {limits[1]:g}]"
     if several := int((frames > 1).sum()):
-        text += f"; {several:,} files hold several images, of which the first is used (data.source.pages)"
+        text += f"; several images in {counted(several, 'file')}, of which the first is used (data.source.pages)"
     return text

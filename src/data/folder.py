@@ -18,8 +18,8 @@ from src.data.layout import Depth, class_by_pattern, class_folders, describe_dep
 from src.data.multi_file import combine, describe_channels
 from src.data.overlap import check_overlap
 from src.data.repeats import check_repeats, repeat_indices
-from src.data.scan import find_images
-from src.data.sources import Covariates, Source
+from src.data.scan import find_in
+from src.data.sources import Covariates, Source, describe_conditions
 from src.data.table_files import FILE_COLUMNS
 from src.quoting import format_override
 
@@ -83,36 +83,13 @@ class FolderDataModule(ImageDataModule):
         cache_dir: str | None = None,
         repeats: Sequence[int] | None = None,
     ) -> None:
+        files: dict[str, Any] = {"cache": cache, "cache_dir": cache_dir, "val_root": val_root}
+        open_files = partial(source, value_range=value_range, skip_unreadable=skip_unreadable, **files)
         super().__init__(
-            partial(
-                source,
-                value_range=value_range,
-                skip_unreadable=skip_unreadable,
-                cache=cache,
-                cache_dir=cache_dir,
-                val_root=val_root,
-            ),
-            root,
-            channels,
-            image_size,
-            num_values,
-            value_range,
-            dtype,
-            file_type,
-            flip,
-            vertical_flip,
-            rotations,
-            color_jitter,
-            edm_augment,
-            batch_size,
-            val_fraction,
-            split_seed,
-            seed,
-            num_workers,
-            microbatch_size,
-            bool(skip_unreadable),
-            balance_classes,
-        )
+            open_files, root, channels, image_size, num_values, value_range, dtype, file_type, flip, vertical_flip,
+            rotations, color_jitter, edm_augment, batch_size, val_fraction, split_seed, seed, num_workers,
+            microbatch_size, bool(skip_unreadable), balance_classes,
+        )  # fmt: skip
         self.repeats = check_repeats(repeats, root)
 
     def training_indices(self) -> list[int]:
@@ -191,6 +168,8 @@ def folder(
         file_columns = (file_column,) if file_column else FILE_COLUMNS
         classes, covariates = read_label_table(tables, found, file_columns, label_column, condition_columns)
         found = found.without_used(tables)
+        if covariates is not None:
+            about = f"; {describe_conditions(covariates.names)} from {Path(labels).name}"
     elif class_pattern is not None:
         classes = class_by_pattern(found, class_pattern)
     else:
@@ -240,16 +219,8 @@ def find(
 
 def _find_one(root: str | None, name: str, val_root: str | None = None) -> FoundImages:
     path = Path(root or "")
-    setting = format_override(name, path.resolve() if root else None)
-    fix = f"set {name} to the folder, zip or tar file with your images"
-    if root is None or not path.exists():
-        raise FileNotFoundError(f"{setting} does not exist; {fix}")
     suffix = path.suffix.lower()
     if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
-        parent = format_override(name, path.resolve().parent)
+        setting, parent = (format_override(name, each) for each in (path.absolute(), path.absolute().parent))
         raise FileNotFoundError(f"{setting} is one image; set {parent}, the folder with it")
-    try:
-        return find_images(path, val_root=None if val_root is None else Path(val_root))
-    except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{setting}: {error}; {fix}") from error
+    return find_in(root, name, f"set {name} to the folder, zip or tar file with your images", val_root)

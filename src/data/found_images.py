@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from src.data.archives import open_member
 from src.data.encoded import EncodedImages, Names
-from src.errors import first_names
+from src.errors import counted, first_names
 from src.quoting import format_override
 
 
@@ -135,14 +135,18 @@ def without_linked(found: FoundImages) -> FoundImages:
     """
     if found.val_mask is None:
         return found
-    folders = [root.is_dir() for root in found.roots]
-    inodes: list[tuple[int, int] | None] = []  # None for files in archives
-    for k, root in enumerate(found.which.tolist()):
-        status = os.stat(found.path(k)) if folders[root] else None
-        inodes.append(None if status is None else (status.st_dev, status.st_ino))
-    held_out = {inode for inode, is_val in zip(inodes, found.val_mask, strict=True) if is_val} - {None}
-    chosen = [bool(is_val) or inode not in held_out for inode, is_val in zip(inodes, found.val_mask, strict=True)]
-    kept = found.keep(chosen, "used for validation")
+    is_val = found.val_mask.tolist()
+    stamps = list(zip(found.sizes.tolist(), found.times.tolist(), strict=True))  # equal for names of one file
+    shared = {s for s, held in zip(stamps, is_val, strict=True) if held}
+    shared &= {s for s, held in zip(stamps, is_val, strict=True) if not held}
+    in_folder = [root.is_dir() for root in found.roots]
+    inodes = {
+        k: (status.st_dev, status.st_ino)
+        for k, (stamp, root) in enumerate(zip(stamps, found.which.tolist(), strict=True))
+        if stamp in shared and in_folder[root] and (status := os.stat(found.path(k)))
+    }
+    held_out = {inode for k, inode in inodes.items() if is_val[k]}
+    kept = found.keep([held or inodes.get(k) not in held_out for k, held in enumerate(is_val)], "used for validation")
     if kept.val_mask is not None and kept.val_mask.all():
         raise ValueError(
             f"{format_override('data.root', str(found.root))} must have training samples that are not links to "
@@ -151,15 +155,15 @@ def without_linked(found: FoundImages) -> FoundImages:
     return kept
 
 
-def describe(found: EncodedImages, classes: Sequence[str] | None, nouns: str = "images") -> str:
+def describe(found: EncodedImages, classes: Sequence[str] | None, noun: str = "image") -> str:
     """Return one line about a dataset: files by type, classes with counts, and what was left out and why."""
     suffixes = Counter(suffix_of(name).lstrip(".") or "no ending" for name in found.names)
     roots = len(found.roots) if isinstance(found, FoundImages) else 1
-    text = f"{len(found):,} {nouns} ({_counts(suffixes)})" + f" in {roots} folders" * (roots > 1)
+    text = f"{counted(len(found), noun)} ({_counts(suffixes)})" + f" in {roots} folders" * (roots > 1)
     if found.val_mask is not None:
         text += f", {int(found.val_mask.sum()):,} of them for validation"
     if classes is not None:
-        text += f", {len(set(classes))} classes ({_counts(Counter(classes))})"
+        text += f", {counted(len(set(classes)), 'class')} ({_counts(Counter(classes))})"
         held_out = np.zeros(len(found), bool) if found.val_mask is None else found.val_mask
         trained = {name for name, held in zip(classes, held_out, strict=True) if not held}
         if untrained := sorted(set(classes) - trained):

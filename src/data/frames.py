@@ -11,6 +11,7 @@ import numpy.typing as npt
 from src.data.decode import Decoded, Pages, count_frames, decode_frames
 from src.data.encoded import Names
 from src.data.found_images import FoundImages
+from src.errors import counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def describe_frames(found: FoundImages) -> str:
     if not isinstance(found, FrameImages):
         return ""
     files = int((found.frame == 0).sum())
-    return f"; frames of {files:,} files" if files < len(found) else ""
+    return f"; frames of {counted(files, 'file')}" if files < len(found) else ""
 
 
 def _count(found: FoundImages, index: int) -> int:

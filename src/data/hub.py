@@ -16,7 +16,7 @@ from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
 from src.data.layout import SPLITS
 from src.data.sources import Labels
-from src.errors import did_you_mean, first_names, one_line
+from src.errors import counted, did_you_mean, first_names, one_line
 from src.quoting import format_override
 
 BATCH = 1000
@@ -314,7 +314,7 @@ def _labels(parts: Sequence[Any], columns: Columns, typed: str | None) -> tuple[
     values, feature = _values(parts, columns.label), parts[0].features[columns.label]
     missing = sum(value is None or (isinstance(feature, ClassLabel) and value < 0) for value in values)
     if missing and typed is None:
-        return None, f"; {missing:,} images have no {columns.label}, so it is not used"
+        return None, f"; {counted(missing, 'image')} without {columns.label}, so it is not used"
     if missing or not all(isinstance(value, int | str) for value in values):
         raise ValueError(
             f"{format_override('data.source.label_column', columns.label)} must have a name or a whole number for each "
@@ -342,7 +342,7 @@ def _captions(parts: Sequence[Any], columns: Columns, typed: str | None) -> tupl
         captions.append([text.strip() for text in texts if isinstance(text, str) and text.strip()])
     missing = sum(not texts for texts in captions)
     if missing and typed is None:
-        return None, f"; {missing:,} images have no {columns.caption}, so it is not used"
+        return None, f"; {counted(missing, 'image')} without {columns.caption}, so it is not used"
     if missing:
         raise ValueError(
             f"{format_override('data.source.caption_column', columns.caption)} must have a text for each image, and "

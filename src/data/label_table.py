@@ -1,7 +1,8 @@
 """Tables with the class, the numbers or the texts of each image file."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from src.data.found_images import FoundImages
 from src.data.sources import Covariates
 from src.data.table_files import read_pairs, read_table
 from src.data.table_text import to_numbers
-from src.errors import did_you_mean, first_names
+from src.errors import counted, did_you_mean, first_names
 
 T = TypeVar("T")
 
@@ -39,7 +40,8 @@ def group_by_image(pairs: Iterable[tuple[str, T]], found: FoundImages, source: P
     if unknown:
         fix = _missing_ending(unknown, found, indices)
         raise ValueError(
-            f"{source} lists {len(unknown)} files that are not images under {found.root} ({first_names(unknown)}); "
+            f"{source} lists {counted(len(unknown), 'file')} without an image under {found.root} "
+            f"({first_names(unknown)}); "
             f"{fix or 'remove these rows, or write file names relative to data.root'}"
         )
     several_roots = len(found.roots) > 1
@@ -82,17 +84,10 @@ def read_classes(
 
     Raises ValueError for unknown columns, images without a class or with several, and rows without an image.
     """
-    pairs = [
-        (_below(root, file, found), label)
-        for source, root in tables.items()
-        for file, label in read_pairs(source, "data.source.labels", "label", file_columns, label_columns)
-    ]
-    source = " and ".join(map(str, tables))
-    labels_of = group_by_image(pairs, found, source, "label")
-    for name, several in zip(found.names, labels_of, strict=True):
-        if len(set(several)) > 1:
-            raise ValueError(f"{source} lists the labels {' and '.join(sorted(set(several)))} for {name}; keep one")
-    return [several[0] for several in labels_of]
+    read = partial(
+        read_pairs, setting="data.source.labels", what="label", file_columns=file_columns, columns=label_columns
+    )
+    return _one_per_image(tables, found, read, "label")
 
 
 def read_numbers(
@@ -102,17 +97,23 @@ def read_numbers(
 
     Raises ValueError for unknown columns, for cells that are not finite numbers, and for images with different numbers.
     """
-    pairs = [
-        (_below(root, file, found), numbers)
-        for source, root in tables.items()
-        for file, numbers in _rows_of_numbers(source, file_columns, columns)
-    ]
+    read = partial(_rows_of_numbers, file_columns=file_columns, columns=columns)
+    rows = _one_per_image(tables, found, read, "numbers")
+    return Covariates(torch.tensor(rows, dtype=torch.float64), list(columns))
+
+
+def _one_per_image(
+    tables: Mapping[Path, Path], found: FoundImages, read: Callable[[Path], Iterable[tuple[str, T]]], what: str
+) -> list[T]:
+    """Return the value of each image from the rows of tables with their roots. Raises ValueError unless it has one."""
+    pairs = [(_below(root, file, found), value) for source, root in tables.items() for file, value in read(source)]
     source = " and ".join(map(str, tables))
-    rows = group_by_image(pairs, found, source, "numbers")
-    for name, several in zip(found.names, rows, strict=True):
-        if len(set(several)) > 1:
-            raise ValueError(f"{source} lists different {', '.join(columns)} for {name}; keep one row")
-    return Covariates(torch.tensor([several[0] for several in rows], dtype=torch.float64), list(columns))
+    values = group_by_image(pairs, found, source, what)
+    for name, several in zip(found.names, values, strict=True):
+        if len(different := dict.fromkeys(several)) > 1:
+            listed = " and ".join(map(str, different))
+            raise ValueError(f"{source} lists the {what.removesuffix('s')}s {listed} for {name}; keep one row")
+    return [several[0] for several in values]
 
 
 def read_label_table(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from src.data.found_images import FoundImages
+from src.errors import counted
 
 Depth = int | Literal["all"]
 SPLITS = {
@@ -60,10 +61,9 @@ def describe_depth(found: FoundImages, depth: Depth) -> str:
         return ""
     nested = [path for path in paths if len(path) > 1]
     tops = {path[0] for path in nested}
-    folders, are = ("subfolder", "is not a class") if len(nested) == 1 else ("subfolders", "are not classes")
     return (
-        f"; {len(nested):,} {folders} of {len(tops):,} folder{'s' * (len(tops) > 1)} {are} "
-        "(data.source.class_depth=2 makes each one)"
+        f"; {counted(len(nested), 'subfolder')} of {counted(len(tops), 'folder')} without a class "
+        "(data.source.class_depth=2 makes one of each)"
     )
 
 

@@ -25,7 +25,7 @@ from src.data.samplers import BatchIndices, EvalBatchSampler, InfiniteBatchSampl
 from src.data.sources import InMemory, Source
 from src.data.split import DataFingerprint, hash_ids, hash_threshold, sample_ids, split, split_by_mask
 from src.distributed.ranks import local_rank, rank
-from src.errors import DataReadError
+from src.errors import DataReadError, counted
 from src.rng import StepRng, key
 
 
@@ -128,8 +128,8 @@ class BaseDataModule(L.LightningDataModule):
                 val, train, self.threshold = *split_by_mask(hashes, mask), None
         except ValueError as error:
             raise ValueError(
-                f"data.val_fraction={self.val_fraction} cannot split {len(source)} sample{'s' * (len(source) != 1)} "
-                f"({error}); use more data"
+                f"data.val_fraction={self.val_fraction} cannot split {counted(len(source), 'sample')} ({error}); "
+                "use more data"
             ) from error
         if self.condition is not None:
             self.condition.check(source)

@@ -14,7 +14,7 @@ from src.data.decode import Decoded, Pages, decode
 from src.data.encoded import Names
 from src.data.found_images import FoundImages
 from src.data.layout import compile_pattern
-from src.errors import first_names
+from src.errors import counted, first_names
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def describe_channels(found: FoundImages) -> str:
     """Return the part of the summary about images of several files; empty for others."""
     if not isinstance(found, CombinedImages):
         return ""
-    return f"; each of {len(found.channel_names)} files: channels {', '.join(found.channel_names)}"
+    return f"; each of {counted(len(found.channel_names), 'file')}: channels {', '.join(found.channel_names)}"
 
 
 def _by_numbers(name: str) -> list[tuple[int, int, str]]:

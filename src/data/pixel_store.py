@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from src.data.read_errors import read_with_retries
 from src.errors import DataReadError
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 
 VERSION = 2
 """Changes whenever the same files give other pixels."""
@@ -96,32 +97,41 @@ def default_cache_dir() -> Path:
 def open_pixels(found: EncodedImages, spec: ImageSpec, cache_dir: Path) -> PixelStore:
     """Return the decoded images, from `cache_dir` if they are there, else after decoding all in parallel.
 
-    The key is `found.identity()` and `spec`. A folder of the cache is complete or does not exist, whenever a process is
-    killed. One process decodes; others wait for it.
+    The key is `found.identity()` and `spec`. Raises OSError if the cache cannot be written, and DataReadError if a
+    process that decodes dies.
+    """
+    folder = cache_dir / store_key(found, spec)
+    store = _read(folder)
+    if store is not None and not _readable_now(store, found, spec):
+        return store
+    return fill_cache(folder, _read, partial(_write, found=found, spec=spec), again=store is not None)
 
-    Raises OSError if the cache cannot be written, and DataReadError if a process that decodes dies.
+
+def fill_cache(folder: Path, read: Callable[[Path], T | None], write: Callable[[Path], None], again: bool = False) -> T:
+    """Return what `read` finds in a folder of the cache, after `write` has filled it unless it is complete.
+
+    The folder is complete or does not exist, whenever a process is killed. One process writes; others wait for it.
+    `again` replaces a complete folder. Raises OSError if the cache cannot be written.
     """
     from filelock import FileLock
 
-    folder = cache_dir / store_key(found, spec)
-    if (store := _read(folder)) is not None and not _readable_now(store, found, spec):
-        return store
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if store is None and (store := _read(folder)) is not None:
-            return store
-        for left in cache_dir.glob(f"{folder.name}.partial*"):  # of a process that was killed
+        if not again and (complete := read(folder)) is not None:
+            return complete
+        for left in folder.parent.glob(f"{folder.name}.partial*"):  # of a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        part = cache_dir / f"{folder.name}.partial{os.getpid()}"
+        part = folder.with_name(f"{folder.name}.partial{os.getpid()}")
+        part.mkdir()
         try:
-            _write(part, found, spec)
+            write(part)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    store = _read(folder)
-    assert store is not None
-    return store
+    written = read(folder)
+    assert written is not None
+    return written
 
 
 def store_key(found: EncodedImages, spec: Any) -> str:
@@ -167,8 +177,6 @@ def load_sample(found: EncodedImages, spec: ImageSpec, index: int) -> Loaded:
 
 def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
     """Decode all images into `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     shape: tuple[int, ...] = (len(found), spec.channels, *spec.size)
     varies, extra = spec.varies, dict[str, Any]()
     for dtype in dict.fromkeys((_storage_type(found, spec), "float32")):

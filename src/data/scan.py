@@ -4,7 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
 from src.data.layout import splits_of
 from src.data.overlap import lies_in
+from src.errors import absence
+from src.quoting import format_override
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -55,7 +57,7 @@ def find_images(
     in_val_root = lies_in(root, val_root) if val_root is not None and root.is_dir() else None
     used: list[_File] = []
     for file in sorted(files):
-        if reason := _reason_to_leave_out(file.name, accepts, noun, in_val_root):
+        if reason := _reason_to_leave_out(file.name, accepts, in_val_root):
             left_out.setdefault(reason, []).append(file.name)
         elif reason is None:
             used.append(file)
@@ -76,6 +78,26 @@ def find_images(
     )
 
 
+def find_in(
+    root: Any,
+    name: str,
+    fix: str,
+    val_root: str | None = None,
+    accepts: Callable[[str], bool] | None = None,
+    noun: str = "image",
+) -> FoundImages:
+    """Return the files that `find_images` finds under the root in the setting `name`; errors name it and the fix."""
+    path = Path(root or "")
+    setting = format_override(name, str(path.absolute()) if root else None)
+    if root is None or not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(f"{setting} {'does not exist' if root is None else absence(path)}; {fix}")
+    try:
+        return find_images(path, accepts, noun, None if val_root is None else Path(val_root))
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{setting}: {error}; {fix}") from error
+
+
 def _image_test(root: Path) -> Callable[[str], bool]:
     """Return a function that tells whether a file is an image, by its ending or, in a folder, by its contents."""
     known = image_suffixes()
@@ -88,14 +110,14 @@ def _image_test(root: Path) -> Callable[[str], bool]:
 
 
 def _reason_to_leave_out(
-    name: str, accepts: Callable[[str], bool], noun: str, in_val_root: Callable[[str], bool] | None
+    name: str, accepts: Callable[[str], bool], in_val_root: Callable[[str], bool] | None
 ) -> str | None:
     """Return why a file is left out, or None if it is used; empty for hidden files that are not worth a line."""
     if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
         is_copy = PurePosixPath(name).name.startswith("._")  # macOS stores attributes of the file there
         return "hidden" if suffix_of(name) in image_suffixes() and not is_copy else ""
     if not accepts(name):
-        return f"{suffix_of(name) or 'no ending'}: not an {noun}"
+        return f"of type {suffix_of(name)}" if suffix_of(name) else "without ending"
     return "used for validation" if in_val_root is not None and in_val_root(name) else None
 
 
@@ -111,7 +133,7 @@ def _without_test_images(
         if split in ("train", "validation"):
             used.append((file, split))
         else:
-            reason = "test images" if split == "test" else "outside of the splits"
+            reason = "for testing" if split == "test" else "outside of the splits"
             left_out.setdefault(reason, []).append(file.name)
     return [file for file, _ in used], [split for _, split in used]
 
@@ -128,16 +150,16 @@ def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:
                 try:
                     status = entry.stat()
                 except OSError:
-                    left_out.setdefault("broken links", []).append(name)
+                    left_out.setdefault("linked to nothing", []).append(name)
                     continue
                 place = (status.st_dev, status.st_ino)
                 if stat.S_ISREG(status.st_mode):
                     yield _File(name, status.st_size, status.st_mtime_ns)
                 elif not stat.S_ISDIR(status.st_mode):  # reading a pipe would wait forever
-                    left_out.setdefault("not a file", []).append(name)
+                    left_out.setdefault("neither file nor folder", []).append(name)
                 elif entry.name.startswith("."):
                     continue
                 elif place in parents:
-                    left_out.setdefault("links to a parent folder", []).append(name)
+                    left_out.setdefault("linked to a parent folder", []).append(name)
                 else:
                     folders.append((f"{name}/", entry.path, (*parents, place)))

@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,7 +18,7 @@ from src.data.archives import tar_places
 from src.data.decode import ARRAY_SUFFIXES, image_suffixes
 from src.data.encoded import Names
 from src.data.shard_files import damaged_shard
-from src.errors import first_names
+from src.errors import counted, first_names
 from src.quoting import format_override
 
 CAPTION_KEYS = ("txt", "text", "caption", "captions")
@@ -71,7 +72,9 @@ def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
             samples += _samples_of(file, path, number, places, keys, left_out)
     if not samples:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items()) or "no files"
-        raise ValueError(f"data.urls has no images in {len(paths)} shards ({others}); set data.urls to other shards")
+        raise ValueError(
+            f"data.urls has no images in {counted(len(paths), 'shard')} ({others}); set data.urls to other shards"
+        )
     without = {
         "caption": [each.image for each in samples if not each.captions],
         "class": [each.image for each in samples if each.label is None],
@@ -86,7 +89,7 @@ def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
                 f"no such {what} ({first_names(missing)}); choose another ending or key"
             )
         if 0 < len(missing) < len(samples):
-            about += f"; {len(missing):,} images have no {what}, so none is used"
+            about += f"; {counted(len(missing), 'image')} without a {what}, so none is used"
     return ShardIndex(
         np.array([each.shard for each in samples], np.int64),
         np.array([each.place[0] for each in samples], np.int64),
@@ -123,7 +126,7 @@ def _samples_of(
         if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name):
             files.setdefault(match[1], {})[match[2].lower()] = name
         else:
-            left_out.setdefault("files whose names are not key.ending", []).append(f"{path.name}/{name}")
+            left_out.setdefault("without a name like key.ending", []).append(f"{path.name}/{name}")
 
     def text(name: str) -> str:
         offset, size = places[name]
@@ -136,7 +139,7 @@ def _samples_of(
     for key, endings in files.items():
         image = _image_of(path, key, endings, keys.image)
         if image is None:
-            left_out.setdefault("samples without an image", []).append(f"{path.name}/{key}")
+            left_out.setdefault("without an image", []).append(f"{path.name}/{key}")
             continue
         fields = _Fields(path, endings, text)
         captions = fields.first((keys.caption,) if keys.caption else CAPTION_KEYS)
@@ -163,14 +166,14 @@ def _image_of(path: Path, key: str, endings: dict[str, str], typed: str | None) 
     return files[0] if files else None
 
 
+@dataclass
 class _Fields:
     """The texts of a sample: files by extension, and entries of its .json file by key."""
 
-    def __init__(self, path: Path, endings: dict[str, str], text: Callable[[str], str]) -> None:
-        self.path = path
-        self.endings = endings
-        self.text = text
-        self._json: dict[str, Any] | None = None
+    path: Path
+    endings: dict[str, str]
+    text: Callable[[str], str]
+    _json: dict[str, Any] | None = None
 
     def first(self, keys: Sequence[str]) -> str | list[str] | None:
         """Return the first text that exists under `keys`; integers become text. Raises ValueError for other values."""

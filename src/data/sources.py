@@ -2,10 +2,13 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from src.errors import counted, first_names
 
 
 class Labels(NamedTuple):
@@ -20,6 +23,11 @@ class Covariates(NamedTuple):
 
     values: Tensor
     names: Sequence[str]
+
+
+def describe_conditions(names: Sequence[str]) -> str:
+    """Return the part of a summary about covariates of these names."""
+    return f"conditions: {counted(len(names), 'number')} ({first_names(names, 10)})"
 
 
 class Source(Protocol):
@@ -48,22 +56,16 @@ class Source(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class InMemory:
     """A source whose samples (N, *data) are one tensor."""
 
-    def __init__(
-        self,
-        samples: Tensor,
-        labels: Labels | None = None,
-        covariates: Covariates | None = None,
-        captions: Sequence[Sequence[str]] | None = None,
-        ids: Sequence[str] | None = None,
-    ) -> None:
-        self.samples = samples
-        self.labels = labels
-        self.covariates = covariates
-        self.captions = captions
-        self.ids = ids
+    samples: Tensor
+    labels: Labels | None = None
+    covariates: Covariates | None = None
+    captions: Sequence[Sequence[str]] | None = None
+    ids: Sequence[str] | None = None
+    summary: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -12,7 +12,7 @@ from torch import Tensor
 from src.data.column_types import parse_column
 from src.data.columns import CategoryCode, Column, from_json, to_json
 from src.data.module import BaseDataModule
-from src.data.sources import Covariates, InMemory, Labels, Source
+from src.data.sources import Covariates, InMemory, Source, describe_conditions
 from src.data.table_columns import (
     ColumnSettings,
     check_label,
@@ -22,28 +22,13 @@ from src.data.table_columns import (
     infer_columns,
 )
 from src.data.table_files import Table, labels_from_names, read_table
-from src.errors import first_names
+from src.errors import counted, first_names
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
 """Names of separators and decimal signs that are hard to type in a shell."""
-
-
-class TableRows(InMemory):
-    """Encoded rows of a table; `summary` says how each column is modeled."""
-
-    def __init__(
-        self,
-        samples: Tensor,
-        labels: Labels | None,
-        covariates: Covariates | None,
-        ids: Sequence[str],
-        summary: str,
-    ) -> None:
-        super().__init__(samples, labels, covariates, ids=ids)
-        self.summary = summary
 
 
 class TableDataModule(BaseDataModule):
@@ -166,6 +151,8 @@ class TableDataModule(BaseDataModule):
         lines = [*filter(None, [", ".join(self.notes)]), f"columns {modeled}"]
         if self.label_note:
             lines.append(self.label_note)
+        if self.settings.condition_columns:
+            lines.append(describe_conditions(self.settings.condition_columns))
         if self.left_out:
             lines.append(f"left out: {first_names([f'{name} ({why})' for name, why in self.left_out.items()], 20)}")
         return lines
@@ -253,9 +240,9 @@ class TableDataModule(BaseDataModule):
             check_label(table, label, labels)
             counts = torch.bincount(labels.targets, minlength=len(labels.classes)).tolist()
             shown = first_names([f"{n:,} {name}" for n, name in zip(counts, labels.classes, strict=True)], 10)
-            self.label_note = f"label {label}: {len(counts)} classes ({shown})"
+            self.label_note = f"label {label}: {counted(len(counts), 'class')} ({shown})"
         # The cells identify a row, so that equal rows are on the same side of the split.
-        return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
+        return InMemory(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 
     def _encode(self, display: Sequence[Any]) -> Tensor:
         """Return the encoded values (N, D) in float64."""

@@ -25,7 +25,7 @@ from src.data.table_text import (
     find_decimal,
     find_separator,
 )
-from src.errors import one_line
+from src.errors import absence, one_line
 from src.quoting import format_override
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def read_table(
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{format_override(setting, path.resolve())} does not exist; set it to a table, such as a CSV file"
+            f"{format_override(setting, path.absolute())} {absence(path)}; set it to a table, such as a CSV file"
         )
     data = path.read_bytes()
     try:

@@ -25,6 +25,7 @@ from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, build_index, read_index, write_index
+from src.errors import absence, counted
 from src.quoting import format_override
 
 VERSION = 2
@@ -97,7 +98,8 @@ def shards(
     )
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
     classes = None if index.classes is None else list(index.classes)
-    about = f"; {len(paths)} shard{'s' * (len(paths) > 1)}{index.about}"
+    about = f"; {counted(len(paths), 'shard')}"
+    about += index.about + (f"; {counted(sum(map(len, index.captions)), 'caption')}" if index.captions else "")
     return open_images(found, spec, classes, index.captions, value_range, skip_unreadable, cache, cache_dir, about)
 
 
@@ -124,7 +126,7 @@ def expand_urls(urls: str | Sequence[str] | None, setting: str = "data.val_urls"
                 raise ValueError(f"{text} is a folder; name its tar files: {shown}")
             matches = [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path)))
             if not matches:
-                raise FileNotFoundError(f"{text}: {path} does not exist; set {setting} to tar files")
+                raise FileNotFoundError(f"{text}: {path} {absence(Path(path))}; set {setting} to tar files")
             expanded += matches
     return expanded
 

@@ -27,6 +27,7 @@ from src.evaluation.settings import QualitySettings
 from src.metrics.classifier import Classifier, train_classifier
 from src.metrics.collected import Collected, collect_once
 from src.metrics.confidence import Metric
+from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import DinoV2, Extractor, Inception, Pixels, Values
 from src.metrics.measure import image_metrics, memorization_metrics, point_metrics
 from src.metrics.neighbors import Nearest, nearest_neighbors
@@ -179,10 +180,12 @@ class SampleEvaluator:
             return Inception(self.settings.inception_weights, self.device)
         if name == "dinov2":
             return DinoV2(self.settings.dinov2_model, self.device)
+        if name == "efficientnet":
+            return EfficientNet(self.device)
         if name == "pixels":
             if (size := math.prod(self.data.shape)) > MAX_PIXELS:
                 raise ValueError(
-                    f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=inception"
+                    f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=efficientnet"
                 )
             return Pixels()
         assert self.data.source is not None

@@ -32,7 +32,16 @@ from src.training.module import DiffusionModule, Sampler
 from src.viz import charts, images
 from src.viz.tables import markdown_table, strip_sample_count
 
-PLOTTED = ("fd_", "fid_", "precision_", "recall_", "sliced_wasserstein_", "energy_distance_", "mmd_")
+PLOTTED = (
+    "fd_",
+    "fid_",
+    "kd_efficientnet_",
+    "precision_",
+    "recall_",
+    "sliced_wasserstein_",
+    "energy_distance_",
+    "mmd_",
+)
 """Metrics plotted over the cost of sampling, in the first feature space."""
 NUM_SHOWN = 12  # samples per row of an image
 MAX_ROWS = 5000  # rows of training and of validation data in the report on a table

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 ReverseVariance = Literal["optimal", "fixed_small", "fixed_large", "trained"]
 """The variance of the reverse steps in the bound; `trained` is the variance of the run's diffusion process."""
-FEATURES = ("classifier", "pixels", "inception", "dinov2")  # feature extractors for images
+FEATURES = ("classifier", "pixels", "efficientnet", "inception", "dinov2")  # feature extractors for images
 DETECTOR_STEPS = 600  # training steps after which the detector of shapes reaches the required accuracy
 
 

@@ -35,6 +35,15 @@ FIXED = {
 }
 """Arguments of UNet2DModel with the only values that our U-Net has, the default first."""
 
+ONLY_OURS = {
+    "skip_scale": 1.0,
+    "resample_proj": False,
+    "decoder_attention": "all",
+    "cond_in_time_mlp": False,
+    "time_channels": None,
+}
+"""Arguments of our U-Net with the only values that UNet2DModel has."""
+
 TIME, THEIR_TIME = "time.linear1.weight", "time_embedding.linear_1.weight"
 
 
@@ -107,6 +116,9 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
         raise ValueError(
             f"model.num_heads={model['num_heads']} must be 1 for a UNet2DModel; set model.num_head_channels"
         )
+    for name, value in ONLY_OURS.items():
+        if model.get(name, value) != value:
+            raise ValueError(f"model.{name}={model[name]} must be {value} for a UNet2DModel; use another format")
     resampling = model["resblock_updown"]
     names = {True: ("AttnDownBlock2D", "AttnUpBlock2D"), False: ("DownBlock2D", "UpBlock2D")}
     if resampling:

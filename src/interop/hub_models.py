@@ -1,6 +1,7 @@
 """Open models of the Hugging Face Hub, and push them there, by `huggingface_hub`, an optional extra."""
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,23 @@ from src.quoting import format_override
 
 SCHEME = "hf://"
 MODEL_FILE = "model.safetensors"
+SIDECAR = "training.safetensors"  # of format=diffusers
 LOGIN = "run hf auth login, or set the variable HF_TOKEN"
+PATTERNS = [
+    *(MODEL_FILE, SIDECAR, "model_index.json", "config.json", "scheduler_config.json"),
+    *("diffusion_pytorch_model*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
+]
+"""The files of a model that this project reads."""
 NOT_PUSHED = [".hydra/*", "*.log"]
 """What Hydra writes into the folder of an export: the command line, with paths of this machine."""
 
 
 def local_copy(location: str, setting: str) -> Path:
-    """Return the model file of `hf://user/name` or `hf://user/name@revision`, in the cache of the Hub's library.
+    """Return the folder of the model `user/name`, `hf://user/name` or `hf://user/name@revision` of the Hub.
 
-    Downloads it if it is missing or has changed. `setting` is the name of `location` in messages. Raises ValueError if
-    the Hub has no such model, does not permit the download, or cannot be reached.
+    It is in the cache of the Hub's library, and holds an exported model of this project or a model of diffusers.
+    `setting` is the name of `location` in messages. Raises ValueError if the Hub has no such model, does not permit the
+    download, or cannot be reached.
     """
     override = format_override(setting, location)
     _import_library(override)
@@ -28,13 +36,20 @@ def local_copy(location: str, setting: str) -> Path:
     if at and not revision:
         raise ValueError(f"{override} has an empty revision; leave out the @")
     with _hub_errors(override, repo):
-        return _download(repo, revision or None)
+        folder = _download(repo, revision or None)
+    if not any((folder / name).is_file() for name in (MODEL_FILE, "model_index.json", "config.json")):
+        raise ValueError(f"{override} has neither {MODEL_FILE} nor a model of diffusers; name another model")
+    return folder
 
 
 @functools.cache
 def _download(repo: str, revision: str | None) -> Path:
-    """Return the model file of a repository; once per process, so that all readers get the same revision."""
-    return Path(_import_library(repo).hf_hub_download(repo, MODEL_FILE, revision=revision))
+    """Return the folder of a repository; once per process, so that all readers get the same revision."""
+    download = _import_library(repo).snapshot_download
+    folder = Path(download(repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=["*.fp16.*", "*ema*"]))
+    if not (any(folder.glob("*.safetensors")) or any(folder.glob("unet/*.safetensors"))):
+        download(repo, revision=revision, allow_patterns=["*diffusion_pytorch_model.bin"])
+    return folder
 
 
 def check_push(repo: str) -> None:
@@ -73,6 +88,8 @@ def _import_library(override: str) -> Any:
         raise ValueError(
             f"{override} needs the package huggingface_hub; pip install huggingface_hub, or leave it out"
         ) from error
+    for name in ("httpx", "httpx2"):  # which logs every request
+        logging.getLogger(name).setLevel(logging.WARNING)
     return huggingface_hub
 
 

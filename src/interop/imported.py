@@ -20,5 +20,7 @@ class ImportedModel(NamedTuple):
     """Classes of a class-conditional model, without the empty one; None for an unconditional one."""
     zero_terminal_snr: bool = False
     """Whether the schedule is rescaled to end at SNR 0."""
+    sampler: str = "ancestral"
+    """The name of a file in conf/sampler."""
     has_null_class: bool = False
     """Whether the last row of the class embedding was trained as the empty class, as guidance needs it."""

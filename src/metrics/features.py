@@ -1,4 +1,4 @@
-"""Feature extractors: pixels, the FID network and DINOv2. `classifier` defines the one trained on the data.
+"""Feature extractors: pixels, the FID network and DINOv2. `classifier` and `efficientnet` define two more.
 
 An extractor takes uint8 images (N, C, H, W) with 1 or 3 channels on its own device.
 """

@@ -61,12 +61,13 @@ class TimeEmbedding(nn.Module):
         self.linear1 = nn.Linear(width, dim)
         self.linear2 = nn.Linear(dim, dim)
 
-    def forward(self, time: Tensor) -> Tensor:
+    def forward(self, time: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return the embedding of time (B,); `cond` (B, dim) is added to the hidden layer before its nonlinearity."""
         sinusoids = sinusoidal_embedding(
             time, self.width, self.time_scale, offset=self.time_offset, freq_shift=self.freq_shift
         )
-        hidden: Tensor = F.silu(self.linear1(sinusoids.to(self.linear1.weight.dtype)))
-        out: Tensor = self.linear2(hidden)
+        hidden: Tensor = self.linear1(sinusoids.to(self.linear1.weight.dtype))
+        out: Tensor = self.linear2(F.silu(hidden if cond is None else hidden + cond))
         return out
 
 
@@ -75,7 +76,8 @@ class ResidualBlock(nn.Module):
 
     GroupNorm, SiLU and convolution, twice (Ho et al. 2020, app. B). The time embedding is added between the two, or
     scales and shifts the second norm (`time_conditioning`). `resample` halves or doubles the size inside the block, as
-    in BigGAN and ADM (Dhariwal & Nichol 2021).
+    in BigGAN and ADM (Dhariwal & Nichol 2021); with `resample_proj`, its shortcut has a 1x1 convolution even if C_in =
+    C_out. The output is multiplied by `skip_scale` (Song et al. 2021, arXiv 2011.13456, app. H).
     """
 
     def __init__(
@@ -90,19 +92,22 @@ class ResidualBlock(nn.Module):
         conv_backend: ConvBackend = "auto",
         dims: int = 2,
         norm_eps: float = 1e-5,
+        skip_scale: float = 1.0,
+        resample_proj: bool = False,
     ) -> None:
         super().__init__()
         if time_conditioning not in get_args(TimeConditioning):
             raise ValueError(f"model.time_conditioning={time_conditioning} must be add or scale_shift")
         self.time_conditioning: TimeConditioning = time_conditioning
         self.resample: Resample | None = resample
+        self.skip_scale = skip_scale
         self.norm1 = nn.GroupNorm(groups, in_channels, norm_eps)
         self.conv1 = conv3(dims, in_channels, out_channels, conv_backend)
         self.emb = nn.Linear(emb_dim, out_channels * (2 if time_conditioning == "scale_shift" else 1))
         self.norm2 = nn.GroupNorm(groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(conv3(dims, out_channels, out_channels, conv_backend))
-        same = in_channels == out_channels
+        same = in_channels == out_channels and not (resample_proj and resample is not None)
         self.shortcut = nn.Identity() if same else CONVS[dims](in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -119,15 +124,18 @@ class ResidualBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         h = self.conv2(self.dropout(F.silu(h)))
         out: Tensor = self.shortcut(x) + h
-        return out
+        return out if self.skip_scale == 1 else self.skip_scale * out
 
 
 class SelfAttention(nn.Module):
-    """Add multi-head self-attention over the positions of x (B, C, *size)."""
+    """Add multi-head self-attention over the positions of x (B, C, *size), and multiply the sum by `skip_scale`."""
 
-    def __init__(self, channels: int, groups: int, num_heads: int, norm_eps: float = 1e-5) -> None:
+    def __init__(
+        self, channels: int, groups: int, num_heads: int, norm_eps: float = 1e-5, skip_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.skip_scale = skip_scale
         self.norm = nn.GroupNorm(groups, channels, norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero_init(nn.Linear(channels, channels))
@@ -138,7 +146,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(tokens).view(b, -1, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv)  # (B, heads, positions, C / heads)
         out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
-        return x + out.transpose(1, 2).view(b, c, *size)
+        out = x + out.transpose(1, 2).view(b, c, *size)
+        return out if self.skip_scale == 1 else self.skip_scale * out
 
 
 class CrossAttention(nn.Module):

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from src.models.layers import (
     zero_init,
 )
 from src.models.winograd import ConvBackend
+
+DecoderAttention = Literal["all", "last"]
 
 
 class UNet(nn.Module):
@@ -53,6 +56,10 @@ class UNet(nn.Module):
     - `norm_groups` is the number of groups of each GroupNorm, and None chooses up to 32; `norm_eps` is its epsilon.
     - The time embedding sees time_scale * time + time_offset; for `freq_shift` see `sinusoidal_embedding`, and for
       `downsample_padding` see `Downsample`. With these, networks of other projects have the same weights.
+    - So have those of DDPM++ (Song et al. 2021, arXiv 2011.13456) with `skip_scale` and `resample_proj`, see
+      `ResidualBlock`, with `decoder_attention` last: on the way up, only the last block of a stage attends, and with
+      `cond_in_time_mlp`: the vector of the condition is added to the hidden layer of the time embedding.
+    - `time_channels` is the number of sinusoids, model_channels by default; the embedding has four times as many.
     - `conv_backend` selects the algorithm of the 3x3 convolutions of images: see `src.models.winograd.Conv3x3`.
 
     With `num_head_channels`, or one head, it has the weights of `UNet2DModel` of the diffusers library.
@@ -83,8 +90,15 @@ class UNet(nn.Module):
         downsample_padding: int = 1,
         time_offset: float = 0.0,
         freq_shift: int = 1,
+        skip_scale: float = 1.0,
+        resample_proj: bool = False,
+        decoder_attention: DecoderAttention = "all",
+        cond_in_time_mlp: bool = False,
+        time_channels: int | None = None,
     ) -> None:
         super().__init__()
+        if decoder_attention not in get_args(DecoderAttention):
+            raise ValueError(f"model.decoder_attention={decoder_attention} must be all or last")
         if channels is None or image_size is None:
             raise ValueError(
                 f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
@@ -117,14 +131,18 @@ class UNet(nn.Module):
         groups = fit_groups(model_channels) if norm_groups is None else norm_groups
         if groups < 1 or any(width % groups for width in widths):
             raise ValueError(f"model.norm_groups={groups} must divide the channels of each stage, {widths}; use null")
-        emb_dim = 4 * model_channels
+        time_channels = model_channels if time_channels is None else time_channels
+        emb_dim = 4 * time_channels
+        self.cond_in_time_mlp = cond_in_time_mlp
         self.condition = None if condition is None else condition(emb_dim)
         token_width = None if self.condition is None else self.condition.token_width
         per_head = num_head_channels
 
         def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
             return ResidualBlock(
-                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps)
+                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps),
+                skip_scale,
+                resample_proj,
             )
 
         def heads(c: int) -> int:
@@ -137,14 +155,14 @@ class UNet(nn.Module):
             return None if token_width is None else CrossAttention(c, groups, heads(c), token_width, norm_eps)
 
         def attention(c: int) -> SelfAttention:
-            return SelfAttention(c, groups, heads(c), norm_eps)
+            return SelfAttention(c, groups, heads(c), norm_eps, skip_scale)
 
-        def layer(c_in: int, c_out: int, resolution: float) -> Layer:
-            if resolution not in attended:
+        def layer(c_in: int, c_out: int, resolution: float, attends: bool = True) -> Layer:
+            if resolution not in attended or not attends:
                 return Layer(residual(c_in, c_out), None)
             return Layer(residual(c_in, c_out), attention(c_out), cross_attention(c_out))
 
-        self.time = TimeEmbedding(model_channels, emb_dim, time_scale, time_offset, freq_shift)
+        self.time = TimeEmbedding(time_channels, emb_dim, time_scale, time_offset, freq_shift)
         self.conv_in = CONVS[dims](channels * patch_size**dims, model_channels, 3, padding=1)
 
         stages = list(enumerate(zip(widths, resolutions, strict=True)))
@@ -167,8 +185,9 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for i, (c_out, resolution) in reversed(stages):
-            for _ in range(num_res_blocks + 1):
-                self.up.append(layer(c + skips.pop(), c_out, resolution))
+            for k in range(num_res_blocks + 1):
+                attends = decoder_attention == "all" or k == num_res_blocks
+                self.up.append(layer(c + skips.pop(), c_out, resolution, attends))
                 c = c_out
             if i > 0:
                 self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
@@ -185,7 +204,8 @@ class UNet(nn.Module):
         if self.condition is not None:
             assert cond is not None
             vector, tokens, mask = self.condition(cond)
-            context = Embedded(context.vector + vector, tokens, mask)
+            embedding = self.time(time, vector) if self.cond_in_time_mlp else context.vector + vector
+            context = Embedded(embedding, tokens, mask)
         if self.augment is not None and augment is not None:
             context = context._replace(vector=context.vector + self.augment(augment.to(context.vector.dtype)))
         h = self.conv_in(x if self.patch_size == 1 else space_to_depth(x, self.patch_size))

@@ -135,7 +135,9 @@ def instantiate_run(
             "another run_dir"
         )
     elif cfg.init_from.path is not None:
-        initial = load_initial_weights(module, str(cfg.init_from.path), cfg.init_from.weights)
+        initial = load_initial_weights(module, cfg.init_from)
+    elif cfg.get("lora"):
+        raise ValueError("lora=default trains adapters of a trained model: add init_from=FOLDER")
     trainer = build_trainer(cfg, directory)
     environment = getattr(trainer.strategy, "cluster_environment", None)  # strategies with several processes have one
     check_processes("trainer.", trainer.strategy.root_device, trainer.num_devices, trainer.num_nodes, environment)

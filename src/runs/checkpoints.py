@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
+from src.errors import first_names
 from src.interop.hub_models import MODEL_FILE, SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.components import to_plain
-from src.training.checkpoints import is_intact, newest_first, read_checkpoint, weights_of
+from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,24 +21,31 @@ if TYPE_CHECKING:
     from src.training.module import DiffusionModule
 
 
-def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> Path:
-    """Return the newest intact checkpoint in the folder `run`, or the file `ckpt`; each takes a folder or a file.
+def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
+    """Return the newest intact checkpoint in the folder `run`, the file `ckpt`, or the model `init_from`.
 
-    A folder without checkpoints may hold an exported model. A model of the Hugging Face Hub, `hf://user/name`, is
-    downloaded. `setting` is the name of `run` in messages. Raises FileNotFoundError without one, and ValueError unless
-    exactly one of the two is given.
+    Each takes a folder or a file; the folder of a diffusers model is returned itself, and a folder without checkpoints
+    may hold an exported model. A model of the Hugging Face Hub, `hf://user/name`, is downloaded. `setting` is the
+    name of `run` in messages. Raises FileNotFoundError without a model there, and ValueError unless exactly one of the
+    three is given.
     """
-    name, value = ("ckpt", ckpt) if run is None else (setting, run)
-    if (run is None) == (ckpt is None):
+    given_settings = {setting: run, "ckpt": ckpt, "init_from": init_from}
+    typed = {name: value for name, value in given_settings.items() if value is not None}
+    if len(typed) != 1:
         raise ValueError(
-            "give run=FOLDER (a run folder, under outputs/train, or hf://user/name) or ckpt=FILE (one checkpoint or "
-            "exported model)" + ("" if run else newest_run("run", Path("outputs/train")))
+            "give one of run=FOLDER (a run folder, under outputs/train, or hf://user/name), ckpt=FILE (one checkpoint "
+            "or exported model) and init_from=FOLDER (a model of another project)"
+            + ("" if typed else newest_run("run", Path("outputs/train")))
         )
+    ((name, value),) = typed.items()
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
-    if str(value).startswith(SCHEME):
-        return local_copy(str(value), name)
     given = Path(str(value))
+    of_hub = str(value).startswith(SCHEME)
+    if name == "init_from" and len(given.parts) == 2 and not (given.is_absolute() or given.parent.exists()):
+        of_hub = True  # a name as diffusers takes it, such as google/ddpm-cifar10-32
+    if of_hub:
+        given = local_copy(str(value), name)
     if given.is_file():
         return given
     if not given.is_dir():
@@ -45,6 +53,8 @@ def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> 
         newest = newest_run(name, Path("outputs/train"))
         hint = path_hint(given, name, pattern) or newest or ": runs are in outputs/train"
         raise FileNotFoundError(f"{name}: no {kind} {given.resolve()}{hint}")
+    if is_pipeline(given):
+        return given
     folder = given.parent if given.name == "checkpoints" else given
     for path in newest_first(folder):
         if is_intact(path):
@@ -54,6 +64,12 @@ def find_checkpoint(run: str | None, ckpt: str | None, setting: str = "run") -> 
         return exported
     hint = newest_run(name, folder) or ": has it trained?"
     raise FileNotFoundError(f"{folder.resolve()} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline or a model of diffusers."""
+    config = folder / "config.json"
+    return (folder / "model_index.json").is_file() or (config.is_file() and '"_class_name"' in config.read_text())
 
 
 def has_averages(checkpoint: Mapping[str, Any]) -> bool:
@@ -88,17 +104,20 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
             )
 
 
-def load_initial_weights(module: "DiffusionModule", location: str, kind: str | None) -> str:
+def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
-    `location` is a run folder, a checkpoint or a model of the Hub; `kind` is "ema" or "raw", and None takes the
-    averaged weights if the checkpoint has them. Raises FileNotFoundError or ValueError without such weights, or if none
-    of them fits.
+    `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
+    `flags` of OpenAI. Raises FileNotFoundError or ValueError without such weights, if none of them fits, or if some
+    weights would be neither loaded nor trained.
     """
+    from src.runs.imported import read_model
+    from src.training.finetuning import plain_name
     from src.training.initial_weights import load_matching
 
-    path = find_checkpoint(location, None, "init_from")
-    checkpoint = read_checkpoint(path)
+    path, kind = find_checkpoint(None, None, init_from.path), init_from.weights
+    override = format_override("init_from", init_from.path)
+    checkpoint = read_model(path, init_from.flags)
     averaged = has_averages(checkpoint) if kind is None else kind == "ema"
     if averaged != has_averages(checkpoint) and (averaged or checkpoint.get("averaged")):
         raise ValueError(f"init_from.weights={kind} needs weights that {path} does not have; leave it out")
@@ -109,8 +128,14 @@ def load_initial_weights(module: "DiffusionModule", location: str, kind: str | N
     if not any(of_network[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
         node = checkpoint["hyper_parameters"]["model"]
         raise ValueError(
-            f"{format_override('init_from', location)} has no weights that fit this network: it was trained with "
+            f"{override} has no weights that fit this network: it was trained with "
             f"model._target_={node['_target_']}; choose that model and its sizes"
+        )
+    trained = {plain_name(name): parameter.requires_grad for name, parameter in module.net.named_parameters()}
+    if untrained := [name for name in report.new if not trained.get(name.split()[0], True)]:
+        raise ValueError(
+            f"{override} has no weights for {first_names(untrained)}, and freeze or lora "
+            "excludes them from training: change freeze, or name them in lora.train"
         )
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
@@ -145,12 +170,12 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    "data.encoders",
+    *("data.encoders", "freeze", "lora", "lr_multipliers"),
 )
-"""Settings that a resumed run must keep: they determine the meaning of the weights."""
+"""Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
-    *("model.gradient_checkpointing", "conditioning.cond_drop_prob"),
+    *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""
@@ -159,7 +184,7 @@ MUTABLE_KEYS = (
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each setting in which two configurations differ, as "name: old -> new", without the run folder.
 
-    Raises ValueError if the setting determines the meaning of the weights.
+    Raises ValueError for a setting among `FIXED_KEYS`.
     """
     old, new = (
         {

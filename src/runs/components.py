@@ -49,6 +49,7 @@ def build_module(
     import torch
 
     from src.models.mlp import MLP
+    from src.training.finetuning import add_adapters, freeze
     from src.training.learned_schedule import module_class
     from src.training.module import ConditionSpec
 
@@ -69,6 +70,9 @@ def build_module(
         if not is_typed("model.attention_resolutions"):  # a default for larger images
             warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
         net = instantiate_node(cfg.model, arguments)
+    if cfg.get("lora"):
+        add_adapters(net, **to_plain(cfg.lora))
+    freeze(net, cfg.get("freeze") or [])
     spec = None
     if condition is not None:
         null, examples = condition([None]), condition(condition.examples or [None])
@@ -85,6 +89,7 @@ def build_module(
         optimizer=instantiate_node(cfg.optimizer) if trains else None,
         lr_scheduler=instantiate_node(cfg.lr_scheduler) if trains else None,
         conditioning=spec,
+        lr_multipliers=cfg.get("lr_multipliers"),
     )
     check_network(net, shape, diffusion.outputs, spec)
     if trains:  # The optimizer and the scheduler reject invalid values here, before training.

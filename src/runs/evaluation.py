@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSettings]:
     """Check all settings without importing torch, and return those of quality and alignment."""
-    find_checkpoint(cfg.run, cfg.ckpt)
+    find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)
     check_values(cfg)
     check_reverse_variance(cfg.reverse_variance, "reverse_variance")
     if not all(isinstance(each, DictConfig) for each in sampler_list(cfg)):

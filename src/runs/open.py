@@ -11,10 +11,11 @@ from src.errors import sentence
 from src.quoting import format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler, instantiate_node
+from src.runs.imported import read_model
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint, weights_of
+from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +43,20 @@ def open_run(
     trust: bool = False,
     data_root: str | None = None,
     encoder: str | None = None,
+    init_from: DictConfig | None = None,
 ) -> OpenedRun:
-    """Return a trained run from its folder `run`, which may be on the Hub (`hf://user/name`), or from the file `ckpt`.
+    """Return a trained run from its folder `run` or from the file `ckpt`, or the model of another project, `init_from`.
+
+    `run` may be on the Hub (`hf://user/name`).
 
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
     else warns. `data_root` and `encoder` replace the paths of the data and of the pretrained text encoder. Without
     `trust`, only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if
     the run does not exist or cannot be read.
     """
-    path = find_checkpoint(run, ckpt)
+    path = find_checkpoint(run, ckpt, None if init_from is None else init_from.path)
     quiet_libraries()
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_model(path, None if init_from is None else init_from.flags)
     settings = checkpoint["hyper_parameters"]
     if not trust:
         check_texts(settings, path)
@@ -110,7 +114,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
-    path = find_checkpoint(location, None, "guidance.model")
+    path = find_checkpoint(location, None, setting="guidance.model")
     weak = open_run(None, str(path), encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"

@@ -4,8 +4,9 @@
 """
 
 import copy
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import sentence
+from src.errors import absence, sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import inline_aliases, to_plain
+from src.runs.components import inline_aliases, is_typed, to_plain
+from src.runs.imported import read_model
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
@@ -37,8 +39,10 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
     cfg = copy.deepcopy(cfg)
     cfg.data = inline_aliases(cfg.data, "data")
     if not isinstance(cfg.init_from, DictConfig):  # composed without the command line, which writes init_from.path
-        cfg.init_from = {"path": cfg.init_from, "weights": None}
+        cfg.init_from = {"path": cfg.init_from, "weights": None, "flags": None}
     _infer_folders(cfg)
+    if checkpoint is None and data is None and cfg.init_from.path is not None:
+        _adopt_model(cfg)
     _inline_betas(cfg, checkpoint)
     _restore_settings(cfg, checkpoint)
     if str(cfg.trainer.precision).startswith("16") and cfg.optimizer.get("fused"):
@@ -94,7 +98,7 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
         config.data.cache_dir = None
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # data=table reads one file, data.path
-        is_exported = checkpoint.suffix == ".safetensors" and setting in config.data  # src.export sets paths to null
+        is_exported = checkpoint.suffix != ".ckpt" and setting in config.data  # src.export sets paths to null
         if config.data.get(setting) is None and not is_exported:
             raise ValueError(
                 f"{format_override('data.root', data_root)} needs a run trained on files, and {checkpoint} was trained "
@@ -113,6 +117,41 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
     if node.model is None:
         raise ValueError(f"{checkpoint} does not name its text encoder; add encoder=FOLDER or encoder=NAME of the hub")
     return config
+
+
+def _adopt_model(cfg: DictConfig) -> None:
+    """Take the network of the model that `init_from` names, and of another project's model its process, too.
+
+    Typed settings win, and so do the channels and the size of the data. The same stages attend at another size.
+    """
+    path = find_checkpoint(None, None, str(cfg.init_from.path))
+    checkpoint = read_model(path, cfg.init_from.flags)
+    settings, imported = checkpoint["hyper_parameters"], checkpoint.get("imported", False)
+    if not imported and not HydraConfig.initialized():  # A composed configuration does not say what was typed.
+        return
+    if not is_typed("model") and settings["model"]["_target_"] == cfg.model._target_:
+        network = {k: v for k, v in settings["model"].items() if k not in ("channels", "image_size", "features")}
+        before, now = settings["model"].get("image_size"), cfg.model.get("image_size")
+        if before is not None and now is not None:  # otherwise the data of this run determine the size
+            factor = mean_side(now) / mean_side(before)
+            network["attention_resolutions"] = [max(1, round(r * factor)) for r in network["attention_resolutions"]]
+        for name, value in network.items():
+            if not is_typed(f"model.{name}"):
+                OmegaConf.update(cfg.model, name, value, force_add=True)
+    if not imported:
+        return
+    if not is_typed("schedule"):
+        cfg.schedule, cfg.zero_terminal_snr = settings["schedule"], settings["zero_terminal_snr"]
+    for name, value in settings["diffusion"].items():
+        if not is_typed(f"diffusion.{name}"):
+            cfg.diffusion[name] = value
+    if not is_typed("sampler"):
+        cfg.sampler = settings["sampler"]
+
+
+def mean_side(size: int | Sequence[int]) -> float:
+    """Return the geometric mean of the sides of samples."""
+    return size if isinstance(size, int) else math.prod(size) ** (1 / len(size))
 
 
 def _infer_folders(cfg: DictConfig) -> None:
@@ -138,8 +177,8 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     path = Path(betas)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{format_override('schedule.betas', str(path.resolve()))} does not exist; set it to a list, or to a .npy "
-            "or .csv file"
+            f"{format_override('schedule.betas', str(path.absolute()))} {absence(path)}; set it to a list, or to a "
+            ".npy or .csv file"
         )
     try:
         if path.suffix == ".npy":

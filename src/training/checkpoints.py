@@ -119,7 +119,12 @@ def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, 
 
 
 def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":
-    """Return the averaged (`ema`) or raw weights. Raises ValueError if the file does not contain them."""
+    """Return the averaged (`ema`) or raw weights, with adapters merged.
+
+    Raises ValueError if the file does not contain them.
+    """
+    from src.training.finetuning import merge_adapters
+
     exported = checkpoint.get("averaged")
     if ema and not exported and "current_model_state" not in checkpoint:
         raise ValueError(f"{path} has no averaged weights (it was trained or exported without): set ema=false")
@@ -128,7 +133,9 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
             f"ema=false needs raw weights, but {path} has averaged ones: drop ema=false, or export with ema=false"
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
-    return weights if ema else checkpoint.get("current_model_state", weights)
+    weights = weights if ema else checkpoint.get("current_model_state", weights)
+    lora = checkpoint["hyper_parameters"].get("lora")
+    return merge_adapters(weights, float(lora["alpha"])) if lora else weights
 
 
 def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

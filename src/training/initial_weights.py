@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import first_names
+from src.training.finetuning import is_adapter, plain_name
 
 FIRST, LAST = ("conv_in", "linear_in"), ("conv_out", "linear_out")
 """The layers whose inputs and outputs are the channels of the data."""
@@ -35,9 +36,10 @@ def load_matching(net: nn.Module, weights: Mapping[str, Tensor]) -> InitialWeigh
 
     The data may have further channels: the weights of the shared channels are copied, and those by which the network
     reads a further channel are 0, so that its predictions start as those of the trained network. The last layer may
-    have another number of outputs per channel (a learned variance); the first one is the prediction.
+    have another number of outputs per channel (a learned variance); the first one is the prediction. Adapters stay, and
+    names are those without adapters.
     """
-    own = net.state_dict()
+    own = {plain_name(name): weight for name, weight in net.state_dict().items() if not is_adapter(name)}
     patch = int(getattr(net, "patch_size", 1))
     theirs, ours = _channels(weights, patch), _channels(own, patch)
     report = InitialWeights([], [], [], [name for name in weights if name not in own])

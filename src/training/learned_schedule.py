@@ -19,7 +19,7 @@ class LearnedScheduleModule(DiffusionModule):
         assert isinstance(self.schedule, nn.Module)
         self.curve_weights = tuple(self.schedule.parameters())
         curve = {id(p) for p in self.curve_weights}
-        self.weights = tuple(p for p in self.parameters() if id(p) not in curve)
+        self.weights = tuple(p for p in self.parameters() if p.requires_grad and id(p) not in curve)
 
     def compute_losses(
         self, x0: Tensor, transition: Transition, eps: Tensor, cond: Tensor | None, augment: Tensor | None = None

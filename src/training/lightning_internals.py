@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 
@@ -46,6 +46,13 @@ def logged_step(trainer: L.Trainer) -> int:
 def correct_logged_step(trainer: L.Trainer) -> None:
     """Log the next step at its index. When a finished run resumes, Lightning's count is one too large."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+class FirstLearningRateMonitor(LearningRateMonitor):
+    """Log the learning rate of the first parameter group as `lr`. Of several, Lightning logs `lr/pg1`, `lr/pg2`, ..."""
+
+    def _check_duplicates_and_update_name(self, *args: Any) -> list[str]:
+        return [super()._check_duplicates_and_update_name(*args)[0].removesuffix("/pg1")]
 
 
 def mark_step_completed(trainer: L.Trainer) -> None:

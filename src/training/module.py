@@ -1,7 +1,7 @@
 """The LightningModule that trains a diffusion model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -23,6 +23,7 @@ from src.rng import StepRng
 from src.training.callbacks.importance import ImportanceUpdate
 from src.training.callbacks.resume import ResumeTraining
 from src.training.callbacks.seeding import SeedDropout
+from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
 from src.training.optim import keep_current_settings, skip_unless, trial_state
 from src.training.sampling import ConditionSpec, Sampler, SamplingModule
@@ -47,7 +48,8 @@ class DiffusionModule(SamplingModule):
     """Train `net` to predict the target of the diffusion process at random noise levels, and sample from it.
 
     `optimizer` maps parameter groups to an optimizer; `lr_scheduler` maps an optimizer and the number of steps to a
-    learning-rate schedule.
+    learning-rate schedule. `lr_multipliers` maps patterns of names in `net` to factors of the learning rate.
+    Parameters without `requires_grad` are not trained.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class DiffusionModule(SamplingModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         conditioning: ConditionSpec | None = None,
+        lr_multipliers: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(net, schedule, diffusion, sampler, shape, conditioning)
         self.loss_fn = loss_fn
@@ -70,6 +73,7 @@ class DiffusionModule(SamplingModule):
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        self.lr_multipliers = lr_multipliers or {}
         self.curve_weights: tuple[nn.Parameter, ...] = ()
         """The parameters of a learned schedule; see `LearnedScheduleModule`."""
         self.find_weights()
@@ -92,7 +96,7 @@ class DiffusionModule(SamplingModule):
 
     def find_weights(self) -> None:
         """Cache the trained parameters: collecting them takes a millisecond, too long for every step."""
-        self.weights = tuple(self.parameters())
+        self.weights = tuple(p for p in self.parameters() if p.requires_grad)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the loss of one batch. Source: Ho et al. 2020 (arXiv 2006.11239), algorithm 1.
@@ -172,11 +176,17 @@ class DiffusionModule(SamplingModule):
         if self.make_optimizer is None or self.make_lr_scheduler is None:
             raise RuntimeError("this module was built without an optimizer: it can sample but not train")
         optimizer = self.make_optimizer(self.parameter_groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("lr_multiplier", 1.0)
         optimizer.register_load_state_dict_pre_hook(keep_current_settings)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.weights)}]
+        if not self.lr_multipliers:
+            return [{"params": list(self.weights)}]
+        trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        groups = group_by_multiplier(trained, self.lr_multipliers)
+        return [{"params": parameters, "lr_multiplier": factor} for factor, parameters in groups]
 
     def optimizer_state(self) -> set[str]:
         """Return the names of the values that the optimizer keeps for each weight, from a step on a small weight."""

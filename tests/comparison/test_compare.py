@@ -26,6 +26,7 @@ from src.comparison.statistics import (
     format_summary,
     headline,
     holm,
+    metrics_of,
     rank_groups,
     welch,
 )
@@ -202,6 +203,12 @@ def test_verdicts_relative_to_the_best():
 def test_headline_of_two_groups(a, b, text):
     groups = groups_of(a=a, b=b)
     assert text in headline(groups, [rank_groups(groups, "fd_pixels_1k")])
+
+
+def test_kernel_distance_leads_for_efficientnet():
+    values = {"precision_efficientnet_1k": 0.5, "fd_efficientnet_1k": 1.0, "kd_efficientnet_1k": 1.0}
+    groups, _ = group_by_settings([RunRecord("a", 0, {"seed": 0}, values)])
+    assert metrics_of(groups) == ["kd_efficientnet_1k", "fd_efficientnet_1k", "precision_efficientnet_1k"]
 
 
 def test_direction_depends_on_the_metric():

@@ -180,6 +180,18 @@ def test_valid_overrides_pass(overrides):
         (["optimizer._target_=torch.optim.Foo"], ["optimizer._target_=torch.optim.Foo", "'Foo'", "PYTHONPATH="]),
         (["optimizer._target_=nowhere.Foo"], ["optimizer._target_=nowhere.Foo", "'nowhere'", "PYTHONPATH="]),
         (["optimizer._target_=torch.optim.RMSprop"], ["~optimizer.betas ~optimizer.fused"]),
+        (["+optimizer.parms=1"], ["'optimizer.parms'", "it takes lr, betas"]),
+        (["+trainer.foo=1"], ["'trainer.foo'", "it takes accelerator, devices, strategy"]),
+        (["+optimizer.params=1"], ["'optimizer.params'", "it takes lr, betas"]),
+        (
+            [
+                "lr_scheduler._target_=torch.optim.lr_scheduler.CosineAnnealingLR",
+                "+lr_scheduler.T_max=5",
+                "~lr_scheduler.decay",
+                "~lr_scheduler.warmup_steps",
+            ],
+            ["'lr_scheduler.T_max'", "it takes eta_min"],
+        ),
         (["trainer.precision=bf17"], ["trainer.precision=bf17", "bf16-mixed"]),
         (["callbacks.time_budget.minutes=10m"], ["callbacks.time_budget.minutes=10m", "such as 10"]),
         (["schedule=custom", "schedule.betas=[0.1,x]"], ["schedule.betas=[0.1, 'x']"]),

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
 from src.config.overrides import check_overrides
-from src.config.rules import RECIPE
+from src.config.rules import RECIPE, check_value
 from src.config.search_path import CONF, config_groups
 from src.runs.components import build_module, build_sampler, inline_aliases
 from src.runs.resolve import resolve
@@ -198,6 +199,38 @@ def test_analytic_data_are_built(option):
     cfg = compose("evaluate", f"analytic={option}", "run_dir=runs/x").analytic
     check_arguments(cfg, "analytic")
     assert not cfg or instantiate(cfg)(3, torch.Generator()).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "schedule.num_steps",
+        "schedule.num_steps schedule=edm_lognormal",
+        "diffusion.clip_x0",
+        "diffusion.dynamic_threshold",
+        "diffusion.sigma_data",
+        "callbacks.ema.decay",
+        "callbacks.nan_guard.lr_factor",
+        "data.num_samples data=points",
+        "data.val_fraction data=points",
+        "data.batch_size data=points",
+    ],
+)
+def test_ranges_equal_those_of_the_constructors(case, tmp_path):
+    name, *chosen_options = case.split()
+    cfg = compose("train", f"run_dir='{tmp_path}'", *chosen_options)
+    parent, _, key = name.rpartition(".")
+    node = OmegaConf.select(cfg, parent)
+    whole = isinstance(node[key], int)
+    for value in (-1, 0, 1, 2, 9, 10, 10_000, 10_001) if whole else (-0.5, 0.0, 0.5, 1.0, 1.5):
+        node[key] = value
+        refused = []
+        for check in (lambda: check_value(name, node[key], f"{node._target_}.{key}"), lambda: instantiate(node)):
+            try:
+                check()
+            except (ValueError, InstantiationException):
+                refused.append(check)
+        assert len(refused) != 1, (name, value)
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate", "compare"])

@@ -12,7 +12,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from src.config.overrides import _compose_choices, check_overrides
+from src.config.overrides import _compose_cached, check_overrides
 from src.config.search_path import CONF
 from src.config.sweeps import devices_of_worker
 from src.errors import UsageError
@@ -138,7 +138,7 @@ def test_slurm_script_requests_resources_and_signal(tmp_path):
     "overrides",
     [
         ["hydra/launcher=local", "hydra.launcher.n_jobs=2", "seed=0,1"],
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep=schedules"],
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1"],
         ["hydra/launcher=slurm", "hydra.launcher.partition=gpu", "seed=range(0,3)"],
         ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "optimizer.lr=tag(log,interval(1e-4,1e-2))"],
         ["sweep=optimizer", "hydra/launcher=ray_local", "hydra.sweeper.n_jobs=2"],
@@ -183,7 +183,7 @@ def test_missing_plugin_names_its_extra(override, extra, monkeypatch):
         options = ConfigStore.instance().repo["hydra"][group]
         for name in [n for n in options if n.split(".")[0].split("_")[0] == extra]:
             monkeypatch.delitem(options, name)
-    _compose_choices.cache_clear()
+    _compose_cached.cache_clear()
     with pytest.raises(UsageError, match=rf"extra {extra}, which is not installed: pip install -e '\.\[{extra}\]'"):
         check_overrides("train", [override], multirun=True)
 

@@ -394,8 +394,10 @@ def test_files_of_whole_splits_are_refused(names, tmp_path):
     for name in names:
         save_signals(tmp_path, name)
         np.save(tmp_path / name, ramp(9, 2, 5))
-    with pytest.raises(ValueError, match=rf"set data\.root={tmp_path / names[0]} "):
-        module(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"set data\.root={tmp_path / names[0]} "):
+            module(tmp_path)
+        np.save(tmp_path / "train_labels.npy", np.arange(9))
 
 
 @pytest.mark.parametrize("labels", ["l.csv", "l.npy", "all.csv"])
@@ -431,4 +433,21 @@ def test_a_file_of_labels_is_not_a_sample(tmp_path):
         np.save(folder / "y.npy", np.array([1, 0, 0, 1]))
         for labels in ("y.npy", "./y.npy", str(folder / "y.npy")):
             source = opened(folder, source_labels=labels, cache_dir=str(tmp_path / "cache")).source
-            assert source.labels.targets.tolist() == [1, 0, 0, 1]
+            assert source.labels.targets.tolist() == [1, 0, 0, 1] and ", 2 classes" in source.summary
+
+
+def test_file_of_labels_without_its_setting_is_reported(tmp_path):
+    save_signals(tmp_path / "many", *(f"{k}.npy" for k in range(4)))
+    (tmp_path / "one").mkdir()
+    np.save(tmp_path / "one" / "x.npy", ramp(4, 2, 5))
+    for folder in (tmp_path / "one", tmp_path / "many"):
+        np.save(folder / "labels.npy", np.array([1, 0, 0, 1]))
+        source = opened(folder, cache_dir=str(tmp_path / "cache")).source
+        assert len(source) == 4 and source.labels is None
+        assert "data.source.labels" in source.summary and "labels.npy" in source.summary
+
+
+def test_one_file_takes_no_validation_folder(tmp_path):
+    np.save(tmp_path / "x.npy", ramp(4, 2, 5))
+    with pytest.raises(ValueError, match=r"data\.val_root=.*x\.npy has all samples; leave it out"):
+        opened(tmp_path / "x.npy", val_root=str(tmp_path / "x.npy"))

@@ -72,7 +72,7 @@ def test_captions_belong_to_their_images(tmp_path):
     for name in ("x/a", "y/b"):
         (tmp_path / f"{name}.txt").write_text(name)
     source = opened(tmp_path)
-    assert source.captions == [["x/a"], ["y/b"]]
+    assert source.captions == [["x/a"], ["y/b"]] and "2 captions from text files" in source.summary
     assert source.fetch([1]).unique().tolist() == [20]
     assert source.fetch([0]).unique().tolist() == [0]
     assert source.labels is not None and source.labels.classes == ["x", "y"]
@@ -120,6 +120,7 @@ def test_captions_come_from_a_named_table_and_columns(tmp_path, ending):
     source = captioned(str(tmp_path), 8, 3, captions=path.name, file_column="path", caption_column="description")
     wanted = rows if ending in ("csv", "tsv") else lists
     assert source.captions == [text if isinstance(text, list) else [text] for text in wanted.description]
+    assert f"{sum(map(len, source.captions))} captions from words.{ending}" in source.summary
 
 
 def test_missing_captions_name_the_supported_files(tmp_path):
@@ -157,7 +158,7 @@ def test_rows_without_image_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("a.txt", " \n\n", "1 captions under .* are empty (a.txt)"),
+        ("a.txt", " \n\n", "1 empty caption (a.txt)"),
         ("a.txt", b"\xff\xfe\x00", "is not text in utf-16"),
         ("metadata.csv", "file_name,text\na.png,\n", "metadata.csv, line 2: the caption is empty"),
         ("metadata.csv", "file_name,text\n", "has 1 rows"),

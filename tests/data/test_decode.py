@@ -142,7 +142,7 @@ def test_pages_are_counted_or_become_channels(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(pages, photometric="minisblack"))
     source = folder(str(tmp_path), SHAPE, 1)
     assert np.array_equal(source.fetch([0])[0, 0].numpy(), pages[0])
-    assert "1 files hold several images" in source.summary
+    assert "several images in 1 file," in source.summary
     assert np.array_equal(fetched(tmp_path, 3, pages="channels"), pages.transpose(1, 2, 0))
 
 
@@ -233,7 +233,7 @@ def test_links_to_folders_are_followed(tmp_path):
     source = folder(str(root), SHAPE, 1)
     assert list(source.found.names) == ["cats/a.png", "dogs/a.png"]
     assert source.labels.classes == ["cats", "dogs"]
-    assert source.found.left_out == {"links to a parent folder": ["cats/up"], "broken links": ["gone.png"]}
+    assert source.found.left_out == {"linked to a parent folder": ["cats/up"], "linked to nothing": ["gone.png"]}
 
 
 def save(root: Path, *names: str) -> None:
@@ -251,8 +251,8 @@ def test_folders_of_splits_are_no_classes(tmp_path, val):
     assert source.labels.classes == ["cats", "dogs"]
     held_out = [name for name, held in zip(source.found.names, source.val_mask, strict=True) if held]
     assert held_out == [f"{val}/cats/c.png"]
-    assert source.found.left_out == {"test images": ["test/dogs/d.png"]}
-    assert "test images" in source.summary
+    assert source.found.left_out == {"for testing": ["test/dogs/d.png"]}
+    assert "1 for testing" in source.summary
 
 
 def test_a_stray_file_does_not_remove_the_classes(tmp_path):

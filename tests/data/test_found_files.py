@@ -3,6 +3,7 @@
 import os
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 import tifffile
 from PIL import Image
 
+from src.data.array_files import open_numpy
+from src.data.array_folders import find_arrays
 from src.data.captions import captioned
 from src.data.conditions import Classes
 from src.data.folder import find, folder
 from src.data.image_source import ImageSource
 from src.data.split import hash_ids, hash_threshold, split
+from src.data.table_files import read_table
 from src.errors import DataReadError
 
 SHAPE = (4, 4)
@@ -122,7 +126,7 @@ def test_splits_in_one_outer_folder_are_recognized(tmp_path, packed, outer):
     assert list(source.ids) == [f"{outer}/{name}" for name in names[4:]]
     assert source.val_mask.tolist() == [False] * 4 + [True] * 4
     assert source.labels.classes == ["a", "b"] and source.labels.targets.tolist() == [0, 0, 1, 1] * 2
-    assert source.found.left_out["test images"] == [f"{outer}/{name}" for name in names[:4]]
+    assert source.found.left_out["for testing"] == [f"{outer}/{name}" for name in names[:4]]
     assert open_folder(root, class_depth="all").labels.classes == ["a", "b"]
 
 
@@ -243,6 +247,22 @@ def test_an_image_is_not_a_root(tmp_path):
         assert str(tmp_path / "a b") in str(error.value).split(";")[1]
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_path_without_a_file_is_explained(tmp_path, kind):
+    """Reading a pipe would wait forever."""
+    save(tmp_path / "in", "0.png")
+    paths = [tmp_path / name for name in ("x", "x.zip", "x.npy", "x.csv")]
+    for path in paths:
+        path.symlink_to(tmp_path / "gone") if kind == "link" else os.mkfifo(path)
+    said = f"link to {tmp_path / 'gone'}" if kind == "link" else "neither a file nor a folder"
+    calls = [partial(call, str(path)) for call in (find, find_arrays) for path in paths[:3]]
+    calls += [partial(read_table, paths[3], "data.path"), partial(open_numpy, paths[2])]
+    for call in calls:
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"{said}.*; set ") as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
 def test_one_image_cannot_be_split():
     with pytest.raises(ValueError, match="one sample"):
         split(hash_ids(["0.png"], 0), hash_threshold(0.1))
@@ -257,6 +277,7 @@ def test_tables_may_have_backslashes(tmp_path):
     source = open_folder(str(tmp_path), labels="a.csv", condition_columns=["age"])
     assert [source.labels.classes[k] for k in source.labels.targets] == ["y", "x"]
     assert list(source.ids) == ["pets/1.png", "pets/cat/0.png"] and source.covariates.values.tolist() == [[2], [1]]
+    assert "conditions: 1 number (age) from a.csv" in source.summary
 
 
 def test_names_without_ending_are_explained(tmp_path):

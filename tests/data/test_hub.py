@@ -228,7 +228,7 @@ def test_samples_without_a_class_or_caption_are_reported(tmp_path):
     dataset(pictures(3), label=[0, -1, 1], text=["a", None, " "]).save_to_disk(tmp_path / "data")
     source = opened(tmp_path / "data")
     assert source.labels is None and source.captions is None
-    assert "1 images have no label" in source.summary and "2 images have no text" in source.summary
+    assert "1 image without label" in source.summary and "2 images without text" in source.summary
     assert "data.source.label_column=label" in refusal(tmp_path / "data", label_column="label")
     assert "data.source.caption_column=text" in refusal(tmp_path / "data", caption_column="text")
 

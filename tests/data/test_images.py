@@ -249,7 +249,7 @@ def test_a_csv_file_gives_the_classes(tmp_path, column):
     ("rows", "message"),
     [
         (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y"], "has no label for 1 of 4 images under .* (cats/d.png)"),
-        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "lists 1 files .* (e.png)"),
+        (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "e.png,y"], "lists 1 file .* (e.png)"),
         (["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,"], "line 5: the label is empty"),
         (
             ["dogs/a.png,x", "dogs/b.png,x", "cats/c.png,y", "cats/d.png,y", "dogs/a.png,y"],

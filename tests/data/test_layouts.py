@@ -79,7 +79,7 @@ def test_nested_folders_are_counted_without_those_at_the_top(tmp_path):
     save(tmp_path / "a" / "x" / "2.png", pixels(1))
     save(tmp_path / "b" / "3.png", pixels(2))
     assert re.search(
-        r"; 1 subfolder .* 1 folder .*data\.source\.class_depth=2", folder(str(tmp_path), SHAPE, 1).summary
+        r"; 1 subfolder of 1 folder .*data\.source\.class_depth=2", folder(str(tmp_path), SHAPE, 1).summary
     )
 
 

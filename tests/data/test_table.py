@@ -86,6 +86,7 @@ def test_inferred_settings_replace_the_file(tmp_path):
     """The file is opened only when its samples are needed."""
     path, _ = table(tmp_path / "a.csv")
     data = opened(path, condition_columns=["day"], label="kind")
+    assert "conditions: 1 number (day)" in data.summary
     again = TableDataModule(None, condition_columns=["day"], label="kind", batch_size=4, **data.inferred)
     assert again.shape == data.shape
     x = torch.randn(5, 2)

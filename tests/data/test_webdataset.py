@@ -79,7 +79,7 @@ def test_samples_keep_pixels_captions_and_classes(tmp_path):
     assert named(source) == ["10", "9", "10", "9", "10", "9", "10"] and source.labels.classes == ["9", "10"]
     assert list(source.ids)[:4] == [f"000{k // 3}.tar/sample{k:03}.png" for k in range(4)]
     assert list(source.stamps()) == [len(png(image)) for image in images]
-    assert source.val_mask is None and "3 shards" in source.summary
+    assert source.val_mask is None and "3 shards; 7 captions" in source.summary
 
 
 def test_every_way_to_name_shards_gives_the_same_images(tmp_path):
@@ -133,7 +133,7 @@ def test_the_ending_of_the_images_is_chosen(tmp_path):
         opened(tmp_path, pattern)
     source = opened(tmp_path, pattern, image_key="photo.png")
     assert np.array_equal(pixels(source), images)
-    assert source.found.left_out == {"samples without an image": ["0000.tar/sample003"]}
+    assert source.found.left_out == {"without an image": ["0000.tar/sample003"]}
     assert np.array_equal(pixels(opened(tmp_path, pattern, image_key="photo.png;mask.png")), [*images, masks[3]])
     pattern = write(tmp_path / "arrays", [{"png": png(images[0]), "npy": np.zeros(3)}])
     assert np.array_equal(pixels(opened(tmp_path, pattern)), images[:1])
@@ -186,7 +186,7 @@ def test_samples_without_a_caption_are_reported(tmp_path):
     pattern = write(tmp_path / "in", samples)
     source = opened(tmp_path, pattern)
     assert source.captions is None and source.labels is None
-    assert "1 images have no caption" in source.summary and "1 images have no class" in source.summary
+    assert "1 image without a caption" in source.summary and "1 image without a class" in source.summary
     for setting, name in (("caption_key", "txt"), ("label_key", "cls")):
         with pytest.raises(ValueError, match=rf"data\.source\.{setting}={name}: 1 of 3 samples"):
             opened(tmp_path, pattern, **{setting: name})

@@ -187,7 +187,7 @@ def test_evaluate_compares_samplers(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "give run=FOLDER"),
+        ([], "run=FOLDER"),
         (["run=nowhere"], "no run folder"),
         (["analytic=gaussian", "analytic_schedule=cosin"], "analytic_schedule=cosin .*cosine"),
         (["analytic=gaussian", "analytic_schedule=custom"], "analytic_schedule=custom "),

@@ -123,7 +123,7 @@ def test_typed_settings_override_those_of_resumed_run(tmp_path):
     for words in (["analytic=mixture", "n=5"], ["run=x", "analytic_steps=[5,10]"]):
         refused(lambda words=words: check_overrides("evaluate", words), "analytic=")
     check_overrides("evaluate", ["analytic=gaussian", "analytic_steps=[5]", "seed=1", "hydra.run.dir=x"])
-    check_overrides("evaluate", ["analytic=none", "run=x", "n=5"])
+    check_overrides("evaluate", ["analytic=none", "run=x", "n=50"])
     again = choose_none(["callbacks=quality", "conditioning=class", "seed=1", "callbacks=null", "conditioning=null"])
     assert again == ["seed=1", "callbacks=none", "~conditioning"]
 

@@ -78,13 +78,16 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": f"{self.server.url}/{repo}/commit/{commit}", "commitOid": commit})
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/"):
-            return self.answer(404)
-        user, name, _, revision, file = self.path.strip("/").split("/", 4)
+        path = self.path.partition("?")[0].strip("/")
+        kind = "resolve"
+        if path.startswith("api/models/"):  # user/name/revision/main describes a commit, user/name/tree/main its files
+            user, name, kind, revision, file = (*[*path.split("/")[2:], "revision", "main"][:4], "")
+        else:
+            user, name, _, revision, file = path.split("/", 4)
         repo, signed = f"{user}/{name}", self.headers["Authorization"] == f"Bearer {TOKEN}"
         if repo not in self.server.commits or (self.server.private[repo] and not signed):
             return self.answer(401, X_Error_Code="RepoNotFound")
-        if repo in self.server.gated:
+        if repo in self.server.gated and kind != "revision":
             return self.answer(403, X_Error_Code="GatedRepo")
         commits = self.server.commits[repo]
         revisions = {oid(k + 1): k for k in range(len(commits))} | {f"v{k + 1}": k for k in range(len(commits))}
@@ -92,6 +95,14 @@ class Handler(BaseHTTPRequestHandler):
         if number is None:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         commit = oid(number + 1)
+        if kind == "revision":
+            return self.answer(200, {"id": repo, "sha": commit, "siblings": []})
+        if kind == "tree":
+            files = [
+                {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for name, content in commits[number].items()
+            ]
+            return self.answer(200, json.dumps(files).encode(), Content_Type="application/json")
         if file not in commits[number]:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content = commits[number][file]

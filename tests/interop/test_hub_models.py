@@ -46,7 +46,7 @@ def test_pushed_folder_opens_from_the_hub(hub, model):
     assert push(model, "ann/digits", private=True) == f"{hub.url}/ann/digits"
     assert sorted(hub.files("ann/digits")) == ["README.md", "model.safetensors"]
     assert hub.private["ann/digits"]
-    assert local_copy("hf://ann/digits", "run").read_text() == "contents of model.safetensors"
+    assert (local_copy("hf://ann/digits", "run") / "model.safetensors").read_text() == "contents of model.safetensors"
     hub.commits.clear()
     hub_models._download.cache_clear()
     assert find_checkpoint("hf://ann/digits@" + "1".zfill(40), None).name == "model.safetensors"
@@ -58,7 +58,7 @@ def test_revisions_select_commits(hub, model):
     push(model, "ann/digits", private=True)
     assert not hub.private["ann/digits"]  # an existing repository stays visible
     for revision, text in {"": "second", "@v1": "contents of model.safetensors", "@main": "second"}.items():
-        assert local_copy(f"hf://ann/digits{revision}", "run").read_text() == text, revision
+        assert (local_copy(f"hf://ann/digits{revision}", "run") / "model.safetensors").read_text() == text, revision
 
 
 def test_models_that_cannot_be_opened_name_the_setting(hub, model, monkeypatch):
@@ -75,13 +75,13 @@ def test_models_that_cannot_be_opened_name_the_setting(hub, model, monkeypatch):
         "hf://ann/gated": "consent",
         "hf://ann/public@v9": "no such revision",
         "hf://ann/public@": "empty revision",
-        "hf://ann/onnx": "no model.safetensors",
+        "hf://ann/onnx": "model.safetensors",
         "hf://ann/public/model.safetensors": "user/name",
         "hf://": "user/name",
     }
     for location, reason in reasons.items():
         with pytest.raises(ValueError, match=re.escape(reason)) as error:
-            find_checkpoint(location, None, "guidance.model")
+            find_checkpoint(location, None, setting="guidance.model")
         assert "guidance.model=" in str(error.value) and "\n" not in str(error.value), location
 
 
@@ -149,3 +149,25 @@ def test_foreign_targets_of_the_hub_are_refused(hub, trained, tmp_path):
     with pytest.raises(UsageError, match=r"os\.system"):
         command(sample, "sample", tmp_path / "s", "run='hf://eve/digits'", "n=2")
     assert not (tmp_path / "canary").exists()
+
+
+def test_pipelines_of_the_hub_open_by_their_name(hub, tmp_path, monkeypatch):
+    """The files of the network and its scheduler are downloaded, others are not."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "pipeline"
+    names = [
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.bin",
+        "scheduler/scheduler_config.json",
+    ]
+    for name in [*names, "unet/diffusion_pytorch_model.fp16.safetensors", "images/big.png"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    push(folder, "ann/ddpm", private=False)
+    found = find_checkpoint(None, None, "ann/ddpm")
+    assert found == find_checkpoint(None, None, "hf://ann/ddpm") == find_checkpoint("hf://ann/ddpm", None)
+    assert sorted(str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()) == sorted(names)
+    (tmp_path / "ann").mkdir()  # a path, not a name
+    with pytest.raises(FileNotFoundError, match="init_from"):
+        find_checkpoint(None, None, "ann/absent")

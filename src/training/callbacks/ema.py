@@ -38,8 +38,9 @@ class EMA(L.Callback):
         self._step = trainer.global_step
 
     def _find_weights(self, pl_module: L.LightningModule) -> None:
-        """Cache the weights: collecting them takes milliseconds, too long for every step."""
-        self._names, self._weights = map(list, zip(*pl_module.named_parameters(), strict=True))
+        """Cache the trained weights: collecting them takes milliseconds, too long for every step."""
+        trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
+        self._names, self._weights = map(list, zip(*trained, strict=True))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from src.diffusion.noise import Schedule
 from src.training.checkpoint_io import tolerate_full_disk
-from src.training.lightning_internals import close_progress_bars, correct_logged_step
+from src.training.lightning_internals import FirstLearningRateMonitor, close_progress_bars, correct_logged_step
 from src.training.loggers import log_hparams, log_picture, log_values, show_pictures
 from src.training.module import DiffusionModule
 from src.training.provenance import code_version, environment
@@ -81,8 +81,8 @@ class Progress(TQDMProgressBar):
         return loss | metrics
 
 
-class LearningRate(LearningRateMonitor):
-    """Log the learning rate in every step."""
+class LearningRate(FirstLearningRateMonitor):
+    """Log the learning rate in every step, without `lr_multipliers`."""
 
     def __init__(self) -> None:
         super().__init__(logging_interval="step")

@@ -1,0 +1,131 @@
+"""Read a pipeline folder of the diffusers library: its U-Net, and its scheduler as schedule and process."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.interop.diffusers_unet import from_diffusers, settings_of
+from src.interop.imported import ImportedModel
+
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+VARIANCES = {
+    **{f"fixed_{size}{log}": f"fixed_{size}" for size in ("small", "large") for log in ("", "_log")},
+    **{name: name for name in ("learned_range", "learned")},
+}
+SAMPLERS = {"DDPMScheduler": "ancestral", "DDIMScheduler": "ddim", "HeunDiscreteScheduler": "heun"}
+"""Our samplers for the schedulers of diffusers; the others have `dpmpp_2m`."""
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def read_pipeline(folder: Path) -> ImportedModel:
+    """Return the U-Net and the scheduler of a pipeline folder; a folder with a U-Net only has a linear schedule.
+
+    Only JSON and tensors are read. Raises ValueError if this project has no such network or process.
+    """
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = read_json(unet / "config.json")
+    if (name := config.get("_class_name")) != "UNet2DModel":
+        raise ValueError(f"{unet} holds a {name}; only UNet2DModel is supported")
+    # Older pipelines have both files in one folder.
+    scheduler = next((s for s in (folder / "scheduler", folder) if s.is_dir()), folder) / "scheduler_config.json"
+    process = process_of(read_json(scheduler))
+    outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
+    if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
+        process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
+    flow = process.diffusion["prediction"] == "velocity"
+    # The time of a flow is its noise level, from 0 to 1; otherwise timesteps count from 0.
+    steps = process.schedule.get("num_steps") or len(process.schedule["betas"])
+    model = settings_of(config, 1000 if flow else steps, first_step=int(flow))
+    weights = from_diffusers(read_weights(unet), config, model)
+    classes = config.get("num_class_embeds")
+    return process._replace(model=model, weights=weights, num_classes=classes)
+
+
+def process_of(scheduler: Mapping[str, Any]) -> ImportedModel:
+    """Return schedule, process and sampler of a scheduler's configuration, without a network.
+
+    Raises ValueError if this project has no such schedule.
+    """
+    name, steps = scheduler.get("_class_name", "DDPMScheduler"), scheduler.get("num_train_timesteps", 1000)
+    clips = scheduler.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler"))
+    clip = scheduler.get("clip_sample_range", 1.0) if clips else None
+    if "FlowMatch" in name:
+        if (shift := scheduler.get("shift", 1.0)) != 1 or scheduler.get("use_dynamic_shifting"):
+            raise ValueError(f"shift={shift} of the {name} is not supported; set it to 1 in scheduler_config.json")
+        curve = {"_target_": "src.diffusion.curves.rectified_flow", "_partial_": True, "start": 1e-4}
+        schedule = {"_target_": "src.diffusion.noise.ContinuousSchedule", "curve": curve, "num_steps": steps}
+        prediction, variance = "velocity", "fixed_small"
+    else:
+        schedule = _schedule(scheduler, steps)
+        prediction = _known(scheduler, "prediction_type", "epsilon", PREDICTIONS)
+        variance = _known(scheduler, "variance_type", "fixed_small", VARIANCES)
+    return ImportedModel(
+        model={},
+        schedule=schedule,
+        diffusion={"prediction": prediction, "variance": variance, "clip_x0": clip},
+        weights={},
+        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        sampler=SAMPLERS.get(name, "dpmpp_2m"),
+    )
+
+
+def _schedule(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the node of the betas of a scheduler."""
+    if (betas := scheduler.get("trained_betas")) is not None:
+        return {"_target_": "src.diffusion.schedules.custom", "betas": list(betas)}
+    kind, functions = scheduler.get("beta_schedule", "linear"), "src.diffusion.schedules"
+    ends = {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}
+    match kind:
+        case "linear":  # our function scales the ends by 1000 / T
+            scaled = {name: end * steps / 1000 for name, end in ends.items()}
+            return {"_target_": f"{functions}.linear", "num_steps": steps, **scaled, "max_beta": 0.999}
+        case "scaled_linear":
+            return {"_target_": f"{functions}.quadratic", "num_steps": steps, **ends}
+        case "squaredcos_cap_v2":
+            return {"_target_": f"{functions}.cosine", "num_steps": steps, "offset": 0.008, "max_beta": 0.999}
+        case "sigmoid":
+            return {"_target_": f"{functions}.sigmoid_geodiff", "num_steps": steps, **ends}
+        case "laplace":
+            arguments = {"mu": 0.0, "scale": 0.5, "power": 0.5, "max_beta": 0.999}
+            return {"_target_": f"{functions}.laplace", "num_steps": steps, **arguments}
+    raise ValueError(f"beta_schedule={kind} of the scheduler is not supported; write its betas as trained_betas")
+
+
+def _known(scheduler: Mapping[str, Any], name: str, default: str, known: Mapping[str, str]) -> str:
+    if (value := scheduler.get(name, default)) not in known:
+        raise ValueError(f"{name}={value} of the scheduler is not supported; choose one of {', '.join(known)}")
+    return known[value]
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a model folder, from safetensors in one or several files, or from torch's format."""
+    from safetensors.torch import load_file
+
+    if files := sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
+        plain = folder / f"{WEIGHTS}.safetensors"  # beside it there may be copies in half precision
+        shards = [plain] if plain in files else files
+        return {name: value.float() for file in shards for name, value in load_file(file).items()}
+    if (binary := folder / f"{WEIGHTS}.bin").is_file():
+        try:
+            loaded = torch.load(binary, map_location="cpu", weights_only=True)
+        except Exception as error:  # untrusted bytes can raise anything
+            raise ValueError(f"{binary} holds more than tensors; convert it to safetensors") from error
+        return {name: value.float() for name, value in loaded.items()}
+    raise FileNotFoundError(f"{folder} has no {WEIGHTS}.safetensors")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one without the file. Raises ValueError for other contents."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content

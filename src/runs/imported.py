@@ -1,0 +1,117 @@
+"""Read trained models of this project and of others as checkpoints."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from src.config.search_path import CONF
+from src.interop.hub_models import SIDECAR
+from src.runs.components import to_plain
+from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint
+
+if TYPE_CHECKING:
+    from src.interop.imported import ImportedModel
+
+OTHER_KEYS = ("seed", "snr_shift", "zero_terminal_snr", "weighting")
+
+
+def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
+    """Return a trained model as a checkpoint with `state_dict` and `hyper_parameters`.
+
+    `path` is a checkpoint or an exported model of this project, a folder of diffusers, a `.pt` file of OpenAI, whose
+    scripts have `flags`, or weights of EDM as safetensors. Only tensors and plain values are read. Raises ValueError if
+    the file is not such a model, or if this project has no such network.
+    """
+    from src.interop import diffusers_pipeline, edm, openai
+
+    is_openai = path.suffix in (".pt", ".pth")
+    if flags is not None and not is_openai:
+        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is none; leave it out")
+    if (path / SIDECAR).is_file():
+        return read_exported_pipeline(path)
+    if path.is_dir():
+        return as_checkpoint(diffusers_pipeline.read_pipeline(path))
+    if is_openai:
+        return as_checkpoint(openai.read_openai(openai.read_pt(path), flags or ""))
+    if path.suffix == ".pkl":
+        raise edm.pickle_error(path)
+    if path.suffix == ".safetensors" and (found := edm.read_file(path)):
+        return as_checkpoint(edm.read_edm(*found))
+    return read_checkpoint(path)
+
+
+def read_exported_pipeline(folder: Path) -> dict[str, Any]:
+    """Return the model that `src.export format=diffusers` wrote, also if its U-Net has been trained since.
+
+    Raises ValueError if its network is not a U-Net of diffusers.
+    """
+    from src.interop import diffusers_pipeline, diffusers_unet
+
+    if not (unet := folder / "unet").is_dir():
+        raise ValueError(f"{folder} holds a traced network, which cannot be read; use format=safetensors for it")
+    checkpoint = read_checkpoint(folder / SIDECAR)
+    kept, model = checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
+    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_json(unet / "config.json")
+    ours = diffusers_unet.from_diffusers(theirs, config, model)
+    if (time := diffusers_unet.original_time(theirs, kept, model)) is None:
+        model["time_offset"] = -1.0  # The new weights are for steps from 0.
+    else:
+        ours[diffusers_unet.TIME] = time
+    rest = {name: value for name, value in kept.items() if name != diffusers_unet.TIME}
+    return checkpoint | {"state_dict": rest | {f"net.{name}": value for name, value in ours.items()}}
+
+
+def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
+    """Return a model of another project as a checkpoint of this one, with averaged weights.
+
+    Its data are a folder of 8-bit images that `data.root` names.
+    """
+    import torch
+
+    weights = dict(imported.weights)
+    classes = imported.num_classes
+    if classes is not None and not imported.has_null_class:
+        table = weights["condition.table.weight"]
+        weights["condition.table.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    settings = compose_settings(imported)
+    return {
+        "state_dict": {f"net.{name}": value for name, value in weights.items()},
+        "hyper_parameters": settings,
+        "averaged": True,  # what other projects publish are averages
+        "imported": True,
+    }
+
+
+def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
+    """Return the configuration of an imported model: conf/ with its network, schedule and process."""
+    overrides = [f"sampler={imported.sampler}", "data=folder", "data.root=null", "model=unet_ddpm"]
+    overrides += [] if imported.num_classes is None else ["conditioning=class"]
+    model = {name: value for name, value in imported.model.items() if name != "outputs"}
+    data = {name: model[name] for name in ("channels", "image_size")}
+    changes: dict[str, Any] = {
+        "model": model,
+        "diffusion": imported.diffusion,
+        "zero_terminal_snr": imported.zero_terminal_snr,
+        "data": data | {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"},
+    }
+    if imported.num_classes is not None:
+        names = [str(k) for k in range(imported.num_classes)]
+        dropped = 0.1 if imported.has_null_class else 0.0
+        changes["conditioning"] = {"encode": {"names": names}, "cond_drop_prob": dropped}
+    cfg = _compose(overrides)
+    OmegaConf.set_struct(cfg, False)
+    cfg.schedule = imported.schedule
+    merged = OmegaConf.merge(cfg, changes)
+    assert isinstance(merged, DictConfig)
+    plain = to_plain(OmegaConf.masked_copy(merged, [*MODEL_KEYS, *CONDITION_KEYS, *OTHER_KEYS]))
+    return {name: value for name, value in plain.items() if name != "weighting"}  # `loss` contains it
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("train", overrides)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose("train", overrides)

@@ -1,0 +1,182 @@
+"""Models of other projects, from their files to samples, bounds and new runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from src.config.overrides import expand_init_from
+from src.export import export
+from src.runs.build import build, close_run
+from src.runs.components import build_sampler
+from src.runs.imported import read_model
+from src.runs.open import OpenedRun, open_run
+from src.training.checkpoints import exportable_settings, write_exported
+from tests.conftest import compose
+from tests.interop.test_diffusers_unet import SMALL, THEIRS
+from tests.interop.test_edm import metadata as edm_metadata
+from tests.interop.test_edm import theirs as edm_net
+from tests.interop.test_openai import ADM_FLAGS
+from tests.interop.test_openai import theirs as openai_net
+from tests.models.test_models import randomize
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pipeline with random weights."""
+    folder = tmp_path_factory.mktemp("diffusers") / "ddpm"
+    unet = randomize(diffusers.UNet2DModel(**{**SMALL, **THEIRS["ddpm"]}))
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=100, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
+    )
+    diffusers.DDIMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for k in range(20):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+def opened(folder: Path) -> OpenedRun:
+    return open_run(None, init_from=OmegaConf.create({"path": str(folder), "flags": None}))
+
+
+@torch.no_grad()
+def test_imported_pipeline_draws_the_samples_of_diffusers(pipeline):
+    """By DDIM in 10 steps from the same noise."""
+    run = opened(pipeline)
+    node = {
+        "_target_": "src.diffusion.samplers.ddim",
+        "_partial_": True,
+        "eta": 0.0,
+        "steps": 10,
+        "spacing": "trailing",
+    }
+    sampler = build_sampler(OmegaConf.create(node))
+    *_, ours = run.module.sample(range(3), 0, sampler)
+    x = next(iter(run.module.sample(range(3), 0, sampler)))  # before the first step
+    theirs = diffusers.DDIMPipeline.from_pretrained(pipeline)
+    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config, timestep_spacing="trailing")
+    theirs.scheduler.set_timesteps(10)
+    for t in theirs.scheduler.timesteps:
+        x = theirs.scheduler.step(theirs.unet(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    assert_close(ours, x, rtol=1e-4, atol=1e-4)
+
+
+def test_new_run_takes_network_and_process_of_a_pipeline(pipeline, images, tmp_path):
+    settings = ["data=folder", f"data.root='{images}'", "data.image_size=16", "callbacks=none", "logger=none"]
+    cfg = compose("train", *settings, f"run_dir='{tmp_path / 'run'}'", *expand_init_from([f"init_from={pipeline}"]))
+    run = build(cfg)
+    close_run(run)
+    theirs = opened(pipeline).module
+    own = run.module.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in theirs.state_dict().items())
+    assert run.config.diffusion.prediction == "v" and run.config.schedule.num_steps == 100
+    assert run.config.model.attention_resolutions == [8]  # the same stage at twice the size
+    assert run.module.shape == (3, 16, 16)
+
+
+def test_converted_model_has_equal_weights_and_settings(pipeline, tmp_path):
+    run = opened(pipeline)
+    settings, _ = exportable_settings(OmegaConf.to_container(run.config))
+    write_exported(tmp_path / "model.safetensors", run.module.state_dict(), True, settings)
+    again = open_run(None, str(tmp_path / "model.safetensors"))
+    ours, theirs = run.module.state_dict(), again.module.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(run.module.schedule.rows.alpha, again.module.schedule.rows.alpha)
+
+
+def test_classes_of_a_pipeline_are_conditions(tmp_path):
+    unet = randomize(diffusers.UNet2DModel(**{**SMALL, **THEIRS["adm"]}))
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(variance_type="learned_range")).save_pretrained(tmp_path)
+    run = opened(tmp_path)
+    assert run.data.condition is not None
+    assert list(run.data.condition.examples) == ["0", "1", "2", "3"]
+    assert run.module.diffusion.variance == "learned_range"
+    assert torch.equal(run.module.net.condition.table.weight[:4], unet.class_embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "UNet2DConditionModel"),
+        ("unet/config.json", "[]", "config.json"),
+        ("unet/config.json", "{", "config.json"),
+        ("scheduler/scheduler_config.json", '{"beta_schedule": "new"}', "beta_schedule"),
+        ("scheduler/scheduler_config.json", '{"prediction_type": "new"}', "prediction_type"),
+    ],
+)
+def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named):
+    for each in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_text(text if each == file else (pipeline / each).read_text())
+    with pytest.raises(ValueError, match=named) as error:
+        opened(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_round_trips_through_diffusers_keep_bits(trained, tmp_path):
+    """Of a run, with the settings; and of OpenAI's weights, whose steps count from 0."""
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    init_from = f"init_from={{path: '{tmp_path / 'model.pt'}', flags: '{ADM_FLAGS}'}}"
+    for name, source in (("run", f"run='{trained}'"), ("openai", init_from)):
+        folder = export(compose("export", source, "format=diffusers", "sampler=ddim", f"run_dir='{tmp_path / name}'"))
+        sources = {
+            "run": (str(trained), None),
+            "openai": (None, OmegaConf.create({"path": str(tmp_path / "model.pt"), "flags": ADM_FLAGS})),
+        }
+        before, after = open_run(sources[name][0], init_from=sources[name][1]), open_run(str(folder))
+        ours, theirs = before.module.state_dict(), after.module.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert after.config.model == before.config.model and after.config.schedule == before.config.schedule
+
+
+def test_pipeline_that_was_trained_further_is_read(trained, tmp_path):
+    """Its time embedding is no longer that of the run."""
+    folder = export(compose("export", f"run='{trained}'", "format=diffusers", f"run_dir='{tmp_path / 'out'}'"))
+    unet = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    with torch.no_grad():
+        unet.time_embedding.linear_1.weight.mul_(1.5)
+    unet.save_pretrained(folder / "unet")
+    net = open_run(str(folder)).module.net
+    x, t = torch.randn(2, unet.config.in_channels, *[unet.config.sample_size] * 2), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert_close(net(x, (t + 1) / 1000), unet(x, t).sample, rtol=1e-4, atol=1e-4)
+
+
+def test_openai_and_edm_files_open_as_runs(tmp_path):
+    """Their networks are compared in tests/interop."""
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    net = edm_net(True, [1, 2], True)
+    save_file(dict(net.state_dict()), tmp_path / "model.safetensors", edm_metadata(True, [1, 2], True))
+    for name, flags, prediction in (("model.pt", ADM_FLAGS, "eps"), ("model.safetensors", None, "edm")):
+        run = open_run(None, init_from=OmegaConf.create({"path": str(tmp_path / name), "flags": flags}))
+        assert run.module.diffusion.prediction == prediction
+        *_, x = run.module.sample(range(2), 0, run.module.sampler._replace(steps=2), cond=run.data.condition([0, 1]))
+        assert x.shape == (2, *run.data.shape) and x.isfinite().all()
+
+
+def test_files_that_need_or_exclude_flags_say_so(tmp_path):
+    torch.save(openai_net().state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.pkl").write_bytes(b"anything")
+    for name, flags, named in (
+        ("model.pt", None, "--image_size"),
+        ("model.pkl", None, "safetensors"),
+        ("model.pkl", "--image_size 64", "flags"),
+    ):
+        with pytest.raises(ValueError, match=named) as error:
+            read_model(tmp_path / name, flags)
+        assert "\n" not in str(error.value)
