@@ -70,8 +70,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Any:
         """Return `batch_size` images, or one per entry of `class_labels` (names or indices of classes) or `prompt`.
 
-        Without those, a conditional model cycles through its classes or examples. `num_inference_steps` is 50 by default,
-        or the number of `levels`, which are fixed. `eta` is that of the DDIM scheduler.
+        Without those, a conditional model cycles through its classes or examples. `num_inference_steps` is 50 by
+        default, or the number of `levels`, which are fixed. `eta` is that of the DDIM scheduler.
         """
         device, scheduler = self._execution_device, self.scheduler
         if isinstance(prompt, str):
