@@ -70,10 +70,10 @@ def check_hub(cfg: DictConfig) -> None:
 
 def usage(cfg: DictConfig, path: Path, hint: str) -> str:
     """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
-    from src.runs.model_card import usage_here
+    from src.runs.model_card import usage_in_project
 
     if cfg.format == "safetensors":
-        return usage_here(path.name if cfg.hub is None else f"hf://{cfg.hub}")
+        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}")
     if cfg.format == "diffusers":
         code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
         return f"Draw 16 samples; this needs torch and diffusers only:\n```python\n{code}\n```"

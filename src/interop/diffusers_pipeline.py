@@ -28,7 +28,7 @@ def read_pipeline(folder: Path) -> ImportedModel:
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     config = read_config(unet / "config.json")
     if (name := config.get("_class_name")) != "UNet2DModel":
-        raise ValueError(f"{unet} holds a {name}; only UNet2DModel is supported")
+        raise ValueError(f"init_from={unet} has a {name} in config.json; choose a model with a UNet2DModel")
     # Older pipelines have both files in one folder.
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     process = process_of(read_config(scheduler / "scheduler_config.json"))
@@ -124,7 +124,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"init_from: {shards[0]} is damaged ({error}); download it again") from error
     if (binary := folder / f"{WEIGHTS}.bin").is_file():
         return {name: value.float() for name, value in read_pt(binary).items()}
-    raise FileNotFoundError(f"{folder} has no {WEIGHTS}.safetensors")
+    raise FileNotFoundError(f"init_from: {folder} has no {WEIGHTS}.safetensors; download the weights, too")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise ValueError(f"{path} must be a JSON object; download it again")
     return content

@@ -66,13 +66,15 @@ def check_weights(imported: ImportedModel, names: Mapping[str, str]) -> Imported
     expected = {name: value.shape for name, value in net.state_dict().items()}
     present = {name: value.shape for name, value in imported.weights.items()}
     if missing := sorted(names.get(name, name) for name in expected.keys() - present.keys()):
-        raise ValueError(f"init_from: the file has no weights for {first_names(missing)}; it is incomplete")
+        raise ValueError(f"init_from: the file has no weights for {first_names(missing)}; download it again")
     if unknown := sorted(names.get(name, name) for name in present.keys() - expected.keys()):
-        raise ValueError(f"init_from: the file has weights for no layer of this network: {first_names(unknown)}")
+        raise ValueError(
+            f"init_from: {first_names(unknown)} are weights of no layer of this network; choose another file"
+        )
     for name, shape in expected.items():
         if present[name] != shape:
             raise ValueError(
                 f"init_from: {names.get(name, name)} has shape {list(present[name])}, and this network needs "
-                f"{list(shape)}; it is a different network"
+                f"{list(shape)}; choose another file"
             )
     return imported

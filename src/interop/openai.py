@@ -69,7 +69,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     try:
         inferred = _inferred_flags(weights)
     except KeyError as error:
-        raise ValueError(f"init_from: the file has no {error.args[0]}; it is incomplete or another network") from error
+        raise ValueError(f"init_from: the file has no {error.args[0]}; download it again, or choose another") from error
     _compare(typed, inferred)
     model = {"channels": weights["input_blocks.0.0.weight"].shape[1], **_network(typed, inferred)}
     variance = "fixed_small" if typed.get("sigma_small") else "fixed_large"
@@ -82,7 +82,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     ours, names = {}, {}
     for theirs, value in weights.items():
         if (name := _our_name(theirs, inferred["num_res_blocks"])) is None:
-            raise ValueError(f"init_from: the file has weights for no layer of this network: {theirs}")
+            raise ValueError(f"init_from: {theirs} is not a weight of this network; choose another file")
         names[name] = theirs
         ours[name] = _convert(name, value.float(), model["num_heads"], model["num_head_channels"], legacy)
     classes = weights["label_emb.weight"].shape[0] if inferred["class_cond"] else None

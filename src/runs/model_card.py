@@ -24,7 +24,7 @@ MAX_LENGTH = 60
 """Characters of a value in the card; longer ones, such as a tokenizer, are left out."""
 
 
-def usage_here(location: str) -> str:
+def usage_in_project(location: str) -> str:
     """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card."""
     return f"""Open it with Denoising Diffusion Lab, in its clone:
 ```

