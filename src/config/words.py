@@ -1,4 +1,4 @@
-"""Parse the words of a command line; raise UsageError with the form to type for those that Hydra cannot parse."""
+"""Rewrite and parse words of a command line; UsageError names the form to type for those that Hydra cannot parse."""
 
 import re
 from argparse import Namespace
