@@ -28,7 +28,7 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
 
     is_openai = path.suffix in (".pt", ".pth")
     if flags is not None and not is_openai:
-        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is none; leave it out")
+        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is another; leave it out")
     if (path / SIDECAR).is_file():
         return read_exported_pipeline(path)
     if path.is_dir():
