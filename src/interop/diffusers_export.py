@@ -263,21 +263,22 @@ def _scheduler(
     schedule, steps, scale = grid.schedule, len(grid) - 1, model["time_scale"]
     is_flow = _is_flow(schedule, diffusion)
     num_steps = schedule.num_steps
-    # What keeps the sampler from the rows of a table, whose timesteps are 0, 1, ..., T - 1.
-    between = None
+    # What keeps the sampler from the rows of a table, whose timesteps are 0, 1, ..., T - 1; and how to return to them.
+    between: tuple[str, str] | None = None
     if diffusion.prediction == "edm":
-        between = "diffusion.prediction=edm"
+        between = "diffusion.prediction=edm", "sampler=dpmpp_2m"
     elif not isinstance(schedule, NoiseSchedule):
-        between = "schedule is continuous and"
+        between = "a continuous schedule", "sampler=dpmpp_2m"
     elif scale != num_steps:
-        between = f"model.time_scale={scale:g} is not schedule.num_steps={num_steps} and"
+        between = f"model.time_scale={scale:g} other than schedule.num_steps={num_steps}", "sampler=dpmpp_2m"
     elif not by_diffusers and spacing != "trailing":
-        between = f"sampler.spacing={spacing}"
+        between = f"sampler.spacing={spacing}", "sampler.spacing=trailing"
     elif not by_diffusers and num_steps % steps:
-        between = f"sampler.steps={steps} does not divide schedule.num_steps={num_steps} and"
+        divisor = max((n for n in range(1, steps) if num_steps % n == 0), default=1)
+        between = f"sampler.steps={steps}, which does not divide {num_steps},", f"sampler.steps={divisor}"
 
     if between:
-        method = _between_rows(method, diffusion, f"{between} needs noise levels", by_diffusers)
+        method = _between_rows(method, diffusion, *between, by_diffusers)
         if is_flow and method == Method(DPM, order=1) and diffusion.clip_x0 is None:
             method = Method(FLOW)
     if grid[0].alpha == 0 and not is_flow and method.scheduler not in (DDPM, DDIM):
@@ -324,25 +325,29 @@ def _is_flow(schedule: Schedule, diffusion: GaussianDiffusion) -> bool:
             f"with this schedule; {OTHER_FORMAT}"
         )
     if not is_flow and not torch.allclose(torch.hypot(alpha, sigma), ones, rtol=1e-9):
+        curve = getattr(schedule, "curve", None)
+        name = getattr(getattr(curve, "func", curve), "__name__", type(curve).__name__)
         raise ValueError(
-            "schedule has neither alpha^2 + sigma^2 = 1 nor alpha + sigma = 1, as schedulers of diffusers need; "
+            f"schedule.curve={name} must have alpha^2 + sigma^2 = 1 or alpha + sigma = 1 for schedulers of diffusers; "
             f"{OTHER_FORMAT}"
         )
     return is_flow
 
 
-def _between_rows(method: Method, diffusion: GaussianDiffusion, reason: str, by_diffusers: bool) -> Method:
-    """Return the method for noise levels that are not rows of a table. Raises ValueError, with `reason`, without one.
+def _between_rows(method: Method, diffusion: GaussianDiffusion, reason: str, fix: str, by_diffusers: bool) -> Method:
+    """Return the method for noise levels that are not rows of a table, because of `reason`. Raises ValueError without.
 
     In steps of first order, DPM-Solver++ is DDIM, and with noise ancestral sampling.
     """
-    fix = "add sampler=dpmpp_2m, or sampler=ddim"
+    lacks = None
     if by_diffusers:
-        raise ValueError(f"{reason} that sampler=diffusers does not select; {fix}")
-    if method.scheduler == DDPM and diffusion.variance != "fixed_small":
-        raise ValueError(f"{reason} that {DDPM} with diffusion.variance={diffusion.variance} does not have; {fix}")
-    if method.scheduler == DDIM and method.eta not in (0, 1):
-        raise ValueError(f"{reason} that {DDIM} with sampler.eta={method.eta:g} does not have; add sampler.eta=0")
+        lacks, fix = "sampler=diffusers", "sampler=dpmpp_2m"
+    elif method.scheduler == DDPM and diffusion.variance != "fixed_small":
+        lacks = f"{DDPM} with diffusion.variance={diffusion.variance}"
+    elif method.scheduler == DDIM and method.eta not in (0, 1):
+        lacks = f"{DDIM} with sampler.eta={method.eta:g}"
+    if lacks:
+        raise ValueError(f"{reason} needs noise levels that {lacks} does not have; add {fix}")
     match method.scheduler:
         case "DDPMScheduler":
             return Method(DPM, 1.0, order=1)
