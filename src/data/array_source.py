@@ -1,6 +1,7 @@
 """A source of samples from one memory-mapped array."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ CHUNK_BYTES = 64 * 2**20
 """Bytes of an array that `measure` reads at a time."""
 
 
+@dataclass(eq=False)
 class ArraySource:
     """Samples (N, C, *size) of an array in a file, which `open_array` maps into memory.
 
@@ -23,36 +25,23 @@ class ArraySource:
     `dtype`, `suffix`, `header`, `summary` and `unreadable`.
     """
 
+    open_array: Callable[[], Array]
+    rows: Array | None
+    labels: Labels | None
+    ids: Sequence[str] | None
+    val_mask: Array | None
+    sizes: Sequence[int] | None
+    value_range: tuple[float, float]
+    suffix: str
+    header: Mapping[str, Any] | None
+    summary: str
+    unreadable: dict[str, str]
     covariates: Covariates | None = None
     captions: Sequence[Sequence[str]] | None = None
 
-    def __init__(
-        self,
-        open_array: Callable[[], Array],
-        rows: Array | None,
-        labels: Labels | None,
-        ids: Sequence[str] | None,
-        val_mask: Array | None,
-        sizes: Sequence[int] | None,
-        value_range: tuple[float, float],
-        suffix: str,
-        header: Mapping[str, Any] | None,
-        summary: str,
-        unreadable: dict[str, str],
-    ) -> None:
-        self.open_array = open_array
-        self.array: Array | None = open_array()
-        self.rows = rows
-        self.labels = labels
-        self.ids = ids
-        self.val_mask = val_mask
-        self.sizes = sizes
-        self.value_range = value_range
+    def __post_init__(self) -> None:
+        self.array: Array | None = self.open_array()
         self.dtype = self.array.dtype.name
-        self.suffix = suffix
-        self.header = header
-        self.summary = summary
-        self.unreadable = unreadable
 
     def __len__(self) -> int:
         return len(self._array()) if self.rows is None else len(self.rows)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -35,6 +36,7 @@ MAX_VALUES = 65536
 """Largest number of integer values for a discrete likelihood; data with more values are treated as continuous."""
 
 
+@dataclass(eq=False)
 class Arrays:
     """Opens arrays as a source (`OpenImages`): one .npy or .npz file of all samples, or one file per sample.
 
@@ -50,17 +52,10 @@ class Arrays:
     and ValueError for unsupported shapes, types and values.
     """
 
-    def __init__(
-        self,
-        labels: str | None = None,
-        class_pattern: str | None = None,
-        key: str | None = None,
-        length: int | None = None,
-    ) -> None:
-        self.labels = labels
-        self.class_pattern = class_pattern
-        self.key = key
-        self.length = length
+    labels: str | None = None
+    class_pattern: str | None = None
+    key: str | None = None
+    length: int | None = None
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
         """Return the shape (C, *size) of a sample from the settings; those that are None come from the first file."""

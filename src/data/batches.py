@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NotRequired, TypedDict
 
@@ -38,6 +39,7 @@ class Batch(TypedDict):
     failure: NotRequired[str]
 
 
+@dataclass(eq=False)
 class BatchDataset(Dataset[Batch]):
     """A source as a dataset of batches, indexed by `BatchIndices`.
 
@@ -45,17 +47,10 @@ class BatchDataset(Dataset[Batch]):
     since all processes must learn of them.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        condition: Condition | None = None,
-        seed: int = 0,
-        replacements: Sequence[int] | None = None,
-    ) -> None:
-        self.source = source
-        self.condition = condition
-        self.seed = seed
-        self.replacements = replacements
+    source: Source
+    condition: Condition | None = None
+    seed: int = 0
+    replacements: Sequence[int] | None = None
 
     def __getitem__(self, wanted: BatchIndices) -> Batch:
         batch: Batch = {"x": torch.empty(0), "start": wanted.start, "total": wanted.total}

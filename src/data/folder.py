@@ -83,36 +83,13 @@ class FolderDataModule(ImageDataModule):
         cache_dir: str | None = None,
         repeats: Sequence[int] | None = None,
     ) -> None:
+        files: dict[str, Any] = {"cache": cache, "cache_dir": cache_dir, "val_root": val_root}
+        open_files = partial(source, value_range=value_range, skip_unreadable=skip_unreadable, **files)
         super().__init__(
-            partial(
-                source,
-                value_range=value_range,
-                skip_unreadable=skip_unreadable,
-                cache=cache,
-                cache_dir=cache_dir,
-                val_root=val_root,
-            ),
-            root,
-            channels,
-            image_size,
-            num_values,
-            value_range,
-            dtype,
-            file_type,
-            flip,
-            vertical_flip,
-            rotations,
-            color_jitter,
-            edm_augment,
-            batch_size,
-            val_fraction,
-            split_seed,
-            seed,
-            num_workers,
-            microbatch_size,
-            bool(skip_unreadable),
-            balance_classes,
-        )
+            open_files, root, channels, image_size, num_values, value_range, dtype, file_type, flip, vertical_flip,
+            rotations, color_jitter, edm_augment, batch_size, val_fraction, split_seed, seed, num_workers,
+            microbatch_size, bool(skip_unreadable), balance_classes,
+        )  # fmt: skip
         self.repeats = check_repeats(repeats, root)
 
     def training_indices(self) -> list[int]:

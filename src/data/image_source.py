@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -29,6 +30,7 @@ MAX_SKIPPED = 0.1
 """Largest share of images that `skip_unreadable=true` leaves out; a number sets another share."""
 
 
+@dataclass(eq=False)
 class ImageSource:
     """A source of image files, decoded once into `store`, or at every access if that is None.
 
@@ -37,31 +39,21 @@ class ImageSource:
     for each image that was left out.
     """
 
-    def __init__(
-        self,
-        found: EncodedImages,
-        spec: ImageSpec,
-        store: PixelStore | None,
-        labels: Labels | None,
-        captions: Sequence[Sequence[str]] | None,
-        value_range: tuple[float, float],
-        dtype: str,
-        summary: str,
-        unreadable: dict[str, str],
-    ) -> None:
-        self.found = found
-        self.spec = spec
-        self.store = store
-        self.rows = np.arange(len(found)) if store is None else np.flatnonzero(store.ok)
-        self.labels = labels
-        self.covariates: Covariates | None = None
-        self.captions = captions
-        self.ids: Sequence[str] | None = found.ids()
-        self.val_mask = found.val_mask
-        self.value_range = value_range
-        self.dtype = dtype
-        self.summary = summary
-        self.unreadable = unreadable
+    found: EncodedImages
+    spec: ImageSpec
+    store: PixelStore | None
+    labels: Labels | None
+    captions: Sequence[Sequence[str]] | None
+    value_range: tuple[float, float]
+    dtype: str
+    summary: str
+    unreadable: dict[str, str]
+    covariates: Covariates | None = None
+
+    def __post_init__(self) -> None:
+        self.rows = np.arange(len(self.found)) if self.store is None else np.flatnonzero(self.store.ok)
+        self.ids: Sequence[str] | None = self.found.ids()
+        self.val_mask = self.found.val_mask
 
     @property
     def suffix(self) -> str:

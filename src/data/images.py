@@ -5,6 +5,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,16 +93,9 @@ class ImageDataModule(BaseDataModule):
         balance_classes: bool = False,
     ) -> None:
         super().__init__(
-            partial(source, root, image_size, channels),
-            (channels, *spatial_size(image_size)),
-            batch_size,
-            val_fraction,
-            split_seed,
-            seed,
-            num_workers,
-            microbatch_size,
-            skip_unreadable,
-        )
+            partial(source, root, image_size, channels), (channels, *spatial_size(image_size)), batch_size,
+            val_fraction, split_seed, seed, num_workers, microbatch_size, skip_unreadable,
+        )  # fmt: skip
         if channels < 1:
             raise ValueError(f"data.channels={channels} must be at least 1; 1 is gray, 3 is RGB")
         if num_values is not None and not 2 <= num_values <= 65536:
@@ -220,23 +214,20 @@ class ImageDataModule(BaseDataModule):
         return float(low), float(high)
 
 
+@dataclass(eq=False)
 class ImageFiles:
     """A source that decodes images at every access: `open_image(i)` returns image i, of any size and mode.
 
     `fetch` raises DataReadError.
     """
 
+    open_image: Callable[[int], Image.Image]
+    count: int
+    spec: ImageSpec
+    labels: Labels | None = None
     covariates: Covariates | None = None
     captions: Sequence[Sequence[str]] | None = None
     ids: Sequence[str] | None = None
-
-    def __init__(
-        self, open_image: Callable[[int], Image.Image], count: int, spec: ImageSpec, labels: Labels | None = None
-    ) -> None:
-        self.open_image = open_image
-        self.count = count
-        self.spec = spec
-        self.labels = labels
 
     def __len__(self) -> int:
         return self.count

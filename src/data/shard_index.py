@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -165,14 +166,14 @@ def _image_of(path: Path, key: str, endings: dict[str, str], typed: str | None) 
     return files[0] if files else None
 
 
+@dataclass
 class _Fields:
     """The texts of a sample: files by extension, and entries of its .json file by key."""
 
-    def __init__(self, path: Path, endings: dict[str, str], text: Callable[[str], str]) -> None:
-        self.path = path
-        self.endings = endings
-        self.text = text
-        self._json: dict[str, Any] | None = None
+    path: Path
+    endings: dict[str, str]
+    text: Callable[[str], str]
+    _json: dict[str, Any] | None = None
 
     def first(self, keys: Sequence[str]) -> str | list[str] | None:
         """Return the first text that exists under `keys`; integers become text. Raises ValueError for other values."""

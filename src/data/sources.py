@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -55,22 +56,16 @@ class Source(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class InMemory:
     """A source whose samples (N, *data) are one tensor."""
 
-    def __init__(
-        self,
-        samples: Tensor,
-        labels: Labels | None = None,
-        covariates: Covariates | None = None,
-        captions: Sequence[Sequence[str]] | None = None,
-        ids: Sequence[str] | None = None,
-    ) -> None:
-        self.samples = samples
-        self.labels = labels
-        self.covariates = covariates
-        self.captions = captions
-        self.ids = ids
+    samples: Tensor
+    labels: Labels | None = None
+    covariates: Covariates | None = None
+    captions: Sequence[Sequence[str]] | None = None
+    ids: Sequence[str] | None = None
+    summary: str = ""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -12,7 +12,7 @@ from torch import Tensor
 from src.data.column_types import parse_column
 from src.data.columns import CategoryCode, Column, from_json, to_json
 from src.data.module import BaseDataModule
-from src.data.sources import Covariates, InMemory, Labels, Source, describe_conditions
+from src.data.sources import Covariates, InMemory, Source, describe_conditions
 from src.data.table_columns import (
     ColumnSettings,
     check_label,
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
 
 SIGNS = {"tab": "\t", "space": " ", "comma": ",", "semicolon": ";", "point": "."}
 """Names of separators and decimal signs that are hard to type in a shell."""
-
-
-class TableRows(InMemory):
-    """Encoded rows of a table; `summary` says how each column is modeled."""
-
-    def __init__(
-        self,
-        samples: Tensor,
-        labels: Labels | None,
-        covariates: Covariates | None,
-        ids: Sequence[str],
-        summary: str,
-    ) -> None:
-        super().__init__(samples, labels, covariates, ids=ids)
-        self.summary = summary
 
 
 class TableDataModule(BaseDataModule):
@@ -257,7 +242,7 @@ class TableDataModule(BaseDataModule):
             shown = first_names([f"{n:,} {name}" for n, name in zip(counts, labels.classes, strict=True)], 10)
             self.label_note = f"label {label}: {counted(len(counts), 'class')} ({shown})"
         # The cells identify a row, so that equal rows are on the same side of the split.
-        return TableRows(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
+        return InMemory(samples, labels, covariates, ids=table.row_texts(), summary="; ".join(self.summary))
 
     def _encode(self, display: Sequence[Any]) -> Tensor:
         """Return the encoded values (N, D) in float64."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from src.diffusion import samplers
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
@@ -27,8 +28,8 @@ from src.interop.torch_export import example_inputs, trace, write_network
 from src.models.conditioning import ClassEmbedding, TextTransformer
 from src.models.unet import UNet
 
-TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-"""The names in diffusers of the targets for schedules with alpha^2 + sigma^2 = 1."""
+TARGETS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction", "edm": "sample"}
+"""The names in diffusers of targets; `UNetPipeline` converts that of EDM."""
 OTHER_FORMAT = "use format=torch_export"
 
 DDPM, DDIM, DPM = "DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"
@@ -64,8 +65,10 @@ class Pipeline(NamedTuple):
     """The contents of a folder of diffusers."""
 
     network: nn.Module
+    program: ExportedProgram | None
+    """The traced network, in place of a UNet2DModel."""
     unet: dict[str, Any] | None
-    """The configuration of a UNet2DModel, or None for a network with text, which is traced instead."""
+    """The configuration of the UNet2DModel."""
     weights: dict[str, Tensor]
     scheduler: dict[str, Any]
     model_index: dict[str, Any]
@@ -114,26 +117,26 @@ def make_pipeline(
     if not is_stock or encode is not None or model["patch_size"] > 1:
         index["_class_name"] = [CODE, "UNetPipeline"]
         index |= {"patch_size": model["patch_size"] if unet else 1, "levels": levels}
+        index["sigma_data"] = diffusion.sigma_data if diffusion.prediction == "edm" else None
         if encode is not None:
             index |= _condition(encode, model, unet is None)
             index["guidance_scale"] = _check_guidance(guidance or Guidance()).scale
     elif name == DDIM:
         call["use_clipped_model_output"] = True
     index |= {"unet": ["diffusers", "UNet2DModel"] if unet else [None, None], "scheduler": ["diffusers", name]}
-    return Pipeline(net, unet and unet | version, weights, scheduler | version, index, call, model["channels"])
+    program = None
+    if unet is None:
+        program = trace(net, _inputs(index["text"], 2))
+    return Pipeline(net, program, unet and unet | version, weights, scheduler | version, index, call, model["channels"])
 
 
 def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
     """Write the files of a pipeline into a folder."""
     _write_json(folder / "scheduler" / "scheduler_config.json", pipeline.scheduler)
-    if pipeline.unet is None:
-        text = pipeline.model_index["text"]
-        inputs = [
-            example_inputs(tuple(text["shape"].values()), torch.ones(1, text["max_length"], dtype=torch.int64), batch)
-            for batch in (2, 1)
-        ]
-        write_network(folder, "torch_export", trace(pipeline.network, inputs[0]), pipeline.network, inputs)
-    else:
+    if pipeline.program is not None:
+        checks = [_inputs(pipeline.model_index["text"], batch) for batch in (1, 3)]
+        write_network(folder, "torch_export", pipeline.program, pipeline.network, checks)
+    if pipeline.unet is not None:
         _write_json(folder / "unet" / "config.json", pipeline.unet)
         weights = {name: value.contiguous() for name, value in pipeline.weights.items()}
         (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
@@ -160,6 +163,12 @@ def sampling_code(pipeline: Pipeline, folder: str) -> str:
     ]
     save = ["for k, image in enumerate(images):", '    image.save(f"sample{k}.png")']
     return "\n".join([*lines, *(save if is_image else ['torch.save(images, "samples.pt")'])])
+
+
+def _inputs(text: Mapping[str, Any], batch: int) -> tuple[Tensor, ...]:
+    """Return inputs of a network with text, to trace and to check it."""
+    tokens = torch.ones(1, text["max_length"], dtype=torch.int64)
+    return example_inputs(tuple(text["shape"].values()), tokens, batch)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -256,7 +265,9 @@ def _scheduler(
     num_steps = schedule.num_steps
     # What keeps the sampler from the rows of a table, whose timesteps are 0, 1, ..., T - 1.
     between = None
-    if not isinstance(schedule, NoiseSchedule):
+    if diffusion.prediction == "edm":
+        between = "diffusion.prediction=edm"
+    elif not isinstance(schedule, NoiseSchedule):
         between = "schedule is continuous and"
     elif scale != num_steps:
         between = f"model.time_scale={scale:g} is not schedule.num_steps={num_steps} and"
@@ -300,6 +311,8 @@ def _scheduler(
 
 def _is_flow(schedule: Schedule, diffusion: GaussianDiffusion) -> bool:
     """Return whether alpha + sigma = 1 instead of alpha^2 + sigma^2 = 1. Raises ValueError if neither holds."""
+    if diffusion.prediction == "edm":  # for any schedule
+        return False
     levels = schedule.at(torch.linspace(0.1, 0.9, 5, dtype=torch.float64))
     alpha, sigma = (torch.stack([getattr(level, name) for level in levels]) for name in ("alpha", "sigma"))
     ones = torch.ones_like(alpha)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -74,8 +75,8 @@ def describe(
         "x": f"float32 (B, {', '.join(map(str, shape))}), c_in x_t with x_t = alpha x_0 + sigma eps",
         "time": "float32 (B,) in [0, 1], see levels",
         "cond": encoder and CONDITIONS.get(encoder, f"as {encoder} encodes it"),
-        "output": f"{diffusion.prediction} in the first {shape[0]} channels"
-        + (f", the {diffusion.variance} variance in the others" if diffusion.outputs == 2 else ""),
+        "output": diffusion.prediction
+        + (f" in the first half of the channels, {diffusion.variance} in the other" if diffusion.outputs == 2 else ""),
         "shape": list(shape),
         "clip_x0": diffusion.clip_x0,
         "dynamic_threshold": diffusion.dynamic_threshold,
@@ -138,7 +139,8 @@ def write_network(
 
 def write_guide(folder: Path, name: Format, info: Mapping[str, Any]) -> Path:
     """Write `network.json`, and a script that samples with it; return the script."""
-    (folder / "network.json").write_text(json.dumps(info, indent=1))
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in info.items()]  # a table in a line
+    (folder / "network.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
     script = Path(__file__).with_name("sample_onnx.py" if name == "onnx" else "sample_torch.py")
     return Path(shutil.copyfile(script, folder / "sample.py"))
 
@@ -146,6 +148,8 @@ def write_guide(folder: Path, name: Format, info: Mapping[str, Any]) -> Path:
 def _write_onnx(path: Path, program: ExportedProgram) -> Callable[..., Tensor]:
     import onnxruntime
 
+    for library in ("onnx_ir", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # hundreds of lines about simplifications
     names = INPUTS[: len(program.graph_signature.user_inputs)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

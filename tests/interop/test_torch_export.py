@@ -213,9 +213,10 @@ def test_program_samples_without_this_project(conditional, tmp_path):
     assert info["config"]["conditioning"]["encode"]["names"] == [str(k) for k in range(10)]
 
 
-def test_onnx_samples_equal_ours(conditional, tmp_path):
+def test_onnx_samples_equal_ours(conditional, tmp_path, caplog):
     import onnxruntime
 
+    caplog.set_level("INFO")  # as Hydra does
     path = exported(conditional, tmp_path / "e", "format=onnx")
     expected, noise, cond = expected_samples(conditional, 4, 10)
     spec = importlib.util.spec_from_file_location("sample_of_export", path.with_name("sample.py"))
@@ -224,6 +225,7 @@ def test_onnx_samples_equal_ours(conditional, tmp_path):
     info = json.loads(path.with_name("network.json").read_text())
     x = script.sample(onnxruntime.InferenceSession(path), info, noise.numpy(), cond.numpy(), 10)
     assert_close(torch.from_numpy(x), expected, rtol=1e-4, atol=1e-4)
+    assert [record.name for record in caplog.records if record.name.startswith("onnx")] == []
 
 
 @for_each("name", ["network.pt2", "network.json", "sample.py"])

@@ -23,6 +23,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is no class.
     - `guidance_scale`: the default of classifier-free guidance; 1 disables it.
     - `levels`: {"timesteps": [...], "sigmas": [...]} replace those of the scheduler, one of each per evaluation.
+    - `sigma_data`: the network has the preconditioning of EDM for data with this standard deviation, and the scheduler
+      takes predictions of x_0 (Karras et al. 2022, arXiv 2206.00364, tab. 1).
     - `text`: settings of a text-conditional network, the program network.pt2 of this folder in place of a U-Net:
       "tokenizer" (JSON of the tokenizers library), "max_length", "time_scale", "shape" and example "prompts".
     """
@@ -38,12 +40,18 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         id2label: dict[str, str] | None = None,
         guidance_scale: float = 1.0,
         levels: dict[str, list[float]] | None = None,
+        sigma_data: float | None = None,
         text: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(scheduler=scheduler, unet=unet)
         self.register_to_config(
-            patch_size=patch_size, id2label=id2label, guidance_scale=guidance_scale, levels=levels, text=text
+            patch_size=patch_size,
+            id2label=id2label,
+            guidance_scale=guidance_scale,
+            levels=levels,
+            sigma_data=sigma_data,
+            text=text,
         )
         self.program: Any = None
 
@@ -54,7 +62,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         class_labels: Sequence[int | str] | None = None,
         prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         eta: float = 0.0,
         generator: torch.Generator | None = None,
         output_type: str = "pil",
@@ -62,7 +70,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> Any:
         """Return `batch_size` images, or one per entry of `class_labels` (names or indices of classes) or `prompt`.
 
-        Without those, a conditional model cycles through its classes or examples. `eta` is that of the DDIM scheduler.
+        Without those, a conditional model cycles through its classes or examples. `num_inference_steps` is 50 by
+        default, or the number of `levels`, which are fixed. `eta` is that of the DDIM scheduler.
         """
         device, scheduler = self._execution_device, self.scheduler
         if isinstance(prompt, str):
@@ -71,10 +80,14 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
             batch_size = len(values)
         cond = self.encode(values, batch_size)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        x = randn_tensor((batch_size, *self.input_shape()), generator=generator, device=device)
+        dtype = torch.float32 if self.unet is None else self.unet.dtype
+        x = randn_tensor((batch_size, *self.input_shape()), generator=generator, device=device, dtype=dtype)
 
-        scheduler.set_timesteps(num_inference_steps, device=device)
-        if levels := self.config.levels:
+        levels = self.config.levels
+        if levels and num_inference_steps is not None:
+            raise ValueError("num_inference_steps is fixed by the levels of this pipeline; leave it out")
+        scheduler.set_timesteps(num_inference_steps or 50, device=device)
+        if levels:
             scheduler.timesteps = torch.tensor(levels["timesteps"], device=device)
             scheduler.sigmas = torch.tensor([*levels["sigmas"], 0.0])
             scheduler.num_inference_steps = len(scheduler.timesteps)
@@ -85,9 +98,16 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         settings = {name: value for name, value in settings.items() if name in known}
         scale_input = getattr(scheduler, "scale_model_input", lambda x, _: x)
         # Some schedulers store x / alpha.
-        x = x / scale_input(torch.ones((), device=device), scheduler.timesteps[0])
-        for t in self.progress_bar(scheduler.timesteps):
-            out = self.guided(scale_input(x, t), t, cond, scale)
+        x = x / scale_input(torch.ones((), device=device, dtype=dtype), scheduler.timesteps[0])
+        for k, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            noisy = scale_input(x, t)  # of variance 1
+            if (sigma_data := self.config.sigma_data) is None:
+                out = self.guided(noisy, t, cond, scale)
+            else:
+                sigma = scheduler.sigmas[k]
+                std, norm = torch.hypot(sigma, torch.tensor(sigma_data)), torch.hypot(sigma, torch.ones(()))
+                out = self.guided(noisy * norm / std, t, cond, scale)
+                out = noisy * norm * (sigma_data / std) ** 2 + sigma * sigma_data / std * out
             step = scheduler.step(out, t, x, **settings)
             x = step.prev_sample
         # The last step returns the mean; in fewer steps than in training, that of DDPM would add noise.
