@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance
 from src.diffusion.noise import DefaultSpacing, Schedule, Spacing, make_time_grid
+from src.interop.diffusers_pipeline import WEIGHTS
 from src.interop.diffusers_samplers import diffusers
 from src.interop.diffusers_schedulers import DDIM, DDPM, DPM, OTHER_FORMAT, method_of, sampler_function, scheduler_of
 from src.interop.diffusers_unet import config_of, to_diffusers
@@ -108,7 +109,7 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
     if pipeline.unet is not None:
         _write_json(folder / "unet" / "config.json", pipeline.unet)
         weights = {name: value.contiguous() for name, value in pipeline.weights.items()}
-        (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        (folder / "unet" / f"{WEIGHTS}.safetensors").write_bytes(save(weights, {"format": "pt"}))
     if pipeline.is_custom:
         shutil.copyfile(Path(__file__).with_name("diffusers_pipelines") / f"{CODE}.py", folder / f"{CODE}.py")
     _write_json(folder / "model_index.json", pipeline.model_index)
@@ -191,8 +192,8 @@ def _condition(encode: Mapping[str, Any], model: Mapping[str, Any], is_text: boo
 def _check_guidance(guidance: Guidance) -> Guidance:
     """Return `guidance`. Raises ValueError for settings that the pipeline does not have."""
     defaults = Guidance()
-    for name, fix in (("interval", "null"), ("rescale", "0")):
+    for name, fix in (("interval", "[0,inf]"), ("rescale", "0")):
         value = getattr(guidance, name)
-        if value != getattr(defaults, name):
+        if guidance.scale != 1 and value != getattr(defaults, name):
             raise ValueError(f"guidance.{name}={value} is not part of the pipeline; add guidance.{name}={fix}")
     return guidance

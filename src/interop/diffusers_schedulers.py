@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of schedulers with the values that our samplers have."""
 
 NO_LIMIT = 1e30
-MAX_RATIO = 250.0
+MAX_STORED_RATIO = 250.0
 """Above this sigma / alpha, schedulers that store x / alpha in float32 differ from our samples by more than 1e-4."""
 
 
@@ -110,7 +110,7 @@ def scheduler_of(
             f"zero_terminal_snr=true starts at pure noise, where {method.scheduler} is not finite; add sampler=ddim or "
             "sampler=ancestral"
         )
-    if method.scheduler in (EULER, HEUN) and grid[0].ratio > MAX_RATIO:
+    if method.scheduler in (EULER, HEUN) and grid[0].ratio > MAX_STORED_RATIO:
         raise ValueError(
             f"sampler.spacing={spacing} starts at sigma / alpha = {grid[0].ratio:.0f}, where {method.scheduler} loses "
             "digits; add sampler.spacing=karras, which starts at 80, or sampler=ddim"

@@ -20,7 +20,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     """A U-Net with its scheduler.
 
     - `patch_size`: the U-Net sees images whose patches of this many pixels each way are stacked as channels.
-    - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is no class.
+    - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is the empty class.
     - `guidance_scale`: the default of classifier-free guidance; 1 disables it.
     - `levels`: {"timesteps": [...], "sigmas": [...]} replace those of the scheduler, one of each per evaluation.
     - `sigma_data`: the network has the preconditioning of EDM for data with this standard deviation, and the scheduler
@@ -76,7 +76,10 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         device, scheduler = self._execution_device, self.scheduler
         if isinstance(prompt, str):
             prompt = [prompt] * batch_size
-        if (values := class_labels or prompt) is not None:
+        if class_labels is not None and prompt is not None:
+            raise ValueError("class_labels and prompt exclude each other; leave one out")
+        values = prompt if class_labels is None else class_labels
+        if values is not None:
             batch_size = len(values)
         cond = self.encode(values, batch_size)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -161,7 +164,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.export.load(path).module()
 
     def encode(self, values: Sequence[Any] | None, batch_size: int) -> Any:
-        """Return conditions (B, ...) for the network, by default examples; None in `values` is no condition."""
+        """Return conditions (B, ...) for the network, by default examples; None in `values` is the empty one."""
         names, text = self.config.id2label, self.config.text
         if names is None and text is None:
             if values is not None:
