@@ -76,7 +76,8 @@ def usage(cfg: DictConfig, path: Path, hint: str) -> str:
         return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}")
     if cfg.format == "diffusers":
         code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
-        return f"Draw 16 samples; this needs torch and diffusers only:\n```python\n{code}\n```"
+        packages = "torch, diffusers and tokenizers" if (path / "network.pt2").exists() else "torch and diffusers"
+        return f"Draw 16 samples; this needs {packages} only:\n```python\n{code}\n```"
     fetch = "" if cfg.hub is None else f"hf download {cfg.hub} --local-dir model && cd model\n"
     packages = "numpy and onnxruntime" if cfg.format == "onnx" else "torch"
     return f"""Draw 16 samples by `{path.name}`; this needs {packages} only:
@@ -145,7 +146,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     """
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
-    from src.runs.components import sampler_settings
+    from src.runs.components import sampler_settings, to_plain
     from src.runs.open import sampler_of
 
     module, folder = opened.module, Path(cfg.run_dir)
@@ -155,7 +156,8 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         )
     with usage_errors():
         guidance = OmegaConf.create({**cfg.guidance, "model": None})
-        sampler = sampler_of(opened, sampler_settings(cfg.sampler, opened.config.sampler), guidance)
+        settings = sampler_settings(cfg.sampler, opened.config.sampler)
+        sampler = sampler_of(opened, settings, guidance)
         pipeline = make_pipeline(
             *(module.net, config["model"], module.diffusion, module.schedule, sampler.fn, sampler.steps),
             *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
@@ -163,7 +165,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         write_pipeline(start_output(folder), pipeline)
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
-    write_exported(folder / SIDECAR, kept, opened.averaged, config)
+    write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
 
 

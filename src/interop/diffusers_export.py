@@ -128,11 +128,19 @@ def sampling_code(pipeline: Pipeline, folder: str) -> str:
         "generator = torch.Generator().manual_seed(0)",
         "images = pipeline(",
         f"    {', '.join(f'{k}={v}' for k, v in arguments.items())}, generator=generator"
-        + ("" if is_image else ', output_type="pt"'),
+        + ("" if is_image else ', output_type="pt"')
+        + _hint(pipeline.model_index),
         ").images",
     ]
     save = ["for k, image in enumerate(images):", '    image.save(f"sample{k}.png")']
     return "\n".join([*lines, *(save if is_image else ['torch.save(images, "samples.pt")'])])
+
+
+def _hint(index: Mapping[str, Any]) -> str:
+    """Return a comment that names the arguments of a conditional pipeline; nothing for others."""
+    if names := index.get("id2label"):
+        return f",  # class_labels={[names['0']]}, guidance_scale=2.0"
+    return f",  # prompt={index['text']['prompts']['0']!r}, guidance_scale=2.0" if index.get("text") else ""
 
 
 def _inputs(text: Mapping[str, Any], batch: int) -> tuple[Tensor, ...]:

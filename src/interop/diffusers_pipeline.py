@@ -1,12 +1,14 @@
 """Read a pipeline folder of the diffusers library: its U-Net, and its scheduler as schedule and diffusion process."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from src.errors import one_line
 from src.interop.diffusers_unet import from_diffusers, settings_of, weight_names
 from src.interop.imported import ImportedModel, check_weights, read_pt
 
@@ -23,22 +25,40 @@ WEIGHTS = "diffusion_pytorch_model"
 def read_pipeline(folder: Path) -> ImportedModel:
     """Return the U-Net and the scheduler of a pipeline folder; a folder with a U-Net only has a linear schedule.
 
-    Only JSON and tensors are read. Raises ValueError if this project has no such network or diffusion process.
+    Only JSON and tensors are read. Raises ValueError if this project has no such network or diffusion process, or if a
+    setting has a wrong type, and FileNotFoundError without weights or a scheduler that the pipeline names.
     """
+    try:
+        return _read_pipeline(folder)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"init_from={folder} has a value of a wrong type in config.json or scheduler_config.json "
+            f"({one_line(error)}); write them by save_pretrained"
+        ) from error
+
+
+def _read_pipeline(folder: Path) -> ImportedModel:
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     config = read_config(unet / "config.json")
     if (name := config.get("_class_name")) != "UNet2DModel":
-        raise ValueError(f"init_from={unet} has a {name} in config.json; choose a model with a UNet2DModel")
+        raise ValueError(
+            f"init_from={unet} has {name or 'no _class_name'} in config.json; choose a model with a UNet2DModel"
+        )
     # Older pipelines have both files in one folder.
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
-    process = process_of(read_config(scheduler / "scheduler_config.json"))
+    settings = read_config(scheduler / "scheduler_config.json")
+    if not settings:
+        if "scheduler" in read_config(folder / "model_index.json"):
+            raise FileNotFoundError(f"init_from: {scheduler} has no scheduler_config.json; download it, too")
+        warnings.warn(f"{folder} has no scheduler; using a linear schedule of 1000 steps", stacklevel=2)
+    process = process_of(settings)
     outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
     if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
         process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
     flow = process.diffusion["prediction"] == "velocity"
     # The time of a flow is its noise level, from 0 to 1; otherwise timesteps count from 0.
     steps = process.schedule.get("num_steps") or len(process.schedule["betas"])
-    model = settings_of(config, 1000 if flow else steps, first_step=int(flow))
+    model = settings_of(config, steps, first_step=int(flow))
     weights = from_diffusers(read_weights(unet), config, model)
     imported = process._replace(model=model, weights=weights, num_classes=config.get("num_class_embeds"))
     return check_weights(imported, {name: parts[0] for name, parts in weight_names(model)})

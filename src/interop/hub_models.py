@@ -96,7 +96,7 @@ def _import_library(override: str) -> Any:
 @contextmanager
 def _hub_errors(override: str, repo: str) -> Iterator[None]:
     """Turn the library's errors into ValueError with the setting and the fix."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -111,7 +111,8 @@ def _hub_errors(override: str, repo: str) -> Iterator[None]:
             case errors.RevisionNotFoundError():
                 problem = "has no such revision; name a branch, tag or commit after the @, or leave it out"
             case errors.LocalEntryNotFoundError():
-                problem = "was not downloaded before, and the Hub cannot be reached; connect, and unset HF_HUB_OFFLINE"
+                fix = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the connection"
+                problem = f"was not downloaded before, and the Hub cannot be reached; {fix}"
             case errors.EntryNotFoundError():
                 problem = f"has no {MODEL_FILE}; name a model that src.export hub=... has pushed"
             case _:

@@ -49,7 +49,8 @@ def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = N
     if given.is_file():
         return given
     if not given.is_dir():
-        kind, pattern = ("checkpoint", "*.ckpt") if name == "ckpt" else ("run folder", "*/")
+        kinds = {"ckpt": ("checkpoint", "*.ckpt"), "init_from": ("model", "*/")}
+        kind, pattern = kinds.get(name, ("run folder", "*/"))
         newest = newest_run(name, Path("outputs/train"))
         hint = path_hint(given, name, pattern) or newest or ": runs are in outputs/train"
         raise FileNotFoundError(f"{name}: no {kind} {given.resolve()}{hint}")

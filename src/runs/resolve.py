@@ -126,9 +126,13 @@ def _adopt_model(cfg: DictConfig) -> None:
     """
     path = find_checkpoint(None, None, str(cfg.init_from.path))
     checkpoint = read_model(path, cfg.init_from.flags)
-    settings, imported = checkpoint["hyper_parameters"], checkpoint.get("imported", False)
-    if not imported and not HydraConfig.initialized():  # A composed configuration does not say what was typed.
-        return
+    imported = checkpoint.get("imported", False)
+    if imported or HydraConfig.initialized():  # A composed configuration does not say what was typed.
+        _adopt_settings(cfg, checkpoint["hyper_parameters"], with_process=imported)
+
+
+def _adopt_settings(cfg: DictConfig, settings: Mapping[str, Any], with_process: bool) -> None:
+    """Take the network from `settings`, and the diffusion process `with_process`, except where `cfg` has typed ones."""
     if not is_typed("model") and settings["model"]["_target_"] == cfg.model._target_:
         network = {k: v for k, v in settings["model"].items() if k not in ("channels", "image_size", "features")}
         before, now = settings["model"].get("image_size"), cfg.model.get("image_size")
@@ -138,7 +142,7 @@ def _adopt_model(cfg: DictConfig) -> None:
         for name, value in network.items():
             if not is_typed(f"model.{name}"):
                 OmegaConf.update(cfg.model, name, value, force_add=True)
-    if not imported:
+    if not with_process:
         return
     for group in ("schedule", "sampler"):
         if not is_typed(group):
@@ -204,6 +208,8 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
     if checkpoint is None:
         return
     before = checkpoint["hyper_parameters"]
+    if (before.get("init_from") or {}).get("path") is not None:  # The model in `init_from` may be gone.
+        _adopt_settings(cfg, before, with_process=True)
     encode = (before.get("conditioning") or {}).get("encode") or {}
     inferred = {("conditioning.encode", name): value for name, value in encode.items()}
     names = getattr(get_class(cfg.data._target_), "inferred_settings", ())

@@ -14,16 +14,19 @@ ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes of layers that can have adapters."""
 
 
-def match_names(names: Iterable[str], patterns: Sequence[str], setting: str) -> list[str]:
-    """Return the names that match any of the shell patterns. Raises ValueError for a pattern that matches none."""
+def match_names(
+    names: Iterable[str], patterns: Sequence[str], setting: str, kind: str = "parameter of the network"
+) -> list[str]:
+    """Return the names, of things of this `kind`, that match any of the shell patterns.
+
+    Raises ValueError for a pattern that matches none.
+    """
     names = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             parts = [name.split(".") for name in names]
             groups = {".".join(p[:k]) + ".*": k for k in range(1, max(map(len, parts))) for p in parts if k < len(p)}
-            raise ValueError(
-                f"{setting}: {pattern} matches no name in the network; {did_you_mean(pattern, [*groups, *names])}"
-            )
+            raise ValueError(f"{setting}: {pattern} matches no {kind}; {did_you_mean(pattern, [*groups, *names])}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
@@ -46,7 +49,7 @@ def group_by_multiplier(
     """
     patterns = dict.fromkeys(parameters, "")
     for pattern in multipliers:
-        patterns |= dict.fromkeys(match_names(parameters, [pattern], "lr_multipliers"), pattern)
+        patterns |= dict.fromkeys(match_names(parameters, [pattern], "lr_multipliers", "trained parameter"), pattern)
     if "" not in patterns.values():
         raise ValueError(
             f"lr_multipliers={dict(multipliers)} match every trained parameter; change optimizer.lr instead"
@@ -73,7 +76,7 @@ def add_adapters(
         raise ValueError("lora=default needs the library peft; pip install peft") from error
     further = match_names([name for name, _ in net.named_parameters()], train, "lora.train")
     layers = [n for n, layer in net.named_modules() if isinstance(layer, ADAPTED) and getattr(layer, "groups", 1) == 1]
-    adapted = match_names(layers, targets, "lora.targets")
+    adapted = match_names(layers, targets, "lora.targets", "linear layer or convolution")
     if not adapted:
         raise ValueError("lora.targets=[] selects no layer; ['*'] selects all")
     pattern = "|".join(map(re.escape, adapted))  # of a list, peft would also take names that end like one of it

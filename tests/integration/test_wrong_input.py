@@ -297,7 +297,7 @@ def test_user_package_may_import_src(tmp_path):
 
 
 def test_commands_are_the_files_with_a_main():
-    files = (ROOT / "src").rglob("*.py")
+    files = (ROOT / "src").glob("*.py")
     assert sorted(src.COMMANDS) == sorted(f.stem for f in files if '__name__ == "__main__"' in f.read_text())
 
 

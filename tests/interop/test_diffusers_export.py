@@ -26,7 +26,7 @@ from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_gri
 from src.errors import UsageError
 from src.interop.diffusers_export import make_pipeline, write_pipeline
 from src.interop.diffusers_samplers import diffusers
-from src.interop.diffusers_schedulers import MAX_RATIO
+from src.interop.diffusers_schedulers import MAX_STORED_RATIO
 from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextTransformer
 from src.models.mlp import MLP
 from src.models.unet import UNet
@@ -152,7 +152,7 @@ def matrix() -> dict[str, Case]:
     cases = {}
     for table, prediction, sampler in itertools.product(TABLES, ("eps", "x0", "v"), SAMPLERS):
         ratio = NoiseSchedule(TABLES[table]).row(T - 1).ratio
-        if sampler in ("euler", "heun") and ratio > MAX_RATIO:
+        if sampler in ("euler", "heun") and ratio > MAX_STORED_RATIO:
             continue  # refused
         if (prediction, sampler) == ("eps", "euler") and ratio > 100:
             continue  # without a bound on x_0, the samples of an untrained network exceed [-1, 1]

@@ -18,7 +18,8 @@ from src.runs.components import build_sampler
 from src.runs.imported import read_model
 from src.runs.open import OpenedRun, open_run
 from src.runs.resolve import resolve
-from src.training.checkpoints import exportable_settings, write_exported
+from src.train import train
+from src.training.checkpoints import exportable_settings, read_checkpoint, write_exported
 from tests.conftest import compose
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
 from tests.interop.test_edm import metadata as edm_metadata
@@ -101,6 +102,26 @@ def test_typed_settings_win_over_those_of_a_pipeline(pipeline, images, tmp_path,
     assert {name: OmegaConf.select(resolved, name) for name in typed} == typed
     assert resolved.schedule._target_.endswith(".cosine") and resolved.sampler._target_.endswith(".ddim")
     assert resolved.diffusion.prediction == "v"
+
+
+def test_resumed_run_keeps_the_imported_network(pipeline, images, tmp_path):
+    """Also when the pipeline is gone."""
+    source = tmp_path / "source"
+    shutil.copytree(pipeline, source)
+    settings = ["data=folder", f"data.root='{images}'", "data.image_size=16", "callbacks=none", "logger=none"]
+    settings += [
+        "data.batch_size=4",
+        "neighbors.num_samples=0",
+        f"init_from.path='{source}'",
+        f"run_dir='{tmp_path / 'run'}'",
+    ]
+    train(compose("train", *settings, "trainer.max_steps=1"))
+    shutil.rmtree(source)
+    train(compose("train", *settings, "trainer.max_steps=2", f"resume='{tmp_path / 'run'}'"))
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 2
+    assert saved["hyper_parameters"]["model"]["time_offset"] == -1
+    assert saved["hyper_parameters"]["schedule"]["num_steps"] == 100
 
 
 def test_converted_model_has_equal_weights_and_settings(pipeline, tmp_path):

@@ -20,7 +20,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     """A U-Net with its scheduler.
 
     - `patch_size`: the U-Net sees images whose patches of this many pixels each way are stacked as channels.
-    - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is the empty class.
+    - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is the empty
+      class.
     - `guidance_scale`: the default of classifier-free guidance; 1 disables it.
     - `levels`: {"timesteps": [...], "sigmas": [...]} replace those of the scheduler, one of each per evaluation.
     - `sigma_data`: the network has the preconditioning of EDM for data with this standard deviation, and the scheduler
