@@ -24,8 +24,9 @@ from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.guidance import Guidance, guided
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, make_time_grid
 from src.errors import UsageError
-from src.interop.diffusers_export import MAX_RATIO, make_pipeline, write_pipeline
+from src.interop.diffusers_export import make_pipeline, write_pipeline
 from src.interop.diffusers_samplers import diffusers
+from src.interop.diffusers_schedulers import MAX_RATIO
 from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextTransformer
 from src.models.mlp import MLP
 from src.models.unet import UNet
