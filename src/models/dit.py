@@ -141,11 +141,11 @@ class DiT(nn.Module):
             rotation = rotary_angles(grid, self.head_size, h.device)
         mask = None
         if self.registers is not None:
-            h = torch.cat([h, self.registers.expand(len(h), -1, -1)], dim=1)
+            h = torch.cat([h, self.registers.expand(h.shape[0], -1, -1)], dim=1)
         if self.tokens_in is not None and context.tokens is not None:
             mask = context.mask
             if mask is not None:  # patches and registers are never masked
-                mask = torch.cat([mask.new_ones(len(h), h.shape[1]), mask], dim=1)
+                mask = torch.cat([mask.new_ones(h.shape[:2]), mask], dim=1)
             h = torch.cat([h, self.tokens_in(context.tokens)], dim=1)
         inputs = (vector if shared is None else shared, rotation, mask, context.tokens, context.mask)
         for block in self.blocks:
