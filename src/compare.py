@@ -11,10 +11,9 @@ from omegaconf import DictConfig, ListConfig
 from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
 from src.config.output import start_output
-from src.config.overrides import key_of
 from src.config.resolvers import wandb_offline
 from src.config.rules import check_values
-from src.config.words import split_arguments
+from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance

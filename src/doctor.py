@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
-from src.config.overrides import key_of
 from src.config.rules import check_values
+from src.config.words import key_of
 from src.errors import UsageError, counted, usage_errors
 from src.quoting import command, format_override, shell_word
 

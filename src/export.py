@@ -12,7 +12,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
 from src.errors import UsageError, usage_errors
-from src.interop.hub_models import check_push, push
+from src.interop.hub_models import MODEL_FILE, SIDECAR, check_push, push
 from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
@@ -20,7 +20,7 @@ from src.training.checkpoints import exportable_settings, write_exported
 if TYPE_CHECKING:
     from src.runs.open import OpenedRun
 
-PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
+FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
 """Packages that a format needs, of the extra of its name."""
 DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr", "diffusion", "conditioning")
 """Settings in network.json."""
@@ -70,10 +70,10 @@ def check_hub(cfg: DictConfig) -> None:
 
 def usage(cfg: DictConfig, path: Path, hint: str) -> str:
     """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
-    from src.runs.model_card import usage_here
+    from src.runs.model_card import usage_in_project
 
     if cfg.format == "safetensors":
-        return usage_here(path.name if cfg.hub is None else f"hf://{cfg.hub}")
+        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}")
     if cfg.format == "diffusers":
         code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
         return f"Draw 16 samples; this needs torch and diffusers only:\n```python\n{code}\n```"
@@ -88,8 +88,8 @@ def usage(cfg: DictConfig, path: Path, hint: str) -> str:
 
 def check_packages(name: str) -> None:
     """Raise ValueError with the command to install the packages of a format, if one is missing."""
-    if missing := [package for package in PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]:
-        raise ValueError(f"format={name} needs {' and '.join(missing)}; pip install {' '.join(PACKAGES[name])}")
+    if missing := [package for package in FORMAT_PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None]:
+        raise ValueError(f"format={name} needs {' and '.join(missing)}; pip install {' '.join(FORMAT_PACKAGES[name])}")
 
 
 Writer = Callable[["OpenedRun", dict[str, Any], DictConfig], tuple[Path, str]]
@@ -101,13 +101,13 @@ It calls `start_output` after everything that can be refused, with UsageError.
 
 def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
     """Write `model.safetensors`, the weights and the model configuration, for this project."""
-    path = start_output(Path(cfg.run_dir)) / "model.safetensors"
+    path = start_output(Path(cfg.run_dir)) / MODEL_FILE
     write_exported(path, opened.module.state_dict(), opened.averaged, config)
     sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
     return path, f"Sample from it with: {sample}"
 
 
-def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
+def write_program(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
     """Write the network, `network.json` and `sample.py`, which needs no file of this project."""
     import torch
 
@@ -122,7 +122,7 @@ def write_network(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
     with usage_errors():
         program = torch_export.trace(module.net, torch_export.example_inputs(module.shape, conditions, 2))
     settings = {name: config.get(name) for name in DESCRIBED_KEYS}
-    info = torch_export.describe(module.diffusion, module.schedule, module.shape, settings) | {
+    info = torch_export.describe_network(module.diffusion, module.schedule, module.shape, settings) | {
         "cond_null": None if null is None else null[0].tolist(),
         "cond_examples": None if examples is None else examples.tolist(),
         "value_range": getattr(opened.data, "value_range", None),
@@ -145,7 +145,6 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     """
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
-    from src.interop.hub_models import SIDECAR
     from src.runs.components import sampler_settings
     from src.runs.open import sampler_of
 
@@ -170,8 +169,8 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
 
 WRITERS: dict[str, Writer] = {
     "safetensors": write_safetensors,
-    "torch_export": write_network,
-    "onnx": write_network,
+    "torch_export": write_program,
+    "onnx": write_program,
     "diffusers": write_diffusers,
 }
 

@@ -1,8 +1,6 @@
 """Start a command: check the command line before any slow import, then run Hydra."""
 
-import io
 import os
-import select
 import signal
 import sys
 import threading
@@ -10,10 +8,10 @@ import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -27,19 +25,20 @@ import src
 from src.config import resolvers, sweeps  # noqa: F401 - `resolvers` registers those of conf/
 from src.config.help import help_text
 from src.config.output import DeferredOutput, absolute_paths, defer_output, discard_output, preserve_sweep, store_output
-from src.config.overrides import (
-    check_overrides,
+from src.config.overrides import check_overrides, chosen_options, expand_grid
+from src.config.pipes import end_silently, print_at_end, quiet_pipe, reader_left
+from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
+from src.config.search_path import CONF, check_config_flags, config_folders, config_groups, extra_folders
+from src.config.words import (
+    check_flags,
+    check_package,
     choose_none,
-    chosen_options,
-    expand_grid,
     expand_home,
     expand_init_from,
     key_of,
     last_value,
+    split_arguments,
 )
-from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
-from src.config.search_path import CONF, check_config_flags, config_folders, config_groups, extra_folders
-from src.config.words import check_flags, check_package, split_arguments
 from src.distributed.ranks import (
     Interruption,
     exit_process,
@@ -221,45 +220,6 @@ def _prepare(
     overrides, deferred = defer_output(cfg, overrides, flags.multirun)
     check_writable(overrides)
     return overrides, deferred
-
-
-@contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """End the process silently if the reader of its output ends first, as `head` does."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not reader_left():
-            raise
-        end_silently()
-
-
-@contextmanager
-def print_at_end() -> Iterator[None]:
-    """Hold back the output until the end, so that `quiet_pipe` sees a closed pipe instead of Hydra."""
-    text = io.StringIO()
-    try:
-        with redirect_stdout(text):
-            yield
-    finally:
-        print(text.getvalue(), end="")
-
-
-def reader_left() -> bool:
-    """Return whether the reader of a pipe at stdout or stderr has ended."""
-    poll = select.poll()
-    for number in (1, 2):
-        poll.register(number, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def end_silently() -> NoReturn:
-    """Exit with the status of SIGPIPE; what is left in the buffers goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(nowhere, number)
-    sys.exit(128 + signal.SIGPIPE)
 
 
 def warn_repeated(overrides: list[str]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import hydra
@@ -15,7 +14,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import (
@@ -28,7 +26,7 @@ from src.config.rules import (
     check_values,
 )
 from src.config.search_path import CONF, config_folders, config_groups, load_option, unknown_option
-from src.config.words import parse_words, parsed
+from src.config.words import key_of, last_value, parse_words, parsed
 from src.errors import UsageError, first_names, near_matches
 from src.quoting import format_override, shell_word
 
@@ -39,64 +37,6 @@ LISTS = ("names", "runs", "cond", "features", "analytic_spacing", "data.root", "
 """Settings that may be lists although their default is not one."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
-
-
-def key_of(override: str) -> str:
-    """Return the group or setting of an override."""
-    try:
-        return str(parsed(override).key_or_group)
-    except HydraException:  # `check_overrides` reports it
-        return override.lstrip("+~").partition("=")[0]
-
-
-def last_value(overrides: Sequence[str], name: str) -> str | None:
-    """Return the value of the last override of the setting `name` as text; None if it is null or not overridden.
-
-    Raises UsageError for an empty value.
-    """
-    override = next((each for each in reversed(overrides) if key_of(each) == name), None)
-    if override is None:
-        return None
-    try:
-        read = parsed(override)
-    except HydraException:  # `check_overrides` reports it
-        return override.partition("=")[2]
-    if read.is_delete() or read.is_sweep_override() or read.value() is None:
-        return None
-    text = str(read.value())
-    if not text.strip():
-        raise UsageError(f"{name}= is empty; give a value, or leave it out")
-    with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
-        text = str(OmegaConf.create({"value": text})["value"])
-    return text
-
-
-def expand_home(overrides: Sequence[str]) -> list[str]:
-    """Replace `~` at the start of a path by the home folder: shells do not expand it after `data.root=`."""
-    expanded = []
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: f"{m[1]}{m[2]}{Path.home()}", value)
-        expanded.append(f"{name}{equals}{value}")
-    return expanded
-
-
-def expand_init_from(overrides: Sequence[str]) -> list[str]:
-    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place."""
-    return [re.sub(r"^(\+*)init_from=(?!\{)", r"\1init_from.path=", override) for override in overrides]
-
-
-def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
-    """Replace `group=null`, which Hydra accepts only in a defaults list, by `group=none` or `~group`."""
-    groups = config_groups(folders)
-    chosen: list[str] = []
-    for override in overrides:
-        group, _, value = override.partition("=")
-        if group in groups and value in ("null", "none") and value not in groups[group]:
-            chosen = [each for each in chosen if key_of(each) != group]
-            override = f"{group}=none" if "none" in groups[group] else f"~{group}"
-        chosen.append(override)
-    return chosen
 
 
 def check_overrides(

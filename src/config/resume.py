@@ -8,9 +8,9 @@ import yaml
 from hydra.errors import HydraException
 
 from src.config.output import OUTPUT_OVERRIDE
-from src.config.overrides import check_overrides, key_of, last_value
+from src.config.overrides import check_overrides
 from src.config.search_path import CONF
-from src.config.words import parsed
+from src.config.words import key_of, last_value, parsed
 from src.data import PATH_KEYS
 from src.errors import UsageError, first_line, near_matches
 from src.quoting import format_override, quoted, shell_word

@@ -13,8 +13,8 @@ from typing import IO, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from src.config.overrides import key_of
 from src.config.search_path import CONF
+from src.config.words import key_of
 from src.distributed.ranks import rank
 from src.quoting import command, format_override, literal
 

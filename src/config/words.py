@@ -1,4 +1,4 @@
-"""Parse the words of a command line; raise UsageError with the form to type for those that Hydra cannot parse."""
+"""Rewrite and parse words of a command line; UsageError names the form to type for those that Hydra cannot parse."""
 
 import re
 from argparse import Namespace
@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import run_folder
-from src.config.search_path import config_groups
+from src.config.search_path import CONF, config_groups
 from src.errors import UsageError, did_you_mean, first_line
 from src.quoting import format_override, shell_word
 
@@ -91,6 +91,64 @@ def parsed(override: str) -> Override:
     read = OverridesParser.create().parse_override(override)
     read.config_loader = _Options()  # type: ignore[assignment]
     return read
+
+
+def key_of(override: str) -> str:
+    """Return the group or setting of an override."""
+    try:
+        return str(parsed(override).key_or_group)
+    except HydraException:  # `check_overrides` reports it
+        return override.lstrip("+~").partition("=")[0]
+
+
+def last_value(overrides: Sequence[str], name: str) -> str | None:
+    """Return the value of the last override of the setting `name` as text; None if it is null or not overridden.
+
+    Raises UsageError for an empty value.
+    """
+    override = next((each for each in reversed(overrides) if key_of(each) == name), None)
+    if override is None:
+        return None
+    try:
+        read = parsed(override)
+    except HydraException:  # `check_overrides` reports it
+        return override.partition("=")[2]
+    if read.is_delete() or read.is_sweep_override() or read.value() is None:
+        return None
+    text = str(read.value())
+    if not text.strip():
+        raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    with suppress(OmegaConfBaseException):  # an interpolation that only the running job resolves
+        text = str(OmegaConf.create({"value": text})["value"])
+    return text
+
+
+def expand_home(overrides: Sequence[str]) -> list[str]:
+    """Replace `~` at the start of a path by the home folder: shells do not expand it after `data.root=`."""
+    expanded = []
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        value = re.sub(r"(^|[\[,])(\s*['\"]?)~(?=[/,\]'\"]|$)", lambda m: f"{m[1]}{m[2]}{Path.home()}", value)
+        expanded.append(f"{name}{equals}{value}")
+    return expanded
+
+
+def expand_init_from(overrides: Sequence[str]) -> list[str]:
+    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place."""
+    return [re.sub(r"^(\+*)init_from=(?!\{)", r"\1init_from.path=", override) for override in overrides]
+
+
+def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
+    """Replace `group=null`, which Hydra accepts only in a defaults list, by `group=none` or `~group`."""
+    groups = config_groups(folders)
+    chosen: list[str] = []
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group in groups and value in ("null", "none") and value not in groups[group]:
+            chosen = [each for each in chosen if key_of(each) != group]
+            override = f"{group}=none" if "none" in groups[group] else f"~{group}"
+        chosen.append(override)
+    return chosen
 
 
 def parse_words(config_name: str, words: Sequence[str], groups: dict[str, list[str]]) -> list[Override]:

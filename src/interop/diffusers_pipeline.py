@@ -1,17 +1,16 @@
-"""Read a pipeline folder of the diffusers library: its U-Net, and its scheduler as schedule and process."""
+"""Read a pipeline folder of the diffusers library: its U-Net, and its scheduler as schedule and diffusion process."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from src.interop.diffusers_unet import from_diffusers, settings_of
-from src.interop.imported import ImportedModel
+from src.interop.diffusers_unet import from_diffusers, settings_of, weight_names
+from src.interop.imported import ImportedModel, check_weights, read_pt
 
-PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
     **{f"fixed_{size}{log}": f"fixed_{size}" for size in ("small", "large") for log in ("", "_log")},
     **{name: name for name in ("learned_range", "learned")},
@@ -24,15 +23,15 @@ WEIGHTS = "diffusion_pytorch_model"
 def read_pipeline(folder: Path) -> ImportedModel:
     """Return the U-Net and the scheduler of a pipeline folder; a folder with a U-Net only has a linear schedule.
 
-    Only JSON and tensors are read. Raises ValueError if this project has no such network or process.
+    Only JSON and tensors are read. Raises ValueError if this project has no such network or diffusion process.
     """
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = read_json(unet / "config.json")
+    config = read_config(unet / "config.json")
     if (name := config.get("_class_name")) != "UNet2DModel":
-        raise ValueError(f"{unet} holds a {name}; only UNet2DModel is supported")
+        raise ValueError(f"init_from={unet} has a {name} in config.json; choose a model with a UNet2DModel")
     # Older pipelines have both files in one folder.
-    scheduler = next((s for s in (folder / "scheduler", folder) if s.is_dir()), folder) / "scheduler_config.json"
-    process = process_of(read_json(scheduler))
+    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    process = process_of(read_config(scheduler / "scheduler_config.json"))
     outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
     if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
         process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
@@ -41,20 +40,24 @@ def read_pipeline(folder: Path) -> ImportedModel:
     steps = process.schedule.get("num_steps") or len(process.schedule["betas"])
     model = settings_of(config, 1000 if flow else steps, first_step=int(flow))
     weights = from_diffusers(read_weights(unet), config, model)
-    classes = config.get("num_class_embeds")
-    return process._replace(model=model, weights=weights, num_classes=classes)
+    imported = process._replace(model=model, weights=weights, num_classes=config.get("num_class_embeds"))
+    return check_weights(imported, {name: parts[0] for name, parts in weight_names(model)})
 
 
 def process_of(scheduler: Mapping[str, Any]) -> ImportedModel:
-    """Return schedule, process and sampler of a scheduler's configuration, without a network.
+    """Return the schedule, the diffusion process and the sampler of a scheduler's configuration, without a network.
 
     Raises ValueError if this project has no such schedule.
     """
     name, steps = scheduler.get("_class_name", "DDPMScheduler"), scheduler.get("num_train_timesteps", 1000)
     clips = scheduler.get("clip_sample", name in ("DDPMScheduler", "DDIMScheduler"))
-    clip = scheduler.get("clip_sample_range", 1.0) if clips else None
-    if "FlowMatch" in name:
-        if (shift := scheduler.get("shift", 1.0)) != 1 or scheduler.get("use_dynamic_shifting"):
+    clip, threshold = scheduler.get("clip_sample_range", 1.0) if clips else None, None
+    if scheduler.get("thresholding"):  # the threshold is in [1, sample_max_value]
+        is_dynamic = scheduler.get("sample_max_value", 1.0) > 1
+        clip, threshold = 1.0, scheduler.get("dynamic_thresholding_ratio", 0.995) if is_dynamic else None
+    if "FlowMatch" in name or scheduler.get("prediction_type") == "flow_prediction":
+        shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+        if shift != 1 or scheduler.get("use_dynamic_shifting"):
             raise ValueError(f"shift={shift} of the {name} is not supported; set it to 1 in scheduler_config.json")
         curve = {"_target_": "src.diffusion.curves.rectified_flow", "_partial_": True, "start": 1e-4}
         schedule = {"_target_": "src.diffusion.noise.ContinuousSchedule", "curve": curve, "num_steps": steps}
@@ -66,7 +69,7 @@ def process_of(scheduler: Mapping[str, Any]) -> ImportedModel:
     return ImportedModel(
         model={},
         schedule=schedule,
-        diffusion={"prediction": prediction, "variance": variance, "clip_x0": clip},
+        diffusion={"prediction": prediction, "variance": variance, "clip_x0": clip, "dynamic_threshold": threshold},
         weights={},
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
         sampler=SAMPLERS.get(name, "dpmpp_2m"),
@@ -77,6 +80,9 @@ def _schedule(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """Return the node of the betas of a scheduler."""
     if (betas := scheduler.get("trained_betas")) is not None:
         return {"_target_": "src.diffusion.schedules.custom", "betas": list(betas)}
+    name = scheduler.get("_class_name", "DDPMScheduler")
+    if "beta_schedule" not in scheduler and name not in SAMPLERS:
+        raise ValueError(f"the {name} has no beta_schedule and is not supported; use a pipeline with another scheduler")
     kind, functions = scheduler.get("beta_schedule", "linear"), "src.diffusion.schedules"
     ends = {"beta_start": scheduler.get("beta_start", 1e-4), "beta_end": scheduler.get("beta_end", 0.02)}
     match kind:
@@ -96,36 +102,39 @@ def _schedule(scheduler: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _known(scheduler: Mapping[str, Any], name: str, default: str, known: Mapping[str, str]) -> str:
-    if (value := scheduler.get(name, default)) not in known:
+    if (value := scheduler.get(name) or default) not in known:  # null in schedulers without a reverse variance
         raise ValueError(f"{name}={value} of the scheduler is not supported; choose one of {', '.join(known)}")
     return known[value]
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a model folder, from safetensors in one or several files, or from torch's format."""
+    """Return the tensors of a model folder, from safetensors in one or several files, or from torch's format.
+
+    Raises FileNotFoundError without such a file, and ValueError for a damaged one.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if files := sorted(folder.glob(f"{WEIGHTS}*.safetensors")):
         plain = folder / f"{WEIGHTS}.safetensors"  # beside it there may be copies in half precision
         shards = [plain] if plain in files else files
-        return {name: value.float() for file in shards for name, value in load_file(file).items()}
-    if (binary := folder / f"{WEIGHTS}.bin").is_file():
         try:
-            loaded = torch.load(binary, map_location="cpu", weights_only=True)
-        except Exception as error:  # untrusted bytes can raise anything
-            raise ValueError(f"{binary} holds more than tensors; convert it to safetensors") from error
-        return {name: value.float() for name, value in loaded.items()}
-    raise FileNotFoundError(f"{folder} has no {WEIGHTS}.safetensors")
+            return {name: value.float() for file in shards for name, value in load_file(file).items()}
+        except SafetensorError as error:
+            raise ValueError(f"init_from: {shards[0]} is damaged ({error}); download it again") from error
+    if (binary := folder / f"{WEIGHTS}.bin").is_file():
+        return {name: value.float() for name, value in read_pt(binary).items()}
+    raise FileNotFoundError(f"init_from: {folder} has no {WEIGHTS}.safetensors; download the weights, too")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one without the file. Raises ValueError for other contents."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise ValueError(f"{path} must be a JSON object; download it again")
     return content

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.errors import first_names
 from src.models.layers import fit_groups
 from src.models.unet import attended_resolutions, stage_resolutions
 
@@ -63,14 +64,14 @@ def settings_of(config: Mapping[str, Any], num_steps: float, first_step: int = 0
     size = size if isinstance(size, int) else list(size)
     resampling, attended = _block_types(config)
     groups = config.get("norm_num_groups", 32)
-    if (of_attention := config.get("attn_norm_num_groups")) not in (None, groups):
-        raise _unsupported("attn_norm_num_groups", of_attention, f"it must equal norm_num_groups={groups}")
+    if (attention_groups := config.get("attn_norm_num_groups")) not in (None, groups):
+        raise _unsupported("attn_norm_num_groups", attention_groups, f"it must equal norm_num_groups={groups}")
     channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
     if out_channels not in (channels, 2 * channels):
         raise _unsupported("out_channels", out_channels, f"it must be once or twice in_channels={channels}")
     sides = stage_resolutions([size] * 2 if isinstance(size, int) else size, 1, len(widths))
     scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
-    if scale_shift and of_attention is None:  # the middle attention then has no norm
+    if scale_shift and attention_groups is None:  # the middle attention then has no norm
         raise _unsupported(
             "attn_norm_num_groups", None, f"with resnet_time_scale_shift=scale_shift it must be {groups}"
         )
@@ -152,19 +153,21 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
 def from_diffusers(
     weights: Mapping[str, Tensor], config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError if they are not complete."""
+    """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError for one of another network."""
     theirs = {_new_name(name): value for name, value in weights.items()}
     result: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, parts in weight_names(model):
-        if found := [theirs[part] for part in parts if part in theirs]:
-            # Old files have 1x1 convolutions, or linear layers with two more dimensions.
-            flat = [value.flatten(1) if ".attention." in f".{name}" and value.ndim > 2 else value for value in found]
-            result[name] = torch.cat(flat) if len(flat) > 1 else flat[0]
+        if values := [theirs[part] for part in parts if part in theirs]:
+            if name.endswith((".qkv.weight", ".out.weight")):
+                values = [value.flatten(1) for value in values]  # old files have 1x1 convolutions
+            result[name] = torch.cat(values) if len(values) > 1 else values[0]
             used.update(parts)
     if rest := sorted(theirs.keys() - used):
-        raise ValueError(f"the weights {', '.join(rest[:3])} have no place in a UNet2DModel of this configuration")
-    if config.get("flip_sin_to_cos", True):
+        raise ValueError(
+            f"init_from: {first_names(rest)} are not weights of this network; choose the config.json of the file"
+        )
+    if TIME in result and config.get("flip_sin_to_cos", True):
         result[TIME] = swap_halves(result[TIME])
     return result
 
@@ -209,9 +212,9 @@ def shift_time(weight: Tensor, steps: float, freq_shift: int) -> Tensor:
     half = weight.shape[1] // 2
     exponent = torch.arange(half, dtype=torch.float64) / max(half - freq_shift, 1)
     angle = steps * torch.exp(-math.log(10_000.0) * exponent)
-    of_sine, of_cosine = weight.double().chunk(2, dim=1)
+    sine, cosine = weight.double().chunk(2, dim=1)
     cos, sin = angle.cos(), angle.sin()
-    return torch.cat([of_sine * cos - of_cosine * sin, of_sine * sin + of_cosine * cos], dim=1).to(weight.dtype)
+    return torch.cat([sine * cos - cosine * sin, sine * sin + cosine * cos], dim=1).to(weight.dtype)
 
 
 def swap_halves(weight: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.errors import first_names
-from src.interop.diffusers_unet import swap_halves
-from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit
+from src.interop.diffusers_unet import TIME, swap_halves
+from src.interop.imported import ImportedModel, check_weights
 
 CONVERT = (
     'python -c "import json, pickle, sys; from safetensors.torch import save_file; '
@@ -71,7 +70,7 @@ TABLE = "condition.table.weight"
 ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "out"}
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def read_converted(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
     """Return tensors and metadata of a safetensors file that `CONVERT` wrote; None for another file."""
     try:
         with safe_open(path, "pt") as file:
@@ -92,10 +91,43 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
     Raises:
         ValueError: If the network has parts that our U-Net does not have.
     """
+    kind, kwargs = _arguments(metadata)
+    is_adm = kind == "DhariwalUNet"
+    model = _network(kind, kwargs)
+    curve = {"_target_": "src.diffusion.curves.exploding", "_partial_": True}
+    curve |= {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}
+    schedule = {"_target_": "src.diffusion.noise.ContinuousSchedule", "curve": curve, "num_steps": 1000}
+    diffusion = {"prediction": "edm", "sigma_data": kwargs.get("sigma_data", 0.5), "clip_x0": None}
+    modules = _modules(model["image_size"], len(model["channel_mult"]), model["num_res_blocks"])
+    ours, names = {}, {}
+    for name, value in weights.items():
+        # Resampling filters are constants, and labels of augmentations are 0 when sampling.
+        if name.endswith("resample_filter") or name == "model.map_augment.weight":
+            continue
+        module, _, leaf = name.removeprefix("model.").rpartition(".")
+        renamed = f"{modules.get(module, module)}.{leaf}"
+        names[renamed] = name
+        ours[renamed] = _convert(renamed, value.float(), is_adm)
+    classes = kwargs.get("label_dim", 0) or None
+    has_null = classes is not None and kwargs.get("label_dropout", 0) > 0
+    if TABLE in ours:
+        rows = ours[TABLE].T
+        rows = torch.cat([rows, torch.zeros_like(rows[:1])]) if has_null else rows  # labels of zeros
+        bias, linear1 = ours.pop("condition.table.bias", None), ours.get(TIME)
+        if bias is not None and linear1 is not None:
+            # SongUNet adds sqrt(num_classes) rows + bias to the sinusoids, which linear1 maps to the hidden layer.
+            rows = (math.sqrt(classes or 1) * rows + bias) @ linear1.T
+        ours[TABLE] = rows
+    imported = ImportedModel(model, schedule, diffusion, ours, classes, sampler="heun", has_null_class=has_null)
+    return check_weights(imported, names)
+
+
+def _arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the class of EDM's network and its arguments. Raises ValueError for those that our U-Net does not have."""
     try:
         described = json.loads(metadata["edm"])
         precond, given = described["class"], dict(described["kwargs"])
-        image_size, channels = given["img_resolution"], given["img_channels"]
+        given["img_resolution"], given["img_channels"]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"init_from: the metadata edm of the file cannot be read; convert it again: {CONVERT}"
@@ -115,8 +147,12 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
             raise ValueError(
                 f"init_from: EDM's {kind} with {name}={given[name]} is not supported; choose one with {name}={value}"
             )
-    kwargs = DEFAULTS[kind] | given
-    width, mult = kwargs["model_channels"], kwargs["channel_mult"]
+    return kind, DEFAULTS[kind] | given
+
+
+def _network(kind: str, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of our U-Net. Raises ValueError for widths that it does not have."""
+    width, mult, image_size = kwargs["model_channels"], kwargs["channel_mult"], kwargs["img_resolution"]
     is_adm = kind == "DhariwalUNet"
     base = width * mult[0] if is_adm else width  # channels of the first convolution
     if any(width * m % base for m in mult):
@@ -126,9 +162,8 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
             f"init_from: EDM's {kind} with fewer than 128 channels is not supported: its norms differ in groups; "
             "choose a wider network"
         )
-    time_scale = math.log(SIGMA_MAX / SIGMA_MIN) / 4  # the network sees c_noise = log(sigma) / 4
-    model = {
-        "channels": channels,
+    return {
+        "channels": kwargs["img_channels"],
         "image_size": image_size,
         "patch_size": 1,
         "model_channels": base,
@@ -141,7 +176,7 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         "resblock_updown": True,
         "dropout": kwargs.get("dropout", 0.1),
         "outputs": 1,
-        "time_scale": time_scale,
+        "time_scale": math.log(SIGMA_MAX / SIGMA_MIN) / 4,  # the network sees c_noise = log(sigma) / 4
         "time_offset": math.log(SIGMA_MIN) / 4,
         "freq_shift": 0 if is_adm else 1,
         "norm_groups": 32,
@@ -152,39 +187,6 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
         "cond_in_time_mlp": not is_adm,
         "time_channels": None if width == base else width,
     }
-    schedule = {
-        "_target_": "src.diffusion.noise.ContinuousSchedule",
-        "curve": {
-            "_target_": "src.diffusion.curves.exploding",
-            "_partial_": True,
-            "sigma_min": SIGMA_MIN,
-            "sigma_max": SIGMA_MAX,
-        },
-        "num_steps": 1000,
-    }
-    diffusion = {"prediction": "edm", "sigma_data": kwargs.get("sigma_data", 0.5), "clip_x0": None}
-    modules = _modules(image_size, len(mult), kwargs["num_blocks"])
-    ours, names = {}, {}
-    for name, value in weights.items():
-        # Resampling filters are constants, and labels of augmentations are 0 when sampling.
-        if name.endswith("resample_filter") or name == "model.map_augment.weight":
-            continue
-        module, _, leaf = name.removeprefix("model.").rpartition(".")
-        renamed = f"{modules.get(module, module)}.{leaf}"
-        names[renamed] = name
-        ours[renamed] = _convert(renamed, value.float(), is_adm)
-    classes = kwargs.get("label_dim", 0) or None
-    has_null = classes is not None and kwargs.get("label_dropout", 0) > 0
-    if TABLE in ours:
-        rows = ours[TABLE].T
-        rows = torch.cat([rows, torch.zeros_like(rows[:1])]) if has_null else rows  # labels of zeros
-        bias, linear1 = ours.pop("condition.table.bias", None), ours.get("time.linear1.weight")
-        if bias is not None and linear1 is not None:
-            # SongUNet adds sqrt(num_classes) rows + bias to the sinusoids, which linear1 maps to the hidden layer.
-            rows = (math.sqrt(classes or 1) * rows + bias) @ linear1.T
-        ours[TABLE] = rows
-    imported = ImportedModel(model, schedule, diffusion, ours, classes, sampler="heun", has_null_class=has_null)
-    return check_fit(imported, names)
 
 
 def _modules(image_size: int, num_stages: int, num_blocks: int) -> dict[str, str]:
@@ -222,7 +224,7 @@ def _modules(image_size: int, num_stages: int, num_blocks: int) -> dict[str, str
 
 def _convert(name: str, value: Tensor, is_adm: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
-    if name == "time.linear1.weight":
+    if name == TIME:
         return swap_halves(value) if is_adm else value
     if name.endswith(("attention.qkv.weight", "attention.out.weight", "middle.1.qkv.weight", "middle.1.out.weight")):
         value = value.flatten(1)  # a 1x1 convolution

@@ -1,8 +1,16 @@
 """A model of another project in the terms of this one."""
 
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from src.errors import first_names
+from src.models.conditioning import ClassEmbedding
+from src.models.unet import UNet
 
 
 class ImportedModel(NamedTuple):
@@ -24,3 +32,49 @@ class ImportedModel(NamedTuple):
     """The name of a file in conf/sampler."""
     has_null_class: bool = False
     """Whether the last row of the class embedding was trained as the empty class, as guidance needs it."""
+
+
+def read_pt(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a `.pt` file, a zip archive or an older pickle, without running code from it.
+
+    Raises:
+        ValueError: If the file holds anything but named tensors.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # untrusted bytes can raise anything
+        raise ValueError(
+            f"init_from={path} must be a file of torch.save that holds tensors only; download it again, or save its "
+            "state_dict() alone"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"init_from={path} must hold named tensors only; save the state_dict() of the model alone")
+    return {str(name): value for name, value in weights.items()}
+
+
+def check_weights(imported: ImportedModel, names: Mapping[str, str]) -> ImportedModel:
+    """Return the argument; raise ValueError unless its weights are those of the U-Net that it describes.
+
+    `names` maps the names of our weights to those in the file.
+    """
+    condition: Any = None
+    if imported.num_classes is not None:  # ClassEmbedding has one more row, for the empty class
+        rows = imported.num_classes + imported.has_null_class
+        condition = partial(ClassEmbedding, num_classes=rows - 1)
+    with torch.device("meta"):
+        net = UNet(**imported.model, condition=condition)
+    expected = {name: value.shape for name, value in net.state_dict().items()}
+    present = {name: value.shape for name, value in imported.weights.items()}
+    if missing := sorted(names.get(name, name) for name in expected.keys() - present.keys()):
+        raise ValueError(f"init_from: the file has no weights for {first_names(missing)}; download it again")
+    if unknown := sorted(names.get(name, name) for name in present.keys() - expected.keys()):
+        raise ValueError(
+            f"init_from: {first_names(unknown)} are weights of no layer of this network; choose another file"
+        )
+    for name, shape in expected.items():
+        if present[name] != shape:
+            raise ValueError(
+                f"init_from: {names.get(name, name)} has shape {list(present[name])}, and this network needs "
+                f"{list(shape)}; choose another file"
+            )
+    return imported

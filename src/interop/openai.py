@@ -7,16 +7,13 @@ import argparse
 import re
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from src.errors import did_you_mean
-from src.interop.diffusers_unet import swap_halves
-from src.interop.imported import ImportedModel
-from src.interop.weights import check_fit
+from src.interop.diffusers_unet import TIME, swap_halves
+from src.interop.imported import ImportedModel, check_weights
 
 TOP = {
     "time_embed.0": "time.linear1",
@@ -58,29 +55,6 @@ IGNORED = (
 """Flags of training and sampling, which do not change the model."""
 
 
-def is_openai(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether weights have the names of improved-diffusion and guided-diffusion."""
-    return "input_blocks.0.0.weight" in weights
-
-
-def read_pt(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a `.pt` file, a zip archive or an older pickle, without running code from it.
-
-    Raises:
-        ValueError: If the file holds anything but named tensors.
-    """
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # untrusted bytes can raise anything
-        raise ValueError(
-            f"init_from={path} must be a file of torch.save that holds tensors only; download it again, or save its "
-            "state_dict() alone"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"init_from={path} must hold named tensors only; save the state_dict() of the model alone")
-    return {str(name): value for name, value in weights.items()}
-
-
 def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     """Return the model of a state dict and of the command line flags that OpenAI's README lists for it.
 
@@ -90,53 +64,76 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     Raises:
         ValueError: If a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
     """
-    given = _parse(flags)
-    if not is_openai(weights):
+    typed = _parse(flags)
+    _check_kind(weights, typed)
+    try:
+        inferred = _inferred_flags(weights)
+    except KeyError as error:
+        raise ValueError(f"init_from: the file has no {error.args[0]}; download it again, or choose another") from error
+    _compare(typed, inferred)
+    model = {"channels": weights["input_blocks.0.0.weight"].shape[1], **_network(typed, inferred)}
+    variance = "fixed_small" if typed.get("sigma_small") else "fixed_large"
+    diffusion = {
+        "prediction": "x0" if typed.get("predict_xstart") else "eps",
+        "variance": "learned_range" if inferred["learn_sigma"] else variance,
+        "clip_x0": 1.0 if typed.get("clip_denoised", True) else None,
+    }
+    legacy = not typed.get("use_new_attention_order", False)
+    ours, names = {}, {}
+    for theirs, value in weights.items():
+        if (name := _our_name(theirs, inferred["num_res_blocks"])) is None:
+            raise ValueError(f"init_from: {theirs} is not a weight of this network; choose another file")
+        names[name] = theirs
+        ours[name] = _convert(name, value.float(), model["num_heads"], model["num_head_channels"], legacy)
+    classes = weights["label_emb.weight"].shape[0] if inferred["class_cond"] else None
+    schedule = _schedule(typed.get("noise_schedule", "linear"), typed.get("diffusion_steps", 1000))
+    return check_weights(ImportedModel(model, schedule, diffusion, ours, classes), names)
+
+
+def _check_kind(weights: Mapping[str, Tensor], typed: Mapping[str, Any]) -> None:
+    """Raise ValueError for weights of another project, classifiers, upsamplers, and without --image_size."""
+    if "input_blocks.0.0.weight" not in weights:
         raise ValueError(
             "init_from: the file has no input_blocks.0.0.weight; choose one of improved-diffusion or guided-diffusion"
         )
     if "out.2.weight" not in weights or not any(name.startswith("output_blocks.") for name in weights):
         raise ValueError("init_from: the file is a classifier or incomplete; choose one with a diffusion model")
-    if "large_size" in given or "small_size" in given or weights["input_blocks.0.0.weight"].shape[1] == 6:
+    if "large_size" in typed or "small_size" in typed or weights["input_blocks.0.0.weight"].shape[1] == 6:
         raise ValueError("init_from: models that upsample images are not supported; choose one without --large_size")
-    if "image_size" not in given:
+    if "image_size" not in typed:
         raise ValueError("init_from.flags must have --image_size, which the file does not show; add --image_size 64")
-    try:
-        shown = _shown(weights)
-    except KeyError as error:
-        raise ValueError(f"init_from: the file has no {error.args[0]}; it is incomplete or another network") from error
-    _compare(given, shown)
 
-    steps, width = given.get("diffusion_steps", 1000), shown["num_channels"]
+
+def _network(typed: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of our U-Net without `channels`. Raises ValueError for heads that it does not have."""
+    steps, width = typed.get("diffusion_steps", 1000), inferred["num_channels"]
     # The two projects differ in this default, which matters only if there are not 1000 steps.
-    rescales = given.get("rescale_timesteps", not any(name in given for name in GUIDED_ONLY))
+    rescales = typed.get("rescale_timesteps", not any(name in typed for name in GUIDED_ONLY))
     time_scale = 1000.0 if rescales else float(steps)
-    per_head, heads = given.get("num_head_channels", -1), given.get("num_heads", 4)
-    if per_head == -1 and given.get("num_heads_upsample", -1) not in (-1, heads):
+    per_head, heads = typed.get("num_head_channels", -1), typed.get("num_heads", 4)
+    if per_head == -1 and typed.get("num_heads_upsample", -1) not in (-1, heads):
         raise ValueError(
-            f"init_from.flags: --num_heads_upsample {given['num_heads_upsample']} must equal --num_heads {heads}; "
+            f"init_from.flags: --num_heads_upsample {typed['num_heads_upsample']} must equal --num_heads {heads}; "
             "other values are not supported"
         )
-    image_size, widths = given["image_size"], [round(width * mult) for mult in shown["channel_mult"]]
-    attended = [*(c for i, c in enumerate(widths) if 2**i in shown["attention"]), widths[-1]]
+    image_size, widths = typed["image_size"], [round(width * mult) for mult in inferred["channel_mult"]]
+    attended = [*(c for i, c in enumerate(widths) if 2**i in inferred["attention"]), widths[-1]]
     name, divisor = ("num_heads", heads) if per_head == -1 else ("num_head_channels", per_head)
     if wrong := [c for c in attended if divisor < 1 or c % divisor]:
         raise ValueError(f"init_from.flags: --{name} {divisor} must divide {wrong[0]}, the channels of an attention")
-
-    model = {
-        "channels": weights["input_blocks.0.0.weight"].shape[1],
+    return {
         "image_size": image_size,
         "patch_size": 1,
         "model_channels": widths[0],
         "channel_mult": [c // widths[0] for c in widths],
-        "num_res_blocks": shown["num_res_blocks"],
-        "attention_resolutions": [image_size // factor for factor in shown["attention"]],
+        "num_res_blocks": inferred["num_res_blocks"],
+        "attention_resolutions": [image_size // factor for factor in inferred["attention"]],
         "num_heads": heads,
         "num_head_channels": None if per_head == -1 else per_head,
-        "time_conditioning": "scale_shift" if shown["use_scale_shift_norm"] else "add",
-        "resblock_updown": shown["resblock_updown"],
-        "dropout": given.get("dropout", 0.0),
-        "outputs": 2 if shown["learn_sigma"] else 1,
+        "time_conditioning": "scale_shift" if inferred["use_scale_shift_norm"] else "add",
+        "resblock_updown": inferred["resblock_updown"],
+        "dropout": typed.get("dropout", 0.0),
+        "outputs": 2 if inferred["learn_sigma"] else 1,
         # Our time is (t + 1) / T, and their embedding sees t or 1000 t / T.
         "time_scale": time_scale,
         "time_offset": -time_scale / steps,
@@ -146,22 +143,6 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
         "norm_eps": 1e-5,
         "downsample_padding": 1,
     }
-    variance = "fixed_small" if given.get("sigma_small") else "fixed_large"
-    diffusion = {
-        "prediction": "x0" if given.get("predict_xstart") else "eps",
-        "variance": "learned_range" if shown["learn_sigma"] else variance,
-        "clip_x0": 1.0 if given.get("clip_denoised", True) else None,
-    }
-    legacy = not given.get("use_new_attention_order", False)
-    ours, names = {}, {}
-    for theirs, value in weights.items():
-        if (renamed := _our_name(theirs, shown["num_res_blocks"])) is None:
-            raise ValueError(f"init_from: the file has weights for no layer of this network: {theirs}")
-        names[renamed] = theirs
-        ours[renamed] = _convert(renamed, value.float(), heads if per_head == -1 else None, per_head, legacy)
-    classes = weights["label_emb.weight"].shape[0] if shown["class_cond"] else None
-    schedule = _schedule(given.get("noise_schedule", "linear"), steps)
-    return check_fit(ImportedModel(model, schedule, diffusion, ours, classes), names)
 
 
 def _parse(flags: str) -> dict[str, Any]:
@@ -205,7 +186,7 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",") if part]
 
 
-def _shown(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+def _inferred_flags(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the flags that the shapes of the weights show; `attention` lists the downsampling factors with attention.
 
     Raises:
@@ -230,25 +211,24 @@ def _shown(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _compare(given: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+def _compare(typed: Mapping[str, Any], inferred: Mapping[str, Any]) -> None:
     """Raise ValueError if a flag contradicts the weights."""
-    image_size, mult = given["image_size"], shown["channel_mult"]
-    if "channel_mult" not in given and (default := CHANNEL_MULT.get(image_size, mult)) != mult:
+    image_size, mult = typed["image_size"], inferred["channel_mult"]
+    if "channel_mult" not in typed and (default := CHANNEL_MULT.get(image_size, mult)) != mult:
         raise ValueError(
             f"init_from.flags: --image_size {image_size} stands for --channel_mult {_listed(default)}, but the file "
             f"has {_listed(mult)}; correct --image_size, or add --channel_mult {_listed(mult)}"
         )
-    shown = {**shown, "attention_resolutions": [float(image_size // factor) for factor in shown["attention"]]}
-    asked = dict(given)
-    if "attention_resolutions" in given:  # they ignore resolutions without a stage
-        factors = [image_size // int(r) for r in given["attention_resolutions"]]
-        if {f for f in factors if f in [2**i for i in range(len(mult))]} == {*shown["attention"]}:
-            del asked["attention_resolutions"]
-    for name, value in shown.items():
-        if name in asked and asked[name] != value:
-            typed, has = (_listed(v) if isinstance(v, list) else v for v in (asked[name], value))
+    expected = {**inferred, "attention_resolutions": [float(image_size // factor) for factor in inferred["attention"]]}
+    if "attention_resolutions" in typed:  # they ignore resolutions without a stage
+        factors = {image_size // int(r) for r in typed["attention_resolutions"]}
+        if factors & {2**i for i in range(len(mult))} == {*inferred["attention"]}:
+            del expected["attention_resolutions"]
+    for name, value in expected.items():
+        if name in typed and typed[name] != value:
+            flag, has = (_listed(v) if isinstance(v, list) else v for v in (typed[name], value))
             raise ValueError(
-                f"init_from.flags: --{name} {typed} contradicts the file, which has {has}; correct --{name}, or leave "
+                f"init_from.flags: --{name} {flag} contradicts the file, which has {has}; correct --{name}, or leave "
                 "it out"
             )
 
@@ -287,13 +267,13 @@ def _our_name(theirs: str, num_res_blocks: int) -> str | None:
     return f"up.{i + 1}.{part}" if place > 0 and layer == "residual" else f"up.{i}.{layer}.{part}"
 
 
-def _convert(name: str, value: Tensor, heads: int | None, per_head: int, legacy: bool) -> Tensor:
+def _convert(name: str, value: Tensor, num_heads: int, num_head_channels: int | None, legacy: bool) -> Tensor:
     """Return a weight in our layout; `name` is ours."""
-    if name == "time.linear1.weight":
+    if name == TIME:
         return swap_halves(value)
     if name.endswith(("qkv.weight", "attention.out.weight", "middle.1.out.weight")):
         value = value.flatten(1)  # a convolution with one tap
     if legacy and ".qkv." in name:  # rows (heads, 3, channels) instead of (3, heads, channels)
-        count = heads or value.shape[0] // 3 // per_head
-        value = value.view(count, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+        heads = num_heads if num_head_channels is None else value.shape[0] // 3 // num_head_channels
+        value = value.view(heads, 3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
     return value

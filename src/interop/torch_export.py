@@ -24,7 +24,7 @@ INPUTS = ("x", "time", "cond")
 TOLERANCE = 1e-4
 
 CONDITIONS = {
-    "src.data.conditions.Classes": "index into config.conditioning.encode.names; the number of names is no class",
+    "src.data.conditions.Classes": "index into config.conditioning.encode.names; their number is the empty class",
     "src.data.conditions.Continuous": "values of config.conditioning.encode.names minus its mean over its std, or NaN",
     "src.data.text.Tokens": "1, then the ids by the tokenizer config.conditioning.encode.tokenizer of the lowercase "
     "text plus 3, then 2, then 0 as padding",
@@ -61,7 +61,7 @@ def example_inputs(shape: Sequence[int], conditions: Tensor | None, batch: int) 
     return (x, time) if conditions is None else (x, time, conditions[index % len(conditions)])
 
 
-def describe(
+def describe_network(
     diffusion: GaussianDiffusion, schedule: Schedule, shape: Sequence[int], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a person needs to sample, as plain values. `config` has the settings of the model.
@@ -115,7 +115,7 @@ def write_network(
     match name:
         case "torch_export":
             with warnings.catch_warnings():
-                # Weights in channels-last layout are not contiguous; they are saved whole nevertheless.
+                # Weights in channels-last layout are not contiguous, and are saved completely nevertheless.
                 warnings.filterwarnings("ignore", "No complete tensor found")
                 torch.export.save(program, path)
             run = torch.export.load(path).module()

@@ -41,10 +41,10 @@ def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = N
     if not str(value).strip():
         raise ValueError(f"{name}= is empty: give a value, or leave it out{newest_run(name, Path('outputs/train'))}")
     given = Path(str(value))
-    of_hub = str(value).startswith(SCHEME)
+    is_hub = str(value).startswith(SCHEME)
     if name == "init_from" and len(given.parts) == 2 and not (given.is_absolute() or given.parent.exists()):
-        of_hub = True  # a name as diffusers takes it, such as google/ddpm-cifar10-32
-    if of_hub:
+        is_hub = True  # a name as diffusers takes it, such as google/ddpm-cifar10-32
+    if is_hub:
         given = local_copy(str(value), name)
     if given.is_file():
         return given
@@ -123,9 +123,9 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
         raise ValueError(f"init_from.weights={kind} needs weights that {path} does not have; leave it out")
     weights = weights_of(checkpoint, averaged, path)
     prefix = "net."
-    of_network = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-    report = load_matching(module.net, of_network)
-    if not any(of_network[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
+    network_weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    report = load_matching(module.net, network_weights)
+    if not any(network_weights[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
         node = checkpoint["hyper_parameters"]["model"]
         raise ValueError(
             f"{override} has no weights that fit this network: it was trained with "

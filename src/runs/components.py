@@ -51,7 +51,6 @@ def build_module(
     from src.models.mlp import MLP
     from src.training.finetuning import add_adapters, freeze
     from src.training.learned_schedule import module_class
-    from src.training.module import ConditionSpec
 
     if len(shape) > 1 and get_class(cfg.model._target_) is MLP:
         raise ValueError(f"model=mlp needs points or rows, and the data have shape {shape}; choose model=unet_tiny")
@@ -73,10 +72,7 @@ def build_module(
     if cfg.get("lora"):
         add_adapters(net, **to_plain(cfg.lora))
     freeze(net, cfg.get("freeze") or [])
-    spec = None
-    if condition is not None:
-        null, examples = condition([None]), condition(condition.examples or [None])
-        spec = ConditionSpec(null, examples, cfg.conditioning.cond_drop_prob)
+    spec = _condition_spec(cfg, condition)
     module = module_class(schedule)(
         net=net,
         schedule=schedule,
@@ -102,6 +98,16 @@ def build_module(
 def build_condition(cfg: DictConfig) -> "Condition | None":
     """Return the encoder of prompts, classes or covariates for the network; None for an unconditional run."""
     return None if cfg.get("conditioning") is None else instantiate_node(cfg.conditioning.encode)
+
+
+def _condition_spec(cfg: DictConfig, condition: "Condition | None") -> "ConditionSpec | None":
+    """Return the encoded empty condition and examples, and how often training drops conditions; None without them."""
+    if condition is None:
+        return None
+    from src.training.module import ConditionSpec
+
+    null, examples = condition([None]), condition(condition.examples or [None])
+    return ConditionSpec(null, examples, cfg.conditioning.cond_drop_prob)
 
 
 def _network_condition(cfg: DictConfig) -> dict[str, Any]:

@@ -10,12 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.search_path import CONF
 from src.interop.hub_models import SIDECAR
 from src.runs.components import to_plain
-from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, read_checkpoint
+from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 
 if TYPE_CHECKING:
     from src.interop.imported import ImportedModel
-
-OTHER_KEYS = ("seed", "snr_shift", "zero_terminal_snr", "weighting")
 
 
 def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
@@ -26,19 +24,20 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     the file is not such a model, or if this project has no such network.
     """
     from src.interop import diffusers_pipeline, edm, openai
+    from src.interop.imported import read_pt
 
     is_openai = path.suffix in (".pt", ".pth")
     if flags is not None and not is_openai:
-        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is none; leave it out")
+        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is another; leave it out")
     if (path / SIDECAR).is_file():
         return read_exported_pipeline(path)
     if path.is_dir():
         return as_checkpoint(diffusers_pipeline.read_pipeline(path))
     if is_openai:
-        return as_checkpoint(openai.read_openai(openai.read_pt(path), flags or ""))
+        return as_checkpoint(openai.read_openai(read_pt(path), flags or ""))
     if path.suffix == ".pkl":
         raise edm.pickle_error(path)
-    if path.suffix == ".safetensors" and (found := edm.read_file(path)):
+    if path.suffix == ".safetensors" and (found := edm.read_converted(path)):
         return as_checkpoint(edm.read_edm(*found))
     return read_checkpoint(path)
 
@@ -54,7 +53,7 @@ def read_exported_pipeline(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a traced network, which cannot be read; use format=safetensors for it")
     checkpoint = read_checkpoint(folder / SIDECAR)
     kept, model = checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
-    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_json(unet / "config.json")
+    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_config(unet / "config.json")
     ours = diffusers_unet.from_diffusers(theirs, config, model)
     if (time := diffusers_unet.original_time(theirs, kept, model)) is None:
         model["time_offset"] = -1.0  # The new weights are for steps from 0.
@@ -86,7 +85,7 @@ def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
 
 
 def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
-    """Return the configuration of an imported model: conf/ with its network, schedule and process."""
+    """Return the configuration of an imported model: conf/ with its network, schedule and diffusion process."""
     overrides = [f"sampler={imported.sampler}", "data=folder", "data.root=null", "model=unet_ddpm"]
     overrides += [] if imported.num_classes is None else ["conditioning=class"]
     model = {name: value for name, value in imported.model.items() if name != "outputs"}
@@ -106,8 +105,8 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     cfg.schedule = imported.schedule
     merged = OmegaConf.merge(cfg, changes)
     assert isinstance(merged, DictConfig)
-    plain = to_plain(OmegaConf.masked_copy(merged, [*MODEL_KEYS, *CONDITION_KEYS, *OTHER_KEYS]))
-    return {name: value for name, value in plain.items() if name != "weighting"}  # `loss` contains it
+    plain = to_plain(OmegaConf.masked_copy(merged, [*OPENED_KEYS, "weighting"]))  # `loss` refers to `weighting`
+    return {name: plain[name] for name in OPENED_KEYS if name in plain}
 
 
 def _compose(overrides: list[str]) -> DictConfig:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from src.config.overrides import key_of
 from src.config.resume import saved_overrides
+from src.config.words import key_of
 from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import read_metrics
 from src.runs.components import to_plain
@@ -24,7 +24,7 @@ MAX_LENGTH = 60
 """Characters of a value in the card; longer ones, such as a tokenizer, are left out."""
 
 
-def usage_here(location: str) -> str:
+def usage_in_project(location: str) -> str:
     """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card."""
     return f"""Open it with Denoising Diffusion Lab, in its clone:
 ```
@@ -48,7 +48,7 @@ def write_model_card(
     samples = ""
     if draw and len(opened.module.shape) == 3:
         draw_card_samples(opened).save(folder / "samples.png")
-        sampler = describe(exportable_settings(to_plain(opened.config))[0]["sampler"])
+        sampler = describe_node(exportable_settings(to_plain(opened.config))[0]["sampler"])
         samples = f"![{NUM_SAMPLES} samples](samples.png)\n\nNot selected: the samples of seed 0, by `{sampler}`.\n\n"
     (folder / "README.md").write_text(model_card(opened, usage, samples, library), encoding="utf-8")
 
@@ -93,16 +93,16 @@ def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
     step = step_of(opened.checkpoint)
     encode = (config.get("conditioning") or {}).get("encode")
     rows = {
-        "network": describe(config["model"]),
+        "network": describe_node(config["model"]),
         "parameters": f"{sum(p.numel() for p in opened.module.net.parameters()):,}",
         "shape of a sample": " x ".join(map(str, opened.module.shape)),
         "condition": encode and str(encode["_target_"]).rpartition(".")[2],
-        "schedule": describe(config["schedule"]),
-        "diffusion": describe(config["diffusion"]),
-        "loss": describe(config["loss"]),
-        "timestep sampler": describe(config["timestep_sampler"]),
-        "sampler": describe(config["sampler"]),
-        "optimizer": config.get("optimizer") and describe(config["optimizer"]),
+        "schedule": describe_node(config["schedule"]),
+        "diffusion": describe_node(config["diffusion"]),
+        "loss": describe_node(config["loss"]),
+        "timestep sampler": describe_node(config["timestep_sampler"]),
+        "sampler": describe_node(config["sampler"]),
+        "optimizer": config.get("optimizer") and describe_node(config["optimizer"]),
         "batch size": config["data"].get("batch_size"),
         "training steps": None if math.isinf(step) else f"{step:g}",
         "weights": "averaged" if opened.averaged else "raw",
@@ -110,11 +110,11 @@ def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
     return [[name, f"`{value}`"] for name, value in rows.items() if value is not None]
 
 
-def describe(value: Any) -> str:
+def describe_node(value: Any) -> str:
     """Return a value as text, and a node as its function with the arguments that are set: `cosine(num_steps=1000)`."""
     if not isinstance(value, Mapping):
         return str(value)
-    items = {k: describe(v) for k, v in value.items() if v is not None and not str(k).startswith("_")}
+    items = {k: describe_node(v) for k, v in value.items() if v is not None and not str(k).startswith("_")}
     arguments = ", ".join(f"{name}={text}" for name, text in items.items() if "(" in text or len(text) <= MAX_LENGTH)
     return str(value.get("_target_", "")).rpartition(".")[2] + (f"({arguments})" if arguments else "")
 

@@ -15,7 +15,7 @@ from src.runs.imported import read_model
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import CONDITION_KEYS, MODEL_KEYS, weights_of
+from src.training.checkpoints import MODEL_KEYS, OPENED_KEYS, weights_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def open_run(
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
     config = relocate(config, data_root, encoder, path)
-    built = OmegaConf.masked_copy(config, [*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr"])
+    built = OmegaConf.masked_copy(config, list(OPENED_KEYS))
     check_arguments(built)
     try:
         data = instantiate_node(config.data)

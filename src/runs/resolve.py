@@ -120,7 +120,7 @@ def relocate(config: DictConfig, data_root: str | None, encoder: str | None, che
 
 
 def _adopt_model(cfg: DictConfig) -> None:
-    """Take the network of the model that `init_from` names, and of another project's model its process, too.
+    """Take the network of the model that `init_from` names, and of another project's model its diffusion process, too.
 
     Typed settings win, and so do the channels and the size of the data. The same stages attend at another size.
     """
@@ -140,13 +140,15 @@ def _adopt_model(cfg: DictConfig) -> None:
                 OmegaConf.update(cfg.model, name, value, force_add=True)
     if not imported:
         return
-    if not is_typed("schedule"):
-        cfg.schedule, cfg.zero_terminal_snr = settings["schedule"], settings["zero_terminal_snr"]
+    for group in ("schedule", "sampler"):
+        if not is_typed(group):
+            typed = {key: cfg[group][key] for key in map(str, cfg[group]) if is_typed(f"{group}.{key}")}
+            cfg[group] = settings[group] | typed
+    if not is_typed("zero_terminal_snr") and not is_typed("schedule"):
+        cfg.zero_terminal_snr = settings["zero_terminal_snr"]
     for name, value in settings["diffusion"].items():
         if not is_typed(f"diffusion.{name}"):
             cfg.diffusion[name] = value
-    if not is_typed("sampler"):
-        cfg.sampler = settings["sampler"]
 
 
 def mean_side(size: int | Sequence[int]) -> float:

@@ -173,7 +173,10 @@ MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sample
 CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
 
 
-EXPORTED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr", "optimizer", "lr_scheduler")
+OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr")
+"""Settings with which a trained model is opened."""
+
+EXPORTED_KEYS = (*OPENED_KEYS, "optimizer", "lr_scheduler")
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))

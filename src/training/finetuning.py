@@ -14,7 +14,7 @@ ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """The classes of layers that can have adapters."""
 
 
-def matching(names: Iterable[str], patterns: Sequence[str], setting: str) -> list[str]:
+def match_names(names: Iterable[str], patterns: Sequence[str], setting: str) -> list[str]:
     """Return the names that match any of the shell patterns. Raises ValueError for a pattern that matches none."""
     names = list(names)
     for pattern in patterns:
@@ -30,7 +30,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], setting: str) -> lis
 def freeze(net: nn.Module, patterns: Sequence[str]) -> None:
     """Exclude the parameters with matching names from training. Raises ValueError if none would be trained."""
     parameters = dict(net.named_parameters())
-    for name in matching(parameters, patterns, "freeze"):
+    for name in match_names(parameters, patterns, "freeze"):
         parameters[name].requires_grad = False
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"freeze={list(patterns)} leaves no parameter to train; remove a pattern")
@@ -46,7 +46,7 @@ def group_by_multiplier(
     """
     patterns = dict.fromkeys(parameters, "")
     for pattern in multipliers:
-        patterns |= dict.fromkeys(matching(parameters, [pattern], "lr_multipliers"), pattern)
+        patterns |= dict.fromkeys(match_names(parameters, [pattern], "lr_multipliers"), pattern)
     if "" not in patterns.values():
         raise ValueError(
             f"lr_multipliers={dict(multipliers)} match every trained parameter; change optimizer.lr instead"
@@ -71,9 +71,9 @@ def add_adapters(
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("lora=default needs the library peft; pip install peft") from error
-    further = matching([name for name, _ in net.named_parameters()], train, "lora.train")
+    further = match_names([name for name, _ in net.named_parameters()], train, "lora.train")
     layers = [n for n, layer in net.named_modules() if isinstance(layer, ADAPTED) and getattr(layer, "groups", 1) == 1]
-    adapted = matching(layers, targets, "lora.targets")
+    adapted = match_names(layers, targets, "lora.targets")
     if not adapted:
         raise ValueError("lora.targets=[] selects no layer; ['*'] selects all")
     pattern = "|".join(map(re.escape, adapted))  # of a list, peft would also take names that end like one of it
@@ -94,6 +94,7 @@ def plain_name(name: str) -> str:
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a weight of this name belongs to an adapter."""
     return ".lora_" in name
 
 

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 
 from src.compare import with_runs
 from src.comparison.survey import run_folders
-from src.config.overrides import check_overrides, last_value
+from src.config.overrides import check_overrides
 from src.config.resume import check_unused, expand_resume
 from src.config.sweeps import CompareRuns
-from src.config.words import parsed, split_arguments
+from src.config.words import last_value, parsed, split_arguments
 from src.errors import UsageError
 from src.export import export
 from src.quoting import command, format_override, literal

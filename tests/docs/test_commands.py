@@ -4,8 +4,8 @@ import re
 import shlex
 
 from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
-from src.config.overrides import check_overrides, expand_grid, expand_init_from
-from src.config.words import split_arguments
+from src.config.overrides import check_overrides, expand_grid
+from src.config.words import expand_init_from, split_arguments
 from src.errors import UsageError
 from tests.docs.test_links import FENCE, PAGES
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.config.overrides import expand_init_from
+from src.config.words import expand_init_from
 from src.evaluate import evaluate
 from src.export import export
 from src.interop import hub_models

@@ -13,10 +13,11 @@ import torch
 import src
 from src.compare import compare
 from src.config.cli import launch
-from src.config.overrides import check_overrides, choose_none
+from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep
 from src.config.rules import check_values
 from src.config.search_path import CONF
+from src.config.words import choose_none
 from src.distributed.processes import check_processes
 from src.errors import UsageError
 from src.evaluate import evaluate

@@ -120,13 +120,15 @@ def test_sidecar_restores_bits_of_the_time_embedding():
     assert original_time(exported, {}, settings) is None
 
 
-def test_old_attention_names_are_read():
+def test_old_attention_layers_are_read():
+    """With other names, as 1x1 convolutions."""
     theirs = theirs_of("ddpm")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     renamed = {}
     for name, value in theirs.state_dict().items():
         part = next((new for new in old if f".{new}." in name), None)
-        renamed[name.replace(part, old[part]) if part else name] = value
+        is_matrix = part is not None and value.ndim == 2
+        renamed[name.replace(part, old[part]) if part else name] = value[..., None, None] if is_matrix else value
     settings = settings_of(theirs.config, 1000)
     expected = from_diffusers(theirs.state_dict(), theirs.config, settings)
     found = from_diffusers(renamed, theirs.config, settings)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from src.diffusion.curves import exploding
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import NoiseLevel
-from src.interop.edm import CONVERT, pickle_error, read_edm, read_file
+from src.interop.edm import CONVERT, pickle_error, read_converted, read_edm
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from tests.loops import for_each
@@ -224,7 +224,7 @@ def test_convert_command_writes_what_is_read(tmp_path, monkeypatch):
     _, option, code, *arguments = shlex.split(CONVERT)
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
-    found = read_file(Path("model.safetensors"))
+    found = read_converted(Path("model.safetensors"))
     assert found is not None
     weights, read = found
     assert json.loads(read["edm"]) == described

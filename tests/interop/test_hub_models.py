@@ -102,7 +102,7 @@ def test_unreachable_hub_names_the_setting(hub, model, monkeypatch):
 def test_impossible_pushes_are_refused(hub, model, monkeypatch):
     check_push("ann/digits")
     for name in ("ann/digits/model", "ann digits", "a--b", "ann/.x", 3):
-        with pytest.raises(ValueError, match=r"hub=.* does not name"):
+        with pytest.raises(ValueError, match="hub="):
             check_push(name)
     push(model, "bob/digits", private=False)
     hub.read_only.add("bob/digits")
@@ -112,11 +112,11 @@ def test_impossible_pushes_are_refused(hub, model, monkeypatch):
     with pytest.raises(ValueError, match=r"hub=ann/digits failed .*401"):
         push(model, "ann/digits", private=False)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match="needs a login"):
+    with pytest.raises(ValueError, match=r"^hub=.*HF_TOKEN"):
         check_push("ann/digits")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: check_push("ann/digits"), lambda: local_copy("hf://ann/digits", "run")):
-        with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        with pytest.raises(ValueError, match="huggingface_hub"):
             call()
 
 
@@ -132,7 +132,7 @@ def test_exported_run_samples_the_same_from_the_hub(hub, trained, tmp_path):
     assert all(np.array_equal(each["arr_0"], drawn[0]["arr_0"]) for each in drawn)
     with pytest.raises(UsageError, match=r"guidance\.model=hf://ann/absent"):
         command(sample, "sample", tmp_path / "s", f"run='{trained}'", "guidance.model='hf://ann/absent'")
-    with pytest.raises(UsageError, match="empty output folder"):
+    with pytest.raises(UsageError, match="hub=ann/digits"):
         command(export, "export", folder, f"run='{trained}'", "hub=ann/digits")
     train_tiny(tmp_path / "new", "init_from.path='hf://ann/digits'", "trainer.max_steps=1")
 

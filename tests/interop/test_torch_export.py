@@ -111,13 +111,14 @@ def test_trace_keeps_the_network():
     assert {m.backend for m in net.modules() if hasattr(m, "backend")} == {"winograd"}
 
 
-@for_each("shape, settings, conditions", {name: NETWORKS[name] for name in ("ADM with classes", "tokens")})
-def test_onnx_equals_the_network(shape, settings, conditions, tmp_path_factory):
+def test_onnx_equals_the_network(tmp_path):
+    """With text; `test_onnx_samples_equal_ours` has classes."""
     import onnxruntime
 
+    shape, settings, conditions = NETWORKS["tokens"]
     net = network(shape, settings)
     program = torch_export.trace(net, torch_export.example_inputs(shape, conditions, 2))
-    path = torch_export.write_network(tmp_path_factory.mktemp("onnx"), "onnx", program, net, [])
+    path = torch_export.write_network(tmp_path, "onnx", program, net, [])
     session = onnxruntime.InferenceSession(path)
     for batch in (1, 3):
         inputs = torch_export.example_inputs(shape, conditions, batch)
@@ -132,7 +133,7 @@ class Branching(nn.Module):
 
 
 def test_data_dependent_network_is_refused():
-    with pytest.raises(ValueError, match="cannot trace Branching") as error:
+    with pytest.raises(ValueError, match="Branching") as error:
         torch_export.trace(Branching(), torch_export.example_inputs((2,), None, 2))
     assert "\n" not in str(error.value)
 
@@ -140,7 +141,7 @@ def test_data_dependent_network_is_refused():
 def test_wrong_program_is_refused_and_removed(tmp_path):
     net, other = network((2,), {}), network((2,), {"num_res_blocks": 2})
     inputs = torch_export.example_inputs((2,), None, 2)
-    with pytest.raises(ValueError, match="for a batch of 2"):
+    with pytest.raises(ValueError, match="format=torch_export"):
         torch_export.write_network(tmp_path, "torch_export", torch_export.trace(other, inputs), net, [inputs])
     assert [*tmp_path.iterdir()] == []
 
@@ -154,7 +155,7 @@ def test_levels_invert_the_target(prediction):
     curve = curves.rectified_flow if prediction == "velocity" else curves.cosine_log_snr
     schedule = NoiseSchedule(schedules.linear(20)) if prediction == "eps" else ContinuousSchedule(curve, 20)
     diffusion = GaussianDiffusion(prediction, "learned_range")
-    levels = torch_export.describe(diffusion, schedule, (2,), {})["levels"]
+    levels = torch_export.describe_network(diffusion, schedule, (2,), {})["levels"]
     x0, eps = torch.tensor([0.3, -1.7], dtype=torch.float64)
     assert {len(column) for column in levels.values()} == {21}
     for t in range(20):
@@ -255,12 +256,12 @@ def test_missing_packages_are_named_first(trained, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnxscript" else find(name, *a))
     monkeypatch.setattr("src.runs.open.open_run", None)
-    with pytest.raises(UsageError, match=r"format=onnx needs onnxscript; pip install onnx onnxruntime onnxscript"):
+    with pytest.raises(UsageError, match=r"format=onnx.*onnxscript"):
         exported(trained, tmp_path / "e", "format=onnx")
     assert not (tmp_path / "e").exists()
 
 
 def test_compilation_needs_a_compiler(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match=r"aot=true needs a C\+\+ compiler"):
+    with pytest.raises(UsageError, match="aot=true"):
         exported(trained, tmp_path / "e", "format=torch_export", "aot=true")

@@ -1,5 +1,6 @@
 """Models of other projects, from their files to samples, bounds and new runs."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,15 +8,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from src.config.overrides import expand_init_from
+from src.config.words import expand_init_from
 from src.export import export
 from src.runs.build import build, close_run
 from src.runs.components import build_sampler
 from src.runs.imported import read_model
 from src.runs.open import OpenedRun, open_run
+from src.runs.resolve import resolve
 from src.training.checkpoints import exportable_settings, write_exported
 from tests.conftest import compose
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
@@ -88,6 +90,19 @@ def test_new_run_takes_network_and_process_of_a_pipeline(pipeline, images, tmp_p
     assert run.module.shape == (3, 16, 16)
 
 
+def test_typed_settings_win_over_those_of_a_pipeline(pipeline, images, tmp_path, monkeypatch):
+    """The other arguments of a group are those of the pipeline."""
+    typed = {"schedule.num_steps": 50, "sampler.steps": 7, "zero_terminal_snr": True, "diffusion.clip_x0": 2.0}
+    monkeypatch.setattr("src.runs.resolve.is_typed", typed.__contains__)
+    words = [f"{name}={value}" for name, value in typed.items()]
+    settings = ["data=folder", f"data.root='{images}'", "callbacks=none", "logger=none", f"run_dir='{tmp_path}'"]
+    cfg = compose("train", *settings, *words, *expand_init_from([f"init_from={pipeline}"]))
+    resolved = resolve(cfg, None, None)
+    assert {name: OmegaConf.select(resolved, name) for name in typed} == typed
+    assert resolved.schedule._target_.endswith(".cosine") and resolved.sampler._target_.endswith(".ddim")
+    assert resolved.diffusion.prediction == "v"
+
+
 def test_converted_model_has_equal_weights_and_settings(pipeline, tmp_path):
     run = opened(pipeline)
     settings, _ = exportable_settings(OmegaConf.to_container(run.config))
@@ -116,6 +131,7 @@ def test_classes_of_a_pipeline_are_conditions(tmp_path):
         ("unet/config.json", "{", "config.json"),
         ("scheduler/scheduler_config.json", '{"beta_schedule": "new"}', "beta_schedule"),
         ("scheduler/scheduler_config.json", '{"prediction_type": "new"}', "prediction_type"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "CMStochasticIterativeScheduler"}', "CMStochastic"),
     ],
 )
 def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named):
@@ -125,6 +141,19 @@ def test_unknown_parts_are_refused_by_name(pipeline, tmp_path, file, text, named
     with pytest.raises(ValueError, match=named) as error:
         opened(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_incomplete_and_damaged_weights_are_refused(pipeline, tmp_path):
+    shutil.copytree(pipeline, tmp_path / "pipeline")
+    file = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    for name in ("conv_in.bias", "time_embedding.linear_1.weight", "mid_block.attentions.0.to_k.weight"):
+        save_file({other: value for other, value in weights.items() if other != name}, file)
+        with pytest.raises(ValueError, match=r"init_from.*(conv_in|linear_1|to_q)"):
+            opened(tmp_path / "pipeline")
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="safetensors"):
+        opened(tmp_path / "pipeline")
 
 
 def test_round_trips_through_diffusers_keep_bits(trained, tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import yaml
 
-from src.runs.model_card import describe, draw_card_samples, model_card
+from src.runs.model_card import describe_node, draw_card_samples, model_card
 from src.runs.open import open_run
 from src.training.checkpoints import exportable_settings, read_checkpoint, write_exported
 
@@ -69,4 +69,4 @@ def test_card_shows_samples_of_the_run(run):
 
 def test_long_values_stay_out_of_the_table():
     node = {"_target_": "a.b.f", "_partial_": True, "x": 1, "none": None, "long": "x" * 100, "g": {"_target_": "c.g"}}
-    assert describe(node) == "f(x=1, g=g)"
+    assert describe_node(node) == "f(x=1, g=g)"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from src.config.overrides import expand_init_from
+from src.config.words import expand_init_from
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
 from src.runs.build import build, close_run

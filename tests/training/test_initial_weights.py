@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from src.config.overrides import expand_init_from
+from src.config.words import expand_init_from
 from src.models.conditioning import ClassEmbedding
 from src.models.mlp import MLP
 from src.models.unet import UNet
