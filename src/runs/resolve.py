@@ -136,7 +136,7 @@ def _adopt_settings(cfg: DictConfig, settings: Mapping[str, Any], with_process: 
     if not is_typed("model") and settings["model"]["_target_"] == cfg.model._target_:
         network = {k: v for k, v in settings["model"].items() if k not in ("channels", "image_size", "features")}
         before, now = settings["model"].get("image_size"), cfg.model.get("image_size")
-        if before is not None and now is not None:  # otherwise the data of this run determine the size
+        if "attention_resolutions" in network and now is not None:  # otherwise the data of this run determine the size
             factor = mean_side(now) / mean_side(before)
             network["attention_resolutions"] = [max(1, round(r * factor)) for r in network["attention_resolutions"]]
         for name, value in network.items():

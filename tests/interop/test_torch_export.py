@@ -21,6 +21,7 @@ from src.diffusion.gaussian_diffusion import GaussianDiffusion, Target
 from src.diffusion.noise import ContinuousSchedule, NoiseSchedule
 from src.errors import UsageError
 from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextProjection, TextTransformer
+from src.models.dit import DiT
 from src.models.mlp import MLP
 from src.models.unet import UNet
 from src.rng import SampleNoise
@@ -58,6 +59,11 @@ NETWORKS = {
         {"condition": partial(TextProjection, features=6, hidden_size=8)},
         torch.cat([torch.ones(2, 2, 6), torch.zeros(2, 3, 6)], dim=1),
     ),
+    "transformer": (
+        (1, 8, 8),
+        {"hidden_size": 16, "depth": 1, "num_heads": 2, "registers": 2, "text": "joint", "condition": TOKENS},
+        torch.tensor([[1, 5, 2, 0], [1, 2, 0, 0]]),
+    ),
     "points": ((2,), {"condition": partial(ClassEmbedding, num_classes=3)}, torch.tensor([0, 3, 1])),
 }
 
@@ -72,6 +78,8 @@ def heavy_imports() -> None:
 def network(shape: tuple[int, ...], settings: dict[str, object]) -> nn.Module:
     if len(shape) == 1:
         return randomize(MLP(*shape, **{"hidden_size": 8, "num_res_blocks": 1, **settings})).eval()
+    if "hidden_size" in settings:
+        return randomize(DiT(1, list(shape[1:]), **settings)).eval()
     return randomize(UNet(image_size=list(shape[1:]), **{**SMALL, **settings})).eval()
 
 
