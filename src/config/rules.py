@@ -277,7 +277,7 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
             absent = reason.split("'")[1]
             fix = did_you_mean(absent, names, "correct it; --help lists the settings")
             if name.startswith("model.") and absent.startswith("data."):
-                fix = "choose a model that fits the data: model=mlp for points, model=unet_* for images"
+                fix = "choose a model that fits the data: model=mlp for points, model=unet_* or dit_* for images"
             message = f"{name}={plain[key]} refers to {absent}, which the configuration lacks; {fix}"
             raise UsageError(message) from error
 
