@@ -82,7 +82,9 @@ def read_converted(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | Non
 
 def pickle_error(path: Path) -> ValueError:
     """Return the error for a pickle, which can run any code when it is read."""
-    return ValueError(f"init_from={path} is a pickle, which can run code; in a checkout of EDM, convert it: {CONVERT}")
+    return ValueError(
+        f"init_from={path} is a pickle, which can run code; in a checkout of its project, convert it: {CONVERT}"
+    )
 
 
 def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ImportedModel:
@@ -94,10 +96,7 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
     kind, kwargs = _arguments(metadata)
     is_adm = kind == "DhariwalUNet"
     model = _network(kind, kwargs)
-    curve = {"_target_": "src.diffusion.curves.exploding", "_partial_": True}
-    curve |= {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}
-    schedule = {"_target_": "src.diffusion.noise.ContinuousSchedule", "curve": curve, "num_steps": 1000}
-    diffusion = {"prediction": "edm", "sigma_data": kwargs.get("sigma_data", 0.5), "clip_x0": None}
+    schedule, diffusion = edm_process(kwargs.get("sigma_data", 0.5))
     modules = _modules(model["image_size"], len(model["channel_mult"]), model["num_res_blocks"])
     ours, names = {}, {}
     for name, value in weights.items():
@@ -122,8 +121,20 @@ def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Impo
     return check_weights(imported, names)
 
 
-def _arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """Return the class of EDM's network and its arguments. Raises ValueError for those that our U-Net does not have."""
+def edm_process(sigma_data: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the schedule and the arguments of `GaussianDiffusion` of a preconditioned network (tab. 1)."""
+    curve = {"_target_": "src.diffusion.curves.exploding", "_partial_": True}
+    curve |= {"sigma_min": SIGMA_MIN, "sigma_max": SIGMA_MAX}
+    schedule = {"_target_": "src.diffusion.noise.ContinuousSchedule", "curve": curve, "num_steps": 1000}
+    return schedule, {"prediction": "edm", "sigma_data": sigma_data, "clip_x0": None}
+
+
+def read_arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the class around the network in the metadata that `CONVERT` writes, and its arguments.
+
+    Raises:
+        ValueError: If the metadata are damaged.
+    """
     try:
         described = json.loads(metadata["edm"])
         precond, given = described["class"], dict(described["kwargs"])
@@ -132,6 +143,12 @@ def _arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"init_from: the metadata edm of the file cannot be read; convert it again: {CONVERT}"
         ) from error
+    return precond, given
+
+
+def _arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """Return the class of EDM's network and its arguments. Raises ValueError for those that our U-Net does not have."""
+    precond, given = read_arguments(metadata)
     if precond != "EDMPrecond":
         raise ValueError(f"init_from: networks in {precond} are not supported; choose one in EDMPrecond")
     kind = given.pop("model_type", "DhariwalUNet")

@@ -11,13 +11,14 @@ from torch import Tensor
 from src.errors import first_names
 from src.models.conditioning import ClassEmbedding
 from src.models.unet import UNet
+from src.models.unet_edm2 import UNetEDM2
 
 
 class ImportedModel(NamedTuple):
     """A U-Net of another project: how this project builds it, and its weights."""
 
     model: dict[str, Any]
-    """Arguments of `src.models.unet.UNet` without `condition`, with `channels`, `image_size` and `outputs`."""
+    """Arguments of `network` without `condition`, with `channels`, `image_size` and `outputs`."""
     schedule: dict[str, Any]
     """A node like those of conf/schedule, with `_target_`."""
     diffusion: dict[str, Any]
@@ -32,6 +33,7 @@ class ImportedModel(NamedTuple):
     """The name of a file in conf/sampler."""
     has_null_class: bool = False
     """Whether the last row of the class embedding was trained as the empty class, as guidance needs it."""
+    network: type[UNet] | type[UNetEDM2] = UNet
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
@@ -62,7 +64,7 @@ def check_weights(imported: ImportedModel, names: Mapping[str, str]) -> Imported
         rows = imported.num_classes + imported.has_null_class
         condition = partial(ClassEmbedding, num_classes=rows - 1)
     with torch.device("meta"):
-        net = UNet(**imported.model, condition=condition)
+        net = imported.network(**imported.model, condition=condition)
     expected = {name: value.shape for name, value in net.state_dict().items()}
     present = {name: value.shape for name, value in imported.weights.items()}
     if missing := sorted(names.get(name, name) for name in expected.keys() - present.keys()):

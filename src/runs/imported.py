@@ -15,15 +15,18 @@ from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 if TYPE_CHECKING:
     from src.interop.imported import ImportedModel
 
+MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2"}
+"""Files in conf/model by the class of their network."""
+
 
 def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     """Return a trained model as a checkpoint with `state_dict` and `hyper_parameters`.
 
     `path` is a checkpoint or an exported model of this project, a folder of diffusers, a `.pt` file of OpenAI, whose
-    scripts have `flags`, or weights of EDM as safetensors. Only tensors and plain values are read. Raises ValueError if
-    the file is not such a model, or if this project has no such network.
+    scripts have `flags`, or weights of EDM and EDM2 as safetensors. Only tensors and plain values are read. Raises
+    ValueError if the file is not such a model, or if this project has no such network.
     """
-    from src.interop import diffusers_pipeline, edm, openai
+    from src.interop import diffusers_pipeline, edm, edm2, openai
     from src.interop.imported import read_pt
 
     is_openai = path.suffix in (".pt", ".pth")
@@ -38,7 +41,8 @@ def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     if path.suffix == ".pkl":
         raise edm.pickle_error(path)
     if path.suffix == ".safetensors" and (found := edm.read_converted(path)):
-        return as_checkpoint(edm.read_edm(*found))
+        read = edm2.read_edm2 if edm.read_arguments(found[1])[0] == "Precond" else edm.read_edm
+        return as_checkpoint(read(*found))
     return read_checkpoint(path)
 
 
@@ -86,7 +90,12 @@ def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
 
 def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     """Return the configuration of an imported model: conf/ with its network, schedule and diffusion process."""
-    overrides = [f"sampler={imported.sampler}", "data=folder", "data.root=null", "model=unet_ddpm"]
+    overrides = [
+        f"sampler={imported.sampler}",
+        "data=folder",
+        "data.root=null",
+        f"model={MODELS[imported.network.__name__]}",
+    ]
     overrides += [] if imported.num_classes is None else ["conditioning=class"]
     model = {name: value for name, value in imported.model.items() if name != "outputs"}
     data = {name: model[name] for name in ("channels", "image_size")}

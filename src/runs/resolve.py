@@ -133,12 +133,15 @@ def _adopt_model(cfg: DictConfig) -> None:
 
 def _adopt_settings(cfg: DictConfig, settings: Mapping[str, Any], with_process: bool) -> None:
     """Take the network from `settings`, and the diffusion process `with_process`, except where `cfg` has typed ones."""
-    if not is_typed("model") and settings["model"]["_target_"] == cfg.model._target_:
+    same = settings["model"]["_target_"] == cfg.model._target_
+    if not is_typed("model") and (same or {"channels", "image_size"} <= settings["model"].keys() & cfg.model.keys()):
         network = {k: v for k, v in settings["model"].items() if k not in ("channels", "image_size", "features")}
         before, now = settings["model"].get("image_size"), cfg.model.get("image_size")
         if "attention_resolutions" in network and now is not None:  # otherwise the data of this run determine the size
             factor = mean_side(now) / mean_side(before)
             network["attention_resolutions"] = [max(1, round(r * factor)) for r in network["attention_resolutions"]]
+        if not same:
+            cfg.model = OmegaConf.masked_copy(cfg.model, ["channels", "image_size"])
         for name, value in network.items():
             if not is_typed(f"model.{name}"):
                 OmegaConf.update(cfg.model, name, value, force_add=True)

@@ -129,7 +129,7 @@ def test_every_network_has_a_learning_rate_length_and_averaging_of_its_own(optio
         net = instantiate(node.model)
     assert sum(p.numel() for p in net.parameters()) > 0
     assert node.trainer.max_steps >= node.validate_every
-    assert 0 < node.optimizer.lr < 0.01
+    assert 0 < node.optimizer.lr <= 0.01
 
 
 def test_aliases_become_the_settings_that_refer_to_them():

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from src.config.words import expand_init_from
 from src.export import export
+from src.models.unet_edm2 import UNetEDM2
 from src.runs.build import build, close_run
 from src.runs.components import build_sampler
 from src.runs.imported import read_model
@@ -24,6 +25,8 @@ from tests.conftest import compose
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
 from tests.interop.test_edm import metadata as edm_metadata
 from tests.interop.test_edm import theirs as edm_net
+from tests.interop.test_edm2 import Precond as edm2_net
+from tests.interop.test_edm2 import metadata as edm2_metadata
 from tests.interop.test_openai import ADM_FLAGS
 from tests.interop.test_openai import theirs as openai_net
 from tests.models.test_models import randomize
@@ -102,6 +105,19 @@ def test_typed_settings_win_over_those_of_a_pipeline(pipeline, images, tmp_path,
     assert {name: OmegaConf.select(resolved, name) for name in typed} == typed
     assert resolved.schedule._target_.endswith(".cosine") and resolved.sampler._target_.endswith(".ddim")
     assert resolved.diffusion.prediction == "v"
+
+
+def test_new_run_takes_a_network_of_another_class(images, tmp_path):
+    torch.manual_seed(0)
+    save_file(dict(edm2_net([1, 2], False).state_dict()), tmp_path / "edm2.safetensors", edm2_metadata([1, 2], False))
+    settings = ["data=folder", f"data.root='{images}'", "data.image_size=8", "callbacks=none", "logger=none"]
+    settings += [f"init_from.path='{tmp_path / 'edm2.safetensors'}'", f"run_dir='{tmp_path / 'run'}'"]
+    run = build(compose("train", *settings))
+    close_run(run)
+    assert type(run.module.net) is UNetEDM2 and "initialized anew" not in run.initial
+    loss = run.module.training_step({"x": torch.zeros(4, 3, 8, 8), "start": 0, "total": 4}, 0)["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for p in run.module.net.parameters())
 
 
 def test_resumed_run_keeps_the_imported_network(pipeline, images, tmp_path):
@@ -212,7 +228,12 @@ def test_openai_and_edm_files_open_as_runs(tmp_path):
     torch.save(openai_net().state_dict(), tmp_path / "model.pt")
     net = edm_net(True, [1, 2], True)
     save_file(dict(net.state_dict()), tmp_path / "model.safetensors", edm_metadata(True, [1, 2], True))
-    for name, flags, prediction in (("model.pt", ADM_FLAGS, "eps"), ("model.safetensors", None, "edm")):
+    save_file(dict(edm2_net([1, 2], True).state_dict()), tmp_path / "edm2.safetensors", edm2_metadata([1, 2], True))
+    for name, flags, prediction in (
+        ("model.pt", ADM_FLAGS, "eps"),
+        ("model.safetensors", None, "edm"),
+        ("edm2.safetensors", None, "edm"),
+    ):
         run = open_run(None, init_from=OmegaConf.create({"path": str(tmp_path / name), "flags": flags}))
         assert run.module.diffusion.prediction == prediction
         *_, x = run.module.sample(range(2), 0, run.module.sampler._replace(steps=2), cond=run.data.condition([0, 1]))
