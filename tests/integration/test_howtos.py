@@ -19,8 +19,8 @@ from tests.docs.test_commands import COMMAND
 from tests.docs.test_links import FENCE, ROOT
 from tests.interop.hub_server import running_hub
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
-from tests.interop.test_edm import metadata as edm_metadata
-from tests.interop.test_edm import theirs as edm_net
+from tests.interop.test_edm2 import Precond as edm2_net
+from tests.interop.test_edm2 import metadata as edm2_metadata
 from tests.interop.test_openai import ADM_FLAGS
 from tests.interop.test_openai import theirs as openai_net
 from tests.models.test_models import randomize
@@ -47,9 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     unet = randomize(diffusers.UNet2DModel(**{**SMALL, **THEIRS["ddpm"]}))
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "pipeline")
     torch.save(openai_net().state_dict(), folder / "openai.pt")
-    save_file(
-        dict(edm_net(True, [1, 2], True).state_dict()), folder / "edm.safetensors", edm_metadata(True, [1, 2], True)
-    )
+    save_file(dict(edm2_net([1, 2], True).state_dict()), folder / "edm.safetensors", edm2_metadata([1, 2], True))
     rng = np.random.default_rng(0)
     for k in range(20):
         path = folder / "images" / "ab"[k % 2] / f"{k}.png"

@@ -124,7 +124,7 @@ def test_resumed_run_keeps_the_imported_network(pipeline, images, tmp_path):
     """Also when the pipeline is gone."""
     source = tmp_path / "source"
     shutil.copytree(pipeline, source)
-    settings = ["data=folder", f"data.root='{images}'", "data.image_size=16", "callbacks=none", "logger=none"]
+    settings = ["data=folder", f"data.root='{images}'", "data.image_size=8", "callbacks=none", "logger=none"]
     settings += [
         "data.batch_size=4",
         "neighbors.num_samples=0",
