@@ -108,6 +108,8 @@ def expand_sweep(overrides: list[str]) -> list[str]:
 
     Each job then finds out whether it is finished, started or new (`runs.resolve.resume_job`).
     """
+    if swept := next((each for each in overrides if key_of(each) == "resume" and "," in each), None):
+        raise UsageError(f"{swept} must be one run, whose settings it then has; resume each by a command of its own")
     if (folder := last_value(overrides, "resume")) is None:
         return overrides
     if folder != "auto":

@@ -82,6 +82,8 @@ class DiT(nn.Module):
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+        if registers < 0:
+            raise ValueError(f"model.registers={registers} must be at least 0; 4 is usual")
         for name, choice, choices in (
             ("activation", activation, Activation),
             ("norm", norm, Norm),

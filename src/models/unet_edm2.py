@@ -64,6 +64,10 @@ class UNetEDM2(nn.Module):
                 f"model.num_head_channels={num_head_channels} must divide {wrong[0]}, the channels of a stage; change "
                 "it or model.model_channels"
             )
+        shares = {"residual": residual_balance, "attention": attention_balance, "skip": skip_balance}
+        for name, share in (shares | {"condition": condition_balance}).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"model.{name}_balance={share} must be in [0, 1]; see conf/model/unet_edm2.yaml")
         resolutions = stage_resolutions(size, 1, len(widths))
         attended = attended_resolutions(attention_resolutions, resolutions)
         self.factor = 2 ** (len(widths) - 1)
@@ -174,7 +178,7 @@ class MPConv(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = self.weight.float()
-        if self.training:
+        if self.training and self.weight.requires_grad:
             with torch.no_grad():
                 self.weight.copy_(normalize(weight))  # forced weight normalization (sec. 2.3)
         weight = (normalize(weight) * (gain / math.sqrt(weight[0].numel()))).to(x.dtype)
@@ -201,7 +205,7 @@ def normalize(x: Tensor, dim: int | None = None) -> Tensor:
     """Scale x to unit average square over `dim`, or over all dimensions but the first."""
     dims = list(range(1, x.ndim)) if dim is None else [dim]
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
-    normalized: Tensor = x / (EPS + norm * math.sqrt(norm.numel() / x.numel())).to(x.dtype)
+    normalized: Tensor = x / (EPS + norm / math.sqrt(math.prod(x.shape[axis] for axis in dims))).to(x.dtype)
     return normalized
 
 

@@ -198,7 +198,6 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     for name in {**old, **new}:
         if old.get(name) != new.get(name) and name.split(".")[0] not in (
             "recipe",
-            "init_from",
             "resume",
             "run_dir",
             "trust",

@@ -22,6 +22,8 @@ def match_names(
     Raises ValueError for a pattern that matches none.
     """
     names = list(names)
+    if patterns and not names:
+        raise ValueError(f"{setting}={list(patterns)}: the network has no {kind}; leave it out")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             parts = [name.split(".") for name in names]

@@ -307,6 +307,8 @@ def test_resume_auto_finds_sweep_with_same_overrides(tmp_path, monkeypatch):
     assert expand_sweep(typed_overrides)[-1].endswith("outputs/sweeps/1'")
     assert expand_sweep(["seed=0,1", "resume=auto"])[-1].endswith("outputs/sweeps/2'")
     assert expand_sweep(["seed=0,2", "resume=auto"]) == ["seed=0,2", "resume=auto"]
+    with pytest.raises(UsageError, match="resume="):  # the settings of one run for all would be wrong
+        expand_sweep(["seed=0", "resume=outputs/train/a,outputs/train/b"])
 
 
 def test_unwritable_folder_is_refused(tmp_path):

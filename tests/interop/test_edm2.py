@@ -216,3 +216,21 @@ def test_networks_that_do_not_fit_are_refused(setting, described):
     with pytest.raises(ValueError, match=setting) as error:
         read_edm2(Precond([1, 2], False).state_dict(), described)
     assert "\n" not in str(error.value)
+
+
+def test_program_has_any_batch():
+    """The magnitudes depend on sizes of the data, not of the batch."""
+    from src.interop.torch_export import example_inputs, trace
+
+    net = UNetEDM2(3, SIDE, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, num_head_channels=8).eval()
+    program = trace(net, example_inputs((3, SIDE, SIDE), None, 2)).module()
+    inputs = example_inputs((3, SIDE, SIDE), None, 3)
+    assert_close(program(*inputs), net(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_weights_are_not_normalized():
+    layer = MPConv(8, 4, 3).train().requires_grad_(False)
+    layer.weight.mul_(7)
+    before = layer.weight.clone()
+    layer(torch.randn(1, 8, 4, 4))
+    assert torch.equal(layer.weight, before)

@@ -80,6 +80,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         if class_labels is not None and prompt is not None:
             raise ValueError("class_labels and prompt exclude each other; leave one out")
         values = prompt if class_labels is None else class_labels
+        if isinstance(values, Tensor):
+            values = values.tolist()
         if values is not None:
             batch_size = len(values)
         cond = self.encode(values, batch_size)
