@@ -44,7 +44,7 @@ def export(cfg: DictConfig) -> Path:
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
-    write_model_card(folder, opened, usage(cfg, path, hint), library, draw=cfg.hub is not None)
+    write_model_card(folder, opened, usage(cfg, path, hint), library, draw=cfg.hub is not None or library is not None)
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")

@@ -129,8 +129,8 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     if not any(network_weights[name].ndim > 1 for name in report.loaded):  # biases alone may fit by chance
         node = checkpoint["hyper_parameters"]["model"]
         raise ValueError(
-            f"{override} has no weights that fit this network: it was trained with "
-            f"model._target_={node['_target_']}; choose that model and its sizes"
+            f"{override} has no weights that fit this network: it is a {node['_target_']} with other settings; leave "
+            "out the typed settings of model"
         )
     trained = {plain_name(name): parameter.requires_grad for name, parameter in module.net.named_parameters()}
     if untrained := [name for name in report.new if not trained.get(name.split()[0], True)]:
