@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.models.conditioning import Embedded, Embedding
-from src.models.layers import TimeEmbedding, depth_to_space, space_to_depth, zero_init
+from src.models.layers import TimeEmbedding, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
 
 Norm = Literal["rms", "layer"]
@@ -72,12 +72,7 @@ class DiT(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
-        if channels is None or image_size is None:
-            raise ValueError(
-                f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
-                "infers them"
-            )
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        channels, size = shape_of_data(channels, image_size)
         numbers = {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
         for name, value in numbers.items():
             if value < 1:

@@ -4,6 +4,7 @@ Feature maps have shape (B, C, *size), where size is (L,) for signals, (H, W) fo
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
 import torch
@@ -19,6 +20,19 @@ M = TypeVar("M", bound=nn.Module)
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 """The convolution for each number of dimensions of a feature map."""
 AVG_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def shape_of_data(channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, tuple[int, ...]]:
+    """Return the channels and the sides of the data; one number is the side of a square image.
+
+    Raises ValueError if one is missing.
+    """
+    if channels is None or image_size is None:
+        raise ValueError(
+            f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train infers "
+            "them"
+        )
+    return channels, (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
 def sinusoidal_embedding(

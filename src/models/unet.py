@@ -23,6 +23,7 @@ from src.models.layers import (
     Upsample,
     depth_to_space,
     fit_groups,
+    shape_of_data,
     space_to_depth,
     zero_init,
 )
@@ -99,12 +100,7 @@ class UNet(nn.Module):
         super().__init__()
         if decoder_attention not in get_args(DecoderAttention):
             raise ValueError(f"model.decoder_attention={decoder_attention} must be all or last")
-        if channels is None or image_size is None:
-            raise ValueError(
-                f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
-                "infers them"
-            )
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        channels, size = shape_of_data(channels, image_size)
         if len(size) not in CONVS:
             raise ValueError(f"model.image_size={list(size)} must be a number, [L], [H,W] or [D,H,W]")
         sizes: dict[str, int | list[int]] = {

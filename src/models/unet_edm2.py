@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.conditioning import Embedding
-from src.models.layers import Resample, resample
+from src.models.layers import Resample, resample, shape_of_data
 from src.models.unet import attended_resolutions, pad_to_multiple, stage_resolutions
 
 EPS = 1e-4
@@ -50,14 +50,9 @@ class UNetEDM2(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
-        if channels is None or image_size is None:
-            raise ValueError(
-                f"model.channels={channels} and model.image_size={image_size} must be those of the data; src.train "
-                "infers them"
-            )
-        size = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        channels, size = shape_of_data(channels, image_size)
         if len(size) != 2:
-            raise ValueError(f"model.image_size={size} must be that of images for UNetEDM2; use model=unet_small")
+            raise ValueError(f"model.image_size={list(size)} must be that of images for UNetEDM2; use model=unet_small")
         widths = [model_channels * m for m in channel_mult]
         if wrong := [w for w in widths if w < 1 or w % num_head_channels]:
             raise ValueError(
