@@ -71,6 +71,8 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
+        if not isinstance(ema, bool | float | int | None):
+            raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
         if not isinstance(ema, bool | None):
             from src.training.power_ema import with_average
 
