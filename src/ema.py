@@ -22,6 +22,8 @@ def ema(cfg: DictConfig) -> list[Path]:
         checkpoint = read_checkpoint(path)
         tracked = tracked_averages(checkpoint, path, "length")
         lengths = list(cfg.length) if isinstance(cfg.length, ListConfig) else [cfg.length]
+        if not lengths:
+            raise ValueError("length=[] must list at least one length, such as 0.1")
         results = [tracked.reconstruct(length, "length") for length in lengths]
         folder = averages_folder(path)
         folder.mkdir(exist_ok=True)
