@@ -16,7 +16,7 @@ from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from src.training.module import DiffusionModule
 
@@ -93,7 +93,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return None if diverged else metrics
 
 
-def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
+def check_fit(weights: "Mapping[str, Tensor]", module: "nn.Module", path: Path) -> None:
     """Raise ValueError, naming the first difference, if the `weights` of the file `path` do not fit the module."""
     ours = module.state_dict()
     for name in [*ours, *weights]:
