@@ -38,6 +38,8 @@ RANGES = {
     # Training.
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
+    "src.training.muon.MuonAdamW.momentum": "[0, 1): 0.95 is usual",
+    "src.training.muon.MuonAdamW.ns_steps": "[1, 99]: 5 is usual",
     "lr_scheduler.warmup_steps": "[0, inf)",
     "lr_multipliers.*": "(0, inf): freeze=[...] excludes weights from training",
     "lora.rank": "[1, inf)",
@@ -97,10 +99,11 @@ RECIPE = {
     "recipe.max_steps": "trainer.max_steps",
     "recipe.validate_every": "validate_every",
     "recipe.checkpoint_every": "checkpoint_every",
+    "recipe.decay_matrices_only": "decay_matrices_only",
 }
 """Settings that a model or an experiment suggests, and the settings that interpolate them."""
 
-RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items()}
+RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items() if read in RANGES}
 
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
@@ -135,6 +138,8 @@ EXAMPLES = {
     "alignment.n": 200,
     "freeze": ["time.*"],
     "lr_multipliers": {"down.*": 0.1},
+    "decay_matrices_only": True,
+    "recipe.decay_matrices_only": True,
     "samplers": [{"sampler": "ddim", "steps": 10}],
 }
 """Values of the right type for settings whose default is null."""

@@ -69,6 +69,7 @@ def build_autoencoder(cfg: DictConfig, shape: tuple[int, ...], augment_labels: i
         optimizer=instantiate_node(cfg.optimizer),
         lr_scheduler=instantiate_node(cfg.lr_scheduler),
         lr_multipliers=cfg.get("lr_multipliers"),
+        decay_matrices_only=bool(cfg.get("decay_matrices_only")),
     )
     module.prepare_optimizer(1)  # The optimizer and the scheduler reject invalid values here, before training.
     return module

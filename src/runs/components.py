@@ -86,6 +86,7 @@ def build_module(
         lr_scheduler=instantiate_node(cfg.lr_scheduler) if trains else None,
         conditioning=spec,
         lr_multipliers=cfg.get("lr_multipliers"),
+        decay_matrices_only=bool(cfg.get("decay_matrices_only")),
     )
     check_network(net, shape, diffusion.outputs, spec)
     if trains:  # The optimizer and the scheduler reject invalid values here, before training.

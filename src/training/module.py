@@ -40,7 +40,8 @@ class LossFn(Protocol):
 class DiffusionModule(SamplingModule, TrainingModule):
     """Train `net` to predict the target of the diffusion process at random noise levels, and sample from it.
 
-    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler` and `lr_multipliers`.
+    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler`, `lr_multipliers` and
+    `decay_matrices_only`.
     """
 
     def __init__(
@@ -57,13 +58,14 @@ class DiffusionModule(SamplingModule, TrainingModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         conditioning: ConditionSpec | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        decay_matrices_only: bool = False,
     ) -> None:
         super().__init__(net, schedule, diffusion, sampler, shape, conditioning)
         self.loss_fn = loss_fn
         self.timestep_sampler = timestep_sampler
         terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
-        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers)
+        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers, decay_matrices_only)
 
     def configure_callbacks(self) -> list[L.Callback]:
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
