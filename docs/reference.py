@@ -39,7 +39,7 @@ GROUPS = {
     "hydra/sweeper": "How a sweep chooses values.",
     "hydra/callbacks": "Actions after a sweep.",
 }
-COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "dashboard", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "ema", "dashboard", "doctor")
 SECTION = re.compile(r"^(?P<indent> *)(?P<key>[\w./]+):(?:\s+(?P<rest>.*))?$")
 
 

@@ -64,6 +64,7 @@ RANGES = {
     "diffusion.dynamic_threshold": "(0, 1): 0.995 is usual",
     "diffusion.sigma_data": "(0, inf)",
     "callbacks.ema.decay": "[0, 1)",
+    "callbacks.power_ema.max_snapshots": "[2, inf): 32 is usual",
     "callbacks.nan_guard.lr_factor": "(0, 1]",
     "validate_every": "[1, inf)",
     "checkpoint_every": "[1, inf)",
@@ -76,6 +77,8 @@ RANGES = {
     "trainer.num_nodes": "[1, inf)",
     "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
+    "ema": "(0, 0.2886]: 0.1 is usual",
+    "ema.length": "(0, 0.2886]: 0.1 is usual",
     "evaluate.n": "[10, inf)",
     "compare.n": "[10, inf)",
     "max_features": "[10, inf)",
@@ -122,7 +125,7 @@ CHOICES = {
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
-SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
+SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root", "ema", "length")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
 WORDS = {"data.source.class_depth": ("all",)}

@@ -66,13 +66,6 @@ class Run(NamedTuple):
         return [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
     @property
-    def averages(self) -> bool:
-        """Whether the checkpoints hold averaged weights."""
-        from src.training.callbacks.ema import EMA
-
-        return bool(self.callbacks(EMA))
-
-    @property
     def last_checkpoint(self) -> Path:
         return self.directory / "checkpoints" / "last.ckpt"
 

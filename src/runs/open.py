@@ -40,7 +40,7 @@ class OpenedRun(NamedTuple):
 def open_run(
     run: str | None,
     ckpt: str | None = None,
-    ema: bool | None = None,
+    ema: bool | float | None = None,
     trust: bool = False,
     data_root: str | None = None,
     encoder: str | None = None,
@@ -51,9 +51,9 @@ def open_run(
     `run` may be on the Hub (`hf://user/name`).
 
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
-    else warns. `data_root` and `encoder` replace the paths of the data and of the pretrained text encoder. Without
-    `trust`, only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if
-    the run does not exist or cannot be read.
+    else warns; a number takes the average of that length (`training.power_ema`). `data_root` and `encoder` replace the
+    paths of the data and of the pretrained text encoder. Without `trust`, only classes and functions that conf/ names
+    are instantiated. Raises FileNotFoundError or ValueError if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt, None if init_from is None else init_from.path)
     quiet_libraries()
@@ -79,7 +79,13 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        averaged = has_averages(checkpoint) if ema is None else ema
+        if not isinstance(ema, bool | float | int | None):
+            raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
+        if not isinstance(ema, bool | None):
+            from src.training.power_ema import with_average
+
+            checkpoint = with_average(checkpoint, path, ema)
+        averaged = has_averages(checkpoint) if ema is None else ema is not False
         weights = weights_of(checkpoint, averaged, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
