@@ -104,6 +104,7 @@ CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "data.coupling": ("independent", "ot"),
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
     "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from src.data.conditions import Condition
+    from src.data.module import Coupling
     from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
     from src.training.module import ConditionSpec, DiffusionModule, LossFn, Sampler
@@ -65,6 +66,11 @@ def build_module(
                 f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
             )
         arguments["augment_labels"] = augment_labels
+    coupling: Coupling = cfg.data.get("coupling") or "independent"
+    if coupling == "ot" and augment_labels:
+        raise ValueError(
+            "data.coupling=ot needs data.edm_augment=0: the noise would depend on the labels of the augmentation"
+        )
     with warnings.catch_warnings():
         if not is_typed("model.attention_resolutions"):  # a default for larger images
             warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
@@ -86,6 +92,7 @@ def build_module(
         lr_scheduler=instantiate_node(cfg.lr_scheduler) if trains else None,
         conditioning=spec,
         lr_multipliers=cfg.get("lr_multipliers"),
+        coupling=coupling,
     )
     check_network(net, shape, diffusion.outputs, spec)
     if trains:  # The optimizer and the scheduler reject invalid values here, before training.

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from src.data.batches import Batch
+from src.data.module import Coupling
 from src.data.samplers import VALIDATION
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.losses import Denoise
@@ -23,6 +24,7 @@ from src.rng import StepRng
 from src.training.callbacks.importance import ImportanceUpdate
 from src.training.callbacks.resume import ResumeTraining
 from src.training.callbacks.seeding import SeedDropout
+from src.training.coupling import check_coupling, coupled_noise
 from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
 from src.training.optim import keep_current_settings, skip_unless, trial_state
@@ -49,7 +51,7 @@ class DiffusionModule(SamplingModule):
 
     `optimizer` maps parameter groups to an optimizer; `lr_scheduler` maps an optimizer and the number of steps to a
     learning-rate schedule. `lr_multipliers` maps patterns of names in `net` to factors of the learning rate.
-    Parameters without `requires_grad` are not trained.
+    Parameters without `requires_grad` are not trained. `coupling` "ot" assigns the noise to the samples of a batch.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class DiffusionModule(SamplingModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         conditioning: ConditionSpec | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        coupling: Coupling = "independent",
     ) -> None:
-        super().__init__(net, schedule, diffusion, sampler, shape, conditioning)
+        super().__init__(net, schedule, diffusion, sampler, shape, conditioning, deterministic=coupling == "ot")
         self.loss_fn = loss_fn
         self.timestep_sampler = timestep_sampler
         self.seed = seed
@@ -79,6 +82,9 @@ class DiffusionModule(SamplingModule):
         self.find_weights()
         terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
+        self.coupling: Coupling = coupling
+        if coupling == "ot":
+            check_coupling(schedule, conditioning is not None, self.estimates_bound)
         self.validation = nn.ModuleDict({name: MeanMetric() for name in terms})
         self.validated = 0  # the step at which the last validation ended
         self.grad_norm = torch.zeros(())
@@ -106,7 +112,7 @@ class DiffusionModule(SamplingModule):
         rng = self.step_rng(batch, self.global_step)
         x0, cond = batch["x"], self.drop_condition(batch, rng)
         v, weight = self.timestep_sampler(rng.uniform("t"), rng.shared("t"), batch_positions(batch))
-        t, eps = self.transition(v, x0), rng.normal("eps", x0.shape[1:])
+        t, eps = self.transition(v, x0), self.draw_noise(x0, rng)
         terms = self.compute_losses(x0, t, eps, cond, batch.get("augment"))
         loss = (weight * terms["loss"]).mean()
         return {"loss": loss, "v": v, "weight": weight, "terms": {name: x.detach() for name, x in terms.items()}}
@@ -115,7 +121,7 @@ class DiffusionModule(SamplingModule):
         rng = self.step_rng(batch, VALIDATION)
         x0, cond = batch["x"], None if self.null is None else batch["cond"]
         v, _ = stratified(rng.uniform("t"), rng.shared("t"), batch_positions(batch))
-        t, eps = self.transition(v, x0), rng.normal("eps", x0.shape[1:])
+        t, eps = self.transition(v, x0), self.draw_noise(x0, rng)
         for name, values in self.compute_losses(x0, t, eps, cond).items():
             metric = cast(MeanMetric, self.validation[name])
             metric.update(values)
@@ -125,6 +131,10 @@ class DiffusionModule(SamplingModule):
         """Return the random numbers keyed by step and position in the global batch."""
         x0 = batch["x"]
         return StepRng(self.seed, step, batch["start"], len(x0), x0.device)
+
+    def draw_noise(self, x0: Tensor, rng: StepRng) -> Tensor:
+        """Return the noise (B, *data) of the samples x0 (B, *data)."""
+        return rng.normal("eps", x0.shape[1:]) if self.coupling == "independent" else coupled_noise(x0, rng)
 
     def drop_condition(self, batch: Batch, rng: StepRng) -> Tensor | None:
         """Return the conditions (B, ...), each replaced by the null condition with probability `cond_drop_prob`."""
