@@ -43,6 +43,9 @@ RANGES = {
     "lora.rank": "[1, inf)",
     "lora.alpha": "(0, inf)",
     "lora.dropout": "[0, 1)",
+    "repa.weight": "(0, inf): 0.5 is usual",
+    "repa.width": "[1, inf)",
+    "repa.stop_step": "[1, inf)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
@@ -133,6 +136,7 @@ EXAMPLES = {
     "num_terms": 50,
     "alignment.n": 200,
     "freeze": ["time.*"],
+    "repa.stop_step": 1000,
     "lr_multipliers": {"down.*": 0.1},
     "samplers": [{"sampler": "ddim", "steps": 10}],
 }

@@ -262,7 +262,7 @@ def _infer_accumulation(cfg: DictConfig) -> None:
         )
     if micro == "auto" and cfg.data.get("coupling") == "ot":
         raise ValueError(
-            "data.microbatch_size=auto excludes data.coupling=ot, which assigns the noise within a micro-batch: training "
+            "data.microbatch_size=auto excludes data.coupling=ot, which assigns the noise within a micro-batch and so "
             "would depend on the memory; set a number"
         )
     if micro in (None, "auto"):
