@@ -171,12 +171,13 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Train
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    *("data.encoders", "freeze", "lora", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("data.encoders", "freeze", "lora", "repa", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
     *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
+    *("repa.weight", "repa.stop_step"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""
