@@ -60,17 +60,16 @@ def read_dit(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     except KeyError as error:
         raise ValueError(f"init_from: the file has no {error.args[0]}; download it again, or choose another") from error
     channels, out_channels = model["channels"], model["channels"] * model["outputs"]
-    ours, names = {}, {}
+    modules = TOP | {
+        f"blocks.{k}.{theirs}": f"blocks.{k}.{name}" for k in range(model["depth"]) for theirs, name in BLOCK.items()
+    }
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for theirs, ours in modules.items() for kind in ("weight", "bias")}
+    ours: dict[str, Tensor] = {}
     for theirs, value in weights.items():
-        if theirs == "pos_embed":
-            continue
         module, _, kind = theirs.rpartition(".")
-        block = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
-        name = f"{block[1]}.{BLOCK.get(block[2])}" if block else TOP.get(module)
-        if name is None or name.endswith(".None"):
-            raise ValueError(f"init_from: {theirs} is not a weight of DiT or SiT; choose another file")
-        names[f"{name}.{kind}"] = theirs
-        ours[f"{name}.{kind}"] = convert(f"{name}.{kind}", value.float(), out_channels)
+        if theirs != "pos_embed":
+            name = f"{modules.get(module, module)}.{kind}"
+            ours[name] = convert(name, value.float(), out_channels)
     diffusion: dict[str, Any]
     if is_sit:  # the channels after the first ones are not trained
         size = channels * model["patch_size"] ** 2
