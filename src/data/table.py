@@ -113,7 +113,7 @@ class TableDataModule(BaseDataModule):
             self.encoders = [Column(name) for name in columns]  # a run from before encoders existed
             self._stores_encoders = False
         else:
-            self._table = self._read()
+            self._table = self.read()
             inferred_mean, inferred_std = self._infer(self._table)
             if mean is None or std is None:
                 mean, std = inferred_mean, inferred_std
@@ -192,7 +192,8 @@ class TableDataModule(BaseDataModule):
         if self.file.get("kind") == "parquet":
             frame.to_parquet(path.with_suffix(".parquet"), index=False)
 
-    def _read(self) -> Table:
+    def read(self) -> Table:
+        """Return the table with all rows. Raises FileNotFoundError or ValueError as the constructor."""
         if self.path is None:
             raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
         table = self._read_file(Path(self.path), "data.path")
@@ -212,7 +213,7 @@ class TableDataModule(BaseDataModule):
         )
 
     def _open(self) -> Source:
-        table = self._table or self._read()
+        table = self._table or self.read()
         self._table = None
         self.notes = self.notes or [*table.notes]
         cells = {column.name: parse_column(table, column.name, known=column) for column in self.encoders}

@@ -202,9 +202,7 @@ def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[s
     samples, baseline = samples.cpu(), train[: len(samples)]
     kinds = data.num_categories
     names = [column.name for column in data.encoders]
-    categories = [
-        ["False", "True"] if column.type == "boolean" else [*map(str, column.categories)] for column in data.encoders
-    ]
+    categories = [column.category_names for column in data.encoders]
     charts.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
     ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
     if len(names) > 1:
