@@ -105,6 +105,10 @@ def format_duration(seconds: float) -> str:
 
 def format_bits(metrics: Mapping[str, Any], num_terms: int | None) -> str:
     """Return the likelihood in bits/dim as text."""
+    if "bits_per_dim" not in metrics:
+        flow = metrics.get("flow_bits_per_dim")
+        shown = "add ode=true for the likelihood by the flow" if flow is None else f"{flow:.4f} bits/dim by the flow"
+        return f"no variational bound with data.coupling=ot; {shown}"
     kind = "at most" if num_terms is None else f"estimated from {num_terms} terms each:"
     error, flow = metrics["standard_error"], metrics.get("flow_bits_per_dim")
     text = f"{kind} {metrics['bits_per_dim']:.4f}{f' ± {error:.4f}' if error == error else ''} bits/dim"
