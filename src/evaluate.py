@@ -42,7 +42,8 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         from src.runs import out_of_memory
         from src.runs.open import configure_inference, open_run, pick_device
 
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder, cfg.init_from)
+        places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, *places)
         configure_inference(opened, cfg.precision, cfg.compile)
         samplers = build_samplers(cfg, opened)
         if rank() == 0:  # prepares the data for the other processes

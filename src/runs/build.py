@@ -22,11 +22,11 @@ from src.runs.checkpoints import (
 from src.runs.components import (
     build_condition,
     build_module,
-    instantiate_node,
     start_wandb,
     to_plain,
     warn_about_schedule,
 )
+from src.runs.latents import build_data, has_autoencoder
 from src.runs.lock import lock_run_dir, unlock_run_dir
 from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
@@ -104,7 +104,7 @@ def build(cfg: DictConfig) -> Run:
     import lightning as L
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = instantiate_node(cfg.data)
+    data = build_data(cfg, trust=bool(cfg.trust))
     cfg = resolve(cfg, data, checkpoint)
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
@@ -121,6 +121,8 @@ def instantiate_run(
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
+    if has_autoencoder(cfg):
+        data.prepare_once_per_node()  # of a resumed run, before its processes wait for each other
     module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
     warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
