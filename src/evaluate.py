@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from src.evaluation.benchmarks import PromptBenchmark
     from src.runs.open import OpenedRun
 
+OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
+
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json`, tables and pictures into the output folder, and return the metrics."""
@@ -104,7 +106,8 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 seed=cfg.seed,
             )
             if processes.rank == 0:
-                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}")
+                of_latents = "" if opened.data.displayed is opened.data else OF_LATENTS
+                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}{of_latents}")
         if evaluator is not None:
             calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
             what = ", ".join(f"{name} ({n} network calls)" for name, n in calls.items())

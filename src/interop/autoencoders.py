@@ -92,3 +92,12 @@ def read_autoencoder(folder: Path) -> DiffusersAutoencoder:
     if missing := loaded["missing_keys"]:
         raise ValueError(f"autoencoder={folder} has no weights for {first_names(sorted(missing))}; save it again")
     return DiffusersAutoencoder(net)
+
+
+def as_diffusers(autoencoder: Any) -> Any:
+    """Return an autoencoder as a model of diffusers. Raises ValueError if it is not one."""
+    if isinstance(autoencoder, DiffusersAutoencoder):
+        return autoencoder.net
+    raise ValueError(
+        "format=diffusers needs an autoencoder of diffusers, and this one was trained here; type format=safetensors"
+    )

@@ -105,7 +105,9 @@ def relocate(
     if "cache_dir" in config.data:
         config.data.cache_dir = None
     if has_autoencoder(config):
-        config.autoencoder.update({"cache_dir": None, "path": autoencoder or config.autoencoder.path})
+        own = checkpoint / "vae"  # of an exported pipeline
+        place = autoencoder or config.autoencoder.path or (str(own) if own.is_dir() else None)
+        config.autoencoder.update({"cache_dir": None, "path": place})
     elif autoencoder is not None:
         raise ValueError(
             f"{format_override('autoencoder', autoencoder)} needs a run in latents, and {checkpoint} was trained on "
