@@ -17,6 +17,7 @@ CONF = ROOT / "conf"
 TARGET = ROOT / "docs" / "reference.md"
 GROUPS = {
     "experiment": "Recipes: tested combinations of options and settings.",
+    "task": "What is trained; the default is `diffusion`.",
     "data": "Datasets.",
     "model": "Networks.",
     "schedule": "Noise schedules.",

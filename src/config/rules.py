@@ -56,6 +56,8 @@ RANGES = {
     "data.source.num_samples": "[2, inf)",
     "data.source.max_samples": "[2, inf)",
     "model.dropout": "[0, 1)",
+    "loss.kl_weight": "[0, inf)",
+    "loss.perceptual_weight": "[0, inf)",
     "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
     "diffusion.clip_x0": "(0, inf)",
     "diffusion.dynamic_threshold": "(0, 1): 0.995 is usual",
@@ -146,6 +148,12 @@ ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
 ALLOW_INFINITE = ("guidance.interval",)
+
+DIFFUSION_ONLY = (
+    *("schedule", "diffusion", "timestep_sampler", "weighting", "sampler", "guidance", "conditioning", "neighbors"),
+    *("snr_shift", "zero_terminal_snr"),
+)
+"""Settings of a diffusion model that have no meaning for `task=autoencoder`."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -299,6 +307,11 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
     one, other = "validate_every", "trainer.val_check_interval"
     if {one, other} <= names:
         raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
+    if command == "train" and cfg.get("task") == "autoencoder":
+        if without := sorted(name for name in names if name.split(".")[0] in DIFFUSION_ONLY):
+            raise UsageError(f"{without[0]}=... has no effect with task=autoencoder; leave it out")
+        if "image_size" not in cfg.data:
+            raise UsageError("task=autoencoder needs images, which these data are not; choose data=folder, for example")
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":

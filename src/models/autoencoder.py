@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from src.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample, fit_groups, shape_of_data
@@ -12,9 +13,10 @@ MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
 
 class Reconstruction(NamedTuple):
-    """Decoded images (B, channels, H, W), and mean and log-variance of the posterior, (B, latent_channels, h, w)."""
+    """Images (B, C, H, W), and a latent, mean and log-variance of the posterior, each (B, latent_channels, h, w)."""
 
     images: Tensor
+    latents: Tensor
     mean: Tensor
     logvar: Tensor
 
@@ -86,12 +88,13 @@ class KLAutoencoder(nn.Module):
     def forward(self, x: Tensor, noise: Tensor) -> Reconstruction:
         """Decode a sample of the posterior of x, mean + std * noise; noise has the shape of the latents."""
         mean, logvar = self.posterior(x)
-        return Reconstruction(self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar)
+        z = mean + (0.5 * logvar).exp() * noise
+        return Reconstruction(self.decode(z), z, mean, logvar)
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and log-variance of the posterior of x in float32, each of the shape of the latents."""
         self.size_of_latents(x.shape[2:])
-        mean, logvar = self.encoder(x).float().chunk(2, dim=1)
+        mean, logvar = self.encoder(x.to(self.dtype)).float().chunk(2, dim=1)
         return mean, logvar.clamp(MIN_LOGVAR, MAX_LOGVAR)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,8 +104,13 @@ class KLAutoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the images of latents z in float32, about in [-1, 1]."""
-        out: Tensor = self.decoder(z)
+        out: Tensor = self.decoder(z.to(self.dtype))
         return out.float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype
 
     def size_of_latents(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the sides of the latents of images. Raises ValueError if `factor` does not divide the sides."""

@@ -11,6 +11,7 @@ from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.quoting import format_override
+from src.runs.autoencoder import build_autoencoder, check_task, is_autoencoder
 from src.runs.checkpoints import (
     check_fit,
     check_resumed,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from src.data.module import BaseDataModule
-    from src.training.module import DiffusionModule
+    from src.training.base import TrainingModule
 
 
 C = TypeVar("C")
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     config: DictConfig
     """The resolved configuration."""
     directory: Path
-    module: "DiffusionModule"
+    module: "TrainingModule"
     data: "BaseDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
@@ -121,10 +122,15 @@ def instantiate_run(
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
+    check_task(cfg)
     if has_autoencoder(cfg):
         data.prepare_once_per_node()  # of a resumed run, before its processes wait for each other
-    module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
-    warn_about_schedule(module)
+    module: TrainingModule
+    if is_autoencoder(cfg):
+        module = build_autoencoder(cfg, data.shape, data.augment_labels)
+    else:
+        module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
+        warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
     steps, changes, initial = 0, [], ""
     if checkpoint is not None:
@@ -164,6 +170,8 @@ def check_sharding(run: Run) -> None:
 
     if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
+    if is_autoencoder(run.config):
+        raise ValueError("trainer=fsdp is for networks too large for a device, unlike an autoencoder: use trainer=ddp")
     if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
     if run.config.data.get("microbatch_size") == "auto":

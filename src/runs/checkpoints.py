@@ -18,7 +18,7 @@ from src.training.checkpoints import is_intact, newest_first, weights_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from src.training.module import DiffusionModule
+    from src.training.base import TrainingModule
 
 
 def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
@@ -105,7 +105,7 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "nn.Module", path: Path) 
             )
 
 
-def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> str:
+def load_initial_weights(module: "TrainingModule", init_from: DictConfig) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
@@ -141,7 +141,7 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
 
-def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "DiffusionModule") -> list[str]:
+def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "TrainingModule") -> list[str]:
     """Return the `changed_settings` of a resumed run. Raises ValueError for those with which it cannot continue.
 
     Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.

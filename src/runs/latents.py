@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from src.interop.hub_models import SCHEME, local_copy
 from src.quoting import format_override
-from src.runs.autoencoder import open_autoencoder
+from src.runs.autoencoder import is_autoencoder, open_autoencoder
 from src.runs.components import instantiate_node, is_typed, to_plain
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
 
     node, size, channels = cfg.autoencoder, cfg.data.get("image_size"), cfg.data.get("channels")
     override = format_override("autoencoder", node.path)
+    if is_autoencoder(cfg):
+        raise ValueError(f"{override} is for diffusion models, and task=autoencoder trains one; leave one out")
     if size is None or channels is None:
         raise ValueError(
             f"{override} needs images with data.channels and data.image_size; choose data=folder, or leave it out"

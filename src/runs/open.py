@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
 from src.errors import sentence
-from src.quoting import format_override
+from src.quoting import command, format_override
+from src.runs.autoencoder import is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler
 from src.runs.imported import read_model
@@ -60,6 +61,13 @@ def open_run(
     quiet_libraries()
     checkpoint = read_model(path, None if init_from is None else init_from.flags)
     settings = checkpoint["hyper_parameters"]
+    if is_autoencoder(settings):
+        name, location = ("run", run) if ckpt is None else ("ckpt", ckpt)
+        train = command("train", format_override("autoencoder", location))
+        raise ValueError(
+            f"{format_override(name, location)} is an autoencoder, which draws no samples; train a diffusion model of "
+            f"its latents with: {train}"
+        )
     if not trust:
         check_texts(settings, path)
         check_targets(

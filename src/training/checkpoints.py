@@ -177,7 +177,7 @@ CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a
 OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "autoencoder", "seed", "snr_shift", "zero_terminal_snr")
 """Settings with which a trained model is opened."""
 
-EXPORTED_KEYS = (*OPENED_KEYS, "optimizer", "lr_scheduler")
+EXPORTED_KEYS = (*OPENED_KEYS, "task", "optimizer", "lr_scheduler")
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))

@@ -7,7 +7,7 @@ import logging
 import mmap
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
-from src.training.module import DiffusionModule
+from src.training.base import TrainingModule
 from src.training.optim import MakeOptimizer, trial_state
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class MicrobatchFinder(L.Callback):
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
+        assert isinstance(pl_module, TrainingModule) and isinstance(data, BaseDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
         reserve = _reserve(device)
@@ -120,7 +120,7 @@ class MicrobatchFinder(L.Callback):
             log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {batches} batches per step")
 
 
-def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
+def fits_in_memory(module: TrainingModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
     The first step creates the optimizer's moments.
@@ -168,7 +168,7 @@ def _reserve(device: torch.device) -> object:
         raise MemoryError(str(error)) from error
 
 
-def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
+def _step_twice(module: TrainingModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
     precision = trainer.precision_plugin
     trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
     precision.convert_module(trial)
@@ -178,11 +178,11 @@ def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: in
     reserved = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
     optimizer, _ = trial.prepare_optimizer(1)
     batch: Any = {"x": torch.zeros(microbatch_size, *trial.shape, device=device), "start": 0, "total": microbatch_size}
-    if trial.null is not None:
-        batch["cond"] = trial.null.expand(microbatch_size, *trial.null.shape[1:])
+    if (null := getattr(trial, "null", None)) is not None:
+        batch["cond"] = null.expand(microbatch_size, *null.shape[1:])
     for _ in range(2):
         with precision.train_step_context():
-            loss = trial.training_step(batch, 0)["loss"]
+            loss = cast(Any, trial.training_step(batch, 0))["loss"]
         loss.backward()
         optimizer.step()  # keeps the gradients, which live from step to step
     del reserved
