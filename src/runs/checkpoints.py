@@ -172,6 +172,7 @@ FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
     *("data.encoders", "freeze", "lora", "repa", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("autoencoder.scale", "autoencoder.shift", "autoencoder.fingerprint"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
