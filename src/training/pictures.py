@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
+import torch
+from PIL import Image
 from torch import Tensor
 
 from src.data.module import BaseDataModule
 from src.diffusion.noise import make_time_grid
 from src.metrics.neighbors import Nearest, nearest_neighbors
+from src.training.autoencoder import AutoencoderModule
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
 from src.viz import charts, images
@@ -78,12 +81,35 @@ def save_pictures(
         ]
         columns = ["index", "condition", "sample", "nearest", "rms_difference", "num_candidates"]
         log_table(trainer, "samples/table", columns, rows)
-    if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
-        pictures["curves"] = curves
-    (directory / "samples").mkdir(parents=True, exist_ok=True)
+    _save(directory, trainer, pictures)
     images.save_gif(trajectory.frames, directory / "samples" / "trajectory.gif")
+    if (table := directory / "loss_by_noise.csv").exists():  # already logged
+        charts.loss_by_noise(table).save(table.with_suffix(".png"))
+
+
+def save_reconstructions(directory: Path, trainer: L.Trainer, module: AutoencoderModule, data: BaseDataModule) -> None:
+    """Save validation images above their reconstructions, and the curves."""
+    module.to(trainer.strategy.root_device)  # Lightning moves it to the CPU after training
+    _save(directory, trainer, {"samples/final": draw_reconstructions(module, data, 32)})
+
+
+@torch.no_grad()
+def draw_reconstructions(module: AutoencoderModule, data: BaseDataModule, count: int) -> Image.Image:
+    """Draw rows of the first validation images above rows of their reconstructions, from the means of the posterior."""
+    x = data.examples(count).to(module.device)
+    size = data.batch_size
+    decoded = torch.cat([module.net.decode(module.net.encode(part)[0]) for part in torch.split(x, size)])
+    columns = min(8, len(x))
+    pairs = zip(*(torch.split(data.postprocess(each), columns) for each in (x, decoded)), strict=True)
+    rows = [row for pair in pairs for row in pair if len(row) == columns]
+    return images.labeled_rows(rows, ["validation data", "reconstructions"] * (len(rows) // 2))
+
+
+def _save(directory: Path, trainer: L.Trainer, pictures: dict[str, Image.Image]) -> None:
+    """Save and log pictures by their names, and the curves."""
+    if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
+        pictures = {**pictures, "curves": curves}
+    (directory / "samples").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         picture.save(directory / f"{name}.png")
         log_picture(trainer, name, picture)
-    if (table := directory / "loss_by_noise.csv").exists():  # already logged
-        charts.loss_by_noise(table).save(table.with_suffix(".png"))
