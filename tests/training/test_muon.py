@@ -156,7 +156,7 @@ def test_values_out_of_range_are_refused(tmp_path):
             make(**setting)
 
 
-MUON = ["optimizer=muon", "decay_matrices_only=true", "lr_multipliers={up.*: 0.5}", "freeze=[conv_out.*]"]
+MUON = ["optimizer=muon", "decay_matrices_only=true", "lr_multipliers={up.*: 0.5}", "freeze=[middle.*]"]
 
 
 def test_muon_resumes_with_equal_bits(tmp_path):
