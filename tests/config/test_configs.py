@@ -47,6 +47,7 @@ GIVEN = {
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
+    "params",  # optimizers
     *("prepare", "download"),
     "repeats",  # of FolderDataModule, which only some of its options have
 }
@@ -172,6 +173,7 @@ def test_settings_of_the_recipe_are_read():
         "max_steps": 4,
         "validate_every": 5,
         "checkpoint_every": 6,
+        "decay_matrices_only": True,
     }
     cfg = compose("train", *(f"recipe.{name}={value}" for name, value in values.items()), "run_dir=runs/x")
     assert set(cfg.recipe) == set(values) == {name.removeprefix("recipe.") for name in RECIPE}
