@@ -139,6 +139,7 @@ WORDS = {"data.source.class_depth": ("all",)}
 
 EXAMPLES = {
     "ema": True,
+    "callbacks.power_ema.lengths": [0.05, 0.1],
     "guidance.scale": 1.0,
     "guidance.rescale": 0.0,
     "guidance.interval": [0.2, 5],
@@ -252,7 +253,7 @@ def _example(name: str, default: Any, value: Any) -> str:
         has_switch = "enabled" in default and isinstance(value, bool)
         return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
     if isinstance(default, bool) or "${" in str(default):
-        return ""
+        return ", or the length of an average, such as 0.1" if name == "ema" else ""
     if isinstance(default, int):
         if isinstance(value, float) and value.is_integer():
             return f"; type {name}={int(value)}"
