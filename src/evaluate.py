@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from src.evaluation.benchmarks import PromptBenchmark
     from src.runs.open import OpenedRun
 
+OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
+
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Write `metrics.json`, tables and pictures into the output folder, and return the metrics."""
@@ -63,7 +65,8 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         from src.runs import out_of_memory
         from src.runs.open import configure_inference, open_run, pick_device
 
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder, cfg.init_from)
+        places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, *places)
         configure_inference(opened, cfg.precision, cfg.compile)
         samplers = build_samplers(cfg, opened)
         if rank() == 0:  # prepares the data for the other processes
@@ -125,7 +128,8 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
                 seed=cfg.seed,
             )
             if processes.rank == 0:
-                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}")
+                of_latents = "" if opened.data.displayed is opened.data else OF_LATENTS
+                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}{of_latents}")
         if evaluator is not None:
             calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
             what = ", ".join(f"{name} ({n} network calls)" for name, n in calls.items())

@@ -107,6 +107,8 @@ class PerceptualDistance:
 
     def _features(self, x: Tensor) -> Iterator[Tensor]:
         x = to_rgb(x[:, : 3 if x.shape[1] > 2 else 1])
+        size = [-(-n // 16) * 16 for n in x.shape[2:]]  # the strides must divide the sides
+        x = x if size == [*x.shape[2:]] else F.interpolate(x, size, mode="bilinear")
         for k, block in enumerate(self.network.blocks((x.clamp(-1, 1) + 1) * 127.5)):
             if k in self.COMPARED:
                 yield F.normalize(block, dim=1)

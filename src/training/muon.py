@@ -81,7 +81,7 @@ class MuonAdamW(Optimizer):
             matrices = []
             for p in group["params"]:
                 if p.grad is not None:
-                    matrix = p.detach().flatten(1)
+                    matrix = p.detach() if p.ndim == 2 else p.detach().flatten(1).clone()
                     matrix.grad = p.grad.flatten(1)
                     self.muon.state[matrix] = self.state[p]
                     matrices.append(matrix)
