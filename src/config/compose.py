@@ -77,8 +77,14 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         value = run_folder(value) if new in ("resume", "run") else value
         return f"; type {shell_word(f'{new}={value}')}"
+    if key.partition(".")[0] in groups and not {key.partition(".")[0], "trainer.max_steps"} & {*names}:
+        return f"; a run keeps its {key.partition('.')[0]}: set it in src.train"
     if key in groups:  # a group that this command does not have
         return ""
+    elsewhere = ("hydra.", "recipe.", "callbacks.")
+    same = [name for name in known if name.endswith(f".{key}") and not name.startswith(elsewhere)]
+    if 1 < len(same) < 4:
+        return f"; did you mean {' or '.join(same)}?"
     parent, _, last = key.rpartition(".")
     if parent in names:
         siblings = [name.removeprefix(f"{parent}.") for name in names if name.startswith(f"{parent}.")]
