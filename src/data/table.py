@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.data.column_types import parse_column
 from src.data.columns import CategoryCode, Column, from_json, to_json
-from src.data.module import BaseDataModule
+from src.data.module import BaseDataModule, Coupling
 from src.data.sources import Covariates, InMemory, Source, describe_conditions
 from src.data.table_columns import (
     ColumnSettings,
@@ -88,6 +88,7 @@ class TableDataModule(BaseDataModule):
         seed: int = 0,
         num_workers: int = 0,
         microbatch_size: int | Literal["auto"] | None = None,
+        coupling: Coupling = "independent",
     ) -> None:
         self.path = path
         self.settings = ColumnSettings(
@@ -127,6 +128,7 @@ class TableDataModule(BaseDataModule):
         shape = (sum(self.widths),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         self.balance_classes = balance_classes
+        self.coupling = coupling
         self.columns = [column.label for column in self.encoders]
         self.mean, self.scale = (torch.tensor(list(each), dtype=torch.float64) for each in (mean, std))
         display = [

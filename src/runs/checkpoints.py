@@ -16,9 +16,9 @@ from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from src.training.module import DiffusionModule
+    from src.training.base import TrainingModule
 
 
 def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
@@ -93,7 +93,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return None if diverged else metrics
 
 
-def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
+def check_fit(weights: "Mapping[str, Tensor]", module: "nn.Module", path: Path) -> None:
     """Raise ValueError, naming the first difference, if the `weights` of the file `path` do not fit the module."""
     ours = module.state_dict()
     for name in [*ours, *weights]:
@@ -105,7 +105,7 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
             )
 
 
-def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> str:
+def load_initial_weights(module: "TrainingModule", init_from: DictConfig) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
@@ -141,13 +141,12 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
 
-def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "DiffusionModule") -> list[str]:
+def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "TrainingModule") -> list[str]:
     """Return the `changed_settings` of a resumed run. Raises ValueError for those with which it cannot continue.
 
     Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
     """
     before, done = checkpoint["hyper_parameters"], checkpoint["global_step"]
-    changes = changed_settings(before, to_plain(cfg))
     if cfg.trainer.max_steps < done:
         raise ValueError(
             f"trainer.max_steps={cfg.trainer.max_steps} must be at least {done}, the steps that the run has taken: "
@@ -159,24 +158,27 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
             f"trainer.accumulate_grad_batches={now} cannot resume a run that had {batches}: keep it "
             "(data.microbatch_size sets it too), or start a new run"
         )
-    states = set(next(iter(checkpoint["optimizer_states"][0]["state"].values()), ()))
+    saved = checkpoint["optimizer_states"][0]
+    states = set().union(*(saved["state"].get(k, ()) for k in saved["param_groups"][0]["params"]))
     if states and (missing := module.optimizer_state() - states):
         raise ValueError(
             f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with "
             f"{before['optimizer']['_target_']}) lacks: resume with the optimizer of the run, or start a new run"
         )
-    return changes
+    return changed_settings(before, to_plain(cfg))
 
 
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    *("data.encoders", "freeze", "lora", "lr_multipliers"),
+    *("data.encoders", "freeze", "lora", "repa", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("autoencoder.scale", "autoencoder.shift", "autoencoder.fingerprint"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
     *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
+    *("repa.weight", "repa.stop_step"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""
