@@ -78,7 +78,8 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
         value = run_folder(value) if new in ("resume", "run") else value
         return f"; type {shell_word(f'{new}={value}')}"
     if key.partition(".")[0] in groups and not {key.partition(".")[0], "trainer.max_steps"} & {*names}:
-        return f"; a run keeps its {key.partition('.')[0]}: set it in src.train"
+        kept = f"a run keeps its {key.partition('.')[0]}: " if {"run", "runs"} & {*names} else ""
+        return f"; {kept}set it in src.train"
     if key in groups:  # a group that this command does not have
         return ""
     elsewhere = ("hydra.", "recipe.", "callbacks.")
