@@ -318,7 +318,13 @@ class LatentDataModule(BaseDataModule):
         out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.dtype(self.dtype), shape)
         starts = range(0, len(source), size)
         batches = [BatchIndices(k, len(source), [*range(k, min(k + size, len(source)))]) for k in starts]
-        loader = BatchLoader(BatchDataset(source), sampler=batches, batch_size=None, num_workers=self.num_workers)
+        loader = BatchLoader(
+            BatchDataset(source),
+            sampler=batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # The default one draws the initial weights, whether or not there is a cache.
+        )
         with tqdm(total=len(source), desc="Encoding", unit="image", disable=None) as bar:
             for batch in loader:
                 if "failure" in batch:

@@ -14,7 +14,8 @@ MODELS = {
     "AutoencoderKL": {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "shift_factor": 0.1, **ENDS},
     "AutoencoderTiny": {
         **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8)),
-        **{"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)},
+        "num_encoder_blocks": (1, 1, 1),
+        "num_decoder_blocks": (1, 1, 1),
     },
     "AutoencoderDC": {
         **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8, 8, 8)),
