@@ -135,6 +135,13 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
             node[name] = getattr(autoencoder, name, None)
     height, width = height_and_width(size)
     latent = latent_shape(autoencoder, (channels, height, width))
+    patch = cfg.model.get("patch_size") or 1
+    if any(side % patch for side in latent[1:]):
+        fix = max(n for n in range(1, patch) if not any(side % n for side in latent[1:]))
+        raise ValueError(
+            f"model.patch_size={patch} must divide the sides of the latents, {'x'.join(map(str, latent[1:]))}; type "
+            f"model.patch_size={fix}"
+        )
     cfg.model.channels, cfg.model.image_size = latent[0], list(latent[1:])
     if isinstance(size, int):
         cfg.model.image_size = latent[1]

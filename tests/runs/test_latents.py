@@ -134,13 +134,13 @@ def test_exported_pipeline_decodes(run, tmp_path):
     assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
     pipeline = UNetPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 3, "output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    call = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
     images = pipeline(class_labels=[1, 2], **call).images
     opened = open_run(str(folder))  # its folder vae is the autoencoder
     module, x = opened.module, torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     cond = opened.data.condition(["1", "2"])
     predict = predictor(module.diffusion, lambda x, t: module.denoise(x, t, cond))
-    grid = make_time_grid(module.schedule, 3, "trailing")
+    grid = make_time_grid(module.schedule, 3, module.sampler.spacing.on(module.schedule))
     with torch.no_grad():
         *_, z = module.sampler.fn(module.diffusion, predict, x, grid, noise=torch.zeros_like)
         assert_close(images, (opened.data.decode(z) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
