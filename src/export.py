@@ -31,6 +31,7 @@ DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr",
 def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs import components
+    from src.runs.autoencoder import AutoencoderError, export_autoencoder
     from src.runs.model_card import write_model_card
     from src.runs.open import open_run
 
@@ -42,7 +43,14 @@ def export(cfg: DictConfig) -> Path:
             from src.training.compile import check_compiler
 
             check_compiler("aot")
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, autoencoder=cfg.autoencoder)
+        try:
+            opened = open_run(
+                cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, autoencoder=cfg.autoencoder
+            )
+        except AutoencoderError:
+            path, hint = export_autoencoder(cfg)
+            print(hint)
+            return path
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None

@@ -31,6 +31,7 @@ NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """Overrides that disable Hydra's output."""
 NAME_OR_FILE = (
     *("cond", "data.name", "conditioning.encode.model", "encoder", "autoencoder", "autoencoder.path", "dinov2_model"),
+    "repa.encoder",
 )
 """Settings whose value may be a file or folder, or something else, such as a name of the hub."""
 FILE_SETTINGS = (

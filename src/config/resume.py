@@ -30,7 +30,9 @@ RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 CHOICE = re.compile(r"\w*|\[[\w,]*\]")
 """Names of options under conf/."""
 
-NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+
+NUMBER_OR_SWITCH = re.compile(rf"|{NUMBER}|\[{NUMBER}(, *{NUMBER})*\]|true|false|null", re.IGNORECASE)
 
 WANDB_LOG = re.compile(r"wandb/[^/]*run-[^/]*/logs/debug-core\.log")
 """The link that W&B creates in a run's folder, at each start, to its log in the user's cache."""

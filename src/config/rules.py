@@ -38,11 +38,16 @@ RANGES = {
     # Training.
     "optimizer.lr": "(0, inf): 1e-3 is usual",
     "optimizer.weight_decay": "[0, inf)",
+    "src.training.muon.MuonAdamW.momentum": "[0, 1): 0.95 is usual",
+    "src.training.muon.MuonAdamW.ns_steps": "[1, 99]: 5 is usual",
     "lr_scheduler.warmup_steps": "[0, inf)",
     "lr_multipliers.*": "(0, inf): freeze=[...] excludes weights from training",
     "lora.rank": "[1, inf)",
     "lora.alpha": "(0, inf)",
     "lora.dropout": "[0, 1)",
+    "repa.weight": "(0, inf): 0.5 is usual",
+    "repa.width": "[1, inf)",
+    "repa.stop_step": "[1, inf)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
     "autoencoder.batch_size": "[1, inf)",
@@ -63,6 +68,7 @@ RANGES = {
     "diffusion.dynamic_threshold": "(0, 1): 0.995 is usual",
     "diffusion.sigma_data": "(0, inf)",
     "callbacks.ema.decay": "[0, 1)",
+    "callbacks.power_ema.max_snapshots": "[2, inf): 32 is usual",
     "callbacks.nan_guard.lr_factor": "(0, 1]",
     "validate_every": "[1, inf)",
     "checkpoint_every": "[1, inf)",
@@ -75,6 +81,8 @@ RANGES = {
     "trainer.num_nodes": "[1, inf)",
     "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
+    "ema": "(0, 0.2886]: 0.1 is usual",
+    "ema.length": "(0, 0.2886]: 0.1 is usual",
     "evaluate.n": "[10, inf)",
     "compare.n": "[10, inf)",
     "max_features": "[10, inf)",
@@ -98,15 +106,17 @@ RECIPE = {
     "recipe.max_steps": "trainer.max_steps",
     "recipe.validate_every": "validate_every",
     "recipe.checkpoint_every": "checkpoint_every",
+    "recipe.decay_matrices_only": "decay_matrices_only",
 }
 """Settings that a model or an experiment suggests, and the settings that interpolate them."""
 
-RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items()}
+RANGES |= {suggested: RANGES[read] for suggested, read in RECIPE.items() if read in RANGES}
 
 CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "data.coupling": ("independent", "ot"),
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
     "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
@@ -121,7 +131,7 @@ CHOICES = {
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
-SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
+SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root", "ema", "length")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
 WORDS = {"data.source.class_depth": ("all",)}
@@ -129,6 +139,7 @@ WORDS = {"data.source.class_depth": ("all",)}
 
 EXAMPLES = {
     "ema": True,
+    "callbacks.power_ema.lengths": [0.05, 0.1],
     "guidance.scale": 1.0,
     "guidance.rescale": 0.0,
     "guidance.interval": [0.2, 5],
@@ -136,7 +147,10 @@ EXAMPLES = {
     "num_terms": 50,
     "alignment.n": 200,
     "freeze": ["time.*"],
+    "repa.stop_step": 1000,
     "lr_multipliers": {"down.*": 0.1},
+    "decay_matrices_only": True,
+    "recipe.decay_matrices_only": True,
     "samplers": [{"sampler": "ddim", "steps": 10}],
 }
 """Values of the right type for settings whose default is null."""
@@ -239,7 +253,7 @@ def _example(name: str, default: Any, value: Any) -> str:
         has_switch = "enabled" in default and isinstance(value, bool)
         return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
     if isinstance(default, bool) or "${" in str(default):
-        return ""
+        return ", or the length of an average, such as 0.1" if name == "ema" else ""
     if isinstance(default, int):
         if isinstance(value, float) and value.is_integer():
             return f"; type {name}={int(value)}"

@@ -28,6 +28,9 @@ from src.distributed.ranks import local_rank, rank
 from src.errors import DataReadError, counted
 from src.rng import StepRng, key
 
+Coupling = Literal["independent", "ot"]
+"""How training pairs samples with noise; see `src.training.coupling`."""
+
 
 class BaseDataModule(L.LightningDataModule):
     """Training and validation batches from the source that `open_source` returns.
@@ -61,6 +64,7 @@ class BaseDataModule(L.LightningDataModule):
     """The number of labels that `augment_with_labels` returns; 0 for none."""
     balance_classes: bool = False
     """Whether each training sample comes from a class that is drawn uniformly."""
+    coupling: Coupling = "independent"
     threshold: int | None = None
     """The hash that divides validation from training samples; None if the source defines the split."""
     inferred_settings: ClassVar[Sequence[str]] = ()

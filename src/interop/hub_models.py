@@ -17,6 +17,7 @@ LOGIN = "run hf auth login, or set the variable HF_TOKEN"
 PATTERNS = (
     *(MODEL_FILE, SIDECAR, "model_index.json", "config.json", "scheduler_config.json"),
     *("diffusion_pytorch_model*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
+    *("transformer/*.json", "transformer/*.safetensors"),
 )
 """The files of a model that this project reads."""
 NOT_PUSHED = [".hydra/*", "*.log"]
@@ -49,8 +50,9 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     """Return the folder of a repository; once per process, so that all readers get the same revision."""
     download = _import_library(repo).snapshot_download
     folder = Path(download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*.fp16.*", "*ema*"]))
-    if not any(any(folder.glob(f"{place}*.safetensors")) for place in ("", "unet/", "vae/")):
-        download(repo, revision=revision, allow_patterns=["*diffusion_pytorch_model.bin"])
+    places = ("", "unet/", "transformer/", "vae/")
+    if not any(any(folder.glob(f"{place}*.safetensors")) for place in places):
+        download(repo, revision=revision, allow_patterns=[f"{place}diffusion_pytorch_model.bin" for place in places])
     return folder
 
 

@@ -1,16 +1,20 @@
 """Build the autoencoder that a run trains, and open a trained one."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
-from src.quoting import format_override
+from src.config.output import relative, start_output
+from src.config.search_path import search_path_overrides
+from src.interop.hub_models import MODEL_FILE
+from src.quoting import command, format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages
 from src.runs.components import instantiate_node, to_plain
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import read_checkpoint, weights_of
+from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
 
 if TYPE_CHECKING:
     from src.models.autoencoder import KLAutoencoder
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
 
 NO_AUTOENCODER = ("SampleGrid", "BitsPerDim", "LossByNoise", "Quality")
 """Callbacks of diffusion models."""
+
+
+class AutoencoderError(ValueError):
+    """A run of an autoencoder was opened as a diffusion model."""
 
 
 def is_autoencoder(settings: Mapping[Any, Any]) -> bool:
@@ -69,9 +77,19 @@ def build_autoencoder(cfg: DictConfig, shape: tuple[int, ...], augment_labels: i
         optimizer=instantiate_node(cfg.optimizer),
         lr_scheduler=instantiate_node(cfg.lr_scheduler),
         lr_multipliers=cfg.get("lr_multipliers"),
+        decay_matrices_only=bool(cfg.get("decay_matrices_only")),
     )
     module.prepare_optimizer(1)  # The optimizer and the scheduler reject invalid values here, before training.
     return module
+
+
+class OpenedAutoencoder(NamedTuple):
+    """A trained autoencoder for inference, with the settings of its run."""
+
+    net: "KLAutoencoder"
+    settings: dict[str, Any]
+    averaged: bool
+    """Whether the weights are averages."""
 
 
 def open_autoencoder(location: str, trust: bool = False, setting: str = "autoencoder") -> "KLAutoencoder":
@@ -80,13 +98,19 @@ def open_autoencoder(location: str, trust: bool = False, setting: str = "autoenc
     It has the averaged weights if there are any. `setting` is the name of `location` in messages. Without `trust`, only
     classes that conf/ names are instantiated. Raises FileNotFoundError or ValueError if there is no such model.
     """
-    path = find_checkpoint(location, None, setting=setting)
+    return read_autoencoder(find_checkpoint(location, None, setting=setting), trust).net
+
+
+def read_autoencoder(path: Path, trust: bool = False, ema: bool | None = None) -> OpenedAutoencoder:
+    """Return the autoencoder of a file; `ema` None takes the averaged weights if there are any.
+
+    Raises ValueError as `open_autoencoder` does.
+    """
     checkpoint = read_checkpoint(path)
     settings = checkpoint["hyper_parameters"]
     if not is_autoencoder(settings):
         raise ValueError(
-            f"{format_override(setting, location)} needs a run of task=autoencoder, and {path} holds a diffusion "
-            "model; train one with: python -m src.train task=autoencoder"
+            f"{path} is a diffusion model, not an autoencoder; train one with: {command('train', 'task=autoencoder')}"
         )
     if not trust:
         check_texts(settings["model"], path)
@@ -95,8 +119,25 @@ def open_autoencoder(location: str, trust: bool = False, setting: str = "autoenc
     assert isinstance(config, DictConfig)
     check_arguments(config, "model")
     net: KLAutoencoder = instantiate_node(config)
-    weights = weights_of(checkpoint, has_averages(checkpoint), path)
+    averaged = has_averages(checkpoint) if ema is None else ema
+    weights = weights_of(checkpoint, averaged, path)
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
     check_fit(own, net, path)
     net.load_state_dict(own)
-    return net.eval().requires_grad_(False)
+    return OpenedAutoencoder(net.eval().requires_grad_(False), settings, averaged)
+
+
+def export_autoencoder(cfg: DictConfig) -> tuple[Path, str]:
+    """Write the autoencoder that the configuration of `src.export` names as `model.safetensors`.
+
+    Return the file and a line about its use. Raises ValueError for another format.
+    """
+    if cfg.format != "safetensors" or cfg.hub is not None:
+        typed = f"hub={cfg.hub}" if cfg.format == "safetensors" else f"format={cfg.format}"
+        raise ValueError(f"{typed} is for diffusion models, and this is an autoencoder; leave it out")
+    opened = read_autoencoder(find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path), cfg.trust, cfg.ema)
+    path = start_output(Path(cfg.run_dir)) / MODEL_FILE
+    weights = {f"net.{name}": value for name, value in opened.net.state_dict().items()}
+    write_exported(path, weights, opened.averaged, exportable_settings(opened.settings)[0])
+    train = command("train", *search_path_overrides(), format_override("autoencoder", relative(path)))
+    return path, f"Exported to {relative(path)}. Train a diffusion model of its latents: {train}"

@@ -66,13 +66,6 @@ class Run(NamedTuple):
         return [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
 
     @property
-    def averages(self) -> bool:
-        """Whether the checkpoints hold averaged weights."""
-        from src.training.callbacks.ema import EMA
-
-        return bool(self.callbacks(EMA))
-
-    @property
     def last_checkpoint(self) -> Path:
         return self.directory / "checkpoints" / "last.ckpt"
 
@@ -167,6 +160,7 @@ def instantiate_run(
 def check_sharding(run: Run) -> None:
     """Raise ValueError for settings that do not work with sharded weights."""
     from src.distributed.sharding import FullyShardedStrategy
+    from src.training.repa import AlignedModule
 
     if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
@@ -174,6 +168,8 @@ def check_sharding(run: Run) -> None:
         raise ValueError("trainer=fsdp is for networks too large for a device, unlike an autoencoder: use trainer=ddp")
     if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
+    if isinstance(run.module, AlignedModule):
+        raise ValueError("trainer=fsdp shards only the network, and repa=default has weights too: use trainer=ddp")
     if run.config.data.get("microbatch_size") == "auto":
         raise ValueError(
             "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.arguments import check_arguments
 from src.errors import sentence
 from src.quoting import command, format_override
-from src.runs.autoencoder import is_autoencoder
+from src.runs.autoencoder import AutoencoderError, is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler
 from src.runs.imported import read_model
@@ -41,7 +41,7 @@ class OpenedRun(NamedTuple):
 def open_run(
     run: str | None,
     ckpt: str | None = None,
-    ema: bool | None = None,
+    ema: bool | float | None = None,
     trust: bool = False,
     data_root: str | None = None,
     encoder: str | None = None,
@@ -53,20 +53,19 @@ def open_run(
     `run` may be on the Hub (`hf://user/name`).
 
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
-    else warns. `data_root`, `encoder` and `autoencoder` replace the paths of the data, of the pretrained text encoder
-    and of the autoencoder. Without `trust`, only classes and functions that conf/ names are instantiated. Raises
-    FileNotFoundError or ValueError if the run does not exist or cannot be read.
+    else warns; a number takes the average of that length (`training.power_ema`). `data_root`, `encoder` and
+    `autoencoder` replace the paths of the data, of the pretrained text encoder and of the autoencoder. Without `trust`,
+    only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if the run does
+    not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt, None if init_from is None else init_from.path)
     quiet_libraries()
     checkpoint = read_model(path, None if init_from is None else init_from.flags)
     settings = checkpoint["hyper_parameters"]
     if is_autoencoder(settings):
-        name, location = ("run", run) if ckpt is None else ("ckpt", ckpt)
-        train = command("train", format_override("autoencoder", location))
-        raise ValueError(
-            f"{format_override(name, location)} is an autoencoder, which draws no samples; train a diffusion model of "
-            f"its latents with: {train}"
+        train = command("train", format_override("autoencoder", run or path))
+        raise AutoencoderError(
+            f"{path} is an autoencoder, which draws no samples; train a diffusion model of its latents with: {train}"
         )
     if not trust:
         check_texts(settings, path)
@@ -83,7 +82,13 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        averaged = has_averages(checkpoint) if ema is None else ema
+        if not isinstance(ema, bool | float | int | None):
+            raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
+        if not isinstance(ema, bool | None):
+            from src.training.power_ema import with_average
+
+            checkpoint = with_average(checkpoint, path, ema)
+        averaged = has_averages(checkpoint) if ema is None else ema is not False
         weights = weights_of(checkpoint, averaged, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)

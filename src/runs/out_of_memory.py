@@ -17,7 +17,7 @@ def step_memory(run: "Run") -> int:
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
-    from src.training.memory import estimate
+    from src.training.memory import count_averages, estimate
     from src.training.module import DiffusionModule
 
     trainer, module = run.trainer, run.module
@@ -29,7 +29,7 @@ def step_memory(run: "Run") -> int:
         trainer.strategy.root_device,
         str(trainer.precision),
         module.make_optimizer,
-        run.averages,
+        count_averages(trainer.callbacks),  # type: ignore[attr-defined]
         trainer.world_size if isinstance(trainer.strategy, FullyShardedStrategy) else 1,
         isinstance(trainer.strategy, DDPStrategy),
         module.null,

@@ -279,6 +279,11 @@ def _infer_accumulation(cfg: DictConfig) -> None:
         raise ValueError(
             f"data.microbatch_size=auto sets trainer.accumulate_grad_batches, but it is {typed}; leave one out"
         )
+    if micro == "auto" and cfg.data.get("coupling") == "ot":
+        raise ValueError(
+            "data.microbatch_size=auto excludes data.coupling=ot, which assigns the noise within a micro-batch and so "
+            "would depend on the memory; set a number"
+        )
     if micro in (None, "auto"):
         return
     processes = world_size(cfg)

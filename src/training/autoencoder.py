@@ -66,7 +66,8 @@ class LatentStatistics(Metric):
 class AutoencoderModule(TrainingModule):
     """Train the autoencoder `net` of images of `shape` (C, H, W).
 
-    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler` and `lr_multipliers`.
+    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler`, `lr_multipliers` and
+    `decay_matrices_only`.
     """
 
     net: KLAutoencoder
@@ -80,6 +81,7 @@ class AutoencoderModule(TrainingModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        decay_matrices_only: bool = False,
     ) -> None:
         super().__init__()
         self.net = net
@@ -89,7 +91,7 @@ class AutoencoderModule(TrainingModule):
         self.latents = LatentStatistics(net.latent_channels)
         perceptual = ["perceptual"] if loss_fn.perceptual_weight else []
         terms = ["loss", "l1", "kl", *perceptual, "psnr"]
-        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers)
+        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers, decay_matrices_only)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the loss of one batch, and its terms, each (B,)."""

@@ -18,7 +18,7 @@ from src.training.callbacks.resume import ResumeTraining
 from src.training.callbacks.seeding import SeedDropout
 from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
-from src.training.optim import keep_current_settings, skip_unless, trial_state
+from src.training.optim import keep_current_settings, skip_unless, trial_state, weight_matrices
 
 
 class TrainingModule(L.LightningModule):
@@ -40,17 +40,20 @@ class TrainingModule(L.LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None,
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None,
         lr_multipliers: Mapping[str, float] | None,
+        decay_matrices_only: bool,
     ) -> None:
         """Store the settings of training; `terms` are the names of the validation metrics.
 
         `optimizer` maps parameter groups to an optimizer; `lr_scheduler` maps an optimizer and the number of steps to a
         learning-rate schedule. `lr_multipliers` maps patterns of names in `net` to factors of the learning rate.
-        Parameters without `requires_grad` are not trained.
+        With `decay_matrices_only`, weight decay spares all but the `weight_matrices` of `net`. Parameters without
+        `requires_grad` are not trained.
         """
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.lr_multipliers = lr_multipliers or {}
+        self.decay_matrices_only = decay_matrices_only
         self.curve_weights: tuple[nn.Parameter, ...] = ()
         """The parameters of a learned schedule; see `LearnedScheduleModule`."""
         self.find_weights()
@@ -113,15 +116,24 @@ class TrainingModule(L.LightningModule):
         optimizer = self.make_optimizer(self.parameter_groups())
         for group in optimizer.param_groups:
             group["lr"] *= group.pop("lr_multiplier", 1.0)
+            group.pop("matrices", None)
         optimizer.register_load_state_dict_pre_hook(keep_current_settings)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        if not self.lr_multipliers:
-            return [{"params": list(self.weights)}]
-        trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
-        groups = group_by_multiplier(trained, self.lr_multipliers)
-        return [{"params": parameters, "lr_multiplier": factor} for factor, parameters in groups]
+        """Return the groups for the optimizer; "lr_multiplier" and "matrices" are removed after its construction."""
+        matrices = weight_matrices(self.net)
+        groups = [(1.0, list(self.weights))]
+        if self.lr_multipliers:
+            trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+            groups = group_by_multiplier(trained, self.lr_multipliers)
+        result: list[dict[str, Any]] = []
+        for factor, parameters in groups:
+            decayed = [p for p in parameters if not self.decay_matrices_only or p in matrices]
+            spared = [p for p in parameters if self.decay_matrices_only and p not in matrices]
+            result.append({"params": decayed, "lr_multiplier": factor, "matrices": matrices})
+            result.append({"params": spared, "lr_multiplier": factor, "weight_decay": 0.0})
+        return [group for group in result if group["params"]]
 
     def optimizer_state(self) -> set[str]:
         """Return the names of the values that the optimizer keeps for each weight, from a step on a small weight."""

@@ -119,7 +119,7 @@ def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, 
 
 
 def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":
-    """Return the averaged (`ema`) or raw weights, with adapters merged.
+    """Return the averaged (`ema`) or raw weights, with adapters merged and without the projection of `repa`.
 
     Raises ValueError if the file does not contain them.
     """
@@ -134,6 +134,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     weights = weights if ema else checkpoint.get("current_model_state", weights)
+    weights = {name: value for name, value in weights.items() if not name.startswith("repa.")}
     lora = checkpoint["hyper_parameters"].get("lora")
     return merge_adapters(weights, float(lora["alpha"])) if lora else weights
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
 from src.training.base import TrainingModule
+from src.training.callbacks.ema import EMA
+from src.training.callbacks.power_ema import PowerEMA
 from src.training.optim import MakeOptimizer, trial_state
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def estimate(
     device: torch.device,
     precision: str,
     optimizer: MakeOptimizer | None,
-    average: bool = True,
+    averages: int = 1,
     shards: int = 1,
     buckets: bool = False,
     null: Tensor | None = None,
@@ -38,9 +40,9 @@ def estimate(
     """Estimate the peak bytes of a step on one device by torch's tracker, from one pass with fake tensors.
 
     `net` is on the meta device and gets `microbatch_size` samples of `shape`, and conditions like `null` (1, ...).
-    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `average` adds the
-    EMA, `buckets` DDP's copy of the gradients, and `shards` divides the weights (FSDP). Allocations of libraries are
-    not included, and a compiled network counts as uncompiled.
+    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `averages` is the
+    number of averages of the weights, `buckets` adds DDP's copy of the gradients, and `shards` divides the weights
+    (FSDP). Allocations of libraries are not included, and a compiled network counts as uncompiled.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -68,8 +70,13 @@ def estimate(
     weights, size = sum(p.nbytes for p in net.parameters()), sum(p.numel() for p in net.parameters())
     state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
     moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
-    lasting = (3 if buckets else 2) * weights + moments + (4 * size if average else 0)
+    lasting = (3 if buckets else 2) * weights + moments + 4 * size * averages
     return peak - 2 * weights + lasting // shards
+
+
+def count_averages(callbacks: Sequence[L.Callback]) -> int:
+    """Return the number of float32 averages of the weights that callbacks keep."""
+    return sum(len(c.lengths or ()) if isinstance(c, PowerEMA) else isinstance(c, EMA) for c in callbacks)
 
 
 def gib(size: float) -> str:
@@ -174,7 +181,8 @@ def _step_twice(module: TrainingModule, trainer: L.Trainer, microbatch_size: int
     precision.convert_module(trial)
     trial.find_weights()
     trial.compiled_training = None  # compiling takes a minute per size
-    copies = 2 if trainer.world_size > 1 else 1
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    copies = count_averages(callbacks) + (1 if trainer.world_size > 1 else 0)
     reserved = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
     optimizer, _ = trial.prepare_optimizer(1)
     batch: Any = {"x": torch.zeros(microbatch_size, *trial.shape, device=device), "start": 0, "total": microbatch_size}

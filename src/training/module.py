@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from src.data.batches import Batch
+from src.data.module import Coupling
 from src.data.samplers import VALIDATION
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.losses import Denoise
@@ -19,6 +20,7 @@ from src.diffusion.timestep_samplers import ImportanceSampler, TimestepSampler, 
 from src.rng import StepRng
 from src.training.base import TrainingModule
 from src.training.callbacks.importance import ImportanceUpdate
+from src.training.coupling import check_coupling, coupled_noise
 from src.training.sampling import ConditionSpec, Sampler, SamplingModule
 
 __all__ = ["ConditionSpec", "DiffusionModule", "LossFn", "Sampler"]
@@ -40,7 +42,8 @@ class LossFn(Protocol):
 class DiffusionModule(SamplingModule, TrainingModule):
     """Train `net` to predict the target of the diffusion process at random noise levels, and sample from it.
 
-    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler` and `lr_multipliers`.
+    `TrainingModule.prepare_training` describes `optimizer`, `lr_scheduler`, `lr_multipliers` and
+    `decay_matrices_only`. `coupling` "ot" assigns the noise to the samples of a batch.
     """
 
     def __init__(
@@ -57,13 +60,18 @@ class DiffusionModule(SamplingModule, TrainingModule):
         lr_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
         conditioning: ConditionSpec | None = None,
         lr_multipliers: Mapping[str, float] | None = None,
+        decay_matrices_only: bool = False,
+        coupling: Coupling = "independent",
     ) -> None:
-        super().__init__(net, schedule, diffusion, sampler, shape, conditioning)
+        super().__init__(net, schedule, diffusion, sampler, shape, conditioning, deterministic=coupling == "ot")
         self.loss_fn = loss_fn
         self.timestep_sampler = timestep_sampler
         terms = self.check_loss()
         self.estimates_bound = "vlb" in terms
-        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers)
+        self.coupling: Coupling = coupling
+        if coupling == "ot":
+            check_coupling(schedule, conditioning is not None, self.estimates_bound)
+        self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers, decay_matrices_only)
 
     def configure_callbacks(self) -> list[L.Callback]:
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
@@ -77,7 +85,7 @@ class DiffusionModule(SamplingModule, TrainingModule):
         rng = self.step_rng(batch, self.global_step)
         x0, cond = batch["x"], self.drop_condition(batch, rng)
         v, weight = self.timestep_sampler(rng.uniform("t"), rng.shared("t"), batch_positions(batch))
-        t, eps = self.transition(v, x0), rng.normal("eps", x0.shape[1:])
+        t, eps = self.transition(v, x0), self.draw_noise(x0, rng)
         terms = self.compute_losses(x0, t, eps, cond, batch.get("augment"))
         loss = (weight * terms["loss"]).mean()
         return {"loss": loss, "v": v, "weight": weight, "terms": {name: x.detach() for name, x in terms.items()}}
@@ -86,8 +94,12 @@ class DiffusionModule(SamplingModule, TrainingModule):
         rng = self.step_rng(batch, VALIDATION)
         x0, cond = batch["x"], None if self.null is None else batch["cond"]
         v, _ = stratified(rng.uniform("t"), rng.shared("t"), batch_positions(batch))
-        t, eps = self.transition(v, x0), rng.normal("eps", x0.shape[1:])
+        t, eps = self.transition(v, x0), self.draw_noise(x0, rng)
         self.log_validation(self.compute_losses(x0, t, eps, cond))
+
+    def draw_noise(self, x0: Tensor, rng: StepRng) -> Tensor:
+        """Return the noise (B, *data) of the samples x0 (B, *data)."""
+        return rng.normal("eps", x0.shape[1:]) if self.coupling == "independent" else coupled_noise(x0, rng)
 
     def drop_condition(self, batch: Batch, rng: StepRng) -> Tensor | None:
         """Return the conditions (B, ...), each replaced by the null condition with probability `cond_drop_prob`."""

@@ -13,6 +13,21 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # parameter groups -> an optimizer
 
 
+def weight_matrices(net: nn.Module) -> dict[nn.Parameter, str]:
+    """Return the weights of linear layers and convolutions, and their names.
+
+    These are the parameters named `weight` with at least two dimensions, except those of `nn.Embedding`. All others are
+    biases, norms, embeddings, positions and learned tokens.
+    """
+    return {
+        p: name
+        for name, p in net.named_parameters()
+        if (parts := name.rpartition("."))[2] == "weight"
+        and p.ndim > 1
+        and not isinstance(net.get_submodule(parts[0]), nn.Embedding)
+    }
+
+
 def warmup(
     optimizer: Optimizer, num_steps: int, *, warmup_steps: int, decay: Literal["none", "linear", "cosine"] = "none"
 ) -> LambdaLR:
@@ -83,6 +98,6 @@ def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:
     """Return the optimizer's state of a weight (size, size) after one step."""
     weight = nn.Parameter(torch.zeros(size, size))
     weight.grad = torch.zeros(size, size)
-    optimizer = make([{"params": [weight]}])
+    optimizer = make([{"params": [weight], "matrices": {weight: "weight"}}])
     optimizer.step()
     return dict(optimizer.state[weight])

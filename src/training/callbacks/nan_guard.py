@@ -13,6 +13,7 @@ from torch import Tensor
 
 from src.training.base import TrainingModule
 from src.training.callbacks.ema import EMA
+from src.training.callbacks.power_ema import PowerEMA
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint
 from src.training.lightning_internals import stop_training
@@ -32,10 +33,10 @@ class Step(NamedTuple):
 class NonFiniteGuard(L.Callback):
     """Skip and record steps whose loss or gradient is not finite, and roll back after `patience` in a row.
 
-    `directory`/nonfinite.jsonl records each such step. A rollback restores weights, average and optimizer from the last
-    intact checkpoint before those steps and multiplies the learning rate by `lr_factor`; the data stream continues.
-    After `max_rollbacks` training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so
-    that no step waits for the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
+    `directory`/nonfinite.jsonl records each such step. A rollback restores weights, averages and optimizer from the
+    last intact checkpoint before those steps and multiplies the learning rate by `lr_factor`; the data stream
+    continues. After `max_rollbacks` training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps`
+    steps, so that no step waits for the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
     """
 
     def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
@@ -167,6 +168,8 @@ class NonFiniteGuard(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMA):
                 callback.restore(module, checkpoint)
+            elif isinstance(callback, PowerEMA):
+                callback.restore(trainer, module, checkpoint)
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
             group["lr"] = self.lr_factor * rate
         for config in trainer.lr_scheduler_configs:
