@@ -35,7 +35,7 @@ MAX_MEASURED = 10_000
 """Training images on which scale and shift are measured."""
 OTHER_SETTINGS = (
     *("batch_size", "microbatch_size", "num_workers", "seed", "split_seed", "val_fraction", "skip_unreadable"),
-    *("balance_classes", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
+    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
 )
 """Settings of the data that do not change the latents of an image, or that the key of the cache has in another form."""
 
@@ -178,6 +178,7 @@ class LatentDataModule(BaseDataModule):
         self.device = device
         self.is_cached = is_cached
         self.balance_classes = images.balance_classes
+        self.coupling = images.coupling
         self.read_errors = images.read_errors
 
     @property
