@@ -181,7 +181,12 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         )
         write_pipeline(start_output(folder), pipeline)
         if autoencoder is not None:
+            from src.interop.autoencoders import DiffusersAutoencoder
+            from src.runs.latents import fingerprint_of
+
             autoencoder.save_pretrained(folder / "vae")
+            fingerprint = fingerprint_of(DiffusersAutoencoder(autoencoder))
+            config = config | {"autoencoder": config["autoencoder"] | {"fingerprint": fingerprint}}
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
@@ -189,10 +194,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
 
 
 def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
-    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one.
-
-    Raises ValueError for an autoencoder that diffusers does not have.
-    """
+    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one."""
     from src.data.latents import LatentDataModule
     from src.interop.autoencoders import as_diffusers
     from src.interop.diffusers_export import Latents

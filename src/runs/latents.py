@@ -78,7 +78,6 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
 
     `location` is a run of task=autoencoder, its checkpoint or export, or a folder or a name on the Hub of diffusers.
     """
-    from src.cache import digest
     from src.interop.autoencoders import PATTERNS, autoencoder_folder, read_autoencoder
 
     path = Path(location).expanduser()
@@ -92,8 +91,15 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
         )
     folder = autoencoder_folder(path) if path.is_dir() else None
     net: Any = open_autoencoder(str(path), trust) if folder is None else read_autoencoder(folder)
-    weights = [part for name, value in sorted(net.state_dict().items()) for part in (name, value)]
-    return net, digest(type(net).__name__, *weights)
+    return net, fingerprint_of(net)
+
+
+def fingerprint_of(autoencoder: Any) -> str:
+    """Return a hash of the class and the weights of an autoencoder."""
+    from src.cache import digest
+
+    weights = [part for name, value in sorted(autoencoder.state_dict().items()) for part in (name, value)]
+    return digest(type(autoencoder).__name__, *weights)
 
 
 def measure_latents(data: "BaseDataModule") -> dict[str, list[float]]:
