@@ -22,6 +22,7 @@ from src.distributed.sharding import shard, total_norm
 from src.rng import StepRng
 from src.training.callbacks.importance import ImportanceUpdate
 from src.training.callbacks.resume import ResumeTraining
+from src.training.callbacks.schedule_free import ScheduleFreeAverage, adamw_schedule_free
 from src.training.callbacks.seeding import SeedDropout
 from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
@@ -89,7 +90,9 @@ class DiffusionModule(SamplingModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
-        return [SeedDropout(), ResumeTraining(), *([ImportanceUpdate()] if importance else [])]
+        averages = getattr(self.make_optimizer, "func", None) is adamw_schedule_free
+        further = [*([ImportanceUpdate()] if importance else []), *([ScheduleFreeAverage()] if averages else [])]
+        return [SeedDropout(), ResumeTraining(), *further]
 
     def configure_model(self) -> None:
         """Shard the network if the strategy shards weights."""
