@@ -26,7 +26,7 @@ GROUPS = {
     "conditioning": "Conditions for conditional models. The default is `null`.",
     "lora": "Low-rank adapters for fine-tuning ([finetuning.md](finetuning.md)). The default is `null`.",
     "sampler": "Samplers.",
-    "optimizer": "Optimizers.",
+    "optimizer": "Optimizers; see [design.md](design.md#optimizers).",
     "lr_scheduler": "Learning-rate schedules.",
     "trainer": "Lightning's Trainer.",
     "callbacks": "Callbacks.",

@@ -18,7 +18,7 @@ from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.losses import Denoise
 from src.diffusion.noise import CLEAN, Schedule, Transition
 from src.diffusion.timestep_samplers import ImportanceSampler, TimestepSampler, stratified
-from src.distributed.sharding import shard, total_norm
+from src.distributed.sharding import shard, unsharded
 from src.rng import StepRng
 from src.training.callbacks.importance import ImportanceUpdate
 from src.training.callbacks.resume import ResumeTraining
@@ -224,7 +224,7 @@ class DiffusionModule(SamplingModule):
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the gradient and return its norm () before clipping."""
-        norm = total_norm(nn.utils.clip_grad_norm_(self.weights, max_norm))
+        norm = unsharded(nn.utils.clip_grad_norm_(self.weights, max_norm))
         if self._is_logged(self.global_step + 1):
             self.log("train/grad_norm", norm)
         return norm
