@@ -76,6 +76,8 @@ class DiffusionModule(SamplingModule):
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        is_schedule_free = getattr(optimizer, "func", None) is adamw_schedule_free
+        self.averages = [ScheduleFreeAverage()] if is_schedule_free else []  # one for fit and the last validation
         self.lr_multipliers = lr_multipliers or {}
         self.decay_matrices_only = decay_matrices_only
         self.curve_weights: tuple[nn.Parameter, ...] = ()
@@ -90,9 +92,7 @@ class DiffusionModule(SamplingModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         importance = isinstance(self.timestep_sampler, ImportanceSampler)
-        averages = getattr(self.make_optimizer, "func", None) is adamw_schedule_free
-        further = [*([ImportanceUpdate()] if importance else []), *([ScheduleFreeAverage()] if averages else [])]
-        return [SeedDropout(), ResumeTraining(), *further]
+        return [SeedDropout(), ResumeTraining(), *([ImportanceUpdate()] if importance else []), *self.averages]
 
     def configure_model(self) -> None:
         """Shard the network if the strategy shards weights."""
