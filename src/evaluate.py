@@ -10,6 +10,7 @@ from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
+from src.runs.checkpoints import find_checkpoint
 from src.runs.evaluation import build_analytic, build_samplers, check_lengths, evaluation_settings
 from src.viz.tables import format_bits, format_duration, lengths_table, markdown, write_json
 
@@ -42,7 +43,7 @@ def evaluate_lengths(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate the averages of each length in `ema`, in a folder each, and write a table of all."""
     with usage_errors():
         evaluation_settings(cfg)
-        check_lengths(cfg)
+        check_lengths(find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path), cfg.ema)
     results = {}
     for length in cfg.ema:
         if rank() == 0:

@@ -54,6 +54,16 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
         # A fused step unscales gradients itself, after Lightning has clipped them.
         warnings.warn(f"trainer.precision={cfg.trainer.precision} sets optimizer.fused=false", stacklevel=3)
         cfg.optimizer.fused = False
+    if (
+        str(cfg.optimizer.get("_target_")).endswith(".adamw_schedule_free")
+        and (cfg.callbacks or {}).get("ema") is not None
+    ):
+        if is_typed("callbacks.ema.decay"):
+            raise ValueError(
+                f"callbacks.ema.decay={cfg.callbacks.ema.decay} has no effect with optimizer=schedule_free, which "
+                "averages the weights itself; leave it out"
+            )
+        cfg.callbacks.ema = None
     if (node := (cfg.logger or {}).get("wandb")) and node.id is None:
         from src.training.loggers import wandb_id
 

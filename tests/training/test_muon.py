@@ -177,6 +177,38 @@ def test_muon_resumes_with_equal_bits(tmp_path):
         assert "\n" not in str(error.value)
 
 
+SHARDED = """
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from src.training.muon import MuonAdamW
+
+distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+for shape in ((12, 5), (5, 12), (7, 4, 3, 3)):
+    weight, gradients = torch.randn(shape), torch.randn(3, *shape)
+    states = []
+    for place in (lambda x: x.clone(), lambda x: distribute_tensor(x, mesh, [Shard(0)])):
+        p = nn.Parameter(place(weight))
+        optimizer = MuonAdamW([{"params": [p], "matrices": {p: "weight"}}], lr=0.1)
+        for gradient in gradients:
+            p.grad = place(gradient)
+            optimizer.step()
+        states.append((p.detach(), optimizer.state[p]["momentum_buffer"]))
+    for whole, sharded in zip(*states):
+        assert sharded.to_local().shape[0] < shape[0]
+        assert torch.equal(whole, sharded.full_tensor())
+"""
+
+
+def test_sharded_matrices_take_the_same_steps(tmp_path):
+    for done in run_ranks(2, "-c", SHARDED, cwd=tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("muon") / "alone"
