@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.models.attention import Norm, RotaryAttention, TokenAttention, make_norm, rotary_table, sincos_positions
+from src.models.attention import (
+    Norm,
+    RotaryAttention,
+    TokenAttention,
+    make_norm,
+    rotary_table,
+    sincos_positions,
+    swiglu,
+)
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import TimeEmbedding, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
@@ -209,9 +217,5 @@ class DiTBlock(nn.Module):
         if self.cross is not None:
             x = x + self.cross(x, tokens, token_mask)
         h = self.linear1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        if self.gated:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        else:
-            h = F.gelu(h, approximate="tanh")
+        h = swiglu(h) if self.gated else F.gelu(h, approximate="tanh")
         return torch.addcmul(x, gate2, self.linear2(self.dropout(h)))
