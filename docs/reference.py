@@ -28,7 +28,7 @@ GROUPS = {
     "lora": "Low-rank adapters for fine-tuning ([finetuning.md](finetuning.md)). The default is `null`.",
     "repa": "Alignment of hidden features ([flows.md](flows.md)). The default is `null`.",
     "sampler": "Samplers.",
-    "optimizer": "Optimizers.",
+    "optimizer": "Optimizers; see [design.md](design.md#optimizers).",
     "lr_scheduler": "Learning-rate schedules.",
     "trainer": "Lightning's Trainer.",
     "callbacks": "Callbacks.",

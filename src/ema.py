@@ -22,6 +22,8 @@ def ema(cfg: DictConfig) -> list[Path]:
         checkpoint = read_checkpoint(path)
         tracked = tracked_averages(checkpoint, path, "length")
         lengths = list(cfg.length) if isinstance(cfg.length, ListConfig) else [cfg.length]
+        if not lengths:
+            raise ValueError("length=[] must list at least one length, such as 0.1")
         results = [tracked.reconstruct(length, "length") for length in lengths]
         folder = averages_folder(path)
         folder.mkdir(exist_ok=True)
@@ -30,7 +32,8 @@ def ema(cfg: DictConfig) -> list[Path]:
         file = folder / f"length_{length:g}.safetensors"
         weights = weights_of(averaged_checkpoint(checkpoint, tracked, result), True, path)
         write_exported(file, weights, True, exportable_settings(checkpoint["hyper_parameters"])[0])
-        print(f"{relative(file)}: at most {result.error:.1e} of the range of a weight off the exact average")
+        error = max(result.error, 1e-6)  # float32 rounds
+        print(f"{relative(file)}: each weight is exact up to {error:.0e} of its range during training")
         files.append(file)
     words = [*search_path_overrides(), format_override("ckpt", relative(files[-1])), "n=64"]
     print(f"Sample from it with: {command('sample', *words)}")

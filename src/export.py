@@ -18,6 +18,8 @@ from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
 if TYPE_CHECKING:
+    from src.data.module import BaseDataModule
+    from src.interop.diffusers_export import Latents
     from src.runs.open import OpenedRun
 
 FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
@@ -42,7 +44,9 @@ def export(cfg: DictConfig) -> Path:
 
             check_compiler("aot")
         try:
-            opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from)
+            opened = open_run(
+                cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, autoencoder=cfg.autoencoder
+            )
         except AutoencoderError:
             path, hint = export_autoencoder(cfg)
             print(hint)
@@ -50,7 +54,13 @@ def export(cfg: DictConfig) -> Path:
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
-    write_model_card(folder, opened, usage(cfg, path, hint), library, draw=cfg.hub is not None or library is not None)
+    write_model_card(
+        folder,
+        opened,
+        usage(cfg, path, hint, "autoencoder.path" in left_out),
+        library,
+        draw=cfg.hub is not None or library is not None,
+    )
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")
@@ -74,12 +84,12 @@ def check_hub(cfg: DictConfig) -> None:
         )
 
 
-def usage(cfg: DictConfig, path: Path, hint: str) -> str:
+def usage(cfg: DictConfig, path: Path, hint: str, needs_autoencoder: bool = False) -> str:
     """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
     from src.runs.model_card import usage_in_project
 
     if cfg.format == "safetensors":
-        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}")
+        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}", needs_autoencoder)
     if cfg.format == "diffusers":
         code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
         packages = "torch, diffusers and tokenizers" if (path / "network.pt2").exists() else "torch and diffusers"
@@ -110,7 +120,9 @@ def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConf
     """Write `model.safetensors`, the weights and the model configuration, for this project."""
     path = start_output(Path(cfg.run_dir)) / MODEL_FILE
     write_exported(path, opened.module.state_dict(), opened.averaged, config)
-    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
+    place = OmegaConf.select(opened.config, "autoencoder.path")
+    autoencoder = [format_override("autoencoder", place)] if place and config["autoencoder"]["path"] is None else []
+    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), *autoencoder, "n=64")
     return path, f"Sample from it with: {sample}"
 
 
@@ -121,6 +133,11 @@ def write_program(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
     from src.interop import torch_export
 
     module, folder = opened.module, Path(cfg.run_dir)
+    if opened.data.displayed is not opened.data:
+        raise UsageError(
+            f"format={cfg.format} has no autoencoder, so its samples would be latents; type format=diffusers or "
+            "format=safetensors"
+        )
     for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
         if (folder / name).exists():
             raise UsageError(f"{format_override('hydra.run.dir', folder)} already has {name}; choose another folder")
@@ -164,15 +181,37 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         guidance = OmegaConf.create({**cfg.guidance, "model": None})
         settings = sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, guidance)
+        autoencoder, latents = vae_of(opened.data)
         pipeline = make_pipeline(
             *(module.net, config["model"], module.diffusion, module.schedule, sampler.fn, sampler.steps),
             *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
+            latents,
         )
         write_pipeline(start_output(folder), pipeline)
+        if autoencoder is not None:
+            from src.interop.autoencoders import DiffusersAutoencoder
+            from src.runs.latents import fingerprint_of
+
+            autoencoder.save_pretrained(folder / "vae")
+            fingerprint = fingerprint_of(DiffusersAutoencoder(autoencoder))
+            config = config | {"autoencoder": config["autoencoder"] | {"fingerprint": fingerprint}}
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
+
+
+def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
+    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one."""
+    from src.data.latents import LatentDataModule
+    from src.interop.autoencoders import as_diffusers
+    from src.interop.diffusers_export import Latents
+
+    if not isinstance(data, LatentDataModule):
+        return None, None
+    net = as_diffusers(data.autoencoder)
+    assert data.scale is not None and data.shift is not None
+    return net, Latents(type(net).__name__, data.autoencoder.channels, data.scale, data.shift)
 
 
 WRITERS: dict[str, Writer] = {

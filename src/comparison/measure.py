@@ -50,15 +50,19 @@ def measure_run(
 
     `advance` receives the number of samples that completed a sampler step, or a network call of the bound.
     """
-    module, data, condition = run.module, evaluator.data, run.data.condition
-    generated = evaluator.draw(module, sampler, lambda count: advance(count * sampler.steps), condition=condition)
+    is_latent = run.data.displayed is not run.data
+    module, data, condition = run.module, run.data if is_latent else evaluator.data.displayed, run.data.condition
+    data.setup()
+    generated = evaluator.draw(
+        module, sampler, lambda count: advance(count * sampler.steps), condition=condition, decode=data.postprocess
+    )
     (samples,) = evaluator.measure([generated])
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
     result["cost/calls_per_image"] = torch.tensor(generated.calls)
     result["cost/seconds_per_image"] = torch.tensor(generated.seconds)
     num_shown = NUM_IMAGES if generated.first.ndim > 2 else NUM_POINTS
     result["samples"] = generated.first[:num_shown]
-    result["real"] = data.postprocess(data.examples(num_shown))
+    result["real"] = data.displayed_examples(num_shown)
     if module.coupling == "ot":  # the bound describes another model
         result["error"] = torch.full((len(SPECTRUM) - 1,), torch.nan)
         return result
@@ -101,7 +105,7 @@ def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root)
+    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=cfg.autoencoder)
 
 
 def compared_sampler_settings(run: SurveyedRun, cfg: DictConfig) -> DictConfig:
@@ -154,17 +158,9 @@ def measure_all(
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
-        module = first.module.to(processes.device)
+        first.module.to(processes.device)
         if processes.rank == 0:
-            calls, size = module.network_calls(samplers[missing[0]]), min(cfg.batch_size, cfg.n)
-            turns = -(-len(missing) // processes.count)
-            seconds = time_network_call(module, size) / size * (cfg.n * calls + bound_calls) * turns
-            others = f" ({len(runs) - len(missing)} others are cached)" if len(missing) < len(runs) else ""
-            tqdm.write(
-                f"Measuring {len(missing)} runs{others}: {cfg.n} samples with {calls} network calls each, and the "
-                f"bound of validation data; about {format_duration(seconds)} on {processes.count} x "
-                f"{processes.device.type}"
-            )
+            announce_runs(first, samplers[missing[0]], cfg, bound_calls, len(missing), len(runs), processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
 
     def measure(k: int) -> Measurements:
@@ -184,6 +180,26 @@ def measure_all(
         return [done[k] if k in done else measure(k) for k in range(len(runs))] if processes.rank == 0 else []
 
 
+def announce_runs(
+    first: OpenedRun,
+    sampler: Sampler,
+    cfg: DictConfig,
+    bound_calls: int,
+    num_missing: int,
+    num_runs: int,
+    processes: Processes,
+) -> None:
+    """Print how long it takes to measure the missing runs, each with `bound_calls` network calls besides samples."""
+    calls, size = first.module.network_calls(sampler), min(cfg.batch_size, cfg.n)
+    turns = -(-num_missing // processes.count)
+    seconds = time_network_call(first.module, size) / size * (cfg.n * calls + bound_calls) * turns
+    others = f" ({num_runs - num_missing} others are cached)" if num_missing < num_runs else ""
+    tqdm.write(
+        f"Measuring {num_missing} runs{others}: {cfg.n} samples with {calls} network calls each, and the bound of "
+        f"validation data; about {format_duration(seconds)} on {processes.count} x {processes.device.type}"
+    )
+
+
 def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
     """Return the number of validation samples in the bound."""
     return min(cfg.num_val or len(data.val_indices), len(data.val_indices))
@@ -191,7 +207,7 @@ def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
 
 def data_digest(opened: OpenedRun) -> str:
     opened.data.setup()
-    source, indices = opened.data.source, opened.data.val_indices
+    source, indices = opened.data.displayed.source, opened.data.val_indices
     assert source is not None
     parts = (digest(source.fetch(indices[start : start + 256])) for start in range(0, len(indices), 256))
     return digest(len(source), *parts)

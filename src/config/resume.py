@@ -22,8 +22,8 @@ NAME_KEYS = (
     *("data.source.image_key", "data.source.label_key", "data.source.caption_key"),
 )
 """Settings with names of columns, formats of dates and patterns, which may look like paths."""
-CACHE_KEY = "data.cache_dir"
-"""A folder to write to, which a resumed run takes from its own command line only."""
+CACHE_KEYS = ("data.cache_dir", "autoencoder.cache_dir")
+"""Folders to write to, which a resumed run takes from its own command line only."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""
 
@@ -52,11 +52,13 @@ def expand_resume(overrides: list[str]) -> list[str]:
             return overrides
         overrides = [*overrides, f"resume={_quoted(folder)}"]
     if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
-        hint = newest_run("resume", Path(folder)) or "; name a folder with .hydra and checkpoints"
+        inside = next((each for each in Path(folder).parents if (each / ".hydra" / "overrides.yaml").is_file()), None)
+        hint = f"; type {format_override('resume', inside)}" if inside else newest_run("resume", Path(folder))
+        hint = hint or "; name a folder with .hydra and checkpoints"
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
-        before = [o for o in before if key_of(o) != CACHE_KEY]
+        before = [o for o in before if key_of(o) not in CACHE_KEYS]
         check_saved(Path(folder), before)
     named = last_value(overrides, "hydra.run.dir")
     if named is not None and Path(named).resolve() != Path(folder).resolve():
@@ -72,7 +74,7 @@ def explain_resume(
 ) -> UsageError:
     """Return the error of `expanded` overrides, which `expand_resume` made of the `typed` ones, in terms of `typed`."""
     folder = last_value(expanded, "resume")
-    if folder in (None, "auto"):
+    if folder in (None, "auto") or command != "train":
         return error
     saved = Path(str(folder))
     own = [o for o in typed if key_of(o) not in ("resume", "trust", "hydra.run.dir")]

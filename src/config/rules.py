@@ -50,6 +50,7 @@ RANGES = {
     "repa.stop_step": "[1, inf)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
+    "autoencoder.batch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
     "data.val_fraction": "(0, 1)",
     "data.skip_unreadable": "[0, 1]",
@@ -119,6 +120,7 @@ CHOICES = {
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
     "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
+    "autoencoder.dtype": ("float32", "float16"),
     "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
@@ -137,6 +139,7 @@ WORDS = {"data.source.class_depth": ("all",)}
 
 EXAMPLES = {
     "ema": True,
+    "callbacks.power_ema.lengths": [0.05, 0.1],
     "guidance.scale": 1.0,
     "guidance.rescale": 0.0,
     "guidance.interval": [0.2, 5],
@@ -250,14 +253,15 @@ def _example(name: str, default: Any, value: Any) -> str:
         has_switch = "enabled" in default and isinstance(value, bool)
         return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
     if isinstance(default, bool) or "${" in str(default):
-        return ""
+        return ", or the length of an average, such as 0.1" if name == "ema" else ""
     if isinstance(default, int):
         if isinstance(value, float) and value.is_integer():
             return f"; type {name}={int(value)}"
         if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
             sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
             return f", such as {default}; for one job per value type {sweep}"
-    return f", such as {default}"
+    shown = re.sub(r"[' ]", "", str(default)) if isinstance(default, list) else default  # as it is typed
+    return f", such as {shown}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:

@@ -18,6 +18,8 @@ from src.config.search_path import CONF, config_groups
 from src.errors import UsageError, did_you_mean, first_line
 from src.quoting import format_override, shell_word
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet", ".json", ".jsonl")
+
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into overrides and Hydra's flags with their values.
@@ -133,9 +135,13 @@ def expand_home(overrides: Sequence[str]) -> list[str]:
     return expanded
 
 
-def expand_init_from(overrides: Sequence[str]) -> list[str]:
-    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place."""
-    return [re.sub(r"^(\+*)init_from=(?!\{)", r"\1init_from.path=", override) for override in overrides]
+def expand_init_from(overrides: Sequence[str], command: str = "train") -> list[str]:
+    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place.
+
+    Likewise `autoencoder=FOLDER` of src.train; that of other commands is not a node.
+    """
+    nodes = "init_from|autoencoder" if command == "train" else "init_from"
+    return [re.sub(rf"^(\+*)({nodes})=(?!\{{)", r"\1\2.path=", override) for override in overrides]
 
 
 def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:
@@ -201,6 +207,11 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
         if found := [f"{group}={option}" for group, option in choices if option in groups.get(group, ())]:
             return f"type {found[0]}"
     if Path(word).exists() or "/" in word:
+        is_run = word.endswith(".ckpt") or any((Path(word) / name).exists() for name in (".hydra", "checkpoints"))
+        if config_name == "doctor" or (config_name == "train" and Path(word).exists() and not is_run):
+            suffix = Path(word).suffix.lower()
+            kind = "table" if suffix in TABLE_SUFFIXES else "array" if suffix in (".npy", ".npz") else "folder"
+            return f"type data={kind} {format_override('data.path' if kind == 'table' else 'data.root', word)}"
         if word.endswith((".ckpt", ".safetensors")) and setting == "run":
             setting = "ckpt"
         word = word if setting == "ckpt" else run_folder(word)

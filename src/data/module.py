@@ -248,6 +248,21 @@ class BaseDataModule(L.LightningDataModule):
         """Map samples from `denormalize` to the form that is displayed."""
         return samples
 
+    # Samples of a network that are displayed in another space than its own, such as latents
+
+    @property
+    def displayed(self) -> "BaseDataModule":
+        """The data in whose space samples are displayed and compared: this, or the images of latents."""
+        return self
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Map samples of the network to preprocessed samples of `displayed`."""
+        return x
+
+    def displayed_examples(self, count: int) -> Tensor:
+        """Return the first `count` validation samples, postprocessed."""
+        return self.postprocess(self.examples(count))
+
     # Samples outside the loaders
 
     def fetch(self, indices: Sequence[int]) -> tuple[Tensor, list[int]]:

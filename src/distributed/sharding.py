@@ -49,9 +49,12 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
     )
 
 
-def total_norm(norm: Tensor) -> Tensor:
-    """Return the norm over all shards from the result of `clip_grad_norm_`. A collective call."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def unsharded(value: Tensor) -> Tensor:
+    """Return the full tensor on the device of its shards; a tensor that is not sharded is returned itself.
+
+    A collective call.
+    """
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 @torch.no_grad()

@@ -165,9 +165,9 @@ def save_samples(
 ) -> None:
     """Save samples of each sampler from the same noise, and next to it those nearest to the training data."""
     data = evaluator.data
-    real = data.postprocess(data.examples(NUM_SHOWN))
+    real = data.displayed_examples(NUM_SHOWN)
     if real.ndim == 2:
-        val = data.postprocess(data.examples(2000))
+        val = data.displayed_examples(2000)
         plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
         images.tile(plots).save(folder / "samples.png")
         return

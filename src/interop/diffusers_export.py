@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Pipeline(NamedTuple):
     call: dict[str, Any]
     """Arguments with which the pipeline samples as our sampler does."""
     channels: int
+    """Of the images."""
 
     @property
     def component(self) -> str:
@@ -60,6 +61,18 @@ class Pipeline(NamedTuple):
         return isinstance(self.model_index["_class_name"], list)
 
 
+class Latents(NamedTuple):
+    """The autoencoder that decodes the samples of a pipeline: its class in diffusers, and the channels of its images.
+
+    Its latents are x / scale + shift, both one number per channel.
+    """
+
+    kind: str
+    channels: int
+    scale: Sequence[float]
+    shift: Sequence[float]
+
+
 def make_pipeline(
     net: nn.Module,
     model: Mapping[str, Any],
@@ -70,10 +83,12 @@ def make_pipeline(
     spacing: Spacing | DefaultSpacing,
     encode: Mapping[str, Any] | None = None,
     guidance: Guidance | None = None,
+    latents: Latents | None = None,
 ) -> Pipeline:
     """Return the pipeline of a network with the arguments `model`, which samples as `sampler` does.
 
-    `encode` has the settings of the encoder of its conditions, such as the names of classes. Raises ValueError, naming
+    `encode` has the settings of the encoder of its conditions, such as the names of classes. `latents` is for a network
+    of latents, whose autoencoder the caller writes into the folder `vae`. Raises ValueError, naming
     the setting, for what diffusers does not have.
     """
     model = {name: each.default for name, each in inspect.signature(type(net)).parameters.items()} | dict(model)
@@ -93,22 +108,27 @@ def make_pipeline(
     # In the last of fewer steps than T, DDPMPipeline adds noise unless its variance is that of the posterior.
     is_stock &= scheduler.get("variance_type", "fixed_small") == "fixed_small" or steps == schedule.num_steps
     component = component_of(config)
-    if not is_stock or encode is not None or model["patch_size"] > 1 or component != "unet":
+    is_stock &= component == "unet" and model["patch_size"] == 1
+    if not is_stock or encode is not None or latents is not None:
         index["_class_name"] = [CODE, "UNetPipeline"]
         index |= {"patch_size": model["patch_size"] if config and component == "unet" else 1, "levels": levels}
         index["sigma_data"] = diffusion.sigma_data if diffusion.prediction == "edm" else None
         if encode is not None:
             index |= _condition(encode, model, config is None)
             index["guidance_scale"] = _check_guidance(guidance or Guidance()).scale
+        if latents is not None:
+            index["vae"] = ["diffusers", latents.kind]
+            scaling = {"scale": latents.scale, "shift": latents.shift}
+            index["latents"] = {k: {str(c): x for c, x in enumerate(each)} for k, each in scaling.items()}
     elif name == DDIM:
         call["use_clipped_model_output"] = True
     index |= {component: ["diffusers", config["_class_name"]] if config else [None, None]}
     index |= {"scheduler": ["diffusers", name]}
-    program = None
+    program, channels = None, model["channels"] if latents is None else latents.channels
     if config is None:
         program = trace(net, _inputs(index["text"], 2))
     config = config and config | version
-    return Pipeline(net, program, config, weights, scheduler | version, index, call, model["channels"])
+    return Pipeline(net, program, config, weights, scheduler | version, index, call, channels)
 
 
 def component_of(config: Mapping[str, Any] | None) -> str:

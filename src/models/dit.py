@@ -18,7 +18,7 @@ from src.models.attention import (
     swiglu,
 )
 from src.models.conditioning import Embedded, Embedding
-from src.models.layers import TimeEmbedding, depth_to_space, shape_of_data, space_to_depth, zero_init
+from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
 
 Activation = Literal["swiglu", "gelu"]
@@ -80,10 +80,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         channels, size = shape_of_data(channels, image_size)
-        numbers = {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+        check_positive(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if registers < 0:
             raise ValueError(f"model.registers={registers} must be at least 0; 4 is usual")
         for name, choice, choices in (

@@ -263,6 +263,13 @@ def depth_to_space(x: Tensor, patch_size: int) -> Tensor:
     return split.permute(0, 1, *order).reshape(b, -1, *(n * patch_size for n in size))
 
 
+def check_positive(**sizes: int | Sequence[int]) -> None:
+    """Raise ValueError for an argument of a network, a number or a list, that is not at least 1."""
+    for name, value in sizes.items():
+        if (value if isinstance(value, int) else min(value, default=0)) < 1:
+            raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+
+
 def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
     """Return the largest divisor of `channels` up to `max_groups` with at least `min_channels` per group, or 1."""
     allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= min_channels]

@@ -23,11 +23,11 @@ from src.runs.checkpoints import (
 from src.runs.components import (
     build_condition,
     build_module,
-    instantiate_node,
     start_wandb,
     to_plain,
     warn_about_schedule,
 )
+from src.runs.latents import build_data, has_autoencoder
 from src.runs.lock import lock_run_dir, unlock_run_dir
 from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
@@ -98,7 +98,7 @@ def build(cfg: DictConfig) -> Run:
     import lightning as L
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = instantiate_node(cfg.data)
+    data = build_data(cfg, trust=bool(cfg.trust))
     cfg = resolve(cfg, data, checkpoint)
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
@@ -116,6 +116,8 @@ def instantiate_run(
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
     check_task(cfg)
+    if has_autoencoder(cfg):
+        data.prepare_once_per_node()  # of a resumed run, before its processes wait for each other
     module: TrainingModule
     if is_autoencoder(cfg):
         module = build_autoencoder(cfg, data.shape, data.augment_labels)

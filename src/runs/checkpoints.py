@@ -147,7 +147,6 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Train
     Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
     """
     before, done = checkpoint["hyper_parameters"], checkpoint["global_step"]
-    changes = changed_settings(before, to_plain(cfg))
     if cfg.trainer.max_steps < done:
         raise ValueError(
             f"trainer.max_steps={cfg.trainer.max_steps} must be at least {done}, the steps that the run has taken: "
@@ -159,19 +158,21 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Train
             f"trainer.accumulate_grad_batches={now} cannot resume a run that had {batches}: keep it "
             "(data.microbatch_size sets it too), or start a new run"
         )
-    states = set(next(iter(checkpoint["optimizer_states"][0]["state"].values()), ()))
+    saved = checkpoint["optimizer_states"][0]
+    states = set().union(*(saved["state"].get(k, ()) for k in saved["param_groups"][0]["params"]))
     if states and (missing := module.optimizer_state() - states):
         raise ValueError(
             f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with "
             f"{before['optimizer']['_target_']}) lacks: resume with the optimizer of the run, or start a new run"
         )
-    return changes
+    return changed_settings(before, to_plain(cfg))
 
 
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
     *("data.encoders", "freeze", "lora", "repa", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("autoencoder.scale", "autoencoder.shift", "autoencoder.fingerprint"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 

@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from src.data.batches import Batch
-from src.distributed.sharding import shard, total_norm
+from src.distributed.sharding import shard, unsharded
 from src.rng import StepRng
 from src.training.callbacks.resume import ResumeTraining
+from src.training.callbacks.schedule_free import ScheduleFreeAverage, adamw_schedule_free
 from src.training.callbacks.seeding import SeedDropout
 from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
@@ -52,6 +53,8 @@ class TrainingModule(L.LightningModule):
         self.seed = seed
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        is_schedule_free = getattr(optimizer, "func", None) is adamw_schedule_free
+        self.averages = [ScheduleFreeAverage()] if is_schedule_free else []  # one for fit and the last validation
         self.lr_multipliers = lr_multipliers or {}
         self.decay_matrices_only = decay_matrices_only
         self.curve_weights: tuple[nn.Parameter, ...] = ()
@@ -63,7 +66,7 @@ class TrainingModule(L.LightningModule):
         """Gradient norm of the last step before clipping; not finite if the step was skipped."""
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [SeedDropout(), ResumeTraining()]
+        return [SeedDropout(), ResumeTraining(), *self.averages]
 
     def configure_model(self) -> None:
         """Shard the network if the strategy shards weights."""
@@ -156,7 +159,7 @@ class TrainingModule(L.LightningModule):
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the gradient and return its norm () before clipping."""
-        norm = total_norm(nn.utils.clip_grad_norm_(self.weights, max_norm))
+        norm = unsharded(nn.utils.clip_grad_norm_(self.weights, max_norm))
         if self._is_logged(self.global_step + 1):
             self.log("train/grad_norm", norm)
         return norm

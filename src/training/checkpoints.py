@@ -162,7 +162,8 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
 def may_be_path(name: str, value: str) -> bool:
     """Return whether the value of a setting may be a path of this machine."""
     is_text = name.startswith((*TEXT_KEYS, "data.columns", "data.encoders"))
-    if name == "conditioning.encode.model":
+    if name in ("conditioning.encode.model", "autoencoder.path"):
+        value = value.removeprefix("hf://")
         is_text = value.count("/") == 1 and not value.startswith("/") and not Path(value).exists()  # a hub id
     return not is_text and (name in PATH_KEYS or "/" in value or "\\" in value)
 
@@ -174,7 +175,7 @@ MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sample
 CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
 
 
-OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr")
+OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "autoencoder", "seed", "snr_shift", "zero_terminal_snr")
 """Settings with which a trained model is opened."""
 
 EXPORTED_KEYS = (*OPENED_KEYS, "task", "optimizer", "lr_scheduler")

@@ -5,7 +5,10 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from src.distributed.sharding import local_shard, shard_like, unsharded
 
 AdjustLr = Literal["match_rms_adamw", "original", "spectral_unclamped"]
 
@@ -73,25 +76,27 @@ class MuonAdamW(Optimizer):
         self.adamw.param_groups = [group for group in self.param_groups if "ns_steps" not in group]
         self.adamw.state = self.state
         self.adamw.step()
-        self.muon.param_groups, self.muon.state = [], cast(Any, {})
-        kernels = []
         for group in self.param_groups:
-            if "ns_steps" not in group:
-                continue
-            matrices = []
-            for p in group["params"]:
+            for p in group["params"] if "ns_steps" in group else ():
                 if p.grad is not None:
-                    matrix = p.detach().flatten(1)
-                    matrix.grad = p.grad.flatten(1)
-                    self.muon.state[matrix] = self.state[p]
-                    matrices.append(matrix)
-                    if p.ndim > 2:
-                        kernels.append((p, matrix))
-            self.muon.param_groups.append({**group, "params": matrices})
-        self.muon.step()  # type: ignore[no-untyped-call]
-        for kernel, matrix in kernels:
-            kernel.copy_(matrix.view_as(kernel))
+                    self._step_matrix(p, group)
         return loss
+
+    def _step_matrix(self, p: nn.Parameter, group: dict[str, Any]) -> None:
+        """Let Muon update one matrix, which is gathered if it is sharded: orthogonalization needs all of it."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        stored = p.detach(), state["momentum_buffer"]
+        matrix, momentum = (unsharded(each).flatten(1) for each in stored)
+        assert p.grad is not None
+        matrix.grad = unsharded(p.grad).flatten(1)
+        self.muon.param_groups = [{**group, "params": [matrix]}]
+        self.muon.state = cast(Any, {matrix: {"momentum_buffer": momentum}})
+        self.muon.step()  # type: ignore[no-untyped-call]
+        for target, value in zip(stored, (matrix, momentum), strict=True):
+            if value is not target:
+                local_shard(target).copy_(shard_like(value.view(p.shape), p))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
+"""What a schedule-free optimizer keeps in its parameter groups besides settings."""
+
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]  # parameter groups -> an optimizer
 
 
@@ -56,12 +59,13 @@ def skip_unless(finite: Tensor, optimizer: Optimizer) -> None:
 
 
 def keep_current_settings(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Replace the settings in a state to load by the optimizer's own, except the learning rate.
+    """Replace the settings in a state to load by the optimizer's own, except the learning rate and `COUNTERS`.
 
     A run may resume with other settings, or in a precision whose optimizer is not fused.
     """
     for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        group.update({name: value for name, value in own.items() if name not in ("params", "lr", "initial_lr")})
+        kept = ("params", "lr", "initial_lr", *COUNTERS)
+        group.update({name: value for name, value in own.items() if name not in kept})
 
 
 def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
@@ -83,7 +87,7 @@ def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
         for _ in range(scheduler.last_epoch - fresh.last_epoch):
             fresh.step()
     for old, new in groups:
-        old.update({name: value for name, value in new.items() if name != "params"})
+        old.update({name: value for name, value in new.items() if name not in ("params", *COUNTERS)})
     scheduler.load_state_dict({**fresh.state_dict(), "_step_count": scheduler.state_dict()["_step_count"]})
 
 

@@ -67,8 +67,8 @@ def last_update(step: int) -> int:
 
 
 def decay(gamma: float, step: int) -> float:
-    """Return the factor of the average in its update after `step` >= 1 steps: (1 - 1 / step)^(gamma + 1)."""
-    return float((1 - stride(step) / step) ** (gamma + 1))
+    """Return the factor of the average in its update at `step`: ((step - 1) / step)^(gamma + 1), if stride is 1."""
+    return float((last_update(step - 1) / step) ** (gamma + 1))
 
 
 def profile(gamma: float, edges: Array, end: float) -> Array:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from src.data.batches import Batch
 from src.errors import did_you_mean
 from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import DinoV2
+from src.quoting import format_override
 from src.training.module import DiffusionModule
 
 PROJECTION = "repa."
@@ -145,12 +147,15 @@ class AlignedModule(DiffusionModule):
 
 def make_encoder(name: str) -> Encoder:
     """Return the packaged EfficientNet-Lite0, or the DINOv2 model in a folder. Raises ValueError if it is missing."""
+    override = format_override("repa.encoder", name)
+    if name != "efficientnet" and not Path(name).is_dir():
+        raise ValueError(
+            f"{override} must be efficientnet, or a folder with a DINOv2 model (config.json, model.safetensors)"
+        )
     try:
         return EfficientNet() if name == "efficientnet" else DinoV2(name)
     except ValueError as error:
-        raise ValueError(
-            f"repa.encoder={name} must be efficientnet, with its package, or the folder of a DINOv2 model ({error})"
-        ) from error
+        raise ValueError(f"{override} cannot be loaded ({error})") from error
 
 
 def find_layer(net: nn.Module, layer: str | None) -> str:

@@ -47,6 +47,7 @@ GIVEN = {
     *("predict", "x", "time_grid", "noise"),  # samplers
     *("n", "generator"),  # distributions of points
     *("optimizer", "num_steps"),  # learning-rate schedules
+    "params",  # optimizers
     *("prepare", "download"),
     "repeats",  # of FolderDataModule, which only some of its options have
 }
@@ -172,6 +173,7 @@ def test_settings_of_the_recipe_are_read():
         "max_steps": 4,
         "validate_every": 5,
         "checkpoint_every": 6,
+        "decay_matrices_only": True,
     }
     cfg = compose("train", *(f"recipe.{name}={value}" for name, value in values.items()), "run_dir=runs/x")
     assert set(cfg.recipe) == set(values) == {name.removeprefix("recipe.") for name in RECIPE}
@@ -223,6 +225,7 @@ def test_analytic_data_are_built(option):
         "diffusion.sigma_data",
         "callbacks.ema.decay",
         "callbacks.nan_guard.lr_factor",
+        "callbacks.power_ema.max_snapshots",
         "data.num_samples data=points",
         "data.val_fraction data=points",
         "data.batch_size data=points",

@@ -28,10 +28,12 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
       takes predictions of x_0 (Karras et al. 2022, arXiv 2206.00364, tab. 1).
     - `text`: settings of a text-conditional network, the program network.pt2 of this folder in place of a U-Net:
       "tokenizer" (JSON of the tokenizers library), "max_length", "time_scale", "shape" and example "prompts".
+    - `vae`, `latents`: the network samples latents, which the autoencoder decodes after division by the "scale" of
+      each channel and addition of its "shift", both {"0": ..., "1": ...}.
     """
 
-    model_cpu_offload_seq = "unet->transformer"
-    _optional_components: ClassVar[list[str]] = ["unet", "transformer"]
+    model_cpu_offload_seq = "unet->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["unet", "transformer", "vae"]
 
     def __init__(
         self,
@@ -44,9 +46,11 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         levels: dict[str, list[float]] | None = None,
         sigma_data: float | None = None,
         text: dict[str, Any] | None = None,
+        vae: Any = None,
+        latents: dict[str, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer)
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
         self.register_to_config(
             patch_size=patch_size,
             id2label=id2label,
@@ -54,6 +58,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
             levels=levels,
             sigma_data=sigma_data,
             text=text,
+            latents=latents,
         )
         self.program: Any = None
 
@@ -121,13 +126,20 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         # The last step returns the mean; in fewer steps than in training, that of DDPM would add noise.
         x0 = getattr(step, "pred_original_sample", x)
 
-        images: Any = (F.pixel_shuffle(x0, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
+        images: Any = (self.decode(F.pixel_shuffle(x0, self.config.patch_size)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, x: Tensor) -> Any:
+        """Return the images of samples, which may be latents."""
+        if self.vae is None:
+            return x
+        scale, shift = (x.new_tensor([*self.config.latents[k].values()]).view(-1, 1, 1) for k in ("scale", "shift"))
+        return self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample
 
     def input_shape(self) -> tuple[int, ...]:
         """Return the channels, height and width of an input of the network."""

@@ -1,0 +1,71 @@
+"""The schedule-free optimizer: training at y, evaluation at the average x."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from src.runs.build import build, close_run
+from src.training.callbacks.schedule_free import adamw_schedule_free
+from src.training.checkpoints import read_checkpoint
+from tests.conftest import TINY, compose, train_tiny
+
+FREE = ["optimizer=schedule_free", "optimizer.lr=0.01", "lr_scheduler.warmup_steps=2", "validate_every=2",
+        "callbacks.bits_per_dim=null", "neighbors.num_samples=0"]  # fmt: skip
+
+
+def last(folder):
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+def test_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    with pytest.raises(ValueError, match=r"optimizer=schedule_free .*pip install schedulefree"):
+        adamw_schedule_free([{"params": [nn.Parameter(torch.zeros(2))]}])
+
+
+def test_saved_average_is_that_of_the_steps(tmp_path):
+    """x is the mean of z over the steps, weighted by the squared learning rate of the warm-up (arXiv 2405.15682)."""
+    pytest.importorskip("schedulefree")
+    x, total = None, 0.0
+    for steps in (1, 2, 3, 4):
+        train_tiny(tmp_path / str(steps), *FREE, f"trainer.max_steps={steps}")
+        checkpoint = last(tmp_path / str(steps))
+        names = [name for name in checkpoint["current_model_state"] if name.startswith("net.")]
+        z = [checkpoint["optimizer_states"][0]["state"][k]["z"] for k in range(len(names))]
+        weight = min(1, steps / 2) ** 2
+        total += weight
+        x = z if x is None else [a + weight / total * (b - a) for a, b in zip(x, z, strict=True)]
+        for name, ours, theirs in zip(names, x, z, strict=True):
+            assert_close(checkpoint["state_dict"][name], ours, rtol=1e-4, atol=1e-6)
+            assert_close(checkpoint["current_model_state"][name], 0.1 * theirs + 0.9 * ours, rtol=1e-4, atol=1e-6)
+
+
+def test_resumes_with_equal_bits(tmp_path):
+    """Across validations, which evaluate the average; changes that do not fit are refused."""
+    pytest.importorskip("schedulefree")
+    for name, steps in (("whole", 6), ("parts", 3)):
+        train_tiny(tmp_path / name, *FREE, f"trainer.max_steps={steps}")
+    shutil.copytree(tmp_path / "parts", tmp_path / "copy")
+    train_tiny(tmp_path / "parts", *FREE, "trainer.max_steps=6", f"resume='{tmp_path / 'parts'}'")
+    ours, theirs = last(tmp_path / "parts"), last(tmp_path / "whole")
+    for key in ("current_model_state", "state_dict"):
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in ours[key])
+    for changed in (["optimizer=adamw", "lr_scheduler=constant"], [*FREE[:1], "callbacks.ema.decay=0.9"]):
+        cfg = compose("train", *TINY, *FREE[3:], *changed, f"resume='{tmp_path / 'copy'}'", "trainer.max_steps=6")
+        if changed[0] == "optimizer=adamw":
+            with pytest.raises(ValueError, match=r"optimizer\.\*"):
+                close_run(build(cfg))
+
+
+def test_validations_do_not_change_training(tmp_path):
+    pytest.importorskip("schedulefree")
+    for every in (1, 100):
+        words = [word for word in FREE if not word.startswith("validate_every")]
+        train_tiny(tmp_path / str(every), *words, f"validate_every={every}", "trainer.max_steps=3")
+    ours, theirs = (last(tmp_path / name) for name in ("1", "100"))
+    for key in ("current_model_state", "state_dict"):
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in ours[key])
