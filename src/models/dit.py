@@ -83,6 +83,13 @@ class DiT(nn.Module):
         check_positive(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if registers < 0:
             raise ValueError(f"model.registers={registers} must be at least 0; 4 is usual")
+        if bottleneck is not None:
+            check_positive(bottleneck=bottleneck)
+        for name, value, usual in (("mlp_ratio", mlp_ratio, 4), ("mlp_norm_eps", mlp_norm_eps, 1e-6)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"model.{name}={value} must be positive; {usual} is usual")
+        if patch_size > (side := max(size)):
+            raise ValueError(f"model.patch_size={patch_size} must be at most {side}, the longest side of the data")
         for name, choice, choices in (
             ("activation", activation, Activation),
             ("norm", norm, Norm),

@@ -167,6 +167,10 @@ def test_new_network_predicts_zero():
     [
         ("hidden_size", {"hidden_size": 30}),
         ("patch_size", {"patch_size": 0}),
+        ("patch_size", {"patch_size": 16}),
+        ("bottleneck", {"bottleneck": 0}),
+        ("mlp_ratio", {"mlp_ratio": -1.0}),
+        ("mlp_norm_eps", {"mlp_norm_eps": 0.0}),
         ("activation", {"activation": "relu"}),
         ("positions", {"positions": "learned"}),
         ("image_size", {"image_size": None}),
