@@ -89,7 +89,7 @@ class DiT(nn.Module):
             if not 0 < value < float("inf"):
                 raise ValueError(f"model.{name}={value} must be positive; {usual} is usual")
         if patch_size > (side := max(size)):
-            raise ValueError(f"model.patch_size={patch_size} must be at most {side}, the longest side of the data")
+            raise ValueError(f"model.patch_size={patch_size} must be at most {side}, the longest side; 2 is usual")
         for name, choice, choices in (
             ("activation", activation, Activation),
             ("norm", norm, Norm),
