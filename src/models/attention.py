@@ -85,7 +85,7 @@ class TokenNorm(nn.Module):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Return x over the root mean square of its last dimension, by fewer passes over memory in float32 on a CPU."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         out: Tensor = _RMSNorm.apply(x, eps)
         return out
     return F.rms_norm(x, x.shape[-1:], eps=eps)
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 def swiglu(h: Tensor) -> Tensor:
     """Return silu(a) b for the halves a and b of the last dimension. Source: Shazeer 2020 (arXiv 2002.05202), eq. 6."""
-    if h.device.type == "cpu":
+    if h.device.type == "cpu" and not torch.compiler.is_compiling():
         out: Tensor = _SwiGLU.apply(h)
         return out
     gate, value = h.chunk(2, dim=-1)

@@ -152,6 +152,16 @@ def test_checkpointed_blocks_have_equal_gradients():
         assert torch.equal(a.grad, b.grad)
 
 
+def test_compiled_network_has_equal_gradients():
+    net, x, time = dit(depth=1), normal(2, 3, 8, 8), torch.tensor([0.2, 0.7])
+    gradients = []
+    for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        net.zero_grad()
+        forward(x, time).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in net.parameters()])
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_new_network_predicts_zero():
     """The last layer and the gates start at 0 (adaLN-Zero)."""
