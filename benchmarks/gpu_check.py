@@ -213,6 +213,7 @@ def train(row: Row, scale: Scale, device: str, folder: Path) -> Results:
     }
     if row.does != "train":
         return metrics
+    assert isinstance(run.module, DiffusionModule)
     return metrics | {
         "images_per_second": cfg.data.batch_size / statistics.median(recorder.seconds),
         "flops_per_image": flops_per_image(

@@ -20,6 +20,7 @@ from src.runs import components
 from src.runs.build import build, close_run
 from src.runs.open import pick_device
 from src.training.compile import PRECISIONS, compile_network
+from src.training.module import DiffusionModule
 from src.training.provenance import device_name
 from src.viz.tables import markdown_table
 
@@ -40,6 +41,7 @@ def main() -> None:
         run = build(compose(args.model, 1, "32-true", Path(folder) / "run"))
         close_run(run)
     module = run.module.to(device).eval()
+    assert isinstance(module, DiffusionModule)
     for p in module.parameters():
         p.data += 0.02 * torch.randn_like(p)
     rows = []

@@ -17,6 +17,7 @@ CONF = ROOT / "conf"
 TARGET = ROOT / "docs" / "reference.md"
 GROUPS = {
     "experiment": "Recipes: tested combinations of options and settings.",
+    "task": "What is trained; the default is `diffusion`.",
     "data": "Datasets.",
     "model": "Networks.",
     "schedule": "Noise schedules.",
@@ -25,6 +26,7 @@ GROUPS = {
     "timestep_sampler": "Distributions of noise levels in training.",
     "conditioning": "Conditions for conditional models. The default is `null`.",
     "lora": "Low-rank adapters for fine-tuning ([finetuning.md](finetuning.md)). The default is `null`.",
+    "repa": "Alignment of hidden features ([flows.md](flows.md)). The default is `null`.",
     "sampler": "Samplers.",
     "optimizer": "Optimizers; see [design.md](design.md#optimizers).",
     "lr_scheduler": "Learning-rate schedules.",
@@ -38,7 +40,7 @@ GROUPS = {
     "hydra/sweeper": "How a sweep chooses values.",
     "hydra/callbacks": "Actions after a sweep.",
 }
-COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "dashboard", "doctor")
+COMMANDS = ("train", "sample", "evaluate", "compare", "schedules", "export", "ema", "dashboard", "doctor")
 SECTION = re.compile(r"^(?P<indent> *)(?P<key>[\w./]+):(?:\s+(?P<rest>.*))?$")
 
 

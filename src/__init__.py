@@ -17,7 +17,7 @@ import sys
 __version__ = "0.1.0"
 NAME = "denoising-diffusion-lab"
 
-COMMANDS = ("compare", "dashboard", "doctor", "evaluate", "export", "sample", "schedules", "train")
+COMMANDS = ("compare", "dashboard", "doctor", "ema", "evaluate", "export", "sample", "schedules", "train")
 """The modules that are commands."""
 
 

@@ -3,20 +3,22 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
-from src.runs.evaluation import build_analytic, build_samplers, evaluation_settings
-from src.viz.tables import format_duration, markdown, write_json
+from src.runs.evaluation import build_analytic, build_samplers, check_lengths, evaluation_settings
+from src.viz.tables import format_bits, format_duration, lengths_table, markdown, write_json
 
 if TYPE_CHECKING:
     from src.distributed.processes import Processes
     from src.evaluation.benchmarks import PromptBenchmark
     from src.runs.open import OpenedRun
+
+OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -27,22 +29,43 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
             raise UsageError(f"{name}=... and analytic=..., which needs no run, exclude each other; leave one out")
     if cfg.analytic and rank() > 0:
         return {}
-    metrics = evaluate_analytic(cfg, folder) if cfg.analytic else evaluate_run(cfg, folder)
+    several = isinstance(cfg.ema, ListConfig)
+    metrics = (evaluate_analytic if cfg.analytic else evaluate_lengths if several else evaluate_run)(cfg, folder)
     if rank() == 0:
         write_json(folder / "metrics.json", metrics)
         print(f"All metrics: {relative(folder / 'metrics.json')}")
     return metrics
 
 
-def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Evaluate likelihood, sample quality and prompt alignment of a run: metrics, a table and pictures."""
+def evaluate_lengths(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Evaluate the averages of each length in `ema`, in a folder each, and write a table of all."""
+    with usage_errors():
+        evaluation_settings(cfg)
+        check_lengths(cfg)
+    results = {}
+    for length in cfg.ema:
+        if rank() == 0:
+            print(f"\nAverage of length {length:g}:", flush=True)
+        settings = OmegaConf.merge(cfg, {"ema": length})
+        assert isinstance(settings, DictConfig)
+        results[f"{length:g}"] = evaluate_run(settings, folder, f"ema_{length:g}")
+    if rank() == 0:
+        text = lengths_table(results)
+        (folder / "table.md").write_text(text)
+        print(f"\n{text}")
+    return {"ema": results}
+
+
+def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any]:
+    """Evaluate likelihood, sample quality and prompt alignment of a run: metrics, a table and pictures in `part`."""
     with usage_errors():
         quality, alignment = evaluation_settings(cfg)
         from src.distributed.processes import start_processes
         from src.runs import out_of_memory
         from src.runs.open import configure_inference, open_run, pick_device
 
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, cfg.data.root, cfg.encoder, cfg.init_from)
+        places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, *places)
         configure_inference(opened, cfg.precision, cfg.compile)
         samplers = build_samplers(cfg, opened)
         if rank() == 0:  # prepares the data for the other processes
@@ -89,6 +112,7 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 "likelihood=false quality=false leaves nothing to evaluate: alignment is not available for this run"
             )
         start_output(folder)
+        start_output(folder := folder / part)
         if cfg.likelihood:
             metrics |= evaluate_likelihood(
                 module,
@@ -103,7 +127,8 @@ def evaluate_run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
                 seed=cfg.seed,
             )
             if processes.rank == 0:
-                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}")
+                of_latents = "" if opened.data.displayed is opened.data else OF_LATENTS
+                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}{of_latents}")
         if evaluator is not None:
             calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
             what = ", ".join(f"{name} ({n} network calls)" for name, n in calls.items())
@@ -148,15 +173,6 @@ def build_alignment(
             "conditioning=text."
         )
     return benchmark
-
-
-def format_bits(metrics: dict[str, Any], num_terms: int | None) -> str:
-    """Return the likelihood in bits/dim as text."""
-    kind = "at most" if num_terms is None else f"estimated from {num_terms} terms each:"
-    error, flow = metrics["standard_error"], metrics.get("flow_bits_per_dim")
-    text = f"{kind} {metrics['bits_per_dim']:.4f}{f' ± {error:.4f}' if error == error else ''} bits/dim"
-    text += f" (prior {metrics['prior']:.4f}, decoder {metrics['decoder']:.4f})"
-    return text if flow is None else f"{text}; {flow:.4f} by the probability flow"
 
 
 def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:

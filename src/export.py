@@ -18,6 +18,8 @@ from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
 if TYPE_CHECKING:
+    from src.data.module import BaseDataModule
+    from src.interop.diffusers_export import Latents
     from src.runs.open import OpenedRun
 
 FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
@@ -29,6 +31,7 @@ DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr",
 def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs import components
+    from src.runs.autoencoder import AutoencoderError, export_autoencoder
     from src.runs.model_card import write_model_card
     from src.runs.open import open_run
 
@@ -40,7 +43,14 @@ def export(cfg: DictConfig) -> Path:
             from src.training.compile import check_compiler
 
             check_compiler("aot")
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from)
+        try:
+            opened = open_run(
+                cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, autoencoder=cfg.autoencoder
+            )
+        except AutoencoderError:
+            path, hint = export_autoencoder(cfg)
+            print(hint)
+            return path
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
@@ -115,6 +125,11 @@ def write_program(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) 
     from src.interop import torch_export
 
     module, folder = opened.module, Path(cfg.run_dir)
+    if opened.data.displayed is not opened.data:
+        raise UsageError(
+            f"format={cfg.format} has no autoencoder, so its samples would be latents; type format=diffusers or "
+            "format=safetensors"
+        )
     for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
         if (folder / name).exists():
             raise UsageError(f"{format_override('hydra.run.dir', folder)} already has {name}; choose another folder")
@@ -158,15 +173,35 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         guidance = OmegaConf.create({**cfg.guidance, "model": None})
         settings = sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, guidance)
+        autoencoder, latents = vae_of(opened.data)
         pipeline = make_pipeline(
             *(module.net, config["model"], module.diffusion, module.schedule, sampler.fn, sampler.steps),
             *(sampler.spacing, (config.get("conditioning") or {}).get("encode"), sampler.guidance),
+            latents,
         )
         write_pipeline(start_output(folder), pipeline)
+        if autoencoder is not None:
+            autoencoder.save_pretrained(folder / "vae")
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
+
+
+def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
+    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one.
+
+    Raises ValueError for an autoencoder that diffusers does not have.
+    """
+    from src.data.latents import LatentDataModule
+    from src.interop.autoencoders import as_diffusers
+    from src.interop.diffusers_export import Latents
+
+    if not isinstance(data, LatentDataModule):
+        return None, None
+    net = as_diffusers(data.autoencoder)
+    assert data.scale is not None and data.shift is not None
+    return net, Latents(type(net).__name__, data.autoencoder.channels, data.scale, data.shift)
 
 
 WRITERS: dict[str, Writer] = {

@@ -33,7 +33,8 @@ def sample(cfg: DictConfig) -> Path:
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
         check_values(cfg)
-        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, encoder=cfg.encoder, init_from=cfg.init_from)
+        places = {"encoder": cfg.encoder, "autoencoder": cfg.autoencoder}
+        opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, **places)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
         sampler = sampler_of(opened, settings, cfg.get("guidance"))
@@ -79,7 +80,7 @@ def sample(cfg: DictConfig) -> Path:
     if frames:
         images.save_gif(frames, folder / "trajectory.gif")
     samples = torch.cat(parts)
-    path = write_samples(folder, samples, opened.data)
+    path = write_samples(folder, samples, opened.data.displayed)
     shown = opened.data.display(samples[:256] if samples.ndim > 2 else samples)
     titles = [condition.title(prompts[k]) for k in prompt_of] if condition else []
     images.draw_samples(shown, titles=titles[: len(shown)], columns=opened.data.columns).save(folder / "grid.png")

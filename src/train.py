@@ -1,10 +1,11 @@
-"""Train a diffusion model: `python -m src.train schedule=cosine data=digits trainer.devices=4`."""
+"""Train a diffusion model or an autoencoder: `python -m src.train schedule=cosine data=digits trainer.devices=4`."""
 
 import math
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from src.config.cli import launch
@@ -12,7 +13,8 @@ from src.config.output import relative
 from src.config.search_path import search_path_overrides
 from src.distributed.ranks import Interruption, handle_signals, rank
 from src.errors import UsageError, counted, memory_errors, usage_errors
-from src.quoting import command, format_override
+from src.quoting import command, format_override, shell_word
+from src.runs.autoencoder import is_autoencoder
 from src.runs.resolve import finished_job
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint
 
@@ -138,6 +140,10 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
     if not run.last_checkpoint.exists():
         print_once("No checkpoint was saved: trainer.enable_checkpointing=false")
         return
+    if is_autoencoder(run.config):
+        print_once(f"PSNR {metrics['val/psnr']:.4g} dB" if "val/psnr" in metrics else "PSNR not measured")
+        print_once(f"Train a diffusion model of its latents: {latent_command(run)}")
+        return
     folder = format_override("run", relative(run.directory))
     sample = command("sample", *search_path_overrides(), folder)
     print_once(f"More samples: {sample} n=64")
@@ -145,6 +151,17 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
         example = condition.examples[0]
         cond = format_override("cond", example if isinstance(example, str) else [example])
         print_once(f"Samples of one condition: {sample} n=16 {cond}")
+
+
+def latent_command(run: "Run") -> str:
+    """Return the command that trains a diffusion model of the latents of the same data by a trained autoencoder."""
+    typed = [o for o in HydraConfig.get().overrides.task if o.startswith("data.")] if HydraConfig.initialized() else []
+    choices = [f"data={HydraConfig.get().runtime.choices['data']}"] if HydraConfig.initialized() else []
+    if not any(o.startswith("data.image_size=") for o in typed):
+        size = run.config.data.image_size
+        typed.append(format_override("data.image_size", size if isinstance(size, int) else list(size)))
+    folder = format_override("autoencoder", relative(run.directory))
+    return command("train", *search_path_overrides(), folder, *choices, *map(shell_word, typed))
 
 
 def resume_hint(run: "Run") -> str:

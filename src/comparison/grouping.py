@@ -16,10 +16,14 @@ RUNTIME_SETTINGS = (
         f"callbacks.{name}"
         for name in ("progress", "samples", "best", "checkpoint_every", "graceful_shutdown", "quality", "bits_per_dim")
     ),
-    *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact")),
+    *(f"autoencoder.{name}" for name in ("path", "batch_size", "cache_dir")),
+    *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact", "power_ema")),
 )
 """Settings, or nodes of settings, that do not change the trained model."""
-LOSS_KEYS = ("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr")
+LOSS_KEYS = (
+    *("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr", "autoencoder"),
+    "data.coupling",
+)
 """Settings that change the meaning of the loss."""
 DATA_SETTINGS = (
     *("_target_", "source", "root", "image_size", "channels", "num_values", "val_fraction", "split_seed"),
@@ -79,7 +83,7 @@ def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
     """Return the settings that determine a run's data and its split, and with `root` also their location."""
     own = {name.removeprefix("data."): value for name, value in settings.items() if name.startswith("data.")}
     points = "num_samples" in own
-    runtime = ("batch_size", "microbatch_size", "num_workers", "seed")
+    runtime = ("batch_size", "microbatch_size", "coupling", "num_workers", "seed")
     return {
         name: value
         for name, value in own.items()

@@ -50,15 +50,22 @@ def measure_run(
 
     `advance` receives the number of samples that completed a sampler step, or a network call of the bound.
     """
-    module, data, condition = run.module, evaluator.data, run.data.condition
-    generated = evaluator.draw(module, sampler, lambda count: advance(count * sampler.steps), condition=condition)
+    is_latent = run.data.displayed is not run.data
+    module, data, condition = run.module, run.data if is_latent else evaluator.data.displayed, run.data.condition
+    data.setup()
+    generated = evaluator.draw(
+        module, sampler, lambda count: advance(count * sampler.steps), condition=condition, decode=data.postprocess
+    )
     (samples,) = evaluator.measure([generated])
     result = {f"metric/{name}": torch.tensor(metric) for name, metric in samples.metrics.items()}
     result["cost/calls_per_image"] = torch.tensor(generated.calls)
     result["cost/seconds_per_image"] = torch.tensor(generated.seconds)
     num_shown = NUM_IMAGES if generated.first.ndim > 2 else NUM_POINTS
     result["samples"] = generated.first[:num_shown]
-    result["real"] = data.postprocess(data.examples(num_shown))
+    result["real"] = data.displayed_examples(num_shown)
+    if module.coupling == "ot":  # the bound describes another model
+        result["error"] = torch.full((len(SPECTRUM) - 1,), torch.nan)
+        return result
     positions = range(count_val(data, cfg))
     batches = [positions[start : start + cfg.batch_size] for start in range(0, len(positions), cfg.batch_size)]
     load = functools.partial(load_val, module, data, condition)
@@ -98,7 +105,7 @@ def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root)
+    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=cfg.autoencoder)
 
 
 def compared_sampler_settings(run: SurveyedRun, cfg: DictConfig) -> DictConfig:
@@ -188,7 +195,7 @@ def count_val(data: BaseDataModule, cfg: DictConfig) -> int:
 
 def data_digest(opened: OpenedRun) -> str:
     opened.data.setup()
-    source, indices = opened.data.source, opened.data.val_indices
+    source, indices = opened.data.displayed.source, opened.data.val_indices
     assert source is not None
     parts = (digest(source.fetch(indices[start : start + 256])) for start in range(0, len(indices), 256))
     return digest(len(source), *parts)

@@ -133,7 +133,7 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     direction, reason = better_direction(metric), ""
     if direction is None:
         reason = "neither direction is better"
-    elif metric.startswith("val/") and metric != "val/bits_per_dim" and (names := differing_in(groups, LOSS_KEYS)):
+    elif names := differing_in(groups, meaning_of(metric)):
         reason = f"its meaning depends on {join_names(names)}, which differ{'s' if len(names) == 1 else ''}"
     elif len({value for k in present for value in values[k]}) == 1 and len(present) > 1:
         reason = "it is equal in all groups"
@@ -143,6 +143,13 @@ def rank_groups(groups: Sequence[Group], metric: str) -> Ranking:
     best = min(present, key=lambda k: sign * fmean(values[k]))
     with_best = compare_pairs(values, [(best, k) for k in present if k != best])
     return Ranking(metric, direction, summaries, best, "", with_best, pairs)
+
+
+def meaning_of(metric: str) -> Sequence[str]:
+    """Return the settings that change the meaning of a metric: a loss has several, a likelihood the latents."""
+    if metric.endswith("bits_per_dim"):
+        return ("autoencoder",)
+    return LOSS_KEYS if metric.startswith("val/") else ()
 
 
 def metrics_of(groups: Sequence[Group]) -> list[str]:

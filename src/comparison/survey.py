@@ -11,6 +11,7 @@ from src.comparison.grouping import RunRecord, data_of, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError
 from src.quoting import format_override
+from src.runs.autoencoder import is_autoencoder
 from src.runs.checkpoints import find_checkpoint, flatten_settings, has_averages
 from src.training.checkpoints import read_checkpoint
 
@@ -70,6 +71,8 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
             checkpoint = find_checkpoint(str(folder), None)
             contents = read_checkpoint(checkpoint)
             settings, averaged = contents["hyper_parameters"], has_averages(contents)
+            if is_autoencoder(settings):
+                raise ValueError("an autoencoder, which draws no samples")
             del contents  # the weights
         except (OSError, ValueError) as error:
             notes.append(f"{folder}: {' '.join(str(error).split())}")

@@ -200,7 +200,7 @@ def _prepare(
         raise UsageError("--experimental-rerun unpickles a file, which can run any code; type resume=FOLDER")
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
         warn_repeated(overrides)
-    typed = expand_init_from(expand_home(overrides))
+    typed = expand_init_from(expand_home(overrides), config_name)
     overrides = expand_sweep(typed) if flags.multirun else expand_resume(typed)
     overrides = choose_none(overrides, config_folders(added))
     check_unused(overrides, flags.multirun)

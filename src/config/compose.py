@@ -34,10 +34,7 @@ def compose(
         if match := re.match(r"In '(.+)': Could not override '(.+)'\.", message):
             group, _, option = match[1].rpartition("/")
             choice = next((each for each in overrides if _key(each) == group), f"{group}={option.lstrip('_')}")
-            fix = (
-                "use src.train, whose start describes these data" if command == "doctor" else f"choose another {group}"
-            )
-            message = f"src.{command} does not support {choice}, which needs {match[2]}; {fix}"
+            message = f"src.{command} does not support {choice}, which needs {match[2]}; choose another {group}"
         elif match := re.search(r"Could not (?:find|load) '(hydra/launcher|hydra/sweeper)/(\w+)'", message):
             message = _missing_plugin(*match.groups())
         elif match := re.match(r"Error merging override (.*)", message):

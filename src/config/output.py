@@ -29,12 +29,15 @@ OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
 """Overrides that control Hydra's files in the output folder."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """Overrides that disable Hydra's output."""
-NAME_OR_FILE = ("cond", "data.name", "conditioning.encode.model", "encoder", "dinov2_model")
+NAME_OR_FILE = (
+    *("cond", "data.name", "conditioning.encode.model", "encoder", "autoencoder", "autoencoder.path", "dinov2_model"),
+    "repa.encoder",
+)
 """Settings whose value may be a file or folder, or something else, such as a name of the hub."""
 FILE_SETTINGS = (
     *(name for name in PATH_KEYS if name not in NAME_OR_FILE and "data.source." not in name),  # those are in data.root
     *("data.cache_dir", "schedule.betas", "conditioning.encode.cache", "callbacks.quality.cache", "cache"),
-    *("inception_weights", "guidance.model", "resume", "run", "ckpt", "runs"),
+    *("autoencoder.cache_dir", "inception_weights", "guidance.model", "resume", "run", "ckpt", "runs"),
 )
 """Settings of files and folders."""
 

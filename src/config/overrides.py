@@ -33,7 +33,10 @@ from src.quoting import format_override, shell_word
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
-LISTS = ("names", "runs", "cond", "features", "analytic_spacing", "data.root", "data.columns", "data.condition_columns")
+LISTS = (
+    *("names", "runs", "cond", "features", "length", "analytic_spacing"),
+    *("data.root", "data.columns", "data.condition_columns"),
+)
 """Settings that may be lists although their default is not one."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}

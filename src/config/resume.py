@@ -22,15 +22,17 @@ NAME_KEYS = (
     *("data.source.image_key", "data.source.label_key", "data.source.caption_key"),
 )
 """Settings with names of columns, formats of dates and patterns, which may look like paths."""
-CACHE_KEY = "data.cache_dir"
-"""A folder to write to, which a resumed run takes from its own command line only."""
+CACHE_KEYS = ("data.cache_dir", "autoencoder.cache_dir")
+"""Folders to write to, which a resumed run takes from its own command line only."""
 RESUME_OVERRIDE = re.compile(r"[+\s]*(resume|trust)\s*=")
 """Overrides that select a run without describing it."""
 
 CHOICE = re.compile(r"\w*|\[[\w,]*\]")
 """Names of options under conf/."""
 
-NUMBER_OR_SWITCH = re.compile(r"|[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
+
+NUMBER_OR_SWITCH = re.compile(rf"|{NUMBER}|\[{NUMBER}(, *{NUMBER})*\]|true|false|null", re.IGNORECASE)
 
 WANDB_LOG = re.compile(r"wandb/[^/]*run-[^/]*/logs/debug-core\.log")
 """The link that W&B creates in a run's folder, at each start, to its log in the user's cache."""
@@ -54,7 +56,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
-        before = [o for o in before if key_of(o) != CACHE_KEY]
+        before = [o for o in before if key_of(o) not in CACHE_KEYS]
         check_saved(Path(folder), before)
     named = last_value(overrides, "hydra.run.dir")
     if named is not None and Path(named).resolve() != Path(folder).resolve():

@@ -45,8 +45,12 @@ RANGES = {
     "lora.rank": "[1, inf)",
     "lora.alpha": "(0, inf)",
     "lora.dropout": "[0, 1)",
+    "repa.weight": "(0, inf): 0.5 is usual",
+    "repa.width": "[1, inf)",
+    "repa.stop_step": "[1, inf)",
     "data.batch_size": "[1, inf)",
     "data.microbatch_size": "[1, inf)",
+    "autoencoder.batch_size": "[1, inf)",
     "data.num_workers": "[0, inf)",
     "data.val_fraction": "(0, 1)",
     "data.skip_unreadable": "[0, 1]",
@@ -57,11 +61,14 @@ RANGES = {
     "data.source.num_samples": "[2, inf)",
     "data.source.max_samples": "[2, inf)",
     "model.dropout": "[0, 1)",
+    "loss.kl_weight": "[0, inf)",
+    "loss.perceptual_weight": "[0, inf)",
     "conditioning.cond_drop_prob": "[0, 1): 0.1 is usual",
     "diffusion.clip_x0": "(0, inf)",
     "diffusion.dynamic_threshold": "(0, 1): 0.995 is usual",
     "diffusion.sigma_data": "(0, inf)",
     "callbacks.ema.decay": "[0, 1)",
+    "callbacks.power_ema.max_snapshots": "[2, inf): 32 is usual",
     "callbacks.nan_guard.lr_factor": "(0, 1]",
     "validate_every": "[1, inf)",
     "checkpoint_every": "[1, inf)",
@@ -74,6 +81,8 @@ RANGES = {
     "trainer.num_nodes": "[1, inf)",
     "trainer.num_sanity_val_steps": "[-1, inf): -1 runs all batches",
     # Other commands.
+    "ema": "(0, 0.2886]: 0.1 is usual",
+    "ema.length": "(0, 0.2886]: 0.1 is usual",
     "evaluate.n": "[10, inf)",
     "compare.n": "[10, inf)",
     "max_features": "[10, inf)",
@@ -107,9 +116,11 @@ CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v", "edm", "velocity"),
     "diffusion.variance": ("fixed_small", "fixed_large", "learned_range", "learned"),
     "loss.type": ("l2", "l1", "huber"),
+    "data.coupling": ("independent", "ot"),
     "format": ("safetensors", "torch_export", "onnx", "diffusers"),
     "features": ("classifier", "pixels", "efficientnet", "inception", "dinov2"),
     "init_from.weights": ("ema", "raw"),
+    "autoencoder.dtype": ("float32", "float16"),
     "reference": ("val", "train"),
     "reverse_variance": ("optimal", "fixed_small", "fixed_large", "trained"),
     "trainer.gradient_clip_algorithm": ("norm", "value"),
@@ -120,7 +131,7 @@ CHOICES = {
 OPTIONAL = ("neighbors", "guidance")
 """Nodes that may be null or removed."""
 
-SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root")
+SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root", "ema", "length")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
 WORDS = {"data.source.class_depth": ("all",)}
@@ -128,6 +139,7 @@ WORDS = {"data.source.class_depth": ("all",)}
 
 EXAMPLES = {
     "ema": True,
+    "callbacks.power_ema.lengths": [0.05, 0.1],
     "guidance.scale": 1.0,
     "guidance.rescale": 0.0,
     "guidance.interval": [0.2, 5],
@@ -135,6 +147,7 @@ EXAMPLES = {
     "num_terms": 50,
     "alignment.n": 200,
     "freeze": ["time.*"],
+    "repa.stop_step": 1000,
     "lr_multipliers": {"down.*": 0.1},
     "decay_matrices_only": True,
     "recipe.decay_matrices_only": True,
@@ -149,6 +162,12 @@ ALLOW_EMPTY = ("cond", "negative")
 """Strings that may be empty."""
 
 ALLOW_INFINITE = ("guidance.interval",)
+
+DIFFUSION_ONLY = (
+    *("schedule", "diffusion", "timestep_sampler", "weighting", "sampler", "guidance", "conditioning", "neighbors"),
+    *("snr_shift", "zero_terminal_snr"),
+)
+"""Settings of a diffusion model that have no meaning for `task=autoencoder`."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -234,7 +253,7 @@ def _example(name: str, default: Any, value: Any) -> str:
         has_switch = "enabled" in default and isinstance(value, bool)
         return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
     if isinstance(default, bool) or "${" in str(default):
-        return ""
+        return ", or the length of an average, such as 0.1" if name == "ema" else ""
     if isinstance(default, int):
         if isinstance(value, float) and value.is_integer():
             return f"; type {name}={int(value)}"
@@ -302,6 +321,11 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
     one, other = "validate_every", "trainer.val_check_interval"
     if {one, other} <= names:
         raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
+    if command == "train" and cfg.get("task") == "autoencoder":
+        if without := sorted(name for name in names if name.split(".")[0] in DIFFUSION_ONLY):
+            raise UsageError(f"{without[0]}=... has no effect with task=autoencoder; leave it out")
+        if "image_size" not in cfg.data:
+            raise UsageError("task=autoencoder needs images, which these data are not; choose data=folder, for example")
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":

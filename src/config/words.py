@@ -133,9 +133,13 @@ def expand_home(overrides: Sequence[str]) -> list[str]:
     return expanded
 
 
-def expand_init_from(overrides: Sequence[str]) -> list[str]:
-    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place."""
-    return [re.sub(r"^(\+*)init_from=(?!\{)", r"\1init_from.path=", override) for override in overrides]
+def expand_init_from(overrides: Sequence[str], command: str = "train") -> list[str]:
+    """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place.
+
+    Likewise `autoencoder=FOLDER` of src.train; that of other commands is not a node.
+    """
+    nodes = "init_from|autoencoder" if command == "train" else "init_from"
+    return [re.sub(rf"^(\+*)({nodes})=(?!\{{)", r"\1\2.path=", override) for override in overrides]
 
 
 def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:

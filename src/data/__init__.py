@@ -2,6 +2,6 @@
 
 PATH_KEYS = (
     *("data.root", "data.val_root", "data.path", "data.name", "data.urls", "data.val_urls"),
-    *("data.source.labels", "data.source.captions", "init_from.path"),
+    *("data.source.labels", "data.source.captions", "init_from.path", "autoencoder.path", "repa.encoder"),
 )
 """Settings of files that a run only reads."""

@@ -27,6 +27,7 @@ from src.data.found_images import FoundImages, describe
 from src.data.image_source import check_readable
 from src.data.images import ImageDataModule
 from src.data.layout import class_by_pattern, class_folders
+from src.data.module import Coupling
 from src.data.sources import to_uint8
 from src.data.table_files import labels_from_names
 from src.errors import DataReadError, counted, first_names
@@ -224,6 +225,7 @@ class ArrayDataModule(ImageDataModule):
         cache_dir: str | None = None,
         val_root: str | None = None,
         balance_classes: bool = False,
+        coupling: Coupling = "independent",
     ) -> None:
         channels, *size = source.shape(root, channels, image_size)
         settings: dict[str, Any] = {"skip_unreadable": skip_unreadable, "cache_dir": cache_dir, "val_root": val_root}
@@ -231,7 +233,7 @@ class ArrayDataModule(ImageDataModule):
             partial(source, value_range=value_range, **settings), root, channels, size, value_range=value_range,
             dtype=dtype, file_type=file_type, flip=flip, batch_size=batch_size, val_fraction=val_fraction,
             split_seed=split_seed, seed=seed, num_workers=num_workers, microbatch_size=microbatch_size,
-            skip_unreadable=bool(skip_unreadable), balance_classes=balance_classes,
+            skip_unreadable=bool(skip_unreadable), balance_classes=balance_classes, coupling=coupling,
         )  # fmt: skip
         self.header = header
 

@@ -4,7 +4,7 @@ Each augmentation takes x (B, C, H, W) in [-1, 1] and the random numbers of the 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.rng import StepRng
-
-Augmentation = Callable[[Tensor, StepRng], Tensor]
 
 EDM_LABELS = 9
 """The number of labels of `EdmAugmentation`."""

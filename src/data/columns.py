@@ -85,6 +85,11 @@ class Column:
         return self.type in ("category", "boolean") or self.transform == "quantile"
 
     @property
+    def category_names(self) -> list[str]:
+        """Names of the display values 0, 1, ...; empty for numbers."""
+        return [*map(str, self.categories or ([False, True] if self.type == "boolean" else []))]
+
+    @property
     def width(self) -> int:
         return self.codebook.shape[1] if self.type == "category" else 1
 

@@ -1,4 +1,4 @@
-"""Find duplicates among images."""
+"""Find duplicates among images, signals and volumes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-THUMBNAIL = 8
-"""Pixels per side of the thumbnails that near duplicates are found by."""
+THUMBNAILS = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}
+"""Sizes of the thumbnails that near duplicates are found by, by the number of dimensions."""
 BLOCK = 2048
 """Images that are in memory at a time."""
 
@@ -30,9 +30,9 @@ class Duplicates(NamedTuple):
 def find_duplicates(
     fetch: Callable[[Sequence[int]], Tensor], count: int, similarity: float = 0.995, max_compared: int = 20_000
 ) -> Duplicates:
-    """Find equal and similar images among `count`; `fetch` returns some of them (N, C, H, W) by their indices.
+    """Find equal and similar images among `count`; `fetch` returns some of them (N, C, *size) by their indices.
 
-    Two images are similar if the correlation of their gray thumbnails of 8x8 pixels is at least `similarity`. Of more
+    Two images are similar if the correlation of their gray thumbnails of 64 pixels is at least `similarity`. Of more
     than `max_compared` images, evenly spaced ones are compared.
     """
     groups: dict[bytes, list[int]] = {}
@@ -55,7 +55,8 @@ def find_duplicates(
 
 def _thumbnails(images: Tensor) -> Tensor:
     """Return gray thumbnails (N, 64) with mean 0 and norm 1; 0 for images of one color."""
-    small = F.interpolate(images.float().mean(1, keepdim=True), (THUMBNAIL, THUMBNAIL), mode="area").flatten(1)
+    gray = images.float().mean(1, keepdim=True)
+    small = F.interpolate(gray, THUMBNAILS[gray.ndim - 2], mode="area").flatten(1)
     centered = small - small.mean(1, keepdim=True)
     norm = centered.norm(dim=1, keepdim=True)
     return torch.where(norm > 1e-3, centered / norm.clamp(min=1e-12), 0.0)

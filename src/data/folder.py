@@ -15,6 +15,7 @@ from src.data.image_source import ImageSource, open_images
 from src.data.images import ImageDataModule
 from src.data.label_table import find_tables, read_label_table
 from src.data.layout import Depth, class_by_pattern, class_folders, describe_depth
+from src.data.module import Coupling
 from src.data.multi_file import combine, describe_channels
 from src.data.overlap import check_overlap
 from src.data.repeats import check_repeats, repeat_indices
@@ -82,13 +83,14 @@ class FolderDataModule(ImageDataModule):
         cache: bool = True,
         cache_dir: str | None = None,
         repeats: Sequence[int] | None = None,
+        coupling: Coupling = "independent",
     ) -> None:
         files: dict[str, Any] = {"cache": cache, "cache_dir": cache_dir, "val_root": val_root}
         open_files = partial(source, value_range=value_range, skip_unreadable=skip_unreadable, **files)
         super().__init__(
             open_files, root, channels, image_size, num_values, value_range, dtype, file_type, flip, vertical_flip,
             rotations, color_jitter, edm_augment, batch_size, val_fraction, split_seed, seed, num_workers,
-            microbatch_size, bool(skip_unreadable), balance_classes,
+            microbatch_size, bool(skip_unreadable), balance_classes, coupling,
         )  # fmt: skip
         self.repeats = check_repeats(repeats, root)
 

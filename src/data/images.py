@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from src.data.augment import EDM_LABELS, ColorJitter, EdmAugmentation, horizontal_flip, rotate, vertical_flip
 from src.data.decode import Array, from_pillow
 from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_size
-from src.data.module import BaseDataModule
+from src.data.module import BaseDataModule, Coupling
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
 from src.quoting import format_override
@@ -91,6 +91,7 @@ class ImageDataModule(BaseDataModule):
         microbatch_size: int | Literal["auto"] | None = None,
         skip_unreadable: bool = False,
         balance_classes: bool = False,
+        coupling: Coupling = "independent",
     ) -> None:
         super().__init__(
             partial(source, root, image_size, channels), (channels, *spatial_size(image_size)), batch_size,
@@ -117,6 +118,7 @@ class ImageDataModule(BaseDataModule):
         self.edm = EdmAugmentation(edm_augment) if edm_augment else None
         self.augment_labels = EDM_LABELS if edm_augment else 0
         self.balance_classes = balance_classes
+        self.coupling = coupling
         self.value_range = value_range
         self.dtype = dtype
         self.file_type = file_type

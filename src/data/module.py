@@ -28,6 +28,9 @@ from src.distributed.ranks import local_rank, rank
 from src.errors import DataReadError, counted
 from src.rng import StepRng, key
 
+Coupling = Literal["independent", "ot"]
+"""How training pairs samples with noise; see `src.training.coupling`."""
+
 
 class BaseDataModule(L.LightningDataModule):
     """Training and validation batches from the source that `open_source` returns.
@@ -61,6 +64,7 @@ class BaseDataModule(L.LightningDataModule):
     """The number of labels that `augment_with_labels` returns; 0 for none."""
     balance_classes: bool = False
     """Whether each training sample comes from a class that is drawn uniformly."""
+    coupling: Coupling = "independent"
     threshold: int | None = None
     """The hash that divides validation from training samples; None if the source defines the split."""
     inferred_settings: ClassVar[Sequence[str]] = ()
@@ -243,6 +247,21 @@ class BaseDataModule(L.LightningDataModule):
     def display(self, samples: Tensor) -> Tensor:
         """Map samples from `denormalize` to the form that is displayed."""
         return samples
+
+    # Samples of a network that are displayed in another space than its own, such as latents
+
+    @property
+    def displayed(self) -> "BaseDataModule":
+        """The data in whose space samples are displayed and compared: this, or the images of latents."""
+        return self
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Map samples of the network to preprocessed samples of `displayed`."""
+        return x
+
+    def displayed_examples(self, count: int) -> Tensor:
+        """Return the first `count` validation samples, postprocessed."""
+        return self.postprocess(self.examples(count))
 
     # Samples outside the loaders
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.data.analytic import GaussianMixture
-from src.data.module import BaseDataModule
+from src.data.module import BaseDataModule, Coupling
 from src.data.sources import InMemory, Labels, Source
 from src.rng import key
 
@@ -32,11 +32,13 @@ class PointsDataModule(BaseDataModule):
         seed: int = 0,
         num_workers: int = 0,
         microbatch_size: int | Literal["auto"] | None = None,
+        coupling: Coupling = "independent",
     ) -> None:
         super().__init__(self._draw, (2,), batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         if num_samples < 2:
             raise ValueError(f"data.num_samples={num_samples} must be at least 2; the default is 20000")
         self.distribution = source
+        self.coupling = coupling
         self.num_samples = num_samples
 
     def _draw(self) -> Source:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.data.column_types import parse_column
 from src.data.columns import CategoryCode, Column, from_json, to_json
-from src.data.module import BaseDataModule
+from src.data.module import BaseDataModule, Coupling
 from src.data.sources import Covariates, InMemory, Source, describe_conditions
 from src.data.table_columns import (
     ColumnSettings,
@@ -88,6 +88,7 @@ class TableDataModule(BaseDataModule):
         seed: int = 0,
         num_workers: int = 0,
         microbatch_size: int | Literal["auto"] | None = None,
+        coupling: Coupling = "independent",
     ) -> None:
         self.path = path
         self.settings = ColumnSettings(
@@ -112,7 +113,7 @@ class TableDataModule(BaseDataModule):
             self.encoders = [Column(name) for name in columns]  # a run from before encoders existed
             self._stores_encoders = False
         else:
-            self._table = self._read()
+            self._table = self.read()
             inferred_mean, inferred_std = self._infer(self._table)
             if mean is None or std is None:
                 mean, std = inferred_mean, inferred_std
@@ -127,6 +128,7 @@ class TableDataModule(BaseDataModule):
         shape = (sum(self.widths),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
         self.balance_classes = balance_classes
+        self.coupling = coupling
         self.columns = [column.label for column in self.encoders]
         self.mean, self.scale = (torch.tensor(list(each), dtype=torch.float64) for each in (mean, std))
         display = [
@@ -190,7 +192,8 @@ class TableDataModule(BaseDataModule):
         if self.file.get("kind") == "parquet":
             frame.to_parquet(path.with_suffix(".parquet"), index=False)
 
-    def _read(self) -> Table:
+    def read(self) -> Table:
+        """Return the table with all rows. Raises FileNotFoundError or ValueError as the constructor."""
         if self.path is None:
             raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
         table = self._read_file(Path(self.path), "data.path")
@@ -210,7 +213,7 @@ class TableDataModule(BaseDataModule):
         )
 
     def _open(self) -> Source:
-        table = self._table or self._read()
+        table = self._table or self.read()
         self._table = None
         self.notes = self.notes or [*table.notes]
         cells = {column.name: parse_column(table, column.name, known=column) for column in self.encoders}

@@ -67,10 +67,11 @@ def build_benchmark(data: BaseDataModule, settings: AlignmentSettings, processes
     """
     settings.check()
     data.setup()
+    source = data.displayed.source
     benchmark: type[ShapesBenchmark | GlyphBenchmark | ClassBenchmark]
-    if isinstance(data.source, Shapes) and data.condition is not None:
+    if isinstance(source, Shapes) and data.condition is not None:
         benchmark = ShapesBenchmark
-    elif isinstance(data.source, GlyphSource) and isinstance(data.condition, TextCondition):
+    elif isinstance(source, GlyphSource) and isinstance(data.condition, TextCondition):
         benchmark = GlyphBenchmark
     elif isinstance(data.condition, Classes) and len(data.shape) == 3:
         benchmark = ClassBenchmark
@@ -111,7 +112,7 @@ class ClassBenchmark:
         assert self.data.source is not None and self.data.source.labels is not None
         labels = self.data.source.labels.targets
         indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
-        return fetch_for_display(self.data, indices) if indices else torch.empty(0, *self.data.shape)
+        return fetch_for_display(self.data, indices) if indices else torch.empty(0, *self.data.displayed.shape)
 
 
 def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
@@ -171,8 +172,8 @@ class ShapesBenchmark:
     attributes: Sequence[str] = ("number", *OBJECT_ATTRIBUTES, "position", "relation", "background")
 
     def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
-        assert isinstance(data.source, Shapes)
-        self.data, self.source = data, data.source
+        assert isinstance(data.displayed.source, Shapes)
+        self.data, self.source = data, data.displayed.source
         self.seed = settings.seed
         self.n = 200 if settings.n is None else settings.n
         count = -(-self.n // PER_CAPTION)
@@ -248,8 +249,8 @@ class GlyphBenchmark:
     attributes: Sequence[str] = ("top_1", f"top_{TOP}")
 
     def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
-        assert isinstance(data.source, GlyphSource)
-        self.data, self.source = data, data.source
+        assert isinstance(data.displayed.source, GlyphSource)
+        self.data, self.source = data, data.displayed.source
         glyphs = self.source.glyphs
         trained = [self.source.seen[k] for k in data.train_indices if glyphs.parts[self.source.seen[k]]]
         trained.sort(key=lambda i: key(settings.seed, "glyph", glyphs.ids[i]))

@@ -26,7 +26,8 @@ class BitsPerDim(L.Callback):
 
     The first `num_samples` validation samples are used, with the decoder's term and `num_terms` others each, one
     network call per term; `optimal` doubles the calls. It runs at the end of training, or at every validation. The
-    samples are divided equally among the processes; the remainder is dropped.
+    samples are divided equally among the processes; the remainder is dropped. It does nothing for a model with
+    data.coupling=ot, whose noise the bound does not describe.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class BitsPerDim(L.Callback):
         if not (self.every_validation or last) or trainer.sanity_checking:
             return
         assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
+        if pl_module.coupling == "ot":
+            return
         with data.reading_on_one_rank():
             x, indices = data.validation_samples(max(self.num_samples, trainer.world_size))
         assert data.source is not None

@@ -94,10 +94,12 @@ class SampleEvaluator:
         advance: Advance = lambda count: None,
         on_step: Callable[[], object] = lambda: None,
         condition: Condition | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ) -> GeneratedSamples:
         """Draw `settings.n` samples by `draw_batches`, with the conditions of training samples.
 
-        Sample k equals that of `src.sample` with the same seed.
+        `decode` is the `postprocess` of the module's data, by default of those of this evaluator. Sample k equals that
+        of `src.sample` with the same seed.
         """
         settings, source = self.settings, self.data.source
         assert source is not None
@@ -112,7 +114,7 @@ class SampleEvaluator:
         for start, x in draw_batches(
             module, sampler, settings.n, size, settings.seed, self.processes, encode, advance, on_step
         ):
-            display = self.data.postprocess(x).to(self.device)
+            display = (decode or self.data.postprocess)(x).to(self.device)
             _synchronize(self.processes.device)
             seconds += time.perf_counter() - began
             if len(display):
@@ -183,7 +185,7 @@ class SampleEvaluator:
         if name == "efficientnet":
             return EfficientNet(self.device)
         if name == "pixels":
-            if (size := math.prod(self.data.shape)) > MAX_PIXELS:
+            if (size := math.prod(self.data.displayed.shape)) > MAX_PIXELS:
                 raise ValueError(
                     f"features=pixels allows {MAX_PIXELS} values per image, got {size}: use features=efficientnet"
                 )
@@ -306,21 +308,21 @@ def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.devic
     """Return a classifier of the data's labels, trained once, and the number of images behind its accuracy."""
     assert data.source is not None and data.source.labels is not None
     labels = data.source.labels.targets
-    x, train = data.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
-    y, val = data.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
+    x, train = data.displayed.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
+    y, val = data.displayed.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
     images, val_images = quantize(data, x), quantize(data, y)
     classifier = train_classifier(images, labels[train], (val_images, labels[val]), cache, device=device)
     return classifier, len(val)
 
 
 def fetch_for_display(data: BaseDataModule, indices: Sequence[int]) -> Tensor:
-    """Return these samples of the source after `quantize`."""
-    return quantize(data, data.fetch(indices)[0])
+    """Return these samples of `data.displayed` after `quantize`."""
+    return quantize(data, data.displayed.fetch(indices)[0])
 
 
 def quantize(data: BaseDataModule, samples: Tensor) -> Tensor:
-    """Return raw samples with the values that generated samples can have."""
-    return data.postprocess(data.preprocess(samples))
+    """Return raw samples of `data.displayed` with the values that generated samples can have."""
+    return data.displayed.postprocess(data.displayed.preprocess(samples))
 
 
 def values_of(data: BaseDataModule) -> Values:

@@ -20,7 +20,7 @@ from src.distributed.processes import Processes
 from src.errors import usage_errors
 from src.evaluation.alignment import best_scale, diversity_curve, sample_and_score, share_correct
 from src.evaluation.benchmarks import PromptBenchmark
-from src.evaluation.likelihood import Bound, bounds, flow_bits, network_passes
+from src.evaluation.likelihood import Bound, Load, bounds, flow_bits, network_passes
 from src.evaluation.quality import GeneratedSamples, SampleEvaluator, SampleMetrics, fetch_for_display, values_of
 from src.evaluation.reverse_variance import sum_errors
 from src.evaluation.sampler_accuracy import SamplerErrors
@@ -62,24 +62,43 @@ def evaluate_likelihood(
 ) -> dict[str, Any]:
     """Return the variational bound of `num_val` validation samples in bits/dim, its terms, and its standard error.
 
-    With `ode_tolerance` also the likelihood by the probability flow.
+    With `ode_tolerance` also the likelihood by the probability flow, which is the only one of a model with
+    data.coupling=ot: the bound describes another model.
     """
     size = min(batch_size, -(-num_val // processes.count))
     own = processes.share([range(num_val)[start : start + size] for start in range(0, num_val, size)])
     load = partial(load_val, module, data, data.condition)
+    metrics: dict[str, Any] = {"num_val": num_val}
+    if module.coupling == "independent":
+        metrics |= evaluate_bound(module, own, load, processes, folder, num_terms, reverse_variance, seed)
+    if ode_tolerance is not None:
+        flows = []
+        for batch in tqdm(own, desc="Flow", disable=processes.rank > 0):
+            x, cond = load(batch)
+            flows.append(flow_bits(module, x, seed, ode_tolerance, batch.start, cond))
+        flow = torch.cat(processes.gather_in_turn(flows))
+        metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
+    return metrics
+
+
+def evaluate_bound(
+    module: DiffusionModule,
+    own: Sequence[range],
+    load: Load,
+    processes: Processes,
+    folder: Path,
+    num_terms: int | None,
+    reverse_variance: ReverseVariance,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the variational bound in bits/dim of the samples at this process's `own` positions and all others."""
     total_calls = network_passes(module.schedule, num_terms, reverse_variance) * sum(map(len, own))
     with progress_bar("Bound", total_calls, processes.rank) as bar:
         settings = seed, num_terms, reverse_variance
         parts = bounds(module, own, load, *settings, bar.update, lambda errors: sum_errors(processes.gather(errors)))
     prior, total, *sums = zip(*processes.gather_in_turn(parts), strict=True)
     result = Bound(torch.cat(prior), torch.cat(total), *(torch.stack(part).sum(0) for part in sums))
-    flows = []
-    if ode_tolerance is not None:
-        for batch in tqdm(own, desc="Flow", disable=processes.rank > 0):
-            x, cond = load(batch)
-            flows.append(flow_bits(module, x, seed, ode_tolerance, batch.start, cond))
     metrics: dict[str, Any] = {
-        "num_val": num_val,
         "num_terms": num_terms or module.schedule.num_steps,
         "reverse_variance": reverse_variance,
         "bits_per_dim": result.total.mean().item(),
@@ -88,9 +107,6 @@ def evaluate_likelihood(
         "decoder": result.terms[0].item(),
     }
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
-    if ode_tolerance is not None:
-        flow = torch.cat(processes.gather_in_turn(flows))
-        metrics |= {"flow_bits_per_dim": flow.mean().item(), "flow_standard_error": standard_error(flow)}
     if processes.rank == 0:
         log_snr = torch.stack([module.schedule.row(t).snr.log() for t in range(module.schedule.num_steps)])
         charts.bound_curves(result.terms, result.mse, log_snr).save(folder / "bound.png")
@@ -149,9 +165,9 @@ def save_samples(
 ) -> None:
     """Save samples of each sampler from the same noise, and next to it those nearest to the training data."""
     data = evaluator.data
-    real = data.postprocess(data.examples(NUM_SHOWN))
+    real = data.displayed_examples(NUM_SHOWN)
     if real.ndim == 2:
-        val = data.postprocess(data.examples(2000))
+        val = data.displayed_examples(2000)
         plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
         images.tile(plots).save(folder / "samples.png")
         return
@@ -186,9 +202,7 @@ def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[s
     samples, baseline = samples.cpu(), train[: len(samples)]
     kinds = data.num_categories
     names = [column.name for column in data.encoders]
-    categories = [
-        ["False", "True"] if column.type == "boolean" else [*map(str, column.categories)] for column in data.encoders
-    ]
+    categories = [column.category_names for column in data.encoders]
     charts.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
     ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
     if len(names) > 1:

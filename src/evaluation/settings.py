@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+from src.config.rules import check_value
+
 ReverseVariance = Literal["optimal", "fixed_small", "fixed_large", "trained"]
 """The variance of the reverse steps in the bound; `trained` is the variance of the run's diffusion process."""
-FEATURES = ("classifier", "pixels", "efficientnet", "inception", "dinov2")  # feature extractors for images
 DETECTOR_STEPS = 600  # training steps after which the detector of shapes reaches the required accuracy
 
 
@@ -15,7 +16,7 @@ class QualitySettings(NamedTuple):
     """Settings of the sample quality metrics."""
 
     features: Sequence[str] | None = (
-        None  # names in `FEATURES`; None: the classifier for images with labels, else pixels
+        None  # names in `rules.CHOICES`; None: the classifier for images with labels, else pixels
     )
     n: int = 1000  # number of generated samples
     seed: int = 0  # seed of the sampling noise, of the training samples in the baseline, and of the bootstrap
@@ -28,15 +29,11 @@ class QualitySettings(NamedTuple):
     dinov2_model: str = "facebook/dinov2-large"
 
     def check(self) -> None:
-        """Raise ValueError for a value that is out of range."""
-        for name in ("n", "batch_size", "max_features", "num_memorization"):
-            least = 1 if name == "batch_size" else 10
-            if (value := getattr(self, name)) < least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if self.reference not in ("val", "train"):
-            raise ValueError(f"reference={self.reference} must be val or train")
-        if unknown := [name for name in self.features or () if name not in FEATURES]:
-            raise ValueError(f"features={','.join(unknown)} must be one or a list of {', '.join(FEATURES)}")
+        """Raise UsageError for a value that is out of range."""
+        check_value("n", self.n, "evaluate.n")
+        for name in ("batch_size", "max_features", "num_memorization", "reference"):
+            check_value(name, getattr(self, name))
+        check_value("features", self.features and [*self.features])
 
 
 class AlignmentSettings(NamedTuple):

@@ -1,4 +1,4 @@
-"""Read a pipeline folder of the diffusers library: its U-Net, and its scheduler as schedule and diffusion process."""
+"""Read a pipeline folder of the diffusers library: its network, and its scheduler as schedule and diffusion process."""
 
 import json
 import warnings
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from src.errors import one_line
-from src.interop.diffusers_unet import from_diffusers, settings_of, weight_names
+from src.interop import diffusers_dit, diffusers_unet
 from src.interop.imported import ImportedModel, check_weights, read_pt
+from src.models.dit import DiT
 
 PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
@@ -23,7 +24,7 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def read_pipeline(folder: Path) -> ImportedModel:
-    """Return the U-Net and the scheduler of a pipeline folder; a folder with a U-Net only has a linear schedule.
+    """Return the network and the scheduler of a pipeline folder; a folder with a network only has a linear schedule.
 
     Only JSON and tensors are read. Raises ValueError if this project has no such network or diffusion process, or if a
     setting has a wrong type, and FileNotFoundError without weights or a scheduler that the pipeline names.
@@ -38,11 +39,13 @@ def read_pipeline(folder: Path) -> ImportedModel:
 
 
 def _read_pipeline(folder: Path) -> ImportedModel:
-    unet = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = read_config(unet / "config.json")
-    if (name := config.get("_class_name")) != "UNet2DModel":
+    network = network_folder(folder)
+    config = read_config(network / "config.json")
+    is_dit = (name := config.get("_class_name")) in diffusers_dit.CLASS_NAMES
+    if name != "UNet2DModel" and not is_dit:
         raise ValueError(
-            f"init_from={unet} has {name or 'no _class_name'} in config.json; choose a model with a UNet2DModel"
+            f"init_from={network} has {name or 'no _class_name'} in config.json; choose a model with a UNet2DModel or "
+            "DiTTransformer2DModel"
         )
     # Older pipelines have both files in one folder.
     scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
@@ -52,16 +55,27 @@ def _read_pipeline(folder: Path) -> ImportedModel:
             raise FileNotFoundError(f"init_from: {scheduler} has no scheduler_config.json; download it, too")
         warnings.warn(f"{folder} has no scheduler; using a linear schedule of 1000 steps", stacklevel=2)
     process = process_of(settings)
-    outputs = config.get("out_channels", 3) // config.get("in_channels", 3)
-    if outputs == 2 and not process.diffusion["variance"].startswith("learned"):
-        process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
     flow = process.diffusion["prediction"] == "velocity"
     # The time of a flow is its noise level, from 0 to 1; otherwise timesteps count from 0.
     steps = process.schedule.get("num_steps") or len(process.schedule["betas"])
-    model = settings_of(config, steps, first_step=int(flow))
-    weights = from_diffusers(read_weights(unet), config, model)
-    imported = process._replace(model=model, weights=weights, num_classes=config.get("num_class_embeds"))
-    return check_weights(imported, {name: parts[0] for name, parts in weight_names(model)})
+    model = (diffusers_dit if is_dit else diffusers_unet).settings_of(config, steps, first_step=int(flow))
+    if model["outputs"] == 2 and not process.diffusion["variance"].startswith("learned"):
+        process.diffusion["variance"] = "learned_range"  # schedulers without a learned variance ignore these channels
+    theirs = read_weights(network)
+    if is_dit:
+        weights, classes = diffusers_dit.from_diffusers(theirs, model), config.get("num_embeds_ada_norm", 1000)
+        process = process._replace(network=DiT, has_null_class=True)
+        names = diffusers_dit.weight_names(model["depth"])
+    else:
+        weights, classes = diffusers_unet.from_diffusers(theirs, config, model), config.get("num_class_embeds")
+        names = diffusers_unet.weight_names(model)
+    imported = process._replace(model=model, weights=weights, num_classes=classes)
+    return check_weights(imported, {name: parts[0] for name, parts in names})
+
+
+def network_folder(folder: Path) -> Path:
+    """Return the folder of the network in a pipeline, or `folder` if it is that of a network."""
+    return next((folder / name for name in ("unet", "transformer") if (folder / name).is_dir()), folder)
 
 
 def process_of(scheduler: Mapping[str, Any]) -> ImportedModel:

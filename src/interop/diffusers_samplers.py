@@ -1,6 +1,5 @@
 """Sample with the schedulers of the diffusers library, an optional extra, on our network and betas."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.likelihood import Predict
 from src.diffusion.noise import NoiseSchedule, TimeGrid
 from src.diffusion.samplers import Noise
+from src.errors import near_matches
 
 # Arguments whose defaults differ between schedulers, passed to those that accept them. GaussianDiffusion clips x_0.
 CONVENTIONS = {
@@ -125,7 +125,7 @@ def _scheduler_class(name: str) -> Any:
     if name not in names:
         # Compare without the common suffix.
         usable = {known.removesuffix("Scheduler"): known for known in names if _uses_betas(library, known)}
-        stems = difflib.get_close_matches(name.removesuffix("Scheduler"), usable, n=3, cutoff=0.5)
+        stems = near_matches(name.removesuffix("Scheduler"), [*usable], 3, 0.5)
         close = " or ".join(usable[stem] for stem in stems)
         hint = f"did you mean {close}?" if close else f"choose one of {', '.join(usable.values())}"
         raise ValueError(f"{setting} must be a scheduler of diffusers; {hint}")

@@ -45,7 +45,7 @@ ONLY_OURS = {
 }
 """Arguments of our U-Net with the only values that UNet2DModel has."""
 
-TIME, THEIR_TIME = "time.linear1.weight", "time_embedding.linear_1.weight"
+TIME = "time.linear1.weight"
 
 
 def settings_of(config: Mapping[str, Any], num_steps: float, first_step: int = 0) -> dict[str, Any]:
@@ -179,26 +179,25 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any]) -> dic
         if name in weights:
             value = weights[name]
             if name == TIME:
-                value = _rotated(value, model)
+                value = rotated(value, model)
             result.update(zip(parts, (part.clone() for part in value.chunk(len(parts))), strict=True))
     return result
 
 
-def original_time(
-    weights: Mapping[str, Tensor], sidecar: Mapping[str, Tensor], model: Mapping[str, Any]
-) -> Tensor | None:
-    """Return the `TIME` weight of `sidecar`, which `to_diffusers` rotated and rounded to that of a UNet2DModel.
+def original_time(time: Tensor, sidecar: Mapping[str, Tensor], model: Mapping[str, Any]) -> Tensor | None:
+    """Return the `TIME` weight of `sidecar`, which `rotated` rounded to `time`, that of a network of diffusers.
 
-    `weights` are those of the UNet2DModel, and `model` has the arguments of our U-Net. Return None if they do not fit,
-    for example because the UNet2DModel was trained further.
+    `model` has the arguments of our network. Return None if they do not fit, for example because the network of
+    diffusers was trained further.
     """
     original = sidecar.get(TIME)
-    if original is None or original.shape != weights[THEIR_TIME].shape:
+    if original is None or original.shape != time.shape:
         return None
-    return original if torch.equal(_rotated(original, model), weights[THEIR_TIME]) else None
+    return original if torch.equal(rotated(original, model), time) else None
 
 
-def _rotated(time: Tensor, model: Mapping[str, Any]) -> Tensor:
+def rotated(time: Tensor, model: Mapping[str, Any]) -> Tensor:
+    """Return the `TIME` weight of our network with the arguments `model` for timesteps that count from 0."""
     return shift_time(time, model.get("time_offset", 0.0) + 1, model.get("freq_shift", 1))
 
 

@@ -14,19 +14,21 @@ SCHEME = "hf://"
 MODEL_FILE = "model.safetensors"
 SIDECAR = "training.safetensors"  # of format=diffusers
 LOGIN = "run hf auth login, or set the variable HF_TOKEN"
-PATTERNS = [
+PATTERNS = (
     *(MODEL_FILE, SIDECAR, "model_index.json", "config.json", "scheduler_config.json"),
     *("diffusion_pytorch_model*.safetensors", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"),
-]
+    *("transformer/*.json", "transformer/*.safetensors"),
+)
 """The files of a model that this project reads."""
 NOT_PUSHED = [".hydra/*", "*.log"]
 """What Hydra writes into the folder of an export: the command line, with paths of this machine."""
 
 
-def local_copy(location: str, setting: str) -> Path:
+def local_copy(location: str, setting: str, patterns: tuple[str, ...] = PATTERNS) -> Path:
     """Return the folder of the model `user/name`, `hf://user/name` or `hf://user/name@revision` of the Hub.
 
-    It is in the cache of the Hub's library, and holds an exported model of this project or a model of diffusers.
+    It is in the cache of the Hub's library, and holds an exported model of this project or a model of diffusers, of
+    which only files that match `patterns` are downloaded.
     `setting` is the name of `location` in messages. Raises ValueError if the Hub has no such model, does not permit the
     download, or cannot be reached.
     """
@@ -36,19 +38,21 @@ def local_copy(location: str, setting: str) -> Path:
     if at and not revision:
         raise ValueError(f"{override} has an empty revision; leave out the @")
     with _hub_errors(override, repo):
-        folder = _download(repo, revision or None)
-    if not any((folder / name).is_file() for name in (MODEL_FILE, "model_index.json", "config.json")):
+        folder = _download(repo, revision or None, patterns)
+    names = (MODEL_FILE, "model_index.json", "config.json", "vae/config.json")
+    if not any((folder / name).is_file() for name in names):
         raise ValueError(f"{override} has neither {MODEL_FILE} nor a model of diffusers; name another model")
     return folder
 
 
 @functools.cache
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """Return the folder of a repository; once per process, so that all readers get the same revision."""
     download = _import_library(repo).snapshot_download
-    folder = Path(download(repo, revision=revision, allow_patterns=PATTERNS, ignore_patterns=["*.fp16.*", "*ema*"]))
-    if not (any(folder.glob("*.safetensors")) or any(folder.glob("unet/*.safetensors"))):
-        download(repo, revision=revision, allow_patterns=["*diffusion_pytorch_model.bin"])
+    folder = Path(download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*.fp16.*", "*ema*"]))
+    places = ("", "unet/", "transformer/", "vae/")
+    if not any(any(folder.glob(f"{place}*.safetensors")) for place in places):
+        download(repo, revision=revision, allow_patterns=[f"{place}diffusion_pytorch_model.bin" for place in places])
     return folder
 
 

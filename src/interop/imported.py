@@ -1,21 +1,24 @@
 """A model of another project in the terms of this one."""
 
+from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from src.errors import first_names
 from src.models.conditioning import ClassEmbedding
+from src.models.dit import DiT
 from src.models.unet import UNet
 from src.models.unet_edm2 import UNetEDM2
 
 
 class ImportedModel(NamedTuple):
-    """A U-Net of another project: how this project builds it, and its weights."""
+    """A network of another project: how this project builds it, and its weights."""
 
     model: dict[str, Any]
     """Arguments of `network` without `condition`, with `channels`, `image_size` and `outputs`."""
@@ -24,7 +27,7 @@ class ImportedModel(NamedTuple):
     diffusion: dict[str, Any]
     """Arguments of `GaussianDiffusion`, such as prediction and variance."""
     weights: dict[str, Tensor]
-    """The weights by the names of our U-Net; those of a class embedding start with `condition.`."""
+    """The weights by the names of our network; those of a class embedding start with `condition.`."""
     num_classes: int | None = None
     """Classes of a class-conditional model, without the empty one; None for an unconditional one."""
     zero_terminal_snr: bool = False
@@ -33,29 +36,43 @@ class ImportedModel(NamedTuple):
     """The name of a file in conf/sampler."""
     has_null_class: bool = False
     """Whether the last row of the class embedding was trained as the empty class, as guidance needs it."""
-    network: type[UNet] | type[UNetEDM2] = UNet
+    network: type[UNet] | type[UNetEDM2] | type[DiT] = UNet
 
 
 def read_pt(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a `.pt` file, a zip archive or an older pickle, without running code from it.
 
+    Of a checkpoint of training, as the scripts of DiT and SiT write it, these are its averaged weights, `ema`.
+
     Raises:
         ValueError: If the file holds anything but named tensors.
     """
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # their arguments, which only have values
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # untrusted bytes can raise anything
         raise ValueError(
             f"init_from={path} must be a file of torch.save that holds tensors only; download it again, or save its "
             "state_dict() alone"
         ) from error
+    if isinstance(weights, dict) and "ema" in weights:
+        weights = weights["ema"]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"init_from={path} must hold named tensors only; save the state_dict() of the model alone")
     return {str(name): value for name, value in weights.items()}
 
 
+def tensor_names(path: Path) -> frozenset[str]:
+    """Return the names of the tensors in a safetensors file; none of a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return frozenset(file.keys())
+    except (SafetensorError, OSError):
+        return frozenset()
+
+
 def check_weights(imported: ImportedModel, names: Mapping[str, str]) -> ImportedModel:
-    """Return the argument; raise ValueError unless its weights are those of the U-Net that it describes.
+    """Return the argument; raise ValueError unless its weights are those of the network that it describes.
 
     `names` maps the names of our weights to those in the file.
     """

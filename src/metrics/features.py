@@ -157,10 +157,25 @@ class DinoV2:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
+        return Features(self._tokens(images)[:, 0].double())
+
+    @torch.no_grad()
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Return features of the patches of the resized images, (N, F, size / patch, size / patch)."""
+        side = self.size // self.net.config.patch_size
+        patches = self._tokens(images)[:, -(side**2) :]  # after the class token and registers
+        return patches.transpose(1, 2).reshape(len(images), -1, side, side)
+
+    def to(self, device: torch.device) -> None:
+        """Move the network to a device."""
+        self.net.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+
+    def _tokens(self, images: Tensor) -> Tensor:
         x = to_rgb(images).float() / 255
         x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        tokens = self.net((x - self._mean) / self._std).last_hidden_state
-        return Features(tokens[:, 0].double())
+        tokens: Tensor = self.net((x - self._mean) / self._std).last_hidden_state
+        return tokens
 
 
 def to_rgb(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.models.conditioning import Embedded, Embedding
-from src.models.layers import TimeEmbedding, depth_to_space, shape_of_data, space_to_depth, zero_init
+from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
 
 Norm = Literal["rms", "layer"]
@@ -43,6 +43,7 @@ class DiT(nn.Module):
     - `text`: tokens of the condition enter by cross-attention after each self-attention, or "joint"ly with the patches
       in self-attention.
     - For `time_offset` and `freq_shift` see `UNet`.
+    - `mlp_norm_eps` is the epsilon of the norm before each MLP, which is 1e-5 in diffusers; other norms have 1e-6.
     - `gradient_checkpointing` stores the input of each block only (Chen et al. 2016, arXiv 1604.06174).
     """
 
@@ -68,15 +69,13 @@ class DiT(nn.Module):
         time_scale: float = 1000.0,
         time_offset: float = 0.0,
         freq_shift: int = 0,
+        mlp_norm_eps: float = 1e-6,
         gradient_checkpointing: bool = False,
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
         channels, size = shape_of_data(channels, image_size)
-        numbers = {"patch_size": patch_size, "hidden_size": hidden_size, "depth": depth, "num_heads": num_heads}
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+        check_positive(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if registers < 0:
             raise ValueError(f"model.registers={registers} must be at least 0; 4 is usual")
         for name, choice, choices in (
@@ -110,7 +109,8 @@ class DiT(nn.Module):
         cross_width = token_width if text == "cross" else None
         self.blocks = nn.ModuleList(
             DiTBlock(
-                *(hidden_size, num_heads, hidden, activation, norm, qk_norm, shared_modulation, cross_width, dropout)
+                *(hidden_size, num_heads, hidden, activation, norm, qk_norm, shared_modulation, cross_width, dropout),
+                mlp_norm_eps,
             )
             for _ in range(depth)
         )
@@ -173,12 +173,13 @@ class DiTBlock(nn.Module):
         shared_modulation: bool,
         token_width: int | None,
         dropout: float,
+        mlp_norm_eps: float,
     ) -> None:
         super().__init__()
         size = 6 * hidden_size
         self.modulation = None if shared_modulation else zero_init(nn.Linear(hidden_size, size))
         self.constants = nn.Parameter(torch.zeros(size)) if shared_modulation else None
-        self.norm1, self.norm2 = make_norm(norm, hidden_size), make_norm(norm, hidden_size)
+        self.norm1, self.norm2 = make_norm(norm, hidden_size), make_norm(norm, hidden_size, mlp_norm_eps)
         self.attention = RotaryAttention(hidden_size, num_heads, qk_norm)
         self.cross = None if token_width is None else TokenAttention(hidden_size, num_heads, token_width, norm)
         gated = activation == "swiglu"
@@ -263,10 +264,10 @@ class TokenAttention(nn.Module):
         return out
 
 
-def make_norm(kind: Norm, width: int) -> nn.Module:
+def make_norm(kind: Norm, width: int, eps: float = 1e-6) -> nn.Module:
     """Return a norm without weights: the modulation scales and shifts it."""
     make = nn.RMSNorm if kind == "rms" else nn.LayerNorm
-    return make(width, eps=1e-6, elementwise_affine=False)
+    return make(width, eps=eps, elementwise_affine=False)
 
 
 def rotary_angles(grid: Sequence[int], head_size: int, device: torch.device) -> Tensor:

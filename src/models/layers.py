@@ -89,16 +89,17 @@ class ResidualBlock(nn.Module):
     """Map x (B, C_in, *size) and emb (B, E) to (B, C_out, *size'), for a size of `dims` dimensions.
 
     GroupNorm, SiLU and convolution, twice (Ho et al. 2020, app. B). The time embedding is added between the two, or
-    scales and shifts the second norm (`time_conditioning`). `resample` halves or doubles the size inside the block, as
-    in BigGAN and ADM (Dhariwal & Nichol 2021); with `resample_proj`, its shortcut has a 1x1 convolution even if C_in =
-    C_out. The output is multiplied by `skip_scale` (Song et al. 2021, arXiv 2011.13456, app. H).
+    scales and shifts the second norm (`time_conditioning`); with `emb_dim` None there is none. `resample` halves or
+    doubles the size inside the block, as in BigGAN and ADM (Dhariwal & Nichol 2021); with `resample_proj`, its shortcut
+    has a 1x1 convolution even if C_in = C_out. The output is multiplied by `skip_scale` (Song et al. 2021, arXiv
+    2011.13456, app. H).
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        emb_dim: int,
+        emb_dim: int | None,
         groups: int,
         time_conditioning: TimeConditioning = "add",
         dropout: float = 0.0,
@@ -117,25 +118,30 @@ class ResidualBlock(nn.Module):
         self.skip_scale = skip_scale
         self.norm1 = nn.GroupNorm(groups, in_channels, norm_eps)
         self.conv1 = conv3(dims, in_channels, out_channels, conv_backend)
-        self.emb = nn.Linear(emb_dim, out_channels * (2 if time_conditioning == "scale_shift" else 1))
+        num_outputs = out_channels * (2 if time_conditioning == "scale_shift" else 1)
+        self.emb = None if emb_dim is None else nn.Linear(emb_dim, num_outputs)
         self.norm2 = nn.GroupNorm(groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(conv3(dims, out_channels, out_channels, conv_backend))
         same = in_channels == out_channels and not (resample_proj and resample is not None)
         self.shortcut = nn.Identity() if same else CONVS[dims](in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = F.silu(self.norm1(x))
         if self.resample is not None:
             x, h = resample(x, self.resample), resample(h, self.resample)
         h = self.conv1(h)
-        emb = self.emb(F.silu(emb))
-        emb = emb.view(*emb.shape, *[1] * (x.ndim - 2))
-        if self.time_conditioning == "add":
-            h = self.norm2(h + emb)
+        if self.emb is None:
+            h = self.norm2(h)
         else:
-            scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            assert emb is not None
+            emb = self.emb(F.silu(emb))
+            emb = emb.view(*emb.shape, *[1] * (x.ndim - 2))
+            if self.time_conditioning == "add":
+                h = self.norm2(h + emb)
+            else:
+                scale, shift = emb.chunk(2, dim=1)
+                h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         h = self.conv2(self.dropout(F.silu(h)))
         out: Tensor = self.shortcut(x) + h
         return out if self.skip_scale == 1 else self.skip_scale * out
@@ -255,6 +261,13 @@ def depth_to_space(x: Tensor, patch_size: int) -> Tensor:
     split = x.reshape(b, -1, *[patch_size] * dims, *size)
     order = [axis for k in range(dims) for axis in (2 + dims + k, 2 + k)]
     return split.permute(0, 1, *order).reshape(b, -1, *(n * patch_size for n in size))
+
+
+def check_positive(**sizes: int | Sequence[int]) -> None:
+    """Raise ValueError for an argument of a network, a number or a list, that is not at least 1."""
+    for name, value in sizes.items():
+        if (value if isinstance(value, int) else min(value, default=0)) < 1:
+            raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
 
 
 def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:

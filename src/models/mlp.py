@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.models.conditioning import Embedding
-from src.models.layers import TimeEmbedding, zero_init
+from src.models.layers import TimeEmbedding, check_positive, zero_init
 
 
 class MLP(nn.Module):
@@ -26,10 +26,7 @@ class MLP(nn.Module):
         condition: Callable[[int], Embedding] | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"features": features, "hidden_size": hidden_size, "num_res_blocks": num_res_blocks, "outputs": outputs}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model/mlp.yaml")
+        check_positive(features=features, hidden_size=hidden_size, num_res_blocks=num_res_blocks, outputs=outputs)
         self.time = TimeEmbedding(hidden_size, 2 * hidden_size, time_scale)
         self.condition = None if condition is None else condition(2 * hidden_size)
         self.linear_in = nn.Linear(features, hidden_size)

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence, Set
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from src.models.layers import (
     TimeConditioning,
     TimeEmbedding,
     Upsample,
+    check_positive,
     depth_to_space,
     fit_groups,
     shape_of_data,
@@ -101,21 +102,18 @@ class UNet(nn.Module):
         if decoder_attention not in get_args(DecoderAttention):
             raise ValueError(f"model.decoder_attention={decoder_attention} must be all or last")
         channels, size = shape_of_data(channels, image_size)
-        if len(size) not in CONVS:
-            raise ValueError(f"model.image_size={list(size)} must be a number, [L], [H,W] or [D,H,W]")
-        sizes: dict[str, int | list[int]] = {
-            "channels": channels,
-            "image_size": image_size if isinstance(image_size, int) else list(size),
-            "model_channels": model_channels,
-            "num_res_blocks": num_res_blocks,
-            "num_heads": num_heads,
-            "patch_size": patch_size,
-            "channel_mult": list(channel_mult),
-        }
-        for name, value in sizes.items():
-            if (min(value, default=0) if isinstance(value, list) else value) < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
         dims = len(size)
+        if dims not in CONVS:
+            raise ValueError(f"model.image_size={list(size)} must be a number, [L], [H,W] or [D,H,W]")
+        check_positive(
+            channels=channels,
+            image_size=image_size if isinstance(image_size, int) else list(size),
+            model_channels=model_channels,
+            num_res_blocks=num_res_blocks,
+            num_heads=num_heads,
+            patch_size=patch_size,
+            channel_mult=list(channel_mult),
+        )
         if conv_backend == "winograd" and dims != 2:
             raise ValueError(f"model.conv_backend=winograd is for images, and model.image_size={list(size)}; use auto")
         widths = [model_channels * m for m in channel_mult]
@@ -131,32 +129,10 @@ class UNet(nn.Module):
         emb_dim = 4 * time_channels
         self.cond_in_time_mlp = cond_in_time_mlp
         self.condition = None if condition is None else condition(emb_dim)
-        token_width = None if self.condition is None else self.condition.token_width
-        per_head = num_head_channels
-
-        def residual(c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
-            return ResidualBlock(
-                *(c_in, c_out, emb_dim, groups, time_conditioning, dropout, resample, conv_backend, dims, norm_eps),
-                skip_scale,
-                resample_proj,
-            )
-
-        def heads(c: int) -> int:
-            name, divisor = ("num_heads", num_heads) if per_head is None else ("num_head_channels", per_head)
-            if divisor < 1 or c % divisor:
-                raise ValueError(f"model.{name}={divisor} must divide {c} channels; choose a divisor of {c}")
-            return num_heads if per_head is None else c // per_head
-
-        def cross_attention(c: int) -> CrossAttention | None:
-            return None if token_width is None else CrossAttention(c, groups, heads(c), token_width, norm_eps)
-
-        def attention(c: int) -> SelfAttention:
-            return SelfAttention(c, groups, heads(c), norm_eps, skip_scale)
-
-        def layer(c_in: int, c_out: int, resolution: float, attends: bool = True) -> Layer:
-            if resolution not in attended or not attends:
-                return Layer(residual(c_in, c_out), None)
-            return Layer(residual(c_in, c_out), attention(c_out), cross_attention(c_out))
+        blocks = Blocks(
+            emb_dim, groups, time_conditioning, dropout, conv_backend, dims, norm_eps, skip_scale, resample_proj,
+            num_heads, num_head_channels, None if self.condition is None else self.condition.token_width, attended,
+        )  # fmt: skip
 
         self.time = TimeEmbedding(time_channels, emb_dim, time_scale, time_offset, freq_shift)
         self.conv_in = CONVS[dims](channels * patch_size**dims, model_channels, 3, padding=1)
@@ -167,26 +143,26 @@ class UNet(nn.Module):
         c = model_channels
         for i, (c_out, resolution) in stages:
             for _ in range(num_res_blocks):
-                self.down.append(layer(c, c_out, resolution))
+                self.down.append(blocks.layer(c, c_out, resolution))
                 c = c_out
                 skips.append(c)
             if i < len(widths) - 1:
-                self.down.append(residual(c, c, "down") if resblock_updown else Downsample(c, dims, downsample_padding))
+                halve = (
+                    Downsample(c, dims, downsample_padding) if not resblock_updown else blocks.residual(c, c, "down")
+                )
+                self.down.append(halve)
                 skips.append(c)
 
-        cross = cross_attention(c)
-        cross_layers = [] if cross is None else [cross]
-        middle = [residual(c, c), attention(c), *cross_layers, residual(c, c)]
-        self.middle = nn.ModuleList(middle)
+        self.middle = blocks.middle(c)
 
         self.up = nn.ModuleList()
         for i, (c_out, resolution) in reversed(stages):
             for k in range(num_res_blocks + 1):
                 attends = decoder_attention == "all" or k == num_res_blocks
-                self.up.append(layer(c + skips.pop(), c_out, resolution, attends))
+                self.up.append(blocks.layer(c + skips.pop(), c_out, resolution, attends))
                 c = c_out
             if i > 0:
-                self.up.append(residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
+                self.up.append(blocks.residual(c, c, "up") if resblock_updown else Upsample(c, conv_backend, dims))
 
         self.norm_out = nn.GroupNorm(groups, c, norm_eps)
         self.conv_out = zero_init(CONVS[dims](c, channels * outputs * patch_size**dims, 3, padding=1))
@@ -225,6 +201,57 @@ class UNet(nn.Module):
             out: Tensor = checkpoint(_apply, module, h, context, skip, use_reentrant=False)
             return out
         return _apply(module, h, context, skip)
+
+
+class Blocks(NamedTuple):
+    """Makes the blocks of a U-Net, whose settings are those of `UNet`."""
+
+    emb_dim: int
+    groups: int
+    time_conditioning: TimeConditioning
+    dropout: float
+    conv_backend: ConvBackend
+    dims: int
+    norm_eps: float
+    skip_scale: float
+    resample_proj: bool
+    num_heads: int
+    num_head_channels: int | None
+    token_width: int | None
+    """Width of the tokens for cross-attention; None for no cross-attention."""
+    attended: Set[float]
+    """Resolutions with self-attention."""
+
+    def residual(self, c_in: int, c_out: int, resample: Resample | None = None) -> ResidualBlock:
+        return ResidualBlock(
+            c_in, c_out, self.emb_dim, self.groups, self.time_conditioning, self.dropout, resample, self.conv_backend,
+            self.dims, self.norm_eps, self.skip_scale, self.resample_proj,
+        )  # fmt: skip
+
+    def heads(self, c: int) -> int:
+        """Return the number of heads of attention over `c` channels."""
+        per_head = self.num_head_channels
+        name, divisor = ("num_heads", self.num_heads) if per_head is None else ("num_head_channels", per_head)
+        if divisor < 1 or c % divisor:
+            raise ValueError(f"model.{name}={divisor} must divide {c} channels; choose a divisor of {c}")
+        return self.num_heads if per_head is None else c // per_head
+
+    def attention(self, c: int) -> SelfAttention:
+        return SelfAttention(c, self.groups, self.heads(c), self.norm_eps, self.skip_scale)
+
+    def cross_attention(self, c: int) -> CrossAttention | None:
+        width = self.token_width
+        return None if width is None else CrossAttention(c, self.groups, self.heads(c), width, self.norm_eps)
+
+    def layer(self, c_in: int, c_out: int, resolution: float, attends: bool = True) -> "Layer":
+        if resolution not in self.attended or not attends:
+            return Layer(self.residual(c_in, c_out), None)
+        return Layer(self.residual(c_in, c_out), self.attention(c_out), self.cross_attention(c_out))
+
+    def middle(self, c: int) -> nn.ModuleList:
+        cross = self.cross_attention(c)  # first, which decides its initial weights
+        cross_layers = [] if cross is None else [cross]
+        return nn.ModuleList([self.residual(c, c), self.attention(c), *cross_layers, self.residual(c, c)])
 
 
 class Layer(nn.Module):

@@ -1,4 +1,4 @@
-"""Suggest settings for a dataset of images, and measure the cost of a training step."""
+"""Suggest settings for a dataset, and measure the cost of a training step."""
 
 import sys
 import time
@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from omegaconf import DictConfig
 
-from src.data.decode import Decoded
+from src.data.decode import Decoded, decode
+from src.quoting import format_override
 
+NUM_PROBED = 200
+"""Number of files to decode unchanged, to find their channels and sizes."""
 SIZES = (8, 16, 32, 64, 128, 256)
 
 
@@ -48,20 +52,51 @@ def file_stats(decoded: Sequence[Decoded]) -> FileStats:
     return FileStats(channels, used or bands, gray, int(np.median([min(each.size) for each in decoded])))
 
 
-def suggest(size: int, num_train: int, on_gpu: bool) -> list[str]:
-    """Return overrides of `src.train` by rules of thumb, for images whose longer side is `size` pixels."""
-    recipe = f"experiment=folder_{64 if size == 64 else 256}" if on_gpu and size >= 64 else None
-    small = "model=unet_small" if on_gpu else "model=unet_patched" if size >= 32 else "model=unet_tiny"
-    batch = 64
+def probe(data: DictConfig, on_gpu: bool) -> dict[str, int]:
+    """Return settings that suit evenly spaced files, decoded unchanged. Raises ValueError if none can be read."""
+    from src.data.folder import find
+
+    root = data.root if isinstance(data.root, str) else list(data.root)
+    source = data.source
+    settings = {name: source.get(name) for name in ("pages", "channel_pattern", "channel_names") if name in source}
+    files = find(root, data.get("val_root"), **settings)
+    decode_image = getattr(files, "decode", None)  # of files with other than one image each
+    decoded: list[Any] = []
+    for k in range(0, len(files), -(-len(files) // NUM_PROBED)):
+        try:
+            if decode_image is not None:
+                decoded.append(decode_image(k, source.pages))
+            else:
+                with files.open(k) as stream:
+                    decoded.append(decode(stream))
+        except Exception:  # decoders raise almost anything; reading all files reports the reason
+            continue
+    if not decoded:
+        raise ValueError(f"{format_override('data.root', root)} has no image that can be read; set another folder")
+    stats = file_stats(decoded)
+    return {"data.channels": stats.suggested_channels, "data.image_size": stats.suggested_size(on_gpu)}
+
+
+def suggest(size: Sequence[int], num_train: int, on_gpu: bool, from_files: bool = True) -> list[str]:
+    """Return overrides of `src.train` by rules of thumb, for images (H, W), signals (L,) and volumes; () is for rows.
+
+    `from_files` tells that the data are a folder of images, for which there are recipes.
+    """
+    longest = max(size, default=0)
+    batch = 64 if size else 512
     while batch > 4 and batch > num_train // 4:
         batch //= 2
     batch = max(1, min(batch, num_train))
+    if not size:
+        return [f"data.batch_size={batch}"]
+    recipe = f"experiment=folder_{64 if longest == 64 else 256}" if from_files and on_gpu and longest >= 64 else None
+    small = "model=unet_small" if on_gpu else "model=unet_patched" if longest >= 32 else "model=unet_tiny"
     return [
         recipe or small,
         # The attention of these networks is at feature maps that they do not have at these sizes.
-        *(["model.attention_resolutions=[8]"] if size == (8 if on_gpu else 16) else []),
+        *(["model.attention_resolutions=[8]"] if longest == (8 if on_gpu else 16) else []),
         f"data.batch_size={batch}",
-        *([f"snr_shift={64 / size:g}"] if size > 64 else []),
+        *([f"snr_shift={64 / longest:g}"] if len(size) == 2 and longest > 64 else []),
         *(["model.dropout=0.2"] if num_train < 1000 else []),
     ]
 

@@ -11,6 +11,7 @@ from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.quoting import format_override
+from src.runs.autoencoder import build_autoencoder, check_task, is_autoencoder
 from src.runs.checkpoints import (
     check_fit,
     check_resumed,
@@ -22,11 +23,11 @@ from src.runs.checkpoints import (
 from src.runs.components import (
     build_condition,
     build_module,
-    instantiate_node,
     start_wandb,
     to_plain,
     warn_about_schedule,
 )
+from src.runs.latents import build_data, has_autoencoder
 from src.runs.lock import lock_run_dir, unlock_run_dir
 from src.runs.resolve import resolve, resumed_folder
 from src.runs.trainer import build_trainer, quiet_libraries
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from src.data.module import BaseDataModule
-    from src.training.module import DiffusionModule
+    from src.training.base import TrainingModule
 
 
 C = TypeVar("C")
@@ -49,7 +50,7 @@ class Run(NamedTuple):
     config: DictConfig
     """The resolved configuration."""
     directory: Path
-    module: "DiffusionModule"
+    module: "TrainingModule"
     data: "BaseDataModule"
     trainer: "L.Trainer"
     resume_from: Path | None
@@ -63,13 +64,6 @@ class Run(NamedTuple):
     def callbacks(self, kind: type[C]) -> list[C]:
         """Return the callbacks of a class."""
         return [c for c in self.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
-
-    @property
-    def averages(self) -> bool:
-        """Whether the checkpoints hold averaged weights."""
-        from src.training.callbacks.ema import EMA
-
-        return bool(self.callbacks(EMA))
 
     @property
     def last_checkpoint(self) -> Path:
@@ -104,7 +98,7 @@ def build(cfg: DictConfig) -> Run:
     import lightning as L
 
     L.seed_everything(cfg.seed, verbose=False)
-    data = instantiate_node(cfg.data)
+    data = build_data(cfg, trust=bool(cfg.trust))
     cfg = resolve(cfg, data, checkpoint)
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
@@ -121,8 +115,15 @@ def instantiate_run(
     directory = Path(cfg.run_dir)
     data.fingerprint_path = resume_from and record_path(resume_from)
     data.condition = build_condition(cfg)
-    module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
-    warn_about_schedule(module)
+    check_task(cfg)
+    if has_autoencoder(cfg):
+        data.prepare_once_per_node()  # of a resumed run, before its processes wait for each other
+    module: TrainingModule
+    if is_autoencoder(cfg):
+        module = build_autoencoder(cfg, data.shape, data.augment_labels)
+    else:
+        module = build_module(cfg, data.shape, data.num_values, data.condition, data.augment_labels)
+        warn_about_schedule(module)
     module.compiled_training = compile_network(module.net, cfg.compile)
     steps, changes, initial = 0, [], ""
     if checkpoint is not None:
@@ -159,11 +160,16 @@ def instantiate_run(
 def check_sharding(run: Run) -> None:
     """Raise ValueError for settings that do not work with sharded weights."""
     from src.distributed.sharding import FullyShardedStrategy
+    from src.training.repa import AlignedModule
 
     if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
+    if is_autoencoder(run.config):
+        raise ValueError("trainer=fsdp is for networks too large for a device, unlike an autoencoder: use trainer=ddp")
     if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
+    if isinstance(run.module, AlignedModule):
+        raise ValueError("trainer=fsdp shards only the network, and repa=default has weights too: use trainer=ddp")
     if run.config.data.get("microbatch_size") == "auto":
         raise ValueError(
             "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "

@@ -16,9 +16,9 @@ from src.runs.components import to_plain
 from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from src.training.module import DiffusionModule
+    from src.training.base import TrainingModule
 
 
 def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
@@ -93,7 +93,7 @@ def read_metrics(folder: Path) -> dict[str, Any] | None:
     return None if diverged else metrics
 
 
-def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: Path) -> None:
+def check_fit(weights: "Mapping[str, Tensor]", module: "nn.Module", path: Path) -> None:
     """Raise ValueError, naming the first difference, if the `weights` of the file `path` do not fit the module."""
     ours = module.state_dict()
     for name in [*ours, *weights]:
@@ -105,7 +105,7 @@ def check_fit(weights: "Mapping[str, Tensor]", module: "DiffusionModule", path: 
             )
 
 
-def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> str:
+def load_initial_weights(module: "TrainingModule", init_from: DictConfig) -> str:
     """Load the weights of a trained model that fit the network of `module`, and return what was loaded, in words.
 
     `init_from` has the path, the kind of `weights` ("ema", "raw", or None for averaged ones if there are any) and the
@@ -141,7 +141,7 @@ def load_initial_weights(module: "DiffusionModule", init_from: DictConfig) -> st
     return f"{report}, from {path} ({'averaged' if averaged else 'raw'})"
 
 
-def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "DiffusionModule") -> list[str]:
+def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "TrainingModule") -> list[str]:
     """Return the `changed_settings` of a resumed run. Raises ValueError for those with which it cannot continue.
 
     Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
@@ -171,12 +171,14 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Diffu
 FIXED_KEYS = (
     *("model", "schedule", "diffusion", "snr_shift", "zero_terminal_snr", "conditioning"),
     *("data.num_values", "data.value_range", "data.dtype", "data.columns", "data.mean", "data.std"),
-    *("data.encoders", "freeze", "lora", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("data.encoders", "freeze", "lora", "repa", "lr_multipliers", "decay_matrices_only", "optimizer.adamw"),
+    *("autoencoder.scale", "autoencoder.shift", "autoencoder.fingerprint"),
 )
 """Settings that a resumed run must keep: they determine the meaning of the weights or the optimizer's state."""
 
 MUTABLE_KEYS = (
     *("model.gradient_checkpointing", "conditioning.cond_drop_prob", "lora.dropout"),
+    *("repa.weight", "repa.stop_step"),
     *(f"conditioning.encode.{name}" for name in ("cache", "model", "device", "examples")),
 )
 """Settings among `FIXED_KEYS` that a resumed run may change."""

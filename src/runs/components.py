@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.arguments import GRID_SETTINGS, import_target
 from src.errors import sentence
+from src.quoting import format_override
 
 if TYPE_CHECKING:
     import lightning as L
     import torch
 
     from src.data.conditions import Condition
+    from src.data.module import Coupling
     from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
     from src.training.module import ConditionSpec, DiffusionModule, LossFn, Sampler
@@ -65,6 +67,11 @@ def build_module(
                 f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
             )
         arguments["augment_labels"] = augment_labels
+    coupling: Coupling = cfg.data.get("coupling") or "independent"
+    if coupling == "ot" and augment_labels:
+        raise ValueError(
+            "data.coupling=ot needs data.edm_augment=0: the noise would depend on the labels of the augmentation"
+        )
     with warnings.catch_warnings():
         if not is_typed("model.attention_resolutions"):  # a default for larger images
             warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
@@ -73,7 +80,10 @@ def build_module(
         add_adapters(net, **to_plain(cfg.lora))
     freeze(net, cfg.get("freeze") or [])
     spec = _condition_spec(cfg, condition)
-    module = module_class(schedule)(
+    make_module: Callable[..., DiffusionModule] = module_class(schedule)
+    if trains and cfg.get("repa"):
+        make_module = aligned(make_module, cfg)
+    module = make_module(
         net=net,
         schedule=schedule,
         diffusion=diffusion,
@@ -87,6 +97,7 @@ def build_module(
         conditioning=spec,
         lr_multipliers=cfg.get("lr_multipliers"),
         decay_matrices_only=bool(cfg.get("decay_matrices_only")),
+        coupling=coupling,
     )
     check_network(net, shape, diffusion.outputs, spec)
     if trains:  # The optimizer and the scheduler reject invalid values here, before training.
@@ -94,6 +105,23 @@ def build_module(
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
+
+
+def aligned(make_module: "Callable[..., DiffusionModule]", cfg: DictConfig) -> "Callable[..., DiffusionModule]":
+    """Return the constructor of a module with the alignment of `cfg.repa`, instead of the module of the schedule.
+
+    Raises ValueError for settings with which it does not work.
+    """
+    from src.training.module import DiffusionModule
+    from src.training.repa import AlignedModule, make_encoder
+
+    if make_module is not DiffusionModule:
+        raise ValueError("repa=default excludes schedule=learned; choose another schedule, or leave repa out")
+    if (path := OmegaConf.select(cfg, "autoencoder.path")) is not None:
+        override = format_override("autoencoder.path", str(path))
+        raise ValueError(f"{override} trains on latents, and repa=default needs images; leave one out")
+    settings = to_plain(cfg.repa)
+    return functools.partial(AlignedModule, encoder=make_encoder(str(settings.pop("encoder"))), **settings)
 
 
 def build_condition(cfg: DictConfig) -> "Condition | None":

@@ -9,6 +9,7 @@ from src.config.arguments import check_arguments
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
+from src.quoting import format_override
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
 from src.runs.open import OpenedRun, sampler_of
@@ -37,6 +38,19 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
     if own.enabled:
         alignment.check()
     return quality, alignment
+
+
+def check_lengths(cfg: DictConfig) -> None:
+    """Raise ValueError if a length in `ema` is repeated, or cannot be reconstructed from the run."""
+    from src.training.checkpoints import read_checkpoint
+    from src.training.power_ema import tracked_averages
+
+    if not cfg.ema or len({*cfg.ema}) < len(cfg.ema):
+        raise ValueError(f"{format_override('ema', cfg.ema)} must list different lengths, such as [0.05,0.1,0.15]")
+    path = find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)
+    tracked = tracked_averages(read_checkpoint(path) if path.is_file() else {}, path, "ema")
+    for length in cfg.ema:
+        tracked.reconstruct(length, "ema")
 
 
 def quality_settings(cfg: DictConfig) -> QualitySettings:

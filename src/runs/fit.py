@@ -88,17 +88,25 @@ def save_last_checkpoint(run: "Run") -> None:
 
 def _write_results(run: "Run", metrics: dict[str, float]) -> None:
     """Write pictures, and then `metrics.json`, which marks the run as finished."""
+    from src.training.autoencoder import AutoencoderModule
     from src.training.checkpoint_io import retry_until_written, tolerate_full_disk
-    from src.training.pictures import sample_trajectory, save_pictures
+    from src.training.module import DiffusionModule
+    from src.training.pictures import sample_trajectory, save_pictures, save_reconstructions
     from src.viz import tables
 
-    trajectory = sample_trajectory(run.trainer, run.module, run.data, run.config.seed)
-    if not run.trainer.is_global_zero:
+    trainer, module, data = run.trainer, run.module, run.data
+    trajectory = None
+    if isinstance(module, DiffusionModule):
+        trajectory = sample_trajectory(trainer, module, data, run.config.seed)
+    if not trainer.is_global_zero:
         return
     neighbors = run.config.get("neighbors") or {}
     num_samples, num_candidates = (neighbors.get(name, 0) for name in ("num_samples", "num_candidates"))
     with tolerate_full_disk(run.directory / "samples"):
-        save_pictures(run.directory, run.trainer, run.data, trajectory, num_samples, num_candidates)
+        if trajectory is not None:
+            save_pictures(run.directory, trainer, data, trajectory, num_samples, num_candidates)
+        if isinstance(module, AutoencoderModule):
+            save_reconstructions(run.directory, trainer, module, data)
     if run.data.skip_unreadable:
         run.data.read_errors.warn()
         metrics["unreadable_files"] = len(run.data.read_errors.names)

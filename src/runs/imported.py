@@ -15,51 +15,68 @@ from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 if TYPE_CHECKING:
     from src.interop.imported import ImportedModel
 
-MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2"}
+MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2", "DiT": "dit_xl"}
 """Files in conf/model by the class of their network."""
+IMAGES = {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"}
+LATENTS = {"value_range": [-1, 1], "dtype": "float32", "file_type": ".npy"}
 
 
 def read_model(path: Path, flags: str | None = None) -> dict[str, Any]:
     """Return a trained model as a checkpoint with `state_dict` and `hyper_parameters`.
 
-    `path` is a checkpoint or an exported model of this project, a folder of diffusers, a `.pt` file of OpenAI, whose
-    scripts have `flags`, or weights of EDM and EDM2 as safetensors. Only tensors and plain values are read. Raises
-    ValueError if the file is not such a model, or if this project has no such network.
+    `path` is a checkpoint or an exported model of this project, a folder of diffusers, a `.pt` file of OpenAI, weights
+    of DiT or SiT, whose scripts have `flags`, or weights of EDM and EDM2 as safetensors. Only tensors and plain values
+    are read. Raises ValueError if the file is not such a model, or if this project has no such network.
     """
-    from src.interop import diffusers_pipeline, edm, edm2, openai
-    from src.interop.imported import read_pt
+    from src.interop import diffusers_pipeline, dit, edm, edm2, openai
+    from src.interop.imported import read_pt, tensor_names
 
-    is_openai = path.suffix in (".pt", ".pth")
-    if flags is not None and not is_openai:
-        raise ValueError(f"init_from.flags={flags!r} is for .pt files of OpenAI, and {path} is another; leave it out")
+    is_pt, is_safetensors = path.suffix in (".pt", ".pth"), path.suffix == ".safetensors"
+    is_dit = is_safetensors and dit.FIRST in tensor_names(path)
+    if flags is not None and not (is_pt or is_dit):
+        raise ValueError(
+            f"init_from.flags={flags!r} is for files of OpenAI, DiT and SiT, and {path} is another; leave it out"
+        )
     if (path / SIDECAR).is_file():
         return read_exported_pipeline(path)
     if path.is_dir():
         return as_checkpoint(diffusers_pipeline.read_pipeline(path))
-    if is_openai:
-        return as_checkpoint(openai.read_openai(read_pt(path), flags or ""))
+    if is_pt:
+        weights = read_pt(path)
+        read_weights = dit.read_dit if dit.FIRST in weights else openai.read_openai
+        return as_checkpoint(read_weights(weights, flags or ""))
+    if is_dit:
+        from safetensors.torch import load_file
+
+        return as_checkpoint(dit.read_dit(load_file(path), flags or ""))
     if path.suffix == ".pkl":
         raise edm.pickle_error(path)
-    if path.suffix == ".safetensors" and (found := edm.read_converted(path)):
+    if is_safetensors and (found := edm.read_converted(path)):
         read = edm2.read_edm2 if edm.read_arguments(found[1])[0] == "Precond" else edm.read_edm
         return as_checkpoint(read(*found))
     return read_checkpoint(path)
 
 
 def read_exported_pipeline(folder: Path) -> dict[str, Any]:
-    """Return the model that `src.export format=diffusers` wrote, also if its U-Net has been trained since.
+    """Return the model that `src.export format=diffusers` wrote, also if its network has been trained since.
 
-    Raises ValueError if its network is not a U-Net of diffusers.
+    Raises ValueError if its network is not one of diffusers.
     """
-    from src.interop import diffusers_pipeline, diffusers_unet
+    from src.interop import diffusers_dit, diffusers_pipeline, diffusers_unet
 
-    if not (unet := folder / "unet").is_dir():
+    if (network := diffusers_pipeline.network_folder(folder)) == folder:
         raise ValueError(f"{folder} holds a traced network, which cannot be read; use format=safetensors for it")
     checkpoint = read_checkpoint(folder / SIDECAR)
     kept, model = checkpoint["state_dict"], checkpoint["hyper_parameters"]["model"]
-    theirs, config = diffusers_pipeline.read_weights(unet), diffusers_pipeline.read_config(unet / "config.json")
-    ours = diffusers_unet.from_diffusers(theirs, config, model)
-    if (time := diffusers_unet.original_time(theirs, kept, model)) is None:
+    theirs, config = diffusers_pipeline.read_weights(network), diffusers_pipeline.read_config(network / "config.json")
+    if network.name == "unet":
+        ours = diffusers_unet.from_diffusers(theirs, config, model)
+    else:
+        outputs = config["out_channels"] // config["in_channels"]
+        ours = diffusers_dit.from_diffusers(theirs, model | {"outputs": outputs})
+        if (checkpoint["hyper_parameters"].get("conditioning") or {}).get("encode") is None:
+            del ours[diffusers_dit.TABLE]  # zeros
+    if (time := diffusers_unet.original_time(ours[diffusers_unet.TIME], kept, model)) is None:
         model["time_offset"] = -1.0  # The new weights are for steps from 0.
     else:
         ours[diffusers_unet.TIME] = time
@@ -70,7 +87,7 @@ def read_exported_pipeline(folder: Path) -> dict[str, Any]:
 def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
     """Return a model of another project as a checkpoint of this one, with averaged weights.
 
-    Its data are a folder of 8-bit images that `data.root` names.
+    Its data are a folder of 8-bit images that `data.root` names, or arrays, the latents of a DiT.
     """
     import torch
 
@@ -90,9 +107,10 @@ def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
 
 def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     """Return the configuration of an imported model: conf/ with its network, schedule and diffusion process."""
+    in_latents = MODELS[imported.network.__name__] == "dit_xl" and imported.model["channels"] not in (1, 3)
     overrides = [
         f"sampler={imported.sampler}",
-        "data=folder",
+        f"data={'array' if in_latents else 'folder'}",
         "data.root=null",
         f"model={MODELS[imported.network.__name__]}",
     ]
@@ -103,7 +121,7 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
         "model": model,
         "diffusion": imported.diffusion,
         "zero_terminal_snr": imported.zero_terminal_snr,
-        "data": data | {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"},
+        "data": data | (LATENTS if in_latents else IMAGES),
     }
     if imported.num_classes is not None:
         names = [str(k) for k in range(imported.num_classes)]

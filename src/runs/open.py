@@ -8,10 +8,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
 from src.errors import sentence
-from src.quoting import format_override
+from src.quoting import command, format_override
+from src.runs.autoencoder import AutoencoderError, is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
-from src.runs.components import build_condition, build_module, build_sampler, instantiate_node
+from src.runs.components import build_condition, build_module, build_sampler
 from src.runs.imported import read_model
+from src.runs.latents import INFERRED, build_data
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
@@ -39,39 +41,54 @@ class OpenedRun(NamedTuple):
 def open_run(
     run: str | None,
     ckpt: str | None = None,
-    ema: bool | None = None,
+    ema: bool | float | None = None,
     trust: bool = False,
     data_root: str | None = None,
     encoder: str | None = None,
     init_from: DictConfig | None = None,
+    autoencoder: str | None = None,
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`, or the model of another project, `init_from`.
 
     `run` may be on the Hub (`hf://user/name`).
 
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
-    else warns. `data_root` and `encoder` replace the paths of the data and of the pretrained text encoder. Without
-    `trust`, only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if
-    the run does not exist or cannot be read.
+    else warns; a number takes the average of that length (`training.power_ema`). `data_root`, `encoder` and
+    `autoencoder` replace the paths of the data, of the pretrained text encoder and of the autoencoder. Without `trust`,
+    only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if the run does
+    not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt, None if init_from is None else init_from.path)
     quiet_libraries()
     checkpoint = read_model(path, None if init_from is None else init_from.flags)
     settings = checkpoint["hyper_parameters"]
+    if is_autoencoder(settings):
+        train = command("train", format_override("autoencoder", run or path))
+        raise AutoencoderError(
+            f"{path} is an autoencoder, which draws no samples; train a diffusion model of its latents with: {train}"
+        )
     if not trust:
         check_texts(settings, path)
-        check_targets({name: settings.get(name) for name in (*MODEL_KEYS, "conditioning")}, known_targets(), path)
+        check_targets(
+            {name: settings.get(name) for name in (*MODEL_KEYS, "conditioning", "autoencoder")}, known_targets(), path
+        )
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
-    config = relocate(config, data_root, encoder, path)
+    config = relocate(config, data_root, encoder, path, autoencoder)
     built = OmegaConf.masked_copy(config, list(OPENED_KEYS))
     check_arguments(built)
     try:
-        data = instantiate_node(config.data)
+        data = build_data(config, is_cached=False, trust=trust)
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        averaged = has_averages(checkpoint) if ema is None else ema
+        if not isinstance(ema, bool | float | int | None):
+            raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
+        if not isinstance(ema, bool | None):
+            from src.training.power_ema import with_average
+
+            checkpoint = with_average(checkpoint, path, ema)
+        averaged = has_averages(checkpoint) if ema is None else ema is not False
         weights = weights_of(checkpoint, averaged, path)
         check_fit(weights, module, path)
         module.load_state_dict(weights)
@@ -115,7 +132,8 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
     Raises ValueError if its inputs or outputs do not match those of the opened run.
     """
     path = find_checkpoint(location, None, setting="guidance.model")
-    weak = open_run(None, str(path), encoder=OmegaConf.select(opened.config, "conditioning.encode.model"))
+    places = {"encoder": "conditioning.encode.model", "autoencoder": "autoencoder.path"}
+    weak = open_run(None, str(path), **{k: OmegaConf.select(opened.config, name) for k, name in places.items()})
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"
     own, others = (output_settings(each.config) for each in (opened, weak))
@@ -132,7 +150,8 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
 def output_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings that determine the meaning of a network's inputs and outputs."""
     names = ("diffusion.prediction", "diffusion.variance", "diffusion.sigma_data", "schedule", "snr_shift")
-    settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr")}
+    scaling = (f"autoencoder.{name}" for name in INFERRED)
+    settings = {name: OmegaConf.select(config, name) for name in (*names, "zero_terminal_snr", *scaling)}
     encode = OmegaConf.select(config, "conditioning.encode") or {}
     places = ("examples", "cache", "device", "model")  # The fingerprint identifies an encoder.
     return settings | {f"conditioning.encode.{name}": value for name, value in encode.items() if name not in places}

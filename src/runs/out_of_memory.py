@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from src.quoting import command, format_override
+from src.runs.autoencoder import is_autoencoder
 from src.runs.components import meta_network
 
 if TYPE_CHECKING:
@@ -12,13 +13,15 @@ if TYPE_CHECKING:
 
 
 def step_memory(run: "Run") -> int:
-    """Return an estimate of the bytes of a training step on each device, without running one."""
+    """Return an estimate of the bytes of a training step of a diffusion model on each device, without running one."""
     from lightning.pytorch.strategies import DDPStrategy
 
     from src.distributed.sharding import FullyShardedStrategy
-    from src.training.memory import estimate
+    from src.training.memory import count_averages, estimate
+    from src.training.module import DiffusionModule
 
     trainer, module = run.trainer, run.module
+    assert isinstance(module, DiffusionModule)
     return estimate(
         meta_network(run.config, module.diffusion.outputs),
         module.shape,
@@ -26,7 +29,7 @@ def step_memory(run: "Run") -> int:
         trainer.strategy.root_device,
         str(trainer.precision),
         module.make_optimizer,
-        run.averages,
+        count_averages(trainer.callbacks),  # type: ignore[attr-defined]
         trainer.world_size if isinstance(trainer.strategy, FullyShardedStrategy) else 1,
         isinstance(trainer.strategy, DDPStrategy),
         module.null,
@@ -40,10 +43,10 @@ def training_oom_message(run: "Run") -> str:
 
     trainer, micro = run.trainer, run.data.microbatch_size(run.trainer)
     try:
-        needs = f"about {gib(step_memory(run))} GiB"
+        needs = "" if is_autoencoder(run.config) else f"; a training step needs about {gib(step_memory(run))} GiB"
     except (RuntimeError, MemoryError):
         # Under a memory limit, even the threads of the backward pass may fail to start.
-        needs = "more than is left to estimate it with"
+        needs = "; a training step needs more than is left to estimate it with"
     saved = run.last_checkpoint.exists()
     remedies = {
         "data.microbatch_size=auto": micro > 1 and not saved and not isinstance(trainer.strategy, FullyShardedStrategy),
@@ -55,7 +58,7 @@ def training_oom_message(run: "Run") -> str:
     resume = command("train", format_override("resume", run.directory), *settings)
     return (
         f"out of memory at data.microbatch_size {micro} (samples per device and forward pass) on "
-        f"{describe_device(trainer.strategy.root_device)}; a training step needs {needs}: set {advice}"
+        f"{describe_device(trainer.strategy.root_device)}{needs}: set {advice}"
         f"{f'; saved: resume with {resume}' if saved else ''}"
     )
 

@@ -20,6 +20,7 @@ from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import inline_aliases, is_typed, to_plain
 from src.runs.imported import read_model
+from src.runs.latents import SETTINGS, has_autoencoder, infer_latents, measure_latents
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint
@@ -40,7 +41,11 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
     cfg.data = inline_aliases(cfg.data, "data")
     if not isinstance(cfg.init_from, DictConfig):  # composed without the command line, which writes init_from.path
         cfg.init_from = {"path": cfg.init_from, "weights": None, "flags": None}
+    if not isinstance(cfg.autoencoder, DictConfig):
+        cfg.autoencoder = dict.fromkeys(SETTINGS) | {"path": cfg.autoencoder}
     _infer_folders(cfg)
+    if data is None and has_autoencoder(cfg):
+        infer_latents(cfg, checkpoint)
     if checkpoint is None and data is None and cfg.init_from.path is not None:
         _adopt_model(cfg)
     _inline_betas(cfg, checkpoint)
@@ -96,16 +101,28 @@ def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
     return read_metrics(folder)
 
 
-def relocate(config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path) -> DictConfig:
+def relocate(
+    config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path, autoencoder: str | None = None
+) -> DictConfig:
     """Return a copy of a trained run's configuration with the paths of this machine.
 
-    `data_root` replaces the folder or file of the data, and `encoder` the pretrained text encoder; None keeps them. The
+    `data_root` replaces the folder or file of the data, `encoder` the pretrained text encoder, and `autoencoder` that
+    of a run in latents; None keeps them. The
     cache folders recorded in `checkpoint` are ignored: the file is untrusted and could name any folder. Raises
     ValueError if the run has no such path.
     """
     config = copy.deepcopy(config)
     if "cache_dir" in config.data:
         config.data.cache_dir = None
+    if has_autoencoder(config):
+        own = checkpoint / "vae"  # of an exported pipeline
+        place = autoencoder or config.autoencoder.path or (str(own) if own.is_dir() else None)
+        config.autoencoder.update({"cache_dir": None, "path": place})
+    elif autoencoder is not None:
+        raise ValueError(
+            f"{format_override('autoencoder', autoencoder)} needs a run in latents, and {checkpoint} was trained on "
+            "the data themselves; leave it out"
+        )
     if data_root is not None:
         setting = "path" if "path" in config.data else "root"  # data=table reads one file, data.path
         is_exported = checkpoint.suffix != ".ckpt" and setting in config.data  # src.export sets paths to null
@@ -249,6 +266,8 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) 
     cfg.data.update(data.inferred)
     if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
+    if is_new and has_autoencoder(cfg):
+        cfg.autoencoder.update(measure_latents(data))
     if is_new and cfg.get("conditioning") is not None:
         data.prepare_once_per_node()
         assert data.source is not None
@@ -269,6 +288,11 @@ def _infer_accumulation(cfg: DictConfig) -> None:
     if micro == "auto" and cfg.resume is None and typed != 1:
         raise ValueError(
             f"data.microbatch_size=auto sets trainer.accumulate_grad_batches, but it is {typed}; leave one out"
+        )
+    if micro == "auto" and cfg.data.get("coupling") == "ot":
+        raise ValueError(
+            "data.microbatch_size=auto excludes data.coupling=ot, which assigns the noise within a micro-batch and so "
+            "would depend on the memory; set a number"
         )
     if micro in (None, "auto"):
         return

@@ -52,7 +52,7 @@ def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Seq
 def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) -> None:
     """Let the run draw images of another size, one number or (H, W), than in training; None keeps that.
 
-    Raises ValueError for a wrong size and for a run on points.
+    Latents are smaller by the factor of the autoencoder. Raises ValueError for a wrong size and for a run on points.
     """
     if image_size is None:
         return
@@ -61,7 +61,10 @@ def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) 
         raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
     if len(opened.module.shape) != 3:
         raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")
-    opened.module.shape = (opened.module.shape[0], *size)
+    factor = opened.data.displayed.shape[1] // opened.module.shape[1]
+    if any(side % factor for side in size):
+        raise ValueError(f"image_size={image_size} must be a multiple of {factor}, the factor of the autoencoder")
+    opened.module.shape = (opened.module.shape[0], *(side // factor for side in size))
 
 
 def draw_batches(

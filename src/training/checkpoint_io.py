@@ -37,6 +37,20 @@ def retry_until_written(write: Callable[[], object], path: Path) -> None:
         time.sleep(10)
 
 
+def write_atomically(path: Path, contents: bytes | memoryview) -> None:
+    """Write a file that replaces the previous one only when it is complete on the disk."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints that replace the previous one only when they are complete on the disk.
 
@@ -52,20 +66,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         contents = io.BytesIO()  # torch.save to a full disk raises a RuntimeError without the cause
         torch.save(checkpoint, contents)
-        partial = path.with_name(f"{path.name}.partial")
         self.failed = True
         with tolerate_full_disk(path):
-            try:
-                self._prepare(path.parent)
-                with partial.open("wb") as file:
-                    file.write(contents.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-                self.failed = False
-            finally:
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+            self._prepare(path.parent)
+            write_atomically(path, contents.getbuffer())
+            self.failed = False
 
     def _prepare(self, folder: Path) -> None:
         """Before the first checkpoint in a folder, create it and remove partial files of a killed process."""

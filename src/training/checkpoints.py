@@ -119,7 +119,7 @@ def write_exported(path: Path, weights: "Mapping[str, Tensor]", averaged: bool, 
 
 
 def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, Tensor]":
-    """Return the averaged (`ema`) or raw weights, with adapters merged.
+    """Return the averaged (`ema`) or raw weights, with adapters merged and without the projection of `repa`.
 
     Raises ValueError if the file does not contain them.
     """
@@ -134,6 +134,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     weights = weights if ema else checkpoint.get("current_model_state", weights)
+    weights = {name: value for name, value in weights.items() if not name.startswith("repa.")}
     lora = checkpoint["hyper_parameters"].get("lora")
     return merge_adapters(weights, float(lora["alpha"])) if lora else weights
 
@@ -161,7 +162,8 @@ def exportable_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], li
 def may_be_path(name: str, value: str) -> bool:
     """Return whether the value of a setting may be a path of this machine."""
     is_text = name.startswith((*TEXT_KEYS, "data.columns", "data.encoders"))
-    if name == "conditioning.encode.model":
+    if name in ("conditioning.encode.model", "autoencoder.path"):
+        value = value.removeprefix("hf://")
         is_text = value.count("/") == 1 and not value.startswith("/") and not Path(value).exists()  # a hub id
     return not is_text and (name in PATH_KEYS or "/" in value or "\\" in value)
 
@@ -173,10 +175,10 @@ MODEL_KEYS = ("data", "model", "schedule", "diffusion", "loss", "timestep_sample
 CONDITION_KEYS = ("conditioning", "guidance")  # further settings that rebuild a conditional model
 
 
-OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "seed", "snr_shift", "zero_terminal_snr")
+OPENED_KEYS = (*MODEL_KEYS, *CONDITION_KEYS, "autoencoder", "seed", "snr_shift", "zero_terminal_snr")
 """Settings with which a trained model is opened."""
 
-EXPORTED_KEYS = (*OPENED_KEYS, "optimizer", "lr_scheduler")
+EXPORTED_KEYS = (*OPENED_KEYS, "task", "optimizer", "lr_scheduler")
 """Settings of an exported model: how to build it and how it was trained, without paths."""
 
 TEXT_KEYS = tuple(f"conditioning.encode.{name}" for name in ("names", "examples", "tokenizer"))

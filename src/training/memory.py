@@ -7,7 +7,7 @@ import logging
 import mmap
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from src.data.module import BaseDataModule
 from src.errors import is_out_of_memory
-from src.training.module import DiffusionModule
+from src.training.base import TrainingModule
+from src.training.callbacks.ema import EMA
+from src.training.callbacks.power_ema import PowerEMA
 from src.training.optim import MakeOptimizer, trial_state
 
 log = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def estimate(
     device: torch.device,
     precision: str,
     optimizer: MakeOptimizer | None,
-    average: bool = True,
+    averages: int = 1,
     shards: int = 1,
     buckets: bool = False,
     null: Tensor | None = None,
@@ -38,9 +40,9 @@ def estimate(
     """Estimate the peak bytes of a step on one device by torch's tracker, from one pass with fake tensors.
 
     `net` is on the meta device and gets `microbatch_size` samples of `shape`, and conditions like `null` (1, ...).
-    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `average` adds the
-    EMA, `buckets` DDP's copy of the gradients, and `shards` divides the weights (FSDP). Allocations of libraries are
-    not included, and a compiled network counts as uncompiled.
+    `precision` is one of Lightning's. Without an optimizer the pass is forward only, as in sampling. `averages` is the
+    number of averages of the weights, `buckets` adds DDP's copy of the gradients, and `shards` divides the weights
+    (FSDP). Allocations of libraries are not included, and a compiled network counts as uncompiled.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -68,8 +70,13 @@ def estimate(
     weights, size = sum(p.nbytes for p in net.parameters()), sum(p.numel() for p in net.parameters())
     state = [v for v in trial_state(optimizer, 64).values() if isinstance(v, Tensor) and v.ndim]  # no step counts
     moments = weights * sum(v.nbytes for v in state) // (4 * 64**2)
-    lasting = (3 if buckets else 2) * weights + moments + (4 * size if average else 0)
+    lasting = (3 if buckets else 2) * weights + moments + 4 * size * averages
     return peak - 2 * weights + lasting // shards
+
+
+def count_averages(callbacks: Sequence[L.Callback]) -> int:
+    """Return the number of float32 averages of the weights that callbacks keep."""
+    return sum(len(c.lengths or ()) if isinstance(c, PowerEMA) else isinstance(c, EMA) for c in callbacks)
 
 
 def gib(size: float) -> str:
@@ -102,7 +109,7 @@ class MicrobatchFinder(L.Callback):
         if stage != "fit":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, DiffusionModule) and isinstance(data, BaseDataModule)
+        assert isinstance(pl_module, TrainingModule) and isinstance(data, BaseDataModule)
         share = data.batch_size // trainer.world_size
         device = trainer.strategy.root_device
         reserve = _reserve(device)
@@ -120,7 +127,7 @@ class MicrobatchFinder(L.Callback):
             log.info(f"data.microbatch_size=auto: {size} samples fit, accumulating {batches} batches per step")
 
 
-def fits_in_memory(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int) -> bool:
+def fits_in_memory(module: TrainingModule, trainer: L.Trainer, microbatch_size: int) -> bool:
     """Return whether two training steps on a copy of the module fit on this process's device.
 
     The first step creates the optimizer's moments.
@@ -168,21 +175,22 @@ def _reserve(device: torch.device) -> object:
         raise MemoryError(str(error)) from error
 
 
-def _step_twice(module: DiffusionModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
+def _step_twice(module: TrainingModule, trainer: L.Trainer, microbatch_size: int, device: torch.device) -> None:
     precision = trainer.precision_plugin
     trial = copy.deepcopy(module, {id(trainer): trainer}).to(device).train()
     precision.convert_module(trial)
     trial.find_weights()
     trial.compiled_training = None  # compiling takes a minute per size
-    copies = 2 if trainer.world_size > 1 else 1
+    callbacks: Any = trainer.callbacks  # type: ignore[attr-defined]
+    copies = count_averages(callbacks) + (1 if trainer.world_size > 1 else 0)
     reserved = [torch.empty_like(p, dtype=torch.float32) for p in trial.parameters() for _ in range(copies)]
     optimizer, _ = trial.prepare_optimizer(1)
     batch: Any = {"x": torch.zeros(microbatch_size, *trial.shape, device=device), "start": 0, "total": microbatch_size}
-    if trial.null is not None:
-        batch["cond"] = trial.null.expand(microbatch_size, *trial.null.shape[1:])
+    if (null := getattr(trial, "null", None)) is not None:
+        batch["cond"] = null.expand(microbatch_size, *null.shape[1:])
     for _ in range(2):
         with precision.train_step_context():
-            loss = trial.training_step(batch, 0)["loss"]
+            loss = cast(Any, trial.training_step(batch, 0))["loss"]
         loss.backward()
         optimizer.step()  # keeps the gradients, which live from step to step
     del reserved

@@ -52,7 +52,10 @@ class ConditionSpec(NamedTuple):
 
 
 class SamplingModule(L.LightningModule):
-    """A network with its noise schedule and diffusion process; `shape` is that of one sample."""
+    """A network with its noise schedule and diffusion process; `shape` is that of one sample.
+
+    `deterministic` refuses samplers that add noise.
+    """
 
     null: Tensor | None
     examples: Tensor | None
@@ -65,6 +68,7 @@ class SamplingModule(L.LightningModule):
         sampler: Sampler,
         shape: Sequence[int],
         conditioning: ConditionSpec | None = None,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         if conditioning is not None and not 0 <= conditioning.cond_drop_prob < 1:
@@ -94,6 +98,7 @@ class SamplingModule(L.LightningModule):
         """The compiled network for sampling, whose batches are padded to one size."""
         self.sampling_dtype: torch.dtype | None = None
         """Autocast type of sampling; None computes in the type of the weights."""
+        self.deterministic = deterministic
         self.check_sampler(sampler)
 
     def denoise(self, x: Tensor, t: NoiseLevel, cond: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
@@ -184,6 +189,9 @@ class SamplingModule(L.LightningModule):
     def check_sampler(self, sampler: Sampler) -> None:
         """Take one step on zeros. Raises ValueError for settings that the sampler or this model does not support."""
         next(self._dry_run(sampler, []))
+        if self.deterministic:
+            for _ in self._dry_run(sampler, [], refuse_noise):
+                pass
 
     def network_calls(self, sampler: Sampler) -> int:
         """Return the number of network evaluations per sample, counted without running the network."""
@@ -192,7 +200,7 @@ class SamplingModule(L.LightningModule):
             pass
         return len(calls)
 
-    def _dry_run(self, sampler: Sampler, calls: list[NoiseLevel]) -> Iterator[Tensor]:
+    def _dry_run(self, sampler: Sampler, calls: list[NoiseLevel], noise: Noise = torch.zeros_like) -> Iterator[Tensor]:
         """Sample from zeros with a network that returns ones; append the level of each evaluation to `calls`."""
         guidance = sampler.guidance
         guidance.check()
@@ -219,7 +227,15 @@ class SamplingModule(L.LightningModule):
 
         dry_guidance = guidance._replace(model=guidance.model and denoise)
         predict = predictor(self.diffusion, guided(denoise, self.null, self.null, dry_guidance, self.shape[0]))
-        return sampler.fn(self.diffusion, predict, x, grid, noise=torch.zeros_like)
+        return sampler.fn(self.diffusion, predict, x, grid, noise=noise)
+
+
+def refuse_noise(x: Tensor) -> Tensor:
+    """Raise ValueError: a noise function for samplers that must not add noise."""
+    raise ValueError(
+        "sampler=... must be deterministic for a model with data.coupling=ot, which learns no score; choose "
+        "sampler=heun, sampler=dpmpp_2m or sampler=ddim, and leave out sampler.eta and sampler.s_churn"
+    )
 
 
 def _pad(x: Tensor, count: int) -> Tensor:

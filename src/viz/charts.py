@@ -311,10 +311,16 @@ def class_frequencies(names: Sequence[str], shares: Mapping[str, Sequence[Interv
     return render_figure(figure)
 
 
-def marginals(samples: Tensor, real: Tensor, names: Sequence[str], categories: Sequence[Sequence[str]]) -> Image.Image:
+def marginals(
+    samples: Tensor,
+    real: Tensor,
+    names: Sequence[str],
+    categories: Sequence[Sequence[str]],
+    labels: tuple[str, str] = ("samples", "real data"),
+) -> Image.Image:
     """Draw the distribution of each column of samples (N, K) and real data (M, K): histograms, bars for categories.
 
-    `categories` holds the categories of a column of indices, and nothing for numbers.
+    `categories` holds the categories of a column of indices, and nothing for numbers. `labels` name both data.
     """
     count = min(len(names), MAX_COLUMNS)
     columns = min(4, count)
@@ -326,10 +332,10 @@ def marginals(samples: Tensor, real: Tensor, names: Sequence[str], categories: S
             continue
         x, y = (each[:, k].cpu().double().numpy() for each in (samples, real))
         if categories[k]:
-            _bars(axes, x, y, categories[k])
+            _bars(axes, x, y, categories[k], labels)
         else:
             bins = histogram_bins(np.concatenate([x, y]), max(10, min(40, round(len(y) ** 0.5))))
-            for values, color, label in ((y, "0.7", "real data"), (x, COLORS[0], "samples")):
+            for values, color, label in ((y, "0.7", labels[1]), (x, COLORS[0], labels[0])):
                 _histogram(axes, values, bins, color, label)
         axes.set_title(names[k][:40], fontsize=9)
         axes.tick_params(labelsize=7)
@@ -358,7 +364,7 @@ def _histogram(axes: Any, values: np.ndarray, bins: np.ndarray, color: str, labe
     axes.hist(finite, bins=bins, density=len(finite) > 0, color=color, alpha=0.7, label=label)
 
 
-def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) -> None:
+def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str], names: tuple[str, str]) -> None:
     """Draw the shares of the most frequent categories of real data y, and of samples x."""
     real, samples = (
         np.bincount(each[np.isfinite(each)].astype(int), minlength=len(categories)) / max(1, len(each))
@@ -366,8 +372,8 @@ def _bars(axes: Any, x: np.ndarray, y: np.ndarray, categories: Sequence[str]) ->
     )
     order = np.argsort(-real, kind="stable")[:MAX_BARS]
     places = np.arange(len(order))
-    axes.bar(places - 0.2, real[order], 0.4, color="0.7", label="real data")
-    axes.bar(places + 0.2, samples[order], 0.4, color=COLORS[0], label="samples")
+    axes.bar(places - 0.2, real[order], 0.4, color="0.7", label=names[1])
+    axes.bar(places + 0.2, samples[order], 0.4, color=COLORS[0], label=names[0])
     labels = [categories[k][:10] for k in order]
     axes.set_xticks(places, labels, rotation=90 if len(order) > 4 else 0, fontsize=7)
 

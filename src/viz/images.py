@@ -16,6 +16,7 @@ from torch import Tensor
 
 from src.viz.charts import axis_limits, evenly_spaced_indices, pair_plot, scatter
 from src.viz.figures import COLORS
+from src.viz.fonts import font_for
 from src.viz.tables import format_number
 
 CELL, GAP, LABEL_WIDTH, TITLE_HEIGHT = 64, 2, 140, 22
@@ -111,20 +112,19 @@ def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image
 
 
 @cache
-def text_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which comes with matplotlib: Pillow's default font has Latin letters only."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+def load_font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
 def draw_text(image: Image.Image, position: tuple[float, float], text: str, size: int = 13, anchor: str = "lm") -> None:
     """Write one line of black text into an image; `anchor` is Pillow's."""
-    ImageDraw.Draw(image).text(position, text, fill="black", anchor=anchor, font=text_font(size))
+    path, text = font_for(text)
+    ImageDraw.Draw(image).text(position, text, fill="black", anchor=anchor, font=load_font(path, size))
 
 
 def text_width(text: str) -> int:
-    return math.ceil(text_font(13).getlength(text)) + 12
+    path, text = font_for(text)
+    return math.ceil(load_font(path, 13).getlength(text)) + 12
 
 
 def extend(image: Image.Image, left: int = 0, top: int = 0, bottom: int = 0, width: int = 0) -> Image.Image:

@@ -103,6 +103,19 @@ def format_duration(seconds: float) -> str:
     return f"{seconds:.2g} seconds"
 
 
+def format_bits(metrics: Mapping[str, Any], num_terms: int | None) -> str:
+    """Return the likelihood in bits/dim as text."""
+    if "bits_per_dim" not in metrics:
+        flow = metrics.get("flow_bits_per_dim")
+        shown = "add ode=true for the likelihood by the flow" if flow is None else f"{flow:.4f} bits/dim by the flow"
+        return f"no variational bound with data.coupling=ot; {shown}"
+    kind = "at most" if num_terms is None else f"estimated from {num_terms} terms each:"
+    error, flow = metrics["standard_error"], metrics.get("flow_bits_per_dim")
+    text = f"{kind} {metrics['bits_per_dim']:.4f}{f' ± {error:.4f}' if error == error else ''} bits/dim"
+    text += f" (prior {metrics['prior']:.4f}, decoder {metrics['decoder']:.4f})"
+    return text if flow is None else f"{text}; {flow:.4f} by the probability flow"
+
+
 def markdown(metrics: Mapping[str, Any]) -> str:
     """Return the tables of one evaluated run: likelihood and sample quality, and prompt alignment."""
     tables = []
@@ -149,6 +162,22 @@ def _quality_table(metrics: Mapping[str, Any]) -> str:
     if "classifier_accuracy" in metrics:
         note += f"The classifier is correct on {metrics['classifier_accuracy']:.1%} of validation images.\n"
     return note
+
+
+def lengths_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a column for each length of the averages of one run, and a row for each metric and sampler."""
+    rows: dict[str, list[str]] = {}
+    for column, metrics in enumerate(results.values()):
+        cells = {}
+        if "bits_per_dim" in metrics:
+            cells["bits/dim ↓"] = format_number(metrics["bits_per_dim"], metrics["standard_error"])
+        for sampler, each in metrics.get("samplers", {}).items():
+            for name, metric in each["metrics"].items():
+                cells[f"{metric_title(name)}{direction_arrow(name)}, {sampler}"] = format_metric(metric)
+        for title, cell in cells.items():
+            rows.setdefault(title, [""] * len(results))[column] = cell
+    header = ["length of the average", *results]
+    return markdown_table(header, [[title, *cells] for title, cells in rows.items()]) + "\n"
 
 
 def _rows_table(report: Mapping[str, Any]) -> str:

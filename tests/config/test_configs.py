@@ -13,6 +13,7 @@ from src.config.arguments import check_arguments
 from src.config.overrides import check_overrides
 from src.config.rules import RECIPE, check_value
 from src.config.search_path import CONF, config_groups
+from src.runs.autoencoder import build_autoencoder
 from src.runs.components import build_module, build_sampler, inline_aliases
 from src.runs.resolve import resolve
 from tests.conftest import compose
@@ -34,6 +35,8 @@ ALSO = {
     ("experiment", "folder_64"): ["data.root=x"],
     ("experiment", "folder_256"): ["data.root=x"],
 }
+SEPARATE = ("conditioning", "data", "experiment", "model", "trainer", "logger")
+"""Groups whose choices do not train the digits by themselves."""
 CHOICES = [(group, option) for group, options in config_groups().items() for option in options if group != "analytic"]
 # Arguments that the program gives and no configuration should.
 GIVEN = {
@@ -86,7 +89,7 @@ def test_every_choice_composes_and_fits_its_target(group, option):
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [c for c in CHOICES if c[0] not in ("conditioning", "data", "experiment", "model", "trainer", "logger")],
+    [c for c in CHOICES if c[0] not in SEPARATE and c[1] != "autoencoder"],
 )
 def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     cfg = compose(
@@ -101,6 +104,15 @@ def test_every_choice_builds_a_module_that_learns_and_samples(group, option):
     sampler = build_sampler(cfg.sampler)._replace(steps=2)
     *_, x = module.sample(range(3), seed=0, sampler=sampler)
     assert x.shape == (3, 1, 8, 8) and x.isfinite().all()
+
+
+def test_autoencoder_choices_build_a_module_that_learns():
+    cfg = compose("train", "task=autoencoder", "run_dir=runs/x", "model.model_channels=8")
+    module = build_autoencoder(cfg, (1, 8, 8))
+    out = module.training_step({"x": torch.zeros(4, 1, 8, 8), "start": 0, "total": 4}, 0)
+    out["loss"].backward()
+    assert out["terms"]["loss"].isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_every_optimizer_has_plain_values_to_save():

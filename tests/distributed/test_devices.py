@@ -39,6 +39,8 @@ SETTINGS = [
     "timestep_sampler=importance",
     "timestep_sampler.num_bins=4",
     "callbacks.samples.num_samples=5",
+    "callbacks.power_ema.lengths=[0.05,0.1]",
+    "callbacks.power_ema.max_snapshots=4",
 ]
 
 
@@ -159,6 +161,7 @@ def test_two_nodes_train_the_same_model(alone, tmp_path):
 def assert_same_run(run: Path, alone: Path) -> None:
     """Weights, EMA, importance-sampling history, validation and samples are equal up to rounding."""
     assert_close_weights(run, alone)
+    assert_close_averages(run, alone)
     losses = [json.loads((folder / "metrics.json").read_text())["val/loss"] for folder in (run, alone)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for picture in ("samples/final.png", "samples/step_000008.png", "samples/trajectory.png"):
@@ -172,6 +175,7 @@ def test_sharded_training_equals_unsharded(alone, torchrun_started):
     """FSDP2 on two processes: the checkpoint has the format of any run."""
     run = only_run(torchrun_started[0])
     assert_close_weights(run, alone)
+    assert_close_averages(run, alone)
     opened = open_run(str(run))
     assert_close(opened.module.net.conv_in.weight, weights(alone)["net.conv_in.weight"], rtol=1e-5, atol=1e-5)
     best = read_checkpoint(run / "checkpoints" / "best.ckpt")
@@ -233,6 +237,15 @@ def assert_close_weights(run: Path, other: Path) -> None:
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_close_averages(run: Path, other: Path) -> None:
+    """Check that averages of a length between those of the snapshots are equal up to rounding."""
+    ours, theirs = (open_run(str(folder), ema=0.07).module.state_dict() for folder in (run, other))
+    for name in ours:
+        assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = (sorted(path.name for path in (folder / "averages").iterdir()) for folder in (run, other))
+    assert ours == theirs and len(ours) == 4
 
 
 @pytest.mark.faults

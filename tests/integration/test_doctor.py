@@ -1,4 +1,4 @@
-"""`src.doctor` on folders, as a user types it."""
+"""`src.doctor`, as a user types it."""
 
 import os
 import shlex
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from src.config.cli import launch
+from src.data.column_summary import count_near_rows
 from src.doctor import examine
 
 
@@ -97,14 +98,63 @@ def test_copies_across_the_split_and_nested_folders_are_reported(tmp_path, docto
     assert {"train/b/3.png", "val/b/copy.png"} <= {*duplicates.replace(";", "").split()}
 
 
+def test_a_table_is_checked_by_column(tmp_path, doctor):
+    """Two rows of 40 lack a cell, one number is far off, one class is rare, and validation rows are copies."""
+    rng = np.random.default_rng(0)
+    rows = [
+        [f"{rng.normal():.2f}", f"{rng.normal():.2f}", "no" if k % 3 else "yes", "ab"[k % 20 == 7]] for k in range(40)
+    ]
+    rows[3][0] = rows[4][0] = ""
+    rows[5][1] = "-999"
+    rows = [[str(k), *row] for k, row in enumerate(rows * 2)]  # equal but for the number of the row
+    (tmp_path / "t.csv").write_text("\n".join(map(",".join, [["n", "x", "y", "smoker", "kind"], *rows])))
+    done = doctor(
+        "data=table", f"data.path={tmp_path / 't.csv'}", "data.label=kind", "data.val_fraction=0.3", "steps=1"
+    )
+    assert done.status == 0, done.err
+    cells = {line.split()[0]: line.split() for line in done.out.splitlines() if line.split()}
+    numbers = [float(row[1]) for row in rows if row[1] and row[2] != "-999"]
+    assert cells["x"][1:4] == ["number", "4", f"{min(numbers):g}"]
+    assert cells["y"][3] == "-999" and cells["y"][-2:] == ["2", "outliers"]
+    assert cells["smoker"][1:] == ["boolean", "0", "66%", "no,", "34%", "yes"]
+    assert "data.balance_classes=true" in done.out and "data.transforms=['y=quantile']" in done.out
+    assert "nearly equal to a training row" in done.out and (tmp_path / "out" / "columns.png").exists()
+    assert {"data.missing=drop", "conditioning=class", "data.batch_size=8"} <= {*done.command}
+
+
+def test_points_have_the_network_of_their_data(doctor, tmp_path):
+    done = doctor("data=swiss_roll", "data.num_samples=300", "model.hidden_size=16", "steps=1")
+    assert done.status == 0, done.err
+    assert "column 2" in done.out and (tmp_path / "out" / "columns.png").exists()
+    assert {"data=swiss_roll", "model.hidden_size=16", "trainer.max_steps=4000"} <= {*done.command}
+    assert "data.missing=drop" not in done.command
+
+
+def test_signals_with_a_constant_channel_and_copies_are_reported(doctor, tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 2, 32)).cumsum(-1).astype("float32")
+    x[:, 1], x[3, 0, 5], x[8] = 2, 1e4, x[7]
+    np.save(tmp_path / "x.npy", x)
+    done = doctor("data=array", f"data.root={tmp_path / 'x.npy'}", "steps=0")
+    assert done.status == 0, done.err
+    lines = {line[:9]: line.split() for line in done.out.splitlines()}
+    assert lines["channel 2"][3:] == ["2", "2", "2", "constant"]
+    assert lines["channel 1"][-2:] == ["1", "outlier"] and "data.value_range=[" in done.out
+    assert "1 signal equal to another" in done.out and (tmp_path / "out" / "images.png").exists()
+
+
+def test_rows_are_nearly_equal_by_every_column():
+    train = np.array([[0.0, 0.0], [1.0, 1.0]])
+    assert count_near_rows(np.array([[1e-4, -1e-4], [1.0, 0.0], [1.0, 1.01]]), train) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data=array", "data.root=x.npy"], "python -m src.train data=array data.root=x.npy"),
-        (["data=table", "data.path=x.csv"], "src.train"),
+        (["data=table", "data.path=nowhere.csv"], "nowhere.csv"),
+        (["data=table", "data.path=x.csv", "model=unet_tiny"], "model=mlp"),
         (["data=folder", "data.root=x", "model.model_channels=8"], "model.model_channels"),
     ],
 )
-def test_what_it_does_not_support_is_refused(doctor, words, message):
+def test_wrong_settings_are_refused_in_one_line(doctor, words, message):
     done = doctor(*words)
     assert done.status == 2 and message in done.err and done.err.count("\n") == 1

@@ -28,6 +28,7 @@ from src.interop.diffusers_export import make_pipeline, write_pipeline
 from src.interop.diffusers_samplers import diffusers
 from src.interop.diffusers_schedulers import MAX_STORED_RATIO
 from src.models.conditioning import ClassEmbedding, ContinuousEmbedding, TextTransformer
+from src.models.dit import DiT
 from src.models.mlp import MLP
 from src.models.unet import UNet
 from tests.conftest import compose
@@ -51,6 +52,9 @@ MODEL = {
     "time_conditioning": "add",
     "time_scale": float(T),
 }
+PAPER_DIT = {"hidden_size": 16, "depth": 1, "num_heads": 2, "activation": "gelu", "norm": "layer", "qk_norm": False}
+PAPER_DIT |= {"positions": "sincos", "freq_shift": 1}
+"""Arguments of a transformer of diffusers."""
 TABLES = {
     "linear": schedules.linear(T),
     "quadratic": schedules.quadratic(T),
@@ -86,22 +90,31 @@ class Case(NamedTuple):
     classes: int | None = None
     prompts: tuple[str, ...] = ()
     guidance: Guidance = Guidance()
+    dit: Mapping[str, Any] = MappingProxyType({})
+    """Arguments of a DiT in place of the U-Net."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments of the network."""
+        common = {name: MODEL[name] for name in ("channels", "image_size", "time_scale")}
+        return common | dict(self.dit) if self.dit else MODEL | dict(self.model)
 
     def encode(self) -> dict[str, Any] | None:
         if self.prompts:
             return {"tokenizer": TOKENIZER, "max_length": 24, "examples": list(self.prompts)}
         return None if self.classes is None else {"names": [f"class {k}" for k in range(self.classes)]}
 
-    def network(self) -> UNet:
+    def network(self) -> UNet | DiT:
         condition = None if self.classes is None else partial(ClassEmbedding, num_classes=self.classes)
         if self.prompts:
             condition = partial(TextTransformer, vocab_size=300, max_length=24, hidden_size=8, num_layers=1)
-        return scale_noise(UNet(**MODEL | dict(self.model), condition=condition, outputs=self.diffusion.outputs))
+        if self.dit:
+            return scale_output(DiT(**self.settings(), condition=condition, outputs=self.diffusion.outputs))
+        return scale_noise(UNet(**self.settings(), condition=condition, outputs=self.diffusion.outputs))
 
     def pipeline(self, net: Any = None) -> Any:
         return make_pipeline(
             self.network() if net is None else net,
-            MODEL | dict(self.model),
+            self.settings(),
             self.diffusion,
             self.schedule,
             self.sampler,
@@ -141,6 +154,14 @@ def scale_noise(net: UNet) -> UNet:
     return net
 
 
+@torch.no_grad()
+def scale_output(net: DiT) -> DiT:
+    """Give a network random weights and small outputs, so that samples stay in [-1, 1]."""
+    randomize(net).eval()
+    net.linear_out.weight.mul_(0.2)
+    return net
+
+
 def case(table="cosine", prediction="x0", variance="fixed_small", sampler="ancestral", clip_x0=1.0, **further):
     schedule = NoiseSchedule(TABLES[table]) if isinstance(table, str) else table
     fn = SAMPLERS[sampler] if isinstance(sampler, str) else sampler
@@ -162,7 +183,7 @@ def matrix() -> dict[str, Case]:
     return cases
 
 
-def our_samples(each: Case, net: UNet, batch: int = 2) -> torch.Tensor:
+def our_samples(each: Case, net: UNet | DiT, batch: int = 2) -> torch.Tensor:
     """Sample with the noise of a generator of seed 0, which the pipeline draws in the same order."""
     generator, patch = torch.Generator().manual_seed(0), each.model.get("patch_size", 1)
 
@@ -178,7 +199,7 @@ def our_samples(each: Case, net: UNet, batch: int = 2) -> torch.Tensor:
     cond, null = each.conditions(batch)
     predict = samplers.predictor(each.diffusion, guided(denoise, cond, null, each.guidance, 1))
     grid = make_time_grid(each.schedule, each.steps, each.spacing)
-    size = (MODEL | dict(each.model))["image_size"]
+    size = each.settings()["image_size"]
     x = grid[0].norm * noise(torch.empty(batch, 1, size, size))
     with torch.no_grad():
         *_, out = each.sampler(each.diffusion, predict, x, grid, noise=noise)
@@ -236,6 +257,17 @@ def others() -> dict[str, Case]:
         ),
         "text with guidance": case(prompts=("a red circle", "Two  blue squares"), guidance=guidance, sampler="ddim"),
         "text of any size": case(prompts=("a red circle",), model={"image_size": 9, "time_scale": 1000.0}, sampler=sde),
+        "DiT": case(dit=PAPER_DIT),
+        "DiT with classes and guidance": case(
+            variance="learned_range", classes=3, guidance=guidance, dit=PAPER_DIT | {"patch_size": 4}
+        ),
+        "DiT as a flow": case(flow, "velocity", sampler="ddim", clip_x0=None, dit=PAPER_DIT),
+        "DiT with text": case(
+            prompts=("a red circle",),
+            sampler="ddim",
+            guidance=guidance,
+            dit={"hidden_size": 16, "num_heads": 2, "depth": 1},
+        ),
         "ADM": case(model={"time_conditioning": "scale_shift", "resblock_updown": True, "num_head_channels": 8}),
     }
 
@@ -336,6 +368,10 @@ REFUSED = {
     "model.image_size": [
         lambda: case(model={"image_size": 9}),
         lambda: case(model={"image_size": 10, "patch_size": 2}),
+    ],
+    "model.positions=rope": [lambda: case(dit=PAPER_DIT | {"positions": "rope"})],
+    "model.activation, model.norm, model.qk_norm": [
+        lambda: case(dit=PAPER_DIT | {"activation": "swiglu", "norm": "rms", "qk_norm": True})
     ],
     "model.num_heads": [lambda: case(model={"num_heads": 2})],
     "guidance.interval": [lambda: case(classes=2, guidance=Guidance(2.0, (0.1, 5.0)))],

@@ -94,6 +94,15 @@ def test_features_equal_torchvisions_network(extractor, reference):
         assert_close(probabilities, classes.double(), rtol=1e-2, atol=1e-4)
 
 
+def test_feature_map_is_that_of_the_fifth_stage(extractor, reference):
+    image = torch.randint(256, (32, 48, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    got = extractor.feature_map(image.permute(2, 0, 1)[None].float())
+    with torch.no_grad():
+        expected = reference.features[:6](preprocess(image.numpy())[None])
+    assert got.shape == (1, 112, 14, 14)
+    assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_photo_has_its_imagenet_class(extractor):
     from sklearn.datasets import load_sample_image
 

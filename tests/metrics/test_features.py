@@ -186,6 +186,12 @@ def test_dinov2_from_a_folder(digits, tmp_path):
         expected = net(white.expand(2, 3, 28, 28)).pooler_output
     assert features.shape == (2, 32)
     assert_close(features, expected.double(), rtol=1e-4, atol=1e-5)
+    noise = torch.randint(256, (2, 3, 28, 28), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokens = net((noise / 255 - extractor._mean) / extractor._std).last_hidden_state
+    for row, column in ((0, 0), (0, 1), (1, 0)):  # of the patches, which follow the class token
+        got = extractor.feature_map(noise)[:, :, row, column]
+        assert_close(got, tokens[:, 1 + 2 * row + column], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"config.json and model.safetensors") as error:
         DinoV2(str(tmp_path / "nothing"))
     assert "\n" not in str(error.value)

@@ -33,10 +33,10 @@ def test_sizes_are_powers_of_two_within_limits():
 
 
 def test_suggestions_follow_size_and_number():
-    assert "experiment=folder_256" in suggest(256, 5000, on_gpu=True)
-    assert "snr_shift=0.5" in suggest(128, 5000, on_gpu=True)
-    assert {"model=unet_patched", "data.batch_size=16"} <= {*suggest(32, 70, on_gpu=False)}
-    assert "data.batch_size=2" in suggest(32, 2, on_gpu=False)
+    assert "experiment=folder_256" in suggest((256, 256), 5000, on_gpu=True)
+    assert "snr_shift=0.5" in suggest((128, 128), 5000, on_gpu=True)
+    assert {"model=unet_patched", "data.batch_size=16"} <= {*suggest((32, 32), 70, on_gpu=False)}
+    assert "data.batch_size=2" in suggest((32, 32), 2, on_gpu=False)
     assert suggest_steps(10**6, on_gpu=False, seconds=2.0) == 1800
     assert "data.flip" in expectation(50, flipped=False) and "data.flip" in expectation(500, flipped=False)
     assert "data.flip" not in expectation(50, flipped=True) + expectation(500, flipped=True)
@@ -49,7 +49,7 @@ def test_suggested_networks_have_their_attention():
     from tests.conftest import compose
 
     for on_gpu, size in product((False, True), (8, 16, 32)):
-        words = [each for each in suggest(size, 5000, on_gpu) if each.startswith("model")]
+        words = [each for each in suggest((size, size), 5000, on_gpu) if each.startswith("model")]
         cfg = compose("train", "data=folder", "data.root=x", f"data.image_size={size}", *words, "run_dir=x")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -22,7 +22,9 @@ from src.runs.resolve import resolve
 from src.train import train
 from src.training.checkpoints import exportable_settings, read_checkpoint, write_exported
 from tests.conftest import compose
+from tests.interop.test_diffusers_dit import theirs_of as diffusers_dit
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
+from tests.interop.test_dit import FLAGS, Theirs
 from tests.interop.test_edm import metadata as edm_metadata
 from tests.interop.test_edm import theirs as edm_net
 from tests.interop.test_edm2 import Precond as edm2_net
@@ -194,16 +196,29 @@ def test_incomplete_and_damaged_weights_are_refused(pipeline, tmp_path):
 
 
 def test_round_trips_through_diffusers_keep_bits(trained, tmp_path):
-    """Of a run, with the settings; and of OpenAI's weights, whose steps count from 0."""
+    """Of a run, with the settings; of OpenAI's weights, whose steps count from 0; and of transformers."""
     torch.save(openai_net().state_dict(), tmp_path / "model.pt")
-    init_from = f"init_from={{path: '{tmp_path / 'model.pt'}', flags: '{ADM_FLAGS}'}}"
-    for name, source in (("run", f"run='{trained}'"), ("openai", init_from)):
-        folder = export(compose("export", source, "format=diffusers", "sampler=ddim", f"run_dir='{tmp_path / name}'"))
-        sources = {
-            "run": (str(trained), None),
-            "openai": (None, OmegaConf.create({"path": str(tmp_path / "model.pt"), "flags": ADM_FLAGS})),
-        }
-        before, after = open_run(sources[name][0], init_from=sources[name][1]), open_run(str(folder))
+    diffusers_dit().save_pretrained(tmp_path / "dit")
+    paper = "gelu,norm=layer,qk_norm=false,positions=sincos,freq_shift=1,hidden_size=32,num_heads=2"
+    options = [f"model.{option}" for option in f"activation={paper}".split(",")]
+    run = build(compose("train", "model=dit_tiny", *options, f"run_dir='{tmp_path / 'new'}'", "logger=none"))
+    close_run(run)
+    settings, _ = exportable_settings(OmegaConf.to_container(run.config, resolve=True))
+    randomize(run.module.net)
+    write_exported(tmp_path / "model.safetensors", run.module.state_dict(), False, settings)
+    sources: dict[str, tuple[str | None, str | None, DictConfig | None]] = {
+        "run": (str(trained), None, None),
+        "openai": (None, None, OmegaConf.create({"path": str(tmp_path / "model.pt"), "flags": ADM_FLAGS})),
+        "transformer": (None, None, OmegaConf.create({"path": str(tmp_path / "dit"), "flags": None})),
+        "our transformer": (None, str(tmp_path / "model.safetensors"), None),
+    }
+    for name, (path, ckpt, init_from) in sources.items():
+        node = init_from or OmegaConf.create({"path": None, "flags": None})
+        source = [f"run='{path}'"] if path else [f"ckpt='{ckpt}'"] if ckpt else []
+        cfg = compose("export", *source, "format=diffusers", "sampler=ddim", f"run_dir='{tmp_path / name}'")
+        cfg.init_from = node
+        folder = export(cfg)
+        before, after = open_run(path, ckpt, init_from=init_from), open_run(str(folder))
         ours, theirs = before.module.state_dict(), after.module.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -223,8 +238,10 @@ def test_pipeline_that_was_trained_further_is_read(trained, tmp_path):
         assert_close(net(x, (t + 1) / 1000), unet(x, t).sample, rtol=1e-4, atol=1e-4)
 
 
-def test_openai_and_edm_files_open_as_runs(tmp_path):
+def test_files_of_other_projects_open_as_runs(tmp_path):
     """Their networks are compared in tests/interop."""
+    torch.save({"ema": Theirs().state_dict()}, tmp_path / "dit.pt")
+    save_file(dict(Theirs().state_dict()), tmp_path / "sit.safetensors")
     torch.save(openai_net().state_dict(), tmp_path / "model.pt")
     net = edm_net(True, [1, 2], True)
     save_file(dict(net.state_dict()), tmp_path / "model.safetensors", edm_metadata(True, [1, 2], True))
@@ -233,6 +250,8 @@ def test_openai_and_edm_files_open_as_runs(tmp_path):
         ("model.pt", ADM_FLAGS, "eps"),
         ("model.safetensors", None, "edm"),
         ("edm2.safetensors", None, "edm"),
+        ("dit.pt", FLAGS, "eps"),
+        ("sit.safetensors", FLAGS.replace("DiT", "SiT"), "velocity"),
     ):
         run = open_run(None, init_from=OmegaConf.create({"path": str(tmp_path / name), "flags": flags}))
         assert run.module.diffusion.prediction == prediction
@@ -243,10 +262,12 @@ def test_openai_and_edm_files_open_as_runs(tmp_path):
 def test_files_that_need_or_exclude_flags_say_so(tmp_path):
     torch.save(openai_net().state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.pkl").write_bytes(b"anything")
+    save_file(dict(Theirs().state_dict()), tmp_path / "dit.safetensors")
     for name, flags, named in (
         ("model.pt", None, "--image_size"),
         ("model.pkl", None, "safetensors"),
         ("model.pkl", "--image_size 64", "flags"),
+        ("dit.safetensors", None, "--model DiT-XL/2"),
     ):
         with pytest.raises(ValueError, match=named) as error:
             read_model(tmp_path / name, flags)

@@ -103,7 +103,7 @@ def test_estimate_equals_the_allocators_peak(gradient_checkpointing):
         attention_resolutions=(8,), gradient_checkpointing=gradient_checkpointing,
     ).to(memory_format=torch.channels_last)  # fmt: skip
     step = measured(net, (1, 16, 16), 16)
-    estimated = estimate(net.to("meta"), (1, 16, 16), 16, CPU, "32-true", ADAMW, average=False)
+    estimated = estimate(net.to("meta"), (1, 16, 16), 16, CPU, "32-true", ADAMW, averages=0)
     assert estimated == pytest.approx(step, rel=0.1)
 
 
@@ -115,7 +115,7 @@ def test_estimate_has_every_part():
         return estimate(network(False, stages=1).to("meta"), (1, 8, 8), batch, CPU, precision, optimizer, **settings)
 
     whole = bytes_of("32-true")
-    assert whole - bytes_of("32-true", average=False) == size
+    assert whole - bytes_of("32-true", averages=0) == size
     assert bytes_of("32-true", buckets=True) - whole == size
     assert whole - bytes_of("32-true", shards=2) == 5 * size / 2  # weights, gradients, two moments, average
     activations = whole - 5 * size

@@ -14,9 +14,10 @@ from tests.conftest import train_tiny
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global DiffusionModule, skip_unless
+    global DiffusionModule, skip_unless, snapshots
     from src.training.module import DiffusionModule
     from src.training.optim import skip_unless
+    from src.training.power_ema import snapshots
 
 
 def poison(monkeypatch, steps, sample=slice(None)):
@@ -145,18 +146,28 @@ def test_rollback_saves_a_diverged_run(tmp_path, monkeypatch):
 
 def test_rollback_restores_the_average(tmp_path, monkeypatch):
     from src.training.callbacks.ema import EMA
+    from src.training.callbacks.power_ema import PowerEMA
 
-    averages = []
+    averages, powers, covered = [], [], []
 
-    def on_train_batch_start(self, trainer, *_):
+    def keep_average(self, trainer, *_):
         averages.append([value.clone() for value in self._average])
 
-    monkeypatch.setattr(EMA, "on_train_batch_start", on_train_batch_start)
+    def keep_powers(self, trainer, *_):
+        powers.append([value.clone() for part in self._averages for value in part])
+        covered.append(self.steps)
+
+    monkeypatch.setattr(EMA, "on_train_batch_start", keep_average)
+    monkeypatch.setattr(PowerEMA, "on_train_batch_start", keep_powers)
     poison(monkeypatch, {5, 6})
+    settings = ["trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2"]
     with pytest.warns(UserWarning, match="rolled back"):
-        train_tiny(tmp_path, "trainer.max_steps=10", "checkpoint_every=4", "callbacks.nan_guard.patience=2")
-    assert all(map(torch.equal, averages[7], averages[4]))
-    assert not all(map(torch.equal, averages[6], averages[4]))
+        train_tiny(tmp_path, *settings, "callbacks.power_ema.lengths=[0.05,0.1]")
+    for kept in (averages, powers):
+        assert all(map(torch.equal, kept[7], kept[4]))
+        assert not all(map(torch.equal, kept[6], kept[4]))
+    assert covered == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert [step for step, _ in snapshots(tmp_path / "averages")] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_failed_rollbacks_end_with_a_diagnosis(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sample with a U-Net: classes or text with guidance, patches of pixels, and any noise levels.
+"""Sample with a U-Net or DiT: classes or text with guidance, patches of pixels, and any noise levels.
 
 This file is part of an exported model. It needs torch and diffusers, and for text the tokenizers library.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """A U-Net with its scheduler.
+    """A network, `unet` or `transformer`, with its scheduler.
 
     - `patch_size`: the U-Net sees images whose patches of this many pixels each way are stacked as channels.
-    - `id2label`: names of the classes of a class-conditional U-Net. The last row of its class embedding is the empty
+    - `id2label`: names of the classes of a class-conditional network. The last row of its class embedding is the empty
       class.
     - `guidance_scale`: the default of classifier-free guidance; 1 disables it.
     - `levels`: {"timesteps": [...], "sigmas": [...]} replace those of the scheduler, one of each per evaluation.
@@ -28,24 +28,29 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
       takes predictions of x_0 (Karras et al. 2022, arXiv 2206.00364, tab. 1).
     - `text`: settings of a text-conditional network, the program network.pt2 of this folder in place of a U-Net:
       "tokenizer" (JSON of the tokenizers library), "max_length", "time_scale", "shape" and example "prompts".
+    - `vae`, `latents`: the network samples latents, which the autoencoder decodes after division by the "scale" of
+      each channel and addition of its "shift", both {"0": ..., "1": ...}.
     """
 
-    model_cpu_offload_seq = "unet"
-    _optional_components: ClassVar[list[str]] = ["unet"]
+    model_cpu_offload_seq = "unet->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["unet", "transformer", "vae"]
 
     def __init__(
         self,
         scheduler: Any,
         unet: Any = None,
+        transformer: Any = None,
         patch_size: int = 1,
         id2label: dict[str, str] | None = None,
         guidance_scale: float = 1.0,
         levels: dict[str, list[float]] | None = None,
         sigma_data: float | None = None,
         text: dict[str, Any] | None = None,
+        vae: Any = None,
+        latents: dict[str, dict[str, float]] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(scheduler=scheduler, unet=unet)
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer, vae=vae)
         self.register_to_config(
             patch_size=patch_size,
             id2label=id2label,
@@ -53,6 +58,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
             levels=levels,
             sigma_data=sigma_data,
             text=text,
+            latents=latents,
         )
         self.program: Any = None
 
@@ -86,7 +92,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
             batch_size = len(values)
         cond = self.encode(values, batch_size)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        dtype = torch.float32 if self.unet is None else self.unet.dtype
+        model = self.unet or self.transformer
+        dtype = torch.float32 if model is None else model.dtype
         x = randn_tensor((batch_size, *self.input_shape()), generator=generator, device=device, dtype=dtype)
 
         levels = self.config.levels
@@ -119,7 +126,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         # The last step returns the mean; in fewer steps than in training, that of DDPM would add noise.
         x0 = getattr(step, "pred_original_sample", x)
 
-        images: Any = (F.pixel_shuffle(x0, self.config.patch_size) / 2 + 0.5).clamp(0, 1)
+        images: Any = (self.decode(F.pixel_shuffle(x0, self.config.patch_size)) / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
             if output_type == "pil":
@@ -127,12 +134,20 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def decode(self, x: Tensor) -> Any:
+        """Return the images of samples, which may be latents."""
+        if self.vae is None:
+            return x
+        scale, shift = (x.new_tensor([*self.config.latents[k].values()]).view(-1, 1, 1) for k in ("scale", "shift"))
+        return self.vae.decode((x / scale + shift).to(self.vae.dtype)).sample
+
     def input_shape(self) -> tuple[int, ...]:
         """Return the channels, height and width of an input of the network."""
         if self.config.text is not None:
             return tuple(self.config.text["shape"].values())
-        size = self.unet.config.sample_size
-        return self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
+        config = (self.unet or self.transformer).config
+        size = config.sample_size
+        return config.in_channels, *((size, size) if isinstance(size, int) else size)
 
     def guided(self, x: Tensor, t: Tensor, cond: Tensor | None, scale: float) -> Tensor:
         """Return the output of the network with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598)."""
@@ -149,7 +164,10 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         return out[:, :channels]
 
     def network(self, x: Tensor, t: Tensor, cond: Tensor | None) -> Any:
-        """Return the output of the U-Net or of the program for timestep t, counted from 0."""
+        """Return the output of the network or of the program for timestep t, counted from 0."""
+        if self.transformer is not None:
+            labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if cond is None else cond
+            return self.transformer(x, t.expand(len(x)), class_labels=labels).sample
         if self.config.text is None:
             return self.unet(x, t, class_labels=cond).sample
         if self.program is None:

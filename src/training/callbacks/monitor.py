@@ -99,7 +99,6 @@ class RunInfo(L.Callback):
         self.directory = Path(directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
         if not trainer.is_global_zero:
             return
         start = {
@@ -112,7 +111,8 @@ class RunInfo(L.Callback):
             append_start(path, start)
         log_values(trainer, "environment", start)
         log_hparams(trainer, pl_module.hparams)
-        if trainer.global_step == 0 and show_pictures(trainer):
+        is_new = trainer.global_step == 0 and show_pictures(trainer)
+        if is_new and isinstance(pl_module, DiffusionModule):
             log_picture(trainer, "schedule", schedule_picture(pl_module.schedule))
 
 

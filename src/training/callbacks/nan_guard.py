@@ -11,7 +11,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from src.training.base import TrainingModule
 from src.training.callbacks.ema import EMA
+from src.training.callbacks.power_ema import PowerEMA
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint
 from src.training.lightning_internals import stop_training
@@ -23,8 +25,7 @@ class Step(NamedTuple):
 
     number: int
     norm: Tensor
-    v: Tensor
-    losses: Tensor
+    values: dict[str, Tensor]  # (microbatches, samples) losses, and times v in [0, 1) of a diffusion model
     lr: float
     scale: float  # loss scale in fp16, else 0
 
@@ -32,10 +33,10 @@ class Step(NamedTuple):
 class NonFiniteGuard(L.Callback):
     """Skip and record steps whose loss or gradient is not finite, and roll back after `patience` in a row.
 
-    `directory`/nonfinite.jsonl records each such step. A rollback restores weights, average and optimizer from the last
-    intact checkpoint before those steps and multiplies the learning rate by `lr_factor`; the data stream continues.
-    After `max_rollbacks` training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps` steps, so
-    that no step waits for the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
+    `directory`/nonfinite.jsonl records each such step. A rollback restores weights, averages and optimizer from the
+    last intact checkpoint before those steps and multiplies the learning rate by `lr_factor`; the data stream
+    continues. After `max_rollbacks` training ends with a `diagnosis`. Checks happen every `trainer.log_every_n_steps`
+    steps, so that no step waits for the device. Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311), sec. 5.1.
     """
 
     def __init__(self, directory: str, patience: int = 20, max_rollbacks: int = 3, lr_factor: float = 0.5) -> None:
@@ -53,7 +54,7 @@ class NonFiniteGuard(L.Callback):
         self.diagnosis = ""
         self._cause = ""
         self._steps: list[Step] = []  # steps since the last check
-        self._microbatches: list[tuple[Tensor, Tensor]] = []
+        self._microbatches: list[dict[str, Tensor]] = []
         self._skipped: list[int] = []  # consecutive skipped steps so far
         self._rolled_back_to: list[int] = []
         self._newest_allowed: int | None = None  # the newest step to roll back to; None while steps are finite
@@ -70,19 +71,20 @@ class NonFiniteGuard(L.Callback):
         loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
-        assert isinstance(pl_module, DiffusionModule)
-        self._microbatches.append((outputs["v"], outputs["terms"]["loss"]))
+        assert isinstance(pl_module, TrainingModule)
+        times = {"v": outputs["v"]} if "v" in outputs else {}
+        self._microbatches.append({**times, "losses": outputs["terms"]["loss"]})
         if len(self._microbatches) < trainer.accumulate_grad_batches:
             return
-        v, losses = (torch.stack(part) for part in zip(*self._microbatches, strict=True))
+        values = {name: torch.stack([each[name] for each in self._microbatches]) for name in self._microbatches[0]}
         self._microbatches.clear()
-        step = Step(trainer.global_step - 1, pl_module.grad_norm, v, losses, self._lr, self._scale)
+        step = Step(trainer.global_step - 1, pl_module.grad_norm, values, self._lr, self._scale)
         self._steps.append(step)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         self._check(trainer, pl_module, roll_back=False)
         checkpoint["skipped"] = ([*self._skipped], [*self._rolled_back_to], self._newest_allowed)
 
@@ -90,7 +92,7 @@ class NonFiniteGuard(L.Callback):
         if saved := checkpoint.get("skipped"):
             self._skipped, self._rolled_back_to, self._newest_allowed = saved
 
-    def _check(self, trainer: L.Trainer, module: DiffusionModule, roll_back: bool = True) -> None:
+    def _check(self, trainer: L.Trainer, module: TrainingModule, roll_back: bool = True) -> None:
         """Inspect the steps since the last check, with one synchronization."""
         norms = torch.stack([step.norm for step in self._steps]).tolist() if self._steps else []
         by_reason: dict[str, list[int]] = {}
@@ -111,13 +113,14 @@ class NonFiniteGuard(L.Callback):
         if roll_back and len(self._skipped) >= self.patience:
             self._roll_back(trainer, module)
 
-    def _write_record(self, trainer: L.Trainer, module: DiffusionModule, step: Step, norm: float) -> bool:
+    def _write_record(self, trainer: L.Trainer, module: TrainingModule, step: Step, norm: float) -> bool:
         """Record a skipped step; return whether only the scaled fp16 gradient overflowed, which is harmless."""
         # (processes, microbatches, samples): the microbatches of one process are not adjacent in the global batch.
-        v, losses = (
-            trainer.strategy.all_gather(part).view(-1, *part.shape).transpose(0, 1).flatten().tolist()
-            for part in (step.v, step.losses)
-        )
+        values = {
+            name: trainer.strategy.all_gather(part).view(-1, *part.shape).transpose(0, 1).flatten().tolist()
+            for name, part in step.values.items()
+        }
+        losses = values["losses"]
         data = trainer.datamodule  # type: ignore[attr-defined]
         samples = data.train_sampler(trainer).batch(step.number)
         bad = [sample for sample, loss in zip(samples, losses, strict=True) if not math.isfinite(loss)]
@@ -128,22 +131,22 @@ class NonFiniteGuard(L.Callback):
         else:
             self._cause = f"only the training samples {bad} had a loss that was not finite: inspect them"
         if trainer.is_global_zero:
+            if isinstance(module, DiffusionModule):
+                values = {"t": [int(time * module.schedule.num_steps) for time in values["v"]], **values}
             line = {
                 "step": step.number,
                 "grad_norm": norm,
                 "lr": step.lr,
                 "fp16_scale": step.scale or None,
                 "samples": samples,
-                "t": [int(time * module.schedule.num_steps) for time in v],
-                "v": v,
-                "losses": losses,
+                **values,
             }
             with tolerate_full_disk(self.record), self.record.open("a") as file:
                 # JSON has no NaN.
                 file.write(re.sub(r"NaN|-?Infinity", lambda m: f'"{float(m[0])}"', json.dumps(line)) + "\n")
         return step.scale >= 1 and not bad
 
-    def _roll_back(self, trainer: L.Trainer, module: DiffusionModule) -> None:
+    def _roll_back(self, trainer: L.Trainer, module: TrainingModule) -> None:
         """Restore the newest checkpoint before the skipped steps; after a failed attempt, the one before it."""
         first, last = self._skipped[0], self._skipped[-1]
         path, step = trainer.strategy.broadcast(self._find_checkpoint() if trainer.is_global_zero else (None, 0))
@@ -165,6 +168,8 @@ class NonFiniteGuard(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMA):
                 callback.restore(module, checkpoint)
+            elif isinstance(callback, PowerEMA):
+                callback.restore(trainer, module, checkpoint)
         for group, rate in zip(trainer.optimizers[0].param_groups, rates, strict=True):
             group["lr"] = self.lr_factor * rate
         for config in trainer.lr_scheduler_configs:

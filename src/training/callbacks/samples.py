@@ -34,12 +34,10 @@ class SampleGrid(L.Callback):
         for samples in pl_module.sample_distributed(self.num_samples, self.seed):  # noqa: B007 - only the last is used
             check_stop_requested(trainer)
         with data.reading_on_one_rank():
-            real = data.examples(self.num_samples) if trainer.is_global_zero else samples
+            real = data.displayed_examples(self.num_samples) if trainer.is_global_zero else samples
         if not trainer.is_global_zero:
             return
-        picture = draw_samples(
-            data.postprocess(samples), data.postprocess(real), data.titles(self.num_samples), data.columns
-        )
+        picture = draw_samples(data.postprocess(samples), real, data.titles(self.num_samples), data.columns)
         with tolerate_full_disk(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             picture.save(self.directory / f"step_{trainer.global_step:06d}.png")

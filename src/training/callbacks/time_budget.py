@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from tqdm import tqdm
 
+from src.training.base import TrainingModule
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.lightning_internals import set_max_steps
-from src.training.module import DiffusionModule
 from src.training.optim import replace_schedule
 
 UNTIMED_STEPS = 5
@@ -104,7 +104,7 @@ class TimeBudget(L.Callback):
 
     def _fix(self, trainer: L.Trainer, module: L.LightningModule, seconds: float) -> None:
         """Fix the number of steps and the learning-rate schedule, given the seconds per training step. Collective."""
-        assert isinstance(module, DiffusionModule) and self.minutes is not None
+        assert isinstance(module, TrainingModule) and self.minutes is not None
         decided_at, limit = trainer.global_step, trainer.max_steps
         left = 60 * self.minutes - self._elapsed_s()
         if self._validations:

@@ -1,0 +1,146 @@
+"""Build the data of a run: images, points and tables, or the latents of images by an autoencoder."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from src.interop.hub_models import SCHEME, local_copy
+from src.quoting import format_override
+from src.runs.autoencoder import is_autoencoder, open_autoencoder
+from src.runs.components import instantiate_node, is_typed, to_plain
+
+if TYPE_CHECKING:
+    from src.data.latents import Autoencoder
+    from src.data.module import BaseDataModule
+
+
+SETTINGS = ("path", "scale", "shift", "dtype", "batch_size", "cache_dir", "fingerprint")
+"""Settings of the node `autoencoder`."""
+INFERRED = ("scale", "shift", "fingerprint")
+"""Settings of the node `autoencoder` that a run stores and keeps."""
+
+
+def has_autoencoder(cfg: DictConfig) -> bool:
+    """Return whether a run trains in latents."""
+    node = cfg.get("autoencoder")
+    return bool(node) and (node.path is not None or node.fingerprint is not None)
+
+
+def build_data(cfg: DictConfig, is_cached: bool = True, trust: bool = False) -> "BaseDataModule":
+    """Return the data module of a configuration: that of its data, or of their latents if it has an autoencoder.
+
+    With `is_cached`, for training, all images are encoded once. Raises FileNotFoundError or ValueError if the
+    autoencoder does not exist, is not the one of the run, or does not take the images.
+    """
+    data: BaseDataModule = instantiate_node(cfg.data)
+    if not has_autoencoder(cfg):
+        return data
+    import torch
+
+    from src.data.latents import LatentDataModule
+
+    autoencoder, fingerprint = open_recorded(cfg.autoencoder, trust)
+    node = to_plain(cfg.autoencoder)
+    return LatentDataModule(
+        data,  # type: ignore[arg-type]
+        autoencoder,
+        fingerprint,
+        to_plain(cfg.data),
+        scale=node["scale"],
+        shift=node["shift"],
+        dtype=node["dtype"],
+        num_at_once=node["batch_size"],
+        cache_dir=node["cache_dir"],
+        device=torch.device("cpu") if is_cached and cfg.trainer.accelerator == "cpu" else None,
+        is_cached=is_cached,
+    )
+
+
+def open_recorded(node: DictConfig, trust: bool = False) -> "tuple[Autoencoder, str]":
+    """Return the autoencoder of a node and its fingerprint. Raises ValueError if the node has another fingerprint."""
+    if node.path is None:
+        raise ValueError("the run does not name its autoencoder; add autoencoder=FOLDER or autoencoder=NAME of the Hub")
+    autoencoder, fingerprint = open_any(str(node.path), trust)
+    if node.fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"{format_override('autoencoder', node.path)} is not the autoencoder that this run was trained with; type "
+            "autoencoder=... with that one, or train a new run"
+        )
+    return autoencoder, fingerprint
+
+
+@functools.cache
+def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
+    """Return an autoencoder and a hash of its weights. Opens each location once.
+
+    `location` is a run of task=autoencoder, its checkpoint or export, or a folder or a name on the Hub of diffusers.
+    """
+    from src.cache import digest
+    from src.interop.autoencoders import PATTERNS, autoencoder_folder, read_autoencoder
+
+    path = Path(location).expanduser()
+    is_name = len(path.parts) == 2 and not (path.is_absolute() or path.parent.exists())
+    if location.startswith(SCHEME) or is_name:
+        path = local_copy(location, "autoencoder", PATTERNS)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{format_override('autoencoder', location)} does not exist; type autoencoder=FOLDER with the run or the "
+            "model of diffusers, or train one with: python -m src.train task=autoencoder"
+        )
+    folder = autoencoder_folder(path) if path.is_dir() else None
+    net: Any = open_autoencoder(str(path), trust) if folder is None else read_autoencoder(folder)
+    weights = [part for name, value in sorted(net.state_dict().items()) for part in (name, value)]
+    return net, digest(type(net).__name__, *weights)
+
+
+def measure_latents(data: "BaseDataModule") -> dict[str, list[float]]:
+    """Return scale and shift of latents, one per channel, after encoding all images once and measuring missing ones."""
+    from src.data.latents import LatentDataModule
+
+    assert isinstance(data, LatentDataModule)
+    data.prepare_once_per_node()
+    data.measure()
+    assert data.scale is not None and data.shift is not None
+    return {"scale": data.scale, "shift": data.shift}
+
+
+def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None:
+    """Infer the settings that depend on the autoencoder alone, except where the command line sets them.
+
+    The network sees latents: their channels and size. They have no bounds, and a standard deviation of 1. A shift of
+    the noise levels that suits the size of the images becomes that of the latents. A resumed run keeps its scaling.
+    """
+    from src.data.fit import height_and_width
+    from src.data.latents import latent_shape
+
+    node, size, channels = cfg.autoencoder, cfg.data.get("image_size"), cfg.data.get("channels")
+    override = format_override("autoencoder", node.path)
+    if is_autoencoder(cfg):
+        raise ValueError(f"{override} is for diffusion models, and task=autoencoder trains one; leave one out")
+    if size is None or channels is None:
+        raise ValueError(
+            f"{override} needs images with data.channels and data.image_size; choose data=folder, or leave it out"
+        )
+    if not {"channels", "image_size"} <= cfg.model.keys():
+        raise ValueError(f"{override} needs a network of images; choose model=unet_* or dit_*, or leave it out")
+    if checkpoint is not None:
+        before = checkpoint["hyper_parameters"].get("autoencoder") or {}
+        node.update({name: before.get(name) for name in INFERRED if node[name] is None})
+    autoencoder, node.fingerprint = open_recorded(node, bool(cfg.get("trust")))
+    for name in ("scale", "shift"):
+        if node[name] is None:
+            node[name] = getattr(autoencoder, name, None)
+    height, width = height_and_width(size)
+    latent = latent_shape(autoencoder, (channels, height, width))
+    cfg.model.channels, cfg.model.image_size = latent[0], list(latent[1:])
+    if isinstance(size, int):
+        cfg.model.image_size = latent[1]
+    for name, of_pixels, of_latents in (("clip_x0", 1.0, None), ("sigma_data", 0.5, 1.0)):
+        if cfg.diffusion[name] == of_pixels and not is_typed(f"diffusion.{name}"):
+            cfg.diffusion[name] = of_latents
+    side, latent_side = ((h * w) ** 0.5 for h, w in ((height, width), latent[1:]))
+    if cfg.snr_shift == 64 / side and not is_typed("snr_shift"):
+        cfg.snr_shift = min(1.0, 64 / latent_side)
