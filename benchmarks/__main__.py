@@ -67,6 +67,13 @@ def sections(gpu: bool, folder: Path) -> dict[str, list[str]]:
         "A step of unet_small, 256 images": training("--batch", "256", *large),
         "A step of unet_ddpm, 64 images": training("--model", "unet_ddpm", "--batch", "64", *large),
         "A step of unet_tiny on the digits": training("--model", "unet_tiny", "--rounds", "15"),
+        **{
+            f"A step of {model}, {batch} images of {size}x{size}": training(
+                *("--model", model, "--size", str(size), "--batch", str(batch), "--rounds", "9", "--steps", "1"),
+                *("--warmup", "1", "--peers", "diffusers", "diffusers, tuned by hand"),
+            )
+            for model, size, batch in (("dit_tiny", 32, 16), ("dit_tiny", 64, 4), ("dit_s", 32, 4), ("dit_s", 64, 1))
+        },
         "Convolutions": ["benchmarks.convolutions"],
         "Startup time": ["benchmarks.startup"],
         "Time shares of make train": ["benchmarks.shares"],

@@ -41,6 +41,8 @@ class Work(NamedTuple):
     """Length of the learning-rate decay."""
     num_values: int = 256
     """Number of values of a pixel."""
+    transformer: dict[str, Any] | None = None
+    """Arguments of a DiTTransformer2DModel, in place of a U-Net."""
 
     def batch(self) -> Tensor:
         """Return random images (B, C, H, W) in [-1, 1] on the device."""
@@ -127,9 +129,14 @@ def tuned_diffusers(work: Work) -> Contender:
 
 
 def diffusers_net(work: Work, head_channels: int) -> nn.Module:
-    """Return a `UNet2DModel` with the weight shapes of our network; its norms have 32 groups, ours fewer."""
+    """Return the network of diffusers with the weight shapes of ours.
+
+    A `UNet2DModel` has norms of 32 groups, ours fewer. A `DiTTransformer2DModel` has the options of the DiT paper.
+    """
     from diffusers import UNet2DModel
 
+    if work.transformer is not None:
+        return _Transformer(work.transformer).to(work.device).train()
     down = tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in work.attention)
     up = tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(work.attention))
     channels = work.images.shape[1]
@@ -144,6 +151,20 @@ def diffusers_net(work: Work, head_channels: int) -> nn.Module:
         attention_head_dim=head_channels,
     )
     return net.to(work.device).train()
+
+
+class _Transformer(nn.Module):
+    """A `DiTTransformer2DModel` of one class."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        self.net = DiTTransformer2DModel(**arguments, num_embeds_ada_norm=1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: None = None, return_dict: bool = True) -> Any:
+        labels_of_batch = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self.net(x, t.expand(len(x)), class_labels=labels_of_batch, return_dict=return_dict)
 
 
 def lucidrains(work: Work) -> Contender:
@@ -221,12 +242,23 @@ PEERS: dict[str, Callable[[Work], Contender]] = {
 }
 
 
+WITH_TRANSFORMER = ("diffusers", "diffusers, tuned by hand")
+"""Projects that have a diffusion transformer."""
 IN_FLOAT32 = ("diffusers", "lucidrains", "smalldiffusion")
 """Projects whose loops train in float32 by default."""
 
 
 def as_large_as(model: DictConfig, data: DictConfig, images: Tensor, device: torch.device) -> Work:
     """Return the work of a network as large as `model`: the same channels, blocks and attention resolutions."""
+    if "depth" in model:
+        head = model.hidden_size // model.num_heads
+        arguments = {"num_attention_heads": model.num_heads, "attention_head_dim": head, "num_layers": model.depth}
+        arguments |= {"in_channels": model.channels or data.channels, "sample_size": data.image_size}
+        return Work(
+            *(images, data.batch_size, model.hidden_size, (), 0, (), head, device),
+            num_values=data.num_values,
+            transformer=arguments | {"patch_size": model.patch_size},
+        )
     resolutions = stage_resolutions((data.image_size, data.image_size), model.patch_size, len(model.channel_mult))
     attended = attended_resolutions(model.attention_resolutions, resolutions)
     return Work(

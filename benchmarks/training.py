@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from benchmarks.peers import IN_FLOAT32, PEERS, Contender, as_large_as, flops
+from benchmarks.peers import IN_FLOAT32, PEERS, WITH_TRANSFORMER, Contender, as_large_as, flops
 from src.config.search_path import CONF
 from src.data.sources import InMemory, Source
 from src.errors import is_out_of_memory
@@ -47,8 +47,10 @@ WORKLOADS = {
     "unet_small": ["model=unet_small", *RANDOM_IMAGES],
     "unet_ddpm": ["model=unet_ddpm", "model.dropout=0", *RANDOM_IMAGES],
     "unet_tiny": ["model=unet_tiny"],
+    "dit_tiny": ["model=dit_tiny", *RANDOM_IMAGES],
+    "dit_s": ["model=dit_s", *RANDOM_IMAGES],
 }
-"""Model and data: random 32x32 color images, or the digits with their own settings."""
+"""Model and data: random color images, or the digits with their own settings."""
 
 
 COUNT = 2048
@@ -157,10 +159,9 @@ class AlternateLoops(L.Callback):
                 self.loops[name] = contender
         self.sizes = {name: sum(p.numel() for p in each.net.parameters()) for name, each in self.loops.items()}
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.probes = {
-            "matmul": matmul(device, dtype),
-            "convolution": convolution(device, dtype, model.model_channels * 2),
-        }
+        self.probes = {"matmul": matmul(device, dtype)}
+        if "model_channels" in model:
+            self.probes["convolution"] = convolution(device, dtype, model.model_channels * 2)
         self._start = now()
 
     def on_train_batch_end(
@@ -292,6 +293,7 @@ def main() -> None:
     """Print the results as a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=WORKLOADS, default="unet_small")
+    parser.add_argument("--size", type=int, help="side of the random images; default: 32")
     parser.add_argument("--batch", type=int, help="batch size; default: that of the data")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=[], help="other projects; they must be installed")
     parser.add_argument("--rounds", type=int, default=7, help="segments per loop")
@@ -305,6 +307,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     more = [f"compile={args.compile or 'null'}"]
+    more += [] if args.size is None else [f"data.image_size={args.size}"]
+    if args.model.startswith("dit") and (others := sorted({*args.peers} - {*WITH_TRANSFORMER})):
+        parser.error(f"--peers {others[0]} has no transformer; choose of {', '.join(WITH_TRANSFORMER)}")
     more += [] if args.batch is None else [f"data.batch_size={args.batch}"]
     with tempfile.TemporaryDirectory() as folder:
         num_steps = 1 + args.rounds * (args.warmup + args.steps)

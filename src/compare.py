@@ -18,7 +18,7 @@ from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
 from src.quoting import quoted
-from src.runs.evaluation import quality_settings
+from src.runs.evaluation import check_lengths, quality_settings
 from src.viz.tables import write_json
 
 
@@ -43,6 +43,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         check_same_data(runs, cfg.data.root is None)
         if cfg.ema is None:
             cfg.ema = common_weights(runs)
+        for run in [] if isinstance(cfg.ema, bool) else runs:
+            check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed

@@ -10,6 +10,7 @@ from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import AlignmentSettings, check_num_val
+from src.runs.checkpoints import find_checkpoint
 from src.runs.evaluation import build_analytic, build_samplers, check_lengths, evaluation_settings
 from src.viz.tables import format_bits, format_duration, lengths_table, markdown, write_json
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from src.distributed.processes import Processes
     from src.evaluation.benchmarks import PromptBenchmark
     from src.runs.open import OpenedRun
+    from src.training.module import Sampler
 
 OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
 
@@ -41,7 +43,7 @@ def evaluate_lengths(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Evaluate the averages of each length in `ema`, in a folder each, and write a table of all."""
     with usage_errors():
         evaluation_settings(cfg)
-        check_lengths(cfg)
+        check_lengths(find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path), cfg.ema)
     results = {}
     for length in cfg.ema:
         if rank() == 0:
@@ -77,17 +79,8 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         num_val = min(cfg.num_val or count, count)
         if cfg.likelihood:
             check_num_val(cfg.reverse_variance, num_val, "reverse_variance")
-    from src.evaluation.quality import FEW_VAL, SampleEvaluator, estimate_seconds
-    from src.evaluation.reports import evaluate_alignment, evaluate_likelihood, evaluate_quality
-
-    def announce(n: int, calls: dict[str, int], size: int, what: str) -> None:
-        seconds = estimate_seconds(opened.module, n, sum(calls.values()), size, processes.count)
-        if processes.rank == 0:
-            print(
-                f"Drawing {n} samples by {what}: about {format_duration(seconds)} on {processes.count} x "
-                f"{processes.device.type}",
-                flush=True,
-            )
+    from src.evaluation.quality import FEW_VAL, SampleEvaluator
+    from src.evaluation.reports import evaluate_likelihood, evaluate_quality
 
     module = opened.module
     with (
@@ -132,22 +125,12 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         if evaluator is not None:
             calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
             what = ", ".join(f"{name} ({n} network calls)" for name, n in calls.items())
-            announce(cfg.n, calls, min(cfg.batch_size, cfg.n), what)
+            announce_samples(opened, cfg.n, calls, min(cfg.batch_size, cfg.n), what, processes)
             result = evaluate_quality(module, samplers, evaluator, folder)
             metrics |= result and {"sampling_precision": cfg.precision, "sampling_compiled": cfg.compile, **result}
         if benchmark is not None:
-            from src.evaluation.alignment import possible_scales, with_scale
-
-            name, sampler = next(iter(samplers.items()))
-            scales = possible_scales(module, sampler, alignment.scales)
-            calls = {f"{scale:g}": module.network_calls(with_scale(sampler, scale)) for scale in scales}
-            name, total = name.partition(" guidance ")[0], benchmark.n * len(benchmark.prompts)
-            reason = "" if scales == sorted({*alignment.scales}) else " (trained with conditioning.cond_drop_prob=0)"
-            size = min(cfg.batch_size, -(-total // processes.count))
-            announce(total, calls, size, f"{name} at guidance {', '.join(calls)}{reason}")
-            settings = alignment._replace(scales=scales)
-            result = evaluate_alignment(module, opened.data, sampler, benchmark, settings, processes, folder)
-            metrics |= result and {"alignment": {"sampler": name, **result}}
+            result = measure_alignment(cfg, opened, samplers, benchmark, alignment, processes, folder)
+            metrics |= result and {"alignment": result}
     if processes.rank == 0:
         text = markdown(metrics)
         (folder / "table.md").write_text(text)
@@ -155,6 +138,46 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
             print(f"  {relative(path)}")
     return metrics
+
+
+def announce_samples(
+    opened: "OpenedRun", n: int, calls: dict[str, int], size: int, what: str, processes: "Processes"
+) -> None:
+    """Print how long it takes to draw `n` samples, with these network calls each, in batches of `size`."""
+    from src.evaluation.quality import estimate_seconds
+
+    seconds = estimate_seconds(opened.module, n, sum(calls.values()), size, processes.count)
+    if processes.rank == 0:
+        print(
+            f"Drawing {n} samples by {what}: about {format_duration(seconds)} on {processes.count} x "
+            f"{processes.device.type}",
+            flush=True,
+        )
+
+
+def measure_alignment(
+    cfg: DictConfig,
+    opened: "OpenedRun",
+    samplers: "dict[str, Sampler]",
+    benchmark: "PromptBenchmark",
+    settings: AlignmentSettings,
+    processes: "Processes",
+    folder: Path,
+) -> dict[str, Any]:
+    """Measure the prompt alignment of the first sampler at each guidance scale that suits the run."""
+    from src.evaluation.alignment import possible_scales, with_scale
+    from src.evaluation.reports import evaluate_alignment
+
+    name, sampler = next(iter(samplers.items()))
+    scales = possible_scales(opened.module, sampler, settings.scales)
+    calls = {f"{scale:g}": opened.module.network_calls(with_scale(sampler, scale)) for scale in scales}
+    name, total = name.partition(" guidance ")[0], benchmark.n * len(benchmark.prompts)
+    reason = "" if scales == sorted({*settings.scales}) else " (trained with conditioning.cond_drop_prob=0)"
+    size = min(cfg.batch_size, -(-total // processes.count))
+    announce_samples(opened, total, calls, size, f"{name} at guidance {', '.join(calls)}{reason}", processes)
+    settings = settings._replace(scales=scales)
+    result = evaluate_alignment(opened.module, opened.data, sampler, benchmark, settings, processes, folder)
+    return result and {"sampler": name, **result}
 
 
 def build_alignment(

@@ -54,7 +54,13 @@ def export(cfg: DictConfig) -> Path:
         config, left_out = exportable_settings(components.to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
-    write_model_card(folder, opened, usage(cfg, path, hint), library, draw=cfg.hub is not None or library is not None)
+    write_model_card(
+        folder,
+        opened,
+        usage(cfg, path, hint, "autoencoder.path" in left_out),
+        library,
+        draw=cfg.hub is not None or library is not None,
+    )
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files)
     print(f"{relative(opened.checkpoint)} exported to {relative(path)} ({size / 1e6:.1f} MB)")
@@ -78,12 +84,12 @@ def check_hub(cfg: DictConfig) -> None:
         )
 
 
-def usage(cfg: DictConfig, path: Path, hint: str) -> str:
+def usage(cfg: DictConfig, path: Path, hint: str, needs_autoencoder: bool = False) -> str:
     """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
     from src.runs.model_card import usage_in_project
 
     if cfg.format == "safetensors":
-        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}")
+        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}", needs_autoencoder)
     if cfg.format == "diffusers":
         code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
         packages = "torch, diffusers and tokenizers" if (path / "network.pt2").exists() else "torch and diffusers"
@@ -114,7 +120,9 @@ def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConf
     """Write `model.safetensors`, the weights and the model configuration, for this project."""
     path = start_output(Path(cfg.run_dir)) / MODEL_FILE
     write_exported(path, opened.module.state_dict(), opened.averaged, config)
-    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), "n=64")
+    place = OmegaConf.select(opened.config, "autoencoder.path")
+    autoencoder = [format_override("autoencoder", place)] if place and config["autoencoder"]["path"] is None else []
+    sample = command("sample", *search_path_overrides(), format_override("ckpt", path), *autoencoder, "n=64")
     return path, f"Sample from it with: {sample}"
 
 
@@ -181,7 +189,12 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         )
         write_pipeline(start_output(folder), pipeline)
         if autoencoder is not None:
+            from src.interop.autoencoders import DiffusersAutoencoder
+            from src.runs.latents import fingerprint_of
+
             autoencoder.save_pretrained(folder / "vae")
+            fingerprint = fingerprint_of(DiffusersAutoencoder(autoencoder))
+            config = config | {"autoencoder": config["autoencoder"] | {"fingerprint": fingerprint}}
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
@@ -189,10 +202,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
 
 
 def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
-    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one.
-
-    Raises ValueError for an autoencoder that diffusers does not have.
-    """
+    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one."""
     from src.data.latents import LatentDataModule
     from src.interop.autoencoders import as_diffusers
     from src.interop.diffusers_export import Latents

@@ -158,17 +158,9 @@ def measure_all(
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
-        module = first.module.to(processes.device)
+        first.module.to(processes.device)
         if processes.rank == 0:
-            calls, size = module.network_calls(samplers[missing[0]]), min(cfg.batch_size, cfg.n)
-            turns = -(-len(missing) // processes.count)
-            seconds = time_network_call(module, size) / size * (cfg.n * calls + bound_calls) * turns
-            others = f" ({len(runs) - len(missing)} others are cached)" if len(missing) < len(runs) else ""
-            tqdm.write(
-                f"Measuring {len(missing)} runs{others}: {cfg.n} samples with {calls} network calls each, and the "
-                f"bound of validation data; about {format_duration(seconds)} on {processes.count} x "
-                f"{processes.device.type}"
-            )
+            announce_runs(first, samplers[missing[0]], cfg, bound_calls, len(missing), len(runs), processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
 
     def measure(k: int) -> Measurements:
@@ -186,6 +178,26 @@ def measure_all(
         for part in processes.gather({k: measure(k) for k in own}):
             done |= part
         return [done[k] if k in done else measure(k) for k in range(len(runs))] if processes.rank == 0 else []
+
+
+def announce_runs(
+    first: OpenedRun,
+    sampler: Sampler,
+    cfg: DictConfig,
+    bound_calls: int,
+    num_missing: int,
+    num_runs: int,
+    processes: Processes,
+) -> None:
+    """Print how long it takes to measure the missing runs, each with `bound_calls` network calls besides samples."""
+    calls, size = first.module.network_calls(sampler), min(cfg.batch_size, cfg.n)
+    turns = -(-num_missing // processes.count)
+    seconds = time_network_call(first.module, size) / size * (cfg.n * calls + bound_calls) * turns
+    others = f" ({num_runs - num_missing} others are cached)" if num_missing < num_runs else ""
+    tqdm.write(
+        f"Measuring {num_missing} runs{others}: {cfg.n} samples with {calls} network calls each, and the bound of "
+        f"validation data; about {format_duration(seconds)} on {processes.count} x {processes.device.type}"
+    )
 
 
 def count_val(data: BaseDataModule, cfg: DictConfig) -> int:

@@ -201,7 +201,7 @@ def _prepare(
     if rank() == 0:  # Lightning repeats settings for the processes that it starts
         warn_repeated(overrides)
     typed = expand_init_from(expand_home(overrides), config_name)
-    overrides = expand_sweep(typed) if flags.multirun else expand_resume(typed)
+    overrides = expand_sweep(typed) if flags.multirun else expand_resume(typed) if config_name == "train" else typed
     overrides = choose_none(overrides, config_folders(added))
     check_unused(overrides, flags.multirun)
     if rank() > 0:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import explain_key, renamed_key, run_folder
-from src.config.search_path import unknown_option
+from src.config.search_path import CONF, unknown_option
 from src.errors import UsageError, first_line, near_matches
 from src.quoting import quoted, shell_word
 
@@ -48,14 +48,23 @@ def compose(
                 hint = "; choose its option first, as in hydra/launcher=slurm. --cfg hydra lists the settings"
             elif line.startswith("~"):
                 hint = hint.partition(" Type ")[0]
-            elif not hint:
-                hint = "; --help lists the settings"
+            elif not hint.startswith("; type ") and (group := match[1].partition(".")[0]) not in names:
+                hint = _training_hint(command, group) or hint
+            hint = hint or ("" if line.startswith("~") else "; --help lists the settings")
             message = f"unknown setting '{match[1]}' in {line}{hint}"
         raise UsageError(message) from error
 
 
 def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
+
+
+def _training_hint(command: str, group: str) -> str:
+    """Return the end of an error about a setting in a group of src.train alone; empty for other groups."""
+    if command == "train" or f"\n  - {group}: " not in (CONF / "train.yaml").read_text(encoding="utf-8"):
+        return ""
+    has_run = command in ("sample", "evaluate", "export", "compare")
+    return f"; {f'a run keeps its {group}: ' if has_run else ''}set it in src.train"
 
 
 def _missing_plugin(group: str, name: str) -> str:
@@ -79,6 +88,10 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
         return f"; type {shell_word(f'{new}={value}')}"
     if key in groups:  # a group that this command does not have
         return ""
+    elsewhere = ("hydra.", "recipe.", "callbacks.")
+    same = [name for name in known if name.endswith(f".{key}") and not name.startswith(elsewhere)]
+    if 1 < len(same) < 4:
+        return f"; did you mean {' or '.join(same)}?"
     parent, _, last = key.rpartition(".")
     if parent in names:
         siblings = [name.removeprefix(f"{parent}.") for name in names if name.startswith(f"{parent}.")]

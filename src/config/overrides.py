@@ -252,7 +252,7 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
     node = _fixed_node(parent, read, base, groups) if parent in names and not last.startswith("_") else None
     target = "" if node is None else str(node._target_)
     hint = key_hint(key, _first_value(override).partition("=")[2], names, groups)
-    other = _other_option(key, groups)
+    other = _other_option(key, groups) if key.partition(".")[0] in names else ""
     if node is not None and target.startswith("src."):  # our YAMLs list every argument
         takes = first_names([name for name in map(str, node) if name[0] != "_"], 20) or "no settings"
         fix = other or hint.removeprefix("; ") or f"it takes {takes}"

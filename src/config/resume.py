@@ -52,7 +52,9 @@ def expand_resume(overrides: list[str]) -> list[str]:
             return overrides
         overrides = [*overrides, f"resume={_quoted(folder)}"]
     if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
-        hint = newest_run("resume", Path(folder)) or "; name a folder with .hydra and checkpoints"
+        inside = next((each for each in Path(folder).parents if (each / ".hydra" / "overrides.yaml").is_file()), None)
+        hint = f"; type {format_override('resume', inside)}" if inside else newest_run("resume", Path(folder))
+        hint = hint or "; name a folder with .hydra and checkpoints"
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
@@ -72,7 +74,7 @@ def explain_resume(
 ) -> UsageError:
     """Return the error of `expanded` overrides, which `expand_resume` made of the `typed` ones, in terms of `typed`."""
     folder = last_value(expanded, "resume")
-    if folder in (None, "auto"):
+    if folder in (None, "auto") or command != "train":
         return error
     saved = Path(str(folder))
     own = [o for o in typed if key_of(o) not in ("resume", "trust", "hydra.run.dir")]

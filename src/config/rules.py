@@ -260,7 +260,8 @@ def _example(name: str, default: Any, value: Any) -> str:
         if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
             sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
             return f", such as {default}; for one job per value type {sweep}"
-    return f", such as {default}"
+    shown = re.sub(r"[' ]", "", str(default)) if isinstance(default, list) else default  # as it is typed
+    return f", such as {shown}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:

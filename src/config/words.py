@@ -18,6 +18,8 @@ from src.config.search_path import CONF, config_groups
 from src.errors import UsageError, did_you_mean, first_line
 from src.quoting import format_override, shell_word
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet", ".json", ".jsonl")
+
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into overrides and Hydra's flags with their values.
@@ -205,6 +207,11 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
         if found := [f"{group}={option}" for group, option in choices if option in groups.get(group, ())]:
             return f"type {found[0]}"
     if Path(word).exists() or "/" in word:
+        is_run = word.endswith(".ckpt") or any((Path(word) / name).exists() for name in (".hydra", "checkpoints"))
+        if config_name == "doctor" or (config_name == "train" and Path(word).exists() and not is_run):
+            suffix = Path(word).suffix.lower()
+            kind = "table" if suffix in TABLE_SUFFIXES else "array" if suffix in (".npy", ".npz") else "folder"
+            return f"type data={kind} {format_override('data.path' if kind == 'table' else 'data.root', word)}"
         if word.endswith((".ckpt", ".safetensors")) and setting == "run":
             setting = "ckpt"
         word = word if setting == "ckpt" else run_folder(word)

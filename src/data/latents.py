@@ -35,7 +35,7 @@ MAX_MEASURED = 10_000
 """Training images on which scale and shift are measured."""
 OTHER_SETTINGS = (
     *("batch_size", "microbatch_size", "num_workers", "seed", "split_seed", "val_fraction", "skip_unreadable"),
-    *("balance_classes", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
+    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
 )
 """Settings of the data that do not change the latents of an image, or that the key of the cache has in another form."""
 
@@ -178,6 +178,7 @@ class LatentDataModule(BaseDataModule):
         self.device = device
         self.is_cached = is_cached
         self.balance_classes = images.balance_classes
+        self.coupling = images.coupling
         self.read_errors = images.read_errors
 
     @property
@@ -318,7 +319,13 @@ class LatentDataModule(BaseDataModule):
         out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.dtype(self.dtype), shape)
         starts = range(0, len(source), size)
         batches = [BatchIndices(k, len(source), [*range(k, min(k + size, len(source)))]) for k in starts]
-        loader = BatchLoader(BatchDataset(source), sampler=batches, batch_size=None, num_workers=self.num_workers)
+        loader = BatchLoader(
+            BatchDataset(source),
+            sampler=batches,
+            batch_size=None,
+            num_workers=self.num_workers,
+            generator=torch.Generator(),  # The default one draws the initial weights, whether or not there is a cache.
+        )
         with tqdm(total=len(source), desc="Encoding", unit="image", disable=None) as bar:
             for batch in loader:
                 if "failure" in batch:

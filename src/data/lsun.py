@@ -50,6 +50,26 @@ def lsun(
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)
+    paths = _find_databases(root, names)
+    keys, sizes, counts = _list_images(paths)
+    which = np.repeat(np.arange(len(paths)), counts)
+    stated = [(str(path), (path / "data.mdb").stat().st_mtime_ns) for path in paths]
+    listed = Names(f"{names[k]}/{key}.webp" for k, key in zip(which, keys, strict=True))
+    found = ImageBytes(
+        place=f"under {root}",
+        key=repr(stated),
+        names=listed,
+        sample_ids=listed,
+        sizes=np.array(sizes, np.int64),
+        read=partial(_read, paths, which, Names(keys)),
+    )
+    labels = [names[k].removesuffix("_train").removesuffix("_val") for k in which] if len(names) > 1 else None
+    spec = ImageSpec(height_and_width(image_size), channels, fit, background)
+    return open_images(found, spec, labels, None, value_range, skip_unreadable, cache, cache_dir)
+
+
+def _find_databases(root: str | None, names: Sequence[str]) -> list[Path]:
+    """Return the folder of each database. Raises FileNotFoundError and ValueError as `lsun`."""
     setting = format_override("data.source.classes", names)
     if not names or any(name.endswith("_test") for name in names):
         raise ValueError(f"{setting} must name databases that are not for testing, such as [bedroom_train]")
@@ -65,7 +85,11 @@ def lsun(
                 f"{setting} names one database twice, as {same.name} and {path.name}, so validation would repeat "
                 "training images; leave one out"
             )
-    paths = [path.resolve() for path in paths]  # a process can open a database once, by one name
+    return [path.resolve() for path in paths]  # a process can open a database once, by one name
+
+
+def _list_images(paths: Sequence[Path]) -> tuple[list[str], list[int], list[int]]:
+    """Return key and size in bytes of each image, and the number of images of each database."""
     keys: list[str] = []
     sizes: list[int] = []
     counts = []
@@ -76,20 +100,7 @@ def lsun(
                 keys.append(bytes(key).decode("utf-8", "surrogateescape"))
                 sizes.append(len(value))
         counts.append(len(keys) - before)
-    which = np.repeat(np.arange(len(paths)), counts)
-    stated = [(str(path), (path / "data.mdb").stat().st_mtime_ns) for path in paths]
-    listed = Names(f"{names[k]}/{key}.webp" for k, key in zip(which, keys, strict=True))
-    found = ImageBytes(
-        place=f"under {root}",
-        key=repr(stated),
-        names=listed,
-        sample_ids=listed,
-        sizes=np.array(sizes, np.int64),
-        read=partial(_read, paths, which, Names(keys)),
-    )
-    labels = [names[k].removesuffix("_train").removesuffix("_val") for k in which] if len(names) > 1 else None
-    spec = ImageSpec(height_and_width(image_size), channels, fit, background)
-    return open_images(found, spec, labels, None, value_range, skip_unreadable, cache, cache_dir)
+    return keys, sizes, counts
 
 
 def _read(paths: Sequence[Path], which: npt.NDArray[np.int64], keys: Names, row: int) -> bytes:

@@ -24,7 +24,7 @@ from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
-from src.data.shard_index import Keys, build_index, read_index, write_index
+from src.data.shard_index import Keys, ShardIndex, build_index, read_index, write_index
 from src.errors import absence, counted
 from src.quoting import format_override
 
@@ -75,14 +75,7 @@ def shards(
     _check_shards_differ(train_urls, val_urls)
     train = [cached_shard(url, store, "data.urls") for url in train_urls]
     paths = [*train, *(cached_shard(url, store, "data.val_urls") for url in val_urls)]
-    keys = Keys(image_key, caption_key, label_key)
-    status = [path.stat() for path in paths]
-    stated = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(paths, status, strict=True)]
-    key = sha256(repr((VERSION, stated, keys, sorted(image_suffixes()))).encode()).hexdigest()[:32]
-    index = read_index(store / f"{key}.npz")
-    if index is None:
-        index = build_index(paths, keys)
-        write_index(store / f"{key}.npz", index)
+    key, index = _stored_index(paths, Keys(image_key, caption_key, label_key), store)
     unique = len({path.name for path in paths}) == len(paths)
     prefixes = [path.name if unique else f"{k}/{path.name}" for k, path in enumerate(paths)]
     names = Names(f"{prefixes[k]}/{name}" for k, name in zip(index.shard, index.names, strict=True))
@@ -101,6 +94,18 @@ def shards(
     about = f"; {counted(len(paths), 'shard')}"
     about += index.about + (f"; {counted(sum(map(len, index.captions)), 'caption')}" if index.captions else "")
     return open_images(found, spec, classes, index.captions, value_range, skip_unreadable, cache, cache_dir, about)
+
+
+def _stored_index(paths: Sequence[Path], keys: Keys, store: Path) -> tuple[str, ShardIndex]:
+    """Return the index of shards, which is built once and stored, and its cache key."""
+    status = [path.stat() for path in paths]
+    stated = [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in zip(paths, status, strict=True)]
+    key = sha256(repr((VERSION, stated, keys, sorted(image_suffixes()))).encode()).hexdigest()[:32]
+    index = read_index(store / f"{key}.npz")
+    if index is None:
+        index = build_index(paths, keys)
+        write_index(store / f"{key}.npz", index)
+    return key, index
 
 
 def expand_urls(urls: str | Sequence[str] | None, setting: str = "data.val_urls") -> list[str]:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from src.errors import first_names, one_line
 from src.interop.diffusers_pipeline import read_config
+from src.models.autoencoder import KLAutoencoder
+from src.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 PATTERNS = (
@@ -95,9 +97,58 @@ def read_autoencoder(folder: Path) -> DiffusersAutoencoder:
 
 
 def as_diffusers(autoencoder: Any) -> Any:
-    """Return an autoencoder as a model of diffusers. Raises ValueError if it is not one."""
+    """Return an autoencoder as a model of diffusers, with the same weights."""
     if isinstance(autoencoder, DiffusersAutoencoder):
         return autoencoder.net
-    raise ValueError(
-        "format=diffusers needs an autoencoder of diffusers, and this one was trained here; type format=safetensors"
+    import diffusers
+
+    net: KLAutoencoder = autoencoder
+    blocks = [each for each in net.encoder if isinstance(each, ResidualBlock)]
+    stages = 1 + sum(isinstance(each, Downsample) for each in net.encoder)
+    per_stage = (len(blocks) - 2) // stages  # two more are in the middle
+    kind = diffusers.AutoencoderKL(
+        in_channels=net.channels,
+        out_channels=net.channels,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=[blocks[per_stage * k].conv1.out_channels for k in range(stages)],
+        layers_per_block=per_stage,
+        latent_channels=net.latent_channels,
+        norm_num_groups=blocks[0].norm1.num_groups,
+        scaling_factor=1.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )
+    kind.load_state_dict({**_named("encoder", net.encoder), **_named("decoder", net.decoder)})
+    return kind.eval()
+
+
+def _named(name: str, layers: nn.Sequential) -> dict[str, Tensor]:
+    """Return the weights of our encoder or decoder by the names of diffusers."""
+    ends = iter(("conv_in", "conv_out"))
+    is_encoder, stage, block, result = name == "encoder", 0, 0, dict[str, Tensor]()
+    kinds = [type(each) for each in layers]
+    middle = kinds.index(SelfAttention)
+    for k, layer in enumerate(layers):
+        stages = f"{'down' if is_encoder else 'up'}_blocks.{stage}"
+        if k == middle:
+            place = "mid_block.attentions.0"
+        elif abs(k - middle) == 1:
+            place = f"mid_block.resnets.{max(0, k - middle)}"
+        elif isinstance(layer, ResidualBlock):
+            place, block = f"{stages}.resnets.{block}", block + 1
+        elif isinstance(layer, Downsample | Upsample):
+            place = f"{stages}.{'down' if is_encoder else 'up'}samplers.0"
+            stage, block = stage + 1, 0
+        elif isinstance(layer, nn.GroupNorm):
+            place = "conv_norm_out"
+        elif isinstance(layer, nn.Conv2d):
+            place = next(ends)
+        for own, value in layer.state_dict().items():
+            theirs = own.replace("shortcut.", "conv_shortcut.")
+            if k == middle:
+                theirs = own.replace("norm.", "group_norm.").replace("out.", "to_out.0.")
+            parts = [theirs.replace("qkv.", f"to_{part}.") for part in "qkv"] if "qkv." in own else [theirs]
+            tensors = (part.clone() for part in value.chunk(len(parts)))
+            result.update(zip((f"{name}.{place}.{part}" for part in parts), tensors, strict=True))
+    return result

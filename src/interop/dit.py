@@ -18,7 +18,8 @@ from torch import Tensor
 from src.errors import did_you_mean
 from src.interop.diffusers_dit import PAPER, TABLE, convert
 from src.interop.imported import ImportedModel, check_weights
-from src.models.dit import DiT, sincos_positions
+from src.models.attention import sincos_positions
+from src.models.dit import DiT
 
 FIRST = "x_embedder.proj.weight"
 """A weight that tells this layout from others."""

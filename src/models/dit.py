@@ -8,17 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from src.models.attention import Norm, RotaryAttention, TokenAttention, make_norm, rotary_table, sincos_positions
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
 
-Norm = Literal["rms", "layer"]
 Activation = Literal["swiglu", "gelu"]
 Positions = Literal["rope", "sincos"]
 Text = Literal["cross", "joint"]
-
-THETA = 100.0
-"""The period of the slowest rotary frequency is 2 pi times this many patches, as in DINOv3 (arXiv 2508.10104)."""
 
 
 class DiT(nn.Module):
@@ -135,7 +132,7 @@ class DiT(nn.Module):
         if self.positions == "sincos":
             h = h + sincos_positions(grid, h.shape[-1], h.device).to(h.dtype)
         else:
-            rotation = rotary_angles(grid, self.head_size, h.device)
+            rotation = rotary_table(grid, self.head_size, h.device)
         mask = None
         if self.registers is not None:
             h = torch.cat([h, self.registers.expand(h.shape[0], -1, -1)], dim=1)
@@ -151,7 +148,7 @@ class DiT(nn.Module):
             else:
                 h = block(h, *inputs)
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
-        out = self.linear_out(self.norm_out(h[:, :num_patches]) * (1 + scale) + shift)
+        out = self.linear_out(torch.addcmul(shift, self.norm_out(h[:, :num_patches]), 1 + scale))
         out = depth_to_space(out.transpose(1, 2).unflatten(2, grid), self.patch_size)
         for axis, n in enumerate(size, 2):
             if out.shape[axis] != n:
@@ -205,105 +202,13 @@ class DiTBlock(nn.Module):
         modulation = vector if self.modulation is None else self.modulation(vector)
         modulation = modulation if self.constants is None else modulation + self.constants
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotation, mask)
+        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, mask))
         if self.cross is not None:
             x = x + self.cross(x, tokens, token_mask)
-        h = self.linear1(self.norm2(x) * (1 + scale2) + shift2)
+        h = self.linear1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
         if self.gated:
             gate, value = h.chunk(2, dim=-1)
             h = F.silu(gate) * value
         else:
             h = F.gelu(h, approximate="tanh")
-        out: Tensor = x + gate2 * self.linear2(self.dropout(h))
-        return out
-
-
-class RotaryAttention(nn.Module):
-    """Multi-head self-attention of tokens x (B, L, C), with rotary positions of the first tokens."""
-
-    def __init__(self, channels: int, num_heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.query_norm, self.key_norm = (
-            nn.RMSNorm(channels // num_heads, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
-        )
-        self.out = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, rotation: Tensor | None, mask: Tensor | None = None) -> Tensor:
-        b, length, c = x.shape
-        qkv = self.qkv(x).view(b, length, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        query, key, value = self.query_norm(qkv[0]), self.key_norm(qkv[1]), qkv[2]  # (B, heads, L, C / heads)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        attn_mask = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, length, c))
-        return out
-
-
-class TokenAttention(nn.Module):
-    """Multi-head attention from x (B, L, C) to tokens (B, M, token_width), which starts at 0."""
-
-    def __init__(self, channels: int, num_heads: int, token_width: int, norm: Norm) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm = make_norm(norm, channels)
-        self.query = nn.Linear(channels, channels)
-        self.kv = nn.Linear(token_width, 2 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        b, length, c = x.shape
-        heads = (self.num_heads, c // self.num_heads)
-        query = self.query(self.norm(x)).view(b, length, *heads).transpose(1, 2)
-        key, value = self.kv(tokens).view(b, -1, 2, *heads).permute(2, 0, 3, 1, 4)
-        attn_mask = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, length, c))
-        return out
-
-
-def make_norm(kind: Norm, width: int, eps: float = 1e-6) -> nn.Module:
-    """Return a norm without weights: the modulation scales and shifts it."""
-    make = nn.RMSNorm if kind == "rms" else nn.LayerNorm
-    return make(width, eps=eps, elementwise_affine=False)
-
-
-def rotary_angles(grid: Sequence[int], head_size: int, device: torch.device) -> Tensor:
-    """Return the angle of each pair of a head's channels for each position of the grid, (L, head_size / 2).
-
-    The pairs are divided equally among the axes, with geometric frequencies from 1 to 1 / `THETA`.
-
-    Source: Su et al. 2021 (arXiv 2104.09864), eq. 15, along each axis.
-    """
-    count = head_size // 2 // len(grid)
-    frequency = THETA ** (-torch.arange(count, dtype=torch.float32, device=device) / max(count - 1, 1))
-    axes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid]
-    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid), 1)
-    return (places * frequency).flatten(1)
-
-
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate pairs of channels of the first tokens of x (B, heads, L, D) by angles (L', D / 2), L' <= L.
-
-    Channel k forms a pair with channel k + D / 2. Tokens after the first L' have no position.
-    """
-    length = len(angles)
-    first, second = x[:, :, :length].float().chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
-    return turned if length == x.shape[2] else torch.cat([turned, x[:, :, length:]], dim=2)
-
-
-def sincos_positions(grid: Sequence[int], width: int, device: torch.device) -> Tensor:
-    """Return fixed embeddings of the positions of a grid, (L, width): sines and cosines of each axis, the last first.
-
-    Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), app. D.4, in the layout of MAE and DiT.
-    """
-    count = width // len(grid) // 2
-    frequency = 10_000.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
-    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in grid]
-    places = torch.meshgrid(*axes, indexing="ij")
-    angles = [place.flatten()[:, None] * frequency for place in reversed(places)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+        return torch.addcmul(x, gate2, self.linear2(self.dropout(h)))

@@ -36,6 +36,9 @@ def is_autoencoder(settings: Mapping[Any, Any]) -> bool:
 
 def check_task(cfg: DictConfig) -> None:
     """Raise ValueError for a network, a loss or a callback of another task than that of the run."""
+    others = {"repa=default": cfg.get("repa"), "data.coupling=ot": cfg.data.get("coupling") == "ot"}
+    if is_autoencoder(cfg) and (typed := next((name for name, value in others.items() if value), None)):
+        raise ValueError(f"{typed} is for diffusion models; leave it out, or task=autoencoder")
     nodes = {"model": cfg.model, "loss": cfg.loss}
     nodes |= {f"callbacks.{name}": node for name, node in (cfg.callbacks or {}).items() if node}
     for name, node in nodes.items():

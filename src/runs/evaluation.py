@@ -1,5 +1,6 @@
 """Build the parts of an evaluation from its configuration. Checks of settings do not import torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,16 +41,15 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
     return quality, alignment
 
 
-def check_lengths(cfg: DictConfig) -> None:
-    """Raise ValueError if a length in `ema` is repeated, or cannot be reconstructed from the run."""
+def check_lengths(path: Path, lengths: Sequence[float]) -> None:
+    """Raise ValueError if a length in `ema` is repeated, or cannot be reconstructed for the checkpoint at `path`."""
     from src.training.checkpoints import read_checkpoint
     from src.training.power_ema import tracked_averages
 
-    if not cfg.ema or len({*cfg.ema}) < len(cfg.ema):
-        raise ValueError(f"{format_override('ema', cfg.ema)} must list different lengths, such as [0.05,0.1,0.15]")
-    path = find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)
+    if not lengths or len({*lengths}) < len(lengths):
+        raise ValueError(f"{format_override('ema', lengths)} must list different lengths, such as [0.05,0.1,0.15]")
     tracked = tracked_averages(read_checkpoint(path) if path.is_file() else {}, path, "ema")
-    for length in cfg.ema:
+    for length in lengths:
         tracked.reconstruct(length, "ema")
 
 

@@ -78,7 +78,6 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
 
     `location` is a run of task=autoencoder, its checkpoint or export, or a folder or a name on the Hub of diffusers.
     """
-    from src.cache import digest
     from src.interop.autoencoders import PATTERNS, autoencoder_folder, read_autoencoder
 
     path = Path(location).expanduser()
@@ -92,8 +91,15 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
         )
     folder = autoencoder_folder(path) if path.is_dir() else None
     net: Any = open_autoencoder(str(path), trust) if folder is None else read_autoencoder(folder)
-    weights = [part for name, value in sorted(net.state_dict().items()) for part in (name, value)]
-    return net, digest(type(net).__name__, *weights)
+    return net, fingerprint_of(net)
+
+
+def fingerprint_of(autoencoder: Any) -> str:
+    """Return a hash of the class and the weights of an autoencoder."""
+    from src.cache import digest
+
+    weights = [part for name, value in sorted(autoencoder.state_dict().items()) for part in (name, value)]
+    return digest(type(autoencoder).__name__, *weights)
 
 
 def measure_latents(data: "BaseDataModule") -> dict[str, list[float]]:
@@ -135,6 +141,13 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
             node[name] = getattr(autoencoder, name, None)
     height, width = height_and_width(size)
     latent = latent_shape(autoencoder, (channels, height, width))
+    patch = cfg.model.get("patch_size") or 1
+    if any(side % patch for side in latent[1:]):
+        fix = max(n for n in range(1, patch) if not any(side % n for side in latent[1:]))
+        raise ValueError(
+            f"model.patch_size={patch} must divide the sides of the latents, {'x'.join(map(str, latent[1:]))}; type "
+            f"model.patch_size={fix}"
+        )
     cfg.model.channels, cfg.model.image_size = latent[0], list(latent[1:])
     if isinstance(size, int):
         cfg.model.image_size = latent[1]

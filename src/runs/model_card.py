@@ -24,17 +24,21 @@ MAX_LENGTH = 60
 """Characters of a value in the card; longer ones, such as a tokenizer, are left out."""
 
 
-def usage_in_project(location: str) -> str:
-    """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card."""
+def usage_in_project(location: str, needs_autoencoder: bool = False) -> str:
+    """Return how to sample in this project from `location`, hf://user/name or a file, as Markdown for the card.
+
+    `needs_autoencoder` asks for the autoencoder of a model of latents.
+    """
+    words, argument = (["autoencoder=FOLDER"], ', autoencoder="FOLDER"') if needs_autoencoder else ([], "")
     return f"""Open it with Denoising Diffusion Lab, in its clone:
 ```
-{command("sample", format_override("run", location), "n=64")}
+{command("sample", format_override("run", location), *words, "n=64")}
 ```
 or in Python:
 ```python
 from src.runs.open import open_run
 
-opened = open_run("{location}")
+opened = open_run("{location}"{argument})
 *_, samples = opened.module.sample(range(16), seed=0)
 ```"""
 
@@ -92,6 +96,7 @@ def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of the table of settings: what the model is and how it was trained."""
     step = step_of(opened.checkpoint)
     encode = (config.get("conditioning") or {}).get("encode")
+    autoencoder = config.get("autoencoder") or {}
     rows = {
         "network": describe_node(config["model"]),
         "parameters": f"{sum(p.numel() for p in opened.module.net.parameters()):,}",
@@ -102,6 +107,7 @@ def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
         "loss": describe_node(config["loss"]),
         "timestep sampler": describe_node(config["timestep_sampler"]),
         "sampler": describe_node(config["sampler"]),
+        "autoencoder": autoencoder.get("path") or (autoencoder.get("fingerprint") and "a folder of the author"),
         "optimizer": config.get("optimizer") and describe_node(config["optimizer"]),
         "batch size": config["data"].get("batch_size"),
         "training steps": None if math.isinf(step) else f"{step:g}",

@@ -225,6 +225,7 @@ def test_analytic_data_are_built(option):
         "diffusion.sigma_data",
         "callbacks.ema.decay",
         "callbacks.nan_guard.lr_factor",
+        "callbacks.power_ema.max_snapshots",
         "data.num_samples data=points",
         "data.val_fraction data=points",
         "data.batch_size data=points",

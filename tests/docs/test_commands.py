@@ -30,7 +30,7 @@ def test_commands_of_the_documentation_are_accepted():
         try:
             if name == "evaluate":
                 overrides = expand_grid(name, overrides, "sampler")
-            check_overrides(name, expand_init_from(overrides), "-m" in flags)
+            check_overrides(name, expand_init_from(overrides, name), "-m" in flags)
         except UsageError as error:
             refused.append(f"src.{name} {rest}: {error}")
     assert refused == []

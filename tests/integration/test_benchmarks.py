@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
-from benchmarks.peers import PEERS, Contender, Work, as_large_as, flops
+from benchmarks.peers import PEERS, Contender, Work, as_large_as, diffusers_net, flops
 from src.diffusion import schedules
 from src.models.winograd import Conv3x3
 from src.runs.build import build, close_run
@@ -58,6 +59,17 @@ def test_peers_have_attention_at_our_stages() -> None:
     work = as_large_as(cfg.model, cfg.data, torch.zeros(0, 1, 28, 28), torch.device("cpu"))
     assert list(cfg.model.attention_resolutions) == [8, 4]  # the stages are 14, 7 and 4 patches wide
     assert work.attention == (False, True, True)
+
+
+def test_transformer_of_diffusers_is_as_large_as_ours() -> None:
+    paper = ["model.activation=gelu", "model.norm=layer", "model.qk_norm=false", "model.positions=sincos"]
+    cfg = compose_train(["model=dit_tiny", "data=cifar10", "model.channels=3", *paper], Path("unused"))
+    work = as_large_as(cfg.model, cfg.data, torch.zeros(0, 3, 32, 32), torch.device("cpu"))
+    net, ours = diffusers_net(work, 0), instantiate(cfg.model, outputs=1, condition=None)
+    # Without the copies of the embeddings in the blocks, and the table of classes.
+    theirs = [p for name, p in net.named_parameters() if ".emb." not in name or "blocks.0.norm1.emb.timestep" in name]
+    assert sum(p.numel() for p in theirs) == sum(p.numel() for p in ours.parameters())
+    assert net(torch.zeros(2, 3, 32, 32), torch.tensor(3)).sample.shape == (2, 3, 32, 32)
 
 
 def test_diffusers_samples_with_ema_and_keeps_its_weights(monkeypatch: Any) -> None:

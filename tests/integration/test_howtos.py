@@ -18,7 +18,9 @@ from tests.conftest import TINY, compose, once, train_tiny
 from tests.docs.test_commands import COMMAND
 from tests.docs.test_links import FENCE, ROOT
 from tests.interop.hub_server import running_hub
+from tests.interop.test_diffusers_dit import theirs_of as diffusers_dit
 from tests.interop.test_diffusers_unet import SMALL, THEIRS
+from tests.interop.test_dit import Theirs
 from tests.interop.test_edm2 import Precond as edm2_net
 from tests.interop.test_edm2 import metadata as edm2_metadata
 from tests.interop.test_openai import ADM_FLAGS
@@ -47,6 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     unet = randomize(diffusers.UNet2DModel(**{**SMALL, **THEIRS["ddpm"]}))
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "pipeline")
     torch.save(openai_net().state_dict(), folder / "openai.pt")
+    torch.save(Theirs().state_dict(), folder / "dit.pt")
+    diffusers_dit().save_pretrained(folder / "dit" / "transformer")
+    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "dit" / "scheduler")
     save_file(dict(edm2_net([1, 2], True).state_dict()), folder / "edm.safetensors", edm2_metadata([1, 2], True))
     rng = np.random.default_rng(0)
     for k in range(20):
@@ -62,7 +67,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         r"google/ddpm-cifar10-32|path/to/pipeline": str(folder / "pipeline"),
         r"64x64_diffusion\.pt|cifar10_uncond_50M_500K\.pt": str(folder / "openai.pt"),
         r"(?<=init_from=)model\.safetensors": str(folder / "edm.safetensors"),
-        r"'init_from\.flags=[^']*'": shlex.quote(f'init_from.flags="{ADM_FLAGS}"'),
+        r"[DS]iT-XL-2-256x256\.pt": str(folder / "dit.pt"),
+        r"facebook/DiT-XL-2-256": str(folder / "dit"),
+        r"(?<=[DS]iT)-XL/2": " --num-heads 2",
+        r"'init_from\.flags=\"--(?!model)[^']*'": shlex.quote(f'init_from.flags="{ADM_FLAGS}"'),
         r"experiment=digits_class": f"conditioning=class {data}",
         r"experiment=digits": data,
         r"path/to/images": str(folder / "images"),

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src.interop.autoencoders import autoencoder_folder, read_autoencoder
+from src.interop.autoencoders import as_diffusers, autoencoder_folder, read_autoencoder
+from src.models.autoencoder import KLAutoencoder
+from tests.models.test_models import randomize
 
 diffusers = pytest.importorskip("diffusers")
 ENDS = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
@@ -87,3 +89,15 @@ def test_other_models_are_no_autoencoder(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
     with pytest.raises(ValueError, match="autoencoder="):
         autoencoder_folder(tmp_path)
+
+
+def test_own_autoencoder_equals_its_copy_in_the_library(tmp_path):
+    ours = KLAutoencoder(3, 16, latent_channels=2, model_channels=8, channel_mult=(1, 2, 2), num_res_blocks=2)
+    randomize(ours)
+    as_diffusers(ours).save_pretrained(tmp_path)
+    theirs = read_autoencoder(tmp_path)
+    x, z = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 4, 4)
+    with torch.no_grad():
+        assert_close(theirs.encode(x), ours.encode(x), rtol=1e-4, atol=1e-5)
+        assert_close(theirs.decode(z), ours.decode(z), rtol=1e-4, atol=1e-5)
+    assert (theirs.channels, theirs.latent_channels, theirs.factor) == (3, 2, 4)

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
+from src.models.attention import rms_norm, rotary_table, rotate
 from src.models.conditioning import ClassEmbedding, TextTransformer
-from src.models.dit import DiT, rotary_angles, rotate
+from src.models.dit import DiT
 from tests.models.test_models import normal, randomize
 
 TINY = {"channels": 3, "image_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
@@ -79,10 +81,10 @@ def test_sizes_have_the_parameters_of_the_paper(size, millions, options):
 
 @torch.no_grad()
 def test_rotated_products_depend_on_distances_only():
-    query = normal(1, 1, 1, 16).expand(-1, -1, 12, -1)
+    query = normal(1, 1, 16).expand(-1, 12, -1)
     key = query.flip(-1)
-    angles = rotary_angles((3, 4), 16, torch.device("cpu"))
-    products = (rotate(query, angles) @ rotate(key, angles).transpose(-1, -2))[0, 0]
+    table = rotary_table((3, 4), 16, torch.device("cpu"))
+    products = (rotate(query, table) @ rotate(key, table).transpose(-1, -2))[0]
     place = [(i, j) for i in range(3) for j in range(4)]
     by_distance: dict[tuple[int, int], list[float]] = {}
     for a, (i, j) in enumerate(place):
@@ -91,7 +93,21 @@ def test_rotated_products_depend_on_distances_only():
     for same in by_distance.values():
         assert max(same) - min(same) < 1e-5
     assert len({round(same[0], 3) for same in by_distance.values()}) > 20  # of 35 distances
-    assert math.isclose(products[0, 0], (query[0, 0, 0] @ key[0, 0, 0]).item(), rel_tol=1e-5)
+    assert math.isclose(products[0, 0], (query[0, 0] @ key[0, 0]).item(), rel_tol=1e-5)
+
+
+def test_hand_written_gradients_equal_those_of_autograd():
+    """Of the norm, and of rotations of queries and keys with tokens that have no position."""
+    y, table = normal(2, 7, 2, 3, 8).requires_grad_(), rotary_table((2, 3), 8, torch.device("cpu"))
+    gradient = normal(2, 7, 2, 3, 8, seed=2)
+    (own,) = torch.autograd.grad(rms_norm(y, 1e-6), y, gradient)
+    (expected,) = torch.autograd.grad(F.rms_norm(y, (8,), eps=1e-6), y, gradient)
+    assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    # A rotation is orthogonal: its transpose, the gradient, is its inverse.
+    turned = rotate(y, table)
+    (back,) = torch.autograd.grad(turned, y, turned.detach())
+    assert_close(back, y, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(turned[:, 1:6], y[:, 1:6]) and torch.equal(turned[:, 6:], y[:, 6:])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +155,7 @@ def test_new_network_predicts_zero():
     assert net(normal(1, 3, 8, 8), torch.tensor([0.5])).abs().max() == 0
     block = net.blocks[0]
     h = normal(1, 16, 32)
-    assert torch.equal(block(h, normal(1, 32), rotary_angles((4, 4), 16, h.device), None, None, None), h)
+    assert torch.equal(block(h, normal(1, 32), rotary_table((4, 4), 16, h.device), None, None, None), h)
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,7 @@ def test_ordinary_saved_overrides_are_resumed(trained, tmp_path):
     ]
     typed_overrides += [
         "callbacks.ema.decay=0.99",
+        "callbacks.power_ema.lengths=[0.05, 1e-1]",
         "callbacks.nan_guard.max_rollbacks=1e1",
         "logger=[csv,wandb]",
         "logger.wandb.offline=true",

@@ -1,0 +1,205 @@
+"""Runs in latents: settings that follow the latents, resume, samples, evaluation, exports and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from src.data.pixel_store import default_cache_dir
+from src.errors import UsageError
+from src.evaluate import evaluate
+from src.export import export
+from src.interop.diffusers_export import make_time_grid
+from src.runs.build import build
+from src.runs.open import open_run
+from src.sample import sample
+from src.training.checkpoints import read_checkpoint
+from tests.conftest import TINY, compose, once, train_tiny
+from tests.fork_server import run_ranks
+
+diffusers = pytest.importorskip("diffusers")
+
+QUICK = [
+    *("callbacks.samples=null", "callbacks.bits_per_dim=null", "neighbors.num_samples=0", "data.batch_size=8"),
+    *("lr_scheduler=constant", "model.channel_mult=[1,2]", "model.attention_resolutions=[]"),
+]
+
+
+def save_vae(folder, seed=0, channels=1):
+    """Save an autoencoder with random weights, which halves the sides and has two channels of latents."""
+    torch.manual_seed(seed)
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 2, "scaling_factor": 0.5}
+    net = diffusers.AutoencoderKL(channels, channels, **ends, **sizes, mid_block_add_attention=False)
+    net.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, vae):
+    """Return a class-conditional run of four steps."""
+    folder = tmp_path_factory.mktemp("latent") / "run"
+    train_tiny(folder, f"autoencoder.path={vae}", "conditioning=class", "sampler=ddim", "trainer.max_steps=4", *QUICK)
+    return folder
+
+
+def settings_of(run):
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")["hyper_parameters"]
+
+
+def weights_of(run):
+    return read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def test_settings_follow_the_latents(run, vae):
+    settings = settings_of(run)
+    assert (settings["model"]["channels"], settings["model"]["image_size"]) == (2, 4)
+    assert (settings["diffusion"]["clip_x0"], settings["diffusion"]["sigma_data"]) == (None, 1.0)
+    node = settings["autoencoder"]
+    assert (node["path"], node["scale"], node["shift"]) == (str(vae), [0.5, 0.5], [0.0, 0.0])
+    assert settings["data"]["image_size"] == 8 and node["fingerprint"]
+
+
+def test_shift_of_noise_levels_follows_the_latents(vae):
+    cfg = build(compose("train", *TINY, f"autoencoder.path={vae}", "snr_shift=8", "run_dir=none")).config
+    assert cfg.snr_shift == 1.0  # 64 / image size, at most 1
+    cfg = build(compose("train", *TINY, f"autoencoder.path={vae}", "snr_shift=0.3", "run_dir=none")).config
+    assert cfg.snr_shift == 0.3
+
+
+def test_resumed_run_ends_with_equal_bits(run, vae, tmp_path):
+    start = [f"autoencoder.path={vae}", "conditioning=class", "sampler=ddim", *QUICK]
+    train_tiny(tmp_path / "run", *start, "trainer.max_steps=2")
+    train_tiny(tmp_path / "run", *start, "trainer.max_steps=4", f"resume={tmp_path / 'run'}")
+    ours, theirs = weights_of(tmp_path / "run"), weights_of(run)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for file in default_cache_dir().with_name("latents").glob("*/latents.npy"):
+        file.unlink()
+    train_tiny(tmp_path / "encoded", *start, "trainer.max_steps=4")  # encoding must not change the initial weights
+    assert all(torch.equal(weights_of(tmp_path / "encoded")[name], theirs[name]) for name in theirs)
+
+
+def test_samples_are_images(run, tmp_path):
+    sample(compose("sample", f"run={run}", "n=5", "batch_size=2", f"run_dir={tmp_path}", "device=cpu"))
+    images = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert images.shape == (5, 8, 8, 1) and images.dtype == np.uint8 and (tmp_path / "00004.png").exists()
+    opened = open_run(str(run))
+    *_, x = opened.module.sample(range(5), 0)
+    with torch.no_grad():
+        decoded = opened.data.autoencoder.net.decode(x / 0.5).sample
+    expected = opened.data.images.postprocess(decoded).movedim(1, -1).numpy()
+    assert (np.abs(images.astype(int) - expected) <= 16).all() and (images == expected).mean() > 0.99
+
+
+def test_samples_of_another_size_follow_the_factor(run, tmp_path):
+    sample(compose("sample", f"run={run}", "n=1", "image_size=[8,16]", f"run_dir={tmp_path}", "device=cpu"))
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (1, 8, 16, 1)
+    with pytest.raises(UsageError, match="image_size=9"):
+        sample(compose("sample", f"run={run}", "n=1", "image_size=9", f"run_dir={tmp_path}", "device=cpu"))
+
+
+def test_evaluation_compares_images(run, tmp_path):
+    settings = ["n=10", "num_val=12", "num_terms=2", "features=pixels", "alignment.enabled=false", "device=cpu"]
+    folders = [f"run_dir={tmp_path}", f"cache={tmp_path / 'cache'}", "max_features=50", "num_memorization=10"]
+    metrics = evaluate(compose("evaluate", f"run={run}", *settings, *folders))
+    assert np.isfinite(metrics["bits_per_dim"])
+    (row,) = metrics["samplers"].values()
+    assert any(name.startswith("fd_pixels") for name in row["metrics"])
+    assert metrics["baseline"] and (tmp_path / "samples.png").exists()
+
+
+def test_exported_model_needs_its_autoencoder(run, vae, tmp_path):
+    path = export(compose("export", f"run={run}", f"run_dir={tmp_path}"))
+    with pytest.raises(ValueError, match="autoencoder="):
+        open_run(None, str(path))
+    opened = open_run(None, str(path), autoencoder=str(vae))
+    assert opened.data.scale == [0.5, 0.5]
+    for name in ("onnx", "torch_export"):
+        with pytest.raises(UsageError, match=f"format={name}"):
+            export(compose("export", f"run={run}", f"format={name}", f"run_dir={tmp_path}"))
+
+
+def test_exported_pipeline_decodes(run, tmp_path):
+    from src.diffusion.samplers import predictor
+    from src.interop.diffusers_pipelines.unet_pipeline import UNetPipeline
+
+    folder = export(compose("export", f"run={run}", "format=diffusers", f"run_dir={tmp_path}"))
+    assert json.loads((folder / "model_index.json").read_text())["vae"] == ["diffusers", "AutoencoderKL"]
+    pipeline = UNetPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    images = pipeline(class_labels=[1, 2], **call).images
+    opened = open_run(str(folder))  # its folder vae is the autoencoder
+    module, x = opened.module, torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    cond = opened.data.condition(["1", "2"])
+    predict = predictor(module.diffusion, lambda x, t: module.denoise(x, t, cond))
+    grid = make_time_grid(module.schedule, 3, module.sampler.spacing.on(module.schedule))
+    with torch.no_grad():
+        *_, z = module.sampler.fn(module.diffusion, predict, x, grid, noise=torch.zeros_like)
+        assert_close(images, (opened.data.decode(z) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+
+
+def test_another_autoencoder_is_refused(run, vae, tmp_path):
+    other = str(save_vae(tmp_path / "other", seed=1))
+    with pytest.raises(ValueError, match=r"autoencoder=.*other"):
+        open_run(str(run), autoencoder=other)
+    with pytest.raises(ValueError, match=r"autoencoder=.*other"):
+        build(compose("train", *TINY, *QUICK, f"autoencoder.path={other}", f"resume={run}", f"run_dir={run}"))
+    settings = ["conditioning=class", "autoencoder.scale=2", f"autoencoder.path={vae}", f"resume={run}"]
+    with pytest.raises(ValueError, match=r"autoencoder\.scale"):
+        build(compose("train", *once(*TINY, *QUICK, "sampler=ddim"), *settings, f"run_dir={run}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["autoencoder.path=nowhere"], "autoencoder=nowhere"),
+        (["data=points", "model=mlp", "model.features=2"], "data.image_size"),
+        (["model=dit_tiny", "model.patch_size=3"], "patch_size"),
+        (["data.image_size=7"], "data.image_size"),
+        (["data=fashion_mnist", "data.channels=3"], "data.channels=3"),
+        (["autoencoder.scale=[1,2,3]"], "autoencoder.scale"),
+        (["data.rotations=true"], "data.rotations"),
+    ],
+)
+def test_settings_without_meaning_are_refused(vae, tmp_path, overrides, named):
+    words = [
+        word for word in TINY if not word.startswith("model.") or not any(o.startswith("model=") for o in overrides)
+    ]
+    settings = once(*words, f"autoencoder.path={vae}", f"run_dir={tmp_path}", *overrides)
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        build(compose("train", *settings))
+
+
+def test_autoencoder_of_plain_runs_is_refused(trained, vae):
+    with pytest.raises(ValueError, match="autoencoder="):
+        open_run(str(trained), autoencoder=str(vae))
+
+
+def test_text_conditions_work(tmp_path):
+    vae = save_vae(tmp_path / "vae", channels=3)
+    data = ["data=shapes", "data.source.num_samples=40", "data.val_fraction=0.2", "conditioning=text"]
+    metrics = train_tiny(tmp_path / "run", f"autoencoder.path={vae}", *data, "trainer.max_steps=1", *QUICK)
+    assert np.isfinite(metrics["val/loss"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(run, vae, tmp_path):
+    settings = [f"autoencoder={vae}", "conditioning=class", "sampler=ddim", "checkpoint_every=100", *QUICK]
+    words = once(
+        *TINY, *settings, "trainer.max_steps=4", "validate_every=3", "trainer.devices=2", "trainer.strategy=ddp"
+    )
+    cache = {"DIFFUSION_CACHE": str(tmp_path / "cache")}
+    for done in run_ranks(2, "-m", "src.train", *words, f"hydra.run.dir={tmp_path / 'two'}", cwd=tmp_path, **cache):
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert len([*(tmp_path / "cache" / "latents").glob("*/latents.npy")]) == 1
+    ours, theirs = weights_of(tmp_path / "two"), weights_of(run)
+    for name, weight in theirs.items():
+        assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
