@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2", "DiT": "dit_xl"}
 """Files in conf/model by the class of their network."""
 IMAGES = {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"}
-IMAGE_DATA = "src.data.images.ImageDataModule"
 LATENTS = {"value_range": [-1, 1], "dtype": "float32", "file_type": ".npy"}
 
 
@@ -147,11 +146,10 @@ def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str,
 
     autoencoder, fingerprint = open_any(location, trust)
     model, override = settings["model"], format_override("autoencoder", location)
-    if settings["data"]["_target_"] == IMAGE_DATA or model["channels"] != autoencoder.latent_channels:
+    if model["channels"] != autoencoder.latent_channels:
         raise ValueError(
             f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes "
-            f"{model['channels']} of {'latents' if settings['data']['_target_'] != IMAGE_DATA else 'pixels'}; "
-            "choose another autoencoder, or leave it out"
+            f"{model['channels']}; choose another autoencoder, or leave it out"
         )
     size = [f"data.image_size={model['image_size'] * autoencoder.factor}", f"data.channels={autoencoder.channels}"]
     data = to_plain(_compose(["data=folder", "data.root=null", *size]).data) | IMAGES

@@ -50,11 +50,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "pipeline")
     torch.save(openai_net().state_dict(), folder / "openai.pt")
     torch.save(Theirs().state_dict(), folder / "dit.pt")
-    diffusers_dit().save_pretrained(folder / "dit" / "transformer")
-    diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "dit" / "scheduler")
-    diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2).save_pretrained(
-        folder / "vae"
-    )
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2)
+    vae.save_pretrained(folder / "vae")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    diffusers.DiTPipeline(diffusers_dit(), vae, scheduler).save_pretrained(folder / "dit")
     save_file(dict(edm2_net([1, 2], True).state_dict()), folder / "edm.safetensors", edm2_metadata([1, 2], True))
     rng = np.random.default_rng(0)
     for k in range(20):

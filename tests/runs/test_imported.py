@@ -275,7 +275,7 @@ def test_autoencoder_decodes_samples_of_an_imported_transformer(tmp_path):
     assert_close(run.data.decode(latents), expected, rtol=1e-4, atol=1e-4)
     diffusers_dit(in_channels=3).save_pretrained(tmp_path / "pixels")
     init_from.update({"path": str(tmp_path / "pixels"), "flags": None})
-    with pytest.raises(ValueError, match=r"autoencoder=.*4 channels.*3 of pixels"):
+    with pytest.raises(ValueError, match=r"autoencoder=.*4 channels.* 3"):
         open_run(None, init_from=init_from, autoencoder=str(tmp_path / "vae"))
 
 
