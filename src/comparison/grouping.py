@@ -16,7 +16,7 @@ RUNTIME_SETTINGS = (
         f"callbacks.{name}"
         for name in ("progress", "samples", "best", "checkpoint_every", "graceful_shutdown", "quality", "bits_per_dim")
     ),
-    *(f"autoencoder.{name}" for name in ("path", "batch_size", "cache_dir")),
+    *(f"autoencoder.{name}" for name in ("batch_size", "cache_dir")),
     *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact", "power_ema")),
 )
 """Settings, or nodes of settings, that do not change the trained model."""

@@ -88,7 +88,7 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
         return f"; type {shell_word(f'{new}={value}')}"
     if key in groups:  # a group that this command does not have
         return ""
-    elsewhere = ("hydra.", "recipe.", "callbacks.")
+    elsewhere = ("hydra.", "recipe.", "callbacks.", "autoencoder.")
     same = [name for name in known if name.endswith(f".{key}") and not name.startswith(elsewhere)]
     if 1 < len(same) < 4:
         return f"; did you mean {' or '.join(same)}?"

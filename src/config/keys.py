@@ -175,5 +175,5 @@ def renamed_key(key: str, known: Collection[str]) -> str | None:
             full = ".".join([new, *parts[end:]])
             if full in known or full.startswith("hydra."):
                 return full
-    same = [name for name in known if name.endswith(f".{key}") and not name.startswith("recipe.")]
+    same = [name for name in known if name.endswith(f".{key}") and not name.startswith(("recipe.", "autoencoder."))]
     return same[0] if len(same) == 1 else None

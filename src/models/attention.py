@@ -85,16 +85,48 @@ class TokenNorm(nn.Module):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Return x over the root mean square of its last dimension, by fewer passes over memory in float32 on a CPU."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
         out: Tensor = _RMSNorm.apply(x, eps)
         return out
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+def swiglu(h: Tensor) -> Tensor:
+    """Return silu(a) b for the halves a and b of the last dimension. Source: Shazeer 2020 (arXiv 2002.05202), eq. 6."""
+    if h.device.type == "cpu" and not torch.compiler.is_compiling():
+        out: Tensor = _SwiGLU.apply(h)
+        return out
+    gate, value = h.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Write both halves of the gradient into one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        gate, value = h.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(h, activated)
+        return activated * value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        h, activated = ctx.saved_tensors
+        gate, value = h.chunk(2, dim=-1)
+        result: Tensor = torch.empty_like(h)
+        of_gate, of_value = result.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=of_value)
+        torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        return result
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        scale = (squares / x.shape[-1] + eps).rsqrt()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y

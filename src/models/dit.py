@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.models.attention import Norm, RotaryAttention, TokenAttention, make_norm, rotary_table, sincos_positions
+from src.models.attention import (
+    Norm,
+    RotaryAttention,
+    TokenAttention,
+    make_norm,
+    rotary_table,
+    sincos_positions,
+    swiglu,
+)
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple
@@ -75,6 +83,13 @@ class DiT(nn.Module):
         check_positive(patch_size=patch_size, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         if registers < 0:
             raise ValueError(f"model.registers={registers} must be at least 0; 4 is usual")
+        if bottleneck is not None:
+            check_positive(bottleneck=bottleneck)
+        for name, value, usual in (("mlp_ratio", mlp_ratio, 4), ("mlp_norm_eps", mlp_norm_eps, 1e-6)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"model.{name}={value} must be positive; {usual} is usual")
+        if patch_size > (side := max(size)):
+            raise ValueError(f"model.patch_size={patch_size} must be at most {side}, the longest side; 2 is usual")
         for name, choice, choices in (
             ("activation", activation, Activation),
             ("norm", norm, Norm),
@@ -206,9 +221,5 @@ class DiTBlock(nn.Module):
         if self.cross is not None:
             x = x + self.cross(x, tokens, token_mask)
         h = self.linear1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        if self.gated:
-            gate, value = h.chunk(2, dim=-1)
-            h = F.silu(gate) * value
-        else:
-            h = F.gelu(h, approximate="tanh")
+        h = swiglu(h) if self.gated else F.gelu(h, approximate="tanh")
         return torch.addcmul(x, gate2, self.linear2(self.dropout(h)))

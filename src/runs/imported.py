@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.search_path import CONF
 from src.interop.hub_models import SIDECAR
+from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2", "DiT": "dit_xl"}
 """Files in conf/model by the class of their network."""
 IMAGES = {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"}
+IMAGE_DATA = "src.data.images.ImageDataModule"
 LATENTS = {"value_range": [-1, 1], "dtype": "float32", "file_type": ".npy"}
 
 
@@ -134,6 +136,28 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     assert isinstance(merged, DictConfig)
     plain = to_plain(OmegaConf.masked_copy(merged, [*OPENED_KEYS, "weighting"]))  # `loss` refers to `weighting`
     return {name: plain[name] for name in OPENED_KEYS if name in plain}
+
+
+def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str, Any]:
+    """Return the settings of an imported network of latents for images, which the autoencoder at `location` decodes.
+
+    Raises ValueError if the network is not for its latents.
+    """
+    from src.runs.latents import open_any
+
+    autoencoder, fingerprint = open_any(location, trust)
+    model, override = settings["model"], format_override("autoencoder", location)
+    if settings["data"]["_target_"] == IMAGE_DATA or model["channels"] != autoencoder.latent_channels:
+        raise ValueError(
+            f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes "
+            f"{model['channels']} of {'latents' if settings['data']['_target_'] != IMAGE_DATA else 'pixels'}; "
+            "choose another autoencoder, or leave it out"
+        )
+    size = [f"data.image_size={model['image_size'] * autoencoder.factor}", f"data.channels={autoencoder.channels}"]
+    data = to_plain(_compose(["data=folder", "data.root=null", *size]).data) | IMAGES
+    scale, shift = (getattr(autoencoder, name, default) for name, default in (("scale", 1.0), ("shift", 0.0)))
+    node = {"path": location, "fingerprint": fingerprint, "scale": scale, "shift": shift}
+    return settings | {"data": data, "autoencoder": settings["autoencoder"] | node}
 
 
 def _compose(overrides: list[str]) -> DictConfig:

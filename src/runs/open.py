@@ -12,7 +12,7 @@ from src.quoting import command, format_override
 from src.runs.autoencoder import AutoencoderError, is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler
-from src.runs.imported import read_model
+from src.runs.imported import in_images, read_model
 from src.runs.latents import INFERRED, build_data
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
@@ -72,6 +72,8 @@ def open_run(
         check_targets(
             {name: settings.get(name) for name in (*MODEL_KEYS, "conditioning", "autoencoder")}, known_targets(), path
         )
+    if checkpoint.get("imported") and autoencoder is not None:
+        settings = in_images(settings, autoencoder, trust)
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
     config = relocate(config, data_root, encoder, path, autoencoder)

@@ -107,7 +107,7 @@ def save_reconstructions(directory: Path, trainer: L.Trainer, module: Autoencode
 def draw_reconstructions(module: AutoencoderModule, data: BaseDataModule, count: int) -> Image.Image:
     """Draw rows of the first validation images above rows of their reconstructions, from the means of the posterior."""
     x = data.examples(count).to(module.device)
-    size = data.batch_size
+    size = data.microbatch_size(module.trainer)
     decoded = torch.cat([module.net.decode(module.net.encode(part)[0]) for part in torch.split(x, size)])
     columns = min(8, len(x))
     pairs = zip(*(torch.split(data.postprocess(each), columns) for each in (x, decoded)), strict=True)

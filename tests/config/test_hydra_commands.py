@@ -191,7 +191,7 @@ REFUSED = {
     "evaluate run=x analytic_steps=[5]": "add analytic=mixture",
     "train data=folder": "data.root=...",
     "schedules data=points": "data=points",
-    "sample schedule=cosine": "--help lists the settings",
+    "sample schedule=cosine": "a run keeps its schedule",
     # Names of other libraries.
     "train lr=1e-3": "type optimizer.lr=1e-3",
     "train warmup_steps=5": "type lr_scheduler.warmup_steps=5",

@@ -52,6 +52,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.save(Theirs().state_dict(), folder / "dit.pt")
     diffusers_dit().save_pretrained(folder / "dit" / "transformer")
     diffusers.DDIMScheduler(clip_sample=False).save_pretrained(folder / "dit" / "scheduler")
+    diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=2).save_pretrained(
+        folder / "vae"
+    )
     save_file(dict(edm2_net([1, 2], True).state_dict()), folder / "edm.safetensors", edm2_metadata([1, 2], True))
     rng = np.random.default_rng(0)
     for k in range(20):
@@ -69,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         r"(?<=init_from=)model\.safetensors": str(folder / "edm.safetensors"),
         r"[DS]iT-XL-2-256x256\.pt": str(folder / "dit.pt"),
         r"facebook/DiT-XL-2-256": str(folder / "dit"),
+        r"stabilityai/sd-vae-ft-ema": str(folder / "vae"),
         r"(?<=[DS]iT)-XL/2": " --num-heads 2",
         r"'init_from\.flags=\"--(?!model)[^']*'": shlex.quote(f'init_from.flags="{ADM_FLAGS}"'),
         r"experiment=digits_class": f"conditioning=class {data}",

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from src.models.attention import rms_norm, rotary_table, rotate
+from src.models.attention import rms_norm, rotary_table, rotate, swiglu
 from src.models.conditioning import ClassEmbedding, TextTransformer
 from src.models.dit import DiT
 from tests.models.test_models import normal, randomize
@@ -97,11 +97,15 @@ def test_rotated_products_depend_on_distances_only():
 
 
 def test_hand_written_gradients_equal_those_of_autograd():
-    """Of the norm, and of rotations of queries and keys with tokens that have no position."""
+    """Of the norm, of SwiGLU, and of rotations of queries and keys with tokens that have no position."""
     y, table = normal(2, 7, 2, 3, 8).requires_grad_(), rotary_table((2, 3), 8, torch.device("cpu"))
     gradient = normal(2, 7, 2, 3, 8, seed=2)
     (own,) = torch.autograd.grad(rms_norm(y, 1e-6), y, gradient)
     (expected,) = torch.autograd.grad(F.rms_norm(y, (8,), eps=1e-6), y, gradient)
+    assert_close(own, expected, rtol=1e-5, atol=1e-6)
+    gate, value = y.chunk(2, dim=-1)
+    (own,) = torch.autograd.grad(swiglu(y), y, gradient[..., :4])
+    (expected,) = torch.autograd.grad(F.silu(gate) * value, y, gradient[..., :4])
     assert_close(own, expected, rtol=1e-5, atol=1e-6)
     # A rotation is orthogonal: its transpose, the gradient, is its inverse.
     turned = rotate(y, table)
@@ -148,6 +152,16 @@ def test_checkpointed_blocks_have_equal_gradients():
         assert torch.equal(a.grad, b.grad)
 
 
+def test_compiled_network_has_equal_gradients():
+    net, x, time = dit(depth=1), normal(2, 3, 8, 8), torch.tensor([0.2, 0.7])
+    gradients = []
+    for forward in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+        net.zero_grad()
+        forward(x, time).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in net.parameters()])
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_new_network_predicts_zero():
     """The last layer and the gates start at 0 (adaLN-Zero)."""
@@ -163,6 +177,10 @@ def test_new_network_predicts_zero():
     [
         ("hidden_size", {"hidden_size": 30}),
         ("patch_size", {"patch_size": 0}),
+        ("patch_size", {"patch_size": 16}),
+        ("bottleneck", {"bottleneck": 0}),
+        ("mlp_ratio", {"mlp_ratio": -1.0}),
+        ("mlp_norm_eps", {"mlp_norm_eps": 0.0}),
         ("activation", {"activation": "relu"}),
         ("positions", {"positions": "learned"}),
         ("image_size", {"image_size": None}),

@@ -259,6 +259,26 @@ def test_files_of_other_projects_open_as_runs(tmp_path):
         assert x.shape == (2, *run.data.shape) and x.isfinite().all()
 
 
+def test_autoencoder_decodes_samples_of_an_imported_transformer(tmp_path):
+    save_file(dict(Theirs().state_dict()), tmp_path / "dit.safetensors")
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5, layers_per_block=1,
+    ).eval()  # fmt: skip
+    autoencoder.save_pretrained(tmp_path / "vae")
+    init_from = OmegaConf.create({"path": str(tmp_path / "dit.safetensors"), "flags": FLAGS})
+    run = open_run(None, init_from=init_from, autoencoder=str(tmp_path / "vae"))
+    assert run.module.shape == (4, 8, 8)
+    latents = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = autoencoder.decode(latents / 0.5).sample
+    assert_close(run.data.decode(latents), expected, rtol=1e-4, atol=1e-4)
+    diffusers_dit(in_channels=3).save_pretrained(tmp_path / "pixels")
+    init_from.update({"path": str(tmp_path / "pixels"), "flags": None})
+    with pytest.raises(ValueError, match=r"autoencoder=.*4 channels.*3 of pixels"):
+        open_run(None, init_from=init_from, autoencoder=str(tmp_path / "vae"))
+
+
 def test_files_that_need_or_exclude_flags_say_so(tmp_path):
     torch.save(openai_net().state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.pkl").write_bytes(b"anything")
