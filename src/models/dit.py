@@ -15,7 +15,6 @@ from src.models.attention import (
     make_norm,
     rotary_table,
     sincos_positions,
-    swiglu,
 )
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
@@ -163,7 +162,7 @@ class DiT(nn.Module):
             else:
                 h = block(h, *inputs)
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
-        out = self.linear_out(torch.addcmul(shift, self.norm_out(h[:, :num_patches]), 1 + scale))
+        out = self.linear_out(self.norm_out(h[:, :num_patches]) * (1 + scale) + shift)
         out = depth_to_space(out.transpose(1, 2).unflatten(2, grid), self.patch_size)
         for axis, n in enumerate(size, 2):
             if out.shape[axis] != n:
@@ -217,9 +216,14 @@ class DiTBlock(nn.Module):
         modulation = vector if self.modulation is None else self.modulation(vector)
         modulation = modulation if self.constants is None else modulation + self.constants
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm1(x), 1 + scale1), rotation, mask))
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1, rotation, mask)
         if self.cross is not None:
             x = x + self.cross(x, tokens, token_mask)
-        h = self.linear1(torch.addcmul(shift2, self.norm2(x), 1 + scale2))
-        h = swiglu(h) if self.gated else F.gelu(h, approximate="tanh")
-        return torch.addcmul(x, gate2, self.linear2(self.dropout(h)))
+        h = self.linear1(self.norm2(x) * (1 + scale2) + shift2)
+        if self.gated:
+            gate, value = h.chunk(2, dim=-1)
+            h = F.silu(gate) * value
+        else:
+            h = F.gelu(h, approximate="tanh")
+        out: Tensor = x + gate2 * self.linear2(self.dropout(h))
+        return out

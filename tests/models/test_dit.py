@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.testing import assert_close
 
-from src.models.attention import rms_norm, rotary_table, rotate, swiglu
+from src.models.attention import rotary_table, rotate
 from src.models.conditioning import ClassEmbedding, TextTransformer
 from src.models.dit import DiT
 from tests.models.test_models import normal, randomize
@@ -96,21 +95,10 @@ def test_rotated_products_depend_on_distances_only():
     assert math.isclose(products[0, 0], (query[0, 0] @ key[0, 0]).item(), rel_tol=1e-5)
 
 
-def test_hand_written_gradients_equal_those_of_autograd():
-    """Of the norm, of SwiGLU, and of rotations of queries and keys with tokens that have no position."""
-    y, table = normal(2, 7, 2, 3, 8).requires_grad_(), rotary_table((2, 3), 8, torch.device("cpu"))
-    gradient = normal(2, 7, 2, 3, 8, seed=2)
-    (own,) = torch.autograd.grad(rms_norm(y, 1e-6), y, gradient)
-    (expected,) = torch.autograd.grad(F.rms_norm(y, (8,), eps=1e-6), y, gradient)
-    assert_close(own, expected, rtol=1e-5, atol=1e-6)
-    gate, value = y.chunk(2, dim=-1)
-    (own,) = torch.autograd.grad(swiglu(y), y, gradient[..., :4])
-    (expected,) = torch.autograd.grad(F.silu(gate) * value, y, gradient[..., :4])
-    assert_close(own, expected, rtol=1e-5, atol=1e-6)
-    # A rotation is orthogonal: its transpose, the gradient, is its inverse.
+def test_rotation_keeps_norms_and_tokens_without_position():
+    y, table = normal(2, 7, 2, 8), rotary_table((2, 3), 8, torch.device("cpu"))
     turned = rotate(y, table)
-    (back,) = torch.autograd.grad(turned, y, turned.detach())
-    assert_close(back, y, rtol=1e-5, atol=1e-6)
+    assert_close(turned.norm(dim=-1), y.norm(dim=-1))
     assert not torch.allclose(turned[:, 1:6], y[:, 1:6]) and torch.equal(turned[:, 6:], y[:, 6:])
 
 
