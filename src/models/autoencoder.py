@@ -6,7 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from src.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample, fit_groups, shape_of_data
+from src.models.layers import (
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    Upsample,
+    check_positive,
+    fit_groups,
+    shape_of_data,
+)
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 """Bounds of the logarithm of the posterior's variance, as in the code of latent diffusion."""
@@ -43,11 +51,8 @@ class KLAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         channels, size = shape_of_data(channels, image_size)
-        sizes = {"channels": channels, "latent_channels": latent_channels, "model_channels": model_channels}
-        sizes |= {"num_res_blocks": num_res_blocks, "channel_mult": min(channel_mult, default=0)}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value} must be at least 1; see conf/model/autoencoder.yaml")
+        check_positive(channels=channels, latent_channels=latent_channels, model_channels=model_channels)
+        check_positive(num_res_blocks=num_res_blocks, channel_mult=channel_mult)
         self.channels = channels
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(channel_mult) - 1)

@@ -123,6 +123,17 @@ class TrainingModule(L.LightningModule):
         optimizer.register_load_state_dict_pre_hook(keep_current_settings)
         return optimizer, self.make_lr_scheduler(optimizer, num_steps)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Number the weights of optimizer states as in the module, not as in the groups: sharded runs expect it."""
+        numbers = {p: k for k, p in enumerate(self.parameters())}
+        for optimizer, saved in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            groups = saved.get("param_groups", ())  # only the first process holds sharded state
+            renamed: dict[int, int] = {}
+            for group, own in zip(groups, optimizer.param_groups, strict=False):
+                renamed |= zip(group["params"], (numbers[p] for p in own["params"]), strict=True)
+                group["params"] = [renamed[k] for k in group["params"]]
+            saved["state"] = {renamed[k]: values for k, values in saved.get("state", {}).items()}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups for the optimizer; "lr_multiplier" and "matrices" are removed after its construction."""
         matrices = weight_matrices(self.net)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 UNREADABLE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
 """Errors of `zipfile` and `pickletools` for corrupted files."""
 
+PROJECTION = "repa."
+"""How the names of the weights of the projection of `repa` start in a checkpoint."""
+
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, sorted by step, latest first, but unreadable files before them.
@@ -134,7 +137,7 @@ def weights_of(checkpoint: dict[str, Any], ema: bool, path: Path) -> "dict[str, 
         )
     weights: dict[str, Tensor] = checkpoint["state_dict"]
     weights = weights if ema else checkpoint.get("current_model_state", weights)
-    weights = {name: value for name, value in weights.items() if not name.startswith("repa.")}
+    weights = {name: value for name, value in weights.items() if not name.startswith(PROJECTION)}
     lora = checkpoint["hyper_parameters"].get("lora")
     return merge_adapters(weights, float(lora["alpha"])) if lora else weights
 

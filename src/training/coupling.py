@@ -48,7 +48,8 @@ def assign(x0: Tensor, eps: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment
 
-    products = x0.float().flatten(1) @ eps.flatten(1).T
+    with torch.autocast(x0.device.type, enabled=False):  # bfloat16 would round the products, and numpy has no such type
+        products = x0.float().flatten(1) @ eps.flatten(1).T
     _, columns = linear_sum_assignment(products.cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(x0.device)
 

@@ -16,10 +16,8 @@ from src.errors import did_you_mean
 from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import DinoV2
 from src.quoting import format_override
+from src.training.checkpoints import PROJECTION
 from src.training.module import DiffusionModule
-
-PROJECTION = "repa."
-"""How the names of the projection's weights start in a checkpoint."""
 
 
 class Encoder(Protocol):

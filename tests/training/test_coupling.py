@@ -54,6 +54,14 @@ def test_assignment_of_numbers_keeps_their_order():
     assert torch.equal(x0.flatten().argsort(), assigned.flatten().argsort())
 
 
+@for_each("dtype", [torch.bfloat16, torch.float16])
+def test_assignment_does_not_depend_on_the_precision(dtype):
+    x0, eps = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype):
+        assigned = assign(1e3 * x0, eps)
+    assert torch.equal(assigned, assign(1e3 * x0, eps))
+
+
 def test_coupled_noise_permutes_the_independent_noise():
     x0 = torch.randn(6, 2, generator=torch.Generator().manual_seed(1))
     for start in (0, 6, 40):  # of a micro-batch

@@ -4,10 +4,12 @@ import functools
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.testing import assert_close
 
 from src.errors import UsageError
@@ -175,6 +177,29 @@ def test_muon_resumes_with_equal_bits(tmp_path):
         with pytest.raises(ValueError, match=changed.partition("=")[0]) as error:
             close_run(build(cfg))
         assert "\n" not in str(error.value)
+
+
+def test_saved_state_is_in_the_order_of_the_module():
+    """In which a sharded run reads it; the optimizer has other orders, by its groups."""
+    cfg = compose("train", *TINY, *MUON, "run_dir=runs/x")
+    module = build_module(cfg, (1, 8, 8), 17)
+    optimizer, _ = module.prepare_optimizer(1)
+    for p in module.weights:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    checkpoint = {"optimizer_states": [optimizer.state_dict()]}
+    module._trainer = SimpleNamespace(optimizers=[optimizer])
+    module.on_save_checkpoint(checkpoint)
+    (saved,) = checkpoint["optimizer_states"]
+    named = FullyShardedDataParallel.rekey_optim_state_dict(saved, OptimStateKeyType.PARAM_NAME, module)["state"]
+    parameters = dict(module.named_parameters())
+    fresh, _ = module.prepare_optimizer(1)
+    fresh.load_state_dict(saved)
+    assert len(named) == len(module.weights) < len(parameters)
+    for name, values in named.items():
+        for key, value in values.items():
+            assert torch.equal(value, optimizer.state[parameters[name]][key])
+            assert torch.equal(value, fresh.state[parameters[name]][key])
 
 
 SHARDED = """
