@@ -51,6 +51,7 @@ def prepared(*args, **kwargs):
     data.prepare_data()
     data.setup()
     data.measure()
+    return data
 
 
 def posterior(data, indices):
