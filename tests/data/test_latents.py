@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from src.data.images import ImageDataModule, digits
-from src.data.latents import CachedLatents, LatentDataModule
+from src.data.latent_source import CachedLatents
+from src.data.latents import LatentDataModule
 from src.models.autoencoder import KLAutoencoder
 
 
