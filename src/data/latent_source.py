@@ -80,9 +80,11 @@ class CachedLatents:
 
     @classmethod
     def find(cls, folder: Path) -> "CachedLatents | None":
-        """Return the latents in a folder of the cache; None if it does not exist."""
-        path = folder / "latents.npy"
-        return cls(path) if path.is_file() else None
+        """Return the latents in a folder of the cache; None if it does not exist or its file is incomplete."""
+        try:
+            return cls(folder / "latents.npy")
+        except (OSError, ValueError, EOFError):
+            return None
 
 
 def write_latents(

@@ -27,7 +27,7 @@ MAX_MEASURED = 10_000
 """Training images on which scale and shift are measured."""
 OTHER_SETTINGS = (
     *("batch_size", "microbatch_size", "num_workers", "seed", "split_seed", "val_fraction", "skip_unreadable"),
-    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
+    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "dtype", "file_type"),
 )
 """Settings of the data that do not change the latents of an image, or that the key of the cache has in another form."""
 
@@ -221,13 +221,13 @@ class LatentDataModule(BaseDataModule):
     def _folder(self) -> Path:
         """Return the folder of the cache, whose name changes with the autoencoder, the images and their settings."""
         source = self._images_source()
-        stamps, found = source.stamps(), getattr(source, "found", None)
+        stamps, identity = source.stamps(), getattr(getattr(source, "found", source), "identity", None)
         settings = {name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        if stamps is not None:  # so a folder may move
+        if stamps is not None:  # which identify the images in any folder
             settings.pop("root", None)
         settings |= self.images.inferred
         text = json.dumps([settings, self.dtype, self.images.flip], sort_keys=True, default=str)
-        contents = None if stamps is None else torch.tensor(stamps), None if found is None else found.identity()
+        contents = None if stamps is None else torch.tensor(stamps), None if identity is None else identity()
         ids = torch.from_numpy(hash_ids(sample_ids(source), 0).view(np.int64))
         return self.cache_dir / digest(VERSION, self.fingerprint, text, ids, *contents)
 
@@ -250,10 +250,9 @@ class LatentDataModule(BaseDataModule):
         return torch.stack(latents, dim=1)
 
     def _explain_memory(self) -> str:
-        return (
-            f"autoencoder.batch_size={self.num_at_once} images at once need more memory; type "
-            f"autoencoder.batch_size={max(1, self.num_at_once // 4)}"
-        )
+        setting = "autoencoder.batch_size" if self.is_cached else "batch_size"  # of a trained run
+        fix = f"{setting}={max(1, self.num_at_once // 4)}"
+        return f"autoencoder.batch_size={self.num_at_once} images at once need more memory; type {fix}"
 
 
 AT_RANDOM = "changes images at random in training, and their latents are encoded once"
@@ -297,7 +296,10 @@ def latent_shape(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, .
 
 def per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     """Return a setting as one number per channel. Raises ValueError for another number of values, or a scale <= 0."""
-    values = [float(value)] * channels if isinstance(value, int | float) else [float(x) for x in value]
+    try:
+        values = [float(value)] * channels if isinstance(value, int | float) else [float(x) for x in value]
+    except (TypeError, ValueError):
+        values = []
     if len(values) != channels or (name == "scale" and min(values) <= 0):
         rule = " of more than 0" if name == "scale" else ""
         raise ValueError(
