@@ -11,6 +11,7 @@ from src.interop.hub_models import SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.autoencoder import is_autoencoder, open_autoencoder
 from src.runs.components import instantiate_node, is_typed, to_plain
+from src.runs.trust import check_texts
 
 if TYPE_CHECKING:
     from src.data.latents import Autoencoder
@@ -23,10 +24,10 @@ INFERRED = ("scale", "shift", "fingerprint")
 """Settings of the node `autoencoder` that a run stores and keeps."""
 
 
-def has_autoencoder(cfg: DictConfig) -> bool:
-    """Return whether a run trains in latents."""
-    node = cfg.get("autoencoder")
-    return bool(node) and (node.path is not None or node.fingerprint is not None)
+def has_autoencoder(settings: Mapping[Any, Any]) -> bool:
+    """Return whether the configuration of a run trains in latents."""
+    node = settings.get("autoencoder") or {"path": None, "fingerprint": None}
+    return node["path"] is not None or node["fingerprint"] is not None
 
 
 def build_data(cfg: DictConfig, is_cached: bool = True, trust: bool = False) -> "BaseDataModule":
@@ -134,7 +135,9 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise ValueError(f"{override} needs a network of images; choose model=unet_* or dit_*, or leave it out")
     if checkpoint is not None:
         before = checkpoint["hyper_parameters"].get("autoencoder") or {}
-        node.update({name: before.get(name) for name in INFERRED if node[name] is None})
+        inferred = {name: before.get(name) for name in INFERRED if node[name] is None}
+        check_texts({"autoencoder": inferred}, "the run that is resumed")
+        node.update(inferred)
     autoencoder, node.fingerprint = open_recorded(node, bool(cfg.get("trust")))
     for name in ("scale", "shift"):
         if node[name] is None:
