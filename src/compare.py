@@ -17,8 +17,9 @@ from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
-from src.quoting import quoted
+from src.quoting import format_override, quoted
 from src.runs.evaluation import check_lengths, quality_settings
+from src.runs.latents import has_autoencoder
 from src.viz.tables import write_json
 
 
@@ -41,10 +42,13 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
+        if cfg.autoencoder is not None and not any(has_autoencoder(run.settings) for run in runs):
+            raise ValueError(f"{format_override('autoencoder', cfg.autoencoder)} needs a run in latents; leave it out")
         if cfg.ema is None:
             cfg.ema = common_weights(runs)
-        for run in [] if isinstance(cfg.ema, bool) else runs:
-            check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
+        if not isinstance(cfg.ema, bool):
+            for run in runs:
+                check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed
@@ -79,13 +83,18 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     for name in (path.name, "comparison.md", "runs.csv", "groups.csv", "comparison.json"):
         print(f"  {folder / name}")
     if cfg.wandb:
-        from src.training.loggers import log_comparison
-
-        where = find_wandb(runs)
-        group = where.get("group") or folder.resolve().parent.name
-        log_comparison(results["runs"], where["project"], group, folder, where.get("entity"), wandb_offline())
-        print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
+        log_to_wandb(runs, results["runs"], folder)
     return results
+
+
+def log_to_wandb(runs: Sequence[SurveyedRun], table: Any, folder: Path) -> None:
+    """Log the table of runs to the W&B project of the runs."""
+    from src.training.loggers import log_comparison
+
+    where = find_wandb(runs)
+    group = where.get("group") or folder.resolve().parent.name
+    log_comparison(table, where["project"], group, folder, where.get("entity"), wandb_offline())
+    print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
 
 
 def common_weights(runs: Sequence[SurveyedRun]) -> bool:
